@@ -1,0 +1,3 @@
+"""Many Hugging Face models by name behind one OpenAI-compatible address, on Ray Serve."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,45 @@
+"""The two builders that a Ray Serve config file names, and the only place where the parts are put together.
+
+    import_path: serve_app.app:model     one application per model; `args` is a ModelConfig
+    import_path: serve_app.app:router    one application; `args` is a RouterConfig
+
+Serve prints a RayServeException as one message and does not try again; any other exception of a builder it tries
+three times, with a traceback each. So user errors leave here as RayServeException.
+"""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.exceptions import RayServeException
+
+from serve_app.config import ModelConfig, RouterConfig
+from serve_app.errors import ServeAppError
+from serve_app.facts.checkpoint import model_path
+from serve_app.facts.nodes import ray_nodes
+from serve_app.planning.placement import require_room
+from serve_app.serving.deployment_options import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, model_options, router_options
+from serve_app.serving.replica import Model
+from serve_app.serving.router import Router
+
+
+def model(args: dict[str, Any]) -> Application:
+    """Builds the application of one model."""
+    try:
+        config = ModelConfig.from_args(args)
+        config = config.model_copy(update={"model": model_path(config.model)})
+        demand = require_room(config, ray_nodes())
+    except ServeAppError as error:
+        raise RayServeException(str(error)) from None
+    deployment = serve.deployment(serve.ingress()(Model), name=MODEL_DEPLOYMENT)
+    return deployment.options(**model_options(config, demand)).bind(config)
+
+
+def router(args: dict[str, Any]) -> Application:
+    """Builds the router's application."""
+    try:
+        config = RouterConfig.from_args(args)
+    except ServeAppError as error:
+        raise RayServeException(str(error)) from None
+    deployment = serve.deployment(serve.ingress()(Router), name=ROUTER_DEPLOYMENT)
+    return deployment.options(**router_options()).bind(config)

@@ -1,0 +1,307 @@
+"""What a user writes: one `ModelConfig` per model, one `RouterConfig`, both inside a Ray Serve config file.
+
+Field names are those of ms-swift, Hugging Face and vLLM. Nothing is accepted and then ignored: a field that the
+chosen backend cannot honour is refused here, with the reason and the field to use instead.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from serve_app.errors import ConfigError, nearest
+
+# Decimal and binary units as accelerate reads them. accelerate takes "gb" for gigaBITS; we refuse that spelling.
+UNITS = {
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+
+# Names that users bring from elsewhere, and what they are called here.
+FOREIGN_NAMES = {
+    "torch_dtype": "dtype",
+    "model_path": "model",
+    "model_id": "model",
+    "backend": "infer_backend",
+    "max_length": "max_model_len",
+    "max_batch_size": "max_num_seqs",
+    "tp": "tensor_parallel_size",
+    "tensor_parallel": "tensor_parallel_size",
+    "quant_method": "quantization",
+}
+NOT_HERE = {
+    "served_model_name": "the model's name is the application's 'name'.",
+    "name": "the model's name is the application's 'name', one level up.",
+    "port": "the port belongs under 'http_options' at the top of the file.",
+    "host": "the host belongs under 'http_options' at the top of the file.",
+    "num_replicas": "scaling belongs under 'deployments: [{name: Model, num_replicas: …}]' of the application.",
+    "autoscaling_config": "scaling belongs under 'deployments: [{name: Model, autoscaling_config: …}]'.",
+    "gpu_memory_utilization": "with vllm, write it under 'engine_args'; with pt, use 'max_memory'.",
+}
+
+# accelerate's ways to spread layers over the GPUs by itself.
+DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+MaxMemoryKey = int | Literal["cpu", "disk"]
+
+
+def parse_bytes(value: object, where: str) -> int:
+    """Bytes of a size such as "3GB" (10⁹) or "3GiB" (2³⁰).
+
+    Raises ConfigError for a bare number, a negative size, bits ("gb") and unknown units, with the right spelling.
+    """
+    text = str(value).strip()
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if match is None or isinstance(value, bool):
+        raise ConfigError(f"{where}: '{text}' is not a size. Write a number and a unit, such as 3GB or 3GiB.")
+    number, unit = match.groups()
+    if number.startswith("-"):
+        raise ConfigError(f"{where}: '{text}' is negative. Write a size of zero or more, such as 3GB.")
+    if not unit:
+        raise ConfigError(f"{where}: '{text}' has no unit. Write {number}GB (10⁹ bytes) or {number}GiB (2³⁰ bytes).")
+    if unit not in UNITS:
+        by_lower = {known.lower(): known for known in UNITS} | {letter: f"{letter.upper()}B" for letter in "kmgt"}
+        right = by_lower.get(unit.lower())
+        hint = f"Write {number}{right}." if right else f"Known units: {', '.join(UNITS)}."
+        raise ConfigError(f"{where}: unknown unit '{unit}' in '{text}'. {hint}")
+    return int(float(number) * UNITS[unit])
+
+
+def parse_max_memory(value: object) -> dict[MaxMemoryKey, int]:
+    """Bytes by device: GPU index, "cpu" or "disk".
+
+    Takes a mapping, or a string of one as in `swift deploy --max_memory '{0: "3GB", 1: "10GB"}'`.
+    """
+    mapping = _read_mapping(value) if isinstance(value, str) else value
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"max_memory: expected a mapping such as {{0: 3GB, 1: 10GB}}, got {value!r}.")
+    if not mapping:
+        raise ConfigError("max_memory: is empty. Leave it out, or name a device, such as {0: 3GB}.")
+    parsed: dict[MaxMemoryKey, int] = {}
+    for key, size in mapping.items():
+        device = _parse_device(key)
+        if device in parsed:
+            raise ConfigError(f"max_memory: device {device} is named twice.")
+        parsed[device] = parse_bytes(size, f"max_memory[{device}]")
+    return parsed
+
+
+def _read_mapping(text: str) -> object:
+    """The value of a Python, JSON or YAML literal; the text itself where it is none of them."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _parse_device(key: object) -> MaxMemoryKey:
+    text = str(key).strip()
+    if isinstance(key, bool) or not (match := re.fullmatch(r"(?:cuda:|gpu:)?(\d+)|(cpu|disk)", text)):
+        raise ConfigError(f"max_memory: unknown device '{text}'. Use a GPU index (0, 1, …), cpu or disk.")
+    index, tier = match.groups()
+    return int(index) if index is not None else tier  # type: ignore[return-value]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any] | None) -> Self:
+        """Reads the `args` of one application. Raises ConfigError with one line per mistake."""
+        args = dict(args or {})
+        unknown = [_unknown_field(name, cls.model_fields) for name in args if name not in cls.model_fields]
+        if unknown:
+            raise ConfigError("\n".join(unknown))
+        try:
+            return cls.model_validate(args)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _unknown_field(name: str, known: Mapping[str, object]) -> str:
+    if name in NOT_HERE:
+        return f"unknown field '{name}': {NOT_HERE[name]}"
+    if name in FOREIGN_NAMES and FOREIGN_NAMES[name] in known:
+        return f"unknown field '{name}'. Did you mean '{FOREIGN_NAMES[name]}'?"
+    return f"unknown field '{name}'.{nearest(name, known) or ' Known fields: ' + ', '.join(known) + '.'}"
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's errors."""
+    where = ".".join(str(part) for part in error["loc"] if "[" not in str(part))
+    if error["type"] == "missing":
+        return f"missing field '{where}'."
+    if error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+        return text if not where or text.startswith(where) else f"{where}: {text}"
+    return f"{where}: {error['msg']} (got {error['input']!r})."
+
+
+def _max_memory_or_none(value: object) -> dict[MaxMemoryKey, int] | None:
+    try:
+        return None if value is None else parse_max_memory(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ModelConfig(_Strict):
+    """One model: what to load, with which engine, on which devices. Sizes in bytes, lengths in tokens.
+
+    `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
+    `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
+    `engine_args` goes to vLLM as it stands, for anything that has no field here.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    infer_backend: Literal["pt", "vllm"]
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["cuda", "cpu"] = "cuda"
+    device_map: str | dict[str, int | str] | None = None
+    max_memory: Annotated[dict[MaxMemoryKey, int] | None, BeforeValidator(_max_memory_or_none)] = None
+    tensor_parallel_size: Positive | None = None
+    max_model_len: Positive | None = None
+    max_num_seqs: Positive | None = None
+    quantization: str | None = None
+    num_cpus: Annotated[float, Field(gt=0)] = 1.0
+    num_gpus: Annotated[float, Field(gt=0)] | None = None
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_the_backend(self) -> Self:
+        problem = _vllm_problem(self) if self.infer_backend == "vllm" else _pt_problem(self)
+        problem = problem or _device_problem(self)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @property
+    def gpu_indices(self) -> tuple[int, ...]:
+        """The GPUs that `max_memory` names, in order."""
+        return tuple(sorted(key for key in self.max_memory or {} if isinstance(key, int)))
+
+    @property
+    def spill_tiers(self) -> frozenset[str]:
+        """The slower tiers, "cpu" and "disk", that the user opened by naming them."""
+        return frozenset(key for key in self.max_memory or {} if isinstance(key, str))
+
+
+def _vllm_problem(config: ModelConfig) -> str | None:
+    if config.max_memory is not None:
+        return (
+            "max_memory: vLLM has no per-GPU limits and would ignore it. Use tensor_parallel_size over equal GPUs and "
+            "engine_args: {gpu_memory_utilization: 0.8}, or infer_backend: pt, which places layers by max_memory."
+        )
+    if config.device_map is not None:
+        return (
+            "device_map: vLLM splits every layer over its GPUs and has no device map. Use tensor_parallel_size, "
+            "or infer_backend: pt."
+        )
+    if config.num_gpus is not None:
+        return "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set tensor_parallel_size instead."
+    if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:
+        return "tensor_parallel_size: must be 1 with device: cpu. Leave it out."
+    named = {field.replace("-", "_") for field in config.engine_args}
+    for field in sorted(named & (ModelConfig.model_fields.keys() | {"served_model_name"})):
+        place = "is the application's name" if field == "served_model_name" else "has a field of its own"
+        return f"engine_args.{field}: {place}; set it there, not under engine_args."
+    return None
+
+
+def _pt_problem(config: ModelConfig) -> str | None:
+    if config.tensor_parallel_size is not None:
+        return (
+            "tensor_parallel_size: pt places whole layers and has no tensor parallelism. Use max_memory to spread "
+            "the layers over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
+        )
+    if isinstance(config.device_map, str) and config.device_map not in DEVICE_MAP_NAMES:
+        hint = "Write device: cpu instead." if config.device_map == "cpu" else ""
+        return (
+            f"device_map: unknown '{config.device_map}'. {hint or 'Use ' + ', '.join(DEVICE_MAP_NAMES)}"
+            f"{'' if hint else ', or a mapping of modules to devices.'}"
+        )
+    if config.quantization is not None:
+        return (
+            "quantization: pt takes it from the checkpoint's own config.json. Leave it out, or use infer_backend: vllm."
+        )
+    if config.engine_args:
+        return "engine_args: go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
+    return None
+
+
+def _device_problem(config: ModelConfig) -> str | None:
+    if config.device == "cpu":
+        if config.gpu_indices:
+            return "max_memory: names GPUs, but device is cpu. Remove them, or remove device: cpu."
+        if config.num_gpus is not None:
+            return "num_gpus: is set, but device is cpu. Remove one of the two."
+        return None
+    if config.max_memory is not None and not config.gpu_indices:
+        return "max_memory: names no GPU. Add one, such as {0: 3GB, cpu: 20GB}, or set device: cpu."
+    if config.num_gpus is not None and config.num_gpus > 1 and config.num_gpus != int(config.num_gpus):
+        return f"num_gpus: above 1 it must be whole, and {config.num_gpus} is not. Ray cannot share several GPUs so."
+    if config.num_gpus is not None and len(config.gpu_indices) > max(1, config.num_gpus):
+        return (
+            f"max_memory: names {len(config.gpu_indices)} GPUs, but num_gpus is {config.num_gpus:g}. "
+            "Leave num_gpus out, and it follows max_memory."
+        )
+    return None
+
+
+class RouterConfig(_Strict):
+    """The router: what it accepts, and how often it looks for models. Sizes in bytes, times in seconds."""
+
+    max_body_bytes: Positive = 32 * 2**20
+    discovery_interval_s: Annotated[float, Field(gt=0)] = 2.0
+
+
+class ApplicationSpec(BaseModel):
+    """One application of a Serve config file, as far as this project reads it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    import_path: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the application serves a model of ours."""
+        return self.import_path == "serve_app.app:model"
+
+    def model_settings(self) -> ModelConfig:
+        """The model's config. Raises ConfigError that names the application."""
+        try:
+            return ModelConfig.from_args(self.args)
+        except ConfigError as error:
+            raise ConfigError("\n".join(f"{self.name}: {line}" for line in str(error).splitlines())) from None
+
+
+def read_applications(path: Path) -> list[ApplicationSpec]:
+    """The applications of a Ray Serve config file. Raises ConfigError when it cannot be read."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
+        raise ConfigError(f"{path}: not a Ray Serve config file: it has no list of 'applications'.")
+    try:
+        return [ApplicationSpec.model_validate(item) for item in document["applications"]]
+    except ValidationError as error:
+        lines = [f"{path}: applications.{_explain(item)}" for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None

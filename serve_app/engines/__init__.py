@@ -1,0 +1,1 @@
+"""The engines. Each is an ASGI application with a start, a health and a stop."""

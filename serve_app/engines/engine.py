@@ -1,0 +1,38 @@
+"""What an engine is to the rest: an ASGI application that can be started, asked for its health, and stopped."""
+
+from typing import Protocol
+
+from starlette.types import ASGIApp
+
+from serve_app.config import ModelConfig
+
+
+class Engine(Protocol):
+    """One loaded model behind an ASGI application with OpenAI's endpoints.
+
+    Life: `start` once (it returns the application when requests can be answered), then `check_health` every few
+    seconds, then `stop` once. All three run on the replica's event loop.
+    """
+
+    async def start(self) -> ASGIApp:
+        """Loads the model. Raises EngineError or ConfigError when it cannot."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises EngineError when the engine can serve no more, and the replica must be replaced."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the engine's threads and processes and frees its memory."""
+        ...
+
+
+def create_engine(config: ModelConfig, name: str) -> Engine:
+    """The engine that the config names, not yet started. `name` is the model's name for clients."""
+    if config.infer_backend == "vllm":
+        from serve_app.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(config, name)
+    from serve_app.engines.pt.engine import PtEngine
+
+    return PtEngine(config, name)

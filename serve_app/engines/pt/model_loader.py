@@ -1,0 +1,173 @@
+"""Loads a model and its tokenizer onto the devices that the config allows. The only file that imports accelerate.
+
+Law: nothing lands on the cpu or on disk unless the user named that tier in `max_memory` (or put it into an explicit
+`device_map`). accelerate itself spills in silence.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError, EngineError
+
+Device = int | str
+DeviceMap = Mapping[str, Device]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run. `max_model_len` is in tokens, prompt and output together."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    input_device: torch.device
+    max_model_len: int
+    eos_ids: frozenset[int]
+    device_map: DeviceMap
+
+
+def load_model(config: ModelConfig, offload_folder: Path) -> LoadedModel:
+    """Loads weights and tokenizer. Raises ConfigError or EngineError with one message when it cannot.
+
+    `offload_folder` receives the modules that go to disk, where the config opens that tier.
+    """
+    common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        hf_config = AutoConfig.from_pretrained(config.model, **common)
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **common)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"model: cannot read {config.model}: {_first_lines(error)}") from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = _read_template(config.chat_template)
+    max_model_len = _max_model_len(config, hf_config)
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    device_map = choose_device_map(config, hf_config, gpu_memory(config))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=dtype, device_map=dict(device_map), offload_folder=str(offload_folder), **common
+        )
+    except (OSError, ValueError) as error:
+        raise EngineError(f"model: cannot load {config.model}: {_first_lines(error)}") from error
+    model.eval()
+    device = _input_device(model)
+    return LoadedModel(model, tokenizer, device, max_model_len, _eos_ids(model, tokenizer), device_map)
+
+
+def gpu_memory(config: ModelConfig) -> dict[int, int]:
+    """Free bytes of each GPU that this process sees, by its number here; empty for the CPU."""
+    if config.device == "cpu":
+        return {}
+    if not torch.cuda.is_available():
+        raise EngineError("device: cuda, but torch sees no GPU in this replica. Set device: cpu to run on the CPU.")
+    return {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
+
+
+def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int]) -> DeviceMap:
+    """The device of each module, by its name.
+
+    `free_bytes` is what each visible GPU has. `max_memory` caps it: its GPU indices, in order, are the GPUs that the
+    replica sees. Raises EngineError when the model needs a tier that the user did not open.
+    """
+    if isinstance(config.device_map, dict):
+        return config.device_map
+    if config.device == "cpu" and "disk" not in config.spill_tiers:
+        return {"": "cpu"}
+    limits = device_limits(config, free_bytes)
+    device_map = _infer(config, hf_config, limits)
+    spilled = {str(device) for device in device_map.values() if isinstance(device, str)} - _allowed_tiers(config)
+    if spilled:
+        sizes = ", ".join(f"GPU {device}: {size / 1e9:.2f} GB" for device, size in limits.items() if size)
+        raise EngineError(
+            f"max_memory: the model does not fit in {sizes}; part of it would go to {' and '.join(sorted(spilled))}. "
+            "Raise the limits, add a GPU, or name cpu (slow) or disk (very slow) in max_memory to allow it."
+        )
+    return device_map
+
+
+def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[Device, int]:
+    """Bytes that accelerate may place on each device: the user's cap, but never more than is free."""
+    memory = config.max_memory or {}
+    if not config.gpu_indices:
+        limits: dict[Device, int] = dict(free_bytes.items())
+    elif len(config.gpu_indices) > len(free_bytes):
+        raise EngineError(
+            f"max_memory names {len(config.gpu_indices)} GPUs, but this replica sees {len(free_bytes)}. "
+            "Ask for as many with num_gpus, or remove some."
+        )
+    else:
+        limits = {number: min(memory[index], free_bytes[number]) for number, index in enumerate(config.gpu_indices)}
+    return limits | {tier: memory[tier] for tier in ("cpu", "disk") if tier in memory}
+
+
+def _allowed_tiers(config: ModelConfig) -> frozenset[str]:
+    return config.spill_tiers | ({"cpu"} if config.device == "cpu" else set())
+
+
+def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[Device, int]) -> DeviceMap:
+    """accelerate's own map, made on a model without weights. A tier that is not in `limits` can still be chosen."""
+    from accelerate import infer_auto_device_map, init_empty_weights
+    from accelerate.utils import get_balanced_memory
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+    model.tie_weights()
+    dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    no_split = list(model._no_split_modules or [])
+    memory = dict(limits)
+    if config.device_map in ("balanced", "balanced_low_0") or (
+        config.device_map in (None, "auto") and not config.max_memory
+    ):
+        memory = get_balanced_memory(
+            model,
+            max_memory=memory,
+            no_split_module_classes=no_split,
+            dtype=dtype,
+            low_zero=config.device_map == "balanced_low_0",
+        )
+    inferred: dict[str, Device] = infer_auto_device_map(
+        model, max_memory=memory, no_split_module_classes=no_split, dtype=dtype
+    )
+    return inferred
+
+
+def _max_model_len(config: ModelConfig, hf_config: Any) -> int:
+    known = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if config.max_model_len is None:
+        if known is None:
+            raise ConfigError("max_model_len: the model's config.json does not say its context length; set it.")
+        return int(known)
+    if known is not None and config.max_model_len > known:
+        raise ConfigError(f"max_model_len: {config.max_model_len} is over the model's own context of {known} tokens.")
+    return config.max_model_len
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where input ids have to be. An offloaded embedding has its weight on "meta" and runs on its hook's device."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    if embedding.weight.device.type == "meta" and hook is not None:
+        return torch.device(hook.execution_device)
+    device: torch.device = embedding.weight.device
+    return device
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text()
+    except OSError as error:
+        raise ConfigError(f"chat_template: cannot read {path}: {error.strerror}.") from None
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,294 @@
+"""The pt engine's ASGI application: OpenAI's chat and text completions, whole and streamed."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from serve_app.engines.openai_errors import error_object, error_response
+from serve_app.engines.pt.protocol import ChatRequest, CompletionRequest
+from serve_app.engines.pt.sequence import SamplingParams
+from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
+
+if TYPE_CHECKING:
+    from serve_app.engines.pt.engine import Piece, PtEngine
+
+# What OpenAI's completions endpoint generates when the request does not say.
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checked request: what to generate, and how its answer is written."""
+
+    request: ChatRequest | CompletionRequest
+    prompts: list[list[int]]
+    params: SamplingParams
+    shape: "Shape"
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts together."""
+        return sum(map(len, self.prompts))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one endpoint writes its objects. `whole` and `delta` make the part of a choice that holds text."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+    whole: Callable[[str], dict[str, Any]]
+    delta: Callable[[str], dict[str, Any]]
+    opening: dict[str, Any] | None
+
+
+CHAT = Shape(
+    "chatcmpl-",
+    "chat.completion",
+    "chat.completion.chunk",
+    whole=lambda text: {"message": {"role": "assistant", "content": text}, "logprobs": None},
+    delta=lambda text: {"delta": {"content": text} if text else {}, "logprobs": None},
+    opening={"delta": {"role": "assistant", "content": ""}, "logprobs": None},
+)
+TEXT = Shape(
+    "cmpl-",
+    "text_completion",
+    "text_completion",
+    whole=lambda text: {"text": text, "logprobs": None},
+    delta=lambda text: {"text": text, "logprobs": None},
+    opening=None,
+)
+
+
+def build_app(engine: "PtEngine") -> Starlette:
+    """The application around a started engine."""
+    endpoints = _Endpoints(engine)
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+            Route("/v1/completions", endpoints.complete, methods=["POST"]),
+            Route("/v1/models", endpoints.models),
+            Route("/health", endpoints.health),
+        ],
+        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route},
+    )
+
+
+class _Endpoints:
+    def __init__(self, engine: "PtEngine"):
+        self._engine = engine
+        self._created = int(time.time())
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        asked = ChatRequest.read(await _json(request))
+        self._check_model(asked.model)
+        prompt = await asyncio.to_thread(self._apply_template, asked)
+        return await self._answer(asked, [prompt], CHAT, default_tokens=None)
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        asked = CompletionRequest.read(await _json(request))
+        self._check_model(asked.model)
+        prompts = await asyncio.to_thread(self._tokenize, asked)
+        return await self._answer(asked, prompts, TEXT, default_tokens=DEFAULT_COMPLETION_TOKENS)
+
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models."""
+        loaded = self._engine.loaded
+        entry = {
+            "id": self._engine.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "serve-app",
+            "max_model_len": loaded.max_model_len,
+        }
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def health(self, _: Request) -> Response:
+        """200 while the engine can answer."""
+        try:
+            await self._engine.check_health()
+        except EngineError as error:
+            raise ModelUnavailable(str(error)) from None
+        return JSONResponse({"status": "ok"})
+
+    async def _answer(
+        self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]], shape: Shape, default_tokens: int | None
+    ) -> Response:
+        max_tokens = self._max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
+        params = asked.sampling(max_tokens, self._engine.loaded.model.generation_config)
+        job = Job(asked, prompts, params, shape)
+        if asked.stream:
+            return StreamingResponse(self._stream(job), media_type="text/event-stream")
+        return await self._whole(job)
+
+    async def _whole(self, job: Job) -> Response:
+        texts = ["" for _ in job.prompts]
+        last: dict[int, Piece] = {}
+        async with aclosing(self._pieces(job)) as pieces:
+            async for index, piece in pieces:
+                texts[index] += piece.text
+                last[index] = piece
+        choices = [
+            {"index": index, **job.shape.whole(text), "finish_reason": last[index].finish_reason}
+            for index, text in enumerate(texts)
+        ]
+        head = self._head(job, job.shape.whole_object)
+        return JSONResponse(head | {"choices": choices, "usage": _usage(job, last)})
+
+    async def _stream(self, job: Job) -> AsyncGenerator[bytes]:
+        head = self._head(job, job.shape.chunk_object)
+        usage = {"usage": None} if job.request.include_usage else {}
+        last: dict[int, Piece] = {}
+        try:
+            if job.shape.opening is not None:
+                for index in range(len(job.prompts)):
+                    choice = {"index": index, **job.shape.opening, "finish_reason": None}
+                    yield _event(head | {"choices": [choice]} | usage)
+            async with aclosing(self._pieces(job)) as pieces:
+                async for index, piece in pieces:
+                    last[index] = piece
+                    choice = {"index": index, **job.shape.delta(piece.text), "finish_reason": piece.finish_reason}
+                    yield _event(head | {"choices": [choice]} | usage)
+            if job.request.include_usage:
+                yield _event(head | {"choices": [], "usage": _usage(job, last)})
+            yield b"data: [DONE]\n\n"
+        except Exception as error:
+            # The head is out, so the status can tell nothing any more: an error event ends the stream.
+            yield _event(error_object(_request_error(error)))
+
+    async def _pieces(self, job: Job) -> AsyncGenerator[tuple[int, "Piece"]]:
+        """The pieces of all choices as they come, each with its choice's index."""
+        arrived: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
+
+        async def follow(index: int, prompt: list[int]) -> None:
+            try:
+                async with aclosing(self._engine.generate(prompt, job.params, job.request.stop_strings)) as pieces:
+                    async for piece in pieces:
+                        arrived.put_nowait((index, piece))
+            except Exception as error:
+                arrived.put_nowait(error)
+
+        tasks = [asyncio.create_task(follow(index, prompt)) for index, prompt in enumerate(job.prompts)]
+        try:
+            unfinished = len(tasks)
+            while unfinished:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise _request_error(item) from item
+                unfinished -= item[1].finish_reason is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _head(self, job: Job, kind: str) -> dict[str, Any]:
+        number = uuid.uuid4().hex
+        return {
+            "id": job.shape.id_prefix + number,
+            "object": kind,
+            "created": int(time.time()),
+            "model": self._engine.name,
+        }
+
+    def _check_model(self, model: str | None) -> None:
+        if model not in (None, self._engine.name):
+            raise ModelNotFound(f"This route serves '{self._engine.name}', not '{model}'.", param="model")
+
+    def _apply_template(self, asked: ChatRequest) -> list[int]:
+        tokenizer = self._engine.loaded.tokenizer
+        if tokenizer.chat_template is None:
+            raise InvalidRequest(
+                "This model has no chat template. Use /v1/completions, or set chat_template in its config.",
+                param="messages",
+            )
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                asked.conversation(),
+                add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
+                continue_final_message=asked.continue_final_message,
+                return_dict=False,
+                **asked.chat_template_kwargs,
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InvalidRequest(f"The chat template refuses these messages: {error}", param="messages") from error
+        return ids
+
+    def _tokenize(self, asked: CompletionRequest) -> list[list[int]]:
+        loaded = self._engine.loaded
+        vocabulary = loaded.model.get_input_embeddings().num_embeddings
+        prompts = [loaded.tokenizer.encode(item) if isinstance(item, str) else list(item) for item in asked.prompts()]
+        if not prompts or not all(prompts):
+            raise InvalidRequest("'prompt' is empty.", param="prompt")
+        for ids in prompts:
+            if wrong := next((token for token in ids if not 0 <= token < vocabulary), None):
+                raise InvalidRequest(
+                    f"'prompt': token id {wrong} is outside the vocabulary of {vocabulary}.", param="prompt"
+                )
+        return prompts
+
+    def _max_tokens(self, asked: int | None, prompt_tokens: int, default: int | None) -> int:
+        context = self._engine.loaded.max_model_len
+        room = context - prompt_tokens
+        wanted = asked if asked is not None else min(default, max(1, room)) if default is not None else max(1, room)
+        if wanted > room:
+            raise ContextTooLong(
+                f"This model's maximum context length is {context} tokens. However, you requested "
+                f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the prompt, {wanted} in the completion).",
+                param="max_tokens" if prompt_tokens < context else "messages",
+            )
+        return wanted
+
+
+def _usage(job: Job, last: dict[int, "Piece"]) -> dict[str, int]:
+    generated = sum(piece.tokens for piece in last.values())
+    return {
+        "prompt_tokens": job.prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": job.prompt_tokens + generated,
+    }
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _request_error(error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, EngineError):
+        return ModelUnavailable(str(error), retry_after_s=5.0)
+    return RequestError(f"The engine failed on this request: {type(error).__name__}: {error}")
+
+
+async def _json(request: Request) -> object:
+    try:
+        return json.loads(await request.body())
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    return error_response(_request_error(error))
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = error_response(InvalidRequest(f"{request.method} {request.url.path}: {error.detail}."))
+    response.status_code = error.status_code
+    return response

@@ -1,0 +1,175 @@
+"""What a client may ask: OpenAI's chat and completion requests, checked before anything reaches the batch.
+
+Law: nothing is dropped in silence. A field is honoured, or it changes nothing by its meaning (`user`, `store`), or it
+has its neutral value (`n: 1`), or the request is refused by that field's name.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve_app.engines.pt.sequence import SamplingParams
+from serve_app.errors import InvalidRequest, nearest
+
+# Fields for bookkeeping on OpenAI's side: they do not change what is generated.
+WITHOUT_EFFECT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"}
+)
+
+# Fields that this engine does not honour yet, each with the values that ask for nothing.
+NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "prompt_logprobs": (None, 0),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "min_tokens": (None, 0),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "reasoning_effort": (None,),
+}
+
+Text = str | list[dict[str, Any]]
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @classmethod
+    def read(cls, body: object) -> Self:
+        """Checks a decoded JSON body. Raises InvalidRequest that names the field."""
+        if not isinstance(body, dict):
+            raise InvalidRequest("The body must be a JSON object.")
+        fields = {name: value for name, value in body.items() if name not in WITHOUT_EFFECT}
+        for name, neutral in NEUTRAL_ONLY.items():
+            if name in fields and fields.pop(name) not in neutral:
+                raise InvalidRequest(f"'{name}' is not supported by the pt engine. Leave it out.", param=name)
+        for name in fields:
+            if name not in cls.model_fields:
+                raise InvalidRequest(f"Unknown field '{name}'.{nearest(name, cls.model_fields)}", param=name)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            param = str(first["loc"][0]) if first["loc"] else None
+            raise InvalidRequest(f"'{param}': {first['msg']}.", param=param) from None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, without empty strings."""
+        listed = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in listed if text)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to generate, where the client says it."""
+        return self.max_tokens
+
+    def sampling(self, max_tokens: int, defaults: Any) -> SamplingParams:
+        """The sampling parameters. `defaults` is the model's generation config, whose values fill the gaps."""
+
+        def choose(name: str, neutral: Any) -> Any:
+            own = getattr(self, name)
+            default = getattr(defaults, name, None)
+            return own if own is not None else default if default is not None else neutral
+
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=choose("temperature", 1.0),
+            top_p=choose("top_p", 1.0),
+            top_k=max(0, choose("top_k", 0)),
+            min_p=choose("min_p", 0.0),
+            repetition_penalty=choose("repetition_penalty", 1.0),
+            seed=self.seed,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class Message(BaseModel):
+    """One message of a conversation. Further fields go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: Text | None = None
+
+
+class ChatRequest(_Request):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def limit(self) -> int | None:
+        """`max_completion_tokens`, or its older name."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages for the chat template, with lists of text parts joined. Raises InvalidRequest for images."""
+        return [_flatten(message.model_dump(), f"messages[{index}]") for index, message in enumerate(self.messages)]
+
+
+class CompletionRequest(_Request):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, each one text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+
+def _flatten(message: dict[str, Any], where: str) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, list):
+        for part in content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise InvalidRequest(
+                    f"{where}: content of type '{part.get('type')}' is not supported; this model reads text.",
+                    param="messages",
+                )
+        return message | {"content": "\n".join(part["text"] for part in content)}
+    return message

@@ -1,0 +1,120 @@
+"""vLLM: its own ASGI application around its own async engine. The only file that imports vllm.
+
+Every endpoint of vLLM's server is served unchanged. What vLLM calls its command line arguments is the interface here:
+they are written to a YAML file and read by vLLM's own parser, so `engine_args` means what it means to `vllm serve`.
+"""
+
+import asyncio
+import contextlib
+import io
+import os
+import tempfile
+from argparse import Namespace
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+from starlette.types import ASGIApp
+
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError, EngineError
+from serve_app.facts.checkpoint import model_path
+
+# Of the host's memory on the CPU; vLLM would take half of what is free.
+DEFAULT_CPU_KV_CACHE_GIB = 1
+
+
+class VllmEngine:
+    """vLLM's engine and server application for one model."""
+
+    def __init__(self, config: ModelConfig, name: str):
+        self._config = config
+        self._name = name
+        self._stack = AsyncExitStack()
+        self._client: Any = None
+
+    async def start(self) -> ASGIApp:
+        """Loads the model and returns vLLM's application."""
+        os.environ.update(environment(self._config))
+        args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name))
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+        from vllm.entrypoints.launchers.app import build_app
+
+        self._client = await self._stack.enter_async_context(build_async_engine_client(args))
+        tasks = await self._client.get_supported_tasks()
+        app = build_app(args, tasks, self._client.model_config)
+        await init_app_state(self._client, app.state, args, tasks)
+        return app  # type: ignore[no-any-return]
+
+    async def check_health(self) -> None:
+        """Asks vLLM, which knows when its engine process has died."""
+        try:
+            await self._client.check_health()
+        except Exception as error:
+            raise EngineError(f"vLLM's engine is dead: {error}. The replica will be replaced.") from error
+
+    async def stop(self) -> None:
+        """Shuts the engine process down and waits for it."""
+        await self._stack.aclose()
+
+
+def environment(config: ModelConfig) -> dict[str, str]:
+    """vLLM's environment variables for this replica; what the user has set wins."""
+    settings = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    if config.device == "cpu":
+        settings |= {
+            # Several engines on one machine: no core binding, bounded cache.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": str(DEFAULT_CPU_KV_CACHE_GIB),
+            # One process less: the worker runs inside the engine process.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
+    """The arguments of `vllm serve` for this model, by their long names. `engine_args` of the user come last."""
+    tp = config.tensor_parallel_size or 1
+    arguments: dict[str, Any] = {
+        "model": model_path(config.model),
+        "served-model-name": name,
+        "revision": config.revision,
+        "trust-remote-code": config.trust_remote_code or None,
+        "chat-template": config.chat_template,
+        "dtype": config.dtype,
+        "tensor-parallel-size": tp,
+        # Inside a Ray actor vLLM would choose Ray and ask for a placement group of its own.
+        "distributed-executor-backend": "uni" if tp == 1 else "mp",
+        "max-model-len": config.max_model_len,
+        "max-num-seqs": config.max_num_seqs,
+        "quantization": config.quantization,
+        "enforce-eager": config.device == "cpu" or None,
+        # The router and Ray log requests; vLLM's line per request costs time.
+        "disable-uvicorn-access-log": True,
+    }
+    arguments |= {key.replace("_", "-"): value for key, value in config.engine_args.items()}
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _parse(arguments: dict[str, Any]) -> Namespace:
+    """vLLM's own reading of its arguments. Raises ConfigError with vLLM's words for an unknown or wrong one."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    complaint = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "engine_args.yaml"
+        file.write_text(yaml.safe_dump(arguments))
+        try:
+            with contextlib.redirect_stderr(complaint):
+                args = parser.parse_args(["--config", str(file)])
+            validate_parsed_serve_args(args)
+        except SystemExit:
+            lines = complaint.getvalue().strip().splitlines()
+            raise ConfigError(f"engine_args: {lines[-1] if lines else 'vLLM refused them'}") from None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"engine_args: {error}") from None
+    return args  # type: ignore[no-any-return]

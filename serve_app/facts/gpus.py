@@ -1,0 +1,40 @@
+"""The GPUs of this machine, from NVML."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. `index` is NVML's, in PCI order; sizes in bytes, `free_bytes` at the moment of reading."""
+
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def local_gpus() -> list[Gpu]:
+    """The GPUs that NVML sees here; none where there is no NVIDIA driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        return []
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_DRIVER_NOT_LOADED:
+            return []
+        raise
+    try:
+        return [_read(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _read(index: int) -> Gpu:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return Gpu(index, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle), memory.total, memory.free)

@@ -1,0 +1,40 @@
+"""What the nodes of a Ray cluster offer."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+VRAM_RESOURCE = "vram_gib_{index}"
+_VRAM_PATTERN = re.compile(r"vram_gib_(\d+)")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node's total resources, as Ray counts them.
+
+    `vram_gib` holds the memory in GiB of each GPU that the node advertises by index. Such a node is started with
+    `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`, so that it has no whole GPUs to give.
+    """
+
+    name: str
+    cpus: float
+    gpus: float
+    vram_gib: Mapping[int, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        by_index = ", ".join(f"GPU {index}: {size:g} GiB" for index, size in sorted(self.vram_gib.items()))
+        return f"{self.name}: {self.cpus:g} CPUs, {by_index or f'{self.gpus:g} GPUs'}"
+
+
+def node_from_resources(name: str, resources: Mapping[str, float]) -> Node:
+    """The node that Ray describes by `resources`, name to amount."""
+    matches = [(_VRAM_PATTERN.fullmatch(key), amount) for key, amount in resources.items()]
+    by_index = {int(match[1]): amount for match, amount in matches if match is not None}
+    return Node(name, resources.get("CPU", 0.0), resources.get("GPU", 0.0), by_index)
+
+
+def ray_nodes() -> list[Node]:
+    """The living nodes of the cluster that this process is connected to."""
+    import ray
+
+    return [node_from_resources(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]

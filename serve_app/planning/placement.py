@@ -1,0 +1,94 @@
+"""What one replica asks of Ray, and whether any node can ever give it.
+
+Two kinds of accounting for GPUs, never both on one node:
+
+- whole GPUs, or a share of one: Ray's own `num_gpus`;
+- memory by GPU index: nodes that advertise `vram_gib_<index>`. The one way to give a replica shares of several,
+  unequal GPUs with Ray as the only scheduler.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from serve_app.config import ModelConfig
+from serve_app.errors import PlacementError
+from serve_app.facts.nodes import VRAM_RESOURCE, Node
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one replica asks of one node.
+
+    `vram_gib` is memory in GiB by GPU index; with it, `gpus` is 0 and the replica is shown exactly those GPUs.
+    """
+
+    cpus: float
+    gpus: float = 0.0
+    vram_gib: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Ray's custom resources. Ray keeps four decimals, so the amount is rounded up at the fourth."""
+        return {VRAM_RESOURCE.format(index=index): _round_up(size) for index, size in self.vram_gib.items()}
+
+    def fits(self, node: Node) -> bool:
+        """Whether the node could hold the replica if nothing else ran there."""
+        return (
+            self.cpus <= node.cpus
+            and self.gpus <= node.gpus
+            and all(size <= node.vram_gib.get(index, 0.0) for index, size in self.vram_gib.items())
+        )
+
+    def __str__(self) -> str:
+        by_index = [f"{size:.2f} GiB of GPU {index}" for index, size in sorted(self.vram_gib.items())]
+        whole = [f"{self.gpus:g} GPU{'' if self.gpus == 1 else 's'}"] if self.gpus else []
+        return ", ".join([*whole, *by_index, f"{self.cpus:g} CPU{'' if self.cpus == 1 else 's'}"])
+
+
+def demand_of(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
+    """What one replica of the model asks for in this cluster."""
+    if config.device == "cpu":
+        return Demand(config.num_cpus)
+    if config.infer_backend == "vllm":
+        return Demand(config.num_cpus, gpus=float(config.tensor_parallel_size or 1))
+    if config.gpu_indices and config.num_gpus is None and any(node.vram_gib for node in nodes):
+        memory = config.max_memory or {}
+        return Demand(config.num_cpus, vram_gib={index: memory[index] / GIB for index in config.gpu_indices})
+    if config.gpu_indices and config.gpu_indices != tuple(range(len(config.gpu_indices))):
+        raise PlacementError(
+            f"max_memory names GPU {config.gpu_indices[-1]}, but with whole GPUs the replica counts its own from 0. "
+            f'Number them from 0, or start Ray with --num-gpus 0 --resources "$(serve-app node-resources)" to pick '
+            "GPUs by index."
+        )
+    return Demand(config.num_cpus, gpus=config.num_gpus or float(max(1, len(config.gpu_indices))))
+
+
+def require_room(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
+    """The demand of one replica. Raises PlacementError when no node could hold it even if it were empty."""
+    demand = demand_of(config, nodes)
+    if any(demand.fits(node) for node in nodes):
+        return demand
+    cure = " To run it on the CPU, set device: cpu." if not any(node.gpus or node.vram_gib for node in nodes) else ""
+    raise PlacementError(
+        f"needs {demand} on one node ({_why(config, demand)}), and no node has that. "
+        f"The cluster has {'; '.join(map(str, nodes)) or 'no nodes'}.{cure}"
+    )
+
+
+def _why(config: ModelConfig, demand: Demand) -> str:
+    if config.device == "cpu":
+        return "device: cpu"
+    if config.infer_backend == "vllm":
+        return f"vllm, tensor_parallel_size: {config.tensor_parallel_size or 1}"
+    if config.num_gpus is not None:
+        return f"pt, num_gpus: {config.num_gpus:g}"
+    if config.gpu_indices:
+        sizes = ", ".join(f"{index}: {(config.max_memory or {})[index] / 1e9:g}GB" for index in config.gpu_indices)
+        return f"pt, max_memory: {{{sizes}}}"
+    return "pt, one GPU by default"
+
+
+def _round_up(size: float) -> float:
+    return -(-size * 10_000 // 1) / 10_000

@@ -1,0 +1,1 @@
+"""Ray Serve around the engines: replicas, the router, and what both speak."""

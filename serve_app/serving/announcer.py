@@ -1,0 +1,75 @@
+"""Tells the terminal of `serve run` how the models come up: each change once, then the address and a line to try."""
+
+import asyncio
+import json
+import time
+
+from serve_app.serving.directory import ModelDirectory, ModelStatus
+
+INTERVAL_S = 1.0
+# While nothing changes, a sign of life this often, in seconds.
+REMINDER_S = 30.0
+
+
+async def announce(directory: ModelDirectory) -> None:
+    """Prints until every model is ready or has failed, and again after each later change."""
+    started = spoke = time.monotonic()
+    seen: dict[str, ModelStatus] = {}
+    while True:
+        try:
+            models = dict(await directory.models())
+        except Exception as error:  # The controller may be restarting; the next round tells.
+            _say(f"cannot read Serve's status: {error}")
+            models = seen
+        changed = [model for name, model in models.items() if _differs(seen.get(name), model)]
+        for model in changed:
+            _say(_line(model, time.monotonic() - started))
+        if changed and all(model.state != "loading" for model in models.values()):
+            for line in summary(models, address()):
+                _say(line)
+        waiting = [model.name for model in models.values() if model.state == "loading"]
+        if changed:
+            spoke = time.monotonic()
+        elif waiting and time.monotonic() - spoke > REMINDER_S:
+            spoke = time.monotonic()
+            _say(f"still loading after {spoke - started:.0f} s: {', '.join(waiting)}")
+        seen = models
+        await asyncio.sleep(INTERVAL_S)
+
+
+def summary(models: dict[str, ModelStatus], url: str) -> list[str]:
+    """What to tell once no model is loading any more."""
+    ready = [model for model in models.values() if model.state == "ready"]
+    failed = [model for model in models.values() if model.state == "failed"]
+    lines = [f"{len(ready)} of {len(models)} models serve at {url}"]
+    if ready:
+        body = json.dumps({"model": ready[0].name, "messages": [{"role": "user", "content": "What is serve-app?"}]})
+        lines.append(f"try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
+    if failed:
+        lines.append("these do not serve:")
+        lines += [f"  {model.name}: {model.message}" for model in failed]
+        lines.append("mend the config file and give it to `serve deploy`, or stop this with Ctrl-C and run it again")
+    return lines
+
+
+def address() -> str:
+    """The address of this Serve instance's HTTP proxy."""
+    from ray.serve.context import _get_global_client
+
+    # No public call tells it; `serve status` reads the same details.
+    options = _get_global_client().http_config
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1"}.get(options.host or "", options.host)  # noqa: S104
+    return f"http://{host}:{options.port}{(options.root_path or '').rstrip('/')}"
+
+
+def _line(model: ModelStatus, seconds: float) -> str:
+    reason = f": {model.message}" if model.state != "ready" and model.message else ""
+    return f"[{seconds:4.0f} s] {model.name} is {model.state}{reason}"
+
+
+def _differs(before: ModelStatus | None, now: ModelStatus) -> bool:
+    return before is None or before.state != now.state
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,54 @@
+"""Ray Serve's options for a model's deployment: what the config implies, unless the config file overrides it."""
+
+from typing import Any
+
+from serve_app.config import ModelConfig
+from serve_app.planning.placement import Demand
+
+MODEL_DEPLOYMENT = "Model"
+ROUTER_DEPLOYMENT = "Router"
+
+# Requests that one replica takes at once. The engine has its own queue, so this only bounds memory;
+# Serve's default of 5 would starve a batching engine.
+MAX_ONGOING_REQUESTS = 256
+ROUTER_MAX_ONGOING_REQUESTS = 10_000
+
+# A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
+GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
+
+
+def model_options(config: ModelConfig, demand: Demand) -> dict[str, Any]:
+    """Options for `Deployment.options`."""
+    return {
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        "health_check_timeout_s": 30.0,
+        "ray_actor_options": {
+            "num_cpus": demand.cpus,
+            "num_gpus": demand.gpus,
+            "resources": demand.resources,
+            "runtime_env": {"env_vars": replica_environment(config, demand)},
+        },
+    }
+
+
+def replica_environment(config: ModelConfig, demand: Demand) -> dict[str, str]:
+    """Environment variables that must be set before the replica's process imports torch."""
+    threads = str(max(1, int(demand.cpus)))
+    variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if config.device == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    elif demand.vram_gib:
+        # Ray gives no GPU by itself here; NVML's order is the PCI order.
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, sorted(demand.vram_gib)))
+    return variables
+
+
+def router_options() -> dict[str, Any]:
+    """Options for the router's deployment: no CPU of its own in Ray's books, so that it always finds a place."""
+    return {
+        "max_ongoing_requests": ROUTER_MAX_ONGOING_REQUESTS,
+        "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        "ray_actor_options": {"num_cpus": 0},
+    }

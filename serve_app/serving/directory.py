@@ -1,0 +1,133 @@
+"""Which models exist and which of them serve, as Ray Serve tells it.
+
+Every application whose ingress is our `Model` deployment is a model, and its name is the application's name. An
+application that could not be built has no deployments at all; it counts as a model too, so that its error is seen.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.errors import ModelNotFound, ModelUnavailable
+from serve_app.serving.deployment_options import MODEL_DEPLOYMENT
+
+State = Literal["ready", "loading", "failed"]
+
+# Seconds that a client is told to wait for a model of which nothing better is known.
+RETRY_LOADING_S = 10.0
+RETRY_FAILED_S = 60.0
+
+# A request for a model that is not known as ready reads Serve's status anew, at most this often.
+FRESH_ENOUGH_S = 0.5
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """One model as the outside may see it. `message` says why, where it is not ready; `replicas` are running ones."""
+
+    name: str
+    state: State
+    replicas: int
+    message: str = ""
+
+
+class ModelDirectory:
+    """The models of this Serve instance, refreshed every `interval_s` seconds and on a miss."""
+
+    def __init__(self, own_application: str, interval_s: float):
+        self._own_application = own_application
+        self._interval_s = interval_s
+        self._models: dict[str, ModelStatus] = {}
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._read_at = float("-inf")
+        self._lock = asyncio.Lock()
+
+    async def models(self) -> Mapping[str, ModelStatus]:
+        """All models by name, at most one interval old."""
+        await self._refresh(self._interval_s)
+        return self._models
+
+    async def find(self, name: str) -> ModelStatus:
+        """One model. Raises ModelNotFound for an unknown name."""
+        model = (await self.models()).get(name)
+        if model is None or model.state != "ready":
+            await self._refresh(FRESH_ENOUGH_S)  # It may have come, or become ready, since.
+            model = self._models.get(name)
+        if model is None:
+            raise _not_found(name, self._models)
+        return model
+
+    async def handle(self, name: str) -> DeploymentHandle[Any]:
+        """The handle of a model that can answer now.
+
+        Raises ModelNotFound for an unknown name, ModelUnavailable for one that is loading or has failed.
+        """
+        model = await self.find(name)
+        if model.state != "ready":
+            raise _unavailable(model)
+        if name not in self._handles:
+            handle = await asyncio.to_thread(serve.get_app_handle, name)
+            self._handles[name] = handle.options(method_name="http", stream=True)
+        return self._handles[name]
+
+    async def _refresh(self, max_age_s: float) -> None:
+        async with self._lock:
+            if time.monotonic() - self._read_at < max_age_s:
+                return
+            status = await asyncio.to_thread(serve.status)
+            self._models = read_status(status.applications, self._own_application)
+            for gone in self._handles.keys() - self._models.keys():
+                del self._handles[gone]
+            self._read_at = time.monotonic()
+
+
+def read_status(applications: Mapping[str, Any], own_application: str) -> dict[str, ModelStatus]:
+    """The models among Serve's applications (`serve.status().applications`), by name."""
+    return {
+        name: _read_application(name, application)
+        for name, application in sorted(applications.items())
+        if name != own_application and (not application.deployments or MODEL_DEPLOYMENT in application.deployments)
+    }
+
+
+def _read_application(name: str, application: Any) -> ModelStatus:
+    deployment = application.deployments.get(MODEL_DEPLOYMENT)
+    running = 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
+    status = str(getattr(application.status, "value", application.status))
+    message = summarize(application.message or (deployment.message if deployment is not None else ""))
+    if running or status == "RUNNING":  # RUNNING without replicas is scaled to zero: the handle wakes it.
+        return ModelStatus(name, "ready", running)
+    if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return ModelStatus(name, "failed", 0, message)
+    return ModelStatus(name, "loading", 0, message)
+
+
+def summarize(message: str) -> str:
+    """One of Serve's status messages without its tracebacks: the last line that names an exception of ours or Python's.
+
+    Serve repeats the whole remote traceback in the message of an application whose constructor failed.
+    """
+    if "Traceback (most recent call last)" not in message:
+        return " ".join(message.split())
+    lines = [line.strip() for line in message.splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b.*: ", line)]
+    return re.sub(r"^([\w]+\.)*", "", errors[-1]) if errors else lines[-1]
+
+
+def _not_found(name: str, models: Mapping[str, ModelStatus]) -> ModelNotFound:
+    names = ", ".join(models) or "none yet"
+    return ModelNotFound(f"The model '{name}' does not exist. Models here: {names}.", param="model")
+
+
+def _unavailable(model: ModelStatus) -> ModelUnavailable:
+    if model.state == "loading":
+        text = f"The model '{model.name}' is loading. {model.message}".strip()
+        return ModelUnavailable(text, param="model", retry_after_s=RETRY_LOADING_S)
+    text = f"The model '{model.name}' has failed: {model.message}"
+    return ModelUnavailable(text, param="model", retry_after_s=RETRY_FAILED_S)

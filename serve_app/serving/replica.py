@@ -1,0 +1,52 @@
+"""One replica of one model: an engine inside a Ray Serve deployment.
+
+The engine's ASGI application is reached in two ways, and answers the same in both:
+by route, where Serve calls it directly, and by name, where the router calls `http` through a handle.
+"""
+
+import time
+from collections.abc import AsyncIterator
+
+from ray import serve
+from starlette.types import ASGIApp
+
+from serve_app.config import ModelConfig
+from serve_app.engines.engine import Engine, create_engine
+from serve_app.serving.asgi import HttpRequest, call_asgi
+
+
+class Model:
+    """The deployment class of every model. The model's name is the application's name."""
+
+    async def __init__(self, config: ModelConfig):  # type: ignore[misc]  # Serve awaits it
+        self.name = serve.get_replica_context().app_name
+        started = time.monotonic()
+        _say(f"loading {config.model} with {config.infer_backend}")
+        self._engine: Engine = create_engine(config, self.name)
+        try:
+            self._app: ASGIApp = await self._engine.start()
+        except BaseException:
+            await self._engine.stop()
+            raise
+        _say(f"ready after {time.monotonic() - started:.0f} s")
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._app
+
+    async def http(self, request: HttpRequest) -> AsyncIterator[bytes]:
+        """Answers one request: the head first, then the body in pieces."""
+        async for item in call_asgi(self._app, request):
+            yield item
+
+    async def check_health(self) -> None:
+        """Called by Serve; an exception makes it replace the replica."""
+        await self._engine.check_health()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            await self._engine.stop()
+
+
+def _say(text: str) -> None:
+    """One line that Ray forwards to the terminal of `serve run`, with the application's name before it."""
+    print(text, flush=True)
