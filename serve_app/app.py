@@ -9,6 +9,7 @@ three times, with a traceback each. So user errors leave here as RayServeExcepti
 
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
@@ -32,7 +33,12 @@ def model(args: dict[str, Any]) -> Application:
     except ServeAppError as error:
         raise RayServeException(str(error)) from None
     deployment = serve.deployment(serve.ingress()(Model), name=MODEL_DEPLOYMENT)
-    return deployment.options(**model_options(config, demand)).bind(config)
+    return deployment.options(**model_options(config, demand, _runtime_env())).bind(config)
+
+
+def _runtime_env() -> dict[str, Any]:
+    """The application's `runtime_env`: Serve builds an application in a task that runs in it."""
+    return dict(ray.get_runtime_context().runtime_env)
 
 
 def router(args: dict[str, Any]) -> Application:

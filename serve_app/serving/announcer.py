@@ -5,6 +5,7 @@ import json
 import time
 
 from serve_app.serving.directory import ModelDirectory, ModelStatus
+from serve_app.serving.terminal import say
 
 INTERVAL_S = 1.0
 # While nothing changes, a sign of life this often, in seconds.
@@ -19,20 +20,20 @@ async def announce(directory: ModelDirectory) -> None:
         try:
             models = dict(await directory.models())
         except Exception as error:  # The controller may be restarting; the next round tells.
-            _say(f"cannot read Serve's status: {error}")
+            say(f"cannot read Serve's status: {error}")
             models = seen
         changed = [model for name, model in models.items() if _differs(seen.get(name), model)]
         for model in changed:
-            _say(_line(model, time.monotonic() - started))
+            say(_line(model, time.monotonic() - started))
         if changed and all(model.state != "loading" for model in models.values()):
             for line in summary(models, address()):
-                _say(line)
+                say(line)
         waiting = [model.name for model in models.values() if model.state == "loading"]
         if changed:
             spoke = time.monotonic()
         elif waiting and time.monotonic() - spoke > REMINDER_S:
             spoke = time.monotonic()
-            _say(f"still loading after {spoke - started:.0f} s: {', '.join(waiting)}")
+            say(f"still loading after {spoke - started:.0f} s: {', '.join(waiting)}")
         seen = models
         await asyncio.sleep(INTERVAL_S)
 
@@ -69,7 +70,3 @@ def _line(model: ModelStatus, seconds: float) -> str:
 
 def _differs(before: ModelStatus | None, now: ModelStatus) -> bool:
     return before is None or before.state != now.state
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

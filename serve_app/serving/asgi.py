@@ -109,7 +109,8 @@ async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asy
         await messages.put({"type": "http.response.body", "body": body})
         raise
     finally:
-        await messages.put(None)
+        if not gone.is_set():  # With nobody reading, a full queue would hold this for ever.
+            await messages.put(None)
 
 
 def _scope(request: HttpRequest) -> Scope:

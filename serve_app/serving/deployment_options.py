@@ -1,5 +1,6 @@
 """Ray Serve's options for a model's deployment: what the config implies, unless the config file overrides it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from serve_app.config import ModelConfig
@@ -17,8 +18,13 @@ ROUTER_MAX_ONGOING_REQUESTS = 10_000
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
 
 
-def model_options(config: ModelConfig, demand: Demand) -> dict[str, Any]:
-    """Options for `Deployment.options`."""
+def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for `Deployment.options`.
+
+    `runtime_env` is the application's own from the config file. Serve would drop it for a deployment that brings one,
+    so the two are merged here.
+    """
+    variables = replica_environment(config, demand, runtime_env.get("env_vars") or {})
     return {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
@@ -27,15 +33,17 @@ def model_options(config: ModelConfig, demand: Demand) -> dict[str, Any]:
             "num_cpus": demand.cpus,
             "num_gpus": demand.gpus,
             "resources": demand.resources,
-            "runtime_env": {"env_vars": replica_environment(config, demand)},
+            "runtime_env": {**runtime_env, "env_vars": variables},
         },
     }
 
 
-def replica_environment(config: ModelConfig, demand: Demand) -> dict[str, str]:
-    """Environment variables that must be set before the replica's process imports torch."""
-    threads = str(max(1, int(demand.cpus)))
-    variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables that must be set before the replica's process imports torch.
+
+    Those of the user, `own`, win, but for the GPUs, which follow from the placement.
+    """
+    variables = {"OMP_NUM_THREADS": str(max(1, int(demand.cpus))), "TOKENIZERS_PARALLELISM": "false", **own}
     if config.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
     elif demand.vram_gib:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine, create_engine
 from serve_app.serving.asgi import HttpRequest, call_asgi
+from serve_app.serving.terminal import say
 
 
 class Model:
@@ -21,14 +22,14 @@ class Model:
     async def __init__(self, config: ModelConfig):  # type: ignore[misc]  # Serve awaits it
         self.name = serve.get_replica_context().app_name
         started = time.monotonic()
-        _say(f"loading {config.model} with {config.infer_backend}")
+        say(f"loading {config.model} with {config.infer_backend}")
         self._engine: Engine = create_engine(config, self.name)
         try:
             self._app: ASGIApp = await self._engine.start()
         except BaseException:
             await self._engine.stop()
             raise
-        _say(f"ready after {time.monotonic() - started:.0f} s")
+        say(f"ready after {time.monotonic() - started:.0f} s")
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
@@ -45,8 +46,3 @@ class Model:
     async def __del__(self) -> None:
         if hasattr(self, "_engine"):
             await self._engine.stop()
-
-
-def _say(text: str) -> None:
-    """One line that Ray forwards to the terminal of `serve run`, with the application's name before it."""
-    print(text, flush=True)

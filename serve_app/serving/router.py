@@ -106,7 +106,7 @@ class _Endpoints:
         handle = await self._directory.handle(model_of(body))
         passed_on = HttpRequest(
             method=request.method,
-            path=request.url.path,
+            path="/" + request.path_params["path"],
             query=request.scope["query_string"],
             headers=[pair for pair in request.headers.raw if pair[0] not in HOP_BY_HOP],
             body=body,

@@ -59,12 +59,22 @@ def load_model(config: ModelConfig, offload_folder: Path) -> LoadedModel:
 
 
 def gpu_memory(config: ModelConfig) -> dict[int, int]:
-    """Free bytes of each GPU that this process sees, by its number here; empty for the CPU."""
+    """Bytes that this process may take of each GPU that it sees, by the GPU's number here; empty for the CPU.
+
+    What is free now, and with a share of a GPU (`num_gpus` below 1) no more than that share of the whole. The share is
+    enforced too: torch's allocator raises out-of-memory beyond it.
+    """
     if config.device == "cpu":
         return {}
     if not torch.cuda.is_available():
         raise EngineError("device: cuda, but torch sees no GPU in this replica. Set device: cpu to run on the CPU.")
-    return {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
+    share = min(1.0, config.num_gpus or 1.0)
+    memory = {}
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        torch.cuda.set_per_process_memory_fraction(share, index)
+        memory[index] = min(free, int(total * share))
+    return memory
 
 
 def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int]) -> DeviceMap:

@@ -1,0 +1,187 @@
+"""What users write, what is made of it, and what is refused with which cure."""
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.config import ModelConfig, RouterConfig, parse_bytes, parse_max_memory, read_applications
+from serve_app.errors import ConfigError
+from tests.builders import model_config
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("3GB", 3 * 10**9), ("3GiB", 3 * 2**30), ("0.5 MiB", 2**19), ("200KB", 200_000), ("0GB", 0), ("1TB", 10**12)],
+)
+def test_sizes_have_decimal_and_binary_units(text: str, size: int) -> None:
+    """GB is 10⁹ bytes and GiB is 2³⁰, as in accelerate."""
+    assert parse_bytes(text, "x") == size
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("3gb", "Write 3GB"),  # accelerate reads gb as gigabits
+        ("3gib", "Write 3GiB"),
+        ("3g", "Write 3GB"),
+        ("10", "10GB"),
+        (10, "10GB"),
+        ("-1GB", "negative"),
+        ("3XB", "Known units: KB, MB, GB"),
+        ("lots", "is not a size"),
+        (True, "is not a size"),
+        (None, "is not a size"),
+    ],
+)
+def test_a_wrong_size_is_refused_with_the_right_spelling(text: object, cure: str) -> None:
+    """Nothing that could be misread is guessed."""
+    with pytest.raises(ConfigError, match=f"max_memory.*{cure}"):
+        parse_bytes(text, "max_memory[0]")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {0: "3GB", 1: "10GB"},
+        {"0": "3GB", "1": "10GB"},
+        {"cuda:0": "3GB", "cuda:1": "10GB"},
+        '{0: "3GB", 1: "10GB"}',
+        '{"0":"3GB","1":"10GB"}',
+        "{0: 3GB, 1: 10GB}",
+        "{'cuda:0': '3GB', 'cuda:1': '10GB'}",
+    ],
+)
+def test_max_memory_is_read_as_people_write_it(written: object) -> None:
+    """A mapping or a string of one; keys as numbers, strings or torch's device names."""
+    assert parse_max_memory(written) == {0: 3 * 10**9, 1: 10**10}
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        ("foo", "expected a mapping"),
+        ({}, "is empty"),
+        ({"tpu": "1GB"}, "unknown device 'tpu'"),
+        ({-1: "1GB"}, "unknown device '-1'"),
+        ({True: "1GB"}, "unknown device 'True'"),
+        ({0: "1GB", "cuda:0": "2GB"}, "named twice"),
+        ({1: "3gb"}, r"max_memory\[1\].*Write 3GB"),
+    ],
+)
+def test_a_max_memory_that_cannot_be_meant_is_refused(written: object, complaint: str) -> None:
+    """The message names the field and the device."""
+    with pytest.raises(ConfigError, match=complaint):
+        parse_max_memory(written)
+
+
+def test_tiers_are_opened_by_naming_them() -> None:
+    """`cpu` and `disk` stand beside the GPUs in max_memory."""
+    config = model_config(max_memory={1: "2GB", 0: "1GB", "cpu": "20GB"})
+    assert config.gpu_indices == (0, 1)
+    assert config.spill_tiers == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("args", "cure"),
+    [
+        (
+            {"infer_backend": "vllm", "max_memory": {0: "3GB"}},
+            "would ignore it.*tensor_parallel_size.*infer_backend: pt",
+        ),
+        ({"infer_backend": "vllm", "device_map": "auto"}, "device_map.*tensor_parallel_size"),
+        ({"infer_backend": "vllm", "num_gpus": 1}, "tensor_parallel_size whole GPUs"),
+        ({"infer_backend": "pt", "tensor_parallel_size": 2}, "tensor_parallel_size.*max_memory"),
+        ({"infer_backend": "pt", "quantization": "awq"}, "quantization.*config.json"),
+        ({"infer_backend": "pt", "engine_args": {"a": 1}}, "engine_args"),
+        ({"infer_backend": "pt", "device_map": "cpu"}, "device: cpu"),
+        ({"infer_backend": "pt", "device_map": "atuo"}, "auto, balanced"),
+        ({"infer_backend": "pt", "device": "cpu", "max_memory": {0: "1GB"}}, "names GPUs, but device is cpu"),
+        ({"infer_backend": "pt", "device": "cpu", "num_gpus": 1}, "device is cpu"),
+        ({"infer_backend": "pt", "max_memory": {"cpu": "1GB"}}, "names no GPU"),
+        ({"infer_backend": "pt", "num_gpus": 1.5}, "must be whole"),
+        ({"infer_backend": "pt", "num_gpus": 1, "max_memory": {0: "1GB", 1: "1GB"}}, "names 2 GPUs"),
+        ({"infer_backend": "vllm", "device": "cpu", "tensor_parallel_size": 2}, "must be 1 with device: cpu"),
+        ({"infer_backend": "vllm", "engine_args": {"dtype": "auto"}}, "engine_args.dtype: has a field of its own"),
+        ({"infer_backend": "vllm", "engine_args": {"max-model-len": 5}}, "engine_args.max_model_len"),
+        ({"infer_backend": "vllm", "engine_args": {"served_model_name": "x"}}, "application's name"),
+    ],
+)
+def test_a_field_that_the_backend_would_ignore_is_refused(args: dict[str, object], cure: str) -> None:
+    """The message gives the reason and the field to use instead."""
+    with pytest.raises(ConfigError, match=cure):
+        ModelConfig.from_args({"model": "m", **args})
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ("tensor_paralel_size", "Did you mean 'tensor_parallel_size'"),
+        ("torch_dtype", "Did you mean 'dtype'"),
+        ("max_length", "Did you mean 'max_model_len'"),
+        ("zzz", "Known fields: model, infer_backend"),
+        ("served_model_name", "application's 'name'"),
+        ("autoscaling_config", "deployments"),
+        ("gpu_memory_utilization", "engine_args"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_nearest_known_one(field: str, hint: str) -> None:
+    """Names from swift and vLLM lead to ours."""
+    with pytest.raises(ConfigError, match=f"unknown field '{field}'.*{hint}"):
+        model_config(**{field: 1})
+
+
+def test_every_mistake_is_one_line() -> None:
+    """Two wrong values and a missing field give one line each."""
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_args({"infer_backend": "tgi", "dtype": "fp8"})
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0].rstrip(".") for line in lines] == ["missing field 'model'", "infer_backend", "dtype"]
+
+
+def test_a_config_cannot_be_changed() -> None:
+    """Configs are values."""
+    with pytest.raises(ValueError, match="frozen"):
+        model_config().dtype = "float32"  # type: ignore[misc]
+
+
+def test_the_router_has_defaults_and_refuses_unknown_fields() -> None:
+    """The router's application needs no args."""
+    assert RouterConfig.from_args(None).max_body_bytes == 32 * 2**20
+    with pytest.raises(ConfigError, match="Did you mean 'max_body_bytes'"):
+        RouterConfig.from_args({"max_body_byte": 1})
+
+
+def test_a_serve_config_file_is_read(tmp_path: Path) -> None:
+    """Models are told from other applications by their import path."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "applications:\n"
+        "- {name: router, import_path: 'serve_app.app:router', route_prefix: /}\n"
+        "- {name: a, import_path: 'serve_app.app:model', args: {model: m, infer_backend: pt, dtypo: x}}\n"
+    )
+    router, model = read_applications(file)
+    assert (router.is_model, model.is_model) == (False, True)
+    with pytest.raises(ConfigError, match="^a: unknown field 'dtypo'. Did you mean 'dtype'"):
+        model.model_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: [", "not valid YAML"),
+        ("import_path: x", "no list of 'applications'"),
+        ("applications: [{name: a}]", "import_path"),
+    ],
+)
+def test_a_file_that_is_no_serve_config_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    """The message names the file."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"serve.yaml.*{complaint}"):
+        read_applications(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """No traceback for a typo in a path."""
+    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+        read_applications(tmp_path / "nowhere.yaml")
