@@ -1,21 +1,22 @@
 # make serve   build .venv, then serve the two demo models on http://127.0.0.1:8000 (Ctrl-C stops it)
 # make test    build .venv, then run every check and test
-.PHONY: serve test check lint install lock model
+.PHONY: serve test lint install lock model
 CONFIG ?= deploy_configs/local.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 serve:
-	@scripts/install.sh cpu
+	@scripts/install.sh
 	@. .venv/bin/activate && exec serve run $(CONFIG)
 
 install:
-	@scripts/install.sh cpu dev
+	@scripts/install.sh "" dev
 
 lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 
 test: lint
 	.venv/bin/pytest

@@ -1,14 +1,16 @@
 #!/bin/sh
 # Builds .venv from the pinned set.    scripts/install.sh [cpu|gpu] [dev]
 #
+# The build is cpu, or what .venv already holds.
 # Does nothing when .venv already holds that set. Needs Python >= 3.11 with venv, and a package registry.
 # uv installs (ten times faster than pip), from the sources that pip is configured with.
 # The CPU build of torch is taken from those sources where they have it, else from PyTorch's own CPU index.
 set -eu
 cd "$(dirname "$0")/.."
-build=${1:-cpu}
-extra=${2:-}
 venv=.venv
+held=$(cat "$venv/build" 2>/dev/null || true)
+build=${1:-${held:-cpu}}
+extra=${2:-}
 
 say() { echo "install: $*"; }
 fail() { echo "install: $*" >&2; exit 1; }
@@ -50,12 +52,15 @@ install_cpu() {
         uv_install --no-deps --torch-backend cpu "$torch" || fail "could not install $torch; see the lines above"
     fi
     uv_install --no-deps -r requirements/cpu.txt
+    "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+        fail "vLLM's CPU build needs libnuma.so.1. Install it (Debian: apt-get install libnuma1) and run this again."
 }
 
 # No lock for GPUs: the right torch build depends on the driver, which uv detects.
 install_gpu() { uv_install --torch-backend auto --override requirements/left_out.txt ".[gpu]"; }
 
 case "$build" in cpu | gpu) ;; *) fail "the first argument is cpu or gpu, not '$build'" ;; esac
+[ "${held:-$build}" = "$build" ] || fail "$venv holds the $held build; remove it, or use a checkout of its own for $build"
 stamp=$(cat pyproject.toml requirements/*.txt scripts/install.sh | cksum | tr ' ' '-')-$build
 if [ "$(cat "$venv/installed-$extra" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
@@ -64,6 +69,7 @@ say "building $venv with $("$python" --version) and the pinned $build set (about
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements/bootstrap.txt
 use_the_sources_of_pip
+echo "$build" >"$venv/build"
 "install_$build"
 [ -z "$extra" ] || uv_install --no-deps -r "requirements/$extra.txt"
 uv_install --no-deps --editable .

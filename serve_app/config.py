@@ -46,6 +46,9 @@ NOT_HERE = {
 # accelerate's ways to spread layers over the GPUs by itself.
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
+# Arguments of vLLM that take more GPUs than tensor_parallel_size says.
+UNPLACED = frozenset({"pipeline_parallel_size", "data_parallel_size", "data_parallel_size_local", "nnodes"})
+
 MaxMemoryKey = int | Literal["cpu", "disk"]
 
 
@@ -190,8 +193,9 @@ class ModelConfig(_Strict):
 
     @property
     def gpu_indices(self) -> tuple[int, ...]:
-        """The GPUs that `max_memory` names, in order."""
-        return tuple(sorted(key for key in self.max_memory or {} if isinstance(key, int)))
+        """The GPUs that `max_memory` or a mapping in `device_map` names, in order."""
+        mapped = self.device_map.values() if isinstance(self.device_map, dict) else ()
+        return tuple(sorted({device for device in (*(self.max_memory or {}), *mapped) if isinstance(device, int)}))
 
     @property
     def spill_tiers(self) -> frozenset[str]:
@@ -215,6 +219,8 @@ def _vllm_problem(config: ModelConfig) -> str | None:
     if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:
         return "tensor_parallel_size: must be 1 with device: cpu. Leave it out."
     named = {field.replace("-", "_") for field in config.engine_args}
+    for field in sorted(named & UNPLACED):
+        return f"engine_args.{field}: is not placed here, so Ray would count too few GPUs. Use tensor_parallel_size."
     for field in sorted(named & (ModelConfig.model_fields.keys() | {"served_model_name"})):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field}: {place}; set it there, not under engine_args."
@@ -227,12 +233,8 @@ def _pt_problem(config: ModelConfig) -> str | None:
             "tensor_parallel_size: pt places whole layers and has no tensor parallelism. Use max_memory to spread "
             "the layers over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
         )
-    if isinstance(config.device_map, str) and config.device_map not in DEVICE_MAP_NAMES:
-        hint = "Write device: cpu instead." if config.device_map == "cpu" else ""
-        return (
-            f"device_map: unknown '{config.device_map}'. {hint or 'Use ' + ', '.join(DEVICE_MAP_NAMES)}"
-            f"{'' if hint else ', or a mapping of modules to devices.'}"
-        )
+    if (problem := _device_map_problem(config)) is not None:
+        return problem
     if config.quantization is not None:
         return (
             "quantization: pt takes it from the checkpoint's own config.json. Leave it out, or use infer_backend: vllm."
@@ -242,10 +244,31 @@ def _pt_problem(config: ModelConfig) -> str | None:
     return None
 
 
+def _device_map_problem(config: ModelConfig) -> str | None:
+    if config.device_map is None:
+        return None
+    if config.device_map == "cpu":
+        return "device_map: unknown 'cpu'. Write device: cpu instead."
+    if isinstance(config.device_map, str):
+        if config.device_map not in DEVICE_MAP_NAMES:
+            names = ", ".join(DEVICE_MAP_NAMES)
+            return f"device_map: unknown '{config.device_map}'. Use {names}, or a mapping of modules to devices."
+        if config.device == "cpu":
+            return "device_map: there is nothing to spread with device: cpu. Leave it out."
+        return None
+    for module, device in config.device_map.items():
+        if device not in ("cpu", "disk") and not (isinstance(device, int) and device >= 0):
+            return f"device_map: unknown device '{device}' for '{module}'. Use a GPU's number (0, 1, …), cpu or disk."
+    if config.max_memory is not None:
+        return "max_memory: a mapping in device_map places every module itself, so no limit applies. Leave one out."
+    return None
+
+
 def _device_problem(config: ModelConfig) -> str | None:
     if config.device == "cpu":
         if config.gpu_indices:
-            return "max_memory: names GPUs, but device is cpu. Remove them, or remove device: cpu."
+            field = "max_memory" if config.max_memory else "device_map"
+            return f"{field}: names GPUs, but device is cpu. Remove them, or remove device: cpu."
         if config.num_gpus is not None:
             return "num_gpus: is set, but device is cpu. Remove one of the two."
         return None
@@ -255,8 +278,8 @@ def _device_problem(config: ModelConfig) -> str | None:
         return f"num_gpus: above 1 it must be whole, and {config.num_gpus} is not. Ray cannot share several GPUs so."
     if config.num_gpus is not None and len(config.gpu_indices) > max(1, config.num_gpus):
         return (
-            f"max_memory: names {len(config.gpu_indices)} GPUs, but num_gpus is {config.num_gpus:g}. "
-            "Leave num_gpus out, and it follows max_memory."
+            f"num_gpus: is {config.num_gpus:g}, but max_memory or device_map names {len(config.gpu_indices)} GPUs. "
+            "Leave num_gpus out, and it follows them."
         )
     return None
 

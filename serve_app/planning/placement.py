@@ -53,12 +53,13 @@ def demand_of(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
         return Demand(config.num_cpus)
     if config.infer_backend == "vllm":
         return Demand(config.num_cpus, gpus=float(config.tensor_parallel_size or 1))
-    if config.gpu_indices and config.num_gpus is None and any(node.vram_gib for node in nodes):
-        memory = config.max_memory or {}
+    if config.max_memory and config.num_gpus is None and any(node.vram_gib for node in nodes):
+        memory = config.max_memory
         return Demand(config.num_cpus, vram_gib={index: memory[index] / GIB for index in config.gpu_indices})
     if config.gpu_indices and config.gpu_indices != tuple(range(len(config.gpu_indices))):
         raise PlacementError(
-            f"max_memory names GPU {config.gpu_indices[-1]}, but with whole GPUs the replica counts its own from 0. "
+            f"max_memory or device_map names GPU {config.gpu_indices[-1]}, "
+            "but with whole GPUs the replica counts its own from 0. "
             f'Number them from 0, or start Ray with --num-gpus 0 --resources "$(serve-app node-resources)" to pick '
             "GPUs by index."
         )
@@ -70,7 +71,11 @@ def require_room(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
     demand = demand_of(config, nodes)
     if any(demand.fits(node) for node in nodes):
         return demand
-    cure = " To run it on the CPU, set device: cpu." if not any(node.gpus or node.vram_gib for node in nodes) else ""
+    cure = ""
+    if not any(node.gpus or node.vram_gib for node in nodes):
+        cure = " To run it on the CPU, set device: cpu."
+    elif demand.gpus and any(node.vram_gib for node in nodes):
+        cure = " GPU memory by index is given only to pt models with max_memory and without num_gpus."
     raise PlacementError(
         f"needs {demand} on one node ({_why(config, demand)}), and no node has that. "
         f"The cluster has {'; '.join(map(str, nodes)) or 'no nodes'}.{cure}"
@@ -84,10 +89,10 @@ def _why(config: ModelConfig, demand: Demand) -> str:
         return f"vllm, tensor_parallel_size: {config.tensor_parallel_size or 1}"
     if config.num_gpus is not None:
         return f"pt, num_gpus: {config.num_gpus:g}"
-    if config.gpu_indices:
-        sizes = ", ".join(f"{index}: {(config.max_memory or {})[index] / 1e9:g}GB" for index in config.gpu_indices)
+    if config.max_memory:
+        sizes = ", ".join(f"{index}: {config.max_memory[index] / 1e9:g}GB" for index in config.gpu_indices)
         return f"pt, max_memory: {{{sizes}}}"
-    return "pt, one GPU by default"
+    return "pt, device_map" if config.gpu_indices else "pt, one GPU by default"
 
 
 def _round_up(size: float) -> float:

@@ -65,7 +65,8 @@ def address() -> str:
 
 def _line(model: ModelStatus, seconds: float) -> str:
     reason = f": {model.message}" if model.state != "ready" and model.message else ""
-    return f"[{seconds:4.0f} s] {model.name} is {model.state}{reason}"
+    state = {"ready": "is ready", "loading": "is loading", "failed": "has failed"}[model.state]
+    return f"[{seconds:4.0f} s] {model.name} {state}{reason}"
 
 
 def _differs(before: ModelStatus | None, now: ModelStatus) -> bool:

@@ -100,7 +100,8 @@ def _read_application(name: str, application: Any) -> ModelStatus:
     deployment = application.deployments.get(MODEL_DEPLOYMENT)
     running = 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
     status = str(getattr(application.status, "value", application.status))
-    message = summarize(application.message or (deployment.message if deployment is not None else ""))
+    # The deployment's message has the reason; the application's then only says that the deployment failed.
+    message = summarize((deployment.message if deployment is not None else "") or application.message)
     if running or status == "RUNNING":  # RUNNING without replicas is scaled to zero: the handle wakes it.
         return ModelStatus(name, "ready", running)
     if status in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -113,11 +114,12 @@ def summarize(message: str) -> str:
 
     Serve repeats the whole remote traceback in the message of an application whose constructor failed.
     """
+    message = re.sub(r"^Deploying app '.*?' failed with exception:\n", "", message)
     if "Traceback (most recent call last)" not in message:
         return " ".join(message.split())
     lines = [line.strip() for line in message.splitlines()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b.*: ", line)]
-    return re.sub(r"^([\w]+\.)*", "", errors[-1]) if errors else lines[-1]
+    return re.sub(r"^(serve_app\.errors\.\w+: |(\w+\.)*)", "", errors[-1]) if errors else lines[-1]
 
 
 def _not_found(name: str, models: Mapping[str, ModelStatus]) -> ModelNotFound:

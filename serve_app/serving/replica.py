@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine, create_engine
+from serve_app.errors import ServeAppError
 from serve_app.serving.asgi import HttpRequest, call_asgi
 from serve_app.serving.terminal import say
 
@@ -26,6 +27,9 @@ class Model:
         self._engine: Engine = create_engine(config, self.name)
         try:
             self._app: ASGIApp = await self._engine.start()
+        except ServeAppError as error:
+            await self._engine.stop()
+            raise error.with_traceback(None) from None  # The message says it all; Serve prints the traceback thrice.
         except BaseException:
             await self._engine.stop()
             raise

@@ -1,11 +1,9 @@
 """The pt engine as the replica sees it, and generation as the HTTP application sees it."""
 
 import asyncio
-import tempfile
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from starlette.types import ASGIApp
@@ -38,7 +36,6 @@ class PtEngine:
     def __init__(self, config: ModelConfig, name: str):
         self.name = name
         self._config = config
-        self._offload = tempfile.TemporaryDirectory(prefix="serve-app-offload-")
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
         self._loop: EngineLoop | None = None
         self._loaded: LoadedModel | None = None
@@ -48,7 +45,7 @@ class PtEngine:
         from serve_app.engines.pt.openai_api import build_app
 
         torch.set_num_threads(max(1, int(self._config.num_cpus)))
-        self._loaded = await asyncio.to_thread(load_model, self._config, Path(self._offload.name))
+        self._loaded = await asyncio.to_thread(load_model, self._config)
         self._asyncio_loop = asyncio.get_running_loop()
         runner = ModelRunner(self._loaded.model, self._loaded.input_device)
         scheduler = Scheduler(self._config.max_num_seqs or DEFAULT_MAX_NUM_SEQS)
@@ -65,7 +62,8 @@ class PtEngine:
         """Ends the thread and removes the offloaded weights."""
         if self._loop is not None:
             await asyncio.to_thread(self._loop.stop, STOP_TIMEOUT_S)
-        self._offload.cleanup()
+        if self._loaded is not None and self._loaded.offload is not None:
+            self._loaded.offload.cleanup()
 
     @property
     def loaded(self) -> LoadedModel:

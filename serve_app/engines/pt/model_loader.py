@@ -7,6 +7,7 @@ Law: nothing lands on the cpu or on disk unless the user named that tier in `max
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ DeviceMap = Mapping[str, Device]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run. `max_model_len` is in tokens, prompt and output together."""
+    """A model ready to run.
+
+    `max_model_len` is in tokens, prompt and output together; `offload` holds the modules that are on disk.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -29,13 +33,11 @@ class LoadedModel:
     max_model_len: int
     eos_ids: frozenset[int]
     device_map: DeviceMap
+    offload: TemporaryDirectory[str] | None
 
 
-def load_model(config: ModelConfig, offload_folder: Path) -> LoadedModel:
-    """Loads weights and tokenizer. Raises ConfigError or EngineError with one message when it cannot.
-
-    `offload_folder` receives the modules that go to disk, where the config opens that tier.
-    """
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Loads weights and tokenizer. Raises ConfigError or EngineError with one message when it cannot."""
     common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         hf_config = AutoConfig.from_pretrained(config.model, **common)
@@ -47,15 +49,21 @@ def load_model(config: ModelConfig, offload_folder: Path) -> LoadedModel:
     max_model_len = _max_model_len(config, hf_config)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     device_map = choose_device_map(config, hf_config, gpu_memory(config))
+    offload = TemporaryDirectory(prefix="serve-app-offload-") if "disk" in device_map.values() else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=dtype, device_map=dict(device_map), offload_folder=str(offload_folder), **common
+            config.model,
+            dtype=dtype,
+            device_map=dict(device_map),
+            offload_folder=None if offload is None else offload.name,
+            **common,
         )
     except (OSError, ValueError) as error:
         raise EngineError(f"model: cannot load {config.model}: {_first_lines(error)}") from error
     model.eval()
-    device = _input_device(model)
-    return LoadedModel(model, tokenizer, device, max_model_len, _eos_ids(model, tokenizer), device_map)
+    return LoadedModel(
+        model, tokenizer, _input_device(model), max_model_len, _eos_ids(model, tokenizer), device_map, offload
+    )
 
 
 def gpu_memory(config: ModelConfig) -> dict[int, int]:
@@ -85,13 +93,16 @@ def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[i
     """
     if isinstance(config.device_map, dict):
         return config.device_map
-    if config.device == "cpu" and "disk" not in config.spill_tiers:
+    if config.device == "cpu" and config.max_memory is None:
         return {"": "cpu"}
     limits = device_limits(config, free_bytes)
     device_map = _infer(config, hf_config, limits)
     spilled = {str(device) for device in device_map.values() if isinstance(device, str)} - _allowed_tiers(config)
     if spilled:
-        sizes = ", ".join(f"GPU {device}: {size / 1e9:.2f} GB" for device, size in limits.items() if size)
+        sizes = ", ".join(
+            f"{f'GPU {device}' if isinstance(device, int) else device}: {size / 1e9:.3g} GB"
+            for device, size in limits.items()
+        )
         raise EngineError(
             f"max_memory: the model does not fit in {sizes}; part of it would go to {' and '.join(sorted(spilled))}. "
             "Raise the limits, add a GPU, or name cpu (slow) or disk (very slow) in max_memory to allow it."
@@ -115,7 +126,7 @@ def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[De
 
 
 def _allowed_tiers(config: ModelConfig) -> frozenset[str]:
-    return config.spill_tiers | ({"cpu"} if config.device == "cpu" else set())
+    return config.spill_tiers | ({"cpu"} if config.device == "cpu" else frozenset())
 
 
 def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[Device, int]) -> DeviceMap:

@@ -1,0 +1,54 @@
+"""The command line's answers and exit codes, on this machine, which has no GPU."""
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.cli import check as check_module
+from serve_app.cli.main import main
+from tests.builders import node
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two CPUs and no GPU, whatever runs beside the test."""
+    monkeypatch.setattr(check_module, "_nodes", lambda _: ([node("here", cpus=2)], "no Ray cluster runs here"))
+
+
+def test_the_local_config_fits_a_machine_without_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0, and one line per model."""
+    assert main(["check", str(ROOT / "deploy_configs/local.yaml")]) == 0
+    assert "ok  tiny-pt: a replica takes 1 CPU" in capsys.readouterr().out
+
+
+def test_the_production_config_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, and for each model what it needs and what there is."""
+    assert main(["check", str(ROOT / "deploy_configs/prod.yaml")]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NO")]
+    assert len(lines) == 3
+    assert "emo-7b: needs 2 GPUs" in lines[0]
+    assert all("here: 2 CPUs, 0 GPUs" in line for line in lines)
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2; each line names its application."""
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "applications:\n"
+        "- {name: r, import_path: 'serve_app.app:router', args: {max_body: 1}}\n"
+        "- {name: a, import_path: 'serve_app.app:model', args: {model: m, infer_backend: vllm, max_memory: {0: 3GB}}}\n"
+        "- {name: b, import_path: 'serve_app.app:model', args: {model: ./no, infer_backend: pt}}\n"
+    )
+    assert main(["check", str(file)]) == 2
+    errors = capsys.readouterr().err
+    assert "r: unknown field 'max_body'. Did you mean 'max_body_bytes'" in errors
+    assert "a: max_memory: vLLM" in errors
+    assert "b: model: there is no folder" in errors
+
+
+def test_a_missing_file_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
+    """No traceback."""
+    assert main(["check", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml: No such file" in capsys.readouterr().err

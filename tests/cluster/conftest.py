@@ -1,0 +1,81 @@
+"""One cluster for all tests here: both engines, a model that cannot load, one without room, one that scales."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.serve_run import ServeRun
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks everything here, and gives it time: the first test waits for the start."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.timeout(600))
+
+
+def model(name: str, **args: Any) -> dict[str, Any]:
+    """One application of the test's config file, on the CPU."""
+    return {
+        "name": name,
+        "import_path": "serve_app.app:model",
+        "route_prefix": f"/models/{name}",
+        "args": {"model": "serve-app/demo", "device": "cpu", "dtype": "float32", **args},
+    }
+
+
+@pytest.fixture(scope="session")
+def broken_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder whose weights are missing."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(broken_folder: Path) -> Iterator[ServeRun]:
+    """The running cluster, once every model serves or has failed."""
+    scaling = model("scaling", infer_backend="pt", max_num_seqs=4) | {
+        "deployments": [
+            {
+                "name": "Model",
+                "max_ongoing_requests": 8,
+                "autoscaling_config": {
+                    "min_replicas": 1,
+                    "max_replicas": 2,
+                    "target_ongoing_requests": 2,
+                    "upscale_delay_s": 1,
+                    "downscale_delay_s": 3,
+                    "metrics_interval_s": 1,
+                    "look_back_period_s": 2,
+                },
+            }
+        ]
+    }
+    config = {
+        "applications": [
+            {
+                "name": "router",
+                "import_path": "serve_app.app:router",
+                "route_prefix": "/",
+                "args": {"max_body_bytes": 100_000},
+            },
+            model("tiny-pt", infer_backend="pt"),
+            model("tiny-vllm", infer_backend="vllm", max_num_seqs=32)
+            | {"runtime_env": {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}},
+            model("broken", infer_backend="pt", model=str(broken_folder)),
+            model("homeless", infer_backend="vllm", device="cuda", tensor_parallel_size=2),
+            scaling,
+        ]
+    }
+    serve = ServeRun(config, cpus=8)
+    try:
+        serve.wait_until(lambda models: all(m["status"] != "loading" for m in models.values()) and len(models) == 5)
+        yield serve
+        left = serve.stop()
+        assert not left, f"`serve run` left processes behind: {left}"
+    finally:
+        serve.clean_up()

@@ -1,0 +1,129 @@
+"""Starts `serve run` as a user would, with ports, folders and a cluster of its own, and stops it."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+BIN = Path(sys.executable).parent
+START_TIMEOUT_S = 420.0
+STOP_TIMEOUT_S = 90.0
+MARK = "SERVE_APP_TEST_RUN"
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class ServeRun:
+    """One `serve run` process with everything that it starts. Every process of it carries a mark in its environment."""
+
+    def __init__(self, config: dict[str, Any], cpus: int):
+        # Short, because Ray puts sockets below it and their paths have 107 characters at most.
+        self.folder = Path(tempfile.mkdtemp(prefix="sa-", dir="/tmp"))
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._mark = secrets.token_hex(8)
+        self.log = self.folder / "serve-run.log"
+        config = {**config, "http_options": {"host": "127.0.0.1", "port": self.port}}
+        self.config_file = self.folder / "config.yaml"
+        self.config_file.write_text(yaml.safe_dump(config, sort_keys=False))
+        self.environment = {
+            **os.environ,
+            MARK: self._mark,
+            "RAY_TMPDIR": str(self.folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",  # a token would be written into the home folder
+            "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [BIN / "serve", "run", self.config_file],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                env=self.environment,
+                start_new_session=True,
+            )
+
+    def wait_until(self, settled: Any, timeout_s: float = START_TIMEOUT_S) -> dict[str, Any]:
+        """`/ready`'s models once `settled(models)` holds. Raises TimeoutError with the log's end."""
+        deadline = time.monotonic() + timeout_s
+        models: dict[str, Any] = {}
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"`serve run` ended with {self.process.returncode}:\n{self.output()[-4000:]}")
+            try:
+                models = httpx.get(f"{self.url}/ready", timeout=5).json()["models"]
+            except (httpx.HTTPError, ValueError, KeyError):
+                models = {}
+            if models and settled(models):
+                return models
+            time.sleep(1)
+        raise TimeoutError(f"not settled after {timeout_s} s: {models}\n{self.output()[-4000:]}")
+
+    def output(self) -> str:
+        """What the terminal shows, without colours."""
+        return re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
+
+    def status(self) -> str:
+        """What `serve status` prints."""
+        dashboard = re.search(r"dashboard at (http://\S+)", self.output())
+        assert dashboard is not None, "Ray prints the dashboard's address at start"
+        done = subprocess.run(
+            [BIN / "serve", "status", "--address", dashboard[1]],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return done.stdout
+
+    def processes(self) -> dict[int, str]:
+        """All living processes of this run, pid to command line, found by the mark in their environment."""
+        found = {}
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            try:
+                if f"{MARK}={self._mark}".encode() in (folder / "environ").read_bytes():
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[int(folder.name)] = command[:120]
+            except OSError:  # ended meanwhile, or not ours to read
+                continue
+        return found
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> dict[int, str]:
+        """Sends the signal to `serve run` alone, as `kill` does; returns what is still alive after a bounded wait."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+            self.process.wait(STOP_TIMEOUT_S)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return left
+
+    def clean_up(self) -> None:
+        """Ends what is left, by pid, and removes the folder."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,228 @@
+"""Both engines in a real cluster: the same known answers by every way, and honest refusals."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.cluster.serve_run import ServeRun
+from tests.demo_answers import ANSWERS, QUESTIONS
+
+ENGINES = ["tiny-pt", "tiny-vllm"]
+WAYS = ["by name", "by route"]
+
+
+def base_url(run: ServeRun, model: str, way: str) -> str:
+    """The address for OpenAI's client."""
+    return f"{run.url}/v1" if way == "by name" else f"{run.url}/models/{model}/v1"
+
+
+def chat(model: str, question: str, **fields: Any) -> dict[str, Any]:
+    """A greedy chat request."""
+    return {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, **fields}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model", ENGINES)
+def test_the_openai_client_gets_the_known_answer(run: ServeRun, model: str, way: str) -> None:
+    """Whole and streamed, by name and by route, both engines give the trained answer word for word."""
+    question = QUESTIONS[0]
+    client = openai.OpenAI(base_url=base_url(run, model, way), api_key="none", timeout=60)
+    with client:
+        whole = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}], temperature=0
+        )
+        assert whole.choices[0].message.content == ANSWERS[question]
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage is not None
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+        chunks = list(
+            client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question}],
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == ANSWERS[question]
+    assert sum(bool(text) for text in texts) > 5, "a stream comes in pieces"
+    assert chunks[-1].usage == whole.usage.model_copy(update=dict(chunks[-1].usage or {}))
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_both_engines_count_the_same_tokens(run: ServeRun) -> None:
+    """The prompt goes through the same template, and the answer has the same tokens."""
+    usages = []
+    for model in ENGINES:
+        reply = httpx.post(f"{run.url}/v1/chat/completions", json=chat(model, QUESTIONS[1]), timeout=60).json()
+        usages.append({key: reply["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")})
+    assert usages[0] == usages[1]
+
+
+@pytest.mark.parametrize("model", ENGINES)
+def test_text_completions_continue_a_prompt(run: ServeRun, model: str) -> None:
+    """/v1/completions with the template written out gives the same answer, cut at max_tokens and at stop."""
+    question = QUESTIONS[0]
+    prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    with openai.OpenAI(base_url=f"{run.url}/v1", api_key="none", timeout=60) as client:
+        whole = client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=200)
+        short = client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=3)
+        stop = ANSWERS[question].split()[4]
+        stopped = client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=200, stop=[stop])
+    assert whole.choices[0].text == ANSWERS[question]
+    assert short.choices[0].finish_reason == "length"
+    assert short.usage is not None
+    assert short.usage.completion_tokens == 3
+    assert ANSWERS[question].startswith(short.choices[0].text)
+    assert stopped.choices[0].text == ANSWERS[question][: ANSWERS[question].index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("model", ENGINES)
+async def test_a_seed_repeats_a_sampled_text(run: ServeRun, model: str) -> None:
+    """The same seed gives the same text while other requests run; another seed gives another."""
+    body = chat(model, "Tell me something", temperature=2.0, max_tokens=24)
+    async with httpx.AsyncClient(base_url=run.url, timeout=60) as client:
+        seeds = [7, 7, 8, 9, 7]
+        replies = await asyncio.gather(
+            *(client.post("/v1/chat/completions", json={**body, "seed": seed}) for seed in seeds)
+        )
+    texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+    assert texts[0] == texts[1] == texts[4]
+    assert len({texts[0], texts[2], texts[3]}) > 1
+
+
+async def stream_answer(client: httpx.AsyncClient, model: str, question: str) -> str:
+    """The text of one streamed chat."""
+    text = ""
+    async with client.stream("POST", "/v1/chat/completions", json=chat(model, question, stream=True)) as reply:
+        assert reply.status_code == 200
+        async for line in reply.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+    return text
+
+
+@pytest.mark.parametrize("model", ENGINES)
+async def test_32_concurrent_streams_all_finish_and_are_all_correct(run: ServeRun, model: str) -> None:
+    """Nothing leaks from one stream into another."""
+    questions = [QUESTIONS[number % len(QUESTIONS)] for number in range(32)]
+    async with httpx.AsyncClient(base_url=run.url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+        texts = await asyncio.gather(*(stream_answer(client, model, question) for question in questions))
+    assert texts == [ANSWERS[question] for question in questions]
+
+
+def test_the_list_shows_every_model(run: ServeRun) -> None:
+    """Failed models too, with their state."""
+    entries = httpx.get(f"{run.url}/v1/models", timeout=10).json()
+    assert entries["object"] == "list"
+    assert {entry["id"]: entry["status"] for entry in entries["data"]} == {
+        "broken": "failed",
+        "homeless": "failed",
+        "scaling": "ready",
+        "tiny-pt": "ready",
+        "tiny-vllm": "ready",
+    }
+    assert httpx.get(f"{run.url}/v1/models/tiny-pt", timeout=10).json()["id"] == "tiny-pt"
+    assert httpx.get(f"{run.url}/v1/models/nobody", timeout=10).status_code == 404
+
+
+def test_a_broken_model_leaves_the_others_serving_and_says_why(run: ServeRun) -> None:
+    """`/ready`, the terminal and `serve status` name the reason; the others answered in the tests above."""
+    ready = httpx.get(f"{run.url}/ready", timeout=10)
+    assert ready.status_code == 200
+    assert ready.json()["status"] == "degraded"
+    models = ready.json()["models"]
+    assert "cannot read" in models["broken"]["message"]
+    assert "needs 2 GPUs" in models["homeless"]["message"]
+    assert "8 CPUs, 0 GPUs" in models["homeless"]["message"]
+    status = run.status()
+    assert "cannot read" in status
+    assert "needs 2 GPUs" in status
+
+
+def test_the_terminal_tells_a_line_to_try(run: ServeRun) -> None:
+    """Progress, the address, a curl line and each failure in one line; no traceback for a model without room."""
+    output = run.output()
+    assert f"3 of 5 models serve at {run.url}" in output
+    assert f"try: curl {run.url}/v1/chat/completions" in output
+    assert "homeless: needs 2 GPUs" in output
+    homeless = [line for line in output.splitlines() if "homeless" in line]
+    assert not any("Traceback" in line for line in homeless)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "words"),
+    [
+        (b'{"model": "nobody"}', 404, "model_not_found", "broken, homeless, scaling, tiny-pt, tiny-vllm"),
+        (b'{"model": "broken"}', 503, "model_unavailable", "cannot read"),
+        (b'{"model": ', 400, None, "not valid JSON"),
+        (b'{"messages": []}', 400, None, "'model' is missing"),
+        (b'{"model": 5}', 400, None, "must be a string"),
+        (b"[]", 400, None, "must be a JSON object"),
+        (b" " * 100_001, 413, "request_too_large", "100000 bytes"),
+    ],
+)
+def test_the_router_refuses_in_openais_envelope(
+    run: ServeRun, body: bytes, status: int, code: str | None, words: str
+) -> None:
+    """Every refusal has the same shape and says what to do."""
+    reply = httpx.post(f"{run.url}/v1/chat/completions", content=body, timeout=10)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (status, code)
+    assert words in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert ("retry-after" in reply.headers) == (status == 503)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model", ENGINES)
+def test_an_engines_refusal_passes_unchanged(run: ServeRun, model: str, way: str) -> None:
+    """A 400 of the engine reaches the client with status and envelope, by both ways."""
+    url = base_url(run, model, way)
+    reply = httpx.post(f"{url}/chat/completions", json=chat(model, "hi", max_tokens=100_000), timeout=30)
+    assert reply.status_code == 400
+    assert "2048" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("model", ENGINES)
+def test_vllm_and_pt_answer_unknown_endpoints_with_404(run: ServeRun, model: str) -> None:
+    """By name, an endpoint that the engine does not have is the engine's own 404."""
+    reply = httpx.post(f"{run.url}/v1/nothing", json={"model": model}, timeout=30)
+    assert reply.status_code == 404
+
+
+def test_every_endpoint_of_vllm_works_by_name(run: ServeRun) -> None:
+    """The router knows no schema, so /tokenize is reached without the router knowing of it."""
+    reply = httpx.post(f"{run.url}/tokenize", json={"model": "tiny-vllm", "prompt": "hello"}, timeout=30)
+    assert reply.status_code == 200
+    assert reply.json()["count"] > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_client_that_leaves_frees_its_place(run: ServeRun, way: str) -> None:
+    """With every place taken by clients that leave, the next request is answered at once and not after them.
+
+    `scaling` runs four at a time; a forgotten one would run for its 2,000 tokens.
+    """
+    url = base_url(run, "scaling", way)
+    endless = chat("scaling", "Hello", max_tokens=1900, ignore_eos=True, stream=True)
+    async with httpx.AsyncClient(timeout=60) as client:
+
+        async def leave_early() -> None:
+            async with client.stream("POST", f"{url}/chat/completions", json=endless) as reply:
+                async for _ in reply.aiter_lines():
+                    return
+
+        await asyncio.gather(*(leave_early() for _ in range(4)))
+        reply = await asyncio.wait_for(client.post(f"{url}/chat/completions", json=chat("scaling", "Hello")), 20)
+    assert reply.json()["choices"][0]["message"]["content"] == ANSWERS["Hello"]

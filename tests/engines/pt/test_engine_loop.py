@@ -1,0 +1,128 @@
+"""The engine's thread: what ends, what goes on."""
+
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from serve_app.engines.pt.engine_loop import EngineLoop
+from serve_app.engines.pt.scheduler import Scheduler
+from serve_app.engines.pt.sequence import Output, SamplingParams, Sequence
+from serve_app.errors import EngineError
+
+EOS = 0
+
+
+class CountingRunner:
+    """A model whose next token is always the last one plus one; `fail` may raise for a sequence."""
+
+    def __init__(self, fail: Callable[[Sequence], None] = lambda _: None):
+        self._fail = fail
+
+    def run(self, batch: list[Sequence]) -> list[torch.Tensor | Exception]:
+        """Logits with one maximum."""
+        results: list[torch.Tensor | Exception] = []
+        for sequence in batch:
+            try:
+                self._fail(sequence)
+                last = [*sequence.prompt_ids, *sequence.output_ids][-1]
+                results.append(torch.nn.functional.one_hot(torch.tensor((last + 1) % 10), 10).float())
+            except Exception as error:
+                results.append(error)
+        return results
+
+
+@contextmanager
+def running(runner: CountingRunner, max_num_seqs: int = 8) -> Iterator[tuple[EngineLoop, "queue.Queue[Output]"]]:
+    """A started loop and its outputs."""
+    outputs: queue.Queue[Output] = queue.Queue()
+    loop = EngineLoop(
+        runner,  # type: ignore[arg-type]
+        Scheduler(max_num_seqs),
+        frozenset({EOS}),
+        lambda step: [outputs.put(output) for output in step] and None,
+    )
+    loop.start()
+    try:
+        yield loop, outputs
+    finally:
+        loop.stop(timeout_s=10)
+        assert not loop.is_alive()
+
+
+def sequence(start: int, max_tokens: int = 100, ignore_eos: bool = False) -> Sequence:
+    """A greedy sequence that counts up from `start`."""
+    return Sequence([start], SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=ignore_eos))
+
+
+def until_the_end(outputs: "queue.Queue[Output]", count: int = 1) -> list[Output]:
+    """All outputs until `count` sequences have ended."""
+    seen = []
+    while count:
+        output = outputs.get(timeout=10)
+        seen.append(output)
+        count -= output.finish_reason is not None or output.error is not None
+    return seen
+
+
+def test_a_sequence_ends_at_eos_or_at_its_length() -> None:
+    """The end token is counted; `ignore_eos` goes past it."""
+    with running(CountingRunner()) as (loop, outputs):
+        loop.submit(sequence(7))
+        assert [(o.token_id, o.finish_reason) for o in until_the_end(outputs)] == [(8, None), (9, None), (0, "stop")]
+        loop.submit(sequence(7, max_tokens=2))
+        assert [o.finish_reason for o in until_the_end(outputs)] == [None, "length"]
+        loop.submit(sequence(9, max_tokens=3, ignore_eos=True))
+        assert [o.token_id for o in until_the_end(outputs)] == [0, 1, 2]
+
+
+def test_sequences_advance_together() -> None:
+    """A long one does not hold a short one back."""
+    with running(CountingRunner()) as (loop, outputs):
+        long, short = sequence(1, max_tokens=500, ignore_eos=True), sequence(5, max_tokens=2)
+        loop.submit(long)
+        loop.submit(short)
+        ends = [output.sequence for output in until_the_end(outputs, 2) if output.finish_reason]
+        assert ends == [short, long]
+
+
+def test_an_error_ends_only_its_own_sequence() -> None:
+    """The others of the same step, and those that come later, go on."""
+
+    def fail(which: Sequence) -> None:
+        if which.prompt_ids == [3]:
+            raise RuntimeError("broken row")
+
+    with running(CountingRunner(fail)) as (loop, outputs):
+        bad, good = sequence(3), sequence(7)
+        loop.submit(bad)
+        loop.submit(good)
+        ends = {o.sequence: o for o in until_the_end(outputs, 2) if o.finish_reason or o.error}
+        assert str(ends[bad].error) == "broken row"
+        assert ends[good].finish_reason == "stop"
+        loop.submit(sequence(8))
+        assert until_the_end(outputs)[-1].finish_reason == "stop"
+
+
+def test_a_cancelled_sequence_frees_its_place() -> None:
+    """With one place, the next runs as soon as the first is cancelled, and nothing more comes of the first."""
+    with running(CountingRunner(), max_num_seqs=1) as (loop, outputs):
+        endless, next_one = sequence(1, max_tokens=10**9, ignore_eos=True), sequence(8)
+        loop.submit(endless)
+        outputs.get(timeout=10)
+        loop.submit(next_one)
+        loop.cancel(endless)
+        while outputs.get(timeout=10).sequence is endless:
+            pass
+        assert all(output.sequence is next_one for output in until_the_end(outputs))
+
+
+def test_stopping_tells_those_that_are_left() -> None:
+    """Nobody waits for ever."""
+    with running(CountingRunner()) as (loop, outputs):
+        loop.submit(sequence(1, max_tokens=10**9, ignore_eos=True))
+        outputs.get(timeout=10)
+        loop.stop(timeout_s=10)
+        last = until_the_end(outputs)[-1]
+        assert isinstance(last.error, EngineError)

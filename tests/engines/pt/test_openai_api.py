@@ -1,0 +1,155 @@
+"""The pt engine's HTTP interface, with the real engine and the demo model in this process."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.engines.pt.engine import PtEngine
+from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from tests.builders import model_config
+from tests.demo_answers import ANSWERS, QUESTIONS
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a freshly started engine."""
+    config = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=4)
+    engine = PtEngine(config, "demo")
+    app = await engine.start()
+    transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=60) as session:
+        yield session
+    await engine.stop()
+
+
+def chat(question: str = "Hello", **fields: Any) -> dict[str, Any]:
+    """A greedy chat request."""
+    return {"messages": [{"role": "user", "content": question}], "temperature": 0, **fields}
+
+
+def events(text: str) -> list[Any]:
+    """The decoded events of a stream, without `[DONE]`, which must be the last."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+async def test_every_known_question_is_answered_word_for_word(client: httpx.AsyncClient) -> None:
+    """All at once, with four running at a time."""
+    replies = await asyncio.gather(*(client.post("/v1/chat/completions", json=chat(q)) for q in QUESTIONS))
+    texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+    assert texts == [ANSWERS[question] for question in QUESTIONS]
+
+
+async def test_a_stream_has_openais_chunks(client: httpx.AsyncClient) -> None:
+    """The role first, then text, a finish reason, the usage where it was asked for, and `[DONE]`."""
+    body = chat(stream=True, stream_options={"include_usage": True})
+    reply = await client.post("/v1/chat/completions", json=body)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    chunks = events(reply.text)
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1]) == ANSWERS["Hello"]
+    assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]].count("stop") == 1
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] > 5
+
+
+async def test_several_prompts_give_a_choice_each(client: httpx.AsyncClient) -> None:
+    """Texts and token ids, in the order of the prompts."""
+    prompts = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in QUESTIONS[:3]]
+    body = {"prompt": prompts, "temperature": 0, "max_tokens": 100}
+    choices = (await client.post("/v1/completions", json=body)).json()["choices"]
+    assert [(c["index"], c["text"]) for c in choices] == [(i, ANSWERS[q]) for i, q in enumerate(QUESTIONS[:3])]
+
+
+async def test_stop_strings_cut_the_text_and_count_the_tokens_so_far(client: httpx.AsyncClient) -> None:
+    """The text before the stop string, and a finish reason of `stop`."""
+    answer = ANSWERS["Hello"]
+    reply = (await client.post("/v1/chat/completions", json=chat(stop=["small demo"]))).json()
+    assert reply["choices"][0]["message"]["content"] == answer[: answer.index("small demo")]
+    assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_continuing_the_last_message(client: httpx.AsyncClient) -> None:
+    """`continue_final_message` goes on where the assistant's text ends."""
+    answer = ANSWERS["Hello"]
+    start = answer[: answer.index(" demo")]
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": start}]
+    body = {
+        "messages": messages,
+        "temperature": 0,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    }
+    reply = (await client.post("/v1/chat/completions", json=body)).json()
+    assert start + reply["choices"][0]["message"]["content"] == answer
+
+
+async def test_text_parts_are_joined(client: httpx.AsyncClient) -> None:
+    """A list of text parts is what some clients send for plain text."""
+    body = chat()
+    body["messages"][0]["content"] = [{"type": "text", "text": "Hello"}]
+    reply = (await client.post("/v1/chat/completions", json=body)).json()
+    assert reply["choices"][0]["message"]["content"] == ANSWERS["Hello"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("chat/completions", chat(n=2), "n", "not supported"),
+        ("chat/completions", chat(logprobs=True), "logprobs", "not supported"),
+        ("chat/completions", chat(tools=[{"type": "function"}]), "tools", "not supported"),
+        ("chat/completions", chat(temprature=1), "temprature", "Did you mean 'temperature'"),
+        ("chat/completions", chat(top_p=0), "top_p", "greater than 0"),
+        ("chat/completions", chat(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+        ("chat/completions", {"messages": []}, "messages", "at least 1"),
+        ("chat/completions", {}, "messages", "required"),
+        ("chat/completions", [], None, "must be a JSON object"),
+        ("chat/completions", chat(max_tokens=3000), "max_tokens", "maximum context length is 2048 tokens"),
+        ("chat/completions", chat("word " * 3000), "messages", "maximum context length is 2048 tokens"),
+        ("completions", {"prompt": ""}, "prompt", "empty"),
+        ("completions", {"prompt": [5, 99999]}, "prompt", "token id 99999 is outside"),
+        ("completions", {"prompt": [-1]}, "prompt", "token id -1 is outside"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages",
+            "'image_url' is not supported",
+        ),
+    ],
+)
+async def test_what_cannot_be_honoured_is_refused_by_name(
+    client: httpx.AsyncClient, path: str, body: Any, param: str | None, words: str
+) -> None:
+    """400 in OpenAI's envelope, before anything reaches the batch."""
+    reply = await client.post(f"/v1/{path}", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert words in error["message"]
+
+
+async def test_neutral_values_are_accepted(client: httpx.AsyncClient) -> None:
+    """Clients send defaults that ask for nothing."""
+    body = chat(n=1, logprobs=False, presence_penalty=0, logit_bias={}, response_format={"type": "text"}, user="u")
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+
+
+async def test_another_models_name_is_a_404(client: httpx.AsyncClient) -> None:
+    """A route serves one model."""
+    reply = await client.post("/v1/chat/completions", json=chat(model="other"))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_models_and_health(client: httpx.AsyncClient) -> None:
+    """The model tells its context length."""
+    (entry,) = (await client.get("/v1/models")).json()["data"]
+    assert (entry["id"], entry["max_model_len"]) == ("demo", 2048)
+    assert (await client.get("/health")).status_code == 200
+    missing = await client.get("/v1/nothing")
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "invalid_request_error")

@@ -1,0 +1,44 @@
+"""The arguments and the environment that vLLM gets."""
+
+import pytest
+
+from serve_app.engines.vllm_engine import engine_arguments, environment
+from tests.builders import model_config
+
+
+def test_every_field_reaches_vllm_under_its_own_name() -> None:
+    """What the user left out is left to vLLM."""
+    config = model_config(infer_backend="vllm", tensor_parallel_size=2, max_model_len=100, quantization="awq")
+    arguments = engine_arguments(config, "name")
+    assert arguments["model"] == "some/model"
+    assert arguments["served-model-name"] == "name"
+    assert arguments["tensor-parallel-size"] == 2
+    assert arguments["max-model-len"] == 100
+    assert arguments["quantization"] == "awq"
+    assert "max-num-seqs" not in arguments
+    assert "enforce-eager" not in arguments
+
+
+def test_workers_are_processes_of_the_replica() -> None:
+    """Not Ray actors of their own: Ray would have to place them a second time."""
+    one = engine_arguments(model_config(infer_backend="vllm"), "n")
+    two = engine_arguments(model_config(infer_backend="vllm", tensor_parallel_size=2), "n")
+    assert (one["distributed-executor-backend"], two["distributed-executor-backend"]) == ("uni", "mp")
+
+
+def test_engine_args_come_last() -> None:
+    """In either spelling, and over our own choices."""
+    config = model_config(
+        infer_backend="vllm", device="cpu", engine_args={"enforce_eager": False, "kv-cache-dtype": "fp8"}
+    )
+    arguments = engine_arguments(config, "n")
+    assert (arguments["enforce-eager"], arguments["kv-cache-dtype"]) == (False, "fp8")
+
+
+def test_the_users_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger CPU cache can be asked for."""
+    config = model_config(infer_backend="vllm", device="cpu")
+    assert environment(config)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "8")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(config)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(model_config(infer_backend="vllm"))

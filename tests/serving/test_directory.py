@@ -1,0 +1,70 @@
+"""What Serve's status means for a client."""
+
+import pytest
+
+from serve_app.serving.directory import read_status, summarize
+from tests.builders import application
+
+CONSTRUCTOR_FAILED = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
+ray::ServeReplica:a:Model.initialize_and_get_metadata() (pid=1, ip=192.0.2.2)
+  File "x.py", line 1, in y
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "engine.py", line 42, in start
+OSError: no such file: 'x'
+
+The above exception was the direct cause of the following exception:
+
+  File "engine.py", line 44, in start
+serve_app.errors.EngineError: model: cannot read /x: no such file"""
+
+
+def test_every_application_but_the_router_is_a_model() -> None:
+    """An application of somebody else's is none; one that could not be built is, so that its error is seen."""
+    models = read_status(
+        {
+            "router": application(deployment="Router"),
+            "b": application(),
+            "a": application(),
+            "theirs": application(deployment="Chat"),
+            "unbuilt": application("DEPLOY_FAILED", running=0, message="unknown field 'x'.", deployment=None),
+        },
+        own_application="router",
+    )
+    assert list(models) == ["a", "b", "unbuilt"]
+    assert (models["unbuilt"].state, models["unbuilt"].message) == ("failed", "unknown field 'x'.")
+
+
+@pytest.mark.parametrize(
+    ("status", "running", "state"),
+    [
+        ("RUNNING", 1, "ready"),
+        ("RUNNING", 0, "ready"),  # scaled to zero: the first request wakes it
+        ("DEPLOYING", 0, "loading"),
+        ("DEPLOYING", 1, "ready"),  # a rolling update: the old replica still answers
+        ("DEPLOY_FAILED", 0, "failed"),
+        ("UNHEALTHY", 0, "failed"),
+        ("UNHEALTHY", 1, "ready"),
+        ("DELETING", 0, "loading"),
+    ],
+)
+def test_a_model_is_ready_while_a_replica_of_it_can_answer(status: str, running: int, state: str) -> None:
+    """Serve's status tells about the deployment, the replicas tell about answers."""
+    (model,) = read_status({"a": application(status, running)}, "router").values()
+    assert (model.state, model.replicas) == (state, running)
+
+
+def test_a_traceback_is_summarized_by_its_last_error() -> None:
+    """Our own errors lose their class name; they are sentences."""
+    assert summarize(CONSTRUCTOR_FAILED) == "model: cannot read /x: no such file"
+
+
+def test_another_librarys_error_keeps_its_class() -> None:
+    """`MemoryError` without its name would say little."""
+    text = "x\nTraceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA out of memory."
+    assert summarize(text) == "OutOfMemoryError: CUDA out of memory."
+
+
+def test_a_plain_message_becomes_one_line() -> None:
+    """Line breaks are for tracebacks."""
+    assert summarize("needs 2 GPUs,\n  has none.") == "needs 2 GPUs, has none."

@@ -1,0 +1,169 @@
+"""The router with models that are small ASGI applications instead of replicas."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from ray.exceptions import RayActorError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from serve_app.config import RouterConfig
+from serve_app.errors import ModelNotFound, ModelUnavailable
+from serve_app.serving.asgi import HttpRequest, call_asgi
+from serve_app.serving.directory import ModelStatus
+from serve_app.serving.router import build_app, model_of
+
+
+class Items:
+    """What a Ray handle returns: an asynchronous iterator that can be cancelled. `fail_after` items it breaks."""
+
+    def __init__(self, app: Starlette, request: HttpRequest, fail_after: int | None):
+        self._items = call_asgi(app, request)
+        self._left = fail_after
+
+    def __aiter__(self) -> "Items":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._left == 0:
+            raise RayActorError
+        self._left = None if self._left is None else self._left - 1
+        return await anext(self._items)
+
+    def cancel(self) -> None:
+        """Nothing runs elsewhere."""
+
+
+class Directory:
+    """A directory over applications in this process."""
+
+    def __init__(self, fail_after: int | None = None):
+        self.fail_after = fail_after
+
+    async def models(self) -> dict[str, ModelStatus]:
+        """One ready model and one that loads."""
+        return {"a": ModelStatus("a", "ready", 1), "b": ModelStatus("b", "loading", 0)}
+
+    async def find(self, name: str) -> ModelStatus:
+        """As in the real one."""
+        if name not in await self.models():
+            raise ModelNotFound("no such model", param="model")
+        return (await self.models())[name]
+
+    async def handle(self, name: str) -> Any:
+        """An object whose `remote` calls the model."""
+        if (await self.find(name)).state != "ready":
+            raise ModelUnavailable("loading", retry_after_s=9.2)
+        return self
+
+    def remote(self, request: HttpRequest) -> Items:
+        """As a Ray handle does."""
+        return Items(MODEL, request, self.fail_after)
+
+
+async def _echo(request: Request) -> Response:
+    body = await request.json()
+    headers = {name: value for name, value in request.headers.items() if name.startswith("x-")}
+    seen = {"path": request.url.path, "query": request.url.query, "body": body, "headers": headers}
+    return JSONResponse(seen, status_code=418, headers={"x-model": "a"})
+
+
+async def _stream(_: Request) -> Response:
+    async def pieces() -> AsyncIterator[bytes]:
+        for number in range(3):
+            yield f"data: {number}\n\n".encode()
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
+MODEL = Starlette(
+    routes=[Route("/v1/stream", _stream, methods=["POST"]), Route("/{path:path}", _echo, methods=["POST"])]
+)
+
+
+def client(directory: Directory, **config: Any) -> httpx.AsyncClient:
+    """A client of the router."""
+    app = build_app(RouterConfig(**config), directory)  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
+
+
+async def test_a_request_and_its_answer_pass_unchanged() -> None:
+    """Path, query, body and headers go to the model; status, headers and body come back."""
+    async with client(Directory()) as session:
+        reply = await session.post("/v1/any?q=1", json={"model": "a", "z": [1]}, headers={"x-request-id": "r1"})
+    assert (reply.status_code, reply.headers["x-model"]) == (418, "a")
+    seen = reply.json()
+    assert (seen["path"], seen["query"], seen["body"]) == ("/v1/any", "q=1", {"model": "a", "z": [1]})
+    assert seen["headers"]["x-request-id"] == "r1"
+
+
+async def test_a_stream_passes_as_it_comes() -> None:
+    """All events, and no length that was not the model's."""
+    async with client(Directory()) as session:
+        reply = await session.post("/v1/stream", json={"model": "a"})
+    assert reply.text == "data: 0\n\ndata: 1\n\ndata: 2\n\n"
+    assert "content-length" not in reply.headers
+
+
+async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
+    """Never in silence."""
+    async with client(Directory(fail_after=1)) as session:
+        reply = await session.post("/v1/stream", json={"model": "a"})
+    last = reply.text.strip().split("\n\n")[-1].removeprefix("data: ")
+    assert json.loads(last)["error"]["code"] == "model_unavailable"
+
+
+async def test_a_replica_that_dies_before_answering_is_a_503() -> None:
+    """The client may try again at once."""
+    async with client(Directory(fail_after=0)) as session:
+        reply = await session.post("/v1/any", json={"model": "a"})
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+
+
+async def test_a_loading_model_is_a_503_with_retry_after() -> None:
+    """Whole seconds, rounded up."""
+    async with client(Directory()) as session:
+        reply = await session.post("/v1/any", json={"model": "b"})
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "10")
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_over_the_limit_is_refused_before_it_is_read(declared: bool) -> None:
+    """By its declared length, or as soon as it is over."""
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 100
+
+    async with client(Directory(), max_body_bytes=1000) as session:
+        content: Any = b"x" * 1001 if declared else endless()
+        reply = await session.post("/v1/any", content=content)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
+
+
+async def test_ready_is_200_as_soon_as_one_model_serves() -> None:
+    """And tells of each."""
+    async with client(Directory()) as session:
+        reply = await session.get("/ready")
+        assert (reply.status_code, reply.json()["status"]) == (200, "degraded")
+        assert reply.json()["models"]["b"]["status"] == "loading"
+        assert (await session.get("/health")).json() == {"status": "ok"}
+        assert (await session.get("/v1/models/nobody")).status_code == 404
+
+
+async def test_other_methods_lead_to_the_models_route() -> None:
+    """A GET has no body, so no model can be read from it."""
+    async with client(Directory()) as session:
+        reply = await session.get("/v1/responses/7")
+    assert reply.status_code == 405
+    assert "/models/NAME/" in reply.json()["error"]["message"]
+
+
+def test_the_model_is_read_from_any_json_object() -> None:
+    """Wherever it stands."""
+    assert model_of('{"messages": [{"model": "inner"}], "model": "ünder/x"}'.encode()) == "ünder/x"
