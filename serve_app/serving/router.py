@@ -33,6 +33,10 @@ HOP_BY_HOP = frozenset(
     b"content-length".split()
 )
 
+# The body was read as JSON, whatever curl calls it by default; vLLM insists on the name.
+JSON = (b"content-type", b"application/json")
+REPLACED = HOP_BY_HOP | {JSON[0]}
+
 
 class Router:
     """The deployment class of the router application."""
@@ -108,7 +112,7 @@ class _Endpoints:
             method=request.method,
             path="/" + request.path_params["path"],
             query=request.scope["query_string"],
-            headers=[pair for pair in request.headers.raw if pair[0] not in HOP_BY_HOP],
+            headers=[pair for pair in request.headers.raw if pair[0] not in REPLACED] + [JSON],
             body=body,
         )
         items = handle.remote(passed_on)

@@ -68,7 +68,7 @@ class Directory:
 
 async def _echo(request: Request) -> Response:
     body = await request.json()
-    headers = {name: value for name, value in request.headers.items() if name.startswith("x-")}
+    headers = {name: value for name, value in request.headers.items() if name.startswith(("x-", "content-t"))}
     seen = {"path": request.url.path, "query": request.url.query, "body": body, "headers": headers}
     return JSONResponse(seen, status_code=418, headers={"x-model": "a"})
 
@@ -100,6 +100,15 @@ async def test_a_request_and_its_answer_pass_unchanged() -> None:
     seen = reply.json()
     assert (seen["path"], seen["query"], seen["body"]) == ("/v1/any", "q=1", {"model": "a", "z": [1]})
     assert seen["headers"]["x-request-id"] == "r1"
+
+
+async def test_a_json_body_is_called_json() -> None:
+    """curl -d calls it a form; vLLM would refuse that."""
+    async with client(Directory()) as session:
+        reply = await session.post(
+            "/v1/any", content=b'{"model": "a"}', headers={"content-type": "application/x-www-form-urlencoded"}
+        )
+    assert reply.json()["headers"]["content-type"] == "application/json"
 
 
 async def test_a_stream_passes_as_it_comes() -> None:
