@@ -25,7 +25,7 @@ async def announce(directory: ModelDirectory) -> None:
         changed = [model for name, model in models.items() if _differs(seen.get(name), model)]
         for model in changed:
             say(_line(model, time.monotonic() - started))
-        if changed and all(model.state != "loading" for model in models.values()):
+        if changed and all(model.state in ("ready", "failed") for model in models.values()):
             for line in summary(models, address()):
                 say(line)
         waiting = [model.name for model in models.values() if model.state == "loading"]
@@ -44,7 +44,8 @@ def summary(models: dict[str, ModelStatus], url: str) -> list[str]:
     failed = [model for model in models.values() if model.state == "failed"]
     lines = [f"{len(ready)} of {len(models)} models serve at {url}"]
     if ready:
-        body = json.dumps({"model": ready[0].name, "messages": [{"role": "user", "content": "What is serve-app?"}]})
+        question = [{"role": "user", "content": "What is serve-app?"}]
+        body = json.dumps({"model": ready[0].name, "messages": question, "temperature": 0})
         lines.append(f"try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
     if failed:
         lines.append("these do not serve:")
@@ -65,7 +66,9 @@ def address() -> str:
 
 def _line(model: ModelStatus, seconds: float) -> str:
     reason = f": {model.message}" if model.state != "ready" and model.message else ""
-    state = {"ready": "is ready", "loading": "is loading", "failed": "has failed"}[model.state]
+    state = {"ready": "is ready", "loading": "is loading", "failed": "has failed", "stopping": "is stopping"}[
+        model.state
+    ]
     return f"[{seconds:4.0f} s] {model.name} {state}{reason}"
 
 

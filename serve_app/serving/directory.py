@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.errors import ModelNotFound, ModelUnavailable
 from serve_app.serving.deployment_options import MODEL_DEPLOYMENT
 
-State = Literal["ready", "loading", "failed"]
+State = Literal["ready", "loading", "failed", "stopping"]
 
 # Seconds that a client is told to wait for a model of which nothing better is known.
 RETRY_LOADING_S = 10.0
@@ -102,6 +102,8 @@ def _read_application(name: str, application: Any) -> ModelStatus:
     status = str(getattr(application.status, "value", application.status))
     # The deployment's message has the reason; the application's then only says that the deployment failed.
     message = summarize((deployment.message if deployment is not None else "") or application.message)
+    if status == "DELETING":
+        return ModelStatus(name, "stopping", running)
     if running or status == "RUNNING":  # RUNNING without replicas is scaled to zero: the handle wakes it.
         return ModelStatus(name, "ready", running)
     if status in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -128,6 +130,8 @@ def _not_found(name: str, models: Mapping[str, ModelStatus]) -> ModelNotFound:
 
 
 def _unavailable(model: ModelStatus) -> ModelUnavailable:
+    if model.state == "stopping":
+        return ModelUnavailable(f"The model '{model.name}' is being removed.", param="model")
     if model.state == "loading":
         text = f"The model '{model.name}' is loading. {model.message}".strip()
         return ModelUnavailable(text, param="model", retry_after_s=RETRY_LOADING_S)

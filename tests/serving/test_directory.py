@@ -45,7 +45,7 @@ def test_every_application_but_the_router_is_a_model() -> None:
         ("DEPLOY_FAILED", 0, "failed"),
         ("UNHEALTHY", 0, "failed"),
         ("UNHEALTHY", 1, "ready"),
-        ("DELETING", 0, "loading"),
+        ("DELETING", 1, "stopping"),
     ],
 )
 def test_a_model_is_ready_while_a_replica_of_it_can_answer(status: str, running: int, state: str) -> None:
