@@ -155,6 +155,13 @@ def _max_memory_or_none(value: object) -> dict[MaxMemoryKey, int] | None:
         raise ValueError(str(error)) from None
 
 
+def _size_or_none(value: object) -> int | None:
+    try:
+        return None if value is None else parse_bytes(value, "kv_cache_memory_bytes")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -178,6 +185,8 @@ class ModelConfig(_Strict):
     tensor_parallel_size: Positive | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
+    max_queued_requests: Positive | None = None
+    kv_cache_memory_bytes: Annotated[int | None, BeforeValidator(_size_or_none)] = None
     quantization: str | None = None
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     num_gpus: Annotated[float, Field(gt=0)] | None = None
@@ -214,6 +223,8 @@ def _vllm_problem(config: ModelConfig) -> str | None:
             "device_map: vLLM splits every layer over its GPUs and has no device map. Use tensor_parallel_size, "
             "or infer_backend: pt."
         )
+    if config.max_queued_requests is not None:
+        return "max_queued_requests: vLLM's queue has no bound. Set Serve's own under 'deployments:' instead."
     if config.num_gpus is not None:
         return "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set tensor_parallel_size instead."
     if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:

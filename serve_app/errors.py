@@ -9,6 +9,7 @@ ServeAppError                 what went wrong, where, and what to do
     │   └── ContextTooLong    400
     ├── ModelNotFound         404
     ├── RequestTooLarge       413
+    ├── OutOfDeviceMemory     500, the request alone is too big for the device
     ├── Overloaded            429, with retry-after
     └── ModelUnavailable      503, with retry-after
 """
@@ -78,6 +79,12 @@ class RequestTooLarge(RequestError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class OutOfDeviceMemory(RequestError):
+    """The device has no memory for the request, even with nothing else in the batch."""
+
+    code = "out_of_memory"
 
 
 class Overloaded(RequestError):

@@ -67,10 +67,11 @@ def environment(config: ModelConfig) -> dict[str, str]:
         settings |= {
             # Several engines on one machine: no core binding, bounded cache.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": str(DEFAULT_CPU_KV_CACHE_GIB),
             # One process less: the worker runs inside the engine process.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
+        if config.kv_cache_memory_bytes is None:
+            settings["VLLM_CPU_KVCACHE_SPACE"] = str(DEFAULT_CPU_KV_CACHE_GIB)
     return {name: value for name, value in settings.items() if name not in os.environ}
 
 
@@ -89,6 +90,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "distributed-executor-backend": "uni" if tp == 1 else "mp",
         "max-model-len": config.max_model_len,
         "max-num-seqs": config.max_num_seqs,
+        "kv-cache-memory-bytes": config.kv_cache_memory_bytes,
         "quantization": config.quantization,
         "enforce-eager": config.device == "cpu" or None,
         # The router and Ray log requests; vLLM's line per request costs time.

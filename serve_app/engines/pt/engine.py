@@ -1,24 +1,34 @@
 """The pt engine as the replica sees it, and generation as the HTTP application sees it."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
+from serve_app.engines.pt.cache_budget import cache_tokens
 from serve_app.engines.pt.engine_loop import EngineLoop
 from serve_app.engines.pt.model_loader import LoadedModel, load_model
-from serve_app.engines.pt.model_runner import ModelRunner
-from serve_app.engines.pt.scheduler import Scheduler
-from serve_app.engines.pt.sequence import FinishReason, Output, SamplingParams, Sequence
+from serve_app.engines.pt.probe import ProbeResult, probe
+from serve_app.engines.pt.sampler import Sampler
+from serve_app.engines.pt.scheduler import Limits, Scheduler
+from serve_app.engines.pt.sequence import FinishReason, Logprobs, Output, SamplingParams, Sequence
 from serve_app.engines.pt.text_stream import TextStream
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, Overloaded
 
 DEFAULT_MAX_NUM_SEQS = 32
+DEFAULT_MAX_QUEUED_REQUESTS = 256
 STOP_TIMEOUT_S = 10.0
+# Sequences whose ends tell the rate.
+RATE_WINDOW = 32
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class Piece:
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 class PtEngine:
@@ -37,6 +48,7 @@ class PtEngine:
         self.name = name
         self._config = config
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
+        self._ends: deque[float] = deque(maxlen=RATE_WINDOW)
         self._loop: EngineLoop | None = None
         self._loaded: LoadedModel | None = None
 
@@ -45,11 +57,12 @@ class PtEngine:
         from serve_app.engines.pt.openai_api import build_app
 
         torch.set_num_threads(max(1, int(self._config.num_cpus)))
-        self._loaded = await asyncio.to_thread(load_model, self._config)
         self._asyncio_loop = asyncio.get_running_loop()
-        runner = ModelRunner(self._loaded.model, self._loaded.input_device)
-        scheduler = Scheduler(self._config.max_num_seqs or DEFAULT_MAX_NUM_SEQS)
-        self._loop = EngineLoop(runner, scheduler, self._loaded.eos_ids, self._deliver)
+        loaded, self._probe = await asyncio.to_thread(self._load)
+        self._loaded = loaded
+        self.limits = self._limits(loaded, self._probe)
+        sampler = Sampler(loaded.eos_ids)
+        self._loop = EngineLoop(self._probe.runner, Scheduler(self.limits), sampler, self._deliver)
         self._loop.start()
         return build_app(self)
 
@@ -71,6 +84,26 @@ class PtEngine:
         assert self._loaded is not None, "start() comes first"
         return self._loaded
 
+    @property
+    def serial_reason(self) -> str:
+        """Why this model runs one request at a time; empty where requests are joined."""
+        return self._probe.reason
+
+    @property
+    def max_tokens_per_request(self) -> int:
+        """The most tokens of prompt and output together: the model's context, or what the cache can hold."""
+        return min(self.loaded.max_model_len, self.limits.max_cache_tokens)
+
+    def require_place(self) -> None:
+        """Raises Overloaded, with the time that the queue needs at the measured rate, when the queue is full."""
+        allowed = self.limits.max_num_seqs + (self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS)
+        present = len(self._outputs)
+        if present >= allowed:
+            raise Overloaded(
+                f"The model '{self.name}' has {present} requests already and takes {allowed}.",
+                retry_after_s=self._seconds_per_sequence() * (present - self.limits.max_num_seqs + 1),
+            )
+
     async def generate(
         self, prompt_ids: ReadOnlySequence[int], params: SamplingParams, stop: ReadOnlySequence[str]
     ) -> AsyncGenerator[Piece]:
@@ -87,25 +120,68 @@ class PtEngine:
         try:
             self._loop.submit(sequence)
             tokens = 0
+            logprobs: list[Logprobs] = []
             while not ended:
                 output = await outputs.get()
-                ended = output.finish_reason is not None or output.error is not None
+                ended = output.is_last
                 if output.error is not None:
                     raise output.error
                 assert output.token_id is not None, "an output without an error has a token"
                 tokens += 1
-                new = text.push(output.token_id)
+                if output.logprobs is not None:
+                    logprobs.append(output.logprobs)
+                push = text.push if tokens > params.min_tokens else text.push_unstoppable
+                new = push(output.token_id)
                 if output.finish_reason is not None and not text.stopped:
                     new += text.finish()
                 reason = "stop" if text.stopped else output.finish_reason
                 if new or reason is not None:
-                    yield Piece(new, tokens, reason)
+                    yield Piece(new, tokens, reason, tuple(logprobs))
+                    logprobs = []
                 if text.stopped:
                     return
         finally:
             del self._outputs[sequence]
+            self._ends.append(time.monotonic())
             if not ended:
                 self._loop.cancel(sequence)
+
+    async def run_on_model(self, work: Callable[[], T]) -> T:
+        """Runs `work` on the engine's thread between two steps, and returns its value or raises its error."""
+        if self._loop is None or not self._loop.is_alive():
+            raise EngineError("the pt engine's thread has ended")
+        future: asyncio.Future[T] = self._asyncio_loop.create_future()
+
+        def settle(setter: Callable[..., None], value: object) -> None:
+            if not future.done():
+                setter(value)
+
+        def run() -> None:
+            try:
+                value = work()
+            except Exception as error:
+                self._asyncio_loop.call_soon_threadsafe(settle, future.set_exception, error)
+            else:
+                self._asyncio_loop.call_soon_threadsafe(settle, future.set_result, value)
+
+        self._loop.run_between_steps(run)
+        return await future
+
+    def _load(self) -> tuple[LoadedModel, ProbeResult]:
+        loaded = load_model(self._config)
+        return loaded, probe(loaded)
+
+    def _limits(self, loaded: LoadedModel, probed: ProbeResult) -> Limits:
+        if probed.reason:
+            return Limits(max_num_seqs=1, max_cache_tokens=loaded.max_model_len)
+        rows = self._config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+        tokens = cache_tokens(self._config, probed.bytes_per_token, most=rows * loaded.max_model_len)
+        return Limits(rows, tokens, pad_prompts=probed.pad_prompts)
+
+    def _seconds_per_sequence(self) -> float:
+        if len(self._ends) < 2:
+            return 1.0
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.loaded.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,32 +1,37 @@
 """The thread that generates: one loop over schedule → run → sample → deliver.
 
-Law: the loop never dies. An error in a step ends the sequences that it belongs to, and nothing else.
+Law: the loop never dies. An error in a forward pass ends the sequences that were in it, and nothing else. Running out
+of memory ends nothing: all sequences are computed again in smaller batches, from the tokens that they have.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
+from collections.abc import Sequence as ReadOnlySequence
 
 import torch
 
-from serve_app.engines.pt.model_runner import ModelRunner
-from serve_app.engines.pt.sampler import sample
+from serve_app.engines.pt.model_runner import Runner, is_out_of_memory
+from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Scheduler
 from serve_app.engines.pt.sequence import FinishReason, Output, Sequence
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, OutOfDeviceMemory
+
+logger = logging.getLogger("ray.serve")
 
 # What a step did, in the order of its sequences. Called on the engine's thread.
 Deliver = Callable[[list[Output]], None]
 
 
 class EngineLoop(threading.Thread):
-    """Generates for all submitted sequences together. `submit`, `cancel` and `stop` may be called from any thread."""
+    """Generates for all submitted sequences together. All methods but `run` may be called from any thread."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, eos_ids: frozenset[int], deliver: Deliver):
+    def __init__(self, runner: Runner, scheduler: Scheduler, sampler: Sampler, deliver: Deliver):
         super().__init__(name="pt-engine", daemon=True)
         self._runner = runner
         self._scheduler = scheduler
-        self._eos_ids = eos_ids
+        self._sampler = sampler
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
@@ -37,7 +42,11 @@ class EngineLoop(threading.Thread):
 
     def cancel(self, sequence: Sequence) -> None:
         """Frees the sequence's place before the next step. No output follows."""
-        self._inbox.put(lambda: self._drop(sequence))
+        self._inbox.put(lambda: self._drop([sequence]))
+
+    def run_between_steps(self, work: Callable[[], None]) -> None:
+        """Runs something else with the model on this thread, before the next step. `work` must not raise."""
+        self._inbox.put(work)
 
     def stop(self, timeout_s: float) -> None:
         """Ends the loop; every sequence left gets an error. Waits at most `timeout_s` seconds."""
@@ -60,7 +69,7 @@ class EngineLoop(threading.Thread):
             self._abandon()
 
     def _read_inbox(self) -> None:
-        if not self._scheduler.sequences and not self._stopping:
+        if not self._scheduler.running and not self._scheduler.waiting and not self._stopping:
             self._inbox.get()()
         while not self._stopping:
             try:
@@ -69,36 +78,68 @@ class EngineLoop(threading.Thread):
                 return
 
     def _step(self) -> None:
-        batch = self._scheduler.schedule()
-        results = self._runner.run(batch)
-        outputs = [self._advance(sequence, result) for sequence, result in zip(batch, results, strict=True)]
-        for output in outputs:
-            if output.finish_reason is not None or output.error is not None:
-                self._drop(output.sequence)
+        step = self._scheduler.schedule()
+        outputs: list[Output] = []
+        out_of_memory = False
+        try:
+            outputs += self._attempt(step.decode, lambda: self._runner.decode(step.decode))
+            outputs += self._attempt(step.prefill, lambda: self._runner.prefill(step))
+            self._scheduler.complete(step)
+        except Exception as error:  # `_attempt` lets nothing else through.
+            logger.warning("Out of memory with %d sequences: %s", self._scheduler.running, error)
+            out_of_memory = True
+        if out_of_memory:  # Outside of `except`, whose traceback still holds the tensors.
+            outputs += self._recover()
+        self._drop([output.sequence for output in outputs if output.is_last])
         if outputs:
             self._deliver(outputs)
 
-    def _advance(self, sequence: Sequence, result: torch.Tensor | Exception) -> Output:
+    def _attempt(
+        self, sequences: ReadOnlySequence[Sequence], compute: Callable[[], torch.Tensor | None]
+    ) -> list[Output]:
+        """Runs one forward pass. Raises only when out of memory; any other error is the sequences' last output."""
+        if not sequences:
+            return []
         try:
-            if isinstance(result, Exception):
-                raise result
-            token_id = sample(sequence, result)
+            logits = compute()
+            return [] if logits is None else self._advance(list(sequences), logits)
         except Exception as error:
-            return Output(sequence, error=error)
-        sequence.output_ids.append(token_id)
-        sequence.finish_reason = self._finish_reason(sequence)
-        return Output(sequence, token_id, sequence.finish_reason)
+            if is_out_of_memory(error):
+                raise
+            logger.exception("A step failed with %d sequences in it.", len(sequences))
+            return [Output(sequence, error=error) for sequence in sequences]
+
+    def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Output]:
+        sampled = self._sampler.sample(sequences, logits)
+        outputs = []
+        for sequence, (token, logprobs) in zip(sequences, sampled, strict=True):
+            sequence.output_ids.append(token)
+            outputs.append(Output(sequence, token, logprobs, self._finish_reason(sequence)))
+        return outputs
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if sequence.output_ids[-1] in self._eos_ids and not sequence.params.ignore_eos:
+        if sequence.output_ids[-1] in self._sampler.eos_ids and not sequence.params.ignore_eos:
             return "stop"
         return "length" if len(sequence.output_ids) >= sequence.params.max_tokens else None
 
-    def _drop(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        sequence.cache = None
+    def _recover(self) -> list[Output]:
+        self._runner.reset()
+        return [
+            Output(
+                sequence,
+                error=OutOfDeviceMemory(
+                    f"The device has no memory for {sequence.length} tokens, even with nothing else in the batch."
+                ),
+            )
+            for sequence in self._scheduler.out_of_memory()
+        ]
+
+    def _drop(self, sequences: ReadOnlySequence[Sequence]) -> None:
+        if sequences:
+            self._scheduler.remove(sequences)
+            for sequence in sequences:
+                self._runner.drop(sequence)
 
     def _abandon(self) -> None:
-        left = self._scheduler.sequences
         error = EngineError("the pt engine has stopped")
-        self._deliver([Output(sequence, error=error) for sequence in left])
+        self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])

@@ -1,45 +1,202 @@
-"""One forward pass of the model for every sequence of a step, and the KV cache that it needs."""
+"""Forward passes: prompts in chunks, and one token for each running sequence.
+
+`BatchRunner` joins all sequences in one pass. `SerialRunner` computes one sequence from its first token each time:
+slow, and right for every model; it is the way out where the probe finds that joining changes the answers.
+"""
+
+import gc
+import inspect
+from collections.abc import Sequence as ReadOnlySequence
+from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from serve_app.engines.pt.kv_cache import BatchCache
+from serve_app.engines.pt.scheduler import Step
 from serve_app.engines.pt.sequence import Sequence
 
 
-class ModelRunner:
-    """Runs `model.forward` and keeps each sequence's cache.
+class Runner(Protocol):
+    """Computes logits; knows which sequences are in its cache."""
 
-    Works with every device map, since accelerate's hooks move the activations: inputs start on the device of the
-    embeddings, and logits come back to the CPU.
-    """
+    def prefill(self, step: Step) -> torch.Tensor | None:
+        """One chunk of the prompts; logits of shape (sequences, vocabulary) once it was the last, else None."""
+        ...
+
+    def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
+        """Logits for the next token of each sequence, shape (sequences, vocabulary)."""
+        ...
+
+    def drop(self, sequence: Sequence) -> None:
+        """Frees the sequence's part of the cache."""
+        ...
+
+    def reset(self) -> None:
+        """Frees the whole cache."""
+        ...
+
+
+class BatchRunner:
+    """All sequences in one pass. Works with every device map: hooks move activations, layers keep their own cache."""
 
     def __init__(self, model: PreTrainedModel, input_device: torch.device):
         self._model = model
-        self._input_device = input_device
+        self._device = input_device
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._batch = BatchCache(model.config)
+        self._rows: list[Sequence] = []
+        self._group = BatchCache(model.config)
+        self._group_rows: list[Sequence] = []
 
-    def run(self, batch: list[Sequence]) -> list[torch.Tensor | Exception]:
-        """Logits of the next token, float32 on the CPU, shape (vocabulary,), for each sequence.
+    @property
+    def is_joinable(self) -> bool:
+        """Whether the model's cache has only layers that can be joined."""
+        return self._batch.is_joinable
 
-        An error stays with the sequence that caused it.
-        """
-        return [self._run_one(sequence) for sequence in batch]
+    @property
+    def pad_prompts(self) -> bool:
+        """Whether prompts of different lengths may share a pass."""
+        return not self._batch.has_states
 
-    def _run_one(self, sequence: Sequence) -> torch.Tensor | Exception:
-        if sequence.cache is None:
-            sequence.cache = DynamicCache(config=self._model.config)
-            new_ids, start = [*sequence.prompt_ids, *sequence.output_ids], 0
-        else:
-            new_ids, start = sequence.output_ids[-1:], sequence.length - 1
-        device = self._input_device
-        try:
-            output = self._model(
-                input_ids=torch.tensor([new_ids], device=device),
-                position_ids=torch.arange(start, start + len(new_ids), device=device)[None],
-                past_key_values=sequence.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        except Exception as error:
-            return error
-        logits: torch.Tensor = output.logits[0, -1].float().cpu()
+    @property
+    def cache_bytes(self) -> dict[torch.device, int]:
+        """Bytes of the running sequences' cache, by device."""
+        return self._batch.bytes_by_device
+
+    def prefill(self, step: Step) -> torch.Tensor | None:
+        """See Runner."""
+        if step.begin == 0:
+            self._group, self._group_rows = BatchCache(self._model.config), list(step.prefill)
+            self._group.window.rows = len(step.prefill)
+            self._group.reserve(len(step.prefill), step.longest)
+        group, rows, longest = self._group, self._group_rows, step.longest
+        ids = torch.zeros(len(rows), step.end - step.begin, dtype=torch.long)
+        pads = torch.tensor([longest - sequence.length for sequence in rows])
+        for row, sequence in enumerate(rows):
+            pad = longest - sequence.length
+            piece = sequence.token_ids[max(0, step.begin - pad) : max(0, step.end - pad)]
+            if piece:
+                ids[row, -len(piece) :] = torch.tensor(piece)
+        columns = torch.arange(step.begin, step.end)
+        positions = (columns[None] - pads[:, None]).clamp(min=0)
+        mask = None if not pads.any() else torch.arange(step.end)[None] >= pads[:, None]
+        logits = self._forward(ids, positions, mask, group)
+        if not step.completes_prefill:
+            return None
+        for sequence in rows:
+            sequence.cached = sequence.length
+        self._batch.join(group)
+        self._rows += rows
+        self._group, self._group_rows = BatchCache(self._model.config), []
+        return _in_order(logits, rows, step.prefill)
+
+    def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
+        """See Runner. The sequences are those in the cache, in any order."""
+        batch, rows = self._batch, self._rows
+        batch.shrink(max(sequence.cached for sequence in rows))
+        batch.reserve(len(rows), columns=1)
+        ids = torch.tensor([[sequence.output_ids[-1]] for sequence in rows])
+        lengths = torch.tensor([sequence.cached for sequence in rows])
+        width = batch.window.width
+        mask = None
+        if int(lengths.min()) < width:
+            mask = torch.arange(width + 1)[None] >= (width - lengths)[:, None]
+        logits = self._forward(ids, lengths[:, None], mask, batch)
+        for sequence in rows:
+            sequence.cached += 1
+        return _in_order(logits, rows, sequences)
+
+    def drop(self, sequence: Sequence) -> None:
+        """See Runner."""
+        for rows, cache in ((self._rows, self._batch), (self._group_rows, self._group)):
+            if sequence in rows:
+                row = rows.index(sequence)
+                cache.remove(row)
+                rows[row] = rows[-1]
+                rows.pop()
+                if not rows:
+                    cache.window.start = cache.window.end = 0
+        sequence.cached = 0
+
+    def reset(self) -> None:
+        """See Runner."""
+        for sequence in (*self._rows, *self._group_rows):
+            sequence.cached = 0
+        self._rows, self._group_rows = [], []
+        self._batch, self._group = BatchCache(self._model.config), BatchCache(self._model.config)
+        free_memory()
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
+    ) -> torch.Tensor:
+        inputs: dict[str, Any] = {
+            "input_ids": ids.to(self._device),
+            "past_key_values": cache.cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = positions.to(self._device)
+        if mask is not None:
+            inputs["attention_mask"] = mask.long().to(self._device)
+        if "logits_to_keep" not in self._takes:
+            del inputs["logits_to_keep"]
+        logits: torch.Tensor = self._model(**inputs).logits[:, -1]
+        cache.advance(ids.shape[1])
         return logits
+
+
+def _in_order(
+    logits: torch.Tensor, rows: ReadOnlySequence[Sequence], wanted: ReadOnlySequence[Sequence]
+) -> torch.Tensor:
+    """The rows of `logits` in the order of `wanted`: rows change places when one leaves the cache."""
+    if list(rows) == list(wanted):
+        return logits
+    place = {sequence: row for row, sequence in enumerate(rows)}
+    return logits[[place[sequence] for sequence in wanted]]
+
+
+class SerialRunner:
+    """One sequence at a time, without a cache: each token costs a pass over the whole text."""
+
+    def __init__(self, model: PreTrainedModel, input_device: torch.device):
+        self._model = model
+        self._device = input_device
+
+    def prefill(self, step: Step) -> torch.Tensor | None:
+        """See Runner."""
+        return self.decode(step.prefill) if step.completes_prefill else None
+
+    def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
+        """See Runner."""
+        return torch.cat([self._pass(sequence) for sequence in sequences])
+
+    def drop(self, sequence: Sequence) -> None:
+        """See Runner. There is no cache."""
+
+    def reset(self) -> None:
+        """See Runner."""
+        free_memory()
+
+    def _pass(self, sequence: Sequence) -> torch.Tensor:
+        ids = torch.tensor([sequence.token_ids], device=self._device)
+        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[:, -1]
+        return logits
+
+
+def free_memory() -> None:
+    """Gives what is not referenced any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error is CUDA's or the CPU allocator's: the latter raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in text or "DefaultCPUAllocator: not enough memory" in text
+    )

@@ -6,7 +6,8 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -17,8 +18,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve_app.engines.openai_errors import error_object, error_response
-from serve_app.engines.pt.protocol import ChatRequest, CompletionRequest
-from serve_app.engines.pt.sequence import SamplingParams
+from serve_app.engines.pt.embedding import embed
+from serve_app.engines.pt.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
+from serve_app.engines.pt.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from serve_app.engines.pt.sequence import Logprobs, SamplingParams
 from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
 
 if TYPE_CHECKING:
@@ -30,7 +39,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 @dataclass(frozen=True)
 class Job:
-    """One checked request: what to generate, and how its answer is written."""
+    """One checked request: what to generate, and how its answer is written. `n` choices follow each prompt."""
 
     request: ChatRequest | CompletionRequest
     prompts: list[list[int]]
@@ -41,6 +50,16 @@ class Job:
     def prompt_tokens(self) -> int:
         """Tokens of all prompts together."""
         return sum(map(len, self.prompts))
+
+    @property
+    def choices(self) -> list[tuple[list[int], SamplingParams]]:
+        """Prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
+        n, seed = self.request.choices, self.params.seed
+        return [
+            (prompt, self.params if seed is None or number == 0 else replace(self.params, seed=seed + number))
+            for prompt in self.prompts
+            for number in range(n)
+        ]
 
 
 @dataclass(frozen=True)
@@ -53,23 +72,26 @@ class Shape:
     whole: Callable[[str], dict[str, Any]]
     delta: Callable[[str], dict[str, Any]]
     opening: dict[str, Any] | None
+    logprobs: "LogprobsWriter"
 
 
 CHAT = Shape(
     "chatcmpl-",
     "chat.completion",
     "chat.completion.chunk",
-    whole=lambda text: {"message": {"role": "assistant", "content": text}, "logprobs": None},
-    delta=lambda text: {"delta": {"content": text} if text else {}, "logprobs": None},
+    whole=lambda text: {"message": {"role": "assistant", "content": text}},
+    delta=lambda text: {"delta": {"content": text} if text else {}},
     opening={"delta": {"role": "assistant", "content": ""}, "logprobs": None},
+    logprobs=chat_logprobs,
 )
 TEXT = Shape(
     "cmpl-",
     "text_completion",
     "text_completion",
-    whole=lambda text: {"text": text, "logprobs": None},
-    delta=lambda text: {"text": text, "logprobs": None},
+    whole=lambda text: {"text": text},
+    delta=lambda text: {"text": text},
     opening=None,
+    logprobs=text_logprobs,
 )
 
 
@@ -80,6 +102,9 @@ def build_app(engine: "PtEngine") -> Starlette:
         routes=[
             Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
             Route("/v1/completions", endpoints.complete, methods=["POST"]),
+            Route("/v1/embeddings", endpoints.embed, methods=["POST"]),
+            Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+            Route("/detokenize", endpoints.detokenize, methods=["POST"]),
             Route("/v1/models", endpoints.models),
             Route("/health", endpoints.health),
         ],
@@ -106,15 +131,59 @@ class _Endpoints:
         prompts = await asyncio.to_thread(self._tokenize, asked)
         return await self._answer(asked, prompts, TEXT, default_tokens=DEFAULT_COMPLETION_TOKENS)
 
+    async def embed(self, request: Request) -> Response:
+        """POST /v1/embeddings: the mean of the last hidden states over the text's tokens, scaled to length 1."""
+        asked = EmbeddingRequest.read(await _json(request))
+        self._check_model(asked.model)
+        prompts = await asyncio.to_thread(self._tokenize, asked)
+        if (longest := max(map(len, prompts))) > self._engine.max_tokens_per_request:
+            raise ContextTooLong(
+                f"This model's maximum context length is {self._engine.max_tokens_per_request} tokens. However, the "
+                f"input has {longest}.",
+                param="input",
+            )
+        loaded = self._engine.loaded
+        vectors = [
+            await self._engine.run_on_model(partial(embed, loaded.model, loaded.input_device, ids)) for ids in prompts
+        ]
+        total = sum(map(len, prompts))
+        data = [
+            {"object": "embedding", "index": index, "embedding": asked.encode(vector)}
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": total, "total_tokens": total}
+        return JSONResponse({"object": "list", "data": data, "model": self._engine.name, "usage": usage})
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize, as vLLM has it: of a prompt, or of messages through the chat template."""
+        body = await _json(request)
+        if isinstance(body, dict) and "messages" in body:
+            asked = ChatRequest.read(body)
+            ids = await asyncio.to_thread(self._apply_template, asked)
+        else:
+            read = TokenizeRequest.read(body)
+            tokenizer = self._engine.loaded.tokenizer
+            asked = read  # type: ignore[assignment]
+            ids = tokenizer.encode(read.prompt, add_special_tokens=read.add_special_tokens)
+        self._check_model(asked.model)
+        return JSONResponse({"count": len(ids), "max_model_len": self._engine.max_tokens_per_request, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize, as vLLM has it."""
+        asked = DetokenizeRequest.read(await _json(request))
+        self._check_model(asked.model)
+        self._check_ids(asked.tokens, "tokens")
+        return JSONResponse({"prompt": self._engine.loaded.tokenizer.decode(asked.tokens)})
+
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
-        loaded = self._engine.loaded
         entry = {
             "id": self._engine.name,
             "object": "model",
             "created": self._created,
             "owned_by": "serve-app",
-            "max_model_len": loaded.max_model_len,
+            "max_model_len": self._engine.max_tokens_per_request,
+            "batching": not self._engine.serial_reason,
         }
         return JSONResponse({"object": "list", "data": [entry]})
 
@@ -124,27 +193,37 @@ class _Endpoints:
             await self._engine.check_health()
         except EngineError as error:
             raise ModelUnavailable(str(error)) from None
-        return JSONResponse({"status": "ok"})
+        reason = self._engine.serial_reason
+        return JSONResponse({"status": "ok"} | ({"one_request_at_a_time": reason} if reason else {}))
 
     async def _answer(
         self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]], shape: Shape, default_tokens: int | None
     ) -> Response:
         max_tokens = self._max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
+        self._check_ids(list(asked.logit_bias or {}), "logit_bias")
         params = asked.sampling(max_tokens, self._engine.loaded.model.generation_config)
         job = Job(asked, prompts, params, shape)
+        self._engine.require_place()
         if asked.stream:
             return StreamingResponse(self._stream(job), media_type="text/event-stream")
         return await self._whole(job)
 
     async def _whole(self, job: Job) -> Response:
-        texts = ["" for _ in job.prompts]
+        texts = self._openings(job)
+        logprobs: list[list[Logprobs]] = [[] for _ in texts]
         last: dict[int, Piece] = {}
         async with aclosing(self._pieces(job)) as pieces:
             async for index, piece in pieces:
                 texts[index] += piece.text
+                logprobs[index] += piece.logprobs
                 last[index] = piece
         choices = [
-            {"index": index, **job.shape.whole(text), "finish_reason": last[index].finish_reason}
+            {
+                "index": index,
+                **job.shape.whole(text),
+                "logprobs": self._logprobs(job, logprobs[index]),
+                "finish_reason": last[index].finish_reason,
+            }
             for index, text in enumerate(texts)
         ]
         head = self._head(job, job.shape.whole_object)
@@ -155,14 +234,19 @@ class _Endpoints:
         usage = {"usage": None} if job.request.include_usage else {}
         last: dict[int, Piece] = {}
         try:
-            if job.shape.opening is not None:
-                for index in range(len(job.prompts)):
-                    choice = {"index": index, **job.shape.opening, "finish_reason": None}
-                    yield _event(head | {"choices": [choice]} | usage)
+            for index, text in enumerate(self._openings(job)):
+                if job.shape.opening is not None or text:
+                    opening = job.shape.opening or {**job.shape.delta(text), "logprobs": None}
+                    yield _event(head | {"choices": [{"index": index, **opening, "finish_reason": None}]} | usage)
             async with aclosing(self._pieces(job)) as pieces:
                 async for index, piece in pieces:
                     last[index] = piece
-                    choice = {"index": index, **job.shape.delta(piece.text), "finish_reason": piece.finish_reason}
+                    choice = {
+                        "index": index,
+                        **job.shape.delta(piece.text),
+                        "logprobs": self._logprobs(job, list(piece.logprobs)),
+                        "finish_reason": piece.finish_reason,
+                    }
                     yield _event(head | {"choices": [choice]} | usage)
             if job.request.include_usage:
                 yield _event(head | {"choices": [], "usage": _usage(job, last)})
@@ -175,15 +259,15 @@ class _Endpoints:
         """The pieces of all choices as they come, each with its choice's index."""
         arrived: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
 
-        async def follow(index: int, prompt: list[int]) -> None:
+        async def follow(index: int, prompt: list[int], params: SamplingParams) -> None:
             try:
-                async with aclosing(self._engine.generate(prompt, job.params, job.request.stop_strings)) as pieces:
+                async with aclosing(self._engine.generate(prompt, params, job.request.stop_strings)) as pieces:
                     async for piece in pieces:
                         arrived.put_nowait((index, piece))
             except Exception as error:
                 arrived.put_nowait(error)
 
-        tasks = [asyncio.create_task(follow(index, prompt)) for index, prompt in enumerate(job.prompts)]
+        tasks = [asyncio.create_task(follow(index, *choice)) for index, choice in enumerate(job.choices)]
         try:
             unfinished = len(tasks)
             while unfinished:
@@ -197,6 +281,18 @@ class _Endpoints:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _openings(self, job: Job) -> list[str]:
+        """The text that each choice begins with: the prompt, where it is to be echoed."""
+        if not (isinstance(job.request, CompletionRequest) and job.request.echo):
+            return ["" for _ in job.choices]
+        tokenizer = self._engine.loaded.tokenizer
+        return [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _ in job.choices]
+
+    def _logprobs(self, job: Job, logprobs: list[Logprobs]) -> Any:
+        if job.params.logprobs is None or not logprobs:
+            return None
+        return job.shape.logprobs(logprobs, self._engine.loaded.tokenizer)
+
     def _head(self, job: Job, kind: str) -> dict[str, Any]:
         number = uuid.uuid4().hex
         return {
@@ -205,6 +301,11 @@ class _Endpoints:
             "created": int(time.time()),
             "model": self._engine.name,
         }
+
+    @property
+    def _vocabulary(self) -> int:
+        size: int = self._engine.loaded.model.get_input_embeddings().num_embeddings
+        return size
 
     def _check_model(self, model: str | None) -> None:
         if model not in (None, self._engine.name):
@@ -229,21 +330,23 @@ class _Endpoints:
             raise InvalidRequest(f"The chat template refuses these messages: {error}", param="messages") from error
         return ids
 
-    def _tokenize(self, asked: CompletionRequest) -> list[list[int]]:
-        loaded = self._engine.loaded
-        vocabulary = loaded.model.get_input_embeddings().num_embeddings
-        prompts = [loaded.tokenizer.encode(item) if isinstance(item, str) else list(item) for item in asked.prompts()]
+    def _tokenize(self, asked: CompletionRequest | EmbeddingRequest) -> list[list[int]]:
+        tokenizer, name = self._engine.loaded.tokenizer, asked.prompt_field
+        prompts = [tokenizer.encode(item) if isinstance(item, str) else list(item) for item in asked.prompts()]
         if not prompts or not all(prompts):
-            raise InvalidRequest("'prompt' is empty.", param="prompt")
+            raise InvalidRequest(f"'{name}' is empty.", param=name)
         for ids in prompts:
-            if wrong := next((token for token in ids if not 0 <= token < vocabulary), None):
-                raise InvalidRequest(
-                    f"'prompt': token id {wrong} is outside the vocabulary of {vocabulary}.", param="prompt"
-                )
+            self._check_ids(ids, name)
         return prompts
 
+    def _check_ids(self, ids: list[int], name: str) -> None:
+        vocabulary = self._vocabulary
+        wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise InvalidRequest(f"'{name}': token id {wrong} is outside the vocabulary of {vocabulary}.", param=name)
+
     def _max_tokens(self, asked: int | None, prompt_tokens: int, default: int | None) -> int:
-        context = self._engine.loaded.max_model_len
+        context = self._engine.max_tokens_per_request
         room = context - prompt_tokens
         wanted = asked if asked is not None else min(default, max(1, room)) if default is not None else max(1, room)
         if wanted > room:

@@ -4,10 +4,12 @@ Law: nothing is dropped in silence. A field is honoured, or it changes nothing b
 has its neutral value (`n: 1`), or the request is refused by that field's name.
 """
 
+import base64
+import struct
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.engines.pt.sequence import SamplingParams
 from serve_app.errors import InvalidRequest, nearest
@@ -19,16 +21,8 @@ WITHOUT_EFFECT = frozenset(
 
 # Fields that this engine does not honour yet, each with the values that ask for nothing.
 NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "prompt_logprobs": (None, 0),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "min_tokens": (None, 0),
-    "echo": (None, False),
+    "prompt_logprobs": (None,),
     "suffix": (None, ""),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -41,6 +35,7 @@ NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 
 Text = str | list[dict[str, Any]]
+Prompts = str | list[str] | list[int] | list[list[int]]
 
 
 class StreamOptions(BaseModel):
@@ -50,21 +45,10 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Request(BaseModel):
+class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    ignore_eos: bool = False
-    stream: bool = False
-    stream_options: StreamOptions | None = None
 
     @classmethod
     def read(cls, body: object) -> Self:
@@ -72,8 +56,8 @@ class _Request(BaseModel):
         if not isinstance(body, dict):
             raise InvalidRequest("The body must be a JSON object.")
         fields = {name: value for name, value in body.items() if name not in WITHOUT_EFFECT}
-        for name, neutral in NEUTRAL_ONLY.items():
-            if name in fields and fields.pop(name) not in neutral:
+        for name in NEUTRAL_ONLY.keys() & (fields.keys() - cls.model_fields.keys()):
+            if fields.pop(name) not in NEUTRAL_ONLY[name]:
                 raise InvalidRequest(f"'{name}' is not supported by the pt engine. Leave it out.", param=name)
         for name in fields:
             if name not in cls.model_fields:
@@ -83,7 +67,33 @@ class _Request(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             param = str(first["loc"][0]) if first["loc"] else None
-            raise InvalidRequest(f"'{param}': {first['msg']}.", param=param) from None
+            where = f"'{param}': " if param else ""
+            raise InvalidRequest(f"{where}{first['msg']}.", param=param) from None
+
+
+class _Request(_Body):
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _combines(self) -> Self:
+        if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
+            raise ValueError(f"min_tokens: {self.min_tokens} is over max_tokens, {self.limit}")
+        return self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -101,6 +111,16 @@ class _Request(BaseModel):
         """The most tokens to generate, where the client says it."""
         return self.max_tokens
 
+    @property
+    def choices(self) -> int:
+        """`n`, the choices for each prompt."""
+        return self.n or 1
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives to report for each token; None for no log probabilities."""
+        raise NotImplementedError
+
     def sampling(self, max_tokens: int, defaults: Any) -> SamplingParams:
         """The sampling parameters. `defaults` is the model's generation config, whose values fill the gaps."""
 
@@ -116,6 +136,11 @@ class _Request(BaseModel):
             top_k=max(0, choose("top_k", 0)),
             min_p=choose("min_p", 0.0),
             repetition_penalty=choose("repetition_penalty", 1.0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            min_tokens=min(self.min_tokens or 0, max_tokens),
+            logprobs=self.wanted_logprobs,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
         )
@@ -134,6 +159,8 @@ class ChatRequest(_Request):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -143,6 +170,11 @@ class ChatRequest(_Request):
         """`max_completion_tokens`, or its older name."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`top_logprobs`, where `logprobs` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     def conversation(self) -> list[dict[str, Any]]:
         """The messages for the chat template, with lists of text parts joined. Raises InvalidRequest for images."""
         return [_flatten(message.model_dump(), f"messages[{index}]") for index, message in enumerate(self.messages)]
@@ -151,15 +183,60 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def prompts(self) -> list[str] | list[list[int]]:
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`logprobs`, a number here."""
+        return self.logprobs
+
+    prompt_field: ClassVar[str] = "prompt"
+
+    def prompts(self) -> list[str | list[int]]:
         """The prompts, each one text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        return _as_list(self.prompt)
+
+
+class EmbeddingRequest(_Body):
+    """POST /v1/embeddings."""
+
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+
+    prompt_field: ClassVar[str] = "input"
+
+    def prompts(self) -> list[str | list[int]]:
+        """The texts, each one text or token ids."""
+        return _as_list(self.input)
+
+    def encode(self, vector: list[float]) -> list[float] | str:
+        """The vector as a list, or as base64 of little-endian float32 values."""
+        if self.encoding_format == "float":
+            return vector
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+class TokenizeRequest(_Body):
+    """POST /tokenize of a text."""
+
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(_Body):
+    """POST /detokenize."""
+
+    tokens: list[int]
+
+
+def _as_list(prompts: Prompts) -> list[str | list[int]]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [[token for token in prompts if isinstance(token, int)]]
+    return [item for item in prompts if not isinstance(item, int)]
 
 
 def _flatten(message: dict[str, Any], where: str) -> dict[str, Any]:

@@ -35,6 +35,13 @@ class TextStream:
         self._prefix, self._read = self._read, len(self._ids)
         return self._release(text[len(known) :])
 
+    def push_unstoppable(self, token_id: int) -> str:
+        """Adds one token of those before `min_tokens`, which no stop string cuts."""
+        stop, self._stop = self._stop, ()
+        text = self.push(token_id)
+        self._stop = stop
+        return text
+
     def finish(self) -> str:
         """The rest, once no token follows."""
         if self.stopped:

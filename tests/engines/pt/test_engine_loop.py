@@ -2,12 +2,14 @@
 
 import queue
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as ReadOnlySequence
 from contextlib import contextmanager
 
 import torch
 
 from serve_app.engines.pt.engine_loop import EngineLoop
-from serve_app.engines.pt.scheduler import Scheduler
+from serve_app.engines.pt.sampler import Sampler
+from serve_app.engines.pt.scheduler import Limits, Scheduler, Step
 from serve_app.engines.pt.sequence import Output, SamplingParams, Sequence
 from serve_app.errors import EngineError
 
@@ -19,29 +21,34 @@ class CountingRunner:
 
     def __init__(self, fail: Callable[[Sequence], None] = lambda _: None):
         self._fail = fail
+        self.dropped: list[Sequence] = []
 
-    def run(self, batch: list[Sequence]) -> list[torch.Tensor | Exception]:
+    def prefill(self, step: Step) -> torch.Tensor | None:
+        """Whole prompts only."""
+        return self.decode(step.prefill)
+
+    def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
         """Logits with one maximum."""
-        results: list[torch.Tensor | Exception] = []
-        for sequence in batch:
-            try:
-                self._fail(sequence)
-                last = [*sequence.prompt_ids, *sequence.output_ids][-1]
-                results.append(torch.nn.functional.one_hot(torch.tensor((last + 1) % 10), 10).float())
-            except Exception as error:
-                results.append(error)
-        return results
+        for sequence in sequences:
+            self._fail(sequence)
+        last = torch.tensor([sequence.token_ids[-1] for sequence in sequences])
+        return torch.nn.functional.one_hot((last + 1) % 10, 10).float()
+
+    def drop(self, sequence: Sequence) -> None:
+        """Remembers it."""
+        self.dropped.append(sequence)
+
+    def reset(self) -> None:
+        """There is no cache."""
 
 
 @contextmanager
 def running(runner: CountingRunner, max_num_seqs: int = 8) -> Iterator[tuple[EngineLoop, "queue.Queue[Output]"]]:
     """A started loop and its outputs."""
     outputs: queue.Queue[Output] = queue.Queue()
+    scheduler = Scheduler(Limits(max_num_seqs, max_cache_tokens=10**12))
     loop = EngineLoop(
-        runner,  # type: ignore[arg-type]
-        Scheduler(max_num_seqs),
-        frozenset({EOS}),
-        lambda step: [outputs.put(output) for output in step] and None,
+        runner, scheduler, Sampler(frozenset({EOS})), lambda step: [outputs.put(o) for o in step] and None
     )
     loop.start()
     try:
@@ -80,34 +87,37 @@ def test_a_sequence_ends_at_eos_or_at_its_length() -> None:
 def test_sequences_advance_together() -> None:
     """A long one does not hold a short one back."""
     with running(CountingRunner()) as (loop, outputs):
-        long, short = sequence(1, max_tokens=500, ignore_eos=True), sequence(5, max_tokens=2)
+        long, short = sequence(1, max_tokens=10**9, ignore_eos=True), sequence(5, max_tokens=2)
         loop.submit(long)
         loop.submit(short)
-        ends = [output.sequence for output in until_the_end(outputs, 2) if output.finish_reason]
-        assert ends == [short, long]
+        assert until_the_end(outputs)[-1].sequence is short
+        loop.cancel(long)
 
 
-def test_an_error_ends_only_its_own_sequence() -> None:
-    """The others of the same step, and those that come later, go on."""
+def test_an_error_ends_the_sequences_of_its_pass_and_no_others() -> None:
+    """Those that were already running go on, and so do those that come later."""
 
     def fail(which: Sequence) -> None:
         if which.prompt_ids == [3]:
-            raise RuntimeError("broken row")
+            raise RuntimeError("broken prompt")
 
     with running(CountingRunner(fail)) as (loop, outputs):
-        bad, good = sequence(3), sequence(7)
-        loop.submit(bad)
+        good, bad = sequence(1, max_tokens=10**9, ignore_eos=True), sequence(3)
         loop.submit(good)
-        ends = {o.sequence: o for o in until_the_end(outputs, 2) if o.finish_reason or o.error}
-        assert str(ends[bad].error) == "broken row"
-        assert ends[good].finish_reason == "stop"
+        outputs.get(timeout=10)
+        loop.submit(bad)
+        end = until_the_end(outputs)[-1]
+        assert (end.sequence, str(end.error)) == (bad, "broken prompt")
+        assert outputs.get(timeout=10).sequence is good
         loop.submit(sequence(8))
         assert until_the_end(outputs)[-1].finish_reason == "stop"
+        loop.cancel(good)
 
 
 def test_a_cancelled_sequence_frees_its_place() -> None:
     """With one place, the next runs as soon as the first is cancelled, and nothing more comes of the first."""
-    with running(CountingRunner(), max_num_seqs=1) as (loop, outputs):
+    runner = CountingRunner()
+    with running(runner, max_num_seqs=1) as (loop, outputs):
         endless, next_one = sequence(1, max_tokens=10**9, ignore_eos=True), sequence(8)
         loop.submit(endless)
         outputs.get(timeout=10)
@@ -116,6 +126,7 @@ def test_a_cancelled_sequence_frees_its_place() -> None:
         while outputs.get(timeout=10).sequence is endless:
             pass
         assert all(output.sequence is next_one for output in until_the_end(outputs))
+        assert runner.dropped[0] is endless
 
 
 def test_stopping_tells_those_that_are_left() -> None:

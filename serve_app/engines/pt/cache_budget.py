@@ -1,0 +1,39 @@
+"""How many tokens the KV cache may hold."""
+
+from collections.abc import Mapping
+
+import psutil
+import torch
+
+from serve_app.config import ModelConfig
+from serve_app.errors import EngineError
+
+# On the CPU other replicas share the memory, so no more than this share of what is available now, nor these bytes.
+CPU_SHARE = 0.25
+CPU_MOST_BYTES = 4 * 2**30
+# On a GPU, what is free once the weights are there, less activations and the moment when a buffer is moved.
+GPU_SHARE = 0.7
+
+
+def cache_tokens(config: ModelConfig, bytes_per_token: Mapping[torch.device, float], most: int) -> int:
+    """Tokens that fit on every device that holds a part of the cache, at most `most`.
+
+    `bytes_per_token` was measured at load, on the rectangle of a small batch. Raises EngineError when not even one
+    token fits.
+    """
+    if config.kv_cache_memory_bytes is not None:
+        tokens = config.kv_cache_memory_bytes / max(1e-9, sum(bytes_per_token.values()))
+    else:
+        tokens = min((_room(config, device) / size for device, size in bytes_per_token.items() if size), default=most)
+    if tokens < 1:
+        raise EngineError("kv_cache_memory_bytes: there is no room for a single token of KV cache. Raise it.")
+    return min(most, int(tokens))
+
+
+def _room(config: ModelConfig, device: torch.device) -> float:
+    if device.type != "cuda":
+        return min(CPU_MOST_BYTES, CPU_SHARE * float(psutil.virtual_memory().available))
+    free, total = torch.cuda.mem_get_info(device)
+    share = min(1.0, config.num_gpus or 1.0)
+    left = share * total - torch.cuda.memory_allocated(device)
+    return GPU_SHARE * float(min(free, left))

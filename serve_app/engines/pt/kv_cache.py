@@ -1,0 +1,225 @@
+"""The KV cache of a batch whose rows come and go at every step.
+
+One rectangle for all rows: row r, column c. Every row ends at the same column and starts where its length says, so
+shorter rows are padded on the left. New tokens are written at `end`; a row that leaves is replaced by the last one; a
+row that joins is written so that it ends at `end`. So nothing is copied but the rows that come and go, except when the
+window reaches the edge of its buffers: at most once in `SLACK` steps.
+
+The layers stand in a stock `DynamicCache`, so every model and every device map that works with that works with this.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+# Columns of room that a new buffer has beyond what its rows need, and rows by which it grows.
+SLACK = 128
+ROW_STEP = 8
+
+
+@dataclass
+class Window:
+    """The part of the buffers in use: the first `rows` rows, columns `start` to `end`. Shared by all layers."""
+
+    rows: int = 0
+    start: int = 0
+    end: int = 0
+    row_capacity: int = 0
+    column_capacity: int = 0
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return self.end - self.start
+
+
+class RectangleLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer, shape (row_capacity, heads, column_capacity, head size).
+
+    Also stands in for sliding-window layers: it keeps all tokens, and the model's mask hides those outside the window.
+    """
+
+    def __init__(self, window: Window):
+        super().__init__()
+        self.window = window
+        self.key_buffer: torch.Tensor | None = None
+        self.value_buffer: torch.Tensor | None = None
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Writes the new tokens behind the window, and returns the window with them."""
+        window = self.window
+        if self.key_buffer is None or self.value_buffer is None:
+            self.key_buffer, self.value_buffer = self._allocate(key_states), self._allocate(value_states)
+        end = window.end + key_states.shape[-2]
+        self.key_buffer[: window.rows, :, window.end : end] = key_states
+        self.value_buffer[: window.rows, :, window.end : end] = value_states
+        return (
+            self.key_buffer[: window.rows, :, window.start : end],
+            self.value_buffer[: window.rows, :, window.start : end],
+        )
+
+    def get_seq_length(self) -> int:
+        """Columns in use, before the tokens of the running forward pass."""
+        return self.window.width
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` will return."""
+        return self.window.width + query_length, 0
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        """The allocated buffers."""
+        return (buffer for buffer in (self.key_buffer, self.value_buffer) if buffer is not None)
+
+    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+        # Zeros, not empty: a masked column has weight 0, and 0 times a stray NaN would be NaN.
+        _, heads, _, size = states.shape
+        return states.new_zeros(self.window.row_capacity, heads, self.window.column_capacity, size)
+
+    def move(self, target: Window) -> None:
+        """Replaces the buffers by larger ones, or moves the window within new ones."""
+        old = self.window
+        moved = []
+        for buffer in self.buffers():
+            new = buffer.new_zeros(target.row_capacity, buffer.shape[1], target.column_capacity, buffer.shape[3])
+            new[: old.rows, :, target.start : target.end] = buffer[: old.rows, :, old.start : old.end]
+            moved.append(new)
+        if moved:
+            self.key_buffer, self.value_buffer = moved
+
+
+class BatchCache:
+    """A `DynamicCache` whose rows can be joined, removed and extended."""
+
+    def __init__(self, config: Any):
+        self.window = Window()
+        self.cache = DynamicCache(config=config)
+        self.cache.layers = [
+            RectangleLayer(self.window) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+            for layer in self.cache.layers
+        ]
+        self.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache.layers)
+
+    @property
+    def is_joinable(self) -> bool:
+        """Whether every layer is of a kind that is known here."""
+        return all(isinstance(layer, RectangleLayer) or _is_pure_state(layer) for layer in self.cache.layers)
+
+    @property
+    def bytes_by_device(self) -> dict[torch.device, int]:
+        """Bytes of all key and value buffers, by device."""
+        sizes: dict[torch.device, int] = {}
+        for layer in self._rectangles():
+            for buffer in layer.buffers():
+                sizes[buffer.device] = sizes.get(buffer.device, 0) + buffer.nbytes
+        return sizes
+
+    def reserve(self, rows: int, columns: int, left: int = 0) -> None:
+        """Makes room for `rows` rows, `columns` more tokens at the end, and rows of up to `left` tokens."""
+        window = self.window
+        grow_left = max(0, left - window.width)
+        if rows <= window.row_capacity and window.end + columns <= window.column_capacity and grow_left <= window.start:
+            return
+        target = Window(rows=window.rows)
+        target.row_capacity = window.row_capacity
+        if rows > target.row_capacity:
+            target.row_capacity = rows if rows == 1 else -(-rows // ROW_STEP) * ROW_STEP
+        target.column_capacity = window.width + grow_left + columns + SLACK
+        target.start = grow_left
+        target.end = grow_left + window.width
+        for layer in self._rectangles():
+            layer.move(target)
+        window.start, window.end = target.start, target.end
+        window.row_capacity, window.column_capacity = target.row_capacity, target.column_capacity
+
+    def advance(self, columns: int) -> None:
+        """Takes what the last forward pass wrote into the window."""
+        self.window.end += columns
+
+    def join(self, other: "BatchCache") -> None:
+        """Appends the rows of `other`, which ends at its own end."""
+        window, width = self.window, other.window.width
+        if window.rows == 0:
+            window.start = window.end = 0
+        self.reserve(window.rows + other.window.rows, columns=1, left=width)
+        if window.rows == 0:
+            window.end = window.start = max(window.end, width)
+        rows = slice(window.rows, window.rows + other.window.rows)
+        columns = slice(window.end - width, window.end)
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            if isinstance(mine, RectangleLayer):
+                _copy_rows(mine, theirs, rows, columns)
+            else:
+                _join_states(mine, theirs)
+        window.rows = rows.stop
+        window.start = min(window.start, columns.start)
+
+    def remove(self, row: int) -> None:
+        """Takes one row out; the last row takes its number."""
+        window = self.window
+        last = window.rows - 1
+        for layer in self.cache.layers:
+            if isinstance(layer, RectangleLayer):
+                if row != last:
+                    for buffer in layer.buffers():
+                        columns = slice(window.start, window.end)
+                        buffer[row, :, columns] = buffer[last, :, columns]
+            else:
+                _remove_state(layer, row, last)
+        window.rows = last
+
+    def shrink(self, width: int) -> None:
+        """Forgets the columns on the left that no row uses any more; `width` is the longest row's length."""
+        self.window.start = self.window.end - width
+
+    def _rectangles(self) -> Iterator[RectangleLayer]:
+        return (layer for layer in self.cache.layers if isinstance(layer, RectangleLayer))
+
+
+def _is_pure_state(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, DynamicLayer)
+
+
+def _copy_rows(mine: RectangleLayer, theirs: RectangleLayer, rows: slice, columns: slice) -> None:
+    source = theirs.window
+    if theirs.key_buffer is None or theirs.value_buffer is None:
+        return
+    if mine.key_buffer is None or mine.value_buffer is None:
+        mine.key_buffer, mine.value_buffer = mine._allocate(theirs.key_buffer), mine._allocate(theirs.value_buffer)
+    for target, buffer in ((mine.key_buffer, theirs.key_buffer), (mine.value_buffer, theirs.value_buffer)):
+        target[rows, :, columns] = buffer[: source.rows, :, source.start : source.end]
+
+
+# Layers of hybrids keep a state per row that does not grow: dictionaries of tensors with rows first.
+STATES = ("conv_states", "recurrent_states")
+FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
+
+
+def _join_states(mine: Any, theirs: Any) -> None:
+    for name in STATES:
+        states = getattr(mine, name)
+        for index, state in getattr(theirs, name).items():
+            if state is not None:
+                own = states[index]
+                states[index] = state.clone() if own is None or own.shape[0] == 0 else torch.cat([own, state])
+    for name in FLAGS:
+        setattr(mine, name, dict(getattr(theirs, name)))
+    mine.dtype, mine.device = theirs.dtype, theirs.device
+
+
+def _remove_state(layer: Any, row: int, last: int) -> None:
+    for name in STATES:
+        states = getattr(layer, name)
+        for index, state in states.items():
+            if state is not None:
+                if row != last:
+                    state[row] = state[last]
+                states[index] = state[:last]
