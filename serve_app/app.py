@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ServeAppError
-from serve_app.facts.checkpoint import model_path
+from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.nodes import ray_nodes
 from serve_app.planning.placement import require_room
 from serve_app.serving.deployment_options import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, model_options, router_options
@@ -28,8 +28,8 @@ def model(args: dict[str, Any]) -> Application:
     """Builds the application of one model."""
     try:
         config = ModelConfig.from_args(args)
-        config = config.model_copy(update={"model": model_path(config.model)})
         demand = require_room(config, ray_nodes())
+        config = with_absolute_paths(config)
     except ServeAppError as error:
         raise RayServeException(str(error)) from None
     deployment = serve.deployment(serve.ingress()(Model), name=MODEL_DEPLOYMENT)

@@ -47,7 +47,18 @@ NOT_HERE = {
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # Arguments of vLLM that take more GPUs than tensor_parallel_size says.
-UNPLACED = frozenset({"pipeline_parallel_size", "data_parallel_size", "data_parallel_size_local", "nnodes"})
+UNPLACED = frozenset(
+    {
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "data_parallel_size_local",
+        "prefill_context_parallel_size",
+        "nnodes",
+        "distributed_executor_backend",
+    }
+)
+# Arguments of vLLM's own HTTP server, which does not run here: Ray Serve's does.
+SERVER_ARGS = re.compile(r"host|port|uds|ssl_.*|uvicorn_.*|api_server_count|headless|root_path|grpc.*|config|api_key")
 
 MaxMemoryKey = int | Literal["cpu", "disk"]
 
@@ -189,7 +200,7 @@ class ModelConfig(_Strict):
     kv_cache_memory_bytes: Annotated[int | None, BeforeValidator(_size_or_none)] = None
     quantization: str | None = None
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
-    num_gpus: Annotated[float, Field(gt=0)] | None = None
+    num_gpus: Annotated[float, Field(ge=0.001, le=1024)] | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -231,7 +242,10 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         return "tensor_parallel_size: must be 1 with device: cpu. Leave it out."
     named = {field.replace("-", "_") for field in config.engine_args}
     for field in sorted(named & UNPLACED):
-        return f"engine_args.{field}: is not placed here, so Ray would count too few GPUs. Use tensor_parallel_size."
+        return f"engine_args.{field}: changes the GPUs or processes that Ray counts. Use tensor_parallel_size."
+    for field in sorted(named):
+        if SERVER_ARGS.fullmatch(field):
+            return f"engine_args.{field}: is of vLLM's own HTTP server, which does not run here. Leave it out."
     for field in sorted(named & (ModelConfig.model_fields.keys() | {"served_model_name"})):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field}: {place}; set it there, not under engine_args."
@@ -258,6 +272,8 @@ def _pt_problem(config: ModelConfig) -> str | None:
 def _device_map_problem(config: ModelConfig) -> str | None:
     if config.device_map is None:
         return None
+    if config.device_map == {}:
+        return "device_map: is empty. Leave it out."
     if config.device_map == "cpu":
         return "device_map: unknown 'cpu'. Write device: cpu instead."
     if isinstance(config.device_map, str):
@@ -268,7 +284,8 @@ def _device_map_problem(config: ModelConfig) -> str | None:
             return "device_map: there is nothing to spread with device: cpu. Leave it out."
         return None
     for module, device in config.device_map.items():
-        if device not in ("cpu", "disk") and not (isinstance(device, int) and device >= 0):
+        is_gpu = isinstance(device, int) and not isinstance(device, bool) and device >= 0
+        if device not in ("cpu", "disk") and not is_gpu:
             return f"device_map: unknown device '{device}' for '{module}'. Use a GPU's number (0, 1, …), cpu or disk."
     if config.max_memory is not None:
         return "max_memory: a mapping in device_map places every module itself, so no limit applies. Leave one out."

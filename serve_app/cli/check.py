@@ -5,9 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve_app.config import ApplicationSpec, RouterConfig, read_applications
-from serve_app.errors import ConfigError, PlacementError
-from serve_app.facts.checkpoint import model_path
+import yaml
+from pydantic import ValidationError
+
+from serve_app.config import ApplicationSpec, ModelConfig, RouterConfig, read_applications
+from serve_app.errors import ConfigError, ServeAppError
+from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.gpus import local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.planning.placement import require_room
@@ -17,6 +20,7 @@ def check(file: Path, address: str | None) -> int:
     """Prints one line per model. Returns 0, or 1 when a model cannot be placed. Raises ConfigError for a wrong file."""
     applications = read_applications(file)
     _require_valid(applications)
+    _require_serves_schema(file)
     nodes, where = _nodes(address)
     print(f"{where}: {'; '.join(map(str, nodes))}")
     placed = [_report(application, nodes) for application in applications if application.is_model]
@@ -29,20 +33,32 @@ def _require_valid(applications: Sequence[ApplicationSpec]) -> None:
     for application in applications:
         try:
             if application.is_model:
-                model_path(application.model_settings().model)
+                ModelConfig.from_args(application.args)
             elif application.import_path == "serve_app.app:router":
                 RouterConfig.from_args(application.args)
         except ConfigError as error:
-            text = str(error)
-            problems.append(text if text.startswith(application.name) else f"{application.name}: {text}")
+            problems += [f"{application.name}: {line}" for line in str(error).splitlines()]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
+def _require_serves_schema(file: Path) -> None:
+    """Raises ConfigError for what Ray Serve itself refuses: unknown keys, a name or a route that is there twice."""
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{file}: Ray Serve refuses it: {'; '.join(lines)}") from None
+
+
 def _report(application: ApplicationSpec, nodes: Sequence[Node]) -> bool:
     try:
-        demand = require_room(application.model_settings(), nodes)
-    except PlacementError as error:
+        config = application.model_settings()
+        demand = require_room(config, nodes)
+        with_absolute_paths(config)
+    except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False
     print(f"ok  {application.name}: a replica takes {demand}")

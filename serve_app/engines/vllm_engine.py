@@ -12,14 +12,15 @@ import tempfile
 from argparse import Namespace
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, EngineError, nearest
-from serve_app.facts.checkpoint import model_path
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this says less.
 DEFAULT_CPU_KV_CACHE_GIB = 1
@@ -33,11 +34,18 @@ class VllmEngine:
         self._name = name
         self._stack = AsyncExitStack()
         self._client: Any = None
+        self._server = SimpleNamespace(should_exit=False)
 
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
         os.environ.update(environment(self._config))
         args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name))
+        try:
+            return await self._build(args)
+        except Exception as error:
+            raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
+
+    async def _build(self, args: Namespace) -> ASGIApp:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
         from vllm.entrypoints.launchers.app import build_app
@@ -45,11 +53,14 @@ class VllmEngine:
         self._client = await self._stack.enter_async_context(build_async_engine_client(args))
         tasks = await self._client.get_supported_tasks()
         app = build_app(args, tasks, self._client.model_config)
+        app.state.server = self._server  # vLLM's handler of a dead engine asks it to exit.
         await init_app_state(self._client, app.state, args, tasks)
         return app  # type: ignore[no-any-return]
 
     async def check_health(self) -> None:
         """Asks vLLM, which knows when its engine process has died."""
+        if self._server.should_exit:
+            raise EngineError("vLLM's engine has died. The replica will be replaced.")
         try:
             await self._client.check_health()
         except Exception as error:
@@ -79,7 +90,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
     """The arguments of `vllm serve` for this model, by their long names. `engine_args` of the user come last."""
     tp = config.tensor_parallel_size or 1
     arguments: dict[str, Any] = {
-        "model": model_path(config.model),
+        "model": config.model,
         "served-model-name": name,
         "revision": config.revision,
         "trust-remote-code": config.trust_remote_code or None,
@@ -98,6 +109,16 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
     }
     arguments |= {key.replace("_", "-"): value for key, value in config.engine_args.items()}
     return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _reason(error: Exception) -> str:
+    """One line. pydantic's errors have their sentence in `msg`; a dead engine process has its own in the log."""
+    if isinstance(error, ValidationError):
+        return " ".join(str(item["msg"]) for item in error.errors())
+    text = " ".join(str(error).split())
+    if "root cause above" in text:
+        text += " The cause is in the log of the replica (serve logs are in /tmp/ray/session_latest/logs)."
+    return f"{type(error).__name__}: {text}"
 
 
 def _parse(arguments: dict[str, Any]) -> Namespace:
@@ -122,5 +143,5 @@ def _parse(arguments: dict[str, Any]) -> Namespace:
             lines = complaint.getvalue().strip().splitlines()
             raise ConfigError(f"engine_args: {lines[-1] if lines else 'vLLM refused them'}") from None
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"engine_args: {error}") from None
+            raise ConfigError(f"engine_args: {' '.join(str(error).split())}") from None
     return args  # type: ignore[no-any-return]

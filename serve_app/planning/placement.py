@@ -47,30 +47,38 @@ class Demand:
         return ", ".join([*whole, *by_index, f"{self.cpus:g} CPU{'' if self.cpus == 1 else 's'}"])
 
 
-def demand_of(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
-    """What one replica of the model asks for in this cluster."""
+def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
+    """What one replica may ask for in this cluster, the better way first.
+
+    Raises PlacementError when the GPUs that the config names can only be meant by index, and no node has them so.
+    """
     if config.device == "cpu":
-        return Demand(config.num_cpus)
+        return [Demand(config.num_cpus)]
     if config.infer_backend == "vllm":
-        return Demand(config.num_cpus, gpus=float(config.tensor_parallel_size or 1))
+        return [Demand(config.num_cpus, gpus=float(config.tensor_parallel_size or 1))]
+    demands = []
     if config.max_memory and config.num_gpus is None and any(node.vram_gib for node in nodes):
-        memory = config.max_memory
-        return Demand(config.num_cpus, vram_gib={index: memory[index] / GIB for index in config.gpu_indices})
-    if config.gpu_indices and config.gpu_indices != tuple(range(len(config.gpu_indices))):
+        sizes = {index: config.max_memory[index] / GIB for index in config.gpu_indices}
+        demands.append(Demand(config.num_cpus, vram_gib=sizes))
+    if config.gpu_indices == tuple(range(len(config.gpu_indices))):
+        demands.append(Demand(config.num_cpus, gpus=config.num_gpus or float(max(1, len(config.gpu_indices)))))
+    if not demands:
         raise PlacementError(
             f"max_memory or device_map names GPU {config.gpu_indices[-1]}, "
             "but with whole GPUs the replica counts its own from 0. "
             f'Number them from 0, or start Ray with --num-gpus 0 --resources "$(serve-app node-resources)" to pick '
             "GPUs by index."
         )
-    return Demand(config.num_cpus, gpus=config.num_gpus or float(max(1, len(config.gpu_indices))))
+    return demands
 
 
 def require_room(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
     """The demand of one replica. Raises PlacementError when no node could hold it even if it were empty."""
-    demand = demand_of(config, nodes)
-    if any(demand.fits(node) for node in nodes):
-        return demand
+    demands = demands_of(config, nodes)
+    for demand in demands:
+        if any(demand.fits(node) for node in nodes):
+            return demand
+    demand = demands[0]
     cure = ""
     if not any(node.gpus or node.vram_gib for node in nodes):
         cure = " To run it on the CPU, set device: cpu."

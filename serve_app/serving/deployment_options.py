@@ -26,7 +26,7 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
     """
     variables = replica_environment(config, demand, runtime_env.get("env_vars") or {})
     return {
-        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "max_ongoing_requests": max(MAX_ONGOING_REQUESTS, 2 * (config.max_num_seqs or 0)),
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {
@@ -46,9 +46,10 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
     variables = {"OMP_NUM_THREADS": str(max(1, int(demand.cpus))), "TOKENIZERS_PARALLELISM": "false", **own}
     if config.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
-    elif demand.vram_gib:
-        # Ray gives no GPU by itself here; NVML's order is the PCI order.
-        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        return variables
+    # Ray and NVML number GPUs by PCI address; CUDA's own default is the fastest first.
+    variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if demand.vram_gib:  # Ray gives no GPU by itself here.
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, sorted(demand.vram_gib)))
     return variables
 

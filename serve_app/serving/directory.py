@@ -5,6 +5,7 @@ application that could not be built has no deployments at all; it counts as a mo
 """
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Mapping
@@ -12,16 +13,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.errors import ModelNotFound, ModelUnavailable
 from serve_app.serving.deployment_options import MODEL_DEPLOYMENT
+
+logger = logging.getLogger("ray.serve")
 
 State = Literal["ready", "loading", "failed", "stopping"]
 
 # Seconds that a client is told to wait for a model of which nothing better is known.
 RETRY_LOADING_S = 10.0
 RETRY_FAILED_S = 60.0
+
+# The controller answers in milliseconds, unless it is restarting.
+STATUS_TIMEOUT_S = 10.0
 
 # A request for a model that is not known as ready reads Serve's status anew, at most this often.
 FRESH_ENOUGH_S = 0.5
@@ -38,7 +45,11 @@ class ModelStatus:
 
 
 class ModelDirectory:
-    """The models of this Serve instance, refreshed every `interval_s` seconds and on a miss."""
+    """The models of this Serve instance, read in the background every `interval_s` seconds.
+
+    Requests are answered from what was read last, so a slow or restarting controller stops nobody: replicas and
+    handles work without it. Only a request for a model that is not known as ready waits for a new reading.
+    """
 
     def __init__(self, own_application: str, interval_s: float):
         self._own_application = own_application
@@ -48,9 +59,19 @@ class ModelDirectory:
         self._read_at = float("-inf")
         self._lock = asyncio.Lock()
 
+    async def keep_fresh(self) -> None:
+        """Reads Serve's status for ever. One task of the router's runs this."""
+        while True:
+            try:
+                await self._refresh(max_age_s=0.0)
+            except Exception as error:  # The controller may be restarting; what was read last stays.
+                logger.warning("Cannot read Serve's status: %s", error)
+            await asyncio.sleep(self._interval_s)
+
     async def models(self) -> Mapping[str, ModelStatus]:
-        """All models by name, at most one interval old."""
-        await self._refresh(self._interval_s)
+        """All models by name, as read last."""
+        if self._read_at == float("-inf"):
+            await self._refresh(FRESH_ENOUGH_S)
         return self._models
 
     async def find(self, name: str) -> ModelStatus:
@@ -72,7 +93,10 @@ class ModelDirectory:
         if model.state != "ready":
             raise _unavailable(model)
         if name not in self._handles:
-            handle = await asyncio.to_thread(serve.get_app_handle, name)
+            try:
+                handle = await asyncio.to_thread(serve.get_app_handle, name)
+            except RayServeException:  # Deleted since the status was read.
+                raise _unavailable(ModelStatus(name, "stopping", 0)) from None
             self._handles[name] = handle.options(method_name="http", stream=True)
         return self._handles[name]
 
@@ -80,7 +104,12 @@ class ModelDirectory:
         async with self._lock:
             if time.monotonic() - self._read_at < max_age_s:
                 return
-            status = await asyncio.to_thread(serve.status)
+            try:
+                status = await asyncio.wait_for(asyncio.to_thread(serve.status), STATUS_TIMEOUT_S)
+            except TimeoutError:
+                raise ModelUnavailable(
+                    "Ray Serve's controller does not answer.", retry_after_s=RETRY_LOADING_S
+                ) from None
             self._models = read_status(status.applications, self._own_application)
             for gone in self._handles.keys() - self._models.keys():
                 del self._handles[gone]
@@ -120,8 +149,9 @@ def summarize(message: str) -> str:
     if "Traceback (most recent call last)" not in message:
         return " ".join(message.split())
     lines = [line.strip() for line in message.splitlines()]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b.*: ", line)]
-    return re.sub(r"^(serve_app\.errors\.\w+: |(\w+\.)*)", "", errors[-1]) if errors else lines[-1]
+    starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Exit)\b.*: ", line)]
+    last = " ".join(lines[starts[-1] if starts else -1 :])
+    return re.sub(r"^(serve_app\.errors\.\w+: |(\w+\.)*)", "", last)
 
 
 def _not_found(name: str, models: Mapping[str, ModelStatus]) -> ModelNotFound:

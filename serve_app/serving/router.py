@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from serve_app.config import RouterConfig
-from serve_app.engines.openai_errors import error_object, error_response
+from serve_app.engines.openai_errors import error_object, error_response, read_json
 from serve_app.errors import InvalidRequest, ModelUnavailable, Overloaded, RequestError, RequestTooLarge
 from serve_app.serving.announcer import announce
 from serve_app.serving.asgi import Headers, HttpRequest, decode_head
@@ -54,9 +54,10 @@ def build_app(config: RouterConfig, directory: ModelDirectory) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        task = asyncio.create_task(announce(directory))
+        tasks = [asyncio.create_task(directory.keep_fresh()), asyncio.create_task(announce(directory))]
         yield
-        task.cancel()
+        for task in tasks:
+            task.cancel()
 
     endpoints = _Endpoints(config, directory)
     return Starlette(
@@ -67,7 +68,7 @@ def build_app(config: RouterConfig, directory: ModelDirectory) -> Starlette:
             Route("/v1/models/{name:path}", endpoints.show_model),
             Route("/{path:path}", endpoints.dispatch, methods=["POST"]),
         ],
-        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route},
+        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route, Exception: _unexpected},
         lifespan=lifespan,
     )
 
@@ -120,6 +121,9 @@ class _Endpoints:
             status, headers = decode_head(await anext(items))
         except (RayError, RayServeException, StopAsyncIteration) as error:
             raise _engine_failure(error) from error
+        except asyncio.CancelledError:  # The client has left before the first byte.
+            items.cancel()
+            raise
         return _proxied(status, headers, items)
 
     def _model_object(self, model: ModelStatus) -> dict[str, Any]:
@@ -135,7 +139,7 @@ class _Endpoints:
 def model_of(body: bytes) -> str:
     """The value of `model` in a JSON body. Raises InvalidRequest that says what is wrong with it."""
     try:
-        document = json.loads(body)
+        document = read_json(body)
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
     if not isinstance(document, dict):
@@ -202,6 +206,10 @@ def _engine_failure(error: Exception) -> RequestError:
 async def _refuse(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return error_response(error)
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    return error_response(RequestError(f"The router failed: {type(error).__name__}: {error}"))
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:

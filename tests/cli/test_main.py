@@ -39,13 +39,38 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.
         "applications:\n"
         "- {name: r, import_path: 'serve_app.app:router', args: {max_body: 1}}\n"
         "- {name: a, import_path: 'serve_app.app:model', args: {model: m, infer_backend: vllm, max_memory: {0: 3GB}}}\n"
-        "- {name: b, import_path: 'serve_app.app:model', args: {model: ./no, infer_backend: pt}}\n"
+        "- {name: b, import_path: 'serve_app.app:model', args: {model: m, infer_backend: pt, num_gpu: 1}}\n"
     )
     assert main(["check", str(file)]) == 2
     errors = capsys.readouterr().err
     assert "r: unknown field 'max_body'. Did you mean 'max_body_bytes'" in errors
     assert "a: max_memory: vLLM" in errors
-    assert "b: model: there is no folder" in errors
+    assert "b: unknown field 'num_gpu'. Did you mean 'num_gpus'" in errors
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, with the folder."""
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "applications:\n"
+        "- name: b\n"
+        "  import_path: serve_app.app:model\n"
+        "  route_prefix: /models/b\n"
+        "  args: {model: ./no, infer_backend: pt, device: cpu}\n"
+    )
+    assert main(["check", str(file)]) == 1
+    assert "NO  b: model: there is no folder" in capsys.readouterr().out
+
+
+def test_what_serve_refuses_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two applications with one route."""
+    file = tmp_path / "x.yaml"
+    one = "{{name: {0}, import_path: 'serve_app.app:router', route_prefix: /}}"
+    file.write_text(f"applications:\n- {one.format('a')}\n- {one.format('b')}\n")
+    assert main(["check", str(file)]) == 2
+    assert "route" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:

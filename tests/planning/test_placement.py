@@ -2,9 +2,17 @@
 
 import pytest
 
+from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
-from serve_app.planning.placement import demand_of, require_room
+from serve_app.facts.nodes import Node
+from serve_app.planning.placement import Demand, demands_of, require_room
 from tests.builders import model_config, node
+
+
+def first_demand(config: ModelConfig, nodes: list[Node]) -> Demand:
+    """The better way to ask."""
+    return demands_of(config, nodes)[0]
+
 
 WHOLE = [node(gpus=2)]
 BY_INDEX = [node(vram_gib={0: 8, 1: 24})]
@@ -12,39 +20,39 @@ BY_INDEX = [node(vram_gib={0: 8, 1: 24})]
 
 def test_a_cpu_model_asks_for_no_gpu() -> None:
     """`device: cpu` runs on any node."""
-    demand = demand_of(model_config(device="cpu", num_cpus=2), WHOLE)
+    demand = first_demand(model_config(device="cpu", num_cpus=2), WHOLE)
     assert (demand.cpus, demand.gpus, demand.resources) == (2, 0, {})
 
 
 def test_vllm_asks_for_as_many_whole_gpus_as_its_parallel_size() -> None:
     """One GPU without `tensor_parallel_size`."""
-    assert demand_of(model_config(infer_backend="vllm", tensor_parallel_size=2), WHOLE).gpus == 2
-    assert demand_of(model_config(infer_backend="vllm"), WHOLE).gpus == 1
+    assert first_demand(model_config(infer_backend="vllm", tensor_parallel_size=2), WHOLE).gpus == 2
+    assert first_demand(model_config(infer_backend="vllm"), WHOLE).gpus == 1
 
 
 def test_pt_asks_for_one_whole_gpu_for_each_that_max_memory_names() -> None:
     """Where nodes have whole GPUs to give, the replica counts its own from 0."""
-    demand = demand_of(model_config(max_memory={0: "3GB", 1: "10GB"}), WHOLE)
+    demand = first_demand(model_config(max_memory={0: "3GB", 1: "10GB"}), WHOLE)
     assert (demand.gpus, demand.resources) == (2, {})
 
 
 def test_pt_asks_for_memory_by_index_where_nodes_advertise_it() -> None:
     """3 GB are 2.794 GiB; Ray keeps four decimals, so it is rounded up."""
-    demand = demand_of(model_config(max_memory={0: "3GB", 1: "10GiB"}), BY_INDEX)
+    demand = first_demand(model_config(max_memory={0: "3GB", 1: "10GiB"}), BY_INDEX)
     assert demand.gpus == 0
     assert demand.resources == {"vram_gib_0": 2.794, "vram_gib_1": 10.0}
 
 
 def test_a_share_of_a_gpu_is_passed_to_ray() -> None:
     """`num_gpus` below 1 is Ray's own fraction."""
-    assert demand_of(model_config(num_gpus=0.3), WHOLE).gpus == 0.3
+    assert first_demand(model_config(num_gpus=0.3), WHOLE).gpus == 0.3
 
 
 def test_gpu_numbers_of_whole_gpus_start_at_zero() -> None:
     """GPU 1 alone can only be meant where nodes advertise memory by index."""
     with pytest.raises(PlacementError, match="counts its own from 0"):
-        demand_of(model_config(max_memory={1: "3GB"}), WHOLE)
-    assert demand_of(model_config(max_memory={1: "3GB"}), BY_INDEX).resources == {"vram_gib_1": 2.794}
+        first_demand(model_config(max_memory={1: "3GB"}), WHOLE)
+    assert first_demand(model_config(max_memory={1: "3GB"}), BY_INDEX).resources == {"vram_gib_1": 2.794}
 
 
 def test_what_no_node_has_is_refused_with_both_figures() -> None:
@@ -69,3 +77,10 @@ def test_memory_by_index_must_be_there() -> None:
     with pytest.raises(PlacementError, match=r"9.31 GiB of GPU 0.*GPU 0: 8 GiB, GPU 1: 24 GiB"):
         require_room(model_config(max_memory={0: "10GB"}), BY_INDEX)
     assert require_room(model_config(max_memory={1: "10GB"}), BY_INDEX)
+
+
+def test_a_mixed_cluster_is_asked_in_the_way_that_fits() -> None:
+    """One small node with memory by index must not hide a large one with whole GPUs."""
+    nodes = [node("small", vram_gib={0: 8, 1: 8}), node("large", gpus=2)]
+    assert require_room(model_config(max_memory={0: "20GB", 1: "20GB"}), nodes).gpus == 2
+    assert require_room(model_config(max_memory={0: "2GB", 1: "2GB"}), nodes).vram_gib

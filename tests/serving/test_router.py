@@ -45,6 +45,9 @@ class Directory:
     def __init__(self, fail_after: int | None = None):
         self.fail_after = fail_after
 
+    async def keep_fresh(self) -> None:
+        """Nothing changes."""
+
     async def models(self) -> dict[str, ModelStatus]:
         """One ready model and one that loads."""
         return {"a": ModelStatus("a", "ready", 1), "b": ModelStatus("b", "loading", 0)}

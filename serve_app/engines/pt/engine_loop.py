@@ -1,7 +1,8 @@
 """The thread that generates: one loop over schedule → run → sample → deliver.
 
-Law: the loop never dies. An error in a forward pass ends the sequences that were in it, and nothing else. Running out
-of memory ends nothing: all sequences are computed again in smaller batches, from the tokens that they have.
+Law: the loop dies only with its device. An error in a forward pass ends the sequences that were in it, and nothing
+else. Running out of memory ends nothing: all sequences are computed again in smaller batches, from the tokens that
+they have.
 """
 
 import logging
@@ -35,18 +36,23 @@ class EngineLoop(threading.Thread):
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._closing = threading.Lock()
+        self._closed = False
 
     def submit(self, sequence: Sequence) -> None:
-        """Starts generating; the outputs come through `deliver`."""
-        self._inbox.put(lambda: self._scheduler.add(sequence))
+        """Starts generating; the outputs come through `deliver`. Raises EngineError once the loop has ended."""
+        self._put(lambda: self._scheduler.add(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
         """Frees the sequence's place before the next step. No output follows."""
         self._inbox.put(lambda: self._drop([sequence]))
 
     def run_between_steps(self, work: Callable[[], None]) -> None:
-        """Runs something else with the model on this thread, before the next step. `work` must not raise."""
-        self._inbox.put(work)
+        """Runs something else with the model on this thread, before the next step. `work` must not raise.
+
+        Raises EngineError once the loop has ended.
+        """
+        self._put(work)
 
     def stop(self, timeout_s: float) -> None:
         """Ends the loop; every sequence left gets an error. Waits at most `timeout_s` seconds."""
@@ -65,8 +71,16 @@ class EngineLoop(threading.Thread):
                 while not self._stopping:
                     self._read_inbox()
                     self._step()
+        except Exception:
+            logger.exception("The pt engine's thread has ended; its replica has to be replaced.")
         finally:
             self._abandon()
+
+    def _put(self, work: Callable[[], None]) -> None:
+        with self._closing:
+            if self._closed:
+                raise EngineError("the pt engine has stopped")
+            self._inbox.put(work)
 
     def _read_inbox(self) -> None:
         if not self._scheduler.running and not self._scheduler.waiting and not self._stopping:
@@ -85,7 +99,9 @@ class EngineLoop(threading.Thread):
             outputs += self._attempt(step.decode, lambda: self._runner.decode(step.decode))
             outputs += self._attempt(step.prefill, lambda: self._runner.prefill(step))
             self._scheduler.complete(step)
-        except Exception as error:  # `_attempt` lets nothing else through.
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning("Out of memory with %d sequences: %s", self._scheduler.running, error)
             out_of_memory = True
         if out_of_memory:  # Outside of `except`, whose traceback still holds the tensors.
@@ -97,14 +113,18 @@ class EngineLoop(threading.Thread):
     def _attempt(
         self, sequences: ReadOnlySequence[Sequence], compute: Callable[[], torch.Tensor | None]
     ) -> list[Output]:
-        """Runs one forward pass. Raises only when out of memory; any other error is the sequences' last output."""
+        """Runs one forward pass; an error is the sequences' last output.
+
+        Raises when out of memory, and when the device is broken: after an AcceleratorError every CUDA call fails, so
+        the thread has to end and the replica to be replaced.
+        """
         if not sequences:
             return []
         try:
             logits = compute()
             return [] if logits is None else self._advance(list(sequences), logits)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
             logger.exception("A step failed with %d sequences in it.", len(sequences))
             return [Output(sequence, error=error) for sequence in sequences]
@@ -141,5 +161,9 @@ class EngineLoop(threading.Thread):
                 self._runner.drop(sequence)
 
     def _abandon(self) -> None:
+        with self._closing:
+            self._closed = True
+        while not self._inbox.empty():
+            self._inbox.get_nowait()()
         error = EngineError("the pt engine has stopped")
         self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])

@@ -17,6 +17,8 @@ from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, EngineError
 
 Device = int | str
+# Of a GPU without a limit: the rest is for the KV cache, activations and the CUDA context.
+FREE_SHARE = 0.8
 DeviceMap = Mapping[str, Device]
 
 
@@ -42,28 +44,45 @@ def load_model(config: ModelConfig) -> LoadedModel:
     try:
         hf_config = AutoConfig.from_pretrained(config.model, **common)
         tokenizer = AutoTokenizer.from_pretrained(config.model, **common)
-    except (OSError, ValueError) as error:
-        raise EngineError(f"model: cannot read {config.model}: {_first_lines(error)}") from error
+    except Exception as error:
+        raise EngineError(f"model: cannot read {config.model}: {_one_line(error)}") from error
     if config.chat_template is not None:
         tokenizer.chat_template = _read_template(config.chat_template)
     max_model_len = _max_model_len(config, hf_config)
+    placement = _placement(config, hf_config)
+    uses_disk = isinstance(placement["device_map"], dict) and "disk" in placement["device_map"].values()
+    offload = TemporaryDirectory(prefix="serve-app-offload-") if uses_disk else None
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    device_map = choose_device_map(config, hf_config, gpu_memory(config))
-    offload = TemporaryDirectory(prefix="serve-app-offload-") if "disk" in device_map.values() else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            dtype=dtype,
-            device_map=dict(device_map),
-            offload_folder=None if offload is None else offload.name,
-            **common,
+            config.model, dtype=dtype, offload_folder=None if offload is None else offload.name, **placement, **common
         )
-    except (OSError, ValueError) as error:
-        raise EngineError(f"model: cannot load {config.model}: {_first_lines(error)}") from error
+    except Exception as error:
+        raise EngineError(f"model: cannot load {config.model}: {_one_line(error)}") from error
+    device_map = getattr(model, "hf_device_map", {"": str(model.device)})
+    _require_opened(config, device_map, {})
     model.eval()
     return LoadedModel(
         model, tokenizer, _input_device(model), max_model_len, _eos_ids(model, tokenizer), device_map, offload
     )
+
+
+def _placement(config: ModelConfig, hf_config: Any) -> dict[str, Any]:
+    """What `from_pretrained` is told about devices.
+
+    A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules.
+    """
+    free = gpu_memory(config)
+    if getattr(hf_config, "quantization_config", None) is None or isinstance(config.device_map, dict):
+        try:
+            return {"device_map": dict(choose_device_map(config, hf_config, free))}
+        except (EngineError, ConfigError):
+            raise
+        except Exception as error:
+            raise EngineError(f"device_map: cannot plan {config.model}: {_one_line(error)}") from error
+    if config.device == "cpu":
+        return {"device_map": {"": "cpu"}}
+    return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}
 
 
 def gpu_memory(config: ModelConfig) -> dict[int, int]:
@@ -96,25 +115,50 @@ def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[i
     if config.device == "cpu" and config.max_memory is None:
         return {"": "cpu"}
     limits = device_limits(config, free_bytes)
-    device_map = _infer(config, hf_config, limits)
-    spilled = {str(device) for device in device_map.values() if isinstance(device, str)} - _allowed_tiers(config)
-    if spilled:
+    device_map: DeviceMap = {}
+    for balanced in (True, False) if _may_balance(config) else (False,):
+        device_map = _infer(config, hf_config, limits, balanced)
+        if not _unopened(config, device_map):
+            break  # A balanced map may need a tier where a plain one fits: it halves the model, not the GPUs.
+    _require_opened(config, device_map, limits)
+    return device_map
+
+
+def _may_balance(config: ModelConfig) -> bool:
+    if config.device == "cpu":
+        return False
+    return config.device_map in ("balanced", "balanced_low_0") or (
+        config.device_map in (None, "auto") and config.max_memory is None
+    )
+
+
+def _unopened(config: ModelConfig, device_map: DeviceMap) -> set[str]:
+    """The slower tiers that the map uses and the user did not open."""
+    opened = set(config.spill_tiers) | ({"cpu"} if config.device == "cpu" else set())
+    if isinstance(config.device_map, dict):
+        opened |= {device for device in config.device_map.values() if isinstance(device, str)}
+    return ({str(device) for device in device_map.values()} & {"cpu", "disk"}) - opened
+
+
+def _require_opened(config: ModelConfig, device_map: DeviceMap, limits: Mapping[Device, int]) -> None:
+    unopened = _unopened(config, device_map)
+    if unopened:
         sizes = ", ".join(
             f"{f'GPU {device}' if isinstance(device, int) else device}: {size / 1e9:.3g} GB"
             for device, size in limits.items()
         )
         raise EngineError(
-            f"max_memory: the model does not fit in {sizes}; part of it would go to {' and '.join(sorted(spilled))}. "
-            "Raise the limits, add a GPU, or name cpu (slow) or disk (very slow) in max_memory to allow it."
+            f"max_memory: the model does not fit in {sizes or 'the GPUs'}; part of it would go to "
+            f"{' and '.join(sorted(unopened))}. Raise the limits, add a GPU, or name cpu (slow) or disk (very slow) in "
+            "max_memory to allow it."
         )
-    return device_map
 
 
 def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[Device, int]:
     """Bytes that accelerate may place on each device: the user's cap, but never more than is free."""
     memory = config.max_memory or {}
     if not config.gpu_indices:
-        limits: dict[Device, int] = dict(free_bytes.items())
+        limits: dict[Device, int] = {index: int(FREE_SHARE * size) for index, size in free_bytes.items()}
     elif len(config.gpu_indices) > len(free_bytes):
         raise EngineError(
             f"max_memory names {len(config.gpu_indices)} GPUs, but this replica sees {len(free_bytes)}. "
@@ -125,11 +169,7 @@ def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[De
     return limits | {tier: memory[tier] for tier in ("cpu", "disk") if tier in memory}
 
 
-def _allowed_tiers(config: ModelConfig) -> frozenset[str]:
-    return config.spill_tiers | ({"cpu"} if config.device == "cpu" else frozenset())
-
-
-def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[Device, int]) -> DeviceMap:
+def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[Device, int], balanced: bool) -> DeviceMap:
     """accelerate's own map, made on a model without weights. A tier that is not in `limits` can still be chosen."""
     from accelerate import infer_auto_device_map, init_empty_weights
     from accelerate.utils import get_balanced_memory
@@ -138,21 +178,11 @@ def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[Device, int]) ->
         model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
     model.tie_weights()
     dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    no_split = list(model._no_split_modules or [])
+    options = {"no_split_module_classes": list(model._no_split_modules or []), "dtype": dtype or torch.float32}
     memory = dict(limits)
-    if config.device_map in ("balanced", "balanced_low_0") or (
-        config.device_map in (None, "auto") and not config.max_memory
-    ):
-        memory = get_balanced_memory(
-            model,
-            max_memory=memory,
-            no_split_module_classes=no_split,
-            dtype=dtype,
-            low_zero=config.device_map == "balanced_low_0",
-        )
-    inferred: dict[str, Device] = infer_auto_device_map(
-        model, max_memory=memory, no_split_module_classes=no_split, dtype=dtype
-    )
+    if balanced:
+        memory = get_balanced_memory(model, memory, low_zero=config.device_map == "balanced_low_0", **options)
+    inferred: dict[str, Device] = infer_auto_device_map(model, max_memory=memory, **options)
     return inferred
 
 
@@ -190,5 +220,6 @@ def _read_template(path: str) -> str:
         raise ConfigError(f"chat_template: cannot read {path}: {error.strerror}.") from None
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

@@ -1,6 +1,7 @@
 """The pt engine's ASGI application: OpenAI's chat and text completions, whole and streamed."""
 
 import asyncio
+import inspect
 import json
 import time
 import uuid
@@ -16,8 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from transformers import PreTrainedTokenizerBase
 
-from serve_app.engines.openai_errors import error_object, error_response
+from serve_app.engines.openai_errors import error_object, error_response, read_json
 from serve_app.engines.pt.embedding import embed
 from serve_app.engines.pt.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
 from serve_app.engines.pt.protocol import (
@@ -32,6 +34,9 @@ from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelN
 
 if TYPE_CHECKING:
     from serve_app.engines.pt.engine import Piece, PtEngine
+
+# Arguments of `apply_chat_template` itself, which a client must not reach through the template's variables.
+TEMPLATE_METHOD_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 # What OpenAI's completions endpoint generates when the request does not say.
 DEFAULT_COMPLETION_TOKENS = 16
@@ -108,7 +113,7 @@ def build_app(engine: "PtEngine") -> Starlette:
             Route("/v1/models", endpoints.models),
             Route("/health", endpoints.health),
         ],
-        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route},
+        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route, Exception: _refuse},
     )
 
 
@@ -189,12 +194,15 @@ class _Endpoints:
 
     async def health(self, _: Request) -> Response:
         """200 while the engine can answer."""
+        await self._require_alive()
+        reason = self._engine.serial_reason
+        return JSONResponse({"status": "ok"} | ({"one_request_at_a_time": reason} if reason else {}))
+
+    async def _require_alive(self) -> None:
         try:
             await self._engine.check_health()
         except EngineError as error:
-            raise ModelUnavailable(str(error)) from None
-        reason = self._engine.serial_reason
-        return JSONResponse({"status": "ok"} | ({"one_request_at_a_time": reason} if reason else {}))
+            raise ModelUnavailable(str(error), retry_after_s=5.0) from None
 
     async def _answer(
         self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]], shape: Shape, default_tokens: int | None
@@ -203,6 +211,7 @@ class _Endpoints:
         self._check_ids(list(asked.logit_bias or {}), "logit_bias")
         params = asked.sampling(max_tokens, self._engine.loaded.model.generation_config)
         job = Job(asked, prompts, params, shape)
+        await self._require_alive()
         self._engine.require_place()
         if asked.stream:
             return StreamingResponse(self._stream(job), media_type="text/event-stream")
@@ -313,6 +322,11 @@ class _Endpoints:
 
     def _apply_template(self, asked: ChatRequest) -> list[int]:
         tokenizer = self._engine.loaded.tokenizer
+        for name in asked.chat_template_kwargs:
+            if name in TEMPLATE_METHOD_ARGUMENTS:
+                raise InvalidRequest(
+                    f"'chat_template_kwargs.{name}' is not a variable of the template.", param="chat_template_kwargs"
+                )
         if tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template. Use /v1/completions, or set chat_template in its config.",
@@ -328,6 +342,7 @@ class _Endpoints:
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(f"The chat template refuses these messages: {error}", param="messages") from error
+        self._check_ids(ids, "messages")
         return ids
 
     def _tokenize(self, asked: CompletionRequest | EmbeddingRequest) -> list[list[int]]:
@@ -353,7 +368,7 @@ class _Endpoints:
             raise ContextTooLong(
                 f"This model's maximum context length is {context} tokens. However, you requested "
                 f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the prompt, {wanted} in the completion).",
-                param="max_tokens" if prompt_tokens < context else "messages",
+                param="max_tokens" if prompt_tokens < context else None,
             )
         return wanted
 
@@ -381,7 +396,7 @@ def _request_error(error: Exception) -> RequestError:
 
 async def _json(request: Request) -> object:
     try:
-        return json.loads(await request.body())
+        return read_json(await request.body())
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 

@@ -42,7 +42,8 @@ class StreamOptions(BaseModel):
     """`stream_options`."""
 
     model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class _Body(BaseModel):
@@ -57,7 +58,8 @@ class _Body(BaseModel):
             raise InvalidRequest("The body must be a JSON object.")
         fields = {name: value for name, value in body.items() if name not in WITHOUT_EFFECT}
         for name in NEUTRAL_ONLY.keys() & (fields.keys() - cls.model_fields.keys()):
-            if fields.pop(name) not in NEUTRAL_ONLY[name]:
+            value = fields.pop(name)
+            if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL_ONLY[name]):
                 raise InvalidRequest(f"'{name}' is not supported by the pt engine. Leave it out.", param=name)
         for name in fields:
             if name not in cls.model_fields:
@@ -86,13 +88,15 @@ class _Request(_Body):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     ignore_eos: bool = False
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _combines(self) -> Self:
         if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
             raise ValueError(f"min_tokens: {self.min_tokens} is over max_tokens, {self.limit}")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with stream: true")
         return self
 
     @property
@@ -104,7 +108,7 @@ class _Request(_Body):
     @property
     def include_usage(self) -> bool:
         """Whether the stream ends with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def limit(self) -> int | None:
@@ -131,7 +135,7 @@ class _Request(_Body):
 
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=choose("temperature", 1.0),
+            temperature=_sampling_temperature(choose("temperature", 1.0)),
             top_p=choose("top_p", 1.0),
             top_k=max(0, choose("top_k", 0)),
             min_p=choose("min_p", 0.0),
@@ -229,6 +233,11 @@ class DetokenizeRequest(_Body):
     """POST /detokenize."""
 
     tokens: list[int]
+
+
+def _sampling_temperature(temperature: float) -> float:
+    """0 for what is so small that dividing logits by it would overflow."""
+    return float(temperature) if temperature >= 1e-5 else 0.0
 
 
 def _as_list(prompts: Prompts) -> list[str | list[int]]:

@@ -53,10 +53,16 @@ def test_a_tier_is_used_when_it_is_named() -> None:
 
 
 def test_without_limits_the_free_memory_is_the_limit() -> None:
-    """Nothing is spilled then either."""
+    """Less a reserve for the cache and the context; nothing is spilled then either."""
     assert devices(free={0: 10**9}) == {0}
-    with pytest.raises(EngineError, match="does not fit in GPU 0: 0.01 GB"):
+    with pytest.raises(EngineError, match="does not fit in GPU 0: 0.008 GB"):
         devices(free={0: 10**7})
+
+
+def test_a_large_gpu_before_a_small_one_is_enough_without_limits() -> None:
+    """accelerate's balanced map gives the first GPU half of the model, whatever its size, and would spill the rest."""
+    assert devices(free={0: 41 * 10**6, 1: 12 * 10**6}) == {0, 1}
+    assert devices(free={0: 12 * 10**6, 1: 41 * 10**6}) == {0, 1}
 
 
 def test_the_limit_is_never_more_than_what_is_free() -> None:
