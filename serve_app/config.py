@@ -345,6 +345,8 @@ def read_applications(path: Path) -> list[ApplicationSpec]:
     """The applications of a Ray Serve config file. Raises ConfigError when it cannot be read."""
     try:
         document = yaml.safe_load(path.read_text())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except yaml.YAMLError as error:

@@ -2,18 +2,22 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from serve_app.config import ApplicationSpec, ModelConfig, RouterConfig, read_applications
-from serve_app.errors import ConfigError, ServeAppError
+from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.gpus import local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.planning.placement import require_room
+
+# What an application may name, and its deployment.
+BUILDERS = {"serve_app.app:model": "Model", "serve_app.app:router": "Router"}
 
 
 def check(file: Path, address: str | None) -> int:
@@ -44,13 +48,39 @@ def _require_valid(applications: Sequence[ApplicationSpec]) -> None:
 
 def _require_serves_schema(file: Path) -> None:
     """Raises ConfigError for what Ray Serve itself refuses: unknown keys, a name or a route that is there twice."""
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
+    document = yaml.safe_load(file.read_text())
+    problems = unknown_keys(document, ServeDeploySchema.model_fields, ServeApplicationSchema.model_fields)
+    if problems:
+        raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
     try:
-        ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
+        ServeDeploySchema.model_validate(document)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise ConfigError(f"{file}: Ray Serve refuses it: {'; '.join(lines)}") from None
+
+
+def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iterable[str]) -> list[str]:
+    """What Serve would drop in silence, one line each: keys and deployments that do not exist, and a wrong builder."""
+    problems = [f"unknown key '{key}'.{nearest(key, top)}" for key in document if key not in top]
+    for item in document["applications"]:
+        name = item.get("name")
+        problems += [
+            f"{name}: unknown key '{key}'.{nearest(key, application)}" for key in item if key not in application
+        ]
+        path = str(item.get("import_path"))
+        if not path.startswith("serve_app."):
+            continue
+        if path not in BUILDERS:
+            problems.append(f"{name}: import_path '{path}' does not exist.{nearest(path, BUILDERS)}")
+            continue
+        for deployment in item.get("deployments", []):
+            if deployment.get("name") != BUILDERS[path]:
+                problems.append(f"{name}: deployments: '{deployment.get('name')}' must be '{BUILDERS[path]}'.")
+            if "ray_actor_options" in deployment:
+                problems.append(f"{name}: ray_actor_options would replace the GPUs and the environment set here.")
+    return problems
 
 
 def _report(application: ApplicationSpec, nodes: Sequence[Node]) -> bool:

@@ -17,13 +17,17 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, EngineError, nearest
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this says less.
 DEFAULT_CPU_KV_CACHE_GIB = 1
+
+
+# Seconds that vLLM has to abort a request whose client has left, before its task is cancelled.
+ABORT_GRACE_S = 5.0
 
 
 class VllmEngine:
@@ -55,7 +59,7 @@ class VllmEngine:
         app = build_app(args, tasks, self._client.model_config)
         app.state.server = self._server  # vLLM's handler of a dead engine asks it to exit.
         await init_app_state(self._client, app.state, args, tasks)
-        return app  # type: ignore[no-any-return]
+        return disconnect_before_cancel(app)
 
     async def check_health(self) -> None:
         """Asks vLLM, which knows when its engine process has died."""
@@ -69,6 +73,40 @@ class VllmEngine:
     async def stop(self) -> None:
         """Shuts the engine process down and waits for it."""
         await self._stack.aclose()
+
+
+def disconnect_before_cancel(app: ASGIApp) -> ASGIApp:
+    """Turns a cancellation into a disconnect that the application sees.
+
+    vLLM aborts a request in its engine when it is told of the disconnect. A cancelled endpoint that does not stream
+    leaves its work running to the end.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        gone = asyncio.Event()
+
+        async def receive_or_gone() -> Message:
+            waits = [asyncio.ensure_future(receive()), asyncio.ensure_future(gone.wait())]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                return waits[0].result() if waits[0].done() else {"type": "http.disconnect"}  # type: ignore[return-value]
+            finally:
+                for wait in waits:
+                    wait.cancel()
+
+        task = asyncio.ensure_future(app(scope, receive_or_gone, send))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            gone.set()
+            await asyncio.wait({task}, timeout=ABORT_GRACE_S)
+            task.cancel()
+            raise
+
+    return wrapped
 
 
 def environment(config: ModelConfig) -> dict[str, str]:

@@ -80,7 +80,7 @@ def require_room(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
             return demand
     demand = demands[0]
     cure = ""
-    if not any(node.gpus or node.vram_gib for node in nodes):
+    if config.device != "cpu" and not any(node.gpus or node.vram_gib for node in nodes):
         cure = " To run it on the CPU, set device: cpu."
     elif demand.gpus and any(node.vram_gib for node in nodes):
         cure = " GPU memory by index is given only to pt models with max_memory and without num_gpus."

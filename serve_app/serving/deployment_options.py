@@ -28,6 +28,8 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
     return {
         "max_ongoing_requests": max(MAX_ONGOING_REQUESTS, 2 * (config.max_num_seqs or 0)),
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        # Serve replaces a replica after three failures; its own 10 s would keep a dead engine for half a minute.
+        "health_check_period_s": 2.0,
         "health_check_timeout_s": 30.0,
         "ray_actor_options": {
             "num_cpus": demand.cpus,

@@ -100,6 +100,11 @@ class ModelDirectory:
             self._handles[name] = handle.options(method_name="http", stream=True)
         return self._handles[name]
 
+    def require_hope(self, model: ModelStatus) -> None:
+        """Raises ModelUnavailable for a model that will not answer who waits; one that loads or restarts will."""
+        if model.state in ("failed", "stopping"):
+            raise _unavailable(model)
+
     async def _refresh(self, max_age_s: float) -> None:
         async with self._lock:
             if time.monotonic() - self._read_at < max_age_s:
@@ -135,8 +140,9 @@ def _read_application(name: str, application: Any) -> ModelStatus:
         return ModelStatus(name, "stopping", running)
     if running or status == "RUNNING":  # RUNNING without replicas is scaled to zero: the handle wakes it.
         return ModelStatus(name, "ready", running)
-    if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+    if status == "DEPLOY_FAILED":
         return ModelStatus(name, "failed", 0, message)
+    # UNHEALTHY: its replica died, and Serve is starting another.
     return ModelStatus(name, "loading", 0, message)
 
 

@@ -108,7 +108,8 @@ class _Endpoints:
     async def dispatch(self, request: Request) -> Response:
         """Passes a request on to the model that its body names."""
         body = await _read_body(request, self._config.max_body_bytes)
-        handle = await self._directory.handle(model_of(body))
+        name = model_of(body)
+        handle = await self._directory.handle(name)
         passed_on = HttpRequest(
             method=request.method,
             path="/" + request.path_params["path"],
@@ -118,13 +119,27 @@ class _Endpoints:
         )
         items = handle.remote(passed_on)
         try:
-            status, headers = decode_head(await anext(items))
+            status, headers = decode_head(await self._first(items, name))
         except (RayError, RayServeException, StopAsyncIteration) as error:
             raise _engine_failure(error) from error
-        except asyncio.CancelledError:  # The client has left before the first byte.
+        except (asyncio.CancelledError, RequestError):  # The client or the model has left before the first byte.
             items.cancel()
             raise
         return _proxied(status, headers, items)
+
+    async def _first(self, items: Any, name: str) -> bytes:
+        """The first item. A handle waits for a replica for ever, so the model is looked at meanwhile.
+
+        Raises ModelNotFound or ModelUnavailable when the model was removed or has failed for good.
+        """
+        first = asyncio.ensure_future(anext(items))
+        try:
+            while not (await asyncio.wait({first}, timeout=self._config.discovery_interval_s))[0]:
+                self._directory.require_hope(await self._directory.find(name))
+            item: bytes = await first
+            return item
+        finally:
+            first.cancel()
 
     def _model_object(self, model: ModelStatus) -> dict[str, Any]:
         return {
@@ -219,5 +234,6 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
         "by the model's own route, /models/NAME/…"
     )
     response = error_response(refusal)
-    response.status_code = error.status_code
+    # Only POST goes to models, so for a browser an unknown address is unknown, not a wrong method.
+    response.status_code = 404 if request.method in ("GET", "HEAD") else error.status_code
     return response

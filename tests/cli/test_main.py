@@ -73,6 +73,27 @@ def test_what_serve_refuses_is_told_too(tmp_path: Path, capsys: pytest.CaptureFi
     assert "route" in capsys.readouterr().err
 
 
+def test_keys_that_serve_would_drop_in_silence_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the top, in an application, in its builder, and among its deployments."""
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "http_option: {port: 9}\n"
+        "applications:\n"
+        "- {name: r, import_path: 'serve_app.app:routr', route_prefix: /}\n"
+        "- name: a\n"
+        "  import_path: serve_app.app:model\n"
+        "  route_prefix: /models/a\n"
+        "  deployment: []\n"
+        "  deployments: [{name: model}]\n"
+        "  args: {model: m, infer_backend: pt, device: cpu}\n"
+    )
+    assert main(["check", str(file)]) == 2
+    errors = capsys.readouterr().err
+    for words in ("Did you mean 'http_options'", "Did you mean 'serve_app.app:router'", "Did you mean 'deployments'"):
+        assert words in errors
+    assert "'model' must be 'Model'" in errors
+
+
 def test_a_missing_file_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
     """No traceback."""
     assert main(["check", "nowhere.yaml"]) == 2

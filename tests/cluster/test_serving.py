@@ -227,3 +227,34 @@ async def test_a_client_that_leaves_frees_its_place(run: ServeRun, way: str) -> 
         await asyncio.gather(*(leave_early() for _ in range(4)))
         reply = await asyncio.wait_for(client.post(f"{url}/chat/completions", json=chat("scaling", "Hello")), 20)
     assert reply.json()["choices"][0]["message"]["content"] == ANSWERS["Hello"]
+
+
+def running_in_vllm(run: ServeRun) -> float:
+    """Requests that vLLM's engine is working on, by its own count."""
+    text = httpx.get(f"{run.url}/models/tiny-vllm/metrics", timeout=10).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+async def test_vllm_stops_working_for_a_client_that_left(run: ServeRun, way: str, stream: bool) -> None:
+    """Also where nothing was streamed: the engine's own count of running requests falls to zero at once."""
+    url = base_url(run, "tiny-vllm", way)
+    endless = chat("tiny-vllm", "Hello", max_tokens=1900, ignore_eos=True, stream=stream)
+    async with httpx.AsyncClient(timeout=60) as client:
+        tasks = [asyncio.create_task(client.post(f"{url}/chat/completions", json=endless)) for _ in range(4)]
+        for _ in range(100):
+            if await asyncio.to_thread(running_in_vllm, run) == 4:
+                break
+            await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        left = 4.0
+        for _ in range(20):
+            left = await asyncio.to_thread(running_in_vllm, run)
+            if not left:
+                break
+            await asyncio.sleep(0.05)
+    assert left == 0

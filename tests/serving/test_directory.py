@@ -43,7 +43,7 @@ def test_every_application_but_the_router_is_a_model() -> None:
         ("DEPLOYING", 0, "loading"),
         ("DEPLOYING", 1, "ready"),  # a rolling update: the old replica still answers
         ("DEPLOY_FAILED", 0, "failed"),
-        ("UNHEALTHY", 0, "failed"),
+        ("UNHEALTHY", 0, "loading"),
         ("UNHEALTHY", 1, "ready"),
         ("DELETING", 1, "stopping"),
     ],

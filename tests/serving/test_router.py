@@ -1,5 +1,6 @@
 """The router with models that are small ASGI applications instead of replicas."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -25,6 +26,7 @@ class Items:
     def __init__(self, app: Starlette, request: HttpRequest, fail_after: int | None):
         self._items = call_asgi(app, request)
         self._left = fail_after
+        self.cancelled = False
 
     def __aiter__(self) -> "Items":
         return self
@@ -36,14 +38,17 @@ class Items:
         return await anext(self._items)
 
     def cancel(self) -> None:
-        """Nothing runs elsewhere."""
+        """Remembers it."""
+        self.cancelled = True
 
 
 class Directory:
     """A directory over applications in this process."""
 
-    def __init__(self, fail_after: int | None = None):
+    def __init__(self, fail_after: int | None = None, gone: bool = False):
         self.fail_after = fail_after
+        self.gone = gone
+        self.items: list[Items] = []
 
     async def keep_fresh(self) -> None:
         """Nothing changes."""
@@ -58,6 +63,11 @@ class Directory:
             raise ModelNotFound("no such model", param="model")
         return (await self.models())[name]
 
+    def require_hope(self, model: ModelStatus) -> None:
+        """As in the real one."""
+        if self.gone:
+            raise ModelUnavailable("it is being removed")
+
     async def handle(self, name: str) -> Any:
         """An object whose `remote` calls the model."""
         if (await self.find(name)).state != "ready":
@@ -66,7 +76,8 @@ class Directory:
 
     def remote(self, request: HttpRequest) -> Items:
         """As a Ray handle does."""
-        return Items(MODEL, request, self.fail_after)
+        self.items.append(Items(MODEL, request, self.fail_after))
+        return self.items[-1]
 
 
 async def _echo(request: Request) -> Response:
@@ -84,8 +95,17 @@ async def _stream(_: Request) -> Response:
     return StreamingResponse(pieces(), media_type="text/event-stream")
 
 
+async def _never(_: Request) -> Response:
+    await asyncio.Event().wait()
+    raise AssertionError("nobody sets it")
+
+
 MODEL = Starlette(
-    routes=[Route("/v1/stream", _stream, methods=["POST"]), Route("/{path:path}", _echo, methods=["POST"])]
+    routes=[
+        Route("/v1/never", _never, methods=["POST"]),
+        Route("/v1/stream", _stream, methods=["POST"]),
+        Route("/{path:path}", _echo, methods=["POST"]),
+    ]
 )
 
 
@@ -137,6 +157,23 @@ async def test_a_replica_that_dies_before_answering_is_a_503() -> None:
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
 
 
+async def test_nobody_waits_for_a_model_that_is_gone() -> None:
+    """A handle without replicas waits for ever; the router does not, and lets go of the call."""
+    directory = Directory(gone=True)
+    async with client(directory, discovery_interval_s=0.05) as session:
+        reply = await session.post("/v1/never", json={"model": "a"})
+    assert reply.status_code == 503
+    assert directory.items[0].cancelled
+
+
+@pytest.mark.parametrize("body", [b'{"model": "\\ud800"}', b'{"model": "a", "x": ' + b"[" * 100_000])
+async def test_json_that_no_program_can_hold_is_refused(body: bytes) -> None:
+    """Half a character, and nesting without end."""
+    async with client(Directory()) as session:
+        reply = await session.post("/v1/any", content=body)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
 async def test_a_loading_model_is_a_503_with_retry_after() -> None:
     """Whole seconds, rounded up."""
     async with client(Directory()) as session:
@@ -172,7 +209,7 @@ async def test_other_methods_lead_to_the_models_route() -> None:
     """A GET has no body, so no model can be read from it."""
     async with client(Directory()) as session:
         reply = await session.get("/v1/responses/7")
-    assert reply.status_code == 405
+    assert reply.status_code == 404
     assert "/models/NAME/" in reply.json()["error"]["message"]
 
 

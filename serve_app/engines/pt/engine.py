@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Limits, Scheduler
 from serve_app.engines.pt.sequence import FinishReason, Logprobs, Output, SamplingParams, Sequence
 from serve_app.engines.pt.text_stream import TextStream
-from serve_app.errors import EngineError, Overloaded
+from serve_app.errors import EngineError, InvalidRequest, Overloaded
 
 DEFAULT_MAX_NUM_SEQS = 32
 DEFAULT_MAX_QUEUED_REQUESTS = 256
@@ -94,14 +95,26 @@ class PtEngine:
         """The most tokens of prompt and output together: the model's context, or what the cache can hold."""
         return min(self.loaded.max_model_len, self.limits.max_cache_tokens)
 
-    def require_place(self) -> None:
-        """Raises Overloaded, with the time that the queue needs at the measured rate, when the queue is full."""
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        return max(map(len, self.loaded.tokenizer.get_vocab()), default=1)
+
+    def require_place(self, count: int) -> None:
+        """Raises Overloaded, with the time that the queue needs at the measured rate, when the queue is full.
+
+        Raises InvalidRequest for a request of more choices than the queue could ever take.
+        """
         allowed = self.limits.max_num_seqs + (self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS)
-        present = len(self._outputs)
-        if present >= allowed:
+        if count > allowed:
+            raise InvalidRequest(
+                f"The request asks for {count} choices, and the model takes at most {allowed} at once."
+            )
+        over = len(self._outputs) + count - allowed
+        if over > 0:
             raise Overloaded(
-                f"The model '{self.name}' has {present} requests already and takes {allowed}.",
-                retry_after_s=self._seconds_per_sequence() * (present - self.limits.max_num_seqs + 1),
+                f"The model '{self.name}' has {len(self._outputs)} requests already and takes {allowed}.",
+                retry_after_s=self._seconds_per_sequence() * over,
             )
 
     async def generate(

@@ -212,7 +212,7 @@ class _Endpoints:
         params = asked.sampling(max_tokens, self._engine.loaded.model.generation_config)
         job = Job(asked, prompts, params, shape)
         await self._require_alive()
-        self._engine.require_place()
+        self._engine.require_place(len(job.choices))
         if asked.stream:
             return StreamingResponse(self._stream(job), media_type="text/event-stream")
         return await self._whole(job)
@@ -327,6 +327,8 @@ class _Endpoints:
                 raise InvalidRequest(
                     f"'chat_template_kwargs.{name}' is not a variable of the template.", param="chat_template_kwargs"
                 )
+        conversation = asked.conversation()
+        self._check_characters(sum(len(message["content"] or "") for message in conversation), "messages")
         if tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template. Use /v1/completions, or set chat_template in its config.",
@@ -334,7 +336,7 @@ class _Endpoints:
             )
         try:
             ids: list[int] = tokenizer.apply_chat_template(
-                asked.conversation(),
+                conversation,
                 add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
                 continue_final_message=asked.continue_final_message,
                 return_dict=False,
@@ -347,12 +349,24 @@ class _Endpoints:
 
     def _tokenize(self, asked: CompletionRequest | EmbeddingRequest) -> list[list[int]]:
         tokenizer, name = self._engine.loaded.tokenizer, asked.prompt_field
+        for item in asked.prompts():
+            self._check_characters(len(item) if isinstance(item, str) else 0, name)
         prompts = [tokenizer.encode(item) if isinstance(item, str) else list(item) for item in asked.prompts()]
         if not prompts or not all(prompts):
             raise InvalidRequest(f"'{name}' is empty.", param=name)
         for ids in prompts:
             self._check_ids(ids, name)
         return prompts
+
+    def _check_characters(self, count: int, name: str) -> None:
+        """Refuses a text that cannot fit before it is tokenised, which takes a second per megabyte."""
+        most = self._engine.max_tokens_per_request * self._engine.longest_token
+        if count > most:
+            raise ContextTooLong(
+                f"'{name}' has {count} characters; {self._engine.max_tokens_per_request} tokens, this model's maximum "
+                f"context length, hold at most {most}.",
+                param=name,
+            )
 
     def _check_ids(self, ids: list[int], name: str) -> None:
         vocabulary = self._vocabulary
