@@ -2,9 +2,9 @@
 
     python -m benchmarks.pt_engine [--clients 1,8,32] [--dtype float32] [--rounds 2] [--with-vllm] [--json FILE]
 
-A model of about 100 M parameters (Qwen2 architecture, random weights) is built on the spot. Each client asks several
-times, with prompts of 8–64 tokens and outputs of 16–128, all of exact length; arrivals are staggered. The systems take
-turns, round after round, and every figure is a ratio or a rate of this one run: machines differ and are noisy.
+A model of about 100 M parameters (Qwen2 architecture, random weights) is built on the spot. Each client asks
+once a round, with a prompt of 8–64 tokens and an output of 16–128 of exact length; arrivals are staggered. The systems
+take turns, round after round, and every figure is a ratio or a rate of this one run: machines differ and are noisy.
 
     one by one    model.generate for each request in turn
     padded        left-padded model.generate for all requests that wait, as in a static batch
@@ -82,7 +82,7 @@ def build_model(folder: Path, dtype: str) -> None:
 
 
 def load_of(clients: int, seed: int) -> list[Request]:
-    """Two requests a client, staggered."""
+    """One request a client, staggered."""
     draw = random.Random(seed)
     return [
         Request(
@@ -90,7 +90,7 @@ def load_of(clients: int, seed: int) -> list[Request]:
             [draw.randrange(1, VOCABULARY) for _ in range(draw.randint(8, 64))],
             draw.randint(16, 128),
         )
-        for number in range(2 * clients)
+        for number in range(clients)
     ]
 
 
@@ -191,7 +191,9 @@ def hf_continuous_batching(model: Any, load: list[Request]) -> list[float]:
     return list(first.values())
 
 
-def serve_app(engine_folder: str, dtype: str, threads: int) -> Callable[[list[Request]], list[float]]:
+def serve_app(
+    engine_folder: str, dtype: str, threads: int, chunk_tokens: int
+) -> Callable[[list[Request]], list[float]]:
     """The pt engine's own loop, with the scheduler, the cache and the sampler of a replica."""
     from serve_app.config import ModelConfig
     from serve_app.engines.pt.cache_budget import cache_tokens
@@ -208,7 +210,7 @@ def serve_app(engine_folder: str, dtype: str, threads: int) -> Callable[[list[Re
     config = ModelConfig.from_args(
         {"model": engine_folder, "infer_backend": "pt", "device": "cpu", "num_cpus": threads}
     )
-    limits = Limits(32, cache_tokens(config, probed.bytes_per_token, 32 * CONTEXT))
+    limits = Limits(32, cache_tokens(config, probed.bytes_per_token, 32 * CONTEXT), chunk_tokens)
 
     def run(load: list[Request]) -> list[float]:
         return asyncio.run(go(load))
@@ -304,6 +306,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--chunk-tokens", type=int, default=512, help="of serve-app: prompt tokens a step")
     parser.add_argument("--with-vllm", action="store_true")
     parser.add_argument("--skip", default="", help="systems to leave out, such as 'one by one,padded'")
     parser.add_argument("--json", type=Path)
@@ -326,7 +329,7 @@ def run_systems(options: argparse.Namespace, folder: str) -> list[Row]:
         "one by one": lambda load: one_by_one(plain, load),
         "padded": lambda load: padded(plain, load),
         "hf-cb": lambda load: hf_continuous_batching(paged, load),
-        "serve-app": serve_app(folder, options.dtype, options.threads),
+        "serve-app": serve_app(folder, options.dtype, options.threads, options.chunk_tokens),
     }
     for name in filter(None, options.skip.split(",")):
         del systems[name]

@@ -92,20 +92,23 @@ class EngineLoop(threading.Thread):
                 return
 
     def _step(self) -> None:
-        step = self._scheduler.schedule()
-        outputs: list[Output] = []
         out_of_memory = False
         try:
-            outputs += self._attempt(step.decode, lambda: self._runner.decode(step.decode))
-            outputs += self._attempt(step.prefill, lambda: self._runner.prefill(step))
+            step = self._scheduler.schedule()  # Prompts first: a first token is waited for more than a next one.
+            self._settle(self._attempt(step.prefill, lambda: self._runner.prefill(step)))
             self._scheduler.complete(step)
+            decoding = self._scheduler.decoding
+            self._settle(self._attempt(decoding, lambda: self._runner.decode(decoding)))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             logger.warning("Out of memory with %d sequences: %s", self._scheduler.running, error)
             out_of_memory = True
         if out_of_memory:  # Outside of `except`, whose traceback still holds the tensors.
-            outputs += self._recover()
+            self._settle(self._recover())
+
+    def _settle(self, outputs: list[Output]) -> None:
+        """Frees the places of those that have ended, and hands the outputs out."""
         self._drop([output.sequence for output in outputs if output.is_last])
         if outputs:
             self._deliver(outputs)

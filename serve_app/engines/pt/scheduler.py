@@ -1,4 +1,6 @@
-"""What the next step computes. Pure bookkeeping: no torch, no threads, no clock.
+"""What the next step computes: one chunk of prompts, then one token for each running sequence.
+
+Pure bookkeeping: no torch, no threads, no clock.
 
 Laws:
 - first come, first served: nobody is admitted before one that came earlier and still waits;
@@ -31,7 +33,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: columns `begin` to `end` of the prompts in `prefill`, and one token for each sequence in `decode`.
+    """One chunk: columns `begin` to `end` of the prompts in `prefill`; none where nobody waits or may be admitted.
 
     The prompts end at column `longest`, and shorter ones are padded on the left.
     """
@@ -40,7 +42,6 @@ class Step:
     begin: int = 0
     end: int = 0
     longest: int = 0
-    decode: tuple[Sequence, ...] = ()
 
     @property
     def completes_prefill(self) -> bool:
@@ -67,18 +68,18 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def schedule(self) -> Step:
-        """The next step."""
+        """The chunk of prompts that comes next; after it, all `decoding` sequences get a token."""
         if not self._prefilling:
             self._prefilling, self._position = self._admit(), 0
             self._longest = max((sequence.length for sequence in self._prefilling), default=0)
         group = tuple(self._prefilling)
         if not group:
-            return Step(decode=tuple(self._running))
+            return Step()
         end = min(self._longest, self._position + max(1, self._limits.chunk_tokens // len(group)))
-        return Step(group, self._position, end, self._longest, tuple(self._running))
+        return Step(group, self._position, end, self._longest)
 
     def complete(self, step: Step) -> None:
-        """Notes that a step was computed."""
+        """Notes that the chunk was computed."""
         if step.completes_prefill:
             self._running += self._prefilling
             self._prefilling, self._position = [], 0
@@ -111,6 +112,11 @@ class Scheduler:
         self._prefilling = [sequence for sequence in self._prefilling if sequence not in gone]
         if any(sequence in gone for sequence in self._waiting):
             self._waiting = deque(sequence for sequence in self._waiting if sequence not in gone)
+
+    @property
+    def decoding(self) -> tuple[Sequence, ...]:
+        """Those whose prompts are computed: each gets one token a step."""
+        return tuple(self._running)
 
     @property
     def sequences(self) -> list[Sequence]:
