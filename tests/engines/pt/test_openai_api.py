@@ -1,8 +1,11 @@
 """The pt engine's HTTP interface, with the real engine and the demo model in this process."""
 
 import asyncio
+import base64
 import json
+import struct
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -164,3 +167,116 @@ async def test_models_and_health(client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
     missing = await client.get("/v1/nothing")
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "invalid_request_error")
+
+
+async def test_n_gives_several_choices_and_each_has_its_own_seed(client: httpx.AsyncClient) -> None:
+    """The same seed gives the same set of choices again."""
+    body = chat("Tell me", n=3, temperature=1.5, seed=5, max_tokens=12)
+    first, second = [(await client.post("/v1/chat/completions", json=body)).json() for _ in range(2)]
+    texts = [choice["message"]["content"] for choice in first["choices"]]
+    assert [choice["index"] for choice in first["choices"]] == [0, 1, 2]
+    assert len(set(texts)) > 1
+    assert texts == [choice["message"]["content"] for choice in second["choices"]]
+
+
+async def test_echo_puts_the_prompt_before_the_text(client: httpx.AsyncClient) -> None:
+    """In whole answers and in streams."""
+    body = {"prompt": "serve-app is", "max_tokens": 4, "temperature": 0, "echo": True}
+    whole = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+    assert whole.startswith("serve-app is")
+    streamed = events((await client.post("/v1/completions", json={**body, "stream": True})).text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == whole
+
+
+async def test_log_probabilities_of_a_chat(client: httpx.AsyncClient) -> None:
+    """One entry a token; the greedy token is the best of its alternatives."""
+    body = chat(logprobs=True, top_logprobs=2, max_tokens=5)
+    choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == choice["message"]["content"]
+    assert all(entry["top_logprobs"][0]["token"] == entry["token"] for entry in content)
+    assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2 for entry in content)
+
+
+async def test_log_probabilities_of_a_text(client: httpx.AsyncClient) -> None:
+    """0 asks for the chosen tokens only."""
+    body = {"prompt": "serve-app is", "max_tokens": 4, "temperature": 0, "logprobs": 0}
+    choice = (await client.post("/v1/completions", json=body)).json()["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    assert len(choice["logprobs"]["token_logprobs"]) == 4
+
+
+async def test_tokenize_and_detokenize_are_inverse(client: httpx.AsyncClient) -> None:
+    """A text, and a conversation through the template."""
+    reply = (await client.post("/tokenize", json={"prompt": "What is serve-app? é"})).json()
+    assert reply["count"] == len(reply["tokens"])
+    back = (await client.post("/detokenize", json={"tokens": reply["tokens"]})).json()
+    assert back["prompt"] == "What is serve-app? é"
+    messages = [{"role": "user", "content": "Hello"}]
+    chatted = (await client.post("/tokenize", json={"messages": messages})).json()
+    usage = (await client.post("/v1/chat/completions", json=chat())).json()["usage"]
+    assert chatted["count"] == usage["prompt_tokens"]
+
+
+async def test_embeddings_have_length_one_and_tell_texts_apart(client: httpx.AsyncClient) -> None:
+    """In both encodings."""
+    body = {"input": ["the router", "the router", "disk"]}
+    reply = (await client.post("/v1/embeddings", json=body)).json()
+    first, same, other = (entry["embedding"] for entry in reply["data"])
+    assert sum(value * value for value in first) == pytest.approx(1, abs=1e-5)
+    assert first == same
+    assert first != other
+    packed = (await client.post("/v1/embeddings", json={**body, "encoding_format": "base64"})).json()
+    raw = base64.b64decode(packed["data"][0]["embedding"])
+    assert list(struct.unpack(f"<{len(first)}f", raw)) == pytest.approx(first)
+
+
+async def test_a_text_far_too_long_is_refused_before_it_is_tokenised(client: httpx.AsyncClient) -> None:
+    """Ten megabytes would cost seconds of CPU."""
+    reply = await client.post("/v1/completions", json={"prompt": "x" * 10**7})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+async def test_a_full_queue_is_a_429_with_retry_after() -> None:
+    """One runs, one waits, the third is told when to come again."""
+    config = model_config(
+        model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=1, max_queued_requests=1
+    )
+    engine = PtEngine(config, "demo")
+    transport = httpx.ASGITransport(app=await engine.start())  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=60) as session:
+        endless = chat(max_tokens=1500, ignore_eos=True)
+        tasks = [asyncio.create_task(session.post("/v1/chat/completions", json=endless)) for _ in range(2)]
+        for _ in range(500):
+            if len(engine._outputs) == 2:
+                break
+            await asyncio.sleep(0.01)
+        reply = await session.post("/v1/chat/completions", json=chat())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "overloaded")
+        assert int(reply.headers["retry-after"]) >= 1
+        assert (await session.post("/v1/chat/completions", json=chat())).status_code == 200
+    await engine.stop()
+
+
+async def test_a_model_over_cpu_and_disk_gives_the_same_answers() -> None:
+    """Part of the layers are read from disk at each step."""
+    config = model_config(
+        model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_memory={"cpu": "1500KB", "disk": "1GB"}
+    )
+    engine = PtEngine(config, "demo")
+    transport = httpx.ASGITransport(app=await engine.start())  # type: ignore[arg-type]
+    assert "disk" in engine.loaded.device_map.values()
+    assert engine.serial_reason == ""
+    async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=60) as session:
+        replies = await asyncio.gather(
+            *(session.post("/v1/chat/completions", json=chat(question)) for question in QUESTIONS[:4])
+        )
+    texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+    assert texts == [ANSWERS[question] for question in QUESTIONS[:4]]
+    offload = engine.loaded.offload
+    assert offload is not None
+    await engine.stop()
+    assert not await asyncio.to_thread(Path(offload.name).exists)
