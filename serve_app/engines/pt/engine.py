@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as ReadOnlySequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
@@ -19,7 +18,7 @@ from serve_app.engines.pt.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.probe import ProbeResult, probe
 from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Limits, Scheduler
-from serve_app.engines.pt.sequence import FinishReason, Logprobs, Output, SamplingParams, Sequence
+from serve_app.engines.pt.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
 from serve_app.engines.pt.text_stream import TextStream
 from serve_app.errors import EngineError, InvalidRequest, Overloaded
 
@@ -30,16 +29,6 @@ STOP_TIMEOUT_S = 10.0
 RATE_WINDOW = 32
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New text of one choice, and how many tokens it has generated so far."""
-
-    text: str
-    tokens: int
-    finish_reason: FinishReason | None = None
-    logprobs: tuple[Logprobs, ...] = ()
 
 
 class PtEngine:

@@ -5,9 +5,8 @@ import inspect
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.openai_errors import error_object, error_response, read_json
 from serve_app.engines.pt.embedding import embed
-from serve_app.engines.pt.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
+from serve_app.engines.pt.job import CHAT, TEXT, Job, Shape
 from serve_app.engines.pt.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -29,75 +28,17 @@ from serve_app.engines.pt.protocol import (
     EmbeddingRequest,
     TokenizeRequest,
 )
-from serve_app.engines.pt.sequence import Logprobs, SamplingParams
+from serve_app.engines.pt.sequence import Logprobs, Piece, SamplingParams
 from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
 
 if TYPE_CHECKING:
-    from serve_app.engines.pt.engine import Piece, PtEngine
+    from serve_app.engines.pt.engine import PtEngine
 
 # Arguments of `apply_chat_template` itself, which a client must not reach through the template's variables.
 TEMPLATE_METHOD_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 # What OpenAI's completions endpoint generates when the request does not say.
 DEFAULT_COMPLETION_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Job:
-    """One checked request: what to generate, and how its answer is written. `n` choices follow each prompt."""
-
-    request: ChatRequest | CompletionRequest
-    prompts: list[list[int]]
-    params: SamplingParams
-    shape: "Shape"
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts together."""
-        return sum(map(len, self.prompts))
-
-    @property
-    def choices(self) -> list[tuple[list[int], SamplingParams]]:
-        """Prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
-        n, seed = self.request.choices, self.params.seed
-        return [
-            (prompt, self.params if seed is None or number == 0 else replace(self.params, seed=seed + number))
-            for prompt in self.prompts
-            for number in range(n)
-        ]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How one endpoint writes its objects. `whole` and `delta` make the part of a choice that holds text."""
-
-    id_prefix: str
-    whole_object: str
-    chunk_object: str
-    whole: Callable[[str], dict[str, Any]]
-    delta: Callable[[str], dict[str, Any]]
-    opening: dict[str, Any] | None
-    logprobs: "LogprobsWriter"
-
-
-CHAT = Shape(
-    "chatcmpl-",
-    "chat.completion",
-    "chat.completion.chunk",
-    whole=lambda text: {"message": {"role": "assistant", "content": text}},
-    delta=lambda text: {"delta": {"content": text} if text else {}},
-    opening={"delta": {"role": "assistant", "content": ""}, "logprobs": None},
-    logprobs=chat_logprobs,
-)
-TEXT = Shape(
-    "cmpl-",
-    "text_completion",
-    "text_completion",
-    whole=lambda text: {"text": text},
-    delta=lambda text: {"text": text},
-    opening=None,
-    logprobs=text_logprobs,
-)
 
 
 def build_app(engine: "PtEngine") -> Starlette:
@@ -264,7 +205,7 @@ class _Endpoints:
             # The head is out, so the status can tell nothing any more: an error event ends the stream.
             yield _event(error_object(_request_error(error)))
 
-    async def _pieces(self, job: Job) -> AsyncGenerator[tuple[int, "Piece"]]:
+    async def _pieces(self, job: Job) -> AsyncGenerator[tuple[int, Piece]]:
         """The pieces of all choices as they come, each with its choice's index."""
         arrived: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue()
 
@@ -387,7 +328,7 @@ class _Endpoints:
         return wanted
 
 
-def _usage(job: Job, last: dict[int, "Piece"]) -> dict[str, int]:
+def _usage(job: Job, last: dict[int, Piece]) -> dict[str, int]:
     generated = sum(piece.tokens for piece in last.values())
     return {
         "prompt_tokens": job.prompt_tokens,

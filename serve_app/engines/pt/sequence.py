@@ -84,3 +84,13 @@ class Output:
     def is_last(self) -> bool:
         """Whether nothing follows."""
         return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one choice, and how many tokens it has generated so far."""
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[Logprobs, ...] = ()

@@ -1,0 +1,74 @@
+"""The engines on a GPU. `make test` skips this where there is none; run it with `.venv/bin/pytest tests/gpu`."""
+
+import httpx
+import pytest
+import torch
+
+from serve_app.engines.pt.engine import PtEngine
+from serve_app.engines.vllm_engine import VllmEngine
+from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from serve_app.facts.gpus import local_gpus
+from tests.builders import model_config
+from tests.demo_answers import ANSWERS, QUESTIONS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+async def answers(engine: PtEngine | VllmEngine) -> list[str]:
+    """The greedy answers to the demo questions."""
+    transport = httpx.ASGITransport(app=await engine.start())  # type: ignore[arg-type]
+    texts = []
+    async with httpx.AsyncClient(transport=transport, base_url="http://gpu", timeout=60) as session:
+        for question in QUESTIONS:
+            body = {"messages": [{"role": "user", "content": question}], "temperature": 0}
+            reply = (await session.post("/v1/chat/completions", json=body)).json()
+            texts.append(reply["choices"][0]["message"]["content"])
+    await engine.stop()
+    return texts
+
+
+async def test_pt_answers_on_a_gpu() -> None:
+    """The same words as on the CPU."""
+    engine = PtEngine(model_config(model=model_path(DEMO_MODEL), dtype="float32"), "demo")
+    assert await answers(engine) == list(ANSWERS.values())
+    assert engine.loaded.input_device.type == "cuda"
+
+
+async def test_pt_spills_to_the_cpu_only_when_told() -> None:
+    """With a cap far below the model, the rest runs on the CPU, and the answers stay."""
+    config = model_config(model=model_path(DEMO_MODEL), dtype="float32", max_memory={0: "2MB", "cpu": "1GB"})
+    engine = PtEngine(config, "demo")
+    assert await answers(engine) == list(ANSWERS.values())
+    assert set(engine.loaded.device_map.values()) == {0, "cpu"}
+
+
+async def test_pt_spreads_over_two_unequal_caps() -> None:
+    """Layers on both GPUs, and the cache beside its layers."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    config = model_config(model=model_path(DEMO_MODEL), dtype="float32", max_memory={0: "2MB", 1: "10MB"})
+    engine = PtEngine(config, "demo")
+    assert await answers(engine) == list(ANSWERS.values())
+    assert set(engine.loaded.device_map.values()) == {0, 1}
+
+
+async def test_vllm_answers_on_a_gpu() -> None:
+    """In float32, so that the words are the trained ones."""
+    config = model_config(
+        model=model_path(DEMO_MODEL),
+        infer_backend="vllm",
+        dtype="float32",
+        engine_args={"gpu_memory_utilization": 0.3, "enforce_eager": True},
+    )
+    assert await answers(VllmEngine(config, "demo")) == list(ANSWERS.values())
+
+
+def test_nvml_sees_what_torch_sees() -> None:
+    """The same number of GPUs with the same memory, within the driver's reserve."""
+    gpus = local_gpus()
+    assert len(gpus) >= torch.cuda.device_count()
+    assert gpus[0].total_bytes == pytest.approx(torch.cuda.mem_get_info(0)[1], rel=0.03)
