@@ -9,7 +9,7 @@ from serve_app.planning.placement import Demand
 MODEL_DEPLOYMENT = "Model"
 ROUTER_DEPLOYMENT = "Router"
 
-# Requests that one replica takes at once. The engine has its own queue, so this only bounds memory;
+# Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
 # Serve's default of 5 would starve a batching engine.
 MAX_ONGOING_REQUESTS = 256
 ROUTER_MAX_ONGOING_REQUESTS = 10_000
@@ -26,7 +26,7 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
     """
     variables = replica_environment(config, demand, runtime_env.get("env_vars") or {})
     return {
-        "max_ongoing_requests": max(MAX_ONGOING_REQUESTS, 2 * (config.max_num_seqs or 0)),
+        "max_ongoing_requests": _max_ongoing_requests(config),
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
         # Serve replaces a replica after three failures; its own 10 s would keep a dead engine for half a minute.
         "health_check_period_s": 2.0,
@@ -38,6 +38,12 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
             "runtime_env": {**runtime_env, "env_vars": variables},
         },
     }
+
+
+def _max_ongoing_requests(config: ModelConfig) -> int:
+    """More than the engine takes, so that a full queue is refused by the engine, which knows its rate."""
+    rows = config.max_num_seqs or 0
+    return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS
 
 
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:

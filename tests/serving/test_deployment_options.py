@@ -1,5 +1,6 @@
 """Ray Serve's options for a model."""
 
+from serve_app.engines.pt.engine import DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_QUEUED_REQUESTS
 from serve_app.planning.placement import Demand
 from serve_app.serving.deployment_options import model_options, replica_environment
 from tests.builders import model_config
@@ -33,3 +34,11 @@ def test_the_applications_runtime_env_is_kept() -> None:
     assert runtime_env["env_vars"]["OMP_NUM_THREADS"] == "7"
     assert runtime_env["env_vars"]["A"] == "1"
     assert runtime_env["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_serve_lets_in_more_than_the_engine_takes() -> None:
+    """So the engine's own queue is what fills up, and its 429 tells the measured rate."""
+    for rows, queued in ((None, None), (512, None), (8, 1000)):
+        config = model_config(device="cpu", max_num_seqs=rows, max_queued_requests=queued)
+        taken = (rows or DEFAULT_MAX_NUM_SEQS) + (queued or DEFAULT_MAX_QUEUED_REQUESTS)
+        assert model_options(config, Demand(cpus=1), {})["max_ongoing_requests"] > taken

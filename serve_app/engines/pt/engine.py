@@ -23,7 +23,7 @@ from serve_app.engines.pt.text_stream import TextStream
 from serve_app.errors import EngineError, InvalidRequest, Overloaded
 
 DEFAULT_MAX_NUM_SEQS = 32
-DEFAULT_MAX_QUEUED_REQUESTS = 256
+DEFAULT_MAX_QUEUED_REQUESTS = 192
 STOP_TIMEOUT_S = 10.0
 # Sequences whose ends tell the rate.
 RATE_WINDOW = 32
@@ -145,6 +145,8 @@ class PtEngine:
         finally:
             del self._outputs[sequence]
             self._ends.append(time.monotonic())
+            if not self._outputs:
+                self._ends.clear()  # The rate is that of the busy time; idle time says nothing of it.
             if not ended:
                 self._loop.cancel(sequence)
 

@@ -29,7 +29,6 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
-    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True)
