@@ -26,7 +26,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,19 @@ def hf_continuous_batching(model: Any, load: list[Request]) -> list[float]:
     return list(first.values())
 
 
+@contextmanager
+def grouped_attention() -> Iterator[None]:
+    """The engine's attention while it runs; the peers get transformers' own."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from serve_app.engines.pt.attention import use_grouped_attention
+
+    use_grouped_attention()
+    yield
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
 def serve_app(
     engine_folder: str, dtype: str, threads: int, chunk_tokens: int
 ) -> Callable[[list[Request]], list[float]]:
@@ -199,12 +213,14 @@ def serve_app(
     from serve_app.engines.pt.cache_budget import cache_tokens
     from serve_app.engines.pt.engine_loop import EngineLoop
     from serve_app.engines.pt.model_loader import LoadedModel
+    from serve_app.engines.pt.packed_linear import pack_linears
     from serve_app.engines.pt.probe import probe
     from serve_app.engines.pt.sampler import Sampler
     from serve_app.engines.pt.scheduler import Limits, Scheduler
     from serve_app.engines.pt.sequence import Output, SamplingParams, Sequence
 
     model = AutoModelForCausalLM.from_pretrained(engine_folder, dtype=getattr(torch, dtype)).eval()
+    pack_linears(model, copy_tied=True)
     loaded = LoadedModel(model, None, torch.device("cpu"), CONTEXT, frozenset(), {}, None)  # type: ignore[arg-type]
     probed = probe(loaded)
     config = ModelConfig.from_args(
@@ -213,7 +229,8 @@ def serve_app(
     limits = Limits(32, cache_tokens(config, probed.bytes_per_token, 32 * CONTEXT), chunk_tokens)
 
     def run(load: list[Request]) -> list[float]:
-        return asyncio.run(go(load))
+        with grouped_attention():
+            return asyncio.run(go(load))
 
     async def go(load: list[Request]) -> list[float]:
         loop, queues = asyncio.get_running_loop(), {}

@@ -4,6 +4,7 @@ Law: nothing lands on the cpu or on disk unless the user named that tier in `max
 `device_map`). accelerate itself spills in silence.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from serve_app.config import ModelConfig
+from serve_app.engines.pt.attention import use_grouped_attention
+from serve_app.engines.pt.packed_linear import pack_linears
 from serve_app.errors import ConfigError, EngineError
+
+logger = logging.getLogger("ray.serve")
 
 Device = int | str
 # Of a GPU without a limit: the rest is for the KV cache, activations and the CUDA context.
@@ -52,19 +57,37 @@ def load_model(config: ModelConfig) -> LoadedModel:
     placement = _placement(config, hf_config)
     uses_disk = isinstance(placement["device_map"], dict) and "disk" in placement["device_map"].values()
     offload = TemporaryDirectory(prefix="serve-app-offload-") if uses_disk else None
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=dtype, offload_folder=None if offload is None else offload.name, **placement, **common
-        )
-    except Exception as error:
-        raise EngineError(f"model: cannot load {config.model}: {_one_line(error)}") from error
+    options = placement | common | {"offload_folder": None if offload is None else offload.name}
+    model = _read_weights(config, options)
     device_map = getattr(model, "hf_device_map", {"": str(model.device)})
     _require_opened(config, device_map, {})
-    model.eval()
+    if config.device == "cpu":
+        use_grouped_attention()
+        pack_linears(model, copy_tied=config.max_memory is None)
+        if not _can_run(model):  # Its code reads a linear layer's weight behind the layer's back.
+            model = _read_weights(config, options)
     return LoadedModel(
         model, tokenizer, _input_device(model), max_model_len, _eos_ids(model, tokenizer), device_map, offload
     )
+
+
+def _read_weights(config: ModelConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **options)
+    except Exception as error:
+        raise EngineError(f"model: cannot load {config.model}: {_one_line(error)}") from error
+    return model.eval()
+
+
+def _can_run(model: PreTrainedModel) -> bool:
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=_input_device(model))).logits
+        return bool(logits.isfinite().all())
+    except Exception as error:
+        logger.warning("The linear layers of this model keep torch's order of weights: %s", _one_line(error))
+        return False
 
 
 def _placement(config: ModelConfig, hf_config: Any) -> dict[str, Any]:

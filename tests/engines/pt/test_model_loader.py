@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
+from serve_app.engines.pt import model_loader
 from serve_app.engines.pt.model_loader import choose_device_map, device_limits, load_model
 from serve_app.errors import ConfigError, EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
@@ -108,3 +110,22 @@ def test_a_folder_that_holds_no_model_is_named() -> None:
     """One message instead of a traceback through transformers."""
     with pytest.raises(EngineError, match="cannot read /nowhere"):
         load_model(model_config(model="/nowhere", device="cpu"))
+
+
+@pytest.mark.parametrize("cap", [None, {"cpu": "2GB"}])
+def test_linear_layers_are_packed_on_the_cpu(cap: dict[str, str] | None) -> None:
+    """All of them; with a limit on memory, all but a head that shares the embedding's weight."""
+    model = load_model(model_config(model=model_path(DEMO_MODEL), device="cpu", max_memory=cap)).model
+    plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert plain == ([] if cap is None else ["lm_head"])
+
+
+def test_a_model_that_cannot_run_packed_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some models' own code multiplies with a linear layer's weight, which a packed layer does not show."""
+
+    def pack(model: torch.nn.Module, copy_tied: bool) -> None:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"))
+
+    monkeypatch.setattr(model_loader, "pack_linears", pack)
+    model = load_model(model_config(model=model_path(DEMO_MODEL), device="cpu")).model
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()

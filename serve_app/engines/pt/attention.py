@@ -1,0 +1,44 @@
+"""Attention on the CPU with fewer key heads than query heads, without copies.
+
+transformers' `sdpa` repeats keys and values to the number of query heads whenever there is a mask, because CUDA's fast
+kernels ask for it. The CPU kernel takes groups as they are. In a batch there is nearly always a mask, and the copies
+cost more than the attention: 0.6 against 0.24 ms a layer with 32 rows of 100 tokens, 22 against 0.9 ms with 400.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+def use_grouped_attention() -> None:
+    """Puts `grouped_sdpa` in the place of transformers' `sdpa`, for every model of this process."""
+    AttentionInterface.register("sdpa", grouped_sdpa)
+
+
+def grouped_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function. Query (rows, heads, tokens, size) to (rows, tokens, heads, size).
+
+    What it does not do better than the stock function, it leaves to that.
+    """
+    is_grouped = query.device.type == "cpu" and query.shape[1] != key.shape[1]
+    if not is_grouped or attention_mask is None or options.get("position_bias") is not None or options.get("cache"):
+        answer: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+        return answer
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None

@@ -1,0 +1,69 @@
+"""Packed layers compute what plain ones do, and nothing is packed that must not be."""
+
+import pytest
+import torch
+from torch import nn
+
+from serve_app.engines.pt.packed_linear import PackedLinear, pack_linears
+from tests.engines.pt.tiny_models import JOINED, tiny_model
+
+
+def packed(linear: nn.Linear) -> PackedLinear:
+    """The layer alone, packed."""
+    holder = nn.Sequential(linear)
+    assert pack_linears(holder, copy_tied=True) == 1
+    assert isinstance(holder[0], PackedLinear)
+    return holder[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (5, 24), (3, 7, 24), (100, 1, 24), (0, 24)])
+@torch.inference_mode()
+def test_a_packed_layer_equals_the_plain_one(shape: tuple[int, ...], bias: bool) -> None:
+    """For one row, many rows, more dimensions, and no row at all."""
+    linear = nn.Linear(24, 40, bias=bias)
+    x = torch.randn(shape)
+    torch.testing.assert_close(packed(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_bfloat16_and_strided_input() -> None:
+    """The other type, and an input that is not contiguous."""
+    linear = nn.Linear(24, 40).to(torch.bfloat16)
+    x = torch.randn(24, 6, dtype=torch.bfloat16).t()
+    torch.testing.assert_close(packed(linear)(x), linear(x), atol=2e-2, rtol=2e-2)
+
+
+def test_a_packed_layer_has_no_weight() -> None:
+    """Code that reads it gets an error, not other numbers."""
+    with pytest.raises(AttributeError, match="weight"):
+        _ = packed(nn.Linear(24, 40, bias=False)).weight
+
+
+def test_a_tied_head_is_copied_only_when_asked() -> None:
+    """With a limit on memory the head stays plain, since the embedding needs the plain weight too."""
+    model = tiny_model("gemma3")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    pack_linears(model, copy_tied=False)
+    assert isinstance(model.get_output_embeddings(), nn.Linear)
+    pack_linears(model, copy_tied=True)
+    assert isinstance(model.get_output_embeddings(), PackedLinear)
+
+
+def test_layers_that_move_are_left_alone() -> None:
+    """An accelerate hook brings the weight of such a layer at every pass."""
+    holder = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    holder[0]._hf_hook = object()  # type: ignore[assignment]
+    assert pack_linears(holder, copy_tied=True) == 1
+    assert isinstance(holder[0], nn.Linear)
+
+
+@pytest.mark.parametrize("name", JOINED)
+@torch.inference_mode()
+def test_a_packed_model_has_the_same_logits(name: str) -> None:
+    """For every kind of architecture: none of them reads a linear layer's weight behind its back."""
+    model = tiny_model(name)
+    ids = torch.arange(1, 21).reshape(2, 10)
+    expected = model(input_ids=ids, use_cache=False).logits
+    pack_linears(model, copy_tied=True)
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
