@@ -39,27 +39,50 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class PlainLinear(nn.Linear):  # type: ignore[misc]
+    """An `nn.Linear` that hands its weight to oneDNN as it stands: half of the gain, for weights that must stay plain.
+
+    Never made anew: `pack_linears` turns layers of a loaded model into it.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `nn.Linear` has it."""
+        if x.numel() == 0 or not _is_supported(self.weight):
+            y: torch.Tensor = super().forward(x)
+            return y
+        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
 def pack_linears(model: nn.Module, copy_tied: bool) -> int:
     """Replaces the linear layers that rest on the CPU, in float32 or bfloat16; returns how many.
 
-    Left alone: layers with an accelerate hook, whose weights move; quantised layers; and, unless `copy_tied`, a weight
-    that another kind of module shares (the input embedding), since that one needs the plain order too.
+    Two kinds become a `PlainLinear` and are not counted: layers with an accelerate hook, which brings the weight at
+    every pass; and, unless `copy_tied`, a weight that another kind of module (the input embedding) shares, since that
+    one needs the plain order too. Quantised layers are left alone.
     """
     shared = {id(parameter) for module in model.modules() if not _is_plain(module) for parameter in _own(module)}
     packed: dict[int, torch.Tensor] = {}
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if not _is_plain(child) or not _is_supported(child.weight) or _has_hook(child):
+            if not _is_plain(child):
                 continue
             key = id(child.weight)
-            if key in shared and not copy_tied:
+            if not _is_supported(child.weight) or _has_hook(child) or (key in shared and not copy_tied):
+                _turn_plain(child)
                 continue
             if key not in packed:
                 packed[key] = torch.ops.mkldnn._reorder_linear_weight(child.weight.detach(), ROWS)
             setattr(parent, name, PackedLinear(child, packed[key]))
             replaced += 1
     return replaced
+
+
+def _turn_plain(linear: nn.Linear) -> None:
+    linear.__class__ = PlainLinear
+    if _has_hook(linear):  # The hook keeps the layer's own forward here, and calls it when the weight is there.
+        linear._old_forward = linear.__class__.forward.__get__(linear)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -116,7 +116,7 @@ def test_a_folder_that_holds_no_model_is_named() -> None:
 def test_linear_layers_are_packed_on_the_cpu(cap: dict[str, str] | None) -> None:
     """All of them; with a limit on memory, all but a head that shares the embedding's weight."""
     model = load_model(model_config(model=model_path(DEMO_MODEL), device="cpu", max_memory=cap)).model
-    plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    plain = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert plain == ([] if cap is None else ["lm_head"])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from serve_app.engines.pt.packed_linear import PackedLinear, pack_linears
+from serve_app.engines.pt.packed_linear import PackedLinear, PlainLinear, pack_linears
 from tests.engines.pt.tiny_models import JOINED, tiny_model
 
 
@@ -40,14 +40,13 @@ def test_a_packed_layer_has_no_weight() -> None:
         _ = packed(nn.Linear(24, 40, bias=False)).weight
 
 
-def test_a_tied_head_is_copied_only_when_asked() -> None:
+@pytest.mark.parametrize("copy_tied", [True, False])
+def test_a_tied_head_is_copied_only_when_asked(copy_tied: bool) -> None:
     """With a limit on memory the head stays plain, since the embedding needs the plain weight too."""
     model = tiny_model("gemma3")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    pack_linears(model, copy_tied=False)
-    assert isinstance(model.get_output_embeddings(), nn.Linear)
-    pack_linears(model, copy_tied=True)
-    assert isinstance(model.get_output_embeddings(), PackedLinear)
+    pack_linears(model, copy_tied)
+    assert isinstance(model.get_output_embeddings(), PackedLinear if copy_tied else PlainLinear)
 
 
 def test_layers_that_move_are_left_alone() -> None:
@@ -56,6 +55,19 @@ def test_layers_that_move_are_left_alone() -> None:
     holder[0]._hf_hook = object()  # type: ignore[assignment]
     assert pack_linears(holder, copy_tied=True) == 1
     assert isinstance(holder[0], nn.Linear)
+
+
+@torch.inference_mode()
+def test_a_weight_that_must_stay_plain_is_handed_over_as_it_stands() -> None:
+    """A tied head gives the same numbers; a type that oneDNN does not take goes the usual way."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        embedding, head = nn.Embedding(40, 24, dtype=dtype), nn.Linear(24, 40, bias=False, dtype=dtype)
+        head.weight = embedding.weight
+        x = torch.randn(3, 5, 24, dtype=dtype)
+        expected = head(x)
+        assert pack_linears(nn.ModuleDict({"embedding": embedding, "head": head}), copy_tied=False) == 0
+        assert isinstance(head, PlainLinear)
+        torch.testing.assert_close(head(x), expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("name", JOINED)
