@@ -31,7 +31,7 @@ LIMITS = {"cpu": "150MB", "disk": "1GB"}
 async def answer(engine: PtEngine, prompt: list[int], tokens: int) -> str:
     """The greedy text of exactly `tokens` tokens."""
     params = SamplingParams(tokens, temperature=0, ignore_eos=True)
-    return "".join([piece.text async for piece in engine.generate(prompt, params, ())])
+    return "".join([piece.text async for piece in engine.generator.generate(prompt, params, ())])
 
 
 async def start(folder: str, limits: dict[str, str] | None) -> PtEngine:
@@ -57,7 +57,7 @@ async def measure(folder: str, tokens: int, rounds: int) -> dict[str, object]:
     _, expected = await timed(resident, prompts, tokens)
     await resident.stop()
     engine = await start(folder, LIMITS)
-    places = list(engine.loaded.device_map.values())
+    places = list(engine.generator.loaded.device_map.values())
     await timed(engine, prompts[:1], tokens)  # Warms the page cache.
     one, eight, right = [], [], True
     for _ in range(rounds):

@@ -35,7 +35,7 @@ async def test_pt_answers_on_a_gpu() -> None:
     """The same words as on the CPU."""
     engine = PtEngine(model_config(model=model_path(DEMO_MODEL), dtype="float32"), "demo")
     assert await answers(engine) == list(ANSWERS.values())
-    assert engine.loaded.input_device.type == "cuda"
+    assert engine.generator.loaded.input_device.type == "cuda"
 
 
 async def test_pt_spills_to_the_cpu_only_when_told() -> None:
@@ -43,7 +43,7 @@ async def test_pt_spills_to_the_cpu_only_when_told() -> None:
     config = model_config(model=model_path(DEMO_MODEL), dtype="float32", max_memory={0: "2MB", "cpu": "1GB"})
     engine = PtEngine(config, "demo")
     assert await answers(engine) == list(ANSWERS.values())
-    assert set(engine.loaded.device_map.values()) == {0, "cpu"}
+    assert set(engine.generator.loaded.device_map.values()) == {0, "cpu"}
 
 
 async def test_pt_spreads_over_two_unequal_caps() -> None:
@@ -53,7 +53,7 @@ async def test_pt_spreads_over_two_unequal_caps() -> None:
     config = model_config(model=model_path(DEMO_MODEL), dtype="float32", max_memory={0: "2MB", 1: "10MB"})
     engine = PtEngine(config, "demo")
     assert await answers(engine) == list(ANSWERS.values())
-    assert set(engine.loaded.device_map.values()) == {0, 1}
+    assert set(engine.generator.loaded.device_map.values()) == {0, 1}
 
 
 async def test_vllm_answers_on_a_gpu() -> None:

@@ -17,7 +17,7 @@ from serve_app.engines.pt.model_runner import Runner, is_out_of_memory
 from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Scheduler
 from serve_app.engines.pt.sequence import FinishReason, Output, Sequence
-from serve_app.errors import EngineError, OutOfDeviceMemory
+from serve_app.errors import EngineError, InvalidRequest, OutOfDeviceMemory
 
 logger = logging.getLogger("ray.serve")
 
@@ -135,9 +135,13 @@ class EngineLoop(threading.Thread):
     def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Output]:
         sampled = self._sampler.sample(sequences, logits)
         outputs = []
-        for sequence, (token, logprobs) in zip(sequences, sampled, strict=True):
-            sequence.output_ids.append(token)
-            outputs.append(Output(sequence, token, logprobs, self._finish_reason(sequence)))
+        for sequence, choice in zip(sequences, sampled, strict=True):
+            if not choice.fits:
+                error = InvalidRequest("The output format asks for text that this model's vocabulary cannot write.")
+                outputs.append(Output(sequence, error=error))
+                continue
+            sequence.output_ids.append(choice.token_id)
+            outputs.append(Output(sequence, choice.token_id, choice.logprobs, self._finish_reason(sequence)))
         return outputs
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:

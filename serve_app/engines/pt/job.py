@@ -2,22 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from serve_app.engines.pt.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
 from serve_app.engines.pt.protocol import ChatRequest, CompletionRequest
-from serve_app.engines.pt.sequence import SamplingParams
+from serve_app.engines.pt.sequence import FinishReason, Logprobs, Piece, SamplingParams
+from serve_app.engines.pt.tool_calls import Delta, MessageReader
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How one endpoint writes its objects. `whole` and `delta` make the part of a choice that holds text."""
+    """How one endpoint writes its objects. `whole` and `delta` make what holds a choice's text and calls."""
 
     id_prefix: str
     whole_object: str
     chunk_object: str
-    whole: Callable[[str], dict[str, Any]]
-    delta: Callable[[str], dict[str, Any]]
+    whole: Callable[[Delta], dict[str, Any]]
+    delta: Callable[[Delta], dict[str, Any]]
     opening: dict[str, Any] | None
     logprobs: LogprobsWriter
 
@@ -47,12 +48,71 @@ class Job:
         ]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A piece of one choice, and what its text means."""
+
+    piece: Piece
+    delta: Delta
+
+    @classmethod
+    def read(cls, piece: Piece, reader: MessageReader) -> Self:
+        """The part; with the last piece comes all that the reader has kept."""
+        delta = reader.feed(piece.text)
+        return cls(piece, delta if piece.finish_reason is None else delta + reader.finish())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell yet: the reader waits for the end of a call."""
+        return self.delta == Delta() and self.piece.finish_reason is None and not self.piece.logprobs
+
+
+class Answer:
+    """All parts of one choice."""
+
+    def __init__(self, opening: str = ""):
+        self.delta = Delta(opening)
+        self.logprobs: list[Logprobs] = []
+        self.tokens = 0
+        self._reason: FinishReason | None = None
+
+    def add(self, part: Part) -> None:
+        """Takes the next part."""
+        self.delta += part.delta
+        self.logprobs += part.piece.logprobs
+        self.tokens = part.piece.tokens
+        self._reason = part.piece.finish_reason
+
+    def finish_reason(self, job: Job) -> str | None:
+        """OpenAI's: `tool_calls` where the model chose to call; a named function just stops."""
+        named = isinstance(job.request, ChatRequest) and job.request.named_tool is not None
+        return "tool_calls" if self._reason == "stop" and self.delta.calls and not named else self._reason
+
+
+def _message(delta: Delta) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": delta.content or (None if delta.calls else "")}
+    if delta.reasoning:
+        message["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        message["tool_calls"] = [call.write() for call in delta.calls]
+    return {"message": message}
+
+
+def _message_delta(delta: Delta) -> dict[str, Any]:
+    fields: dict[str, Any] = {"content": delta.content} if delta.content else {}
+    if delta.reasoning:
+        fields["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        fields["tool_calls"] = [call.write_delta() for call in delta.calls]
+    return {"delta": fields}
+
+
 CHAT = Shape(
     "chatcmpl-",
     "chat.completion",
     "chat.completion.chunk",
-    whole=lambda text: {"message": {"role": "assistant", "content": text}},
-    delta=lambda text: {"delta": {"content": text} if text else {}},
+    whole=_message,
+    delta=_message_delta,
     opening={"delta": {"role": "assistant", "content": ""}, "logprobs": None},
     logprobs=chat_logprobs,
 )
@@ -60,8 +120,8 @@ TEXT = Shape(
     "cmpl-",
     "text_completion",
     "text_completion",
-    whole=lambda text: {"text": text},
-    delta=lambda text: {"text": text},
+    whole=lambda delta: {"text": delta.content},
+    delta=lambda delta: {"text": delta.content},
     opening=None,
     logprobs=text_logprobs,
 )

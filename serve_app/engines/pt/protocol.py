@@ -5,13 +5,17 @@ has its neutral value (`n: 1`), or the request is refused by that field's name.
 """
 
 import base64
+import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from serve_app.engines.pt.fields import NamedTool, ResponseFormat, StreamOptions, StructuredOutputs, Tool
+from serve_app.engines.pt.grammar import GrammarSpec, choice_grammar
 from serve_app.engines.pt.sequence import SamplingParams
+from serve_app.engines.pt.tool_calls import call_list_schema, parameters_of
 from serve_app.errors import InvalidRequest, nearest
 
 # Fields for bookkeeping on OpenAI's side: they do not change what is generated.
@@ -24,26 +28,14 @@ NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "prompt_logprobs": (None,),
     "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "reasoning_effort": (None,),
 }
 
 Text = str | list[dict[str, Any]]
 Prompts = str | list[str] | list[int] | list[list[int]]
-
-
-class StreamOptions(BaseModel):
-    """`stream_options`."""
-
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
 
 
 class _Body(BaseModel):
@@ -69,7 +61,7 @@ class _Body(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             param = str(first["loc"][0]) if first["loc"] else None
-            where = f"'{param}': " if param else ""
+            where = f"'{_path(first['loc'])}': " if param else ""
             raise InvalidRequest(f"{where}{first['msg']}.", param=param) from None
 
 
@@ -90,9 +82,13 @@ class _Request(_Body):
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _combines(self) -> Self:
+        if self.grammar is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError("ignore_eos, min_tokens: the output format says where the text ends")
         if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
             raise ValueError(f"min_tokens: {self.min_tokens} is over max_tokens, {self.limit}")
         if self.stream_options is not None and not self.stream:
@@ -114,6 +110,19 @@ class _Request(_Body):
     def limit(self) -> int | None:
         """The most tokens to generate, where the client says it."""
         return self.max_tokens
+
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        """What the output must follow, where the client says it. Raises ValueError when it says two things."""
+        asked = self.response_format if self.response_format and self.response_format.type != "text" else None
+        if asked is not None and self.structured_outputs is not None:
+            raise ValueError("structured_outputs: comes beside response_format; give one of them")
+        if self.structured_outputs is not None:
+            return _structured(self.structured_outputs)
+        if asked is None:
+            return None
+        schema = asked.json_schema.definition if asked.json_schema else {"type": "object"}
+        return GrammarSpec("json_schema", json.dumps(schema), "response_format")
 
     @property
     def choices(self) -> int:
@@ -168,6 +177,47 @@ class ChatRequest(_Request):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _tools_combine(self) -> Self:
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: there are no tools to choose from")
+        names = [tool.function.name for tool in self.tools or []]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool '{self.tool_choice.function.name}'")
+        if self.offered_tools and (self.response_format or self.structured_outputs) and super().grammar is not None:
+            raise ValueError("response_format: cannot be combined with tools; set tool_choice to 'none'")
+        return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, for the chat template; none with `tool_choice: none`."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or []]
+
+    @property
+    def named_tool(self) -> str | None:
+        """The function that must be called, where `tool_choice` names one."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the model may call more than one tool."""
+        return self.parallel_tool_calls is not False
+
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        """The output format, or that of the calls that `tool_choice` forces."""
+        if self.named_tool is not None:
+            tool = next(tool for tool in self.offered_tools if tool["function"]["name"] == self.named_tool)
+            return GrammarSpec("json_schema", json.dumps(parameters_of(tool)), "tools")
+        if self.tool_choice == "required":
+            return GrammarSpec("json_schema", json.dumps(call_list_schema(self.offered_tools, self.parallel)), "tools")
+        return super().grammar
 
     @property
     def limit(self) -> int | None:
@@ -181,7 +231,11 @@ class ChatRequest(_Request):
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages for the chat template, with lists of text parts joined. Raises InvalidRequest for images."""
-        return [_flatten(message.model_dump(), f"messages[{index}]") for index, message in enumerate(self.messages)]
+        return [
+            _read_calls(_flatten(message.model_dump(), where), where)
+            for index, message in enumerate(self.messages)
+            if (where := f"messages[{index}]")
+        ]
 
 
 class CompletionRequest(_Request):
@@ -246,6 +300,41 @@ def _as_list(prompts: Prompts) -> list[str | list[int]]:
     if prompts and isinstance(prompts[0], int):
         return [[token for token in prompts if isinstance(token, int)]]
     return [item for item in prompts if not isinstance(item, int)]
+
+
+def _path(location: Iterable[int | str]) -> str:
+    """A pydantic location as `messages[0].role`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(parts).removeprefix(".")
+
+
+def _structured(asked: StructuredOutputs) -> GrammarSpec:
+    name = "structured_outputs"
+    if asked.regex is not None:
+        return GrammarSpec("regex", asked.regex, name)
+    if asked.choice is not None:
+        return GrammarSpec("grammar", choice_grammar(asked.choice), name)
+    if asked.grammar is not None:
+        return GrammarSpec("grammar", asked.grammar, name)
+    schema = asked.json_ if asked.json_ is not None else {"type": "object"}
+    return GrammarSpec("json_schema", schema if isinstance(schema, str) else json.dumps(schema), name)
+
+
+def _read_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """The message with the arguments of its tool calls as objects, which chat templates expect."""
+    if not message.get("tool_calls"):
+        return message
+    try:
+        calls = []
+        for call in message["tool_calls"]:
+            arguments = call["function"]["arguments"]
+            read = json.loads(arguments) if isinstance(arguments, str) else arguments
+            calls.append(call | {"function": call["function"] | {"arguments": read}})
+    except (TypeError, KeyError, ValueError):
+        raise InvalidRequest(
+            f"{where}.tool_calls: each needs a function with a name, and arguments as JSON.", param="messages"
+        ) from None
+    return message | {"tool_calls": calls}
 
 
 def _flatten(message: dict[str, Any], where: str) -> dict[str, Any]:

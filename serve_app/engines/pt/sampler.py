@@ -10,10 +10,12 @@ else is in the batch.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from xgrammar import GrammarMatcher
 
+from serve_app.engines.pt.grammar import constrain
 from serve_app.engines.pt.sequence import Logprobs, SamplingParams, Sequence
 
 
@@ -25,6 +27,15 @@ class SamplingState:
     prompt_seen: torch.Tensor | None = None
     output_counts: torch.Tensor | None = None
     bias: tuple[torch.Tensor, torch.Tensor] | None = None
+    matcher: GrammarMatcher | None = None
+
+
+class Sampled(NamedTuple):
+    """One row's next token. `fits` is false where the row's grammar allows none that the vocabulary has."""
+
+    token_id: int
+    logprobs: Logprobs | None = None
+    fits: bool = True
 
 
 @dataclass(frozen=True)
@@ -33,11 +44,11 @@ class Sampler:
 
     eos_ids: frozenset[int] = field(default_factory=frozenset)
 
-    def sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[tuple[int, Logprobs | None]]:
+    def sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled]:
         """The next token of each row of `logits`, shape (sequences, vocabulary), and its log probabilities."""
         logits = logits.float()
         if all(_is_plain(sequence.params) for sequence in sequences):
-            return [(token, None) for token in logits.argmax(-1).tolist()]
+            return [Sampled(token) for token in logits.argmax(-1).tolist()]
         states = [_state(sequence, logits.shape[-1], logits.device) for sequence in sequences]
         scores = self._adjusted(sequences, states, logits)
         tokens = _choose(sequences, states, scores)
@@ -45,10 +56,17 @@ class Sampler:
         for state, token in zip(states, tokens, strict=True):
             if state.output_counts is not None:
                 state.output_counts[token] += 1
-        return list(zip(tokens, reports, strict=True))
+        fits = [
+            state.matcher is None or state.matcher.accept_token(token)
+            for state, token in zip(states, tokens, strict=True)
+        ]
+        return list(map(Sampled, tokens, reports, fits))
 
     def _adjusted(self, sequences: list[Sequence], states: list[SamplingState], logits: torch.Tensor) -> torch.Tensor:
         scores = logits.clone()
+        matchers = {row: state.matcher for row, state in enumerate(states) if state.matcher is not None}
+        if matchers:
+            constrain(scores, matchers)
         for row, (sequence, state) in enumerate(zip(sequences, states, strict=True)):
             params = sequence.params
             if len(sequence.output_ids) < params.min_tokens:
@@ -67,6 +85,7 @@ def _is_plain(params: SamplingParams) -> bool:
         and params.logprobs is None
         and not params.logit_bias
         and params.min_tokens == 0
+        and params.grammar is None
         and not _has_penalty(params)
     )
 
@@ -86,6 +105,8 @@ def _state(sequence: Sequence, vocabulary: int, device: torch.device) -> Samplin
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=device)
             state.bias = ids, torch.tensor(list(params.logit_bias.values()), device=device)
+        if params.grammar is not None:
+            state.matcher = GrammarMatcher(params.grammar)
         sequence.sampling = state
     found: SamplingState = sequence.sampling
     return found

@@ -5,6 +5,8 @@ from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from xgrammar import CompiledGrammar
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -13,7 +15,8 @@ class SamplingParams:
     """How to choose the next token, and when to stop.
 
     `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` is how many alternatives to report beside the
-    chosen token, None for no log probabilities at all; `logit_bias` is added to the logits, by token id.
+    chosen token, None for no log probabilities at all; `logit_bias` is added to the logits, by token id; `grammar` is
+    compiled by `GrammarCompiler`.
     """
 
     max_tokens: int
@@ -29,6 +32,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: CompiledGrammar | None = None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 import asyncio
 import base64
-import json
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +13,7 @@ from serve_app.engines.pt.engine import PtEngine
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config
 from tests.demo_answers import ANSWERS, QUESTIONS
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a freshly started engine."""
-    config = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=4)
-    engine = PtEngine(config, "demo")
-    app = await engine.start()
-    transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=60) as session:
-        yield session
-    await engine.stop()
-
-
-def chat(question: str = "Hello", **fields: Any) -> dict[str, Any]:
-    """A greedy chat request."""
-    return {"messages": [{"role": "user", "content": question}], "temperature": 0, **fields}
-
-
-def events(text: str) -> list[Any]:
-    """The decoded events of a stream, without `[DONE]`, which must be the last."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
+from tests.engines.pt.api_client import chat, events
 
 
 async def test_every_known_question_is_answered_word_for_word(client: httpx.AsyncClient) -> None:
@@ -118,7 +93,7 @@ async def test_text_parts_are_joined(client: httpx.AsyncClient) -> None:
         ("chat/completions", chat(temperature=-1), "temperature", "greater than or equal to 0"),
         ("chat/completions", chat(max_tokens=10**9), "max_tokens", "maximum context length"),
         ("chat/completions", chat(stop=[1]), "stop", "valid string"),
-        ("chat/completions", chat(tools=[{"type": "function"}]), "tools", "not supported"),
+        ("chat/completions", chat(tools=[{"type": "function"}]), "tools", "'tools[0].function': Field required"),
         ("chat/completions", chat(temprature=1), "temprature", "Did you mean 'temperature'"),
         ("chat/completions", chat(top_p=0), "top_p", "greater than 0"),
         ("chat/completions", chat(max_tokens=0), "max_tokens", "greater than or equal to 1"),
@@ -248,7 +223,7 @@ async def test_a_full_queue_is_a_429_with_retry_after() -> None:
         endless = chat(max_tokens=1500, ignore_eos=True)
         tasks = [asyncio.create_task(session.post("/v1/chat/completions", json=endless)) for _ in range(2)]
         for _ in range(500):
-            if len(engine._outputs) == 2:
+            if len(engine.generator._outputs) == 2:
                 break
             await asyncio.sleep(0.01)
         reply = await session.post("/v1/chat/completions", json=chat())
@@ -268,15 +243,15 @@ async def test_a_model_over_cpu_and_disk_gives_the_same_answers() -> None:
     )
     engine = PtEngine(config, "demo")
     transport = httpx.ASGITransport(app=await engine.start())  # type: ignore[arg-type]
-    assert "disk" in engine.loaded.device_map.values()
-    assert engine.serial_reason == ""
+    assert "disk" in engine.generator.loaded.device_map.values()
+    assert engine.generator.serial_reason == ""
     async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=60) as session:
         replies = await asyncio.gather(
             *(session.post("/v1/chat/completions", json=chat(question)) for question in QUESTIONS[:4])
         )
     texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
     assert texts == [ANSWERS[question] for question in QUESTIONS[:4]]
-    offload = engine.loaded.offload
+    offload = engine.generator.loaded.offload
     assert offload is not None
     await engine.stop()
     assert not await asyncio.to_thread(Path(offload.name).exists)

@@ -26,7 +26,7 @@ def draw(count: int, **params: object) -> list[int]:
 def test_greedy_and_sampled_rows_share_a_batch() -> None:
     """A greedy row takes the best token whatever stands beside it."""
     rows = [sequence(temperature=0), sequence(seed=1), sequence(temperature=0)]
-    tokens = [token for token, _ in Sampler().sample(rows, torch.stack([LOGITS, LOGITS, LOGITS.flip(0)]))]
+    tokens = [row.token_id for row in Sampler().sample(rows, torch.stack([LOGITS, LOGITS, LOGITS.flip(0)]))]
     assert (tokens[0], tokens[2]) == (0, 3)
 
 
@@ -74,7 +74,7 @@ def test_the_end_is_forbidden_until_min_tokens() -> None:
         sequence(temperature=0, min_tokens=2, output=(1,)),
         sequence(temperature=0, min_tokens=2, output=(1, 1)),
     )
-    assert [token for token, _ in sampler.sample([early, late], LOGITS.repeat(2, 1))] == [1, 0]
+    assert [row.token_id for row in sampler.sample([early, late], LOGITS.repeat(2, 1))] == [1, 0]
 
 
 def test_repetition_counts_prompt_and_output() -> None:
@@ -88,7 +88,7 @@ def test_presence_and_frequency_count_the_output_only() -> None:
     """The prompt's token 0 is not punished; the output's token 0, three times there, is."""
     fresh = sequence(prompt=(0,), temperature=0, presence_penalty=2.0)
     spent = sequence(output=(0, 0, 0), temperature=0, frequency_penalty=0.5)
-    assert [token for token, _ in Sampler().sample([fresh, spent], LOGITS.repeat(2, 1))] == [0, 1]
+    assert [row.token_id for row in Sampler().sample([fresh, spent], LOGITS.repeat(2, 1))] == [0, 1]
 
 
 def test_penalties_count_what_was_drawn_since() -> None:
@@ -101,7 +101,7 @@ def test_penalties_count_what_was_drawn_since() -> None:
 def test_log_probabilities_are_of_the_raw_logits() -> None:
     """Neither temperature nor bias changes them; the chosen token is reported even if it is not among the best."""
     row = sequence(temperature=0, logprobs=2, logit_bias={3: 100.0})
-    ((token, report),) = Sampler().sample([row], LOGITS[None])
+    ((token, report, _),) = Sampler().sample([row], LOGITS[None])
     expected = LOGITS.log_softmax(-1)
     assert report is not None
     assert (token, report.token_id) == (3, 3)

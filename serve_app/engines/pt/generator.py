@@ -1,0 +1,176 @@
+"""Generation as the HTTP application sees it: prompts in, text out, on the event loop."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as ReadOnlySequence
+from functools import cached_property, partial
+from typing import TypeVar
+
+from serve_app.engines.pt.engine_loop import EngineLoop
+from serve_app.engines.pt.grammar import GrammarCompiler
+from serve_app.engines.pt.model_loader import LoadedModel
+from serve_app.engines.pt.probe import ProbeResult
+from serve_app.engines.pt.sampler import Sampler
+from serve_app.engines.pt.scheduler import Limits, Scheduler
+from serve_app.engines.pt.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
+from serve_app.engines.pt.text_stream import TextStream
+from serve_app.errors import EngineError, InvalidRequest, Overloaded
+
+# Sequences whose ends tell the rate.
+RATE_WINDOW = 32
+
+T = TypeVar("T")
+
+
+class Generator:
+    """One loaded model and the thread that runs it. Made and used on one event loop.
+
+    `serial_reason` says why the model runs one request at a time; empty where requests are joined.
+    """
+
+    def __init__(self, name: str, loaded: LoadedModel, probed: ProbeResult, limits: Limits, max_queued: int):
+        self.name = name
+        self.loaded = loaded
+        self.limits = limits
+        self.serial_reason = probed.reason
+        self._max_queued = max_queued
+        self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
+        self._ends: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._asyncio_loop = asyncio.get_running_loop()
+        self._loop = EngineLoop(probed.runner, Scheduler(limits), Sampler(loaded.eos_ids), self._deliver)
+        self._loop.start()
+
+    def require_alive(self) -> None:
+        """Raises EngineError when the thread has ended."""
+        if not self._loop.is_alive():
+            raise EngineError("the pt engine's thread has ended. The replica will be replaced.")
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the thread; blocks for at most `timeout_s` seconds."""
+        self._loop.stop(timeout_s)
+
+    @property
+    def max_tokens_per_request(self) -> int:
+        """The most tokens of prompt and output together: the model's context, or what the cache can hold."""
+        return min(self.loaded.max_model_len, self.limits.max_cache_tokens)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows: the width of its logits."""
+        size: int = self.loaded.model.get_input_embeddings().num_embeddings
+        return size
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles output formats. Made at the first use, which takes a fraction of a second."""
+        return GrammarCompiler(self.loaded.tokenizer, self.vocabulary, self.loaded.eos_ids)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        return max(map(len, self.loaded.tokenizer.get_vocab()), default=1)
+
+    def require_place(self, count: int) -> None:
+        """Raises Overloaded, with the time that the queue needs at the measured rate, when the queue is full.
+
+        Raises InvalidRequest for a request of more choices than the queue could ever take.
+        """
+        allowed = self.limits.max_num_seqs + self._max_queued
+        if count > allowed:
+            raise InvalidRequest(
+                f"The request asks for {count} choices, and the model takes at most {allowed} at once."
+            )
+        over = len(self._outputs) + count - allowed
+        if over > 0:
+            raise Overloaded(
+                f"The model '{self.name}' has {len(self._outputs)} requests already and takes {allowed}.",
+                retry_after_s=self._seconds_per_sequence() * over,
+            )
+
+    async def generate(
+        self,
+        prompt_ids: ReadOnlySequence[int],
+        params: SamplingParams,
+        stop: ReadOnlySequence[str] = (),
+        skip_special_tokens: bool = True,
+    ) -> AsyncGenerator[Piece]:
+        """Text as it is generated; the last piece has a finish reason.
+
+        Leaving the iterator early frees the sequence's place before the next step. Raises what went wrong in the step.
+        """
+        self.require_alive()
+        sequence = Sequence(prompt_ids, params)
+        outputs = self._outputs[sequence] = asyncio.Queue()
+        text = TextStream(partial(self._decode, skip_special_tokens=skip_special_tokens), stop)
+        ended = False
+        try:
+            self._loop.submit(sequence)
+            tokens = 0
+            logprobs: list[Logprobs] = []
+            while not ended:
+                output = await outputs.get()
+                ended = output.is_last
+                if output.error is not None:
+                    raise output.error
+                assert output.token_id is not None, "an output without an error has a token"
+                tokens += 1
+                if output.logprobs is not None:
+                    logprobs.append(output.logprobs)
+                push = text.push if tokens > params.min_tokens else text.push_unstoppable
+                new = push(output.token_id)
+                if output.finish_reason is not None and not text.stopped:
+                    new += text.finish()
+                reason = "stop" if text.stopped else output.finish_reason
+                if new or reason is not None:
+                    yield Piece(new, tokens, reason, tuple(logprobs))
+                    logprobs = []
+                if text.stopped:
+                    return
+        finally:
+            del self._outputs[sequence]
+            self._ends.append(time.monotonic())
+            if not self._outputs:
+                self._ends.clear()  # The rate is that of the busy time; idle time says nothing of it.
+            if not ended:
+                self._loop.cancel(sequence)
+
+    async def run_on_model(self, work: Callable[[], T]) -> T:
+        """Runs `work` on the engine's thread between two steps, and returns its value or raises its error."""
+        self.require_alive()
+        future: asyncio.Future[T] = self._asyncio_loop.create_future()
+
+        def settle(setter: Callable[..., None], value: object) -> None:
+            if not future.done():
+                setter(value)
+
+        def run() -> None:
+            try:
+                value = work()
+            except Exception as error:
+                self._asyncio_loop.call_soon_threadsafe(settle, future.set_exception, error)
+            else:
+                self._asyncio_loop.call_soon_threadsafe(settle, future.set_result, value)
+
+        self._loop.run_between_steps(run)
+        return await future
+
+    def _seconds_per_sequence(self) -> float:
+        if len(self._ends) < 2:
+            return 1.0
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        text: str = self.loaded.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """Called on the engine's thread, once a step."""
+        self._asyncio_loop.call_soon_threadsafe(self._dispatch, outputs)
+
+    def _dispatch(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            queue = self._outputs.get(output.sequence)
+            if queue is not None:  # None: the reader has left, and its cancel is on the way.
+                queue.put_nowait(output)

@@ -1,0 +1,236 @@
+"""Tool calls: told from the text by transformers' response parser, or forced by a grammar.
+
+With `tool_choice: auto` the model writes calls in its own way, and the tokenizer's `response_template` (or Hermes'
+way, where the chat template shows it) tells them from text. With `required` or a named function a JSON schema forces
+the output, which works for every model.
+"""
+
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as ReadOnlySequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+# Hermes' and Qwen's way, as a transformers response template.
+HERMES = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"content": "text"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call, or the next part of its arguments. `index` counts the calls of a message; `arguments` is JSON."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+    is_first: bool = True
+
+    def write(self) -> dict[str, Any]:
+        """As OpenAI has it in a message."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+    def write_delta(self) -> dict[str, Any]:
+        """As OpenAI has it in a stream: id and name come once."""
+        if self.is_first:
+            return {"index": self.index, **self.write()}
+        return {"index": self.index, "function": {"arguments": self.arguments}}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What new text means: text of the answer, text of the thinking before it, and calls."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+
+    def __add__(self, other: "Delta") -> "Delta":
+        """Both, in order. Parts of one call become one."""
+        calls = {call.index: call for call in self.calls}
+        for call in other.calls:
+            known = calls.get(call.index)
+            calls[call.index] = call if known is None else replace(known, arguments=known.arguments + call.arguments)
+        return Delta(self.content + other.content, self.reasoning + other.reasoning, tuple(calls.values()))
+
+
+class MessageReader(Protocol):
+    """Reads the text of one choice as it comes."""
+
+    # Whether the markers are special tokens, which the text must then keep.
+    needs_special_tokens: bool
+
+    def feed(self, text: str) -> Delta:
+        """What is certain with this text."""
+        ...
+
+    def finish(self) -> Delta:
+        """The rest, when no text follows."""
+        ...
+
+
+class PlainReader:
+    """All text is content."""
+
+    needs_special_tokens = False
+
+    def feed(self, text: str) -> Delta:
+        """See MessageReader."""
+        return Delta(text)
+
+    def finish(self) -> Delta:
+        """See MessageReader."""
+        return Delta()
+
+
+class TemplateReader:
+    """Calls in the model's own way, by transformers' parser. A call that the parser cannot read comes out as content.
+
+    With `parallel` false, calls after the first are left out.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], prompt: str, tools: Any, parallel: bool
+    ):
+        self.needs_special_tokens = template is not HERMES
+        prefix = prompt if self.needs_special_tokens else ""
+        self._parser = tokenizer.get_response_parser(dict(template), prefix=prefix, tools=tools)
+        self._most = None if parallel else 1
+        self._calls = 0
+        self._unread = ""  # Text that has not come out yet: it must not be lost when the parser fails.
+        self._failed = False
+
+    def feed(self, text: str) -> Delta:
+        """See MessageReader."""
+        return self._read(text, lambda: self._parser.feed(text))
+
+    def finish(self) -> Delta:
+        """See MessageReader."""
+        return self._read("", lambda: self._parser.finalize()[1])
+
+    def _read(self, text: str, parse: Callable[[], list[dict[str, Any]]]) -> Delta:
+        if self._failed:
+            return Delta(text)
+        self._unread += text
+        unread = self._unread
+        try:
+            return self._translate(parse())
+        except Exception:  # Whatever a model writes, it is an answer.
+            self._failed = True
+            return Delta(unread)
+
+    def _translate(self, events: ReadOnlySequence[Mapping[str, Any]]) -> Delta:
+        texts = {"content": "", "thinking": ""}
+        calls: list[ToolCall] = []
+        for event in events:
+            field = event.get("field")
+            if event["type"] == "region_close" and field == "tool_calls":
+                calls.append(_call(self._calls + len(calls), event["value"]["function"]))
+            elif event["type"] == "region_chunk" and not event.get("dirty") and field in texts:
+                texts[field] += event["text"]
+                self._unread = self._unread.partition(event["text"])[2]
+        if calls:
+            self._unread = ""
+        self._calls += len(calls)
+        return Delta(texts["content"], texts["thinking"], tuple(call for call in calls if self._is_wanted(call)))
+
+    def _is_wanted(self, call: ToolCall) -> bool:
+        return self._most is None or call.index < self._most
+
+
+class NamedCallReader:
+    """The whole text is the arguments of one function."""
+
+    needs_special_tokens = False
+
+    def __init__(self, name: str):
+        self._name = name
+        self._id = new_call_id()
+        self._is_first = True
+
+    def feed(self, text: str) -> Delta:
+        """See MessageReader."""
+        call = ToolCall(0, self._id, self._name, text, self._is_first)
+        self._is_first = False
+        return Delta(calls=(call,))
+
+    def finish(self) -> Delta:
+        """See MessageReader."""
+        return Delta()
+
+
+class CallListReader:
+    """The whole text is a JSON list of calls; cut short, it comes out as content."""
+
+    needs_special_tokens = False
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def feed(self, text: str) -> Delta:
+        """See MessageReader."""
+        self._text += text
+        return Delta()
+
+    def finish(self) -> Delta:
+        """See MessageReader."""
+        try:
+            return Delta(calls=tuple(_call(index, item) for index, item in enumerate(json.loads(self._text))))
+        except ValueError:
+            return Delta(self._text)
+
+
+def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:
+    """How this model writes calls, or None where that is not known."""
+    own: Mapping[str, Any] | None = getattr(tokenizer, "response_template", None)
+    if own is not None:
+        return own
+    template = str(tokenizer.chat_template or "")
+    return HERMES if "<tool_call>" in template and "<function=" not in template else None
+
+
+def call_list_schema(tools: ReadOnlySequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
+    """The JSON schema of one call to these tools, or of several where `parallel`."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": parameters_of(tool)},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    bounds = {"minItems": 1} if parallel else {"minItems": 1, "maxItems": 1}
+    return {"type": "array", "items": {"anyOf": calls}, **bounds}
+
+
+def parameters_of(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a tool's arguments: an object, where the tool does not say."""
+    parameters: dict[str, Any] | None = tool["function"].get("parameters")
+    return parameters or {"type": "object"}
+
+
+def new_call_id() -> str:
+    """An id as OpenAI's look."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _call(index: int, function: Mapping[str, Any]) -> ToolCall:
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(index, new_call_id(), str(function["name"]), text)

@@ -1,0 +1,162 @@
+"""Output in a form that the client asks for. The demo model knows none of these forms: only the grammar makes them."""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.demo_answers import ANSWERS
+from tests.engines.pt.api_client import chat, events
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]},
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    """`response_format` of a JSON schema."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+async def content(client: httpx.AsyncClient, **fields: Any) -> str:
+    """The text of one answer that ended by itself."""
+    reply = await client.post("/v1/chat/completions", json=chat(**fields))
+    assert reply.status_code == 200, reply.text
+    (choice,) = reply.json()["choices"]
+    assert choice["finish_reason"] == "stop"
+    text: str = choice["message"]["content"]
+    return text
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+async def test_a_json_schema_is_followed(client: httpx.AsyncClient, temperature: float) -> None:
+    """Greedy and sampled."""
+    text = await content(client, response_format=schema_format(PERSON), temperature=temperature, seed=3)
+    person = json.loads(text)
+    assert set(person) == {"name", "age", "tags"}
+    assert 0 <= person["age"] <= 120
+    assert set(person["tags"]) <= {"a", "b"}
+
+
+async def test_json_object_is_free(client: httpx.AsyncClient) -> None:
+    """Any object, so this model does not end it by itself; what there is, is the start of one."""
+    body = chat(response_format={"type": "json_object"}, max_tokens=30)
+    text = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]["message"]["content"]
+    assert re.match(r'\{\s*("|\})', text)
+
+
+async def test_regex_choice_and_grammar(client: httpx.AsyncClient) -> None:
+    """vLLM's `structured_outputs`."""
+    assert re.fullmatch("[0-9]{3}-[x-z]{2}", await content(client, structured_outputs={"regex": "[0-9]{3}-[x-z]{2}"}))
+    choices = ['a "b"', "naïve\n", "c"]
+    assert await content(client, structured_outputs={"choice": choices}) in choices
+    assert await content(client, structured_outputs={"grammar": 'root ::= "ab" "cd"*  "e"'}, seed=1)
+    assert isinstance(json.loads(await content(client, structured_outputs={"json": PERSON})), dict)
+
+
+async def test_others_in_the_batch_are_not_constrained(client: httpx.AsyncClient) -> None:
+    """A row's mask is its own."""
+    plain, forced = await asyncio.gather(
+        content(client), content(client, structured_outputs={"choice": ["zzzz"]}, logprobs=True)
+    )
+    assert (plain, forced) == (ANSWERS["Hello"], "zzzz")
+
+
+async def test_the_completions_endpoint_takes_them_too(client: httpx.AsyncClient) -> None:
+    """And streams the text as it comes."""
+    body = {"prompt": "x", "max_tokens": 20, "structured_outputs": {"regex": "(ab){4}"}, "stream": True}
+    chunks = events((await client.post("/v1/completions", json=body)).text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "abababab"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format", "comes with type 'json_schema'"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "json_object"),
+        ({"response_format": schema_format({"type": "foo"})}, "response_format", 'Unsupported type "foo"'),
+        (
+            {"response_format": schema_format({"properties": {"x": {"type": "integer", "multipleOf": 5}}})},
+            "response_format",
+            "cannot enforce the keyword 'multipleOf'",
+        ),
+        ({"structured_outputs": {"regex": "(ab"}}, "structured_outputs", "parenthesis is not closed"),
+        ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs", "Lookahead is not supported"),
+        ({"structured_outputs": {"grammar": "root = 1"}}, "structured_outputs", "root"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, None, "give one of them"),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs", "at most 65536"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, None, "says where the text ends"),
+        ({"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}}, None, "tools"),
+        ({"tool_choice": "required"}, None, "no tools to choose from"),
+        ({"tools": [WEATHER]}, "tool_choice", "needs a model whose tokenizer"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "'tools[0].function.name'"),
+    ],
+)
+async def test_what_cannot_be_followed_is_refused(
+    client: httpx.AsyncClient, fields: dict[str, Any], param: str | None, words: str
+) -> None:
+    """By the field's name, and before anything is generated; with a stream too."""
+    for stream in (False, True):
+        reply = await client.post("/v1/chat/completions", json=chat(stream=stream, **fields))
+        assert reply.status_code == 400, reply.text
+        error = reply.json()["error"]
+        assert words in error["message"]
+        assert error["param"] == param
+
+
+async def test_a_property_may_have_a_keywords_name(client: httpx.AsyncClient) -> None:
+    """`not` as a property is no `not`."""
+    schema = {"type": "object", "properties": {"not": {"enum": [1]}}, "required": ["not"]}
+    text = await content(client, response_format=schema_format(schema | {"additionalProperties": False}))
+    assert json.loads(text) == {"not": 1}
+
+
+async def test_a_named_function_is_called(client: httpx.AsyncClient) -> None:
+    """The whole answer is its arguments; whole and streamed."""
+    body = chat(tools=[WEATHER, CLOCK], tool_choice={"type": "function", "function": {"name": "weather"}})
+    (choice,) = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["finish_reason"], choice["message"]["content"], call["type"]) == ("stop", None, "function")
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Oslo", "Rome")
+    chunks = events((await client.post("/v1/chat/completions", json=body | {"stream": True})).text)
+    parts = [part for chunk in chunks for part in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert parts[0]["function"]["name"] == "weather"
+    assert all("id" not in part for part in parts[1:])
+    assert "".join(part["function"]["arguments"] for part in parts) == call["function"]["arguments"]
+
+
+async def test_required_calls_some_tool(client: httpx.AsyncClient) -> None:
+    """At least one call to a tool that exists; one at most without parallel calls."""
+    body = chat(tools=[WEATHER, CLOCK], tool_choice="required", parallel_tool_calls=False, max_tokens=200)
+    (choice,) = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert call["function"]["name"] in ("weather", "clock")
+    assert isinstance(json.loads(call["function"]["arguments"]), dict)
+    chunks = events((await client.post("/v1/chat/completions", json=body | {"stream": True})).text)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_tool_choice_none_is_a_plain_answer(client: httpx.AsyncClient) -> None:
+    """The tools are not even shown to the model."""
+    assert await content(client, tools=[WEATHER], tool_choice="none") == ANSWERS["Hello"]
