@@ -205,19 +205,15 @@ def grouped_attention() -> Iterator[None]:
     AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
-def serve_app(
-    engine_folder: str, dtype: str, threads: int, chunk_tokens: int
-) -> Callable[[list[Request]], list[float]]:
-    """The pt engine's own loop, with the scheduler, the cache and the sampler of a replica."""
+def load_runner(engine_folder: str, dtype: str, threads: int, chunk_tokens: int) -> Any:
+    """The model as a replica loads it: the runner that its probe chose, and its limits."""
     from serve_app.config import ModelConfig
     from serve_app.engines.pt.cache_budget import cache_tokens
-    from serve_app.engines.pt.engine_loop import EngineLoop
+    from serve_app.engines.pt.kv_cache import cells
     from serve_app.engines.pt.model_loader import LoadedModel
     from serve_app.engines.pt.packed_linear import pack_linears
     from serve_app.engines.pt.probe import probe
-    from serve_app.engines.pt.sampler import Sampler
-    from serve_app.engines.pt.scheduler import Limits, Scheduler
-    from serve_app.engines.pt.sequence import Output, SamplingParams, Sequence
+    from serve_app.engines.pt.scheduler import Limits
 
     model = AutoModelForCausalLM.from_pretrained(engine_folder, dtype=getattr(torch, dtype)).eval()
     pack_linears(model, copy_tied=True)
@@ -226,7 +222,20 @@ def serve_app(
     config = ModelConfig.from_args(
         {"model": engine_folder, "infer_backend": "pt", "device": "cpu", "num_cpus": threads}
     )
-    limits = Limits(32, cache_tokens(config, probed.bytes_per_token, 32 * CONTEXT), chunk_tokens)
+    tokens = cache_tokens(config, probed.bytes_per_token, cells(1, 1), 2 * cells(32, CONTEXT))
+    return probed.runner, Limits(32, tokens, chunk_tokens, cells=cells)
+
+
+def serve_app(
+    engine_folder: str, dtype: str, threads: int, chunk_tokens: int
+) -> Callable[[list[Request]], list[float]]:
+    """The pt engine's own loop, with the scheduler, the cache and the sampler of a replica."""
+    from serve_app.engines.pt.engine_loop import EngineLoop
+    from serve_app.engines.pt.sampler import Sampler
+    from serve_app.engines.pt.scheduler import Scheduler
+    from serve_app.engines.pt.sequence import Output, SamplingParams, Sequence
+
+    runner, limits = load_runner(engine_folder, dtype, threads, chunk_tokens)
 
     def run(load: list[Request]) -> list[float]:
         with grouped_attention():
@@ -240,7 +249,7 @@ def serve_app(
                 queues[output.sequence].put_nowait(output)
 
         engine = EngineLoop(
-            probed.runner, Scheduler(limits), Sampler(), lambda out: loop.call_soon_threadsafe(dispatch, out) and None
+            runner, Scheduler(limits), Sampler(), lambda out: loop.call_soon_threadsafe(dispatch, out) and None
         )
         engine.start()
         start = time.monotonic()

@@ -15,18 +15,22 @@ CPU_MOST_BYTES = 4 * 2**30
 GPU_SHARE = 0.7
 
 
-def cache_tokens(config: ModelConfig, bytes_per_token: Mapping[torch.device, float], most: int) -> int:
+def cache_tokens(config: ModelConfig, bytes_per_token: Mapping[torch.device, float], least: int, most: int) -> int:
     """Tokens that fit on every device that holds a part of the cache, at most `most`.
 
-    `bytes_per_token` was measured at load, on the rectangle of a small batch. Raises EngineError when not even one
-    token fits.
+    `bytes_per_token` was measured at load, on the buffers of a small batch, with one more layer's: when buffers are
+    moved, one layer has both. Raises EngineError when fewer than `least` fit, the buffers of a single token.
     """
     if config.kv_cache_memory_bytes is not None:
         tokens = config.kv_cache_memory_bytes / max(1e-9, sum(bytes_per_token.values()))
     else:
         tokens = min((_room(config, device) / size for device, size in bytes_per_token.items() if size), default=most)
-    if tokens < 1:
-        raise EngineError("kv_cache_memory_bytes: there is no room for a single token of KV cache. Raise it.")
+    if tokens < least:
+        needed = int(least * sum(bytes_per_token.values()))
+        raise EngineError(
+            f"kv_cache_memory_bytes: {needed} bytes are the least for the KV cache of one sequence, and there is room "
+            "for less. Raise it, or give the weights less of the device."
+        )
     return min(most, int(tokens))
 
 

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.cache_budget import cache_tokens
 from serve_app.engines.pt.generator import Generator
+from serve_app.engines.pt.kv_cache import cells
 from serve_app.engines.pt.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.openai_api import build_app
 from serve_app.engines.pt.probe import ProbeResult, probe
@@ -62,5 +63,8 @@ class PtEngine:
         if probed.reason:
             return Limits(max_num_seqs=1, max_cache_tokens=loaded.max_model_len)
         rows = self._config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-        tokens = cache_tokens(self._config, probed.bytes_per_token, most=rows * loaded.max_model_len)
-        return Limits(rows, tokens, pad_prompts=probed.pad_prompts)
+        # At most what all rows take at full length, and as much for the prompts that are being computed.
+        most = 2 * cells(rows, loaded.max_model_len)
+        tokens = cache_tokens(self._config, probed.bytes_per_token, least=cells(1, 1), most=most)
+        probed.runner.max_cells = tokens
+        return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)

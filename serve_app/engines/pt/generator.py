@@ -54,7 +54,7 @@ class Generator:
     @property
     def max_tokens_per_request(self) -> int:
         """The most tokens of prompt and output together: the model's context, or what the cache can hold."""
-        return min(self.loaded.max_model_len, self.limits.max_cache_tokens)
+        return min(self.loaded.max_model_len, self.limits.longest)
 
     @cached_property
     def vocabulary(self) -> int:

@@ -25,6 +25,15 @@ SLACK = 128
 ROW_STEP = 8
 
 
+def cells(rows: int, tokens: int) -> int:
+    """The most tokens for which buffers of `rows` rows have room, when the longest row has `tokens` tokens."""
+    return _row_capacity(rows) * (tokens + SLACK)
+
+
+def _row_capacity(rows: int) -> int:
+    return rows if rows <= 1 else -(-rows // ROW_STEP) * ROW_STEP
+
+
 @dataclass
 class Window:
     """The part of the buffers in use: the first `rows` rows, columns `start` to `end`. Shared by all layers."""
@@ -122,6 +131,15 @@ class BatchCache:
                 sizes[buffer.device] = sizes.get(buffer.device, 0) + buffer.nbytes
         return sizes
 
+    @property
+    def largest_layer_bytes(self) -> dict[torch.device, int]:
+        """Bytes of the largest layer's buffers, by device."""
+        sizes: dict[torch.device, int] = {}
+        for layer in self._rectangles():
+            for device, size in ((buffer.device, 2 * buffer.nbytes) for buffer in layer.buffers()):
+                sizes[device] = max(size, sizes.get(device, 0))
+        return sizes
+
     def reserve(self, rows: int, columns: int, left: int = 0) -> None:
         """Makes room for `rows` rows, `columns` more tokens at the end, and rows of up to `left` tokens."""
         window = self.window
@@ -129,29 +147,35 @@ class BatchCache:
         if rows <= window.row_capacity and window.end + columns <= window.column_capacity and grow_left <= window.start:
             return
         target = Window(rows=window.rows)
-        target.row_capacity = window.row_capacity
-        if rows > target.row_capacity:
-            target.row_capacity = rows if rows == 1 else -(-rows // ROW_STEP) * ROW_STEP
+        target.row_capacity = _row_capacity(max(rows, window.rows))
         target.column_capacity = window.width + grow_left + columns + SLACK
         target.start = grow_left
         target.end = grow_left + window.width
-        for layer in self._rectangles():
-            layer.move(target)
-        window.start, window.end = target.start, target.end
-        window.row_capacity, window.column_capacity = target.row_capacity, target.column_capacity
+        self._move(target)
+
+    @property
+    def cells(self) -> int:
+        """Tokens for which the buffers have room."""
+        return self.window.row_capacity * self.window.column_capacity
+
+    def compact(self) -> None:
+        """Gives back what the buffers have beyond their rows: earlier rows may have been more, or longer."""
+        window = self.window
+        if cells(window.rows, window.width) < self.cells:
+            capacity = window.width + SLACK
+            self._move(Window(window.rows, 0, window.width, _row_capacity(window.rows), capacity))
 
     def advance(self, columns: int) -> None:
         """Takes what the last forward pass wrote into the window."""
         self.window.end += columns
 
     def join(self, other: "BatchCache") -> None:
-        """Appends the rows of `other`, which ends at its own end."""
+        """Appends the rows of `other`, which ends at its own end. `other` is of no use afterwards."""
         window, width = self.window, other.window.width
         if window.rows == 0:
-            window.start = window.end = 0
+            self._adopt(other)
+            return
         self.reserve(window.rows + other.window.rows, columns=1, left=width)
-        if window.rows == 0:
-            window.end = window.start = max(window.end, width)
         rows = slice(window.rows, window.rows + other.window.rows)
         columns = slice(window.end - width, window.end)
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
@@ -175,10 +199,31 @@ class BatchCache:
             else:
                 _remove_state(layer, row, last)
         window.rows = last
+        if last == 0:
+            self._free()
 
     def shrink(self, width: int) -> None:
         """Forgets the columns on the left that no row uses any more; `width` is the longest row's length."""
         self.window.start = self.window.end - width
+
+    def _move(self, target: Window) -> None:
+        """Layer by layer, so that old and new buffers stand side by side for one layer only."""
+        for layer in self._rectangles():
+            layer.move(target)
+        vars(self.window).update(vars(target))
+
+    def _adopt(self, other: "BatchCache") -> None:
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            if isinstance(mine, RectangleLayer):
+                mine.key_buffer, mine.value_buffer = theirs.key_buffer, theirs.value_buffer
+            else:
+                _join_states(mine, theirs)
+        vars(self.window).update(vars(other.window))
+
+    def _free(self) -> None:
+        for layer in self._rectangles():
+            layer.key_buffer = layer.value_buffer = None
+        vars(self.window).update(vars(Window()))
 
     def _rectangles(self) -> Iterator[RectangleLayer]:
         return (layer for layer in self.cache.layers if isinstance(layer, RectangleLayer))

@@ -12,13 +12,18 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from serve_app.engines.pt.kv_cache import BatchCache
+from serve_app.engines.pt.kv_cache import BatchCache, cells
 from serve_app.engines.pt.scheduler import Step
 from serve_app.engines.pt.sequence import Sequence
 
 
 class Runner(Protocol):
-    """Computes logits; knows which sequences are in its cache."""
+    """Computes logits; knows which sequences are in its cache.
+
+    `max_cells` is how many tokens its buffers may have room for; None for no limit.
+    """
+
+    max_cells: int | None
 
     def prefill(self, step: Step) -> torch.Tensor | None:
         """One chunk of the prompts; logits of shape (sequences, vocabulary) once it was the last, else None."""
@@ -38,7 +43,13 @@ class Runner(Protocol):
 
 
 class BatchRunner:
-    """All sequences in one pass. Works with every device map: hooks move activations, layers keep their own cache."""
+    """All sequences in one pass. Works with every device map: hooks move activations, layers keep their own cache.
+
+    The scheduler admits no more than `max_cells`; what earlier sequences have left behind in the buffers is given back
+    before it would be too much.
+    """
+
+    max_cells: int | None = None
 
     def __init__(self, model: PreTrainedModel, input_device: torch.device):
         self._model = model
@@ -60,15 +71,26 @@ class BatchRunner:
         return not self._batch.has_states
 
     @property
+    def bytes_per_cell(self) -> dict[torch.device, float]:
+        """Bytes of the running sequences' cache for one token, by device, at the moment when a layer is moved."""
+        largest = self._batch.largest_layer_bytes
+        sizes = self._batch.bytes_by_device
+        return {device: (size + largest[device]) / max(1, self._batch.cells) for device, size in sizes.items()}
+
+    @property
     def cache_bytes(self) -> dict[torch.device, int]:
-        """Bytes of the running sequences' cache, by device."""
-        return self._batch.bytes_by_device
+        """Bytes of all buffers, by device."""
+        running, group = self._batch.bytes_by_device, self._group.bytes_by_device
+        return {device: running.get(device, 0) + group.get(device, 0) for device in {*running, *group}}
 
     def prefill(self, step: Step) -> torch.Tensor | None:
         """See Runner."""
         if step.begin == 0:
             self._group, self._group_rows = BatchCache(self._model.config), list(step.prefill)
             self._group.window.rows = len(step.prefill)
+            more = cells(len(step.prefill), step.longest)
+            if self.max_cells is not None and self._batch.cells + more > self.max_cells:
+                self._batch.compact()
             self._group.reserve(len(step.prefill), step.longest)
         group, rows, longest = self._group, self._group_rows, step.longest
         ids = torch.zeros(len(rows), step.end - step.begin, dtype=torch.long)
@@ -115,8 +137,6 @@ class BatchRunner:
                 cache.remove(row)
                 rows[row] = rows[-1]
                 rows.pop()
-                if not rows:
-                    cache.window.start = cache.window.end = 0
         sequence.cached = 0
 
     def reset(self) -> None:
@@ -159,6 +179,8 @@ def _in_order(
 
 class SerialRunner:
     """One sequence at a time, without a cache: each token costs a pass over the whole text."""
+
+    max_cells: int | None = None
 
     def __init__(self, model: PreTrainedModel, input_device: torch.device):
         self._model = model

@@ -25,7 +25,8 @@ class ProbeResult(NamedTuple):
     """The runner to use, and what was found out about the model.
 
     `reason` says why it is not the batching runner, and is empty if it is; `bytes_per_token` is the cache's, by
-    device; `pad_prompts` is whether prompts of different lengths may be computed together.
+    device, with the copy of a layer while it is moved; `pad_prompts` is whether prompts of different lengths may be
+    computed together.
     """
 
     runner: Runner
@@ -85,9 +86,7 @@ def _compare(
             note([newcomer], logits)
             for _ in range(STEPS // 2):
                 note(running, batched.decode(running))
-        window = batched._batch.window
-        cells = max(1, window.row_capacity * window.column_capacity)
-        sizes = {device: size / cells for device, size in batched.cache_bytes.items()}
+        sizes = batched.bytes_per_cell
         batched.drop(first)
         note([second], batched.decode([second]))
     return worst, sizes

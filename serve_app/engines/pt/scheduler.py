@@ -4,14 +4,16 @@ Pure bookkeeping: no torch, no threads, no clock.
 
 Laws:
 - first come, first served: nobody is admitted before one that came earlier and still waits;
-- the cache is one rectangle: rows × the longest need among them stays within `max_cache_tokens`, so that a sequence
-  that was admitted can always run to its end;
+- the cache is one rectangle: what its buffers take for all rows at the longest need among them, and beside it those of
+  the prompts that are being computed, stays within `max_cache_tokens`; so a sequence that was admitted can always run
+  to its end;
 - prompts are computed in chunks of at most `chunk_tokens`, one chunk a step, so running sequences wait for one chunk;
 - prompts that are computed together are padded to one length, and padding stays below a third of the group.
 """
 
+import operator
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from serve_app.engines.pt.sequence import Sequence
@@ -22,13 +24,20 @@ STEPS_TO_GROW = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine may hold. Tokens of cache, sequences, and tokens of prompts a step."""
+    """What the engine may hold: sequences, tokens of cache, and tokens of prompts a step."""
 
     max_num_seqs: int
     max_cache_tokens: int
     chunk_tokens: int = 512
     # Whether prompts of different lengths may be computed together; states of hybrids do not know padding.
     pad_prompts: bool = True
+    # Tokens of cache that buffers take for so many rows of so many tokens.
+    cells: Callable[[int, int], int] = operator.mul
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that fits when it is alone."""
+        return self.max_cache_tokens - self.cells(1, 0)
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,11 @@ class Scheduler:
     def _has_room(self, group: list[Sequence], candidate: Sequence) -> bool:
         present = [*self._running, *group]
         rows, need = len(present) + 1, max(sequence.need for sequence in (*present, candidate))
-        return rows <= self._batch_limit and (rows == 1 or rows * need <= self._limits.max_cache_tokens)
+        total = self._limits.cells(rows, need)
+        if self._running:  # The prompts have buffers of their own until they join; the first ones just stay in theirs.
+            prompts = [*group, candidate]
+            total += self._limits.cells(len(prompts), max(sequence.length for sequence in prompts))
+        return rows <= self._batch_limit and (rows == 1 or total <= self._limits.max_cache_tokens)
 
     def _pads_little(self, group: list[Sequence], candidate: Sequence) -> bool:
         if not group:
