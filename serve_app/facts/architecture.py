@@ -1,0 +1,203 @@
+"""What a model's config.json says of its shape, as far as memory depends on it.
+
+Read from the JSON alone, without transformers: a plan must not wait seconds for imports. An architecture that is not
+known here is refused by name, because a guess of its KV cache would be a number out of thin air.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from serve_app.errors import ConfigError
+
+# Decoders whose layers are standard attention and standard (or mixture-of-experts) feed-forward blocks.
+STANDARD = frozenset(
+    {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"}
+    | {"phi3", "olmo2", "granite", "starcoder2", "stablelm", "cohere"}
+)
+MLA = frozenset({"deepseek_v2", "deepseek_v3"})
+HYBRID = frozenset({"qwen3_next"})
+# Architectures that vLLM does not shard the way this project has formulas for; pt serves them.
+PT_ONLY = frozenset({"gpt2", "bloom"})
+
+LayerKind = Literal["full", "sliding", "mla", "linear"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes in elements, lengths in tokens. `layers` is the kind of each layer's memory, in order."""
+
+    name: str
+    model_type: str
+    dtype: str
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    max_model_len: int
+    layers: tuple[LayerKind, ...]
+    tied: bool = False
+    sliding_window: int | None = None
+    # MLA: the width of the compressed keys and values, of the rotary part, and of the expanded heads.
+    latent_size: int = 0
+    rope_size: int = 0
+    key_size: int = 0
+    value_size: int = 0
+    # Linear attention: heads and sizes of its states.
+    linear_key_heads: int = 0
+    linear_value_heads: int = 0
+    linear_key_size: int = 0
+    linear_value_size: int = 0
+    linear_kernel: int = 0
+    quantization: str | None = None
+    # Numbers that a tensor parallel size must divide, by what they count.
+    shardable: Mapping[str, int] | None = None
+
+    @property
+    def is_known_to_vllm(self) -> bool:
+        """Whether there are formulas for vLLM here."""
+        return self.model_type in STANDARD | MLA | HYBRID
+
+    def valid_tensor_parallel_sizes(self, most: int = 16) -> list[int]:
+        """The sizes that vLLM takes: they divide the heads, the feed-forward width and the KV heads, or a multiple."""
+        return [size for size in range(1, most + 1) if not self.tensor_parallel_problem(size)]
+
+    def tensor_parallel_problem(self, size: int) -> str:
+        """Why vLLM refuses the size; empty where it takes it."""
+        for what, count in (self.shardable or {}).items():
+            if count % size:
+                return f"{count} {what} cannot be divided by {size}"
+        if "mla" not in self.layers and self.kv_heads % size and size % self.kv_heads:
+            return f"{self.kv_heads} KV heads can neither be divided by {size} nor repeated to it"
+        return ""
+
+
+def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
+    """The shape that a decoded config.json describes. Raises ConfigError that names `where` and what is missing."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
+    assert isinstance(text, Mapping)
+    model_type = (
+        str(text.get("model_type", "")).removesuffix("_text")
+        if "gemma3" not in str(text.get("model_type"))
+        else "gemma3_text"
+    )
+    if model_type not in STANDARD | MLA | HYBRID | PT_ONLY:
+        known = ", ".join(sorted(STANDARD | MLA | HYBRID | PT_ONLY))
+        raise ConfigError(
+            f"{where}: the plan does not know the architecture '{model_type or 'without model_type'}', and will not "
+            f"guess its KV cache. Known: {known}."
+        )
+    try:
+        return _read(config, text, model_type)
+    except KeyError as error:
+        raise ConfigError(f"{where}: config.json has no {error}, which a {model_type} model needs.") from None
+
+
+def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -> Architecture:
+    get = {**_NAMES.get(model_type, {})}
+
+    def value(name: str, default: Any = ...) -> Any:
+        found = text.get(get.get(name, name))
+        if found is not None:
+            return found
+        if default is ...:
+            raise KeyError(get.get(name, name))
+        return default
+
+    hidden, heads = value("hidden_size"), value("num_attention_heads")
+    intermediate = value("intermediate_size", 4 * hidden)
+    names = config.get("architectures") or text.get("architectures") or [model_type]
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    linear = {name: text.get(name) or 0 for name in _LINEAR.values()}
+    return Architecture(
+        name=names[0],
+        model_type=model_type,
+        dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "float32"),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        heads=heads,
+        kv_heads=value("num_key_value_heads", heads),
+        head_size=value("head_dim", hidden // heads),
+        vocabulary=value("vocab_size"),
+        max_model_len=value("max_position_embeddings", 2048 if model_type == "bloom" else ...),
+        layers=_layers(text, model_type, value("num_hidden_layers")),
+        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", model_type in _TIED))),
+        sliding_window=text.get("sliding_window"),
+        latent_size=text.get("kv_lora_rank") or 0,
+        rope_size=text.get("qk_rope_head_dim") or 0,
+        key_size=(text.get("qk_nope_head_dim") or 0) + (text.get("qk_rope_head_dim") or 0),
+        value_size=text.get("v_head_dim") or 0,
+        quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
+        shardable=_shardable(text, model_type, heads, intermediate),
+        **{field: linear[name] for field, name in _LINEAR.items()},
+    )
+
+
+# Fields of older families that have other names.
+_NAMES: Mapping[str, Mapping[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": "n_inner",
+    },
+    "bloom": {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+}
+_LINEAR = {
+    "linear_key_heads": "linear_num_key_heads",
+    "linear_value_heads": "linear_num_value_heads",
+    "linear_key_size": "linear_key_head_dim",
+    "linear_value_size": "linear_value_head_dim",
+    "linear_kernel": "linear_conv_kernel_dim",
+}
+# Families whose embedding is the head too, unless the config says otherwise.
+_TIED = frozenset({"gpt2", "bloom", "gemma", "gemma2", "gemma3_text"})
+
+
+_KINDS: Mapping[str, LayerKind] = {
+    "full_attention": "full",
+    "sliding_attention": "sliding",
+    "linear_attention": "linear",
+    "mla": "mla",
+}
+
+
+def _layers(text: Mapping[str, Any], model_type: str, count: int) -> tuple[LayerKind, ...]:
+    if model_type in MLA:
+        return tuple(_KINDS["mla"] for _ in range(count))
+    if text.get("layer_types"):
+        kinds: list[LayerKind] = [_KINDS[kind] for kind in text["layer_types"]]
+        return tuple(kinds)
+    return tuple(_kind(text, model_type, number) for number in range(count))
+
+
+def _kind(text: Mapping[str, Any], model_type: str, number: int) -> LayerKind:
+    """The kind of layer `number`, for a config of the time before `layer_types`."""
+    if model_type in HYBRID:
+        return "linear" if (number + 1) % text.get("full_attention_interval", 4) else "full"
+    if not text.get("sliding_window"):
+        return "full"
+    if model_type == "gemma2":
+        return "full" if number % 2 else "sliding"
+    if model_type == "gemma3_text":
+        return "sliding" if (number + 1) % text.get("sliding_window_pattern", 6) else "full"
+    if model_type.startswith("qwen"):  # Without `use_sliding_window: true` Qwen's window is off.
+        first = text.get("max_window_layers", 28) if text.get("use_sliding_window") else number + 1
+        return "sliding" if number >= first else "full"
+    return "sliding"
+
+
+def _shardable(text: Mapping[str, Any], model_type: str, heads: int, intermediate: int) -> dict[str, int]:
+    counts = {"attention heads": heads, "channels of the feed-forward layer": intermediate}
+    for name, what in (
+        ("moe_intermediate_size", "channels of an expert"),
+        ("linear_num_key_heads", "key heads of the linear attention"),
+        ("linear_num_value_heads", "value heads of the linear attention"),
+    ):
+        if text.get(name):
+            counts[what] = text[name]
+    return counts

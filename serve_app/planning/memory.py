@@ -1,0 +1,231 @@
+"""What a model takes of each device, in bytes: pure arithmetic on its shape and its tensors.
+
+Sources: vLLM 0.32's layers and KV cache specs for tensor parallelism (compared in tests/planning/test_vllm_memory.py),
+this project's own cache for pt. Every figure has a certainty: *exact* figures follow from the checkpoint and the
+engine's code, *calibrated* ones were measured on the same setting, *guessed* ones are stated constants, with a margin.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from serve_app.facts.architecture import DTYPE_BYTES, Architecture
+from serve_app.facts.weights import Tensor
+
+Certainty = Literal["exact", "calibrated", "guessed"]
+
+MIB = 2**20
+GIB = 2**30
+
+# A CUDA context with the kernels that torch loads: 300 to 550 MiB on cards from RTX 3090 to H100.
+CONTEXT_BYTES = 512 * MIB
+# What NCCL's buffers add on each GPU of a tensor parallel group.
+NCCL_BYTES = 256 * MIB
+# CUDA graphs of vLLM's default sizes: a private pool for each, small for small models.
+GRAPH_BYTES_PER_LAYER = 10 * MIB
+GRAPH_BASE_BYTES = 256 * MIB
+# Guesses are raised by this share.
+MARGIN = 0.1
+# Left free on each GPU whatever is planned: fragmentation and other small things.
+RESERVE_SHARE = 0.02
+# vLLM's defaults that decide its activations.
+VLLM_MAX_NUM_SEQS = 256
+VLLM_UTILIZATION = 0.92
+# With asynchronous scheduling, vLLM's default on GPUs, two steps' tokens may be on their way at once.
+CONCURRENT_STEPS = 2
+# Tokens of a block of KV cache on CUDA; MLA's kernel for fp8 takes 64.
+BLOCK_TOKENS = 16
+MLA_FP8_BLOCK_TOKENS = 64
+# A linear attention layer has two pages for each sequence: prefix caching, which is on by default, keeps one more.
+STATE_PAGES = 2
+VOCABULARY_PADDING = 64
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Bytes, and how well they are known."""
+
+    bytes: int
+    certainty: Certainty = "exact"
+
+    def __add__(self, other: "Figure") -> "Figure":
+        """The sum is as uncertain as its least certain part."""
+        order: Sequence[Certainty] = ("exact", "calibrated", "guessed")
+        return Figure(self.bytes + other.bytes, max(self.certainty, other.certainty, key=order.index))
+
+
+ZERO = Figure(0)
+
+
+def guessed(size: float) -> Figure:
+    """A guess, with its margin."""
+    return Figure(int(size * (1 + MARGIN)), "guessed")
+
+
+def dtype_bytes(architecture: Architecture, dtype: str) -> int:
+    """Bytes of a weight in the type that the model is loaded in; `auto` is the checkpoint's own."""
+    return DTYPE_BYTES[architecture.dtype if dtype == "auto" else dtype]
+
+
+# How vLLM 0.32 splits a tensor over the ranks, by its name without these endings. All else is on every rank.
+_ENDING = re.compile(r"\.(weight|bias|qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|weight_packed|zeros)$")
+_SPLIT = re.compile(
+    r"(gate_proj|up_proj|gate_up_proj|w1|w3|q_proj|q_b_proj|kv_b_proj|in_proj_qkvz|in_proj_ba|conv1d|A_log|dt_bias|c_fc)$"
+)
+_KV = re.compile(r"(k_proj|v_proj)$")
+_ROW = re.compile(r"(o_proj|down_proj|w2|out_proj|c_proj)$")
+_VOCABULARY = re.compile(r"(embed_tokens|lm_head)$")
+# Kept in float32 whatever the model's type.
+_FLOAT32 = re.compile(r"(A_log|e_score_correction_bias)$")
+# Buffers that some checkpoints hold and no engine loads.
+_NOT_LOADED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+
+
+def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_bytes: int | None) -> int:
+    """Bytes of a tensor on one of `tp` ranks; `element_bytes` as for `Tensor.bytes_as`."""
+    stem = _ENDING.sub("", tensor.name)
+    size = tensor.bytes_as(4 if _FLOAT32.search(stem) else element_bytes)
+    if _VOCABULARY.search(stem):
+        return size // tensor.shape[0] * padded_vocabulary(tensor.shape[0]) // tp
+    if stem.endswith("qkv_proj"):
+        per_head = size // (architecture.heads + 2 * architecture.kv_heads)
+        return per_head * (architecture.heads // tp + 2 * max(1, architecture.kv_heads // tp))
+    if _KV.search(stem):  # One head at least: with more ranks than KV heads they are repeated.
+        return size // min(tp, architecture.kv_heads)
+    if _SPLIT.search(stem) or (_ROW.search(stem) and not tensor.name.endswith(".bias")):
+        return size // tp
+    return size
+
+
+def padded_vocabulary(rows: int) -> int:
+    """vLLM pads to whole 64s."""
+    return -(-rows // VOCABULARY_PADDING) * VOCABULARY_PADDING
+
+
+def weights_per_rank(
+    tensors: Iterable[Tensor], architecture: Architecture, tp: int, element_bytes: int | None
+) -> Figure:
+    """Bytes of all parameters on one rank of vLLM."""
+    return Figure(sum(rank_bytes(tensor, architecture, tp, element_bytes) for tensor in loaded(tensors, architecture)))
+
+
+def loaded(tensors: Iterable[Tensor], architecture: Architecture) -> list[Tensor]:
+    """The tensors that an engine keeps: no stored buffers, and no head that is the embedding."""
+    return [
+        tensor
+        for tensor in tensors
+        if not _NOT_LOADED.search(tensor.name)
+        and not (architecture.tied and tensor.name.removesuffix(".weight").endswith("lm_head"))
+    ]
+
+
+def batched_tokens(total_bytes: int) -> int:
+    """vLLM's default of `max_num_batched_tokens` under `vllm serve`, by the memory of the card."""
+    if total_bytes >= 160 * GIB:
+        return 16384
+    return 8192 if total_bytes >= 70 * GIB else 2048
+
+
+def vllm_kv_bytes_per_request(
+    architecture: Architecture, tp: int, tokens: int, kv_element_bytes: int, batched: int, element_bytes: int
+) -> int:
+    """Bytes of KV cache on one rank for one sequence of `tokens` tokens, as vLLM checks it at its start.
+
+    In whole pages. Where there are two kinds of layers, all pages have one size and layers are kept in groups of one
+    size, which may be padded (`kv_cache_utils` in vLLM 0.32).
+    """
+    pages = _Pages(architecture, tp, kv_element_bytes, element_bytes)
+    blocks = {
+        "full": -(-tokens // pages.tokens),
+        "mla": -(-tokens // pages.tokens),
+        "linear": STATE_PAGES,
+        # The window before the tokens on their way; the first block may be cut anywhere.
+        "sliding": -(-min((architecture.sliding_window or 1) - 1 + CONCURRENT_STEPS * batched, tokens) // pages.tokens)
+        + 1,
+    }
+    counts = Counter(architecture.layers)
+    if len(counts) == 1:
+        return sum(count * blocks[kind] for kind, count in counts.items()) * pages.bytes
+    few, many = min(counts.values()), max(counts.values())
+    group = many if many < 1.5 * few else few
+    return group * pages.bytes * sum(-(-count // group) * blocks[kind] for kind, count in counts.items())
+
+
+class _Pages:
+    """The page of one layer on one rank: tokens of a block, and its bytes. Hybrids have one page for all layers."""
+
+    def __init__(self, architecture: Architecture, tp: int, kv_element_bytes: int, element_bytes: int):
+        if "mla" in architecture.layers:  # The compressed cache is the same on every rank.
+            self.tokens = MLA_FP8_BLOCK_TOKENS if kv_element_bytes == 1 else BLOCK_TOKENS
+            self.bytes = self.tokens * (architecture.latent_size + architecture.rope_size) * kv_element_bytes
+            return
+        heads = max(1, architecture.kv_heads // tp)
+        per_token = 2 * heads * architecture.head_size * kv_element_bytes
+        self.tokens = BLOCK_TOKENS
+        if "linear" in architecture.layers:  # Blocks are made so long that a page holds a state.
+            state = linear_state_bytes(architecture, tp, element_bytes)
+            self.tokens = max(BLOCK_TOKENS, -(-state // (BLOCK_TOKENS * per_token)) * BLOCK_TOKENS)
+        self.bytes = self.tokens * per_token
+
+
+def linear_state_bytes(architecture: Architecture, tp: int, element_bytes: int) -> int:
+    """Bytes of one linear attention layer's states for one sequence, on one rank."""
+    key = architecture.linear_key_heads * architecture.linear_key_size
+    value = architecture.linear_value_heads * architecture.linear_value_size
+    convolution = (2 * key + value) // tp * (architecture.linear_kernel - 1)
+    recurrent = architecture.linear_value_heads // tp * architecture.linear_key_size * architecture.linear_value_size
+    return (convolution + recurrent) * element_bytes
+
+
+def vllm_activation(architecture: Architecture, tp: int, element_bytes: int, max_num_seqs: int, batched: int) -> Figure:
+    """The peak of a profiling pass: the feed-forward block of a whole batch, and the logits in float32, twice."""
+    width = 2 * architecture.hidden_size + 3 * architecture.intermediate_size // tp
+    logits = 2 * max_num_seqs * architecture.vocabulary * 4
+    return guessed(batched * width * element_bytes + logits)
+
+
+def vllm_graphs(architecture: Architecture, eager: bool) -> Figure:
+    """What captured CUDA graphs take; nothing with `enforce_eager`."""
+    return ZERO if eager else guessed(GRAPH_BASE_BYTES + GRAPH_BYTES_PER_LAYER * len(architecture.layers))
+
+
+def context(device: str, tp: int = 1) -> Figure:
+    """The CUDA context, and NCCL's buffers where ranks talk. The CPU has none."""
+    return ZERO if device == "cpu" else guessed(CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0))
+
+
+def reserve(total_bytes: int) -> int:
+    """Bytes of a device that are never planned."""
+    return int(total_bytes * RESERVE_SHARE)
+
+
+def pt_kv_bytes_per_token(architecture: Architecture, element_bytes: int) -> dict[int, int]:
+    """Bytes that one token adds in each layer, by the layer's number, in transformers' cache classes.
+
+    Sliding-window layers keep all tokens here, and MLA keeps its expanded keys and values, as `transformers` does.
+    """
+    standard = 2 * architecture.kv_heads * architecture.head_size
+    expanded = architecture.heads * (architecture.key_size + architecture.value_size)
+    elements = {"full": standard, "sliding": standard, "mla": expanded, "linear": 0}
+    return {number: elements[kind] * element_bytes for number, kind in enumerate(architecture.layers)}
+
+
+def pt_state_bytes(architecture: Architecture, element_bytes: int) -> dict[int, int]:
+    """Bytes of each layer's states for one sequence, by the layer's number: linear attention only."""
+    size = linear_state_bytes(architecture, 1, element_bytes) if "linear" in architecture.layers else 0
+    return {number: size for number, kind in enumerate(architecture.layers) if kind == "linear"}
+
+
+def pt_activation(
+    architecture: Architecture, element_bytes: int, rows: int, chunk: int, tokens: int
+) -> Mapping[str, Figure]:
+    """The peak of a step, by what causes it: `layer` on every device, `head` where the logits are made."""
+    width = 6 * architecture.hidden_size + 3 * architecture.intermediate_size
+    # Keys and values repeated to all heads, and the mask, for one layer at a time.
+    attention = 2 * tokens * architecture.heads * max(architecture.head_size, architecture.key_size) * element_bytes
+    return {
+        "layer": guessed((chunk + rows) * width * element_bytes + attention),
+        "head": guessed(3 * rows * architecture.vocabulary * 4),
+    }
