@@ -209,11 +209,11 @@ def load_runner(engine_folder: str, dtype: str, threads: int, chunk_tokens: int)
     """The model as a replica loads it: the runner that its probe chose, and its limits."""
     from serve_app.config import ModelConfig
     from serve_app.engines.pt.cache_budget import cache_tokens
-    from serve_app.engines.pt.kv_cache import cells
     from serve_app.engines.pt.model_loader import LoadedModel
     from serve_app.engines.pt.packed_linear import pack_linears
     from serve_app.engines.pt.probe import probe
     from serve_app.engines.pt.scheduler import Limits
+    from serve_app.planning.pt_cache import cells
 
     model = AutoModelForCausalLM.from_pretrained(engine_folder, dtype=getattr(torch, dtype)).eval()
     pack_linears(model, copy_tied=True)

@@ -185,7 +185,7 @@ class ModelConfig(_Strict):
     """
 
     model: Annotated[str, Field(min_length=1)]
-    infer_backend: Literal["pt", "vllm"]
+    infer_backend: Literal["pt", "vllm", "auto"]
     revision: str | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
@@ -205,8 +205,8 @@ class ModelConfig(_Strict):
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
-        problem = _vllm_problem(self) if self.infer_backend == "vllm" else _pt_problem(self)
-        problem = problem or _device_problem(self)
+        backend_problem = {"vllm": _vllm_problem, "pt": _pt_problem, "auto": _auto_problem}[self.infer_backend]
+        problem = backend_problem(self) or _device_problem(self)
         if problem:
             raise ValueError(problem)
         return self
@@ -267,6 +267,18 @@ def _pt_problem(config: ModelConfig) -> str | None:
     if config.engine_args:
         return "engine_args: go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
     return None
+
+
+def _auto_problem(config: ModelConfig) -> str | None:
+    """With `auto`, fields of one backend decide for it; fields of both contradict each other."""
+    only_vllm = [name for name in ("tensor_parallel_size", "quantization", "engine_args") if getattr(config, name)]
+    only_pt = [name for name in ("max_memory", "device_map", "num_gpus") if getattr(config, name)]
+    if only_vllm and only_pt:
+        return (
+            f"{only_pt[0]}: is for pt, and {only_vllm[0]} for vllm; with infer_backend: auto name only one backend's "
+            "fields."
+        )
+    return _device_map_problem(config)
 
 
 def _device_map_problem(config: ModelConfig) -> str | None:

@@ -7,10 +7,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from serve_app import __version__
 from serve_app.cli.check import check
 from serve_app.cli.node_resources import node_resources
+from serve_app.cli.plan import plan
 from serve_app.errors import ServeAppError
 
 
@@ -20,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "check":
             return check(options.config, options.address)
+        if options.command == "plan":
+            return plan(options)
         return node_resources()
     except ServeAppError as error:
         print(f"serve-app: {error}", file=sys.stderr)
@@ -40,11 +44,38 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument(
         "--address", help="the Ray cluster to ask; without it the one that runs here, else this machine"
     )
+    _add_plan(commands)
     commands.add_parser(
         "node-resources",
         help='prints this node\'s GPU memory for `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`',
     )
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    planning = commands.add_parser(
+        "plan",
+        help="what will each model take of each GPU, and does it fit?",
+        description="Plans the memory of a Serve config file, or of one model, before anything starts. It needs no GPU "
+        "and loads no weights. Exits 0 if all fits, 1 if not, 2 if the input is wrong.",
+    )
+    planning.add_argument("config", type=Path, nargs="?", help="a Ray Serve config file")
+    planning.add_argument("--gpus", help='plan for these: "8GiB,24GiB", "2xA100-80GB,RTX3090"; ";" between nodes')
+    planning.add_argument("--inventory", type=Path, help="plan for the nodes of this YAML file")
+    planning.add_argument(
+        "--address", help="plan for this Ray cluster; by default the one that runs here, else this machine"
+    )
+    planning.add_argument("--json", action="store_true", help="print data instead of a table")
+    one = planning.add_argument_group("one model without a file")
+    one.add_argument("--model", help="a local folder or a Hugging Face id")
+    one.add_argument("--infer-backend", choices=["pt", "vllm", "auto"], default="auto")
+    one.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    one.add_argument("--tensor-parallel-size", type=int)
+    one.add_argument("--max-model-len", type=int)
+    one.add_argument("--max-num-seqs", type=int)
+    one.add_argument("--max-memory", help="such as '{0: 3GB, 1: 10GB}'")
+    one.add_argument("--num-gpus", type=float)
 
 
 if __name__ == "__main__":

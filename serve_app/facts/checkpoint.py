@@ -1,9 +1,15 @@
-"""Where a model's files are."""
+"""Where a model's files are, and what they say of its shape and size. Weights are never read."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
+from serve_app.facts.architecture import Architecture, read_architecture
+from serve_app.facts.weights import Tensor, hub_tensors, local_tensors, tensors_without_weights
 
 # The id of the model that ships with this package.
 DEMO_MODEL = "serve-app/demo"
@@ -39,3 +45,44 @@ def model_path(model: str) -> str:
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise ConfigError(f"model: there is no folder {folder.absolute()}. Write a local folder or a Hugging Face id.")
     return model
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The shape of a model, and the tensors of its files."""
+
+    architecture: Architecture
+    tensors: tuple[Tensor, ...]
+
+
+def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """Reads a local folder, or asks the Hugging Face hub for config.json and headers.
+
+    Without safetensors files the tensors are those that the config.json would make. Raises ConfigError.
+    """
+    path = model_path(model)
+    folder = Path(path)
+    config, tensors = (_local_config(folder), local_tensors(folder)) if folder.is_dir() else _from_hub(path, revision)
+    architecture = read_architecture(config, f"model: {model}")
+    return Checkpoint(architecture, tuple(tensors or tensors_without_weights(config, f"model: {model}")))
+
+
+def _local_config(folder: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: cannot read {folder / 'config.json'}: {error}.") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"model: {folder / 'config.json'} is no JSON object.")
+    return config
+
+
+def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list[Tensor]]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(model, "config.json", revision=revision)
+        return json.loads(Path(file).read_text()), hub_tensors(model, revision)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model: cannot read {model} from the Hugging Face hub: {reason}") from None

@@ -3,17 +3,14 @@
 import json
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve_app.facts.architecture import Architecture, read_architecture
-from serve_app.facts.weights import Tensor, tensors_without_weights
 from serve_app.planning.memory import vllm_kv_bytes_per_request, weights_per_rank
+from tests.planning.requests import CONFIGS, shape_of
 
-CONFIGS = Path(__file__).parent / "configs"
 NAMES = ("qwen2-7b", "llama-3-70b", "deepseek-v2-lite", "gemma3", "qwen3-next")
 SIZES = (1, 2, 4, 8)
 # Without a usage context vLLM takes this many tokens a step.
@@ -47,13 +44,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, 
         (Path(job["config_dir"]).name, job["tp"], job["kv_cache_dtype"]): answer
         for job, answer in zip(jobs, answers, strict=True)
     }
-
-
-@cache
-def shape_of(name: str) -> tuple[Architecture, list[Tensor]]:
-    """The architecture and the tensors of a config."""
-    config = json.loads((CONFIGS / name / "config.json").read_text())
-    return read_architecture(config, name), tensors_without_weights(config, name)
 
 
 @pytest.mark.timeout(300)

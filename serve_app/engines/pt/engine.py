@@ -8,12 +8,12 @@ from starlette.types import ASGIApp
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.cache_budget import cache_tokens
 from serve_app.engines.pt.generator import Generator
-from serve_app.engines.pt.kv_cache import cells
 from serve_app.engines.pt.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.openai_api import build_app
 from serve_app.engines.pt.probe import ProbeResult, probe
 from serve_app.engines.pt.scheduler import Limits
 from serve_app.errors import EngineError
+from serve_app.planning.pt_cache import cells
 
 DEFAULT_MAX_NUM_SEQS = 32
 DEFAULT_MAX_QUEUED_REQUESTS = 192

@@ -20,18 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-# Columns of room that a new buffer has beyond what its rows need, and rows by which it grows.
-SLACK = 128
-ROW_STEP = 8
-
-
-def cells(rows: int, tokens: int) -> int:
-    """The most tokens for which buffers of `rows` rows have room, when the longest row has `tokens` tokens."""
-    return _row_capacity(rows) * (tokens + SLACK)
-
-
-def _row_capacity(rows: int) -> int:
-    return rows if rows <= 1 else -(-rows // ROW_STEP) * ROW_STEP
+from serve_app.planning.pt_cache import SLACK, cells, row_capacity
 
 
 @dataclass
@@ -147,7 +136,7 @@ class BatchCache:
         if rows <= window.row_capacity and window.end + columns <= window.column_capacity and grow_left <= window.start:
             return
         target = Window(rows=window.rows)
-        target.row_capacity = _row_capacity(max(rows, window.rows))
+        target.row_capacity = row_capacity(max(rows, window.rows))
         target.column_capacity = window.width + grow_left + columns + SLACK
         target.start = grow_left
         target.end = grow_left + window.width
@@ -163,7 +152,7 @@ class BatchCache:
         window = self.window
         if cells(window.rows, window.width) < self.cells:
             capacity = window.width + SLACK
-            self._move(Window(window.rows, 0, window.width, _row_capacity(window.rows), capacity))
+            self._move(Window(window.rows, 0, window.width, row_capacity(window.rows), capacity))
 
     def advance(self, columns: int) -> None:
         """Takes what the last forward pass wrote into the window."""

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from serve_app.engines.pt.kv_cache import BatchCache, cells
+from serve_app.engines.pt.kv_cache import BatchCache
 from serve_app.engines.pt.scheduler import Step
 from serve_app.engines.pt.sequence import Sequence
+from serve_app.planning.pt_cache import cells
 
 
 class Runner(Protocol):

@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from serve_app.engines.pt.engine_loop import EngineLoop
-from serve_app.engines.pt.kv_cache import cells
 from serve_app.engines.pt.model_loader import LoadedModel
 from serve_app.engines.pt.model_runner import BatchRunner, Runner, SerialRunner, is_out_of_memory
 from serve_app.engines.pt.probe import probe
 from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Limits, Scheduler
 from serve_app.engines.pt.sequence import Output, SamplingParams, Sequence
+from serve_app.planning.pt_cache import cells
 from tests.engines.pt.tiny_models import CONFIGS, JOINED, VOCABULARY, generate_one, tiny_model
 
 CPU = torch.device("cpu")

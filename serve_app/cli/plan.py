@@ -1,0 +1,160 @@
+"""`serve-app plan`: what each model takes of each device, before anything starts."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_app.config import ModelConfig, read_applications
+from serve_app.errors import ConfigError
+from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
+from serve_app.planning.fit import ModelRequest, gib
+from serve_app.planning.fixes import with_fixes
+from serve_app.planning.plan import ModelPlan, Plan, RankPlan
+from serve_app.planning.planner import make_plan
+
+# The first letter of a certainty stands behind its figure.
+MARKS = {"exact": "", "calibrated": "c", "guessed": "~"}
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Prints the plan. Returns 0 if all fits, 1 if not. Raises ConfigError for wrong input."""
+    requests = [_request_of_options(options)] if options.model else _requests_of_file(options.config)
+    inventory = _inventory(options)
+    made = with_fixes(make_plan(requests, inventory), requests, inventory)
+    print(json.dumps(made.to_json(), indent=1) if options.json else report(made))
+    return 0 if made.fits else 1
+
+
+def _requests_of_file(path: Path | None) -> list[ModelRequest]:
+    if path is None:
+        raise ConfigError("plan: name a Serve config file, or a model with --model.")
+    document = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    replicas = {item.get("name"): _replicas(item) for item in document.get("applications", []) if item}
+    applications = [application for application in read_applications(path) if application.is_model]
+    if not applications:
+        raise ConfigError(f"{path}: it has no model of serve_app.app:model.")
+    requests, problems = [], []
+    for application in applications:
+        try:
+            requests.append(request_of(application.name, application.model_settings(), replicas[application.name]))
+        except ConfigError as error:
+            text = str(error)
+            problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return requests
+
+
+def _replicas(application: Mapping[str, Any]) -> int:
+    """The replicas that are there at the least: `num_replicas`, or `min_replicas`; one is planned for zero too."""
+    for deployment in application.get("deployments") or []:
+        scaling = deployment.get("autoscaling_config") or {}
+        count = deployment.get("num_replicas", scaling.get("min_replicas", 1))
+        return max(1, int(count)) if isinstance(count, int) else max(1, int(scaling.get("min_replicas", 1)))
+    return 1
+
+
+def _request_of_options(options: argparse.Namespace) -> ModelRequest:
+    names = ("infer_backend", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_memory", "num_gpus")
+    args = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    device = {"device": "cpu"} if options.device == "cpu" else {}
+    return request_of(options.model.rstrip("/").split("/")[-1], ModelConfig.from_args(
+        {"model": options.model, "dtype": options.dtype, **device, **args}
+    ), 1)  # fmt: skip
+
+
+def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
+    """A model with the facts of its checkpoint. Raises ConfigError."""
+    checkpoint = read_checkpoint(config.model, config.revision)
+    return ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
+
+
+def _inventory(options: argparse.Namespace) -> Inventory:
+    if options.gpus and options.inventory:
+        raise ConfigError("plan: give --gpus or --inventory, not both.")
+    if options.gpus:
+        return parse_gpus(options.gpus)
+    if options.inventory:
+        return read_inventory(options.inventory)
+    return _running_inventory(options.address)
+
+
+def _running_inventory(address: str | None) -> Inventory:
+    """Of the Ray cluster that runs here or at the address; of this machine where none runs."""
+    import ray
+
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        if address or os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']}.") from None
+        return local_inventory()
+    try:
+        return ray_inventory()
+    finally:
+        ray.shutdown()
+
+
+def report(made: Plan) -> str:
+    """The plan as text: devices with their shares, models with their reasons, problems with their cures."""
+    lines = ["Sizes in GiB. ~ marks a guess with its margin, c a calibrated figure; the others are exact.", ""]
+    row = "{:<10} {:<24} {:>9} {:>9} {:>10} {:>9} {:>9} {:>9}"
+    lines.append(row.format("device", "model", "weights", "KV cache", "activation", "graphs", "context", "share"))
+    for device in made.devices:
+        ranks = [(model, rank) for model in made.models for rank in model.ranks if rank.device.id == device.id]
+        if not ranks and not device.is_gpu:
+            continue
+        lines += [row.format(device.id, *_cells(model, rank)).rstrip() for model, rank in ranks]
+        spare = device.free_bytes - made.planned(device)
+        of = f"of {gib(device.total_bytes)}" + (
+            f", {gib(device.total_bytes - device.free_bytes)} held by others"
+            if device.free_bytes < device.total_bytes
+            else ""
+        )
+        lines.append(f"{device.id:<10} spare {gib(spare)} {of} ({device.name})")
+    for model in made.models:
+        lines += ["", *_describe(model)]
+    for problem in made.problems:
+        lines += ["", f"PROBLEM {problem.model}: {problem.message}"]
+        if problem.fix is not None:
+            lines.append(f"    smallest fix: {problem.fix.text}")
+    lines += ["", "Everything fits." if made.fits else f"{len(made.problems)} of the models do not fit."]
+    return "\n".join(lines)
+
+
+def _cells(model: ModelPlan, rank: RankPlan) -> list[str]:
+    figures = (rank.weights, rank.kv_cache, rank.activation, rank.graph, rank.context, rank.share)
+    name = model.name if model.replica == 0 else f"{model.name} #{model.replica}"
+    return [name, *(f"{MARKS[figure.certainty]}{figure.bytes / 2**30:.2f}" for figure in figures)]
+
+
+def _describe(model: ModelPlan) -> list[str]:
+    title = model.name if model.replica == 0 else f"{model.name} #{model.replica}"
+    tp = f", tensor_parallel_size {model.tensor_parallel_size}" if model.backend == "vllm" else ""
+    lines = [
+        f"{title}: {model.backend}{tp} on {', '.join(rank.device.id for rank in model.ranks)}",
+        f"    because {'; '.join(model.reasons)}",
+        f"    KV cache: {model.kv_tokens} tokens; {model.max_full_length_requests} requests of "
+        f"{model.max_model_len} tokens at once, {gib(model.kv_bytes_per_request)} each on a rank",
+    ]
+    for rank in model.ranks:
+        if rank.layers is not None:
+            lines.append(f"    {rank.device.id}: {_layer_range(rank.layers, model)}")
+    lines += [f"    {tier}: {gib(size)} of weights (slow)" for tier, size in model.spilled.items()]
+    return lines
+
+
+def _layer_range(layers: tuple[int, int], model: ModelPlan) -> str:
+    first, last = layers
+    top = max(rank.layers[1] for rank in model.ranks if rank.layers is not None)
+    ends_with_head = last == top and not model.spilled
+    parts = ["embedding"] if first < 0 else []
+    low, high = max(first, 0), last - 1 if ends_with_head else last
+    parts += [f"layers {low} to {high}"] if high >= low else []
+    return ", ".join([*parts, "norm and head"] if ends_with_head else parts)

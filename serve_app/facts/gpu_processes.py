@@ -1,0 +1,50 @@
+"""Which processes hold memory on the GPUs of this machine, from NVML."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """One process on one GPU.
+
+    `name` is empty for a process that cannot be seen from here, such as one of another container or user.
+    `used_bytes` is None where the driver does not tell.
+    """
+
+    gpu_index: int
+    pid: int
+    name: str
+    used_bytes: int | None
+
+
+def gpu_processes() -> list[GpuProcess]:
+    """The compute processes on all GPUs, by GPU and then pid; none where NVML is not there or does not tell."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        found = [process for index in range(pynvml.nvmlDeviceGetCount()) for process in _on_gpu(index)]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+    return sorted(found, key=lambda process: (process.gpu_index, process.pid))
+
+
+def _on_gpu(index: int) -> list[GpuProcess]:
+    import pynvml
+
+    running = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index))
+    return [GpuProcess(index, item.pid, _name(item.pid), item.usedGpuMemory) for item in running]
+
+
+def _name(pid: int) -> str:
+    import psutil
+
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return ""

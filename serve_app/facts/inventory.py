@@ -1,0 +1,166 @@
+"""The devices that a plan may use: GPUs and host memory, by node."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_app.config import parse_bytes
+from serve_app.errors import ConfigError, nearest
+
+GIB = 2**30
+# Memory as NVML tells it, in MiB, of cards that people name without a size.
+KNOWN_GPUS = {
+    "RTX3060": 12288, "RTX3080": 10240, "RTX3090": 24576, "RTX4080": 16376, "RTX4090": 24564, "RTX5090": 32607,
+    "RTXA6000": 49140, "T4": 15360, "V100-16GB": 16384, "V100-32GB": 32768, "A10": 23028, "A10G": 23028,
+    "A40": 46068, "L4": 23034, "L40": 46068, "L40S": 46068, "A100-40GB": 40960, "A100-80GB": 81920,
+    "H100-80GB": 81559, "H100": 81559, "H200": 143771, "B200": 183359,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, or the memory of a host (`index` None). Sizes in bytes; `id` is "n1:0" or "n1:cpu"."""
+
+    node: str
+    index: int | None
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+    @property
+    def id(self) -> str:
+        """How the plan names it."""
+        return f"{self.node}:{'cpu' if self.index is None else self.index}"
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU."""
+        return self.index is not None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All devices, GPUs in the order of their nodes and numbers."""
+
+    devices: tuple[Device, ...]
+
+    @property
+    def gpus(self) -> list[Device]:
+        """The GPUs."""
+        return [device for device in self.devices if device.is_gpu]
+
+    def node_gpus(self) -> dict[str, list[Device]]:
+        """The GPUs of each node that has any."""
+        nodes: dict[str, list[Device]] = {}
+        for device in self.gpus:
+            nodes.setdefault(device.node, []).append(device)
+        return nodes
+
+    def host(self, node: str) -> Device | None:
+        """A node's memory, where it is known."""
+        return next((device for device in self.devices if device.node == node and not device.is_gpu), None)
+
+
+def parse_gpus(text: str) -> Inventory:
+    """Reads "8GiB,24GiB", "2x24GiB", "2xA100-80GB,RTX3090"; nodes are separated by ";" and called n1, n2, …
+
+    A card that is named by its size has that much free. Raises ConfigError that names the wrong part.
+    """
+    devices: list[Device] = []
+    for number, node in enumerate(text.split(";"), 1):
+        index = 0
+        for part in filter(None, (item.strip() for item in node.split(","))):
+            match = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?(.+)", part)
+            assert match is not None
+            count, what = int(match[1] or 1), match[2].strip()
+            if not 0 < count <= 1024:
+                raise ConfigError(f"--gpus: '{part}': the number of cards must be 1 to 1024.")
+            total, name = _card(what)
+            for _ in range(count):
+                devices.append(Device(f"n{number}", index, name, total, total))
+                index += 1
+    if not devices:
+        raise ConfigError(f"--gpus: '{text}' names no GPU. Write sizes or names, such as 8GiB,24GiB or 2xA100-80GB.")
+    return Inventory(tuple(devices))
+
+
+def _card(what: str) -> tuple[int, str]:
+    plain = re.sub(r"[\s_]|NVIDIA|GeForce", "", what, flags=re.IGNORECASE).upper()
+    known = {name.upper(): (size * 2**20, name) for name, size in KNOWN_GPUS.items()}
+    if plain in known:
+        return known[plain]
+    if what[:1].isdigit():
+        return parse_bytes(what, "--gpus"), what
+    raise ConfigError(
+        f"--gpus: unknown card '{what}'.{nearest(what, KNOWN_GPUS)} Write its memory instead, such as 24GiB."
+    )
+
+
+def read_inventory(path: Path) -> Inventory:
+    """Reads a file with `nodes: [{name: n1, memory: 64GiB, gpus: [{name: RTX3090, total: 24GiB, free: 20GiB}]}]`.
+
+    `free` and `memory` may be left out. Raises ConfigError that names the place.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, Mapping) or not isinstance(document.get("nodes"), list) or not document["nodes"]:
+        raise ConfigError(f"{path}: no list of 'nodes'.")
+    devices: list[Device] = []
+    for number, node in enumerate(document["nodes"], 1):
+        devices += _read_node(node, number, f"{path}: nodes[{number - 1}]")
+    return Inventory(tuple(devices))
+
+
+def _read_node(node: Any, number: int, where: str) -> list[Device]:
+    if not isinstance(node, Mapping) or set(node) - {"name", "memory", "memory_free", "gpus"}:
+        raise ConfigError(f"{where}: expected name, memory, memory_free and gpus.")
+    name = str(node.get("name") or f"n{number}")
+    devices = []
+    for index, gpu in enumerate(node.get("gpus") or []):
+        place = f"{where}.gpus[{index}]"
+        if not isinstance(gpu, Mapping) or set(gpu) - {"name", "total", "free"}:
+            raise ConfigError(f"{place}: expected name, total and free.")
+        card = str(gpu.get("name") or "GPU")
+        total = parse_bytes(gpu["total"], f"{place}.total") if "total" in gpu else _card(card)[0]
+        free = parse_bytes(gpu["free"], f"{place}.free") if "free" in gpu else total
+        if free > total:
+            raise ConfigError(f"{place}: free is more than total.")
+        devices.append(Device(name, index, card, total, free))
+    if "memory" in node:
+        total = parse_bytes(node["memory"], f"{where}.memory")
+        free = parse_bytes(node["memory_free"], f"{where}.memory_free") if "memory_free" in node else total
+        devices.append(Device(name, None, "memory", total, free))
+    return devices
+
+
+def local_inventory(node: str = "n1") -> Inventory:
+    """This machine, by NVML and psutil."""
+    import psutil
+
+    from serve_app.facts.gpus import local_gpus
+
+    memory = psutil.virtual_memory()
+    gpus = [Device(node, gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in local_gpus()]
+    return Inventory((*gpus, Device(node, None, "memory", memory.total, memory.available)))
+
+
+def ray_inventory() -> Inventory:
+    """All living nodes of the cluster that this process is connected to: each is asked by a task of its own."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
+    tasks = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(f"n{number}")
+        for number, node in enumerate(alive, 1)
+    ]
+    return Inventory(tuple(device for part in ray.get(tasks, timeout=60) for device in part.devices))

@@ -1,0 +1,66 @@
+"""What `infer_backend: auto` becomes: ways to run a model, the best first, each with its reasons."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from serve_app.config import ModelConfig
+from serve_app.facts.inventory import Inventory
+from serve_app.planning.fit import ModelRequest
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config without `auto`, and why."""
+
+    config: ModelConfig
+    reasons: tuple[str, ...]
+
+
+def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
+    """The ways to run a model, to be tried in this order."""
+    config = request.config
+    if config.infer_backend != "auto":
+        yield Choice(config, (f"infer_backend: {config.infer_backend} is set",))
+        return
+    if config.device == "cpu":
+        yield _pt(config, "device: cpu: pt starts sooner there, and is as fast")
+        return
+    if config.max_memory or config.device_map or config.num_gpus is not None:
+        field = "max_memory" if config.max_memory else "device_map" if config.device_map else "num_gpus"
+        yield _pt(config, f"{field} is set, which only pt honours")
+        return
+    needs_vllm = config.tensor_parallel_size or config.quantization or config.engine_args
+    if not request.architecture.is_known_to_vllm and not needs_vllm:
+        reason = f"vLLM does not serve {request.architecture.name} here"
+    else:
+        for size in _sizes(request, inventory):
+            gpus = "one GPU" if size == 1 else f"{size} equal GPUs"
+            yield Choice(
+                config.model_copy(update={"infer_backend": "vllm", "tensor_parallel_size": size}),
+                (f"vLLM is the faster engine, and {gpus} that nothing else uses can hold the model",),
+            )
+        if needs_vllm:
+            return
+        reason = "no number of equal, unused GPUs that divides the model's heads can hold it"
+    most = max((len(gpus) for gpus in inventory.node_gpus().values()), default=1)
+    for count in range(1, most + 1):
+        spread = "one GPU" if count == 1 else f"{count} GPUs, which may be unequal"
+        yield Choice(
+            config.model_copy(update={"infer_backend": "pt", "num_gpus": float(count)}),
+            (reason, f"pt places whole layers on {spread}"),
+        )
+
+
+def _pt(config: ModelConfig, reason: str) -> Choice:
+    return Choice(config.model_copy(update={"infer_backend": "pt"}), (reason,))
+
+
+def _sizes(request: ModelRequest, inventory: Inventory) -> Sequence[int]:
+    """Valid tensor parallel sizes for which some node has as many GPUs of one size, the smallest first."""
+    if request.config.tensor_parallel_size is not None:
+        return [request.config.tensor_parallel_size]
+    most = 0
+    for gpus in inventory.node_gpus().values():
+        sizes = [gpu.total_bytes for gpu in gpus]
+        most = max(most, max(map(sizes.count, sizes)))
+    return [size for size in request.architecture.valid_tensor_parallel_sizes() if size <= most]

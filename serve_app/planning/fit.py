@@ -1,0 +1,234 @@
+"""Does one replica fit on these devices, and what does it take of each? Pure arithmetic on one choice of devices."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from serve_app.config import ModelConfig
+from serve_app.facts.architecture import Architecture
+from serve_app.facts.inventory import Device
+from serve_app.facts.weights import Tensor
+from serve_app.planning import memory
+from serve_app.planning.layer_map import LayerMap, Part, blocks_of, map_layers
+from serve_app.planning.memory import GIB, ZERO, Figure
+from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.pt_cache import cells, full_length_requests
+
+PT_MAX_NUM_SEQS = 32
+PT_CHUNK_TOKENS = 512
+# What vLLM's CPU build gets where the config does not say (`engines/vllm_engine.py`), and pt at most.
+VLLM_CPU_KV_BYTES = GIB
+PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """One model of a config file with the facts of its checkpoint. `tensors` are those of the whole model."""
+
+    name: str
+    config: ModelConfig
+    architecture: Architecture
+    tensors: tuple[Tensor, ...]
+    replicas: int = 1
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a weight; quantised tensors keep their own."""
+        return memory.dtype_bytes(self.architecture, self.config.dtype)
+
+    @property
+    def kv_element_bytes(self) -> int:
+        """Bytes of an element of KV cache: 1 with fp8."""
+        kind = str(self.config.engine_args.get("kv_cache_dtype", self.config.engine_args.get("kv-cache-dtype", "auto")))
+        return 1 if kind.startswith("fp8") else self.element_bytes
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request."""
+        return self.config.max_model_len or self.architecture.max_model_len
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights, on one device."""
+        tensors = memory.loaded(self.tensors, self.architecture)
+        return sum(tensor.bytes_as(self.element_bytes) for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Why it does not fit. `missing` is in bytes, on the device that lacks most."""
+
+    code: str
+    message: str
+    missing: int
+
+
+def available(device: Device, free: int) -> int:
+    """Bytes that may be planned on a device with `free` bytes left: GPUs keep a reserve."""
+    return free - (memory.reserve(device.total_bytes) if device.is_gpu else 0)
+
+
+def fit_vllm(
+    request: ModelRequest, devices: Sequence[tuple[Device, int]], reasons: Sequence[str]
+) -> ModelPlan | Shortage:
+    """One replica of vLLM over `devices`, each with its free bytes: as many as the tensor parallel size."""
+    architecture, tp = request.architecture, len(devices)
+    device, free = min(devices, key=lambda pair: available(*pair))
+    on_gpu = device.is_gpu
+    arguments = {key.replace("-", "_"): value for key, value in request.config.engine_args.items()}
+    batched = int(arguments.get("max_num_batched_tokens") or memory.batched_tokens(device.total_bytes if on_gpu else 0))
+    rows = request.config.max_num_seqs or memory.VLLM_MAX_NUM_SEQS
+    weights = memory.weights_per_rank(request.tensors, architecture, tp, request.element_bytes)
+    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched)
+    graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
+    context = memory.context("cuda" if on_gpu else "cpu", tp)
+    per_request = memory.vllm_kv_bytes_per_request(
+        architecture, tp, request.max_model_len, request.kv_element_bytes, batched, request.element_bytes
+    )
+    fixed = weights + activation + graph + context
+    room = available(device, free) - fixed.bytes
+    if request.config.kv_cache_memory_bytes is not None:
+        cache = request.config.kv_cache_memory_bytes
+    elif on_gpu:
+        share = float(arguments.get("gpu_memory_utilization") or memory.VLLM_UTILIZATION)
+        cache = min(room, int(share * device.total_bytes) - (weights + activation + graph).bytes)
+    else:
+        cache = VLLM_CPU_KV_BYTES
+    needed = max(per_request, request.config.kv_cache_memory_bytes or 0)
+    if cache < per_request or cache > room:
+        return _shortage(request, device, fixed, needed, needed - min(room, max(cache, 0)))
+    ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context) for each, _ in devices)
+    full = cache // per_request
+    return ModelPlan(
+        request.name, 0, "vllm", tuple(reasons), tp, request.max_model_len, per_request,
+        kv_tokens=full * request.max_model_len, max_full_length_requests=full, ranks=ranks,
+    )  # fmt: skip
+
+
+def fit_pt(
+    request: ModelRequest, devices: Sequence[tuple[Device, int]], limits: Sequence[int], reasons: Sequence[str]
+) -> ModelPlan | Shortage:
+    """One replica of pt over `devices`; of each it takes at most its limit in bytes, and no more than is free."""
+    rows = request.config.max_num_seqs or PT_MAX_NUM_SEQS
+    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, request.element_bytes)
+    overheads = [_pt_overhead(request, device, last=device is devices[-1][0], rows=rows) for device, _ in devices]
+    rooms = [
+        min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
+        for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
+    ]
+    spills = bool(request.config.spill_tiers) and devices[0][0].is_gpu
+
+    def at(tokens: int) -> LayerMap | None:
+        return map_layers(blocks, rooms, tokens, rows, spills)
+
+    least = cells(1, request.max_model_len)
+    mapped = at(least)
+    if mapped is None:
+        if not spills and rooms[0] < blocks[0].weights:
+            return Shortage(
+                "over_commit",
+                f"GPU {devices[0][0].index} has less room ({gib(rooms[0])} after context and activations) than its "
+                f"first block takes ({gib(blocks[0].weights)}).",
+                blocks[0].weights - rooms[0],
+            )
+        total = sum(block.weights for block in blocks)
+        cache = Part(tuple(blocks)).cache(least, rows)
+        missing = total + cache - sum(rooms)
+        device = devices[0][0]
+        fixed = Figure(total) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
+        short = _shortage(request, device, fixed, cache, max(missing, 1), len(devices))
+        if spills or not device.is_gpu:
+            return short
+        tiers = " To put a part on the CPU or the disk, which is slow, name cpu or disk in max_memory."
+        return replace(short, message=short.message + tiers)
+    tokens = _most_tokens(request, at, least, rows, devices[0], Part(tuple(blocks)))
+    mapped = at(tokens) or mapped
+    return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
+
+
+def _most_tokens(
+    request: ModelRequest, at: object, least: int, rows: int, first: tuple[Device, int], whole: Part
+) -> int:
+    """The largest budget of KV cache, up to all rows at full length: by bisection, since more tokens need more room."""
+    assert callable(at)
+    most = 2 * cells(rows, request.max_model_len)
+    explicit = request.config.kv_cache_memory_bytes
+    per_token = max(1, whole.cache(1, 0))
+    if explicit is not None:
+        most = min(most, max(least, explicit // per_token))
+    elif not first[0].is_gpu:
+        most = min(most, max(least, int(min(PT_CPU_KV_BYTES, PT_CPU_KV_SHARE * first[1]) // per_token)))
+    low, high = least, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if at(middle) is not None else (low, middle - 1)
+    return low
+
+
+def _pt_overhead(request: ModelRequest, device: Device, last: bool, rows: int) -> tuple[Figure, Figure]:
+    """Activations and context of pt on one device."""
+    peaks = memory.pt_activation(
+        request.architecture, request.element_bytes, rows, PT_CHUNK_TOKENS, min(request.max_model_len, 4096)
+    )
+    activation = peaks["layer"] + (peaks["head"] if last else ZERO)
+    return activation, memory.context("cuda" if device.is_gpu else "cpu")
+
+
+def _pt_plan(
+    request: ModelRequest,
+    devices: Sequence[tuple[Device, int]],
+    overheads: Sequence[tuple[Figure, Figure]],
+    mapped: LayerMap,
+    tokens: int,
+    rows: int,
+    reasons: Sequence[str],
+) -> ModelPlan:
+    ranks = []
+    for number, ((device, _), part) in enumerate(zip(devices, mapped.parts, strict=True)):
+        if not part.blocks and not (number == 0 and mapped.rest.blocks):
+            continue
+        kept = mapped.rest.cache(tokens, rows) if number == 0 else 0
+        numbers = [block.number for block in part.blocks]
+        activation, context = overheads[number]
+        if number == 0 and mapped.rest.blocks:
+            activation += Figure(max(block.weights for block in mapped.rest.blocks))
+        cache = Figure(part.cache(tokens, rows) + kept)
+        layers = (min(numbers), max(numbers)) if numbers else None
+        ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers))
+    whole = Part(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
+    return ModelPlan(
+        request.name, 0, "pt", tuple(reasons), 1, request.max_model_len,
+        kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
+        kv_tokens=tokens,
+        max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),
+        ranks=tuple(ranks),
+        spilled=_spilled(request, mapped),
+    )  # fmt: skip
+
+
+def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
+    """Bytes on the slower tiers: the CPU first, up to its limit, then the disk."""
+    left = mapped.rest.weights
+    if not left:
+        return {}
+    limit = (request.config.max_memory or {}).get("cpu", 0)
+    on_cpu = min(left, limit)
+    return {tier: size for tier, size in (("cpu", on_cpu), ("disk", left - on_cpu)) if size}
+
+
+def _shortage(
+    request: ModelRequest, device: Device, fixed: Figure, cache: int, missing: int, devices: int = 1
+) -> Shortage:
+    held = device.total_bytes - device.free_bytes
+    others = f" Other processes hold {gib(held)} there now." if held > 0 and device.is_gpu else ""
+    where = device.id if devices == 1 else f"{devices} devices from {device.id}"
+    return Shortage(
+        "over_commit",
+        f"needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for one request "
+        f"of {request.max_model_len} tokens on {where}, which is {gib(missing)} too much.{others}",
+        missing,
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them: 1.25 GiB, 120 MiB."""
+    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,114 @@
+"""Which layers of a model go on which device, in order, with the KV cache that they bring along.
+
+The rule is accelerate's: blocks in the model's order fill one device after the other. What is added: each layer's KV
+cache counts where the layer is, and where layers are left over for the CPU or the disk, the first GPU keeps room for
+the largest of them, since that is where they are computed.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from serve_app.facts.architecture import Architecture
+from serve_app.facts.weights import Tensor
+from serve_app.planning.memory import loaded, pt_kv_bytes_per_token, pt_state_bytes
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """What cannot be split: the embedding (number -1), a layer, or the norm and head (after the last layer).
+
+    `kv` and `state` are bytes of cache: for a token, and for a sequence.
+    """
+
+    number: int
+    weights: int
+    kv: int = 0
+    state: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The blocks of one device."""
+
+    blocks: tuple[Block, ...]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights."""
+        return sum(block.weights for block in self.blocks)
+
+    def cache(self, tokens: int, rows: int) -> int:
+        """Bytes of cache, with the copy of one layer while its buffers are moved."""
+        return cache_bytes(self.blocks, tokens, rows)
+
+
+def cache_bytes(blocks: Iterable[Block], tokens: int, rows: int) -> int:
+    """See Part.cache."""
+    blocks = tuple(blocks)
+    largest = max((block.kv for block in blocks), default=0)
+    return tokens * (sum(block.kv for block in blocks) + largest) + rows * sum(block.state for block in blocks)
+
+
+def blocks_of(
+    tensors: Iterable[Tensor], architecture: Architecture, element_bytes: int | None, kv_element_bytes: int
+) -> list[Block]:
+    """The blocks of a model in their order. A tied head lies with the embedding."""
+    weights = dict.fromkeys(range(-1, len(architecture.layers) + 1), 0)
+    for tensor in loaded(tensors, architecture):
+        match = _LAYER.search(tensor.name)
+        number = int(match[1]) if match else -1 if _FIRST.search(tensor.name) else len(architecture.layers)
+        weights[number] += tensor.bytes_as(element_bytes)
+    kv = pt_kv_bytes_per_token(architecture, kv_element_bytes)
+    state = pt_state_bytes(architecture, kv_element_bytes)
+    return [Block(number, size, kv.get(number, 0), state.get(number, 0)) for number, size in weights.items()]
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The blocks of each device, in the order of the limits that were given, and those that are left over."""
+
+    parts: tuple[Part, ...]
+    rest: Part
+
+
+def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int, spills: bool) -> LayerMap | None:
+    """Fills the devices in turn, each to its limit in bytes for weights and cache.
+
+    Without `spills` all blocks must find a place, or there is no map. With it, what is left over is computed on the
+    first device, which keeps its cache and has room for the largest left-over block.
+    """
+    mapped = _fill(blocks, limits, tokens, rows)
+    if not mapped.rest.blocks:
+        return mapped
+    if not spills:
+        return None
+    while True:  # What is kept free on the first device makes more blocks left over: until nothing changes.
+        rest = mapped.rest
+        kept = max(block.weights for block in rest.blocks) + rest.cache(tokens, rows)
+        if kept > limits[0]:
+            return None
+        mapped = _fill(blocks, [limits[0] - kept, *limits[1:]], tokens, rows)
+        if len(mapped.rest.blocks) <= len(rest.blocks):
+            return mapped
+
+
+def _fill(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int) -> LayerMap:
+    parts: list[list[Block]] = [[] for _ in limits]
+    device, position = 0, 0
+    while position < len(blocks) and device < len(limits):
+        candidate = [*parts[device], blocks[position]]
+        if _size(candidate, tokens, rows) <= limits[device]:
+            parts[device] = candidate
+            position += 1
+        else:
+            device += 1
+    return LayerMap(tuple(Part(tuple(part)) for part in parts), Part(tuple(blocks[position:])))
+
+
+def _size(blocks: Iterable[Block], tokens: int, rows: int) -> int:
+    blocks = tuple(blocks)
+    return sum(block.weights for block in blocks) + cache_bytes(blocks, tokens, rows)

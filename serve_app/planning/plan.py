@@ -1,0 +1,158 @@
+"""What a plan says: shares of devices, models with their reasons, and problems with their cures."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.facts.inventory import Device
+from serve_app.planning.memory import ZERO, Figure
+
+TERMS = ("weights", "kv_cache", "activation", "graph", "context")
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one model takes of one device. `layers` are the numbers of its first and last layer there (pt)."""
+
+    device: Device
+    weights: Figure
+    kv_cache: Figure
+    activation: Figure
+    graph: Figure = ZERO
+    context: Figure = ZERO
+    layers: tuple[int, int] | None = None
+
+    @property
+    def share(self) -> Figure:
+        """All terms together."""
+        return self.weights + self.kv_cache + self.activation + self.graph + self.context
+
+    def to_json(self) -> dict[str, Any]:
+        """As `serve-app plan --json` prints it."""
+        figures = {name: getattr(self, name) for name in TERMS} | {"share": self.share}
+        numbers = {f"{name}_bytes": figure.bytes for name, figure in figures.items()}
+        certainty = {name: figure.certainty for name, figure in figures.items()}
+        layers = {} if self.layers is None else {"layers": list(self.layers)}
+        return {"gpu": self.device.id, **numbers, "certainty": certainty, **layers}
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One replica of one model, placed. `kv_bytes_per_request` is for one request of `max_model_len`, per rank."""
+
+    name: str
+    replica: int
+    backend: str
+    reasons: tuple[str, ...]
+    tensor_parallel_size: int
+    max_model_len: int
+    kv_bytes_per_request: int
+    kv_tokens: int
+    max_full_length_requests: int
+    ranks: tuple[RankPlan, ...]
+    spilled: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `serve-app plan --json` prints it."""
+        plain = {name: getattr(self, name) for name in _MODEL_FIELDS}
+        spilled = {"spilled_bytes": dict(self.spilled)} if self.spilled else {}
+        return {**plain, "reasons": list(self.reasons), **spilled, "ranks": [rank.to_json() for rank in self.ranks]}
+
+
+_MODEL_FIELDS = (
+    "name",
+    "replica",
+    "backend",
+    "tensor_parallel_size",
+    "max_model_len",
+    "kv_bytes_per_request",
+    "kv_tokens",
+    "max_full_length_requests",
+)
+
+
+@dataclass(frozen=True)
+class Fix:
+    """The smallest change that was found to help, tried by solving again. `saves_bytes` is of the fullest rank."""
+
+    field: str
+    value: Any
+    saves_bytes: int = 0
+
+    @property
+    def text(self) -> str:
+        """The line to write into the model's `args`, or what to do where it is no line."""
+        if self.field == "gpus":
+            return f"one more GPU of {self.value} on the node"
+        if self.field == "infer_backend":
+            return f"infer_backend: {self.value}, without vLLM's own fields"
+        if self.field == "num_replicas":
+            return f"num_replicas: {self.value}, under deployments"
+        return f"{self.field}: {_yaml(self.value)}"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a model cannot be placed, and what would help. `missing_bytes` are on the devices that came nearest."""
+
+    code: str
+    model: str
+    message: str
+    missing_bytes: int = 0
+    fix: Fix | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As `serve-app plan --json` prints it."""
+        fix = None
+        if self.fix is not None:
+            fix = {"field": self.fix.field, "value": self.fix.value, "saves_bytes": self.fix.saves_bytes}
+        plain = {name: getattr(self, name) for name in ("code", "model", "message", "missing_bytes")}
+        return {**plain, "fix": fix}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All models on all devices."""
+
+    devices: tuple[Device, ...]
+    models: tuple[ModelPlan, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every model has its place."""
+        return not self.problems
+
+    def planned(self, device: Device) -> int:
+        """Bytes that are planned on a device."""
+        return sum(rank.share.bytes for rank in self.ranks_on(device))
+
+    def ranks_on(self, device: Device) -> Iterable[RankPlan]:
+        """The shares of a device."""
+        return (rank for model in self.models for rank in model.ranks if rank.device.id == device.id)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `serve-app plan --json` prints it."""
+        devices = [
+            {
+                "id": device.id,
+                "name": device.name,
+                "total_bytes": device.total_bytes,
+                "free_bytes": device.free_bytes,
+                "planned_bytes": self.planned(device),
+                "spare_bytes": device.free_bytes - self.planned(device),
+            }
+            for device in self.devices
+        ]
+        return {
+            "fits": self.fits,
+            "gpus": devices,
+            "models": [model.to_json() for model in self.models],
+            "problems": [problem.to_json() for problem in self.problems],
+        }

@@ -1,0 +1,270 @@
+"""Models × replicas onto devices: largest first, best fit, with a bounded search back; then cures for what is left.
+
+Laws: no device is planned beyond what is free now less its reserve; a GPU is used whole by one replica, or shared by
+pt replicas that say so; the same input gives the same plan.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from serve_app.facts.inventory import Device, Inventory
+from serve_app.planning.backend import Choice, choices
+from serve_app.planning.fit import ModelRequest, Shortage, fit_pt, fit_vllm
+from serve_app.planning.plan import ModelPlan, Plan, Problem
+
+# Placements that are tried before the search gives up and places each model where it can.
+MOST_TRIES = 3000
+
+Seats = Sequence[tuple[Device, int]]
+
+
+@dataclass(frozen=True)
+class State:
+    """What is taken: bytes by device, the devices in whole use, and the shares of the others."""
+
+    used: Mapping[str, int] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def free(self, device: Device) -> int:
+        """Bytes that are left."""
+        return device.free_bytes - self.used.get(device.id, 0)
+
+    def is_untouched(self, device: Device) -> bool:
+        """Whether no replica has a part of it."""
+        return device.id not in self.used
+
+    def with_plan(self, plan: ModelPlan, devices: Sequence[Device], share: float | None) -> "State":
+        """The state with one more replica; `share` is its fraction of a GPU, None for whole devices."""
+        used, shares = dict(self.used), dict(self.shares)
+        for device in devices:
+            used.setdefault(device.id, 0)
+        for rank in plan.ranks:
+            used[rank.device.id] = used.get(rank.device.id, 0) + rank.share.bytes
+        if share is not None:
+            for device in devices:
+                shares[device.id] = shares.get(device.id, 0.0) + share
+        whole = {device.id for device in devices if device.is_gpu} if share is None else set()
+        return State(used, self.whole | whole, shares)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One way to place a replica."""
+
+    plan: ModelPlan
+    state: State
+
+
+def make_plan(requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
+    """Places all replicas. What finds no place is a problem, without a cure yet (`fixes.with_fixes`)."""
+    units = sorted(
+        (replace(request, replicas=number) for request in requests for number in range(max(1, request.replicas))),
+        key=lambda unit: (not unit.config.max_memory, -unit.weights, unit.name, unit.replicas),
+    )
+    placed = _search(units, inventory)
+    if placed is not None:
+        return _plan(placed, [], inventory)
+    models, problems, state = [], [], State()
+    for unit in units:
+        found, shortage = _first(unit, inventory, state)
+        if found is None:
+            assert shortage is not None
+            problems.append(Problem(shortage.code, unit.name, shortage.message, shortage.missing))
+        else:
+            models.append(found.plan)
+            state = found.state
+    return _plan(models, problems, inventory)
+
+
+def _plan(models: Sequence[ModelPlan], problems: Sequence[Problem], inventory: Inventory) -> Plan:
+    ordered = sorted(models, key=lambda model: (model.name, model.replica))
+    return Plan(inventory.devices, tuple(ordered), tuple(dict.fromkeys(problems)))
+
+
+def _search(units: Sequence[ModelRequest], inventory: Inventory) -> list[ModelPlan] | None:
+    """Depth first over the ways to place each unit; None when the tries are used up or there is no way."""
+    tries = 0
+    stack: list[tuple[Iterator[Placed], ModelPlan | None]] = []
+    state = State()
+    while len(stack) < len(units) or not stack:
+        if not units:
+            return []
+        if len(stack) == 0 or stack[-1][1] is not None:
+            stack.append((_ways(units[len(stack)], inventory, state), None))
+        tries += 1
+        if tries > MOST_TRIES + 2 * len(units):
+            return None
+        found = next(stack[-1][0], None)
+        if found is None:
+            stack.pop()
+            if not stack:
+                return None
+            ways, _ = stack[-1]
+            stack[-1] = (ways, None)
+            continue
+        stack[-1] = (stack[-1][0], found.plan)
+        state = found.state
+        if len(stack) == len(units):
+            break
+    return [plan for _, plan in stack if plan is not None]
+
+
+def _first(unit: ModelRequest, inventory: Inventory, state: State) -> tuple[Placed | None, Shortage | None]:
+    best: Shortage | None = None
+    for item in _attempts(unit, inventory, state):
+        if isinstance(item, Placed):
+            return item, None
+        if best is None or item.missing < best.missing:
+            best = item
+    return None, best or Shortage("no_device", _no_device(unit, inventory), 0)
+
+
+def _ways(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Placed]:
+    return (item for item in _attempts(unit, inventory, state) if isinstance(item, Placed))
+
+
+def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Placed | Shortage]:
+    """All ways to place a unit, the best first, and why the others fail."""
+    for choice in choices(unit, inventory):
+        request = replace(unit, config=choice.config)
+        if (problem := _tensor_parallel_problem(request)) is not None:
+            yield problem
+            continue
+        found = [_attempt(request, choice, seats, state) for seats in _seats(request, inventory, state)]
+        yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
+        yield from (item for item in found if isinstance(item, Shortage))
+
+
+def _leftover(placed: Placed) -> tuple[int, str]:
+    """Best fit: the least memory of the devices that is left. Ties by name, so that a plan is always the same."""
+    devices = [rank.device for rank in placed.plan.ranks]
+    return sum(placed.state.free(device) for device in devices), devices[0].id
+
+
+def _attempt(request: ModelRequest, choice: Choice, seats: Seats, state: State) -> Placed | Shortage:
+    config = request.config
+    devices = [device for device, _ in seats]
+    share = None
+    if config.infer_backend == "vllm":
+        fit = fit_vllm(request, seats, choice.reasons)
+    else:
+        limits = _limits(request, devices)
+        if config.num_gpus is not None and config.num_gpus < 1:
+            share = config.num_gpus
+        elif config.max_memory and devices[0].is_gpu:
+            share = 0.0
+        fit = fit_pt(request, seats, limits, choice.reasons)
+    if isinstance(fit, Shortage):
+        return fit
+    fit = replace(fit, replica=request.replicas)
+    return Placed(fit, state.with_plan(fit, devices, share))
+
+
+def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
+    memory, config = request.config.max_memory or {}, request.config
+    if not devices[0].is_gpu:
+        return [memory.get("cpu", devices[0].total_bytes)]
+    if config.gpu_indices and memory:
+        return [memory[index] for index in config.gpu_indices]
+    share = config.num_gpus if config.num_gpus is not None and config.num_gpus < 1 else 1.0
+    return [int(share * device.total_bytes) for device in devices]
+
+
+def _tensor_parallel_problem(request: ModelRequest) -> Shortage | None:
+    config, architecture = request.config, request.architecture
+    if config.infer_backend != "vllm":
+        return None
+    if not architecture.is_known_to_vllm:
+        return Shortage(
+            "unknown_architecture",
+            f"infer_backend: vllm: the plan has no formulas for {architecture.name} in vLLM. Use infer_backend: pt.",
+            0,
+        )
+    size = config.tensor_parallel_size or 1
+    problem = architecture.tensor_parallel_problem(size)
+    if not problem:
+        return None
+    valid = ", ".join(map(str, architecture.valid_tensor_parallel_sizes()))
+    return Shortage("tensor_parallel", f"tensor_parallel_size: {size} is not valid: {problem}. Valid: {valid}.", 0)
+
+
+def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterator[Seats]:
+    """The sets of devices that a replica could have. Of nodes that are alike only the first is offered."""
+    config = request.config
+    if config.device == "cpu":
+        hosts = (device for device in inventory.devices if not device.is_gpu)
+        yield from ([(device, state.free(device))] for device in hosts)
+        return
+    seen = set()
+    for gpus in inventory.node_gpus().values():
+        signature = tuple(
+            (gpu.total_bytes, state.free(gpu), gpu.id in state.whole, state.shares.get(gpu.id)) for gpu in gpus
+        )
+        if signature not in seen:
+            seen.add(signature)
+            yield from _seats_on(request, gpus, state)
+
+
+def _seats_on(request: ModelRequest, gpus: Sequence[Device], state: State) -> Iterator[Seats]:
+    config = request.config
+    untouched = [(gpu, state.free(gpu)) for gpu in gpus if state.is_untouched(gpu)]
+    if config.infer_backend == "vllm":
+        size = config.tensor_parallel_size or 1
+        for total in sorted({gpu.total_bytes for gpu, _ in untouched}):
+            equal = [pair for pair in untouched if pair[0].total_bytes == total]
+            if len(equal) >= size:
+                yield sorted(equal, key=lambda pair: (-pair[1], pair[0].index))[:size]
+        return
+    if config.max_memory and config.gpu_indices:
+        by_index = {gpu.index: gpu for gpu in gpus if gpu.id not in state.whole}
+        if all(index in by_index for index in config.gpu_indices):
+            yield [(by_index[index], state.free(by_index[index])) for index in config.gpu_indices]
+        return
+    if config.num_gpus is not None and config.num_gpus < 1:
+        for gpu in gpus:
+            if gpu.id not in state.whole and state.shares.get(gpu.id, 0.0) + config.num_gpus <= 1.0 + 1e-9:
+                yield [(gpu, state.free(gpu))]
+        return
+    count = int(config.num_gpus or max(1, len(config.gpu_indices)))
+    if count == 1:
+        yield from ([pair] for pair in untouched)
+    elif len(untouched) >= count:
+        yield untouched[:count]
+
+
+def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
+    config = unit.config
+    if config.device == "cpu":
+        return "device: cpu: the inventory names no host memory."
+    if not inventory.gpus:
+        return "there is no GPU. Set device: cpu to run it on the CPU."
+    if config.max_memory and config.gpu_indices:
+        most = max(len(gpus) for gpus in inventory.node_gpus().values())
+        return (
+            f"max_memory names GPU {config.gpu_indices[-1]}, and no node has that GPU free to share "
+            f"(at most {most} GPUs on a node)."
+        )
+    if config.num_gpus is not None and config.num_gpus < 1:
+        return (
+            f"num_gpus: {config.num_gpus:g}: no GPU has that share left beside the others. Shares on one GPU must not "
+            "add up to more than 1."
+        )
+    size = config.tensor_parallel_size or 1
+    if config.infer_backend == "vllm" and size > 1:
+        return _unequal(size, inventory)
+    return "every GPU is in use by a model that was placed before."
+
+
+def _unequal(size: int, inventory: Inventory) -> str:
+    for node, gpus in inventory.node_gpus().items():
+        if len(gpus) >= size:
+            chosen = sorted(gpus, key=lambda gpu: -gpu.total_bytes)[:size]
+            least = min(gpu.total_bytes for gpu in chosen)
+            wasted = sum(gpu.total_bytes - least for gpu in chosen)
+            if wasted:
+                return (
+                    f"tensor_parallel_size: {size} needs equal GPUs. On {node} it would waste {wasted / 2**30:.1f} GiB "
+                    "of the larger ones. Use infer_backend: pt, which places layers by each GPU's size."
+                )
+    return f"tensor_parallel_size: {size}: no node has {size} equal GPUs that nothing else uses."

@@ -1,0 +1,26 @@
+"""How much room the buffers of pt's KV cache take, in tokens. The engine allocates by it, and the plan counts by it."""
+
+# Columns of room that a buffer has beyond what its rows need.
+SLACK = 128
+# Rows by which a buffer grows, so that not every newcomer moves it; one or two rows, which may be long, have no more.
+ROW_STEP = 4
+
+
+def cells(rows: int, tokens: int) -> int:
+    """The most tokens for which buffers of `rows` rows have room, when the longest row has `tokens` tokens."""
+    return row_capacity(rows) * (tokens + SLACK)
+
+
+def row_capacity(rows: int) -> int:
+    """Rows of a buffer for so many sequences."""
+    return rows if rows <= 2 else -(-rows // ROW_STEP) * ROW_STEP
+
+
+def full_length_requests(budget: int, tokens: int) -> int:
+    """How many sequences of `tokens` tokens run at once in a budget: beside the others, one prompt has its buffers."""
+    if budget < cells(1, tokens):
+        return 0
+    most = 1
+    while cells(most + 1, tokens) + cells(1, tokens) <= budget:
+        most += 1
+    return most

@@ -1,0 +1,361 @@
+"""What fits, where it goes, why, and what would help where it does not."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from accelerate.utils import check_device_map
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from serve_app.facts.inventory import Device, Inventory, parse_gpus
+from serve_app.planning.fit import ModelRequest
+from serve_app.planning.fixes import apply, with_fixes
+from serve_app.planning.memory import reserve
+from serve_app.planning.plan import Plan
+from serve_app.planning.planner import make_plan
+from tests.planning.requests import CONFIGS, request
+
+GIB = 2**30
+
+
+def solved(requests: list[ModelRequest], gpus: str | Inventory) -> Plan:
+    """The plan with its cures."""
+    inventory = parse_gpus(gpus) if isinstance(gpus, str) else gpus
+    return with_fixes(make_plan(requests, inventory), requests, inventory)
+
+
+def problem(requests: list[ModelRequest], gpus: str | Inventory) -> tuple[str, str, str | None]:
+    """Code, message and cure of the only problem."""
+    (found,) = solved(requests, gpus).problems
+    return found.code, found.message, found.fix.text if found.fix else None
+
+
+def test_qwen2_7b_on_3_and_10_gb_is_refused_with_a_limit_that_works() -> None:
+    """accelerate alone would put 3.6 GiB on disk in silence."""
+    small = request(infer_backend="pt", max_memory={0: "3GB", 1: "10GB"}, max_model_len=4096)
+    code, message, fix = problem([small], "8GiB,24GiB")
+    assert code == "over_commit"
+    assert "3.77 GiB too much" in message
+    assert fix == "max_memory: {0: 3GB, 1: 14.5GB}"
+    larger = request(infer_backend="pt", max_memory={0: "3GB", 1: "14.5GB"}, max_model_len=4096)
+    assert solved([larger], "8GiB,24GiB").fits
+
+
+def test_qwen2_7b_on_6_and_16_gib_has_room_for_requests_and_a_valid_map() -> None:
+    """Within both limits, every parameter has one device, and accelerate takes the map."""
+    (model,) = solved(
+        [request(infer_backend="pt", max_memory={0: "6GiB", 1: "16GiB"}, max_model_len=4096)], "8GiB,24GiB"
+    ).models
+    first, second = model.ranks
+    assert (first.share.bytes <= 6 * GIB, second.share.bytes <= 16 * GIB) == (True, True)
+    assert model.max_full_length_requests >= 16
+    assert first.layers is not None
+    assert second.layers is not None
+    assert (first.layers[0], first.layers[1] + 1, second.layers[1]) == (-1, second.layers[0], 28)
+    places = {
+        number: rank
+        for rank, (low, high) in enumerate((first.layers, second.layers))
+        for number in range(low, high + 1)
+    }
+    device_map = {"model.embed_tokens": places[-1], "model.norm": places[28], "lm_head": places[28]}
+    device_map |= {f"model.layers.{number}": places[number] for number in range(28)}
+    import torch
+
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(CONFIGS / "qwen2-7b"))
+    check_device_map(meta, device_map)
+    assert model.ranks[0].weights.bytes + model.ranks[1].weights.bytes == sum(
+        parameter.numel() * 2 for parameter in meta.parameters()
+    )
+
+
+def test_a_tier_takes_what_is_left_only_when_it_is_named() -> None:
+    """And the first GPU keeps room for the largest of what is computed there."""
+    opened = request(infer_backend="pt", max_memory={0: "6GB", "cpu": "6GB", "disk": "10GB"}, max_model_len=2048)
+    (model,) = solved([opened], "24GiB").models
+    assert set(model.spilled) == {"cpu", "disk"}
+    assert model.ranks[0].share.bytes <= 6 * 10**9
+    closed = request(infer_backend="pt", max_memory={0: "6GB"}, max_model_len=2048)
+    assert problem([closed], "24GiB")[0] == "over_commit"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shape", "config", "backend", "size"),
+    [
+        ("24GiB", "qwen2-7b", {"max_model_len": 4096}, "vllm", 1),
+        ("2x12GiB", "qwen2-7b", {"max_model_len": 4096}, "vllm", 2),
+        ("8GiB,12GiB", "qwen2-7b", {"max_model_len": 4096}, "pt", 1),
+        ("3x8GiB", "qwen2-7b", {"max_model_len": 2048}, "pt", 1),  # 28 heads: 2 are too few, 3 do not divide
+        ("24GiB", "qwen2-7b", {"max_memory": {0: "20GB"}, "max_model_len": 4096}, "pt", 1),
+        ("8xH100", "llama-3-70b", {"max_model_len": 8192}, "vllm", 2),
+    ],
+)
+def test_auto_chooses_a_backend(gpus: str, shape: str, config: dict[str, Any], backend: str, size: int) -> None:
+    """vLLM at the smallest size that fits on equal GPUs, else pt; with a reason."""
+    (model,) = solved([request(shape, **config)], gpus).models
+    assert (model.backend, model.tensor_parallel_size) == (backend, size)
+    assert all(model.reasons)
+
+
+def test_a_partly_used_gpu_is_planned_by_what_is_free() -> None:
+    """Memory that someone else holds is not planned."""
+    held = Inventory((Device("n1", 0, "A10", 24 * GIB, 12 * GIB),))
+    code, message, _ = problem([request(infer_backend="vllm", max_model_len=4096)], held)
+    assert code == "over_commit"
+    assert "on n1:0" in message
+
+
+def test_two_shares_leave_room_for_both_contexts() -> None:
+    """A share of 0.5 holds its own CUDA context, which is not the model's to use."""
+    half = request("gemma3", infer_backend="pt", num_gpus=0.5, max_model_len=2048)
+    plan = solved([replace(half, name="a"), replace(half, name="b")], "24GiB")
+    assert plan.fits
+    assert plan.planned(plan.devices[0]) <= 24 * GIB - reserve(24 * GIB)
+    assert all(rank.context.bytes > 0 for model in plan.models for rank in model.ranks)
+    assert not solved([replace(half, name=name) for name in "abc"], "24GiB").fits
+
+
+def test_mla_does_not_shrink_with_tensor_parallelism() -> None:
+    """Each rank holds the whole compressed cache."""
+    one, two = (
+        solved([request("deepseek-v2-lite", infer_backend="vllm", tensor_parallel_size=size)], f"{size}xA100-80GB")
+        for size in (1, 2)
+    )
+    assert one.models[0].kv_bytes_per_request == two.models[0].kv_bytes_per_request
+
+
+def test_fp8_halves_the_kv_cache() -> None:
+    """Through vLLM's own argument."""
+    plain = request(infer_backend="vllm", max_model_len=4096)
+    small = request(infer_backend="vllm", max_model_len=4096, engine_args={"kv_cache_dtype": "fp8"})
+    sizes = [solved([item], "24GiB").models[0].kv_bytes_per_request for item in (plain, small)]
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_the_same_models_in_another_order_get_the_same_plan() -> None:
+    """A plan depends on what there is, not on the order of the file."""
+    models = [
+        request(name="a", max_model_len=4096),
+        request("gemma3", name="b", infer_backend="pt", num_gpus=0.5, max_model_len=2048),
+        request("gemma3", name="c", infer_backend="pt", num_gpus=0.25, max_model_len=1024),
+    ]
+    assert solved(models, "24GiB,48GiB").to_json() == solved(models[::-1], "24GiB,48GiB").to_json()
+
+
+def test_the_search_goes_back_where_the_first_place_was_wrong() -> None:
+    """Best fit puts the one-GPU model onto the lone GPU, and the pair stays whole for the other."""
+    pair = request(name="pair", infer_backend="vllm", tensor_parallel_size=2, max_model_len=4096)
+    lone = request(name="alone", infer_backend="vllm", max_model_len=4096)
+    plan = solved([lone, pair], "2x24GiB;24GiB")
+    assert {model.name: {rank.device.node for rank in model.ranks} for model in plan.models} == {
+        "pair": {"n1"},
+        "alone": {"n2"},
+    }
+
+
+MESSAGES = [
+    (
+        [request(infer_backend="vllm", max_model_len=32768)],
+        "16GiB",
+        "over_commit",
+        "needs 15.90 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
+        "tokens on n1:0, which is 1.97 GiB too much.",
+        "one more GPU of 24GiB on the node",
+    ),
+    (
+        [request(infer_backend="vllm", max_model_len=32768)],
+        "17GiB",
+        "over_commit",
+        "needs 15.90 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
+        "tokens on n1:0, which is 1.46 GiB too much.",
+        "max_model_len: 5376",
+    ),
+    (
+        [request(infer_backend="vllm", max_model_len=4096)],
+        Inventory((Device("n1", 0, "A10", 24 * GIB, 12 * GIB),)),
+        "over_commit",
+        "needs 15.90 GiB for weights, activations and context and 224.0 MiB of KV cache for one request of 4096 tokens "
+        "on n1:0, which is 4.60 GiB too much. Other processes hold 12.00 GiB there now.",
+        None,
+    ),
+    (
+        [request(infer_backend="pt", max_memory={0: "600MB"}, max_model_len=2048)],
+        "24GiB",
+        "over_commit",
+        "GPU 0 has less room (-172.5 MiB after context and activations) than its first block takes (1.02 GiB).",
+        "max_memory: {0: 16.5GB}",
+    ),
+    (
+        [request(infer_backend="pt", max_memory={0: "6GB"}, max_model_len=2048)],
+        "24GiB",
+        "over_commit",
+        "needs 14.91 GiB for weights, activations and context and 123.2 MiB of KV cache for one request of 2048 tokens "
+        "on n1:0, which is 9.44 GiB too much. To put a part on the CPU or the disk, which is slow, name cpu or disk in "
+        "max_memory.",
+        "max_memory: {0: 16.5GB}",
+    ),
+    (
+        [
+            request("gemma3", infer_backend="pt", num_gpus=share, name=name, max_model_len=1024)
+            for name, share in (("a", 0.75), ("b", 0.5))
+        ],
+        "80GiB",
+        "no_device",
+        "num_gpus: 0.5: no GPU has that share left beside the others. Shares on one GPU must not add up to more than "
+        "1.",
+        None,
+    ),
+    (
+        [request("llama-3-70b", infer_backend="vllm", tensor_parallel_size=3)],
+        "8xH100",
+        "tensor_parallel",
+        "tensor_parallel_size: 3 is not valid: 64 attention heads cannot be divided by 3. Valid: 1, 2, 4, 8, 16.",
+        "tensor_parallel_size: 4",
+    ),
+    (
+        [request(infer_backend="vllm", tensor_parallel_size=2, max_model_len=4096)],
+        "16GiB,24GiB",
+        "no_device",
+        "tensor_parallel_size: 2 needs equal GPUs. On n1 it would waste 8.0 GiB of the larger ones. Use infer_backend: "
+        "pt, which places layers by each GPU's size.",
+        "infer_backend: pt, without vLLM's own fields",
+    ),
+    (
+        [request(infer_backend="pt", max_memory={2: "9GB"})],
+        "2x24GiB",
+        "no_device",
+        "max_memory names GPU 2, and no node has that GPU free to share (at most 2 GPUs on a node).",
+        None,
+    ),
+    (
+        [request(infer_backend="vllm"), request(name="n", infer_backend="vllm")],
+        "A100-80GB",
+        "no_device",
+        "every GPU is in use by a model that was placed before.",
+        "one more GPU of 24GiB on the node",
+    ),
+]
+
+
+@pytest.mark.parametrize(("requests", "gpus", "code", "message", "fix"), MESSAGES, ids=lambda value: str(value)[:20])
+def test_messages_are_these_words(
+    requests: list[ModelRequest], gpus: str | Inventory, code: str, message: str, fix: str | None
+) -> None:
+    """What, where, how much, and the line that cures it."""
+    plan = solved(requests, gpus)
+    if plan.fits:
+        pytest.fail("it fits")
+    (found,) = plan.problems
+    assert (found.code, found.message[: len(message)]) == (code, message)
+    assert fix is None or (found.fix and found.fix.text) == fix
+
+
+def test_two_hundred_models_on_a_thousand_gpus() -> None:
+    """Bounded work: as fast as a user waits. The figure is in benchmarks/planner.py."""
+    models = [request(name=f"m{number}", max_model_len=4096) for number in range(1)]
+    models = [replace(models[0], name=f"m{number:03}") for number in range(200)]
+    start = time.process_time()
+    plan = make_plan(models, parse_gpus(";".join(["8xA10G"] * 60 + ["4x16GiB,4x24GiB"] * 65)))
+    assert (plan.fits, len(plan.models)) == (True, 200)
+    assert time.process_time() - start < 30
+
+
+SIZES = st.sampled_from(["8GiB", "12GiB", "16GiB", "24GiB", "48GiB", "80GiB"])
+NODES = st.lists(st.lists(SIZES, min_size=1, max_size=4), min_size=1, max_size=2)
+MODELS = st.lists(
+    st.one_of(
+        st.builds(
+            dict,
+            shape=st.sampled_from(["qwen2-7b", "gemma3"]),
+            infer_backend=st.just("auto"),
+            max_model_len=st.sampled_from([1024, 8192, 32768]),
+        ),
+        st.builds(
+            dict,
+            shape=st.sampled_from(["qwen2-7b", "gemma3"]),
+            infer_backend=st.just("vllm"),
+            tensor_parallel_size=st.sampled_from([1, 2, 3, 4]),
+            max_model_len=st.sampled_from([1024, 32768]),
+        ),
+        st.builds(
+            dict,
+            shape=st.sampled_from(["qwen2-7b", "gemma3"]),
+            infer_backend=st.just("pt"),
+            num_gpus=st.sampled_from([0.25, 0.5, 1, 2]),
+            max_model_len=st.sampled_from([1024, 8192]),
+        ),
+        st.builds(
+            dict,
+            shape=st.just("gemma3"),
+            infer_backend=st.just("pt"),
+            max_memory=st.sampled_from([{0: "6GB"}, {0: "4GB", 1: "9GB"}, {1: "12GB"}, {0: "3GB", "cpu": "20GB"}]),
+            max_model_len=st.just(1024),
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def models_of(drawn: list[dict[str, Any]]) -> list[ModelRequest]:
+    """Requests with names of their own."""
+    return [request(name=f"m{number}", **fields) for number, fields in enumerate(drawn)]
+
+
+def gpus_of(nodes: list[list[str]]) -> Inventory:
+    """The inventory of these nodes."""
+    return parse_gpus(";".join(",".join(node) for node in nodes))
+
+
+PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.mark.timeout(240)
+@PROPERTY
+@given(NODES, MODELS)
+def test_no_plan_exceeds_what_is_free_or_a_limit(nodes: list[list[str]], drawn: list[dict[str, Any]]) -> None:
+    """Whatever is asked for; and the same input gives the same plan."""
+    models, inventory = models_of(drawn), gpus_of(nodes)
+    plan = make_plan(models, inventory)
+    for device in plan.devices:
+        assert plan.planned(device) <= device.free_bytes - reserve(device.total_bytes)
+    by_name = {model.name: model for model in models}
+    for placed in plan.models:
+        config = by_name[placed.name].config
+        assert placed.max_full_length_requests >= 1
+        for rank in placed.ranks:
+            if config.max_memory and rank.device.index is not None:
+                assert rank.share.bytes <= config.max_memory[rank.device.index]
+            if config.num_gpus is not None and config.num_gpus < 1:
+                assert rank.share.bytes <= config.num_gpus * rank.device.total_bytes
+    assert plan == make_plan(models, inventory)
+
+
+@pytest.mark.timeout(240)
+@PROPERTY
+@given(NODES, MODELS, SIZES)
+def test_one_more_gpu_never_makes_a_plan_fail(nodes: list[list[str]], drawn: list[dict[str, Any]], size: str) -> None:
+    """At the end of the first node, or on a node of its own."""
+    models = models_of(drawn)
+    if make_plan(models, gpus_of(nodes)).fits:
+        assert make_plan(models, gpus_of([[*nodes[0], size], *nodes[1:]])).fits
+        assert make_plan(models, gpus_of([*nodes, [size]])).fits
+
+
+@pytest.mark.timeout(240)
+@PROPERTY
+@given(NODES, MODELS.filter(lambda drawn: len(drawn) <= 2))
+def test_every_cure_works(nodes: list[list[str]], drawn: list[dict[str, Any]]) -> None:
+    """Applied, it makes the plan pass when it was the only problem."""
+    models, inventory = models_of(drawn), gpus_of(nodes)
+    plan = solved(models, inventory)
+    for found in plan.problems:
+        if found.fix is None:
+            continue
+        changed, larger = apply(found.fix, next(model for model in models if model.name == found.model), inventory)
+        again = make_plan([changed if model.name == found.model else model for model in models], larger)
+        assert found.model not in {other.model for other in again.problems}
+        assert len(plan.problems) > 1 or again.fits
