@@ -136,9 +136,8 @@ class EngineLoop(threading.Thread):
         sampled = self._sampler.sample(sequences, logits)
         outputs = []
         for sequence, choice in zip(sequences, sampled, strict=True):
-            if not choice.fits:
-                error = InvalidRequest("The output format asks for text that this model's vocabulary cannot write.")
-                outputs.append(Output(sequence, error=error))
+            if choice.problem:
+                outputs.append(Output(sequence, error=InvalidRequest(choice.problem)))
                 continue
             sequence.output_ids.append(choice.token_id)
             outputs.append(Output(sequence, choice.token_id, choice.logprobs, self._finish_reason(sequence)))

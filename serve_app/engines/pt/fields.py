@@ -69,6 +69,7 @@ class Tool(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["function"]
     function: Function
+    strict: bool | None = None
 
 
 class FunctionName(BaseModel):

@@ -5,8 +5,12 @@ xgrammar, because it costs least. Measured on a vocabulary of 60 000 with a nest
 knows no recursive JSON.
 """
 
+import asyncio
 import json
+import re
+import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,11 +18,16 @@ import torch
 import xgrammar
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.errors import InvalidRequest
+from serve_app.errors import InvalidRequest, Overloaded
 
 # Compiling takes longer than in proportion to these; beyond them it takes seconds.
-MOST_CHARACTERS = 65_536
+MOST_CHARACTERS = {"json_schema": 65_536, "regex": 8192, "grammar": 8192}
 MOST_LEVELS = 64
+# Formats that may wait for the one thread that compiles.
+MOST_WAITING = 16
+# Seconds that a sequence's masks may take: at first, and for each token. Usual are 0.00002 to 0.0001 a token.
+FREE_SECONDS = 0.5
+SECONDS_PER_TOKEN = 0.002
 # Compiled grammars are kept for the next request with the same one.
 CACHE_BYTES = 64 * 2**20
 # Between two tokens of JSON: room for a line break and its indentation, but not for a model that only writes spaces.
@@ -43,6 +52,19 @@ class GrammarCompiler:
         self._stop_ids = sorted(eos_ids)
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary, stop_token_ids=self._stop_ids)
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+        # One thread of its own, so that a slow format keeps nothing waiting but other formats.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._waiting = 0
+
+    async def compile_soon(self, spec: GrammarSpec) -> xgrammar.CompiledGrammar:
+        """`compile` on a thread of its own, unless the client leaves before. Raises Overloaded when many wait."""
+        if self._waiting >= MOST_WAITING:
+            raise Overloaded(f"{self._waiting} output formats wait to be compiled.", retry_after_s=1.0)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self.compile, spec)
+        finally:
+            self._waiting -= 1
 
     def compile(self, spec: GrammarSpec) -> xgrammar.CompiledGrammar:
         """Takes milliseconds; not for the event loop. Raises InvalidRequest that names the field.
@@ -53,9 +75,9 @@ class GrammarCompiler:
             raise InvalidRequest(
                 f"'{spec.param}' needs a model with an end token; this one has none.", param=spec.param
             )
-        if len(spec.source) > MOST_CHARACTERS:
+        if len(spec.source) > MOST_CHARACTERS[spec.kind]:
             raise InvalidRequest(
-                f"'{spec.param}' has {len(spec.source)} characters; at most {MOST_CHARACTERS} are taken.",
+                f"'{spec.param}' has {len(spec.source)} characters; at most {MOST_CHARACTERS[spec.kind]} are taken.",
                 param=spec.param,
             )
         try:
@@ -63,11 +85,19 @@ class GrammarCompiler:
                 return self._compiler.compile_regex(spec.source)
             if spec.kind == "grammar":
                 return self._compiler.compile_grammar(spec.source)
-            require_supported(json.loads(spec.source), spec.param)
+            require_supported(_read_json(spec), spec.param)
             return self._compiler.compile_json_schema(spec.source, max_whitespace_cnt=MOST_WHITESPACE)
         except RuntimeError as error:
             reason = str(error).partition("] ")[2].partition(": ")[2].strip() or str(error)
             raise InvalidRequest(f"'{spec.param}' is not understood: {reason[:300]}", param=spec.param) from None
+
+
+def _read_json(spec: GrammarSpec) -> object:
+    try:
+        schema: object = json.loads(spec.source)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"'{spec.param}' is no JSON: {error}.", param=spec.param) from None
+    return schema
 
 
 def choice_grammar(choices: Iterable[str]) -> str:
@@ -75,12 +105,42 @@ def choice_grammar(choices: Iterable[str]) -> str:
     return "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
-def constrain(scores: torch.Tensor, matchers: Mapping[int, xgrammar.GrammarMatcher]) -> None:
+class TimedMatcher:
+    """xgrammar's matcher of one sequence, with a bound on its time: an ambiguous grammar costs more at every token.
+
+    All sequences wait for it in every step, so one that is far slower than usual has to end.
+    """
+
+    def __init__(self, grammar: xgrammar.CompiledGrammar):
+        self._matcher = xgrammar.GrammarMatcher(grammar)
+        self._seconds = 0.0
+        self._tokens = 0
+
+    def fill(self, bitmask: torch.Tensor, place: int) -> None:
+        """Writes which tokens may come next into row `place`."""
+        start = time.perf_counter()
+        self._matcher.fill_next_token_bitmask(bitmask, place)
+        self._seconds += time.perf_counter() - start
+
+    def accept(self, token: int) -> str:
+        """Takes the next token. Returns why the sequence has to end, or nothing."""
+        start = time.perf_counter()
+        accepted = self._matcher.accept_token(token)
+        self._seconds += time.perf_counter() - start
+        self._tokens += 1
+        if not accepted:
+            return "The output format allows no text, or none that this model's vocabulary can write."
+        if self._seconds > FREE_SECONDS + SECONDS_PER_TOKEN * self._tokens:
+            return "The output format takes too long to follow: its grammar is ambiguous. Make it simpler."
+        return ""
+
+
+def constrain(scores: torch.Tensor, matchers: Mapping[int, TimedMatcher]) -> None:
     """Sets to minus infinity what each row's grammar forbids. Scores of shape (rows, vocabulary), float32, in place."""
     rows = list(matchers)
     bitmask = xgrammar.allocate_token_bitmask(len(rows), scores.shape[-1])
     for place, matcher in enumerate(matchers.values()):
-        matcher.fill_next_token_bitmask(bitmask, place)
+        matcher.fill(bitmask, place)
     chosen = scores[rows]
     xgrammar.apply_token_bitmask_inplace(chosen, bitmask.to(scores.device))
     scores[rows] = chosen
@@ -95,6 +155,12 @@ FORMATS = frozenset(
     {"email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference"}
     | {"uri-template", "json-pointer", "relative-json-pointer"}
 )
+# Say nothing of what a value must be.
+ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment"}
+    | {"$defs", "definitions", "$schema", "$id", "$anchor", "discriminator"}
+)
+MOST_INTEGER = 10**15
 # Their values are schemas by name, or data.
 NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 DATA = frozenset({"enum", "const", "default", "examples", "example", "required"})
@@ -120,16 +186,41 @@ def require_supported(schema: object, param: str, levels: int = MOST_LEVELS) -> 
 
 
 def _unsupported(schema: Mapping[str, Any]) -> str:
+    """What of one schema, without those inside it, the output would not follow; empty where it follows all."""
     for keyword in UNSUPPORTED_KEYWORDS & schema.keys():
-        return f"the keyword '{keyword}'"
-    if isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
+        if schema[keyword] is not False:
+            return f"the keyword '{keyword}'"
+    for keyword in ("$ref", "anyOf", "oneOf", "allOf"):
+        beside = schema.keys() - ANNOTATIONS - {keyword, "type" if keyword != "$ref" else keyword}
+        if keyword in schema and beside:
+            return f"'{min(beside)}' beside '{keyword}'"
+    if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
+        return "'allOf' of several schemas"
+    if not str(schema.get("$ref", "#")).startswith("#"):
+        return "a '$ref' to another document"
+    return _unsupported_string(schema) or _unsupported_object(schema)
+
+
+def _unsupported_string(schema: Mapping[str, Any]) -> str:
+    is_string = schema.get("type", "string") == "string"
+    if is_string and isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
         return f"the format '{schema['format']}'"
     if {"pattern", "format"} & schema.keys() and {"minLength", "maxLength"} & schema.keys():
         return "a length beside a pattern or format"
-    if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
-        return "'allOf' of several schemas"
+    if re.search(r"\(\?(?!:)", str(schema.get("pattern", ""))):
+        return "a pattern that looks ahead or back"
+    values = [schema["const"]] if "const" in schema else schema.get("enum") or []
+    if isinstance(values, list) and any(isinstance(value, int) and abs(value) > MOST_INTEGER for value in values):
+        return "whole numbers of more than 15 digits"
+    return ""
+
+
+def _unsupported_object(schema: Mapping[str, Any]) -> str:
     if "patternProperties" in schema and {"properties", "propertyNames"} & schema.keys():
         return "'patternProperties' beside 'properties' or 'propertyNames'"
     if "propertyNames" in schema and "properties" in schema:
         return "'propertyNames' beside 'properties'"
+    required, properties = schema.get("required"), schema.get("properties")
+    if isinstance(required, list) and isinstance(properties, Mapping) and set(map(str, required)) - set(properties):
+        return "a required property that is not among the 'properties'"
     return ""

@@ -7,10 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.pt.sequence import Logprobs
 
-LogprobsWriter = Callable[[list[Logprobs], PreTrainedTokenizerBase], dict[str, Any]]
+# The last argument is the characters of text that came before.
+LogprobsWriter = Callable[[list[Logprobs], PreTrainedTokenizerBase, int], dict[str, Any]]
 
 
-def chat_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def chat_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase, _: int = 0) -> dict[str, Any]:
     """`choices[].logprobs` of a chat completion: one entry per token."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
@@ -23,10 +24,10 @@ def chat_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase) 
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """`choices[].logprobs` of a text completion: parallel lists. Offsets count from the first token listed."""
+def text_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase, start: int = 0) -> dict[str, Any]:
+    """`choices[].logprobs` of a text completion: parallel lists. Offsets are in characters of the text."""
     tokens = [tokenizer.decode([item.token_id]) for item in logprobs]
-    offsets, position = [], 0
+    offsets, position = [], start
     for token in tokens:
         offsets.append(position)
         position += len(token)

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -40,6 +41,10 @@ from serve_app.engines.pt.tool_calls import (
 )
 from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
 
+logger = logging.getLogger("ray.serve")
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
 # What OpenAI's completions endpoint generates when the request does not say.
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -49,15 +54,15 @@ def build_app(generator: Generator) -> Starlette:
     endpoints = _Endpoints(generator)
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
-            Route("/v1/completions", endpoints.complete, methods=["POST"]),
-            Route("/v1/embeddings", endpoints.embed, methods=["POST"]),
-            Route("/tokenize", endpoints.tokenize, methods=["POST"]),
-            Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+            Route("/v1/chat/completions", _guarded(endpoints.chat), methods=["POST"]),
+            Route("/v1/completions", _guarded(endpoints.complete), methods=["POST"]),
+            Route("/v1/embeddings", _guarded(endpoints.embed), methods=["POST"]),
+            Route("/tokenize", _guarded(endpoints.tokenize), methods=["POST"]),
+            Route("/detokenize", _guarded(endpoints.detokenize), methods=["POST"]),
             Route("/v1/models", endpoints.models),
             Route("/health", endpoints.health),
         ],
-        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route, Exception: _refuse},
+        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route},
     )
 
 
@@ -157,7 +162,8 @@ class _Endpoints:
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
         params = asked.sampling(max_tokens, self._generator.loaded.model.generation_config)
         if asked.grammar is not None:
-            grammar = await asyncio.to_thread(self._generator.grammars.compile, asked.grammar)
+            grammars = await asyncio.to_thread(lambda: self._generator.grammars)
+            grammar = await grammars.compile_soon(asked.grammar)
             params = replace(params, grammar=grammar)
         job = Job(asked, prompts, params, shape)
         self._reader(job, prompts[0])  # Refuses what it cannot read, before the stream begins.
@@ -195,13 +201,14 @@ class _Endpoints:
                     yield _event(head | {"choices": [{"index": index, **opening, "finish_reason": None}]} | usage)
             async with aclosing(self._pieces(job)) as pieces:
                 async for index, part in pieces:
+                    start = len(answers[index].delta.content)
                     answers[index].add(part)
                     if part.is_empty:
                         continue
                     choice = {
                         "index": index,
                         **job.shape.delta(part.delta),
-                        "logprobs": self._logprobs(job, part.piece.logprobs),
+                        "logprobs": self._logprobs(job, part.piece.logprobs, start),
                         "finish_reason": answers[index].finish_reason(job),
                     }
                     yield _event(head | {"choices": [choice]} | usage)
@@ -268,10 +275,10 @@ class _Endpoints:
             )
         return TemplateReader(tokenizer, template, tokenizer.decode(prompt), asked.offered_tools, asked.parallel)
 
-    def _logprobs(self, job: Job, logprobs: Sequence[Logprobs]) -> Any:
+    def _logprobs(self, job: Job, logprobs: Sequence[Logprobs], start: int = 0) -> Any:
         if job.params.logprobs is None or not logprobs:
             return None
-        return job.shape.logprobs(list(logprobs), self._generator.loaded.tokenizer)
+        return job.shape.logprobs(list(logprobs), self._generator.loaded.tokenizer, start)
 
     def _head(self, job: Job, kind: str) -> dict[str, Any]:
         number = uuid.uuid4().hex
@@ -313,6 +320,24 @@ async def _json(request: Request) -> object:
         return read_json(await request.body())
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+
+def _guarded(endpoint: Endpoint) -> Endpoint:
+    """The endpoint with an answer for every error.
+
+    Starlette raises an unexpected error again once its handler has answered, and the server then cuts the connection
+    under the client's next request.
+    """
+
+    async def guarded(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except Exception as error:
+            if not isinstance(error, RequestError):
+                logger.exception("A request failed.")
+            return error_response(_request_error(error))
+
+    return guarded
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

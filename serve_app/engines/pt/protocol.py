@@ -6,8 +6,9 @@ has its neutral value (`n: 1`), or the request is refused by that field's name.
 
 import base64
 import json
+import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -59,10 +60,7 @@ class _Body(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            param = str(first["loc"][0]) if first["loc"] else None
-            where = f"'{_path(first['loc'])}': " if param else ""
-            raise InvalidRequest(f"{where}{first['msg']}.", param=param) from None
+            raise _refusal(error.errors()[0], cls.model_fields) from None
 
 
 class _Request(_Body):
@@ -182,6 +180,12 @@ class ChatRequest(_Request):
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
+    def _logprobs_combine(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs: true")
+        return self
+
+    @model_validator(mode="after")
     def _tools_combine(self) -> Self:
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice: there are no tools to choose from")
@@ -245,6 +249,12 @@ class CompletionRequest(_Request):
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @model_validator(mode="after")
+    def _echo_combines(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: not together with logprobs, which are of the generated tokens only")
+        return self
+
     @property
     def wanted_logprobs(self) -> int | None:
         """`logprobs`, a number here."""
@@ -302,10 +312,20 @@ def _as_list(prompts: Prompts) -> list[str | list[int]]:
     return [item for item in prompts if not isinstance(item, int)]
 
 
+def _refusal(error: Any, fields: Container[str]) -> InvalidRequest:
+    """pydantic's error in our words. A check of several fields begins with the first one's name."""
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if error["loc"]:
+        return InvalidRequest(f"'{_path(error['loc'])}': {text}.", param=str(error["loc"][0]))
+    name = text.partition(":")[0].partition(",")[0]
+    return InvalidRequest(f"{text}.", param=name if name in fields else None)
+
+
 def _path(location: Iterable[int | str]) -> str:
-    """A pydantic location as `messages[0].role`."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
-    return "".join(parts).removeprefix(".")
+    """A pydantic location as `messages[0].role`, without the names of its types."""
+    parts = [part for part in location if isinstance(part, int) or re.fullmatch(r"[a-z_]+", part)]
+    named = [part for number, part in enumerate(parts) if number == 0 or part not in ("str", "int", "float", "dict")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).removeprefix(".")
 
 
 def _structured(asked: StructuredOutputs) -> GrammarSpec:
@@ -328,7 +348,7 @@ def _read_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
         calls = []
         for call in message["tool_calls"]:
             arguments = call["function"]["arguments"]
-            read = json.loads(arguments) if isinstance(arguments, str) else arguments
+            read = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
             calls.append(call | {"function": call["function"] | {"arguments": read}})
     except (TypeError, KeyError, ValueError):
         raise InvalidRequest(

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from xgrammar import GrammarMatcher
 
-from serve_app.engines.pt.grammar import constrain
+from serve_app.engines.pt.grammar import TimedMatcher, constrain
 from serve_app.engines.pt.sequence import Logprobs, SamplingParams, Sequence
 
 
@@ -27,15 +26,15 @@ class SamplingState:
     prompt_seen: torch.Tensor | None = None
     output_counts: torch.Tensor | None = None
     bias: tuple[torch.Tensor, torch.Tensor] | None = None
-    matcher: GrammarMatcher | None = None
+    matcher: TimedMatcher | None = None
 
 
 class Sampled(NamedTuple):
-    """One row's next token. `fits` is false where the row's grammar allows none that the vocabulary has."""
+    """One row's next token, or why its grammar allows none: `problem` is a sentence."""
 
     token_id: int
     logprobs: Logprobs | None = None
-    fits: bool = True
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,10 @@ class Sampler:
         for state, token in zip(states, tokens, strict=True):
             if state.output_counts is not None:
                 state.output_counts[token] += 1
-        fits = [
-            state.matcher is None or state.matcher.accept_token(token)
-            for state, token in zip(states, tokens, strict=True)
+        problems = [
+            state.matcher.accept(token) if state.matcher else "" for state, token in zip(states, tokens, strict=True)
         ]
-        return list(map(Sampled, tokens, reports, fits))
+        return list(map(Sampled, tokens, reports, problems))
 
     def _adjusted(self, sequences: list[Sequence], states: list[SamplingState], logits: torch.Tensor) -> torch.Tensor:
         scores = logits.clone()
@@ -106,7 +104,7 @@ def _state(sequence: Sequence, vocabulary: int, device: torch.device) -> Samplin
             ids = torch.tensor(list(params.logit_bias), device=device)
             state.bias = ids, torch.tensor(list(params.logit_bias.values()), device=device)
         if params.grammar is not None:
-            state.matcher = GrammarMatcher(params.grammar)
+            state.matcher = TimedMatcher(params.grammar)
         sequence.sampling = state
     found: SamplingState = sequence.sampling
     return found

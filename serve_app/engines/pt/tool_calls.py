@@ -6,6 +6,7 @@ the output, which works for every model.
 """
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ReadOnlySequence
@@ -175,24 +176,35 @@ class NamedCallReader:
 
 
 class CallListReader:
-    """The whole text is a JSON list of calls; cut short, it comes out as content."""
+    """The whole text is a JSON list of calls. Each comes out when it is complete; a rest that is cut is content."""
 
     needs_special_tokens = False
 
     def __init__(self) -> None:
         self._text = ""
+        self._calls = 0
 
     def feed(self, text: str) -> Delta:
         """See MessageReader."""
         self._text += text
-        return Delta()
+        calls = []
+        while "}" in text and (call := self._next()) is not None:
+            calls.append(call)
+        return Delta(calls=tuple(calls))
 
     def finish(self) -> Delta:
         """See MessageReader."""
+        return Delta(self._text if self._text.strip("[], \t\r\n") else "")
+
+    def _next(self) -> ToolCall | None:
+        start = self._text.lstrip("[, \t\r\n")
         try:
-            return Delta(calls=tuple(_call(index, item) for index, item in enumerate(json.loads(self._text))))
+            value, end = json.JSONDecoder().raw_decode(start)
         except ValueError:
-            return Delta(self._text)
+            return None
+        self._text = start[end:]
+        self._calls += 1
+        return _call(self._calls - 1, value)
 
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:
@@ -205,18 +217,40 @@ def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] |
 
 
 def call_list_schema(tools: ReadOnlySequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """The JSON schema of one call to these tools, or of several where `parallel`."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool["function"]["name"]}, "arguments": parameters_of(tool)},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
+    """The JSON schema of one call to these tools, or of several where `parallel`.
+
+    Definitions of the tools' schemas move to the root, where their references look for them.
+    """
+    calls: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
+    for number, tool in enumerate(tools):
+        parameters = _with_prefix(parameters_of(tool), f"tool{number}_")
+        for keyword in ("$defs", "definitions"):
+            found = parameters.pop(keyword, {})
+            definitions |= {f"tool{number}_{name}": schema for name, schema in found.items()}
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool["function"]["name"]}, "arguments": parameters},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     bounds = {"minItems": 1} if parallel else {"minItems": 1, "maxItems": 1}
-    return {"type": "array", "items": {"anyOf": calls}, **bounds}
+    return {"type": "array", "items": {"anyOf": calls}, **bounds, **({"$defs": definitions} if definitions else {})}
+
+
+def _with_prefix(schema: Any, prefix: str) -> Any:
+    """The schema with references to the definitions at its root renamed."""
+    if isinstance(schema, list):
+        return [_with_prefix(item, prefix) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    changed = {key: _with_prefix(value, prefix) for key, value in schema.items()}
+    reference = changed.get("$ref")
+    if isinstance(reference, str):
+        changed["$ref"] = re.sub(r"^#/(\$defs|definitions)/", rf"#/$defs/{prefix}", reference)
+    return changed
 
 
 def parameters_of(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ async def test_text_parts_are_joined(client: httpx.AsyncClient) -> None:
     ("path", "body", "param", "words"),
     [
         ("chat/completions", chat(best_of=2), "best_of", "not supported"),
-        ("chat/completions", chat(stream_options={"include_usage": True}), None, "only with stream: true"),
+        ("chat/completions", chat(stream_options={"include_usage": True}), "stream_options", "only with stream: true"),
         (
             "chat/completions",
             chat(chat_template_kwargs={"chat_template": "x"}),
@@ -89,11 +89,13 @@ async def test_text_parts_are_joined(client: httpx.AsyncClient) -> None:
             "not a variable",
         ),
         ("chat/completions", chat(logit_bias={"99999": 1}), "logit_bias", "token id 99999 is outside"),
-        ("chat/completions", chat(min_tokens=9, max_tokens=3), None, "min_tokens: 9 is over max_tokens"),
+        ("chat/completions", chat(min_tokens=9, max_tokens=3), "min_tokens", "min_tokens: 9 is over max_tokens"),
         ("chat/completions", chat(temperature=-1), "temperature", "greater than or equal to 0"),
         ("chat/completions", chat(max_tokens=10**9), "max_tokens", "maximum context length"),
         ("chat/completions", chat(stop=[1]), "stop", "valid string"),
         ("chat/completions", chat(tools=[{"type": "function"}]), "tools", "'tools[0].function': Field required"),
+        ("chat/completions", chat(top_logprobs=2), "top_logprobs", "only with logprobs: true"),
+        ("completions", {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "not together with logprobs"),
         ("chat/completions", chat(temprature=1), "temprature", "Did you mean 'temperature'"),
         ("chat/completions", chat(top_p=0), "top_p", "greater than 0"),
         ("chat/completions", chat(max_tokens=0), "max_tokens", "greater than or equal to 1"),

@@ -102,11 +102,20 @@ async def test_the_completions_endpoint_takes_them_too(client: httpx.AsyncClient
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs", "Lookahead is not supported"),
         ({"structured_outputs": {"grammar": "root = 1"}}, "structured_outputs", "root"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
-        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, None, "give one of them"),
-        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs", "at most 65536"),
-        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, None, "says where the text ends"),
-        ({"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}}, None, "tools"),
-        ({"tool_choice": "required"}, None, "no tools to choose from"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+            "give one of them",
+        ),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs", "at most 8192"),
+        ({"structured_outputs": {"json": "{bad"}}, "structured_outputs", "is no JSON"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos", "says where the text ends"),
+        (
+            {"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+            "tools",
+        ),
+        ({"tool_choice": "required"}, "tool_choice", "no tools to choose from"),
         ({"tools": [WEATHER]}, "tool_choice", "needs a model whose tokenizer"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "'tools[0].function.name'"),
     ],
@@ -121,6 +130,43 @@ async def test_what_cannot_be_followed_is_refused(
         error = reply.json()["error"]
         assert words in error["message"]
         assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"properties": {"a": {}}, "required": ["a"], "anyOf": [{"type": "object"}]}, "beside 'anyOf'"),
+        ({"$ref": "#/$defs/s", "maxLength": 2, "$defs": {"s": {"type": "string"}}}, "'maxLength' beside '$ref'"),
+        ({"type": "string", "pattern": "^(?!v)[a-z]{3}$"}, "looks ahead"),
+        ({"properties": {"a": {}}, "required": ["zz"]}, "not among the 'properties'"),
+        ({"$ref": "http://x.y/z"}, "another document"),
+        ({"const": 10**29}, "15 digits"),
+        ({"type": "string", "format": "postcode"}, "the format 'postcode'"),
+    ],
+)
+async def test_what_xgrammar_would_drop_in_silence_is_refused(
+    client: httpx.AsyncClient, schema: dict[str, Any], words: str
+) -> None:
+    """Each of these gave output that broke the schema, with a status of 200."""
+    reply = await client.post("/v1/chat/completions", json=chat(response_format=schema_format(schema)))
+    assert (reply.status_code, words in reply.json()["error"]["message"]) == (400, True), reply.text
+
+
+async def test_keywords_that_ask_for_nothing_are_taken(client: httpx.AsyncClient) -> None:
+    """`uniqueItems: false`, and OpenAPI's formats of numbers."""
+    schema = {"type": "array", "items": {"type": "integer", "format": "int32"}, "uniqueItems": False, "maxItems": 2}
+    reply = await client.post("/v1/chat/completions", json=chat(response_format=schema_format(schema), max_tokens=20))
+    assert reply.status_code == 200, reply.text
+
+
+async def test_an_ambiguous_grammar_ends_itself_and_not_the_others(client: httpx.AsyncClient) -> None:
+    """Its masks cost more with every token, and all sequences of the batch wait for them."""
+    grammar = 'root ::= a\na ::= a a a | "x" | "xx" | ""'
+    ids = (await client.post("/tokenize", json={"prompt": "x", "add_special_tokens": False})).json()["tokens"]
+    body = chat(structured_outputs={"grammar": grammar}, logit_bias={str(ids[0]): 100}, max_tokens=1500)
+    slow, plain = await asyncio.gather(client.post("/v1/chat/completions", json=body), content(client))
+    assert plain == ANSWERS["Hello"]
+    assert (slow.status_code, "ambiguous" in slow.text) == (400, True), slow.text[:200]
 
 
 async def test_a_property_may_have_a_keywords_name(client: httpx.AsyncClient) -> None:
@@ -143,6 +189,38 @@ async def test_a_named_function_is_called(client: httpx.AsyncClient) -> None:
     assert parts[0]["function"]["name"] == "weather"
     assert all("id" not in part for part in parts[1:])
     assert "".join(part["function"]["arguments"] for part in parts) == call["function"]["arguments"]
+
+
+async def test_tools_with_nested_types_and_a_cut_answer(client: httpx.AsyncClient) -> None:
+    """pydantic puts nested types under `$defs`; complete calls come out although the last one is cut."""
+    inner = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}
+    parameters = {
+        "type": "object",
+        "properties": {"inner": {"$ref": "#/$defs/Inner"}},
+        "required": ["inner"],
+        "$defs": {"Inner": inner},
+    }
+    tool = {"type": "function", "function": {"name": "nested", "parameters": parameters}, "strict": True}
+    body = chat(tools=[tool, WEATHER], tool_choice="required", max_tokens=400)
+    (choice,) = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
+    calls = choice["message"]["tool_calls"]
+    assert {call["function"]["name"] for call in calls} <= {"nested", "weather"}
+    for call in calls:
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments.get("city") in ("Oslo", "Rome") or arguments["inner"]["x"] in (1, 2)
+
+
+async def test_a_conversation_with_calls_goes_on(client: httpx.AsyncClient) -> None:
+    """Calls and their results come back as messages; no arguments may be an empty text."""
+    call = {"id": "c", "type": "function", "function": {"name": "clock", "arguments": ""}}
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "12:00"},
+        {"role": "user", "content": "Hello"},
+    ]
+    reply = await client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 3})
+    assert reply.status_code == 200, reply.text
 
 
 async def test_required_calls_some_tool(client: httpx.AsyncClient) -> None:
