@@ -11,6 +11,8 @@ from typing import Any
 
 from serve_app import __version__
 from serve_app.cli.check import check
+from serve_app.cli.doctor import doctor
+from serve_app.cli.from_swift import from_swift
 from serve_app.cli.node_resources import node_resources
 from serve_app.cli.plan import plan
 from serve_app.errors import ServeAppError
@@ -24,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(options.config, options.address)
         if options.command == "plan":
             return plan(options)
+        if options.command == "from-swift":
+            return from_swift(options.swift_command)
+        if options.command == "doctor":
+            return doctor()
         return node_resources()
     except ServeAppError as error:
         print(f"serve-app: {error}", file=sys.stderr)
@@ -45,6 +51,19 @@ def _parser() -> argparse.ArgumentParser:
         "--address", help="the Ray cluster to ask; without it the one that runs here, else this machine"
     )
     _add_plan(commands)
+    swift = commands.add_parser(
+        "from-swift",
+        help="prints a Serve config file made from a `swift deploy …` command line",
+        description="Translates a `swift deploy …` command line of ms-swift 4 into a Serve config file. What does not "
+        "carry over stands in comments at its top, with the reason. Exits 2 if the command is another one.",
+    )
+    swift.add_argument("swift_command", metavar="COMMAND", help="the whole command line, as one quoted word")
+    commands.add_parser(
+        "doctor",
+        help="what has this machine, and what would not work on it?",
+        description="Prints versions, memory, disk, GPUs and who uses them, and the Ray cluster that runs here, if "
+        "any; then each problem with its cure. Starts nothing. Exits 0 without a problem, else 1.",
+    )
     commands.add_parser(
         "node-resources",
         help='prints this node\'s GPU memory for `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`',

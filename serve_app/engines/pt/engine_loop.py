@@ -5,6 +5,7 @@ else. Running out of memory ends nothing: all sequences are computed again in sm
 they have.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -170,6 +171,7 @@ class EngineLoop(threading.Thread):
         with self._closing:
             self._closed = True
         while not self._inbox.empty():
-            self._inbox.get_nowait()()
+            with contextlib.suppress(Exception):  # On a broken device even freeing fails; all must hear of the end.
+                self._inbox.get_nowait()()
         error = EngineError("the pt engine has stopped")
         self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])

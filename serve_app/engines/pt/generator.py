@@ -119,7 +119,8 @@ class Generator:
                 if output.logprobs is not None:
                     logprobs.append(output.logprobs)
                 push = text.push if tokens > params.min_tokens else text.push_unstoppable
-                new = push(output.token_id)
+                # The token that ends a text is no text, whatever it decodes to.
+                new = push(output.token_id) if output.finish_reason != "stop" else ""
                 if output.finish_reason is not None and not text.stopped:
                     new += text.finish()
                 reason = "stop" if text.stopped else output.finish_reason

@@ -115,15 +115,21 @@ class TimedMatcher:
         self._matcher = xgrammar.GrammarMatcher(grammar)
         self._seconds = 0.0
         self._tokens = 0
+        self._problem = ""
 
     def fill(self, bitmask: torch.Tensor, place: int) -> None:
         """Writes which tokens may come next into row `place`."""
         start = time.perf_counter()
-        self._matcher.fill_next_token_bitmask(bitmask, place)
+        try:
+            self._matcher.fill_next_token_bitmask(bitmask, place)
+        except RuntimeError as error:  # Of this sequence alone: the others of the batch go on.
+            self._problem = f"The output format cannot be followed: {' '.join(str(error).split())[:200]}"
         self._seconds += time.perf_counter() - start
 
     def accept(self, token: int) -> str:
         """Takes the next token. Returns why the sequence has to end, or nothing."""
+        if self._problem:
+            return self._problem
         start = time.perf_counter()
         accepted = self._matcher.accept_token(token)
         self._seconds += time.perf_counter() - start
@@ -146,11 +152,22 @@ def constrain(scores: torch.Tensor, matchers: Mapping[int, TimedMatcher]) -> Non
     scores[rows] = chosen
 
 
-# What xgrammar reads past without a word. https://github.com/mlc-ai/xgrammar/issues/968 and others.
-UNSUPPORTED_KEYWORDS = frozenset(
-    {"multipleOf", "uniqueItems", "contains", "minContains", "maxContains", "not", "if", "then", "else"}
-    | {"dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "unevaluatedItems"}
-)
+# What xgrammar follows, checked against its output: which keywords may stand beside which. It reads past all others
+# without a word (https://github.com/mlc-ai/xgrammar/issues/968 and others), so they are refused.
+FOLLOWED: Mapping[str, frozenset[str]] = {
+    "object": frozenset(
+        {"properties", "required", "additionalProperties", "patternProperties", "propertyNames"}
+        | {"minProperties", "maxProperties", "unevaluatedProperties"}
+    ),
+    "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
+    "string": frozenset({"minLength", "maxLength", "pattern", "format"}),
+    "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "format"}),
+    "number": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "format"}),
+    "boolean": frozenset(),
+    "null": frozenset(),
+}
+# Each of these says all by itself: only annotations may stand beside it.
+ALONE = ("$ref", "anyOf", "oneOf", "allOf")
 FORMATS = frozenset(
     {"email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference"}
     | {"uri-template", "json-pointer", "relative-json-pointer"}
@@ -187,13 +204,17 @@ def require_supported(schema: object, param: str, levels: int = MOST_LEVELS) -> 
 
 def _unsupported(schema: Mapping[str, Any]) -> str:
     """What of one schema, without those inside it, the output would not follow; empty where it follows all."""
-    for keyword in UNSUPPORTED_KEYWORDS & schema.keys():
-        if schema[keyword] is not False:
-            return f"the keyword '{keyword}'"
-    for keyword in ("$ref", "anyOf", "oneOf", "allOf"):
-        beside = schema.keys() - ANNOTATIONS - {keyword, "type" if keyword != "$ref" else keyword}
-        if keyword in schema and beside:
-            return f"'{min(beside)}' beside '{keyword}'"
+    asked = {key for key in schema if key not in ANNOTATIONS and schema[key] is not False}
+    form = next((keyword for keyword in ALONE if keyword in asked), None)
+    if form is not None:
+        allowed = frozenset({form})
+    elif {"enum", "const"} & asked:
+        form, allowed = min({"enum", "const"} & asked), frozenset({"enum", "const", "type"})
+    else:
+        allowed = frozenset({"type"}).union(*(FOLLOWED.get(kind, frozenset()) for kind in _types(schema)))
+    beside = asked - allowed - {"additionalProperties", "unevaluatedProperties"}
+    if beside:
+        return f"'{min(beside)}'" + (f" beside '{form}'" if form else f" in a schema of {_of_types(schema)}")
     if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
         return "'allOf' of several schemas"
     if not str(schema.get("$ref", "#")).startswith("#"):
@@ -201,8 +222,21 @@ def _unsupported(schema: Mapping[str, Any]) -> str:
     return _unsupported_string(schema) or _unsupported_object(schema)
 
 
+def _types(schema: Mapping[str, Any]) -> list[str]:
+    """The types that a schema names, or shows by its keywords."""
+    named = schema.get("type")
+    if named is None:
+        shown = {"properties": "object", "patternProperties": "object", "items": "array", "prefixItems": "array"}
+        return sorted({kind for keyword, kind in shown.items() if keyword in schema})
+    return [str(kind) for kind in (named if isinstance(named, list) else [named])]
+
+
+def _of_types(schema: Mapping[str, Any]) -> str:
+    return " or ".join(f"type '{kind}'" for kind in _types(schema)) or "no type"
+
+
 def _unsupported_string(schema: Mapping[str, Any]) -> str:
-    is_string = schema.get("type", "string") == "string"
+    is_string = "string" in _types(schema)
     if is_string and isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
         return f"the format '{schema['format']}'"
     if {"pattern", "format"} & schema.keys() and {"minLength", "maxLength"} & schema.keys():
@@ -221,6 +255,6 @@ def _unsupported_object(schema: Mapping[str, Any]) -> str:
     if "propertyNames" in schema and "properties" in schema:
         return "'propertyNames' beside 'properties'"
     required, properties = schema.get("required"), schema.get("properties")
-    if isinstance(required, list) and isinstance(properties, Mapping) and set(map(str, required)) - set(properties):
+    if isinstance(required, list) and set(map(str, required)) - set(properties or {}):
         return "a required property that is not among the 'properties'"
     return ""

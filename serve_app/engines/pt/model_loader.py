@@ -65,6 +65,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
         use_grouped_attention()
         pack_linears(model, copy_tied=config.max_memory is None)
         if not _can_run(model):  # Its code reads a linear layer's weight behind the layer's back.
+            del model  # Before the second one is there.
             model = _read_weights(config, options)
     return LoadedModel(
         model, tokenizer, _input_device(model), max_model_len, _eos_ids(model, tokenizer), device_map, offload

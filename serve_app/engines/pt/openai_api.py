@@ -224,11 +224,11 @@ class _Endpoints:
         arrived: asyncio.Queue[tuple[int, Part] | Exception] = asyncio.Queue()
 
         async def follow(index: int, prompt: list[int], params: SamplingParams) -> None:
-            reader = self._reader(job, prompt)
-            text = self._generator.generate(
-                prompt, params, job.request.stop_strings, skip_special_tokens=not reader.needs_special_tokens
-            )
             try:
+                reader = self._reader(job, prompt)
+                text = self._generator.generate(
+                    prompt, params, job.request.stop_strings, skip_special_tokens=not reader.needs_special_tokens
+                )
                 async with aclosing(text) as pieces:
                     async for piece in pieces:
                         arrived.put_nowait((index, Part.read(piece, reader)))

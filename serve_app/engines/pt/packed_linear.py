@@ -64,8 +64,10 @@ def pack_linears(model: nn.Module, copy_tied: bool) -> int:
     shared = {id(parameter) for module in model.modules() if not _is_plain(module) for parameter in _own(module)}
     packed: dict[int, torch.Tensor] = {}
     replaced = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+    # Only the parents are held, and one child at a time: the plain weight must go when its packed one is there.
+    for parent in [module for module in model.modules() if not _is_plain(module)]:
+        for name in [name for name, _ in parent.named_children()]:
+            child = getattr(parent, name)
             if not _is_plain(child):
                 continue
             key = id(child.weight)

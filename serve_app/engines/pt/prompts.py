@@ -1,6 +1,7 @@
 """Prompts: from messages or text to token ids that fit the model."""
 
 import inspect
+import json
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,8 @@ class Prompts:
                     f"'chat_template_kwargs.{name}' is not a variable of the template.", param="chat_template_kwargs"
                 )
         conversation = asked.conversation()
-        self._check_characters(sum(len(message["content"] or "") for message in conversation), "messages")
+        shown = [conversation, asked.offered_tools, asked.chat_template_kwargs]
+        self._check_characters(len(json.dumps(shown, ensure_ascii=False, default=str)), "messages")
         if tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template. Use /v1/completions, or set chat_template in its config.",

@@ -217,8 +217,8 @@ class ChatRequest(_Request):
     def grammar(self) -> GrammarSpec | None:
         """The output format, or that of the calls that `tool_choice` forces."""
         if self.named_tool is not None:
-            tool = next(tool for tool in self.offered_tools if tool["function"]["name"] == self.named_tool)
-            return GrammarSpec("json_schema", json.dumps(parameters_of(tool)), "tools")
+            named = [tool for tool in self.offered_tools if tool["function"]["name"] == self.named_tool]
+            return GrammarSpec("json_schema", json.dumps(parameters_of(named[0])), "tools") if named else None
         if self.tool_choice == "required":
             return GrammarSpec("json_schema", json.dumps(call_list_schema(self.offered_tools, self.parallel)), "tools")
         return super().grammar

@@ -265,6 +265,6 @@ def new_call_id() -> str:
 
 
 def _call(index: int, function: Mapping[str, Any]) -> ToolCall:
-    arguments = function["arguments"]
+    arguments = function.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return ToolCall(index, new_call_id(), str(function["name"]), text)

@@ -50,7 +50,9 @@ async def test_every_field_of_a_wrong_type(client: httpx.AsyncClient) -> None:
         assert reply.status_code in (200, 400, 404), f"{payload}: {reply.text}"
         if reply.status_code != 200:
             refused += 1
-            assert reply.json()["error"]["message"], payload
+            error = reply.json()["error"]
+            assert error["message"], payload
+            assert error["param"] or "JSON" in error["message"], f"{payload}: {error}"
     assert refused > 200
     assert await good(client) < FACTOR * usual
 

@@ -1,5 +1,7 @@
 """Packed layers compute what plain ones do, and nothing is packed that must not be."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,22 @@ def test_a_tied_head_is_copied_only_when_asked(copy_tied: bool) -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     pack_linears(model, copy_tied)
     assert isinstance(model.get_output_embeddings(), PackedLinear if copy_tied else PlainLinear)
+
+
+def test_a_plain_weight_goes_when_its_packed_one_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a model would need twice its memory while it loads."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    weights = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+
+    def count(*args: object) -> object:
+        alive.append(sum(weight() is not None for weight in weights))
+        return reorder(*args)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", count)
+    pack_linears(model, copy_tied=True)
+    assert alive == [6, 5, 4, 3, 2, 1]
 
 
 def test_layers_that_move_are_left_alone() -> None:

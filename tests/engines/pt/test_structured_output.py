@@ -96,7 +96,7 @@ async def test_the_completions_endpoint_takes_them_too(client: httpx.AsyncClient
         (
             {"response_format": schema_format({"properties": {"x": {"type": "integer", "multipleOf": 5}}})},
             "response_format",
-            "cannot enforce the keyword 'multipleOf'",
+            "cannot enforce 'multipleOf'",
         ),
         ({"structured_outputs": {"regex": "(ab"}}, "structured_outputs", "parenthesis is not closed"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs", "Lookahead is not supported"),
@@ -117,6 +117,12 @@ async def test_the_completions_endpoint_takes_them_too(client: httpx.AsyncClient
         ),
         ({"tool_choice": "required"}, "tool_choice", "no tools to choose from"),
         ({"tools": [WEATHER]}, "tool_choice", "needs a model whose tokenizer"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "no tools to choose from"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "nope"}}},
+            "tool_choice",
+            "there is no tool 'nope'",
+        ),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "'tools[0].function.name'"),
     ],
 )
@@ -141,6 +147,11 @@ async def test_what_cannot_be_followed_is_refused(
         ({"properties": {"a": {}}, "required": ["zz"]}, "not among the 'properties'"),
         ({"$ref": "http://x.y/z"}, "another document"),
         ({"const": 10**29}, "15 digits"),
+        ({"type": "object", "required": ["a"]}, "not among the 'properties'"),
+        ({"type": "integer", "allOf": [{"maximum": 3}]}, "'type' beside 'allOf'"),
+        ({"minimum": 5}, "'minimum' in a schema of no type"),
+        ({"type": "integer", "enum": [300], "maximum": 2}, "'maximum' beside 'enum'"),
+        ({"type": "string", "contentEncoding": "base64"}, "'contentEncoding'"),
         ({"type": "string", "format": "postcode"}, "the format 'postcode'"),
     ],
 )
@@ -157,6 +168,17 @@ async def test_keywords_that_ask_for_nothing_are_taken(client: httpx.AsyncClient
     schema = {"type": "array", "items": {"type": "integer", "format": "int32"}, "uniqueItems": False, "maxItems": 2}
     reply = await client.post("/v1/chat/completions", json=chat(response_format=schema_format(schema), max_tokens=20))
     assert reply.status_code == 200, reply.text
+
+
+async def test_a_regex_that_explodes_ends_itself_too(client: httpx.AsyncClient) -> None:
+    """26 characters that compile at once, and cost seconds a token after a while."""
+    ends = (await client.post("/tokenize", json={"prompt": "<|im_end|>", "add_special_tokens": False})).json()["tokens"]
+    body = chat(
+        structured_outputs={"regex": "((a{1,200}){1,200}){1,200}"}, logit_bias={str(ends[0]): -100}, max_tokens=1500
+    )
+    slow, plain = await asyncio.gather(client.post("/v1/chat/completions", json=body), content(client))
+    assert plain == ANSWERS["Hello"]
+    assert (slow.status_code, "too long to follow" in slow.text) == (400, True), slow.text[:200]
 
 
 async def test_an_ambiguous_grammar_ends_itself_and_not_the_others(client: httpx.AsyncClient) -> None:

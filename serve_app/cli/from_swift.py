@@ -1,0 +1,318 @@
+"""`serve-app from-swift`: a Serve config file from a `swift deploy` command line of ms-swift 4.
+
+What carries over becomes `args` of one model. Every other argument gets a note that says why, and what to use instead.
+"""
+
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from serve_app.cli.swift_command import (
+    HANDLED,
+    KNOWN,
+    MORE,
+    NOT_WITH_PT,
+    NOT_WITH_VLLM,
+    REASONS,
+    SECRET,
+    TARGETS,
+    SwiftCommand,
+    parse,
+    read_flag,
+    read_mapping,
+    read_number,
+)
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError, nearest
+
+# swift's own defaults.
+DEFAULT_HOST = "0.0.0.0"  # noqa: S104
+DEFAULT_PORT = 8000
+
+# swift's `infer_backend` → ours.
+BACKENDS = {"pt": "pt", "transformers": "pt", "vllm": "vllm", "sglang": "vllm", "lmdeploy": "vllm"}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One model: its name for clients, its `args`, the address, and a note for each thing that did not carry over."""
+
+    name: str
+    args: Mapping[str, Any]
+    http_host: str
+    http_port: int
+    notes: tuple[str, ...]
+
+
+def from_swift(command: str) -> int:
+    """Prints the config file that `command` stands for and returns 0. Raises ConfigError for another command."""
+    print(as_yaml(translate(command)), end="")
+    return 0
+
+
+def translate(command: str) -> Translation:
+    """What a `swift deploy` command means here. Raises ConfigError when it is none, or names no model."""
+    parsed = parse(command)
+    swift_backend = parsed.one("infer_backend", "transformers")
+    if swift_backend not in BACKENDS:
+        raise ConfigError(f"--infer_backend: unknown '{swift_backend}'. swift has {', '.join(BACKENDS)}.")
+    draft = _Draft({"model": _model(parsed), "infer_backend": BACKENDS[swift_backend]}, list(parsed.notes))
+    if swift_backend in ("sglang", "lmdeploy"):
+        draft.note(f"--infer_backend {swift_backend}: is not here. The nearest is vllm, which is set instead.")
+    _add_arguments(draft, parsed, swift_backend)
+    _add_variables(draft, parsed.variables)
+    _add_differences(draft, parsed)
+    name = _name(draft, parsed)
+    host, port = _address(draft, parsed)
+    return Translation(name, draft.args, host, port, tuple(draft.notes))
+
+
+# --- what becomes of each argument -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Draft:
+    """The args so far. They are always ones that ModelConfig accepts."""
+
+    args: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def backend(self) -> str:
+        return str(self.args["infer_backend"])
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def put(self, source: str, path: str, value: Any) -> bool:
+        """Sets a field, by dots below `engine_args`, or leaves a note where it is taken or ModelConfig refuses it."""
+        first, *keys = path.split(".")
+        if not keys and first in self.args:
+            self.note(f"{source}: {first} is {self.args[first]} already, from another argument.")
+            return False
+        for key in reversed(keys):
+            value = {key: value}
+        changed = self.args | {first: _merged(self.args.get(first, {}), value) if keys else value}
+        try:
+            ModelConfig.from_args(changed)
+        except ConfigError as error:
+            reason = " ".join(str(error).split()).removeprefix(f"{path}: ").removeprefix(f"{first}: ")
+            more = MORE.get(first, "") if self.backend == "vllm" else ""
+            self.note(f"{source}: {reason} {more}".strip())
+            return False
+        self.args = changed
+        return True
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _shown(name: str, words: tuple[str, ...]) -> str:
+    """The argument as it was given, shortened, without secrets."""
+    value = "…" if name in SECRET else textwrap.shorten(" ".join(words), 60, placeholder=" …")
+    return f"--{name} {value}".strip()
+
+
+def _model(parsed: SwiftCommand) -> str:
+    model = parsed.one("model", "")
+    if not model:
+        by_adapter = "adapters" in parsed.arguments
+        hint = " swift reads it from the adapter's args.json, which is not read here." if by_adapter else ""
+        raise ConfigError(f"the command has no --model.{hint} Add --model with a folder or a Hugging Face id.")
+    return model
+
+
+def _add_arguments(draft: _Draft, parsed: SwiftCommand, swift_backend: str) -> None:
+    ordered = [name for name in TARGETS if name in parsed.arguments]
+    ordered += [name for name in parsed.arguments if name not in TARGETS and name not in HANDLED]
+    for name in ordered:
+        words = parsed.arguments[name]
+        if not _is_idle(draft, name, words, swift_backend):
+            _add_argument(draft, name, words)
+    name = "vllm_engine_kwargs"
+    if name in parsed.arguments and not _is_idle(draft, name, parsed.arguments[name], swift_backend):
+        for key, value in read_mapping(name, parsed.arguments[name]).items():
+            own = key in ModelConfig.model_fields
+            draft.put(f"--{name} {key}", key if own else f"engine_args.{key}", value)
+
+
+def _is_idle(draft: _Draft, name: str, words: tuple[str, ...], swift_backend: str) -> bool:
+    """Notes and drops an argument of a backend of swift's other than the chosen one."""
+    owner = name.partition("_")[0]
+    if owner not in ("vllm", "sglang", "lmdeploy") or owner == swift_backend or name not in KNOWN:
+        return False
+    draft.note(f"{_shown(name, words)}: counts only with infer_backend: {owner}. swift ignores it in silence too.")
+    return True
+
+
+def _add_argument(draft: _Draft, name: str, words: tuple[str, ...]) -> None:
+    shown = _shown(name, words)
+    refused = (NOT_WITH_PT if draft.backend == "pt" else NOT_WITH_VLLM).get(name) or REASONS.get(name)
+    if refused:
+        draft.note(f"{shown}: {refused}")
+        return
+    if name not in TARGETS:
+        draft.note(f"{shown}: swift deploy 4 has no such argument.{nearest(name, KNOWN)}")
+        return
+    path, read = TARGETS[name]
+    value = read(name, words)
+    if name == "device_map" and draft.backend == "pt" and str(value).startswith(("cpu", "cuda")):
+        _add_single_device(draft, shown, str(value))
+        return
+    if name == "max_batch_size" and value < 0:
+        draft.note(f"{shown}: without a limit is not possible. max_num_seqs is 32 unless you set it.")
+        return
+    is_set = draft.put(shown, path, value)
+    if is_set and name == "max_model_len" and draft.backend == "vllm":
+        draft.note(f"{shown}: carries over, and bounds vLLM here. swift gives vLLM only --vllm_max_model_len.")
+
+
+def _add_single_device(draft: _Draft, shown: str, device: str) -> None:
+    if device == "cpu":
+        draft.put(shown, "device", "cpu")
+        return
+    draft.note(f"{shown}: a model takes one GPU unless told otherwise, and Ray chooses which.")
+
+
+def _add_variables(draft: _Draft, variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        if name == "CUDA_VISIBLE_DEVICES":
+            _add_visible_gpus(draft, value)
+        elif name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            draft.note(f"{name}: is torchrun's. swift deploy does not use it, and Ray starts the processes here.")
+        elif name == "USE_HF":
+            draft.note(f"{name}: {REASONS['use_hf']}")
+        else:
+            draft.note(
+                f"{name}: environment variables do not carry over. Set it where Ray starts, or in this model's "
+                f"application under runtime_env: {{env_vars: {{{name}: …}}}}."
+            )
+
+
+def _add_visible_gpus(draft: _Draft, value: str) -> None:
+    gpus = [item for item in value.split(",") if item.strip()]
+    shown = f"CUDA_VISIBLE_DEVICES={value}"
+    if gpus in ([], ["-1"]):
+        if draft.args.get("device") != "cpu":
+            draft.put(shown, "device", "cpu")
+        return
+    config = ModelConfig.from_args(draft.args)
+    if config.device == "cpu":
+        draft.note(f"{shown}: no GPU is used with device: cpu.")
+        return
+    if len(gpus) > 1 and config.infer_backend == "pt" and not config.gpu_indices:
+        draft.put(shown, "num_gpus", len(gpus))
+    if config.infer_backend == "vllm" and len(gpus) > (config.tensor_parallel_size or 1):
+        draft.note(f"{shown}: vLLM takes tensor_parallel_size GPUs, which is {config.tensor_parallel_size or 1}.")
+    draft.note(
+        f"{shown}: Ray chooses the cards. To keep it to these, set the variable where Ray starts; to choose by index, "
+        "start the node with `serve-app node-resources`."
+    )
+
+
+def _add_differences(draft: _Draft, parsed: SwiftCommand) -> None:
+    """Notes on what swift does by default and this project does not."""
+    model, config = draft.args["model"], ModelConfig.from_args(draft.args)
+    if model.startswith(("/", ".", "~")):
+        draft.note(
+            f"model {model}: write a local folder as an absolute path. swift also reads an args.json in it (template, "
+            "system prompt, …); that is not read here."
+        )
+    elif not _uses_hugging_face(parsed):
+        draft.note(
+            f"model {model}: swift downloads from ModelScope, this project from Hugging Face. If it is a local folder, "
+            "write its absolute path."
+        )
+    if draft.args.get("revision") == "master":
+        draft.note("--model_revision master: is ModelScope's name. The branch on Hugging Face is called main.")
+    draft.note("swift runs Python code of a checkpoint unasked. Here that needs trust_remote_code: true.")
+    on_one_gpu = config.device == "cuda" and not config.gpu_indices and not config.num_gpus
+    if config.infer_backend == "pt" and on_one_gpu and "CUDA_VISIBLE_DEVICES" not in parsed.variables:
+        draft.note("swift spreads a transformers model over all GPUs it sees. Here it takes one: set num_gpus.")
+
+
+def _uses_hugging_face(parsed: SwiftCommand) -> bool:
+    variable = parsed.variables.get("USE_HF", "0")
+    return read_flag("use_hf", parsed.arguments.get("use_hf", (variable,)))
+
+
+def _name(draft: _Draft, parsed: SwiftCommand) -> str:
+    """The application's name, which clients send as `model`; by default the end of the model's path, as in swift."""
+    wanted = parsed.one("served_model_name", "") or draft.args["model"].rstrip("/").rpartition("/")[2]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip(".-") or "model"
+    if name == "router":
+        name = "router-model"
+    if name != wanted:
+        draft.note(
+            f"the name '{wanted}' became '{name}': it is part of a route and of file names. Clients send '{name}'."
+        )
+    return name
+
+
+def _address(draft: _Draft, parsed: SwiftCommand) -> tuple[str, int]:
+    host = parsed.one("host", DEFAULT_HOST)
+    port = int(read_number("port", (parsed.one("port", str(DEFAULT_PORT)),)))
+    if "api_key" in parsed.arguments:
+        draft.note(
+            "--api_key …: no key is checked here, so the server listens on 127.0.0.1 only. Put a gateway that checks "
+            "keys in front, and then set the host."
+        )
+        host = "127.0.0.1"
+    return host, port
+
+
+# --- printing ----------------------------------------------------------------------------------------------------
+
+
+class _Inline(dict[Any, Any]):
+    """A mapping to print on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Prints `_Inline` on one line."""
+
+
+_Dumper.add_representer(
+    _Inline, lambda dumper, value: dumper.represent_mapping("tag:yaml.org,2002:map", value.items(), flow_style=True)
+)
+
+
+def as_yaml(translation: Translation) -> str:
+    """The Serve config file, with the notes as comments at its top."""
+    args = {key: _Inline(value) if key == "max_memory" else value for key, value in translation.args.items()}
+    top = {
+        "http_options": {"host": translation.http_host, "port": translation.http_port},
+        "controller_options": {
+            "runtime_env": {"env_vars": {"RAY_SERVE_LOG_TO_STDERR": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}}
+        },
+    }
+    router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
+    model = {
+        "name": translation.name,
+        "import_path": "serve_app.app:model",
+        "route_prefix": f"/models/{translation.name}",
+        "args": args,
+    }
+    parts = (_header(translation.notes), _dump(top), "applications:\n" + _dump([router]), _dump([model]))
+    return "\n".join(parts)
+
+
+def _header(notes: tuple[str, ...]) -> str:
+    lines = ["Made by `serve-app from-swift`. Ask `serve-app check` before you serve it."]
+    if notes:
+        lines.append("What is different from swift, or did not carry over:")
+    for note in notes:
+        printable = "".join(char if char.isprintable() else " " for char in note)
+        lines += textwrap.wrap(printable, 116, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _dump(value: object) -> str:
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
