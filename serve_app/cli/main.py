@@ -84,6 +84,9 @@ def _add_plan(commands: Any) -> None:
     planning.add_argument(
         "--address", help="plan for this Ray cluster; by default the one that runs here, else this machine"
     )
+    planning.add_argument(
+        "--write", type=Path, metavar="OUT", help="write the file with what was chosen, comments kept"
+    )
     planning.add_argument("--json", action="store_true", help="print data instead of a table")
     one = planning.add_argument_group("one model without a file")
     one.add_argument("--model", help="a local folder or a Hugging Face id")

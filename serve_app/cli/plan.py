@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from serve_app.cli.write_plan import write_plan
 from serve_app.config import ModelConfig, read_applications
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
@@ -28,6 +29,10 @@ def plan(options: argparse.Namespace) -> int:
     inventory = _inventory(options)
     made = with_fixes(make_plan(requests, inventory), requests, inventory)
     print(json.dumps(made.to_json(), indent=1) if options.json else report(made))
+    if options.write is not None:
+        if options.config is None:
+            raise ConfigError("plan: --write needs a config file to copy.")
+        write_plan(made, options.config, options.write)
     return 0 if made.fits else 1
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 
 from serve_app.config import parse_bytes
 from serve_app.errors import ConfigError, nearest
+from serve_app.facts.nodes import node_from_resources
 
 GIB = 2**30
 # Memory as NVML tells it, in MiB, of cards that people name without a size.
@@ -153,14 +154,32 @@ def local_inventory(node: str = "n1") -> Inventory:
 
 
 def ray_inventory() -> Inventory:
-    """All living nodes of the cluster that this process is connected to: each is asked by a task of its own."""
+    """All living nodes of the cluster that this process is connected to.
+
+    A node that advertises its memory by index is taken at its word; every other is asked by a task of its own.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
     ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
-    tasks = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(f"n{number}")
-        for number, node in enumerate(alive, 1)
-    ]
-    return Inventory(tuple(device for part in ray.get(tasks, timeout=60) for device in part.devices))
+    parts: list[Inventory] = []
+    tasks = []
+    for number, node in enumerate((node for node in ray.nodes() if node["Alive"]), 1):
+        by_index = node_from_resources(f"n{number}", node["Resources"]).vram_gib
+        if by_index:
+            parts.append(Inventory(tuple(_advertised(f"n{number}", index, size) for index, size in by_index.items())))
+        else:
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            tasks.append(ask.options(scheduling_strategy=where).remote(f"n{number}"))
+    parts += ray.get(tasks, timeout=60)
+    return Inventory(tuple(device for part in parts for device in part.devices))
+
+
+def _advertised(node: str, index: int, gib: float) -> Device:
+    size = int(gib * GIB)
+    return Device(node, index, "GPU by index", size, size)
+
+
+def as_empty(inventory: Inventory) -> Inventory:
+    """The same devices with nothing on them: what runs there now may be what is about to be replaced."""
+    return Inventory(tuple(replace(device, free_bytes=device.total_bytes) for device in inventory.devices))

@@ -99,7 +99,7 @@ def fit_vllm(
     ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context) for each, _ in devices)
     full = cache // per_request
     return ModelPlan(
-        request.name, 0, "vllm", tuple(reasons), tp, request.max_model_len, per_request,
+        request.name, request.config, 0, "vllm", tuple(reasons), tp, request.max_model_len, per_request,
         kv_tokens=full * request.max_model_len, max_full_length_requests=full, ranks=ranks,
     )  # fmt: skip
 
@@ -196,7 +196,7 @@ def _pt_plan(
         ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers))
     whole = Part(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
     return ModelPlan(
-        request.name, 0, "pt", tuple(reasons), 1, request.max_model_len,
+        request.name, request.config, 0, "pt", tuple(reasons), 1, request.max_model_len,
         kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
         kv_tokens=tokens,
         max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),

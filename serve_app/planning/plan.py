@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device
 from serve_app.planning.memory import ZERO, Figure
 
@@ -38,9 +39,13 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One replica of one model, placed. `kv_bytes_per_request` is for one request of `max_model_len`, per rank."""
+    """One replica of one model, placed. `kv_bytes_per_request` is for one request of `max_model_len`, per rank.
+
+    `config` is the model's, with the backend that was chosen.
+    """
 
     name: str
+    config: ModelConfig
     replica: int
     backend: str
     reasons: tuple[str, ...]

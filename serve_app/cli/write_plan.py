@@ -1,0 +1,41 @@
+"""`serve-app plan --write`: a copy of the config file with what the plan chose, comments kept."""
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from serve_app.errors import ConfigError
+from serve_app.planning.plan import Plan
+from serve_app.planning.settle import pinned
+
+
+def write_plan(made: Plan, source: Path, target: Path) -> None:
+    """Writes `target`. Raises ConfigError when the plan does not fit, or the file cannot be written."""
+    if not made.fits:
+        raise ConfigError("plan: nothing is written, since not everything fits.")
+    if source.resolve() == target.resolve():
+        raise ConfigError(f"plan: --write {target} is the file that was read. Name another one.")
+    try:
+        target.write_text(pinned_text(made, source.read_text()))
+    except OSError as error:
+        raise ConfigError(f"{target}: {error.strerror}.") from None
+
+
+def pinned_text(made: Plan, text: str) -> str:
+    """The config file with the chosen fields in each model's `args`."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 1000
+    document = yaml.load(text)
+    chosen = {model.name: pinned(model) for model in made.models}
+    for application in document["applications"]:
+        if application.get("name") in chosen:
+            arguments: Any = application.setdefault("args", CommentedMap())
+            for field, value in chosen[application["name"]].items():
+                arguments[field] = value
+    out = StringIO()
+    yaml.dump(document, out)
+    return out.getvalue()

@@ -1,0 +1,109 @@
+"""`serve-app plan` as a user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serve_app.cli.main import main
+from serve_app.config import ModelConfig
+from tests.planning.requests import CONFIGS
+
+GIB = 2**30
+FILE = """\
+# our two boxes
+applications:
+- {name: router, import_path: "serve_app.app:router", route_prefix: /}
+- name: q
+  import_path: serve_app.app:model
+  route_prefix: /models/q
+  args:
+    model: CONFIG            # a comment that must stay
+    infer_backend: auto
+    max_model_len: 4096
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A config file with one model."""
+    path = tmp_path / "serve.yaml"
+    path.write_text(FILE.replace("CONFIG", str(CONFIGS / "qwen2-7b")))
+    return path
+
+
+def test_the_table_tells_shares_reasons_and_room(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reader sees what goes where, why, and for how many requests."""
+    assert main(["plan", str(file), "--gpus", "8GiB,24GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "n1:1       q                            14.19" in out
+    assert "because vLLM is the faster engine" in out
+    assert "15 requests of 4096 tokens" not in out
+    assert "requests of 4096 tokens at once, 224.0 MiB each on a rank" in out
+    assert out.rstrip().endswith("Everything fits.")
+
+
+def test_json_has_the_documented_fields(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For scripts; the parts of a share add up to it."""
+    assert main(["plan", str(file), "--gpus", "2x12GiB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    (model,) = plan["models"]
+    assert (plan["fits"], model["backend"], model["tensor_parallel_size"]) == (True, "vllm", 2)
+    for rank, gpu in zip(model["ranks"], plan["gpus"], strict=True):
+        terms = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "graph_bytes", "context_bytes")
+        assert sum(rank[term] for term in terms) == rank["share_bytes"] == gpu["planned_bytes"]
+        assert gpu["spare_bytes"] == gpu["free_bytes"] - gpu["planned_bytes"]
+        assert (rank["gpu"], rank["certainty"]["weights"]) == (gpu["id"], "exact")
+
+
+def test_what_does_not_fit_exits_1_with_the_line_that_cures_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exact line of YAML."""
+    assert main(["plan", str(file), "--gpus", "8GiB"]) == 1
+    out = capsys.readouterr().out
+    assert "PROBLEM q: needs" in out
+    assert "smallest fix: one more GPU of 16GiB on the node" in out
+
+
+def test_write_pins_what_was_chosen(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Comments stay, and the config is one that the engine takes; planned again it is the same."""
+    out = tmp_path / "out.yaml"
+    assert main(["plan", str(file), "--gpus", "2x12GiB", "--write", str(out)]) == 0
+    first = capsys.readouterr().out
+    text = out.read_text()
+    assert "# our two boxes" in text
+    assert "# a comment that must stay" in text
+    config = ModelConfig.from_args(yaml.safe_load(text)["applications"][1]["args"])
+    assert (config.infer_backend, config.tensor_parallel_size, config.max_model_len) == ("vllm", 2, 4096)
+    assert 0 < config.engine_args["gpu_memory_utilization"] <= 1
+    assert main(["plan", str(out), "--gpus", "2x12GiB"]) == 0
+    again = capsys.readouterr().out
+
+    def share(text: str) -> list[str]:
+        return next(line for line in text.splitlines() if line.startswith("n1:0  ")).split()[:3]
+
+    assert share(again) == share(first)
+
+
+def test_one_model_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the help says."""
+    arguments = ["plan", "--model", str(CONFIGS / "llama-3-70b"), "--infer-backend", "vllm", "--gpus", "8xH100"]
+    assert main([*arguments, "--tensor-parallel-size", "3"]) == 1
+    assert "smallest fix: tensor_parallel_size: 4" in capsys.readouterr().out
+    assert main([*arguments, "--tensor-parallel-size", "4", "--max-model-len", "8192"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan"], "name a Serve config file"),
+        (["plan", "--model", "serve-app/demo", "--gpus", "8gb"], "Write 8GB"),
+        (["plan", "/nowhere.yaml", "--gpus", "8GiB"], "No such file"),
+        (["plan", "--model", "serve-app/demo", "--max-memory", "{0: 3gb}", "--gpus", "8GiB"], "Write 3GB"),
+        (["plan", "--model", "serve-app/demo", "--gpus", "8GiB", "--inventory", "x"], "not both"),
+    ],
+)
+def test_wrong_input_exits_2(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what and where."""
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Shapes and tensors are read from config.json and headers alone."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from serve_app.errors import ConfigError
+from serve_app.facts.architecture import read_architecture
+from serve_app.facts.checkpoint import DEMO_MODEL, read_checkpoint
+from serve_app.facts.weights import local_tensors
+
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 10,
+    "max_position_embeddings": 64,
+}
+
+
+def test_the_demo_model_is_read_without_loading_it() -> None:
+    """Its tensors are as large as its file, less the header."""
+    checkpoint = read_checkpoint(DEMO_MODEL)
+    assert checkpoint.architecture.model_type == "llama"
+    from serve_app.demo import MODEL_DIR
+
+    (file,) = MODEL_DIR.glob("*.safetensors")
+    header = 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
+    assert sum(tensor.bytes_as(None) for tensor in checkpoint.tensors) == file.stat().st_size - header
+
+
+def test_an_index_decides_which_files_count(tmp_path: Path) -> None:
+    """A stray file beside them is not loaded, so it is not counted."""
+    for name in ("a", "b", "stray"):
+        save_file({f"{name}.weight": torch.zeros(2, 3)}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {"a.weight": "a.safetensors", "b.weight": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [tensor.name for tensor in local_tensors(tmp_path)] == ["a.weight", "b.weight"]
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ConfigError, match="named by the index and is not there"):
+        local_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20, struct.pack("<Q", 5) + b"{bad}"])
+def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
+    """Instead of a traceback."""
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is no safetensors file"):
+        local_tensors(tmp_path)
+
+
+def test_without_weights_the_config_makes_the_tensors(tmp_path: Path) -> None:
+    """On the meta device."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | {"tie_word_embeddings": True}))
+    checkpoint = read_checkpoint(str(tmp_path))
+    assert {tensor.shape for tensor in checkpoint.tensors if "embed" in tensor.name} == {(10, 8)}
+
+
+def test_quantised_tensors_keep_their_bytes(tmp_path: Path) -> None:
+    """Floats are loaded in the model's type; packed integers stay as they are."""
+    tensors = {"q.qweight": torch.zeros(4, 4, dtype=torch.int32), "n.weight": torch.zeros(4, dtype=torch.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert sorted(tensor.bytes_as(2) for tensor in local_tensors(tmp_path)) == [8, 64]
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        ({}, "ff"),
+        ({"sliding_window": 16}, "ff"),
+        ({"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, "fs"),
+        ({"model_type": "mistral", "sliding_window": 16}, "ss"),
+        ({"model_type": "gemma2", "sliding_window": 16}, "sf"),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}, "sf"),
+        ({"model_type": "qwen3_next", "full_attention_interval": 2}, "lf"),
+        ({"model_type": "deepseek_v2"}, "mm"),
+    ],
+)
+def test_the_kinds_of_layers(change: dict[str, object], kinds: str) -> None:
+    """By `layer_types`, or by each family's older fields."""
+    assert "".join(kind[0] for kind in read_architecture(QWEN | change, "x").layers) == kinds
+
+
+def test_an_unknown_architecture_is_refused_by_name() -> None:
+    """A guess would be a number out of thin air."""
+    with pytest.raises(ConfigError, match="does not know the architecture 'rwkv'"):
+        read_architecture(QWEN | {"model_type": "rwkv"}, "model: x")
+    with pytest.raises(ConfigError, match="has no 'hidden_size'"):
+        read_architecture({"model_type": "llama"}, "model: x")

@@ -1,0 +1,72 @@
+"""What GPUs people name, and what files say of nodes."""
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.errors import ConfigError
+from serve_app.facts.inventory import as_empty, parse_gpus, read_inventory
+
+GIB = 2**30
+
+
+def test_sizes_counts_names_and_nodes() -> None:
+    """All ways to write a GPU, in one line."""
+    inventory = parse_gpus("8GiB,24GiB; 2xA100-80GB, RTX 3090")
+    assert [(device.id, device.total_bytes // 2**20) for device in inventory.gpus] == [
+        ("n1:0", 8192),
+        ("n1:1", 24576),
+        ("n2:0", 81920),
+        ("n2:1", 81920),
+        ("n2:2", 24576),
+    ]
+    assert [len(gpus) for gpus in inventory.node_gpus().values()] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no GPU"),
+        ("8gb", "unknown unit 'gb' in '8gb'. Write 8GB"),
+        ("A100-80", "Did you mean 'A100-80GB'"),
+        ("0x8GiB", "must be 1 to 1024"),
+        ("24", "has no unit"),
+    ],
+)
+def test_what_is_no_gpu_is_named(text: str, words: str) -> None:
+    """With what to write instead."""
+    with pytest.raises(ConfigError, match=words):
+        parse_gpus(text)
+
+
+def test_a_file_says_what_is_free(tmp_path: Path) -> None:
+    """By node, with host memory."""
+    file = tmp_path / "inventory.yaml"
+    file.write_text(
+        "nodes:\n- name: box\n  memory: 64GiB\n  gpus:\n  - {name: RTX3090, free: 20GiB}\n  - {total: 8GiB}\n"
+    )
+    inventory = read_inventory(file)
+    assert [(device.id, device.free_bytes // GIB) for device in inventory.devices] == [
+        ("box:0", 20),
+        ("box:1", 8),
+        ("box:cpu", 64),
+    ]
+    assert [device.free_bytes // GIB for device in as_empty(inventory).gpus] == [24, 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nodes: []", "no list of 'nodes'"),
+        ("nodes: [{gpu: []}]", r"nodes\[0\]: expected name"),
+        ("nodes: [{gpus: [{total: 8GiB, free: 9GiB}]}]", r"gpus\[0\]: free is more than total"),
+        ("nodes: [{gpus: [{total: 8gb}]}]", "Write 8GB"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_says_where(tmp_path: Path, text: str, words: str) -> None:
+    """The place and the problem."""
+    file = tmp_path / "inventory.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_inventory(file)
