@@ -2,7 +2,7 @@
 
     python -m benchmarks.planner [--models 200] [--nodes 125]
 
-Qwen2-7B's shape under every name, `infer_backend: auto`, nodes of 8 GPUs: half of them A10G, half 4 × 16 and 4 × 24 GiB.
+Qwen2-7B's shape under every name, `infer_backend: auto`, nodes of 8 GPUs: half A10G, half 4 × 16 and 4 × 24 GiB.
 Prints the milliseconds of planning, of which the best and the median of five runs, without reading the checkpoint.
 """
 

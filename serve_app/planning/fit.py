@@ -1,7 +1,7 @@
 """Does one replica fit on these devices, and what does it take of each? Pure arithmetic on one choice of devices."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
@@ -22,13 +22,17 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """One model of a config file with the facts of its checkpoint. `tensors` are those of the whole model."""
+    """One model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
+
+    `memo` keeps sums over the tensors: they are the same for every device and every replica.
+    """
 
     name: str
     config: ModelConfig
     architecture: Architecture
     tensors: tuple[Tensor, ...]
     replicas: int = 1
+    memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def element_bytes(self) -> int:
@@ -49,8 +53,14 @@ class ModelRequest:
     @property
     def weights(self) -> int:
         """Bytes of all weights, on one device."""
-        tensors = memory.loaded(self.tensors, self.architecture)
-        return sum(tensor.bytes_as(self.element_bytes) for tensor in tensors)
+        return self.rank_weights(1).bytes
+
+    def rank_weights(self, tp: int) -> Figure:
+        """Bytes of the weights on one of `tp` ranks of vLLM."""
+        key = (tp, self.element_bytes)
+        if key not in self.memo:
+            self.memo[key] = memory.weights_per_rank(self.tensors, self.architecture, tp, self.element_bytes)
+        return self.memo[key]
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def fit_vllm(
     arguments = {key.replace("-", "_"): value for key, value in request.config.engine_args.items()}
     batched = int(arguments.get("max_num_batched_tokens") or memory.batched_tokens(device.total_bytes if on_gpu else 0))
     rows = request.config.max_num_seqs or memory.VLLM_MAX_NUM_SEQS
-    weights = memory.weights_per_rank(request.tensors, architecture, tp, request.element_bytes)
+    weights = request.rank_weights(tp)
     activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched)
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
     context = memory.context("cuda" if on_gpu else "cpu", tp)

@@ -28,7 +28,7 @@ def test_sizes_counts_names_and_nodes() -> None:
     [
         ("", "names no GPU"),
         ("8gb", "unknown unit 'gb' in '8gb'. Write 8GB"),
-        ("A100-80", "Did you mean 'A100-80GB'"),
+        ("RTX309", "unknown card 'RTX309'"),
         ("0x8GiB", "must be 1 to 1024"),
         ("24", "has no unit"),
     ],
