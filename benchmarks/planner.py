@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from serve_app.facts.inventory import parse_gpus
 from serve_app.planning.planner import make_plan
-from tests.planning.requests import request
+from tests.planning.model_requests import request
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import yaml
 
 from serve_app.cli.main import main
 from serve_app.config import ModelConfig
-from tests.planning.requests import CONFIGS
+from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
 FILE = """\

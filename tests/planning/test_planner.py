@@ -16,7 +16,7 @@ from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.memory import reserve
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
-from tests.planning.requests import CONFIGS, request
+from tests.planning.model_requests import CONFIGS, request
 
 GIB = 2**30
 

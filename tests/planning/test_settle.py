@@ -6,7 +6,7 @@ from serve_app.errors import PlacementError
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.planning.planner import make_plan
 from serve_app.planning.settle import pinned, settle
-from tests.planning.requests import request
+from tests.planning.model_requests import request
 
 GIB = 2**30
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.planning.memory import vllm_kv_bytes_per_request, weights_per_rank
-from tests.planning.requests import CONFIGS, shape_of
+from tests.planning.model_requests import CONFIGS, shape_of
 
 NAMES = ("qwen2-7b", "llama-3-70b", "deepseek-v2-lite", "gemma3", "qwen3-next")
 SIZES = (1, 2, 4, 8)
@@ -37,7 +37,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, 
     file = tmp_path_factory.mktemp("reference") / "jobs.json"
     file.write_text(json.dumps(jobs))
     script = Path(__file__).parent / "vllm_reference.py"
-    run = subprocess.run([sys.executable, script, file], capture_output=True, text=True, timeout=240, check=False)
+    run = subprocess.run([sys.executable, "-P", script, file], capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     answers = json.loads(run.stdout)
     return {
