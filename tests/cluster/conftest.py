@@ -38,7 +38,7 @@ def broken_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(broken_folder: Path) -> Iterator[ServeRun]:
     """The running cluster, once every model serves or has failed."""
-    scaling = model("scaling", infer_backend="pt", max_num_seqs=4) | {
+    scaling = model("scaling", infer_backend="auto", max_num_seqs=4) | {
         "deployments": [
             {
                 "name": "Model",
