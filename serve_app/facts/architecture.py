@@ -52,6 +52,8 @@ class Architecture:
     linear_key_size: int = 0
     linear_value_size: int = 0
     linear_kernel: int = 0
+    # Elements of the tables of rotary position embeddings, as vLLM keeps them: positions × size, for each kind.
+    rotary_elements: int = 0
     quantization: str | None = None
     # Numbers that a tensor parallel size must divide, by what they count.
     shardable: Mapping[str, int] | None = None
@@ -131,6 +133,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -
         key_size=(text.get("qk_nope_head_dim") or 0) + (text.get("qk_rope_head_dim") or 0),
         value_size=text.get("v_head_dim") or 0,
         quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
+        rotary_elements=_rotary_elements(text, model_type, value("head_dim", hidden // heads)),
         shardable=_shardable(text, model_type, heads, intermediate),
         **{field: linear[name] for field, name in _LINEAR.items()},
     )
@@ -189,6 +192,25 @@ def _kind(text: Mapping[str, Any], model_type: str, number: int) -> LayerKind:
         first = text.get("max_window_layers", 28) if text.get("use_sliding_window") else number + 1
         return "sliding" if number >= first else "full"
     return "sliding"
+
+
+def _rotary_elements(text: Mapping[str, Any], model_type: str, head_size: int) -> int:
+    """One table for each distinct kind of rotary embedding; linear scaling multiplies its positions."""
+    if model_type in PT_ONLY:
+        return 0
+    positions = text.get("max_position_embeddings") or 0
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kinds = [kind for kind in scaling.values() if isinstance(kind, Mapping)] or [scaling]
+    if model_type == "gemma3_text" and len(kinds) == 1:
+        kinds.append({})  # The local one, which is never scaled.
+    shares = [kind["partial_rotary_factor"] for kind in (text, *kinds) if kind.get("partial_rotary_factor")]
+    size = text.get("qk_rope_head_dim") or int(head_size * (shares[0] if shares else 1.0))
+    return sum(int(positions * _linear_factor(kind)) * size for kind in kinds)
+
+
+def _linear_factor(kind: Mapping[str, Any]) -> float:
+    is_linear = (kind.get("rope_type") or kind.get("type")) == "linear"
+    return float(kind.get("factor", 1.0)) if is_linear else 1.0
 
 
 def _shardable(text: Mapping[str, Any], model_type: str, heads: int, intermediate: int) -> dict[str, int]:

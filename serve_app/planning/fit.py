@@ -1,6 +1,6 @@
 """Does one replica fit on these devices, and what does it take of each? Pure arithmetic on one choice of devices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from serve_app.config import ModelConfig
@@ -89,6 +89,7 @@ def fit_vllm(
     rows = request.config.max_num_seqs or memory.VLLM_MAX_NUM_SEQS
     weights = request.rank_weights(tp)
     activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched)
+    activation += memory.vllm_buffers(architecture, request.element_bytes)
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
     context = memory.context("cuda" if on_gpu else "cpu", tp)
     per_request = memory.vllm_kv_bytes_per_request(
@@ -150,16 +151,26 @@ def fit_pt(
             return short
         tiers = " To put a part on the CPU or the disk, which is slow, name cpu or disk in max_memory."
         return replace(short, message=short.message + tiers)
-    tokens = _most_tokens(request, at, least, rows, devices[0], Part(tuple(blocks)))
+    left = len(mapped.rest.blocks)
+
+    def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
+        more = at(tokens)
+        return more is not None and len(more.rest.blocks) <= left
+
+    tokens = _most_tokens(request, keeps, least, rows, devices[0], Part(tuple(blocks)))
     mapped = at(tokens) or mapped
     return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
 
 
 def _most_tokens(
-    request: ModelRequest, at: object, least: int, rows: int, first: tuple[Device, int], whole: Part
+    request: ModelRequest,
+    keeps: Callable[[int], bool],
+    least: int,
+    rows: int,
+    first: tuple[Device, int],
+    whole: Part,
 ) -> int:
     """The largest budget of KV cache, up to all rows at full length: by bisection, since more tokens need more room."""
-    assert callable(at)
     most = 2 * cells(rows, request.max_model_len)
     explicit = request.config.kv_cache_memory_bytes
     per_token = max(1, whole.cache(1, 0))
@@ -170,7 +181,7 @@ def _most_tokens(
     low, high = least, most
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if at(middle) is not None else (low, middle - 1)
+        low, high = (middle, high) if keeps(middle) else (low, middle - 1)
     return low
 
 

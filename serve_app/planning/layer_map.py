@@ -30,6 +30,15 @@ class Block:
     state: int = 0
 
 
+def block_number(name: str, architecture: Architecture) -> int:
+    """The block of a parameter or module, by its name. A tied head lies with the embedding."""
+    match = _LAYER.search(f"{name}.")
+    if match:
+        return int(match[1])
+    is_tied_head = architecture.tied and re.search(r"(?:^|\.)lm_head(?:\.|$)", name)
+    return -1 if is_tied_head or _FIRST.search(name) else len(architecture.layers)
+
+
 @dataclass(frozen=True)
 class Part:
     """The blocks of one device."""
@@ -59,9 +68,7 @@ def blocks_of(
     """The blocks of a model in their order. A tied head lies with the embedding."""
     weights = dict.fromkeys(range(-1, len(architecture.layers) + 1), 0)
     for tensor in loaded(tensors, architecture):
-        match = _LAYER.search(tensor.name)
-        number = int(match[1]) if match else -1 if _FIRST.search(tensor.name) else len(architecture.layers)
-        weights[number] += tensor.bytes_as(element_bytes)
+        weights[block_number(tensor.name, architecture)] += tensor.bytes_as(element_bytes)
     kv = pt_kv_bytes_per_token(architecture, kv_element_bytes)
     state = pt_state_bytes(architecture, kv_element_bytes)
     return [Block(number, size, kv.get(number, 0), state.get(number, 0)) for number, size in weights.items()]

@@ -186,6 +186,11 @@ def vllm_activation(architecture: Architecture, tp: int, element_bytes: int, max
     return guessed(batched * width * element_bytes + logits)
 
 
+def vllm_buffers(architecture: Architecture, element_bytes: int) -> Figure:
+    """The tables of rotary embeddings: on every rank, for all positions of the model, and not among the weights."""
+    return Figure(architecture.rotary_elements * element_bytes)
+
+
 def vllm_graphs(architecture: Architecture, eager: bool) -> Figure:
     """What captured CUDA graphs take; nothing with `enforce_eager`."""
     return ZERO if eager else guessed(GRAPH_BASE_BYTES + GRAPH_BYTES_PER_LAYER * len(architecture.layers))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.planning.memory import vllm_kv_bytes_per_request, weights_per_rank
+from serve_app.planning.memory import vllm_buffers, vllm_kv_bytes_per_request, weights_per_rank
 from tests.planning.model_requests import CONFIGS, shape_of
 
 NAMES = ("qwen2-7b", "llama-3-70b", "deepseek-v2-lite", "gemma3", "qwen3-next")
@@ -58,6 +58,8 @@ def test_weights_and_kv_cache_equal_vllms(name: str, size: int, reference: dict[
         return
     assert architecture.tensor_parallel_problem(size) == ""
     assert weights_per_rank(tensors, architecture, size, 2).bytes == answer["weights_bytes"]
+    # Beside the tables there are a few bytes of scales for each layer.
+    assert 0 <= answer["buffer_bytes"] - vllm_buffers(architecture, 2).bytes < 2048
     for kv_dtype, element in (("auto", 2), ("fp8", 1)):
         ours = vllm_kv_bytes_per_request(architecture, size, MAX_MODEL_LEN, element, BATCHED_TOKENS, 2)
         assert ours == reference[name, size, kv_dtype]["kv_bytes_in_groups"], kv_dtype

@@ -66,5 +66,7 @@ class PtEngine:
         # At most what all rows take at full length, and as much for the prompts that are being computed.
         most = 2 * cells(rows, loaded.max_model_len)
         tokens = cache_tokens(self._config, probed.bytes_per_token, least=cells(1, 1), most=most)
+        if loaded.cache_tokens is not None:
+            tokens = min(tokens, loaded.cache_tokens)
         probed.runner.max_cells = tokens
         return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)

@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.attention import use_grouped_attention
 from serve_app.engines.pt.packed_linear import pack_linears
+from serve_app.engines.pt.planned_map import known_architecture, plan_layers
 from serve_app.errors import ConfigError, EngineError
+from serve_app.planning.memory import CONTEXT_BYTES
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,7 +33,8 @@ DeviceMap = Mapping[str, Device]
 class LoadedModel:
     """A model ready to run.
 
-    `max_model_len` is in tokens, prompt and output together; `offload` holds the modules that are on disk.
+    `max_model_len` is in tokens, prompt and output together; `offload` holds the modules that are on disk;
+    `cache_tokens` is the KV cache that the plan of its GPUs has room for, None where there is no plan.
     """
 
     model: PreTrainedModel
@@ -41,6 +44,7 @@ class LoadedModel:
     eos_ids: frozenset[int]
     device_map: DeviceMap
     offload: TemporaryDirectory[str] | None
+    cache_tokens: int | None = None
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
@@ -54,7 +58,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if config.chat_template is not None:
         tokenizer.chat_template = _read_template(config.chat_template)
     max_model_len = _max_model_len(config, hf_config)
-    placement = _placement(config, hf_config)
+    placement, cache_tokens = _placement(config, hf_config)
     uses_disk = isinstance(placement["device_map"], dict) and "disk" in placement["device_map"].values()
     offload = TemporaryDirectory(prefix="serve-app-offload-") if uses_disk else None
     options = placement | common | {"offload_folder": None if offload is None else offload.name}
@@ -67,8 +71,9 @@ def load_model(config: ModelConfig) -> LoadedModel:
         if not _can_run(model):  # Its code reads a linear layer's weight behind the layer's back.
             del model  # Before the second one is there.
             model = _read_weights(config, options)
+    eos_ids = _eos_ids(model, tokenizer)
     return LoadedModel(
-        model, tokenizer, _input_device(model), max_model_len, _eos_ids(model, tokenizer), device_map, offload
+        model, tokenizer, _input_device(model), max_model_len, eos_ids, device_map, offload, cache_tokens
     )
 
 
@@ -91,22 +96,58 @@ def _can_run(model: PreTrainedModel) -> bool:
         return False
 
 
-def _placement(config: ModelConfig, hf_config: Any) -> dict[str, Any]:
-    """What `from_pretrained` is told about devices.
+def _placement(config: ModelConfig, hf_config: Any) -> tuple[dict[str, Any], int | None]:
+    """What `from_pretrained` is told about devices, and the tokens of KV cache that the plan has room for.
 
     A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules.
     """
     free = gpu_memory(config)
     if getattr(hf_config, "quantization_config", None) is None or isinstance(config.device_map, dict):
         try:
-            return {"device_map": dict(choose_device_map(config, hf_config, free))}
+            planned = _planned(config, hf_config, free)
+            if planned is not None:
+                return {"device_map": planned[0]}, planned[1]
+            return {"device_map": dict(choose_device_map(config, hf_config, free))}, None
         except (EngineError, ConfigError):
             raise
         except Exception as error:
             raise EngineError(f"device_map: cannot plan {config.model}: {_one_line(error)}") from error
     if config.device == "cpu":
-        return {"device_map": {"": "cpu"}}
-    return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}
+        return {"device_map": {"": "cpu"}}, None
+    return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}, None
+
+
+def _planned(
+    config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int]
+) -> tuple[dict[str, Device], int] | None:
+    """The plan's map and budget; None where accelerate places alone: a named way to spread, or an unknown model."""
+    architecture = known_architecture(hf_config)
+    if config.device == "cpu" or config.device_map not in (None, "auto") or architecture is None:
+        return None
+    limits: dict[Device, int] = dict(free_bytes.items())
+    if config.max_memory:
+        limits = device_limits(config, free_bytes)
+    planned = plan_layers(config, architecture, _without_weights(config, hf_config), free_bytes, limits)
+    if config.max_memory:
+        _cap_allocators(limits)
+    return planned
+
+
+def _cap_allocators(limits: Mapping[Device, int]) -> None:
+    """Lets torch's allocator take no more than each limit, less the CUDA context, which it does not count."""
+    for index, limit in limits.items():
+        if isinstance(index, int) and torch.cuda.is_available():
+            total = torch.cuda.mem_get_info(index)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, limit - CONTEXT_BYTES) / total), index)
+
+
+def _without_weights(config: ModelConfig, hf_config: Any) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+    model.tie_weights()
+    return model
 
 
 def gpu_memory(config: ModelConfig) -> dict[int, int]:
@@ -195,12 +236,10 @@ def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[De
 
 def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[Device, int], balanced: bool) -> DeviceMap:
     """accelerate's own map, made on a model without weights. A tier that is not in `limits` can still be chosen."""
-    from accelerate import infer_auto_device_map, init_empty_weights
+    from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
-    model.tie_weights()
+    model = _without_weights(config, hf_config)
     dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     options = {"no_split_module_classes": list(model._no_split_modules or []), "dtype": dtype or torch.float32}
     memory = dict(limits)
