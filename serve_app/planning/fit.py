@@ -120,7 +120,8 @@ def fit_pt(
 ) -> ModelPlan | Shortage:
     """One replica of pt over `devices`; of each it takes at most its limit in bytes, and no more than is free."""
     rows = request.config.max_num_seqs or PT_MAX_NUM_SEQS
-    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, request.element_bytes)
+    on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
+    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, copies_tied=on_cpu)
     overheads = [_pt_overhead(request, device, last=device is devices[-1][0], rows=rows) for device, _ in devices]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)

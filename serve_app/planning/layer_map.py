@@ -63,14 +63,16 @@ def cache_bytes(blocks: Iterable[Block], tokens: int, rows: int) -> int:
 
 
 def blocks_of(
-    tensors: Iterable[Tensor], architecture: Architecture, element_bytes: int | None, kv_element_bytes: int
+    tensors: Iterable[Tensor], architecture: Architecture, element_bytes: int, copies_tied: bool = False
 ) -> list[Block]:
-    """The blocks of a model in their order. A tied head lies with the embedding."""
+    """The blocks of a model in their order. A tied head lies with the embedding, or, with `copies_tied`, is a copy."""
     weights = dict.fromkeys(range(-1, len(architecture.layers) + 1), 0)
     for tensor in loaded(tensors, architecture):
         weights[block_number(tensor.name, architecture)] += tensor.bytes_as(element_bytes)
-    kv = pt_kv_bytes_per_token(architecture, kv_element_bytes)
-    state = pt_state_bytes(architecture, kv_element_bytes)
+    if copies_tied and architecture.tied:  # `packed_linear.py` orders the head's weights anew.
+        weights[len(architecture.layers)] += architecture.vocabulary * architecture.hidden_size * element_bytes
+    kv = pt_kv_bytes_per_token(architecture, element_bytes)
+    state = pt_state_bytes(architecture, element_bytes)
     return [Block(number, size, kv.get(number, 0), state.get(number, 0)) for number, size in weights.items()]
 
 

@@ -78,7 +78,16 @@ def pack_linears(model: nn.Module, copy_tied: bool) -> int:
                 packed[key] = torch.ops.mkldnn._reorder_linear_weight(child.weight.detach(), ROWS)
             setattr(parent, name, PackedLinear(child, packed[key]))
             replaced += 1
+    if replaced:
+        _leave_the_file(model)
     return replaced
+
+
+def _leave_the_file(model: nn.Module) -> None:
+    """Copies what is left on the CPU. Loaded weights are views of the mapped file, all of which one view keeps."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _turn_plain(linear: nn.Linear) -> None:
