@@ -127,7 +127,8 @@ def fit_pt(
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
         for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
     ]
-    spills = bool(request.config.spill_tiers) and devices[0][0].is_gpu
+    # On the CPU only the disk is a slower tier.
+    spills = bool(request.config.spill_tiers - (set() if devices[0][0].is_gpu else {"cpu"}))
 
     def at(tokens: int) -> LayerMap | None:
         return map_layers(blocks, rooms, tokens, rows, spills)
@@ -135,23 +136,7 @@ def fit_pt(
     least = cells(1, request.max_model_len)
     mapped = at(least)
     if mapped is None:
-        if not spills and rooms[0] < blocks[0].weights:
-            return Shortage(
-                "over_commit",
-                f"GPU {devices[0][0].index} has less room ({gib(rooms[0])} after context and activations) than its "
-                f"first block takes ({gib(blocks[0].weights)}).",
-                blocks[0].weights - rooms[0],
-            )
-        total = sum(block.weights for block in blocks)
-        cache = Part(tuple(blocks)).cache(least, rows)
-        missing = total + cache - sum(rooms)
-        device = devices[0][0]
-        fixed = Figure(total) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-        short = _shortage(request, device, fixed, cache, max(missing, 1), len(devices))
-        if spills or not device.is_gpu:
-            return short
-        tiers = " To put a part on the CPU or the disk, which is slow, name cpu or disk in max_memory."
-        return replace(short, message=short.message + tiers)
+        return _pt_shortage(request, devices, overheads, rooms, Part(tuple(blocks)), spills)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
@@ -161,6 +146,32 @@ def fit_pt(
     tokens = _most_tokens(request, keeps, least, rows, devices[0], Part(tuple(blocks)))
     mapped = at(tokens) or mapped
     return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
+
+
+def _pt_shortage(
+    request: ModelRequest,
+    devices: Sequence[tuple[Device, int]],
+    overheads: Sequence[tuple[Figure, Figure]],
+    rooms: Sequence[int],
+    whole: Part,
+    spills: bool,
+) -> Shortage:
+    device, first = devices[0][0], whole.blocks[0].weights
+    if not spills and rooms[0] < first:
+        return Shortage(
+            "over_commit",
+            f"{device.id} has less room ({gib(rooms[0])} after context and activations) than its first block takes "
+            f"({gib(first)}).",
+            first - rooms[0],
+        )
+    cache = whole.cache(cells(1, request.max_model_len), request.config.max_num_seqs or PT_MAX_NUM_SEQS)
+    missing = whole.weights + cache - sum(rooms)
+    fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
+    short = _shortage(request, device, fixed, cache, max(missing, 1), len(devices))
+    if spills or not device.is_gpu:
+        return short
+    tiers = " To put a part on the CPU or the disk, which is slow, name cpu or disk in max_memory."
+    return replace(short, message=short.message + tiers)
 
 
 def _most_tokens(
@@ -232,7 +243,7 @@ def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
     left = mapped.rest.weights
     if not left:
         return {}
-    limit = (request.config.max_memory or {}).get("cpu", 0)
+    limit = 0 if request.config.device == "cpu" else (request.config.max_memory or {}).get("cpu", 0)
     on_cpu = min(left, limit)
     return {tier: size for tier, size in (("cpu", on_cpu), ("disk", left - on_cpu)) if size}
 

@@ -82,6 +82,16 @@ def test_a_tier_takes_what_is_left_only_when_it_is_named() -> None:
     assert problem([closed], "24GiB")[0] == "over_commit"
 
 
+def test_on_the_cpu_the_disk_takes_the_rest() -> None:
+    """The CPU's limit holds what is resident; without the disk named it is refused."""
+    host = Inventory((Device("n1", None, "memory", 64 * GIB, 64 * GIB),))
+    limits: dict[str, str] = {"cpu": "6GB", "disk": "20GB"}
+    (model,) = solved([request(infer_backend="pt", device="cpu", max_memory=limits, max_model_len=2048)], host).models
+    assert (set(model.spilled), model.ranks[0].share.bytes <= 6 * 10**9) == ({"disk"}, True)
+    alone = request(infer_backend="pt", device="cpu", max_memory={"cpu": "6GB"}, max_model_len=2048)
+    assert problem([alone], host)[0] == "over_commit"
+
+
 @pytest.mark.parametrize(
     ("gpus", "shape", "config", "backend", "size"),
     [
@@ -161,31 +171,31 @@ MESSAGES = [
         [request(infer_backend="vllm", max_model_len=32768)],
         "16GiB",
         "over_commit",
-        "needs 15.90 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
-        "tokens on n1:0, which is 1.97 GiB too much.",
+        "needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
+        "tokens on n1:0, which is 1.98 GiB too much.",
         "one more GPU of 24GiB on the node",
     ),
     (
         [request(infer_backend="vllm", max_model_len=32768)],
         "17GiB",
         "over_commit",
-        "needs 15.90 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
-        "tokens on n1:0, which is 1.46 GiB too much.",
-        "max_model_len: 5376",
+        "needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
+        "tokens on n1:0, which is 1.47 GiB too much.",
+        "max_model_len: 5120",
     ),
     (
         [request(infer_backend="vllm", max_model_len=4096)],
         Inventory((Device("n1", 0, "A10", 24 * GIB, 12 * GIB),)),
         "over_commit",
-        "needs 15.90 GiB for weights, activations and context and 224.0 MiB of KV cache for one request of 4096 tokens "
-        "on n1:0, which is 4.60 GiB too much. Other processes hold 12.00 GiB there now.",
+        "needs 15.91 GiB for weights, activations and context and 224.0 MiB of KV cache for one request of 4096 tokens "
+        "on n1:0, which is 4.61 GiB too much. Other processes hold 12.00 GiB there now.",
         None,
     ),
     (
         [request(infer_backend="pt", max_memory={0: "600MB"}, max_model_len=2048)],
         "24GiB",
         "over_commit",
-        "GPU 0 has less room (-172.5 MiB after context and activations) than its first block takes (1.02 GiB).",
+        "n1:0 has less room (-172.5 MiB after context and activations) than its first block takes (1.02 GiB).",
         "max_memory: {0: 16.5GB}",
     ),
     (
