@@ -11,11 +11,12 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
 from serve_app.config import ModelConfig, RouterConfig
-from serve_app.errors import ConfigError, ServeAppError
+from serve_app.errors import ConfigError, PlacementError, ServeAppError
 from serve_app.facts.checkpoint import read_checkpoint, with_absolute_paths
 from serve_app.facts.inventory import ray_inventory
 from serve_app.facts.nodes import ray_nodes
@@ -48,7 +49,14 @@ def _planned(config: ModelConfig) -> ModelConfig:
     is_auto = config.infer_backend == "auto"
     if config.device == "cpu" and not is_auto:
         return config
-    inventory = ray_inventory()
+    try:
+        inventory = ray_inventory()
+    except RayError as error:
+        if is_auto:
+            raise PlacementError(
+                f"infer_backend: auto needs the GPUs of every node, and one does not tell: {error}"
+            ) from None
+        return config
     if not inventory.gpus and not is_auto:
         return config
     try:

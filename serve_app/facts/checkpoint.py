@@ -78,11 +78,19 @@ def _local_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list[Tensor]]:
+    """From the local cache where the whole model is there, else by the hub's metadata calls."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        file = hf_hub_download(model, "config.json", revision=revision)
-        return json.loads(Path(file).read_text()), hub_tensors(model, revision)
+        file = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=True))
+        if tensors := local_tensors(file.parent):
+            return _local_config(file.parent), tensors
+    except (LocalEntryNotFoundError, ConfigError):
+        pass  # Not there, or not all of it.
+    try:
+        file = Path(hf_hub_download(model, "config.json", revision=revision))
+        return _local_config(file.parent), hub_tensors(model, revision)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"model: cannot read {model} from the Hugging Face hub: {reason}") from None

@@ -62,6 +62,19 @@ def test_without_weights_the_config_makes_the_tensors(tmp_path: Path) -> None:
     assert {tensor.shape for tensor in checkpoint.tensors if "embed" in tensor.name} == {(10, 8)}
 
 
+def test_a_cached_model_is_read_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config and headers are on the disk; a cluster without a network must not wait for the hub."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps(QWEN))
+    save_file({"model.embed_tokens.weight": torch.zeros(10, 8)}, snapshot / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    checkpoint = read_checkpoint("org/name")
+    assert [tensor.shape for tensor in checkpoint.tensors] == [(10, 8)]
+
+
 def test_quantised_tensors_keep_their_bytes(tmp_path: Path) -> None:
     """Floats are loaded in the model's type; packed integers stay as they are."""
     tensors = {"q.qweight": torch.zeros(4, 4, dtype=torch.int32), "n.weight": torch.zeros(4, dtype=torch.float32)}
