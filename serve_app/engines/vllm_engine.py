@@ -21,9 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, EngineError, nearest
+from serve_app.planning.fit import VLLM_CPU_KV_BYTES
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this says less.
-DEFAULT_CPU_KV_CACHE_GIB = 1
+DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
 
 
 # Seconds that vLLM has to abort a request whose client has left, before its task is cancelled.

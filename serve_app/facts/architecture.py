@@ -79,13 +79,11 @@ class Architecture:
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     """The shape that a decoded config.json describes. Raises ConfigError that names `where` and what is missing."""
+    if config.get("vision_config") or config.get("audio_config"):
+        raise ConfigError(f"{where}: the plan knows text models only; this one has an encoder for images or sound.")
     text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
     assert isinstance(text, Mapping)
-    model_type = (
-        str(text.get("model_type", "")).removesuffix("_text")
-        if "gemma3" not in str(text.get("model_type"))
-        else "gemma3_text"
-    )
+    model_type = str(text.get("model_type", ""))
     if model_type not in STANDARD | MLA | HYBRID | PT_ONLY:
         known = ", ".join(sorted(STANDARD | MLA | HYBRID | PT_ONLY))
         raise ConfigError(
@@ -93,9 +91,12 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             f"guess its KV cache. Known: {known}."
         )
     try:
-        return _read(config, text, model_type)
+        architecture = _read(config, text, model_type)
     except KeyError as error:
         raise ConfigError(f"{where}: config.json has no {error}, which a {model_type} model needs.") from None
+    if architecture.dtype not in DTYPE_BYTES:
+        raise ConfigError(f"{where}: unknown dtype '{architecture.dtype}'. Known: {', '.join(DTYPE_BYTES)}.")
+    return architecture
 
 
 def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -> Architecture:
@@ -117,7 +118,9 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -
     return Architecture(
         name=names[0],
         model_type=model_type,
-        dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "float32"),
+        dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "float32").removeprefix(
+            "torch."
+        ),
         hidden_size=hidden,
         intermediate_size=intermediate,
         heads=heads,
@@ -137,6 +140,10 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -
         shardable=_shardable(text, model_type, heads, intermediate),
         **{field: linear[name] for field, name in _LINEAR.items()},
     )
+
+
+def _dtype(named: object) -> str:
+    return str(named or "float32").removeprefix("torch.")
 
 
 # Fields of older families that have other names.
@@ -173,6 +180,8 @@ def _layers(text: Mapping[str, Any], model_type: str, count: int) -> tuple[Layer
     if model_type in MLA:
         return tuple(_KINDS["mla"] for _ in range(count))
     if text.get("layer_types"):
+        if unknown := set(text["layer_types"]) - _KINDS.keys():
+            raise ConfigError(f"the plan does not know layers of the type '{min(unknown)}'.")
         kinds: list[LayerKind] = [_KINDS[kind] for kind in text["layer_types"]]
         return tuple(kinds)
     return tuple(_kind(text, model_type, number) for number in range(count))

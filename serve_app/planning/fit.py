@@ -15,7 +15,8 @@ from serve_app.planning.pt_cache import cells, full_length_requests
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
-# What vLLM's CPU build gets where the config does not say (`engines/vllm_engine.py`), and pt at most.
+# What vLLM's CPU build gets where the config does not say. pt: no more than this share of the memory that is available,
+# since other replicas share it, nor these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 

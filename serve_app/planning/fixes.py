@@ -20,6 +20,9 @@ from serve_app.planning.planner import make_plan
 # Requests shorter than this are of little use, so no shorter one is offered.
 LEAST_MODEL_LEN = 1024
 MODEL_LEN_STEP = 256
+# Plans that are made in search of cures, and tries of each: what is left then has no cure told. A user waits for it.
+MOST_PLANS = 100
+MOST_TRIES = 20
 # Fields that go when a model moves to pt.
 ONLY_VLLM = ("tensor_parallel_size", "quantization", "engine_args")
 # Sizes of one more GPU on each node, in GiB, that are tried beside those that are there.
@@ -40,7 +43,8 @@ class Change:
 
 def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
     """The plan with a cure for each problem that has one."""
-    problems = tuple(_with_fix(problem, plan, requests, inventory) for problem in plan.problems)
+    budget = Budget(MOST_PLANS)
+    problems = tuple(_with_fix(problem, plan, requests, inventory, budget) for problem in plan.problems)
     return replace(plan, problems=problems)
 
 
@@ -53,13 +57,25 @@ def apply(fix: Fix, request: ModelRequest, inventory: Inventory) -> tuple[ModelR
     return _changed(request, fix.field, fix.value), inventory
 
 
-def _with_fix(problem: Problem, plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory) -> Problem:
+@dataclass
+class Budget:
+    """Plans that may still be made."""
+
+    left: int
+
+
+def _with_fix(
+    problem: Problem, plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory, budget: Budget
+) -> Problem:
     request = next(request for request in requests if request.name == problem.model)
     others = {other.model for other in plan.problems if other.model != problem.model}
 
     def helps(change: Change) -> bool:
+        budget.left -= 1
+        if budget.left < 0:
+            return False
         changed = [change.request if item.name == request.name else item for item in requests]
-        after = make_plan(changed, change.inventory)
+        after = make_plan(changed, change.inventory, MOST_TRIES)
         return {item.model for item in after.problems} <= others
 
     for change in _changes(problem, request, inventory, helps):

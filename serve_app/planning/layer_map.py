@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.weights import Tensor
-from serve_app.planning.memory import loaded, pt_kv_bytes_per_token, pt_state_bytes
+from serve_app.planning.memory import LAYER, loaded, pt_kv_bytes_per_token, pt_state_bytes
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$)")
 
 
@@ -32,7 +31,7 @@ class Block:
 
 def block_number(name: str, architecture: Architecture) -> int:
     """The block of a parameter or module, by its name. A tied head lies with the embedding."""
-    match = _LAYER.search(f"{name}.")
+    match = LAYER.search(f"{name}.")
     if match:
         return int(match[1])
     is_tied_head = architecture.tied and re.search(r"(?:^|\.)lm_head(?:\.|$)", name)

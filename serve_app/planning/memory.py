@@ -79,6 +79,7 @@ _ROW = re.compile(r"(o_proj|down_proj|w2|out_proj|c_proj)$")
 _VOCABULARY = re.compile(r"(embed_tokens|lm_head)$")
 # Kept in float32 whatever the model's type.
 _FLOAT32 = re.compile(r"(A_log|e_score_correction_bias)$")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Buffers that some checkpoints hold and no engine loads.
 _NOT_LOADED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
@@ -112,11 +113,14 @@ def weights_per_rank(
 
 
 def loaded(tensors: Iterable[Tensor], architecture: Architecture) -> list[Tensor]:
-    """The tensors that an engine keeps: no stored buffers, and no head that is the embedding."""
+    """The tensors that an engine keeps: no stored buffers, no head that is the embedding, and no layers beyond the last
+    one (DeepSeek-V3's checkpoint has one more, for predicting several tokens)."""
+    count = len(architecture.layers)
     return [
         tensor
         for tensor in tensors
         if not _NOT_LOADED.search(tensor.name)
+        and not ((layer := LAYER.search(tensor.name)) and int(layer[1]) >= count)
         and not (architecture.tied and tensor.name.removesuffix(".weight").endswith("lm_head"))
     ]
 

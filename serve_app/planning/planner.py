@@ -13,7 +13,7 @@ from serve_app.planning.fit import ModelRequest, Shortage, fit_pt, fit_vllm
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 
 # Placements that are tried before the search gives up and places each model where it can.
-MOST_TRIES = 3000
+MOST_TRIES = 300
 
 Seats = Sequence[tuple[Device, int]]
 
@@ -56,13 +56,13 @@ class Placed:
     state: State
 
 
-def make_plan(requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
+def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int = MOST_TRIES) -> Plan:
     """Places all replicas. What finds no place is a problem, without a cure yet (`fixes.with_fixes`)."""
     units = sorted(
         (replace(request, replicas=number) for request in requests for number in range(max(1, request.replicas))),
         key=lambda unit: (not unit.config.max_memory, -unit.weights, unit.name, unit.replicas),
     )
-    placed = _search(units, inventory)
+    placed = _search(units, inventory, tries)
     if placed is not None:
         return _plan(placed, [], inventory)
     models, problems, state = [], [], State()
@@ -82,32 +82,25 @@ def _plan(models: Sequence[ModelPlan], problems: Sequence[Problem], inventory: I
     return Plan(inventory.devices, tuple(ordered), tuple(dict.fromkeys(problems)))
 
 
-def _search(units: Sequence[ModelRequest], inventory: Inventory) -> list[ModelPlan] | None:
+def _search(units: Sequence[ModelRequest], inventory: Inventory, tries: int) -> list[ModelPlan] | None:
     """Depth first over the ways to place each unit; None when the tries are used up or there is no way."""
-    tries = 0
-    stack: list[tuple[Iterator[Placed], ModelPlan | None]] = []
-    state = State()
-    while len(stack) < len(units) or not stack:
-        if not units:
-            return []
-        if len(stack) == 0 or stack[-1][1] is not None:
-            stack.append((_ways(units[len(stack)], inventory, state), None))
-        tries += 1
-        if tries > MOST_TRIES + 2 * len(units):
-            return None
-        found = next(stack[-1][0], None)
-        if found is None:
-            stack.pop()
-            if not stack:
-                return None
-            ways, _ = stack[-1]
-            stack[-1] = (ways, None)
+    ways: list[Iterator[Placed]] = []
+    placed: list[Placed] = []
+    for _ in range(tries + len(units)):
+        if len(placed) == len(units):
+            return [item.plan for item in placed]
+        if len(ways) == len(placed):
+            state = placed[-1].state if placed else State()
+            ways.append(_ways(units[len(placed)], inventory, state))
+        found = next(ways[-1], None)
+        if found is not None:
+            placed.append(found)
             continue
-        stack[-1] = (stack[-1][0], found.plan)
-        state = found.state
-        if len(stack) == len(units):
-            break
-    return [plan for _, plan in stack if plan is not None]
+        ways.pop()  # No way is left here, so the one before has to go elsewhere.
+        if not placed:
+            return None
+        placed.pop()
+    return [item.plan for item in placed] if len(placed) == len(units) else None
 
 
 def _first(unit: ModelRequest, inventory: Inventory, state: State) -> tuple[Placed | None, Shortage | None]:

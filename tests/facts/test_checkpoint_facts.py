@@ -104,5 +104,12 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
     """A guess would be a number out of thin air."""
     with pytest.raises(ConfigError, match="does not know the architecture 'rwkv'"):
         read_architecture(QWEN | {"model_type": "rwkv"}, "model: x")
+    for change, words in (
+        ({"vision_config": {"a": 1}}, "text models only"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layers of the type 'chunked_attention'"),
+        ({"torch_dtype": "float8"}, "unknown dtype 'float8'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read_architecture(QWEN | change, "model: x")
     with pytest.raises(ConfigError, match="has no 'hidden_size'"):
         read_architecture({"model_type": "llama"}, "model: x")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
+from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.memory import reserve
@@ -261,6 +262,22 @@ def test_messages_are_these_words(
     (found,) = plan.problems
     assert (found.code, found.message[: len(message)]) == (code, message)
     assert fix is None or (found.fix and found.fix.text) == fix
+
+
+def test_layers_beyond_the_models_are_not_counted() -> None:
+    """DeepSeek-V3's checkpoint has one for predicting several tokens, which nothing loads."""
+    model = request()
+    extra = Tensor("model.layers.28.mlp.up_proj.weight", "BF16", (1000, 1000))
+    assert replace(model, tensors=(*model.tensors, extra), memo={}).weights == model.weights
+
+
+def test_many_models_that_do_not_fit_are_told_in_a_bounded_time() -> None:
+    """The search for places and for cures is counted, so that a user never waits for minutes."""
+    first = request(max_model_len=4096)
+    models = [replace(first, name=f"m{number:02}") for number in range(20)]
+    start = time.process_time()
+    assert len(solved(models, "10x24GiB").problems) == 10
+    assert time.process_time() - start < 30
 
 
 def test_two_hundred_models_on_a_thousand_gpus() -> None:

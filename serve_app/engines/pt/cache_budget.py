@@ -7,10 +7,8 @@ import torch
 
 from serve_app.config import ModelConfig
 from serve_app.errors import EngineError
+from serve_app.planning.fit import PT_CPU_KV_BYTES, PT_CPU_KV_SHARE
 
-# On the CPU other replicas share the memory, so no more than this share of what is available now, nor these bytes.
-CPU_SHARE = 0.25
-CPU_MOST_BYTES = 4 * 2**30
 # On a GPU, what is free once the weights are there, less activations and the moment when a buffer is moved.
 GPU_SHARE = 0.7
 
@@ -36,7 +34,7 @@ def cache_tokens(config: ModelConfig, bytes_per_token: Mapping[torch.device, flo
 
 def _room(config: ModelConfig, device: torch.device) -> float:
     if device.type != "cuda":
-        return min(CPU_MOST_BYTES, CPU_SHARE * float(psutil.virtual_memory().available))
+        return min(PT_CPU_KV_BYTES, PT_CPU_KV_SHARE * float(psutil.virtual_memory().available))
     free, total = torch.cuda.mem_get_info(device)
     share = min(1.0, config.num_gpus or 1.0)
     left = share * total - torch.cuda.memory_allocated(device)

@@ -13,9 +13,10 @@ from serve_app.engines.pt.openai_api import build_app
 from serve_app.engines.pt.probe import ProbeResult, probe
 from serve_app.engines.pt.scheduler import Limits
 from serve_app.errors import EngineError
+from serve_app.planning.fit import PT_MAX_NUM_SEQS
 from serve_app.planning.pt_cache import cells
 
-DEFAULT_MAX_NUM_SEQS = 32
+DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
 DEFAULT_MAX_QUEUED_REQUESTS = 192
 STOP_TIMEOUT_S = 10.0
 
