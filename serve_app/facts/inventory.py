@@ -167,7 +167,9 @@ def ray_inventory() -> Inventory:
     for number, node in enumerate((node for node in ray.nodes() if node["Alive"]), 1):
         by_index = node_from_resources(f"n{number}", node["Resources"]).vram_gib
         if by_index:
-            parts.append(Inventory(tuple(_advertised(f"n{number}", index, size) for index, size in by_index.items())))
+            parts.append(
+                Inventory(tuple(_advertised(f"n{number}", index, size) for index, size in sorted(by_index.items())))
+            )
         else:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             tasks.append(ask.options(scheduling_strategy=where).remote(f"n{number}"))
