@@ -16,14 +16,11 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
 from serve_app.config import ModelConfig, RouterConfig
-from serve_app.errors import ConfigError, PlacementError, ServeAppError
-from serve_app.facts.checkpoint import read_checkpoint, with_absolute_paths
-from serve_app.facts.inventory import ray_inventory
+from serve_app.errors import PlacementError, ServeAppError
+from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
-from serve_app.planning.fit import ModelRequest
-from serve_app.planning.placement import require_room
-from serve_app.planning.settle import settle
 from serve_app.serving.deployment_options import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, model_options, router_options
+from serve_app.serving.place import needs_devices, place
 from serve_app.serving.replica import Model
 from serve_app.serving.router import Router
 
@@ -32,40 +29,27 @@ def model(args: dict[str, Any]) -> Application:
     """Builds the application of one model."""
     try:
         config = ModelConfig.from_args(args)
-        config = with_absolute_paths(_planned(config))
-        demand = require_room(config, ray_nodes())
+        inventory = _inventory(config)
+        settled = place(config, ray_nodes(), inventory, unclaimed(inventory) if inventory is not None else None)
     except ServeAppError as error:
         raise RayServeException(str(error)) from None
     deployment = serve.deployment(serve.ingress()(Model), name=MODEL_DEPLOYMENT)
-    return deployment.options(**model_options(config, demand, _runtime_env())).bind(config)
+    options = model_options(settled.config, settled.demand, _runtime_env())
+    return deployment.options(**options).bind(settled.config)
 
 
-def _planned(config: ModelConfig) -> ModelConfig:
-    """The config with its backend chosen. Raises PlacementError for what no GPU of the cluster can hold.
-
-    Where the plan cannot tell (an architecture that it does not know, or GPUs that NVML does not see), a config that
-    names its backend goes on as it stands; the engine then finds out.
-    """
-    is_auto = config.infer_backend == "auto"
-    if config.device == "cpu" and not is_auto:
-        return config
+def _inventory(config: ModelConfig) -> Inventory | None:
+    """The cluster's devices; None where the model does not ask for them, or a node does not tell."""
+    if not needs_devices(config):
+        return None
     try:
-        inventory = ray_inventory()
+        return ray_inventory()
     except RayError as error:
-        if is_auto:
-            raise PlacementError(
-                f"infer_backend: auto needs the GPUs of every node, and one does not tell: {error}"
-            ) from None
-        return config
-    if not inventory.gpus and not is_auto:
-        return config
-    try:
-        checkpoint = read_checkpoint(config.model, config.revision)
-    except ConfigError:
-        if is_auto:
-            raise
-        return config
-    return settle(ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors), inventory)
+        if config.infer_backend != "auto":
+            return None
+        raise PlacementError(
+            f"infer_backend: auto needs the GPUs of every node, and one does not tell: {error}"
+        ) from None
 
 
 def _runtime_env() -> dict[str, Any]:

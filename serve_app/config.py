@@ -46,6 +46,8 @@ NOT_HERE = {
 # accelerate's ways to spread layers over the GPUs by itself.
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
+# Fields that only vLLM honours.
+ONLY_VLLM = ("tensor_parallel_size", "quantization", "engine_args", "gpu_ids")
 # Arguments of vLLM that take more GPUs than tensor_parallel_size says.
 UNPLACED = frozenset(
     {
@@ -181,6 +183,8 @@ class ModelConfig(_Strict):
 
     `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
     `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
+    `gpu_ids` names vLLM's GPUs, by index, on nodes that advertise their memory by index.
+    `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     """
 
@@ -198,6 +202,7 @@ class ModelConfig(_Strict):
     max_num_seqs: Positive | None = None
     max_queued_requests: Positive | None = None
     kv_cache_memory_bytes: Annotated[int | None, BeforeValidator(_size_or_none)] = None
+    gpu_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     quantization: str | None = None
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0.001, le=1024)] | None = None
@@ -213,9 +218,15 @@ class ModelConfig(_Strict):
 
     @property
     def gpu_indices(self) -> tuple[int, ...]:
-        """The GPUs that `max_memory` or a mapping in `device_map` names, in order."""
+        """The GPUs that `max_memory`, `gpu_ids` or a mapping in `device_map` names, in order."""
         mapped = self.device_map.values() if isinstance(self.device_map, dict) else ()
-        return tuple(sorted({device for device in (*(self.max_memory or {}), *mapped) if isinstance(device, int)}))
+        named = (*(self.max_memory or {}), *(self.gpu_ids or ()), *mapped)
+        return tuple(sorted({device for device in named if isinstance(device, int)}))
+
+    @property
+    def share(self) -> float | None:
+        """The share of one GPU that `num_gpus` says; None where the replica has whole GPUs."""
+        return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None
 
     @property
     def spill_tiers(self) -> frozenset[str]:
@@ -236,8 +247,16 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         )
     if config.max_queued_requests is not None:
         return "max_queued_requests: vLLM's queue has no bound. Set Serve's own under 'deployments:' instead."
-    if config.num_gpus is not None:
-        return "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set tensor_parallel_size instead."
+    if config.num_gpus is not None and (config.num_gpus >= 1 or (config.tensor_parallel_size or 1) > 1):
+        return (
+            "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set that instead; below 1, num_gpus is a share of "
+            "one GPU, without tensor_parallel_size."
+        )
+    if config.gpu_ids is not None and len(set(config.gpu_ids)) != (config.tensor_parallel_size or 1):
+        return (
+            f"gpu_ids: names {len(set(config.gpu_ids))} GPUs, and tensor_parallel_size is "
+            f"{config.tensor_parallel_size or 1}. The two must be equal."
+        )
     if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:
         return "tensor_parallel_size: must be 1 with device: cpu. Leave it out."
     named = {field.replace("-", "_") for field in config.engine_args}
@@ -260,6 +279,8 @@ def _pt_problem(config: ModelConfig) -> str | None:
         )
     if (problem := _device_map_problem(config)) is not None:
         return problem
+    if config.gpu_ids is not None:
+        return "gpu_ids: with pt, max_memory names the GPUs, such as {1: 10GB}. Write it there."
     if config.quantization is not None:
         return (
             "quantization: pt takes it from the checkpoint's own config.json. Leave it out, or use infer_backend: vllm."
@@ -271,7 +292,7 @@ def _pt_problem(config: ModelConfig) -> str | None:
 
 def _auto_problem(config: ModelConfig) -> str | None:
     """With `auto`, fields of one backend decide for it; fields of both contradict each other."""
-    only_vllm = [name for name in ("tensor_parallel_size", "quantization", "engine_args") if getattr(config, name)]
+    only_vllm = [name for name in ONLY_VLLM if getattr(config, name)]
     only_pt = [name for name in ("max_memory", "device_map", "num_gpus") if getattr(config, name)]
     if only_vllm and only_pt:
         return (
@@ -307,7 +328,7 @@ def _device_map_problem(config: ModelConfig) -> str | None:
 def _device_problem(config: ModelConfig) -> str | None:
     if config.device == "cpu":
         if config.gpu_indices:
-            field = "max_memory" if config.max_memory else "device_map"
+            field = "max_memory" if config.max_memory else "gpu_ids" if config.gpu_ids else "device_map"
             return f"{field}: names GPUs, but device is cpu. Remove them, or remove device: cpu."
         if config.num_gpus is not None:
             return "num_gpus: is set, but device is cpu. Remove one of the two."

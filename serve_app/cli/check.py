@@ -11,10 +11,9 @@ from pydantic import ValidationError
 
 from serve_app.config import ApplicationSpec, ModelConfig, RouterConfig, read_applications
 from serve_app.errors import ConfigError, ServeAppError, nearest
-from serve_app.facts.checkpoint import with_absolute_paths
-from serve_app.facts.gpus import local_gpus
+from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
-from serve_app.planning.placement import require_room
+from serve_app.serving.place import place
 
 # What an application may name, and its deployment.
 BUILDERS = {"serve_app.app:model": "Model", "serve_app.app:router": "Router"}
@@ -25,9 +24,9 @@ def check(file: Path, address: str | None) -> int:
     applications = read_applications(file)
     _require_valid(applications)
     _require_serves_schema(file)
-    nodes, where = _nodes(address)
+    nodes, inventory, where = _cluster(address)
     print(f"{where}: {'; '.join(map(str, nodes))}")
-    placed = [_report(application, nodes) for application in applications if application.is_model]
+    placed = [_report(application, nodes, inventory) for application in applications if application.is_model]
     return 0 if all(placed) else 1
 
 
@@ -83,11 +82,9 @@ def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iter
     return problems
 
 
-def _report(application: ApplicationSpec, nodes: Sequence[Node]) -> bool:
+def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory) -> bool:
     try:
-        config = application.model_settings()
-        demand = require_room(config, nodes)
-        with_absolute_paths(config)
+        demand = place(application.model_settings(), nodes, inventory).demand
     except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False
@@ -95,8 +92,8 @@ def _report(application: ApplicationSpec, nodes: Sequence[Node]) -> bool:
     return True
 
 
-def _nodes(address: str | None) -> tuple[list[Node], str]:
-    """The nodes to judge by, and what to call them."""
+def _cluster(address: str | None) -> tuple[list[Node], Inventory, str]:
+    """The nodes and devices to judge by, and what to call them."""
     import ray
 
     try:
@@ -104,9 +101,10 @@ def _nodes(address: str | None) -> tuple[list[Node], str]:
     except ConnectionError:
         if address is not None or os.environ.get("RAY_ADDRESS"):
             raise ConfigError(f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']}.") from None
-        return [Node("this machine", os.cpu_count() or 1, len(local_gpus()))], "no Ray cluster runs here"
+        here = local_inventory()
+        return [Node("this machine", os.cpu_count() or 1, len(here.gpus))], here, "no Ray cluster runs here"
     try:
-        return ray_nodes(), "the Ray cluster"
+        return ray_nodes(), ray_inventory(), "the Ray cluster"
     finally:
         ray.shutdown()
         sys.stdout.flush()

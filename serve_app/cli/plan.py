@@ -19,6 +19,7 @@ from serve_app.planning.fixes import with_fixes
 from serve_app.planning.plan import ModelPlan, Plan, RankPlan
 from serve_app.planning.planner import make_plan
 
+BY_INDEX = 'nodes start with --num-gpus 0 --resources "$(serve-app node-resources)".'
 # The first letter of a certainty stands behind its figure.
 MARKS = {"exact": "", "calibrated": "c", "guessed": "~"}
 
@@ -109,6 +110,8 @@ def _running_inventory(address: str | None) -> Inventory:
 def report(made: Plan) -> str:
     """The plan as text: devices with their shares, models with their reasons, problems with their cures."""
     lines = ["Sizes in GiB. ~ marks a guess with its margin, c a calibrated figure; the others are exact.", ""]
+    if any(device.by_index for device in made.devices):
+        lines[1:1] = ["Ray counts GPU memory by index here: " + BY_INDEX]
     row = "{:<10} {:<24} {:>9} {:>9} {:>10} {:>9} {:>9} {:>9}"
     lines.append(row.format("device", "model", "weights", "KV cache", "activation", "graphs", "context", "share"))
     for device in made.devices:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
+from serve_app.engines.vllm_memory import planned_here
 from serve_app.errors import ConfigError, EngineError, nearest
 from serve_app.planning.fit import VLLM_CPU_KV_BYTES
 
@@ -44,7 +45,8 @@ class VllmEngine:
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
         os.environ.update(environment(self._config))
-        args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name))
+        config = await asyncio.to_thread(planned_here, self._config)
+        args = await asyncio.to_thread(_parse, engine_arguments(config, self._name))
         try:
             return await self._build(args)
         except Exception as error:

@@ -24,13 +24,18 @@ KNOWN_GPUS = {
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, or the memory of a host (`index` None). Sizes in bytes; `id` is "n1:0" or "n1:cpu"."""
+    """One GPU, or the memory of a host (`index` None). Sizes in bytes; `id` is "n1:0" or "n1:cpu".
+
+    `by_index` says how Ray counts it: bytes by the GPU's index, or whole GPUs and fractions (False). None where the
+    inventory does not come from a running Ray; the plan then takes the kind that its models need.
+    """
 
     node: str
     index: int | None
     name: str
     total_bytes: int
     free_bytes: int
+    by_index: bool | None = None
 
     @property
     def id(self) -> str:
@@ -154,32 +159,60 @@ def local_inventory(node: str = "n1") -> Inventory:
 
 
 def ray_inventory() -> Inventory:
-    """All living nodes of the cluster that this process is connected to.
+    """All living nodes of the cluster that this process is connected to, each asked by a task of its own.
 
-    A node that advertises its memory by index is taken at its word; every other is asked by a task of its own.
+    A node that advertises its memory by index has as much of each GPU as it says, and no more is free than NVML sees.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
-    parts: list[Inventory] = []
-    tasks = []
-    for number, node in enumerate((node for node in ray.nodes() if node["Alive"]), 1):
-        by_index = node_from_resources(f"n{number}", node["Resources"]).vram_gib
+    nodes = _living_nodes()
+    tasks = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(name)
+        for name, node in nodes.items()
+    ]
+    devices: list[Device] = []
+    for (name, node), seen in zip(nodes.items(), ray.get(tasks, timeout=60), strict=True):
+        by_index = node_from_resources(name, node["Resources"]).vram_gib
         if by_index:
-            parts.append(
-                Inventory(tuple(_advertised(f"n{number}", index, size) for index, size in sorted(by_index.items())))
-            )
+            gpus = {gpu.index: gpu for gpu in seen.gpus}
+            devices += [_advertised(name, index, size, gpus.get(index)) for index, size in sorted(by_index.items())]
+            devices += [device for device in seen.devices if not device.is_gpu]
         else:
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            tasks.append(ask.options(scheduling_strategy=where).remote(f"n{number}"))
-    parts += ray.get(tasks, timeout=60)
-    return Inventory(tuple(device for part in parts for device in part.devices))
+            devices += [replace(device, by_index=False) for device in seen.devices]
+    return Inventory(tuple(devices))
 
 
-def _advertised(node: str, index: int, gib: float) -> Device:
+def unclaimed(inventory: Inventory) -> Inventory:
+    """The inventory of `ray_inventory`, where of a GPU that is counted by index only what Ray has left is free."""
+    from ray._private.state import available_resources_per_node
+
+    left = available_resources_per_node()
+    gib = {
+        name: node_from_resources(name, left.get(node["NodeID"], {})).vram_gib for name, node in _living_nodes().items()
+    }
+    return Inventory(
+        tuple(
+            replace(device, free_bytes=int(gib.get(device.node, {}).get(device.index, 0.0) * GIB))
+            if device.by_index and device.index is not None
+            else device
+            for device in inventory.devices
+        )
+    )
+
+
+def _living_nodes() -> dict[str, Any]:
+    """What Ray says of each node, by the name that a plan gives it."""
+    import ray
+
+    return {f"n{number}": node for number, node in enumerate((n for n in ray.nodes() if n["Alive"]), 1)}
+
+
+def _advertised(node: str, index: int, gib: float, seen: Device | None) -> Device:
     size = int(gib * GIB)
-    return Device(node, index, "GPU by index", size, size)
+    free = size if seen is None else min(size, seen.free_bytes)
+    return Device(node, index, "GPU by index" if seen is None else seen.name, size, free, by_index=True)
 
 
 def as_empty(inventory: Inventory) -> Inventory:

@@ -27,7 +27,7 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
         return
     if config.max_memory or config.device_map or config.num_gpus is not None:
         field = "max_memory" if config.max_memory else "device_map" if config.device_map else "num_gpus"
-        yield _pt(config, f"{field} is set, which only pt honours")
+        yield _pt(config, f"{field} is set, which pt honours (vllm takes a share of one GPU when it is named)")
         return
     needs_vllm = config.tensor_parallel_size or config.quantization or config.engine_args
     if not request.architecture.is_known_to_vllm and not needs_vllm:

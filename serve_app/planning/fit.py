@@ -47,6 +47,11 @@ class ModelRequest:
         return 1 if kind.startswith("fp8") else self.element_bytes
 
     @property
+    def is_quantizable(self) -> bool:
+        """Whether vLLM can round its weights to fp8 while it loads them."""
+        return self.config.quantization is None and self.architecture.quantization is None
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of the longest request."""
         return self.config.max_model_len or self.architecture.max_model_len
@@ -58,9 +63,11 @@ class ModelRequest:
 
     def rank_weights(self, tp: int) -> Figure:
         """Bytes of the weights on one of `tp` ranks of vLLM."""
-        key = (tp, self.element_bytes)
+        rounds = self.config.quantization == "fp8" and self.architecture.quantization is None
+        key = (tp, self.element_bytes, rounds)
         if key not in self.memo:
-            self.memo[key] = memory.weights_per_rank(self.tensors, self.architecture, tp, self.element_bytes)
+            weigh = memory.weights_per_rank_in_fp8 if rounds else memory.weights_per_rank
+            self.memo[key] = weigh(self.tensors, self.architecture, tp, self.element_bytes)
         return self.memo[key]
 
 
@@ -97,23 +104,47 @@ def fit_vllm(
         architecture, tp, request.max_model_len, request.kv_element_bytes, batched, request.element_bytes
     )
     fixed = weights + activation + graph + context
-    room = available(device, free) - fixed.bytes
+    limit = int((request.config.share or 1.0) * device.total_bytes)
+    room = min(available(device, free), limit) - fixed.bytes
+    utilization = arguments.get("gpu_memory_utilization")
+    if on_gpu and utilization is not None:
+        problem = _utilization_problem(request, float(utilization), device, min(free, limit), context)
+        if problem is not None:
+            return problem
     if request.config.kv_cache_memory_bytes is not None:
         cache = request.config.kv_cache_memory_bytes
     elif on_gpu:
-        share = float(arguments.get("gpu_memory_utilization") or memory.VLLM_UTILIZATION)
-        cache = min(room, int(share * device.total_bytes) - (weights + activation + graph).bytes)
+        most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
+        cache = min(room, most - (weights + activation + graph).bytes)
     else:
         cache = VLLM_CPU_KV_BYTES
     needed = max(per_request, request.config.kv_cache_memory_bytes or 0)
     if cache < per_request or cache > room:
-        return _shortage(request, device, fixed, needed, needed - min(room, max(cache, 0)))
+        return _shortage(request, (device, free), fixed, needed, needed - min(room, max(cache, 0)))
     ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context) for each, _ in devices)
     full = cache // per_request
     return ModelPlan(
         request.name, request.config, 0, "vllm", tuple(reasons), tp, request.max_model_len, per_request,
         kv_tokens=full * request.max_model_len, max_full_length_requests=full, ranks=ranks,
     )  # fmt: skip
+
+
+def _utilization_problem(
+    request: ModelRequest, utilization: float, device: Device, most: int, context: Figure
+) -> Shortage | None:
+    """vLLM refuses to start when less than its share of the card is free, and does not count the context in it."""
+    share = int(utilization * device.total_bytes)
+    missing = share + context.bytes - most
+    if missing <= 0:
+        return None
+    place = f"num_gpus: {request.config.share:g} is" if request.config.share is not None else f"{device.id} has"
+    return Shortage(
+        "utilization",
+        f"gpu_memory_utilization: {utilization:g} takes {gib(share)} of {device.id}, and the CUDA context, which vLLM "
+        f"does not count, {gib(context.bytes)} more; {place} {gib(most)}. Shares of one GPU must leave room for each "
+        "one's context.",
+        missing,
+    )
 
 
 def fit_pt(
@@ -168,7 +199,7 @@ def _pt_shortage(
     cache = whole.cache(cells(1, request.max_model_len), request.config.max_num_seqs or PT_MAX_NUM_SEQS)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-    short = _shortage(request, device, fixed, cache, max(missing, 1), len(devices))
+    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), len(devices))
     if spills or not device.is_gpu:
         return short
     tiers = " To put a part on the CPU or the disk, which is slow, name cpu or disk in max_memory."
@@ -250,10 +281,14 @@ def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
 
 
 def _shortage(
-    request: ModelRequest, device: Device, fixed: Figure, cache: int, missing: int, devices: int = 1
+    request: ModelRequest, seat: tuple[Device, int], fixed: Figure, cache: int, missing: int, devices: int = 1
 ) -> Shortage:
-    held = device.total_bytes - device.free_bytes
+    device, free = seat
+    held, planned = device.total_bytes - device.free_bytes, device.free_bytes - free
     others = f" Other processes hold {gib(held)} there now." if held > 0 and device.is_gpu else ""
+    others += f" Models placed before take {gib(planned)} of it." if planned > 0 else ""
+    if "mla" in request.architecture.layers and request.config.infer_backend == "vllm":
+        others += " Its KV cache (MLA) is the same on every rank, so a larger tensor_parallel_size does not shrink it."
     where = device.id if devices == 1 else f"{devices} devices from {device.id}"
     return Shortage(
         "over_commit",

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from serve_app.config import ModelConfig
+from serve_app.config import ONLY_VLLM, ModelConfig
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import GIB
@@ -23,8 +23,6 @@ MODEL_LEN_STEP = 256
 # Plans that are made in search of cures, and tries of each: what is left then has no cure told. A user waits for it.
 MOST_PLANS = 100
 MOST_TRIES = 20
-# Fields that go when a model moves to pt.
-ONLY_VLLM = ("tensor_parallel_size", "quantization", "engine_args")
 # Sizes of one more GPU on each node, in GiB, that are tried beside those that are there.
 GPU_SIZES = (16, 24, 48, 80, 141)
 # Steps in which a limit of max_memory is raised, in bytes as the YAML has them.
@@ -80,8 +78,16 @@ def _with_fix(
 
     for change in _changes(problem, request, inventory, helps):
         if helps(change):
-            return replace(problem, fix=Fix(change.field, change.value, problem.missing_bytes))
+            return replace(problem, fix=Fix(change.field, change.value, _saved(request, change, problem)))
     return problem
+
+
+def _saved(request: ModelRequest, change: Change, problem: Problem) -> int:
+    """Bytes that a change takes off the fullest rank: all of them for quantised weights, else at least what lacked."""
+    if change.field == "quantization":
+        tp = request.config.tensor_parallel_size or 1
+        return request.rank_weights(tp).bytes - change.request.rank_weights(tp).bytes
+    return problem.missing_bytes
 
 
 def _changes(problem: Problem, request: ModelRequest, inventory: Inventory, helps: Any) -> Iterator[Change]:
@@ -98,6 +104,8 @@ def _changes(problem: Problem, request: ModelRequest, inventory: Inventory, help
             yield change("tensor_parallel_size", size)
     if problem.code in ("tensor_parallel", "no_device", "unknown_architecture") and config.infer_backend == "vllm":
         yield change("infer_backend", "pt")
+    if problem.code == "utilization":
+        yield from (change("engine_args", arguments) for arguments in _lower_utilizations(config))
     if problem.code == "over_commit":
         yield from _smaller(request, inventory, change, helps)
     if request.replicas > 1:
@@ -124,10 +132,19 @@ def _smaller(request: ModelRequest, inventory: Inventory, change: Any, helps: An
         for size in request.architecture.valid_tensor_parallel_sizes():
             if size > (config.tensor_parallel_size or 1):
                 yield change("tensor_parallel_size", size)
+    if config.infer_backend == "vllm" and config.device == "cuda" and request.is_quantizable:
+        yield change("quantization", "fp8")
     if config.infer_backend == "pt" and config.max_memory:
         yield from (change("max_memory", caps) for caps in _higher_caps(request, inventory))
     if config.infer_backend == "pt" and config.num_gpus is not None and config.num_gpus < 1:
         yield from (change("num_gpus", share) for share in (0.25, 0.5, 0.75, 1.0) if share > config.num_gpus)
+
+
+def _lower_utilizations(config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """vLLM's arguments with less of the card, a hundredth each time."""
+    name = next(name for name in config.engine_args if name.replace("-", "_") == "gpu_memory_utilization")
+    for percent in range(int(float(config.engine_args[name]) * 100) - 1, 0, -1):
+        yield {**config.engine_args, name: percent / 100}
 
 
 def _longest(request: ModelRequest, works: Any) -> int | None:
@@ -174,7 +191,7 @@ def _changed(request: ModelRequest, field: str, value: Any) -> ModelRequest:
 def _with_gpu(inventory: Inventory, size: int) -> Inventory:
     """One more GPU of so many bytes on each node that has any."""
     more = [
-        Device(node, max(gpu.index or 0 for gpu in gpus) + 1, "GPU", size, size)
+        Device(node, max(gpu.index or 0 for gpu in gpus) + 1, "GPU", size, size, gpus[0].by_index)
         for node, gpus in inventory.node_gpus().items()
     ]
     return Inventory((*inventory.devices, *more))

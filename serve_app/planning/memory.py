@@ -76,6 +76,8 @@ _SPLIT = re.compile(
 )
 _KV = re.compile(r"(k_proj|v_proj)$")
 _ROW = re.compile(r"(o_proj|down_proj|w2|out_proj|c_proj)$")
+# Linear layers that vLLM quantises; conv1d and the router of experts are none.
+_LINEAR = re.compile(r"(?<!mlp\.gate)(_proj|in_proj_qkvz|w1|w2|w3|c_fc)$")
 _VOCABULARY = re.compile(r"(embed_tokens|lm_head)$")
 # Kept in float32 whatever the model's type.
 _FLOAT32 = re.compile(r"(A_log|e_score_correction_bias)$")
@@ -98,6 +100,24 @@ def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_byte
     if _SPLIT.search(stem) or (_ROW.search(stem) and not tensor.name.endswith(".bias")):
         return size // tp
     return size
+
+
+def weights_per_rank_in_fp8(
+    tensors: Iterable[Tensor], architecture: Architecture, tp: int, element_bytes: int | None
+) -> Figure:
+    """`weights_per_rank` where vLLM rounds a checkpoint to fp8 while it loads (`quantization: fp8`).
+
+    A byte for each element of the linear layers; embeddings, head, norms and biases stay as they are. It happens after
+    vLLM's layers are built, so it is not compared with vLLM's own figures: a guess.
+    """
+    kept, rounded = 0, 0
+    for tensor in loaded(tensors, architecture):
+        size = rank_bytes(tensor, architecture, tp, element_bytes)
+        if len(tensor.shape) > 1 and _LINEAR.search(_ENDING.sub("", tensor.name)):
+            rounded += size * tensor.elements // tensor.bytes_as(element_bytes)
+        else:
+            kept += size
+    return Figure(kept) + guessed(rounded)
 
 
 def padded_vocabulary(rows: int) -> int:

@@ -9,10 +9,13 @@ Two kinds of accounting for GPUs, never both on one node:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
+from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import VRAM_RESOURCE, Node
+from serve_app.planning.plan import ModelPlan
 
 GIB = 2**30
 
@@ -54,8 +57,13 @@ def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
     """
     if config.device == "cpu":
         return [Demand(config.num_cpus)]
+    if config.gpu_ids is not None:
+        raise PlacementError(
+            "gpu_ids: names GPUs by index, which needs nodes that advertise their memory by index "
+            '(ray start --num-gpus 0 --resources "$(serve-app node-resources)") and a model that the plan knows.'
+        )
     if config.infer_backend == "vllm":
-        return [Demand(config.num_cpus, gpus=float(config.tensor_parallel_size or 1))]
+        return [Demand(config.num_cpus, gpus=config.num_gpus or float(config.tensor_parallel_size or 1))]
     demands = []
     if config.max_memory and config.num_gpus is None and any(node.vram_gib for node in nodes):
         sizes = {index: config.max_memory[index] / GIB for index in config.gpu_indices}
@@ -72,9 +80,44 @@ def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
     return demands
 
 
-def require_room(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
-    """The demand of one replica. Raises PlacementError when no node could hold it even if it were empty."""
-    demands = demands_of(config, nodes)
+def planned_demand(model: ModelPlan, inventory: Inventory) -> Demand:
+    """What one replica asks for, as it was planned: the bytes of each GPU's share, or Ray's own GPUs and fractions."""
+    config = model.config
+    devices = [rank.device for rank in model.ranks if rank.device.is_gpu]
+    if not devices:
+        return Demand(config.num_cpus)
+    if devices[0].by_index:
+        caps = config.max_memory or {}
+        planned = {rank.device.index or 0: rank.share.bytes for rank in model.ranks}
+        named = {index: caps[index] for index in config.gpu_indices if index in caps}
+        return Demand(config.num_cpus, vram_gib={index: size / GIB for index, size in (named or planned).items()})
+    if model.backend == "vllm":
+        return Demand(config.num_cpus, gpus=config.num_gpus or float(model.tensor_parallel_size))
+    count = config.num_gpus or native_share(config, inventory) or float(max(1, len(config.gpu_indices)))
+    return Demand(config.num_cpus, gpus=count)
+
+
+def native_share(config: ModelConfig, inventory: Inventory) -> float | None:
+    """The fraction of a GPU that Ray is asked for; None for whole GPUs.
+
+    `num_gpus` below 1, or, for one GPU in `max_memory`, its bytes of the smallest GPU that Ray could give: Ray does not
+    look at sizes. Where one is smaller than that, a whole GPU, as no fraction would be right everywhere.
+    """
+    if config.share is not None or config.num_gpus is not None:
+        return config.share
+    if not config.max_memory or config.gpu_indices != (0,):
+        return None
+    smallest = min((gpu.total_bytes for gpu in inventory.gpus if not gpu.by_index), default=0)
+    fraction = ceil(config.max_memory[0] / smallest * 1000) / 1000 if smallest else 1.0
+    return fraction if fraction < 1 else None
+
+
+def require_room(config: ModelConfig, nodes: Sequence[Node], planned: Demand | None = None) -> Demand:
+    """The demand of one replica, the planned one where there is one.
+
+    Raises PlacementError when no node could hold it even if it were empty.
+    """
+    demands = [planned] if planned is not None else demands_of(config, nodes)
     for demand in demands:
         if any(demand.fits(node) for node in nodes):
             return demand
@@ -83,7 +126,7 @@ def require_room(config: ModelConfig, nodes: Sequence[Node]) -> Demand:
     if config.device != "cpu" and not any(node.gpus or node.vram_gib for node in nodes):
         cure = " To run it on the CPU, set device: cpu."
     elif demand.gpus and any(node.vram_gib for node in nodes):
-        cure = " GPU memory by index is given only to pt models with max_memory and without num_gpus."
+        cure = " GPU memory by index is given only to models that the plan knows."
     raise PlacementError(
         f"needs {demand} on one node ({_why(config, demand)}), and no node has that. "
         f"The cluster has {'; '.join(map(str, nodes)) or 'no nodes'}.{cure}"

@@ -93,6 +93,8 @@ class Fix:
             return f"infer_backend: {self.value}, without vLLM's own fields"
         if self.field == "num_replicas":
             return f"num_replicas: {self.value}, under deployments"
+        if self.field == "quantization":
+            return f"quantization: {self.value}, which saves {self.saves_bytes / 2**30:.2f} GiB of weights"
         return f"{self.field}: {_yaml(self.value)}"
 
 
@@ -148,6 +150,7 @@ class Plan:
             {
                 "id": device.id,
                 "name": device.name,
+                "accounting": "by_index" if device.by_index else "num_gpus" if device.is_gpu else "memory",
                 "total_bytes": device.total_bytes,
                 "free_bytes": device.free_bytes,
                 "planned_bytes": self.planned(device),

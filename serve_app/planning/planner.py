@@ -7,9 +7,11 @@ pt replicas that say so; the same input gives the same plan.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.fit import ModelRequest, Shortage, fit_pt, fit_vllm
+from serve_app.planning.placement import native_share
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 
 # Placements that are tried before the search gives up and places each model where it can.
@@ -58,9 +60,10 @@ class Placed:
 
 def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int = MOST_TRIES) -> Plan:
     """Places all replicas. What finds no place is a problem, without a cure yet (`fixes.with_fixes`)."""
+    inventory = with_accounting(requests, inventory)
     units = sorted(
         (replace(request, replicas=number) for request in requests for number in range(max(1, request.replicas))),
-        key=lambda unit: (not unit.config.max_memory, -unit.weights, unit.name, unit.replicas),
+        key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),
     )
     placed = _search(units, inventory, tries)
     if placed is not None:
@@ -75,6 +78,23 @@ def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int
             models.append(found.plan)
             state = found.state
     return _plan(models, problems, inventory)
+
+
+def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> Inventory:
+    """The inventory with Ray's kind of accounting, where it is still open: by index if a model names a GPU."""
+    by_index = any(request.config.gpu_indices for request in requests)
+    devices = (
+        replace(device, by_index=by_index) if device.is_gpu and device.by_index is None else device
+        for device in inventory.devices
+    )
+    return Inventory(tuple(devices))
+
+
+def _is_unbounded(unit: ModelRequest) -> bool:
+    """Whether it takes all memory that it finds, so that it comes last where GPUs are shared by bytes."""
+    config = unit.config
+    bounds = (config.kv_cache_memory_bytes, config.num_gpus, config.engine_args.get("gpu_memory_utilization"))
+    return config.infer_backend != "pt" and all(bound is None for bound in bounds)
 
 
 def _plan(models: Sequence[ModelPlan], problems: Sequence[Problem], inventory: Inventory) -> Plan:
@@ -124,7 +144,7 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterato
         if (problem := _tensor_parallel_problem(request)) is not None:
             yield problem
             continue
-        found = [_attempt(request, choice, seats, state) for seats in _seats(request, inventory, state)]
+        found = [_attempt(request, choice, seats, inventory, state) for seats in _seats(request, inventory, state)]
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
         yield from (item for item in found if isinstance(item, Shortage))
 
@@ -135,19 +155,17 @@ def _leftover(placed: Placed) -> tuple[int, str]:
     return sum(placed.state.free(device) for device in devices), devices[0].id
 
 
-def _attempt(request: ModelRequest, choice: Choice, seats: Seats, state: State) -> Placed | Shortage:
+def _attempt(
+    request: ModelRequest, choice: Choice, seats: Seats, inventory: Inventory, state: State
+) -> Placed | Shortage:
     config = request.config
     devices = [device for device, _ in seats]
-    share = None
+    # By index Ray counts bytes, so a device is never in whole use.
+    share = 0.0 if devices[0].by_index else native_share(config, inventory)
     if config.infer_backend == "vllm":
         fit = fit_vllm(request, seats, choice.reasons)
     else:
-        limits = _limits(request, devices)
-        if config.num_gpus is not None and config.num_gpus < 1:
-            share = config.num_gpus
-        elif config.max_memory and devices[0].is_gpu:
-            share = 0.0
-        fit = fit_pt(request, seats, limits, choice.reasons)
+        fit = fit_pt(request, seats, _limits(request, devices), choice.reasons)
     if isinstance(fit, Shortage):
         return fit
     fit = replace(fit, replica=request.replicas)
@@ -160,8 +178,7 @@ def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
         return [memory.get("cpu", devices[0].total_bytes)]
     if config.gpu_indices and memory:
         return [memory[index] for index in config.gpu_indices]
-    share = config.num_gpus if config.num_gpus is not None and config.num_gpus < 1 else 1.0
-    return [int(share * device.total_bytes) for device in devices]
+    return [int((config.share or 1.0) * device.total_bytes) for device in devices]
 
 
 def _tensor_parallel_problem(request: ModelRequest) -> Shortage | None:
@@ -196,34 +213,50 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
         )
         if signature not in seen:
             seen.add(signature)
-            yield from _seats_on(request, gpus, state)
+            yield from _seats_on(request, gpus, inventory, state)
 
 
-def _seats_on(request: ModelRequest, gpus: Sequence[Device], state: State) -> Iterator[Seats]:
+def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventory, state: State) -> Iterator[Seats]:
+    """The sets of GPUs of one node. By index every GPU may be shared; else only by fractions of Ray's."""
     config = request.config
-    untouched = [(gpu, state.free(gpu)) for gpu in gpus if state.is_untouched(gpu)]
-    if config.infer_backend == "vllm":
-        size = config.tensor_parallel_size or 1
-        for total in sorted({gpu.total_bytes for gpu, _ in untouched}):
-            equal = [pair for pair in untouched if pair[0].total_bytes == total]
-            if len(equal) >= size:
-                yield sorted(equal, key=lambda pair: (-pair[1], pair[0].index))[:size]
+    by_index = bool(gpus[0].by_index)
+    share = None if by_index else native_share(config, inventory)
+    if by_index and config.gpu_indices:
+        named = {gpu.index: gpu for gpu in gpus}
+        if all(index in named for index in config.gpu_indices):
+            chosen = [named[index] for index in config.gpu_indices]
+            if config.infer_backend != "vllm" or len({gpu.total_bytes for gpu in chosen}) == 1:
+                yield [(gpu, state.free(gpu)) for gpu in chosen]
         return
-    if config.max_memory and config.gpu_indices:
-        by_index = {gpu.index: gpu for gpu in gpus if gpu.id not in state.whole}
-        if all(index in by_index for index in config.gpu_indices):
-            yield [(by_index[index], state.free(by_index[index])) for index in config.gpu_indices]
-        return
-    if config.num_gpus is not None and config.num_gpus < 1:
+    if share is not None:
         for gpu in gpus:
-            if gpu.id not in state.whole and state.shares.get(gpu.id, 0.0) + config.num_gpus <= 1.0 + 1e-9:
+            if gpu.id not in state.whole and state.shares.get(gpu.id, 0.0) + share <= 1.0 + 1e-9:
                 yield [(gpu, state.free(gpu))]
         return
-    count = int(config.num_gpus or max(1, len(config.gpu_indices)))
+    usable = [(gpu, state.free(gpu)) for gpu in gpus if by_index or state.is_untouched(gpu)]
+    if config.infer_backend == "vllm":
+        size = config.tensor_parallel_size or 1
+        yield from _equal(usable, size)
+        return
+    if not by_index and config.gpu_indices != tuple(range(len(config.gpu_indices))):
+        return
+    count = max(1, int(config.num_gpus or len(config.gpu_indices)))
     if count == 1:
-        yield from ([pair] for pair in untouched)
-    elif len(untouched) >= count:
-        yield untouched[:count]
+        yield from ([pair] for pair in usable)
+    elif len(usable) >= count:
+        most_free = sorted(usable, key=lambda pair: (-pair[1], pair[0].index))[:count]
+        yield sorted(most_free, key=lambda pair: pair[0].index or 0) if by_index else usable[:count]
+
+
+def _equal(usable: Seats, size: int) -> Iterator[Seats]:
+    """Sets of `size` equal GPUs: for each size of card those with most memory free; of single ones, all that differ."""
+    if size == 1:
+        yield from ([pair] for pair in {(gpu.total_bytes, free): (gpu, free) for gpu, free in usable[::-1]}.values())
+        return
+    for total in sorted({gpu.total_bytes for gpu, _ in usable}):
+        equal = [pair for pair in usable if pair[0].total_bytes == total]
+        if len(equal) >= size:
+            yield sorted(equal, key=lambda pair: (-pair[1], pair[0].index))[:size]
 
 
 def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
@@ -232,21 +265,35 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
         return "device: cpu: the inventory names no host memory."
     if not inventory.gpus:
         return "there is no GPU. Set device: cpu to run it on the CPU."
-    if config.max_memory and config.gpu_indices:
-        most = max(len(gpus) for gpus in inventory.node_gpus().values())
+    if config.gpu_indices:
+        return _no_index(config, inventory)
+    if config.share is not None:
         return (
-            f"max_memory names GPU {config.gpu_indices[-1]}, and no node has that GPU free to share "
-            f"(at most {most} GPUs on a node)."
-        )
-    if config.num_gpus is not None and config.num_gpus < 1:
-        return (
-            f"num_gpus: {config.num_gpus:g}: no GPU has that share left beside the others. Shares on one GPU must not "
+            f"num_gpus: {config.share:g}: no GPU has that share left beside the others. Shares on one GPU must not "
             "add up to more than 1."
         )
     size = config.tensor_parallel_size or 1
     if config.infer_backend == "vllm" and size > 1:
         return _unequal(size, inventory)
     return "every GPU is in use by a model that was placed before."
+
+
+def _no_index(config: ModelConfig, inventory: Inventory) -> str:
+    field = "gpu_ids" if config.gpu_ids else "max_memory" if config.max_memory else "device_map"
+    last = config.gpu_indices[-1]
+    most = max(len(gpus) for gpus in inventory.node_gpus().values())
+    if any(gpu.by_index for gpu in inventory.gpus):
+        equal = " as equal GPUs" if config.gpu_ids and len(config.gpu_ids) > 1 else ""
+        return f"{field} names GPU {last}, and no node has that GPU{equal} (at most {most} GPUs on a node)."
+    if config.gpu_ids or config.gpu_indices != tuple(range(len(config.gpu_indices))):
+        return (
+            f"{field} names GPU {last}, but with whole GPUs the replica counts its own from 0. Start Ray with "
+            '--num-gpus 0 --resources "$(serve-app node-resources)" to pick GPUs by index.'
+        )
+    return (
+        f"{field} names {len(config.gpu_indices)} GPUs, which Ray gives whole here, and no node has so many that "
+        f"nothing else uses (at most {most} GPUs on a node)."
+    )
 
 
 def _unequal(size: int, inventory: Inventory) -> str:

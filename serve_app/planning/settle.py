@@ -1,6 +1,7 @@
 """From a plan to the config of a replica: what was chosen is written down, and what cannot fit is refused."""
 
-from math import ceil
+from dataclasses import dataclass, replace
+from math import floor
 from typing import Any
 
 from serve_app.config import ModelConfig
@@ -8,12 +9,26 @@ from serve_app.errors import PlacementError
 from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.memory import MIB
+from serve_app.planning.placement import Demand, planned_demand
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 
+# vLLM refuses to start when less than this share of the card is free.
+_GATE = "gpu_memory_utilization"
 
-def settle(request: ModelRequest, inventory: Inventory) -> ModelConfig:
-    """The config with its backend chosen, judged by the devices as if they were empty.
+
+@dataclass(frozen=True)
+class Settled:
+    """A config that says all that its replica needs, and what the replica asks of Ray."""
+
+    config: ModelConfig
+    demand: Demand
+
+
+def settle(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | None = None) -> Settled:
+    """The config with its backend chosen, judged by the devices as if they were empty: what runs there now may be what
+    is about to be replaced. Where Ray counts memory by index, its GPUs are chosen among those that are `unclaimed`.
 
     Raises PlacementError with the plan's words, and its cure, for a model that no device can hold.
     """
@@ -21,7 +36,39 @@ def settle(request: ModelRequest, inventory: Inventory) -> ModelConfig:
     plan = with_fixes(make_plan([request], empty), [request], empty)
     if not plan.fits:
         raise PlacementError(problem_text(plan))
-    return plan.models[0].config
+    model = plan.models[0]
+    if unclaimed is not None and model.ranks[0].device.by_index:
+        beside = make_plan([replace(request, config=model.config)], unclaimed)
+        model = beside.models[0] if beside.fits else model
+    return Settled(_with_gpus(model), planned_demand(model, empty))
+
+
+def _with_gpus(model: ModelPlan) -> ModelConfig:
+    """The config with the GPUs and bytes that were chosen, where Ray counts them by index."""
+    if not model.ranks[0].device.by_index or model.config.max_memory:
+        return model.config
+    return model.config.model_copy(update=_shares(model))
+
+
+def _shares(model: ModelPlan) -> dict[str, Any]:
+    """The fields that hold a replica to its share of each GPU."""
+    if model.backend == "pt":
+        caps = {rank.device.index: rank.share.bytes for rank in model.ranks}
+        return {"max_memory": caps, "num_gpus": None}
+    indices = tuple(rank.device.index for rank in model.ranks)
+    return {"gpu_ids": indices, "num_gpus": None, **vllm_memory(model)}
+
+
+def vllm_memory(model: ModelPlan) -> dict[str, Any]:
+    """Explicit bytes of KV cache, so that vLLM measures nothing beside others, and the share of the card that it wants
+    to find free at its start, without the CUDA context."""
+    rank = model.ranks[0]
+    fields: dict[str, Any] = {"kv_cache_memory_bytes": rank.kv_cache.bytes // MIB * MIB}
+    if rank.device.is_gpu:
+        share = (rank.share.bytes - rank.context.bytes) / rank.device.total_bytes
+        others = {name: value for name, value in model.config.engine_args.items() if name.replace("-", "_") != _GATE}
+        fields["engine_args"] = {**others, _GATE: max(1, floor(share * 1000)) / 1000}
+    return fields
 
 
 def problem_text(plan: Plan) -> str:
@@ -34,24 +81,26 @@ def problem_text(plan: Plan) -> str:
 
 
 def pinned(model: ModelPlan) -> dict[str, Any]:
-    """The fields that a plan chose, to be written into the config: with them a start does exactly what was planned."""
+    """The fields that a plan chose, as YAML has them: with them a start does exactly what was planned."""
+    config = model.config
     fields: dict[str, Any] = {"infer_backend": model.backend, "max_model_len": model.max_model_len}
     device = model.ranks[0].device
     if model.backend == "vllm":
         fields["tensor_parallel_size"] = model.tensor_parallel_size
-        fields["kv_cache_memory_bytes"] = _mib(model.ranks[0].kv_cache.bytes)
-        if device.is_gpu:  # vLLM refuses to start when less than this share of the card is free.
-            rank = model.ranks[0]
-            share = (rank.share.bytes - rank.context.bytes) / device.total_bytes
-            fields["engine_args"] = {**model.config.engine_args, "gpu_memory_utilization": ceil(share * 1000) / 1000}
+        memory = vllm_memory(model)
+        fields |= memory | {"kv_cache_memory_bytes": _mib(memory["kv_cache_memory_bytes"])}
+        if device.by_index:
+            fields["gpu_ids"] = [rank.device.index for rank in model.ranks]
         return fields
-    if model.config.num_gpus is not None:
-        fields["num_gpus"] = model.config.num_gpus
-    if model.config.max_memory is None and not device.is_gpu:
+    if device.by_index and config.max_memory is None:
+        fields["max_memory"] = {rank.device.index: f"{-(-rank.share.bytes // MIB)}MiB" for rank in model.ranks}
+    elif config.num_gpus is not None:
+        fields["num_gpus"] = config.num_gpus
+    if config.max_memory is None and not device.is_gpu:
         fields["kv_cache_memory_bytes"] = _mib(sum(rank.kv_cache.bytes for rank in model.ranks))
     return fields
 
 
 def _mib(size: int) -> str:
     """Rounded down to whole MiB, as the config reads it."""
-    return f"{size // 2**20}MiB"
+    return f"{size // MIB}MiB"

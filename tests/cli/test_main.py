@@ -6,6 +6,7 @@ import pytest
 
 from serve_app.cli import check as check_module
 from serve_app.cli.main import main
+from serve_app.facts.inventory import Inventory
 from tests.builders import node
 
 ROOT = Path(__file__).parents[2]
@@ -14,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with two CPUs and no GPU, whatever runs beside the test."""
-    monkeypatch.setattr(check_module, "_nodes", lambda _: ([node("here", cpus=2)], "no Ray cluster runs here"))
+    monkeypatch.setattr(
+        check_module, "_cluster", lambda _: ([node("here", cpus=2)], Inventory(()), "no Ray cluster runs here")
+    )
 
 
 def test_the_local_config_fits_a_machine_without_gpus(capsys: pytest.CaptureFixture[str]) -> None:

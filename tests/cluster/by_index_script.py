@@ -1,35 +1,53 @@
 """Run by test_by_index.py in a process of its own: a Ray that advertises two GPUs that do not exist.
 
-Prints one JSON object: the inventory, what Ray's books say with three replicas placed, and what became of a fourth.
+Prints one JSON object: the inventory, what each builder asks of Ray, what Ray's books say with three replicas placed,
+and what became of a fourth.
 """
 
 import json
+import os
 import sys
+from dataclasses import replace
+from typing import Any
 
 import ray
+from ray.serve.exceptions import RayServeException
 
-from serve_app.facts.inventory import ray_inventory
-from serve_app.facts.nodes import ray_nodes
-from serve_app.planning.fit import ModelRequest
-from serve_app.planning.placement import require_room
+from serve_app.app import model
+from serve_app.cli.plan import request_of
+from serve_app.config import ModelConfig
+from serve_app.facts.inventory import ray_inventory, unclaimed
 from serve_app.planning.planner import make_plan
-from tests.planning.model_requests import request
+from tests.planning.model_requests import CONFIGS
+
+GEMMA = str(CONFIGS / "gemma3")
+MODELS: dict[str, dict[str, Any]] = {
+    "over both": {"infer_backend": "pt", "max_memory": {0: "4GiB", 1: "7GiB"}, "max_model_len": 1024},
+    "vllm": {"infer_backend": "vllm", "engine_args": {"gpu_memory_utilization": 0.4}, "max_model_len": 1024},
+    "share": {"model": "serve-app/demo", "infer_backend": "pt", "num_gpus": 0.25},
+}
 
 
 @ray.remote
 class Replica:
-    """Holds what a replica would."""
+    """Holds what a replica would, and tells what it sees."""
 
-    def ready(self) -> bool:
-        """Whether it has a place."""
-        return True
+    def ready(self) -> str:
+        """The GPUs that CUDA would show it."""
+        return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def actor(model: ModelRequest) -> ray.actor.ActorHandle:
-    """A replica with the resources that the model's config asks for."""
-    demand = require_room(model.config, ray_nodes())
-    options = {"num_cpus": 0, "num_gpus": demand.gpus, "resources": demand.resources}
-    return Replica.options(**options).remote()
+def built(args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the builder of one application asks of Ray, and the config that it gives to the engine."""
+    deployment = model({"model": GEMMA, **args})._bound_deployment
+    config = deployment.init_args[0]
+    told = config.model_dump(include={"max_memory", "gpu_ids", "kv_cache_memory_bytes", "engine_args", "num_gpus"})
+    return deployment.ray_actor_options, told
+
+
+def start(options: dict[str, Any]) -> ray.actor.ActorHandle:
+    """A replica with these options; the CPUs of this machine are not what is tested."""
+    return Replica.options(**{**options, "num_cpus": 0}).remote()
 
 
 def main() -> None:
@@ -44,23 +62,31 @@ def main() -> None:
         _temp_dir=sys.argv[1],
     )
     inventory = ray_inventory()
-    both = request("gemma3", "both", infer_backend="pt", max_memory={0: "4GiB", 1: "6GiB"}, max_model_len=1024)
-    one = request("gemma3", "one", infer_backend="pt", max_memory={1: "10GiB"}, max_model_len=1024)
-    small = request("gemma3", "small", infer_backend="pt", max_memory={0: "3.5GiB", 1: "7GiB"}, max_model_len=1024)
-    fourth = request("gemma3", "fourth", infer_backend="pt", max_memory={1: "10GiB"}, max_model_len=1024)
-    plan, with_fourth = (make_plan(models, inventory) for models in ([both, one, small], [both, one, small, fourth]))
-    actors = [actor(model) for model in (both, one, small)]
-    ray.get([replica.ready.remote() for replica in actors], timeout=60)
-    left = ray.available_resources()
-    pending = actor(fourth)
-    _, waiting = ray.wait([pending.ready.remote()], timeout=3)
-    answer = {
-        "devices": [(device.id, device.total_bytes) for device in inventory.devices],
-        "fits": plan.fits,
-        "fourth": [problem.model for problem in with_fourth.problems],
-        "left": {name: left.get(name, 0.0) for name in ("vram_gib_0", "vram_gib_1")},
-        "fourth_waits": len(waiting) == 1,
+    three = [request_of(name, ModelConfig.from_args({"model": GEMMA, **args}), 1) for name, args in MODELS.items()]
+    answer: dict[str, Any] = {
+        "devices": [(device.id, device.total_bytes) for device in inventory.gpus],
+        "fits": make_plan(three, inventory).fits,
     }
+    options, answer["told"] = {}, {}
+    replicas = []
+    for name, args in MODELS.items():  # One after the other: each builder sees what Ray has left.
+        options[name], answer["told"][name] = built(args)
+        replicas.append(start(options[name]))
+        ray.get(replicas[-1].ready.remote(), timeout=60)
+    answer["resources"] = {name: option["resources"] for name, option in options.items()}
+    answer["sees"] = ray.get([replica.ready.remote() for replica in replicas], timeout=60)
+    left = ray.available_resources()
+    answer["left"] = {name: left.get(name, 0.0) for name in ("vram_gib_0", "vram_gib_1")}
+    four = [*three, replace(three[1], name="fourth")]
+    answer["fourth"] = [problem.message for problem in make_plan(four, inventory).problems]
+    answer["beside"] = make_plan(four[-1:], unclaimed(inventory)).fits
+    pending = start(built(MODELS["vllm"])[0])
+    _, waiting = ray.wait([pending.ready.remote()], timeout=3)
+    answer["fourth_waits"] = len(waiting) == 1
+    try:
+        built({"infer_backend": "pt", "max_memory": {0: "20GiB"}})
+    except RayServeException as error:
+        answer["refused"] = str(error)
     print(json.dumps(answer))
     ray.shutdown()
 

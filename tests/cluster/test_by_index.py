@@ -6,11 +6,14 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
+
 GIB = 2**30
+SIZES = {0: 8, 1: 24}
 
 
 def test_ray_counts_what_the_plan_counts() -> None:
-    """A node with 8 and 24 GiB advertised: three replicas run at once, a fourth is refused by the plan and waits."""
+    """8 and 24 GiB are advertised: pt over both, vllm and a share of pt run at once; a fourth is refused and waits."""
     with tempfile.TemporaryDirectory(prefix="sa-") as folder:
         run = subprocess.run(
             [sys.executable, "-m", "tests.cluster.by_index_script", folder],
@@ -24,6 +27,17 @@ def test_ray_counts_what_the_plan_counts() -> None:
     answer = json.loads(run.stdout.strip().splitlines()[-1])
     assert answer["devices"] == [["n1:0", 8 * GIB], ["n1:1", 24 * GIB]]
     assert answer["fits"]
-    assert len(answer["fourth"]) == 1
-    assert answer["left"] == {"vram_gib_0": 0.5, "vram_gib_1": 1.0}
+    asked = answer["resources"]
+    assert asked["over both"] == {"vram_gib_0": 4.0, "vram_gib_1": 7.0}
+    assert asked["vllm"] == {"vram_gib_1": 10.15}  # 0.4 of 24 GiB, and the CUDA context beside it
+    assert answer["told"]["vllm"]["gpu_ids"] == [1]
+    assert answer["told"]["vllm"]["engine_args"] == {"gpu_memory_utilization": 0.399}
+    (cap,) = answer["told"]["share"]["max_memory"].values()
+    assert asked["share"] == {"vram_gib_0": pytest.approx(cap / GIB, abs=1e-4)}
+    assert answer["sees"] == ["0,1", "1", "0"]
+    taken = {index: sum(part.get(f"vram_gib_{index}", 0) for part in asked.values()) for index in (0, 1)}
+    assert answer["left"] == {f"vram_gib_{index}": pytest.approx(size - taken[index]) for index, size in SIZES.items()}
+    assert "Shares of one GPU must leave room for each one's context" in answer["fourth"][0]
+    assert not answer["beside"]
     assert answer["fourth_waits"]
+    assert "17.64 GiB too much" in answer["refused"]

@@ -167,6 +167,7 @@ def test_the_search_goes_back_where_the_first_place_was_wrong() -> None:
     }
 
 
+U = "gpu_memory_utilization"
 MESSAGES = [
     (
         [request(infer_backend="vllm", max_model_len=32768)],
@@ -174,7 +175,7 @@ MESSAGES = [
         "over_commit",
         "needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
         "tokens on n1:0, which is 1.98 GiB too much.",
-        "one more GPU of 24GiB on the node",
+        "quantization: fp8, which saves 3.88 GiB of weights",
     ),
     (
         [request(infer_backend="vllm", max_model_len=32768)],
@@ -238,8 +239,38 @@ MESSAGES = [
         [request(infer_backend="pt", max_memory={2: "9GB"})],
         "2x24GiB",
         "no_device",
-        "max_memory names GPU 2, and no node has that GPU free to share (at most 2 GPUs on a node).",
+        "max_memory names GPU 2, and no node has that GPU (at most 2 GPUs on a node).",
         None,
+    ),
+    (
+        [request("gemma3", infer_backend="vllm", num_gpus=0.5, max_model_len=1024, engine_args={U: 0.5})],
+        "24GiB",
+        "utilization",
+        "gpu_memory_utilization: 0.5 takes 12.00 GiB of n1:0, and the CUDA context, which vLLM does not count, "
+        "563.2 MiB more; num_gpus: 0.5 is 12.00 GiB. Shares of one GPU must leave room for each one's context.",
+        "engine_args: {gpu_memory_utilization: 0.47}",
+    ),
+    (
+        [
+            request(
+                "gemma3", name="over both", infer_backend="pt", max_memory={0: "2GiB", 1: "11GiB"}, max_model_len=1024
+            ),
+            request("gemma3", name="v", infer_backend="vllm", gpu_ids=[1], max_model_len=1024, engine_args={U: 0.6}),
+        ],
+        "8GiB,24GiB",
+        "utilization",
+        "gpu_memory_utilization: 0.6 takes 14.40 GiB of n1:1, and the CUDA context, which vLLM does not count, "
+        "563.2 MiB more; n1:1 has ",
+        None,
+    ),
+    (
+        [request("deepseek-v2-lite", infer_backend="vllm", tensor_parallel_size=2, max_model_len=16384)],
+        "2x16GiB",
+        "over_commit",
+        "needs 16.37 GiB for weights, activations and context and 486.0 MiB of KV cache for one request of 16384 "
+        "tokens on n1:0, which is 1.17 GiB too much. Its KV cache (MLA) is the same on every rank, so a larger "
+        "tensor_parallel_size does not shrink it.",
+        "quantization: fp8, which saves 6.38 GiB of weights",
     ),
     (
         [request(infer_backend="vllm"), request(name="n", infer_backend="vllm")],
@@ -313,6 +344,21 @@ MODELS = st.lists(
             infer_backend=st.just("pt"),
             num_gpus=st.sampled_from([0.25, 0.5, 1, 2]),
             max_model_len=st.sampled_from([1024, 8192]),
+        ),
+        st.builds(
+            dict,
+            shape=st.just("gemma3"),
+            infer_backend=st.just("vllm"),
+            gpu_ids=st.sampled_from([None, [0], [1]]),
+            engine_args=st.sampled_from([{}, {U: 0.3}, {U: 0.6}]),
+            max_model_len=st.just(1024),
+        ),
+        st.builds(
+            dict,
+            shape=st.just("gemma3"),
+            infer_backend=st.just("vllm"),
+            num_gpus=st.sampled_from([0.25, 0.5]),
+            max_model_len=st.just(1024),
         ),
         st.builds(
             dict,

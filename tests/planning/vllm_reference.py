@@ -4,7 +4,7 @@
 
 prints one JSON list, an answer for each job. Importing vLLM takes most of the time, so one process does all jobs.
 
-A job has `config_dir`, `tp`, `max_model_len`, `dtype`, `kv_cache_dtype` and may have `block_size`,
+A job has `config_dir`, `tp`, `max_model_len`, `dtype`, `kv_cache_dtype` and may have `block_size`, `quantization`,
 `max_num_batched_tokens` and `rules`. With `rules` "cpu" (the default) the answer is what this CPU build of vLLM would
 do on this very machine, and some of that depends on its instruction set. With "cuda" the choices that vLLM makes for
 the CPU alone are taken back: block sizes, state types and overlapping steps are those of a Hopper or Ampere GPU.
@@ -119,7 +119,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def engine_config(job: dict[str, Any]) -> VllmConfig:
     """vLLM's configuration, with its own checks of `tp` against the model. Fresh: layers register in it by name."""
-    optional = {key: job[key] for key in ("block_size", "max_num_batched_tokens") if job.get(key) is not None}
+    names = ("block_size", "max_num_batched_tokens", "quantization")
+    optional = {key: job[key] for key in names if job.get(key) is not None}
     arguments = EngineArgs(
         model=job["config_dir"],
         skip_tokenizer_init=True,

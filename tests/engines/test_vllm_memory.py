@@ -1,0 +1,63 @@
+"""What vLLM is told about memory on the GPUs that a replica sees."""
+
+import pytest
+
+from serve_app.config import ModelConfig
+from serve_app.engines.vllm_memory import visible_gpus, with_planned_memory
+from serve_app.errors import EngineError
+from serve_app.facts.gpus import Gpu
+from tests.planning.model_requests import CONFIGS
+
+GIB = 2**30
+
+
+def gpu(index: int, total: int, free: int | None = None) -> Gpu:
+    """A card of so many GiB."""
+    return Gpu(index, f"GPU-{index}", "card", total * GIB, (total if free is None else free) * GIB)
+
+
+def config(**fields: object) -> ModelConfig:
+    """Gemma 3 in vLLM."""
+    return ModelConfig.from_args(
+        {"model": str(CONFIGS / "gemma3"), "infer_backend": "vllm", "max_model_len": 4096, **fields}
+    )
+
+
+def test_the_cache_is_told_in_bytes_and_the_share_leaves_the_context_out() -> None:
+    """vLLM then measures nothing, and still checks that the share is free."""
+    told = with_planned_memory(config(), [gpu(0, 24)])
+    assert told.kv_cache_memory_bytes is not None
+    assert 10 * GIB < told.kv_cache_memory_bytes < 16 * GIB
+    assert told.engine_args["gpu_memory_utilization"] == pytest.approx(0.92, abs=0.002)
+
+
+def test_a_share_of_a_gpu_holds_the_context_too() -> None:
+    """Half of 24 GiB: two such replicas fit on one card."""
+    told = with_planned_memory(config(num_gpus=0.5), [gpu(0, 24)])
+    assert told.engine_args["gpu_memory_utilization"] * 24 + 0.55 <= 12
+
+
+def test_what_others_hold_is_not_planned_twice() -> None:
+    """With less free there is less cache; with too little it is refused with the figures."""
+    whole, beside = (with_planned_memory(config(), [gpu(0, 24, free)]).kv_cache_memory_bytes for free in (24, 16))
+    assert (whole or 0) > (beside or 0) + 5 * GIB
+    with pytest.raises(EngineError, match=r"too much\. Other processes hold 18\.00 GiB there now"):
+        with_planned_memory(config(), [gpu(0, 24, 6)])
+
+
+def test_the_users_own_bytes_stay() -> None:
+    """Nor is anything told on the CPU."""
+    own = config(kv_cache_memory_bytes="2GiB")
+    assert with_planned_memory(own, [gpu(0, 24)]) is own
+    cpu = config(device="cpu")
+    assert with_planned_memory(cpu, []) is cpu
+
+
+def test_the_gpus_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number or by UUID."""
+    cards = [gpu(0, 8), gpu(1, 24), gpu(2, 24)]
+    for named, expected in (("2,0", [2, 0]), ("GPU-1", [1]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert [card.index for card in visible_gpus(cards)] == expected
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus(cards) == cards
