@@ -345,11 +345,39 @@ def _device_problem(config: ModelConfig) -> str | None:
     return None
 
 
-class RouterConfig(_Strict):
-    """The router: what it accepts, and how often it looks for models. Sizes in bytes, times in seconds."""
+Seconds = Annotated[float, Field(gt=0)]
 
+
+class RouterConfig(_Strict):
+    """The router: names, limits and waiting. Sizes in bytes, times in seconds; all of it per router replica.
+
+    `aliases` are other names of models, `fallbacks` the models that answer for one that is down or full.
+    `first_byte_timeout_s` is a whole answer's time where it is not streamed. `max_retries` bounds how often a request
+    is sent again, or a stream is taken up again, after its replica was lost. `max_waiting_requests` may wait for their
+    first byte at one model, and `max_held_requests` of them for a model that is loading, for `hold_timeout_s`.
+    """
+
+    aliases: dict[str, str] = Field(default_factory=dict)
+    default_model: str | None = None
+    fallbacks: dict[str, list[str]] = Field(default_factory=dict)
     max_body_bytes: Positive = 32 * 2**20
-    discovery_interval_s: Annotated[float, Field(gt=0)] = 2.0
+    max_header_bytes: Positive = 32 * 2**10
+    body_timeout_s: Seconds = 60.0
+    first_byte_timeout_s: Seconds = 600.0
+    idle_timeout_s: Seconds = 300.0
+    total_timeout_s: Seconds = 3600.0
+    max_retries: Annotated[int, Field(ge=0)] = 3
+    max_waiting_requests: Positive = 1024
+    max_held_requests: Annotated[int, Field(ge=0)] = 256
+    hold_timeout_s: Seconds = 300.0
+    discovery_interval_s: Seconds = 2.0
+
+    @model_validator(mode="after")
+    def _names_lead_somewhere(self) -> Self:
+        for alias, name in self.aliases.items():
+            if name in self.aliases:
+                raise ValueError(f"aliases.{alias}: '{name}' is an alias itself. Name the model.")
+        return self
 
 
 class ApplicationSpec(BaseModel):

@@ -56,6 +56,8 @@ class ModelDirectory:
         self._interval_s = interval_s
         self._models: dict[str, ModelStatus] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._load_times: dict[str, float] = {}
+        self._loading_since: dict[str, float] = {}
         self._read_at = float("-inf")
         self._lock = asyncio.Lock()
 
@@ -91,7 +93,7 @@ class ModelDirectory:
         """
         model = await self.find(name)
         if model.state != "ready":
-            raise _unavailable(model)
+            raise self.unavailable(model)
         if name not in self._handles:
             try:
                 handle = await asyncio.to_thread(serve.get_app_handle, name)
@@ -99,6 +101,19 @@ class ModelDirectory:
                 raise _unavailable(ModelStatus(name, "stopping", 0)) from None
             self._handles[name] = handle.options(method_name="http", stream=True)
         return self._handles[name]
+
+    def unavailable(self, model: ModelStatus) -> ModelUnavailable:
+        """Why a model cannot answer now, with the time that its last load took where it is loading."""
+        if model.state == "loading":
+            text = f"The model '{model.name}' is loading. {model.message}".strip()
+            return ModelUnavailable(text, param="model", retry_after_s=self.load_time_s(model.name))
+        return _unavailable(model)
+
+    def load_time_s(self, name: str) -> float:
+        """Seconds that are left of a load like the last one; a guess where none was seen."""
+        last = self._load_times.get(name, RETRY_LOADING_S)
+        since = self._loading_since.get(name)
+        return max(1.0, last - (time.monotonic() - since)) if since is not None else last
 
     def require_hope(self, model: ModelStatus) -> None:
         """Raises ModelUnavailable for a model that will not answer who waits; one that loads or restarts will."""
@@ -116,9 +131,19 @@ class ModelDirectory:
                     "Ray Serve's controller does not answer.", retry_after_s=RETRY_LOADING_S
                 ) from None
             self._models = read_status(status.applications, self._own_application)
+            self._time_loads()
             for gone in self._handles.keys() - self._models.keys():
                 del self._handles[gone]
             self._read_at = time.monotonic()
+
+    def _time_loads(self) -> None:
+        """Remembers how long each model took from "loading" to "ready", as far as it was seen."""
+        now = time.monotonic()
+        for name, model in self._models.items():
+            if model.state == "loading":
+                self._loading_since.setdefault(name, now)
+            elif (since := self._loading_since.pop(name, None)) is not None and model.state == "ready":
+                self._load_times[name] = now - since
 
 
 def read_status(applications: Mapping[str, Any], own_application: str) -> dict[str, ModelStatus]:
@@ -168,8 +193,5 @@ def _not_found(name: str, models: Mapping[str, ModelStatus]) -> ModelNotFound:
 def _unavailable(model: ModelStatus) -> ModelUnavailable:
     if model.state == "stopping":
         return ModelUnavailable(f"The model '{model.name}' is being removed.", param="model")
-    if model.state == "loading":
-        text = f"The model '{model.name}' is loading. {model.message}".strip()
-        return ModelUnavailable(text, param="model", retry_after_s=RETRY_LOADING_S)
     text = f"The model '{model.name}' has failed: {model.message}"
     return ModelUnavailable(text, param="model", retry_after_s=RETRY_FAILED_S)

@@ -17,7 +17,11 @@ from serve_app.config import RouterConfig
 from serve_app.errors import ModelNotFound, ModelUnavailable
 from serve_app.serving.asgi import HttpRequest, call_asgi
 from serve_app.serving.directory import ModelStatus
-from serve_app.serving.router import build_app, model_of
+from serve_app.serving.incoming import peek
+from serve_app.serving.proxy import Proxy
+from serve_app.serving.router import build_app
+from serve_app.serving.router_metrics import RouterMetrics
+from serve_app.serving.upstream import HandleUpstream
 
 
 class Items:
@@ -68,6 +72,14 @@ class Directory:
         if self.gone:
             raise ModelUnavailable("it is being removed")
 
+    def unavailable(self, model: ModelStatus) -> ModelUnavailable:
+        """As in the real one."""
+        return ModelUnavailable("loading", retry_after_s=9.2)
+
+    def load_time_s(self, name: str) -> float:
+        """As in the real one."""
+        return 9.2
+
     async def handle(self, name: str) -> Any:
         """An object whose `remote` calls the model."""
         if (await self.find(name)).state != "ready":
@@ -111,7 +123,10 @@ MODEL = Starlette(
 
 def client(directory: Directory, **config: Any) -> httpx.AsyncClient:
     """A client of the router."""
-    app = build_app(RouterConfig(**config), directory)  # type: ignore[arg-type]
+    settings = RouterConfig(**config)
+    upstream = HandleUpstream(directory, settings.discovery_interval_s)  # type: ignore[arg-type]
+    proxy = Proxy(settings, directory, upstream, RouterMetrics())  # type: ignore[arg-type]
+    app = build_app(proxy, directory)  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
 
 
@@ -138,7 +153,7 @@ async def test_a_stream_passes_as_it_comes() -> None:
     """All events, and no length that was not the model's."""
     async with client(Directory()) as session:
         reply = await session.post("/v1/stream", json={"model": "a"})
-    assert reply.text == "data: 0\n\ndata: 1\n\ndata: 2\n\n"
+    assert reply.text.startswith("data: 0\n\ndata: 1\n\ndata: 2\n\n: server-timing router;dur=")
     assert "content-length" not in reply.headers
 
 
@@ -146,7 +161,7 @@ async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
     """Never in silence."""
     async with client(Directory(fail_after=1)) as session:
         reply = await session.post("/v1/stream", json={"model": "a"})
-    last = reply.text.strip().split("\n\n")[-1].removeprefix("data: ")
+    last = reply.text.strip().split("\n\n")[-2].removeprefix("data: ")  # after it the times, as a comment
     assert json.loads(last)["error"]["code"] == "model_unavailable"
 
 
@@ -176,7 +191,7 @@ async def test_json_that_no_program_can_hold_is_refused(body: bytes) -> None:
 
 async def test_a_loading_model_is_a_503_with_retry_after() -> None:
     """Whole seconds, rounded up."""
-    async with client(Directory()) as session:
+    async with client(Directory(), hold_timeout_s=0.1) as session:
         reply = await session.post("/v1/any", json={"model": "b"})
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "10")
 
@@ -215,4 +230,4 @@ async def test_other_methods_lead_to_the_models_route() -> None:
 
 def test_the_model_is_read_from_any_json_object() -> None:
     """Wherever it stands."""
-    assert model_of('{"messages": [{"model": "inner"}], "model": "ünder/x"}'.encode()) == "ünder/x"
+    assert peek('{"messages": [{"model": "inner"}], "model": "ünder/x"}'.encode()).model == "ünder/x"

@@ -1,0 +1,194 @@
+"""One request's way through the router: read, admitted, sent to a model by name, and its answer passed back as bytes.
+
+Laws: nothing is lost in silence. A request without a first byte is sent again when its replica is lost; a stream of
+text is taken up again (`relay`, `resuming`); what cannot be ends with an error that the client can read.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from serve_app.config import RouterConfig
+from serve_app.engines.openai_errors import error_response
+from serve_app.errors import ClientGone, DeadlineExceeded, ModelNotFound, ModelUnavailable, Overloaded, RequestError
+from serve_app.serving.asgi import Headers, HttpRequest
+from serve_app.serving.directory import ModelDirectory
+from serve_app.serving.exchange import HOP_BY_HOP, Exchange
+from serve_app.serving.incoming import header, peek, read_body, require_small_headers, with_model
+from serve_app.serving.names import candidates
+from serve_app.serving.queues import ModelQueue
+from serve_app.serving.relay import Relay, backoff
+from serve_app.serving.router_metrics import RouterMetrics
+from serve_app.serving.upstream import Answer, ReplicaLost, Upstream
+
+logger = logging.getLogger("ray.serve")
+
+# The body was read as JSON, whatever curl calls it by default; vLLM insists on the name.
+JSON = (b"content-type", b"application/json")
+REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id"}
+# Statuses of a replica that is going or gone, or of a proxy before it that found none.
+LOST = frozenset({502, 503, 504})
+# Seconds between two looks at a model that is loading.
+LOOK_AGAIN_S = 0.25
+MOST_ID_BYTES = 128
+
+
+class Proxy:
+    """The router's endpoint for everything that names a model in its body. `config` may be replaced while it runs."""
+
+    def __init__(self, config: RouterConfig, directory: ModelDirectory, upstream: Upstream, metrics: RouterMetrics):
+        self.config = config
+        self._directory = directory
+        self._upstream = upstream
+        self._metrics = metrics
+        self._queues: dict[str, ModelQueue] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application for one kind of request: POST with a JSON body."""
+        headers: Headers = scope["headers"]
+        given = (header(headers, b"x-request-id") or b"")[:MOST_ID_BYTES].decode("latin-1")
+        exchange = Exchange(given or uuid.uuid4().hex, scope["path"], send)
+        try:
+            require_small_headers(headers, self.config)
+            body = await read_body(headers, receive, self.config)
+            exchange.read = time.perf_counter()
+            await _unless_gone(self._answer(exchange, scope, body), receive)
+        except RequestError as error:
+            await _refuse(exchange, error)
+        except asyncio.CancelledError:
+            exchange.status = exchange.status or ClientGone.status
+            raise
+        finally:
+            exchange.count(self._metrics)
+            logger.info(exchange.log_line())
+
+    async def _answer(self, exchange: Exchange, scope: Scope, body: bytes) -> None:
+        seen = peek(body)
+        headers = [pair for pair in scope["headers"] if pair[0] not in REPLACED]
+        headers += [JSON, (b"x-request-id", exchange.request_id.encode("latin-1"))]
+        requests = {}
+        for name in candidates(self.config, seen.model):
+            named = body if name == seen.model else with_model(body, name)
+            requests[name] = HttpRequest(scope["method"], scope["path"], scope["query_string"], headers, named)
+        ends = asyncio.get_running_loop().time() + self.config.total_timeout_s
+        answer = await self._open(exchange, requests)
+        relay = Relay(exchange, requests[exchange.model], self.config, ends)
+        try:
+            await exchange.send(exchange.head(answer.status, answer.headers))
+            if dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
+                await relay.events(answer, self._upstream, self._metrics)
+            else:
+                await relay.plain(answer)
+        finally:
+            await answer.close()
+
+    async def _open(self, exchange: Exchange, requests: dict[str, HttpRequest]) -> Answer:
+        """The first model that takes the request: none waits for a loading one while another is ready."""
+        failures: list[RequestError] = []
+        for patient in (False, True) if len(requests) > 1 else (True,):
+            for name, request in requests.items():
+                try:
+                    return await self._open_one(exchange, name, request, patient)
+                except (ModelNotFound, ModelUnavailable, Overloaded) as error:
+                    failures.append(error)
+        raise failures[0]
+
+    async def _open_one(self, exchange: Exchange, name: str, request: HttpRequest, patient: bool) -> Answer:
+        config = self.config
+        queue = self._queues.setdefault(name, ModelQueue(name))
+        await self._loaded(name, queue, patient)
+        exchange.model = name
+        with queue.place(config):
+            self._metrics.waiting(name, queue.waiting)
+            exchange.sent = time.perf_counter()
+            try:
+                async with asyncio.timeout(config.first_byte_timeout_s):
+                    answer = await self._send(exchange, name, request)
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"'{name}' gave no byte within {config.first_byte_timeout_s:g} s (first_byte_timeout_s)."
+                ) from None
+        self._metrics.waiting(name, queue.waiting)
+        queue.answered()
+        return answer
+
+    async def _loaded(self, name: str, queue: ModelQueue, patient: bool) -> None:
+        """Waits for a model that is loading. Raises ModelNotFound, ModelUnavailable or Overloaded."""
+        model = await self._directory.find(name)
+        if model.state == "ready":
+            return
+        self._directory.require_hope(model)
+        if not patient or not self.config.max_held_requests:
+            raise self._directory.unavailable(model)
+        ends = time.monotonic() + self.config.hold_timeout_s
+        with queue.hold(self.config, self._directory.load_time_s(name)):
+            while time.monotonic() < ends:
+                await asyncio.sleep(LOOK_AGAIN_S)
+                model = await self._directory.find(name)
+                if model.state == "ready":
+                    return
+                self._directory.require_hope(model)
+        raise self._directory.unavailable(model)
+
+    async def _send(self, exchange: Exchange, name: str, request: HttpRequest) -> Answer:
+        """Sends it, and again when its replica is lost before the first byte."""
+        while True:
+            last = exchange.retries >= self.config.max_retries
+            try:
+                answer = await self._upstream.send(name, request)
+                if answer.status not in LOST or last:
+                    return answer
+                await answer.close()
+            except ReplicaLost as error:
+                if last:
+                    times = exchange.retries + 1
+                    raise ModelUnavailable(
+                        f"The replica of '{name}' was lost while answering ({times} tries): {error}", retry_after_s=1.0
+                    ) from error
+            exchange.retries += 1
+            self._metrics.retried(name)
+            await backoff(exchange.retries)
+
+
+async def _unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Does the work, unless the client leaves first: then it is cancelled, and the engine's work with it."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("The client left.")
+        await task
+    finally:
+        task.cancel()
+        gone.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refuse(exchange: Exchange, error: RequestError) -> None:
+    """An error before the first byte is an answer. After it the connection is broken, so that the client sees it."""
+    if isinstance(error, ClientGone):
+        exchange.status = error.status
+        return
+    if exchange.status:
+        raise error
+    exchange.status = error.status
+    response = error_response(error)
+    response.headers["x-request-id"] = exchange.request_id
+    await response({"type": "http"}, _never, exchange.send)
+
+
+async def _never() -> Message:
+    raise AssertionError("a refusal reads nothing")

@@ -1,0 +1,77 @@
+"""How many requests wait at each model, and how long the next one would: what a refusal tells.
+
+Pure but for the clock, which is injected. Of one router replica; each has its own.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from serve_app.config import RouterConfig
+from serve_app.errors import Overloaded
+
+# The rate is that of the answers of the last so many seconds.
+RATE_WINDOW_S = 60.0
+# A refusal never tells less or more than this.
+LEAST_RETRY_S, MOST_RETRY_S = 1.0, 120.0
+# Of a model that has not answered anything yet.
+UNKNOWN_RETRY_S = 5.0
+
+
+class ModelQueue:
+    """The requests of one model that wait for their first byte, and the rate at which they are answered."""
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic):
+        self.name = name
+        self.waiting = 0
+        self.held = 0
+        self._clock = clock
+        self._answered: deque[float] = deque(maxlen=10_000)
+
+    @contextmanager
+    def place(self, config: RouterConfig) -> Iterator[None]:
+        """A place in the queue. Raises Overloaded when all are taken."""
+        if self.waiting >= config.max_waiting_requests:
+            raise Overloaded(
+                f"{self.waiting} requests wait for '{self.name}', as many as may. Try again later.",
+                retry_after_s=self.retry_after_s(),
+            )
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    @contextmanager
+    def hold(self, config: RouterConfig, retry_after_s: float) -> Iterator[None]:
+        """A place among the requests that wait for a model to load. Raises Overloaded when all are taken."""
+        if self.held >= config.max_held_requests:
+            raise Overloaded(
+                f"The model '{self.name}' is loading, and {self.held} requests wait for it already.",
+                retry_after_s=retry_after_s,
+            )
+        self.held += 1
+        try:
+            yield
+        finally:
+            self.held -= 1
+
+    def answered(self) -> None:
+        """One request has its first byte."""
+        self._answered.append(self._clock())
+
+    def rate(self) -> float | None:
+        """Answers per second; None where there were fewer than two lately."""
+        now = self._clock()
+        while self._answered and self._answered[0] < now - RATE_WINDOW_S:
+            self._answered.popleft()
+        if len(self._answered) < 2:
+            return None
+        return len(self._answered) / max(now - self._answered[0], 1e-3)
+
+    def retry_after_s(self) -> float:
+        """Seconds until the requests that wait now will have been answered, at the measured rate."""
+        rate = self.rate()
+        seconds = UNKNOWN_RETRY_S if rate is None else self.waiting / rate
+        return min(max(seconds, LEAST_RETRY_S), MOST_RETRY_S)

@@ -1,0 +1,110 @@
+"""The model's answer on its way back: bytes as they come, and another replica's where the first one was lost."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from serve_app.config import RouterConfig
+from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
+from serve_app.serving.asgi import HttpRequest
+from serve_app.serving.exchange import Exchange
+from serve_app.serving.resuming import Resumed, resume
+from serve_app.serving.router_metrics import RouterMetrics
+from serve_app.serving.transcript import CannotResume, Transcript, WholeEvents, is_lost_engine, may_resume
+from serve_app.serving.upstream import Answer, ReplicaLost, Upstream
+
+# Seconds before the first repeat; doubled each time, up to the most. A dead replica is known to all within that.
+BACKOFF_S, MOST_BACKOFF_S = 0.05, 2.0
+
+
+async def backoff(repeats: int) -> None:
+    """Waits before the next try."""
+    await asyncio.sleep(min(BACKOFF_S * 2**repeats, MOST_BACKOFF_S))
+
+
+class Relay:
+    """Passes one answer on. `ends` is the loop's time at which it must be over."""
+
+    def __init__(self, exchange: Exchange, request: HttpRequest, config: RouterConfig, ends: float):
+        self._exchange = exchange
+        self._request = request
+        self._config = config
+        self._ends = ends
+
+    async def plain(self, answer: Answer) -> None:
+        """An answer that is no stream of events. One that breaks raises, so that the client sees a broken answer."""
+        pieces = answer.pieces()
+        try:
+            while (piece := await self._next(pieces)) is not None:
+                await self._exchange.pass_on(piece)
+        except ReplicaLost as error:
+            raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
+        await self._exchange.end()
+
+    async def events(self, answer: Answer, upstream: Upstream, metrics: RouterMetrics) -> None:
+        """A stream of events, which ends with one that says why where it cannot go on."""
+        transcript = Transcript() if may_resume(self._request.path) and answer.status == 200 else None
+        current: Resumed | None = Resumed(answer, None)
+        try:
+            while current is not None and current.answer is not None:
+                try:
+                    await self._events_of(current, transcript)
+                    break
+                except ReplicaLost as error:
+                    await current.answer.close()
+                    current = await self._resumed(upstream, transcript, error, metrics)
+        except RequestError as error:
+            await self._exchange.tell(error)
+        finally:
+            if current is not None and current.answer is not None:
+                await current.answer.close()
+        await self._exchange.pass_on(b"" if current is None else current.last)
+        await self._exchange.end(f": server-timing {self._exchange.timing()}\n\n".encode())
+
+    async def _events_of(self, current: Resumed, transcript: Transcript | None) -> None:
+        """Raises ReplicaLost where the stream breaks, DeadlineExceeded where it stands still."""
+        assert current.answer is not None
+        pieces, whole = current.answer.pieces(), WholeEvents()
+        while (piece := await self._next(pieces)) is not None:
+            events = whole.feed(piece)
+            if is_lost_engine(events):
+                raise ReplicaLost("its engine died")
+            if current.rest is not None:
+                events = current.rest.rewrite(events)
+            if transcript is not None and events:
+                transcript.add(events)
+            await self._exchange.pass_on(events)
+        await self._exchange.pass_on(whole.rest())
+
+    async def _next(self, pieces: AsyncIterator[bytes]) -> bytes | None:
+        """The next piece, None at the end. A slow reader's time is not the model's, so only this wait is limited."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(min(self._ends, loop.time() + self._config.idle_timeout_s)):
+                return await anext(pieces)
+        except StopAsyncIteration:
+            return None
+        except TimeoutError:
+            field = "total_timeout_s" if loop.time() >= self._ends else "idle_timeout_s"
+            seconds = getattr(self._config, field)
+            raise DeadlineExceeded(f"The answer was cut after {seconds:g} s. The router's {field} says so.") from None
+
+    async def _resumed(
+        self, upstream: Upstream, transcript: Transcript | None, error: ReplicaLost, metrics: RouterMetrics
+    ) -> Resumed | None:
+        """How a lost stream goes on; None where it cannot, and the client was told."""
+        exchange, reason = self._exchange, str(error)
+        while transcript is not None and exchange.resumes + exchange.retries < self._config.max_retries:
+            exchange.resumes += 1
+            metrics.resumed(exchange.model)
+            await backoff(exchange.resumes)
+            try:
+                async with asyncio.timeout(self._config.first_byte_timeout_s):
+                    return await resume(upstream, exchange.model, self._request, transcript)
+            except CannotResume as refusal:
+                reason = f"{error}; it was not taken up again: {refusal}"
+                break
+            except (ReplicaLost, TimeoutError, RequestError) as again:
+                reason = str(again) or type(again).__name__
+        lost = ModelUnavailable(f"The model's replica was lost in the stream: {reason}.", retry_after_s=1.0)
+        await exchange.tell(lost)
+        return None

@@ -1,0 +1,68 @@
+"""The router's metrics, through Ray's own exporter, with the field's names.
+
+Requests that name no model of ours count under the model "unknown", so that clients cannot make up labels.
+"""
+
+import re
+
+from ray.serve import metrics
+
+SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
+# Usage stands at the end of an answer, so only so many of its last bytes are searched.
+TAIL_BYTES = 2048
+_PROMPT, _COMPLETION = (re.compile(rb'"%s_tokens"\s*:\s*(\d+)' % name) for name in (b"prompt", b"completion"))
+
+
+class RouterMetrics:
+    """One set for each router replica."""
+
+    def __init__(self) -> None:
+        model = ("model",)
+        self._requests = metrics.Counter("serve_app_requests", "Requests by model and status.", ("model", "code"))
+        self._retries = metrics.Counter("serve_app_retries", "Requests sent again after a replica was lost.", model)
+        self._resumes = metrics.Counter("serve_app_resumes", "Streams taken up again by another replica.", model)
+        self._refusals = metrics.Counter("serve_app_key_refusals", "Requests refused for their key.", ("code",))
+        self._tokens_in = metrics.Counter("serve_app_prompt_tokens", "Tokens of prompts, where usage tells.", model)
+        self._tokens_out = metrics.Counter("serve_app_generation_tokens", "Tokens generated, where usage tells.", model)
+        self._waiting = metrics.Gauge("serve_app_requests_waiting", "Requests that wait for their first byte.", model)
+        self._first = metrics.Histogram(
+            "serve_app_time_to_first_token_seconds", "From the request to the first piece.", SECONDS, model
+        )
+        self._between = metrics.Histogram(
+            "serve_app_inter_token_latency_seconds", "Mean time between a stream's events.", SECONDS, model
+        )
+        self._queue = metrics.Histogram("serve_app_queue_time_seconds", "Time held in the router.", SECONDS, model)
+
+    def finished(self, model: str, code: int) -> None:
+        """A request has its answer, or has none."""
+        self._requests.inc(tags={"model": model, "code": str(code)})
+
+    def key_refused(self, code: int) -> None:
+        """A request had no right to be answered."""
+        self._refusals.inc(tags={"code": str(code)})
+
+    def retried(self, model: str) -> None:
+        """A request was sent again."""
+        self._retries.inc(tags={"model": model})
+
+    def resumed(self, model: str) -> None:
+        """A stream was taken up again."""
+        self._resumes.inc(tags={"model": model})
+
+    def waiting(self, model: str, count: int) -> None:
+        """How many wait now."""
+        self._waiting.set(count, tags={"model": model})
+
+    def timed(self, model: str, queue_s: float, first_s: float, between_s: float | None) -> None:
+        """Times of one answered request, in seconds."""
+        tags = {"model": model}
+        self._queue.observe(queue_s, tags=tags)
+        self._first.observe(first_s, tags=tags)
+        if between_s is not None:
+            self._between.observe(between_s, tags=tags)
+
+    def used(self, model: str, tail: bytes) -> None:
+        """Tokens, from the end of an answer."""
+        for pattern, counter in ((_PROMPT, self._tokens_in), (_COMPLETION, self._tokens_out)):
+            if found := pattern.findall(tail):
+                counter.inc(int(found[-1]), tags={"model": model})

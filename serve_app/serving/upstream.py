@@ -1,0 +1,101 @@
+"""The way from the router to a model's replicas: one request there, one answer as pieces of bytes back."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from serve_app.errors import Overloaded
+from serve_app.serving.asgi import Headers, HttpRequest, decode_head
+from serve_app.serving.directory import ModelDirectory
+
+# Seconds that a client is told to wait when Serve's own queue is full.
+FULL_RETRY_S = 1.0
+
+
+class ReplicaLost(Exception):
+    """The replica died, or its connection broke, before the answer was complete. The message says how."""
+
+
+class Answer(Protocol):
+    """A response on its way. `pieces` raises ReplicaLost where it breaks; `close` ends the work for it."""
+
+    status: int
+    headers: Headers
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        """The body, as it comes."""
+        ...
+
+    async def close(self) -> None:
+        """The reader is done, or has left."""
+        ...
+
+
+class Upstream(Protocol):
+    """Sends requests to models by name."""
+
+    async def send(self, name: str, request: HttpRequest) -> Answer:
+        """Waits for the head. Raises ReplicaLost, Overloaded, ModelNotFound or ModelUnavailable."""
+        ...
+
+
+class HandleUpstream:
+    """Over Ray's handles: Ray chooses the replica, and waits for one where there is none."""
+
+    def __init__(self, directory: ModelDirectory, look_again_s: float):
+        self._directory = directory
+        self._look_again_s = look_again_s
+
+    async def send(self, name: str, request: HttpRequest) -> "HandleAnswer":
+        """As in `Upstream`. A handle waits for a replica for ever, so the model is looked at meanwhile."""
+        handle = await self._directory.handle(name)
+        items = handle.remote(request)
+        try:
+            status, headers = decode_head(await self._first(items, name))
+        except BackPressureError:
+            raise Overloaded("The model's queue is full. Try again later.", retry_after_s=FULL_RETRY_S) from None
+        except (RayError, RayServeException, StopAsyncIteration) as error:
+            raise ReplicaLost(_last_line(error)) from error
+        except BaseException:  # The client or the model has left before the first byte.
+            items.cancel()
+            raise
+        return HandleAnswer(status, headers, items)
+
+    async def _first(self, items: Any, name: str) -> bytes:
+        first = asyncio.ensure_future(anext(items))
+        try:
+            while not (await asyncio.wait({first}, timeout=self._look_again_s))[0]:
+                self._directory.require_hope(await self._directory.find(name))
+            item: bytes = await first
+            return item
+        finally:
+            first.cancel()
+
+
+class HandleAnswer:
+    """An answer over a handle."""
+
+    def __init__(self, status: int, headers: Headers, items: Any):
+        self.status = status
+        self.headers = headers
+        self._items = items
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body, as it comes."""
+        try:
+            async for piece in self._items:
+                yield piece
+        except (RayError, RayServeException) as error:
+            raise ReplicaLost(_last_line(error)) from error
+
+    async def close(self) -> None:
+        """Cancels the call, which cancels the engine's work."""
+        self._items.cancel()
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
