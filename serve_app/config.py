@@ -48,6 +48,8 @@ DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # Fields that only vLLM honours.
 ONLY_VLLM = ("tensor_parallel_size", "quantization", "engine_args", "gpu_ids")
+# Fields that only pt honours, or that decide for pt with `auto`.
+ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
 # Arguments of vLLM that take more GPUs than tensor_parallel_size says.
 UNPLACED = frozenset(
     {
@@ -170,9 +172,12 @@ def _max_memory_or_none(value: object) -> dict[MaxMemoryKey, int] | None:
 
 def _size_or_none(value: object) -> int | None:
     try:
-        return None if value is None else parse_bytes(value, "kv_cache_memory_bytes")
+        size = None if value is None else parse_bytes(value, "kv_cache_memory_bytes")
     except ConfigError as error:
         raise ValueError(str(error)) from None
+    if size == 0:
+        raise ValueError("kv_cache_memory_bytes: must be more than zero. Leave it out to have it planned.")
+    return size
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -229,6 +234,11 @@ class ModelConfig(_Strict):
         return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None
 
     @property
+    def vllm_args(self) -> dict[str, Any]:
+        """`engine_args` with underscores in their names; vLLM takes dashes as well."""
+        return {name.replace("-", "_"): value for name, value in self.engine_args.items()}
+
+    @property
     def spill_tiers(self) -> frozenset[str]:
         """The slower tiers, "cpu" and "disk", that the user opened by naming them."""
         return frozenset(key for key in self.max_memory or {} if isinstance(key, str))
@@ -259,7 +269,9 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         )
     if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:
         return "tensor_parallel_size: must be 1 with device: cpu. Leave it out."
-    named = {field.replace("-", "_") for field in config.engine_args}
+    if (problem := _vllm_number_problem(config.vllm_args)) is not None:
+        return problem
+    named = set(config.vllm_args)
     for field in sorted(named & UNPLACED):
         return f"engine_args.{field}: changes the GPUs or processes that Ray counts. Use tensor_parallel_size."
     for field in sorted(named):
@@ -269,6 +281,29 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field}: {place}; set it there, not under engine_args."
     return None
+
+
+def _vllm_number_problem(arguments: Mapping[str, Any]) -> str | None:
+    """Why a number that the memory plan needs is none."""
+    share = arguments.get("gpu_memory_utilization")
+    if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+        return f"engine_args.gpu_memory_utilization: {share!r} must be a number above 0 and at most 1, such as 0.9."
+    try:
+        token_count(arguments.get("max_num_batched_tokens", 1))
+    except ValueError:
+        given = arguments["max_num_batched_tokens"]
+        return f"engine_args.max_num_batched_tokens: {given!r} must be a whole number above 0, such as 8192 or 8k."
+    return None
+
+
+def token_count(value: object) -> int:
+    """A number as vLLM reads it: 8192, "8k" (8000) or "8K" (8192). Raises ValueError."""
+    factors = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", str(value))
+    count = int(float(match[1]) * factors.get(match[2], 1)) if match else 0
+    if count < 1:
+        raise ValueError(f"{value!r} is no number of tokens")
+    return count
 
 
 def _pt_problem(config: ModelConfig) -> str | None:
@@ -293,13 +328,13 @@ def _pt_problem(config: ModelConfig) -> str | None:
 def _auto_problem(config: ModelConfig) -> str | None:
     """With `auto`, fields of one backend decide for it; fields of both contradict each other."""
     only_vllm = [name for name in ONLY_VLLM if getattr(config, name)]
-    only_pt = [name for name in ("max_memory", "device_map", "num_gpus") if getattr(config, name)]
+    only_pt = [name for name in ONLY_PT if getattr(config, name)]
     if only_vllm and only_pt:
         return (
             f"{only_pt[0]}: is for pt, and {only_vllm[0]} for vllm; with infer_backend: auto name only one backend's "
             "fields."
         )
-    return _device_map_problem(config)
+    return _vllm_problem(config) if only_vllm else _pt_problem(config)
 
 
 def _device_map_problem(config: ModelConfig) -> str | None:
@@ -380,6 +415,24 @@ class RouterConfig(_Strict):
         return self
 
 
+class DeploymentSpec(BaseModel):
+    """The part of an application's `deployments:` that says how many replicas there are."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = ""
+    num_replicas: Annotated[int, Field(ge=0, le=100_000)] | Literal["auto"] | None = None
+    autoscaling_config: dict[str, Any] | Literal["auto"] | None = None
+
+    @model_validator(mode="after")
+    def _counts_are_counts(self) -> Self:
+        if isinstance(self.autoscaling_config, dict):
+            least = self.autoscaling_config.get("min_replicas", 1)
+            if not isinstance(least, int) or isinstance(least, bool) or not 0 <= least <= 100_000:
+                raise ValueError(f"autoscaling_config.min_replicas: {least!r} is no number of replicas.")
+        return self
+
+
 class ApplicationSpec(BaseModel):
     """One application of a Serve config file, as far as this project reads it."""
 
@@ -388,6 +441,17 @@ class ApplicationSpec(BaseModel):
     name: str
     import_path: str
     args: dict[str, Any] = Field(default_factory=dict)
+    deployments: list[DeploymentSpec] = Field(default_factory=list)
+
+    @property
+    def least_replicas(self) -> int:
+        """The replicas that are there at the least: `num_replicas`, or `min_replicas`; one is planned for zero too."""
+        for deployment in self.deployments:
+            if isinstance(deployment.num_replicas, int):
+                return max(1, deployment.num_replicas)
+            if isinstance(deployment.autoscaling_config, dict):
+                return max(1, int(deployment.autoscaling_config.get("min_replicas", 1)))
+        return 1
 
     @property
     def is_model(self) -> bool:
@@ -415,7 +479,11 @@ def read_applications(path: Path) -> list[ApplicationSpec]:
     if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
         raise ConfigError(f"{path}: not a Ray Serve config file: it has no list of 'applications'.")
     try:
-        return [ApplicationSpec.model_validate(item) for item in document["applications"]]
+        applications = [ApplicationSpec.model_validate(item) for item in document["applications"]]
     except ValidationError as error:
         lines = [f"{path}: applications.{_explain(item)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+    names = [application.name for application in applications]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{path}: the name '{twice[0]}' is there twice. Every application needs its own.")
+    return applications

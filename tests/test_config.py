@@ -1,5 +1,6 @@
 """What users write, what is made of it, and what is refused with which cure."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,41 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """No traceback for a typo in a path."""
     with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
         read_applications(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"infer_backend": "auto", "engine_args": {"pipeline_parallel_size": 4}}, "changes the GPUs or processes"),
+        ({"infer_backend": "auto", "quantization": "fp8", "max_queued_requests": 5}, "name only one backend's"),
+        ({"infer_backend": "vllm", "engine_args": {"gpu-memory-utilization": "90%"}}, "must be a number above 0"),
+        ({"infer_backend": "vllm", "engine_args": {"max_num_batched_tokens": -5}}, "whole number above 0"),
+        ({"infer_backend": "vllm", "gpu_ids": [0, 1]}, "The two must be equal"),
+        ({"infer_backend": "pt", "gpu_ids": [0]}, "max_memory names the GPUs"),
+        ({"infer_backend": "vllm", "num_gpus": 2}, "below 1, num_gpus is a share"),
+        ({"infer_backend": "pt", "kv_cache_memory_bytes": "0GiB"}, "more than zero"),
+    ],
+)
+def test_what_a_backend_cannot_mean_is_refused(fields: dict[str, object], part: str) -> None:
+    """With `auto` too, by the backend that the fields decide for."""
+    with pytest.raises(ConfigError, match=re.escape(part)):
+        ModelConfig.from_args({"model": "m", **fields})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "null", "[]", "just text", "a: [", "applications: null", "applications: [a]",
+        "applications: [{name: m, import_path: serve_app.app:model, deployments: hello}]",
+        "applications: [{name: m, import_path: x, deployments: [{num_replicas: two}]}]",
+        "applications: [{name: m, import_path: x, deployments: [{autoscaling_config: 3}]}]",
+        "applications: [{name: m, import_path: x, deployments: [{autoscaling_config: {min_replicas: null}}]}]",
+        "applications: [{name: m, import_path: x}, {name: m, import_path: x}]",
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_told_in_words(text: str, tmp_path: Path) -> None:
+    """Never a traceback."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(file))):
+        read_applications(file)

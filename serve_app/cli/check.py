@@ -74,7 +74,7 @@ def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iter
         if path not in BUILDERS:
             problems.append(f"{name}: import_path '{path}' does not exist.{nearest(path, BUILDERS)}")
             continue
-        for deployment in item.get("deployments", []):
+        for deployment in item.get("deployments") or []:
             if deployment.get("name") != BUILDERS[path]:
                 problems.append(f"{name}: deployments: '{deployment.get('name')}' must be '{BUILDERS[path]}'.")
             if "ray_actor_options" in deployment:
@@ -105,6 +105,8 @@ def _cluster(address: str | None) -> tuple[list[Node], Inventory, str]:
         return [Node("this machine", os.cpu_count() or 1, len(here.gpus))], here, "no Ray cluster runs here"
     try:
         return ray_nodes(), ray_inventory(), "the Ray cluster"
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
     finally:
         ray.shutdown()
         sys.stdout.flush()

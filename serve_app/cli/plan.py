@@ -3,11 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from serve_app.cli.write_plan import write_plan
 from serve_app.config import ModelConfig, read_applications
@@ -26,6 +22,7 @@ MARKS = {"exact": "", "calibrated": "c", "guessed": "~"}
 
 def plan(options: argparse.Namespace) -> int:
     """Prints the plan. Returns 0 if all fits, 1 if not. Raises ConfigError for wrong input."""
+    _require_one_way(options)
     requests = [_request_of_options(options)] if options.model else _requests_of_file(options.config)
     inventory = _inventory(options)
     made = with_fixes(make_plan(requests, inventory), requests, inventory)
@@ -37,18 +34,31 @@ def plan(options: argparse.Namespace) -> int:
     return 0 if made.fits else 1
 
 
+MODEL_OPTIONS = ("infer_backend", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_memory", "num_gpus")
+
+
+def _require_one_way(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that would have no effect."""
+    if options.model and options.config is not None:
+        raise ConfigError("plan: give a config file or --model, not both.")
+    given = [name for name in MODEL_OPTIONS if getattr(options, name) not in (None, "auto")]
+    if options.config is not None and given:
+        raise ConfigError(f"plan: --{given[0].replace('_', '-')} goes with --model. In a file, write {given[0]} there.")
+    if options.gpus is not None and not options.gpus.strip():
+        raise ConfigError("plan: --gpus is empty. Write sizes or names, such as 8GiB,24GiB or 2xA100-80GB.")
+
+
 def _requests_of_file(path: Path | None) -> list[ModelRequest]:
     if path is None:
         raise ConfigError("plan: name a Serve config file, or a model with --model.")
-    document = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    replicas = {item.get("name"): _replicas(item) for item in document.get("applications", []) if item}
     applications = [application for application in read_applications(path) if application.is_model]
     if not applications:
         raise ConfigError(f"{path}: it has no model of serve_app.app:model.")
     requests, problems = [], []
     for application in applications:
         try:
-            requests.append(request_of(application.name, application.model_settings(), replicas[application.name]))
+            config = application.model_settings()
+            requests.append(request_of(application.name, config, application.least_replicas))
         except ConfigError as error:
             text = str(error)
             problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
@@ -57,18 +67,8 @@ def _requests_of_file(path: Path | None) -> list[ModelRequest]:
     return requests
 
 
-def _replicas(application: Mapping[str, Any]) -> int:
-    """The replicas that are there at the least: `num_replicas`, or `min_replicas`; one is planned for zero too."""
-    for deployment in application.get("deployments") or []:
-        scaling = deployment.get("autoscaling_config") or {}
-        count = deployment.get("num_replicas", scaling.get("min_replicas", 1))
-        return max(1, int(count)) if isinstance(count, int) else max(1, int(scaling.get("min_replicas", 1)))
-    return 1
-
-
 def _request_of_options(options: argparse.Namespace) -> ModelRequest:
-    names = ("infer_backend", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_memory", "num_gpus")
-    args = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    args = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
     device = {"device": "cpu"} if options.device == "cpu" else {}
     return request_of(options.model.rstrip("/").split("/")[-1], ModelConfig.from_args(
         {"model": options.model, "dtype": options.dtype, **device, **args}
@@ -103,6 +103,8 @@ def _running_inventory(address: str | None) -> Inventory:
         return local_inventory()
     try:
         return ray_inventory()
+    except ray.exceptions.RayError as error:
+        raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
     finally:
         ray.shutdown()
 
@@ -126,6 +128,7 @@ def report(made: Plan) -> str:
             else ""
         )
         lines.append(f"{device.id:<10} spare {gib(spare)} {of} ({device.name})")
+    lines += [f"NOTE {note}" for note in made.notes]
     for model in made.models:
         lines += ["", *_describe(model)]
     for problem in made.problems:

@@ -30,10 +30,16 @@ def pinned_text(made: Plan, text: str) -> str:
     yaml.preserve_quotes = True
     yaml.width = 1000
     document = yaml.load(text)
-    chosen = {model.name: pinned(model) for model in made.models}
+    # Of several replicas the one with least room speaks for all: they have one config.
+    roomiest_first = sorted(made.models, key=lambda model: -model.ranks[0].kv_cache.bytes)
+    chosen = {model.name: pinned(model) for model in roomiest_first}
+    seen: set[int] = set()
     for application in document["applications"]:
         if application.get("name") in chosen:
             arguments: Any = application.setdefault("args", CommentedMap())
+            if id(arguments) in seen:  # A YAML alias: what is chosen for one model must not change another's.
+                arguments = application["args"] = CommentedMap(arguments)
+            seen.add(id(arguments))
             for field, value in chosen[application["name"]].items():
                 arguments[field] = value
     out = StringIO()

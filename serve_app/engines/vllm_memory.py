@@ -21,10 +21,11 @@ logger = logging.getLogger("ray.serve")
 def with_planned_memory(config: ModelConfig, gpus: Sequence[Gpu]) -> ModelConfig:
     """The config with explicit bytes of KV cache for these GPUs, by what is free on them now.
 
-    Unchanged on the CPU, where the config says it already, and for a model that the plan does not know: vLLM measures
-    then. Raises EngineError, in the plan's words, where it does not fit beside what others hold.
+    Unchanged on the CPU, where the config says all of it already, and for a model that the plan does not know: vLLM
+    measures then. Raises EngineError, in the plan's words, where it does not fit beside what others hold.
     """
-    if config.device == "cpu" or config.kv_cache_memory_bytes is not None or not gpus:
+    is_told = config.kv_cache_memory_bytes is not None and "gpu_memory_utilization" in config.vllm_args
+    if config.device == "cpu" or is_told or not gpus:
         return config
     try:
         checkpoint = read_checkpoint(config.model, config.revision)
@@ -32,8 +33,11 @@ def with_planned_memory(config: ModelConfig, gpus: Sequence[Gpu]) -> ModelConfig
         logger.warning("vLLM measures its memory by itself: %s", error)
         return config
     request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
+    reason = request.unplanned
     if not checkpoint.architecture.is_known_to_vllm:
-        logger.warning("vLLM measures its memory by itself: the plan has no formulas for this architecture.")
+        reason = "the plan has no formulas for this architecture."
+    if reason:
+        logger.warning("vLLM measures its memory by itself: %s", reason)
         return config
     seats = [(Device("GPU", gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes), gpu.free_bytes) for gpu in gpus]
     fit = fit_vllm(request, seats[: config.tensor_parallel_size or 1], ())

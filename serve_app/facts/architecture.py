@@ -52,6 +52,8 @@ class Architecture:
     linear_key_size: int = 0
     linear_value_size: int = 0
     linear_kernel: int = 0
+    # Whether the positions are scaled, so that an engine may take more than `max_model_len`.
+    has_scaled_positions: bool = False
     # Elements of the tables of rotary position embeddings, as vLLM keeps them: positions × size, for each kind.
     rotary_elements: int = 0
     quantization: str | None = None
@@ -136,14 +138,11 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -
         key_size=(text.get("qk_nope_head_dim") or 0) + (text.get("qk_rope_head_dim") or 0),
         value_size=text.get("v_head_dim") or 0,
         quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
+        has_scaled_positions=_has_scaled_positions(text),
         rotary_elements=_rotary_elements(text, model_type, value("head_dim", hidden // heads)),
         shardable=_shardable(text, model_type, heads, intermediate),
         **{field: linear[name] for field, name in _LINEAR.items()},
     )
-
-
-def _dtype(named: object) -> str:
-    return str(named or "float32").removeprefix("torch.")
 
 
 # Fields of older families that have other names.
@@ -215,6 +214,12 @@ def _rotary_elements(text: Mapping[str, Any], model_type: str, head_size: int) -
     shares = [kind["partial_rotary_factor"] for kind in (text, *kinds) if kind.get("partial_rotary_factor")]
     size = text.get("qk_rope_head_dim") or int(head_size * (shares[0] if shares else 1.0))
     return sum(int(positions * _linear_factor(kind)) * size for kind in kinds)
+
+
+def _has_scaled_positions(text: Mapping[str, Any]) -> bool:
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kinds = [scaling, *(kind for kind in scaling.values() if isinstance(kind, Mapping))]
+    return any(kind.get("factor") for kind in kinds)
 
 
 def _linear_factor(kind: Mapping[str, Any]) -> float:

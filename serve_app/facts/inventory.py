@@ -66,10 +66,6 @@ class Inventory:
             nodes.setdefault(device.node, []).append(device)
         return nodes
 
-    def host(self, node: str) -> Device | None:
-        """A node's memory, where it is known."""
-        return next((device for device in self.devices if device.node == node and not device.is_gpu), None)
-
 
 def parse_gpus(text: str) -> Inventory:
     """Reads "8GiB,24GiB", "2x24GiB", "2xA100-80GB,RTX3090"; nodes are separated by ";" and called n1, n2, …
@@ -83,8 +79,8 @@ def parse_gpus(text: str) -> Inventory:
             match = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?(.+)", part)
             assert match is not None
             count, what = int(match[1] or 1), match[2].strip()
-            if not 0 < count <= 1024:
-                raise ConfigError(f"--gpus: '{part}': the number of cards must be 1 to 1024.")
+            if not 0 < count <= 1024 or len(what) > 100:
+                raise ConfigError(f"--gpus: '{part[:100]}': the number of cards must be 1 to 1024.")
             total, name = _card(what)
             for _ in range(count):
                 devices.append(Device(f"n{number}", index, name, total, total))
@@ -122,6 +118,9 @@ def read_inventory(path: Path) -> Inventory:
     devices: list[Device] = []
     for number, node in enumerate(document["nodes"], 1):
         devices += _read_node(node, number, f"{path}: nodes[{number - 1}]")
+    ids = [device.id for device in devices]
+    if twice := sorted({device for device in ids if ids.count(device) > 1}):
+        raise ConfigError(f"{path}: '{twice[0]}' is there twice. Nodes need names of their own.")
     return Inventory(tuple(devices))
 
 
@@ -130,6 +129,8 @@ def _read_node(node: Any, number: int, where: str) -> list[Device]:
         raise ConfigError(f"{where}: expected name, memory, memory_free and gpus.")
     name = str(node.get("name") or f"n{number}")
     devices = []
+    if not isinstance(node.get("gpus") or [], list):
+        raise ConfigError(f"{where}.gpus: expected a list of cards.")
     for index, gpu in enumerate(node.get("gpus") or []):
         place = f"{where}.gpus[{index}]"
         if not isinstance(gpu, Mapping) or set(gpu) - {"name", "total", "free"}:
@@ -148,13 +149,13 @@ def _read_node(node: Any, number: int, where: str) -> list[Device]:
 
 
 def local_inventory(node: str = "n1") -> Inventory:
-    """This machine, by NVML and psutil."""
+    """This machine, by NVML and psutil. A Ray that starts here without more counts whole GPUs."""
     import psutil
 
     from serve_app.facts.gpus import local_gpus
 
     memory = psutil.virtual_memory()
-    gpus = [Device(node, gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in local_gpus()]
+    gpus = [Device(node, gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes, False) for gpu in local_gpus()]
     return Inventory((*gpus, Device(node, None, "memory", memory.total, memory.available)))
 
 
@@ -180,7 +181,8 @@ def ray_inventory() -> Inventory:
             devices += [_advertised(name, index, size, gpus.get(index)) for index, size in sorted(by_index.items())]
             devices += [device for device in seen.devices if not device.is_gpu]
         else:
-            devices += [replace(device, by_index=False) for device in seen.devices]
+            count = node["Resources"].get("GPU", 0.0)  # Fewer than NVML sees where Ray was started so.
+            devices += [device for device in seen.devices if device.index is None or device.index < count]
     return Inventory(tuple(devices))
 
 
@@ -194,7 +196,7 @@ def unclaimed(inventory: Inventory) -> Inventory:
     }
     return Inventory(
         tuple(
-            replace(device, free_bytes=int(gib.get(device.node, {}).get(device.index, 0.0) * GIB))
+            replace(device, free_bytes=min(device.free_bytes, int(gib[device.node].get(device.index, 0.0) * GIB)))
             if device.by_index and device.index is not None
             else device
             for device in inventory.devices
@@ -203,10 +205,11 @@ def unclaimed(inventory: Inventory) -> Inventory:
 
 
 def _living_nodes() -> dict[str, Any]:
-    """What Ray says of each node, by the name that a plan gives it."""
+    """What Ray says of each node, by the name that a plan gives it: always the same for the same nodes."""
     import ray
 
-    return {f"n{number}": node for number, node in enumerate((n for n in ray.nodes() if n["Alive"]), 1)}
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
+    return {f"n{number}": node for number, node in enumerate(alive, 1)}
 
 
 def _advertised(node: str, index: int, gib: float, seen: Device | None) -> Device:

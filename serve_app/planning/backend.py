@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve_app.config import ModelConfig
+from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
 from serve_app.facts.inventory import Inventory
 from serve_app.planning.fit import ModelRequest
 
@@ -22,14 +22,18 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if config.infer_backend != "auto":
         yield Choice(config, (f"infer_backend: {config.infer_backend} is set",))
         return
+    needs_vllm = next((name for name in ONLY_VLLM if getattr(config, name)), None)
+    needs_pt = next((name for name in ONLY_PT if getattr(config, name)), None)
+    if config.device == "cpu" and needs_vllm:
+        vllm = config.model_copy(update={"infer_backend": "vllm"})
+        yield Choice(vllm, (f"{needs_vllm} is set, which only vllm honours",))
+        return
     if config.device == "cpu":
         yield _pt(config, "device: cpu: pt starts sooner there, and is as fast")
         return
-    if config.max_memory or config.device_map or config.num_gpus is not None:
-        field = "max_memory" if config.max_memory else "device_map" if config.device_map else "num_gpus"
-        yield _pt(config, f"{field} is set, which pt honours (vllm takes a share of one GPU when it is named)")
+    if needs_pt:
+        yield _pt(config, f"{needs_pt} is set, which pt honours")
         return
-    needs_vllm = config.tensor_parallel_size or config.quantization or config.engine_args
     if not request.architecture.is_known_to_vllm and not needs_vllm:
         reason = f"vLLM does not serve {request.architecture.name} here"
     else:
@@ -57,8 +61,8 @@ def _pt(config: ModelConfig, reason: str) -> Choice:
 
 def _sizes(request: ModelRequest, inventory: Inventory) -> Sequence[int]:
     """Valid tensor parallel sizes for which some node has as many GPUs of one size, the smallest first."""
-    if request.config.tensor_parallel_size is not None:
-        return [request.config.tensor_parallel_size]
+    if request.config.tensor_parallel_size is not None or request.config.gpu_ids is not None:
+        return [request.config.tensor_parallel_size or len(request.config.gpu_ids or ())]
     most = 0
     for gpus in inventory.node_gpus().values():
         sizes = [gpu.total_bytes for gpu in gpus]

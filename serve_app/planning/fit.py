@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from serve_app.config import ModelConfig
+from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
@@ -18,6 +18,12 @@ PT_CHUNK_TOKENS = 512
 # What vLLM's CPU build gets where the config does not say. pt: no more than this share of the memory that is available,
 # since other replicas share it, nor these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
+# Arguments of vLLM that change what it takes, in ways that the plan has no formulas for.
+UNPLANNED = frozenset(
+    {"speculative_config", "enable_lora", "cpu_offload_gb", "kv_transfer_config", "num_gpu_blocks_override"}
+    | {"block_size", "enable_expert_parallel", "hf_overrides", "mamba_cache_dtype", "mamba_ssm_cache_dtype"}
+    | {"kv_offloading_size", "offload_backend", "decode_context_parallel_size", "load_format"}
+)
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 
@@ -37,14 +43,30 @@ class ModelRequest:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of a weight; quantised tensors keep their own."""
+        """Bytes of a weight; quantised tensors keep their own. vLLM loads float32 as 16 bits unless `dtype` says so."""
+        if self.config.infer_backend == "vllm" and self.config.dtype == "auto" and self.architecture.dtype == "float32":
+            return 2
         return memory.dtype_bytes(self.architecture, self.config.dtype)
 
     @property
     def kv_element_bytes(self) -> int:
         """Bytes of an element of KV cache: 1 with fp8."""
-        kind = str(self.config.engine_args.get("kv_cache_dtype", self.config.engine_args.get("kv-cache-dtype", "auto")))
-        return 1 if kind.startswith("fp8") else self.element_bytes
+        return 1 if str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8") else self.element_bytes
+
+    @property
+    def unplanned(self) -> str:
+        """Why the plan cannot say what this model takes; empty where it can. Never a number out of thin air."""
+        config = self.config
+        if isinstance(config.device_map, dict):
+            return "device_map: a mapping places each module itself, and the plan does not follow it. Use max_memory."
+        for name in sorted(UNPLANNED & config.vllm_args.keys()):
+            return f"engine_args.{name}: the plan does not know what it takes."
+        kind = str(config.vllm_args.get("kv_cache_dtype", "auto"))
+        if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
+            return f"engine_args.kv_cache_dtype: the plan does not know {kind}."
+        if config.quantization not in (None, "fp8", self.architecture.quantization):
+            return f"quantization: the plan does not know what {config.quantization} makes of these weights."
+        return ""
 
     @property
     def is_quantizable(self) -> bool:
@@ -92,9 +114,10 @@ def fit_vllm(
     architecture, tp = request.architecture, len(devices)
     device, free = min(devices, key=lambda pair: available(*pair))
     on_gpu = device.is_gpu
-    arguments = {key.replace("-", "_"): value for key, value in request.config.engine_args.items()}
-    batched = int(arguments.get("max_num_batched_tokens") or memory.batched_tokens(device.total_bytes if on_gpu else 0))
-    rows = request.config.max_num_seqs or memory.VLLM_MAX_NUM_SEQS
+    arguments = request.config.vllm_args
+    default_batched, default_rows = memory.vllm_defaults(device.total_bytes if on_gpu else 0, device.name)
+    batched = token_count(arguments.get("max_num_batched_tokens") or default_batched)
+    rows = request.config.max_num_seqs or default_rows
     weights = request.rank_weights(tp)
     activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched)
     activation += memory.vllm_buffers(architecture, request.element_bytes)
@@ -107,7 +130,7 @@ def fit_vllm(
     limit = int((request.config.share or 1.0) * device.total_bytes)
     room = min(available(device, free), limit) - fixed.bytes
     utilization = arguments.get("gpu_memory_utilization")
-    if on_gpu and utilization is not None:
+    if on_gpu and utilization is not None and request.config.kv_cache_memory_bytes is None:
         problem = _utilization_problem(request, float(utilization), device, min(free, limit), context)
         if problem is not None:
             return problem
@@ -119,6 +142,8 @@ def fit_vllm(
     else:
         cache = VLLM_CPU_KV_BYTES
     needed = max(per_request, request.config.kv_cache_memory_bytes or 0)
+    if request.config.kv_cache_memory_bytes is not None and cache < per_request:
+        return _small_cache(request, per_request)
     if cache < per_request or cache > room:
         return _shortage(request, (device, free), fixed, needed, needed - min(room, max(cache, 0)))
     ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context) for each, _ in devices)
@@ -127,6 +152,16 @@ def fit_vllm(
         request.name, request.config, 0, "vllm", tuple(reasons), tp, request.max_model_len, per_request,
         kv_tokens=full * request.max_model_len, max_full_length_requests=full, ranks=ranks,
     )  # fmt: skip
+
+
+def _small_cache(request: ModelRequest, per_request: int) -> Shortage:
+    cache = request.config.kv_cache_memory_bytes or 0
+    return Shortage(
+        "small_cache",
+        f"kv_cache_memory_bytes: {gib(cache)} is less than one request of {request.max_model_len} tokens takes on a "
+        f"rank ({gib(per_request)}).",
+        per_request - cache,
+    )
 
 
 def _utilization_problem(
@@ -166,6 +201,9 @@ def fit_pt(
         return map_layers(blocks, rooms, tokens, rows, spills)
 
     least = cells(1, request.max_model_len)
+    if request.config.kv_cache_memory_bytes is not None:  # The engine then takes requests as long as that allows.
+        per_token = max(1, Part(tuple(blocks)).cache(1, 0))
+        least = max(cells(1, 1), min(least, request.config.kv_cache_memory_bytes // per_token))
     mapped = at(least)
     if mapped is None:
         return _pt_shortage(request, devices, overheads, rooms, Part(tuple(blocks)), spills)
@@ -177,7 +215,23 @@ def fit_pt(
 
     tokens = _most_tokens(request, keeps, least, rows, devices[0], Part(tuple(blocks)))
     mapped = at(tokens) or mapped
+    if (problem := _tier_problem(request, mapped)) is not None:
+        return problem
     return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
+
+
+def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:
+    """The disk takes what the CPU's limit leaves, only where it is named."""
+    memory = request.config.max_memory or {}
+    missing = mapped.rest.weights - memory.get("cpu", 0)
+    if missing <= 0 or "disk" in memory or "cpu" not in memory or request.config.device == "cpu":
+        return None
+    return Shortage(
+        "over_commit",
+        f"max_memory: {{cpu: {gib(memory['cpu'])}}} is {gib(missing)} less than what the GPUs leave over. Raise it, or "
+        "name disk too, which is very slow.",
+        missing,
+    )
 
 
 def _pt_shortage(

@@ -4,7 +4,7 @@ A cure is offered only when the plan with it places the model and breaks no othe
 never offered: it raises what each GPU must hold.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from serve_app.config import ONLY_VLLM, ModelConfig
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fit import ModelRequest
-from serve_app.planning.memory import GIB
+from serve_app.planning.memory import GIB, MIB, RESERVE_SHARE
 from serve_app.planning.plan import Fix, Plan, Problem
 from serve_app.planning.planner import make_plan
 
@@ -23,10 +23,15 @@ MODEL_LEN_STEP = 256
 # Plans that are made in search of cures, and tries of each: what is left then has no cure told. A user waits for it.
 MOST_PLANS = 100
 MOST_TRIES = 20
+# And the placements that all of them may try together, as models × GPUs: a plan of many models takes longer.
+MOST_WORK = 10_000
 # Sizes of one more GPU on each node, in GiB, that are tried beside those that are there.
 GPU_SIZES = (16, 24, 48, 80, 141)
 # Steps in which a limit of max_memory is raised, in bytes as the YAML has them.
 CAP_STEP = 500_000_000
+# Of a GPU's free memory, what a limit may be: the rest is the plan's reserve.
+CAP_SHARE = 1 - RESERVE_SHARE
+UTILIZATION = "gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Change:
 
 def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
     """The plan with a cure for each problem that has one."""
-    budget = Budget(MOST_PLANS)
+    units = sum(max(1, request.replicas) for request in requests)
+    budget = Budget(min(MOST_PLANS, MOST_WORK // (units * max(1, len(inventory.devices)))))
     problems = tuple(_with_fix(problem, plan, requests, inventory, budget) for problem in plan.problems)
     return replace(plan, problems=problems)
 
@@ -105,7 +111,15 @@ def _changes(problem: Problem, request: ModelRequest, inventory: Inventory, help
     if problem.code in ("tensor_parallel", "no_device", "unknown_architecture") and config.infer_backend == "vllm":
         yield change("infer_backend", "pt")
     if problem.code == "utilization":
-        yield from (change("engine_args", arguments) for arguments in _lower_utilizations(config))
+        percents = range(int(config.vllm_args["gpu_memory_utilization"] * 100) - 1, 0, -1)
+        yield from (change("engine_args", _with_utilization(config, percent / 100)) for percent in percents)
+    if problem.code == "max_model_len":
+        yield change("max_model_len", request.architecture.max_model_len)
+    if problem.code == "max_memory":
+        yield from (change("max_memory", caps) for caps in _lower_caps(request, inventory))
+    if problem.code == "small_cache":
+        needed = (config.kv_cache_memory_bytes or 0) + problem.missing_bytes
+        yield change("kv_cache_memory_bytes", f"{-(-needed // MIB)}MiB")
     if problem.code == "over_commit":
         yield from _smaller(request, inventory, change, helps)
     if request.replicas > 1:
@@ -135,16 +149,20 @@ def _smaller(request: ModelRequest, inventory: Inventory, change: Any, helps: An
     if config.infer_backend == "vllm" and config.device == "cuda" and request.is_quantizable:
         yield change("quantization", "fp8")
     if config.infer_backend == "pt" and config.max_memory:
-        yield from (change("max_memory", caps) for caps in _higher_caps(request, inventory))
-    if config.infer_backend == "pt" and config.num_gpus is not None and config.num_gpus < 1:
-        yield from (change("num_gpus", share) for share in (0.25, 0.5, 0.75, 1.0) if share > config.num_gpus)
+        caps = _higher_caps(request, inventory, lambda caps: helps(change("max_memory", caps)))
+        yield from (change("max_memory", value) for value in caps)
+    if config.share is not None:
+        most = (1.0,) if config.infer_backend == "pt" else ()
+        yield from (change("num_gpus", share) for share in (0.25, 0.5, 0.75, *most) if share > config.share)
+    if (utilization := config.vllm_args.get("gpu_memory_utilization")) is not None:
+        for percent in range(int(utilization * 100) + 5, 93, 5):
+            yield change("engine_args", _with_utilization(config, percent / 100))
 
 
-def _lower_utilizations(config: ModelConfig) -> Iterator[dict[str, Any]]:
-    """vLLM's arguments with less of the card, a hundredth each time."""
-    name = next(name for name in config.engine_args if name.replace("-", "_") == "gpu_memory_utilization")
-    for percent in range(int(float(config.engine_args[name]) * 100) - 1, 0, -1):
-        yield {**config.engine_args, name: percent / 100}
+def _with_utilization(config: ModelConfig, share: float) -> dict[str, Any]:
+    """vLLM's arguments with another share of the card."""
+    others = {name: item for name, item in config.engine_args.items() if name.replace("-", "_") != UTILIZATION}
+    return {**others, UTILIZATION: share}
 
 
 def _longest(request: ModelRequest, works: Any) -> int | None:
@@ -158,18 +176,37 @@ def _longest(request: ModelRequest, works: Any) -> int | None:
     return low * MODEL_LEN_STEP
 
 
-def _higher_caps(request: ModelRequest, inventory: Inventory) -> Iterator[dict[Any, str]]:
-    """The limits with more on the GPU that has most to give, in steps of half a GB."""
+def _higher_caps(request: ModelRequest, inventory: Inventory, works: Any) -> Iterator[dict[Any, str]]:
+    """The limits with more on as few GPUs as will do, those with most to give first, in steps of half a GB."""
     caps = dict(request.config.max_memory or {})
-    totals = [{gpu.index: gpu.free_bytes for gpu in gpus} for gpus in inventory.node_gpus().values()]
-    for free in totals:
+    for gpus in inventory.node_gpus().values():
+        free = {gpu.index: gpu.free_bytes for gpu in gpus}
         if not all(index in free for index in request.config.gpu_indices):
             continue
         raised = dict(caps)
         for index in sorted(request.config.gpu_indices, key=lambda index: raised[index] - free[index]):
-            while raised[index] + CAP_STEP <= free[index]:
-                raised[index] = -(-(raised[index] + 1) // CAP_STEP) * CAP_STEP
-                yield {key: f"{size / 1e9:g}GB" for key, size in raised.items()}
+            low, high = -(-(raised[index] + 1) // CAP_STEP), int(free[index] * CAP_SHARE) // CAP_STEP
+            if high < low or not works(_as_yaml({**raised, index: high * CAP_STEP})):
+                raised[index] = max(raised[index], high * CAP_STEP)
+                continue
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (
+                    (low, middle) if works(_as_yaml({**raised, index: middle * CAP_STEP})) else (middle + 1, high)
+                )
+            yield _as_yaml({**raised, index: low * CAP_STEP})
+
+
+def _lower_caps(request: ModelRequest, inventory: Inventory) -> Iterator[dict[Any, str]]:
+    """Limits that a node has."""
+    for gpus in inventory.node_gpus().values():
+        most: dict[Any, int] = {gpu.index: int(gpu.free_bytes * CAP_SHARE) // CAP_STEP * CAP_STEP for gpu in gpus}
+        caps = {key: min(size, most.get(key, size)) for key, size in (request.config.max_memory or {}).items()}
+        yield _as_yaml(caps)
+
+
+def _as_yaml(caps: Mapping[Any, int]) -> dict[Any, str]:
+    return {key: f"{size / 1e9:g}GB" for key, size in caps.items()}
 
 
 def _changed(request: ModelRequest, field: str, value: Any) -> ModelRequest:

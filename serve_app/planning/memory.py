@@ -30,8 +30,6 @@ GRAPH_BASE_BYTES = 256 * MIB
 MARGIN = 0.1
 # Left free on each GPU whatever is planned: fragmentation and other small things.
 RESERVE_SHARE = 0.02
-# vLLM's defaults that decide its activations.
-VLLM_MAX_NUM_SEQS = 256
 VLLM_UTILIZATION = 0.92
 # With asynchronous scheduling, vLLM's default on GPUs, two steps' tokens may be on their way at once.
 CONCURRENT_STEPS = 2
@@ -76,8 +74,8 @@ _SPLIT = re.compile(
 )
 _KV = re.compile(r"(k_proj|v_proj)$")
 _ROW = re.compile(r"(o_proj|down_proj|w2|out_proj|c_proj)$")
-# Linear layers that vLLM quantises; conv1d and the router of experts are none.
-_LINEAR = re.compile(r"(?<!mlp\.gate)(_proj|in_proj_qkvz|w1|w2|w3|c_fc)$")
+# Linear layers that vLLM quantises; conv1d and the router of experts (`mlp.gate`) are none.
+_LINEAR = re.compile(r"(_proj|in_proj_qkvz|in_proj_ba|w1|w2|w3|c_fc)$")
 _VOCABULARY = re.compile(r"(embed_tokens|lm_head)$")
 # Kept in float32 whatever the model's type.
 _FLOAT32 = re.compile(r"(A_log|e_score_correction_bias)$")
@@ -145,11 +143,16 @@ def loaded(tensors: Iterable[Tensor], architecture: Architecture) -> list[Tensor
     ]
 
 
-def batched_tokens(total_bytes: int) -> int:
-    """vLLM's default of `max_num_batched_tokens` under `vllm serve`, by the memory of the card."""
+def vllm_defaults(total_bytes: int, name: str) -> tuple[int, int]:
+    """vLLM's defaults of `max_num_batched_tokens` and `max_num_seqs` under `vllm serve`, by the card; 0 bytes: the CPU.
+
+    Source: `EngineArgs.get_batch_defaults` in vLLM 0.32.
+    """
     if total_bytes >= 160 * GIB:
-        return 16384
-    return 8192 if total_bytes >= 70 * GIB else 2048
+        return 16384, 1024
+    if total_bytes >= 70 * GIB and "a100" not in name.lower():
+        return 8192, 1024
+    return (2048, 256) if total_bytes else (2048, 128)
 
 
 def vllm_kv_bytes_per_request(

@@ -88,11 +88,11 @@ class Fix:
     def text(self) -> str:
         """The line to write into the model's `args`, or what to do where it is no line."""
         if self.field == "gpus":
-            return f"one more GPU of {self.value} on the node"
+            return f"one more GPU of {self.value} on each node"
         if self.field == "infer_backend":
             return f"infer_backend: {self.value}, without vLLM's own fields"
         if self.field == "num_replicas":
-            return f"num_replicas: {self.value}, under deployments"
+            return f"num_replicas (or min_replicas): {self.value}, under deployments"
         if self.field == "quantization":
             return f"quantization: {self.value}, which saves {self.saves_bytes / 2**30:.2f} GiB of weights"
         return f"{self.field}: {_yaml(self.value)}"
@@ -136,6 +136,22 @@ class Plan:
         """Whether every model has its place."""
         return not self.problems
 
+    @property
+    def notes(self) -> list[str]:
+        """What holds for the whole plan. Ray gives any free GPU of a node, and does not look at sizes."""
+        totals: dict[str, set[int]] = {}
+        for device in self.devices:
+            if device.is_gpu and not device.by_index:
+                totals.setdefault(device.node, set()).add(device.total_bytes)
+        mixed = [node for node, sizes in totals.items() if len(sizes) > 1]
+        if len(set().union(*totals.values())) < 2:
+            return []
+        where = f"on {', '.join(mixed)}" if mixed else "on different nodes"
+        return [
+            f"GPUs {where} have different sizes, and Ray, counting whole GPUs, gives any that is free. To have models "
+            "where this plan puts them, let Ray count memory by index (README, Memory by index)."
+        ]
+
     def planned(self, device: Device) -> int:
         """Bytes that are planned on a device."""
         return sum(rank.share.bytes for rank in self.ranks_on(device))
@@ -160,6 +176,7 @@ class Plan:
         ]
         return {
             "fits": self.fits,
+            "notes": self.notes,
             "gpus": devices,
             "models": [model.to_json() for model in self.models],
             "problems": [problem.to_json() for problem in self.problems],

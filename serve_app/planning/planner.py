@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.backend import Choice, choices
-from serve_app.planning.fit import ModelRequest, Shortage, fit_pt, fit_vllm
+from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
+from serve_app.planning.memory import GIB
 from serve_app.planning.placement import native_share
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 
@@ -21,12 +22,26 @@ Seats = Sequence[tuple[Device, int]]
 
 
 @dataclass(frozen=True)
+class Home:
+    """Where replicas of one model are: the indices of their GPUs, and the nodes."""
+
+    indices: tuple[int, ...] = ()
+    nodes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class State:
     """What is taken: bytes by device, the devices in whole use, and the shares of the others."""
 
     used: Mapping[str, int] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
     shares: Mapping[str, float] = field(default_factory=dict)
+    homes: Mapping[str, Home] = field(default_factory=dict)
+
+    def may_host(self, name: str, gpus: Sequence[Device]) -> bool:
+        """Whether a node may have a replica of this model. By index all replicas ask for the same GPUs of a node, so
+        that a node has one."""
+        return not gpus[0].by_index or gpus[0].node not in self.homes.get(name, Home()).nodes
 
     def free(self, device: Device) -> int:
         """Bytes that are left."""
@@ -41,13 +56,17 @@ class State:
         used, shares = dict(self.used), dict(self.shares)
         for device in devices:
             used.setdefault(device.id, 0)
-        for rank in plan.ranks:
-            used[rank.device.id] = used.get(rank.device.id, 0) + rank.share.bytes
+        shares_of = {rank.device.id: rank.share.bytes for rank in plan.ranks}
+        for device in devices:  # By index Ray counts the whole limit, whatever is planned of it.
+            cap = (plan.config.max_memory or {}).get(device.index or 0, 0) if device.by_index else 0
+            used[device.id] += max(cap, shares_of.get(device.id, 0))
         if share is not None:
             for device in devices:
                 shares[device.id] = shares.get(device.id, 0.0) + share
         whole = {device.id for device in devices if device.is_gpu} if share is None else set()
-        return State(used, self.whole | whole, shares)
+        nodes = self.homes.get(plan.name, Home()).nodes | {devices[0].node}
+        indices = tuple(device.index for device in devices if device.index is not None)
+        return State(used, self.whole | whole, shares, {**self.homes, plan.name: Home(indices, nodes)})
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,7 @@ def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> I
 def _is_unbounded(unit: ModelRequest) -> bool:
     """Whether it takes all memory that it finds, so that it comes last where GPUs are shared by bytes."""
     config = unit.config
-    bounds = (config.kv_cache_memory_bytes, config.num_gpus, config.engine_args.get("gpu_memory_utilization"))
+    bounds = (config.kv_cache_memory_bytes, config.num_gpus, config.vllm_args.get("gpu_memory_utilization"))
     return config.infer_backend != "pt" and all(bound is None for bound in bounds)
 
 
@@ -139,12 +158,20 @@ def _ways(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Pl
 
 def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Placed | Shortage]:
     """All ways to place a unit, the best first, and why the others fail."""
+    is_auto = unit.config.infer_backend == "auto"
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
-        if (problem := _tensor_parallel_problem(request)) is not None:
+        if request.unplanned:
+            yield Shortage("not_planned", request.unplanned, 0)
+            continue
+        if (problem := _tensor_parallel_problem(request) or _length_problem(request)) is not None:
             yield problem
             continue
-        found = [_attempt(request, choice, seats, inventory, state) for seats in _seats(request, inventory, state)]
+        found = [
+            _attempt(request, choice, seats, inventory, state)
+            for seats in _seats(request, inventory, state)
+            if not is_auto or choice.config.infer_backend == "pt" or _is_unused(seats, state)
+        ]
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
         yield from (item for item in found if isinstance(item, Shortage))
 
@@ -165,11 +192,58 @@ def _attempt(
     if config.infer_backend == "vllm":
         fit = fit_vllm(request, seats, choice.reasons)
     else:
-        fit = fit_pt(request, seats, _limits(request, devices), choice.reasons)
+        fit = _cap_problem(request, seats) or fit_pt(request, seats, _limits(request, devices), choice.reasons)
     if isinstance(fit, Shortage):
         return fit
+    if (problem := _host_problem(fit, inventory)) is not None:
+        return problem
     fit = replace(fit, replica=request.replicas)
     return Placed(fit, state.with_plan(fit, devices, share))
+
+
+def _is_unused(seats: Seats, state: State) -> bool:
+    """Whether nothing else has a part of these GPUs; a driver and a desktop hold less than the limit here."""
+    return all(
+        state.is_untouched(gpu) and gpu.total_bytes - gpu.free_bytes <= max(GIB, gpu.total_bytes // 20)
+        for gpu, _ in seats
+    )
+
+
+def _cap_problem(request: ModelRequest, seats: Seats) -> Shortage | None:
+    """By index Ray is asked for the limits as they are, so that each must be there."""
+    for device, free in seats:
+        cap = (request.config.max_memory or {}).get(device.index or 0, 0) if device.by_index else 0
+        if cap > available(device, free):
+            return Shortage(
+                "max_memory",
+                f"max_memory: {{{device.index}: {gib(cap)}}} is more than {device.id} has left "
+                f"({gib(max(0, available(device, free)))}, less a reserve).",
+                cap - available(device, free),
+            )
+    return None
+
+
+def _host_problem(fit: ModelPlan, inventory: Inventory) -> Shortage | None:
+    """What goes to the CPU must be free there, where the inventory says what is."""
+    node = fit.ranks[0].device.node
+    host = next((device for device in inventory.devices if device.node == node and not device.is_gpu), None)
+    spilled = fit.spilled.get("cpu", 0)
+    if host is None or spilled <= host.free_bytes:
+        return None
+    return Shortage(
+        "over_commit",
+        f"{gib(spilled)} of weights would go to the CPU, and {node} has {gib(host.free_bytes)} of memory free.",
+        spilled - host.free_bytes,
+    )
+
+
+def _length_problem(request: ModelRequest) -> Shortage | None:
+    own = request.architecture.max_model_len
+    if request.architecture.has_scaled_positions or request.max_model_len <= own:
+        return None
+    return Shortage(
+        "max_model_len", f"max_model_len: {request.max_model_len} is over the model's own context of {own} tokens.", 0
+    )
 
 
 def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
@@ -208,8 +282,11 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
         return
     seen = set()
     for gpus in inventory.node_gpus().values():
+        if not state.may_host(request.name, gpus):
+            continue
         signature = tuple(
-            (gpu.total_bytes, state.free(gpu), gpu.id in state.whole, state.shares.get(gpu.id)) for gpu in gpus
+            (gpu.index, gpu.by_index, gpu.total_bytes, state.free(gpu), gpu.id in state.whole, state.shares.get(gpu.id))
+            for gpu in gpus
         )
         if signature not in seen:
             seen.add(signature)
@@ -221,12 +298,15 @@ def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventor
     config = request.config
     by_index = bool(gpus[0].by_index)
     share = None if by_index else native_share(config, inventory)
-    if by_index and config.gpu_indices:
+    indices = state.homes.get(request.name, Home()).indices or config.gpu_indices if by_index else ()
+    if indices:
         named = {gpu.index: gpu for gpu in gpus}
-        if all(index in named for index in config.gpu_indices):
-            chosen = [named[index] for index in config.gpu_indices]
+        if all(index in named for index in indices):
+            chosen = [named[index] for index in indices]
             if config.infer_backend != "vllm" or len({gpu.total_bytes for gpu in chosen}) == 1:
                 yield [(gpu, state.free(gpu)) for gpu in chosen]
+        return
+    if not by_index and (config.gpu_ids or config.gpu_indices != tuple(range(len(config.gpu_indices)))):
         return
     if share is not None:
         for gpu in gpus:
@@ -238,14 +318,12 @@ def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventor
         size = config.tensor_parallel_size or 1
         yield from _equal(usable, size)
         return
-    if not by_index and config.gpu_indices != tuple(range(len(config.gpu_indices))):
-        return
     count = max(1, int(config.num_gpus or len(config.gpu_indices)))
     if count == 1:
         yield from ([pair] for pair in usable)
     elif len(usable) >= count:
         most_free = sorted(usable, key=lambda pair: (-pair[1], pair[0].index))[:count]
-        yield sorted(most_free, key=lambda pair: pair[0].index or 0) if by_index else usable[:count]
+        yield sorted(most_free, key=lambda pair: pair[0].index or 0)
 
 
 def _equal(usable: Seats, size: int) -> Iterator[Seats]:
@@ -265,6 +343,8 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
         return "device: cpu: the inventory names no host memory."
     if not inventory.gpus:
         return "there is no GPU. Set device: cpu to run it on the CPU."
+    if unit.replicas and any(gpu.by_index for gpu in inventory.gpus):
+        return "all replicas of a model ask for the same GPUs by index, so each needs a node of its own."
     if config.gpu_indices:
         return _no_index(config, inventory)
     if config.share is not None:
@@ -273,6 +353,11 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
             "add up to more than 1."
         )
     size = config.tensor_parallel_size or 1
+    count = max(size, int(config.num_gpus or 1))
+    most = max(len(gpus) for gpus in inventory.node_gpus().values())
+    if count > most:
+        field = "tensor_parallel_size" if size > 1 else "num_gpus"
+        return f"{field}: {count}: no node has so many GPUs (at most {most})."
     if config.infer_backend == "vllm" and size > 1:
         return _unequal(size, inventory)
     return "every GPU is in use by a model that was placed before."

@@ -56,19 +56,31 @@ def _shares(model: ModelPlan) -> dict[str, Any]:
         caps = {rank.device.index: rank.share.bytes for rank in model.ranks}
         return {"max_memory": caps, "num_gpus": None}
     indices = tuple(rank.device.index for rank in model.ranks)
-    return {"gpu_ids": indices, "num_gpus": None, **vllm_memory(model)}
+    cache = {"kv_cache_memory_bytes": _cache_bytes(model), "engine_args": _without_gate(model.config)}
+    return {"gpu_ids": indices, "num_gpus": None, "tensor_parallel_size": model.tensor_parallel_size, **cache}
 
 
 def vllm_memory(model: ModelPlan) -> dict[str, Any]:
     """Explicit bytes of KV cache, so that vLLM measures nothing beside others, and the share of the card that it wants
     to find free at its start, without the CUDA context."""
     rank = model.ranks[0]
-    fields: dict[str, Any] = {"kv_cache_memory_bytes": rank.kv_cache.bytes // MIB * MIB}
+    fields: dict[str, Any] = {"kv_cache_memory_bytes": _cache_bytes(model)}
     if rank.device.is_gpu:
         share = (rank.share.bytes - rank.context.bytes) / rank.device.total_bytes
-        others = {name: value for name, value in model.config.engine_args.items() if name.replace("-", "_") != _GATE}
-        fields["engine_args"] = {**others, _GATE: max(1, floor(share * 1000)) / 1000}
+        gate = max(1, floor(share * 1000)) / 1000
+        fields["engine_args"] = {**_without_gate(model.config), _GATE: gate}
     return fields
+
+
+def _without_gate(config: ModelConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.engine_args.items() if name.replace("-", "_") != _GATE}
+
+
+def _cache_bytes(model: ModelPlan) -> int:
+    """Whole MiB, unless one request of full length would no longer fit."""
+    cache = model.ranks[0].kv_cache.bytes
+    rounded = cache // MIB * MIB
+    return rounded if rounded >= model.kv_bytes_per_request else cache
 
 
 def problem_text(plan: Plan) -> str:
@@ -88,7 +100,7 @@ def pinned(model: ModelPlan) -> dict[str, Any]:
     if model.backend == "vllm":
         fields["tensor_parallel_size"] = model.tensor_parallel_size
         memory = vllm_memory(model)
-        fields |= memory | {"kv_cache_memory_bytes": _mib(memory["kv_cache_memory_bytes"])}
+        fields |= memory | {"kv_cache_memory_bytes": _size(memory["kv_cache_memory_bytes"])}
         if device.by_index:
             fields["gpu_ids"] = [rank.device.index for rank in model.ranks]
         return fields
@@ -97,10 +109,10 @@ def pinned(model: ModelPlan) -> dict[str, Any]:
     elif config.num_gpus is not None:
         fields["num_gpus"] = config.num_gpus
     if config.max_memory is None and not device.is_gpu:
-        fields["kv_cache_memory_bytes"] = _mib(sum(rank.kv_cache.bytes for rank in model.ranks))
+        fields["kv_cache_memory_bytes"] = _size(sum(rank.kv_cache.bytes for rank in model.ranks) // MIB * MIB)
     return fields
 
 
-def _mib(size: int) -> str:
-    """Rounded down to whole MiB, as the config reads it."""
-    return f"{size // MIB}MiB"
+def _size(size: int) -> str:
+    """As the config reads it: whole MiB, or KB with three places, which are bytes."""
+    return f"{size // MIB}MiB" if size % MIB == 0 else f"{size / 1000:.3f}KB"

@@ -41,4 +41,7 @@ def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Invent
         if is_auto:
             raise
         return None
-    return settle(ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors), inventory, unclaimed)
+    request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
+    if request.unplanned and not is_auto:
+        return None
+    return settle(request, inventory, unclaimed)

@@ -62,7 +62,7 @@ def test_what_does_not_fit_exits_1_with_the_line_that_cures_it(file: Path, capsy
     assert main(["plan", str(file), "--gpus", "8GiB"]) == 1
     out = capsys.readouterr().out
     assert "PROBLEM q: needs" in out
-    assert "smallest fix: one more GPU of 16GiB on the node" in out
+    assert "smallest fix: one more GPU of 16GiB on each node" in out
 
 
 def test_write_pins_what_was_chosen(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

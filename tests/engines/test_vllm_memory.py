@@ -31,6 +31,12 @@ def test_the_cache_is_told_in_bytes_and_the_share_leaves_the_context_out() -> No
     assert told.engine_args["gpu_memory_utilization"] == pytest.approx(0.92, abs=0.002)
 
 
+def test_what_the_plan_cannot_count_is_measured_by_vllm() -> None:
+    """Then nothing is told."""
+    odd = config(engine_args={"speculative_config": {"method": "ngram"}})
+    assert with_planned_memory(odd, [gpu(0, 24)]) is odd
+
+
 def test_a_share_of_a_gpu_holds_the_context_too() -> None:
     """Half of 24 GiB: two such replicas fit on one card."""
     told = with_planned_memory(config(num_gpus=0.5), [gpu(0, 24)])
@@ -46,9 +52,12 @@ def test_what_others_hold_is_not_planned_twice() -> None:
 
 
 def test_the_users_own_bytes_stay() -> None:
-    """Nor is anything told on the CPU."""
-    own = config(kv_cache_memory_bytes="2GiB")
-    assert with_planned_memory(own, [gpu(0, 24)]) is own
+    """With the share of the card that they need. Nothing is told on the CPU."""
+    told = with_planned_memory(config(kv_cache_memory_bytes="2GiB"), [gpu(0, 24)])
+    assert told.kv_cache_memory_bytes == 2 * GIB
+    assert 0.4 < told.engine_args["gpu_memory_utilization"] < 0.5
+    both = config(kv_cache_memory_bytes="2GiB", engine_args={"gpu_memory_utilization": 0.6})
+    assert with_planned_memory(both, [gpu(0, 24)]) is both
     cpu = config(device="cpu")
     assert with_planned_memory(cpu, []) is cpu
 

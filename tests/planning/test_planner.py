@@ -15,6 +15,7 @@ from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.memory import reserve
+from serve_app.planning.placement import planned_demand
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from tests.planning.model_requests import CONFIGS, request
@@ -175,7 +176,7 @@ MESSAGES = [
         "over_commit",
         "needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
         "tokens on n1:0, which is 1.98 GiB too much.",
-        "quantization: fp8, which saves 3.88 GiB of weights",
+        "quantization: fp8, which saves 5.47 GiB of weights",
     ),
     (
         [request(infer_backend="vllm", max_model_len=32768)],
@@ -270,14 +271,14 @@ MESSAGES = [
         "needs 16.37 GiB for weights, activations and context and 486.0 MiB of KV cache for one request of 16384 "
         "tokens on n1:0, which is 1.17 GiB too much. Its KV cache (MLA) is the same on every rank, so a larger "
         "tensor_parallel_size does not shrink it.",
-        "quantization: fp8, which saves 6.38 GiB of weights",
+        "quantization: fp8, which saves 6.39 GiB of weights",
     ),
     (
         [request(infer_backend="vllm"), request(name="n", infer_backend="vllm")],
         "A100-80GB",
         "no_device",
         "every GPU is in use by a model that was placed before.",
-        "one more GPU of 24GiB on the node",
+        "one more GPU of 24GiB on each node",
     ),
 ]
 
@@ -432,3 +433,94 @@ def test_every_cure_works(nodes: list[list[str]], drawn: list[dict[str, Any]]) -
         again = make_plan([changed if model.name == found.model else model for model in models], larger)
         assert found.model not in {other.model for other in again.problems}
         assert len(plan.problems) > 1 or again.fits
+
+
+def codes(requests: list[ModelRequest], gpus: str | Inventory) -> list[str]:
+    """The codes of a plan's problems."""
+    return [found.code for found in make_plan(requests, parse_gpus(gpus) if isinstance(gpus, str) else gpus).problems]
+
+
+def native(*gib: int) -> Inventory:
+    """One node whose GPUs Ray gives whole."""
+    return Inventory(tuple(Device("n1", index, "GPU", size * GIB, size * GIB, False) for index, size in enumerate(gib)))
+
+
+def test_by_index_the_whole_limit_is_booked() -> None:
+    """Ray is asked for all of it, so two limits of 16 GB do not fit on 24 GiB, whatever the models take of them."""
+    capped = [request("gemma3", name, infer_backend="pt", max_memory={0: "16GB"}, max_model_len=512) for name in "ab"]
+    assert codes(capped[:1], "24GiB") == []
+    assert codes(capped, "24GiB") == ["max_memory"]
+    assert codes([request("gemma3", infer_backend="pt", max_memory={0: "30GB"}, max_model_len=512)], "24GiB") == [
+        "max_memory"
+    ]
+
+
+def test_replicas_by_index_have_the_same_gpus_on_nodes_of_their_own() -> None:
+    """They have one config, which names the GPUs."""
+    two = request("gemma3", infer_backend="vllm", gpu_ids=[1], max_model_len=1024, replicas=2)
+    assert codes([two], "24GiB,24GiB") == ["no_device"]
+    plan = make_plan([two], parse_gpus("24GiB,24GiB;24GiB,24GiB"))
+    assert [rank.device.id for model in plan.models for rank in model.ranks] == ["n1:1", "n2:1"]
+
+
+def test_gpu_ids_mean_nothing_where_ray_gives_whole_gpus() -> None:
+    """They are refused there, not ignored."""
+    model = request(infer_backend="vllm", gpu_ids=[1], max_model_len=4096)
+    (found,) = make_plan([model], native(24, 24)).problems
+    assert "with whole GPUs the replica counts its own from 0" in found.message
+
+
+def test_one_limit_is_a_share_of_the_smallest_gpu_that_ray_could_give() -> None:
+    """Two shares of 12 GB fit on 24 GiB; beside a card that is too small for one, each takes a whole GPU."""
+    limits = {0: "12GB"}
+    models = [request("gemma3", name, infer_backend="pt", max_memory=limits, max_model_len=512) for name in "ab"]
+    plan = make_plan(models, native(24))
+    assert plan.fits
+    assert planned_demand(plan.models[0], native(24)).gpus == pytest.approx(12e9 / (24 * GIB), abs=1e-3)
+    assert codes(models, native(24, 8)) == ["over_commit"]
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"infer_backend": "vllm", "engine_args": {"speculative_config": {}}}, "speculative_config"),
+        ({"infer_backend": "vllm", "quantization": "awq"}, "what awq makes of these weights"),
+        ({"infer_backend": "vllm", "engine_args": {"kv-cache-dtype": "int8"}}, "does not know int8"),
+        ({"infer_backend": "pt", "device_map": {"model": 0, "lm_head": 1}}, "a mapping places each module itself"),
+    ],
+)
+def test_what_the_plan_cannot_count_it_does_not_count(config: dict[str, Any], part: str) -> None:
+    """Never a number out of thin air."""
+    (found,) = make_plan([request(max_model_len=1024, **config)], parse_gpus("80GiB,80GiB")).problems
+    assert found.code == "not_planned"
+    assert part in found.message
+
+
+def test_auto_leaves_partly_used_gpus_to_pt() -> None:
+    """vLLM wants its share of the whole card."""
+    used = Inventory((Device("n1", 0, "RTX3090", 24 * GIB, 20 * GIB, False),))
+    assert make_plan([request(max_model_len=2048)], used).models[0].backend == "pt"
+
+
+def test_a_length_beyond_the_models_own_is_refused_with_that() -> None:
+    """Engines refuse it too."""
+    code, message, fix = problem([request(infer_backend="vllm", max_model_len=200_000)], "80GiB")
+    assert (code, fix) == ("max_model_len", "max_model_len: 32768")
+    assert "200000 is over the model's own context of 32768 tokens" in message
+
+
+def test_what_goes_to_the_cpu_must_be_there() -> None:
+    """And to the disk only where that is named."""
+    gpu, host = Device("n1", 0, "GPU", 8 * GIB, 8 * GIB), Device("n1", None, "memory", 8 * GIB, 8 * GIB)
+    spilled = request(infer_backend="pt", max_memory={0: "5GB", "cpu": "100GB"}, max_model_len=512)
+    (found,) = make_plan([spilled], Inventory((gpu, host))).problems
+    assert "would go to the CPU, and n1 has 8.00 GiB" in found.message
+    assert make_plan([spilled], Inventory((gpu,))).fits
+    assert codes([request(infer_backend="pt", max_memory={0: "5GB", "cpu": "1GB"}, max_model_len=512)], "8GiB")
+
+
+def test_unequal_gpus_that_ray_gives_whole_are_told() -> None:
+    """The plan cannot hold Ray to a card's size there."""
+    model = request("gemma3", infer_backend="vllm", max_model_len=1024)
+    assert "have different sizes" in make_plan([model], native(24, 48)).notes[0]
+    assert make_plan([model], native(24, 24)).notes == []

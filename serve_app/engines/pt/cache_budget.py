@@ -8,6 +8,7 @@ import torch
 from serve_app.config import ModelConfig
 from serve_app.errors import EngineError
 from serve_app.planning.fit import PT_CPU_KV_BYTES, PT_CPU_KV_SHARE
+from serve_app.planning.memory import CONTEXT_BYTES
 
 # On a GPU, what is free once the weights are there, less activations and the moment when a buffer is moved.
 GPU_SHARE = 0.7
@@ -36,6 +37,8 @@ def _room(config: ModelConfig, device: torch.device) -> float:
     if device.type != "cuda":
         return min(PT_CPU_KV_BYTES, PT_CPU_KV_SHARE * float(psutil.virtual_memory().available))
     free, total = torch.cuda.mem_get_info(device)
-    share = min(1.0, config.num_gpus or 1.0)
-    left = share * total - torch.cuda.memory_allocated(device)
-    return GPU_SHARE * float(min(free, left))
+    most = min(1.0, config.num_gpus or 1.0) * total
+    if config.max_memory and device.index is not None and device.index < len(config.gpu_indices):
+        most = min(most, config.max_memory[config.gpu_indices[device.index]])
+    left = most - CONTEXT_BYTES - torch.cuda.memory_allocated(device)
+    return GPU_SHARE * float(max(0.0, min(free, left)))

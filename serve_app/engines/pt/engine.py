@@ -66,8 +66,10 @@ class PtEngine:
         rows = self._config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
         # At most what all rows take at full length, and as much for the prompts that are being computed.
         most = 2 * cells(rows, loaded.max_model_len)
-        tokens = cache_tokens(self._config, probed.bytes_per_token, least=cells(1, 1), most=most)
-        if loaded.cache_tokens is not None:
-            tokens = min(tokens, loaded.cache_tokens)
+        if loaded.cache_tokens is not None and self._config.device == "cuda":
+            tokens = loaded.cache_tokens  # The plan counted what is beside it, so nothing is guessed from what is free.
+        else:
+            tokens = cache_tokens(self._config, probed.bytes_per_token, least=cells(1, 1), most=most)
+            tokens = min(tokens, loaded.cache_tokens or tokens)
         probed.runner.max_cells = tokens
         return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)

@@ -102,6 +102,8 @@ def _placement(config: ModelConfig, hf_config: Any) -> tuple[dict[str, Any], int
     A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules.
     """
     free = gpu_memory(config)
+    if config.max_memory:
+        _cap_allocators(device_limits(config, free))
     if getattr(hf_config, "quantization_config", None) is None or isinstance(config.device_map, dict):
         try:
             planned = _planned(config, hf_config, free)
@@ -127,10 +129,7 @@ def _planned(
     limits: dict[Device, int] = dict(free_bytes.items())
     if config.max_memory:
         limits = device_limits(config, free_bytes)
-    planned = plan_layers(config, architecture, _without_weights(config, hf_config), free_bytes, limits)
-    if config.max_memory:
-        _cap_allocators(limits)
-    return planned
+    return plan_layers(config, architecture, _without_weights(config, hf_config), free_bytes, limits)
 
 
 def _cap_allocators(limits: Mapping[Device, int]) -> None:
@@ -164,7 +163,8 @@ def gpu_memory(config: ModelConfig) -> dict[int, int]:
     memory = {}
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        torch.cuda.set_per_process_memory_fraction(share, index)
+        if share < 1:
+            _cap_allocators({index: int(total * share)})
         memory[index] = min(free, int(total * share))
     return memory
 

@@ -17,6 +17,7 @@ from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest, Shortage, fit_pt
 from serve_app.planning.layer_map import block_number
+from serve_app.planning.memory import context
 from serve_app.planning.plan import ModelPlan
 
 Place = int | str
@@ -49,10 +50,11 @@ def plan_layers(
     )
     request = ModelRequest("model", config, architecture, tensors)
     numbers = [number for number in limits if isinstance(number, int)]
-    seats = [
-        (Device("GPU", number, "GPU", free_bytes[number], free_bytes[number]), free_bytes[number]) for number in numbers
-    ]
-    fit = fit_pt(request, seats, [limits[number] for number in numbers], ())
+    # What is free was read by this process, whose CUDA context is there already; the plan counts it.
+    free = {number: free_bytes[number] + context("cuda").bytes for number in numbers}
+    seats = [(Device("GPU", number, "GPU", free[number], free[number]), free[number]) for number in numbers]
+    is_capped = config.max_memory is not None or config.share is not None
+    fit = fit_pt(request, seats, [limits[number] if is_capped else free[number] for number in numbers], ())
     if isinstance(fit, Shortage):
         raise EngineError(f"max_memory: {fit.message}" if config.max_memory else fit.message)
     places = _places(fit, request, limits)

@@ -62,9 +62,9 @@ def test_layers_fill_the_gpus_in_turn_and_the_map_is_valid() -> None:
 
 
 def test_the_kv_cache_counts_within_the_limit() -> None:
-    """Longer requests leave less room for layers on the first GPU, and at last there is none."""
-    short, _ = planned(llama(), {0: 20 * MB, 1: 200 * MB}, max_model_len=64, kv_cache_memory_bytes="1MB")
-    long, _ = planned(llama(), {0: 20 * MB, 1: 200 * MB}, max_model_len=512, kv_cache_memory_bytes="1MB")
+    """More cache leaves less room for layers on the first GPU, and at last there is none."""
+    short, _ = planned(llama(), {0: 20 * MB, 1: 200 * MB}, max_model_len=512, kv_cache_memory_bytes="100KB")
+    long, _ = planned(llama(), {0: 20 * MB, 1: 200 * MB}, max_model_len=512, kv_cache_memory_bytes="9MB")
     assert layers(long).count(0) < layers(short).count(0)
     with pytest.raises(EngineError, match="max_memory: needs .* GiB too much|max_memory: needs .* MiB too much"):
         planned(llama(max_position_embeddings=8192), {0: 20 * MB, 1: 30 * MB})
