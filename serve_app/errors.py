@@ -7,11 +7,19 @@ ServeAppError                 what went wrong, where, and what to do
 └── RequestError              an answer to the client: HTTP status, type and code of OpenAI's error object
     ├── InvalidRequest        400
     │   └── ContextTooLong    400
+    ├── Unauthorized          401, with www-authenticate
+    ├── Forbidden             403
     ├── ModelNotFound         404
+    ├── RequestTimeout        408
     ├── RequestTooLarge       413
+    ├── HeadersTooLarge       431
+    ├── ClientGone            499, for the metrics: nobody reads it
     ├── OutOfDeviceMemory     500, the request alone is too big for the device
+    ├── RateLimited           429, with retry-after
+    │   └── TokensLimited     429
     ├── Overloaded            429, with retry-after
-    └── ModelUnavailable      503, with retry-after
+    ├── ModelUnavailable      503, with retry-after
+    └── DeadlineExceeded      504
 """
 
 import difflib
@@ -81,6 +89,36 @@ class RequestTooLarge(RequestError):
     code = "request_too_large"
 
 
+class RequestTimeout(RequestError):
+    """The client was too slow with its request."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class HeadersTooLarge(RequestError):
+    """The headers are over the router's limit."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
+
+
+class ClientGone(RequestError):
+    """The client has closed its connection; nobody reads an answer. The status is nginx's, for the metrics."""
+
+    status = 499
+    code = "client_closed_request"
+
+
+class DeadlineExceeded(RequestError):
+    """The model did not answer in the time that the router's limits give it."""
+
+    status = 504
+    code = "timeout"
+
+
 class OutOfDeviceMemory(RequestError):
     """The device has no memory for the request, even with nothing else in the batch."""
 
@@ -101,6 +139,41 @@ class ModelUnavailable(RequestError):
     status = 503
     type = "server_error"
     code = "model_unavailable"
+
+
+class Unauthorized(RequestError):
+    """No API key, or one that is not known here. `headers` go onto the answer (RFC 9110, 11.6.1)."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+    headers: ClassVar[tuple[tuple[str, str], ...]] = (("www-authenticate", "Bearer"),)
+
+
+class Forbidden(RequestError):
+    """The API key is known, and may not use the model."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "model_not_allowed"
+
+
+class RateLimited(RequestError):
+    """The API key has used up its requests. `type` names the limit, as OpenAI's does; `headers` tell what is left."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float, headers: Iterable[tuple[str, str]] = ()):
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.headers = tuple(headers)
+
+
+class TokensLimited(RateLimited):
+    """The API key has used up its tokens."""
+
+    type = "tokens"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from serve_app import __version__
 from serve_app.cli.check import check
 from serve_app.cli.doctor import doctor
 from serve_app.cli.from_swift import from_swift
+from serve_app.cli.new_key import new_key
 from serve_app.cli.node_resources import node_resources
 from serve_app.cli.plan import plan
 from serve_app.errors import ServeAppError
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return from_swift(options.swift_command)
         if options.command == "doctor":
             return doctor()
+        if options.command == "new-key":
+            return new_key(options.name)
         return node_resources()
     except ServeAppError as error:
         print(f"serve-app: {error}", file=sys.stderr)
@@ -64,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints versions, memory, disk, GPUs and who uses them, and the Ray cluster that runs here, if "
         "any; then each problem with its cure. Starts nothing. Exits 0 without a problem, else 1.",
     )
+    making = commands.add_parser(
+        "new-key",
+        help="makes an API key and prints its entry for the keys file",
+        description="Prints a new API key to stderr, once, and its entry for the keys file to stdout. The entry holds "
+        "the key's SHA-256 and not the key. Exits 2 for a name that the file would not take.",
+    )
+    making.add_argument("name", metavar="NAME", help="whose key it is, such as team-a; it goes to the logs")
     commands.add_parser(
         "node-resources",
         help='prints this node\'s GPU memory for `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`',
