@@ -36,6 +36,8 @@ class Exchange:
     retries: int = 0
     resumes: int = 0
     tail: bytes = b""
+    key: str | None = None
+    extra_headers: Headers = field(default_factory=list)
 
     def head(self, status: int, headers: Headers) -> Message:
         """The start of the answer: the model's headers, and ours."""
@@ -44,13 +46,14 @@ class Exchange:
         kept += [pair for pair in headers if pair[0] == b"content-length"]
         kept.append((b"x-request-id", self.request_id.encode("latin-1")))
         kept.append((b"server-timing", self.timing().encode()))
+        kept += self.extra_headers
         return {"type": "http.response.start", "status": status, "headers": kept}
 
     async def pass_on(self, piece: bytes) -> None:
         """One piece of the body. Returns when the client, or what is before it, has room for the next."""
         if piece:
             self.pieces += 1
-            self.tail = piece[-TAIL_BYTES:]
+            self.tail = piece[-TAIL_BYTES:] if len(piece) >= TAIL_BYTES else (self.tail + piece)[-TAIL_BYTES:]
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def tell(self, error: RequestError) -> None:
@@ -81,7 +84,7 @@ class Exchange:
 
     def log_line(self) -> str:
         """One line of JSON. Nothing of the prompt or the answer is in it."""
-        names = ("request_id", "path", "model", "status", "retries", "resumes")
+        names = ("request_id", "path", "model", "status", "key", "retries", "resumes")
         line = {name: getattr(self, name) for name in names}
         return json.dumps(line | {"ms": _milliseconds(self.began, time.perf_counter())})
 

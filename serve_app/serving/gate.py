@@ -3,6 +3,7 @@
 `Gate` decides for one request; the router asks it by name. `KeyedApp` puts it around a model's own route.
 """
 
+import hmac
 import re
 from collections.abc import Iterable
 from typing import NoReturn
@@ -19,6 +20,9 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 # Bytes of a token on the average, for an estimate before the request; English is at four to five.
 BYTES_PER_TOKEN = 4
+
+# What the router shows to models' own routes.
+ROUTER_HEADER = b"x-serve-app-router"
 
 # The bytes at the end of a response in which its usage is looked for.
 TAIL_BYTES = 2048
@@ -126,6 +130,12 @@ def estimate_tokens(body_bytes: int, max_tokens: int | None = None) -> int:
     return body_bytes // BYTES_PER_TOKEN + max(0, max_tokens or 0)
 
 
+def total_tokens(tail: bytes) -> int | None:
+    """The last `total_tokens` in the end of a response. None where there is none, as without `include_usage`."""
+    found = TOTAL_TOKENS.findall(tail)
+    return int(found[-1]) if found else None
+
+
 class UsageTail:
     """The last bytes of a response, in which its `usage` stands."""
 
@@ -137,9 +147,30 @@ class UsageTail:
         self._tail = (self._tail + piece[-TAIL_BYTES:])[-TAIL_BYTES:]
 
     def total_tokens(self) -> int | None:
-        """The last `total_tokens` in the tail. None where there is none, as in a stream without `include_usage`."""
-        found = TOTAL_TOKENS.findall(self._tail)
-        return int(found[-1]) if found else None
+        """Of the last bytes."""
+        return total_tokens(self._tail)
+
+
+class KeyedRouter:
+    """The router's application behind a gate: everything but GET /health needs a key. What a request may use, and how
+    much, is decided where its model is known."""
+
+    def __init__(self, app: ASGIApp, gate: Gate):
+        self._app = app
+        self._gate = gate
+        for name in ("routes", "router"):
+            if hasattr(app, name):
+                setattr(self, name, getattr(app, name))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and not self._gate.source.is_open and not _is_health(scope):
+            try:
+                self._gate.identify(scope["headers"])
+            except RequestError as error:
+                await refusal(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class KeyedApp:
@@ -159,13 +190,20 @@ class KeyedApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Where nobody needs a key it costs one look at an attribute."""
-        if self._gate.source.is_open or scope["type"] == "lifespan" or _is_health(scope):
+        if self._gate.source.is_open or scope["type"] == "lifespan" or _is_health(scope) or self._is_admitted(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:
             await receive()  # "websocket.connect"; a close before it is accepted becomes 403.
             await send({"type": "websocket.close", "code": 1008, "reason": "Use HTTP: websockets take no API key."})
+
+    def _is_admitted(self, scope: Scope) -> bool:
+        """Whether the router has admitted the request already."""
+        if scope["type"] != "http":
+            return False
+        shown = next((value for name, value in scope["headers"] if name == ROUTER_HEADER), b"")
+        return bool(shown) and hmac.compare_digest(shown, self._gate.source.refresh().router_token)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

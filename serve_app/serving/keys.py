@@ -32,6 +32,8 @@ from serve_app.serving.limits import Limits
 
 logger = logging.getLogger("ray.serve")
 
+# Names the file with the keys. In a config file it stands under `controller_options.runtime_env.env_vars`.
+FILE_VARIABLE = "SERVE_APP_API_KEYS_FILE"
 ENVIRONMENT = "SERVE_APP_API_KEYS"
 
 # The file is looked at this often at most, in seconds, and only when requests come.
@@ -81,6 +83,14 @@ class KeyRing:
         self.keys = tuple(keys)
         self._hashes = [(bytes.fromhex(key.sha256), key) for key in self.keys]
 
+    @property
+    def router_token(self) -> bytes:
+        """What the router shows to a model's own route, so that a request is not counted twice.
+
+        It follows from the hashes of the keys, which every process here has and no client.
+        """
+        return hmac.new(b"".join(sorted(known for known, _ in self._hashes)), b"router", "sha256").hexdigest().encode()
+
     def find(self, authorization_header: bytes | None, x_api_key: bytes | None = None) -> ApiKey:
         """The key that a request shows, as `Authorization: Bearer KEY` or else as `x-api-key: KEY`.
 
@@ -110,6 +120,12 @@ def _bearer(header: bytes | None) -> bytes:
     """What follows `Bearer`, in any case (RFC 9110, 11.1); empty for another scheme."""
     scheme, _, token = (header or b"").strip().partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else b""
+
+
+def configured_keys() -> "KeySource":
+    """The keys that this process's environment names. Raises ConfigError for what is wrong with them."""
+    file = os.environ.get(FILE_VARIABLE)
+    return KeySource(Path(file).expanduser() if file else None)
 
 
 class KeySource:

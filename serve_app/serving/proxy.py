@@ -15,11 +15,21 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.config import RouterConfig
-from serve_app.engines.openai_errors import error_response
-from serve_app.errors import ClientGone, DeadlineExceeded, ModelNotFound, ModelUnavailable, Overloaded, RequestError
+from serve_app.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    Forbidden,
+    ModelNotFound,
+    ModelUnavailable,
+    Overloaded,
+    RateLimited,
+    RequestError,
+    Unauthorized,
+)
 from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import ModelDirectory
 from serve_app.serving.exchange import HOP_BY_HOP, Exchange
+from serve_app.serving.gate import ROUTER_HEADER, Gate, estimate_tokens, refusal, total_tokens
 from serve_app.serving.incoming import header, peek, read_body, require_small_headers, with_model
 from serve_app.serving.names import candidates
 from serve_app.serving.queues import ModelQueue
@@ -31,7 +41,7 @@ logger = logging.getLogger("ray.serve")
 
 # The body was read as JSON, whatever curl calls it by default; vLLM insists on the name.
 JSON = (b"content-type", b"application/json")
-REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id"}
+REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
 # Statuses of a replica that is going or gone, or of a proxy before it that found none.
 LOST = frozenset({502, 503, 504})
 # Seconds between two looks at a model that is loading.
@@ -42,8 +52,16 @@ MOST_ID_BYTES = 128
 class Proxy:
     """The router's endpoint for everything that names a model in its body. `config` may be replaced while it runs."""
 
-    def __init__(self, config: RouterConfig, directory: ModelDirectory, upstream: Upstream, metrics: RouterMetrics):
+    def __init__(
+        self,
+        config: RouterConfig,
+        directory: ModelDirectory,
+        upstream: Upstream,
+        metrics: RouterMetrics,
+        gate: Gate,
+    ):
         self.config = config
+        self._gate = gate
         self._directory = directory
         self._upstream = upstream
         self._metrics = metrics
@@ -60,6 +78,8 @@ class Proxy:
             exchange.read = time.perf_counter()
             await _unless_gone(self._answer(exchange, scope, body), receive)
         except RequestError as error:
+            if isinstance(error, Unauthorized | Forbidden | RateLimited):
+                self._metrics.key_refused(error.status)
             await _refuse(exchange, error)
         except asyncio.CancelledError:
             exchange.status = exchange.status or ClientGone.status
@@ -70,11 +90,27 @@ class Proxy:
 
     async def _answer(self, exchange: Exchange, scope: Scope, body: bytes) -> None:
         seen = peek(body)
+        names = self._allowed(candidates(self.config, seen.model), scope["headers"])
+        admission = await self._gate.admit(scope["headers"], names[0], estimate_tokens(len(body), seen.token_limit))
+        exchange.key, exchange.extra_headers = admission.key_name, admission.headers
+        try:
+            await self._answer_of(names, seen.model, exchange, scope, body)
+        finally:
+            await admission.release(0 if exchange.status >= 400 else total_tokens(exchange.tail))
+
+    def _allowed(self, names: list[str], headers: Headers) -> list[str]:
+        """Stand-ins that the key does not open are left out; the model that was meant is refused by the gate."""
+        key = self._gate.identify(headers)
+        return names if key is None else [names[0], *(name for name in names[1:] if key.may_use(name))]
+
+    async def _answer_of(
+        self, names: list[str], asked: str | None, exchange: Exchange, scope: Scope, body: bytes
+    ) -> None:
         headers = [pair for pair in scope["headers"] if pair[0] not in REPLACED]
         headers += [JSON, (b"x-request-id", exchange.request_id.encode("latin-1"))]
         requests = {}
-        for name in candidates(self.config, seen.model):
-            named = body if name == seen.model else with_model(body, name)
+        for name in names:
+            named = body if name == asked else with_model(body, name)
             requests[name] = HttpRequest(scope["method"], scope["path"], scope["query_string"], headers, named)
         ends = asyncio.get_running_loop().time() + self.config.total_timeout_s
         answer = await self._open(exchange, requests)
@@ -185,7 +221,7 @@ async def _refuse(exchange: Exchange, error: RequestError) -> None:
     if exchange.status:
         raise error
     exchange.status = error.status
-    response = error_response(error)
+    response = refusal(error)
     response.headers["x-request-id"] = exchange.request_id
     await response({"type": "http"}, _never, exchange.send)
 

@@ -14,6 +14,9 @@ from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine, create_engine
 from serve_app.errors import ServeAppError
 from serve_app.serving.asgi import HttpRequest, call_asgi
+from serve_app.serving.gate import Gate, KeyedApp
+from serve_app.serving.keys import configured_keys
+from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.terminal import say
 
 
@@ -22,6 +25,7 @@ class Model:
 
     async def __init__(self, config: ModelConfig):  # type: ignore[misc]  # Serve awaits it
         self.name = serve.get_replica_context().app_name
+        self._gate = Gate(configured_keys(), ActorLimiter())
         started = time.monotonic()
         say(f"loading {config.model} with {config.infer_backend}")
         self._engine: Engine = create_engine(config, self.name)
@@ -33,10 +37,11 @@ class Model:
         except BaseException:
             await self._engine.stop()
             raise
+        await self._gate.start()
         say(f"ready after {time.monotonic() - started:.0f} s")
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._app
+        return KeyedApp(self._app, self._gate, self.name)
 
     async def http(self, request: HttpRequest) -> AsyncIterator[bytes]:
         """Answers one request: the head first, then the body in pieces."""

@@ -41,7 +41,7 @@ async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript
     caller = _Caller(upstream, name, request)
     prompt_ids, text_ids, max_model_len = await _ids(caller, prompt_request(kind, asked), asked, transcript.text)
     rest = continuation(kind, asked, transcript, prompt_ids, text_ids, max_model_len)
-    if rest is None or transcript.finished:
+    if rest is None or transcript.finish_reason is not None:
         return Resumed(None, None, ending(kind, asked, transcript, len(prompt_ids), len(text_ids)))
     return Resumed(await caller.stream("/v1/completions", rest.body), rest)
 

@@ -22,6 +22,9 @@ from serve_app.engines.openai_errors import error_response
 from serve_app.errors import InvalidRequest, RequestError
 from serve_app.serving.announcer import announce
 from serve_app.serving.directory import ModelDirectory, ModelStatus
+from serve_app.serving.gate import Gate, KeyedRouter
+from serve_app.serving.keys import configured_keys
+from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.proxy import Proxy
 from serve_app.serving.router_metrics import RouterMetrics
 from serve_app.serving.upstream import HandleUpstream
@@ -35,21 +38,23 @@ class Router:
         upstream = HandleUpstream(directory, config.discovery_interval_s)
         self._config = config
         self._directory = directory
-        self._proxy = Proxy(config, directory, upstream, RouterMetrics())
+        self._gate = Gate(configured_keys(), ActorLimiter())
+        self._proxy = Proxy(config, directory, upstream, RouterMetrics(), self._gate)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return build_app(self._proxy, self._directory)
+        return KeyedRouter(build_app(self._proxy, self._directory, self._gate), self._gate)
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Called by Serve when `user_config` changes: its fields replace those of `args`, the others stay."""
         self._proxy.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
 
 
-def build_app(proxy: Proxy, directory: ModelDirectory) -> Starlette:
+def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:
     """The router's application. Its lifespan tells the terminal how the models come up."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await gate.start()
         tasks = [asyncio.create_task(directory.keep_fresh()), asyncio.create_task(announce(directory))]
         yield
         for task in tasks:

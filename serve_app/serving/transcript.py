@@ -23,7 +23,7 @@ _KINDS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions":
 
 # Fields that pass to the continuation as they stand.
 _SAMPLING = (
-    "model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "logit_bias",
+    "model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "logit_bias",
     "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "bad_words", "user",
     "priority", "stream_options",
 )  # fmt: skip
@@ -37,8 +37,10 @@ _LENGTH = ("max_tokens", "max_completion_tokens", "min_tokens", "stream")
 _NEUTRAL: Mapping[str, Any] = {
     "n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0, "prompt_logprobs": None,
     "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "suffix": "", "tools": [],
-    "use_beam_search": False, "parallel_tool_calls": True, "tool_choice": "none", "metadata": {}, "store": False,
-    "length_penalty": 1, "response_format": {"type": "text"}, "return_token_ids": False, "include_reasoning": True,
+    # Tokens after the end of a text are not all in the text: the end's own token is left out.
+    "ignore_eos": False, "use_beam_search": False, "parallel_tool_calls": True, "tool_choice": "none",
+    "metadata": {}, "store": False, "length_penalty": 1, "response_format": {"type": "text"}, "return_token_ids": False,
+    "include_reasoning": True,
 }  # fmt: skip
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -103,7 +105,7 @@ class Transcript:
         self.text = ""
         self.head: dict[str, Any] = {}
         self.started = False
-        self.finished = False
+        self.finish_reason: str | None = None
         self.done = False
         self.problem = ""
 
@@ -132,7 +134,7 @@ class Transcript:
         for choice in event.get("choices") or []:
             delta = choice.get("delta") or {}
             self.text += choice.get("text") or delta.get("content") or ""
-            self.finished = self.finished or choice.get("finish_reason") is not None
+            self.finish_reason = self.finish_reason or choice.get("finish_reason")
             for name in ("tool_calls", "reasoning", "reasoning_content", "function_call", "refusal"):
                 if delta.get(name):
                     self.problem = f"the stream has '{name}'"
@@ -240,11 +242,13 @@ def continuation(
 
 
 def ending(kind: Kind, asked: Mapping[str, Any], transcript: Transcript, prompt_ids: int, text_ids: int) -> bytes:
-    """The last events of a stream whose text is complete: it ended by its length."""
+    """The last events of a stream whose text is complete. One that was not told to have ended did by its length; the
+    token that ends a text is counted and not in the text."""
+    text_ids += transcript.finish_reason == "stop"
     choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "logprobs": None}
     choice["delta" if kind == "chat" else "text"] = {} if kind == "chat" else ""
     name = "chat.completion.chunk" if kind == "chat" else "text_completion"
-    parts = [] if transcript.finished else [as_event({"object": name, **transcript.head, "choices": [choice]})]
+    parts = [] if transcript.finish_reason else [as_event({"object": name, **transcript.head, "choices": [choice]})]
     if (asked.get("stream_options") or {}).get("include_usage"):
         usage = {"prompt_tokens": prompt_ids, "completion_tokens": text_ids, "total_tokens": prompt_ids + text_ids}
         parts.append(as_event({"object": name, **transcript.head, "choices": [], "usage": usage}))

@@ -17,7 +17,10 @@ from serve_app.config import RouterConfig
 from serve_app.errors import ModelNotFound, ModelUnavailable
 from serve_app.serving.asgi import HttpRequest, call_asgi
 from serve_app.serving.directory import ModelStatus
+from serve_app.serving.gate import Gate
 from serve_app.serving.incoming import peek
+from serve_app.serving.keys import KeySource
+from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.proxy import Proxy
 from serve_app.serving.router import build_app
 from serve_app.serving.router_metrics import RouterMetrics
@@ -125,8 +128,9 @@ def client(directory: Directory, **config: Any) -> httpx.AsyncClient:
     """A client of the router."""
     settings = RouterConfig(**config)
     upstream = HandleUpstream(directory, settings.discovery_interval_s)  # type: ignore[arg-type]
-    proxy = Proxy(settings, directory, upstream, RouterMetrics())  # type: ignore[arg-type]
-    app = build_app(proxy, directory)  # type: ignore[arg-type]
+    gate = Gate(KeySource(None, {}), ActorLimiter())
+    proxy = Proxy(settings, directory, upstream, RouterMetrics(), gate)  # type: ignore[arg-type]
+    app = build_app(proxy, directory, gate)  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
 
 
