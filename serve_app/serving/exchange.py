@@ -16,7 +16,8 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade host "
     b"content-length".split()
 )
-_OURS = frozenset({b"x-request-id", b"server-timing"})
+# What the server in front says itself, on every answer: Serve's own middleware adds the request's id.
+_OURS = frozenset({b"x-request-id", b"server-timing", b"date", b"server"})
 
 
 @dataclass
@@ -44,7 +45,6 @@ class Exchange:
         self.first, self.status = time.perf_counter(), status
         kept = [pair for pair in headers if pair[0] not in HOP_BY_HOP | _OURS]
         kept += [pair for pair in headers if pair[0] == b"content-length"]
-        kept.append((b"x-request-id", self.request_id.encode("latin-1")))
         kept.append((b"server-timing", self.timing().encode()))
         kept += self.extra_headers
         return {"type": "http.response.start", "status": status, "headers": kept}

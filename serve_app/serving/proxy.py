@@ -30,6 +30,7 @@ from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import ModelDirectory
 from serve_app.serving.exchange import HOP_BY_HOP, Exchange
 from serve_app.serving.gate import ROUTER_HEADER, Gate, estimate_tokens, refusal, total_tokens
+from serve_app.serving.http_upstream import HOP_HEADER
 from serve_app.serving.incoming import header, peek, read_body, require_small_headers, with_model
 from serve_app.serving.names import candidates
 from serve_app.serving.queues import ModelQueue
@@ -74,6 +75,8 @@ class Proxy:
         exchange = Exchange(given or uuid.uuid4().hex, scope["path"], send)
         try:
             require_small_headers(headers, self.config)
+            if header(headers, HOP_HEADER) is not None:  # It has come back: HAProxy has no route to the model any more.
+                raise ModelUnavailable("The model's route is not there.", retry_after_s=1.0)
             body = await read_body(headers, receive, self.config)
             exchange.read = time.perf_counter()
             await _unless_gone(self._answer(exchange, scope, body), receive)
@@ -222,7 +225,6 @@ async def _refuse(exchange: Exchange, error: RequestError) -> None:
         raise error
     exchange.status = error.status
     response = refusal(error)
-    response.headers["x-request-id"] = exchange.request_id
     await response({"type": "http"}, _never, exchange.send)
 
 

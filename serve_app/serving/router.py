@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from ray import serve
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,6 +24,7 @@ from serve_app.errors import InvalidRequest, RequestError
 from serve_app.serving.announcer import announce
 from serve_app.serving.directory import ModelDirectory, ModelStatus
 from serve_app.serving.gate import Gate, KeyedRouter
+from serve_app.serving.http_upstream import HttpUpstream
 from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.proxy import Proxy
@@ -35,10 +37,11 @@ class Router:
 
     def __init__(self, config: RouterConfig):
         directory = ModelDirectory(serve.get_replica_context().app_name, config.discovery_interval_s)
-        upstream = HandleUpstream(directory, config.discovery_interval_s)
+        handles = HandleUpstream(directory, config.discovery_interval_s)
         self._config = config
         self._directory = directory
         self._gate = Gate(configured_keys(), ActorLimiter())
+        upstream = HttpUpstream(directory, handles, self._gate) if RAY_SERVE_ENABLE_HA_PROXY else handles
         self._proxy = Proxy(config, directory, upstream, RouterMetrics(), self._gate)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

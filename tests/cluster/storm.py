@@ -1,0 +1,143 @@
+"""Load on a model whose replicas are killed meanwhile: what every client got, beside what it should have got.
+
+    python -m tests.cluster.storm --requests 2000 --clients 32 --kill-every 5
+
+starts a Serve of its own with two pt replicas of the demo model, and prints one JSON object. Half of the requests are
+chats, half text completions; all stream, and are greedy.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+import aiohttp
+
+from tests.cluster.serve_run import ServeRun
+
+QUESTIONS = (
+    "What is serve-app?", "What is max_memory?", "What is a router?", "Who are you?", "What is Ray?", "What is vLLM?",
+    "What is tensor parallelism?", "What is a replica?",
+)  # fmt: skip
+# A request may meet many losses while both replicas load: Python's imports alone take ten seconds.
+ROUTER_ARGS = {"max_retries": 40, "first_byte_timeout_s": 240}
+TIMEOUT_S = 300
+
+
+def body_of(number: int, model: str) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request."""
+    question = QUESTIONS[number // 2 % len(QUESTIONS)]
+    common = {"model": model, "temperature": 0, "stream": True}
+    if number % 2:
+        return "/v1/completions", {**common, "prompt": question, "max_tokens": 24}
+    return "/v1/chat/completions", {**common, "messages": [{"role": "user", "content": question}]}
+
+
+async def ask(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What a client sees of one stream: its text, its ids, and how it ended."""
+    seen: dict[str, Any] = {"text": "", "ids": set(), "ends": 0, "error": None}
+    try:
+        async with session.post(url + path, json=body) as reply:
+            if reply.status != 200:
+                return seen | {"error": f"{reply.status} {(await reply.text())[:200]}"}
+            async for line in reply.content:
+                if not line.startswith(b"data: "):
+                    continue
+                if line.strip() == b"data: [DONE]":
+                    seen["ends"] += 1
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    return seen | {"error": event["error"]["message"]}
+                seen["ids"].add(event["id"])
+                for choice in event["choices"]:
+                    seen["text"] += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        seen["error"] = f"{type(error).__name__}: {error}"
+    return seen
+
+
+async def kill_now_and_then(serve: ServeRun, name: str, every_s: float, kills: list[int]) -> None:
+    """One replica at a time, with SIGKILL; never the last one that is ready for longer than the other."""
+    while True:
+        await asyncio.sleep(every_s)
+        mark = f"ServeReplica:{name}:Model"
+        pids = [pid for pid, command in serve.processes().items() if mark in command]
+        if pids:
+            kills.append(pids[len(kills) % len(pids)])
+            try:
+                os.kill(kills[-1], signal.SIGKILL)
+            except ProcessLookupError:
+                kills.pop()
+
+
+async def storm(serve: ServeRun, model: str, requests: int, clients: int, every_s: float | None) -> dict[str, Any]:
+    """Sends the requests, so many at a time. Compares each text with the one that an undisturbed request got."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        expected = {}
+        for number in range(2 * len(QUESTIONS)):
+            path, body = body_of(number, model)
+            expected[json.dumps(body)] = (await ask(session, serve.url, path, body))["text"]
+        kills: list[int] = []
+        killer = asyncio.create_task(kill_now_and_then(serve, model, every_s, kills)) if every_s else None
+        gate = asyncio.Semaphore(clients)
+        outcomes: Counter[str] = Counter()
+
+        async def one(number: int) -> None:
+            path, body = body_of(number, model)
+            async with gate:
+                seen = await ask(session, serve.url, path, body)
+            if seen["error"]:
+                outcomes[f"error: {seen['error'][:120]}"] += 1
+            elif seen["text"] != expected[json.dumps(body)]:
+                outcomes[f"other text: {seen['text'][:80]!r}"] += 1
+            elif seen["ends"] != 1 or len(seen["ids"]) != 1:
+                outcomes["several ids or ends"] += 1
+            else:
+                outcomes["right"] += 1
+
+        start = time.monotonic()
+        await asyncio.gather(*(one(number) for number in range(requests)))
+        if killer is not None:
+            killer.cancel()
+    return {"outcomes": dict(outcomes), "kills": len(kills), "seconds": round(time.monotonic() - start, 1)}
+
+
+def config() -> dict[str, Any]:
+    """A router and two replicas of the demo model."""
+    router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/", "args": ROUTER_ARGS}
+    model = {
+        "name": "mortal",
+        "import_path": "serve_app.app:model",
+        "route_prefix": "/models/mortal",
+        "args": {"model": "serve-app/demo", "infer_backend": "pt", "device": "cpu", "dtype": "float32"},
+        "deployments": [{"name": "Model", "num_replicas": 2}],
+    }
+    return {"applications": [router, model]}
+
+
+def main() -> None:
+    """Prints the outcomes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--kill-every", type=float, default=5.0)
+    parser.add_argument("--without-haproxy", action="store_true")
+    options = parser.parse_args()
+    off = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
+    serve = ServeRun(config(), cpus=4, controller=off if options.without_haproxy else {})
+    try:
+        serve.wait_until(lambda models: models["mortal"]["replicas"] == 2)
+        print(json.dumps(asyncio.run(storm(serve, "mortal", options.requests, options.clients, options.kill_every))))
+    finally:
+        serve.stop(signal.SIGTERM)
+        serve.clean_up()
+
+
+if __name__ == "__main__":
+    main()
