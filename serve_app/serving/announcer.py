@@ -10,12 +10,19 @@ from serve_app.serving.terminal import say
 INTERVAL_S = 1.0
 # While nothing changes, a sign of life this often, in seconds.
 REMINDER_S = 30.0
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-async def announce(directory: ModelDirectory) -> None:
-    """Prints until every model is ready or has failed, and again after each later change."""
+async def announce(directory: ModelDirectory, is_open: bool) -> None:
+    """Prints until every model is ready or has failed, and again after each later change.
+
+    `is_open`: nobody needs a key, which is told loudly where others can reach the address.
+    """
     started = spoke = time.monotonic()
     seen: dict[str, ModelStatus] = {}
+    if is_open and (host := listening_host()) not in LOOPBACK:
+        say(f"WARNING: no API keys are set, and Serve listens on {host}: whoever reaches it may use every model.")
+        say("WARNING: set SERVE_APP_API_KEYS_FILE (README, API keys), or http_options.host: 127.0.0.1.")
     while True:
         try:
             models = dict(await directory.models())
@@ -52,6 +59,13 @@ def summary(models: dict[str, ModelStatus], url: str) -> list[str]:
         lines += [f"  {model.name}: {model.message}" for model in failed]
         lines.append("mend the config file and give it to `serve deploy`, or stop this with Ctrl-C and run it again")
     return lines
+
+
+def listening_host() -> str:
+    """The address that Serve's HTTP proxies listen on."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client().http_config.host or "0.0.0.0"  # noqa: S104
 
 
 def address() -> str:

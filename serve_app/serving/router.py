@@ -58,7 +58,10 @@ def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await gate.start()
-        tasks = [asyncio.create_task(directory.keep_fresh()), asyncio.create_task(announce(directory))]
+        tasks = [
+            asyncio.create_task(directory.keep_fresh()),
+            asyncio.create_task(announce(directory, gate.source.is_open)),
+        ]
         yield
         for task in tasks:
             task.cancel()

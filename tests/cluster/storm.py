@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -62,17 +63,15 @@ async def ask(session: aiohttp.ClientSession, url: str, path: str, body: dict[st
 
 
 async def kill_now_and_then(serve: ServeRun, name: str, every_s: float, kills: list[int]) -> None:
-    """One replica at a time, with SIGKILL; never the last one that is ready for longer than the other."""
+    """One replica that serves, with SIGKILL. One that loads is left alone, or none would ever serve."""
+    ready = re.compile(rf"ServeReplica:{name}:Model pid=(\d+)\) ready after")
     while True:
         await asyncio.sleep(every_s)
-        mark = f"ServeReplica:{name}:Model"
-        pids = [pid for pid, command in serve.processes().items() if mark in command]
+        alive = await asyncio.to_thread(serve.processes)
+        pids = [int(pid) for pid in ready.findall(serve.output()) if int(pid) in alive]
         if pids:
             kills.append(pids[len(kills) % len(pids)])
-            try:
-                os.kill(kills[-1], signal.SIGKILL)
-            except ProcessLookupError:
-                kills.pop()
+            os.kill(kills[-1], signal.SIGKILL)
 
 
 async def storm(serve: ServeRun, model: str, requests: int, clients: int, every_s: float | None) -> dict[str, Any]:
