@@ -1,6 +1,5 @@
 """Small values for tests, with everything that a test does not care about filled in."""
 
-from types import SimpleNamespace
 from typing import Any
 
 from serve_app.config import ModelConfig
@@ -19,12 +18,7 @@ def node(name: str = "n1", cpus: float = 8, gpus: float = 0, vram_gib: dict[int,
 
 def application(
     status: str = "RUNNING", running: int = 1, message: str = "", deployment: str | None = "Model"
-) -> SimpleNamespace:
-    """One application as `serve.status()` shows it."""
-    states = {"RUNNING": running} if running else {}
-    overview = SimpleNamespace(replica_states=states, message="", status="HEALTHY")
-    return SimpleNamespace(
-        status=SimpleNamespace(value=status),
-        message=message,
-        deployments={} if deployment is None else {deployment: overview},
-    )
+) -> dict[str, Any]:
+    """One application as Serve's controller describes it."""
+    overview = {"status": "HEALTHY", "message": "", "replicas": [{"state": "RUNNING"}] * running}
+    return {"status": status, "message": message, "deployments": {} if deployment is None else {deployment: overview}}

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -32,6 +33,9 @@ STATUS_TIMEOUT_S = 10.0
 
 # A request for a model that is not known as ready reads Serve's status anew, at most this often.
 FRESH_ENOUGH_S = 0.5
+
+# Serve's controller, by the name that Serve gives it.
+CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,12 @@ class ModelDirectory:
             if time.monotonic() - self._read_at < max_age_s:
                 return
             try:
-                status = await asyncio.wait_for(asyncio.to_thread(serve.status), STATUS_TIMEOUT_S)
+                details = await asyncio.wait_for(_instance_details(), STATUS_TIMEOUT_S)
             except TimeoutError:
                 raise ModelUnavailable(
                     "Ray Serve's controller does not answer.", retry_after_s=RETRY_LOADING_S
                 ) from None
-            self._models = read_status(status.applications, self._own_application)
+            self._models = read_status(details["applications"], self._own_application)
             self._time_loads()
             for gone in self._handles.keys() - self._models.keys():
                 del self._handles[gone]
@@ -146,21 +150,30 @@ class ModelDirectory:
                 self._load_times[name] = now - since
 
 
+async def _instance_details() -> dict[str, Any]:
+    """What `serve.status()` asks for, as it comes: building its objects takes 40 ms of CPU, this 5."""
+    controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+    details: dict[str, Any] = await controller.get_serve_instance_details.remote()
+    return details
+
+
 def read_status(applications: Mapping[str, Any], own_application: str) -> dict[str, ModelStatus]:
-    """The models among Serve's applications (`serve.status().applications`), by name."""
+    """The models among Serve's applications, by name; as `ServeInstanceDetails` has them."""
     return {
         name: _read_application(name, application)
         for name, application in sorted(applications.items())
-        if name != own_application and (not application.deployments or MODEL_DEPLOYMENT in application.deployments)
+        if name != own_application
+        and (not application["deployments"] or MODEL_DEPLOYMENT in application["deployments"])
     }
 
 
 def _read_application(name: str, application: Any) -> ModelStatus:
-    deployment = application.deployments.get(MODEL_DEPLOYMENT)
-    running = 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
-    status = str(getattr(application.status, "value", application.status))
+    deployment = application["deployments"].get(MODEL_DEPLOYMENT)
+    replicas = [] if deployment is None else deployment["replicas"]
+    running = sum(_text(replica["state"]) == "RUNNING" for replica in replicas)
+    status = _text(application["status"])
     # The deployment's message has the reason; the application's then only says that the deployment failed.
-    message = summarize((deployment.message if deployment is not None else "") or application.message)
+    message = summarize((deployment["message"] if deployment is not None else "") or application["message"])
     if status == "DELETING":
         return ModelStatus(name, "stopping", running)
     if running or status == "RUNNING":  # RUNNING without replicas is scaled to zero: the handle wakes it.
@@ -169,6 +182,11 @@ def _read_application(name: str, application: Any) -> ModelStatus:
         return ModelStatus(name, "failed", 0, message)
     # UNHEALTHY: its replica died, and Serve is starting another.
     return ModelStatus(name, "loading", 0, message)
+
+
+def _text(value: Any) -> str:
+    """Ray's enumerations are strings or have them."""
+    return str(getattr(value, "value", value))
 
 
 def summarize(message: str) -> str:

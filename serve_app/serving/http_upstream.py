@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 
 from serve_app.errors import ModelUnavailable
 from serve_app.serving.asgi import Headers, HttpRequest
-from serve_app.serving.directory import ModelDirectory
+from serve_app.serving.directory import CONTROLLER, NAMESPACE, ModelDirectory
 from serve_app.serving.gate import ROUTER_HEADER, Gate
 from serve_app.serving.upstream import Answer, HandleUpstream, ReplicaLost
 
@@ -28,7 +28,6 @@ HOP_HEADER = b"x-serve-app-hop"
 ROUTES_AGE_S = 0.5
 # Made by HAProxy, which has no request id; a replica's own answers have one.
 PROXY_ERRORS = frozenset({500, 502, 503, 504})
-CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 
 
 class HttpUpstream:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from serve_app.config import RouterConfig
 from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
@@ -21,6 +22,25 @@ async def backoff(repeats: int) -> None:
     await asyncio.sleep(min(BACKOFF_S * 2**repeats, MOST_BACKOFF_S))
 
 
+class Deadline:
+    """A timeout that moves on with every piece. Setting a timer costs as much as passing a piece on, so it is set anew
+    once a second at most, and the idle time is exact to a second."""
+
+    def __init__(self, ends: float, idle_s: float):
+        self._ends = ends
+        self._idle_s = idle_s
+        self._loop = asyncio.get_running_loop()
+        self._set_at = self._loop.time()
+        self.timeout = asyncio.timeout_at(min(ends, self._set_at + idle_s))
+
+    def moved(self) -> None:
+        """A piece has come."""
+        now = self._loop.time()
+        if now - self._set_at > min(1.0, self._idle_s / 4):
+            self._set_at = now
+            self.timeout.reschedule(min(self._ends, now + self._idle_s))
+
+
 class Relay:
     """Passes one answer on. `ends` is the loop's time at which it must be over."""
 
@@ -32,10 +52,11 @@ class Relay:
 
     async def plain(self, answer: Answer) -> None:
         """An answer that is no stream of events. One that breaks raises, so that the client sees a broken answer."""
-        pieces = answer.pieces()
         try:
-            while (piece := await self._next(pieces)) is not None:
-                await self._exchange.pass_on(piece)
+            async with self._in_time() as deadline:
+                async for piece in answer.pieces():
+                    deadline.moved()
+                    await self._exchange.pass_on(piece)
         except ReplicaLost as error:
             raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
         await self._exchange.end()
@@ -63,28 +84,30 @@ class Relay:
     async def _events_of(self, current: Resumed, transcript: Transcript | None) -> None:
         """Raises ReplicaLost where the stream breaks, DeadlineExceeded where it stands still."""
         assert current.answer is not None
-        pieces, whole = current.answer.pieces(), WholeEvents()
-        while (piece := await self._next(pieces)) is not None:
-            events = whole.feed(piece)
-            if is_lost_engine(events):
-                raise ReplicaLost("its engine died")
-            if current.rest is not None:
-                events = current.rest.rewrite(events)
-            if transcript is not None and events:
-                transcript.add(events)
-            await self._exchange.pass_on(events)
+        whole = WholeEvents()
+        async with self._in_time() as deadline:
+            async for piece in current.answer.pieces():
+                deadline.moved()
+                events = whole.feed(piece)
+                if is_lost_engine(events):
+                    raise ReplicaLost("its engine died")
+                if current.rest is not None:
+                    events = current.rest.rewrite(events)
+                if transcript is not None and events:
+                    transcript.add(events)
+                await self._exchange.pass_on(events)
         await self._exchange.pass_on(whole.rest())
 
-    async def _next(self, pieces: AsyncIterator[bytes]) -> bytes | None:
-        """The next piece, None at the end. A slow reader's time is not the model's, so only this wait is limited."""
-        loop = asyncio.get_running_loop()
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator["Deadline"]:
+        """Raises DeadlineExceeded for what stands still for too long, or takes too long in all."""
+        deadline = Deadline(self._ends, self._config.idle_timeout_s)
         try:
-            async with asyncio.timeout_at(min(self._ends, loop.time() + self._config.idle_timeout_s)):
-                return await anext(pieces)
-        except StopAsyncIteration:
-            return None
+            async with deadline.timeout:
+                yield deadline
         except TimeoutError:
-            field = "total_timeout_s" if loop.time() >= self._ends else "idle_timeout_s"
+            is_over = asyncio.get_running_loop().time() >= self._ends
+            field = "total_timeout_s" if is_over else "idle_timeout_s"
             seconds = getattr(self._config, field)
             raise DeadlineExceeded(f"The answer was cut after {seconds:g} s. The router's {field} says so.") from None
 
