@@ -120,9 +120,11 @@ def fit_vllm(
     rows = request.config.max_num_seqs or default_rows
     weights = request.rank_weights(tp)
     activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched)
+    if not on_gpu:
+        activation = Figure(memory.VLLM_CPU_ACTIVATION_FACTOR * activation.bytes, activation.certainty)
     activation += memory.vllm_buffers(architecture, request.element_bytes)
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
-    context = memory.context("cuda" if on_gpu else "cpu", tp)
+    context = memory.context("cuda", tp) if on_gpu else memory.guessed(memory.VLLM_CPU_CONTEXT_BYTES)
     per_request = memory.vllm_kv_bytes_per_request(
         architecture, tp, request.max_model_len, request.kv_element_bytes, batched, request.element_bytes
     )

@@ -26,6 +26,10 @@ NCCL_BYTES = 256 * MIB
 # CUDA graphs of vLLM's default sizes: a private pool for each, small for small models.
 GRAPH_BYTES_PER_LAYER = 10 * MIB
 GRAPH_BASE_BYTES = 256 * MIB
+# vLLM on the CPU, measured beyond an empty engine by `benchmarks.planned_memory`: its layers are not fused, so that
+# several copies of an activation are there at once, and its allocator keeps what requests have touched.
+VLLM_CPU_CONTEXT_BYTES = 64 * MIB
+VLLM_CPU_ACTIVATION_FACTOR = 3
 # Guesses are raised by this share.
 MARGIN = 0.1
 # Left free on each GPU whatever is planned: fragmentation and other small things.

@@ -6,6 +6,7 @@ The first item is the head (`encode_head`), every other item is a piece of the b
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from starlette.types import ASGIApp, Message, Scope
 
 from serve_app.engines.openai_errors import error_object
 from serve_app.errors import RequestError
+
+logger = logging.getLogger("ray.serve")
 
 Messages = asyncio.Queue[Message | None]
 Headers = list[tuple[bytes, bytes]]
@@ -107,7 +110,7 @@ async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asy
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await messages.put({"type": "http.response.start", "status": 500, "headers": headers})
         await messages.put({"type": "http.response.body", "body": body})
-        raise
+        logger.exception("the application failed before its answer")
     finally:
         if not gone.is_set():  # With nobody reading, a full queue would hold this for ever.
             await messages.put(None)

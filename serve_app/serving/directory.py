@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -62,7 +63,7 @@ class ModelDirectory:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._load_times: dict[str, float] = {}
         self._loading_since: dict[str, float] = {}
-        self._read_at = float("-inf")
+        self._read_at = self._failed_at = float("-inf")
         self._lock = asyncio.Lock()
 
     async def keep_fresh(self) -> None:
@@ -128,12 +129,13 @@ class ModelDirectory:
         async with self._lock:
             if time.monotonic() - self._read_at < max_age_s:
                 return
+            if time.monotonic() - self._failed_at < FRESH_ENOUGH_S:  # Those who waited for it need not wait again.
+                raise _no_controller()
             try:
                 details = await asyncio.wait_for(_instance_details(), STATUS_TIMEOUT_S)
-            except TimeoutError:
-                raise ModelUnavailable(
-                    "Ray Serve's controller does not answer.", retry_after_s=RETRY_LOADING_S
-                ) from None
+            except (TimeoutError, RayError, ValueError):  # It may be restarting.
+                self._failed_at = time.monotonic()
+                raise _no_controller() from None
             self._models = read_status(details["applications"], self._own_application)
             self._time_loads()
             for gone in self._handles.keys() - self._models.keys():
@@ -201,6 +203,10 @@ def summarize(message: str) -> str:
     starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Exit)\b.*: ", line)]
     last = " ".join(lines[starts[-1] if starts else -1 :])
     return re.sub(r"^(serve_app\.errors\.\w+: |(\w+\.)*)", "", last)
+
+
+def _no_controller() -> ModelUnavailable:
+    return ModelUnavailable("Ray Serve's controller does not answer.", retry_after_s=RETRY_LOADING_S)
 
 
 def _not_found(name: str, models: Mapping[str, ModelStatus]) -> ModelNotFound:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.engines.openai_errors import error_response
 from serve_app.errors import RateLimited, RequestError, TokensLimited, Unauthorized
 from serve_app.serving.keys import ApiKey, KeySource
+from serve_app.serving.limiter_actor import router_token
 from serve_app.serving.limits import Limiter, Limits, Verdict, duration
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -203,7 +204,7 @@ class KeyedApp:
         if scope["type"] != "http":
             return False
         shown = next((value for name, value in scope["headers"] if name == ROUTER_HEADER), b"")
-        return bool(shown) and hmac.compare_digest(shown, self._gate.source.refresh().router_token)
+        return bool(shown) and hmac.compare_digest(shown, router_token())
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

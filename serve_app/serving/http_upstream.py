@@ -13,11 +13,13 @@ from urllib.parse import quote
 import aiohttp
 import ray
 from multidict import CIMultiDict
+from yarl import URL
 
 from serve_app.errors import ModelUnavailable
 from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import CONTROLLER, NAMESPACE, ModelDirectory
 from serve_app.serving.gate import ROUTER_HEADER, Gate
+from serve_app.serving.limiter_actor import router_token
 from serve_app.serving.upstream import Answer, HandleUpstream, ReplicaLost
 
 logger = logging.getLogger("ray.serve")
@@ -51,7 +53,8 @@ class HttpUpstream:
         if route is None:
             return await self._handles.send(name, request)
         assert self._session is not None
-        url = f"{self._base}{route}{quote(request.path)}" + (f"?{request.query.decode()}" if request.query else "")
+        query = f"?{request.query.decode('latin-1')}" if request.query else ""
+        url = URL(f"{self._base}{route}{quote(request.path)}{query}", encoded=True)
         try:
             reply = await self._session.request(request.method, url, data=request.body, headers=self._headers(request))
         except aiohttp.ClientConnectorError:
@@ -71,7 +74,7 @@ class HttpUpstream:
         headers = CIMultiDict((key.decode("latin-1"), value.decode("latin-1")) for key, value in request.headers)
         headers[HOP_HEADER.decode()] = "1"
         if not self._gate.source.is_open:
-            headers[ROUTER_HEADER.decode()] = self._gate.source.refresh().router_token.decode()
+            headers[ROUTER_HEADER.decode()] = router_token().decode()
         return headers
 
     async def _route(self, name: str) -> str | None:

@@ -82,6 +82,12 @@ def require_small_headers(headers: Headers, config: RouterConfig) -> None:
         )
 
 
+def require_plain_path(path: str) -> None:
+    """Raises InvalidRequest for a path that climbs: behind a model's prefix it would lead to another's route."""
+    if {".", ".."} & set(path.replace("\\", "/").split("/")):
+        raise InvalidRequest("The path has a segment '.' or '..'. Write it without.")
+
+
 async def read_body(headers: Headers, receive: Receive, config: RouterConfig) -> bytes:
     """The whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds.
 

@@ -83,14 +83,6 @@ class KeyRing:
         self.keys = tuple(keys)
         self._hashes = [(bytes.fromhex(key.sha256), key) for key in self.keys]
 
-    @property
-    def router_token(self) -> bytes:
-        """What the router shows to a model's own route, so that a request is not counted twice.
-
-        It follows from the hashes of the keys, which every process here has and no client.
-        """
-        return hmac.new(b"".join(sorted(known for known, _ in self._hashes)), b"router", "sha256").hexdigest().encode()
-
     def find(self, authorization_header: bytes | None, x_api_key: bytes | None = None) -> ApiKey:
         """The key that a request shows, as `Authorization: Bearer KEY` or else as `x-api-key: KEY`.
 

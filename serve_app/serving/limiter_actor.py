@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import ray
@@ -21,12 +22,24 @@ logger = logging.getLogger("ray.serve")
 
 ACTOR_NAME = "serve-app-limiter"
 NAMESPACE = "serve"
+TOKEN_KEY = b"serve-app-router-token"
 
 # Seconds. A living actor answers in milliseconds. After a failure nobody waits for it for a while.
 TAKE_TIMEOUT_S = 2.0
 START_TIMEOUT_S = 30.0
 PAUSE_AFTER_FAILURE_S = 5.0
 WARN_EVERY_S = 60.0
+
+
+@cache
+def router_token() -> bytes:
+    """What the router shows to a model's own route, so that a request is not admitted twice. Nobody outside knows it:
+    the first process of this Ray cluster draws it and puts it into Ray's key-value store, where the others read it."""
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+    _internal_kv_put(TOKEN_KEY, secrets.token_hex(32).encode(), overwrite=False)
+    token: bytes = _internal_kv_get(TOKEN_KEY)
+    return token
 
 
 class LimiterActor:

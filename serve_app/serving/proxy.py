@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -31,12 +31,19 @@ from serve_app.serving.directory import ModelDirectory
 from serve_app.serving.exchange import HOP_BY_HOP, Exchange
 from serve_app.serving.gate import ROUTER_HEADER, Gate, estimate_tokens, refusal, total_tokens
 from serve_app.serving.http_upstream import HOP_HEADER
-from serve_app.serving.incoming import header, peek, read_body, require_small_headers, with_model
+from serve_app.serving.incoming import (
+    header,
+    peek,
+    read_body,
+    require_plain_path,
+    require_small_headers,
+    with_model,
+)
 from serve_app.serving.names import candidates
 from serve_app.serving.queues import ModelQueue
 from serve_app.serving.relay import Relay, backoff
 from serve_app.serving.router_metrics import RouterMetrics
-from serve_app.serving.upstream import Answer, ReplicaLost, Upstream
+from serve_app.serving.upstream import Answer, ReplicaLost, Upstream, first_piece
 
 logger = logging.getLogger("ray.serve")
 
@@ -77,6 +84,7 @@ class Proxy:
             require_small_headers(headers, self.config)
             if header(headers, HOP_HEADER) is not None:  # It has come back: HAProxy has no route to the model any more.
                 raise ModelUnavailable("The model's route is not there.", retry_after_s=1.0)
+            require_plain_path(scope["path"])
             body = await read_body(headers, receive, self.config)
             exchange.read = time.perf_counter()
             await _unless_gone(self._answer(exchange, scope, body), receive)
@@ -94,12 +102,14 @@ class Proxy:
     async def _answer(self, exchange: Exchange, scope: Scope, body: bytes) -> None:
         seen = peek(body)
         names = self._allowed(candidates(self.config, seen.model), scope["headers"])
-        admission = await self._gate.admit(scope["headers"], names[0], estimate_tokens(len(body), seen.token_limit))
+        estimate = estimate_tokens(len(body), seen.token_limit)
+        admission = await self._gate.admit(scope["headers"], names[0], estimate)
         exchange.key, exchange.extra_headers = admission.key_name, admission.headers
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)
-        finally:
-            await admission.release(0 if exchange.status >= 400 else total_tokens(exchange.tail))
+        finally:  # What was refused, or never began, used no tokens.
+            is_free = not exchange.first or exchange.status >= 400
+            await admission.release(0 if is_free else total_tokens(exchange.tail))
 
     def _allowed(self, names: list[str], headers: Headers) -> list[str]:
         """Stand-ins that the key does not open are left out; the model that was meant is refused by the gate."""
@@ -111,13 +121,18 @@ class Proxy:
     ) -> None:
         headers = [pair for pair in scope["headers"] if pair[0] not in REPLACED]
         headers += [JSON, (b"x-request-id", exchange.request_id.encode("latin-1"))]
-        requests = {}
-        for name in names:
+
+        def request_to(name: str) -> HttpRequest:
             named = body if name == asked else with_model(body, name)
-            requests[name] = HttpRequest(scope["method"], scope["path"], scope["query_string"], headers, named)
+            return HttpRequest(scope["method"], scope["path"], scope["query_string"], headers, named)
+
         ends = asyncio.get_running_loop().time() + self.config.total_timeout_s
-        answer = await self._open(exchange, requests)
-        relay = Relay(exchange, requests[exchange.model], self.config, ends)
+        try:
+            async with asyncio.timeout_at(ends):
+                answer, request = await self._open(exchange, names, request_to)
+        except TimeoutError:
+            raise DeadlineExceeded(f"No answer within {self.config.total_timeout_s:g} s (total_timeout_s).") from None
+        relay = Relay(exchange, request, self.config, ends, self._loaded)
         try:
             await exchange.send(exchange.head(answer.status, answer.headers))
             if dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
@@ -127,37 +142,58 @@ class Proxy:
         finally:
             await answer.close()
 
-    async def _open(self, exchange: Exchange, requests: dict[str, HttpRequest]) -> Answer:
+    async def _open(
+        self, exchange: Exchange, names: list[str], request_to: Callable[[str], HttpRequest]
+    ) -> tuple[Answer, HttpRequest]:
         """The first model that takes the request: none waits for a loading one while another is ready."""
         failures: list[RequestError] = []
-        for patient in (False, True) if len(requests) > 1 else (True,):
-            for name, request in requests.items():
+        for patient in (False, True) if len(names) > 1 else (True,):
+            for name in names:
+                request = request_to(name)
+                is_last = patient and name == names[-1]
                 try:
-                    return await self._open_one(exchange, name, request, patient)
+                    answer = await self._open_one(exchange, name, request, patient)
                 except (ModelNotFound, ModelUnavailable, Overloaded) as error:
                     failures.append(error)
+                    continue
+                if answer.status not in LOST | {429} or is_last:
+                    return answer, request
+                await answer.close()
         raise failures[0]
 
     async def _open_one(self, exchange: Exchange, name: str, request: HttpRequest, patient: bool) -> Answer:
+        """An answer of which the first piece is there. Sent again when its replica is lost before that."""
         config = self.config
-        queue = self._queues.setdefault(name, ModelQueue(name))
-        await self._loaded(name, queue, patient)
-        exchange.model = name
-        with queue.place(config):
+        retries = 0
+        while True:
+            await self._loaded(name, patient)
+            exchange.model = name
+            queue = self._queues.setdefault(name, ModelQueue(name))
+            with queue.place(config):
+                self._metrics.waiting(name, queue.waiting)
+                exchange.sent = time.perf_counter()
+                try:
+                    async with asyncio.timeout(config.first_byte_timeout_s):
+                        answer = await first_piece(await self._upstream.send(name, request))
+                    if answer.status not in LOST or retries >= config.max_retries:
+                        queue.answered()
+                        return answer
+                    await answer.close()
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        f"'{name}' gave no byte within {config.first_byte_timeout_s:g} s (first_byte_timeout_s)."
+                    ) from None
+                except ReplicaLost as error:
+                    if retries >= config.max_retries:
+                        text = f"The replica of '{name}' was lost while answering ({retries + 1} tries): {error}"
+                        raise ModelUnavailable(text, retry_after_s=1.0) from error
             self._metrics.waiting(name, queue.waiting)
-            exchange.sent = time.perf_counter()
-            try:
-                async with asyncio.timeout(config.first_byte_timeout_s):
-                    answer = await self._send(exchange, name, request)
-            except TimeoutError:
-                raise DeadlineExceeded(
-                    f"'{name}' gave no byte within {config.first_byte_timeout_s:g} s (first_byte_timeout_s)."
-                ) from None
-        self._metrics.waiting(name, queue.waiting)
-        queue.answered()
-        return answer
+            retries += 1
+            exchange.retries += 1
+            self._metrics.retried(name)
+            await backoff(retries)
 
-    async def _loaded(self, name: str, queue: ModelQueue, patient: bool) -> None:
+    async def _loaded(self, name: str, patient: bool = True) -> None:
         """Waits for a model that is loading. Raises ModelNotFound, ModelUnavailable or Overloaded."""
         model = await self._directory.find(name)
         if model.state == "ready":
@@ -165,6 +201,7 @@ class Proxy:
         self._directory.require_hope(model)
         if not patient or not self.config.max_held_requests:
             raise self._directory.unavailable(model)
+        queue = self._queues.setdefault(name, ModelQueue(name))
         ends = time.monotonic() + self.config.hold_timeout_s
         with queue.hold(self.config, self._directory.load_time_s(name)):
             while time.monotonic() < ends:
@@ -174,25 +211,6 @@ class Proxy:
                     return
                 self._directory.require_hope(model)
         raise self._directory.unavailable(model)
-
-    async def _send(self, exchange: Exchange, name: str, request: HttpRequest) -> Answer:
-        """Sends it, and again when its replica is lost before the first byte."""
-        while True:
-            last = exchange.retries >= self.config.max_retries
-            try:
-                answer = await self._upstream.send(name, request)
-                if answer.status not in LOST or last:
-                    return answer
-                await answer.close()
-            except ReplicaLost as error:
-                if last:
-                    times = exchange.retries + 1
-                    raise ModelUnavailable(
-                        f"The replica of '{name}' was lost while answering ({times} tries): {error}", retry_after_s=1.0
-                    ) from error
-            exchange.retries += 1
-            self._metrics.retried(name)
-            await backoff(exchange.retries)
 
 
 async def _unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:

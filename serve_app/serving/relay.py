@@ -1,8 +1,9 @@
 """The model's answer on its way back: bytes as they come, and another replica's where the first one was lost."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 
 from serve_app.config import RouterConfig
 from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
@@ -13,8 +14,12 @@ from serve_app.serving.router_metrics import RouterMetrics
 from serve_app.serving.transcript import CannotResume, Transcript, WholeEvents, is_lost_engine, may_resume
 from serve_app.serving.upstream import Answer, ReplicaLost, Upstream
 
+logger = logging.getLogger("ray.serve")
+
 # Seconds before the first repeat; doubled each time, up to the most. A dead replica is known to all within that.
 BACKOFF_S, MOST_BACKOFF_S = 0.05, 2.0
+# Seconds in which a client must take the event that says why its stream ends.
+TELL_TIMEOUT_S = 2.0
 
 
 async def backoff(repeats: int) -> None:
@@ -44,8 +49,16 @@ class Deadline:
 class Relay:
     """Passes one answer on. `ends` is the loop's time at which it must be over."""
 
-    def __init__(self, exchange: Exchange, request: HttpRequest, config: RouterConfig, ends: float):
+    def __init__(
+        self,
+        exchange: Exchange,
+        request: HttpRequest,
+        config: RouterConfig,
+        ends: float,
+        loaded: Callable[[str], Awaitable[None]],
+    ):
         self._exchange = exchange
+        self._loaded = loaded
         self._request = request
         self._config = config
         self._ends = ends
@@ -74,7 +87,9 @@ class Relay:
                     await current.answer.close()
                     current = await self._resumed(upstream, transcript, error, metrics)
         except RequestError as error:
-            await self._exchange.tell(error)
+            with suppress(TimeoutError):  # Its reader may be what stands still.
+                async with asyncio.timeout(TELL_TIMEOUT_S):
+                    await self._exchange.tell(error)
         finally:
             if current is not None and current.answer is not None:
                 await current.answer.close()
@@ -116,18 +131,25 @@ class Relay:
     ) -> Resumed | None:
         """How a lost stream goes on; None where it cannot, and the client was told."""
         exchange, reason = self._exchange, str(error)
-        while transcript is not None and exchange.resumes + exchange.retries < self._config.max_retries:
+        while transcript is not None and exchange.resumes < self._config.max_retries:
             exchange.resumes += 1
             metrics.resumed(exchange.model)
             await backoff(exchange.resumes)
             try:
-                async with asyncio.timeout(self._config.first_byte_timeout_s):
+                async with asyncio.timeout_at(self._ends):
+                    await self._loaded(exchange.model)
                     return await resume(upstream, exchange.model, self._request, transcript)
             except CannotResume as refusal:
                 reason = f"{error}; it was not taken up again: {refusal}"
                 break
             except (ReplicaLost, TimeoutError, RequestError) as again:
                 reason = str(again) or type(again).__name__
+            except Exception as unexpected:  # The client has half a stream, and must be told whatever it is.
+                logger.exception("a stream could not be taken up again")
+                reason = f"{error}; {type(unexpected).__name__}: {unexpected}"
+                break
+        if transcript is not None and transcript.done:
+            return None
         lost = ModelUnavailable(f"The model's replica was lost in the stream: {reason}.", retry_after_s=1.0)
         await exchange.tell(lost)
         return None

@@ -31,13 +31,15 @@ class Resumed:
 
 async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript: Transcript) -> Resumed:
     """Raises CannotResume, or ReplicaLost where the next replica was lost too."""
-    asked = read_json(request.body)
-    kind = kind_of(request.path, asked)
     transcript.read()
-    if transcript.problem:
-        raise CannotResume(transcript.problem)
+    if transcript.done:
+        return Resumed(None, None)
     if not transcript.started:  # The client has nothing yet, so the whole is asked again.
         return Resumed(await _accepted(upstream, name, request), None)
+    asked = read_json(request.body)
+    kind = kind_of(request.path, asked)
+    if transcript.problem:
+        raise CannotResume(transcript.problem)
     caller = _Caller(upstream, name, request)
     prompt_ids, text_ids, max_model_len = await _ids(caller, prompt_request(kind, asked), asked, transcript.text)
     rest = continuation(kind, asked, transcript, prompt_ids, text_ids, max_model_len)

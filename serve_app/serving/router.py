@@ -4,6 +4,7 @@ A reverse proxy that understands one field of a request, `model`. Everything els
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp
 
 from serve_app.config import RouterConfig
 from serve_app.engines.openai_errors import error_response
-from serve_app.errors import InvalidRequest, RequestError
+from serve_app.errors import ConfigError, InvalidRequest, RequestError
 from serve_app.serving.announcer import announce
 from serve_app.serving.directory import ModelDirectory, ModelStatus
 from serve_app.serving.gate import Gate, KeyedRouter
@@ -29,7 +30,10 @@ from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.proxy import Proxy
 from serve_app.serving.router_metrics import RouterMetrics
+from serve_app.serving.terminal import say
 from serve_app.serving.upstream import HandleUpstream
+
+logger = logging.getLogger("ray.serve")
 
 
 class Router:
@@ -39,6 +43,7 @@ class Router:
         directory = ModelDirectory(serve.get_replica_context().app_name, config.discovery_interval_s)
         handles = HandleUpstream(directory, config.discovery_interval_s)
         self._config = config
+        self._is_configured = False
         self._directory = directory
         self._gate = Gate(configured_keys(), ActorLimiter())
         upstream = HttpUpstream(directory, handles, self._gate) if RAY_SERVE_ENABLE_HA_PROXY else handles
@@ -48,8 +53,18 @@ class Router:
         return KeyedRouter(build_app(self._proxy, self._directory, self._gate), self._gate)
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """Called by Serve when `user_config` changes: its fields replace those of `args`, the others stay."""
-        self._proxy.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
+        """Called by Serve at the start, and when `user_config` changes: its fields replace those of `args`.
+
+        What is wrong at the start fails it. Later it is logged and changes nothing: Serve would stop the router.
+        """
+        try:
+            self._proxy.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
+        except ConfigError as error:
+            if not self._is_configured:
+                raise
+            logger.error("user_config of the router was not taken over: %s", error)
+            say(f"user_config of the router was not taken over: {error}")
+        self._is_configured = True
 
 
 def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:

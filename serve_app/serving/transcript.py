@@ -30,7 +30,7 @@ _SAMPLING = (
 # Fields of the prompt: they are used up when it is tokenized.
 _PROMPT = (
     "messages", "prompt", "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template",
-    "chat_template_kwargs", "documents", "mm_processor_kwargs",
+    "chat_template_kwargs",
 )  # fmt: skip
 _LENGTH = ("max_tokens", "max_completion_tokens", "min_tokens", "stream")
 # Fields that must have this value, or be absent, for a stream to be taken up again.
@@ -39,7 +39,8 @@ _NEUTRAL: Mapping[str, Any] = {
     "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "suffix": "", "tools": [],
     # Tokens after the end of a text are not all in the text: the end's own token is left out.
     "ignore_eos": False, "use_beam_search": False, "parallel_tool_calls": True, "tool_choice": "none",
-    "metadata": {}, "store": False, "length_penalty": 1, "response_format": {"type": "text"}, "return_token_ids": False,
+    "metadata": {}, "store": False, "length_penalty": 1, "response_format": {"type": "text"},
+    "return_token_ids": False,
     "include_reasoning": True,
 }  # fmt: skip
 DEFAULT_COMPLETION_TOKENS = 16
@@ -64,9 +65,13 @@ def kind_of(path: str, asked: Mapping[str, Any]) -> Kind:
             continue
         if field not in _NEUTRAL:
             raise CannotResume(f"the request has the field '{field}'")
-        # `not` for empty lists and zeros; "auto" needs tools, which are absent here.
-        if value and value != _NEUTRAL[field] and not (field == "tool_choice" and value == "auto"):
+        is_neutral = value == _NEUTRAL[field] and isinstance(value, bool) == isinstance(_NEUTRAL[field], bool)
+        if not (is_neutral or (field == "tool_choice" and value == "auto")):  # "auto" needs tools: none are here.
             raise CannotResume(f"the request sets '{field}'")
+    if asked.get("include_stop_str_in_output") and asked.get("stop"):
+        raise CannotResume("it shows its stop strings, so that half of one may have been sent")
+    if not all(_is_text(message) for message in asked.get("messages") or []):
+        raise CannotResume("a message has more than text")
     prompt = asked.get("prompt")
     is_ids = isinstance(prompt, list) and all(isinstance(item, int) for item in prompt)
     if isinstance(prompt, list) and not is_ids and len(prompt) > 1:
@@ -84,16 +89,23 @@ class WholeEvents:
         """The whole events up to here. Most pieces are whole events themselves, and pass as they are."""
         if self._tail:
             piece, self._tail = self._tail + piece, b""
-        if piece.endswith(b"\n\n"):
+        if piece.endswith(b"\n\n") or piece.endswith(b"\r\n\r\n"):
             return piece
-        end = piece.rfind(b"\n\n") + 2
-        piece, self._tail = (piece[:end], piece[end:]) if end > 1 else (b"", piece)
+        end = max(piece.rfind(b"\n\n") + 2, piece.rfind(b"\r\n\r\n") + 4)
+        piece, self._tail = (piece[:end], piece[end:]) if end > 3 else (b"", piece)
         return piece
 
     def rest(self) -> bytes:
         """What came after the last whole event."""
         tail, self._tail = self._tail, b""
         return tail
+
+
+def _is_text(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, list):
+        return all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
+    return content is None or isinstance(content, str)
 
 
 class Transcript:
@@ -107,6 +119,7 @@ class Transcript:
         self.started = False
         self.finish_reason: str | None = None
         self.done = False
+        self.told_usage = False
         self.problem = ""
 
     def add(self, piece: bytes) -> None:
@@ -129,6 +142,9 @@ class Transcript:
         if "error" in event:
             self.done = True
             return
+        if "unreadable" in event:
+            self.problem = "one of its events is not JSON"
+        self.told_usage = self.told_usage or bool(event.get("usage") and not event.get("choices"))
         self.started = True
         self.head = self.head or {name: event[name] for name in ("id", "created", "model") if name in event}
         for choice in event.get("choices") or []:
@@ -142,14 +158,15 @@ class Transcript:
 
 def events(data: bytes) -> Iterator[Any]:
     """The decoded events of whole server-sent events; "[DONE]" as it stands, comments left out."""
-    for block in data.decode("utf-8", "replace").split("\n\n"):
-        value = "\n".join(line[5:].removeprefix(" ") for line in block.splitlines() if line.startswith("data:"))
+    for block in data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n\n"):
+        # Not splitlines: it also splits at U+2028 and others, which JSON holds as they are.
+        value = "\n".join(line[5:].removeprefix(" ") for line in block.split("\n") if line.startswith("data:"))
         if not value:
             continue
         try:
             yield value if value == "[DONE]" else json.loads(value)
         except ValueError:
-            continue
+            yield {"unreadable": value}
 
 
 def is_lost_engine(piece: bytes) -> bool:
@@ -237,7 +254,7 @@ def continuation(
     body = {name: asked[name] for name in _SAMPLING if asked.get(name) is not None}
     body |= {"prompt": prompt_ids + text_ids, "max_tokens": left, "stream": True}
     if asked.get("min_tokens"):
-        body["min_tokens"] = max(0, asked["min_tokens"] - len(text_ids))
+        body["min_tokens"] = max(0, int(asked["min_tokens"]) - len(text_ids))
     return Continuation(kind, transcript.head, len(prompt_ids), len(text_ids), json.dumps(body).encode())
 
 
@@ -249,7 +266,7 @@ def ending(kind: Kind, asked: Mapping[str, Any], transcript: Transcript, prompt_
     choice["delta" if kind == "chat" else "text"] = {} if kind == "chat" else ""
     name = "chat.completion.chunk" if kind == "chat" else "text_completion"
     parts = [] if transcript.finish_reason else [as_event({"object": name, **transcript.head, "choices": [choice]})]
-    if (asked.get("stream_options") or {}).get("include_usage"):
+    if (asked.get("stream_options") or {}).get("include_usage") and not transcript.told_usage:
         usage = {"prompt_tokens": prompt_ids, "completion_tokens": text_ids, "total_tokens": prompt_ids + text_ids}
         parts.append(as_event({"object": name, **transcript.head, "choices": [], "usage": usage}))
     return b"".join([*parts, as_event("[DONE]")])

@@ -96,6 +96,38 @@ class HandleAnswer:
         self._items.cancel()
 
 
+class BegunAnswer:
+    """An answer whose first piece was read already."""
+
+    def __init__(self, answer: Answer, first: bytes | None, rest: AsyncIterator[bytes]):
+        self.status = answer.status
+        self.headers = answer.headers
+        self._answer = answer
+        self._first = first
+        self._rest = rest
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body, the first piece too."""
+        if self._first is not None:
+            yield self._first
+            async for piece in self._rest:
+                yield piece
+
+    async def close(self) -> None:
+        """As of the answer."""
+        await self._answer.close()
+
+
+async def first_piece(answer: Answer) -> Answer:
+    """Waits for the first piece: engines send the head of a stream before they have begun. Raises ReplicaLost."""
+    pieces = answer.pieces()
+    try:
+        return BegunAnswer(answer, await anext(pieces, None), pieces)
+    except BaseException:
+        await answer.close()
+        raise
+
+
 def _last_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

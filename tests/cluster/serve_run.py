@@ -41,7 +41,14 @@ def shipped_environment() -> dict[str, str]:
 class ServeRun:
     """One `serve run` process with everything that it starts. Every process of it carries a mark in its environment."""
 
-    def __init__(self, config: dict[str, Any], cpus: int, controller: dict[str, str] | None = None):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        cpus: int,
+        controller: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        self._headers = headers
         # Short, because Ray puts sockets below it and their paths have 107 characters at most.
         self.folder = Path(tempfile.mkdtemp(prefix="sa-", dir="/tmp"))
         self.port = free_port()
@@ -90,7 +97,7 @@ class ServeRun:
             if self.process.poll() is not None:
                 raise RuntimeError(f"`serve run` ended with {self.process.returncode}:\n{self.output()[-4000:]}")
             try:
-                models = httpx.get(f"{self.url}/ready", timeout=5).json()["models"]
+                models = httpx.get(f"{self.url}/ready", timeout=5, headers=self._headers).json()["models"]
             except (httpx.HTTPError, ValueError, KeyError):
                 models = {}
             if models and settled(models):

@@ -74,10 +74,18 @@ async def kill_now_and_then(serve: ServeRun, name: str, every_s: float, kills: l
             os.kill(kills[-1], signal.SIGKILL)
 
 
-async def storm(serve: ServeRun, model: str, requests: int, clients: int, every_s: float | None) -> dict[str, Any]:
+async def storm(
+    serve: ServeRun,
+    model: str,
+    requests: int,
+    clients: int,
+    every_s: float | None,
+    headers: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Sends the requests, so many at a time. Compares each text with the one that an undisturbed request got."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         expected = {}
         for number in range(2 * len(QUESTIONS)):
             path, body = body_of(number, model)

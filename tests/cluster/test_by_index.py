@@ -42,4 +42,4 @@ def test_ray_counts_what_the_plan_counts() -> None:
     assert "Shares of one GPU must leave room for each one's context" in answer["fourth"][0]
     assert not answer["beside"]
     assert answer["fourth_waits"]
-    assert "17.64 GiB too much" in answer["refused"]
+    assert "20.00 GiB} is more than n1:0 has left" in answer["refused"]

@@ -163,7 +163,7 @@ async def test_a_stream_passes_as_it_comes() -> None:
 
 async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
     """Never in silence."""
-    async with client(Directory(fail_after=1)) as session:
+    async with client(Directory(fail_after=2)) as session:  # the head and one piece
         reply = await session.post("/v1/stream", json={"model": "a"})
     last = reply.text.strip().split("\n\n")[-2].removeprefix("data: ")  # after it the times, as a comment
     assert json.loads(last)["error"]["code"] == "model_unavailable"

@@ -72,6 +72,11 @@ class Generator:
         """Characters of the vocabulary's longest token."""
         return max(map(len, self.loaded.tokenizer.get_vocab()), default=1)
 
+    @property
+    def in_flight(self) -> int:
+        """Sequences that run or wait."""
+        return len(self._outputs)
+
     def require_place(self, count: int) -> None:
         """Raises Overloaded, with the time that the queue needs at the measured rate, when the queue is full.
 

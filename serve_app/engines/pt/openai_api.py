@@ -61,6 +61,7 @@ def build_app(generator: Generator) -> Starlette:
             Route("/detokenize", _guarded(endpoints.detokenize), methods=["POST"]),
             Route("/v1/models", endpoints.models),
             Route("/health", endpoints.health),
+            Route("/load", endpoints.load),
         ],
         exception_handlers={RequestError: _refuse, HTTPException: _no_such_route},
     )
@@ -142,6 +143,10 @@ class _Endpoints:
             "batching": not self._generator.serial_reason,
         }
         return JSONResponse({"object": "list", "data": [entry]})
+
+    async def load(self, _: Request) -> Response:
+        """GET /load, as vLLM has it: requests that run or wait."""
+        return JSONResponse({"server_load": self._generator.in_flight})
 
     async def health(self, _: Request) -> Response:
         """200 while the engine can answer."""
