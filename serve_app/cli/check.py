@@ -1,6 +1,7 @@
 """`serve-app check`: is the file right, and could the cluster hold each model?"""
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ def check(file: Path, address: str | None) -> int:
     _require_serves_schema(file)
     nodes, inventory, where = _cluster(address)
     print(f"{where}: {'; '.join(map(str, nodes))}")
+    for name in _unset_variables(file):
+        print(f"note: the file uses ${{{name}}}, which is not set here. Activate the environment before `serve run`.")
     placed = [_report(application, nodes, inventory) for application in applications if application.is_model]
     return 0 if all(placed) else 1
 
@@ -43,6 +46,14 @@ def _require_valid(applications: Sequence[ApplicationSpec]) -> None:
             problems += [f"{application.name}: {line}" for line in str(error).splitlines()]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _unset_variables(file: Path) -> list[str]:
+    """The variables in the file's `env_vars` that Ray would expand to nothing."""
+    document = yaml.safe_load(file.read_text())
+    environment = (document.get("controller_options") or {}).get("runtime_env") or {}
+    values = " ".join(map(str, (environment.get("env_vars") or {}).values()))
+    return sorted({name for name in re.findall(r"\$\{(\w+)\}", values) if name not in os.environ})
 
 
 def _require_serves_schema(file: Path) -> None:

@@ -1,0 +1,221 @@
+"""Names, queues, limits and waiting, with a model that is a small application."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.config import RouterConfig
+from serve_app.errors import ModelNotFound, ModelUnavailable
+from serve_app.serving.asgi import HttpRequest
+from serve_app.serving.directory import ModelStatus
+from serve_app.serving.gate import Gate
+from serve_app.serving.keys import KeySource
+from serve_app.serving.limiter_actor import ActorLimiter
+from serve_app.serving.proxy import Proxy
+from serve_app.serving.queues import ModelQueue
+from serve_app.serving.router import build_app
+from serve_app.serving.router_metrics import RouterMetrics
+from serve_app.serving.upstream import ReplicaLost
+
+Reply = Callable[[HttpRequest], "tuple[int, list[bytes | float | Exception]]"]
+
+
+class Said:
+    """An answer of these pieces; a number is a pause in seconds, an exception is raised."""
+
+    def __init__(self, status: int, pieces: list[Any]):
+        self.status = status
+        self.headers = [(b"content-type", b"text/event-stream" if len(pieces) > 1 else b"application/json")]
+        self._pieces = pieces
+        self.closed = False
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """One after the other."""
+        for piece in self._pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            if isinstance(piece, float):
+                await asyncio.sleep(piece)
+            else:
+                yield piece
+
+    async def close(self) -> None:
+        """Remembers it."""
+        self.closed = True
+
+
+class Models:
+    """Upstream and directory in one: a reply for each model, or its state where it is not ready."""
+
+    def __init__(self, **replies: Reply | str):
+        self.replies = replies
+        self.asked: list[str] = []
+
+    async def find(self, name: str) -> ModelStatus:
+        """As in the real directory."""
+        if name not in self.replies:
+            raise ModelNotFound(f"no {name}", param="model")
+        reply = self.replies[name]
+        return ModelStatus(name, reply if isinstance(reply, str) else "ready", 1)  # type: ignore[arg-type]
+
+    def require_hope(self, model: ModelStatus) -> None:
+        """As in the real directory."""
+        if model.state == "failed":
+            raise self.unavailable(model)
+
+    def unavailable(self, model: ModelStatus) -> ModelUnavailable:
+        """As in the real directory."""
+        return ModelUnavailable(f"{model.name} is {model.state}", retry_after_s=7.0)
+
+    def load_time_s(self, name: str) -> float:
+        """As in the real directory."""
+        return 7.0
+
+    async def send(self, name: str, request: HttpRequest) -> Said:
+        """As in the real upstream."""
+        self.asked.append(json.loads(request.body).get("model"))
+        reply = self.replies[name]
+        assert callable(reply)
+        return Said(*reply(request))
+
+
+def says(*pieces: Any, status: int = 200) -> Reply:
+    """Always the same."""
+    return lambda _: (status, list(pieces))
+
+
+def proxy_of(models: Models, **config: Any) -> tuple[Proxy, httpx.AsyncClient]:
+    """A router before them, and a client."""
+    gate = Gate(KeySource(None, {}), ActorLimiter())
+    proxy = Proxy(RouterConfig(**config), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
+    app = build_app(proxy, models, gate)  # type: ignore[arg-type]
+    return proxy, httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
+
+
+async def ask(models: Models, body: dict[str, Any], path: str = "/v1/x", **config: Any) -> httpx.Response:
+    """One request."""
+    _, client = proxy_of(models, **config)
+    async with client:
+        return await client.post(path, json=body)
+
+
+async def test_an_alias_and_the_default_lead_to_the_model_by_its_own_name() -> None:
+    """An engine refuses a name that is not its own."""
+    models = Models(real=says(b"{}"))
+    assert (await ask(models, {"model": "gpt"}, aliases={"gpt": "real"})).status_code == 200
+    assert (await ask(models, {}, default_model="real")).status_code == 200
+    assert models.asked == ["real", "real"]
+    assert (await ask(models, {})).json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize("first", ["failed", "loading", says(b"{}", status=429), says(ReplicaLost("died"))])
+async def test_a_stand_in_answers_for_a_model_that_is_down_or_full(first: Reply | str) -> None:
+    """At once: nobody waits for a loading model while another is ready."""
+    models = Models(a=first, b=says(b'{"from": "b"}'))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]}, max_retries=0)
+    assert reply.json() == {"from": "b"}
+
+
+async def test_names_change_while_requests_run() -> None:
+    """What `user_config` replaces is read for each request."""
+    proxy, client = proxy_of(Models(real=says(b"{}")))
+    async with client:
+        assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 404
+        proxy.config = RouterConfig(aliases={"gpt": "real"})
+        assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 200
+
+
+async def test_a_request_waits_for_a_model_that_loads() -> None:
+    """Up to a deadline, and so many at a time."""
+    models = Models(a="loading")
+    waiting = asyncio.create_task(ask(models, {"model": "a"}, hold_timeout_s=20))
+    await asyncio.sleep(0.1)
+    models.replies["a"] = says(b"{}")
+    assert (await waiting).status_code == 200
+    late = await ask(Models(a="loading"), {"model": "a"}, hold_timeout_s=0.1)
+    assert (late.status_code, late.headers["retry-after"]) == (503, "7")
+    proxy, client = proxy_of(Models(a="loading"), hold_timeout_s=1, max_held_requests=1)
+    async with client:
+        replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
+    assert sorted(reply.status_code for reply in replies) == [429, 429, 503]
+    assert not any(queue.held or queue.waiting for queue in proxy._queues.values())
+
+
+async def test_a_lost_request_is_sent_again_before_its_first_byte() -> None:
+    """As often as configured; a proxy's 502 counts as lost too."""
+    replies = iter([(200, [ReplicaLost("died")]), (502, [b"bad gateway"]), (200, [b'{"a": 1}'])])
+    models = Models(a=lambda _: next(replies))
+    assert (await ask(models, {"model": "a"}, max_retries=2)).json() == {"a": 1}
+    again = await ask(Models(a=says(ReplicaLost("died"))), {"model": "a"}, max_retries=1)
+    assert (again.status_code, "2 tries" in again.json()["error"]["message"]) == (503, True)
+
+
+async def test_a_full_queue_is_a_429_with_the_time_that_it_needs() -> None:
+    """One model's flood leaves the others alone."""
+    models = Models(slow=says(0.5, b"{}"), other=says(b"{}"))
+    proxy, client = proxy_of(models, max_waiting_requests=2)
+    async with client:
+        flood = [asyncio.create_task(client.post("/v1/x", json={"model": "slow"})) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        assert (await client.post("/v1/x", json={"model": "other"})).status_code == 200
+        replies = await asyncio.gather(*flood)
+    assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429]
+    assert all(reply.headers["retry-after"] for reply in replies if reply.status_code == 429)
+    assert proxy._queues["slow"].waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "pieces", "part"),
+    [
+        ({"idle_timeout_s": 0.2}, [b"data: 1\n\n", 5.0, b"data: 2\n\n"], "idle_timeout_s"),
+        ({"total_timeout_s": 0.3}, [b"data: 1\n\n", *[0.05, b"data: 2\n\n"] * 50], "total_timeout_s"),
+    ],
+)
+async def test_a_stream_that_takes_too_long_says_so(limits: dict[str, float], pieces: list[Any], part: str) -> None:
+    """With an event, and its end."""
+    reply = await ask(Models(a=says(*pieces)), {"model": "a"}, **limits)
+    assert part in reply.text
+    assert '"code": "timeout"' in reply.text
+
+
+async def test_no_first_byte_in_time_is_a_504() -> None:
+    """The model is named."""
+    reply = await ask(Models(a=says(5.0, b"{}")), {"model": "a"}, first_byte_timeout_s=0.1)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+
+
+async def test_large_headers_climbing_paths_and_loops_are_refused() -> None:
+    """Before anything is sent."""
+    models = Models(a=says(b"{}"))
+    _, client = proxy_of(models)
+    async with client:
+        large = await client.post("/v1/x", json={"model": "a"}, headers={"x-big": "x" * 40_000})
+        climbing = await client.post("/%2e%2e/other/v1/x", json={"model": "a"})
+        looping = await client.post("/v1/x", json={"model": "a"}, headers={"x-serve-app-hop": "1"})
+    assert [reply.status_code for reply in (large, climbing, looping)] == [431, 400, 503]
+    assert models.asked == []
+
+
+async def test_a_name_that_nobody_has_leaves_nothing_behind() -> None:
+    """Clients cannot fill the router's memory with names."""
+    proxy, client = proxy_of(Models(a=says(b"{}")))
+    async with client:
+        for number in range(20):
+            assert (await client.post("/v1/x", json={"model": f"made-up-{number}"})).status_code == 404
+    assert proxy._queues == {}
+
+
+def test_the_time_to_wait_follows_the_measured_rate() -> None:
+    """Ten waiting at two a second: five seconds."""
+    now = [0.0]
+    queue = ModelQueue("a", clock=lambda: now[0])
+    assert queue.retry_after_s() == 5.0  # nothing is known
+    for _ in range(20):
+        now[0] += 0.5
+        queue.answered()
+    queue.waiting = 10
+    assert queue.retry_after_s() == pytest.approx(5.0, rel=0.1)
