@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections import Counter
 from typing import Any
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--without-haproxy", action="store_true")
     options = parser.parse_args()
     off = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
     serve = ServeRun(config(), cpus=4, controller=off if options.without_haproxy else {})
     try:
         serve.wait_until(lambda models: models["mortal"]["replicas"] == 2)
