@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.config import ModelConfig, RouterConfig, parse_bytes, parse_max_memory, read_applications
+from serve_app.config import ModelConfig, RouterConfig, parse_bytes, parse_max_memory
 from serve_app.errors import ConfigError
+from serve_app.facts.serve_file import read_applications
 from tests.builders import model_config
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from serve_app.config import ApplicationSpec, ModelConfig, RouterConfig, read_applications
+from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
+from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.serving.place import place
 
 # What an application may name, and its deployment.

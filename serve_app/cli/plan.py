@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from serve_app.cli.write_plan import write_plan
-from serve_app.config import ModelConfig, read_applications
+from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
+from serve_app.facts.serve_file import read_applications
 from serve_app.planning.fit import ModelRequest, gib
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.plan import ModelPlan, Plan, RankPlan
