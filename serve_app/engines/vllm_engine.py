@@ -17,11 +17,15 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
+from serve_app.engines.openai_errors import error_response
 from serve_app.engines.vllm_memory import planned_here
-from serve_app.errors import ConfigError, EngineError, nearest
+from serve_app.errors import ConfigError, EngineError, InvalidRequest, nearest
 from serve_app.planning.fit import VLLM_CPU_KV_BYTES
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this says less.
@@ -61,6 +65,8 @@ class VllmEngine:
         tasks = await self._client.get_supported_tasks()
         app = build_app(args, tasks, self._client.model_config)
         app.state.server = self._server  # vLLM's handler of a dead engine asks it to exit.
+        app.add_exception_handler(StarletteHTTPException, _no_such_route)  # vLLM handles FastAPI's only.
+        app.middleware_stack = app.build_middleware_stack()  # `build_app` has built it already, without that.
         await init_app_state(self._client, app.state, args, tasks)
         return disconnect_before_cancel(app)
 
@@ -76,6 +82,15 @@ class VllmEngine:
     async def stop(self) -> None:
         """Shuts the engine process down and waits for it."""
         await self._stack.aclose()
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """vLLM has the routes of the model's own tasks only: no embeddings of a model that generates text."""
+    assert isinstance(error, StarletteHTTPException)
+    text = f"{request.method} {request.url.path}: {error.detail}. vLLM does not serve it for this model."
+    response = error_response(InvalidRequest(text))
+    response.status_code = error.status_code
+    return response
 
 
 def disconnect_before_cancel(app: ASGIApp) -> ASGIApp:

@@ -28,6 +28,7 @@ from serve_app.serving.gate import Gate, KeyedRouter
 from serve_app.serving.http_upstream import HttpUpstream
 from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
+from serve_app.serving.openapi import openapi_document
 from serve_app.serving.proxy import Proxy
 from serve_app.serving.router_metrics import RouterMetrics
 from serve_app.serving.terminal import say
@@ -80,12 +81,14 @@ def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:
         yield
         for task in tasks:
             task.cancel()
+        await proxy.close()
 
     endpoints = _Endpoints(proxy, directory)
     return Starlette(
         routes=[
             Route("/health", endpoints.health),
             Route("/ready", endpoints.ready),
+            Route("/openapi.json", endpoints.openapi),
             Route("/v1/models", endpoints.list_models),
             Route("/v1/models/{name:path}", endpoints.show_model),
             Route("/{path:path}", proxy, methods=["POST"]),
@@ -108,7 +111,7 @@ class _Endpoints:
     async def ready(self, _: Request) -> Response:
         """Which models serve. 200 as soon as one does, so that one broken model does not take the others away."""
         models = await self._directory.models()
-        ready = [model for model in models.values() if model.state == "ready"]
+        ready = [model for model in models.values() if model.is_open]
         body = {
             "status": "ready" if len(ready) == len(models) > 0 else "degraded" if ready else "unavailable",
             "models": {
@@ -117,6 +120,12 @@ class _Endpoints:
             },
         }
         return JSONResponse(body, status_code=200 if ready else 503)
+
+    async def openapi(self, _: Request) -> Response:
+        """The OpenAPI document, with the models that are there now."""
+        config = self._proxy.config
+        names = {*await self._directory.models(), *config.aliases}
+        return JSONResponse(openapi_document(names, needs_model=config.default_model is None))
 
     async def list_models(self, _: Request) -> Response:
         """OpenAI's list; `status` is ours."""

@@ -21,6 +21,7 @@ from serve_app.engines.openai_errors import error_object, error_response, read_j
 from serve_app.engines.pt.embedding import embed
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.job import CHAT, TEXT, Answer, Job, Part, Shape
+from serve_app.engines.pt.openapi import openapi_document
 from serve_app.engines.pt.prompts import Prompts
 from serve_app.engines.pt.protocol import (
     ChatRequest,
@@ -62,6 +63,7 @@ def build_app(generator: Generator) -> Starlette:
             Route("/v1/models", endpoints.models),
             Route("/health", endpoints.health),
             Route("/load", endpoints.load),
+            Route("/openapi.json", endpoints.openapi),
         ],
         exception_handlers={RequestError: _refuse, HTTPException: _no_such_route},
     )
@@ -147,6 +149,10 @@ class _Endpoints:
     async def load(self, _: Request) -> Response:
         """GET /load, as vLLM has it: requests that run or wait."""
         return JSONResponse({"server_load": self._generator.in_flight})
+
+    async def openapi(self, _: Request) -> Response:
+        """GET /openapi.json."""
+        return JSONResponse(openapi_document())
 
     async def health(self, _: Request) -> Response:
         """200 while the engine can answer."""

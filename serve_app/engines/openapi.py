@@ -1,0 +1,87 @@
+"""OpenAPI documents: what an address takes, for clients' tools and for tests that try all of it. Pure."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app import __version__
+
+Schema = Mapping[str, Any]
+
+ERROR: Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "integer", "null"]},
+            },
+        }
+    },
+}
+
+# A schema of a stream stands for each of its events (OpenAPI 3.2); `data` is a JSON document, or [DONE].
+EVENT: Schema = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path. `body` is a JSON schema, None where it takes none; `streams` where it may stream."""
+
+    method: str
+    path: str
+    summary: str
+    body: Schema | None = None
+    streams: bool = False
+
+
+def document(title: str, description: str, operations: Iterable[Operation], schemas: Mapping[str, Schema]) -> Schema:
+    """An OpenAPI 3.1 document. Bodies may refer to `schemas` by `reference`."""
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _entry(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": __version__, "description": description},
+        "paths": paths,
+        "components": {
+            "schemas": {"Error": ERROR, **schemas},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Where keys are set."}},
+        },
+        "security": [{"key": []}, {}],
+    }
+
+
+def reference(name: str) -> Schema:
+    """One of the document's schemas."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _entry(operation: Operation) -> dict[str, Any]:
+    answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    if operation.streams:
+        answer["text/event-stream"] = {"schema": EVENT}
+    entry: dict[str, Any] = {
+        "summary": operation.summary,
+        "responses": {
+            "200": {"description": "The answer.", "content": answer},
+            "default": {
+                "description": "A refusal, in OpenAI's error object.",
+                "content": {"application/json": {"schema": reference("Error")}},
+            },
+        },
+    }
+    names = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]
+    if names:
+        entry["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+            for name in names
+        ]
+    if operation.body is not None:
+        entry["requestBody"] = {"required": True, "content": {"application/json": {"schema": operation.body}}}
+    return entry
