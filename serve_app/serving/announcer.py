@@ -12,6 +12,14 @@ INTERVAL_S = 1.0
 REMINDER_S = 30.0
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
+STATES = {
+    "ready": "is ready",
+    "asleep": "is asleep",
+    "loading": "is loading",
+    "failed": "has failed",
+    "stopping": "is stopping",
+}
+
 
 async def announce(directory: ModelDirectory, is_open: bool) -> None:
     """Prints until every model is ready or has failed, and again after each later change.
@@ -32,7 +40,8 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
         changed = [model for name, model in models.items() if _differs(seen.get(name), model)]
         for model in changed:
             say(_line(model, time.monotonic() - started))
-        if changed and all(model.state in ("ready", "failed") for model in models.values()):
+        is_news = any(model.name not in seen or not (model.is_open and seen[model.name].is_open) for model in changed)
+        if is_news and all(model.is_open or model.state == "failed" for model in models.values()):
             for line in summary(models, address()):
                 say(line)
         waiting = [model.name for model in models.values() if model.state == "loading"]
@@ -47,7 +56,7 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
 
 def summary(models: dict[str, ModelStatus], url: str) -> list[str]:
     """What to tell once no model is loading any more."""
-    ready = [model for model in models.values() if model.state == "ready"]
+    ready = [model for model in models.values() if model.is_open]
     failed = [model for model in models.values() if model.state == "failed"]
     lines = [f"{len(ready)} of {len(models)} models serve at {url}"]
     if ready:
@@ -80,10 +89,7 @@ def address() -> str:
 
 def _line(model: ModelStatus, seconds: float) -> str:
     reason = f": {model.message}" if model.state != "ready" and model.message else ""
-    state = {"ready": "is ready", "loading": "is loading", "failed": "has failed", "stopping": "is stopping"}[
-        model.state
-    ]
-    return f"[{seconds:4.0f} s] {model.name} {state}{reason}"
+    return f"[{seconds:4.0f} s] {model.name} {STATES[model.state]}{reason}"
 
 
 def _differs(before: ModelStatus | None, now: ModelStatus) -> bool:

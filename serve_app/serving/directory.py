@@ -23,7 +23,8 @@ from serve_app.serving.deployment_options import MODEL_DEPLOYMENT
 
 logger = logging.getLogger("ray.serve")
 
-State = Literal["ready", "loading", "failed", "stopping"]
+# "asleep": scaled to zero replicas; the first request makes Serve start one.
+State = Literal["ready", "asleep", "loading", "failed", "stopping"]
 
 # Seconds that a client is told to wait for a model of which nothing better is known.
 RETRY_LOADING_S = 10.0
@@ -48,6 +49,11 @@ class ModelStatus:
     replicas: int
     message: str = ""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether Serve takes requests for it; it holds those of a model that is asleep until a replica is there."""
+        return self.state in ("ready", "asleep")
+
 
 class ModelDirectory:
     """The models of this Serve instance, read in the background every `interval_s` seconds.
@@ -63,6 +69,7 @@ class ModelDirectory:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._load_times: dict[str, float] = {}
         self._loading_since: dict[str, float] = {}
+        self._waking_since: dict[str, float] = {}
         self._read_at = self._failed_at = float("-inf")
         self._lock = asyncio.Lock()
 
@@ -97,7 +104,7 @@ class ModelDirectory:
         Raises ModelNotFound for an unknown name, ModelUnavailable for one that is loading or has failed.
         """
         model = await self.find(name)
-        if model.state != "ready":
+        if not model.is_open:
             raise self.unavailable(model)
         if name not in self._handles:
             try:
@@ -112,13 +119,25 @@ class ModelDirectory:
         if model.state == "loading":
             text = f"The model '{model.name}' is loading. {model.message}".strip()
             return ModelUnavailable(text, param="model", retry_after_s=self.load_time_s(model.name))
+        if model.is_open:
+            text = f"No replica of the model '{model.name}' runs. One is being started."
+            return ModelUnavailable(text, param="model", retry_after_s=self.load_time_s(model.name))
         return _unavailable(model)
 
     def load_time_s(self, name: str) -> float:
         """Seconds that are left of a load like the last one; a guess where none was seen."""
         last = self._load_times.get(name, RETRY_LOADING_S)
-        since = self._loading_since.get(name)
+        since = self._loading_since.get(name, self._waking_since.get(name))
         return max(1.0, last - (time.monotonic() - since)) if since is not None else last
+
+    def waking(self, name: str) -> None:
+        """A request has asked for a model that is asleep."""
+        self._waking_since.setdefault(name, time.monotonic())
+
+    def woke(self, name: str) -> None:
+        """The model has answered. The time since the first request is what the next ones are told to wait."""
+        if (since := self._waking_since.pop(name, None)) is not None:
+            self._load_times[name] = time.monotonic() - since
 
     def require_hope(self, model: ModelStatus) -> None:
         """Raises ModelUnavailable for a model that will not answer who waits; one that loads or restarts will."""
@@ -150,6 +169,8 @@ class ModelDirectory:
                 self._loading_since.setdefault(name, now)
             elif (since := self._loading_since.pop(name, None)) is not None and model.state == "ready":
                 self._load_times[name] = now - since
+            if model.state != "asleep" and not model.replicas:  # What was to wake it has no chance now.
+                self._waking_since.pop(name, None)
 
 
 async def _instance_details() -> dict[str, Any]:
@@ -178,8 +199,10 @@ def _read_application(name: str, application: Any) -> ModelStatus:
     message = summarize((deployment["message"] if deployment is not None else "") or application["message"])
     if status == "DELETING":
         return ModelStatus(name, "stopping", running)
-    if running or status == "RUNNING":  # RUNNING without replicas is scaled to zero: the handle wakes it.
+    if running:
         return ModelStatus(name, "ready", running)
+    if status == "RUNNING":
+        return ModelStatus(name, "asleep", 0, "scaled to zero; the first request starts a replica")
     if status == "DEPLOY_FAILED":
         return ModelStatus(name, "failed", 0, message)
     # UNHEALTHY: its replica died, and Serve is starting another.

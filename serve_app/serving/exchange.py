@@ -38,11 +38,17 @@ class Exchange:
     resumes: int = 0
     tail: bytes = b""
     key: str | None = None
+    # Whether its client wants to be told while it waits; `is_early`: the head went out with the first such comment.
+    wants_progress: bool = False
+    is_early: bool = False
+    # What went wrong after the head was sent.
+    error_status: int = 0
+    error_code: str | None = None
     extra_headers: Headers = field(default_factory=list)
 
     def head(self, status: int, headers: Headers) -> Message:
         """The start of the answer: the model's headers, and ours."""
-        self.first, self.status = time.perf_counter(), status
+        self.status = status
         kept = [pair for pair in headers if pair[0] not in HOP_BY_HOP | _OURS]
         kept += [pair for pair in headers if pair[0] == b"content-length"]
         kept.append((b"server-timing", self.timing().encode()))
@@ -58,7 +64,15 @@ class Exchange:
 
     async def tell(self, error: RequestError) -> None:
         """An error in a stream that has begun, as an event."""
+        self.error_status, self.error_code = error.status, error.code
         await self.pass_on(b"data: " + json.dumps(error_object(error)).encode() + b"\n\n")
+
+    async def comment(self, text: str) -> None:
+        """A line that readers of server-sent events skip. The first one takes the head of the stream along."""
+        if not self.status:
+            self.is_early = True
+            await self.send(self.head(200, [(b"content-type", b"text/event-stream; charset=utf-8")]))
+        await self.send({"type": "http.response.body", "body": f": {text}\n\n".encode(), "more_body": True})
 
     async def end(self, last: bytes = b"") -> None:
         """The end of the body."""
@@ -75,7 +89,7 @@ class Exchange:
 
     def count(self, metrics: RouterMetrics) -> None:
         """At the end, whatever it was."""
-        metrics.finished(self.model, self.status)
+        metrics.finished(self.model, self.error_status or self.status)
         if self.first:
             streamed = time.perf_counter() - self.first
             between = streamed / (self.pieces - 1) if self.pieces > 1 else None
@@ -84,7 +98,7 @@ class Exchange:
 
     def log_line(self) -> str:
         """One line of JSON. Nothing of the prompt or the answer is in it."""
-        names = ("request_id", "path", "model", "status", "key", "retries", "resumes")
+        names = ("request_id", "path", "model", "status", "error_code", "key", "retries", "resumes")
         line = {name: getattr(self, name) for name in names}
         return json.dumps(line | {"ms": _milliseconds(self.began, time.perf_counter())})
 

@@ -47,7 +47,7 @@ class HttpUpstream:
     async def send(self, name: str, request: HttpRequest) -> Answer:
         """As in `Upstream`."""
         model = await self._directory.find(name)
-        if model.state != "ready":
+        if not model.is_open:
             raise self._directory.unavailable(model)
         route = await self._route(name)
         if route is None:
@@ -69,6 +69,11 @@ class HttpUpstream:
                 raise ModelUnavailable(f"The model '{name}' has failed: {reason}", param="model")
             raise ReplicaLost(reason or f"HTTP {reply.status}")
         return HttpAnswer(reply)
+
+    async def close(self) -> None:
+        """Closes its connections."""
+        if self._session is not None:
+            await self._session.close()
 
     def _headers(self, request: HttpRequest) -> CIMultiDict[str]:
         headers = CIMultiDict((key.decode("latin-1"), value.decode("latin-1")) for key, value in request.headers)

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
@@ -40,10 +40,11 @@ from serve_app.serving.incoming import (
     with_model,
 )
 from serve_app.serving.names import candidates
-from serve_app.serving.queues import ModelQueue
+from serve_app.serving.queues import ModelQueue, Queues
 from serve_app.serving.relay import Relay, backoff
 from serve_app.serving.router_metrics import RouterMetrics
 from serve_app.serving.upstream import Answer, ReplicaLost, Upstream, first_piece
+from serve_app.serving.waiting_room import WaitingRoom
 
 logger = logging.getLogger("ray.serve")
 
@@ -52,8 +53,8 @@ JSON = (b"content-type", b"application/json")
 REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
 # Statuses of a replica that is going or gone, or of a proxy before it that found none.
 LOST = frozenset({502, 503, 504})
-# Seconds between two looks at a model that is loading.
-LOOK_AGAIN_S = 0.25
+# A client that streams and sends it is told, in comments, how long its model still loads.
+PROGRESS_HEADER = b"x-serve-app-progress"
 MOST_ID_BYTES = 128
 
 
@@ -70,10 +71,10 @@ class Proxy:
     ):
         self.config = config
         self._gate = gate
-        self._directory = directory
         self._upstream = upstream
         self._metrics = metrics
-        self._queues: dict[str, ModelQueue] = {}
+        self._queues = Queues()
+        self._waiting_room = WaitingRoom(directory, upstream, self._queues)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application for one kind of request: POST with a JSON body."""
@@ -99,8 +100,13 @@ class Proxy:
             exchange.count(self._metrics)
             logger.info(exchange.log_line())
 
+    async def close(self) -> None:
+        """The router ends."""
+        await self._upstream.close()
+
     async def _answer(self, exchange: Exchange, scope: Scope, body: bytes) -> None:
         seen = peek(body)
+        exchange.wants_progress = seen.stream is True and header(scope["headers"], PROGRESS_HEADER) is not None
         names = self._allowed(candidates(self.config, seen.model), scope["headers"])
         estimate = estimate_tokens(len(body), seen.token_limit)
         admission = await self._gate.admit(scope["headers"], names[0], estimate)
@@ -108,7 +114,7 @@ class Proxy:
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)
         finally:  # What was refused, or never began, used no tokens.
-            is_free = not exchange.first or exchange.status >= 400
+            is_free = not exchange.pieces or exchange.status >= 400
             await admission.release(0 if is_free else total_tokens(exchange.tail))
 
     def _allowed(self, names: list[str], headers: Headers) -> list[str]:
@@ -132,11 +138,16 @@ class Proxy:
                 answer, request = await self._open(exchange, names, request_to)
         except TimeoutError:
             raise DeadlineExceeded(f"No answer within {self.config.total_timeout_s:g} s (total_timeout_s).") from None
-        relay = Relay(exchange, request, self.config, ends, self._loaded)
+        relay = Relay(exchange, request, self.config, ends, self._waiting_room.pass_through)
+        is_stream = dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream")
         try:
-            await exchange.send(exchange.head(answer.status, answer.headers))
-            if dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
+            if not exchange.is_early:
+                await exchange.send(exchange.head(answer.status, answer.headers))
+            exchange.first = time.perf_counter()
+            if is_stream:
                 await relay.events(answer, self._upstream, self._metrics)
+            elif exchange.is_early:
+                await relay.refusal(answer)
             else:
                 await relay.plain(answer)
         finally:
@@ -166,11 +177,9 @@ class Proxy:
         config = self.config
         retries = 0
         while True:
-            await self._loaded(name, patient)
+            await self._waiting_room.pass_through(exchange, name, config, patient)
             exchange.model = name
-            queue = self._queues.setdefault(name, ModelQueue(name))
-            with queue.place(config):
-                self._metrics.waiting(name, queue.waiting)
+            with self._place(name) as queue:
                 exchange.sent = time.perf_counter()
                 try:
                     async with asyncio.timeout(config.first_byte_timeout_s):
@@ -187,30 +196,21 @@ class Proxy:
                     if retries >= config.max_retries:
                         text = f"The replica of '{name}' was lost while answering ({retries + 1} tries): {error}"
                         raise ModelUnavailable(text, retry_after_s=1.0) from error
-            self._metrics.waiting(name, queue.waiting)
             retries += 1
             exchange.retries += 1
             self._metrics.retried(name)
             await backoff(retries)
 
-    async def _loaded(self, name: str, patient: bool = True) -> None:
-        """Waits for a model that is loading. Raises ModelNotFound, ModelUnavailable or Overloaded."""
-        model = await self._directory.find(name)
-        if model.state == "ready":
-            return
-        self._directory.require_hope(model)
-        if not patient or not self.config.max_held_requests:
-            raise self._directory.unavailable(model)
-        queue = self._queues.setdefault(name, ModelQueue(name))
-        ends = time.monotonic() + self.config.hold_timeout_s
-        with queue.hold(self.config, self._directory.load_time_s(name)):
-            while time.monotonic() < ends:
-                await asyncio.sleep(LOOK_AGAIN_S)
-                model = await self._directory.find(name)
-                if model.state == "ready":
-                    return
-                self._directory.require_hope(model)
-        raise self._directory.unavailable(model)
+    @contextmanager
+    def _place(self, name: str) -> Iterator[ModelQueue]:
+        """A place in the model's queue, and in the metrics."""
+        queue = self._queues[name]
+        try:
+            with queue.place(self.config):
+                self._metrics.waiting(name, queue.waiting)
+                yield queue
+        finally:
+            self._metrics.waiting(name, queue.waiting)
 
 
 async def _unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
@@ -235,9 +235,14 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _refuse(exchange: Exchange, error: RequestError) -> None:
-    """An error before the first byte is an answer. After it the connection is broken, so that the client sees it."""
+    """An error before the first byte is an answer, and an event where the head went ahead with comments. Later the
+    connection is broken, so that the client sees it."""
     if isinstance(error, ClientGone):
         exchange.status = error.status
+        return
+    if exchange.is_early and not exchange.pieces:
+        await exchange.tell(error)
+        await exchange.end()
         return
     if exchange.status:
         raise error

@@ -75,3 +75,11 @@ class ModelQueue:
         rate = self.rate()
         seconds = UNKNOWN_RETRY_S if rate is None else self.waiting / rate
         return min(max(seconds, LEAST_RETRY_S), MOST_RETRY_S)
+
+
+class Queues(dict[str, ModelQueue]):
+    """The queues of all models. One is made when it is asked for, so only a name that is known should be."""
+
+    def __missing__(self, name: str) -> ModelQueue:
+        self[name] = ModelQueue(name)
+        return self[name]

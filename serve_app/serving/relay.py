@@ -55,7 +55,7 @@ class Relay:
         request: HttpRequest,
         config: RouterConfig,
         ends: float,
-        loaded: Callable[[str], Awaitable[None]],
+        loaded: Callable[[Exchange, str, RouterConfig], Awaitable[None]],
     ):
         self._exchange = exchange
         self._loaded = loaded
@@ -72,6 +72,13 @@ class Relay:
                     await self._exchange.pass_on(piece)
         except ReplicaLost as error:
             raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
+        await self._exchange.end()
+
+    async def refusal(self, answer: Answer) -> None:
+        """An answer that is no stream, for a client whose stream has begun with comments: it becomes its last event."""
+        body = b"".join([piece async for piece in answer.pieces()])
+        self._exchange.error_status = answer.status
+        await self._exchange.pass_on(b"data: " + b" ".join(body.splitlines()) + b"\n\n")
         await self._exchange.end()
 
     async def events(self, answer: Answer, upstream: Upstream, metrics: RouterMetrics) -> None:
@@ -137,7 +144,7 @@ class Relay:
             await backoff(exchange.resumes)
             try:
                 async with asyncio.timeout_at(self._ends):
-                    await self._loaded(exchange.model)
+                    await self._loaded(exchange, exchange.model, self._config)
                     return await resume(upstream, exchange.model, self._request, transcript)
             except CannotResume as refusal:
                 reason = f"{error}; it was not taken up again: {refusal}"

@@ -41,6 +41,10 @@ class Upstream(Protocol):
         """Waits for the head. Raises ReplicaLost, Overloaded, ModelNotFound or ModelUnavailable."""
         ...
 
+    async def close(self) -> None:
+        """The router ends."""
+        ...
+
 
 class HandleUpstream:
     """Over Ray's handles: Ray chooses the replica, and waits for one where there is none."""
@@ -63,6 +67,9 @@ class HandleUpstream:
             items.cancel()
             raise
         return HandleAnswer(status, headers, items)
+
+    async def close(self) -> None:
+        """Handles hold nothing open."""
 
     async def _first(self, items: Any, name: str) -> bytes:
         first = asyncio.ensure_future(anext(items))

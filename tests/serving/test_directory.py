@@ -39,7 +39,7 @@ def test_every_application_but_the_router_is_a_model() -> None:
     ("status", "running", "state"),
     [
         ("RUNNING", 1, "ready"),
-        ("RUNNING", 0, "ready"),  # scaled to zero: the first request wakes it
+        ("RUNNING", 0, "asleep"),  # scaled to zero: the first request wakes it
         ("DEPLOYING", 0, "loading"),
         ("DEPLOYING", 1, "ready"),  # a rolling update: the old replica still answers
         ("DEPLOY_FAILED", 0, "failed"),

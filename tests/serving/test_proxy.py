@@ -54,6 +54,16 @@ class Models:
     def __init__(self, **replies: Reply | str):
         self.replies = replies
         self.asked: list[str] = []
+        self.calls = 0
+        self.woken: list[str] = []
+        self.wakes_after_s = 0.2
+
+    def waking(self, name: str) -> None:
+        """As in the real directory."""
+
+    def woke(self, name: str) -> None:
+        """As in the real directory."""
+        self.woken.append(name)
 
     async def find(self, name: str) -> ModelStatus:
         """As in the real directory."""
@@ -76,7 +86,12 @@ class Models:
         return 7.0
 
     async def send(self, name: str, request: HttpRequest) -> Said:
-        """As in the real upstream."""
+        """As in the real upstream. A call for the health of a model that sleeps wakes it after a moment."""
+        if request.method == "GET":
+            self.calls += 1
+            await asyncio.sleep(self.wakes_after_s)
+            self.replies[name] = says(b"data: 1\n\n", b"data: [DONE]\n\n")
+            return Said(200, [b"ok"])
         self.asked.append(json.loads(request.body).get("model"))
         reply = self.replies[name]
         assert callable(reply)
@@ -143,6 +158,66 @@ async def test_a_request_waits_for_a_model_that_loads() -> None:
         replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
     assert sorted(reply.status_code for reply in replies) == [429, 429, 503]
     assert not any(queue.held or queue.waiting for queue in proxy._queues.values())
+
+
+async def test_a_model_that_is_asleep_is_woken_and_its_requests_wait() -> None:
+    """Each makes a call of its own, by which Serve counts them; one that may not wait makes one and is refused."""
+    models = Models(a="asleep")
+    _, client = proxy_of(models)
+    async with client:
+        replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
+    assert [reply.status_code for reply in replies] == [200, 200, 200]
+    assert (models.calls, models.woken) == (3, ["a", "a", "a"])
+    models = Models(a="asleep")
+    _, client = proxy_of(models, max_held_requests=0)
+    async with client:
+        refused = [await client.post("/v1/x", json={"model": "a"}) for _ in range(2)]
+        assert [(reply.status_code, reply.headers["retry-after"]) for reply in refused] == [(503, "7"), (503, "7")]
+        await asyncio.sleep(0.4)
+        assert models.calls == 1
+        assert (await client.post("/v1/x", json={"model": "a"})).status_code == 200
+    late = Models(a="asleep")
+    late.wakes_after_s = 5.0
+    reply = await ask(late, {"model": "a"}, hold_timeout_s=0.2)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "7")
+
+
+async def test_a_stand_in_does_not_answer_for_a_model_that_is_asleep() -> None:
+    """Asleep is not down: it would never wake."""
+    models = Models(a="asleep", b=says(b"{}"))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]})
+    assert (reply.status_code, models.asked) == (200, ["a"])
+
+
+PROGRESS = {"x-serve-app-progress": "1"}
+
+
+async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytest.LogCaptureFixture) -> None:
+    """In comments before the answer, which readers of events skip. What fails then is an event, and is counted."""
+    _, client = proxy_of(Models(a="asleep"))
+    async with client:
+        told = await client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS)
+        assert told.text.startswith(": loading 'a', about 7 s left\n\ndata: 1\n\ndata: [DONE]\n\n")
+        assert (told.status_code, told.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    _, client = proxy_of(Models(a="asleep"))
+    async with client:
+        whole = await client.post("/v1/x", json={"model": "a"}, headers=PROGRESS)
+        assert not whole.text.startswith(":")
+    _, client = proxy_of(Models(a="loading"), hold_timeout_s=0.1)
+    async with client:
+        late = await client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS)
+    _, event, _ = late.text.split("\n\n")
+    assert (late.status_code, json.loads(event[6:])["error"]["code"]) == (200, "model_unavailable")
+    logged = [json.loads(record.getMessage()) for record in caplog.records if record.getMessage().startswith("{")]
+    assert logged[-1]["error_code"] == "model_unavailable"
+    models = Models(a="loading")
+    _, client = proxy_of(models)
+    async with client:
+        asking = asyncio.create_task(client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS))
+        await asyncio.sleep(0.1)
+        models.replies["a"] = says(b'{"error":\n{"code": 404}}', status=404)
+        refused = await asking
+    assert refused.text.endswith('data: {"error": {"code": 404}}\n\n')
 
 
 async def test_a_lost_request_is_sent_again_before_its_first_byte() -> None:
