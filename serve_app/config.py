@@ -180,6 +180,10 @@ def _size_or_none(value: object) -> int | None:
 
 
 Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+MAX_BODY_BYTES = 32 * 2**20
+BODY_TIMEOUT_S = 60.0
 
 
 class ModelConfig(_Strict):
@@ -190,6 +194,7 @@ class ModelConfig(_Strict):
     `gpu_ids` names vLLM's GPUs, by index, on nodes that advertise their memory by index.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
+    `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route; the router has its own.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -205,6 +210,8 @@ class ModelConfig(_Strict):
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
     max_queued_requests: Positive | None = None
+    max_body_bytes: Positive = MAX_BODY_BYTES
+    body_timeout_s: Seconds = BODY_TIMEOUT_S
     kv_cache_memory_bytes: Annotated[int | None, BeforeValidator(_size_or_none)] = None
     gpu_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     quantization: str | None = None
@@ -379,9 +386,6 @@ def _device_problem(config: ModelConfig) -> str | None:
     return None
 
 
-Seconds = Annotated[float, Field(gt=0)]
-
-
 class RouterConfig(_Strict):
     """The router: names, limits and waiting. Sizes in bytes, times in seconds; all of it per router replica.
 
@@ -394,9 +398,9 @@ class RouterConfig(_Strict):
     aliases: dict[str, str] = Field(default_factory=dict)
     default_model: str | None = None
     fallbacks: dict[str, list[str]] = Field(default_factory=dict)
-    max_body_bytes: Positive = 32 * 2**20
+    max_body_bytes: Positive = MAX_BODY_BYTES
     max_header_bytes: Positive = 32 * 2**10
-    body_timeout_s: Seconds = 60.0
+    body_timeout_s: Seconds = BODY_TIMEOUT_S
     first_byte_timeout_s: Seconds = 600.0
     idle_timeout_s: Seconds = 300.0
     total_timeout_s: Seconds = 3600.0

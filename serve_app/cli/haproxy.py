@@ -2,7 +2,8 @@
 
 Ray Serve leaves its HAProxy behind when it is killed: the port stays taken, and answers nothing. Config files name this
 command in RAY_SERVE_HAPROXY_BINARY_PATH. It also takes two listeners out of Ray's HAProxy config that are open on all
-addresses (metrics and statistics: Ray itself reads them from the admin socket), and keeps that socket to its user.
+addresses (metrics and statistics: Ray itself reads them from the admin socket), keeps that socket to its user, and
+gives headers a minute to arrive.
 It has to be a small script without imports of the package: Ray starts one for every change of the routes.
 """
 
@@ -15,11 +16,16 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 OPEN_LISTENERS = re.compile(r"^(frontend prometheus|listen stats)\n(?:[ \t]+.*\n|\n)*", re.MULTILINE)
+DEFAULTS = "defaults\n    mode http\n"
+# Ray sets none, and without it a client may take an hour for its headers. HAProxy then answers 408, and 400 where there
+# are more than 100 of them or over 60 kB: both with a page of its own, which its HTTP/1 layer has built in.
+LIMITS = "    timeout http-request 60s\n"
 
 
 def tightened(config: str) -> str:
-    """Ray's config without what is open to others."""
-    return OPEN_LISTENERS.sub("", config).replace(" mode 666 level admin", " mode 600 level admin")
+    """Ray's config without what is open to others, and with a limit of ours."""
+    config = OPEN_LISTENERS.sub("", config).replace(" mode 666 level admin", " mode 600 level admin")
+    return config.replace(DEFAULTS, DEFAULTS + LIMITS, 1)
 
 
 def main() -> None:

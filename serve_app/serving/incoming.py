@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from starlette.types import Receive
 
-from serve_app.config import RouterConfig
+from serve_app.config import ModelConfig, RouterConfig
 from serve_app.engines.openai_errors import read_json
 from serve_app.errors import ClientGone, HeadersTooLarge, InvalidRequest, RequestTimeout, RequestTooLarge
 
@@ -88,7 +88,7 @@ def require_plain_path(path: str) -> None:
         raise InvalidRequest("The path has a segment '.' or '..'. Write it without.")
 
 
-async def read_body(headers: Headers, receive: Receive, config: RouterConfig) -> bytes:
+async def read_body(headers: Headers, receive: Receive, config: RouterConfig | ModelConfig) -> bytes:
     """The whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds.
 
     Raises RequestTooLarge as soon as it is known to be larger, RequestTimeout, and ClientGone.
@@ -101,11 +101,11 @@ async def read_body(headers: Headers, receive: Receive, config: RouterConfig) ->
             return await _read(receive, config)
     except TimeoutError:
         raise RequestTimeout(
-            f"The body did not arrive within {config.body_timeout_s:g} s. The router's body_timeout_s sets the limit."
+            f"The body did not arrive within {config.body_timeout_s:g} s. {_whose(config)} body_timeout_s sets it."
         ) from None
 
 
-async def _read(receive: Receive, config: RouterConfig) -> bytes:
+async def _read(receive: Receive, config: RouterConfig | ModelConfig) -> bytes:
     pieces, size = [], 0
     while True:
         message = await receive()
@@ -120,7 +120,11 @@ async def _read(receive: Receive, config: RouterConfig) -> bytes:
             return b"".join(pieces)
 
 
-def _too_large(config: RouterConfig) -> RequestTooLarge:
+def _too_large(config: RouterConfig | ModelConfig) -> RequestTooLarge:
     return RequestTooLarge(
-        f"The body is over the limit of {config.max_body_bytes} bytes. The router's max_body_bytes sets it."
+        f"The body is over the limit of {config.max_body_bytes} bytes. {_whose(config)} max_body_bytes sets it."
     )
+
+
+def _whose(config: RouterConfig | ModelConfig) -> str:
+    return "The router's" if isinstance(config, RouterConfig) else "The model's"

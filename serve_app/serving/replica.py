@@ -18,6 +18,7 @@ from serve_app.serving.gate import Gate, KeyedApp
 from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.terminal import say
+from serve_app.serving.whole_body import WholeBody
 
 
 class Model:
@@ -31,6 +32,7 @@ class Model:
         self._engine: Engine = create_engine(config, self.name)
         try:
             self._app: ASGIApp = await self._engine.start()
+            self._own_route = WholeBody(self._app, config)
         except ServeAppError as error:
             await self._engine.stop()
             raise error.with_traceback(None) from None  # The message says it all; Serve prints the traceback thrice.
@@ -41,7 +43,7 @@ class Model:
         say(f"ready after {time.monotonic() - started:.0f} s")
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return KeyedApp(self._app, self._gate, self.name)
+        return KeyedApp(self._own_route, self._gate, self.name)
 
     async def http(self, request: HttpRequest) -> AsyncIterator[bytes]:
         """Answers one request: the head first, then the body in pieces."""

@@ -34,6 +34,7 @@ def test_open_listeners_are_taken_out() -> None:
     assert "9101" not in config
     assert "8404" not in config
     assert "mode 600 level admin" in config
+    assert "defaults\n    mode http\n    timeout http-request 60s\n" in config
     for kept in ("frontend http_frontend\n    bind 127.0.0.1:8000", "server a 127.0.0.1:30000 check"):
         assert kept in config
 

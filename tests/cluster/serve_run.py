@@ -55,10 +55,12 @@ class ServeRun:
         self.url = f"http://127.0.0.1:{self.port}"
         self._mark = secrets.token_hex(8)
         self.log = self.folder / "serve-run.log"
-        config = {**config, "http_options": {"host": "127.0.0.1", "port": self.port}}
-        config["controller_options"] = {"runtime_env": {"env_vars": shipped_environment() | (controller or {})}}
+        self._options = {
+            "http_options": {"host": "127.0.0.1", "port": self.port},
+            "controller_options": {"runtime_env": {"env_vars": shipped_environment() | (controller or {})}},
+        }
         self.config_file = self.folder / "config.yaml"
-        self.config_file.write_text(yaml.safe_dump(config, sort_keys=False))
+        self._write(config)
         self.environment = {
             **os.environ,
             MARK: self._mark,
@@ -111,10 +113,21 @@ class ServeRun:
 
     def status(self) -> str:
         """What `serve status` prints."""
+        return self._serve("status")
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """`serve deploy` of another config onto what runs."""
+        self._write(config)
+        self._serve("deploy", str(self.config_file))
+
+    def _write(self, config: dict[str, Any]) -> None:
+        self.config_file.write_text(yaml.safe_dump({**config, **self._options}, sort_keys=False))
+
+    def _serve(self, command: str, *arguments: str) -> str:
         dashboard = re.search(r"dashboard at (http://\S+)", self.output())
         assert dashboard is not None, "Ray prints the dashboard's address at start"
         done = subprocess.run(
-            [BIN / "serve", "status", "--address", dashboard[1]],
+            [BIN / "serve", command, *arguments, "--address", dashboard[1]],
             env=self.environment,
             capture_output=True,
             text=True,

@@ -1,9 +1,9 @@
 """Load on a model whose replicas are killed meanwhile: what every client got, beside what it should have got.
 
-    python -m tests.cluster.storm --requests 2000 --clients 32 --kill-every 5
+    python -m tests.cluster.storm --requests 2000 --clients 32 --kill-every 8 [--update-every 30] [--backend vllm]
 
-starts a Serve of its own with two pt replicas of the demo model, and prints one JSON object. Half of the requests are
-chats, half text completions; all stream, and are greedy.
+starts a Serve of its own with two replicas of the demo model, and prints one JSON object. Half of the requests are
+chats, half text completions; all stream, and are greedy. `--update-every` gives `serve deploy` a changed config.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -75,12 +76,40 @@ async def kill_now_and_then(serve: ServeRun, name: str, every_s: float, kills: l
             os.kill(kills[-1], signal.SIGKILL)
 
 
+async def update_now_and_then(serve: ServeRun, backend: str, every_s: float, updates: list[int]) -> None:
+    """A new version of the model by `serve deploy`: Serve replaces its replicas, some at a time."""
+    while True:
+        await asyncio.sleep(every_s)
+        updates.append(64 - len(updates) % 2)
+        await asyncio.to_thread(serve.deploy, config(backend, max_num_seqs=updates[-1]))
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What happens meanwhile: a replica is killed, or the model replaced, every so many seconds."""
+
+    kill_every_s: float | None = None
+    update_every_s: float | None = None
+    backend: str = "pt"
+
+    def start(self, serve: ServeRun, model: str) -> tuple[list[asyncio.Task[None]], list[int], list[int]]:
+        """Its tasks, and the lists that they fill."""
+        kills: list[int] = []
+        updates: list[int] = []
+        tasks = []
+        if self.kill_every_s:
+            tasks.append(asyncio.create_task(kill_now_and_then(serve, model, self.kill_every_s, kills)))
+        if self.update_every_s:
+            tasks.append(asyncio.create_task(update_now_and_then(serve, self.backend, self.update_every_s, updates)))
+        return tasks, kills, updates
+
+
 async def storm(
     serve: ServeRun,
     model: str,
     requests: int,
     clients: int,
-    every_s: float | None,
+    trouble: Trouble,
     headers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Sends the requests, so many at a time. Compares each text with the one that an undisturbed request got."""
@@ -91,8 +120,7 @@ async def storm(
         for number in range(2 * len(QUESTIONS)):
             path, body = body_of(number, model)
             expected[json.dumps(body)] = (await ask(session, serve.url, path, body))["text"]
-        kills: list[int] = []
-        killer = asyncio.create_task(kill_now_and_then(serve, model, every_s, kills)) if every_s else None
+        tasks, kills, updates = trouble.start(serve, model)
         gate = asyncio.Semaphore(clients)
         outcomes: Counter[str] = Counter()
 
@@ -100,30 +128,34 @@ async def storm(
             path, body = body_of(number, model)
             async with gate:
                 seen = await ask(session, serve.url, path, body)
-            if seen["error"]:
-                outcomes[f"error: {seen['error'][:120]}"] += 1
-            elif seen["text"] != expected[json.dumps(body)]:
-                outcomes[f"other text: {seen['text'][:80]!r}"] += 1
-            elif seen["ends"] != 1 or len(seen["ids"]) != 1:
-                outcomes["several ids or ends"] += 1
-            else:
-                outcomes["right"] += 1
+            outcomes[outcome_of(seen, expected[json.dumps(body)])] += 1
 
         start = time.monotonic()
         await asyncio.gather(*(one(number) for number in range(requests)))
-        if killer is not None:
-            killer.cancel()
-    return {"outcomes": dict(outcomes), "kills": len(kills), "seconds": round(time.monotonic() - start, 1)}
+        for task in tasks:
+            task.cancel()
+    seconds = round(time.monotonic() - start, 1)
+    return {"outcomes": dict(outcomes), "kills": len(kills), "updates": len(updates), "seconds": seconds}
 
 
-def config() -> dict[str, Any]:
+def outcome_of(seen: dict[str, Any], expected: str) -> str:
+    """In words."""
+    if seen["error"]:
+        return f"error: {seen['error'][:120]}"
+    if seen["text"] != expected:
+        return f"other text: {seen['text'][:80]!r}"
+    return "right" if seen["ends"] == 1 and len(seen["ids"]) == 1 else "several ids or ends"
+
+
+def config(backend: str = "pt", max_num_seqs: int = 32) -> dict[str, Any]:
     """A router and two replicas of the demo model."""
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/", "args": ROUTER_ARGS}
+    args = {"model": "serve-app/demo", "infer_backend": backend, "device": "cpu", "dtype": "float32"}
     model = {
         "name": "mortal",
         "import_path": "serve_app.app:model",
         "route_prefix": "/models/mortal",
-        "args": {"model": "serve-app/demo", "infer_backend": "pt", "device": "cpu", "dtype": "float32"},
+        "args": {**args, "max_num_seqs": max_num_seqs},
         "deployments": [{"name": "Model", "num_replicas": 2}],
     }
     return {"applications": [router, model]}
@@ -134,15 +166,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--kill-every", type=float, default=5.0)
+    parser.add_argument("--kill-every", type=float)
+    parser.add_argument("--update-every", type=float)
+    parser.add_argument("--backend", choices=("pt", "vllm"), default="pt")
     parser.add_argument("--without-haproxy", action="store_true")
     options = parser.parse_args()
     off = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
-    serve = ServeRun(config(), cpus=4, controller=off if options.without_haproxy else {})
+    serve = ServeRun(config(options.backend), cpus=8, controller=off if options.without_haproxy else {})
+    trouble = Trouble(options.kill_every, options.update_every, options.backend)
     try:
         serve.wait_until(lambda models: models["mortal"]["replicas"] == 2)
-        print(json.dumps(asyncio.run(storm(serve, "mortal", options.requests, options.clients, options.kill_every))))
+        print(json.dumps(asyncio.run(storm(serve, "mortal", options.requests, options.clients, trouble))))
     finally:
         serve.stop(signal.SIGTERM)
         serve.clean_up()

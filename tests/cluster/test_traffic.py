@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.cluster.serve_run import ServeRun
-from tests.cluster.storm import config, storm
+from tests.cluster.storm import Trouble, config, storm
 
 KEY = "sk-test-of-the-cluster"
 HEADERS = {"authorization": f"Bearer {KEY}"}
@@ -77,6 +77,6 @@ async def test_clients_that_vanish_leave_nothing_behind(serve: ServeRun) -> None
 
 async def test_streams_survive_the_death_of_their_replicas(serve: ServeRun) -> None:
     """Every request completes, with the text, the one id and the one end of an undisturbed run."""
-    told = await storm(serve, "mortal", requests=400, clients=32, every_s=2.0, headers=HEADERS)
+    told = await storm(serve, "mortal", requests=400, clients=32, trouble=Trouble(kill_every_s=2.0), headers=HEADERS)
     assert told["outcomes"] == {"right": 400}
     assert told["kills"] >= 1
