@@ -100,6 +100,11 @@ class Proxy:
             exchange.count(self._metrics)
             logger.info(exchange.log_line())
 
+    def queued(self, name: str) -> dict[str, int]:
+        """Requests that wait for the model's first byte, and for the model to load."""
+        queue = self._queues.get(name)
+        return {"waiting": queue.waiting if queue else 0, "held": queue.held if queue else 0}
+
     async def close(self) -> None:
         """The router ends."""
         await self._upstream.close()

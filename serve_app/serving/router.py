@@ -109,13 +109,21 @@ class _Endpoints:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Which models serve. 200 as soon as one does, so that one broken model does not take the others away."""
+        """Which models serve, and what waits for each in this router.
+
+        200 as soon as one serves, so that one broken model does not take the others away.
+        """
         models = await self._directory.models()
         ready = [model for model in models.values() if model.is_open]
         body = {
             "status": "ready" if len(ready) == len(models) > 0 else "degraded" if ready else "unavailable",
             "models": {
-                model.name: {"status": model.state, "replicas": model.replicas, "message": model.message}
+                model.name: {
+                    "status": model.state,
+                    "replicas": model.replicas,
+                    "message": model.message,
+                    **self._proxy.queued(model.name),
+                }
                 for model in models.values()
             },
         }

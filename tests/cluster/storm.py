@@ -26,8 +26,9 @@ QUESTIONS = (
     "What is serve-app?", "What is max_memory?", "What is a router?", "Who are you?", "What is Ray?", "What is vLLM?",
     "What is tensor parallelism?", "What is a replica?",
 )  # fmt: skip
+BODY_TIMEOUT_S = 10
 # A request may meet many losses while both replicas load: Python's imports alone take ten seconds.
-ROUTER_ARGS = {"max_retries": 40, "first_byte_timeout_s": 240}
+ROUTER_ARGS = {"max_retries": 40, "first_byte_timeout_s": 240, "body_timeout_s": BODY_TIMEOUT_S}
 TIMEOUT_S = 300
 
 
@@ -151,6 +152,7 @@ def config(backend: str = "pt", max_num_seqs: int = 32) -> dict[str, Any]:
     """A router and two replicas of the demo model."""
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/", "args": ROUTER_ARGS}
     args = {"model": "serve-app/demo", "infer_backend": backend, "device": "cpu", "dtype": "float32"}
+    args["body_timeout_s"] = BODY_TIMEOUT_S
     model = {
         "name": "mortal",
         "import_path": "serve_app.app:model",

@@ -1,13 +1,16 @@
 """Traffic that goes wrong, on a Serve of its own with API keys: replicas die, clients vanish, keys are missing."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Iterator
 
 import aiohttp
 import httpx
+import psutil
 import pytest
 
+from tests.cluster import hostile
 from tests.cluster.serve_run import ServeRun
 from tests.cluster.storm import Trouble, config, storm
 
@@ -46,8 +49,71 @@ def test_nothing_but_health_answers_without_a_key(serve: ServeRun) -> None:
         assert client.post("/models/mortal/v1/completions", json=bodies, headers=HEADERS).status_code == 200
 
 
+def memory_of(serve: ServeRun, *parts: str) -> dict[str, float]:
+    """MB of the processes whose command has one of these in it."""
+    found: dict[str, float] = {}
+    for pid, command in serve.processes().items():
+        for part in parts:
+            with contextlib.suppress(psutil.Error):
+                if part in command:
+                    found[part] = found.get(part, 0.0) + psutil.Process(pid).memory_info().rss / 1e6
+    return found
+
+
+async def idle(session: aiohttp.ClientSession) -> bool:
+    """Whether, within half a minute, no engine holds a row. The route takes the replica with fewer connections."""
+    loads = [1]
+    for _ in range(60):
+        loads = []
+        for _ in range(6):
+            async with session.get("/models/mortal/load") as reply:
+                loads.append((await reply.json())["server_load"])
+        if not any(loads):
+            break
+        await asyncio.sleep(0.5)
+    return not any(loads)
+
+
+ROUTES = ("", "/models/mortal")
+PARTS = ("ServeReplica:router", "ServeReplica:mortal", "haproxy")
+
+
+async def test_hostile_clients_are_refused_and_hurt_nobody(serve: ServeRun) -> None:
+    """By name and by route: 200 that send a byte a second, 200 that read one, bodies of 100 MB, ten thousand headers.
+    Each gets a clear error, others are answered meanwhile, and the memory stays where it was."""
+    body = {"model": "mortal", "prompt": "Tell me", "max_tokens": 64, "ignore_eos": True, "temperature": 0}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(base_url=serve.url, connector=connector, headers=HEADERS) as session:
+        async with session.post("/v1/completions", json=body) as reply:
+            assert reply.status == 200
+        before = memory_of(serve, *PARTS)
+        slow = [asyncio.create_task(hostile.slow_sender(serve.port, ROUTES[number % 2], KEY)) for number in range(200)]
+        reading = [
+            asyncio.create_task(
+                hostile.slow_reader(serve.port, ROUTES[number % 2], KEY, {**body, "stream": True}, seconds=15)
+            )
+            for number in range(200)
+        ]
+        for route in ROUTES:
+            for declared in (True, False):
+                status, said = await hostile.large_body(serve.port, route, KEY, declared)
+                assert (status, b"request_too_large" in said) == (413, True), (route, declared, said[:300])
+            status, said = await hostile.many_headers(serve.port, route, KEY)
+            assert status == 400, said[:300]
+            async with session.post(f"{route}/v1/completions", json={**body, "max_tokens": 4}) as reply:
+                assert reply.status == 200
+        answers = await asyncio.gather(*slow)
+        assert {status for status, _ in answers} == {408}
+        assert all(b"body_timeout_s" in said for _, said in answers)
+        assert min(await asyncio.gather(*reading)) == 15
+        assert await idle(session)
+    after = memory_of(serve, *PARTS)
+    assert all(after[part] < before[part] + 100 for part in PARTS), (before, after)
+
+
 async def test_clients_that_vanish_leave_nothing_behind(serve: ServeRun) -> None:
-    """By name and by route, streaming and not, at random moments: no engine holds a row afterwards."""
+    """500, by name and by route, streaming and not, at random moments: afterwards no engine holds a row, nothing waits,
+    and the memory is where it was."""
     draw = random.Random(1)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(base_url=serve.url, connector=connector, headers=HEADERS) as session:
@@ -62,17 +128,17 @@ async def test_clients_that_vanish_leave_nothing_behind(serve: ServeRun) -> None
             except (TimeoutError, aiohttp.ClientError):
                 pass
 
-        for _ in range(4):
+        await asyncio.gather(*(vanish(number) for number in range(100)))  # Allocators reach their size.
+        assert await idle(session)
+        before = memory_of(serve, *PARTS)
+        for _ in range(10):
             await asyncio.gather(*(vanish(number) for number in range(50)))
-        for _ in range(60):  # Both replicas: the route takes the one with fewer connections, in turns.
-            loads = []
-            for _ in range(6):
-                async with session.get("/models/mortal/load") as reply:
-                    loads.append((await reply.json())["server_load"])
-            if not any(loads):
-                break
-            await asyncio.sleep(0.5)
-    assert not any(loads)
+        assert await idle(session)
+        async with session.get("/ready") as reply:
+            told = (await reply.json())["models"]["mortal"]
+        assert (told["waiting"], told["held"]) == (0, 0)
+    after = memory_of(serve, *PARTS)
+    assert all(after[part] < before[part] + 50 for part in PARTS), (before, after)
 
 
 async def test_streams_survive_the_death_of_their_replicas(serve: ServeRun) -> None:
