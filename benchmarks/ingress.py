@@ -3,9 +3,9 @@
     python -m benchmarks.ingress [--model demo|100m] [--streams 1,8,32,128] [--rounds 3] [--also NAME=URL,MODEL]
 
 Starts a bare vLLM API server and a Serve with the same vLLM model behind the router (HAProxy as in the shipped
-configs; `--without-haproxy` for handles), and loads one after the other, round after round, with greedy chats of equal
-length that stream. `--also` adds a server that runs already, such as Ray Serve LLM. Prints a line of JSON for each way
-and number of streams: tokens per second and mean seconds to the first text (medians over the rounds), their ratio and
+configs; `--without-haproxy` for handles), and loads one after the other, round after round, with greedy chats that
+stream, of the same mixed lengths. `--also` adds a server that runs already, such as Ray Serve LLM. Prints a line of JSON for each way
+and number of streams: tokens per second and median milliseconds to the first text (medians over the rounds), their ratio and
 difference to bare vLLM's, and the CPU milliseconds per token of the router's process.
 """
 
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -143,19 +144,24 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, number: int,
 
 
 async def load(url: str, model: str, streams: int, seed: int, tokens: int) -> tuple[float, float]:
-    """Tokens per second, and the mean seconds to the first text, of two requests for each stream."""
+    """Tokens per second, and the median seconds to the first text, of four requests for each stream.
+
+    Lengths are mixed around `tokens`, so that after the first burst requests come one by one.
+    """
+    draw = random.Random(seed)
+    lengths = [draw.randint(tokens // 2, tokens * 3 // 2) for _ in range(4 * streams)]
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900), connector=connector) as session:
         await ask(session, url, model, 0, 8)
         gate, firsts = asyncio.Semaphore(streams), []
 
-        async def one(number: int) -> None:
+        async def one(number: int, length: int) -> None:
             async with gate:
-                firsts.append(await ask(session, url, model, number, tokens))
+                firsts.append(await ask(session, url, model, 1000 * seed + number, length))
 
         start = time.perf_counter()
-        await asyncio.gather(*(one(1000 * seed + number) for number in range(2 * streams)))
-        return 2 * streams * tokens / (time.perf_counter() - start), statistics.median(firsts)
+        await asyncio.gather(*(one(*item) for item in enumerate(lengths)))
+        return sum(lengths) / (time.perf_counter() - start), statistics.median(firsts)
 
 
 def router_cpu_s() -> float:
@@ -170,13 +176,15 @@ def router_cpu_s() -> float:
 
 async def compare(ways: dict[str, tuple[str, str]], streams: list[int], rounds: int) -> None:
     """Loads all ways in turns and prints medians; the first way is what the others are compared with."""
+    for url, model in ways.values():  # Servers are slow at first, and their first load slows the others too.
+        await load(url, model, 32, 99, TOKENS)
     for count in streams:
         figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
         for seed in range(rounds):
             for name, (url, model) in ways.items():
                 before = router_cpu_s()
                 rate, first = await load(url, model, count, seed, TOKENS)
-                figures[name].append((rate, first, 1000 * (router_cpu_s() - before) / (2 * count * TOKENS)))
+                figures[name].append((rate, first, 1000 * (router_cpu_s() - before) / (4 * count * TOKENS)))
         medians = {
             name: [statistics.median(part) for part in zip(*runs, strict=True)] for name, runs in figures.items()
         }
