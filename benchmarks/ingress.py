@@ -4,9 +4,9 @@
 
 Starts a bare vLLM API server and a Serve with the same vLLM model behind the router (HAProxy as in the shipped
 configs; `--without-haproxy` for handles), and loads one after the other, round after round, with greedy chats that
-stream, of the same mixed lengths. `--also` adds a server that runs already, such as Ray Serve LLM. Prints a line of JSON for each way
-and number of streams: tokens per second and median milliseconds to the first text (medians over the rounds), their ratio and
-difference to bare vLLM's, and the CPU milliseconds per token of the router's process.
+stream, of the same mixed lengths. `--also` adds a server that runs already, such as Ray Serve LLM. Prints a line of
+JSON for each way and number of streams: tokens per second and median milliseconds to the first text (medians over the
+rounds), their ratio and difference to bare vLLM's, and the CPU milliseconds per token of the router's process.
 """
 
 import argparse
