@@ -24,8 +24,8 @@ BUILDERS = {"serve_app.app:model": "Model", "serve_app.app:router": "Router"}
 def check(file: Path, address: str | None) -> int:
     """Prints one line per model. Returns 0, or 1 when a model cannot be placed. Raises ConfigError for a wrong file."""
     applications = read_applications(file)
-    _require_valid(applications)
-    _require_serves_schema(file)
+    require_valid(applications)
+    require_serves_schema(file)
     nodes, inventory, where = _cluster(address)
     print(f"{where}: {'; '.join(map(str, nodes))}")
     for name in _unset_variables(file):
@@ -34,7 +34,7 @@ def check(file: Path, address: str | None) -> int:
     return 0 if all(placed) else 1
 
 
-def _require_valid(applications: Sequence[ApplicationSpec]) -> None:
+def require_valid(applications: Sequence[ApplicationSpec]) -> None:
     """Raises one ConfigError with the mistakes of all applications."""
     problems = []
     for application in applications:
@@ -57,7 +57,7 @@ def _unset_variables(file: Path) -> list[str]:
     return sorted({name for name in re.findall(r"\$\{(\w+)\}", values) if name not in os.environ})
 
 
-def _require_serves_schema(file: Path) -> None:
+def require_serves_schema(file: Path) -> None:
     """Raises ConfigError for what Ray Serve itself refuses: unknown keys, a name or a route that is there twice."""
     from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
@@ -89,7 +89,7 @@ def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iter
         for deployment in item.get("deployments") or []:
             if deployment.get("name") != BUILDERS[path]:
                 problems.append(f"{name}: deployments: '{deployment.get('name')}' must be '{BUILDERS[path]}'.")
-            if "ray_actor_options" in deployment:
+            if "ray_actor_options" in deployment and BUILDERS[path] == "Model":
                 problems.append(f"{name}: ray_actor_options would replace the GPUs and the environment set here.")
     return problems
 

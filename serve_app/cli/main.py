@@ -11,6 +11,7 @@ from typing import Any
 
 from serve_app import __version__
 from serve_app.cli.check import check
+from serve_app.cli.diff import diff
 from serve_app.cli.doctor import doctor
 from serve_app.cli.from_swift import from_swift
 from serve_app.cli.new_key import new_key
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check(options.config, options.address)
         if options.command == "plan":
             return plan(options)
+        if options.command == "diff":
+            return diff(options.old, options.new, options.gpus, options.inventory, options.address)
         if options.command == "from-swift":
             return from_swift(options.swift_command)
         if options.command == "doctor":
@@ -54,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--address", help="the Ray cluster to ask; without it the one that runs here, else this machine"
     )
     _add_plan(commands)
+    _add_diff(commands)
     swift = commands.add_parser(
         "from-swift",
         help="prints a Serve config file made from a `swift deploy …` command line",
@@ -89,11 +93,7 @@ def _add_plan(commands: Any) -> None:
         "and loads no weights. Exits 0 if all fits, 1 if not, 2 if the input is wrong.",
     )
     planning.add_argument("config", type=Path, nargs="?", help="a Ray Serve config file")
-    planning.add_argument("--gpus", help='plan for these: "8GiB,24GiB", "2xA100-80GB,RTX3090"; ";" between nodes')
-    planning.add_argument("--inventory", type=Path, help="plan for the nodes of this YAML file")
-    planning.add_argument(
-        "--address", help="plan for this Ray cluster; by default the one that runs here, else this machine"
-    )
+    _add_inventory(planning)
     planning.add_argument(
         "--write", type=Path, metavar="OUT", help="write the file with what was chosen, comments kept"
     )
@@ -108,6 +108,26 @@ def _add_plan(commands: Any) -> None:
     one.add_argument("--max-num-seqs", type=int)
     one.add_argument("--max-memory", help="such as '{0: 3GB, 1: 10GB}'")
     one.add_argument("--num-gpus", type=float)
+
+
+def _add_diff(commands: Any) -> None:
+    comparing = commands.add_parser(
+        "diff",
+        help="what would `serve deploy` of a changed file start, stop and restart, and does the result fit?",
+        description="Compares two Serve config files as Serve would, and plans the second. Changes nothing. Exits 0 if "
+        "the second fits, 1 if not, 2 if a file is wrong.",
+    )
+    comparing.add_argument("old", type=Path, help="the file that runs now")
+    comparing.add_argument("new", type=Path, help="the file that is to run")
+    _add_inventory(comparing)
+
+
+def _add_inventory(command: Any) -> None:
+    command.add_argument("--gpus", help='plan for these: "8GiB,24GiB", "2xA100-80GB,RTX3090"; ";" between nodes')
+    command.add_argument("--inventory", type=Path, help="plan for the nodes of this YAML file")
+    command.add_argument(
+        "--address", help="plan for this Ray cluster; by default the one that runs here, else this machine"
+    )
 
 
 if __name__ == "__main__":

@@ -24,15 +24,26 @@ MARKS = {"exact": "", "calibrated": "c", "guessed": "~"}
 def plan(options: argparse.Namespace) -> int:
     """Prints the plan. Returns 0 if all fits, 1 if not. Raises ConfigError for wrong input."""
     _require_one_way(options)
-    requests = [_request_of_options(options)] if options.model else _requests_of_file(options.config)
-    inventory = _inventory(options)
-    made = with_fixes(make_plan(requests, inventory), requests, inventory)
+    if options.model:
+        made = _planned([_request_of_options(options)], _inventory(options.gpus, options.inventory, options.address))
+    else:
+        made = plan_of_file(options.config, options.gpus, options.inventory, options.address)
     print(json.dumps(made.to_json(), indent=1) if options.json else report(made))
     if options.write is not None:
         if options.config is None:
             raise ConfigError("plan: --write needs a config file to copy.")
         write_plan(made, options.config, options.write)
     return 0 if made.fits else 1
+
+
+def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
+    """The plan of a Serve config file for these GPUs, or those of the cluster or machine. Raises ConfigError."""
+    requests = _requests_of_file(path)
+    return _planned(requests, _inventory(gpus, inventory, address))
+
+
+def _planned(requests: list[ModelRequest], inventory: Inventory) -> Plan:
+    return with_fixes(make_plan(requests, inventory), requests, inventory)
 
 
 MODEL_OPTIONS = ("infer_backend", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_memory", "num_gpus")
@@ -82,14 +93,14 @@ def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
     return ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
 
 
-def _inventory(options: argparse.Namespace) -> Inventory:
-    if options.gpus and options.inventory:
+def _inventory(gpus: str | None, file: Path | None, address: str | None) -> Inventory:
+    if gpus and file:
         raise ConfigError("plan: give --gpus or --inventory, not both.")
-    if options.gpus:
-        return parse_gpus(options.gpus)
-    if options.inventory:
-        return read_inventory(options.inventory)
-    return _running_inventory(options.address)
+    if gpus:
+        return parse_gpus(gpus)
+    if file:
+        return read_inventory(file)
+    return _running_inventory(address)
 
 
 def _running_inventory(address: str | None) -> Inventory:

@@ -14,6 +14,9 @@ ROUTER_DEPLOYMENT = "Router"
 MAX_ONGOING_REQUESTS = 256
 ROUTER_MAX_ONGOING_REQUESTS = 10_000
 
+# Ray gives the head node one of it.
+HEAD_NODE = "node:__internal_head__"
+
 # A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
 
@@ -63,9 +66,12 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
 
 
 def router_options() -> dict[str, Any]:
-    """Options for the router's deployment: no CPU of its own in Ray's books, so that it always finds a place."""
+    """Options for the router's deployment: no CPU of its own in Ray's books, so that it always finds a place.
+
+    It runs on the head node, which the cluster cannot lose anyway: on another one, all streams would end with it.
+    """
     return {
         "max_ongoing_requests": ROUTER_MAX_ONGOING_REQUESTS,
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
     }

@@ -101,3 +101,25 @@ def test_a_missing_file_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> No
     """No traceback."""
     assert main(["check", "nowhere.yaml"]) == 2
     assert "nowhere.yaml: No such file" in capsys.readouterr().err
+
+
+def test_diff_says_what_a_changed_file_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line per application with the reason, and whether the new file's models fit: exit code 0 or 1."""
+    head = "applications:\n- {name: router, import_path: 'serve_app.app:router', route_prefix: /}\n"
+    model = (
+        "- {{name: {0}, import_path: 'serve_app.app:model', route_prefix: /models/{0}, args: {{model: serve-app/demo, "
+    )
+    model += "infer_backend: pt, max_memory: {{0: {1}}}}}}}\n"
+    files = [tmp_path / name for name in ("old.yaml", "new.yaml", "large.yaml")]
+    files[0].write_text(head + model.format("a", "2GB") + model.format("b", "2GB"))
+    files[1].write_text(head + model.format("a", "2GB") + model.format("c", "2GB"))
+    files[2].write_text(head + model.format("a", "30GB"))
+    old, new, large = map(str, files)
+    assert main(["diff", old, new, "--gpus", "24GiB"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == ["  a: stays as it is", "- b: stops", "+ c: starts"]
+    assert main(["diff", old, large, "--gpus", "24GiB"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == ["! a: restarts, replica by replica; streams go on", "      args.max_memory.0: 2GB → 30GB"]
+    assert told[-1].startswith("does not fit: a: ")
+    assert main(["diff", old, str(tmp_path / "none.yaml")]) == 2

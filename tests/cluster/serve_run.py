@@ -47,6 +47,7 @@ class ServeRun:
         cpus: int,
         controller: dict[str, str] | None = None,
         headers: dict[str, str] | None = None,
+        start: bool = True,
     ):
         self._headers = headers
         # Short, because Ray puts sockets below it and their paths have 107 characters at most.
@@ -81,6 +82,10 @@ class ServeRun:
             },
             "HF_HUB_OFFLINE": "1",
         }
+        if start:
+            self._run()
+
+    def _run(self) -> None:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [BIN / "serve", "run", self.config_file],
@@ -126,8 +131,11 @@ class ServeRun:
     def _serve(self, command: str, *arguments: str) -> str:
         dashboard = re.search(r"dashboard at (http://\S+)", self.output())
         assert dashboard is not None, "Ray prints the dashboard's address at start"
+        return self._call(command, *arguments, address=dashboard[1])
+
+    def _call(self, command: str, *arguments: str, address: str) -> str:
         done = subprocess.run(
-            [BIN / "serve", command, *arguments, "--address", dashboard[1]],
+            [BIN / "serve", command, *arguments, "--address", address],
             env=self.environment,
             capture_output=True,
             text=True,

@@ -1,0 +1,44 @@
+"""`serve-app diff`: what deploying another config file would start, stop and restart, and whether the result fits."""
+
+from pathlib import Path
+
+import yaml
+
+from serve_app.cli.check import require_serves_schema, require_valid
+from serve_app.cli.plan import plan_of_file
+from serve_app.errors import ConfigError
+from serve_app.facts.serve_file import read_applications
+from serve_app.serving.changes import Change, changes, not_applied
+
+MARKS = {"starts": "+", "stops": "-", "restarts": "!", "changes in place": "~", "stays as it is": " "}
+
+
+def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address: str | None) -> int:
+    """Prints one line per application. Returns 0, or 1 when the new file's models do not fit. Raises ConfigError."""
+    for file in (old, new):
+        require_valid(read_applications(file))
+        require_serves_schema(file)
+    before, after = (yaml.safe_load(file.read_text()) for file in (old, new))
+    found = changes(before, after)
+    for change in found:
+        print("\n".join(lines_of(change)))
+    for name in not_applied(before, after):
+        print(f"note: {name} differs. `serve deploy` does not apply it to a Serve that runs: stop it and run it again.")
+    if not any(application.is_model for application in read_applications(new)):
+        return 0
+    try:
+        made = plan_of_file(new, gpus, inventory, address)
+    except ConfigError as error:
+        raise ConfigError(f"the new file cannot be planned: {error}") from None
+    for problem in made.problems:
+        cure = f" Smallest fix: {problem.fix.text}." if problem.fix is not None else ""
+        print(f"does not fit: {problem.model}: {problem.message}{cure}")
+    if made.fits:
+        print("The new file's models fit together.")
+    return 0 if made.fits else 1
+
+
+def lines_of(change: Change) -> list[str]:
+    """A mark, the name, what happens, and why."""
+    text = {"restarts": "restarts, replica by replica; streams go on"}.get(change.kind, change.kind)
+    return [f"{MARKS[change.kind]} {change.name}: {text}", *(f"      {reason}" for reason in change.why)]

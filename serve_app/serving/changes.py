@@ -1,0 +1,85 @@
+"""What `serve deploy` of another config file will do to each application that runs. Pure.
+
+Serve compares a version of each application: its import path, `args`, `runtime_env` and the policies under
+`deployments:` (`get_app_code_version`, asked here itself). Another version replaces all replicas, some at a time; of
+the other options a few do so too, and the rest changes in place.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray.serve._private.deploy_utils import get_app_code_version
+from ray.serve.schema import ServeApplicationSchema
+
+Kind = Literal["starts", "stops", "restarts", "changes in place", "stays as it is"]
+
+# Options of a deployment that make Serve replace its replicas (DeploymentVersion.requires_actor_restart, Ray 2.60).
+REPLACING = frozenset(
+    {
+        "ray_actor_options",
+        "placement_group_bundles",
+        "placement_group_strategy",
+        "placement_group_bundle_label_selector",
+        "placement_group_fallback_strategy",
+        "max_replicas_per_node",
+        "gang_scheduling_config",
+    }
+)
+# Read by Serve when it starts, and never again.
+AT_START_ONLY = ("http_options", "grpc_options", "controller_options", "proxy_location")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one application, and the fields that make it happen, each as `field: before → after`."""
+
+    name: str
+    kind: Kind
+    why: tuple[str, ...] = ()
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """One for each application of the two documents, which Serve's schema has accepted; by name."""
+    old, new = ({item["name"]: item for item in document["applications"]} for document in (before, after))
+    return [_change(name, old.get(name), new.get(name)) for name in sorted({**old, **new})]
+
+
+def not_applied(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The top-level options that differ and that `serve deploy` leaves as they were."""
+    return [name for name in AT_START_ONLY if before.get(name) != after.get(name)]
+
+
+def _change(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> Change:
+    if old is None:
+        return Change(name, "starts")
+    if new is None:
+        return Change(name, "stops")
+    differences = list(_differences("", _by_name(old), _by_name(new)))
+    why = tuple(f"{path}: {_short(a)} → {_short(b)}" for path, a, b in differences)
+    if not differences:
+        return Change(name, "stays as it is")
+    versions = [get_app_code_version(ServeApplicationSchema.model_validate(item)) for item in (old, new)]
+    options = {part for path, _, _ in differences if path.startswith("deployments.") for part in path.split(".")[2:3]}
+    replaces = versions[0] != versions[1] or options & REPLACING
+    return Change(name, "restarts" if replaces else "changes in place", why)
+
+
+def _by_name(application: Mapping[str, Any]) -> dict[str, Any]:
+    """The application with its list of deployments as a mapping, so that the order does not count."""
+    deployments = {item["name"]: item for item in application.get("deployments") or []}
+    return {**application, "deployments": deployments}
+
+
+def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The fields that differ, as (path, before, after); a missing one is None."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(f"{path}.{key}" if path else str(key), old.get(key), new.get(key))
+    elif old != new:
+        yield path, old, new
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
