@@ -4,13 +4,12 @@ vLLM's own profiling looks at the whole card, and is wrong beside another proces
 """
 
 import logging
-import os
 from collections.abc import Sequence
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, EngineError
 from serve_app.facts.checkpoint import read_checkpoint
-from serve_app.facts.gpus import Gpu, local_gpus
+from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
 from serve_app.facts.inventory import Device
 from serve_app.planning.fit import ModelRequest, Shortage, fit_vllm
 from serve_app.planning.settle import vllm_memory
@@ -44,15 +43,6 @@ def with_planned_memory(config: ModelConfig, gpus: Sequence[Gpu]) -> ModelConfig
     if isinstance(fit, Shortage):
         raise EngineError(fit.message)
     return config.model_copy(update=vllm_memory(fit))
-
-
-def visible_gpus(gpus: Sequence[Gpu]) -> list[Gpu]:
-    """Of the machine's GPUs those that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return list(gpus)
-    known = {str(gpu.index): gpu for gpu in gpus} | {gpu.uuid: gpu for gpu in gpus}
-    return [known[name.strip()] for name in named.split(",") if name.strip() in known]
 
 
 def planned_here(config: ModelConfig) -> ModelConfig:

@@ -1,5 +1,7 @@
 """The GPUs of this machine, from NVML."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,6 +32,15 @@ def local_gpus() -> list[Gpu]:
         return [_read(index) for index in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
+
+
+def visible_gpus(gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Of the machine's GPUs those that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return list(gpus)
+    known = {str(gpu.index): gpu for gpu in gpus} | {gpu.uuid: gpu for gpu in gpus}
+    return [known[name.strip()] for name in named.split(",") if name.strip() in known]
 
 
 def _read(index: int) -> Gpu:

@@ -12,7 +12,9 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine, create_engine
+from serve_app.engines.start_lock import starting_alone
 from serve_app.errors import ServeAppError
+from serve_app.facts.gpus import local_gpus, visible_gpus
 from serve_app.serving.asgi import HttpRequest, call_asgi
 from serve_app.serving.gate import Gate, KeyedApp
 from serve_app.serving.keys import configured_keys
@@ -31,7 +33,8 @@ class Model:
         say(f"loading {config.model} with {config.infer_backend}")
         self._engine: Engine = create_engine(config, self.name)
         try:
-            self._app: ASGIApp = await self._engine.start()
+            async with starting_alone(_gpus(config), say):
+                self._app: ASGIApp = await self._engine.start()
             self._own_route = WholeBody(self._app, config)
         except ServeAppError as error:
             await self._engine.stop()
@@ -57,3 +60,8 @@ class Model:
     async def __del__(self) -> None:
         if hasattr(self, "_engine"):
             await self._engine.stop()
+
+
+def _gpus(config: ModelConfig) -> list[str]:
+    """The GPUs of this process, by UUID; none on the CPU."""
+    return [] if config.device == "cpu" else [gpu.uuid for gpu in visible_gpus(local_gpus())]

@@ -3,9 +3,9 @@
 import pytest
 
 from serve_app.config import ModelConfig
-from serve_app.engines.vllm_memory import visible_gpus, with_planned_memory
+from serve_app.engines.vllm_memory import with_planned_memory
 from serve_app.errors import EngineError
-from serve_app.facts.gpus import Gpu
+from serve_app.facts.gpus import Gpu, visible_gpus
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
