@@ -22,6 +22,10 @@ class Engine(Protocol):
         """Raises EngineError when the engine can serve no more, and the replica must be replaced."""
         ...
 
+    def load(self) -> float:
+        """What runs and waits, as a share of what the engine can hold: 1 is a full batch, or a full KV cache."""
+        ...
+
     async def stop(self) -> None:
         """Ends the engine's threads and processes and frees its memory."""
         ...

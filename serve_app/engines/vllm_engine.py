@@ -79,6 +79,16 @@ class VllmEngine:
         except Exception as error:
             raise EngineError(f"vLLM's engine is dead: {error}. The replica will be replaced.") from error
 
+    def load(self) -> float:
+        """Requests that run or wait, to `max_num_seqs`; or the KV cache's use, if that is more. From vLLM's gauges."""
+        from prometheus_client import REGISTRY
+
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        found = {family.name: family.samples for family in REGISTRY.collect() if family.name in names}
+        running, waiting, cache = (sum(sample.value for sample in found.get(name, ())) for name in names)
+        most: int = self._client.vllm_config.scheduler_config.max_num_seqs
+        return max((running + waiting) / most, cache)
+
     async def stop(self) -> None:
         """Shuts the engine process down and waits for it."""
         await self._stack.aclose()

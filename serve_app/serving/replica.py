@@ -16,6 +16,7 @@ from serve_app.engines.start_lock import starting_alone
 from serve_app.errors import ServeAppError
 from serve_app.facts.gpus import local_gpus, visible_gpus
 from serve_app.serving.asgi import HttpRequest, call_asgi
+from serve_app.serving.autoscaling import ENGINE_LOAD
 from serve_app.serving.gate import Gate, KeyedApp
 from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
@@ -56,6 +57,10 @@ class Model:
     async def check_health(self) -> None:
         """Called by Serve; an exception makes it replace the replica."""
         await self._engine.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for `autoscaling.by_engine_load`."""
+        return {ENGINE_LOAD: self._engine.load()}
 
     async def __del__(self) -> None:
         if hasattr(self, "_engine"):

@@ -1,4 +1,4 @@
-"""Serve's own autoscaling with our replicas."""
+"""Serve's autoscaling by the load that our replicas report."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ async def wait_for(client: httpx.AsyncClient, wanted: int, timeout_s: float) -> 
 
 
 async def test_replicas_rise_under_load_and_fall_after_it(run: ServeRun) -> None:
-    """Eight endless requests against a target of two need a second replica; without them it goes again."""
+    """Eight endless requests are twice what one engine holds, so a second replica comes; without them it goes again."""
     body = chat("scaling", "Hello", max_tokens=1500, ignore_eos=True)
     async with httpx.AsyncClient(base_url=run.url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:
         assert await wait_for(client, 1, timeout_s=90)

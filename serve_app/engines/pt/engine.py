@@ -41,6 +41,10 @@ class PtEngine:
         """Raises when the engine's thread has ended."""
         self.generator.require_alive()
 
+    def load(self) -> float:
+        """Sequences that run or wait, to those that may run at once."""
+        return self.generator.in_flight / self.generator.limits.max_num_seqs
+
     async def stop(self) -> None:
         """Ends the thread and removes the offloaded weights."""
         if self._generator is None:
