@@ -8,7 +8,7 @@ from serve_app.cli.check import require_serves_schema, require_valid
 from serve_app.cli.plan import plan_of_file
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import read_applications
-from serve_app.serving.changes import Change, changes, not_applied
+from serve_app.serving.changes import Change, changes, for_all, not_applied
 
 MARKS = {"starts": "+", "stops": "-", "restarts": "!", "changes in place": "~", "stays as it is": " "}
 
@@ -24,6 +24,8 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
         print("\n".join(lines_of(change)))
     for name in not_applied(before, after):
         print(f"note: {name} differs. `serve deploy` does not apply it to a Serve that runs: stop it and run it again.")
+    for name in for_all(before, after):
+        print(f"note: {name} differs. Serve applies it to every application.")
     if not any(application.is_model for application in read_applications(new)):
         return 0
     try:

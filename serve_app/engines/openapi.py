@@ -41,13 +41,14 @@ class Operation:
 
 
 def document(title: str, description: str, operations: Iterable[Operation], schemas: Mapping[str, Schema]) -> Schema:
-    """An OpenAPI 3.1 document. Bodies may refer to `schemas` by `reference`."""
+    """An OpenAPI 3.1 document. Bodies may refer to `schemas` by `reference`. Paths are relative to where it is read."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _entry(operation)
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__, "description": description},
+        "servers": [{"url": "."}],
         "paths": paths,
         "components": {
             "schemas": {"Error": ERROR, **schemas},

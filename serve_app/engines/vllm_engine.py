@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.config import ModelConfig
 from serve_app.engines.openai_errors import error_response
 from serve_app.engines.vllm_memory import planned_here
-from serve_app.errors import ConfigError, EngineError, InvalidRequest, nearest
+from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit import VLLM_CPU_KV_BYTES
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this says less.
@@ -60,15 +60,22 @@ class VllmEngine:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
         from vllm.entrypoints.launchers.app import build_app
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         self._client = await self._stack.enter_async_context(build_async_engine_client(args))
         tasks = await self._client.get_supported_tasks()
         app = build_app(args, tasks, self._client.model_config)
         app.state.server = self._server  # vLLM's handler of a dead engine asks it to exit.
+        app.add_exception_handler(EngineDeadError, self._engine_died)  # vLLM says 500, as of a bad request.
         app.add_exception_handler(StarletteHTTPException, _no_such_route)  # vLLM handles FastAPI's only.
         app.middleware_stack = app.build_middleware_stack()  # `build_app` has built it already, without that.
         await init_app_state(self._client, app.state, args, tasks)
         return disconnect_before_cancel(app)
+
+    async def _engine_died(self, _: Request, error: Exception) -> Response:
+        """503, so that the router sends the request to another replica; the health check has this one replaced."""
+        self._server.should_exit = True
+        return error_response(ModelUnavailable(f"vLLM's engine has died: {error}", retry_after_s=5.0))
 
     async def check_health(self) -> None:
         """Asks vLLM, which knows when its engine process has died."""

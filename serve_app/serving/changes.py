@@ -28,6 +28,8 @@ REPLACING = frozenset(
 )
 # Read by Serve when it starts, and never again.
 AT_START_ONLY = ("http_options", "grpc_options", "controller_options", "proxy_location")
+# Top-level options that Serve applies to every application.
+FOR_ALL = ("target_capacity", "logging_config")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,17 @@ def not_applied(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     return [name for name in AT_START_ONLY if before.get(name) != after.get(name)]
 
 
+def for_all(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The top-level options that differ and that Serve applies to every application."""
+    return [name for name in FOR_ALL if before.get(name) != after.get(name)]
+
+
 def _change(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> Change:
     if old is None:
         return Change(name, "starts")
     if new is None:
         return Change(name, "stops")
-    differences = list(_differences("", _by_name(old), _by_name(new)))
+    differences = list(_differences("", *_by_name(old, new)))
     why = tuple(f"{path}: {_short(a)} → {_short(b)}" for path, a, b in differences)
     if not differences:
         return Change(name, "stays as it is")
@@ -65,10 +72,14 @@ def _change(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | N
     return Change(name, "restarts" if replaces else "changes in place", why)
 
 
-def _by_name(application: Mapping[str, Any]) -> dict[str, Any]:
-    """The application with its list of deployments as a mapping, so that the order does not count."""
-    deployments = {item["name"]: item for item in application.get("deployments") or []}
-    return {**application, "deployments": deployments}
+def _by_name(*applications: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The applications with their deployments by name. One without an entry has the code's options."""
+    several = [{item["name"]: item for item in one.get("deployments") or []} for one in applications]
+    names = {name for deployments in several for name in deployments}
+    return [
+        {**one, "deployments": {name: deployments.get(name, {"name": name}) for name in sorted(names)}}
+        for one, deployments in zip(applications, several, strict=True)
+    ]
 
 
 def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

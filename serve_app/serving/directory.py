@@ -169,7 +169,9 @@ class ModelDirectory:
                 self._loading_since.setdefault(name, now)
             elif (since := self._loading_since.pop(name, None)) is not None and model.state == "ready":
                 self._load_times[name] = now - since
-            if model.state != "asleep" and not model.replicas:  # What was to wake it has no chance now.
+            if model.state == "ready":  # Whoever woke it may have left since.
+                self.woke(name)
+            elif model.state != "asleep":  # What was to wake it has no chance now.
                 self._waking_since.pop(name, None)
 
 
@@ -228,8 +230,12 @@ def summarize(message: str) -> str:
     return re.sub(r"^(serve_app\.errors\.\w+: |(\w+\.)*)", "", last)
 
 
-def _no_controller() -> ModelUnavailable:
-    return ModelUnavailable("Ray Serve's controller does not answer.", retry_after_s=RETRY_LOADING_S)
+class ControllerSilent(ModelUnavailable):
+    """Nothing is known now. What runs, runs on."""
+
+
+def _no_controller() -> ControllerSilent:
+    return ControllerSilent("Ray Serve's controller does not answer.", retry_after_s=RETRY_LOADING_S)
 
 
 def _not_found(name: str, models: Mapping[str, ModelStatus]) -> ModelNotFound:

@@ -11,8 +11,10 @@ from typing import NoReturn
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.config import ModelConfig, RouterConfig
 from serve_app.engines.openai_errors import error_response
-from serve_app.errors import RateLimited, RequestError, TokensLimited, Unauthorized
+from serve_app.errors import ClientGone, InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
+from serve_app.serving.incoming import peek, read_body, replayed
 from serve_app.serving.keys import ApiKey, KeySource
 from serve_app.serving.limiter_actor import router_token
 from serve_app.serving.limits import Limiter, Limits, Verdict, duration
@@ -30,6 +32,9 @@ TAIL_BYTES = 2048
 
 # Text that a model or a client wrote cannot look like this: inside a JSON string the quotes are escaped.
 TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
+
+# Those of a body, where no model says others.
+DEFAULT_LIMITS = RouterConfig()
 
 # Methods that make no model work. They need a key, and cost nothing of its limits.
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -178,10 +183,12 @@ class KeyedApp:
     """An application behind a gate: every HTTP request but GET /health needs a key that opens `model_name`.
 
     That holds for paths that do not exist too, for documentation and for metrics. Websockets are refused, as nothing
-    would count them. The estimate is by the length of the body; what the response says corrects it.
+    would count them. The body is read within `limits` once the key is known, and its length and `max_tokens` are the
+    estimate; what the response says corrects it.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, model_name: str):
+    def __init__(self, app: ASGIApp, gate: Gate, model_name: str, limits: RouterConfig | ModelConfig = DEFAULT_LIMITS):
+        self._limits = limits
         self._app = app
         self._gate = gate
         self._model_name = model_name
@@ -208,7 +215,15 @@ class KeyedApp:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            admission = await self._admit(scope)
+            key = self._gate.identify(scope["headers"], self._model_name)
+            if scope["method"] in FREE_METHODS:
+                admission = Admission(None if key is None else key.name)
+            else:
+                body = await read_body(scope["headers"], receive, self._limits)
+                admission = await self._gate.admit(scope["headers"], self._model_name, _estimate(body))
+                receive = replayed(body, receive)
+        except ClientGone:
+            return
         except RequestError as error:
             await refusal(error)(scope, receive, send)
             return
@@ -229,14 +244,12 @@ class KeyedApp:
         finally:
             await admission.release(0 if status >= 400 else tail.total_tokens())  # A refused request used none.
 
-    async def _admit(self, scope: Scope) -> Admission:
-        headers = scope["headers"]
-        if scope["method"] in FREE_METHODS:
-            key = self._gate.identify(headers, self._model_name)
-            return Admission(None if key is None else key.name)
-        length = next((value for name, value in headers if name == b"content-length"), b"")
-        estimate = estimate_tokens(int(length) if length.isdigit() else 0)
-        return await self._gate.admit(headers, self._model_name, estimate)
+
+def _estimate(body: bytes) -> int:
+    try:
+        return estimate_tokens(len(body), peek(body).token_limit)
+    except InvalidRequest:  # The engine says what is wrong with it.
+        return estimate_tokens(len(body))
 
 
 def _is_health(scope: Scope) -> bool:

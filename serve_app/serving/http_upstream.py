@@ -28,7 +28,10 @@ logger = logging.getLogger("ray.serve")
 HOP_HEADER = b"x-serve-app-hop"
 # A table of routes is read again for a name that is not in it, at most this often.
 ROUTES_AGE_S = 0.5
-# Made by HAProxy, which has no request id; a replica's own answers have one.
+# And for the others: two models may have changed places.
+MOST_ROUTES_AGE_S = 10.0
+# Made by HAProxy, which has no request id, or by Serve's proxy behind it, as plain text; a replica's own answers have
+# an id, and are JSON.
 PROXY_ERRORS = frozenset({500, 502, 503, 504})
 
 
@@ -56,14 +59,16 @@ class HttpUpstream:
         query = f"?{request.query.decode('latin-1')}" if request.query else ""
         url = URL(f"{self._base}{route}{quote(request.path)}{query}", encoded=True)
         try:
-            reply = await self._session.request(request.method, url, data=request.body, headers=self._headers(request))
+            reply = await self._session.request(
+                request.method, url, data=request.body, headers=self._headers(request), allow_redirects=False
+            )
         except aiohttp.ClientConnectorError:
             return await self._handles.send(name, request)  # No HAProxy on this node, or not yet.
         except aiohttp.ClientError as error:
             raise ReplicaLost(f"{type(error).__name__}: {error}") from error
-        if reply.status in PROXY_ERRORS:
+        if reply.status in PROXY_ERRORS | {404}:
             self._routes.pop(name, None)  # It may have moved.
-        if reply.status in PROXY_ERRORS and "x-request-id" not in reply.headers:
+        if reply.status in PROXY_ERRORS and ("x-request-id" not in reply.headers or reply.content_type == "text/plain"):
             reason = (await _text(reply))[:200]
             if "failed to deploy" in reason:
                 raise ModelUnavailable(f"The model '{name}' has failed: {reason}", param="model")
@@ -84,7 +89,8 @@ class HttpUpstream:
 
     async def _route(self, name: str) -> str | None:
         """The prefix of a model's route, None where HAProxy has none for it."""
-        if name not in self._routes and time.monotonic() - self._routes_read_at > ROUTES_AGE_S:
+        age_s = time.monotonic() - self._routes_read_at
+        if age_s > (ROUTES_AGE_S if name not in self._routes else MOST_ROUTES_AGE_S):
             self._routes_read_at = time.monotonic()
             try:
                 await self._read_routes()
@@ -100,6 +106,7 @@ class HttpUpstream:
             self._base = f"http://{host}:{config.port}"
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
                 auto_decompress=False,
                 skip_auto_headers=("user-agent", "accept", "accept-encoding"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.engines.openai_errors import read_json
@@ -103,6 +103,18 @@ async def read_body(headers: Headers, receive: Receive, config: RouterConfig | M
         raise RequestTimeout(
             f"The body did not arrive within {config.body_timeout_s:g} s. {_whose(config)} body_timeout_s sets it."
         ) from None
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive` for an application, with a body that was read already; then what comes after it."""
+    unread = [body]
+
+    async def replay() -> Message:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        return await receive()
+
+    return replay
 
 
 async def _read(receive: Receive, config: RouterConfig | ModelConfig) -> bytes:

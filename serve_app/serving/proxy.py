@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -41,7 +41,7 @@ from serve_app.serving.incoming import (
 )
 from serve_app.serving.names import candidates
 from serve_app.serving.queues import ModelQueue, Queues
-from serve_app.serving.relay import Relay, backoff
+from serve_app.serving.relay import Relay, backoff, last_words
 from serve_app.serving.router_metrics import RouterMetrics
 from serve_app.serving.upstream import Answer, ReplicaLost, Upstream, first_piece
 from serve_app.serving.waiting_room import WaitingRoom
@@ -56,6 +56,8 @@ LOST = frozenset({502, 503, 504})
 # A client that streams and sends it is told, in comments, how long its model still loads.
 PROGRESS_HEADER = b"x-serve-app-progress"
 MOST_ID_BYTES = 128
+# A body that is written again with another model takes 15 ms a megabyte, in which nothing else would go on.
+LARGE_BODY_BYTES = 2**18
 
 
 class Proxy:
@@ -96,6 +98,9 @@ class Proxy:
         except asyncio.CancelledError:
             exchange.status = exchange.status or ClientGone.status
             raise
+        except Exception as error:  # Ours, or a library's. Whoever waits must not wait for a broken connection.
+            logger.exception("a request failed in the router")
+            await _refuse(exchange, RequestError(f"The router failed: {type(error).__name__}: {error}"))
         finally:
             exchange.count(self._metrics)
             logger.info(exchange.log_line())
@@ -119,7 +124,7 @@ class Proxy:
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)
         finally:  # What was refused, or never began, used no tokens.
-            is_free = not exchange.pieces or exchange.status >= 400
+            is_free = not exchange.first or ((exchange.error_status or exchange.status) >= 400 and exchange.pieces <= 1)
             await admission.release(0 if is_free else total_tokens(exchange.tail))
 
     def _allowed(self, names: list[str], headers: Headers) -> list[str]:
@@ -130,12 +135,18 @@ class Proxy:
     async def _answer_of(
         self, names: list[str], asked: str | None, exchange: Exchange, scope: Scope, body: bytes
     ) -> None:
-        headers = [pair for pair in scope["headers"] if pair[0] not in REPLACED]
+        named = header(scope["headers"], b"connection") or b""  # Headers of this connection alone (RFC 9110, 7.6.1).
+        dropped = REPLACED | {part.strip().lower() for part in named.split(b",")}
+        headers = [pair for pair in scope["headers"] if pair[0] not in dropped]
         headers += [JSON, (b"x-request-id", exchange.request_id.encode("latin-1"))]
 
-        def request_to(name: str) -> HttpRequest:
-            named = body if name == asked else with_model(body, name)
-            return HttpRequest(scope["method"], scope["path"], scope["query_string"], headers, named)
+        bodies = {asked: body}
+
+        async def request_to(name: str) -> HttpRequest:
+            if name not in bodies:
+                large = len(body) > LARGE_BODY_BYTES
+                bodies[name] = await asyncio.to_thread(with_model, body, name) if large else with_model(body, name)
+            return HttpRequest(scope["method"], scope["path"], scope["query_string"], headers, bodies[name])
 
         ends = asyncio.get_running_loop().time() + self.config.total_timeout_s
         try:
@@ -159,13 +170,13 @@ class Proxy:
             await answer.close()
 
     async def _open(
-        self, exchange: Exchange, names: list[str], request_to: Callable[[str], HttpRequest]
+        self, exchange: Exchange, names: list[str], request_to: Callable[[str], Awaitable[HttpRequest]]
     ) -> tuple[Answer, HttpRequest]:
         """The first model that takes the request: none waits for a loading one while another is ready."""
         failures: list[RequestError] = []
         for patient in (False, True) if len(names) > 1 else (True,):
             for name in names:
-                request = request_to(name)
+                request = await request_to(name)
                 is_last = patient and name == names[-1]
                 try:
                     answer = await self._open_one(exchange, name, request, patient)
@@ -183,7 +194,6 @@ class Proxy:
         retries = 0
         while True:
             await self._waiting_room.pass_through(exchange, name, config, patient)
-            exchange.model = name
             with self._place(name) as queue:
                 exchange.sent = time.perf_counter()
                 try:
@@ -246,13 +256,16 @@ async def _refuse(exchange: Exchange, error: RequestError) -> None:
         exchange.status = error.status
         return
     if exchange.is_early and not exchange.pieces:
-        await exchange.tell(error)
-        await exchange.end()
+        await last_words(exchange.tell(error), exchange.end())
         return
+    exchange.error_code = error.code
     if exchange.status:
+        exchange.error_status = error.status
         raise error
     exchange.status = error.status
     response = refusal(error)
+    for name, value in exchange.extra_headers:
+        response.headers[name.decode("latin-1")] = value.decode("latin-1")
     await response({"type": "http"}, _never, exchange.send)
 
 

@@ -1,11 +1,14 @@
 """The model's answer on its way back: bytes as they come, and another replica's where the first one was lost."""
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
 
 from serve_app.config import RouterConfig
+from serve_app.engines.openai_errors import error_object
 from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
 from serve_app.serving.asgi import HttpRequest
 from serve_app.serving.exchange import Exchange
@@ -16,15 +19,29 @@ from serve_app.serving.upstream import Answer, ReplicaLost, Upstream
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds before the first repeat; doubled each time, up to the most. A dead replica is known to all within that.
-BACKOFF_S, MOST_BACKOFF_S = 0.05, 2.0
-# Seconds in which a client must take the event that says why its stream ends.
-TELL_TIMEOUT_S = 2.0
+# Seconds before the repeats. The first is for another replica, which answers at once; where there is none, Serve needs
+# two or three seconds to know that the last one has died, and then the request waits as for any model that loads.
+BACKOFF_S = (0.1, 0.5, 2.0)
+# Seconds in which a client must take the last of its answer.
+LAST_WORDS_TIMEOUT_S = 5.0
 
 
 async def backoff(repeats: int) -> None:
     """Waits before the next try."""
-    await asyncio.sleep(min(BACKOFF_S * 2**repeats, MOST_BACKOFF_S))
+    await asyncio.sleep(BACKOFF_S[min(repeats, len(BACKOFF_S)) - 1])
+
+
+async def last_words(*sends: Coroutine[Any, Any, None]) -> None:
+    """The end of an answer. Raises DeadlineExceeded, which breaks the connection, for a reader that stands still."""
+    try:
+        async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
+            for send in sends:
+                await send
+    except TimeoutError:
+        raise DeadlineExceeded("The client did not take the end of its answer.") from None
+    finally:
+        for send in sends:
+            send.close()
 
 
 class Deadline:
@@ -72,14 +89,26 @@ class Relay:
                     await self._exchange.pass_on(piece)
         except ReplicaLost as error:
             raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
-        await self._exchange.end()
+        await last_words(self._exchange.end())
 
     async def refusal(self, answer: Answer) -> None:
         """An answer that is no stream, for a client whose stream has begun with comments: it becomes its last event."""
-        body = b"".join([piece async for piece in answer.pieces()])
+        pieces = []
+        try:
+            async with self._in_time() as deadline:
+                async for piece in answer.pieces():
+                    deadline.moved()
+                    pieces.append(piece)
+        except ReplicaLost as error:
+            raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
+        body = b"".join(pieces)
+        try:
+            event = json.dumps(json.loads(body))
+        except ValueError:
+            text = f"HTTP {answer.status}: {body[:500].decode(errors='replace')}"
+            event = json.dumps(error_object(RequestError(text)))
         self._exchange.error_status = answer.status
-        await self._exchange.pass_on(b"data: " + b" ".join(body.splitlines()) + b"\n\n")
-        await self._exchange.end()
+        await last_words(self._exchange.pass_on(f"data: {event}\n\n".encode()), self._exchange.end())
 
     async def events(self, answer: Answer, upstream: Upstream, metrics: RouterMetrics) -> None:
         """A stream of events, which ends with one that says why where it cannot go on."""
@@ -94,14 +123,14 @@ class Relay:
                     await current.answer.close()
                     current = await self._resumed(upstream, transcript, error, metrics)
         except RequestError as error:
-            with suppress(TimeoutError):  # Its reader may be what stands still.
-                async with asyncio.timeout(TELL_TIMEOUT_S):
-                    await self._exchange.tell(error)
+            await last_words(self._exchange.tell(error), self._exchange.end())  # Its reader may be what stands still.
+            return
         finally:
             if current is not None and current.answer is not None:
                 await current.answer.close()
-        await self._exchange.pass_on(b"" if current is None else current.last)
-        await self._exchange.end(f": server-timing {self._exchange.timing()}\n\n".encode())
+        rest = b"" if current is None else current.last
+        end = self._exchange.end(f": server-timing {self._exchange.timing()}\n\n".encode())
+        await last_words(self._exchange.pass_on(rest), end)
 
     async def _events_of(self, current: Resumed, transcript: Transcript | None) -> None:
         """Raises ReplicaLost where the stream breaks, DeadlineExceeded where it stands still."""
@@ -145,7 +174,8 @@ class Relay:
             try:
                 async with asyncio.timeout_at(self._ends):
                     await self._loaded(exchange, exchange.model, self._config)
-                    return await resume(upstream, exchange.model, self._request, transcript)
+                    async with asyncio.timeout(self._config.first_byte_timeout_s):
+                        return await resume(upstream, exchange.model, self._request, transcript)
             except CannotResume as refusal:
                 reason = f"{error}; it was not taken up again: {refusal}"
                 break
@@ -158,5 +188,5 @@ class Relay:
         if transcript is not None and transcript.done:
             return None
         lost = ModelUnavailable(f"The model's replica was lost in the stream: {reason}.", retry_after_s=1.0)
-        await exchange.tell(lost)
+        await last_words(exchange.tell(lost))
         return None

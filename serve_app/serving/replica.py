@@ -29,6 +29,7 @@ class Model:
 
     async def __init__(self, config: ModelConfig):  # type: ignore[misc]  # Serve awaits it
         self.name = serve.get_replica_context().app_name
+        self._config = config
         self._gate = Gate(configured_keys(), ActorLimiter())
         started = time.monotonic()
         say(f"loading {config.model} with {config.infer_backend}")
@@ -47,7 +48,7 @@ class Model:
         say(f"ready after {time.monotonic() - started:.0f} s")
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return KeyedApp(self._own_route, self._gate, self.name)
+        return KeyedApp(self._own_route, self._gate, self.name, self._config)
 
     async def http(self, request: HttpRequest) -> AsyncIterator[bytes]:
         """Answers one request: the head first, then the body in pieces."""

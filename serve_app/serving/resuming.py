@@ -86,7 +86,10 @@ class _Caller:
         """The decoded answer. Raises CannotResume where the model refuses, ReplicaLost where it is lost."""
         content = json.dumps(body, ensure_ascii=False).encode()
         answer = await _accepted(self._upstream, self._name, HttpRequest("POST", path, b"", self._headers, content))
-        return json.loads(b"".join([piece async for piece in answer.pieces()]))
+        try:
+            return json.loads(b"".join([piece async for piece in answer.pieces()]))
+        finally:
+            await answer.close()
 
     async def stream(self, path: str, body: bytes) -> Answer:
         """An answer that streams."""

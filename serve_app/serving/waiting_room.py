@@ -1,16 +1,19 @@
 """Where requests wait for a model that is loading or asleep, up to a limit and a deadline."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from serve_app.config import RouterConfig
 from serve_app.errors import ModelUnavailable
 from serve_app.serving.asgi import HttpRequest
-from serve_app.serving.directory import ModelDirectory
+from serve_app.serving.directory import ControllerSilent, ModelDirectory
 from serve_app.serving.exchange import Exchange
 from serve_app.serving.queues import Queues
 from serve_app.serving.upstream import ReplicaLost, Upstream
+
+logger = logging.getLogger("ray.serve")
 
 # Seconds between two looks at a model that is loading.
 LOOK_AGAIN_S = 0.25
@@ -35,11 +38,12 @@ class WaitingRoom:
         Raises ModelNotFound, ModelUnavailable with the measured load time, or Overloaded when too many wait.
         """
         model = await self._directory.find(name)
+        exchange.model = name
         if model.state == "ready":
             return
         self._directory.require_hope(model)
         if model.state == "asleep" and not config.max_held_requests:
-            self._call(name)
+            self._call(name, config.hold_timeout_s)
         if not config.max_held_requests or not (patient or model.is_open):
             raise self._directory.unavailable(model)
         with self._queues[name].hold(config, self._directory.load_time_s(name)):
@@ -50,14 +54,26 @@ class WaitingRoom:
                 raise self._directory.unavailable(await self._directory.find(name)) from None
 
     async def _until_ready(self, name: str) -> None:
-        while True:
-            model = await self._directory.find(name)
-            if model.state == "ready":
-                return
-            self._directory.require_hope(model)
-            if model.state == "asleep" and await self._wakes(name):
-                return
-            await asyncio.sleep(LOOK_AGAIN_S)
+        call: asyncio.Task[bool] | None = None
+        try:
+            while True:
+                with suppress(ControllerSilent):  # It may be restarting; what waits, waits on.
+                    model = await self._directory.find(name)
+                    if model.state == "ready":
+                        return
+                    self._directory.require_hope(model)
+                    if model.state == "asleep" and (call is None or call.done()):
+                        call = asyncio.create_task(self._wakes(name))
+                # The call may wait for ever: Serve does not tell it that the model has failed.
+                if call is not None and not call.done():
+                    await asyncio.wait({call}, timeout=LOOK_AGAIN_S)
+                    if call.done() and call.result():
+                        return
+                else:
+                    await asyncio.sleep(LOOK_AGAIN_S)
+        finally:
+            if call is not None:
+                call.cancel()
 
     async def _wakes(self, name: str) -> bool:
         """Whether the model has answered a call. Each request that waits makes one: Serve scales by their number."""
@@ -70,11 +86,16 @@ class WaitingRoom:
                 return True
         return False
 
-    def _call(self, name: str) -> None:
+    def _call(self, name: str, timeout_s: float) -> None:
         """Wakes a model for those who may not wait, and come again."""
         if name not in self._calls:
-            self._calls[name] = asyncio.create_task(self._wakes(name))
-            self._calls[name].add_done_callback(lambda _: self._calls.pop(name))
+            self._calls[name] = asyncio.create_task(asyncio.wait_for(self._wakes(name), timeout_s))
+            self._calls[name].add_done_callback(self._called)
+
+    def _called(self, call: "asyncio.Task[bool]") -> None:
+        self._calls = {name: other for name, other in self._calls.items() if other is not call}
+        if not call.cancelled() and (error := call.exception()) is not None:
+            logger.warning("A model could not be woken: %s: %s", type(error).__name__, error)
 
     @asynccontextmanager
     async def _comments(self, exchange: Exchange, name: str) -> AsyncIterator[None]:
@@ -85,8 +106,7 @@ class WaitingRoom:
         finally:
             if telling is not None:
                 telling.cancel()
-                with suppress(asyncio.CancelledError):
-                    await telling
+                await asyncio.wait({telling})  # Not awaited itself: that would swallow a cancellation of this task.
 
     async def _tell(self, exchange: Exchange, name: str) -> None:
         while True:

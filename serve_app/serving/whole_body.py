@@ -1,11 +1,11 @@
 """A model's own route takes a body only when it is whole, small enough and in time: engines read without a limit."""
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
 from serve_app.engines.openai_errors import error_response
 from serve_app.errors import ClientGone, RequestError
-from serve_app.serving.incoming import read_body
+from serve_app.serving.incoming import read_body, replayed
 
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
@@ -32,11 +32,4 @@ class WholeBody:
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
-        unread = [body]
-
-        async def replay() -> Message:
-            if unread:
-                return {"type": "http.request", "body": unread.pop(), "more_body": False}
-            return await receive()
-
-        await self._app(scope, replay, send)
+        await self._app(scope, replayed(body, receive), send)

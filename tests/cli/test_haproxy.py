@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from serve_app.cli.haproxy import tightened
+from serve_app.cli.haproxy import looseness, tightened
 
 CONFIG = """global
     stats socket /tmp/h/admin.sock mode 666 level admin expose-fd listeners
@@ -74,3 +74,12 @@ def _wait(reached: object) -> None:
     while not reached():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_config_of_this_ray_is_the_one_that_is_known() -> None:
+    """An update of Ray that names things otherwise must not open them in silence."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    assert looseness(HAPROXY_CONFIG_TEMPLATE) == "metrics or statistics would be open on all addresses"
+    assert looseness(tightened(HAPROXY_CONFIG_TEMPLATE)) == ""
+    assert looseness("defaults\n  mode tcp\n") == "headers would have no time limit"

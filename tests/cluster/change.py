@@ -86,12 +86,12 @@ async def change(serve: ServeRun, models: int) -> dict[str, Any]:
         start = time.monotonic()
         await asyncio.to_thread(serve.deploy, config(models + 1))
         name = f"m{models}"
-        await asyncio.to_thread(serve.wait_until, lambda told: told.get(name, {}).get("status") == "ready", 120)
+        await asyncio.to_thread(serve.wait_until, lambda told: told.get(name, {}).get("status") == "ready", 300)
         async with session.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 4}) as reply:
             status, seconds = reply.status, time.monotonic() - start
         between = replicas(serve)
         await asyncio.to_thread(serve.deploy, config(models))
-        await asyncio.to_thread(serve.wait_until, lambda told: name not in told, 120)
+        await asyncio.to_thread(serve.wait_until, lambda told: name not in told, 300)
         texts = [await stream.end() for stream in streams]
         after = replicas(serve)
     return {

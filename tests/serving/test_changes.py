@@ -58,6 +58,18 @@ def test_applications_that_come_and_go() -> None:
         ),
         (options(), options(user_config={"aliases": {}}), "changes in place", "deployments.Model.user_config"),
         (options(), options(max_replicas_per_node=1), "restarts", "deployments.Model.max_replicas_per_node: none → 1"),
+        (
+            application("a"),
+            options(max_replicas_per_node=1),
+            "restarts",
+            "deployments.Model.max_replicas_per_node: none",
+        ),
+        (
+            options(ray_actor_options={"num_cpus": 1}),
+            application("a"),
+            "restarts",
+            "deployments.Model.ray_actor_options",
+        ),
         (application("a"), application("a", route_prefix="/b"), "changes in place", "route_prefix: /models/a → /b"),
     ],
 )

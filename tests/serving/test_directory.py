@@ -2,7 +2,8 @@
 
 import pytest
 
-from serve_app.serving.directory import read_status, summarize
+from serve_app.serving import directory as directory_module
+from serve_app.serving.directory import ModelDirectory, read_status, summarize
 from tests.builders import application
 
 CONSTRUCTOR_FAILED = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
@@ -68,3 +69,24 @@ def test_another_librarys_error_keeps_its_class() -> None:
 def test_a_plain_message_becomes_one_line() -> None:
     """Line breaks are for tracebacks."""
     assert summarize("needs 2 GPUs,\n  has none.") == "needs 2 GPUs, has none."
+
+
+def test_the_time_of_a_wake_is_known_though_who_woke_it_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next one would be told of hours."""
+    now = [0.0]
+    monkeypatch.setattr(directory_module.time, "monotonic", lambda: now[0])
+    directory = ModelDirectory("router", 2.0)
+
+    def seen(status: str, running: int) -> None:
+        directory._models = read_status({"a": application(status, running)}, "router")
+        directory._time_loads()
+
+    seen("RUNNING", 0)
+    directory.waking("a")
+    now[0] = 30.0
+    assert directory.load_time_s("a") == 1.0  # It should be there by now.
+    seen("RUNNING", 1)
+    now[0] = 36_000.0
+    seen("RUNNING", 0)
+    directory.waking("a")
+    assert directory.load_time_s("a") == 30.0

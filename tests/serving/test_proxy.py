@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from serve_app.config import RouterConfig
-from serve_app.errors import ModelNotFound, ModelUnavailable
+from serve_app.errors import DeadlineExceeded, ModelNotFound, ModelUnavailable
+from serve_app.serving import relay
 from serve_app.serving.asgi import HttpRequest
-from serve_app.serving.directory import ModelStatus
+from serve_app.serving.directory import ControllerSilent, ModelStatus
 from serve_app.serving.gate import Gate
 from serve_app.serving.keys import KeySource
 from serve_app.serving.limiter_actor import ActorLimiter
@@ -218,6 +219,73 @@ async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytes
         models.replies["a"] = says(b'{"error":\n{"code": 404}}', status=404)
         refused = await asking
     assert refused.text.endswith('data: {"error": {"code": 404}}\n\n')
+
+
+async def test_a_refusal_that_is_no_json_or_breaks_is_an_event_too() -> None:
+    """For a client whose stream has begun with comments."""
+    for reply in (says(b"bad gateway", status=404), says(ReplicaLost("died"), status=404)):
+        models = Models(a="loading")
+        _, client = proxy_of(models, max_retries=0)
+        async with client:
+            body = {"model": "a", "stream": True}
+            asking = asyncio.create_task(client.post("/v1/x", json=body, headers=PROGRESS))
+            await asyncio.sleep(0.1)
+            models.replies["a"] = reply
+            refused = await asking
+        assert json.loads(refused.text.split("\n\n")[1][6:])["error"]["message"]
+
+
+async def test_what_fails_in_the_router_is_an_error_and_no_broken_connection() -> None:
+    """Before the first byte."""
+    reply = await ask(Models(a=lambda _: 1 / 0), {"model": "a"})  # type: ignore[arg-type,return-value]
+    assert (reply.status_code, "ZeroDivisionError" in reply.json()["error"]["message"]) == (500, True)
+
+
+async def test_a_model_that_fails_while_it_wakes_lets_nobody_wait() -> None:
+    """The call that was to wake it may hang for ever."""
+    models = Models(a="asleep")
+    models.wakes_after_s = 60.0
+    asking = asyncio.create_task(ask(models, {"model": "a"}))
+    await asyncio.sleep(0.1)
+    models.replies["a"] = "failed"
+    async with asyncio.timeout(5):
+        assert (await asking).status_code == 503
+
+
+async def test_who_waits_waits_on_while_the_controller_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be restarting."""
+    models = Models(a="loading")
+    asking = asyncio.create_task(ask(models, {"model": "a"}))
+    await asyncio.sleep(0.1)
+    find = models.find
+
+    async def silent(_: str) -> ModelStatus:
+        raise ControllerSilent("no answer")
+
+    monkeypatch.setattr(models, "find", silent)
+    await asyncio.sleep(0.6)
+    monkeypatch.setattr(models, "find", find)
+    models.replies["a"] = says(b"{}")
+    assert (await asking).status_code == 200
+
+
+async def test_a_reader_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be told either, and must not hold its place for ever."""
+    monkeypatch.setattr(relay, "LAST_WORDS_TIMEOUT_S", 0.2)
+    proxy, _ = proxy_of(Models(a=says(*[b"data: 1\n\n"] * 3)), total_timeout_s=0.3)
+    body = [{"type": "http.request", "body": b'{"model": "a"}', "more_body": False}]
+
+    async def receive() -> Any:
+        return body.pop() if body else await asyncio.sleep(3600)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(3600)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/x", "query_string": b"", "headers": []}
+    async with asyncio.timeout(5):
+        with pytest.raises(DeadlineExceeded):
+            await proxy(scope, receive, send)
 
 
 async def test_a_lost_request_is_sent_again_before_its_first_byte() -> None:
