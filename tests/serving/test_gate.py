@@ -356,3 +356,15 @@ def test_the_estimate_is_length_and_what_is_asked_for() -> None:
     """Four bytes a token; a negative maximum takes nothing off."""
     assert estimate_tokens(400, 50) == 150
     assert estimate_tokens(400) == estimate_tokens(400, -7) == 100
+
+
+async def test_a_body_without_a_length_is_counted_too(tmp_path: Path) -> None:
+    """By route: in chunks, and with what it may generate."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b'{"prompt": "' + b"x" * 386 + b'", "max_tokens": 50}'
+
+    gate, _ = make_gate(tmp_path, "tokens_per_minute: 1000")
+    async with client(KeyedApp(ENGINE, gate, "m")) as http:
+        reply = await http.post("/v1/completions", content=chunks(), headers=AUTH)
+    assert reply.headers["x-ratelimit-remaining-tokens"] == str(1000 - 417 // 4 - 50)
