@@ -20,7 +20,7 @@ from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import CONTROLLER, NAMESPACE, ModelDirectory
 from serve_app.serving.gate import ROUTER_HEADER, Gate
 from serve_app.serving.limiter_actor import router_token
-from serve_app.serving.upstream import Answer, HandleUpstream, ReplicaLost
+from serve_app.serving.upstream import Answer, HandleUpstream, ReplicaLost, require_open
 
 logger = logging.getLogger("ray.serve")
 
@@ -49,9 +49,7 @@ class HttpUpstream:
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
         """As in `Upstream`."""
-        model = await self._directory.find(name)
-        if not model.is_open:
-            raise self._directory.unavailable(model)
+        await require_open(self._directory, name)
         route = await self._route(name)
         if route is None:
             return await self._handles.send(name, request)

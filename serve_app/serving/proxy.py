@@ -43,8 +43,8 @@ from serve_app.serving.names import candidates
 from serve_app.serving.queues import ModelQueue, Queues
 from serve_app.serving.relay import Relay, backoff, last_words
 from serve_app.serving.router_metrics import RouterMetrics
-from serve_app.serving.upstream import Answer, ReplicaLost, Upstream, first_piece
-from serve_app.serving.waiting_room import WaitingRoom
+from serve_app.serving.upstream import Answer, NotOpen, ReplicaLost, Upstream, first_piece
+from serve_app.serving.waiting_room import LOOK_AGAIN_S, WaitingRoom
 
 logger = logging.getLogger("ray.serve")
 
@@ -207,6 +207,9 @@ class Proxy:
                     raise DeadlineExceeded(
                         f"'{name}' gave no byte within {config.first_byte_timeout_s:g} s (first_byte_timeout_s)."
                     ) from None
+                except NotOpen:  # Back into the waiting room.
+                    await asyncio.sleep(LOOK_AGAIN_S)
+                    continue
                 except ReplicaLost as error:
                     if retries >= config.max_retries:
                         text = f"The replica of '{name}' was lost while answering ({retries + 1} tries): {error}"

@@ -15,7 +15,7 @@ from serve_app.serving.exchange import Exchange
 from serve_app.serving.resuming import Resumed, resume
 from serve_app.serving.router_metrics import RouterMetrics
 from serve_app.serving.transcript import CannotResume, Transcript, WholeEvents, is_lost_engine, may_resume
-from serve_app.serving.upstream import Answer, ReplicaLost, Upstream
+from serve_app.serving.upstream import Answer, NotOpen, ReplicaLost, Upstream
 
 logger = logging.getLogger("ray.serve")
 
@@ -165,7 +165,10 @@ class Relay:
     async def _resumed(
         self, upstream: Upstream, transcript: Transcript | None, error: ReplicaLost, metrics: RouterMetrics
     ) -> Resumed | None:
-        """How a lost stream goes on; None where it cannot, and the client was told."""
+        """How a lost stream goes on; None where it cannot, and the client was told.
+
+        All losses of a stream count together: it may be what kills the replicas.
+        """
         exchange, reason = self._exchange, str(error)
         while transcript is not None and exchange.resumes < self._config.max_retries:
             exchange.resumes += 1
@@ -176,6 +179,8 @@ class Relay:
                     await self._loaded(exchange, exchange.model, self._config)
                     async with asyncio.timeout(self._config.first_byte_timeout_s):
                         return await resume(upstream, exchange.model, self._request, transcript)
+            except NotOpen:  # Nothing was tried: back into the waiting room.
+                exchange.resumes -= 1
             except CannotResume as refusal:
                 reason = f"{error}; it was not taken up again: {refusal}"
                 break

@@ -19,6 +19,18 @@ class ReplicaLost(Exception):
     """The replica died, or its connection broke, before the answer was complete. The message says how."""
 
 
+class NotOpen(ReplicaLost):
+    """The model has stopped being ready since it was looked at, and nothing was sent. It will be ready again."""
+
+
+async def require_open(directory: ModelDirectory, name: str) -> None:
+    """Raises NotOpen for a model that loads, ModelUnavailable for one that has failed, ModelNotFound."""
+    model = await directory.find(name)
+    if not model.is_open:
+        directory.require_hope(model)
+        raise NotOpen(f"'{name}' is {model.state}")
+
+
 class Answer(Protocol):
     """A response on its way. `pieces` raises ReplicaLost where it breaks; `close` ends the work for it."""
 
@@ -38,7 +50,7 @@ class Upstream(Protocol):
     """Sends requests to models by name."""
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
-        """Waits for the head. Raises ReplicaLost, Overloaded, ModelNotFound or ModelUnavailable."""
+        """Waits for the head. Raises ReplicaLost (NotOpen), Overloaded, ModelNotFound or ModelUnavailable."""
         ...
 
     async def close(self) -> None:
@@ -55,6 +67,7 @@ class HandleUpstream:
 
     async def send(self, name: str, request: HttpRequest) -> "HandleAnswer":
         """As in `Upstream`. A handle waits for a replica for ever, so the model is looked at meanwhile."""
+        await require_open(self._directory, name)
         handle = await self._directory.handle(name)
         items = handle.remote(request)
         try:

@@ -78,7 +78,7 @@ class WaitingRoom:
     async def _wakes(self, name: str) -> bool:
         """Whether the model has answered a call. Each request that waits makes one: Serve scales by their number."""
         self._directory.waking(name)
-        with suppress(ReplicaLost, ModelUnavailable):
+        with suppress(ReplicaLost, ModelUnavailable):  # NotOpen too: it loads by now.
             answer = await self._upstream.send(name, WAKE_CALL)
             await answer.close()
             if answer.status == 200:

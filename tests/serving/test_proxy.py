@@ -20,7 +20,7 @@ from serve_app.serving.proxy import Proxy
 from serve_app.serving.queues import ModelQueue
 from serve_app.serving.router import build_app
 from serve_app.serving.router_metrics import RouterMetrics
-from serve_app.serving.upstream import ReplicaLost
+from serve_app.serving.upstream import NotOpen, ReplicaLost
 
 Reply = Callable[[HttpRequest], "tuple[int, list[bytes | float | Exception]]"]
 
@@ -267,6 +267,13 @@ async def test_who_waits_waits_on_while_the_controller_is_silent(monkeypatch: py
     monkeypatch.setattr(models, "find", find)
     models.replies["a"] = says(b"{}")
     assert (await asking).status_code == 200
+
+
+async def test_a_model_that_stops_being_ready_in_between_is_waited_for() -> None:
+    """That is no try: nothing was sent."""
+    replies = iter([NotOpen("loading")] * 5)
+    models = Models(a=lambda _: (200, [next(replies, b"{}")]))
+    assert (await ask(models, {"model": "a"}, max_retries=0)).status_code == 200
 
 
 async def test_a_reader_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,51 @@
+"""The KubeRay manifest: there is no cluster here, so its parts are held against what reads them."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_app.cli.check import require_serves_schema, require_valid
+from serve_app.facts.serve_file import read_applications
+
+ROOT = Path(__file__).parents[1]
+MANIFEST: dict[str, Any] = yaml.safe_load((ROOT / "docker/kubernetes/rayservice.yaml").read_text())
+
+
+def groups() -> list[dict[str, Any]]:
+    """The head and the kinds of workers."""
+    cluster = MANIFEST["spec"]["rayClusterConfig"]
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+def test_the_config_within_is_one_that_serve_takes(tmp_path: Path) -> None:
+    """As `serve-app check` judges a file."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(MANIFEST["spec"]["serveConfigV2"])
+    require_valid(read_applications(file))
+    require_serves_schema(file)
+    assert [application.name for application in read_applications(file)] == ["router", "small", "large"]
+
+
+def test_serves_settings_are_those_of_the_shipped_configs() -> None:
+    """In the environment of every node, as the operator starts Serve itself."""
+    shipped = yaml.safe_load((ROOT / "deploy_configs/prod.yaml").read_text())
+    wanted = shipped["controller_options"]["runtime_env"]["env_vars"]
+    for group in groups():
+        (container,) = group["template"]["spec"]["containers"]
+        given = {item["name"]: item.get("value") for item in container["env"]}
+        for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_HAPROXY_TUNE_BUFSIZE"):
+            assert given[name] == wanted[name]
+
+
+def test_every_mount_has_its_volume_and_every_worker_a_gpu() -> None:
+    """And the same Ray version as the lock."""
+    for group in groups():
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == volumes
+    for group in groups()[1:]:
+        assert int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) >= 1
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    version = MANIFEST["spec"]["rayClusterConfig"]["rayVersion"]
+    assert f"ray=={version}" in (ROOT / "requirements/cpu.txt").read_text()
