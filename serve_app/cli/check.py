@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from serve_app.config import ModelConfig, RouterConfig
+from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
@@ -30,6 +30,8 @@ def check(file: Path, address: str | None) -> int:
     print(f"{where}: {'; '.join(map(str, nodes))}")
     for name in _unset_variables(file):
         print(f"note: the file uses ${{{name}}}, which is not set here. Activate the environment before `serve run`.")
+    for note in dangling_names(applications):
+        print(f"note: {note}")
     placed = [_report(application, nodes, inventory) for application in applications if application.is_model]
     return 0 if all(placed) else 1
 
@@ -41,12 +43,35 @@ def require_valid(applications: Sequence[ApplicationSpec]) -> None:
         try:
             if application.is_model:
                 ModelConfig.from_args(application.args)
-            elif application.import_path == "serve_app.app:router":
-                RouterConfig.from_args(application.args)
+            elif application.is_router:
+                application.router_settings()
         except ConfigError as error:
             problems += [f"{application.name}: {line}" for line in str(error).splitlines()]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
+    """Notes on names in the router's config that lead to no model of the file."""
+    models = {application.name for application in applications if not application.is_router}
+    notes = []
+    for application in applications:
+        if not application.is_router:
+            continue
+        config = application.router_settings()
+        fallbacks = {f"fallbacks.{name}": name for name in config.fallbacks}
+        fallbacks |= {
+            f"fallbacks.{name}[{i}]": to for name, all_ in config.fallbacks.items() for i, to in enumerate(all_)
+        }
+        named = {f"aliases.{alias}": name for alias, name in config.aliases.items()} | fallbacks
+        if config.default_model is not None:
+            named["default_model"] = config.default_model
+        for field, name in named.items():
+            if name not in models | config.aliases.keys():
+                notes.append(f"{application.name}: {field}: no model of this file is called '{name}'.")
+        for alias in config.aliases.keys() & models:
+            notes.append(f"{application.name}: aliases.{alias}: hides the model of that name.")
+    return notes
 
 
 def _unset_variables(file: Path) -> list[str]:
@@ -116,7 +141,7 @@ def _cluster(address: str | None) -> tuple[list[Node], Inventory, str]:
         here = local_inventory()
         return [Node("this machine", os.cpu_count() or 1, len(here.gpus))], here, "no Ray cluster runs here"
     try:
-        return ray_nodes(), ray_inventory(), "the Ray cluster"
+        return ray_nodes(), ray_inventory(), f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
     except ray.exceptions.RayError as error:
         raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
     finally:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from serve_app.cli.check import require_serves_schema, require_valid
+from serve_app.cli.check import dangling_names, require_serves_schema, require_valid
 from serve_app.cli.plan import plan_of_file
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import read_applications
@@ -26,6 +26,8 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
         print(f"note: {name} differs. `serve deploy` does not apply it to a Serve that runs: stop it and run it again.")
     for name in for_all(before, after):
         print(f"note: {name} differs. Serve applies it to every application.")
+    for note in dangling_names(read_applications(new)):
+        print(f"note: {note}")
     if not any(application.is_model for application in read_applications(new)):
         return 0
     try:
@@ -42,5 +44,6 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
 
 def lines_of(change: Change) -> list[str]:
     """A mark, the name, what happens, and why."""
-    text = {"restarts": "restarts, replica by replica; streams go on"}.get(change.kind, change.kind)
+    restarts = "restarts, replica by replica; streams go on, and where it has one replica new requests wait"
+    text = {"restarts": restarts}.get(change.kind, change.kind)
     return [f"{MARKS[change.kind]} {change.name}: {text}", *(f"      {reason}" for reason in change.why)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.config import ModelConfig, explain
+from serve_app.config import ModelConfig, RouterConfig, explain
 from serve_app.errors import ConfigError
 
 
@@ -18,6 +18,7 @@ class DeploymentSpec(BaseModel):
     name: str = ""
     num_replicas: Annotated[int, Field(ge=0, le=100_000)] | Literal["auto"] | None = None
     autoscaling_config: dict[str, Any] | Literal["auto"] | None = None
+    user_config: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _counts_are_counts(self) -> Self:
@@ -52,6 +53,16 @@ class ApplicationSpec(BaseModel):
     def is_model(self) -> bool:
         """Whether the application serves a model of ours."""
         return self.import_path == "serve_app.app:model"
+
+    @property
+    def is_router(self) -> bool:
+        """Whether the application is our router."""
+        return self.import_path == "serve_app.app:router"
+
+    def router_settings(self) -> RouterConfig:
+        """The router's config, with what `user_config` replaces. Raises ConfigError."""
+        changed = {name: value for item in self.deployments for name, value in (item.user_config or {}).items()}
+        return RouterConfig.from_args(self.args | changed)
 
     def model_settings(self) -> ModelConfig:
         """The model's config. Raises ConfigError that names the application."""

@@ -42,7 +42,7 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
             say(_line(model, time.monotonic() - started))
         is_news = any(model.name not in seen or not (model.is_open and seen[model.name].is_open) for model in changed)
         if is_news and all(model.is_open or model.state == "failed" for model in models.values()):
-            for line in summary(models, address()):
+            for line in summary(models, address(), is_open):
                 say(line)
         waiting = [model.name for model in models.values() if model.state == "loading"]
         if changed:
@@ -54,7 +54,7 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
         await asyncio.sleep(INTERVAL_S)
 
 
-def summary(models: dict[str, ModelStatus], url: str) -> list[str]:
+def summary(models: dict[str, ModelStatus], url: str, is_open: bool = True) -> list[str]:
     """What to tell once no model is loading any more."""
     ready = [model for model in models.values() if model.is_open]
     failed = [model for model in models.values() if model.state == "failed"]
@@ -62,7 +62,8 @@ def summary(models: dict[str, ModelStatus], url: str) -> list[str]:
     if ready:
         question = [{"role": "user", "content": "What is serve-app?"}]
         body = json.dumps({"model": ready[0].name, "messages": question, "temperature": 0})
-        lines.append(f"try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
+        key = "" if is_open else " -H 'authorization: Bearer KEY'"
+        lines.append(f"try: curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'")
     if failed:
         lines.append("these do not serve:")
         lines += [f"  {model.name}: {model.message}" for model in failed]

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,6 +131,12 @@ class ModelDirectory:
         since = self._loading_since.get(name, self._waking_since.get(name))
         return max(1.0, last - (time.monotonic() - since)) if since is not None else last
 
+    def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
+        """A model that a request has woken is loading, though Serve's status of it does not tell."""
+        if model.state == "asleep" and model.name in self._waking_since:
+            return ModelStatus(model.name, "loading", 0, "a replica is being started for the requests that wait")
+        return model
+
     def waking(self, name: str) -> None:
         """A request has asked for a model that is asleep."""
         self._waking_since.setdefault(name, time.monotonic())
@@ -138,6 +145,8 @@ class ModelDirectory:
         """The model has answered. The time since the first request is what the next ones are told to wait."""
         if (since := self._waking_since.pop(name, None)) is not None:
             self._load_times[name] = time.monotonic() - since
+        if (model := self._models.get(name)) is not None and model.state == "asleep":
+            self._models[name] = ModelStatus(name, "ready", 1)  # Before Serve's status is read again.
 
     def require_hope(self, model: ModelStatus) -> None:
         """Raises ModelUnavailable for a model that will not answer who waits; one that loads or restarts will."""
@@ -155,7 +164,8 @@ class ModelDirectory:
             except (TimeoutError, RayError, ValueError):  # It may be restarting.
                 self._failed_at = time.monotonic()
                 raise _no_controller() from None
-            self._models = read_status(details["applications"], self._own_application)
+            models = read_status(details["applications"], self._own_application)
+            self._models = await _with_survivors(models)
             self._time_loads()
             for gone in self._handles.keys() - self._models.keys():
                 del self._handles[gone]
@@ -180,6 +190,19 @@ async def _instance_details() -> dict[str, Any]:
     controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
     details: dict[str, Any] = await controller.get_serve_instance_details.remote()
     return details
+
+
+async def _with_survivors(models: dict[str, ModelStatus]) -> dict[str, ModelStatus]:
+    """Models of which an update could not be built, with the replicas that go on serving: Serve's status has none."""
+    for name in [name for name, model in models.items() if model.state == "failed"]:
+        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+        with suppress(Exception):  # Private; without it they count as failed.
+            groups = await controller.get_target_groups.remote(app_name=name, from_proxy_manager=True)
+            count = sum(len(group.targets) for group in groups if group.app_name == name)
+            if count:
+                text = f"serves as before; its update failed: {models[name].message}"
+                models[name] = ModelStatus(name, "ready", count, text)
+    return models
 
 
 def read_status(applications: Mapping[str, Any], own_application: str) -> dict[str, ModelStatus]:

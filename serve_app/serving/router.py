@@ -62,6 +62,7 @@ class Router:
             self._proxy.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
         except ConfigError as error:
             if not self._is_configured:
+                say(f"the router cannot start: user_config: {error}")
                 raise
             logger.error("user_config of the router was not taken over: %s", error)
             say(f"user_config of the router was not taken over: {error}")
@@ -124,7 +125,7 @@ class _Endpoints:
                     "message": model.message,
                     **self._proxy.queued(model.name),
                 }
-                for model in models.values()
+                for model in map(self._directory.seen_from_outside, models.values())
             },
         }
         return JSONResponse(body, status_code=200 if ready else 503)
@@ -138,19 +139,26 @@ class _Endpoints:
     async def list_models(self, _: Request) -> Response:
         """OpenAI's list; `status` is ours."""
         models = await self._directory.models()
-        return JSONResponse({"object": "list", "data": [self._model_object(model) for model in models.values()]})
+        data = [self._model_object(model) for model in models.values()]
+        aliases = self._proxy.config.aliases
+        data += [self._model_object(models[name], alias) for alias, name in aliases.items() if name in models]
+        return JSONResponse({"object": "list", "data": data})
 
     async def show_model(self, request: Request) -> Response:
         """One entry of OpenAI's list."""
-        return JSONResponse(self._model_object(await self._directory.find(request.path_params["name"])))
+        name = request.path_params["name"]
+        model = await self._directory.find(self._proxy.config.aliases.get(name, name))
+        return JSONResponse(self._model_object(model, name))
 
-    def _model_object(self, model: ModelStatus) -> dict[str, Any]:
+    def _model_object(self, model: ModelStatus, name: str | None = None) -> dict[str, Any]:
+        """`root` is the model's own name, where it was asked for by an alias."""
         return {
-            "id": model.name,
+            "id": name or model.name,
+            "root": model.name,
             "object": "model",
             "created": self._created,
             "owned_by": "serve-app",
-            "status": model.state,
+            "status": self._directory.seen_from_outside(model).state,
         }
 
 
@@ -165,8 +173,9 @@ async def _unexpected(_: Request, error: Exception) -> Response:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    detail = "Not Found" if request.method in ("GET", "HEAD") else error.detail
     refusal = InvalidRequest(
-        f"{request.method} {request.url.path}: {error.detail}. Endpoints without 'model' in a JSON body are reached "
+        f"{request.method} {request.url.path}: {detail}. Endpoints without 'model' in a JSON body are reached "
         "by the model's own route, /models/NAME/…"
     )
     response = error_response(refusal)

@@ -38,8 +38,14 @@ class RayCluster(ServeRun):
         self._serve_when_it_answers("deploy", str(self.config_file))
 
     def add_worker(self, number: int, cpus: float) -> None:
-        """A raylet with so many CPUs."""
-        self.workers[number] = self._ray_start(f"worker-{number}", [f"--address={self.gcs}", f"--num-cpus={cpus}"])
+        """A raylet with so many CPUs. Returns when it is there: two that start at once on one address hinder each other."""
+        name = f"worker-{number}"
+        self.workers[number] = self._ray_start(name, [f"--address={self.gcs}", f"--num-cpus={cpus}"])
+        deadline = time.monotonic() + 60
+        while "block forever" not in (self.folder / f"{name}.log").read_text(errors="replace"):
+            if time.monotonic() > deadline:
+                raise TimeoutError((self.folder / f"{name}.log").read_text(errors="replace")[-2000:])
+            time.sleep(0.2)
 
     def kill_worker(self, number: int) -> None:
         """SIGKILL to its raylet, and to it alone: Ray's other processes on the node end by themselves."""
@@ -94,7 +100,7 @@ async def node_loss(cluster: RayCluster, requests: int, cpus: float) -> dict[str
         killed = time.monotonic()
         without.update(await asyncio.to_thread(cluster.wait_until, lambda told: told["mortal"]["replicas"] == 1, 120))
         await asyncio.sleep(5)
-        cluster.add_worker(2, cpus)
+        await asyncio.to_thread(cluster.add_worker, 2, cpus)
         await asyncio.to_thread(cluster.wait_until, lambda told: told["mortal"]["replicas"] == 2, 180)
         return time.monotonic() - killed
 
