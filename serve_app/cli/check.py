@@ -59,14 +59,12 @@ def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
         if not application.is_router:
             continue
         config = application.router_settings()
-        fallbacks = {f"fallbacks.{name}": name for name in config.fallbacks}
-        fallbacks |= {
-            f"fallbacks.{name}[{i}]": to for name, all_ in config.fallbacks.items() for i, to in enumerate(all_)
-        }
-        named = {f"aliases.{alias}": name for alias, name in config.aliases.items()} | fallbacks
+        named = [(f"aliases.{alias}", name) for alias, name in config.aliases.items()]
+        for name, others in config.fallbacks.items():
+            named += [(f"fallbacks.{name}", other) for other in [name, *others]]
         if config.default_model is not None:
-            named["default_model"] = config.default_model
-        for field, name in named.items():
+            named.append(("default_model", config.default_model))
+        for field, name in named:
             if name not in models | config.aliases.keys():
                 notes.append(f"{application.name}: {field}: no model of this file is called '{name}'.")
         for alias in config.aliases.keys() & models:

@@ -120,6 +120,28 @@ def test_diff_says_what_a_changed_file_would_do(tmp_path: Path, capsys: pytest.C
     assert told[:3] == ["  a: stays as it is", "- b: stops", "+ c: starts"]
     assert main(["diff", old, large, "--gpus", "24GiB"]) == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[:2] == ["! a: restarts, replica by replica; streams go on", "      args.max_memory.0: 2GB → 30GB"]
+    assert told[0].startswith("! a: restarts, replica by replica; streams go on")
+    assert told[1] == "      args.max_memory.0: 2GB → 30GB"
     assert told[-1].startswith("does not fit: a: ")
     assert main(["diff", old, str(tmp_path / "none.yaml")]) == 2
+
+
+def test_the_routers_user_config_is_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong field is an error, as in args; a name that leads nowhere a note."""
+    router = "- {{name: router, import_path: 'serve_app.app:router', route_prefix: /, deployments: [{0}]}}\n"
+    model = "- {name: a, import_path: 'serve_app.app:model', args: {model: serve-app/demo, infer_backend: pt, "
+    model += "device: cpu}}\n"
+    file = tmp_path / "x.yaml"
+    file.write_text("applications:\n" + router.format("{name: Router, user_config: {default_modl: a}}") + model)
+    assert main(["check", str(file)]) == 2
+    assert "Did you mean 'default_model'" in capsys.readouterr().err
+    named = "{name: Router, user_config: {default_model: ghost, aliases: {x: a, a: b}, fallbacks: {a: [none]}}}"
+    file.write_text("applications:\n" + router.format(named) + model)
+    assert main(["check", str(file)]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: router: ")]
+    assert notes == [
+        "note: router: aliases.a: no model of this file is called 'b'.",
+        "note: router: fallbacks.a: no model of this file is called 'none'.",
+        "note: router: default_model: no model of this file is called 'ghost'.",
+        "note: router: aliases.a: hides the model of that name.",
+    ]

@@ -38,7 +38,7 @@ class RayCluster(ServeRun):
         self._serve_when_it_answers("deploy", str(self.config_file))
 
     def add_worker(self, number: int, cpus: float) -> None:
-        """A raylet with so many CPUs. Returns when it is there: two that start at once on one address hinder each other."""
+        """A raylet with so many CPUs. Returns when it is there: two that start at once on one address fail."""
         name = f"worker-{number}"
         self.workers[number] = self._ray_start(name, [f"--address={self.gcs}", f"--num-cpus={cpus}"])
         deadline = time.monotonic() + 60

@@ -141,6 +141,21 @@ async def test_clients_that_vanish_leave_nothing_behind(serve: ServeRun) -> None
     assert all(after[part] < before[part] + 50 for part in PARTS), (before, after)
 
 
+def test_an_update_that_cannot_be_built_leaves_what_runs(serve: ServeRun) -> None:
+    """Serve's status then knows of no replica; they answer all the same, and the reason is told."""
+    wrong = config()
+    wrong["applications"][1]["args"]["max_seqs"] = 8
+    serve.deploy(wrong)
+    told = serve.wait_until(lambda models: models["mortal"]["message"], timeout_s=60)["mortal"]
+    assert (told["status"], told["replicas"], "max_num_seqs" in told["message"]) == ("ready", 2, True)
+    body = {"model": "mortal", "prompt": "x", "max_tokens": 2}
+    assert httpx.post(f"{serve.url}/v1/completions", json=body, headers=HEADERS, timeout=30).status_code == 200
+    before = set(serve.processes())
+    serve.deploy(config())
+    serve.wait_until(lambda models: not models["mortal"]["message"], timeout_s=60)
+    assert {pid for pid, command in serve.processes().items() if "ServeReplica" in command} <= before
+
+
 async def test_streams_survive_the_death_of_their_replicas(serve: ServeRun) -> None:
     """Every request completes, with the text, the one id and the one end of an undisturbed run."""
     told = await storm(serve, "mortal", requests=400, clients=32, trouble=Trouble(kill_every_s=2.0), headers=HEADERS)
