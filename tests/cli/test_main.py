@@ -135,7 +135,7 @@ def test_the_routers_user_config_is_checked_too(tmp_path: Path, capsys: pytest.C
     file.write_text("applications:\n" + router.format("{name: Router, user_config: {default_modl: a}}") + model)
     assert main(["check", str(file)]) == 2
     assert "Did you mean 'default_model'" in capsys.readouterr().err
-    named = "{name: Router, user_config: {default_model: ghost, aliases: {x: a, a: b}, fallbacks: {a: [none]}}}"
+    named = "{name: Router, user_config: {default_model: ghost, aliases: {a: b}, fallbacks: {a: [none]}}}"
     file.write_text("applications:\n" + router.format(named) + model)
     assert main(["check", str(file)]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: router: ")]
