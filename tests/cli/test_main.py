@@ -129,8 +129,8 @@ def test_diff_says_what_a_changed_file_would_do(tmp_path: Path, capsys: pytest.C
 def test_the_routers_user_config_is_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong field is an error, as in args; a name that leads nowhere a note."""
     router = "- {{name: router, import_path: 'serve_app.app:router', route_prefix: /, deployments: [{0}]}}\n"
-    model = "- {name: a, import_path: 'serve_app.app:model', args: {model: serve-app/demo, infer_backend: pt, "
-    model += "device: cpu}}\n"
+    model = "- {name: a, import_path: 'serve_app.app:model', route_prefix: /models/a, "
+    model += "args: {model: serve-app/demo, infer_backend: pt, device: cpu}}\n"
     file = tmp_path / "x.yaml"
     file.write_text("applications:\n" + router.format("{name: Router, user_config: {default_modl: a}}") + model)
     assert main(["check", str(file)]) == 2
