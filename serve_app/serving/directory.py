@@ -9,13 +9,13 @@ import logging
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -109,7 +109,8 @@ class ModelDirectory:
             raise self.unavailable(model)
         if name not in self._handles:
             try:
-                handle = await asyncio.to_thread(serve.get_app_handle, name)
+                # Not the application's handle: an application of which an update failed has none.
+                handle = await asyncio.to_thread(serve.get_deployment_handle, MODEL_DEPLOYMENT, name)
             except RayServeException:  # Deleted since the status was read.
                 raise _unavailable(ModelStatus(name, "stopping", 0)) from None
             self._handles[name] = handle.options(method_name="http", stream=True)
@@ -194,14 +195,19 @@ async def _instance_details() -> dict[str, Any]:
 
 async def _with_survivors(models: dict[str, ModelStatus]) -> dict[str, ModelStatus]:
     """Models of which an update could not be built, with the replicas that go on serving: Serve's status has none."""
-    for name in [name for name, model in models.items() if model.state == "failed"]:
-        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-        with suppress(Exception):  # Private; without it they count as failed.
-            groups = await controller.get_target_groups.remote(app_name=name, from_proxy_manager=True)
-            count = sum(len(group.targets) for group in groups if group.app_name == name)
-            if count:
-                text = f"serves as before; its update failed: {models[name].message}"
-                models[name] = ModelStatus(name, "ready", count, text)
+    failed = [name for name, model in models.items() if model.state == "failed"]
+    if not failed:
+        return models
+    controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+    try:
+        running = await controller._all_running_replicas.remote()
+    except (RayError, AttributeError) as error:  # Private; without it they count as failed.
+        logger.warning("Cannot see whether replicas of %s go on: %s", failed, error)
+        return models
+    for name in failed:
+        if count := len(running.get(DeploymentID(MODEL_DEPLOYMENT, app_name=name)) or ()):
+            text = f"serves as before; its update failed: {models[name].message}"
+            models[name] = ModelStatus(name, "ready", count, text)
     return models
 
 
