@@ -62,14 +62,14 @@ class WaitingRoom:
                     if model.state == "ready":
                         return
                     self._directory.require_hope(model)
-                    if model.state == "asleep" and (call is None or call.done()):
+                    if model.state == "asleep" and call is None:
                         call = asyncio.create_task(self._wakes(name))
                 # The call may wait for ever: Serve does not tell it that the model has failed.
-                if call is not None and not call.done():
-                    await asyncio.wait({call}, timeout=LOOK_AGAIN_S)
-                    if call.done() and call.result():
+                if call is not None and (await asyncio.wait({call}, timeout=LOOK_AGAIN_S))[0]:
+                    if call.result():
                         return
-                else:
+                    call = None
+                if call is None:
                     await asyncio.sleep(LOOK_AGAIN_S)
         finally:
             if call is not None:
