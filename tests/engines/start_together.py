@@ -32,8 +32,9 @@ async def start_one(gpu: str, folder: Path, log: Path, real: bool) -> None:
         if real:
             from serve_app.config import ModelConfig
             from serve_app.engines.engine import create_engine
+            from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 
-            args = {"model": "serve-app/demo", "infer_backend": "pt", "device": "cpu", "dtype": "float32"}
+            args = {"model": model_path(DEMO_MODEL), "infer_backend": "pt", "device": "cpu", "dtype": "float32"}
             engine = create_engine(ModelConfig.from_args(args), "demo")
             await engine.start()
             await engine.check_health()
