@@ -84,4 +84,6 @@ def test_compose_mounts_files_that_exist() -> None:
     config = re.search(r"/app/(\S+\.yaml)", services["head"]["command"][0])
     assert config is not None
     assert (DOCKER.parent / config[1]).exists()
+    for image in ("cpu", "gpu"):  # A new volume belongs to whom the image says, else to root, and Ray could not write.
+        assert "--owner=serve --group=serve /app /tmp/ray" in (DOCKER / f"Dockerfile.{image}").read_text()
     assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service.get("ports", ()))

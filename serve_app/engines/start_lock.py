@@ -1,7 +1,8 @@
 """One engine at a time starts on a GPU: what is free is read, compared and taken, and must not move meanwhile.
 
 A lock is `flock` on a file per GPU of the machine. The kernel frees it when its holder dies, however it dies, and no
-program that the holder starts inherits it. Several GPUs are locked in one order everywhere, so nobody waits in a ring.
+program that the holder starts inherits it. Containers that share a GPU share no lock, unless they share the folder.
+Several GPUs are locked in one order everywhere, so nobody waits in a ring.
 """
 
 import asyncio
