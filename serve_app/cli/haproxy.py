@@ -2,8 +2,8 @@
 
 Ray Serve leaves its HAProxy behind when it is killed: the port stays taken, and answers nothing. Config files name this
 command in RAY_SERVE_HAPROXY_BINARY_PATH. It also takes two listeners out of Ray's HAProxy config that are open on all
-addresses (metrics and statistics: Ray itself reads them from the admin socket), keeps that socket to its user, and
-gives headers a minute to arrive.
+addresses (metrics and statistics: Ray itself reads them from the admin socket), keeps that socket to its user,
+gives headers a minute to arrive, and leaves out splicing.
 It has to be a small script without imports of the package: Ray starts one for every change of the routes.
 """
 
@@ -20,10 +20,15 @@ DEFAULTS = "defaults\n    mode http\n"
 # Ray sets none, and without it a client may take an hour for its headers. HAProxy then answers 408, and 400 where there
 # are more than 100 of them or over 60 kB: both with a page of its own, which its HTTP/1 layer has built in.
 LIMITS = "    timeout http-request 60s\n"
+# HAProxy 2.8.25 with `splice-request` and `abortonclose`: where a request's body came after its headers and the client
+# leaves before the answer, the closed socket is left unread for a splice that never comes. Its thread then turns in a
+# circle at 100 % of a core, and the server works to the end for nobody. No body or chunk here is worth a splice.
+SPLICING = re.compile(r"^[ \t]*option splice-\w+\n", re.MULTILINE)
 
 
 def tightened(config: str) -> str:
-    """Ray's config without what is open to others, and with a limit of ours."""
+    """Ray's config without what is open to others and what never ends, and with a limit of ours."""
+    config = SPLICING.sub("", config)
     config = OPEN_LISTENERS.sub("", config).replace(" mode 666 level admin", " mode 600 level admin")
     return config.replace(DEFAULTS, DEFAULTS + LIMITS, 1)
 
@@ -32,6 +37,8 @@ def looseness(config: str) -> str:
     """What is still wrong, as after an update of Ray; empty where nothing is."""
     if "prometheus-exporter" in config or "stats enable" in config:
         return "metrics or statistics would be open on all addresses"
+    if "splice" in config:
+        return "clients that leave would not be noticed"
     return "" if "timeout http-request" in config else "headers would have no time limit"
 
 

@@ -1,18 +1,24 @@
 """What the HAProxy command takes out of Ray's config, and that it ends with its parent."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from serve_app.cli.haproxy import looseness, tightened
+from tests.cluster.serve_run import free_port
 
 CONFIG = """global
     stats socket /tmp/h/admin.sock mode 666 level admin expose-fd listeners
 defaults
     mode http
+    option abortonclose
+    option splice-request
+    option splice-response
 frontend prometheus
     bind :9101
     mode http
@@ -34,8 +40,13 @@ def test_open_listeners_are_taken_out() -> None:
     assert "9101" not in config
     assert "8404" not in config
     assert "mode 600 level admin" in config
+    assert "splice" not in config
     assert "defaults\n    mode http\n    timeout http-request 60s\n" in config
-    for kept in ("frontend http_frontend\n    bind 127.0.0.1:8000", "server a 127.0.0.1:30000 check"):
+    for kept in (
+        "option abortonclose\nfrontend",
+        "frontend http_frontend\n    bind 127.0.0.1:8000",
+        "server a 127.0.0.1:30000 check",
+    ):
         assert kept in config
 
 
@@ -62,6 +73,43 @@ def test_haproxy_ends_with_what_started_it(tmp_path: Path) -> None:
     _wait(lambda: _is_gone(pid))
 
 
+def test_a_client_that_leaves_before_its_answer_is_noticed(tmp_path: Path) -> None:
+    """The server's connection closes at once, also where the body came after the headers.
+
+    With Ray's own `option splice-request` it stays open for as long as the server works, at 100 % of a core.
+    """
+    port = free_port()
+    file = tmp_path / "haproxy.cfg"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        file.write_text(tightened(
+            "defaults\n    mode http\n    option abortonclose\n    option splice-request\n    timeout connect 5s\n"
+            "    timeout client 60s\n    timeout server 60s\n"
+            f"frontend f\n    bind 127.0.0.1:{port}\n    default_backend b\n"
+            f"backend b\n    server s 127.0.0.1:{server.getsockname()[1]}\n"))  # fmt: skip
+        command = [sys.executable, "-m", "serve_app.cli.haproxy", "-db", "-f", str(file)]
+        haproxy = stack.enter_context(subprocess.Popen(command))
+        stack.callback(haproxy.kill)
+        _wait(lambda: _is_open(port))
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n")
+        served = stack.enter_context(server.accept()[0])
+        served.settimeout(10)
+        client.sendall(b"body")
+        received = b""
+        while not received.endswith(b"body"):
+            received += served.recv(4096)
+        client.close()
+        with contextlib.suppress(ConnectionResetError):  # either way of closing; a timeout is neither
+            assert served.recv(4096) == b""
+
+
+def _is_open(port: int) -> bool:
+    """Whether something listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def _is_gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -83,3 +131,5 @@ def test_the_config_of_this_ray_is_the_one_that_is_known() -> None:
     assert looseness(HAPROXY_CONFIG_TEMPLATE) == "metrics or statistics would be open on all addresses"
     assert looseness(tightened(HAPROXY_CONFIG_TEMPLATE)) == ""
     assert looseness("defaults\n  mode tcp\n") == "headers would have no time limit"
+    spliced = tightened(HAPROXY_CONFIG_TEMPLATE) + "    option splice-auto\n"
+    assert looseness(spliced) == "clients that leave would not be noticed"
