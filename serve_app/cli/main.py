@@ -17,6 +17,7 @@ from serve_app.cli.from_swift import from_swift
 from serve_app.cli.new_key import new_key
 from serve_app.cli.node_resources import node_resources
 from serve_app.cli.plan import plan
+from serve_app.cli.status import status
 from serve_app.errors import ServeAppError
 
 
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return diff(options.old, options.new, options.gpus, options.inventory, options.address)
         if options.command == "from-swift":
             return from_swift(options.swift_command)
+        if options.command == "status":
+            return status(options.address, options.json)
         if options.command == "doctor":
             return doctor()
         if options.command == "new-key":
@@ -58,6 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_plan(commands)
     _add_diff(commands)
+    looking = commands.add_parser(
+        "status",
+        help="what runs, what was planned and measured, and what is missing?",
+        description="Prints the models of the Serve that runs, with their replicas, load and last error; what each "
+        "replica was planned and is measured to hold of each device; and what missing replicas wait for. Exits 0 if "
+        "every model has its replicas, 1 if not, 2 if no Serve runs.",
+    )
+    looking.add_argument("--address", help="the Ray cluster to ask; by default the one that runs here")
+    looking.add_argument("--json", action="store_true", help="print data instead of a table")
     swift = commands.add_parser(
         "from-swift",
         help="prints a Serve config file made from a `swift deploy …` command line",

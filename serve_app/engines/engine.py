@@ -1,10 +1,12 @@
 """What an engine is to the rest: an ASGI application that can be started, asked for its health, and stopped."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
+from serve_app.engines.rank_memory import RankMemory
 
 
 class Engine(Protocol):
@@ -24,6 +26,10 @@ class Engine(Protocol):
 
     def load(self) -> float:
         """What runs and waits, as a share of what the engine can hold: 1 is a full batch, or a full KV cache."""
+        ...
+
+    async def memory(self) -> Sequence[RankMemory]:
+        """What each rank holds of each of its devices now, measured. Raises EngineError where it cannot be read."""
         ...
 
     async def stop(self) -> None:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
 from serve_app.engines.openai_errors import error_response
-from serve_app.engines.vllm_memory import planned_here
+from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit import VLLM_CPU_KV_BYTES
 
@@ -34,6 +34,9 @@ DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
 
 # Seconds that vLLM has to abort a request whose client has left, before its task is cancelled.
 ABORT_GRACE_S = 5.0
+
+# Seconds. The engine answers between two steps.
+MEMORY_TIMEOUT_S = 30.0
 
 
 class VllmEngine:
@@ -49,8 +52,7 @@ class VllmEngine:
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
         os.environ.update(environment(self._config))
-        config = await asyncio.to_thread(planned_here, self._config)
-        args = await asyncio.to_thread(_parse, engine_arguments(config, self._name))
+        args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name))
         try:
             return await self._build(args)
         except Exception as error:
@@ -95,6 +97,15 @@ class VllmEngine:
         running, waiting, cache = (sum(sample.value for sample in found.get(name, ())) for name in names)
         most: int = self._client.vllm_config.scheduler_config.max_num_seqs
         return max((running + waiting) / most, cache)
+
+    async def memory(self) -> list[RankMemory]:
+        """Asks every rank's process."""
+        try:
+            async with asyncio.timeout(MEMORY_TIMEOUT_S):
+                answers = await self._client.collective_rpc("serve_app_memory")
+        except Exception as error:
+            raise EngineError(f"vLLM does not say what it holds: {_reason(error)}") from error
+        return [RankMemory(**answer) for answer in answers]
 
     async def stop(self) -> None:
         """Shuts the engine process down and waits for it."""
@@ -177,6 +188,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "kv-cache-memory-bytes": config.kv_cache_memory_bytes,
         "quantization": config.quantization,
         "enforce-eager": config.device == "cpu" or None,
+        "worker-extension-cls": "serve_app.engines.vllm_worker.MemoryReport",
         # The router and Ray log requests; vLLM's line per request costs time.
         "disable-uvicorn-access-log": True,
     }

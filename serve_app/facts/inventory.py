@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 
 from serve_app.config import parse_bytes
 from serve_app.errors import ConfigError, nearest
+from serve_app.facts.calibration import Calibrations, joined, read_calibrations
 from serve_app.facts.nodes import node_from_resources
 
 GIB = 2**30
@@ -50,9 +51,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All devices, GPUs in the order of their nodes and numbers."""
+    """All devices, GPUs in the order of their nodes and numbers, and what engines were measured to take on them."""
 
     devices: tuple[Device, ...]
+    calibrations: Calibrations = field(default_factory=dict)
 
     @property
     def gpus(self) -> list[Device]:
@@ -87,11 +89,16 @@ def parse_gpus(text: str) -> Inventory:
                 index += 1
     if not devices:
         raise ConfigError(f"--gpus: '{text}' names no GPU. Write sizes or names, such as 8GiB,24GiB or 2xA100-80GB.")
-    return Inventory(tuple(devices))
+    return Inventory(tuple(devices), read_calibrations())
+
+
+def card_name(name: str) -> str:
+    """A card's name as people and NVML write it, made one: "NVIDIA GeForce RTX 3090" and "RTX3090"."""
+    return re.sub(r"[\s_]|NVIDIA|GeForce", "", name, flags=re.IGNORECASE).upper()
 
 
 def _card(what: str) -> tuple[int, str]:
-    plain = re.sub(r"[\s_]|NVIDIA|GeForce", "", what, flags=re.IGNORECASE).upper()
+    plain = card_name(what)
     known = {name.upper(): (size * 2**20, name) for name, size in KNOWN_GPUS.items()}
     if plain in known:
         return known[plain]
@@ -121,7 +128,7 @@ def read_inventory(path: Path) -> Inventory:
     ids = [device.id for device in devices]
     if twice := sorted({device for device in ids if ids.count(device) > 1}):
         raise ConfigError(f"{path}: '{twice[0]}' is there twice. Nodes need names of their own.")
-    return Inventory(tuple(devices))
+    return Inventory(tuple(devices), read_calibrations())
 
 
 def _read_node(node: Any, number: int, where: str) -> list[Device]:
@@ -156,7 +163,7 @@ def local_inventory(node: str = "n1") -> Inventory:
 
     memory = psutil.virtual_memory()
     gpus = [Device(node, gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes, False) for gpu in local_gpus()]
-    return Inventory((*gpus, Device(node, None, "memory", memory.total, memory.available)))
+    return Inventory((*gpus, Device(node, None, "memory", memory.total, memory.available)), read_calibrations())
 
 
 def ray_inventory() -> Inventory:
@@ -174,7 +181,9 @@ def ray_inventory() -> Inventory:
         for name, node in nodes.items()
     ]
     devices: list[Device] = []
+    calibrations: Calibrations = {}
     for (name, node), seen in zip(nodes.items(), ray.get(tasks, timeout=60), strict=True):
+        calibrations = joined(calibrations, seen.calibrations)
         by_index = node_from_resources(name, node["Resources"]).vram_gib
         if by_index:
             gpus = {gpu.index: gpu for gpu in seen.gpus}
@@ -183,7 +192,7 @@ def ray_inventory() -> Inventory:
         else:
             count = node["Resources"].get("GPU", 0.0)  # Fewer than NVML sees where Ray was started so.
             devices += [device for device in seen.devices if device.index is None or device.index < count]
-    return Inventory(tuple(devices))
+    return Inventory(tuple(devices), calibrations)
 
 
 def unclaimed(inventory: Inventory) -> Inventory:
@@ -194,14 +203,13 @@ def unclaimed(inventory: Inventory) -> Inventory:
     gib = {
         name: node_from_resources(name, left.get(node["NodeID"], {})).vram_gib for name, node in _living_nodes().items()
     }
-    return Inventory(
-        tuple(
-            replace(device, free_bytes=min(device.free_bytes, int(gib[device.node].get(device.index, 0.0) * GIB)))
-            if device.by_index and device.index is not None
-            else device
-            for device in inventory.devices
-        )
+    devices = tuple(
+        replace(device, free_bytes=min(device.free_bytes, int(gib[device.node].get(device.index, 0.0) * GIB)))
+        if device.by_index and device.index is not None
+        else device
+        for device in inventory.devices
     )
+    return replace(inventory, devices=devices)
 
 
 def _living_nodes() -> dict[str, Any]:
@@ -220,4 +228,5 @@ def _advertised(node: str, index: int, gib: float, seen: Device | None) -> Devic
 
 def as_empty(inventory: Inventory) -> Inventory:
     """The same devices with nothing on them: what runs there now may be what is about to be replaced."""
-    return Inventory(tuple(replace(device, free_bytes=device.total_bytes) for device in inventory.devices))
+    devices = tuple(replace(device, free_bytes=device.total_bytes) for device in inventory.devices)
+    return replace(inventory, devices=devices)

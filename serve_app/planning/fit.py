@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
+from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
@@ -12,6 +13,7 @@ from serve_app.planning.layer_map import LayerMap, Part, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_cache import cells, full_length_requests
+from serve_app.planning.setting import setting_of
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
@@ -31,7 +33,8 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 class ModelRequest:
     """One model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
 
-    `memo` keeps sums over the tensors: they are the same for every device and every replica.
+    `memo` keeps sums over the tensors: they are the same for every device and every replica. `calibrations` are
+    those of the inventory that it is planned for.
     """
 
     name: str
@@ -40,6 +43,7 @@ class ModelRequest:
     tensors: tuple[Tensor, ...]
     replicas: int = 1
     memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
+    calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def element_bytes(self) -> int:
@@ -67,6 +71,13 @@ class ModelRequest:
         if config.quantization not in (None, "fp8", self.architecture.quantization):
             return f"quantization: the plan does not know what {config.quantization} makes of these weights."
         return ""
+
+    def measured(self, device: Device, rank: int, ranks: int) -> Calibration | None:
+        """What this setting was measured to take on such a device; None where it never ran."""
+        if not self.calibrations:
+            return None
+        setting = setting_of(self.config, self.architecture, self.max_model_len, device, rank, ranks)
+        return self.calibrations.get(setting_key(setting))
 
     @property
     def is_quantizable(self) -> bool:
@@ -125,6 +136,8 @@ def fit_vllm(
     activation += memory.vllm_buffers(architecture, request.element_bytes)
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
     context = memory.context("cuda", tp) if on_gpu else memory.guessed(memory.VLLM_CPU_CONTEXT_BYTES)
+    if (measured := request.measured(device, 0, tp)) is not None:
+        activation, graph, context = memory.calibrated_vllm(measured, activation, graph, context, on_gpu)
     per_request = memory.vllm_kv_bytes_per_request(
         architecture, tp, request.max_model_len, request.kv_element_bytes, batched, request.element_bytes
     )
@@ -191,7 +204,7 @@ def fit_pt(
     rows = request.config.max_num_seqs or PT_MAX_NUM_SEQS
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, copies_tied=on_cpu)
-    overheads = [_pt_overhead(request, device, last=device is devices[-1][0], rows=rows) for device, _ in devices]
+    overheads = [_pt_overhead(request, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
         for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
@@ -285,13 +298,15 @@ def _most_tokens(
     return low
 
 
-def _pt_overhead(request: ModelRequest, device: Device, last: bool, rows: int) -> tuple[Figure, Figure]:
-    """Activations and context of pt on one device."""
+def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, rows: int) -> tuple[Figure, Figure]:
+    """Activations and context of pt on one device, the `rank`-th of `ranks`."""
     peaks = memory.pt_activation(
         request.architecture, request.element_bytes, rows, PT_CHUNK_TOKENS, min(request.max_model_len, 4096)
     )
-    activation = peaks["layer"] + (peaks["head"] if last else ZERO)
-    return activation, memory.context("cuda" if device.is_gpu else "cpu")
+    activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
+    context = memory.context("cuda" if device.is_gpu else "cpu")
+    measured = request.measured(device, rank, ranks)
+    return (activation, context) if measured is None else memory.calibrated_pt(measured, activation, context)
 
 
 def _pt_plan(

@@ -231,4 +231,4 @@ def _with_gpu(inventory: Inventory, size: int) -> Inventory:
         Device(node, max(gpu.index or 0 for gpu in gpus) + 1, "GPU", size, size, gpus[0].by_index)
         for node, gpus in inventory.node_gpus().items()
     ]
-    return Inventory((*inventory.devices, *more))
+    return replace(inventory, devices=(*inventory.devices, *more))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serve_app.facts.architecture import DTYPE_BYTES, Architecture
+from serve_app.facts.calibration import Calibration
 from serve_app.facts.weights import Tensor
 
 Certainty = Literal["exact", "calibrated", "guessed"]
@@ -230,6 +231,30 @@ def vllm_graphs(architecture: Architecture, eager: bool) -> Figure:
 def context(device: str, tp: int = 1) -> Figure:
     """The CUDA context, and NCCL's buffers where ranks talk. The CPU has none."""
     return ZERO if device == "cpu" else guessed(CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0))
+
+
+def calibrated_vllm(
+    measured: Calibration, activation: Figure, graph: Figure, context: Figure, on_gpu: bool
+) -> tuple[Figure, Figure, Figure]:
+    """What was measured in place of the guesses; graphs are among the activations then.
+
+    On a GPU vLLM's profiling pass at its start is the most that it takes, so the figure also lowers a guess. On the CPU
+    memory is touched as requests come: what was seen so far only raises it.
+    """
+    if not on_gpu:
+        return _raised(measured.activation_bytes, activation), graph, context
+    found = Figure(measured.activation_bytes, "calibrated")
+    return found, ZERO, context if measured.context_bytes is None else Figure(measured.context_bytes, "calibrated")
+
+
+def calibrated_pt(measured: Calibration, activation: Figure, context: Figure) -> tuple[Figure, Figure]:
+    """pt's peak depends on the requests that came so far, and its limits are enforced by these figures: what was
+    measured raises a guess, and never lowers it."""
+    return _raised(measured.activation_bytes, activation), _raised(measured.context_bytes or 0, context)
+
+
+def _raised(measured: int, guess: Figure) -> Figure:
+    return Figure(measured, "calibrated") if measured > guess.bytes else guess
 
 
 def reserve(total_bytes: int) -> int:

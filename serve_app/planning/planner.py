@@ -80,8 +80,9 @@ class Placed:
 def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int = MOST_TRIES) -> Plan:
     """Places all replicas. What finds no place is a problem, without a cure yet (`fixes.with_fixes`)."""
     inventory = with_accounting(requests, inventory)
+    calibrated = (replace(request, calibrations=inventory.calibrations) for request in requests)
     units = sorted(
-        (replace(request, replicas=number) for request in requests for number in range(max(1, request.replicas))),
+        (replace(request, replicas=number) for request in calibrated for number in range(max(1, request.replicas))),
         key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),
     )
     placed = _search(units, inventory, tries)
@@ -106,7 +107,7 @@ def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> I
         replace(device, by_index=by_index) if device.is_gpu and device.by_index is None else device
         for device in inventory.devices
     )
-    return Inventory(tuple(devices))
+    return replace(inventory, devices=tuple(devices))
 
 
 def _is_unbounded(unit: ModelRequest) -> bool:

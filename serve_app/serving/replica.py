@@ -4,22 +4,28 @@ The engine's ASGI application is reached in two ways, and answers the same in bo
 by route, where Serve calls it directly, and by name, where the router calls `http` through a handle.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 
+import ray
 from ray import serve
 from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine, create_engine
+from serve_app.engines.planned_here import plan_here, with_planned_memory
 from serve_app.engines.start_lock import starting_alone
 from serve_app.errors import ServeAppError
-from serve_app.facts.gpus import local_gpus, visible_gpus
+from serve_app.facts.calibration import joined, published, read_calibrations
+from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
+from serve_app.planning.plan import ModelPlan
 from serve_app.serving.asgi import HttpRequest, call_asgi
 from serve_app.serving.autoscaling import ENGINE_LOAD
 from serve_app.serving.gate import Gate, KeyedApp
 from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
+from serve_app.serving.memory_watch import MemoryWatch
 from serve_app.serving.terminal import say
 from serve_app.serving.whole_body import WholeBody
 
@@ -33,16 +39,20 @@ class Model:
         self._gate = Gate(configured_keys(), ActorLimiter())
         started = time.monotonic()
         say(f"loading {config.model} with {config.infer_backend}")
-        self._engine: Engine = create_engine(config, self.name)
+        gpus = _gpus(config)
         try:
-            async with starting_alone(_gpus(config), say):
+            async with starting_alone([gpu.uuid for gpu in gpus], say):
+                planned = await asyncio.to_thread(_plan, config)
+                self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name)
                 self._app: ASGIApp = await self._engine.start()
+                self._watch = MemoryWatch(config, self._engine, planned, gpus)
+                await self._watch.start(time.monotonic() - started)
             self._own_route = WholeBody(self._app, config)
         except ServeAppError as error:
-            await self._engine.stop()
+            await self._stop()
             raise error.with_traceback(None) from None  # The message says it all; Serve prints the traceback thrice.
         except BaseException:
-            await self._engine.stop()
+            await self._stop()
             raise
         await self._gate.start()
         say(f"ready after {time.monotonic() - started:.0f} s")
@@ -63,11 +73,23 @@ class Model:
         """Called by Serve, for `autoscaling.by_engine_load`."""
         return {ENGINE_LOAD: self._engine.load()}
 
-    async def __del__(self) -> None:
+    async def _stop(self) -> None:
+        if hasattr(self, "_watch"):
+            await self._watch.stop()
         if hasattr(self, "_engine"):
             await self._engine.stop()
 
+    async def __del__(self) -> None:
+        await self._stop()
 
-def _gpus(config: ModelConfig) -> list[str]:
-    """The GPUs of this process, by UUID; none on the CPU."""
-    return [] if config.device == "cpu" else [gpu.uuid for gpu in visible_gpus(local_gpus())]
+
+def _gpus(config: ModelConfig) -> list[Gpu]:
+    """The GPUs of this process; none on the CPU."""
+    return [] if config.device == "cpu" else visible_gpus(local_gpus())
+
+
+def _plan(config: ModelConfig) -> ModelPlan | None:
+    """By what is free at this moment, which nobody changes while the start lock is held. Ray gives no GPU itself where
+    memory is counted by index."""
+    by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
+    return plan_here(config, _gpus(config), by_index, joined(read_calibrations(), published()))

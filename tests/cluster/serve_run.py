@@ -66,6 +66,7 @@ class ServeRun:
             **os.environ,
             MARK: self._mark,
             "RAY_TMPDIR": str(self.folder),
+            "SERVE_APP_CACHE": str(self.folder / "cache"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",  # a token would be written into the home folder
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),

@@ -9,10 +9,14 @@ from serve_app.config import ModelConfig
 from serve_app.engines.pt.cache_budget import cache_tokens
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.model_loader import LoadedModel, load_model
+from serve_app.engines.pt.model_runner import Runner
 from serve_app.engines.pt.openai_api import build_app
+from serve_app.engines.pt.packed_linear import PackedLinear
 from serve_app.engines.pt.probe import ProbeResult, probe
 from serve_app.engines.pt.scheduler import Limits
+from serve_app.engines.rank_memory import RankMemory, rank_memory, tensor_bytes
 from serve_app.errors import EngineError
+from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.fit import PT_MAX_NUM_SEQS
 from serve_app.planning.pt_cache import cells
 
@@ -28,11 +32,15 @@ class PtEngine:
         self.name = name
         self._config = config
         self._generator: Generator | None = None
+        self._libraries = 0
+        self._runner: Runner | None = None
 
     async def start(self) -> ASGIApp:
         """Loads the model in a thread, starts the engine's thread, and returns the application."""
         torch.set_num_threads(max(1, int(self._config.num_cpus)))
+        self._libraries = resident_bytes()
         loaded, probed = await asyncio.to_thread(self._load)
+        self._runner = probed.runner
         max_queued = self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS
         self._generator = Generator(self.name, loaded, probed, self._limits(loaded, probed), max_queued)
         return build_app(self._generator)
@@ -44,6 +52,10 @@ class PtEngine:
     def load(self) -> float:
         """Sequences that run or wait, to those that may run at once."""
         return self.generator.in_flight / self.generator.limits.max_num_seqs
+
+    async def memory(self) -> list[RankMemory]:
+        """Reads this process, for each device that holds a part of the model."""
+        return await asyncio.to_thread(self._memory)
 
     async def stop(self) -> None:
         """Ends the thread and removes the offloaded weights."""
@@ -59,6 +71,12 @@ class PtEngine:
         if self._generator is None:
             raise EngineError("the pt engine has not been started")
         return self._generator
+
+    def _memory(self) -> list[RankMemory]:
+        weights = weight_bytes(self.generator.loaded.model)
+        caches = getattr(self._runner, "cache_bytes", {})
+        devices = sorted(weights, key=str) if self._config.device == "cpu" else [d for d in weights if d.type == "cuda"]
+        return [rank_memory(each, weights[each], caches.get(each, 0), self._libraries) for each in devices]
 
     def _load(self) -> tuple[LoadedModel, ProbeResult]:
         loaded = load_model(self._config)
@@ -77,3 +95,13 @@ class PtEngine:
             tokens = min(tokens, loaded.cache_tokens or tokens)
         probed.runner.max_cells = tokens
         return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)
+
+
+def weight_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
+    """Bytes of all weights by device, also of those in oneDNN's order, which are no parameters."""
+    sizes = tensor_bytes(model.parameters())
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            cpu = torch.device("cpu")
+            sizes[cpu] = sizes.get(cpu, 0) + module.packed_bytes
+    return sizes

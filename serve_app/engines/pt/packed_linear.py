@@ -34,6 +34,11 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weight in oneDNN's order, without its padding."""
+        return int(self.in_features * self.out_features * self._packed.element_size())
+
     def extra_repr(self) -> str:
         """As `nn.Linear` has it."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

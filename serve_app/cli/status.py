@@ -1,0 +1,113 @@
+"""`serve-app status`: what runs, what each replica was planned and measured to hold, and what is missing."""
+
+import json
+import os
+import time
+
+from serve_app.errors import ConfigError
+from serve_app.planning.fit import gib
+from serve_app.serving.cluster_status import ClusterStatus, ModelView, ReplicaView, cluster_status
+from serve_app.serving.replica_report import DeviceReport, ReplicaReport, read_reports
+
+ROW = "{:<22} {:<20} {:<9} {:>9} {:>9} {:>9} {:>8}"
+
+
+def status(address: str | None, as_json: bool) -> int:
+    """Prints it. Returns 0 if every model has its replicas, 1 if not. Raises ConfigError where no Serve runs."""
+    seen = _read(address)
+    print(json.dumps(seen.to_json(), indent=1) if as_json else report(seen))
+    return 0 if seen.is_whole else 1
+
+
+def _read(address: str | None) -> ClusterStatus:
+    import ray
+    from ray._private.state import available_resources_per_node
+    from ray.exceptions import RayError
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    where = address or os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(address=address or "auto", namespace=SERVE_NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        raise ConfigError(f"no Ray cluster answers at {where}." if where else "no Ray cluster runs here.") from None
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME)
+        details = ray.get(controller.get_serve_instance_details.remote(), timeout=30)
+        return cluster_status(
+            details["applications"], ray.nodes(), available_resources_per_node(), read_reports(), time.time()
+        )
+    except ValueError:
+        raise ConfigError("Ray runs here, but no Serve. Start it with `serve run FILE`.") from None
+    except RayError as error:
+        raise ConfigError(f"Serve's controller does not answer: {error}") from None
+    finally:
+        ray.shutdown()
+
+
+def report(seen: ClusterStatus) -> str:
+    """The status as text."""
+    lines = [f"{len(seen.nodes)} nodes: {'; '.join(map(str, seen.nodes))}"]
+    lines += [f"gone: {node}" for node in seen.gone]
+    row = "{:<20} {:<9} {:>8} {:>6}  {}"
+    lines += ["", row.format("model", "state", "replicas", "load", "")]
+    for model in seen.models:
+        load = "" if model.load is None else f"{model.load:.2f}"
+        lines.append(row.format(model.name, model.state, f"{model.running}/{model.wanted}", load, model.error).rstrip())
+        if model.missing:
+            lines.append(f"    {model.missing}")
+    lines += ["", *_devices(seen)]
+    silent = [f"{model.name} {view.replica}" for model in seen.models for view in model.replicas if _is_silent(view)]
+    if silent:
+        lines.append(f"No report yet, or an old one, of: {', '.join(silent)}.")
+    lines += ["", "Every model has its replicas." if seen.is_whole else "Not every model has its replicas."]
+    return "\n".join(lines)
+
+
+def _is_silent(view: ReplicaView) -> bool:
+    return view.report is None and view.state == "RUNNING"
+
+
+def _devices(seen: ClusterStatus) -> list[str]:
+    """A line for each replica on each device, and the sum of each GPU."""
+    found = sorted(
+        ((_place(report, device), model, report, device) for model, report, device in _reported(seen)),
+        key=lambda item: (item[0], item[1].name, item[2].replica),
+    )
+    if not found:
+        return ["No replica has told what it holds."]
+    lines = [
+        "Sizes in GiB; on the CPU beyond the libraries. ! where more was held than planned.",
+        ROW.format("device", "model", "replica", "planned", "holds", "peak", "of plan"),
+    ]
+    for place, model, replica, device in found:
+        cells = [_cell(size) for size in (device.planned, device.held, device.peak)]
+        lines.append(ROW.format(place, model.name, replica.replica, *cells, _ratio(device)).rstrip())
+    for place in dict.fromkeys(item[0] for item in found if item[3].index is not None):
+        planned = sum(item[3].planned or 0 for item in found if item[0] == place)
+        held = sum(item[3].held or 0 for item in found if item[0] == place)
+        lines.append(f"{place:<22} together planned {gib(planned)}, holds {gib(held)}")
+    return lines
+
+
+def _reported(seen: ClusterStatus) -> list[tuple[ModelView, ReplicaReport, DeviceReport]]:
+    return [
+        (model, view.report, device)
+        for model in seen.models
+        for view in model.replicas
+        if view.report is not None
+        for device in view.report.devices
+    ]
+
+
+def _place(replica: ReplicaReport, device: DeviceReport) -> str:
+    return f"{replica.node} {'memory' if device.index is None else f'GPU {device.index}'}"
+
+
+def _cell(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**30:.2f}"
+
+
+def _ratio(device: DeviceReport) -> str:
+    if not device.planned or device.peak is None:
+        return ""
+    return f"{device.peak / device.planned:.0%}" + ("!" if device.peak > device.planned else "")

@@ -1,0 +1,84 @@
+"""The plan of one replica for the devices that its process sees, by what is free on them now.
+
+The builder judged the model by empty devices, since what ran there may have been about to go. Here it is about to
+start, so what is not free is not there: it is refused with the plan's figures and with those who hold the memory.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import psutil
+
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError, EngineError
+from serve_app.facts.calibration import Calibrations
+from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.gpus import Gpu
+from serve_app.facts.inventory import Device, Inventory
+from serve_app.facts.process_memory import held_by_others
+from serve_app.planning.fit import ModelRequest
+from serve_app.planning.plan import ModelPlan
+from serve_app.planning.planner import make_plan
+from serve_app.planning.settle import vllm_memory
+
+logger = logging.getLogger("ray.serve")
+NODE = "here"
+
+
+def plan_here(
+    config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False, calibrations: Calibrations | None = None
+) -> ModelPlan | None:
+    """The plan for these GPUs, or for the CPU; None where the plan does not know the model.
+
+    `by_index`: the config names GPUs by the numbers of the machine; else it counts those of `gpus` from 0. Raises
+    EngineError where less is free than the model takes. On the CPU, where memory is never quite free nor quite taken, a
+    shortage is told in the log.
+    """
+    if (request := _request(config)) is None:
+        return None
+    plan = make_plan([request], Inventory(_devices(config, gpus, by_index), calibrations or {}))
+    if plan.fits:
+        return plan.models[0]
+    message = plan.problems[0].message
+    if config.device == "cpu":
+        logger.warning("This model may need more memory than is available: %s", message)
+        return None
+    raise EngineError(f"{message} {held_by_others(list(gpus))}".strip())
+
+
+def _devices(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool) -> tuple[Device, ...]:
+    if config.device == "cpu":
+        memory = psutil.virtual_memory()
+        return (Device(NODE, None, "memory", memory.total, memory.available),)
+    return tuple(
+        Device(NODE, gpu.index if by_index else number, gpu.name, gpu.total_bytes, gpu.free_bytes, by_index)
+        for number, gpu in enumerate(gpus)
+    )
+
+
+def _request(config: ModelConfig) -> ModelRequest | None:
+    try:
+        checkpoint = read_checkpoint(config.model, config.revision)
+    except ConfigError as error:
+        logger.warning("This model is not planned: %s", error)
+        return None
+    request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
+    reason = request.unplanned
+    if config.infer_backend == "vllm" and not checkpoint.architecture.is_known_to_vllm:
+        reason = "the plan has no formulas for this architecture in vLLM."
+    if reason:
+        logger.warning("This model is not planned: %s", reason)
+        return None
+    return request
+
+
+def with_planned_memory(config: ModelConfig, planned: ModelPlan | None) -> ModelConfig:
+    """vLLM's config with explicit bytes of KV cache and its share of the card, so that it measures nothing itself.
+
+    Its own profiling looks at the whole card, and is wrong beside another process that grows or shrinks meanwhile.
+    Unchanged for pt, on the CPU, for a model that is not planned, and where the config says all of it already.
+    """
+    is_told = config.kv_cache_memory_bytes is not None and "gpu_memory_utilization" in config.vllm_args
+    if planned is None or config.infer_backend != "vllm" or config.device == "cpu" or is_told:
+        return config
+    return config.model_copy(update=vllm_memory(planned))

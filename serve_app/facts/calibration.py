@@ -1,0 +1,124 @@
+"""Measured memory of engines, kept in a small file of this machine, which the next plan reads.
+
+The file is JSON: what a measured setting is called, by the setting's key, and the bytes. Its folder is
+SERVE_APP_CACHE, else $XDG_CACHE_HOME/serve-app, else ~/.cache/serve-app. Deleting it forgets; nothing else is lost.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+FILE = "calibration.json"
+# In Ray's key-value store.
+PUBLISHED = b"serve-app-calibrations"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one rank of an engine took beyond weights and KV cache, at most, in bytes.
+
+    `activation_bytes` holds CUDA graphs and what the allocator keeps too; `context_bytes` is what a process holds
+    outside torch's allocator, None where that could not be measured. `setting` says what was measured.
+    """
+
+    setting: Mapping[str, object]
+    activation_bytes: int
+    context_bytes: int | None = None
+
+    def joined(self, other: "Calibration") -> "Calibration":
+        """The larger of both figures each: a calibration only grows, until its file is deleted."""
+        contexts = [size for size in (self.context_bytes, other.context_bytes) if size is not None]
+        return replace(
+            self,
+            activation_bytes=max(self.activation_bytes, other.activation_bytes),
+            context_bytes=max(contexts, default=None),
+        )
+
+
+Calibrations = Mapping[str, Calibration]
+
+
+def setting_key(setting: Mapping[str, object]) -> str:
+    """One line that is the same for the same setting."""
+    return json.dumps(setting, sort_keys=True)
+
+
+def calibration_file() -> Path:
+    """Where this machine's figures are."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get("SERVE_APP_CACHE") or cache / "serve-app") / FILE
+
+
+def read_calibrations(file: Path | None = None) -> dict[str, Calibration]:
+    """All figures by key. A file that is not there, or is damaged, has none: they are only a help."""
+    try:
+        return _from_json((file or calibration_file()).read_text())
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def joined(one: Calibrations, other: Calibrations) -> dict[str, Calibration]:
+    """Both, with the larger figures where a setting is in both."""
+    both = {key: one[key].joined(other[key]) for key in one.keys() & other.keys()}
+    return {**one, **other, **both}
+
+
+def write_calibrations(found: Calibrations, file: Path | None = None) -> bool:
+    """Adds figures to the file, and says whether they changed it. Raises OSError where it cannot be written.
+
+    Processes write one after the other, and a reader sees the old file or the new one.
+    """
+    target = file or calibration_file()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.with_suffix(".lock")):
+        before = read_calibrations(target)
+        after = joined(before, found)
+        if after == before:
+            return False
+        new = target.with_suffix(".new")
+        new.write_text(_as_json(after))
+        new.replace(target)
+        return True
+
+
+def publish(found: Calibrations) -> None:
+    """Tells the whole Ray cluster, so that a replica on any node counts as the plan did that chose its limits."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    if found:
+        _internal_kv_put(PUBLISHED, _as_json(joined(published(), found)).encode())
+
+
+def published() -> dict[str, Calibration]:
+    """What was told to this cluster."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _from_json(_internal_kv_get(PUBLISHED) or b"[]")
+
+
+def _as_json(found: Calibrations) -> str:
+    return json.dumps([asdict(found[key]) for key in sorted(found)], indent=1) + "\n"
+
+
+def _from_json(text: str | bytes) -> dict[str, Calibration]:
+    """Raises ValueError, TypeError or KeyError for text that is none of ours."""
+    found = [
+        Calibration(item["setting"], int(item["activation_bytes"]), _size(item["context_bytes"]))
+        for item in json.loads(text)
+    ]
+    return {setting_key(calibration.setting): calibration for calibration in found}
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _size(value: object) -> int | None:
+    return None if value is None else int(value)  # type: ignore[call-overload]

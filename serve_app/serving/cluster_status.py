@@ -1,0 +1,112 @@
+"""What runs, against what was asked for and planned: Serve's details, Ray's nodes and the replicas' reports, as one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from serve_app.facts.nodes import Node, node_from_resources
+from serve_app.planning.placement import Demand
+from serve_app.serving.deployment_options import MODEL_DEPLOYMENT
+from serve_app.serving.directory import read_status
+from serve_app.serving.replica_report import STALE_S, ReplicaReport
+
+
+@dataclass(frozen=True)
+class ReplicaView:
+    """One replica as Serve knows it, with its report where it gave one. `state` is Serve's."""
+
+    replica: str
+    state: str
+    node: str
+    pid: int | None
+    report: ReplicaReport | None
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """One model. `wanted` replicas are Serve's target now; `missing` says why fewer run; `error` is the last one."""
+
+    name: str
+    state: str
+    running: int
+    wanted: int
+    replicas: Sequence[ReplicaView]
+    missing: str
+    error: str
+
+    @property
+    def load(self) -> float | None:
+        """The mean of the replicas' loads; None where none tells."""
+        loads = [view.report.load for view in self.replicas if view.report is not None]
+        return sum(loads) / len(loads) if loads else None
+
+
+@dataclass(frozen=True)
+class ClusterStatus:
+    """All models, the living nodes, and what is said of the others."""
+
+    nodes: Sequence[Node]
+    gone: Sequence[str]
+    models: Sequence[ModelView]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every model has the replicas that it should have."""
+        return all(model.running >= model.wanted and model.state in ("ready", "asleep") for model in self.models)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `serve-app status --json` prints it; sizes in bytes."""
+        return asdict(self) | {"is_whole": self.is_whole}
+
+
+def cluster_status(
+    applications: Mapping[str, Any],
+    ray_nodes: Sequence[Mapping[str, Any]],
+    available: Mapping[str, Mapping[str, float]],
+    reports: Sequence[ReplicaReport],
+    now: float,
+) -> ClusterStatus:
+    """`applications` as in `ServeInstanceDetails`; `ray_nodes` as `ray.nodes()`; `available` resources by node id."""
+    alive = [node for node in ray_nodes if node["Alive"]]
+    nodes = [node_from_resources(node["NodeManagerAddress"], node["Resources"]) for node in alive]
+    left = [node_from_resources(node["NodeManagerAddress"], available.get(node["NodeID"], {})) for node in alive]
+    gone = [_gone(node) for node in ray_nodes if not node["Alive"]]
+    fresh = {(report.application, report.replica): report for report in reports if now - report.written_at < STALE_S}
+    models = []
+    for name, status in read_status(applications, own_application="").items():
+        deployment = applications[name]["deployments"].get(MODEL_DEPLOYMENT) or {}
+        replicas = [_replica(name, item, fresh) for item in deployment.get("replicas") or ()]
+        wanted = deployment.get("target_num_replicas") or 0
+        short = wanted - status.replicas if status.state != "stopping" else 0
+        missing = missing_for(deployment.get("required_resources") or {}, nodes, left) if short > 0 else ""
+        error = "" if status.state == "asleep" else status.message
+        models.append(ModelView(name, status.state, status.replicas, wanted, replicas, missing, error))
+    return ClusterStatus(nodes, gone, models)
+
+
+def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Sequence[Node]) -> str:
+    """What a replica waits for; empty where a node has room, so that it is starting there or will in a moment.
+
+    `resources` are Ray's, by name; `left` are the nodes with what nobody has taken.
+    """
+    asked = node_from_resources("", resources)
+    demand = Demand(asked.cpus, asked.gpus, asked.vram_gib)
+    if any(demand.fits(node) for node in left):
+        return ""
+    if any(demand.fits(node) for node in nodes):
+        others = "; ".join(map(str, left))
+        return f"A replica needs {demand} on one node, and others have taken it. Left: {others}."
+    return f"A replica needs {demand} on one node, and no living node has that: {'; '.join(map(str, nodes)) or 'none'}."
+
+
+def _replica(
+    application: str, item: Mapping[str, Any], reports: Mapping[tuple[str, str], ReplicaReport]
+) -> ReplicaView:
+    state = str(getattr(item["state"], "value", item["state"]))
+    name = item["replica_id"]
+    return ReplicaView(name, state, item.get("node_ip") or "", item.get("pid"), reports.get((application, name)))
+
+
+def _gone(node: Mapping[str, Any]) -> str:
+    reason = " ".join(str(node.get("DeathReasonMessage") or "").split())
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" + (f": {reason}" if reason else "")
