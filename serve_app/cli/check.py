@@ -82,10 +82,12 @@ def _unset_variables(file: Path) -> list[str]:
 
 def require_serves_schema(file: Path) -> None:
     """Raises ConfigError for what Ray Serve itself refuses: unknown keys, a name or a route that is there twice."""
-    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+    from ray.serve.config import AutoscalingConfig
+    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
     document = yaml.safe_load(file.read_text())
     problems = unknown_keys(document, ServeDeploySchema.model_fields, ServeApplicationSchema.model_fields)
+    problems += unknown_options(document, set(DeploymentSchema.model_fields), set(AutoscalingConfig.model_fields))
     if problems:
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
     try:
@@ -114,6 +116,21 @@ def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iter
                 problems.append(f"{name}: deployments: '{deployment.get('name')}' must be '{BUILDERS[path]}'.")
             if "ray_actor_options" in deployment and BUILDERS[path] == "Model":
                 problems.append(f"{name}: ray_actor_options would replace the GPUs and the environment set here.")
+    return problems
+
+
+def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set[str]) -> list[str]:
+    """What Serve would drop in silence under `deployments`, one line each."""
+    problems = []
+    for item in document["applications"]:
+        for number, options in enumerate(item.get("deployments") or ()):
+            place = f"{item.get('name')}: deployments[{number}]"
+            asked = options.get("autoscaling_config")
+            parts = [(place, options, deployment)]
+            parts += [(f"{place}.autoscaling_config", asked, scaling)] if isinstance(asked, dict) else []
+            for where, given, known in parts:
+                unknown = sorted(set(given) - known)
+                problems += [f"{where}: unknown key '{key}'.{nearest(key, known)}" for key in unknown]
     return problems
 
 

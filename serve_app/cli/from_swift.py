@@ -261,8 +261,8 @@ def _address(draft: _Draft, parsed: SwiftCommand) -> tuple[str, int]:
     port = int(read_number("port", (parsed.one("port", str(DEFAULT_PORT)),)))
     if "api_key" in parsed.arguments:
         draft.note(
-            "--api_key …: no key is checked here, so the server listens on 127.0.0.1 only. Put a gateway that checks "
-            "keys in front, and then set the host."
+            "--api_key …: keys are hashed in a file of their own: make one with `serve-app new-key NAME`, and name the "
+            "file in SERVE_APP_API_KEYS_FILE. Until then the server listens on 127.0.0.1 only; set the host after it."
         )
         host = "127.0.0.1"
     return host, port

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-VRAM_RESOURCE = "vram_gib_{index}"
-_VRAM_PATTERN = re.compile(r"vram_gib_(\d+)")
+# In MiB: `ray start --resources` takes whole numbers only, and few cards have whole GiB.
+VRAM_RESOURCE = "vram_mib_{index}"
+_VRAM_PATTERN = re.compile(r"vram_mib_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Node:
 def node_from_resources(name: str, resources: Mapping[str, float]) -> Node:
     """The node that Ray describes by `resources`, name to amount."""
     matches = [(_VRAM_PATTERN.fullmatch(key), amount) for key, amount in resources.items()]
-    by_index = {int(match[1]): amount for match, amount in matches if match is not None}
+    by_index = {int(match[1]): amount / 1024 for match, amount in matches if match is not None}
     return Node(name, resources.get("CPU", 0.0), resources.get("GPU", 0.0), by_index)
 
 

@@ -3,7 +3,7 @@
 Two kinds of accounting for GPUs, never both on one node:
 
 - whole GPUs, or a share of one: Ray's own `num_gpus`;
-- memory by GPU index: nodes that advertise `vram_gib_<index>`. The one way to give a replica shares of several,
+- memory by GPU index: nodes that advertise `vram_mib_<index>`. The one way to give a replica shares of several,
   unequal GPUs with Ray as the only scheduler.
 """
 
@@ -33,8 +33,8 @@ class Demand:
 
     @property
     def resources(self) -> dict[str, float]:
-        """Ray's custom resources. Ray keeps four decimals, so the amount is rounded up at the fourth."""
-        return {VRAM_RESOURCE.format(index=index): _round_up(size) for index, size in self.vram_gib.items()}
+        """Ray's custom resources, in whole MiB: rounded up, for what the node advertises is whole."""
+        return {VRAM_RESOURCE.format(index=index): float(ceil(size * 1024)) for index, size in self.vram_gib.items()}
 
     def fits(self, node: Node) -> bool:
         """Whether the node could hold the replica if nothing else ran there."""
@@ -144,7 +144,3 @@ def _why(config: ModelConfig, demand: Demand) -> str:
         sizes = ", ".join(f"{index}: {config.max_memory[index] / 1e9:g}GB" for index in config.gpu_indices)
         return f"pt, max_memory: {{{sizes}}}"
     return "pt, device_map" if config.gpu_indices else "pt, one GPU by default"
-
-
-def _round_up(size: float) -> float:
-    return -(-size * 10_000 // 1) / 10_000

@@ -12,6 +12,8 @@ ROUTER_DEPLOYMENT = "Router"
 # Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
 # Serve's default of 5 would starve a batching engine.
 MAX_ONGOING_REQUESTS = 256
+# vLLM's own max_num_seqs on cards from 70 GiB, the most that it takes by default.
+VLLM_MOST_ROWS = 1024
 ROUTER_MAX_ONGOING_REQUESTS = 10_000
 
 # Ray gives the head node one of it.
@@ -45,7 +47,8 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
 
 def _max_ongoing_requests(config: ModelConfig) -> int:
     """More than the engine takes, so that a full queue is refused by the engine, which knows its rate."""
-    rows = config.max_num_seqs or 0
+    default = VLLM_MOST_ROWS if config.infer_backend == "vllm" and config.device == "cuda" else 0
+    rows = config.max_num_seqs or default
     return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS
 
 

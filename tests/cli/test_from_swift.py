@@ -304,11 +304,11 @@ def test_a_secret_is_not_taken_for_a_variable_of_the_shell() -> None:
 
 
 def test_with_an_api_key_the_server_stays_on_this_machine() -> None:
-    """No key is checked here, so the address is not opened, and the key is not printed."""
+    """Until its file of keys is made the address is not opened, and the key is not printed."""
     made = of("--api_key sk-1 --host 0.0.0.0")
     assert made.http_host == "127.0.0.1"
     assert "sk-1" not in as_yaml(made)
-    assert "gateway" in note_about(made, "--api_key")
+    assert "serve-app new-key" in note_about(made, "--api_key")
 
 
 @pytest.mark.parametrize("backend", ["sglang", "lmdeploy"])

@@ -145,3 +145,15 @@ def test_the_routers_user_config_is_checked_too(tmp_path: Path, capsys: pytest.C
         "note: router: default_model: no model of this file is called 'ghost'.",
         "note: router: aliases.a: hides the model of that name.",
     ]
+
+
+def test_unknown_options_of_a_deployment_are_named() -> None:
+    """Serve itself drops them in silence: a delay that was misspelt is no delay."""
+    scaling = {"min_replicas": 1, "upscale_dely_s": 3}
+    options = {"name": "Model", "max_surge_percnt": 1, "autoscaling_config": scaling}
+    document = {"applications": [{"name": "a", "deployments": [options]}]}
+    known = {"name", "max_surge_percent", "autoscaling_config"}
+    assert check_module.unknown_options(document, known, {"min_replicas", "upscale_delay_s"}) == [
+        "a: deployments[0]: unknown key 'max_surge_percnt'. Did you mean 'max_surge_percent'?",
+        "a: deployments[0].autoscaling_config: unknown key 'upscale_dely_s'. Did you mean 'upscale_delay_s'?",
+    ]

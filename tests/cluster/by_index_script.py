@@ -55,7 +55,7 @@ def main() -> None:
     ray.init(
         num_cpus=2,
         num_gpus=0,
-        resources={"vram_gib_0": 8.0, "vram_gib_1": 24.0},
+        resources={"vram_mib_0": 8192, "vram_mib_1": 24576},
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -76,7 +76,7 @@ def main() -> None:
     answer["resources"] = {name: option["resources"] for name, option in options.items()}
     answer["sees"] = ray.get([replica.ready.remote() for replica in replicas], timeout=60)
     left = ray.available_resources()
-    answer["left"] = {name: left.get(name, 0.0) for name in ("vram_gib_0", "vram_gib_1")}
+    answer["left"] = {name: left.get(name, 0.0) for name in ("vram_mib_0", "vram_mib_1")}
     four = [*three, replace(three[1], name="fourth")]
     answer["fourth"] = [problem.message for problem in make_plan(four, inventory).problems]
     answer["beside"] = make_plan(four[-1:], unclaimed(inventory)).fits

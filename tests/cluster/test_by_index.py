@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from math import ceil
 
 import pytest
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 SIZES = {0: 8, 1: 24}
 
 
@@ -28,17 +29,19 @@ def test_ray_counts_what_the_plan_counts() -> None:
     assert answer["devices"] == [["n1:0", 8 * GIB], ["n1:1", 24 * GIB]]
     assert answer["fits"]
     asked = answer["resources"]
-    assert asked["over both"] == {"vram_gib_0": 4.0, "vram_gib_1": 7.0}
-    assert asked["vllm"] == {"vram_gib_1": 10.15}  # 0.4 of 24 GiB, and the CUDA context beside it
+    assert asked["over both"] == {"vram_mib_0": 4096.0, "vram_mib_1": 7168.0}
+    assert asked["vllm"] == {"vram_mib_1": 10394.0}  # 0.4 of 24 GiB, and the CUDA context beside it
     assert answer["told"]["vllm"]["gpu_ids"] == [1]
     # The bytes of its KV cache are told; what vLLM wants to find free follows from the real card, in the replica.
     assert answer["told"]["vllm"]["engine_args"] == {}
     assert answer["told"]["vllm"]["kv_cache_memory_bytes"] > 0
     (cap,) = answer["told"]["share"]["max_memory"].values()
-    assert asked["share"] == {"vram_gib_0": pytest.approx(cap / GIB, abs=1e-4)}
+    assert asked["share"] == {"vram_mib_0": ceil(cap / MIB)}
     assert answer["sees"] == ["0,1", "1", "0"]
-    taken = {index: sum(part.get(f"vram_gib_{index}", 0) for part in asked.values()) for index in (0, 1)}
-    assert answer["left"] == {f"vram_gib_{index}": pytest.approx(size - taken[index]) for index, size in SIZES.items()}
+    taken = {index: sum(part.get(f"vram_mib_{index}", 0) for part in asked.values()) for index in (0, 1)}
+    assert answer["left"] == {
+        f"vram_mib_{index}": pytest.approx(size * 1024 - taken[index]) for index, size in SIZES.items()
+    }
     assert "Shares of one GPU must leave room for each one's context" in answer["fourth"][0]
     assert not answer["beside"]
     assert answer["fourth_waits"]

@@ -37,10 +37,10 @@ def test_pt_asks_for_one_whole_gpu_for_each_that_max_memory_names() -> None:
 
 
 def test_pt_asks_for_memory_by_index_where_nodes_advertise_it() -> None:
-    """3 GB are 2.794 GiB; Ray keeps four decimals, so it is rounded up."""
+    """3 GB are 2861.02 MiB, and `ray start` takes whole numbers only, so it is rounded up."""
     demand = first_demand(model_config(max_memory={0: "3GB", 1: "10GiB"}), BY_INDEX)
     assert demand.gpus == 0
-    assert demand.resources == {"vram_gib_0": 2.794, "vram_gib_1": 10.0}
+    assert demand.resources == {"vram_mib_0": 2862.0, "vram_mib_1": 10240.0}
 
 
 def test_a_share_of_a_gpu_is_passed_to_ray() -> None:
@@ -52,7 +52,7 @@ def test_gpu_numbers_of_whole_gpus_start_at_zero() -> None:
     """GPU 1 alone can only be meant where nodes advertise memory by index."""
     with pytest.raises(PlacementError, match="counts its own from 0"):
         first_demand(model_config(max_memory={1: "3GB"}), WHOLE)
-    assert first_demand(model_config(max_memory={1: "3GB"}), BY_INDEX).resources == {"vram_gib_1": 2.794}
+    assert first_demand(model_config(max_memory={1: "3GB"}), BY_INDEX).resources == {"vram_mib_1": 2862.0}
 
 
 def test_what_no_node_has_is_refused_with_both_figures() -> None:

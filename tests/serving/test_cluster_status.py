@@ -42,10 +42,10 @@ def told(replica: str, held: int, written_at: float = NOW, planned: int | None =
 
 def seen(running: int, wanted: int, *reports: ReplicaReport, lost: bool = False) -> ClusterStatus:
     """One model on a node with 24 GiB of GPU 0, of which 4 are left."""
-    nodes = [ray_node("a", CPU=8, **({} if lost else {"vram_gib_0": 24.0}))]
+    nodes = [ray_node("a", CPU=8, **({} if lost else {"vram_mib_0": 24576.0}))]
     nodes += [ray_node("b", alive=False)] if lost else []
-    left = {"aaaaaaaa": {"CPU": 8.0} | ({} if lost else {"vram_gib_0": 4.0})}
-    applications = {"m": model(running, wanted, {"CPU": 1, "vram_gib_0": 10.0})}
+    left = {"aaaaaaaa": {"CPU": 8.0} | ({} if lost else {"vram_mib_0": 4096.0})}
+    applications = {"m": model(running, wanted, {"CPU": 1, "vram_mib_0": 10240.0})}
     return cluster_status(applications, nodes, left, reports, NOW)
 
 
