@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.serving import router_metrics
+from serve_app.serving import replica_metrics, router_metrics
 
 DOCKER = Path(__file__).parents[1] / "docker"
 MONITORING = DOCKER / "monitoring"
@@ -23,11 +23,11 @@ OF_RAY = {
 
 
 def exported() -> set[str]:
-    """The names under which Prometheus sees the router's metrics."""
-    source = Path(router_metrics.__file__).read_text()
+    """The names under which Prometheus sees our metrics."""
+    source = "".join(Path(str(module.__file__)).read_text() for module in (router_metrics, replica_metrics))
     suffixes = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}
     found = re.findall(r'metrics\.(Counter|Gauge|Histogram)\(\s*"(serve_app_\w+)"', source)
-    assert len(found) >= 10
+    assert len(found) >= 14
     return {f"ray_{name}{suffix}" for kind, name in found for suffix in suffixes[kind]}
 
 
@@ -53,7 +53,7 @@ def test_every_metric_that_is_asked_for_exists(expression: str) -> None:
     assert expression.count("(") == expression.count(")")
 
 
-def test_every_metric_of_the_router_is_shown() -> None:
+def test_every_metric_of_ours_is_shown() -> None:
     """None is left out of the dashboard."""
     shown = " ".join(expressions())
     for name in {name.removesuffix("_bucket") for name in exported() if not name.endswith(("_sum", "_count"))}:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import ray
 from ray import serve
-from ray.serve import metrics
 
 from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine
@@ -24,6 +23,7 @@ from serve_app.facts.gpus import Gpu
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.setting import setting_of
+from serve_app.serving.replica_metrics import ReplicaMetrics
 from serve_app.serving.replica_report import (
     REPORT_EVERY_S,
     DeviceReport,
@@ -50,15 +50,7 @@ class MemoryWatch:
         self._peaks: dict[str, int] = {}
         self._written: dict[str, Calibration] = {}
         self._task: asyncio.Task[None] | None = None
-        self._gauges = {
-            name: metrics.Gauge(f"serve_app_memory_{name}_bytes", text, ("device",))
-            for name, text in (
-                ("planned", "What the plan gives this replica of the device."),
-                ("held", "What this replica was measured to hold of it."),
-                ("peak", "The most that it was measured to hold."),
-            )
-        }
-        self._load = metrics.Gauge("serve_app_engine_load", "1 is a full batch, or a full KV cache; above 1 some wait.")
+        self._metrics = ReplicaMetrics()
 
     async def start(self, ready_after_s: float) -> None:
         """Measures once, tells it, and goes on. Raises EngineError when the engine runs on a GPU of somebody else's."""
@@ -100,19 +92,14 @@ class MemoryWatch:
         return ranks
 
     def _told(self, ranks: Sequence[RankMemory]) -> list[DeviceReport]:
-        """The devices that are planned or held, and their gauges."""
+        """Each device that is held, with what was planned."""
         planned = planned_by_device(self._planned, self._gpus)
         indices = {gpu.uuid: gpu.index for gpu in self._gpus}
-        devices = [_device_report(rank, planned.get(rank.device), indices, self._peaks) for rank in ranks]
-        for device in devices:
-            for name in ("planned", "held", "peak"):
-                if (size := getattr(device, name)) is not None:
-                    self._gauges[name].set(size, tags={"device": device.device})
-        return devices
+        return [_device_report(rank, planned.get(rank.device), indices, self._peaks) for rank in ranks]
 
     async def _report(self, devices: Sequence[DeviceReport], ready_after_s: float) -> None:
         load = self._engine.load()
-        self._load.set(load)
+        self._metrics.told(devices, load)
         report = ReplicaReport(
             self._application, self._replica, self._node, os.getpid(), self._config.model, self._config.infer_backend,
             load, ready_after_s, time.time(), devices,
