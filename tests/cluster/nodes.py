@@ -1,21 +1,28 @@
-"""Nodes that die: a cluster of raylets on one machine, each with resources of its own.
+"""Nodes that die, or are drained: a cluster of raylets on one machine, each with resources of its own.
 
-    python -m tests.cluster.nodes [--requests 1500] [--backend pt]
+    python -m tests.cluster.nodes [--requests 1500] [--backends pt,vllm] [--drain]
 
-Starts a head without CPUs for models and two workers, deploys a router and two replicas of a model (one fits on each
-worker), and sends streaming requests while a worker's raylet is killed with SIGKILL and started again. Prints one JSON
-object: what every client got, what `/ready` said without the node, and the seconds until both replicas were back.
+Starts a head without CPUs for models and two workers, deploys a router and two replicas of a model of each backend (one
+of each fits on a worker), and sends streaming requests while a worker's raylet is killed with SIGKILL and started
+again. With `--drain` a third worker is there, and Ray is told that the first one is about to be preempted; it is killed
+when its replicas have gone. Prints one JSON object: what every client got, what `/ready` and `serve-app status` said
+without the node, and the seconds until all replicas were back.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import psutil
 
 from tests.cluster.serve_run import BIN, ServeRun, free_port
 from tests.cluster.storm import Trouble, config, storm
@@ -49,14 +56,50 @@ class RayCluster(ServeRun):
 
     def kill_worker(self, number: int) -> None:
         """SIGKILL to its raylet, and to it alone: Ray's other processes on the node end by themselves."""
-        children = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.workers[number].pid)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        (raylet,) = [int(line.split()[0]) for line in children.splitlines() if "/raylet/raylet" in line]
-        os.kill(raylet, signal.SIGKILL)
+        os.kill(self._raylet(number), signal.SIGKILL)
+
+    def _raylet(self, number: int) -> int:
+        """The pid of a worker's raylet."""
+        children = _children(psutil.Process(self.workers[number].pid))
+        (raylet,) = [child.pid for child in children if "/raylet/raylet" in " ".join(child.cmdline())]
+        return raylet
+
+    def _node_of(self, number: int) -> str:
+        """Ray's id of a worker's node, from its raylet's command line."""
+        command = " ".join(psutil.Process(self._raylet(number)).cmdline())
+        found = re.search(r"--node_id=([0-9a-f]+)|--node-id=([0-9a-f]+)", command)
+        assert found is not None, command
+        return found[1] or found[2]
+
+    def _ray(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [BIN / "ray", arguments[0], f"--address={self.gcs}", *arguments[1:]],
+            env=self.environment, capture_output=True, text=True, timeout=90, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    def drain_worker(self, number: int, deadline_s: int = 600) -> None:
+        """Tells Ray that the node is about to be taken away: Serve starts its replicas elsewhere, and stops them here
+        when those are there."""
+        self._ray("drain-node", f"--node-id={self._node_of(number)}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
+                  "--reason-message=spot instance", f"--deadline-remaining-seconds={deadline_s}")  # fmt: skip
+
+    def wait_until_left(self, number: int, timeout_s: float) -> None:
+        """Returns when no replica runs on a worker any more."""
+        deadline = time.monotonic() + timeout_s
+        raylet = psutil.Process(self._raylet(number))
+        while any("ServeReplica" in " ".join(child.cmdline()) for child in _children(raylet)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"replicas stay on worker {number}")
+            time.sleep(0.5)
+
+    def status_of_ours(self) -> dict[str, Any]:
+        """What `serve-app status` prints, and its exit code."""
+        done = subprocess.run(
+            [BIN / "serve-app", "status", f"--address={self.gcs}"],
+            env=self.environment, capture_output=True, text=True, timeout=90, check=False,
+        )  # fmt: skip
+        return {"exit_code": done.returncode, "lines": done.stdout.splitlines()}
 
     def output(self) -> str:
         """What all nodes' terminals show."""
@@ -90,37 +133,82 @@ class RayCluster(ServeRun):
                 time.sleep(1)
 
 
-async def node_loss(cluster: RayCluster, requests: int, cpus: float) -> dict[str, Any]:
-    """The requests, with a node less and a node more meanwhile."""
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    """Those that live; a process may end while it is asked."""
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.cmdline()
+            found.append(child)
+    return found
+
+
+def models_of(backends: Sequence[str]) -> list[str]:
+    """The names of the models."""
+    return [f"mortal-{backend}" for backend in backends]
+
+
+def both(backends: Sequence[str]) -> dict[str, Any]:
+    """The router and a model of each backend, with two replicas that each take half of a worker's CPUs."""
+    applications = []
+    for name, backend in zip(models_of(backends), backends, strict=True):
+        router, model = config(backend)["applications"]
+        model |= {"name": name, "route_prefix": f"/models/{name}"}
+        model["args"] |= {"num_cpus": 1, "kv_cache_memory_bytes": "300MB"}
+        applications.append(model)
+    return {"applications": [router, *applications]}
+
+
+async def node_loss(cluster: RayCluster, requests: int, backends: Sequence[str], drain: bool) -> dict[str, Any]:
+    """The requests to all models at once, with a node less and a node more meanwhile."""
+    names = models_of(backends)
     without: dict[str, Any] = {}
+
+    async def until(replicas: int, timeout_s: float) -> dict[str, Any]:
+        return await asyncio.to_thread(
+            cluster.wait_until, lambda told: all(told[name]["replicas"] == replicas for name in names), timeout_s
+        )
 
     async def lose_and_return() -> float:
         await asyncio.sleep(8)
+        if drain:
+            await asyncio.to_thread(cluster.drain_worker, 0)
+        started = time.monotonic()
+        if drain:
+            await asyncio.to_thread(cluster.wait_until_left, 0, 300)
+            without["drained_after_s"] = round(time.monotonic() - started, 1)
         cluster.kill_worker(0)
-        killed = time.monotonic()
-        without.update(await asyncio.to_thread(cluster.wait_until, lambda told: told["mortal"]["replicas"] == 1, 120))
-        await asyncio.sleep(5)
-        await asyncio.to_thread(cluster.add_worker, 2, cpus)
-        await asyncio.to_thread(cluster.wait_until, lambda told: told["mortal"]["replicas"] == 2, 180)
-        return time.monotonic() - killed
+        if not drain:
+            without["ready"] = await until(1, 120)
+            without["status"] = await asyncio.to_thread(cluster.status_of_ours)
+            await asyncio.sleep(5)
+            await asyncio.to_thread(cluster.add_worker, 2, len(names))
+        await until(2, 300)
+        return time.monotonic() - started
 
     losing = asyncio.create_task(lose_and_return())
-    told = await storm(cluster, "mortal", requests, 32, Trouble())
+    storms = await asyncio.gather(*(storm(cluster, name, requests, 16, Trouble()) for name in names))
     back_s = await losing
-    return {**told, "without_the_node": without["mortal"], "both_replicas_again_after_s": round(back_s, 1)}
+    told = dict(zip(names, storms, strict=True))
+    return {**told, "without_the_node": without, "all_replicas_again_after_s": round(back_s, 1)}
 
 
 def main() -> None:
     """Prints what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=3000)
-    parser.add_argument("--backend", choices=("pt", "vllm"), default="pt")
+    parser.add_argument("--requests", type=int, default=1500)
+    parser.add_argument("--backends", default="pt")
+    parser.add_argument("--drain", action="store_true")
     options = parser.parse_args()
+    backends = options.backends.split(",")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
-    cluster = RayCluster(config(options.backend), worker_cpus=[1, 1])
+    cluster = RayCluster(both(backends), worker_cpus=[len(backends)] * 2)
     try:
-        cluster.wait_until(lambda told: told["mortal"]["replicas"] == 2)
-        print(json.dumps(asyncio.run(node_loss(cluster, options.requests, 1))))
+        names = models_of(backends)
+        cluster.wait_until(lambda told: all(told[name]["replicas"] == 2 for name in names))
+        if options.drain:
+            cluster.add_worker(2, len(backends))
+        print(json.dumps(asyncio.run(node_loss(cluster, options.requests, backends, options.drain)), indent=1))
     finally:
         cluster.stop(signal.SIGTERM)
         cluster.clean_up()

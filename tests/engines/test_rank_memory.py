@@ -1,0 +1,60 @@
+"""What an engine says that it holds."""
+
+import os
+
+import torch
+
+from serve_app.engines.planned_here import plan_here
+from serve_app.engines.pt.engine import PtEngine, weight_bytes
+from serve_app.engines.pt.sequence import SamplingParams
+from serve_app.engines.rank_memory import RankMemory, rank_memory, tensor_bytes
+from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from serve_app.facts.process_memory import resident_bytes
+from tests.builders import model_config
+
+CPU = torch.device("cpu")
+
+
+def test_shared_storages_count_once_and_data_that_is_not_there_does_not() -> None:
+    """Tied weights, views, and modules that accelerate has put on disk."""
+    whole = torch.zeros(10, 10)
+    sizes = tensor_bytes(
+        [whole, whole[2:], whole.T, torch.zeros(3, dtype=torch.bfloat16), torch.zeros(5, device="meta")]
+    )
+    assert sizes == {CPU: 406}
+
+
+def test_on_the_cpu_the_libraries_are_not_the_models() -> None:
+    """Only what came after them."""
+    before = resident_bytes()
+    kept = torch.ones(50_000_000)
+    seen = rank_memory(CPU, 0, 0, before)
+    assert (seen.device, seen.pid, seen.context) == ("cpu", os.getpid(), 0)
+    assert seen.held is not None
+    assert 0.9 * kept.nbytes < seen.held < 1.5 * kept.nbytes
+
+
+def test_the_rest_is_what_is_no_weight_cache_or_context() -> None:
+    """Unknown where the driver does not tell, and never negative."""
+    assert RankMemory("GPU-a", 1, weights=40, kv_cache=30, held=90, peak=100, context=10).rest == 20
+    assert RankMemory("GPU-a", 1, weights=40, kv_cache=30, held=None, peak=None, context=None).rest is None
+    assert RankMemory("cpu", 1, weights=40, kv_cache=30, held=50, peak=50, context=0).rest == 0
+
+
+async def test_pt_tells_its_weights_to_the_byte_and_its_cache_while_requests_run() -> None:
+    """Also where they are in oneDNN's order, as they are on the CPU."""
+    config = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_model_len=256)
+    planned = plan_here(config, [])
+    assert planned is not None
+    engine = PtEngine(config, "m")
+    await engine.start()
+    (idle,) = await engine.memory()
+    assert idle.weights == planned.ranks[0].weights.bytes
+    assert idle.kv_cache == 0
+    pieces = engine.generator.generate([1, 2, 3], SamplingParams(50, temperature=0, ignore_eos=True))
+    await anext(pieces)
+    (busy,) = await engine.memory()
+    await pieces.aclose()
+    assert busy.kv_cache > 0
+    assert busy.weights == idle.weights == weight_bytes(engine.generator.loaded.model)[CPU]
+    await engine.stop()
