@@ -192,6 +192,7 @@ class ModelConfig(_Strict):
     `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
     `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
     `gpu_ids` names vLLM's GPUs, by index, on nodes that advertise their memory by index.
+    `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route; the router has its own.
@@ -214,6 +215,7 @@ class ModelConfig(_Strict):
     body_timeout_s: Seconds = BODY_TIMEOUT_S
     kv_cache_memory_bytes: Annotated[int | None, BeforeValidator(_size_or_none)] = None
     gpu_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     quantization: str | None = None
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0.001, le=1024)] | None = None
@@ -373,6 +375,8 @@ def _device_problem(config: ModelConfig) -> str | None:
             return f"{field}: names GPUs, but device is cpu. Remove them, or remove device: cpu."
         if config.num_gpus is not None:
             return "num_gpus: is set, but device is cpu. Remove one of the two."
+        if config.accelerator_type is not None:
+            return "accelerator_type: is set, but device is cpu. Remove one of the two."
         return None
     if config.max_memory is not None and not config.gpu_indices:
         return "max_memory: names no GPU. Add one, such as {0: 3GB, cpu: 20GB}, or set device: cpu."

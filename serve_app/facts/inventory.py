@@ -97,6 +97,15 @@ def card_name(name: str) -> str:
     return re.sub(r"[\s_]|NVIDIA|GeForce", "", name, flags=re.IGNORECASE).upper()
 
 
+def is_accelerator_type(name: str, wanted: str) -> bool:
+    """Whether a card is of a type as Ray names it: "NVIDIA A100-SXM4-80GB" is "A100", and no "A10"."""
+    words, asked = (
+        [word for word in re.split(r"[\s_-]+", text.upper()) if word not in ("NVIDIA", "GEFORCE", "TESLA")]
+        for text in (name, wanted)
+    )
+    return any(words[:count] and "".join(words[:count]) == "".join(asked) for count in range(1, len(words) + 1))
+
+
 def _card(what: str) -> tuple[int, str]:
     plain = card_name(what)
     known = {name.upper(): (size * 2**20, name) for name, size in KNOWN_GPUS.items()}

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 # In MiB: `ray start --resources` takes whole numbers only, and few cards have whole GiB.
 VRAM_RESOURCE = "vram_mib_{index}"
+# Ray gives a node 1 of it, for the kind of its first GPU.
+TYPE_RESOURCE = "accelerator_type:{name}"
 _VRAM_PATTERN = re.compile(r"vram_mib_(\d+)")
 
 
@@ -13,6 +15,7 @@ _VRAM_PATTERN = re.compile(r"vram_mib_(\d+)")
 class Node:
     """One node's total resources, as Ray counts them.
 
+    `accelerator_types` are Ray's names of its GPUs, the first one's at most.
     `vram_gib` holds the memory in GiB of each GPU that the node advertises by index. Such a node is started with
     `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`, so that it has no whole GPUs to give.
     """
@@ -21,17 +24,21 @@ class Node:
     cpus: float
     gpus: float
     vram_gib: Mapping[int, float] = field(default_factory=dict)
+    accelerator_types: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         by_index = ", ".join(f"GPU {index}: {size:g} GiB" for index, size in sorted(self.vram_gib.items()))
-        return f"{self.name}: {self.cpus:g} CPUs, {by_index or f'{self.gpus:g} GPUs'}"
+        kind = f" ({', '.join(self.accelerator_types)})" if self.accelerator_types else ""
+        return f"{self.name}: {self.cpus:g} CPUs, {by_index or f'{self.gpus:g} GPUs'}{kind}"
 
 
 def node_from_resources(name: str, resources: Mapping[str, float]) -> Node:
     """The node that Ray describes by `resources`, name to amount."""
     matches = [(_VRAM_PATTERN.fullmatch(key), amount) for key, amount in resources.items()]
     by_index = {int(match[1]): amount / 1024 for match, amount in matches if match is not None}
-    return Node(name, resources.get("CPU", 0.0), resources.get("GPU", 0.0), by_index)
+    prefix = TYPE_RESOURCE.format(name="")
+    kinds = tuple(sorted(key.removeprefix(prefix) for key in resources if key.startswith(prefix)))
+    return Node(name, resources.get("CPU", 0.0), resources.get("GPU", 0.0), by_index, kinds)
 
 
 def ray_nodes() -> list[Node]:

@@ -8,13 +8,13 @@ Two kinds of accounting for GPUs, never both on one node:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
 from serve_app.facts.inventory import Inventory
-from serve_app.facts.nodes import VRAM_RESOURCE, Node
+from serve_app.facts.nodes import TYPE_RESOURCE, VRAM_RESOURCE, Node
 from serve_app.planning.plan import ModelPlan
 
 GIB = 2**30
@@ -30,11 +30,15 @@ class Demand:
     cpus: float
     gpus: float = 0.0
     vram_gib: Mapping[int, float] = field(default_factory=dict)
+    accelerator_type: str | None = None
 
     @property
     def resources(self) -> dict[str, float]:
         """Ray's custom resources, in whole MiB: rounded up, for what the node advertises is whole."""
-        return {VRAM_RESOURCE.format(index=index): float(ceil(size * 1024)) for index, size in self.vram_gib.items()}
+        asked = {VRAM_RESOURCE.format(index=index): float(ceil(size * 1024)) for index, size in self.vram_gib.items()}
+        if self.accelerator_type is not None:  # As little as Ray's own option asks for: it only ties.
+            asked[TYPE_RESOURCE.format(name=self.accelerator_type)] = 0.001
+        return asked
 
     def fits(self, node: Node) -> bool:
         """Whether the node could hold the replica if nothing else ran there."""
@@ -42,12 +46,14 @@ class Demand:
             self.cpus <= node.cpus
             and self.gpus <= node.gpus
             and all(size <= node.vram_gib.get(index, 0.0) for index, size in self.vram_gib.items())
+            and (self.accelerator_type is None or self.accelerator_type in node.accelerator_types)
         )
 
     def __str__(self) -> str:
         by_index = [f"{size:.2f} GiB of GPU {index}" for index, size in sorted(self.vram_gib.items())]
         whole = [f"{self.gpus:g} GPU{'' if self.gpus == 1 else 's'}"] if self.gpus else []
-        return ", ".join([*whole, *by_index, f"{self.cpus:g} CPU{'' if self.cpus == 1 else 's'}"])
+        kind = [f"accelerator_type {self.accelerator_type}"] if self.accelerator_type else []
+        return ", ".join([*whole, *by_index, *kind, f"{self.cpus:g} CPU{'' if self.cpus == 1 else 's'}"])
 
 
 def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
@@ -117,7 +123,8 @@ def require_room(config: ModelConfig, nodes: Sequence[Node], planned: Demand | N
 
     Raises PlacementError when no node could hold it even if it were empty.
     """
-    demands = [planned] if planned is not None else demands_of(config, nodes)
+    found = [planned] if planned is not None else demands_of(config, nodes)
+    demands = [replace(demand, accelerator_type=config.accelerator_type) for demand in found]
     for demand in demands:
         if any(demand.fits(node) for node in nodes):
             return demand

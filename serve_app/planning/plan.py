@@ -144,12 +144,15 @@ class Plan:
             if device.is_gpu and not device.by_index:
                 totals.setdefault(device.node, set()).add(device.total_bytes)
         mixed = [node for node, sizes in totals.items() if len(sizes) > 1]
-        if len(set().union(*totals.values())) < 2:
+        on_gpus = [model for model in self.models if model.ranks[0].device.is_gpu]
+        are_tied = not mixed and all(model.config.accelerator_type is not None for model in on_gpus)
+        if len(set().union(*totals.values())) < 2 or are_tied:
             return []
         where = f"on {', '.join(mixed)}" if mixed else "on different nodes"
         return [
             f"GPUs {where} have different sizes, and Ray, counting whole GPUs, gives any that is free. To have models "
-            "where this plan puts them, let Ray count memory by index (README, Memory by index)."
+            "where this plan puts them, set accelerator_type, where nodes differ in kind, or let Ray count memory by index "
+            "(README, Memory by index)."
         ]
 
     def planned(self, device: Device) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from serve_app.config import ModelConfig
-from serve_app.facts.inventory import Device, Inventory
+from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
 from serve_app.planning.memory import GIB
@@ -283,7 +283,7 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
         return
     seen = set()
     for gpus in inventory.node_gpus().values():
-        if not state.may_host(request.name, gpus):
+        if not state.may_host(request.name, gpus) or not _is_of_type(request, gpus):
             continue
         signature = tuple(
             (gpu.index, gpu.by_index, gpu.total_bytes, state.free(gpu), gpu.id in state.whole, state.shares.get(gpu.id))
@@ -292,6 +292,12 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
         if signature not in seen:
             seen.add(signature)
             yield from _seats_on(request, gpus, inventory, state)
+
+
+def _is_of_type(request: ModelRequest, gpus: Sequence[Device]) -> bool:
+    """Whether a node's GPUs are of the type that the config names. Ray knows a node by its first GPU."""
+    wanted = request.config.accelerator_type
+    return wanted is None or is_accelerator_type(gpus[0].name, wanted)
 
 
 def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventory, state: State) -> Iterator[Seats]:
@@ -344,6 +350,9 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
         return "device: cpu: the inventory names no host memory."
     if not inventory.gpus:
         return "there is no GPU. Set device: cpu to run it on the CPU."
+    if not any(_is_of_type(unit, gpus) for gpus in inventory.node_gpus().values()):
+        names = sorted({gpus[0].name for gpus in inventory.node_gpus().values()})
+        return f"accelerator_type: {config.accelerator_type}: no node's first GPU is one. There are {', '.join(names)}."
     if unit.replicas and any(gpu.by_index for gpu in inventory.gpus):
         return "all replicas of a model ask for the same GPUs by index, so each needs a node of its own."
     if config.gpu_indices:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.errors import ConfigError
-from serve_app.facts.inventory import as_empty, parse_gpus, read_inventory
+from serve_app.facts.inventory import as_empty, is_accelerator_type, parse_gpus, read_inventory
 
 GIB = 2**30
 
@@ -70,3 +70,22 @@ def test_a_wrong_file_says_where(tmp_path: Path, text: str, words: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=words):
         read_inventory(file)
+
+
+@pytest.mark.parametrize(
+    ("card", "kind", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100", True),
+        ("NVIDIA A100-SXM4-80GB", "A10", False),
+        ("A100-80GB", "A100", True),
+        ("NVIDIA L40S", "L40", False),
+        ("NVIDIA GeForce RTX 3090", "GeForce-RTX-3090", True),
+        ("RTX3090", "GeForce-RTX-3090", True),
+        ("NVIDIA RTX PRO 6000 Blackwell", "RTX-PRO-6000", True),
+        ("Tesla V100-SXM2-16GB", "V100", True),
+        ("24GiB", "L4", False),
+    ],
+)
+def test_rays_name_of_a_card(card: str, kind: str, expected: bool) -> None:
+    """As NVML or a person writes it."""
+    assert is_accelerator_type(card, kind) is expected

@@ -4,7 +4,7 @@ import pytest
 
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
-from serve_app.facts.nodes import Node
+from serve_app.facts.nodes import Node, node_from_resources
 from serve_app.planning.placement import Demand, demands_of, require_room
 from tests.builders import model_config, node
 
@@ -84,3 +84,13 @@ def test_a_mixed_cluster_is_asked_in_the_way_that_fits() -> None:
     nodes = [node("small", vram_gib={0: 8, 1: 8}), node("large", gpus=2)]
     assert require_room(model_config(max_memory={0: "20GB", 1: "20GB"}), nodes).gpus == 2
     assert require_room(model_config(max_memory={0: "2GB", 1: "2GB"}), nodes).vram_gib
+
+
+def test_a_type_of_gpu_ties_a_model_to_its_nodes() -> None:
+    """As Ray's own option does, with a little of the resource that Ray gives each node."""
+    tied = model_config(infer_backend="vllm", accelerator_type="L4")
+    nodes = [node_from_resources("n1", {"CPU": 8, "GPU": 2, "accelerator_type:L4": 1.0})]
+    demand = require_room(tied, nodes)
+    assert demand.resources == {"accelerator_type:L4": 0.001}
+    with pytest.raises(PlacementError, match=r"needs 1 GPU, accelerator_type A100, 1 CPU on one node .*2 GPUs \(L4\)"):
+        require_room(model_config(infer_backend="vllm", accelerator_type="A100"), nodes)

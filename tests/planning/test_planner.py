@@ -524,3 +524,18 @@ def test_unequal_gpus_that_ray_gives_whole_are_told() -> None:
     model = request("gemma3", infer_backend="vllm", max_model_len=1024)
     assert "have different sizes" in make_plan([model], native(24, 48)).notes[0]
     assert make_plan([model], native(24, 24)).notes == []
+
+
+def test_a_type_of_gpu_is_kept_and_then_nothing_is_left_to_chance() -> None:
+    """The small model would fit best on the L4's node; tied to the A100's it goes there, and the note goes away."""
+    gpus = parse_gpus("L4;2xA100-80GB")
+
+    def planned(kind: str | None) -> Plan:
+        return make_plan([request(infer_backend="vllm", max_model_len=4096, accelerator_type=kind)], gpus)
+
+    assert planned("L4").models[0].ranks[0].device.id == "n1:0"
+    assert planned("A100").models[0].ranks[0].device.node == "n2"
+    assert planned("A100").notes == []
+    assert "accelerator_type" in planned(None).notes[0]
+    (problem,) = planned("A10").problems
+    assert problem.message == "accelerator_type: A10: no node's first GPU is one. There are A100-80GB, L4."
