@@ -151,8 +151,8 @@ class Plan:
         where = f"on {', '.join(mixed)}" if mixed else "on different nodes"
         return [
             f"GPUs {where} have different sizes, and Ray, counting whole GPUs, gives any that is free. To have models "
-            "where this plan puts them, set accelerator_type, where nodes differ in kind, or let Ray count memory by index "
-            "(README, Memory by index)."
+            "where this plan puts them, set accelerator_type, where nodes differ in kind, or let Ray count memory by "
+            "index (README, Memory by index)."
         ]
 
     def planned(self, device: Device) -> int:
