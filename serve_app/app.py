@@ -17,7 +17,6 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import PlacementError, ServeAppError
-from serve_app.facts.calibration import publish
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
 from serve_app.serving.deployment_options import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, model_options, router_options
@@ -44,9 +43,7 @@ def _inventory(config: ModelConfig) -> Inventory | None:
     if not needs_devices(config):
         return None
     try:
-        inventory = ray_inventory()
-        publish(inventory.calibrations)
-        return inventory
+        return ray_inventory()
     except RayError as error:
         if config.infer_backend != "auto":
             return None

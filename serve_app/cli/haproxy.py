@@ -35,9 +35,9 @@ def tightened(config: str) -> str:
 
 def looseness(config: str) -> str:
     """What is still wrong, as after an update of Ray; empty where nothing is."""
-    if "prometheus-exporter" in config or "stats enable" in config:
+    if re.search(r"^[ \t]*(http-request use-service prometheus-exporter|stats enable)", config, re.MULTILINE):
         return "metrics or statistics would be open on all addresses"
-    if "splice" in config:
+    if re.search(SPLICING, config):
         return "clients that leave would not be noticed"
     return "" if "timeout http-request" in config else "headers would have no time limit"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 
 from serve_app.errors import ConfigError
 from serve_app.planning.fit import gib
@@ -31,13 +32,13 @@ def _read(address: str | None) -> ClusterStatus:
     except ConnectionError:
         raise ConfigError(f"no Ray cluster answers at {where}." if where else "no Ray cluster runs here.") from None
     try:
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME)
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME)
+        except ValueError:
+            raise ConfigError("Ray runs here, but no Serve. Start it with `serve run FILE`.") from None
         details = ray.get(controller.get_serve_instance_details.remote(), timeout=30)
-        return cluster_status(
-            details["applications"], ray.nodes(), available_resources_per_node(), read_reports(), time.time()
-        )
-    except ValueError:
-        raise ConfigError("Ray runs here, but no Serve. Start it with `serve run FILE`.") from None
+        left = available_resources_per_node()
+        return cluster_status(details["applications"], ray.nodes(), left, read_reports(), time.time())
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
     finally:
@@ -83,10 +84,15 @@ def _devices(seen: ClusterStatus) -> list[str]:
         cells = [_cell(size) for size in (device.planned, device.held, device.peak)]
         lines.append(ROW.format(place, model.name, replica.replica, *cells, _ratio(device)).rstrip())
     for place in dict.fromkeys(item[0] for item in found if item[3].index is not None):
-        planned = sum(item[3].planned or 0 for item in found if item[0] == place)
-        held = sum(item[3].held or 0 for item in found if item[0] == place)
-        lines.append(f"{place:<22} together planned {gib(planned)}, holds {gib(held)}")
+        devices = [item[3] for item in found if item[0] == place]
+        planned, held = _sum([device.planned for device in devices]), _sum([device.held for device in devices])
+        lines.append(f"{place:<22} together planned {planned}, holds {held}")
     return lines
+
+
+def _sum(sizes: Sequence[int | None]) -> str:
+    """What nobody knows of one is unknown of all."""
+    return "?" if None in sizes else gib(sum(size or 0 for size in sizes))
 
 
 def _reported(seen: ClusterStatus) -> list[tuple[ModelView, ReplicaReport, DeviceReport]]:

@@ -11,12 +11,12 @@ import psutil
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, EngineError
-from serve_app.facts.calibration import Calibrations
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.facts.process_memory import held_by_others
 from serve_app.planning.fit import ModelRequest
+from serve_app.planning.memory import reserve
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.settle import vllm_memory
@@ -25,35 +25,40 @@ logger = logging.getLogger("ray.serve")
 NODE = "here"
 
 
-def plan_here(
-    config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False, calibrations: Calibrations | None = None
-) -> ModelPlan | None:
-    """The plan for these GPUs, or for the CPU; None where the plan does not know the model.
+def plan_here(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) -> ModelPlan | None:
+    """The plan for these GPUs, or for the CPU; None where the plan does not know the model, or NVML shows no GPU.
 
     `by_index`: the config names GPUs by the numbers of the machine; else it counts those of `gpus` from 0. Raises
-    EngineError where less is free than the model takes. On the CPU, where memory is never quite free nor quite taken, a
-    shortage is told in the log.
+    EngineError where less is free than the model takes. What the reserve of a GPU is for may have happened by now: it
+    is not asked for again. On the CPU, where memory is never quite free nor quite taken, a shortage is told in the log.
+
+    Calibrations are not used: they raise what a builder asks for, and a replica must not refuse what was accepted.
     """
-    if (request := _request(config)) is None:
+    if (request := _request(config)) is None or (config.device != "cpu" and not gpus):
         return None
-    plan = make_plan([request], Inventory(_devices(config, gpus, by_index), calibrations or {}))
+    plan = make_plan([request], Inventory(_devices(config, gpus, by_index)))
     if plan.fits:
         return plan.models[0]
     message = plan.problems[0].message
     if config.device == "cpu":
         logger.warning("This model may need more memory than is available: %s", message)
         return None
-    raise EngineError(f"{message} {held_by_others(list(gpus))}".strip())
+    without_reserve = make_plan([request], Inventory(_devices(config, gpus, by_index, asks_reserve=False)))
+    if without_reserve.fits:
+        logger.warning("This model takes a part of the reserve: %s", message)
+        return without_reserve.models[0]
+    raise EngineError(f"{message} {held_by_others(gpus)}".strip())
 
 
-def _devices(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool) -> tuple[Device, ...]:
+def _devices(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool, asks_reserve: bool = True) -> tuple[Device, ...]:
     if config.device == "cpu":
         memory = psutil.virtual_memory()
         return (Device(NODE, None, "memory", memory.total, memory.available),)
-    return tuple(
-        Device(NODE, gpu.index if by_index else number, gpu.name, gpu.total_bytes, gpu.free_bytes, by_index)
-        for number, gpu in enumerate(gpus)
-    )
+    devices = []
+    for number, gpu in enumerate(gpus):
+        free = gpu.free_bytes if asks_reserve else gpu.free_bytes + reserve(gpu.total_bytes)
+        devices.append(Device(NODE, gpu.index if by_index else number, gpu.name, gpu.total_bytes, free, by_index))
+    return tuple(devices)
 
 
 def _request(config: ModelConfig) -> ModelRequest | None:

@@ -11,7 +11,7 @@ import os
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from serve_app.errors import EngineError
@@ -62,6 +62,17 @@ async def _lock(file: int, gpu: str, tell: Callable[[str], None], ends: float, t
         await asyncio.sleep(LOOK_AGAIN_S)
 
 
+def _open_or_create(path: Path) -> int:
+    """Not O_CREAT alone: for a file of another user in such a folder the kernel refuses that (fs.protected_regular)."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        try:
+            return os.open(path, flags)
+        except FileNotFoundError:
+            with suppress(FileExistsError):  # Another process was faster.
+                return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+
+
 def _open(folder: Path, gpu: str) -> int:
     """The lock file. A link in its place is not followed: the folder is open to all users."""
     name = "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in gpu)
@@ -69,7 +80,7 @@ def _open(folder: Path, gpu: str) -> int:
         if not folder.exists():
             folder.mkdir(exist_ok=True)
             folder.chmod(stat.S_ISVTX | 0o777)
-        file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        file = _open_or_create(folder / name)
         if os.fstat(file).st_uid == os.getuid():
             os.fchmod(file, 0o666)  # Whatever the umask was.
         return file

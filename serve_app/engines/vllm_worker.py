@@ -18,9 +18,13 @@ class MemoryReport:
 
     model_runner: Any
     device: Any
+    _tensors: tuple[int, int] | None = None
 
     def serve_app_memory(self) -> dict[str, Any]:
-        """A `RankMemory` of this rank, as plain values."""
-        weights = sum(tensor_bytes(self.model_runner.model.parameters()).values())
-        caches = [cache for cache in getattr(self.model_runner, "kv_caches", ()) if hasattr(cache, "untyped_storage")]
-        return asdict(rank_memory(self.device, weights, sum(tensor_bytes(caches).values()), LIBRARIES))
+        """A `RankMemory` of this rank, as plain values. It runs between two steps, so it is short."""
+        if self._tensors is None:  # Neither changes after the start.
+            weights = sum(tensor_bytes(self.model_runner.model.parameters()).values())
+            caches = getattr(self.model_runner, "kv_caches", ())
+            cache = sum(tensor_bytes(item for item in caches if hasattr(item, "untyped_storage")).values())
+            self._tensors = weights, cache
+        return asdict(rank_memory(self.device, *self._tensors, LIBRARIES))

@@ -7,19 +7,20 @@ SERVE_APP_CACHE, else $XDG_CACHE_HOME/serve-app, else ~/.cache/serve-app. Deleti
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 FILE = "calibration.json"
-# In Ray's key-value store.
-PUBLISHED = b"serve-app-calibrations"
+# Seconds that a process waits for another one that writes.
+LOCK_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one rank of an engine took beyond weights and KV cache, at most, in bytes.
+    """What one rank of an engine took beyond weights and KV cache, at least, in bytes.
 
     `activation_bytes` holds CUDA graphs and what the allocator keeps too; `context_bytes` is what a process holds
     outside torch's allocator, None where that could not be measured. `setting` says what was measured.
@@ -49,8 +50,10 @@ def setting_key(setting: Mapping[str, object]) -> str:
 
 def calibration_file() -> Path:
     """Where this machine's figures are."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(os.environ.get("SERVE_APP_CACHE") or cache / "serve-app") / FILE
+    if own := os.environ.get("SERVE_APP_CACHE"):
+        return Path(own) / FILE
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # Which Path refuses without a home.
+    return Path(cache) / "serve-app" / FILE
 
 
 def read_calibrations(file: Path | None = None) -> dict[str, Calibration]:
@@ -85,21 +88,6 @@ def write_calibrations(found: Calibrations, file: Path | None = None) -> bool:
         return True
 
 
-def publish(found: Calibrations) -> None:
-    """Tells the whole Ray cluster, so that a replica on any node counts as the plan did that chose its limits."""
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    if found:
-        _internal_kv_put(PUBLISHED, _as_json(joined(published(), found)).encode())
-
-
-def published() -> dict[str, Calibration]:
-    """What was told to this cluster."""
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    return _from_json(_internal_kv_get(PUBLISHED) or b"[]")
-
-
 def _as_json(found: Calibrations) -> str:
     return json.dumps([asdict(found[key]) for key in sorted(found)], indent=1) + "\n"
 
@@ -115,8 +103,17 @@ def _from_json(text: str | bytes) -> dict[str, Calibration]:
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
+    """Raises TimeoutError, an OSError, where another process does not end."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{lock} is held by another process") from None
+                time.sleep(0.01)
         yield
 
 

@@ -92,22 +92,25 @@ def parse_gpus(text: str) -> Inventory:
     return Inventory(tuple(devices), read_calibrations())
 
 
-def card_name(name: str) -> str:
-    """A card's name as people and NVML write it, made one: "NVIDIA GeForce RTX 3090" and "RTX3090"."""
-    return re.sub(r"[\s_]|NVIDIA|GeForce", "", name, flags=re.IGNORECASE).upper()
+def card_model(name: str) -> str:
+    """A card's model as people and NVML write it, made one: "NVIDIA A100-SXM4-80GB" and "A100-80GB" are "A100"."""
+    words = _words(name)
+    number = next((place for place, word in enumerate(words, 1) if re.search(r"\d", word)), len(words))
+    return "".join(words[:number])
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\s_-]+", name.upper()) if word not in ("NVIDIA", "GEFORCE", "TESLA")]
 
 
 def is_accelerator_type(name: str, wanted: str) -> bool:
     """Whether a card is of a type as Ray names it: "NVIDIA A100-SXM4-80GB" is "A100", and no "A10"."""
-    words, asked = (
-        [word for word in re.split(r"[\s_-]+", text.upper()) if word not in ("NVIDIA", "GEFORCE", "TESLA")]
-        for text in (name, wanted)
-    )
+    words, asked = _words(name), _words(wanted)
     return any(words[:count] and "".join(words[:count]) == "".join(asked) for count in range(1, len(words) + 1))
 
 
 def _card(what: str) -> tuple[int, str]:
-    plain = card_name(what)
+    plain = re.sub(r"[\s_]|NVIDIA|GeForce", "", what, flags=re.IGNORECASE).upper()
     known = {name.upper(): (size * 2**20, name) for name, size in KNOWN_GPUS.items()}
     if plain in known:
         return known[plain]

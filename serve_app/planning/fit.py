@@ -137,7 +137,7 @@ def fit_vllm(
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
     context = memory.context("cuda", tp) if on_gpu else memory.guessed(memory.VLLM_CPU_CONTEXT_BYTES)
     if (measured := request.measured(device, 0, tp)) is not None:
-        activation, graph, context = memory.calibrated_vllm(measured, activation, graph, context, on_gpu)
+        activation, graph, context = memory.calibrated(measured, activation, graph, context)
     per_request = memory.vllm_kv_bytes_per_request(
         architecture, tp, request.max_model_len, request.kv_element_bytes, batched, request.element_bytes
     )
@@ -161,7 +161,9 @@ def fit_vllm(
         return _small_cache(request, per_request)
     if cache < per_request or cache > room:
         return _shortage(request, (device, free), fixed, needed, needed - min(room, max(cache, 0)))
-    ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context) for each, _ in devices)
+    ranks = tuple(
+        RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
+    )
     full = cache // per_request
     return ModelPlan(
         request.name, request.config, 0, "vllm", tuple(reasons), tp, request.max_model_len, per_request,
@@ -305,8 +307,9 @@ def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, r
     )
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
     context = memory.context("cuda" if device.is_gpu else "cpu")
-    measured = request.measured(device, rank, ranks)
-    return (activation, context) if measured is None else memory.calibrated_pt(measured, activation, context)
+    if (measured := request.measured(device, rank, ranks)) is not None:
+        activation, _, context = memory.calibrated(measured, activation, ZERO, context)
+    return activation, context
 
 
 def _pt_plan(
@@ -329,7 +332,8 @@ def _pt_plan(
             activation += Figure(max(block.weights for block in mapped.rest.blocks))
         cache = Figure(part.cache(tokens, rows) + kept)
         layers = (min(numbers), max(numbers)) if numbers else None
-        ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers))
+        seat = (number, len(devices))
+        ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers, seat))
     whole = Part(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
     return ModelPlan(
         request.name, request.config, 0, "pt", tuple(reasons), 1, request.max_model_len,

@@ -233,28 +233,19 @@ def context(device: str, tp: int = 1) -> Figure:
     return ZERO if device == "cpu" else guessed(CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0))
 
 
-def calibrated_vllm(
-    measured: Calibration, activation: Figure, graph: Figure, context: Figure, on_gpu: bool
+def calibrated(
+    measured: Calibration, activation: Figure, graph: Figure, context: Figure
 ) -> tuple[Figure, Figure, Figure]:
-    """What was measured in place of the guesses; graphs are among the activations then.
+    """Guesses of activations, graphs and context, raised by what was measured; graphs are among the activations then.
 
-    On a GPU vLLM's profiling pass at its start is the most that it takes, so the figure also lowers a guess. On the CPU
-    memory is touched as requests come: what was seen so far only raises it.
+    Never lowered: a peak that was seen is the least that the next one may be, and it is not known whether the heaviest
+    requests have come. So a replica that knows the guesses only accepts what was planned with more.
     """
-    if not on_gpu:
-        return _raised(measured.activation_bytes, activation), graph, context
-    found = Figure(measured.activation_bytes, "calibrated")
-    return found, ZERO, context if measured.context_bytes is None else Figure(measured.context_bytes, "calibrated")
-
-
-def calibrated_pt(measured: Calibration, activation: Figure, context: Figure) -> tuple[Figure, Figure]:
-    """pt's peak depends on the requests that came so far, and its limits are enforced by these figures: what was
-    measured raises a guess, and never lowers it."""
-    return _raised(measured.activation_bytes, activation), _raised(measured.context_bytes or 0, context)
-
-
-def _raised(measured: int, guess: Figure) -> Figure:
-    return Figure(measured, "calibrated") if measured > guess.bytes else guess
+    if measured.activation_bytes > activation.bytes + graph.bytes:
+        activation, graph = Figure(measured.activation_bytes, "calibrated"), ZERO
+    if (measured.context_bytes or 0) > context.bytes:
+        context = Figure(measured.context_bytes or 0, "calibrated")
+    return activation, graph, context
 
 
 def reserve(total_bytes: int) -> int:

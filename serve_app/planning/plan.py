@@ -13,7 +13,11 @@ TERMS = ("weights", "kv_cache", "activation", "graph", "context")
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one model takes of one device. `layers` are the numbers of its first and last layer there (pt)."""
+    """What one model takes of one device.
+
+    `layers` are the numbers of its first and last layer there (pt). `seat` is its place among so many devices, as
+    `setting_of` counts them: all ranks of vLLM are alike, and have the first.
+    """
 
     device: Device
     weights: Figure
@@ -22,6 +26,7 @@ class RankPlan:
     graph: Figure = ZERO
     context: Figure = ZERO
     layers: tuple[int, int] | None = None
+    seat: tuple[int, int] = (0, 1)
 
     @property
     def share(self) -> Figure:

@@ -1,11 +1,13 @@
 """What a measured figure holds for: the model's shape, the engine and its version, the card, and the settings."""
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
-from serve_app.facts.inventory import Device, card_name
+from serve_app.facts.inventory import Device, card_model
+from serve_app.planning.memory import GIB
 
 # Arguments of vLLM that change what it takes beside weights and cache.
 _ARGUMENTS = (
@@ -41,12 +43,13 @@ def setting_of(
     return {
         "model": [*shape, architecture.vocabulary],
         "engine": ", ".join(filter(None, map(_version, packages))),
-        "device": card_name(device.name) if device.is_gpu else "cpu",
-        "rank": f"{0 if config.infer_backend == 'vllm' else rank} of {ranks}",
+        "device": f"{card_model(device.name)} {round(device.total_bytes / GIB)}" if device.is_gpu else "cpu",
+        "rank": f"{rank} of {ranks}",
         **{name: value for name, value in asked.items() if value is not None},
     }
 
 
+@cache
 def _version(package: str) -> str:
     """Name and version; empty where it is not installed."""
     try:

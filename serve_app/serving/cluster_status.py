@@ -7,8 +7,11 @@ from typing import Any
 from serve_app.facts.nodes import Node, node_from_resources
 from serve_app.planning.placement import Demand
 from serve_app.serving.deployment_options import MODEL_DEPLOYMENT
-from serve_app.serving.directory import read_status
+from serve_app.serving.directory import ModelStatus, read_status
 from serve_app.serving.replica_report import STALE_S, ReplicaReport
+
+# By application and replica.
+Reports = Mapping[tuple[str, str], ReplicaReport]
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,11 @@ class ClusterStatus:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every model has the replicas that it should have."""
-        return all(model.running >= model.wanted and model.state in ("ready", "asleep") for model in self.models)
+        """Whether every model has the replicas that it should have, of its last version."""
+        return all(
+            model.running >= model.wanted and model.state in ("ready", "asleep") and not model.error
+            for model in self.models
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As `serve-app status --json` prints it; sizes in bytes."""
@@ -72,20 +78,33 @@ def cluster_status(
     left = [node_from_resources(node["NodeManagerAddress"], available.get(node["NodeID"], {})) for node in alive]
     gone = [_gone(node) for node in ray_nodes if not node["Alive"]]
     fresh = {(report.application, report.replica): report for report in reports if now - report.written_at < STALE_S}
-    models = []
-    for name, status in read_status(applications, own_application="").items():
-        deployment = applications[name]["deployments"].get(MODEL_DEPLOYMENT) or {}
-        replicas = [_replica(name, item, fresh) for item in deployment.get("replicas") or ()]
-        wanted = deployment.get("target_num_replicas") or 0
-        short = wanted - status.replicas if status.state != "stopping" else 0
-        missing = missing_for(deployment.get("required_resources") or {}, nodes, left) if short > 0 else ""
-        error = "" if status.state == "asleep" else status.message
-        models.append(ModelView(name, status.state, status.replicas, wanted, replicas, missing, error))
+    models = [
+        _model(status, applications[name]["deployments"].get(MODEL_DEPLOYMENT) or {}, fresh, nodes, left)
+        for name, status in read_status(applications, own_application="").items()
+    ]
     return ClusterStatus(nodes, gone, models)
 
 
+def _model(
+    status: ModelStatus, deployment: Mapping[str, Any], reports: Reports, nodes: Sequence[Node], left: Sequence[Node]
+) -> ModelView:
+    replicas = [_replica(status.name, item, reports) for item in deployment.get("replicas") or ()]
+    wanted = deployment.get("target_num_replicas") or 0
+    if not deployment:  # Serve has nothing to say of what goes on after an update that could not be built.
+        survivors = [report for (application, _), report in reports.items() if application == status.name]
+        replicas = [ReplicaView(each.replica, "RUNNING", each.node, each.pid, each) for each in survivors]
+        running = len(survivors)
+        state = "ready" if running else status.state
+        return ModelView(status.name, state, running, running, replicas, "", f"its update failed: {status.message}")
+    starting = sum(view.state in ("STARTING", "UPDATING") and view.pid is not None for view in replicas)
+    short = wanted - status.replicas - starting if status.state != "stopping" else 0
+    missing = missing_for(deployment.get("required_resources") or {}, nodes, left) if short > 0 else ""
+    error = "" if status.state == "asleep" else status.message
+    return ModelView(status.name, status.state, status.replicas, wanted, replicas, missing, error)
+
+
 def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Sequence[Node]) -> str:
-    """What a replica waits for; empty where a node has room, so that it is starting there or will in a moment.
+    """What a replica that has no process yet waits for; empty where a node has room, so that it has one in a moment.
 
     `resources` are Ray's, by name; `left` are the nodes with what nobody has taken.
     """

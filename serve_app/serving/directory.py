@@ -8,7 +8,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,11 +61,15 @@ class ModelDirectory:
 
     Requests are answered from what was read last, so a slow or restarting controller stops nobody: replicas and
     handles work without it. Only a request for a model that is not known as ready waits for a new reading.
+    `tell_load` is told of each load that was seen, with its seconds.
     """
 
-    def __init__(self, own_application: str, interval_s: float):
+    def __init__(
+        self, own_application: str, interval_s: float, tell_load: Callable[[str, float], None] = lambda *_: None
+    ):
         self._own_application = own_application
         self._interval_s = interval_s
+        self._tell_load = tell_load
         self._models: dict[str, ModelStatus] = {}
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._load_times: dict[str, float] = {}
@@ -145,7 +149,7 @@ class ModelDirectory:
     def woke(self, name: str) -> None:
         """The model has answered. The time since the first request is what the next ones are told to wait."""
         if (since := self._waking_since.pop(name, None)) is not None:
-            self._load_times[name] = time.monotonic() - since
+            self._loaded(name, time.monotonic() - since)
         if (model := self._models.get(name)) is not None and model.state == "asleep":
             self._models[name] = ModelStatus(name, "ready", 1)  # Before Serve's status is read again.
 
@@ -172,6 +176,10 @@ class ModelDirectory:
                 del self._handles[gone]
             self._read_at = time.monotonic()
 
+    def _loaded(self, name: str, seconds: float) -> None:
+        self._load_times[name] = seconds
+        self._tell_load(name, seconds)
+
     def _time_loads(self) -> None:
         """Remembers how long each model took from "loading" to "ready", as far as it was seen."""
         now = time.monotonic()
@@ -179,7 +187,7 @@ class ModelDirectory:
             if model.state == "loading":
                 self._loading_since.setdefault(name, now)
             elif (since := self._loading_since.pop(name, None)) is not None and model.state == "ready":
-                self._load_times[name] = now - since
+                self._loaded(name, now - since)
             if model.state == "ready":  # Whoever woke it may have left since.
                 self.woke(name)
             elif model.state != "asleep":  # What was to wake it has no chance now.

@@ -5,6 +5,7 @@ bytes that it was given.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
+from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, setting_key, write_calibrations
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
@@ -37,6 +39,7 @@ logger = logging.getLogger("ray.serve")
 
 # Files of calibrations are written when a figure grew by this share: allocators breathe.
 WORTH_WRITING = 1.02
+FORGET_TIMEOUT_S = 2.0
 
 
 class MemoryWatch:
@@ -49,70 +52,83 @@ class MemoryWatch:
         self._node = ray.util.get_node_ip_address()
         self._peaks: dict[str, int] = {}
         self._written: dict[str, Calibration] = {}
+        self._warned: set[str] = set()
+        self._architecture: Architecture | None = None
+        self._ready_after_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._metrics = ReplicaMetrics()
 
     async def start(self, ready_after_s: float) -> None:
-        """Measures once, tells it, and goes on. Raises EngineError when the engine runs on a GPU of somebody else's."""
+        """Measures once, and goes on in the background.
+
+        Raises EngineError when the engine runs on a GPU of somebody else's; whatever else fails is told in the log.
+        """
+        self._ready_after_s = ready_after_s
         ranks = await self._measured()
         require_own_gpus(ranks, self._gpus)
-        devices = self._told(ranks)
-        for device in devices:
+        for device in self._devices(ranks):
             say(_line(device))
-        await self._report(devices, ready_after_s)
-        self._task = asyncio.create_task(self._keep(ready_after_s))
+        self._task = asyncio.create_task(self._keep(ranks))
 
     async def stop(self) -> None:
-        """Ends it, and takes its report back."""
-        if self._task is not None:
-            self._task.cancel()
-            try:
+        """Ends it, and takes its report back, if Ray's head answers."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        with contextlib.suppress(Exception):  # The report becomes stale by itself.
+            async with asyncio.timeout(FORGET_TIMEOUT_S):
                 await asyncio.to_thread(forget_report, self._application, self._replica)
-            except Exception as error:  # Ray may be going down; the report becomes stale by itself.
-                logger.debug("The report stays: %s", error)
 
-    async def _keep(self, ready_after_s: float) -> None:
+    async def _keep(self, ranks: Sequence[RankMemory]) -> None:
         while True:
+            for what, work in (("told to `serve-app status`", self._report), ("kept for next plans", self._calibrate)):
+                try:
+                    await asyncio.to_thread(work, ranks)
+                except Exception as error:  # Ray's head may be restarting, a disk be full; the replica serves on.
+                    self._warn(f"What was measured is not {what}: {error}")
             await asyncio.sleep(REPORT_EVERY_S)
-            await self._report(self._told(await self._measured()), ready_after_s)
+            ranks = await self._measured()
 
     async def _measured(self) -> Sequence[RankMemory]:
         """What the engine says, with the largest of the peaks so far; nothing where it cannot say."""
         try:
             ranks = await self._engine.memory()
-        except EngineError as error:
-            logger.warning("%s", error)
+        except Exception as error:
+            self._warn(str(error))
             return ()
         for rank in ranks:
             self._peaks[rank.device] = max(self._peaks.get(rank.device, 0), rank.peak or 0)
-        try:
-            await asyncio.to_thread(self._calibrate, ranks)
-        except Exception as error:  # A full disk or a folder of somebody else's must not stop the replica.
-            logger.warning("What was measured is not kept for the next plan: %s", error)
         return ranks
 
-    def _told(self, ranks: Sequence[RankMemory]) -> list[DeviceReport]:
+    def _warn(self, text: str) -> None:
+        """Once for each text: it would come again every few seconds."""
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s", text)
+
+    def _devices(self, ranks: Sequence[RankMemory]) -> list[DeviceReport]:
         """Each device that is held, with what was planned."""
         planned = planned_by_device(self._planned, self._gpus)
         indices = {gpu.uuid: gpu.index for gpu in self._gpus}
         return [_device_report(rank, planned.get(rank.device), indices, self._peaks) for rank in ranks]
 
-    async def _report(self, devices: Sequence[DeviceReport], ready_after_s: float) -> None:
-        load = self._engine.load()
+    def _report(self, ranks: Sequence[RankMemory]) -> None:
+        load, devices = self._engine.load(), self._devices(ranks)
         self._metrics.told(devices, load)
-        report = ReplicaReport(
+        write_report(ReplicaReport(
             self._application, self._replica, self._node, os.getpid(), self._config.model, self._config.infer_backend,
-            load, ready_after_s, time.time(), devices,
-        )  # fmt: skip
-        try:
-            await asyncio.to_thread(write_report, report)
-        except Exception as error:  # Ray's head may be restarting.
-            logger.warning("`serve-app status` does not see this replica: %s", error)
+            load, self._ready_after_s, time.time(), devices,
+        ))  # fmt: skip
 
     def _calibrate(self, ranks: Sequence[RankMemory]) -> None:
+        if self._planned is None:
+            return
+        if self._architecture is None:
+            self._architecture = read_checkpoint(self._config.model, self._config.revision).architecture
+        measured = calibrations_of(self._config, self._architecture, self._planned, ranks, self._gpus)
         found = {
             key: calibration
-            for key, calibration in calibrations_of(self._config, self._planned, ranks, self._gpus).items()
+            for key, calibration in measured.items()
             if key not in self._written or _is_more(calibration, self._written[key])
         }
         if found:
@@ -134,37 +150,35 @@ def planned_by_device(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[st
 
 
 def calibrations_of(
-    config: ModelConfig, planned: ModelPlan | None, ranks: Sequence[RankMemory], gpus: Sequence[Gpu]
+    config: ModelConfig,
+    architecture: Architecture,
+    planned: ModelPlan,
+    ranks: Sequence[RankMemory],
+    gpus: Sequence[Gpu],
 ) -> dict[str, Calibration]:
-    """What was measured, for the next plan of the same setting; nothing of a model that is not planned."""
-    if planned is None:
-        return {}
-    architecture = read_checkpoint(config.model, config.revision).architecture
+    """What was measured, for the next plan of the same setting."""
     by_device = planned_by_device(planned, gpus)
-    order = {device: number for number, device in enumerate(by_device)}
     found: dict[str, Calibration] = {}
     for rank in ranks:
         plan = by_device.get(rank.device)
         if rank.rest is None or plan is None:
             continue
-        device = plan.device
         # oneDNN's order of weights hides them from vLLM's list of parameters on the CPU.
-        hidden = 0 if device.is_gpu else max(0, plan.weights.bytes - rank.weights)
-        count = planned.tensor_parallel_size if planned.backend == "vllm" else len(by_device)
-        setting = setting_of(config, architecture, planned.max_model_len, device, order[rank.device], count)
-        calibration = Calibration(setting, max(0, rank.rest - hidden), rank.context if device.is_gpu else None)
+        hidden = 0 if plan.device.is_gpu else max(0, plan.weights.bytes - rank.weights)
+        setting = setting_of(config, architecture, planned.max_model_len, plan.device, *plan.seat)
+        measured = Calibration(setting, max(0, rank.rest - hidden), rank.context if plan.device.is_gpu else None)
         key = setting_key(setting)
-        found[key] = found[key].joined(calibration) if key in found else calibration
+        found[key] = found[key].joined(measured) if key in found else measured
     return found
 
 
 def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu]) -> None:
-    """Raises EngineError when a rank is on a GPU that this replica was not given."""
+    """Raises EngineError when a rank is on a GPU that this replica was not given, where NVML shows any."""
     own = {gpu.uuid for gpu in gpus}
-    for rank in ranks:
+    for rank in ranks if own else ():
         if rank.device != "cpu" and rank.device not in own:
             raise EngineError(
-                f"the engine runs on {rank.device}, and was given {', '.join(sorted(own)) or 'no GPU'}. "
+                f"the engine runs on {rank.device}, and was given {', '.join(sorted(own))}. "
                 "CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES was changed on its way; leave both to Ray and this program."
             )
 

@@ -6,7 +6,7 @@ by route, where Serve calls it directly, and by name, where the router calls `ht
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import ray
 from ray import serve
@@ -17,8 +17,8 @@ from serve_app.engines.engine import Engine, create_engine
 from serve_app.engines.planned_here import plan_here, with_planned_memory
 from serve_app.engines.start_lock import starting_alone
 from serve_app.errors import ServeAppError
-from serve_app.facts.calibration import joined, published, read_calibrations
 from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
+from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
 from serve_app.serving.asgi import HttpRequest, call_asgi
 from serve_app.serving.autoscaling import ENGINE_LOAD
@@ -28,6 +28,9 @@ from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.memory_watch import MemoryWatch
 from serve_app.serving.terminal import say
 from serve_app.serving.whole_body import WholeBody
+
+# Seconds that a whole GPU may still be held by what ran there before.
+LEAVE_TIMEOUT_S = 20.0
 
 
 class Model:
@@ -42,7 +45,7 @@ class Model:
         gpus = _gpus(config)
         try:
             async with starting_alone([gpu.uuid for gpu in gpus], say):
-                planned = await asyncio.to_thread(_plan, config)
+                planned = await self._plan()
                 self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name)
                 self._app: ASGIApp = await self._engine.start()
                 self._watch = MemoryWatch(config, self._engine, planned, gpus)
@@ -73,11 +76,19 @@ class Model:
         """Called by Serve, for `autoscaling.by_engine_load`."""
         return {ENGINE_LOAD: self._engine.load()}
 
+    async def _plan(self) -> ModelPlan | None:
+        """By what is free at this moment, which no engine changes while the start lock is held. Ray gives no GPU itself
+        where memory is counted by index."""
+        by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
+        if not by_index and self._config.share is None:
+            await left_by_others(lambda: _gpus(self._config), say)
+        return await asyncio.to_thread(plan_here, self._config, _gpus(self._config), by_index)
+
     async def _stop(self) -> None:
-        if hasattr(self, "_watch"):
-            await self._watch.stop()
         if hasattr(self, "_engine"):
             await self._engine.stop()
+        if hasattr(self, "_watch"):
+            await self._watch.stop()
 
     async def __del__(self) -> None:
         await self._stop()
@@ -88,8 +99,17 @@ def _gpus(config: ModelConfig) -> list[Gpu]:
     return [] if config.device == "cpu" else visible_gpus(local_gpus())
 
 
-def _plan(config: ModelConfig) -> ModelPlan | None:
-    """By what is free at this moment, which nobody changes while the start lock is held. Ray gives no GPU itself where
-    memory is counted by index."""
-    by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
-    return plan_here(config, _gpus(config), by_index, joined(read_calibrations(), published()))
+async def left_by_others(
+    gpus: Callable[[], Sequence[Gpu]], tell: Callable[[str], None], timeout_s: float = LEAVE_TIMEOUT_S
+) -> None:
+    """Waits a while until nobody holds memory of GPUs that are this replica's alone.
+
+    After a SIGKILL the predecessor's engine, a process of its own, may take some seconds to end: a KV cache that is
+    planned meanwhile would be small for good. Who does not leave is told, and the plan goes by what is free.
+    """
+    deadline = time.monotonic() + timeout_s
+    while others := [gpu for gpu in await asyncio.to_thread(gpus) if is_held(gpu)]:
+        if time.monotonic() > deadline:
+            tell(f"plans beside others, who hold memory of a whole GPU: {held_by_others(others)}")
+            return
+        await asyncio.sleep(0.5)

@@ -4,13 +4,14 @@ A report that is older than `STALE_S`, or of a replica that Serve does not have 
 """
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 PREFIX = b"serve-app-report/"
 REPORT_EVERY_S = 10.0
 STALE_S = 60.0
+FORGOTTEN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,30 @@ def forget_report(application: str, replica: str) -> None:
 
 
 def read_reports() -> list[ReplicaReport]:
-    """All that were told and not forgotten."""
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
+    """All that were told and not forgotten. What another version has written is skipped.
 
-    texts = [_internal_kv_get(key) for key in _internal_kv_list(PREFIX)]
-    return sorted(
-        (_parsed(json.loads(text)) for text in texts if text), key=lambda report: (report.application, report.replica)
-    )
+    A replica that was killed leaves its report behind: such ones are removed here once they are old.
+    """
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
+
+    found = []
+    for key in sorted(_internal_kv_list(PREFIX)):
+        report = parsed_report(_internal_kv_get(key) or b"")
+        if report is None or time.time() - report.written_at > FORGOTTEN_S:
+            _internal_kv_del(key)
+        else:
+            found.append(report)
+    return found
 
 
-def _parsed(item: dict[str, Any]) -> ReplicaReport:
-    devices = tuple(DeviceReport(**device) for device in item.pop("devices"))
-    return ReplicaReport(**item, devices=devices)
+def parsed_report(text: bytes) -> ReplicaReport | None:
+    """None for what is no report of this version."""
+    try:
+        item = json.loads(text)
+        devices = tuple(DeviceReport(**device) for device in item.pop("devices"))
+        return ReplicaReport(**item, devices=devices)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _key(application: str, replica: str) -> bytes:

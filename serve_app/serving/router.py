@@ -41,14 +41,16 @@ class Router:
     """The deployment class of the router application. Its `user_config` changes what a RouterConfig holds, live."""
 
     def __init__(self, config: RouterConfig):
-        directory = ModelDirectory(serve.get_replica_context().app_name, config.discovery_interval_s)
+        metrics = RouterMetrics()
+        own_name = serve.get_replica_context().app_name
+        directory = ModelDirectory(own_name, config.discovery_interval_s, metrics.loaded)
         handles = HandleUpstream(directory, config.discovery_interval_s)
         self._config = config
         self._is_configured = False
         self._directory = directory
         self._gate = Gate(configured_keys(), ActorLimiter())
         upstream = HttpUpstream(directory, handles, self._gate) if RAY_SERVE_ENABLE_HA_PROXY else handles
-        self._proxy = Proxy(config, directory, upstream, RouterMetrics(), self._gate)
+        self._proxy = Proxy(config, directory, upstream, metrics, self._gate)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return KeyedRouter(build_app(self._proxy, self._directory, self._gate), self._gate)

@@ -25,6 +25,9 @@ class RouterMetrics:
         self._tokens_in = metrics.Counter("serve_app_prompt_tokens", "Tokens of prompts, where usage tells.", model)
         self._tokens_out = metrics.Counter("serve_app_generation_tokens", "Tokens generated, where usage tells.", model)
         self._waiting = metrics.Gauge("serve_app_requests_waiting", "Requests that wait for their first byte.", model)
+        self._loads = metrics.Gauge(
+            "serve_app_load_time_seconds", "What the model's last load took; requests are told to wait so long.", model
+        )
         self._first = metrics.Histogram(
             "serve_app_time_to_first_token_seconds", "From the request to the first piece.", SECONDS, model
         )
@@ -52,6 +55,10 @@ class RouterMetrics:
     def waiting(self, model: str, count: int) -> None:
         """How many wait now."""
         self._waiting.set(count, tags={"model": model})
+
+    def loaded(self, model: str, seconds: float) -> None:
+        """A model has become ready, or has woken."""
+        self._loads.set(seconds, tags={"model": model})
 
     def timed(self, model: str, queue_s: float, first_s: float, between_s: float | None) -> None:
         """Times of one answered request, in seconds."""

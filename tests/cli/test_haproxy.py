@@ -133,3 +133,5 @@ def test_the_config_of_this_ray_is_the_one_that_is_known() -> None:
     assert looseness("defaults\n  mode tcp\n") == "headers would have no time limit"
     spliced = tightened(HAPROXY_CONFIG_TEMPLATE) + "    option splice-auto\n"
     assert looseness(spliced) == "clients that leave would not be noticed"
+    named = tightened(HAPROXY_CONFIG_TEMPLATE) + "    acl is_http-splicebert path /models/splicebert\n"
+    assert looseness(named) == ""

@@ -1,6 +1,8 @@
 """What an engine says that it holds."""
 
+import asyncio
 import os
+from dataclasses import replace
 
 import torch
 
@@ -36,9 +38,10 @@ def test_on_the_cpu_the_libraries_are_not_the_models() -> None:
 
 def test_the_rest_is_what_is_no_weight_cache_or_context() -> None:
     """Unknown where the driver does not tell, and never negative."""
-    assert RankMemory("GPU-a", 1, weights=40, kv_cache=30, held=90, peak=100, context=10).rest == 20
-    assert RankMemory("GPU-a", 1, weights=40, kv_cache=30, held=None, peak=None, context=None).rest is None
-    assert RankMemory("cpu", 1, weights=40, kv_cache=30, held=50, peak=50, context=0).rest == 0
+    known = RankMemory("GPU-a", 1, weights=40, kv_cache=5, most_kv_cache=30, held=70, peak=100, context=10)
+    assert known.rest == 20
+    assert replace(known, held=None, peak=None, context=None).rest is None
+    assert replace(known, peak=50).rest == 0
 
 
 async def test_pt_tells_its_weights_to_the_byte_and_its_cache_while_requests_run() -> None:
@@ -55,6 +58,12 @@ async def test_pt_tells_its_weights_to_the_byte_and_its_cache_while_requests_run
     await anext(pieces)
     (busy,) = await engine.memory()
     await pieces.aclose()
+    for _ in range(1000):
+        if not engine.generator.in_flight:
+            break
+        await asyncio.sleep(0.01)
+    (after,) = await engine.memory()
+    assert after.most_kv_cache >= busy.kv_cache  # Its buffers may be gone; they were there.
     assert busy.kv_cache > 0
     assert busy.weights == idle.weights == weight_bytes(engine.generator.loaded.model)[CPU]
     await engine.stop()

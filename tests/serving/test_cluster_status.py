@@ -1,5 +1,6 @@
 """What `serve-app status` makes of Serve's details, Ray's nodes and the replicas' reports."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,3 +97,27 @@ def test_missing_resources(asked: dict[str, float], left: Node, expected: str) -
     """Room now, room if others went, or no room at all."""
     assert expected in missing_for(asked, [node(cpus=8)], [left])
     assert bool(missing_for(asked, [node(cpus=8)], [left])) == bool(expected)
+
+
+def test_a_replica_that_loads_waits_for_nobody() -> None:
+    """It has its GPU already, so Ray has none left."""
+    asked = model(0, 1, {"GPU": 1})
+    asked["deployments"]["Model"]["replicas"] = [{"replica_id": "r0", "state": "STARTING", "node_ip": "a", "pid": 7}]
+    found = cluster_status({"m": asked}, [ray_node("a", CPU=8, GPU=1)], {"aaaaaaaa": {"CPU": 7.0}}, [], NOW)
+    assert found.models[0].missing == ""
+    assert not found.is_whole
+
+
+def test_replicas_that_serve_after_a_failed_update_are_shown() -> None:
+    """Serve has no deployment of such an application any more; their reports tell of them."""
+    failed = {"m": application("DEPLOY_FAILED", 0, "unknown field 'x'.", deployment=None)}
+    found = cluster_status(failed, [ray_node("a", CPU=8)], {}, [told("r0", GIB)], NOW)
+    assert (found.models[0].running, found.models[0].state) == (1, "ready")
+    assert not found.is_whole
+    assert "its update failed: unknown field 'x'." in report(found)
+
+
+def test_a_sum_with_an_unknown_part_is_unknown() -> None:
+    """As in containers, where NVML does not tell."""
+    unknown = replace(told("r0", 0), devices=(replace(told("r0", 0).devices[0], held=None, peak=None),))
+    assert "together planned 20.00 GiB, holds ?" in " ".join(report(seen(2, 2, unknown, told("r1", GIB))).split())

@@ -33,6 +33,7 @@ class PtEngine:
         self._config = config
         self._generator: Generator | None = None
         self._libraries = 0
+        self._weights: dict[torch.device, int] = {}
         self._runner: Runner | None = None
 
     async def start(self) -> ASGIApp:
@@ -73,10 +74,15 @@ class PtEngine:
         return self._generator
 
     def _memory(self) -> list[RankMemory]:
-        weights = weight_bytes(self.generator.loaded.model)
-        caches = getattr(self._runner, "cache_bytes", {})
-        devices = sorted(weights, key=str) if self._config.device == "cpu" else [d for d in weights if d.type == "cuda"]
-        return [rank_memory(each, weights[each], caches.get(each, 0), self._libraries) for each in devices]
+        if not self._weights:  # They do not change.
+            self._weights = weight_bytes(self.generator.loaded.model)
+        now, most = (getattr(self._runner, name, {}) for name in ("cache_bytes", "most_cache_bytes"))
+        kind = "cpu" if self._config.device == "cpu" else "cuda"
+        return [
+            rank_memory(device, size, now.get(device, 0), self._libraries, most.get(device, 0))
+            for device, size in self._weights.items()
+            if device.type == kind
+        ]
 
     def _load(self) -> tuple[LoadedModel, ProbeResult]:
         loaded = load_model(self._config)

@@ -19,7 +19,7 @@ from serve_app.engines.pt.attention import use_grouped_attention
 from serve_app.engines.pt.packed_linear import pack_linears
 from serve_app.engines.pt.planned_map import known_architecture, plan_layers
 from serve_app.errors import ConfigError, EngineError
-from serve_app.planning.memory import CONTEXT_BYTES
+from serve_app.planning.memory import context
 
 logger = logging.getLogger("ray.serve")
 
@@ -133,11 +133,11 @@ def _planned(
 
 
 def _cap_allocators(limits: Mapping[Device, int]) -> None:
-    """Lets torch's allocator take no more than each limit, less the CUDA context, which it does not count."""
+    """Lets torch's allocator take no more than each limit, less the planned CUDA context, which it does not count."""
     for index, limit in limits.items():
         if isinstance(index, int) and torch.cuda.is_available():
             total = torch.cuda.mem_get_info(index)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, limit - CONTEXT_BYTES) / total), index)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - context("cuda").bytes) / total), index)
 
 
 def _without_weights(config: ModelConfig, hf_config: Any) -> PreTrainedModel:

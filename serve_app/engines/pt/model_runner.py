@@ -60,6 +60,8 @@ class BatchRunner:
         self._rows: list[Sequence] = []
         self._group = BatchCache(model.config)
         self._group_rows: list[Sequence] = []
+        self._most_cells = 0
+        self.most_cache_bytes: dict[torch.device, int] = {}
 
     @property
     def is_joinable(self) -> bool:
@@ -105,6 +107,7 @@ class BatchRunner:
         positions = (columns[None] - pads[:, None]).clamp(min=0)
         mask = None if not pads.any() else torch.arange(step.end)[None] >= pads[:, None]
         logits = self._forward(ids, positions, mask, group)
+        self._note_cache()
         if not step.completes_prefill:
             return None
         for sequence in rows:
@@ -126,9 +129,22 @@ class BatchRunner:
         if int(lengths.min()) < width:
             mask = torch.arange(width + 1)[None] >= (width - lengths)[:, None]
         logits = self._forward(ids, lengths[:, None], mask, batch)
+        self._note_cache()
         for sequence in rows:
             sequence.cached += 1
         return _in_order(logits, rows, sequences)
+
+    def _note_cache(self) -> None:
+        """Keeps in `most_cache_bytes` the most that the cache may have held so far, moments of moving included: a group
+        is there twice while it is joined, and one layer twice while it is moved."""
+        if (room := self._batch.cells + self._group.cells) <= self._most_cells:
+            return
+        self._most_cells = room
+        running, group = self._batch.bytes_by_device, self._group.bytes_by_device
+        largest = self._batch.largest_layer_bytes
+        for device in {*running, *group}:
+            size = running.get(device, 0) + 2 * group.get(device, 0) + largest.get(device, 0)
+            self.most_cache_bytes[device] = max(size, self.most_cache_bytes.get(device, 0))
 
     def drop(self, sequence: Sequence) -> None:
         """See Runner."""

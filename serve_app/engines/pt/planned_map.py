@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, EngineError
 from serve_app.facts.architecture import Architecture, read_architecture
-from serve_app.facts.calibration import read_calibrations
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest, Shortage, fit_pt
@@ -49,12 +48,11 @@ def plan_layers(
         Tensor(name, _TYPES.get(parameter.dtype, "F32"), tuple(parameter.shape))
         for name, parameter in model.named_parameters()
     )
-    request = ModelRequest("model", config, architecture, tensors, calibrations=read_calibrations())
+    request = ModelRequest("model", config, architecture, tensors)
     numbers = [number for number in limits if isinstance(number, int)]
     # What is free was read by this process, whose CUDA context is there already; the plan counts it.
     free = {number: free_bytes[number] + context("cuda").bytes for number in numbers}
-    names = {number: torch.cuda.get_device_name(number) if torch.cuda.is_available() else "GPU" for number in numbers}
-    seats = [(Device("GPU", number, names[number], free[number], free[number]), free[number]) for number in numbers]
+    seats = [(Device("GPU", number, "GPU", free[number], free[number]), free[number]) for number in numbers]
     is_capped = config.max_memory is not None or config.share is not None
     fit = fit_pt(request, seats, [limits[number] if is_capped else free[number] for number in numbers], ())
     if isinstance(fit, Shortage):
