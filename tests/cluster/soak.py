@@ -6,6 +6,7 @@ Starts a Serve with two pt replicas, two vLLM replicas and a third model, and se
 not, to all three. Every so many seconds one of: SIGKILL of a pt replica; a changed config of the pt model (a rolling
 update); SIGKILL of a vLLM replica; a fourth model more; one less. Prints one JSON object: what every client got, the
 memory of each kind of process as medians of a window after warm-up and of the last one, and what was left running.
+Exits 1 if an answer was lost or wrong, a process grew by more than 5 %, one was left, or nothing was killed.
 """
 
 import argparse
@@ -46,6 +47,7 @@ KINDS = {
 }
 SAMPLE_EVERY_S = 5.0
 WINDOW_S = 180.0
+MOST_GROWTH = 0.05
 
 
 def config(max_num_seqs: int = 32, with_fourth: bool = False) -> dict[str, Any]:
@@ -155,7 +157,8 @@ class Traffic:
 
     async def _streamed(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> str:
         seen = await ask(session, self._url, path, body)
-        return outcome_of(seen, self._same(path, body, seen["text"]))
+        whole = "" if seen["error"] else self._same(path, body, seen["text"])
+        return outcome_of(seen, whole)
 
     async def _whole(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> str:
         try:
@@ -233,6 +236,17 @@ async def soak(serve: ServeRun, minutes: float, every_s: float, clients: int) ->
     }
 
 
+def is_right(told: dict[str, Any]) -> bool:
+    """Whether all of it held."""
+    return (
+        all(set(found) == {"right"} for found in told["outcomes"].values())
+        and all(told["trouble"].get(f"kills of {model}", 0) > 0 for model in ("soak-pt", "soak-vllm"))
+        and all(kind["growth"] <= MOST_GROWTH for kind in told["memory"].values())
+        and told["vllm_engines_left"] == told["vllm_replicas"]
+        and not told["left_after_the_stop"]
+    )
+
+
 def main() -> None:
     """Prints what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,6 +261,7 @@ def main() -> None:
         told = asyncio.run(soak(serve, options.minutes, options.every, options.clients))
         told["left_after_the_stop"] = list(serve.stop(signal.SIGTERM).values())
         print(json.dumps(told, indent=1))
+        sys.exit(0 if is_right(told) else 1)
     finally:
         serve.stop(signal.SIGTERM)
         serve.clean_up()

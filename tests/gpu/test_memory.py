@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -59,22 +60,29 @@ def _shared(overreaches: bool, pipe: Any) -> None:
 def test_two_pt_engines_share_a_gpu_and_the_one_that_overreaches_fails_alone() -> None:
     """torch refuses what is beyond its share, though the card has it; both go on."""
     context = multiprocessing.get_context("spawn")
-    pipes, children = [], []
-    for overreaches in (True, False):
-        mine, theirs = context.Pipe()
-        pipes.append(mine)
-        children.append(context.Process(target=_shared, args=(overreaches, theirs)))
-        children[-1].start()
-    assert all(pipe.recv() > 0 for pipe in pipes)
-    refused = [pipe.recv() for pipe in pipes]
-    for pipe in pipes:
-        pipe.send("go on")
-    assert all(pipe.recv() > 0 for pipe in pipes)
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
+    with ExitStack() as stack:
+        pipes = []
+        for overreaches in (True, False):
+            mine, theirs = context.Pipe()
+            child = context.Process(target=_shared, args=(overreaches, theirs))
+            child.start()
+            theirs.close()  # So that a child that dies is not waited for.
+            stack.callback(child.join, 60)
+            stack.callback(child.terminate)
+            pipes.append(mine)
+        assert all(_told(pipe) > 0 for pipe in pipes)
+        refused = [_told(pipe) for pipe in pipes]
+        for pipe in pipes:
+            pipe.send("go on")
+        assert all(_told(pipe) > 0 for pipe in pipes)
     assert "out of memory" in refused[0].lower()
     assert refused[1] == ""
+
+
+def _told(pipe: Any) -> Any:
+    """What a child says next. Raises EOFError when it has ended."""
+    assert pipe.poll(300), "the child is silent"
+    return pipe.recv()
 
 
 @pytest.mark.parametrize("backend", ["pt", "vllm"])
