@@ -5,8 +5,8 @@
 Starts a head without CPUs for models and two workers, deploys a router and two replicas of a model of each backend (one
 of each fits on a worker), and sends streaming requests while a worker's raylet is killed with SIGKILL and started
 again. With `--drain` a third worker is there, and Ray is told that the first one is about to be preempted; it ends by
-itself when its replicas have gone. Prints one JSON object: what every client got, what `/ready` and `serve-app status` said
-without the node, and the seconds until all replicas were back.
+itself when its replicas have gone. Prints one JSON object: what every client got, what `/ready` and `serve-app status`
+said without the node, and the seconds until all replicas were back.
 """
 
 import argparse
