@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from serve_app.cli.cluster import connected
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
@@ -95,6 +95,8 @@ def require_serves_schema(file: Path) -> None:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise ConfigError(f"{file}: Ray Serve refuses it: {'; '.join(lines)}") from None
+    except (AttributeError, ImportError, ValueError, TypeError) as error:  # A policy that cannot be imported.
+        raise ConfigError(f"{file}: Ray Serve refuses it: {error}") from None
 
 
 def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iterable[str]) -> list[str]:
@@ -146,19 +148,13 @@ def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inve
 
 def _cluster(address: str | None) -> tuple[list[Node], Inventory, str]:
     """The nodes and devices to judge by, and what to call them."""
-    import ray
+    from ray.exceptions import RayError
 
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:
-        if address is not None or os.environ.get("RAY_ADDRESS"):
-            raise ConfigError(f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']}.") from None
-        here = local_inventory()
-        return [Node("this machine", os.cpu_count() or 1, len(here.gpus))], here, "no Ray cluster runs here"
-    try:
-        return ray_nodes(), ray_inventory(), f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
-    except ray.exceptions.RayError as error:
-        raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
-    finally:
-        ray.shutdown()
-        sys.stdout.flush()
+    with connected(address) as where:
+        if where is None:
+            here = local_inventory()
+            return [Node("this machine", os.cpu_count() or 1, len(here.gpus))], here, "no Ray cluster runs here"
+        try:
+            return ray_nodes(), ray_inventory(), f"the Ray cluster at {where}"
+        except RayError as error:
+            raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None

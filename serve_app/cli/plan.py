@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
+from serve_app.cli.cluster import connected
 from serve_app.cli.write_plan import write_plan
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
@@ -105,20 +105,15 @@ def _inventory(gpus: str | None, file: Path | None, address: str | None) -> Inve
 
 def _running_inventory(address: str | None) -> Inventory:
     """Of the Ray cluster that runs here or at the address; of this machine where none runs."""
-    import ray
+    from ray.exceptions import RayError
 
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:
-        if address or os.environ.get("RAY_ADDRESS"):
-            raise ConfigError(f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']}.") from None
-        return local_inventory()
-    try:
-        return ray_inventory()
-    except ray.exceptions.RayError as error:
-        raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
-    finally:
-        ray.shutdown()
+    with connected(address) as where:
+        if where is None:
+            return local_inventory()
+        try:
+            return ray_inventory()
+        except RayError as error:
+            raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
 
 
 def report(made: Plan) -> str:

@@ -1,10 +1,10 @@
 """`serve-app status`: what runs, what each replica was planned and measured to hold, and what is missing."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 
+from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.fit import gib
 from serve_app.serving.cluster_status import ClusterStatus, ModelView, ReplicaView, cluster_status
@@ -15,39 +15,35 @@ ROW = "{:<22} {:<20} {:<9} {:>9} {:>9} {:>9} {:>8}"
 
 def status(address: str | None, as_json: bool) -> int:
     """Prints it. Returns 0 if every model has its replicas, 1 if not. Raises ConfigError where no Serve runs."""
-    seen = _read(address)
-    print(json.dumps(seen.to_json(), indent=1) if as_json else report(seen))
+    with connected(address) as where:
+        if where is None:
+            raise ConfigError("no Ray cluster runs here.")
+        seen = _read(where)
+    print(json.dumps({"address": where, **seen.to_json()}, indent=1) if as_json else f"Ray at {where}: {report(seen)}")
     return 0 if seen.is_whole else 1
 
 
-def _read(address: str | None) -> ClusterStatus:
+def _read(where: str) -> ClusterStatus:
     import ray
     from ray._private.state import available_resources_per_node
     from ray.exceptions import RayError
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME
 
-    where = address or os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address=address or "auto", namespace=SERVE_NAMESPACE, log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:
-        raise ConfigError(f"no Ray cluster answers at {where}." if where else "no Ray cluster runs here.") from None
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME)
+    except ValueError:
+        raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve run FILE`.") from None
     try:
-        try:
-            controller = ray.get_actor(SERVE_CONTROLLER_NAME)
-        except ValueError:
-            raise ConfigError("Ray runs here, but no Serve. Start it with `serve run FILE`.") from None
         details = ray.get(controller.get_serve_instance_details.remote(), timeout=30)
         left = available_resources_per_node()
         return cluster_status(details["applications"], ray.nodes(), left, read_reports(), time.time())
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
-    finally:
-        ray.shutdown()
 
 
 def report(seen: ClusterStatus) -> str:
     """The status as text."""
-    lines = [f"{len(seen.nodes)} nodes: {'; '.join(map(str, seen.nodes))}"]
+    lines = [f"{len(seen.nodes)} node{'' if len(seen.nodes) == 1 else 's'}: {'; '.join(map(str, seen.nodes))}"]
     lines += [f"gone: {node}" for node in seen.gone]
     row = "{:<20} {:<9} {:>8} {:>6}  {}"
     lines += ["", row.format("model", "state", "replicas", "load", "")]

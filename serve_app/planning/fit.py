@@ -364,6 +364,7 @@ def _shortage(
     others += f" Models placed before take {gib(planned)} of it." if planned > 0 else ""
     if "mla" in request.architecture.layers and request.config.infer_backend == "vllm":
         others += " Its KV cache (MLA) is the same on every rank, so a larger tensor_parallel_size does not shrink it."
+    others += " A part was measured in earlier runs (calibration.json)." if fixed.certainty == "calibrated" else ""
     where = device.id if devices == 1 else f"{devices} devices from {device.id}"
     return Shortage(
         "over_commit",

@@ -131,7 +131,8 @@ def require_room(config: ModelConfig, nodes: Sequence[Node], planned: Demand | N
     demand = demands[0]
     cure = ""
     if config.device != "cpu" and not any(node.gpus or node.vram_gib for node in nodes):
-        cure = " To run it on the CPU, set device: cpu."
+        also = " and leave out accelerator_type" if config.accelerator_type else ""
+        cure = f" To run it on the CPU, set device: cpu{also}."
     elif demand.gpus and any(node.vram_gib for node in nodes):
         cure = " GPU memory by index is given only to models that the plan knows."
     raise PlacementError(

@@ -95,7 +95,8 @@ def _model(
         replicas = [ReplicaView(each.replica, "RUNNING", each.node, each.pid, each) for each in survivors]
         running = len(survivors)
         state = "ready" if running else status.state
-        return ModelView(status.name, state, running, running, replicas, "", f"its update failed: {status.message}")
+        what = "its update failed" if running else "it could not be built"
+        return ModelView(status.name, state, running, max(1, running), replicas, "", f"{what}: {status.message}")
     starting = sum(view.state in ("STARTING", "UPDATING") and view.pid is not None for view in replicas)
     short = wanted - status.replicas - starting if status.state != "stopping" else 0
     missing = missing_for(deployment.get("required_resources") or {}, nodes, left) if short > 0 else ""
@@ -114,7 +115,7 @@ def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Seq
         return ""
     if any(demand.fits(node) for node in nodes):
         others = "; ".join(map(str, left))
-        return f"A replica needs {demand} on one node, and others have taken it. Left: {others}."
+        return f"A replica needs {demand} on one node: it is about to start there, or others have it. Left: {others}."
     return f"A replica needs {demand} on one node, and no living node has that: {'; '.join(map(str, nodes)) or 'none'}."
 
 

@@ -163,13 +163,18 @@ def calibrations_of(
         plan = by_device.get(rank.device)
         if rank.rest is None or plan is None:
             continue
-        # oneDNN's order of weights hides them from vLLM's list of parameters on the CPU.
-        hidden = 0 if plan.device.is_gpu else max(0, plan.weights.bytes - rank.weights)
         setting = setting_of(config, architecture, planned.max_model_len, plan.device, *plan.seat)
-        measured = Calibration(setting, max(0, rank.rest - hidden), rank.context if plan.device.is_gpu else None)
+        measured = Calibration(
+            setting, max(0, rank.rest - hidden_weights(rank, plan)), rank.context if plan.device.is_gpu else None
+        )
         key = setting_key(setting)
         found[key] = found[key].joined(measured) if key in found else measured
     return found
+
+
+def hidden_weights(rank: RankMemory, planned: RankPlan) -> int:
+    """On the CPU oneDNN's order of weights hides them from vLLM's list of parameters: the plan's figure stands in."""
+    return 0 if planned.device.is_gpu else max(0, planned.weights.bytes - rank.weights)
 
 
 def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu]) -> None:
@@ -187,10 +192,11 @@ def _device_report(
     rank: RankMemory, planned: RankPlan | None, indices: dict[str, int], peaks: dict[str, int]
 ) -> DeviceReport:
     share = None if planned is None else planned.share
+    weights = rank.weights + (0 if planned is None else hidden_weights(rank, planned))
     return DeviceReport(
         rank.device, indices.get(rank.device), None if share is None else share.bytes,
         "" if share is None else share.certainty, rank.held,
-        None if rank.peak is None else max(rank.peak, peaks.get(rank.device, 0)), rank.weights, rank.kv_cache,
+        None if rank.peak is None else max(rank.peak, peaks.get(rank.device, 0)), weights, rank.kv_cache,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from serve_app.cli import check as check_module
 from serve_app.cli.main import main
+from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory
 from tests.builders import node
 
@@ -157,3 +158,14 @@ def test_unknown_options_of_a_deployment_are_named() -> None:
         "a: deployments[0]: unknown key 'max_surge_percnt'. Did you mean 'max_surge_percent'?",
         "a: deployments[0].autoscaling_config: unknown key 'upscale_dely_s'. Did you mean 'upscale_delay_s'?",
     ]
+
+
+def test_a_policy_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    """Serve imports it while it reads the file."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "applications:\n- name: a\n  import_path: serve_app.app:model\n  deployments:\n  - name: Model\n"
+        "    autoscaling_config: {policy: {policy_function: 'serve_app.serving.autoscaling:by_engin_load'}}\n"
+    )
+    with pytest.raises(ConfigError, match="Ray Serve refuses it: .*by_engin_load"):
+        check_module.require_serves_schema(file)

@@ -94,7 +94,7 @@ class RayCluster(ServeRun):
                     raise TimeoutError(f"replicas stay on worker {number}")
                 time.sleep(0.5)
 
-    def status_of_ours(self) -> dict[str, Any]:
+    def status_text(self) -> dict[str, Any]:
         """What `serve-app status` prints, and its exit code."""
         done = subprocess.run(
             [BIN / "serve-app", "status", f"--address={self.gcs}"],
@@ -181,7 +181,7 @@ async def node_loss(cluster: RayCluster, requests: int, backends: Sequence[str],
         if not drain:  # A drained node ends by itself when it is idle.
             cluster.kill_worker(0)
             without["ready"] = await until(1, 120)
-            without["status"] = await asyncio.to_thread(cluster.status_of_ours)
+            without["status"] = await asyncio.to_thread(cluster.status_text)
             await asyncio.sleep(5)
             await asyncio.to_thread(cluster.add_worker, 2, len(names))
         await until(2, 300)

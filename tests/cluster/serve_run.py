@@ -145,6 +145,19 @@ class ServeRun:
         )
         return done.stdout
 
+    def status_of_ours(self) -> dict[str, Any]:
+        """What `serve-app status --json` prints. Its address: the raylet's, as a machine may have several clusters."""
+        commands = [
+            Path(f"/proc/{pid}/cmdline").read_text() for pid, name in self.processes().items() if "raylet" in name
+        ]
+        (found,) = {match[1] for text in commands if (match := re.search(r"--gcs-address=([\d.:]+)", text))}
+        done = subprocess.run(
+            [BIN / "serve-app", "status", f"--address={found}", "--json"],
+            env=self.environment, capture_output=True, text=True, timeout=90, check=False,
+        )  # fmt: skip
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told
+
     def processes(self) -> dict[int, str]:
         """All living processes of this run, pid to command line, found by the mark in their environment."""
         found = {}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
@@ -258,3 +259,20 @@ async def test_vllm_stops_working_for_a_client_that_left(run: ServeRun, way: str
                 break
             await asyncio.sleep(0.05)
     assert left == 0
+
+
+def test_status_has_planned_and_measured_of_both_engines(run: ServeRun) -> None:
+    """And says of the model that has no GPU what it lacks."""
+    for _ in range(20):  # The first report follows the start by a moment.
+        told = {model["name"]: model for model in run.status_of_ours()["models"]}
+        reports = [told[name]["replicas"][0]["report"] for name in ("tiny-pt", "tiny-vllm")]
+        if all(reports):
+            break
+        time.sleep(1)
+    for report in reports:
+        (device,) = report["devices"]
+        assert device["device"] == "cpu"
+        assert 0 < device["held"] <= device["peak"]
+        assert device["planned"] > device["weights"] > 0
+    assert told["homeless"]["state"] == "failed"
+    assert "2 GPUs" in told["homeless"]["error"]

@@ -82,14 +82,14 @@ def test_a_lost_node_is_named_with_what_is_missing() -> None:
 def test_what_others_have_taken_is_told_with_what_is_left() -> None:
     """Ray has the GPU, and not enough of it now."""
     (found,) = seen(1, 2).models
-    assert found.missing.endswith("others have taken it. Left: a: 8 CPUs, GPU 0: 4 GiB.")
+    assert found.missing.endswith("or others have it. Left: a: 8 CPUs, GPU 0: 4 GiB.")
 
 
 @pytest.mark.parametrize(
     ("asked", "left", "expected"),
     [
         ({"CPU": 1}, node(cpus=2), ""),  # starting, or about to
-        ({"CPU": 4}, node(cpus=2), "others have taken it"),
+        ({"CPU": 4}, node(cpus=2), "or others have it"),
         ({"GPU": 2, "CPU": 1}, node(cpus=2), "no living node has that"),
     ],
 )

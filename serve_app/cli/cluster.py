@@ -1,0 +1,50 @@
+"""The Ray cluster that a command asks."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from serve_app.errors import ConfigError
+
+PROBE_TIMEOUT_S = 3.0
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[str | None]:
+    """Connects to the cluster at HOST:PORT, at RAY_ADDRESS, or to the one that runs here, and says where it is; None
+    where none runs here. Raises ConfigError for an address that is none, or where no cluster answers."""
+    import ray
+    from ray.serve._private.constants import SERVE_NAMESPACE
+
+    where = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if where != "auto":
+        _require_open(where)
+    try:
+        ray.init(address=where, namespace=SERVE_NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        if where == "auto":
+            yield None
+            return
+        raise ConfigError(
+            f"{where} is open, but Ray's head there does not let this program in. If the cluster uses tokens, "
+            "export RAY_AUTH_MODE=token."
+        ) from None
+    try:
+        yield str(ray.get_runtime_context().gcs_address)
+    finally:
+        ray.shutdown()
+
+
+def _require_open(address: str) -> None:
+    """Ray itself would try for more than a minute."""
+    match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d{1,5})", address)
+    if match is None or "://" in address:
+        raise ConfigError(
+            f"--address: '{address}' is not HOST:PORT of Ray's head, such as 127.0.0.1:6379 (not the dashboard's)."
+        )
+    try:
+        socket.create_connection((match[1], int(match[2])), PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError):
+        raise ConfigError(f"no Ray cluster answers at {address}.") from None
