@@ -139,7 +139,8 @@ async def test_clients_that_vanish_leave_nothing_behind(serve: ServeRun) -> None
             told = (await reply.json())["models"]["mortal"]
         assert (told["waiting"], told["held"]) == (0, 0)
     after = memory_of(serve, *PARTS)
-    assert all(after[part] < before[part] + 50 for part in PARTS), (before, after)
+    # MB, of all processes of a kind together; 5 % is what two replicas' allocators still move by.
+    assert all(after[part] < before[part] + max(50, 0.05 * before[part]) for part in PARTS), (before, after)
 
 
 def test_an_update_that_cannot_be_built_leaves_what_runs(serve: ServeRun) -> None:
