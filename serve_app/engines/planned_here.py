@@ -67,7 +67,9 @@ def _request(config: ModelConfig) -> ModelRequest | None:
     except ConfigError as error:
         logger.warning("This model is not planned: %s", error)
         return None
-    request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
+    # Ray has kept the type, by the node's first GPU, which need not be this replica's.
+    here = config.model_copy(update={"accelerator_type": None})
+    request = ModelRequest("model", here, checkpoint.architecture, checkpoint.tensors)
     reason = request.unplanned
     if config.infer_backend == "vllm" and not checkpoint.architecture.is_known_to_vllm:
         reason = "the plan has no formulas for this architecture in vLLM."

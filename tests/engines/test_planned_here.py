@@ -96,3 +96,8 @@ def test_who_holds_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_memory, "gpu_processes", list)
     with pytest.raises(EngineError, match=r"On GPU 0 \(GPU-0\) 18\.00 GiB are held, by whom cannot be seen\."):
         plan_here(config(), [gpu(0, 24, 6)])
+
+
+def test_the_type_of_gpu_is_rays_to_keep() -> None:
+    """It knows a node by its first GPU, and may give a replica another one."""
+    assert plan_here(config(accelerator_type="L4"), [gpu(1, 24)]) is not None
