@@ -6,7 +6,8 @@ Starts a bare vLLM API server and a Serve with the same vLLM model behind the ro
 configs; `--without-haproxy` for handles), and loads one after the other, round after round, with greedy chats that
 stream, of the same mixed lengths. `--also` adds a server that runs already, such as Ray Serve LLM. Prints a line of
 JSON for each way and number of streams: tokens per second and median milliseconds to the first text (medians over the
-rounds), their ratio and difference to bare vLLM's, and the CPU milliseconds per token of the router's process.
+rounds), their ratio and difference to bare vLLM's, and the CPU milliseconds per token of the router, HAProxy, the
+processes of the engines, and the rest of Ray.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,15 @@ VLLM = {
     "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }  # fmt: skip
 TOKENS = 64
+PARTS = {
+    part: re.compile(pattern)
+    for part, pattern in {
+        "router": "ServeReplica:router:",
+        "haproxy": "haproxy.* -f ",
+        "engine": "ServeReplica:peer:|entrypoints.openai.api_server",
+        "serve": "ServeController|Proxy|raylet|gcs_server|dashboard|ray::",
+    }.items()
+}
 
 
 def free_port() -> int:
@@ -164,14 +176,24 @@ async def load(url: str, model: str, streams: int, seed: int, tokens: int) -> tu
         return sum(lengths) / (time.perf_counter() - start), statistics.median(firsts)
 
 
+def cpu_s() -> Counter[str]:
+    """CPU seconds so far of all on this machine that has a part in answering, by part."""
+    seconds: Counter[str] = Counter()
+    for item in psutil.process_iter(["name", "cmdline", "ppid"]):
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(item.info["cmdline"] or [])
+            part = next((part for part, pattern in PARTS.items() if pattern.search(command)), None)
+            if part is None and "EngineCore" in item.info["name"] + command:
+                part = "engine"
+            if part is not None:
+                times = item.cpu_times()
+                seconds[part] += times.user + times.system
+    return seconds
+
+
 def router_cpu_s() -> float:
     """CPU seconds of all routers' processes on this machine."""
-    total = 0.0
-    for item in psutil.process_iter(["cmdline"]):
-        if "ServeReplica:router:Router" in " ".join(item.info["cmdline"] or []):
-            times = item.cpu_times()
-            total += times.user + times.system
-    return total
+    return cpu_s()["router"]
 
 
 async def compare(ways: dict[str, tuple[str, str]], streams: list[int], rounds: int) -> None:
@@ -179,20 +201,22 @@ async def compare(ways: dict[str, tuple[str, str]], streams: list[int], rounds: 
     for url, model in ways.values():  # Servers are slow at first, and their first load slows the others too.
         await load(url, model, 32, 99, TOKENS)
     for count in streams:
-        figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        spent: dict[str, Counter[str]] = {name: Counter() for name in ways}
         for seed in range(rounds):
             for name, (url, model) in ways.items():
-                before = router_cpu_s()
-                rate, first = await load(url, model, count, seed, TOKENS)
-                figures[name].append((rate, first, 1000 * (router_cpu_s() - before) / (4 * count * TOKENS)))
+                before = cpu_s()
+                figures[name].append(await load(url, model, count, seed, TOKENS))
+                spent[name] += cpu_s() - before
         medians = {
             name: [statistics.median(part) for part in zip(*runs, strict=True)] for name, runs in figures.items()
         }
         base = next(iter(medians.values()))
-        for name, (rate, first, cpu) in medians.items():
+        for name, (rate, first) in medians.items():
             row = {"way": name, "streams": count, "tok_s": round(rate, 1), "ratio": round(rate / base[0], 3)}
             row |= {"first_ms": round(1000 * first, 1), "added_ms": round(1000 * (first - base[1]), 1)}
-            print(json.dumps(row | {"router_cpu_ms_per_token": round(cpu, 3)}), flush=True)
+            cpu = {part: round(1000 * s / (4 * count * TOKENS * rounds), 3) for part, s in sorted(spent[name].items())}
+            print(json.dumps(row | {"cpu_ms_per_token": cpu}), flush=True)
 
 
 def build(name: str, folder: Path) -> str:

@@ -30,7 +30,6 @@ from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import ModelDirectory
 from serve_app.serving.exchange import HOP_BY_HOP, Exchange
 from serve_app.serving.gate import ROUTER_HEADER, Gate, estimate_tokens, refusal, total_tokens
-from serve_app.serving.http_upstream import HOP_HEADER
 from serve_app.serving.incoming import (
     header,
     peek,
@@ -51,7 +50,7 @@ logger = logging.getLogger("ray.serve")
 # The body was read as JSON, whatever curl calls it by default; vLLM insists on the name.
 JSON = (b"content-type", b"application/json")
 REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
-# Statuses of a replica that is going or gone, or of a proxy before it that found none.
+# Statuses of a replica that is going or gone.
 LOST = frozenset({502, 503, 504})
 # A client that streams and sends it is told, in comments, how long its model still loads.
 PROGRESS_HEADER = b"x-serve-app-progress"
@@ -85,8 +84,6 @@ class Proxy:
         exchange = Exchange(given or uuid.uuid4().hex, scope["path"], send)
         try:
             require_small_headers(headers, self.config)
-            if header(headers, HOP_HEADER) is not None:  # It has come back: HAProxy has no route to the model any more.
-                raise ModelUnavailable("The model's route is not there.", retry_after_s=1.0)
             require_plain_path(scope["path"])
             body = await read_body(headers, receive, self.config)
             exchange.read = time.perf_counter()
@@ -109,6 +106,10 @@ class Proxy:
         """Requests that wait for the model's first byte, and for the model to load."""
         queue = self._queues.get(name)
         return {"waiting": queue.waiting if queue else 0, "held": queue.held if queue else 0}
+
+    async def start(self) -> None:
+        """The router begins. What it calls later belongs to this event loop."""
+        await self._upstream.start()
 
     async def close(self) -> None:
         """The router ends."""

@@ -30,6 +30,7 @@ from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.openapi import openapi_document
 from serve_app.serving.proxy import Proxy
+from serve_app.serving.replica_addresses import ReplicaAddresses
 from serve_app.serving.router_metrics import RouterMetrics
 from serve_app.serving.terminal import say
 from serve_app.serving.upstream import HandleUpstream
@@ -49,7 +50,8 @@ class Router:
         self._is_configured = False
         self._directory = directory
         self._gate = Gate(configured_keys(), ActorLimiter())
-        upstream = HttpUpstream(directory, handles, self._gate) if RAY_SERVE_ENABLE_HA_PROXY else handles
+        over_http = HttpUpstream(directory, handles, self._gate, ReplicaAddresses())
+        upstream = over_http if RAY_SERVE_ENABLE_HA_PROXY else handles  # Only then do replicas listen for HTTP.
         self._proxy = Proxy(config, directory, upstream, metrics, self._gate)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -77,6 +79,7 @@ def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await gate.start()
+        await proxy.start()
         tasks = [
             asyncio.create_task(directory.keep_fresh()),
             asyncio.create_task(announce(directory, gate.source.is_open)),

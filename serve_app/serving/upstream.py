@@ -49,6 +49,10 @@ class Answer(Protocol):
 class Upstream(Protocol):
     """Sends requests to models by name."""
 
+    async def start(self) -> None:
+        """Called once, in the event loop that sends."""
+        ...
+
     async def send(self, name: str, request: HttpRequest) -> Answer:
         """Waits for the head. Raises ReplicaLost (NotOpen), Overloaded, ModelNotFound or ModelUnavailable."""
         ...
@@ -64,6 +68,9 @@ class HandleUpstream:
     def __init__(self, directory: ModelDirectory, look_again_s: float):
         self._directory = directory
         self._look_again_s = look_again_s
+
+    async def start(self) -> None:
+        """Handles are made when they are needed."""
 
     async def send(self, name: str, request: HttpRequest) -> "HandleAnswer":
         """As in `Upstream`. A handle waits for a replica for ever, so the model is looked at meanwhile."""

@@ -342,15 +342,14 @@ async def test_no_first_byte_in_time_is_a_504() -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
 
 
-async def test_large_headers_climbing_paths_and_loops_are_refused() -> None:
+async def test_large_headers_and_climbing_paths_are_refused() -> None:
     """Before anything is sent."""
     models = Models(a=says(b"{}"))
     _, client = proxy_of(models)
     async with client:
         large = await client.post("/v1/x", json={"model": "a"}, headers={"x-big": "x" * 40_000})
         climbing = await client.post("/%2e%2e/other/v1/x", json={"model": "a"})
-        looping = await client.post("/v1/x", json={"model": "a"}, headers={"x-serve-app-hop": "1"})
-    assert [reply.status_code for reply in (large, climbing, looping)] == [431, 400, 503]
+    assert [reply.status_code for reply in (large, climbing)] == [431, 400]
     assert models.asked == []
 
 
