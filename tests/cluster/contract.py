@@ -2,13 +2,15 @@
 
     python -m tests.cluster.contract [--cases 300]
 
-Starts a Serve with one model of each backend and sends so many cases of either kind to each operation of the router's
-document and of the pt model's own. Prints the number of answers by document and status; what breaks the documents, is
-a 5xx or takes longer than a minute ends it with an error that shows the request.
+Starts a Serve with an API key and one model of each backend. First every operation of every document is called without
+the key. Then so many cases of either kind go to each operation of the router's document and of the pt model's own.
+Prints the number of answers by document and status; what breaks the documents, is a 5xx or takes longer than a minute
+ends it with an error that shows the request.
 """
 
 import argparse
 import json
+import re
 import signal
 import sys
 from collections import Counter
@@ -22,10 +24,18 @@ from schemathesis.checks import CHECKS, load_all_checks
 
 from tests.cluster.serve_run import ServeRun
 
+KEY = "sk-test-of-the-cluster"
+HEADERS = {"authorization": f"Bearer {KEY}"}
 TIMEOUT_S = 60
 # Long answers show nothing that short ones do not, and there are thousands.
 MOST_TOKENS = 8
+METHODS = {"get", "head", "post", "put", "patch", "delete", "options"}
 CHECKED = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
+
+
+def document_of(url: str) -> Any:
+    """The OpenAPI document that the address tells who has a key."""
+    return requests.get(f"{url}/openapi.json", headers=HEADERS, timeout=TIMEOUT_S).json()
 
 
 def bounded(document: dict[str, Any], models: list[str], is_open: bool) -> dict[str, Any]:
@@ -69,6 +79,18 @@ def run_cases(url: str, document: dict[str, Any], cases: int, headers: dict[str,
     return seen
 
 
+def without_key(url: str, document: dict[str, Any]) -> dict[str, int]:
+    """The status of every operation that the document lists, called without a key."""
+    seen = {}
+    for path, operations in document["paths"].items():
+        filled = re.sub(r"\{[^}]*\}", "x", path)
+        for method in METHODS & operations.keys():
+            body = None if method in ("get", "head") else {"model": "x", "prompt": "x", "messages": []}
+            answer = requests.request(method, f"{url}{filled}", json=body, timeout=TIMEOUT_S)
+            seen[f"{method.upper()} {path}"] = answer.status_code
+    return seen
+
+
 def config() -> dict[str, Any]:
     """A router and one model of each backend."""
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
@@ -90,14 +112,19 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
-    serve = ServeRun(config(), cpus=4)
+    serve = ServeRun(config(), cpus=4, controller={"SERVE_APP_API_KEYS": KEY}, headers=HEADERS)
     try:
         serve.wait_until(lambda models: all(model["status"] == "ready" for model in models.values()) and bool(models))
+        for route in ("", "/models/pt", "/models/vllm"):
+            seen = without_key(serve.url + route, document_of(serve.url + route))
+            open_ones = {operation: status for operation, status in seen.items() if status != 401}
+            print(json.dumps({"document": route or "/", "without_key": len(seen), "open": open_ones}), flush=True)
+            assert open_ones == {"GET /health": 200}
         for route, names in (("", ["pt"]), ("", ["vllm"]), ("/models/pt", ["pt"])):
             for is_open in (False, True):
                 url = serve.url + route
-                document = requests.get(f"{url}/openapi.json", timeout=TIMEOUT_S).json()
-                seen = run_cases(url, bounded(document, names, is_open), options.cases)
+                document = bounded(document_of(url), names, is_open)
+                seen = run_cases(url, document, options.cases, HEADERS)
                 row = {"document": route or "/", "model": names[0], "unknown_fields": is_open, "cases": seen.total()}
                 print(json.dumps(row | {"statuses": dict(sorted(seen.items()))}), flush=True)
     finally:

@@ -11,11 +11,9 @@ import psutil
 import pytest
 
 from tests.cluster import hostile
+from tests.cluster.contract import HEADERS, KEY, document_of, without_key
 from tests.cluster.serve_run import ServeRun
 from tests.cluster.storm import Trouble, config, storm
-
-KEY = "sk-test-of-the-cluster"
-HEADERS = {"authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +42,9 @@ def test_nothing_but_health_answers_without_a_key(serve: ServeRun) -> None:
         assert client.get("/health").status_code == 200
         assert client.get("/models/mortal/health").status_code == 200
         assert client.get("/v1/models", headers=HEADERS).status_code == 200
+        for url in (serve.url, f"{serve.url}/models/mortal"):  # vLLM's document: `python -m tests.cluster.contract`.
+            seen = without_key(url, document_of(url))
+            assert {operation for operation, status in seen.items() if status != 401} == {"GET /health"}, seen
         reply = client.post("/v1/completions", json={**bodies, "max_tokens": 2}, headers=HEADERS)
         assert reply.status_code == 200
         assert client.post("/models/mortal/v1/completions", json=bodies, headers=HEADERS).status_code == 200
