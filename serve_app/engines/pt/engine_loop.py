@@ -14,13 +14,16 @@ from collections.abc import Sequence as ReadOnlySequence
 
 import torch
 
-from serve_app.engines.pt.model_runner import Runner, is_out_of_memory
+from serve_app.engines.pt.model_runner import Runner, is_out_of_memory, trim_heap
 from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Scheduler
 from serve_app.engines.pt.sequence import FinishReason, Output, Sequence
 from serve_app.errors import EngineError, InvalidRequest, OutOfDeviceMemory
 
 logger = logging.getLogger("ray.serve")
+
+# Seconds without work, after which the C heap gives back what it keeps. That takes some 15 ms.
+IDLE_S = 2.0
 
 # What a step did, in the order of its sequences. Called on the engine's thread.
 Deliver = Callable[[list[Output]], None]
@@ -85,12 +88,20 @@ class EngineLoop(threading.Thread):
 
     def _read_inbox(self) -> None:
         if not self._scheduler.running and not self._scheduler.waiting and not self._stopping:
-            self._inbox.get()()
+            self._next_work()()
         while not self._stopping:
             try:
                 self._inbox.get_nowait()()
             except queue.Empty:
                 return
+
+    def _next_work(self) -> Callable[[], None]:
+        """Waits for it."""
+        try:
+            return self._inbox.get(timeout=IDLE_S)
+        except queue.Empty:
+            trim_heap()
+            return self._inbox.get()
 
     def _step(self) -> None:
         out_of_memory = False

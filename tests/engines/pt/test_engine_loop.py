@@ -1,12 +1,17 @@
 """The engine's thread: what ends, what goes on."""
 
 import queue
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ReadOnlySequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 
+from serve_app.engines.pt import engine_loop
 from serve_app.engines.pt.engine_loop import EngineLoop
 from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Limits, Scheduler, Step
@@ -137,3 +142,33 @@ def test_stopping_tells_those_that_are_left() -> None:
         loop.stop(timeout_s=10)
         last = until_the_end(outputs)[-1]
         assert isinstance(last.error, EngineError)
+
+
+def test_an_idle_loop_gives_memory_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not between steps, and not again while nothing comes; then again after the next work."""
+    given: list[int] = []
+    monkeypatch.setattr(engine_loop, "IDLE_S", 0.05)
+    monkeypatch.setattr(engine_loop, "trim_heap", lambda: given.append(1))
+    with running(CountingRunner()) as (loop, outputs):
+        time.sleep(0.3)
+        assert len(given) == 1
+        loop.submit(sequence(start=0, max_tokens=5))
+        until_the_end(outputs)
+        time.sleep(0.3)
+        assert len(given) == 2
+
+
+def test_free_pages_of_the_heap_go_back() -> None:
+    """100 MB in pieces too small for pages of their own, with one left at the end: glibc keeps all of it."""
+    script = """
+import psutil
+from serve_app.engines.pt.model_runner import trim_heap
+held = [bytes(100_000) for _ in range(1000)]
+last = held.pop()
+held.clear()
+before = psutil.Process().memory_info().rss
+trim_heap()
+print((before - psutil.Process().memory_info().rss) // 10**6)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=50)
+    assert int(told.stdout) > 50
