@@ -27,6 +27,9 @@ logger = logging.getLogger("ray.serve")
 # "asleep": scaled to zero replicas; the first request makes Serve start one.
 State = Literal["ready", "asleep", "loading", "failed", "stopping"]
 
+# States in which a replica takes requests: one on a node that drains does so until another is there.
+SERVING = frozenset({"RUNNING", "PENDING_MIGRATION"})
+
 # Seconds that a client is told to wait for a model of which nothing better is known.
 RETRY_LOADING_S = 10.0
 RETRY_FAILED_S = 60.0
@@ -232,7 +235,7 @@ def read_status(applications: Mapping[str, Any], own_application: str) -> dict[s
 def _read_application(name: str, application: Any) -> ModelStatus:
     deployment = application["deployments"].get(MODEL_DEPLOYMENT)
     replicas = [] if deployment is None else deployment["replicas"]
-    running = sum(_text(replica["state"]) == "RUNNING" for replica in replicas)
+    running = sum(_text(replica["state"]) in SERVING for replica in replicas)
     status = _text(application["status"])
     # The deployment's message has the reason; the application's then only says that the deployment failed.
     message = summarize((deployment["message"] if deployment is not None else "") or application["message"])

@@ -4,29 +4,52 @@ What this way cannot do goes over the handle: a model without a running replica,
 handles, and replicas that no connection reaches.
 """
 
+import logging
+import socket
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
+from serve_app.errors import Overloaded
 from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import ModelDirectory
 from serve_app.serving.gate import ROUTER_HEADER, Gate
 from serve_app.serving.limiter_actor import router_token
-from serve_app.serving.replica_addresses import ReplicaAddress, ReplicaAddresses
-from serve_app.serving.upstream import Answer, HandleUpstream, ReplicaLost, require_open
+from serve_app.serving.replica_addresses import Lease, ReplicaAddress, ReplicaAddresses
+from serve_app.serving.upstream import FULL_RETRY_S, Answer, HandleUpstream, ReplicaLost, require_open
+
+logger = logging.getLogger("ray.serve")
 
 # Seconds for a connection to a replica. One that runs takes it at once; a node that is gone says nothing.
 CONNECT_TIMEOUT_S = 3.0
-# Seconds for which an idle connection is kept. Serve's servers close theirs after 90, and a request that is sent at
-# that moment would be lost.
-KEEP_ALIVE_S = 60.0
+# Of what servers keep an idle connection open for: a request that is sent while one closes would be lost.
+KEEP_ALIVE_SHARE = 0.67
 # What Serve says in a replica's place, as plain text: it is full, ends, or is another model's on the same port. An
 # engine's own answers are JSON.
 SERVE_ERRORS = frozenset({404, 500, 502, 503, 504})
+BACKPRESSURE = "dropped due to backpressure"
+# An engine says so when it has died, or ends.
+GONE = frozenset({502, 503, 504})
+TOO_MANY = 429
 NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+# A node that loses its power closes nothing. Its silence is noticed after 5 + 3 × 5 s, or, where something was sent
+# and nobody confirms it, after 30 s.
+SOCKET_OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
+)
+# What opened the router's door opens no replica's: there the router's own token does.
+CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
+# Seconds between two lines in the log about replicas that are not reached.
+WARN_EVERY_S = 60.0
 
 
 class HttpUpstream:
@@ -38,12 +61,14 @@ class HttpUpstream:
         self._gate = gate
         self._addresses = addresses
         self._session: aiohttp.ClientSession | None = None
+        self._warned_at = float("-inf")
 
     async def start(self) -> None:
         """As in `Upstream`."""
         await self._addresses.watch()
+        keep_alive_s = KEEP_ALIVE_SHARE * self._addresses.keep_alive_s
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_alive_s, socket_factory=_socket),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             auto_decompress=False,
@@ -52,14 +77,32 @@ class HttpUpstream:
         )
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
-        """As in `Upstream`."""
+        """As in `Upstream`. What a replica has no room or no connection for goes to the next."""
         await require_open(self._directory, name)
-        for address in self._addresses.by_preference(name):
-            try:
-                return await self._send_to(address, request)
-            except NOT_CONNECTED:  # Nothing was sent, so another may have it.
-                address.refused()
-        return await self._handles.send(name, request)
+        refusals: list[HttpAnswer] = []  # Two at most: when all are full, asking all of them would double their load.
+        full: Overloaded | None = None
+        try:
+            for address in self._addresses.by_preference(name):
+                try:
+                    answer = await self._send_to(address, request)
+                except Overloaded as error:
+                    full = error
+                except aiohttp.ConnectionTimeoutError:
+                    self._addresses.silent(address.host)
+                except aiohttp.ClientConnectorError:  # Nothing was sent, so another may have it.
+                    address.refused()
+                else:
+                    refusals.append(answer)
+                    if answer.status != TOO_MANY or len(refusals) == 2:
+                        return refusals.pop()
+            if refusals:
+                return refusals.pop()
+        finally:
+            for refusal in refusals:
+                await refusal.close()
+        if full is not None:
+            raise full
+        return await self._over_a_handle(name, request)
 
     async def close(self) -> None:
         """Closes its connections."""
@@ -67,30 +110,48 @@ class HttpUpstream:
         if self._session is not None:
             await self._session.close()
 
+    async def _over_a_handle(self, name: str, request: HttpRequest) -> Answer:
+        if self._addresses.has(name) and time.monotonic() > self._warned_at + WARN_EVERY_S:
+            self._warned_at = time.monotonic()
+            logger.warning(
+                "No replica of '%s' takes a connection from here, so requests go over Ray, at twice the cost. Nodes "
+                "must reach each other's ports of RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT to …_MAX_HTTP_PORT.", name
+            )  # fmt: skip
+        return await self._handles.send(name, request)
+
     async def _send_to(self, address: ReplicaAddress, request: HttpRequest) -> "HttpAnswer":
         assert self._session is not None, "not started"
         query = f"?{request.query.decode('latin-1')}" if request.query else ""
         url = URL(f"{address.url}{quote(request.path)}{query}", encoded=True)
-        address.running += 1
+        lease = address.begin()
         try:
             reply = await self._session.request(
                 request.method, url, data=request.body, headers=self._headers(request), allow_redirects=False
             )
-            answer = HttpAnswer(reply, address)
-        except BaseException as error:
-            address.running -= 1
-            if isinstance(error, aiohttp.ClientError) and not isinstance(error, NOT_CONNECTED):
-                raise ReplicaLost(f"{type(error).__name__}: {error}") from error
+        except NOT_CONNECTED:
+            lease.end()
             raise
+        except aiohttp.ClientError as error:
+            lease.end()
+            address.doubted()
+            raise ReplicaLost(f"{type(error).__name__}: {error}") from error
+        except BaseException:
+            lease.end()
+            raise
+        address.answered()
+        answer = HttpAnswer(reply, lease)
         if reply.status in SERVE_ERRORS and reply.content_type == "text/plain":
-            reason = (await _text(reply))[:200]
-            await answer.close()
-            raise ReplicaLost(reason or f"HTTP {reply.status}")
+            await _raise_of_serve(answer, reply)
+        if reply.status in GONE:
+            address.doubted()
         return answer
 
     def _headers(self, request: HttpRequest) -> CIMultiDict[str]:
-        headers = CIMultiDict((key.decode("latin-1"), value.decode("latin-1")) for key, value in request.headers)
-        if not self._gate.source.is_open:
+        shut = () if self._gate.source.is_open else CREDENTIALS
+        headers = CIMultiDict(
+            (key.decode("latin-1"), _text(value)) for key, value in request.headers if key not in shut
+        )
+        if shut:
             headers[ROUTER_HEADER.decode()] = router_token().decode()
         return headers
 
@@ -98,11 +159,11 @@ class HttpUpstream:
 class HttpAnswer:
     """An answer over HTTP. Reading it slowly slows the replica down: TCP holds it back."""
 
-    def __init__(self, reply: aiohttp.ClientResponse, address: ReplicaAddress):
+    def __init__(self, reply: aiohttp.ClientResponse, lease: Lease):
         self.status = reply.status
         self.headers: Headers = [(name.lower(), value) for name, value in reply.raw_headers]
         self._reply = reply
-        self._address: ReplicaAddress | None = address
+        self._lease = lease
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """All that has arrived, as one piece; nothing waits for more."""
@@ -110,18 +171,43 @@ class HttpAnswer:
             async for piece in self._reply.content.iter_any():
                 yield piece
         except aiohttp.ClientError as error:
+            self._lease.address.doubted()
             raise ReplicaLost(f"{type(error).__name__}: {error}") from error
 
-    async def close(self) -> None:
+    async def close(self, is_lost: bool = False) -> None:
         """An answer that was not read to its end takes its connection along, and so the engine's work ends."""
+        if is_lost:
+            self._lease.address.doubted()
         self._reply.close()
-        if self._address is not None:
-            self._address.running -= 1
-            self._address = None
+        self._lease.end()
 
 
-async def _text(reply: aiohttp.ClientResponse) -> str:
+async def _raise_of_serve(answer: HttpAnswer, reply: aiohttp.ClientResponse) -> None:
+    """Raises Overloaded where the replica's queue (Serve's max_queued_requests) is full, else ReplicaLost."""
+    reason = ""
     try:
-        return " ".join((await reply.text(errors="replace")).split())
+        reason = " ".join((await reply.text(errors="replace")).split())[:200]
     except aiohttp.ClientError:
-        return ""
+        pass
+    finally:
+        await answer.close(is_lost=BACKPRESSURE not in reason)
+    if BACKPRESSURE in reason:
+        raise Overloaded("The model's queue is full. Try again later.", retry_after_s=FULL_RETRY_S)
+    raise ReplicaLost(reason or f"HTTP {reply.status}")
+
+
+def _socket(info: Any) -> socket.socket:
+    """A socket that notices when the other side has vanished; aiohttp's own sets nothing."""
+    family, kind, protocol, _, _ = info
+    made = socket.socket(family, kind, protocol)
+    for level, option, value in SOCKET_OPTIONS:
+        made.setsockopt(level, option, value)
+    return made
+
+
+def _text(value: bytes) -> str:
+    """A header's value as aiohttp wants it, which writes UTF-8; latin-1 is what HTTP says of other bytes."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")

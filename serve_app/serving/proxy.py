@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -55,8 +55,6 @@ LOST = frozenset({502, 503, 504})
 # A client that streams and sends it is told, in comments, how long its model still loads.
 PROGRESS_HEADER = b"x-serve-app-progress"
 MOST_ID_BYTES = 128
-# A body that is written again with another model takes 15 ms a megabyte, in which nothing else would go on.
-LARGE_BODY_BYTES = 2**18
 
 
 class Proxy:
@@ -81,10 +79,11 @@ class Proxy:
         """An ASGI application for one kind of request: POST with a JSON body."""
         headers: Headers = scope["headers"]
         given = (header(headers, b"x-request-id") or b"")[:MOST_ID_BYTES].decode("latin-1")
-        exchange = Exchange(given or uuid.uuid4().hex, scope["path"], send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve's http_options.root_path is before it.
+        exchange = Exchange(given or uuid.uuid4().hex, path, send)
         try:
             require_small_headers(headers, self.config)
-            require_plain_path(scope["path"])
+            require_plain_path(path)
             body = await read_body(headers, receive, self.config)
             exchange.read = time.perf_counter()
             await _unless_gone(self._answer(exchange, scope, body), receive)
@@ -122,10 +121,15 @@ class Proxy:
         estimate = estimate_tokens(len(body), seen.token_limit)
         admission = await self._gate.admit(scope["headers"], names[0], estimate)
         exchange.key, exchange.extra_headers = admission.key_name, admission.headers
+        is_refused = False
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)
-        finally:  # What was refused, or never began, used no tokens.
-            is_free = not exchange.first or ((exchange.error_status or exchange.status) >= 400 and exchange.pieces <= 1)
+        except RequestError:
+            is_refused = not exchange.first
+            raise
+        finally:  # What was refused used no tokens; what its client left did, if it was sent: its estimate stands.
+            is_error = (exchange.error_status or exchange.status) >= 400 and exchange.pieces <= 1
+            is_free = is_refused or is_error or not exchange.sent
             await admission.release(0 if is_free else total_tokens(exchange.tail))
 
     def _allowed(self, names: list[str], headers: Headers) -> list[str]:
@@ -143,11 +147,10 @@ class Proxy:
 
         bodies = {asked: body}
 
-        async def request_to(name: str) -> HttpRequest:
+        def request_to(name: str) -> HttpRequest:
             if name not in bodies:
-                large = len(body) > LARGE_BODY_BYTES
-                bodies[name] = await asyncio.to_thread(with_model, body, name) if large else with_model(body, name)
-            return HttpRequest(scope["method"], scope["path"], scope["query_string"], headers, bodies[name])
+                bodies[name] = with_model(body, name)
+            return HttpRequest(scope["method"], exchange.path, scope["query_string"], headers, bodies[name])
 
         ends = asyncio.get_running_loop().time() + self.config.total_timeout_s
         try:
@@ -171,21 +174,29 @@ class Proxy:
             await answer.close()
 
     async def _open(
-        self, exchange: Exchange, names: list[str], request_to: Callable[[str], Awaitable[HttpRequest]]
+        self, exchange: Exchange, names: list[str], request_to: Callable[[str], HttpRequest]
     ) -> tuple[Answer, HttpRequest]:
         """The first model that takes the request: none waits for a loading one while another is ready."""
         failures: list[RequestError] = []
-        for patient in (False, True) if len(names) > 1 else (True,):
-            for name in names:
-                request = await request_to(name)
-                is_last = patient and name == names[-1]
-                try:
-                    answer = await self._open_one(exchange, name, request, patient)
-                except (ModelNotFound, ModelUnavailable, Overloaded) as error:
-                    failures.append(error)
-                    continue
-                if answer.status not in LOST | {429} or is_last:
-                    return answer, request
+        full: dict[str, tuple[Answer, HttpRequest]] = {}  # Those that said so. The last of them is the answer then.
+        try:
+            for patient in (False, True) if len(names) > 1 else (True,):
+                for name in names:
+                    if name in full:
+                        continue
+                    request = request_to(name)
+                    try:
+                        answer = await self._open_one(exchange, name, request, patient)
+                    except (ModelNotFound, ModelUnavailable, Overloaded) as error:
+                        failures.append(error)
+                        continue
+                    if answer.status not in LOST | {429}:
+                        return answer, request
+                    full[name] = answer, request
+            if full:
+                return full.popitem()[1]
+        finally:
+            for answer, _ in full.values():
                 await answer.close()
         raise failures[0]
 

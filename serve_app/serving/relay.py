@@ -120,7 +120,7 @@ class Relay:
                     await self._events_of(current, transcript)
                     break
                 except ReplicaLost as error:
-                    await current.answer.close()
+                    await current.answer.close(is_lost=True)
                     current = await self._resumed(upstream, transcript, error, metrics)
         except RequestError as error:
             await last_words(self._exchange.tell(error), self._exchange.end())  # Its reader may be what stands still.

@@ -65,7 +65,7 @@ class Model:
 
     async def http(self, request: HttpRequest) -> AsyncIterator[bytes]:
         """Answers one request: the head first, then the body in pieces."""
-        async for item in call_asgi(self._app, request):
+        async for item in call_asgi(self._own_route, request):
             yield item
 
     async def check_health(self) -> None:

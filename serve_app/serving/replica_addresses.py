@@ -1,13 +1,15 @@
 """Where the replicas of each model listen for HTTP, as Serve's controller tells HAProxy.
 
 The router sends to them itself: a second pass through HAProxy costs as much as the router. What HAProxy did for it is
-done here: the address with the fewest requests of this router, and none that has just refused a connection.
+done here: the fewest requests of this router first, and those last, or not at all, that have failed it lately.
 """
 
 import asyncio
+import logging
+import random
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ray
 from ray.serve._private.common import RequestProtocol
@@ -16,9 +18,14 @@ from ray.serve.schema import TargetGroup
 
 from serve_app.serving.directory import CONTROLLER, NAMESPACE
 
-# Seconds for which an address that took no connection is not tried again. Serve needs two or three to see a death, and
-# takes the address away then.
-REFUSED_S = 3.0
+logger = logging.getLogger("ray.serve")
+
+# Seconds for which an address that lost a request comes last. Serve needs three health checks, some 6 s, to see that an
+# engine has died behind a server that goes on answering.
+DOUBTED_S = 10.0
+# Seconds for which an address that took no connection is left out, twice as long each time. Serve needs two or three to
+# see a death, and takes the address away then.
+REFUSED_S, MOST_REFUSED_S = 3.0, 60.0
 ANY_HOST = frozenset({"0.0.0.0", "::", "localhost"})  # noqa: S104
 
 
@@ -26,19 +33,53 @@ ANY_HOST = frozenset({"0.0.0.0", "::", "localhost"})  # noqa: S104
 class ReplicaAddress:
     """One replica's HTTP server. `url` ends with the model's route prefix; `running` are requests of this router."""
 
+    host: str
     url: str
     running: int = 0
-    refused_at: float = field(default=float("-inf"))
+    refusals: int = 0
+    out_until: float = float("-inf")
+    doubted_until: float = float("-inf")
+
+    def begin(self) -> "Lease":
+        """A request is sent there. While one tries an address that refused the last, no other does."""
+        if self.refusals:
+            self.out_until = time.monotonic() + REFUSED_S
+        self.running += 1
+        return Lease(self)
 
     def refused(self) -> None:
         """It took no connection."""
-        self.refused_at = time.monotonic()
+        self.refusals += 1
+        self.out_until = time.monotonic() + min(MOST_REFUSED_S, REFUSED_S * 2 ** (self.refusals - 1))
+
+    def doubted(self) -> None:
+        """It lost a request, or said that its engine has died."""
+        self.doubted_until = time.monotonic() + DOUBTED_S
+
+    def answered(self) -> None:
+        """It took a connection and gave an answer."""
+        self.refusals, self.out_until = 0, float("-inf")
+
+
+class Lease:
+    """One request that runs at an address, until `end` is called; again does nothing."""
+
+    def __init__(self, address: ReplicaAddress):
+        self.address = address
+        self._is_over = False
+
+    def end(self) -> None:
+        """The request runs no more."""
+        if not self._is_over:
+            self._is_over = True
+            self.address.running -= 1
 
 
 class ReplicaAddresses:
     """Of all models. Kept by Serve's controller, which tells of every change within a tenth of a second."""
 
     def __init__(self) -> None:
+        self.keep_alive_s = 90.0
         self._of_models: dict[str, list[ReplicaAddress]] = {}
         self._client: LongPollClient | None = None
         self._own_ip = self._local_host = ""
@@ -46,12 +87,13 @@ class ReplicaAddresses:
     async def watch(self) -> None:
         """Begins to listen to the controller. The running event loop gets the changes."""
         controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-        host = (await controller.get_http_config.remote()).host
-        self._local_host = "127.0.0.1" if host in ANY_HOST else host
+        config = await controller.get_http_config.remote()
+        self.keep_alive_s = float(config.keep_alive_timeout_s)
+        self._local_host = "127.0.0.1" if config.host in ANY_HOST else config.host
         self._own_ip = ray.util.get_node_ip_address()
         self._client = LongPollClient(
             controller,
-            {LongPollNamespace.TARGET_GROUPS: self.update},
+            {LongPollNamespace.TARGET_GROUPS: self._told},
             call_in_event_loop=asyncio.get_running_loop(),
             client_id=f"serve-app router {ray.get_runtime_context().get_actor_id()}",
         )
@@ -62,20 +104,41 @@ class ReplicaAddresses:
             self._client.stop()
 
     def update(self, groups: Iterable[TargetGroup]) -> None:
-        """Takes what the controller says in place of what was; counts of addresses that stay are kept."""
+        """Takes what the controller says in place of what was; what is known of addresses that stay is kept."""
         known = {address.url: address for addresses in self._of_models.values() for address in addresses}
-        self._of_models = {}
+        found: dict[str, list[ReplicaAddress]] = {}
         for group in groups:
-            if group.protocol == RequestProtocol.HTTP:
-                prefix = group.route_prefix.rstrip("/")
-                urls = [f"http://{self._host(target.ip)}:{target.port}{prefix}" for target in group.targets]
-                self._of_models[group.app_name] = [known.get(url) or ReplicaAddress(url) for url in urls]
+            if group.protocol != RequestProtocol.HTTP:
+                continue
+            for target in group.targets:
+                host = self._host(target.ip)
+                url = f"http://{host}:{target.port}{group.route_prefix.rstrip('/')}"
+                found.setdefault(group.app_name, []).append(known.get(url) or ReplicaAddress(host, url))
+        self._of_models = found
 
     def by_preference(self, name: str) -> list[ReplicaAddress]:
-        """The replicas of a model, those with the fewest requests first; none that refuses now."""
-        since = time.monotonic() - REFUSED_S
-        willing = [address for address in self._of_models.get(name, ()) if address.refused_at < since]
-        return sorted(willing, key=lambda address: address.running)
+        """The replicas of a model that may be asked now: doubtful ones last, then by requests, equals in any order."""
+        now = time.monotonic()
+        willing = [address for address in self._of_models.get(name, ()) if address.out_until <= now]
+        return sorted(willing, key=lambda a: (a.doubted_until > now, a.running, random.random()))  # noqa: S311
+
+    def has(self, name: str) -> bool:
+        """Whether the controller knows an address of the model."""
+        return bool(self._of_models.get(name))
+
+    def silent(self, host: str) -> None:
+        """A whole host took no connection and refused none: its node is gone, or a firewall drops what is sent."""
+        for addresses in self._of_models.values():
+            for address in addresses:
+                if address.host == host:
+                    address.refused()
+
+    def _told(self, groups: Iterable[TargetGroup]) -> None:
+        """An exception here would end Serve's long poll, and the addresses would be those of this moment for ever."""
+        try:
+            self.update(groups)
+        except Exception:
+            logger.exception("The addresses of replicas cannot be read; those that were known stay.")
 
     def _host(self, ip: str) -> str:
         """Servers of this node may listen on its loopback address alone."""

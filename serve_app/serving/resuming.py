@@ -100,7 +100,10 @@ async def _accepted(upstream: Upstream, name: str, request: HttpRequest) -> Answ
     answer = await upstream.send(name, request)
     if answer.status == 200:
         return answer
-    body = b"".join([piece async for piece in answer.pieces()])
+    try:
+        body = b"".join([piece async for piece in answer.pieces()])
+    finally:
+        await answer.close()
     if answer.status in (502, 503, 504):
         raise ReplicaLost(f"{request.path} was answered with {answer.status}")
     raise CannotResume(f"{request.path} was refused with {answer.status}: {body[:200].decode('utf-8', 'replace')}")

@@ -41,8 +41,8 @@ class Answer(Protocol):
         """The body, as it comes."""
         ...
 
-    async def close(self) -> None:
-        """The reader is done, or has left."""
+    async def close(self, is_lost: bool = False) -> None:
+        """The reader is done, or has left. `is_lost`: its replica is no good, whatever else it answers."""
         ...
 
 
@@ -118,7 +118,7 @@ class HandleAnswer:
         except (RayError, RayServeException) as error:
             raise ReplicaLost(_last_line(error)) from error
 
-    async def close(self) -> None:
+    async def close(self, is_lost: bool = False) -> None:
         """Cancels the call, which cancels the engine's work."""
         self._items.cancel()
 
@@ -140,9 +140,9 @@ class BegunAnswer:
             async for piece in self._rest:
                 yield piece
 
-    async def close(self) -> None:
+    async def close(self, is_lost: bool = False) -> None:
         """As of the answer."""
-        await self._answer.close()
+        await self._answer.close(is_lost)
 
 
 async def first_piece(answer: Answer) -> Answer:

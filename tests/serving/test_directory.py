@@ -90,3 +90,10 @@ def test_the_time_of_a_wake_is_known_though_who_woke_it_left(monkeypatch: pytest
     seen("RUNNING", 0)
     directory.waking("a")
     assert directory.load_time_s("a") == 30.0
+
+
+def test_a_replica_on_a_node_that_drains_serves() -> None:
+    """Serve sends requests to it until another is there, so the model is not asleep."""
+    draining = application()
+    draining["deployments"]["Model"]["replicas"][0]["state"] = "PENDING_MIGRATION"
+    assert read_status({"a": draining}, "router")["a"].state == "ready"

@@ -1,6 +1,8 @@
 """The way to replicas over plain HTTP: which of them is asked, and what is done where one does not answer."""
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,10 +13,12 @@ from aiohttp.test_utils import TestServer, unused_port
 from ray.serve._private.common import RequestProtocol
 from ray.serve.schema import Target, TargetGroup
 
+from serve_app.errors import Overloaded
+from serve_app.serving import http_upstream
 from serve_app.serving.asgi import HttpRequest
 from serve_app.serving.directory import ModelStatus
 from serve_app.serving.gate import Gate
-from serve_app.serving.http_upstream import HttpUpstream
+from serve_app.serving.http_upstream import SOCKET_OPTIONS, HttpUpstream
 from serve_app.serving.keys import KeySource
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.replica_addresses import REFUSED_S, ReplicaAddresses
@@ -51,12 +55,14 @@ def group(*ports: int, name: str = "qwen", protocol: RequestProtocol = RequestPr
 
 
 @asynccontextmanager
-async def upstream_of(*ports: int) -> AsyncIterator[tuple[Any, ReplicaAddresses, Handles]]:
+async def upstream_of(
+    *ports: int, keys: dict[str, str] | None = None
+) -> AsyncIterator[tuple[Any, ReplicaAddresses, Handles]]:
     """An upstream to these ports, without a controller that would tell of them."""
     addresses, handles = ReplicaAddresses(), Handles()
     addresses.watch = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
     addresses.update([group(*ports)])
-    gate = Gate(KeySource(None, {}), ActorLimiter())
+    gate = Gate(KeySource(None, keys or {}), ActorLimiter())
     upstream = HttpUpstream(Ready(), handles, gate, addresses)  # type: ignore[arg-type]
     await upstream.start()
     try:
@@ -74,11 +80,20 @@ async def replica(handler: Handler) -> AsyncIterator[TestServer]:
         yield server
 
 
-def says(text: str) -> Handler:
-    """The path that was asked for, and the text."""
+def says(text: str, status: int = 200) -> Handler:
+    """The path that was asked for, and the text, as an engine does."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        return web.json_response({"path": request.path, "said": text})
+        return web.json_response({"path": request.path, "said": text}, status=status)
+
+    return handler
+
+
+def plain(text: str, status: int) -> Handler:
+    """As Serve says it."""
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, text=text)
 
     return handler
 
@@ -98,28 +113,48 @@ async def test_requests_spread_over_replicas_by_what_runs_there() -> None:
         assert [address.running for address in at.by_preference("qwen")] == [2, 2]
         bodies = [await body_of(answer) for answer in answers]
         assert [address.running for address in at.by_preference("qwen")] == [0, 0]
-    assert sum(b"one" in body for body in bodies) == 2
-    assert all(b'"/models/qwen/v1/chat/completions"' in body for body in bodies)
+        assert sum(b"one" in body for body in bodies) == 2
+        assert all(b'"/models/qwen/v1/chat/completions"' in body for body in bodies)
+        one_by_one = [await body_of(await up.send("qwen", CHAT)) for _ in range(30)]
+    assert 3 < sum(b"one" in body for body in one_by_one) < 27  # Equals in any order: other routers send there too.
 
 
 async def test_a_replica_that_takes_no_connection_is_passed_over_for_a_while() -> None:
-    """Nothing was sent to it, so the request goes to another and is no retry; later it is tried again."""
+    """Nothing was sent to it, so the request goes to another and is no retry; later one request tries it again."""
     dead = unused_port()
     async with replica(says("alive")) as alive, upstream_of(dead, alive.port) as (up, at, handles):
-        assert b"alive" in await body_of(await up.send("qwen", CHAT))
-        assert [address.url.split(":")[2].split("/")[0] for address in at.by_preference("qwen")] == [str(alive.port)]
-        for address in at._of_models["qwen"]:
-            address.refused_at -= REFUSED_S
-        assert len(at.by_preference("qwen")) == 2
+        refusing = next(address for address in at._of_models["qwen"] if str(dead) in address.url)
+        while not refusing.refusals:
+            assert b"alive" in await body_of(await up.send("qwen", CHAT))
+        assert refusing not in at.by_preference("qwen")
+        refusing.out_until = 0.0
+        assert refusing in at.by_preference("qwen")
+        refusing.begin()
+        assert refusing not in at.by_preference("qwen")
+        refusing.refused()
+        assert REFUSED_S < refusing.out_until - time.monotonic() <= 2 * REFUSED_S
+        refusing.answered()
+        assert refusing in at.by_preference("qwen")
     assert handles.sent == []
 
 
-async def test_where_no_replica_takes_a_connection_a_handle_is_the_way() -> None:
+def test_a_node_that_is_silent_costs_one_wait() -> None:
+    """Not one for each of its replicas."""
+    addresses = ReplicaAddresses()
+    addresses.update([group(1, 2), group(3, name="other")])
+    addresses.silent("127.0.0.1")
+    assert addresses.by_preference("qwen") == addresses.by_preference("other") == []
+    assert addresses.has("qwen")
+
+
+async def test_where_no_replica_takes_a_connection_a_handle_is_the_way(caplog: pytest.LogCaptureFixture) -> None:
     """Serve starts a replica for what waits there, and Ray's own connections may reach one that HTTP does not."""
     async with upstream_of(unused_port()) as (up, _, handles):
-        assert await up.send("qwen", CHAT) == "over a handle"
         assert await up.send("asleep", CHAT) == "over a handle"
-    assert handles.sent == ["qwen", "asleep"]
+        assert not caplog.records
+        assert await up.send("qwen", CHAT) == "over a handle"
+    assert handles.sent == ["asleep", "qwen"]
+    assert "takes a connection" in caplog.text
 
 
 async def test_a_replica_that_breaks_off_is_lost() -> None:
@@ -145,31 +180,120 @@ async def test_a_replica_that_breaks_off_is_lost() -> None:
 
 @pytest.mark.parametrize("status", [404, 500, 503])
 async def test_what_serve_says_in_a_replicas_place_is_no_answer(status: int) -> None:
-    """It is plain text: a full or ending replica, or another model's on a port that was this one's."""
-
-    async def plain(_: web.Request) -> web.StreamResponse:
-        return web.Response(status=status, text="Request dropped due to backpressure")
-
-    async def refuses(_: web.Request) -> web.StreamResponse:
-        return web.json_response({"error": {"message": "no such thing"}}, status=status)
-
-    async with replica(plain) as serve, upstream_of(serve.port) as (up, _, _handles):
-        with pytest.raises(ReplicaLost, match="backpressure"):
+    """It is plain text: an ending replica, or another model's on a port that was this one's."""
+    async with replica(plain("no such replica", status)) as serve, upstream_of(serve.port) as (up, at, _handles):
+        with pytest.raises(ReplicaLost, match="no such replica"):
             await up.send("qwen", CHAT)
-    async with replica(refuses) as engine, upstream_of(engine.port) as (up, _, _handles):
+        assert at.by_preference("qwen")[0].running == 0
+    async with replica(says("no such thing", status)) as engine, upstream_of(engine.port) as (up, _, _handles):
         answer = await up.send("qwen", CHAT)
         assert answer.status == status
         assert b"no such thing" in await body_of(answer)
+
+
+async def test_a_replica_whose_engine_has_died_comes_last() -> None:
+    """It has no requests any more, and would get them all. Serve needs seconds to see that it is no good."""
+    dead, alive = replica(says("dead", 503)), replica(says("alive"))
+    async with dead as one, alive as two, upstream_of(one.port, two.port) as (up, at, _):
+        next(address for address in at._of_models["qwen"] if str(two.port) in address.url).running = 5
+        assert (await up.send("qwen", CHAT)).status == 503
+        assert [(await up.send("qwen", CHAT)).status for _ in range(5)] == [200] * 5
+
+
+async def test_a_full_replica_passes_a_request_on_to_one_other() -> None:
+    """By route it may have been filled without this router's knowing. Two that are full are an answer."""
+    async with replica(says("full", 429)) as full, replica(says("room")) as room, replica(says("full", 429)) as third:
+        async with upstream_of(full.port, room.port) as (up, at, _):
+            next(address for address in at._of_models["qwen"] if str(room.port) in address.url).running = 5
+            answer = await up.send("qwen", CHAT)
+            assert answer.status == 200
+            await answer.close()
+        async with upstream_of(full.port, third.port) as (up, at, _):
+            answer = await up.send("qwen", CHAT)
+            assert answer.status == 429
+            assert b"full" in await body_of(answer)
+            assert [address.running for address in at.by_preference("qwen")] == [0, 0]
+
+
+async def test_serves_own_queue_is_full() -> None:
+    """A limit that the user has set; nothing is lost."""
+    text = "Request dropped due to backpressure (num_ongoing_requests=1)"
+    async with replica(plain(text, 503)) as serve, upstream_of(serve.port) as (up, at, _):
+        with pytest.raises(Overloaded):
+            await up.send("qwen", CHAT)
+        assert at.by_preference("qwen")[0].doubted_until < 0
+
+
+async def test_a_cancelled_request_runs_no_more() -> None:
+    """While its head is waited for, and while an error's text is."""
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(status=503, headers={"content-type": "text/plain"})
+        if "head" in request.path:
+            await reply.prepare(request)
+        await asyncio.sleep(60)
+        return reply
+
+    async with replica(slow) as server, upstream_of(server.port) as (up, at, _):
+        for path in ("/v1/x", "/head"):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await up.send("qwen", HttpRequest("POST", path, b"", [], b"{}"))
+        assert at.by_preference("qwen")[0].running == 0
+
+
+async def test_a_connection_notices_that_a_node_has_vanished() -> None:
+    """A machine without power closes nothing, and a stream would stand until its idle time is over."""
+
+    async def streams(request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse()
+        await reply.prepare(request)
+        await asyncio.sleep(60)
+        return reply
+
+    async with replica(streams) as server, upstream_of(server.port) as (up, _, _handles):
+        answer = await up.send("qwen", CHAT)
+        made = answer._reply.connection.transport.get_extra_info("socket")
+        assert [made.getsockopt(level, option) for level, option, _ in SOCKET_OPTIONS] == [
+            value for *_, value in SOCKET_OPTIONS
+        ]
+        await answer.close()
+
+
+async def test_headers_arrive_as_they_were_and_keys_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's token opens the replica, so the client's key is not needed there. Without keys it is not ours."""
+
+    async def tell(request: web.Request) -> web.StreamResponse:
+        return web.json_response({name.lower(): value for name, value in request.headers.items()})
+
+    given = [(b"x-request-id", "café".encode()), (b"authorization", b"Bearer sk-x"), (b"x-api-key", b"sk-x")]
+    request = HttpRequest("POST", "/v1/x", b"", given, b"{}")
+    monkeypatch.setattr(http_upstream, "router_token", lambda: b"token")
+    async with replica(tell) as server:
+        async with upstream_of(server.port) as (up, _, _handles):
+            seen = json.loads(await body_of(await up.send("qwen", request)))
+            assert (seen["x-request-id"], seen["authorization"]) == ("café", "Bearer sk-x")
+        async with upstream_of(server.port, keys={"SERVE_APP_API_KEYS": "sk-x"}) as (up, _, _handles):
+            seen = json.loads(await body_of(await up.send("qwen", request)))
+            assert seen.keys() & {"authorization", "x-api-key", "x-serve-app-router"} == {"x-serve-app-router"}
 
 
 def test_the_controllers_word_replaces_what_was_known() -> None:
     """What runs at an address that stays is still counted; other protocols and models that are gone are not there."""
     addresses = ReplicaAddresses()
     addresses.update([group(1, 2), group(3, name="other"), group(4, protocol=RequestProtocol.GRPC, name="grpc")])
-    addresses.by_preference("qwen")[0].running = 5
+    next(address for address in addresses.by_preference("qwen") if ":1/" in address.url).running = 5
     addresses.update([group(1, 5)])
     assert [(a.url, a.running) for a in addresses.by_preference("qwen")] == [
         ("http://127.0.0.1:5/models/qwen", 0),
         ("http://127.0.0.1:1/models/qwen", 5),
     ]
     assert addresses.by_preference("other") == addresses.by_preference("grpc") == []
+
+
+def test_a_word_that_cannot_be_read_changes_nothing() -> None:
+    """An exception in its callback would end Serve's long poll for ever."""
+    addresses = ReplicaAddresses()
+    addresses.update([group(1)])
+    addresses._told([group(2), None])  # type: ignore[list-item]
+    assert [address.url for address in addresses.by_preference("qwen")] == ["http://127.0.0.1:1/models/qwen"]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from serve_app.errors import DeadlineExceeded, ModelNotFound, ModelUnavailable
 from serve_app.serving import relay
 from serve_app.serving.asgi import HttpRequest
 from serve_app.serving.directory import ControllerSilent, ModelStatus
-from serve_app.serving.gate import Gate
+from serve_app.serving.gate import Admission, Gate
 from serve_app.serving.keys import KeySource
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.proxy import Proxy
@@ -44,7 +45,7 @@ class Said:
             else:
                 yield piece
 
-    async def close(self) -> None:
+    async def close(self, is_lost: bool = False) -> None:
         """Remembers it."""
         self.closed = True
 
@@ -147,6 +148,59 @@ async def test_names_change_while_requests_run() -> None:
         assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 404
         proxy.config = RouterConfig(aliases={"gpt": "real"})
         assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 200
+
+
+async def test_full_models_are_asked_once_and_the_last_answer_stands() -> None:
+    """To ask them again would double the load of those that have none to spare."""
+    models = Models(a=says(b"{}", status=429), b=says(b'{"b": 1}', status=429))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]})
+    assert (reply.status_code, reply.json(), models.asked) == (429, {"b": 1}, ["a", "b"])
+    models = Models(a="loading", b=says(b"{}", status=429))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]}, hold_timeout_s=0.1)
+    assert (reply.status_code, models.asked) == (429, ["b"])
+
+
+@pytest.mark.parametrize(("replies", "wait_s", "used"), [
+    (says(5.0, b"{}"), 0.2, None),  # Its client left while the engine worked.
+    (says(b"{}", status=400), 5, 0),
+    (says(ReplicaLost("gone")), 20, 0),
+    (says(b'{"usage": {"total_tokens": 12}}'), 5, 12),
+])  # fmt: skip
+async def test_what_a_request_used_of_its_key(
+    replies: Reply, wait_s: float, used: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that was refused costs nothing; one that its client left keeps its estimate (None)."""
+    told: list[int | None] = []
+
+    async def release(_: Admission, tokens: int | None) -> None:
+        told.append(tokens)
+
+    monkeypatch.setattr(Admission, "release", release)
+    _, client = proxy_of(Models(a=replies), max_retries=0)
+    async with client:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await client.post("/v1/x", json={"model": "a", "max_tokens": 5})
+    assert told == [used]
+
+
+async def test_a_path_is_told_without_serves_root_path() -> None:
+    """Replicas add their own."""
+    models = Models(a=says(b"{}"))
+    proxy, _ = proxy_of(models)
+    app = build_app(proxy, models, Gate(KeySource(None, {}), ActorLimiter()))  # type: ignore[arg-type]
+    seen: list[str] = []
+    send = models.send
+
+    async def remembering(name: str, request: HttpRequest) -> Said:
+        seen.append(request.path)
+        return await send(name, request)
+
+    models.send = remembering  # type: ignore[method-assign]
+    transport = httpx.ASGITransport(app=app, root_path="/api")
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        assert (await client.post("/api/v1/x", json={"model": "a"})).status_code == 200
+    assert seen == ["/v1/x"]
 
 
 async def test_a_request_waits_for_a_model_that_loads() -> None:

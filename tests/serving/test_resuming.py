@@ -52,7 +52,7 @@ class CutAnswer:
                 self._left = None if self._left is None else self._left - 1
                 yield event + b"\n\n" if piece.endswith(b"\n\n") else event
 
-    async def close(self) -> None:
+    async def close(self, is_lost: bool = False) -> None:
         """Ends the application's work."""
         await self._items.aclose()
 

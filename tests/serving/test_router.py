@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve_app.config import RouterConfig
-from serve_app.errors import ModelNotFound, ModelUnavailable
+from serve_app.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from serve_app.serving.asgi import HttpRequest, call_asgi
 from serve_app.serving.directory import ModelStatus
 from serve_app.serving.gate import Gate
-from serve_app.serving.incoming import peek
+from serve_app.serving.incoming import LARGE_BODY_BYTES, peek, with_model
 from serve_app.serving.keys import KeySource
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.proxy import Proxy
@@ -239,3 +239,19 @@ async def test_other_methods_lead_to_the_models_route() -> None:
 def test_the_model_is_read_from_any_json_object() -> None:
     """Wherever it stands."""
     assert peek('{"messages": [{"model": "inner"}], "model": "ünder/x"}'.encode()).model == "ünder/x"
+
+
+def test_another_model_is_put_into_a_body_that_stays_as_it_is() -> None:
+    """The other fields are not read, so a large body costs little, and numbers keep their digits."""
+    body = b'{"a": 1.10, "model": "x", "b": [1e2, {"model": "x"}], "c": "\\u00fc"}'
+    assert with_model(body, "y") == b'{"a":1.10,"model":"y","b":[1e2, {"model": "x"}],"c":"\\u00fc"}'
+    assert json.loads(with_model(b'{"a": NaN}', "y")).keys() == {"a", "model"}
+    with pytest.raises(InvalidRequest):
+        with_model(b"[", "y")
+
+
+def test_a_large_body_that_is_wrong_is_refused_without_a_second_reading() -> None:
+    """Python's reader would hold up all other requests meanwhile; in a small one it finds out what NaN means."""
+    assert peek(b'{"model": "a", "x": NaN}').model == "a"
+    with pytest.raises(InvalidRequest, match="not valid JSON"):
+        peek(b'{"model": "a", "x": NaN, "y": "' + LARGE_BODY_BYTES * b"y" + b'"}')

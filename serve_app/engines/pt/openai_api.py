@@ -65,7 +65,7 @@ def build_app(generator: Generator) -> Starlette:
             Route("/load", endpoints.load),
             Route("/openapi.json", endpoints.openapi),
         ],
-        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route},
+        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route, Exception: _unexpected},
     )
 
 
@@ -353,6 +353,11 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
 
 async def _refuse(_: Request, error: Exception) -> Response:
     return error_response(_request_error(error))
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    """As JSON: plain text is what Serve says in a replica's place, and the router would ask another one."""
+    return error_response(RequestError(f"The pt engine failed: {type(error).__name__}: {error}"))
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
