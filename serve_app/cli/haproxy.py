@@ -3,13 +3,14 @@
 Ray Serve leaves its HAProxy behind when it is killed: the port stays taken, and answers nothing. Config files name this
 command in RAY_SERVE_HAPROXY_BINARY_PATH. It also takes two listeners out of Ray's HAProxy config that are open on all
 addresses (metrics and statistics: Ray itself reads them from the admin socket), keeps that socket to its user,
-gives headers a minute to arrive, and leaves out splicing.
+gives headers a minute to arrive, leaves out splicing, and keeps connections within the limit of open files.
 It has to be a small script without imports of the package: Ray starts one for every change of the routes.
 """
 
 import ctypes
 import os
 import re
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -24,11 +25,21 @@ LIMITS = "    timeout http-request 60s\n"
 # leaves before the answer, the closed socket is left unread for a splice that never comes. Its thread then turns in a
 # circle at 100 % of a core, and the server works to the end for nobody. No body or chunk here is worth a splice.
 SPLICING = re.compile(r"^[ \t]*option splice-\w+\n", re.MULTILINE)
+# RAY_SERVE_HAPROXY_MAXCONN of the config files is a wish: many systems allow fewer files. Spare ones are for listeners,
+# health checks and HAProxy itself.
+MAXCONN = re.compile(r"^([ \t]*maxconn )(\d+)$", re.MULTILINE)
+SPARE_FILES = 1000
+
+
+def fitting(config: str, most_files: int) -> str:
+    """With no more connections than the process may have files for, two each; else HAProxy does not start."""
+    most = max(100, (most_files - SPARE_FILES) // 2)
+    return MAXCONN.sub(lambda found: f"{found[1]}{min(int(found[2]), most)}", config)
 
 
 def tightened(config: str) -> str:
-    """Ray's config without what is open to others and what never ends, and with a limit of ours."""
-    config = SPLICING.sub("", config)
+    """Ray's config without what is open to others and what never ends, and with limits of ours."""
+    config = SPLICING.sub("", fitting(config, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     config = OPEN_LISTENERS.sub("", config).replace(" mode 666 level admin", " mode 600 level admin")
     return config.replace(DEFAULTS, DEFAULTS + LIMITS, 1)
 

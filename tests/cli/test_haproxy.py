@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from serve_app.cli.haproxy import looseness, tightened
+from serve_app.cli.haproxy import fitting, looseness, tightened
 from tests.cluster.serve_run import free_port
 
 CONFIG = """global
@@ -48,6 +48,13 @@ def test_open_listeners_are_taken_out() -> None:
         "server a 127.0.0.1:30000 check",
     ):
         assert kept in config
+
+
+def test_connections_fit_the_limit_of_open_files() -> None:
+    """HAProxy does not start with more than it may open."""
+    config = "global\n    maxconn 16384\n    nbthread 4\n"
+    assert fitting(config, 2**20) == config
+    assert fitting(config, 20_000) == config.replace("16384", "9500")
 
 
 def test_haproxy_ends_with_what_started_it(tmp_path: Path) -> None:
