@@ -208,7 +208,7 @@ def taken_port(port: int) -> TakenPort | None:
     return None
 
 
-def _holder(port: int) -> TakenPort:
+def _holder(port: int, tries: int = 3) -> TakenPort:
     try:
         found = [
             connection.pid
@@ -221,8 +221,8 @@ def _holder(port: int) -> TakenPort:
         words = " ".join(process.cmdline())
         is_ray = words.startswith("ray::") or "ray/dashboard" in words or "haproxy" in words
         return TakenPort(port, f"{process.name()} (pid {process.pid})", is_ray)
-    except psutil.Error:
-        return TakenPort(port)
+    except psutil.Error:  # Some process, not always the holder, ended while it was looked at.
+        return _holder(port, tries - 1) if tries > 1 else TakenPort(port)
 
 
 # --- telling what it has -----------------------------------------------------------------------------------------
