@@ -83,6 +83,8 @@ class HttpUpstream:
         full: Overloaded | None = None
         try:
             for address in self._addresses.by_preference(name):
+                if address.is_out:  # Since: its node is silent.
+                    continue
                 try:
                     answer = await self._send_to(address, request)
                 except Overloaded as error:

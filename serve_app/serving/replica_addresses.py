@@ -40,6 +40,11 @@ class ReplicaAddress:
     out_until: float = float("-inf")
     doubted_until: float = float("-inf")
 
+    @property
+    def is_out(self) -> bool:
+        """Whether it is not to be asked now."""
+        return time.monotonic() < self.out_until
+
     def begin(self) -> "Lease":
         """A request is sent there. While one tries an address that refused the last, no other does."""
         if self.refusals:
@@ -119,7 +124,7 @@ class ReplicaAddresses:
     def by_preference(self, name: str) -> list[ReplicaAddress]:
         """The replicas of a model that may be asked now: doubtful ones last, then by requests, equals in any order."""
         now = time.monotonic()
-        willing = [address for address in self._of_models.get(name, ()) if address.out_until <= now]
+        willing = [address for address in self._of_models.get(name, ()) if not address.is_out]
         return sorted(willing, key=lambda a: (a.doubted_until > now, a.running, random.random()))  # noqa: S311
 
     def has(self, name: str) -> bool:

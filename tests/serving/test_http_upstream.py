@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
@@ -21,7 +22,7 @@ from serve_app.serving.gate import Gate
 from serve_app.serving.http_upstream import SOCKET_OPTIONS, HttpUpstream
 from serve_app.serving.keys import KeySource
 from serve_app.serving.limiter_actor import ActorLimiter
-from serve_app.serving.replica_addresses import REFUSED_S, ReplicaAddresses
+from serve_app.serving.replica_addresses import REFUSED_S, ReplicaAddress, ReplicaAddresses
 from serve_app.serving.upstream import ReplicaLost
 
 CHAT = HttpRequest("POST", "/v1/chat/completions", b"", [(b"content-type", b"application/json")], b"{}")
@@ -138,13 +139,20 @@ async def test_a_replica_that_takes_no_connection_is_passed_over_for_a_while() -
     assert handles.sent == []
 
 
-def test_a_node_that_is_silent_costs_one_wait() -> None:
-    """Not one for each of its replicas."""
-    addresses = ReplicaAddresses()
-    addresses.update([group(1, 2), group(3, name="other")])
-    addresses.silent("127.0.0.1")
-    assert addresses.by_preference("qwen") == addresses.by_preference("other") == []
-    assert addresses.has("qwen")
+async def test_a_node_that_is_silent_costs_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one for each of its replicas, nor for each of its models."""
+    tried: list[str] = []
+
+    async def silent(_: HttpUpstream, address: ReplicaAddress, __: HttpRequest) -> None:
+        tried.append(address.url)
+        raise aiohttp.ConnectionTimeoutError
+
+    monkeypatch.setattr(HttpUpstream, "_send_to", silent)
+    async with upstream_of(1, 2, 3) as (up, at, handles):
+        at.update([group(1, 2, 3), group(4, name="other")])
+        await up.send("qwen", CHAT)
+        await up.send("other", CHAT)
+    assert (len(tried), handles.sent) == (1, ["qwen", "other"])
 
 
 async def test_where_no_replica_takes_a_connection_a_handle_is_the_way(caplog: pytest.LogCaptureFixture) -> None:
