@@ -115,7 +115,9 @@ class VllmEngine:
 async def _no_such_route(request: Request, error: Exception) -> Response:
     """vLLM has the routes of the model's own tasks only: no embeddings of a model that generates text."""
     assert isinstance(error, StarletteHTTPException)
-    text = f"{request.method} {request.url.path}: {error.detail}. vLLM does not serve it for this model."
+    text = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code in (404, 405):
+        text += ". vLLM does not serve it for this model."
     response = error_response(InvalidRequest(text))
     response.status_code = error.status_code
     return response

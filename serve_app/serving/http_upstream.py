@@ -36,6 +36,7 @@ BACKPRESSURE = "dropped due to backpressure"
 # An engine says so when it has died, or ends.
 GONE = frozenset({502, 503, 504})
 TOO_MANY = 429
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 # A node that loses its power closes nothing. Its silence is noticed after 5 + 3 × 5 s, or, where something was sent
 # and nobody confirms it, after 30 s.
@@ -164,6 +165,9 @@ class HttpAnswer:
     def __init__(self, reply: aiohttp.ClientResponse, lease: Lease):
         self.status = reply.status
         self.headers: Headers = [(name.lower(), value) for name, value in reply.raw_headers]
+        if reply.status in REDIRECTS:  # A replica says its own address and prefix. The client asked by name.
+            own = lease.address.url.encode()
+            self.headers = [(name, value.removeprefix(own)) for name, value in self.headers]
         self._reply = reply
         self._lease = lease
 

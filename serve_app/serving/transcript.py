@@ -32,14 +32,19 @@ _PROMPT = (
     "messages", "prompt", "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template",
     "chat_template_kwargs",
 )  # fmt: skip
+# Fields without an effect on the text. SDKs send some of them with every request.
+_WITHOUT_EFFECT = (
+    "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
 _LENGTH = ("max_tokens", "max_completion_tokens", "min_tokens", "stream")
+_KNOWN = frozenset((*_SAMPLING, *_PROMPT, *_LENGTH, *_WITHOUT_EFFECT))
 # Fields that must have this value, or be absent, for a stream to be taken up again.
 _NEUTRAL: Mapping[str, Any] = {
     "n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0, "prompt_logprobs": None,
     "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "suffix": "", "tools": [],
     # Tokens after the end of a text are not all in the text: the end's own token is left out.
     "ignore_eos": False, "use_beam_search": False, "parallel_tool_calls": True, "tool_choice": "none",
-    "metadata": {}, "store": False, "length_penalty": 1, "response_format": {"type": "text"},
+    "modalities": ["text"], "length_penalty": 1, "response_format": {"type": "text"},
     "return_token_ids": False,
     "include_reasoning": True,
 }  # fmt: skip
@@ -61,7 +66,7 @@ def kind_of(path: str, asked: Mapping[str, Any]) -> Kind:
     if kind is None:
         raise CannotResume(f"streams of {path} are not taken up again")
     for field, value in asked.items():
-        if field in _SAMPLING or field in _PROMPT or field in _LENGTH or value is None:
+        if field in _KNOWN or value is None:
             continue
         if field not in _NEUTRAL:
             raise CannotResume(f"the request has the field '{field}'")

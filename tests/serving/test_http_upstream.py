@@ -232,6 +232,18 @@ async def test_serves_own_queue_is_full() -> None:
         assert at.by_preference("qwen")[0].doubted_until < 0
 
 
+async def test_a_redirect_leads_to_the_path_that_the_client_knows() -> None:
+    """A replica names its own address, which clients need not reach; a slash too many is enough."""
+
+    async def redirects(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=307, headers={"location": f"http://{request.host}{request.path.rstrip('/')}"})
+
+    async with replica(redirects) as server, upstream_of(server.port) as (up, _, _handles):
+        answer = await up.send("qwen", HttpRequest("POST", "/v1/chat/completions/", b"", [], b"{}"))
+        assert dict(answer.headers)[b"location"] == b"/v1/chat/completions"
+        await answer.close()
+
+
 async def test_a_cancelled_request_runs_no_more() -> None:
     """While its head is waited for, and while an error's text is."""
 

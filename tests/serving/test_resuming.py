@@ -202,3 +202,11 @@ def test_a_long_stream_keeps_its_text_only() -> None:
     assert transcript._size <= 256 * 1024
     transcript.read()
     assert transcript.text == "x" * 20_000
+
+
+def test_fields_without_an_effect_on_the_text_hinder_nothing() -> None:
+    """SDKs and frameworks send some of them with every request."""
+    asked = {"messages": [{"role": "user", "content": "x"}], "service_tier": "auto", "metadata": {"a": "b"}}
+    assert kind_of("/v1/chat/completions", {**asked, "store": True, "modalities": ["text"]}) == "chat"
+    with pytest.raises(CannotResume, match="modalities"):
+        kind_of("/v1/chat/completions", {**asked, "modalities": ["audio"]})
