@@ -46,7 +46,7 @@ PARTS = {
     for part, pattern in {
         "router": "ServeReplica:router:",
         "haproxy": "haproxy.* -f ",
-        "engine": "ServeReplica:peer:|entrypoints.openai.api_server",
+        "engine": "ServeReplica:peer:|entrypoints.openai.api_server|EngineCore",
         "serve": "ServeController|Proxy|raylet|gcs_server|dashboard|ray::",
     }.items()
 }
@@ -179,12 +179,10 @@ async def load(url: str, model: str, streams: int, seed: int, tokens: int) -> tu
 def cpu_s() -> Counter[str]:
     """CPU seconds so far of all on this machine that has a part in answering, by part."""
     seconds: Counter[str] = Counter()
-    for item in psutil.process_iter(["name", "cmdline", "ppid"]):
+    for item in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error):
             command = " ".join(item.info["cmdline"] or [])
             part = next((part for part, pattern in PARTS.items() if pattern.search(command)), None)
-            if part is None and "EngineCore" in item.info["name"] + command:
-                part = "engine"
             if part is not None:
                 times = item.cpu_times()
                 seconds[part] += times.user + times.system

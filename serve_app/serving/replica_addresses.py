@@ -37,6 +37,7 @@ class ReplicaAddress:
     url: str
     running: int = 0
     refusals: int = 0
+    refused_at: float = float("-inf")
     out_until: float = float("-inf")
     doubted_until: float = float("-inf")
 
@@ -53,9 +54,11 @@ class ReplicaAddress:
         return Lease(self)
 
     def refused(self) -> None:
-        """It took no connection."""
-        self.refusals += 1
-        self.out_until = time.monotonic() + min(MOST_REFUSED_S, REFUSED_S * 2 ** (self.refusals - 1))
+        """It took no connection. Requests that tried it together are one refusal."""
+        now = time.monotonic()
+        if now - self.refused_at > REFUSED_S:
+            self.refusals, self.refused_at = self.refusals + 1, now
+        self.out_until = now + min(MOST_REFUSED_S, REFUSED_S * 2 ** (self.refusals - 1))
 
     def doubted(self) -> None:
         """It lost a request, or said that its engine has died."""

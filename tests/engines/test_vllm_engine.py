@@ -1,8 +1,12 @@
 """The arguments and the environment that vLLM gets."""
 
-import pytest
+import json
 
-from serve_app.engines.vllm_engine import engine_arguments, environment
+import pytest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from serve_app.engines.vllm_engine import _no_such_route, engine_arguments, environment
 from tests.builders import model_config
 
 
@@ -42,3 +46,14 @@ def test_the_users_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "8")
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment(config)
     assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(model_config(infer_backend="vllm"))
+
+
+@pytest.mark.parametrize(("status", "is_missing"), [(404, True), (405, True), (400, False)])
+async def test_only_a_missing_route_is_told_as_one(status: int, is_missing: bool) -> None:
+    """vLLM's 400 for a body that is no UTF-8 comes the same way."""
+    request = Request({"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "query_string": b""})
+    answer = await _no_such_route(request, HTTPException(status, "a reason"))
+    said = json.loads(bytes(answer.body))["error"]["message"]
+    assert answer.status_code == status
+    assert "a reason" in said
+    assert ("does not serve it" in said) == is_missing

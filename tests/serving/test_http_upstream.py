@@ -128,7 +128,9 @@ async def test_a_replica_that_takes_no_connection_is_passed_over_for_a_while() -
         while not refusing.refusals:
             assert b"alive" in await body_of(await up.send("qwen", CHAT))
         assert refusing not in at.by_preference("qwen")
-        refusing.out_until = 0.0
+        refusing.refused()
+        assert refusing.refusals == 1  # Of two requests that tried it together.
+        refusing.out_until, refusing.refused_at = 0.0, refusing.refused_at - 2 * REFUSED_S
         assert refusing in at.by_preference("qwen")
         refusing.begin()
         assert refusing not in at.by_preference("qwen")

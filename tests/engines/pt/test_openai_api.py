@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from serve_app.engines.pt.engine import PtEngine
+from serve_app.engines.pt.openai_api import build_app
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config
 from tests.demo_answers import ANSWERS, QUESTIONS
@@ -257,3 +258,12 @@ async def test_a_model_over_cpu_and_disk_gives_the_same_answers() -> None:
     assert offload is not None
     await engine.stop()
     assert not await asyncio.to_thread(Path(offload.name).exists)
+
+
+async def test_a_failure_of_ours_is_json() -> None:
+    """Plain text is what Serve says in a replica's place, and the router would ask another one, and another."""
+    transport = httpx.ASGITransport(app=build_app(None), raise_app_exceptions=False)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://pt") as client:
+        reply = await client.get("/load")
+    assert reply.status_code == 500
+    assert "AttributeError" in reply.json()["error"]["message"]
