@@ -195,6 +195,7 @@ class ModelConfig(_Strict):
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
+    A pt engine that has work and ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
     `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route; the router has its own.
     """
 
@@ -211,6 +212,7 @@ class ModelConfig(_Strict):
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
     max_queued_requests: Positive | None = None
+    step_timeout_s: Seconds | None = None
     max_body_bytes: Positive = MAX_BODY_BYTES
     body_timeout_s: Seconds = BODY_TIMEOUT_S
     kv_cache_memory_bytes: Annotated[int | None, BeforeValidator(_size_or_none)] = None
@@ -265,6 +267,8 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         )
     if config.max_queued_requests is not None:
         return "max_queued_requests: vLLM's queue has no bound. Set Serve's own under 'deployments:' instead."
+    if config.step_timeout_s is not None:
+        return "step_timeout_s: is pt's. vLLM has VLLM_ENGINE_ITERATION_TIMEOUT_S; set it under runtime_env instead."
     if config.num_gpus is not None and (config.num_gpus >= 1 or (config.tensor_parallel_size or 1) > 1):
         return (
             "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set that instead; below 1, num_gpus is a share of "

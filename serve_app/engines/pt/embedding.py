@@ -1,15 +1,34 @@
-"""One vector for a text."""
+"""One vector for a text: the mean of the last hidden states over all tokens, scaled to length 1."""
 
 import torch
-from transformers import PreTrainedModel
 
 
-def embed(model: PreTrainedModel, device: torch.device, ids: list[int]) -> list[float]:
-    """The mean of the last hidden states over all tokens, scaled to length 1, as a list of float32 values.
+class Pool:
+    """The sum of a group's hidden states, taken in as the chunks of its prompts are computed."""
 
-    Must run on the engine's thread, between two steps. One forward pass without a cache.
-    """
-    output = model.get_decoder()(input_ids=torch.tensor([ids], device=device), use_cache=False)
-    vector = output.last_hidden_state[0].float().mean(0)
-    values: list[float] = torch.nn.functional.normalize(vector, dim=0).tolist()
-    return values
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+
+    def add(self, states: torch.Tensor, is_text: torch.Tensor) -> None:
+        """Takes hidden states of shape (rows, columns, hidden size); `is_text`, (rows, columns), is false for pads."""
+        kept = is_text.to(states.device)
+        # Zeros, not a product: the states of padding may be NaN.
+        sums = states.float().masked_fill(~kept[..., None], 0).sum(1)
+        counts = kept.sum(1, keepdim=True)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def remove(self, row: int) -> None:
+        """Takes one row out; the last row takes its number."""
+        for values in (self._sums, self._counts):
+            if values is not None:
+                values[row] = values[-1]
+        if self._sums is not None and self._counts is not None:
+            self._sums, self._counts = self._sums[:-1], self._counts[:-1]
+
+    def vectors(self) -> torch.Tensor:
+        """Float32 of shape (rows, hidden size). At least one chunk has been added."""
+        assert self._sums is not None, "a group has a chunk"
+        assert self._counts is not None, "sums and counts are kept together"
+        return torch.nn.functional.normalize(self._sums / self._counts, dim=-1)

@@ -24,6 +24,8 @@ from serve_app.planning.pt_cache import cells
 DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
 DEFAULT_MAX_QUEUED_REQUESTS = 192
 STOP_TIMEOUT_S = 10.0
+STEP_TIMEOUT_S = 60.0
+SLOW_STEP_TIMEOUT_S = 600.0
 
 
 class PtEngine:
@@ -44,14 +46,15 @@ class PtEngine:
         loaded, probed = await asyncio.to_thread(self._load)
         self._runner = probed.runner
         max_queued = self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS
-        self._generator = Generator(self.name, loaded, probed, self._limits(loaded, probed), max_queued)
+        limits = self._limits(loaded, probed)
+        self._generator = Generator(self.name, loaded, probed, limits, max_queued, step_timeout_s(self._config))
         app = build_app(self._generator)
         gc.collect()
         gc.freeze()  # What was loaded stays. A full collection of it takes 0.28 s, in which nothing answers.
         return app
 
     async def check_health(self) -> None:
-        """Raises when the engine's thread has ended."""
+        """Raises when the engine's thread has ended, or hangs."""
         self.generator.require_alive()
 
     def load(self) -> float:
@@ -106,6 +109,14 @@ class PtEngine:
             tokens = min(tokens, loaded.cache_tokens or tokens)
         probed.runner.max_cells = tokens
         return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)
+
+
+def step_timeout_s(config: ModelConfig) -> float:
+    """Seconds after which a step that has not ended counts as a hang: ten times longer where weights come from the
+    host's memory or disk in every step, or where the processor computes."""
+    if config.step_timeout_s is not None:
+        return config.step_timeout_s
+    return SLOW_STEP_TIMEOUT_S if config.device == "cpu" or config.spill_tiers else STEP_TIMEOUT_S
 
 
 def weight_bytes(model: torch.nn.Module) -> dict[torch.device, int]:

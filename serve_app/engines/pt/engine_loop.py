@@ -1,22 +1,25 @@
 """The thread that generates: one loop over schedule → run → sample → deliver.
 
-Law: the loop dies only with its device. An error in a forward pass ends the sequences that were in it, and nothing
-else. Running out of memory ends nothing: all sequences are computed again in smaller batches, from the tokens that
-they have.
+Laws:
+- the loop dies only with its device;
+- one sequence's error ends that sequence and no other: a pass that fails is tried again in smaller parts until the one
+  that fails is alone, from the tokens that they have. Running out of memory is such a failure;
+- no sequence waits for another one's output format.
 """
 
 import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlySequence
 
 import torch
 
 from serve_app.engines.pt.model_runner import Runner, is_out_of_memory, trim_heap
-from serve_app.engines.pt.sampler import Sampler
-from serve_app.engines.pt.scheduler import Scheduler
+from serve_app.engines.pt.sampler import Sampled, Sampler
+from serve_app.engines.pt.scheduler import Scheduler, Step
 from serve_app.engines.pt.sequence import FinishReason, Output, Sequence
 from serve_app.errors import EngineError, InvalidRequest, OutOfDeviceMemory
 
@@ -24,6 +27,12 @@ logger = logging.getLogger("ray.serve")
 
 # Seconds without work, after which the C heap gives back what it keeps. That takes some 15 ms.
 IDLE_S = 2.0
+
+# Seconds that a step waits for the masks of output formats; later ones are parked. A mask is computed beside the
+# forward pass and is there before its end, unless its format is far slower than usual.
+PATIENCE_S = 0.005
+# Seconds between two looks at the parked ones, where nothing else is to do.
+PARKED_POLL_S = 0.002
 
 # What a step did, in the order of its sequences. Called on the engine's thread.
 Deliver = Callable[[list[Output]], None]
@@ -42,6 +51,13 @@ class EngineLoop(threading.Thread):
         self._stopping = False
         self._closing = threading.Lock()
         self._closed = False
+        self._busy_since: float | None = None
+
+    @property
+    def stuck_s(self) -> float:
+        """Seconds since the loop, which has work, has ended a pass or begun; 0 while it has none."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def submit(self, sequence: Sequence) -> None:
         """Starts generating; the outputs come through `deliver`. Raises EngineError once the loop has ended."""
@@ -50,13 +66,6 @@ class EngineLoop(threading.Thread):
     def cancel(self, sequence: Sequence) -> None:
         """Frees the sequence's place before the next step. No output follows."""
         self._inbox.put(lambda: self._drop([sequence]))
-
-    def run_between_steps(self, work: Callable[[], None]) -> None:
-        """Runs something else with the model on this thread, before the next step. `work` must not raise.
-
-        Raises EngineError once the loop has ended.
-        """
-        self._put(work)
 
     def stop(self, timeout_s: float) -> None:
         """Ends the loop; every sequence left gets an error. Waits at most `timeout_s` seconds."""
@@ -74,6 +83,7 @@ class EngineLoop(threading.Thread):
             with torch.inference_mode():
                 while not self._stopping:
                     self._read_inbox()
+                    self._look_at_parked()
                     self._step()
         except Exception:
             logger.exception("The pt engine's thread has ended; its replica has to be replaced.")
@@ -88,29 +98,50 @@ class EngineLoop(threading.Thread):
 
     def _read_inbox(self) -> None:
         if not self._scheduler.running and not self._scheduler.waiting and not self._stopping:
-            self._next_work()()
+            self._busy_since = None
+            work = self._next_work()
+            self._tick()
+            if work is not None:
+                work()
         while not self._stopping:
             try:
                 self._inbox.get_nowait()()
             except queue.Empty:
                 return
 
-    def _next_work(self) -> Callable[[], None]:
-        """Waits for it."""
+    def _next_work(self) -> Callable[[], None] | None:
+        """Waits for it. None where it is time to look at the parked sequences."""
+        if self._scheduler.parked:
+            try:
+                return self._inbox.get(timeout=PARKED_POLL_S)
+            except queue.Empty:
+                return None
         try:
             return self._inbox.get(timeout=IDLE_S)
         except queue.Empty:
             trim_heap()
             return self._inbox.get()
 
+    def _tick(self) -> None:
+        self._busy_since = time.monotonic()
+
+    def _look_at_parked(self) -> None:
+        """Puts those back whose masks have come, and ends those whose format cannot be followed."""
+        parked = self._scheduler.parked
+        if not parked:
+            return
+        late = set(self._sampler.late(parked, wait_s=0))
+        ready = [sequence for sequence in parked if sequence not in late]
+        problems = {sequence: problem for sequence in ready if (problem := self._sampler.problem(sequence))}
+        self._settle([Output(sequence, error=InvalidRequest(problem)) for sequence, problem in problems.items()])
+        self._scheduler.unpark(sequence for sequence in ready if sequence not in problems)
+
     def _step(self) -> None:
         out_of_memory = False
         try:
             step = self._scheduler.schedule()  # Prompts first: a first token is waited for more than a next one.
-            self._settle(self._attempt(step.prefill, lambda: self._runner.prefill(step)))
-            self._scheduler.complete(step)
-            decoding = self._scheduler.decoding
-            self._settle(self._attempt(decoding, lambda: self._runner.decode(decoding)))
+            self._settle(self._prefill(step))
+            self._settle(self._decode(self._scheduler.decoding))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -125,35 +156,81 @@ class EngineLoop(threading.Thread):
         if outputs:
             self._deliver(outputs)
 
-    def _attempt(
-        self, sequences: ReadOnlySequence[Sequence], compute: Callable[[], torch.Tensor | None]
-    ) -> list[Output]:
-        """Runs one forward pass; an error is the sequences' last output.
+    def _prefill(self, step: Step) -> list[Output]:
+        """One chunk of prompts. Raises when out of memory, and when the device is broken."""
+        if not step.prefill:
+            self._scheduler.complete(step)
+            return []
+        try:
+            result = self._runner.prefill(step)
+        except Exception as error:
+            _raise_if_fatal(error)
+            logger.exception("A chunk of %d prompts failed.", len(step.prefill))
+            self._runner.drop_prompts()
+            return [Output(sequence, error=error) for sequence in self._scheduler.separate()]
+        self._tick()
+        self._scheduler.complete(step)
+        if result is None:
+            return []
+        if step.pools:
+            return [
+                Output(sequence, vector=vector) for sequence, vector in zip(step.prefill, result.tolist(), strict=True)
+            ]
+        return self._advance(step.prefill, result)
 
-        Raises when out of memory, and when the device is broken: after an AcceleratorError every CUDA call fails, so
-        the thread has to end and the replica to be replaced.
-        """
+    def _decode(self, sequences: ReadOnlySequence[Sequence]) -> list[Output]:
+        """One token for each. Raises when out of memory, and when the device is broken."""
         if not sequences:
             return []
         try:
-            logits = compute()
-            return [] if logits is None else self._advance(list(sequences), logits)
+            logits = self._runner.decode(sequences)
         except Exception as error:
-            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
-                raise
+            _raise_if_fatal(error)
             logger.exception("A step failed with %d sequences in it.", len(sequences))
-            return [Output(sequence, error=error) for sequence in sequences]
+            self._runner.reset()
+            return [Output(sequence, error=error) for sequence in self._scheduler.retreat()]
+        self._tick()
+        return self._advance(sequences, logits)
 
-    def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Output]:
-        sampled = self._sampler.sample(sequences, logits)
+    def _advance(self, sequences: ReadOnlySequence[Sequence], logits: torch.Tensor) -> list[Output]:
+        late = self._sampler.late(sequences, PATIENCE_S)
+        if late:
+            self._park(late)
+            rows = [row for row, sequence in enumerate(sequences) if sequence not in late]
+            sequences, logits = [sequences[row] for row in rows], logits[rows]
         outputs = []
-        for sequence, choice in zip(sequences, sampled, strict=True):
+        for sequence, choice in zip(sequences, self._sample(list(sequences), logits), strict=True):
+            if isinstance(choice, Exception):
+                outputs.append(Output(sequence, error=choice))
+                continue
             if choice.problem:
                 outputs.append(Output(sequence, error=InvalidRequest(choice.problem)))
                 continue
             sequence.output_ids.append(choice.token_id)
             outputs.append(Output(sequence, choice.token_id, choice.logprobs, self._finish_reason(sequence)))
         return outputs
+
+    def _park(self, late: ReadOnlySequence[Sequence]) -> None:
+        self._scheduler.park(late)
+        for sequence in late:
+            self._runner.drop(sequence)
+
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled | Exception]:
+        """The next tokens; where that fails, of each row by itself, so that only the row at fault has an error."""
+        if not sequences:
+            return []
+        try:
+            return list(self._sampler.sample(sequences, logits))
+        except Exception as error:
+            _raise_if_fatal(error)
+            logger.exception("Sampling failed with %d sequences.", len(sequences))
+            if len(sequences) == 1:
+                return [error]
+        return [
+            choice
+            for row, sequence in enumerate(sequences)
+            for choice in self._sample([sequence], logits[row : row + 1])
+        ]
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.output_ids[-1] in self._sampler.eos_ids and not sequence.params.ignore_eos:
@@ -169,7 +246,7 @@ class EngineLoop(threading.Thread):
                     f"The device has no memory for {sequence.length} tokens, even with nothing else in the batch."
                 ),
             )
-            for sequence in self._scheduler.out_of_memory()
+            for sequence in self._scheduler.retreat()
         ]
 
     def _drop(self, sequences: ReadOnlySequence[Sequence]) -> None:
@@ -177,6 +254,7 @@ class EngineLoop(threading.Thread):
             self._scheduler.remove(sequences)
             for sequence in sequences:
                 self._runner.drop(sequence)
+                self._sampler.forget(sequence)
 
     def _abandon(self) -> None:
         with self._closing:
@@ -186,3 +264,10 @@ class EngineLoop(threading.Thread):
                 self._inbox.get_nowait()()
         error = EngineError("the pt engine has stopped")
         self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])
+
+
+def _raise_if_fatal(error: Exception) -> None:
+    """Raises what no smaller pass mends by itself: `_step` recovers from too little memory, and after an
+    AcceleratorError every CUDA call fails, so the thread has to end and the replica to be replaced."""
+    if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+        raise error

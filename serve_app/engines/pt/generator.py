@@ -1,12 +1,13 @@
 """Generation as the HTTP application sees it: prompts in, text out, on the event loop."""
 
 import asyncio
+import logging
+import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ReadOnlySequence
 from functools import cached_property, partial
-from typing import TypeVar
 
 from serve_app.engines.pt.engine_loop import EngineLoop
 from serve_app.engines.pt.grammar import GrammarCompiler
@@ -18,19 +19,30 @@ from serve_app.engines.pt.sequence import Logprobs, Output, Piece, SamplingParam
 from serve_app.engines.pt.text_stream import TextStream
 from serve_app.errors import EngineError, InvalidRequest, Overloaded
 
+logger = logging.getLogger("ray.serve")
+
+# Seconds between two looks at whether the engine's thread still ends its steps.
+WATCH_EVERY_S = 1.0
 # Sequences whose ends tell the rate.
 RATE_WINDOW = 32
-
-T = TypeVar("T")
 
 
 class Generator:
     """One loaded model and the thread that runs it. Made and used on one event loop.
 
-    `serial_reason` says why the model runs one request at a time; empty where requests are joined.
+    `serial_reason` says why the model runs one request at a time; empty where requests are joined. A thread that has
+    work and ends no pass for `step_timeout_s` seconds counts as dead: what waits for it ends with an EngineError.
     """
 
-    def __init__(self, name: str, loaded: LoadedModel, probed: ProbeResult, limits: Limits, max_queued: int):
+    def __init__(
+        self,
+        name: str,
+        loaded: LoadedModel,
+        probed: ProbeResult,
+        limits: Limits,
+        max_queued: int,
+        step_timeout_s: float = math.inf,
+    ):
         self.name = name
         self.loaded = loaded
         self.limits = limits
@@ -41,15 +53,23 @@ class Generator:
         self._asyncio_loop = asyncio.get_running_loop()
         self._loop = EngineLoop(probed.runner, Scheduler(limits), Sampler(loaded.eos_ids), self._deliver)
         self._loop.start()
+        self._step_timeout_s = step_timeout_s
+        self._hang = ""
+        self._watch = asyncio.create_task(self._watch_the_thread())
 
     def require_alive(self) -> None:
-        """Raises EngineError when the thread has ended."""
+        """Raises EngineError when the thread has ended, or hangs."""
+        if self._hang:
+            raise EngineError(self._hang)
         if not self._loop.is_alive():
             raise EngineError("the pt engine's thread has ended. The replica will be replaced.")
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the thread; blocks for at most `timeout_s` seconds."""
+        """Ends the thread; blocks for at most `timeout_s` seconds. For another thread than the event loop's."""
+        self._asyncio_loop.call_soon_threadsafe(self._watch.cancel)
         self._loop.stop(timeout_s)
+        if "grammars" in vars(self):
+            self.grammars.close()
 
     @property
     def max_tokens_per_request(self) -> int:
@@ -100,13 +120,15 @@ class Generator:
         params: SamplingParams,
         stop: ReadOnlySequence[str] = (),
         skip_special_tokens: bool = True,
+        owner: object = None,
     ) -> AsyncGenerator[Piece]:
         """Text as it is generated; the last piece has a finish reason.
 
+        Those of one `owner`, a request, wait in one line; None is a line of its own.
         Leaving the iterator early frees the sequence's place before the next step. Raises what went wrong in the step.
         """
         self.require_alive()
-        sequence = Sequence(prompt_ids, params)
+        sequence = Sequence(prompt_ids, params, owner=object() if owner is None else owner)
         outputs = self._outputs[sequence] = asyncio.Queue()
         text = TextStream(partial(self._decode, skip_special_tokens=skip_special_tokens), stop)
         ended = False
@@ -135,32 +157,32 @@ class Generator:
                 if text.stopped:
                     return
         finally:
-            del self._outputs[sequence]
-            self._ends.append(time.monotonic())
-            if not self._outputs:
-                self._ends.clear()  # The rate is that of the busy time; idle time says nothing of it.
-            if not ended:
-                self._loop.cancel(sequence)
+            self._forget(sequence, ended)
 
-    async def run_on_model(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the engine's thread between two steps, and returns its value or raises its error."""
+    def _forget(self, sequence: Sequence, ended: bool) -> None:
+        del self._outputs[sequence]
+        self._ends.append(time.monotonic())
+        if not self._outputs:
+            self._ends.clear()  # The rate is that of the busy time; idle time says nothing of it.
+        if not ended:
+            self._loop.cancel(sequence)
+
+    async def embed(self, prompt_ids: ReadOnlySequence[int], owner: object) -> list[float]:
+        """The prompt's vector. It waits for its turn like a text, and raises what `generate` raises."""
         self.require_alive()
-        future: asyncio.Future[T] = self._asyncio_loop.create_future()
-
-        def settle(setter: Callable[..., None], value: object) -> None:
-            if not future.done():
-                setter(value)
-
-        def run() -> None:
-            try:
-                value = work()
-            except Exception as error:
-                self._asyncio_loop.call_soon_threadsafe(settle, future.set_exception, error)
-            else:
-                self._asyncio_loop.call_soon_threadsafe(settle, future.set_result, value)
-
-        self._loop.run_between_steps(run)
-        return await future
+        sequence = Sequence(prompt_ids, SamplingParams(max_tokens=0), owner=owner, pools=True)
+        outputs = self._outputs[sequence] = asyncio.Queue()
+        ended = False
+        try:
+            self._loop.submit(sequence)
+            output = await outputs.get()
+            ended = True
+        finally:
+            self._forget(sequence, ended)
+        if output.error is not None:
+            raise output.error
+        assert output.vector is not None, "a sequence that pools has one output"
+        return output.vector
 
     def _seconds_per_sequence(self) -> float:
         if len(self._ends) < 2:
@@ -170,6 +192,16 @@ class Generator:
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text: str = self.loaded.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    async def _watch_the_thread(self) -> None:
+        while self._loop.stuck_s < self._step_timeout_s:  # noqa: ASYNC110  a thread that hangs sets no event
+            await asyncio.sleep(min(WATCH_EVERY_S, self._step_timeout_s / 4))
+        self._hang = (
+            f"the pt engine has work and has ended no step for {self._step_timeout_s:g} s (step_timeout_s). The "
+            "replica will be replaced."
+        )
+        logger.error("%s %d sequences end.", self._hang, len(self._outputs))
+        self._dispatch([Output(sequence, error=EngineError(self._hang)) for sequence in self._outputs])
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Called on the engine's thread, once a step."""

@@ -8,7 +8,8 @@ knows no recursive JSON.
 import asyncio
 import json
 import re
-import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,20 +19,22 @@ import torch
 import xgrammar
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.engines.pt.grammar_process import Grammar, GrammarError, GrammarServer
 from serve_app.errors import InvalidRequest, Overloaded
 
 # Compiling takes longer than in proportion to these; beyond them it takes seconds.
-MOST_CHARACTERS = {"json_schema": 65_536, "regex": 8192, "grammar": 8192}
+MOST_BYTES = {"json_schema": 65_536, "regex": 8192, "grammar": 8192}
 MOST_LEVELS = 64
-# Formats that may wait for the one thread that compiles.
+# Formats that compile at once, formats that wait for that, and seconds until a format in line has its turn and is done.
+MOST_COMPILING = 2
 MOST_WAITING = 16
-# Seconds that a sequence's masks may take: at first, and for each token. Usual are 0.00002 to 0.0001 a token.
-FREE_SECONDS = 0.5
-SECONDS_PER_TOKEN = 0.002
-# Compiled grammars are kept for the next request with the same one.
-CACHE_BYTES = 64 * 2**20
-# Between two tokens of JSON: room for a line break and its indentation, but not for a model that only writes spaces.
-MOST_WHITESPACE = 24
+COMPILE_WAIT_S = 30.0
+# Formats that are kept for the next request with the same one, and formats that are in use at once. Each has a process
+# of some 10 MB, and at most grammar_worker.MEMORY_BYTES.
+MOST_KEPT = 16
+MOST_LIVE = 32
+# Formats of which is known that they cannot be followed.
+MOST_REFUSED = 256
 
 Kind = Literal["json_schema", "regex", "grammar"]
 
@@ -46,50 +49,95 @@ class GrammarSpec:
 
 
 class GrammarCompiler:
-    """Compiles for one tokenizer. `vocabulary` is the width of the logits; `eos_ids` end a text."""
+    """Compiles for one tokenizer. `vocabulary` is the width of the logits; `eos_ids` end a text.
+
+    Used on one event loop; making it takes a fraction of a second.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos_ids: Iterable[int]):
         self._stop_ids = sorted(eos_ids)
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary, stop_token_ids=self._stop_ids)
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
-        # One thread of its own, so that a slow format keeps nothing waiting but other formats.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-        self._waiting = 0
+        self._server = GrammarServer(info.serialize_json())
+        self._threads = ThreadPoolExecutor(max_workers=MOST_COMPILING, thread_name_prefix="grammar")
+        self._compiling: dict[GrammarSpec, asyncio.Task[Grammar]] = {}
+        self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._refused: OrderedDict[GrammarSpec, str] = OrderedDict()
+        self._live: weakref.WeakSet[Grammar] = weakref.WeakSet()
 
-    async def compile_soon(self, spec: GrammarSpec) -> xgrammar.CompiledGrammar:
-        """`compile` on a thread of its own, unless the client leaves before. Raises Overloaded when many wait."""
-        if self._waiting >= MOST_WAITING:
-            raise Overloaded(f"{self._waiting} output formats wait to be compiled.", retry_after_s=1.0)
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self.compile, spec)
-        finally:
-            self._waiting -= 1
+    async def compile_soon(self, spec: GrammarSpec) -> Grammar:
+        """A process that follows the format.
 
-    def compile(self, spec: GrammarSpec) -> xgrammar.CompiledGrammar:
-        """Takes milliseconds; not for the event loop. Raises InvalidRequest that names the field.
-
-        As with vLLM, an object with `properties` has no others, unless `additionalProperties` says so.
+        As with vLLM, an object with `properties` has no others, unless `additionalProperties` says so. Raises
+        InvalidRequest that names the field, and Overloaded where too many formats are compiled or in use.
         """
+        self._check(spec)
+        if spec in self._kept:
+            self._kept.move_to_end(spec)
+            return self._kept[spec]
+        if spec not in self._compiling:
+            self._require_place()
+            task = asyncio.create_task(self._compile(spec))
+            self._compiling[spec] = task
+            task.add_done_callback(lambda _: self._compiling.pop(spec))
+        try:
+            return await asyncio.shield(self._compiling[spec])  # Others may wait for the same one.
+        except GrammarError as error:
+            raise InvalidRequest(_refusal(spec, str(error)), param=spec.param) from None
+        except TimeoutError:
+            raise Overloaded("The output format could not be compiled in time.", retry_after_s=COMPILE_WAIT_S) from None
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._kept.clear()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._server.close()
+
+    def _check(self, spec: GrammarSpec) -> None:
         if not self._stop_ids:
             raise InvalidRequest(
                 f"'{spec.param}' needs a model with an end token; this one has none.", param=spec.param
             )
-        if len(spec.source) > MOST_CHARACTERS[spec.kind]:
-            raise InvalidRequest(
-                f"'{spec.param}' has {len(spec.source)} characters; at most {MOST_CHARACTERS[spec.kind]} are taken.",
-                param=spec.param,
-            )
         try:
-            if spec.kind == "regex":
-                return self._compiler.compile_regex(spec.source)
-            if spec.kind == "grammar":
-                return self._compiler.compile_grammar(spec.source)
+            size = len(spec.source.encode())
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"'{spec.param}' has half a surrogate pair in it.", param=spec.param) from None
+        if size > MOST_BYTES[spec.kind]:
+            raise InvalidRequest(
+                f"'{spec.param}' has {size} bytes; at most {MOST_BYTES[spec.kind]} are taken.", param=spec.param
+            )
+        if (known := self._refused.get(spec)) is not None:
+            raise InvalidRequest(_refusal(spec, known), param=spec.param)
+
+    def _require_place(self) -> None:
+        if len(self._compiling) >= MOST_COMPILING + MOST_WAITING:
+            raise Overloaded(f"{len(self._compiling)} output formats wait to be compiled.", retry_after_s=1.0)
+        while self._kept and len(self._live) >= MOST_LIVE:
+            self._kept.popitem(last=False)
+        if len(self._live) + len(self._compiling) >= MOST_LIVE:
+            raise Overloaded(f"{len(self._live)} output formats are in use, and no more can be.", retry_after_s=1.0)
+
+    async def _compile(self, spec: GrammarSpec) -> Grammar:
+        try:
+            grammar = await asyncio.get_running_loop().run_in_executor(self._threads, self._open, spec)
+        except GrammarError as error:
+            self._refused[spec] = str(error)
+            if len(self._refused) > MOST_REFUSED:
+                self._refused.popitem(last=False)
+            raise
+        self._live.add(grammar)
+        self._kept[spec] = grammar
+        if len(self._kept) > MOST_KEPT:
+            self._kept.popitem(last=False)
+        return grammar
+
+    def _open(self, spec: GrammarSpec) -> Grammar:
+        if spec.kind == "json_schema":
             require_supported(_read_json(spec), spec.param)
-            return self._compiler.compile_json_schema(spec.source, max_whitespace_cnt=MOST_WHITESPACE)
-        except RuntimeError as error:
-            reason = str(error).partition("] ")[2].partition(": ")[2].strip() or str(error)
-            raise InvalidRequest(f"'{spec.param}' is not understood: {reason[:300]}", param=spec.param) from None
+        return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
+
+
+def _refusal(spec: GrammarSpec, reason: str) -> str:
+    return f"'{spec.param}': {reason}"
 
 
 def _read_json(spec: GrammarSpec) -> object:
@@ -105,50 +153,12 @@ def choice_grammar(choices: Iterable[str]) -> str:
     return "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
-class TimedMatcher:
-    """xgrammar's matcher of one sequence, with a bound on its time: an ambiguous grammar costs more at every token.
-
-    All sequences wait for it in every step, so one that is far slower than usual has to end.
-    """
-
-    def __init__(self, grammar: xgrammar.CompiledGrammar):
-        self._matcher = xgrammar.GrammarMatcher(grammar)
-        self._seconds = 0.0
-        self._tokens = 0
-        self._problem = ""
-
-    def fill(self, bitmask: torch.Tensor, place: int) -> None:
-        """Writes which tokens may come next into row `place`."""
-        start = time.perf_counter()
-        try:
-            self._matcher.fill_next_token_bitmask(bitmask, place)
-        except RuntimeError as error:  # Of this sequence alone: the others of the batch go on.
-            self._problem = f"The output format cannot be followed: {' '.join(str(error).split())[:200]}"
-        self._seconds += time.perf_counter() - start
-
-    def accept(self, token: int) -> str:
-        """Takes the next token. Returns why the sequence has to end, or nothing."""
-        if self._problem:
-            return self._problem
-        start = time.perf_counter()
-        accepted = self._matcher.accept_token(token)
-        self._seconds += time.perf_counter() - start
-        self._tokens += 1
-        if not accepted:
-            return "The output format allows no text, or none that this model's vocabulary can write."
-        if self._seconds > FREE_SECONDS + SECONDS_PER_TOKEN * self._tokens:
-            return "The output format takes too long to follow: its grammar is ambiguous. Make it simpler."
-        return ""
-
-
-def constrain(scores: torch.Tensor, matchers: Mapping[int, TimedMatcher]) -> None:
-    """Sets to minus infinity what each row's grammar forbids. Scores of shape (rows, vocabulary), float32, in place."""
-    rows = list(matchers)
-    bitmask = xgrammar.allocate_token_bitmask(len(rows), scores.shape[-1])
-    for place, matcher in enumerate(matchers.values()):
-        matcher.fill(bitmask, place)
+def constrain(scores: torch.Tensor, masks: Mapping[int, bytes]) -> None:
+    """Sets to minus infinity what each row's mask forbids. Scores of shape (rows, vocabulary), float32, in place."""
+    rows = list(masks)
+    words = [torch.frombuffer(bytearray(mask), dtype=xgrammar.bitmask_dtype) for mask in masks.values()]
     chosen = scores[rows]
-    xgrammar.apply_token_bitmask_inplace(chosen, bitmask.to(scores.device))
+    xgrammar.apply_token_bitmask_inplace(chosen, torch.stack(words).to(scores.device))
     scores[rows] = chosen
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from serve_app.engines.pt.embedding import Pool
 from serve_app.engines.pt.kv_cache import BatchCache
 from serve_app.engines.pt.scheduler import Step
 from serve_app.engines.pt.sequence import Sequence
@@ -28,7 +29,14 @@ class Runner(Protocol):
     max_cells: int | None
 
     def prefill(self, step: Step) -> torch.Tensor | None:
-        """One chunk of the prompts; logits of shape (sequences, vocabulary) once it was the last, else None."""
+        """One chunk of the prompts; None unless it was the last.
+
+        Then logits of shape (sequences, vocabulary), or vectors of shape (sequences, hidden size) where they pool.
+        """
+        ...
+
+    def drop_prompts(self) -> None:
+        """Frees the cache of the prompts that are being computed."""
         ...
 
     def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
@@ -61,6 +69,7 @@ class BatchRunner:
         self._rows: list[Sequence] = []
         self._group = BatchCache(model.config)
         self._group_rows: list[Sequence] = []
+        self._pool = Pool()
         self._most_cells = 0
         self.most_cache_bytes: dict[torch.device, int] = {}
 
@@ -90,12 +99,7 @@ class BatchRunner:
     def prefill(self, step: Step) -> torch.Tensor | None:
         """See Runner."""
         if step.begin == 0:
-            self._group, self._group_rows = BatchCache(self._model.config), list(step.prefill)
-            self._group.window.rows = len(step.prefill)
-            more = cells(len(step.prefill), step.longest)
-            if self.max_cells is not None and self._batch.cells + more > self.max_cells:
-                self._batch.compact()
-            self._group.reserve(len(step.prefill), step.longest)
+            self._begin(step)
         group, rows, longest = self._group, self._group_rows, step.longest
         ids = torch.zeros(len(rows), step.end - step.begin, dtype=torch.long)
         pads = torch.tensor([longest - sequence.length for sequence in rows])
@@ -107,16 +111,37 @@ class BatchRunner:
         columns = torch.arange(step.begin, step.end)
         positions = (columns[None] - pads[:, None]).clamp(min=0)
         mask = None if not pads.any() else torch.arange(step.end)[None] >= pads[:, None]
-        logits = self._forward(ids, positions, mask, group)
+        if step.pools:
+            self._pool.add(self._hidden(ids, positions, mask, group), columns[None] >= pads[:, None])
+        else:
+            logits = self._logits(ids, positions, mask, group)
         self._note_cache()
         if not step.completes_prefill:
             return None
+        if step.pools:
+            vectors = _in_order(self._pool.vectors(), rows, step.prefill)
+            self.drop_prompts()
+            return vectors
         for sequence in rows:
             sequence.cached = sequence.length
         self._batch.join(group)
         self._rows += rows
         self._group, self._group_rows = BatchCache(self._model.config), []
         return _in_order(logits, rows, step.prefill)
+
+    def _begin(self, step: Step) -> None:
+        """Makes a cache for the prompts of a new group."""
+        self._group, self._group_rows = BatchCache(self._model.config), list(step.prefill)
+        self._pool = Pool()
+        self._group.window.rows = len(step.prefill)
+        more = cells(len(step.prefill), step.longest)
+        if self.max_cells is not None and self._batch.cells + more > self.max_cells:
+            self._batch.compact()
+        self._group.reserve(len(step.prefill), step.longest)
+
+    def drop_prompts(self) -> None:
+        """See Runner."""
+        self._group, self._group_rows, self._pool = BatchCache(self._model.config), [], Pool()
 
     def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
         """See Runner. The sequences are those in the cache, in any order."""
@@ -129,7 +154,7 @@ class BatchRunner:
         mask = None
         if int(lengths.min()) < width:
             mask = torch.arange(width + 1)[None] >= (width - lengths)[:, None]
-        logits = self._forward(ids, lengths[:, None], mask, batch)
+        logits = self._logits(ids, lengths[:, None], mask, batch)
         self._note_cache()
         for sequence in rows:
             sequence.cached += 1
@@ -153,6 +178,8 @@ class BatchRunner:
             if sequence in rows:
                 row = rows.index(sequence)
                 cache.remove(row)
+                if cache is self._group:
+                    self._pool.remove(row)
                 rows[row] = rows[-1]
                 rows.pop()
         sequence.cached = 0
@@ -165,24 +192,38 @@ class BatchRunner:
         self._batch, self._group = BatchCache(self._model.config), BatchCache(self._model.config)
         free_memory()
 
-    def _forward(
+    def _logits(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
     ) -> torch.Tensor:
-        inputs: dict[str, Any] = {
-            "input_ids": ids.to(self._device),
-            "past_key_values": cache.cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        if "position_ids" in self._takes:
-            inputs["position_ids"] = positions.to(self._device)
-        if mask is not None:
-            inputs["attention_mask"] = mask.long().to(self._device)
+        """Logits of the last column, shape (rows, vocabulary)."""
+        inputs = self._inputs(ids, positions, mask, cache) | {"logits_to_keep": 1}
         if "logits_to_keep" not in self._takes:
             del inputs["logits_to_keep"]
         logits: torch.Tensor = self._model(**inputs).logits[:, -1]
         cache.advance(ids.shape[1])
         return logits
+
+    def _hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
+    ) -> torch.Tensor:
+        """Last hidden states, shape (rows, columns, hidden size)."""
+        states: torch.Tensor = self._model.get_decoder()(**self._inputs(ids, positions, mask, cache)).last_hidden_state
+        cache.advance(ids.shape[1])
+        return states
+
+    def _inputs(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "input_ids": ids.to(self._device),
+            "past_key_values": cache.cache,
+            "use_cache": True,
+        }
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = positions.to(self._device)
+        if mask is not None:
+            inputs["attention_mask"] = mask.long().to(self._device)
+        return inputs
 
 
 def _in_order(
@@ -206,7 +247,16 @@ class SerialRunner:
 
     def prefill(self, step: Step) -> torch.Tensor | None:
         """See Runner."""
-        return self.decode(step.prefill) if step.completes_prefill else None
+        if not step.completes_prefill:
+            return None
+        return (
+            torch.cat([self._vector(sequence) for sequence in step.prefill])
+            if step.pools
+            else self.decode(step.prefill)
+        )
+
+    def drop_prompts(self) -> None:
+        """See Runner. There is no cache."""
 
     def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
         """See Runner."""
@@ -223,6 +273,13 @@ class SerialRunner:
         ids = torch.tensor([sequence.token_ids], device=self._device)
         logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[:, -1]
         return logits
+
+    def _vector(self, sequence: Sequence) -> torch.Tensor:
+        ids = torch.tensor([sequence.token_ids], device=self._device)
+        pool = Pool()
+        states = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        pool.add(states, torch.ones(ids.shape, dtype=torch.bool))
+        return pool.vectors()
 
 
 def free_memory() -> None:

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,7 +17,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve_app.engines.openai_errors import error_object, error_response, read_json
-from serve_app.engines.pt.embedding import embed
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.job import CHAT, TEXT, Answer, Job, Part, Shape
 from serve_app.engines.pt.openapi import openapi_document
@@ -100,11 +98,8 @@ class _Endpoints:
                 f"input has {longest}.",
                 param="input",
             )
-        loaded = self._generator.loaded
-        vectors = [
-            await self._generator.run_on_model(partial(embed, loaded.model, loaded.input_device, ids))
-            for ids in prompts
-        ]
+        self._generator.require_place(len(prompts))
+        vectors = await self._vectors(prompts)
         total = sum(map(len, prompts))
         data = [
             {"object": "embedding", "index": index, "embedding": asked.encode(vector)}
@@ -112,6 +107,16 @@ class _Endpoints:
         ]
         usage = {"prompt_tokens": total, "total_tokens": total}
         return JSONResponse({"object": "list", "data": data, "model": self._generator.name, "usage": usage})
+
+    async def _vectors(self, prompts: list[list[int]]) -> list[list[float]]:
+        """Of all prompts, or the first error; then the others end too."""
+        owner = object()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._generator.embed(prompt, owner)) for prompt in prompts]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize, as vLLM has it: of a prompt, or of messages through the chat template."""
@@ -233,12 +238,17 @@ class _Endpoints:
     async def _pieces(self, job: Job) -> AsyncGenerator[tuple[int, Part]]:
         """The parts of all choices as they come, each with its choice's index."""
         arrived: asyncio.Queue[tuple[int, Part] | Exception] = asyncio.Queue()
+        owner = object()
 
         async def follow(index: int, prompt: list[int], params: SamplingParams) -> None:
             try:
                 reader = self._reader(job, prompt)
                 text = self._generator.generate(
-                    prompt, params, job.request.stop_strings, skip_special_tokens=not reader.needs_special_tokens
+                    prompt,
+                    params,
+                    job.request.stop_strings,
+                    skip_special_tokens=not reader.needs_special_tokens,
+                    owner=owner,
                 )
                 async with aclosing(text) as pieces:
                     async for piece in pieces:

@@ -8,13 +8,16 @@ else is in the batch.
 """
 
 import random
+import time
 from collections.abc import Callable
+from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from serve_app.engines.pt.grammar import TimedMatcher, constrain
+from serve_app.engines.pt.grammar import constrain
+from serve_app.engines.pt.grammar_process import Matcher
 from serve_app.engines.pt.sequence import Logprobs, SamplingParams, Sequence
 
 
@@ -26,7 +29,7 @@ class SamplingState:
     prompt_seen: torch.Tensor | None = None
     output_counts: torch.Tensor | None = None
     bias: tuple[torch.Tensor, torch.Tensor] | None = None
-    matcher: TimedMatcher | None = None
+    matcher: Matcher | None = None
 
 
 class Sampled(NamedTuple):
@@ -43,8 +46,28 @@ class Sampler:
 
     eos_ids: frozenset[int] = field(default_factory=frozenset)
 
+    def late(self, sequences: ReadOnlySequence[Sequence], wait_s: float) -> list[Sequence]:
+        """Those whose masks are not there, once all of them together were waited for at most `wait_s` seconds."""
+        until = time.monotonic() + wait_s
+        matchers = [(sequence, matcher) for sequence in sequences if (matcher := _matcher(sequence)) is not None]
+        return [sequence for sequence, matcher in matchers if not matcher.is_ready(until)]
+
+    def problem(self, sequence: Sequence) -> str:
+        """Why the sequence's format cannot be followed any more; empty where it can."""
+        matcher = _matcher(sequence)
+        return "" if matcher is None else matcher.problem
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+        if (matcher := _matcher(sequence)) is not None:
+            matcher.close()
+        sequence.sampling = None
+
     def sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled]:
-        """The next token of each row of `logits`, shape (sequences, vocabulary), and its log probabilities."""
+        """The next token of each row of `logits`, shape (sequences, vocabulary), and its log probabilities.
+
+        No sequence may be `late`.
+        """
         logits = logits.float()
         if all(_is_plain(sequence.params) for sequence in sequences):
             return [Sampled(token) for token in logits.argmax(-1).tolist()]
@@ -55,25 +78,31 @@ class Sampler:
         for state, token in zip(states, tokens, strict=True):
             if state.output_counts is not None:
                 state.output_counts[token] += 1
-        problems = [
-            state.matcher.accept(token) if state.matcher else "" for state, token in zip(states, tokens, strict=True)
-        ]
+        problems = [state.matcher.problem if state.matcher else "" for state in states]
+        for state, token in zip(states, tokens, strict=True):
+            if state.matcher is not None and not state.matcher.problem:
+                state.matcher.accept(token)
         return list(map(Sampled, tokens, reports, problems))
 
     def _adjusted(self, sequences: list[Sequence], states: list[SamplingState], logits: torch.Tensor) -> torch.Tensor:
         scores = logits.clone()
-        matchers = {row: state.matcher for row, state in enumerate(states) if state.matcher is not None}
-        if matchers:
-            constrain(scores, matchers)
+        masks = {row: state.matcher.mask for row, state in enumerate(states) if state.matcher and state.matcher.mask}
+        if masks:
+            constrain(scores, masks)
         for row, (sequence, state) in enumerate(zip(sequences, states, strict=True)):
             params = sequence.params
             if len(sequence.output_ids) < params.min_tokens:
-                scores[row, list(self.eos_ids)] = -torch.inf
+                scores[row, [token for token in self.eos_ids if token < scores.shape[-1]]] = -torch.inf
             if state.bias is not None:
                 scores[row, state.bias[0]] += state.bias[1]
             if state.output_counts is not None and state.prompt_seen is not None:
                 _penalize(scores[row], params, state.prompt_seen, state.output_counts)
         return scores
+
+
+def _matcher(sequence: Sequence) -> Matcher | None:
+    state: SamplingState | None = sequence.sampling
+    return None if state is None else state.matcher
 
 
 def _is_plain(params: SamplingParams) -> bool:
@@ -101,10 +130,11 @@ def _state(sequence: Sequence, vocabulary: int, device: torch.device) -> Samplin
             state.output_counts = _counts(sequence.output_ids, vocabulary, device)
             state.prompt_seen = _counts(list(sequence.prompt_ids), vocabulary, device) > 0
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=device)
-            state.bias = ids, torch.tensor(list(params.logit_bias.values()), device=device)
+            known = {token: bias for token, bias in params.logit_bias.items() if token < vocabulary}
+            ids = torch.tensor(list(known), dtype=torch.long, device=device)
+            state.bias = ids, torch.tensor(list(known.values()), dtype=torch.float, device=device)
         if params.grammar is not None:
-            state.matcher = TimedMatcher(params.grammar)
+            state.matcher = params.grammar.matcher()
         sequence.sampling = state
     found: SamplingState = sequence.sampling
     return found
@@ -160,7 +190,7 @@ def _truncate(scaled: torch.Tensor, params: list[SamplingParams], column: Any) -
         return scaled
     ordered, order = scaled.sort(-1, descending=True)
     places = torch.arange(scaled.shape[-1], device=scaled.device)[None]
-    excluded = places >= column(lambda item: item.top_k or scaled.shape[-1])
+    excluded = places >= column(lambda item: min(item.top_k or scaled.shape[-1], scaled.shape[-1]))
     before = ordered.masked_fill(excluded, -torch.inf).softmax(-1).cumsum(-1)
     before = before - before.diff(dim=-1, prepend=torch.zeros_like(before[:, :1]))  # what stands before each token
     excluded |= (before >= column(lambda item: item.top_p)) & (places > 0)

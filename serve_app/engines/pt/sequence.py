@@ -5,7 +5,7 @@ from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from xgrammar import CompiledGrammar
+from serve_app.engines.pt.grammar_process import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -15,8 +15,8 @@ class SamplingParams:
     """How to choose the next token, and when to stop.
 
     `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` is how many alternatives to report beside the
-    chosen token, None for no log probabilities at all; `logit_bias` is added to the logits, by token id; `grammar` is
-    compiled by `GrammarCompiler`.
+    chosen token, None for no log probabilities at all; `logit_bias` is added to the logits, by token id; `grammar` says
+    which tokens may come next.
     """
 
     max_tokens: int
@@ -32,7 +32,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
-    grammar: CompiledGrammar | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,17 @@ class Logprobs:
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt and what was generated for it. Owned by the engine's thread once it is submitted.
+    """One prompt and what was generated for it. Belongs to the engine's thread once it is submitted.
 
-    `cached` counts the tokens whose keys and values are in the batch cache; `sampling` is the sampler's own state.
+    Sequences of one `owner`, the request that they came with, wait in one line (`FairQueue`). A sequence that `pools`
+    generates nothing: its prompt's vector is its only output. `cached` counts the tokens whose keys and values are in
+    the batch cache; `sampling` is the sampler's own state.
     """
 
     prompt_ids: ReadOnlySequence[int]
     params: SamplingParams
+    owner: object = field(default_factory=object, kw_only=True)
+    pools: bool = field(default=False, kw_only=True)
     output_ids: list[int] = field(default_factory=list)
     cached: int = 0
     sampling: Any = None
@@ -75,18 +79,22 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step did for one sequence: a new token, an end, or an error. One of the last two is the last output."""
+    """What one step did for one sequence: a new token, an end, an error, or the vector of a sequence that pools.
+
+    Nothing follows an output with one of the last three.
+    """
 
     sequence: Sequence
     token_id: int | None = None
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    vector: list[float] | None = None
 
     @property
     def is_last(self) -> bool:
         """Whether nothing follows."""
-        return self.finish_reason is not None or self.error is not None
+        return self.finish_reason is not None or self.error is not None or self.vector is not None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The engine's thread: what ends, what goes on."""
 
+import itertools
 import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ReadOnlySequence
@@ -42,6 +44,9 @@ class CountingRunner:
     def drop(self, sequence: Sequence) -> None:
         """Remembers it."""
         self.dropped.append(sequence)
+
+    def drop_prompts(self) -> None:
+        """There is no cache."""
 
     def reset(self) -> None:
         """There is no cache."""
@@ -99,24 +104,172 @@ def test_sequences_advance_together() -> None:
         loop.cancel(long)
 
 
-def test_an_error_ends_the_sequences_of_its_pass_and_no_others() -> None:
-    """Those that were already running go on, and so do those that come later."""
+def test_an_error_ends_the_sequence_at_fault_and_no_other() -> None:
+    """Neither those that were running, nor those of the same pass, nor those that come later."""
 
     def fail(which: Sequence) -> None:
-        if which.prompt_ids == [3]:
+        if list(which.prompt_ids) == [3]:
             raise RuntimeError("broken prompt")
 
     with running(CountingRunner(fail)) as (loop, outputs):
-        good, bad = sequence(1, max_tokens=10**9, ignore_eos=True), sequence(3)
+        good, bad, beside = sequence(1, max_tokens=10**9, ignore_eos=True), sequence(3), sequence(7)
         loop.submit(good)
         outputs.get(timeout=10)
         loop.submit(bad)
-        end = until_the_end(outputs)[-1]
-        assert (end.sequence, str(end.error)) == (bad, "broken prompt")
-        assert outputs.get(timeout=10).sequence is good
+        loop.submit(beside)
+        ends = {o.sequence: o for o in until_the_end(outputs, 2) if o.is_last}
+        assert str(ends[bad].error) == "broken prompt"
+        assert ends[beside].finish_reason == "stop"
         loop.submit(sequence(8))
         assert until_the_end(outputs)[-1].finish_reason == "stop"
         loop.cancel(good)
+
+
+def test_an_error_among_the_running_ends_the_one_at_fault() -> None:
+    """The others go on with the tokens that they have."""
+
+    def fail(which: Sequence) -> None:
+        if list(which.prompt_ids) == [2] and which.output_ids:
+            raise RuntimeError("broken row")
+
+    with running(CountingRunner(fail)) as (loop, outputs):
+        rows = {start: sequence(start, max_tokens=40, ignore_eos=True) for start in (1, 2, 3)}
+        for row in rows.values():
+            loop.submit(row)
+        ends = {o.sequence: o for o in until_the_end(outputs, 3) if o.is_last}
+        assert str(ends[rows[2]].error) == "broken row"
+        for start in (1, 3):
+            assert ends[rows[start]].finish_reason == "length"
+            assert rows[start].output_ids == [(start + 1 + number) % 10 for number in range(40)]
+
+
+def test_an_error_in_sampling_ends_its_row_alone() -> None:
+    """Whatever raises it: here a parameter that no check has seen."""
+    with running(CountingRunner()) as (loop, outputs):
+        good = sequence(1, max_tokens=30, ignore_eos=True)
+        params = SamplingParams(max_tokens=5, temperature="hot")  # type: ignore[arg-type]
+        bad = Sequence([1], params)
+        loop.submit(good)
+        loop.submit(bad)
+        ends = {o.sequence: o for o in until_the_end(outputs, 2) if o.is_last}
+        assert isinstance(ends[bad].error, TypeError)
+        assert ends[good].finish_reason == "length"
+        assert good.output_ids == [(2 + number) % 10 for number in range(30)]
+
+
+class LateMatcher:
+    """A matcher of which every mask is late until `open` is set; then each is there."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.problem = ""
+        self.mask: bytes | None = None
+        self.closed = False
+
+    def matcher(self) -> "LateMatcher":
+        """The grammar's part of it."""
+        return self
+
+    def accept(self, token: int) -> None:
+        """Every mask allows every token."""
+
+    def is_ready(self, until: float) -> bool:
+        """At once, or not at all."""
+        return self.open.is_set() or bool(self.problem)
+
+    def close(self) -> None:
+        """The sequence has ended."""
+        self.closed = True
+
+
+def late_sequence() -> tuple[LateMatcher, Sequence]:
+    """A sequence of eight tokens whose format takes its time after the first."""
+    matcher = LateMatcher()
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, grammar=matcher)  # type: ignore[arg-type]
+    return matcher, Sequence([1], params)
+
+
+def test_nobody_waits_for_a_slow_format() -> None:
+    """Its sequence is parked, with its place free for others, and goes on where it was."""
+    runner = CountingRunner()
+    with running(runner, max_num_seqs=1) as (loop, outputs):
+        matcher, slow = late_sequence()
+        loop.submit(slow)
+        assert outputs.get(timeout=10).sequence is slow
+        fast = sequence(8)
+        loop.submit(fast)
+        assert [o.sequence for o in until_the_end(outputs)] == [fast, fast]
+        assert runner.dropped == [slow, fast]
+        matcher.open.set()
+        assert until_the_end(outputs)[-1].finish_reason == "length"
+        assert slow.output_ids == [2, 3, 4, 5, 6, 7, 8, 9]
+        assert matcher.closed
+
+
+def test_a_parked_sequence_hears_of_its_formats_end_and_can_be_cancelled() -> None:
+    """It needs no place for that."""
+    with running(CountingRunner()) as (loop, outputs):
+        matcher, slow = late_sequence()
+        loop.submit(slow)
+        outputs.get(timeout=10)
+        matcher.problem = "It takes too long."
+        assert str(until_the_end(outputs)[-1].error) == "It takes too long."
+        other, cancelled = late_sequence()
+        loop.submit(cancelled)
+        outputs.get(timeout=10)
+        loop.cancel(cancelled)
+        loop.submit(sequence(8))
+        until_the_end(outputs)
+        assert other.closed
+
+
+def test_texts_get_a_token_between_any_two_chunks_of_other_prompts() -> None:
+    """Two clients that ask for vectors of many inputs take half of the passes, not all of them."""
+    passes: list[str] = []
+
+    class NotingRunner(CountingRunner):
+        def prefill(self, step: Step) -> torch.Tensor | None:
+            passes.append("prompts" if step.pools else "text")
+            return torch.zeros(len(step.prefill), 2) if step.pools else super().decode(step.prefill)
+
+        def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
+            passes.append("token")
+            return super().decode(sequences)
+
+    with running(NotingRunner(), max_num_seqs=2) as (loop, outputs):
+        text = sequence(1, max_tokens=10**9, ignore_eos=True)
+        loop.submit(text)
+        outputs.get(timeout=10)
+        params = SamplingParams(max_tokens=0)
+        for number in range(40):
+            loop.submit(Sequence([1] * 500, params, owner=number % 2, pools=True))
+        until_the_end(outputs, 40)
+        loop.cancel(text)
+    prompts = [place for place, name in enumerate(passes) if name == "prompts"]
+    assert len(prompts) >= 40
+    assert all("token" in passes[one:other] for one, other in itertools.pairwise(prompts))
+
+
+def test_a_loop_that_hangs_says_how_long() -> None:
+    """And one without work does not, however long it has had none."""
+    hold = threading.Event()
+
+    def fail(which: Sequence) -> None:
+        if list(which.prompt_ids) == [3]:
+            hold.wait(30)
+
+    with running(CountingRunner(fail)) as (loop, outputs):
+        loop.submit(sequence(8))
+        until_the_end(outputs)
+        time.sleep(0.2)
+        assert loop.stuck_s == 0
+        loop.submit(sequence(3))
+        deadline = time.monotonic() + 10
+        while loop.stuck_s < 0.3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert 0.3 <= loop.stuck_s < 10
+        hold.set()
+        until_the_end(outputs)
 
 
 def test_a_cancelled_sequence_frees_its_place() -> None:

@@ -13,7 +13,7 @@ from serve_app.engines.pt.model_loader import LoadedModel
 from serve_app.engines.pt.model_runner import BatchRunner, Runner, SerialRunner, is_out_of_memory
 from serve_app.engines.pt.probe import probe
 from serve_app.engines.pt.sampler import Sampler
-from serve_app.engines.pt.scheduler import Limits, Scheduler
+from serve_app.engines.pt.scheduler import Limits, Scheduler, Step
 from serve_app.engines.pt.sequence import Output, SamplingParams, Sequence
 from serve_app.planning.pt_cache import cells
 from tests.engines.pt.tiny_models import CONFIGS, JOINED, VOCABULARY, generate_one, tiny_model
@@ -217,3 +217,40 @@ def test_other_errors_are_not_taken_for_out_of_memory() -> None:
 def test_every_tiny_model_is_covered() -> None:
     """A kind of attention that is added is tested."""
     assert set(JOINED) | {"mamba2"} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_vectors_of_joined_prompts_are_those_of_one_pass(name: str) -> None:
+    """Of several lengths, in chunks of 24 tokens, beside texts that are generated, with one that leaves in between."""
+    model = tiny_model(name)
+    runner = BatchRunner(model, CPU)
+    draw = random.Random(3)
+    prompts = [[draw.randrange(VOCABULARY) for _ in range(length)] for length in (40, 40, 33, 30, 5, 1)]
+    params = SamplingParams(max_tokens=0)
+    pooling = [Sequence(prompt, params, owner="vectors", pools=True) for prompt in prompts]
+    ends = run_all(runner, [*pooling, *requests(4)], pad=runner.pad_prompts)
+    vectors = {output.sequence: output.vector for output in ends if output.vector is not None}
+    assert set(vectors) == set(pooling)
+    for sequence in pooling:
+        with torch.inference_mode():
+            ids = torch.tensor([sequence.token_ids])
+            states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        expected = torch.nn.functional.normalize(states.float().mean(0), dim=0)
+        assert vectors[sequence] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_prompt_that_leaves_takes_its_sum_along() -> None:
+    """The last row takes its place in the cache and in the sums."""
+    model = tiny_model(JOINED[0])
+    runner = BatchRunner(model, CPU)
+    params = SamplingParams(max_tokens=0)
+    gone, kept = (Sequence([token] * 20, params, pools=True) for token in (3, 5))
+    with torch.inference_mode():
+        assert runner.prefill(Step((gone, kept), 0, 10, 20)) is None
+        runner.drop(gone)
+        vectors = runner.prefill(Step((kept,), 10, 20, 20))
+        assert vectors is not None
+        alone = runner.prefill(Step((kept,), 0, 20, 20))
+        assert alone is not None
+    assert vectors.shape[0] == 1
+    assert torch.allclose(vectors, alone, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.engines.pt.engine import PtEngine
+from serve_app.engines.pt.engine import DEFAULT_MAX_QUEUED_REQUESTS, PtEngine
 from serve_app.engines.pt.openai_api import build_app
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config
@@ -207,6 +207,29 @@ async def test_embeddings_have_length_one_and_tell_texts_apart(client: httpx.Asy
     packed = (await client.post("/v1/embeddings", json={**body, "encoding_format": "base64"})).json()
     raw = base64.b64decode(packed["data"][0]["embedding"])
     assert list(struct.unpack(f"<{len(first)}f", raw)) == pytest.approx(first)
+
+
+async def test_inputs_count_as_sequences(engine: PtEngine, client: httpx.AsyncClient) -> None:
+    """More than the queue could ever take are refused before one of them is computed."""
+    most = engine.generator.limits.max_num_seqs + DEFAULT_MAX_QUEUED_REQUESTS
+    reply = await client.post("/v1/embeddings", json={"input": ["x"] * (most + 1)})
+    assert reply.status_code == 400
+    assert f"at most {most}" in reply.json()["error"]["message"]
+    assert len((await client.post("/v1/embeddings", json={"input": ["x"] * most})).json()["data"]) == most
+    assert engine.generator.in_flight == 0
+
+
+async def test_numbers_beyond_every_type(client: httpx.AsyncClient) -> None:
+    """Refused by name, or taken for what they mean."""
+    usual = (await client.post("/v1/chat/completions", json=chat())).json()["choices"]
+    refused = await client.post("/v1/chat/completions", json=chat(temperature=1, top_k=10**19))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_k")
+    wide = chat(temperature=1, top_k=2**63 - 1, seed=1, max_tokens=4)
+    answers = await asyncio.gather(
+        *(client.post("/v1/chat/completions", json=body) for body in (wide, chat(), wide, chat()))
+    )
+    assert [reply.status_code for reply in answers] == [200] * 4
+    assert answers[1].json()["choices"] == answers[3].json()["choices"] == usual
 
 
 async def test_a_text_far_too_long_is_refused_before_it_is_tokenised(client: httpx.AsyncClient) -> None:

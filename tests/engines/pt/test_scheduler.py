@@ -1,12 +1,14 @@
 """What the next step computes."""
 
+from typing import Any
+
 from serve_app.engines.pt.scheduler import STEPS_TO_GROW, Limits, Scheduler, Step
 from serve_app.engines.pt.sequence import SamplingParams, Sequence
 
 
-def sequence(prompt: int = 4, max_tokens: int = 4) -> Sequence:
+def sequence(prompt: int = 4, max_tokens: int = 4, **fields: Any) -> Sequence:
     """A sequence with a prompt of so many tokens."""
-    return Sequence([1] * prompt, SamplingParams(max_tokens=max_tokens))
+    return Sequence([1] * prompt, SamplingParams(max_tokens=max_tokens), **fields)
 
 
 def scheduler(
@@ -111,7 +113,7 @@ def test_out_of_memory_puts_all_back_in_order_and_halves_the_batch() -> None:
     a, b, c, d, late = (sequence(4, 50) for _ in range(5))
     scheduled = scheduler(a, b, c, d, late, rows=4)
     advance(scheduled)
-    assert scheduled.out_of_memory() == []
+    assert scheduled.retreat() == []
     assert scheduled.batch_limit == 2
     assert scheduled.schedule().prefill == (a, b)
     assert scheduled.sequences == [a, b, c, d, late]
@@ -121,7 +123,7 @@ def test_the_batch_grows_back() -> None:
     """One more after each calm stretch, up to the configured limit."""
     scheduled = scheduler(*(sequence(4, 1000) for _ in range(4)), rows=4)
     advance(scheduled)
-    scheduled.out_of_memory()
+    scheduled.retreat()
     advance(scheduled, STEPS_TO_GROW)
     assert scheduled.batch_limit == 3
     advance(scheduled, 3 * STEPS_TO_GROW)
@@ -133,9 +135,9 @@ def test_one_that_is_alone_and_too_big_is_given_up() -> None:
     alone = sequence()
     scheduled = scheduler(alone)
     advance(scheduled)
-    assert scheduled.out_of_memory() == []
+    assert scheduled.retreat() == []
     advance(scheduled)
-    assert scheduled.out_of_memory() == [alone]
+    assert scheduled.retreat() == [alone]
     assert scheduled.sequences == []
 
 
@@ -144,3 +146,55 @@ def test_removing_what_is_not_there_is_harmless() -> None:
     scheduled = scheduler(sequence())
     scheduled.remove([sequence()])
     assert scheduled.waiting == 1
+
+
+def test_prompts_that_pool_share_no_pass_with_others_and_never_run() -> None:
+    """Their vectors are there when their prompts are computed."""
+    text, first, second = sequence(), sequence(pools=True), sequence(pools=True)
+    scheduled = scheduler(text, first, second)
+    assert advance(scheduled).prefill == (text,)
+    step = advance(scheduled)
+    assert (step.prefill, step.pools) == ((first, second), True)
+    assert scheduled.decoding == (text,)
+    assert scheduled.sequences == [text]
+
+
+def test_a_request_of_many_prompts_leaves_turns_to_others() -> None:
+    """With one row, the other request is second and not hundredth."""
+    many = [sequence(owner="many", pools=True) for _ in range(100)]
+    other = sequence(owner="other")
+    scheduled = scheduler(*many, other, rows=1)
+    assert advance(scheduled).prefill == (many[0],)
+    assert advance(scheduled).prefill == (other,)
+
+
+def test_prompts_that_failed_together_are_computed_apart() -> None:
+    """Those that fail by themselves are given up; the running ones stay."""
+    running, a, b = sequence(4, 50), sequence(), sequence()
+    scheduled = scheduler(running)
+    advance(scheduled)
+    scheduled.add(a)
+    scheduled.add(b)
+    assert scheduled.schedule().prefill == (a, b)
+    assert scheduled.separate() == []
+    assert scheduled.schedule().prefill == (a,)
+    assert scheduled.separate() == [a]
+    assert scheduled.schedule().prefill == (b,)
+    assert scheduled.decoding == (running,)
+
+
+def test_the_parked_hold_no_place() -> None:
+    """The next in line takes it; they come back before the others."""
+    slow, next_one, last = (sequence(4, 50) for _ in range(3))
+    scheduled = scheduler(slow, next_one, last, rows=1)
+    advance(scheduled)
+    scheduled.park([slow])
+    assert scheduled.parked == (slow,)
+    assert advance(scheduled).prefill == (next_one,)
+    scheduled.unpark([slow])
+    assert scheduled.sequences == [next_one, slow, last]
+    scheduled.remove([next_one])
+    assert advance(scheduled).prefill == (slow,)
+    scheduled.park([slow])
+    scheduled.remove([slow])
+    assert scheduled.parked == ()
