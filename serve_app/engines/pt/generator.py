@@ -1,8 +1,6 @@
 """Generation as the HTTP application sees it: prompts in, text out, on the event loop."""
 
 import asyncio
-import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as ReadOnlySequence
 from functools import cached_property, partial
@@ -11,15 +9,13 @@ from typing import TypeVar
 from serve_app.engines.pt.engine_loop import EngineLoop
 from serve_app.engines.pt.grammar import GrammarCompiler
 from serve_app.engines.pt.model_loader import LoadedModel
+from serve_app.engines.pt.places import Places, Reservation
 from serve_app.engines.pt.probe import ProbeResult
 from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Limits, Scheduler
 from serve_app.engines.pt.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
 from serve_app.engines.pt.text_stream import TextStream
-from serve_app.errors import EngineError, InvalidRequest, Overloaded
-
-# Sequences whose ends tell the rate.
-RATE_WINDOW = 32
+from serve_app.errors import EngineError
 
 T = TypeVar("T")
 
@@ -35,9 +31,8 @@ class Generator:
         self.loaded = loaded
         self.limits = limits
         self.serial_reason = probed.reason
-        self._max_queued = max_queued
+        self._places = Places(name, limits.max_num_seqs + max_queued)
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
-        self._ends: deque[float] = deque(maxlen=RATE_WINDOW)
         self._asyncio_loop = asyncio.get_running_loop()
         self._loop = EngineLoop(probed.runner, Scheduler(limits), Sampler(loaded.eos_ids), self._deliver)
         self._loop.start()
@@ -74,25 +69,12 @@ class Generator:
 
     @property
     def in_flight(self) -> int:
-        """Sequences that run or wait."""
-        return len(self._outputs)
+        """Sequences that run or wait, or are being prepared."""
+        return self._places.taken
 
-    def require_place(self, count: int) -> None:
-        """Raises Overloaded, with the time that the queue needs at the measured rate, when the queue is full.
-
-        Raises InvalidRequest for a request of more choices than the queue could ever take.
-        """
-        allowed = self.limits.max_num_seqs + self._max_queued
-        if count > allowed:
-            raise InvalidRequest(
-                f"The request asks for {count} choices, and the model takes at most {allowed} at once."
-            )
-        over = len(self._outputs) + count - allowed
-        if over > 0:
-            raise Overloaded(
-                f"The model '{self.name}' has {len(self._outputs)} requests already and takes {allowed}.",
-                retry_after_s=self._seconds_per_sequence() * over,
-            )
+    def reserve(self, count: int) -> Reservation:
+        """Takes places for `count` sequences, of those that may run or wait. See `Places.reserve`."""
+        return self._places.reserve(count)
 
     async def generate(
         self,
@@ -100,12 +82,15 @@ class Generator:
         params: SamplingParams,
         stop: ReadOnlySequence[str] = (),
         skip_special_tokens: bool = True,
+        places: Reservation | None = None,
     ) -> AsyncGenerator[Piece]:
         """Text as it is generated; the last piece has a finish reason.
 
-        Leaving the iterator early frees the sequence's place before the next step. Raises what went wrong in the step.
+        One of `places` is given back at the end; without them, one is taken at the beginning. Leaving the iterator
+        early frees the sequence's place before the next step. Raises what went wrong in the step.
         """
         self.require_alive()
+        places = places or self.reserve(1)
         sequence = Sequence(prompt_ids, params)
         outputs = self._outputs[sequence] = asyncio.Queue()
         text = TextStream(partial(self._decode, skip_special_tokens=skip_special_tokens), stop)
@@ -136,9 +121,7 @@ class Generator:
                     return
         finally:
             del self._outputs[sequence]
-            self._ends.append(time.monotonic())
-            if not self._outputs:
-                self._ends.clear()  # The rate is that of the busy time; idle time says nothing of it.
+            places.release()
             if not ended:
                 self._loop.cancel(sequence)
 
@@ -161,11 +144,6 @@ class Generator:
 
         self._loop.run_between_steps(run)
         return await future
-
-    def _seconds_per_sequence(self) -> float:
-        if len(self._ends) < 2:
-            return 1.0
-        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text: str = self.loaded.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,12 +16,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from serve_app.engines.openai_errors import error_object, error_response, read_json
 from serve_app.engines.pt.embedding import embed
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.job import CHAT, TEXT, Answer, Job, Part, Shape
 from serve_app.engines.pt.openapi import openapi_document
+from serve_app.engines.pt.places import Reservation
 from serve_app.engines.pt.prompts import Prompts
 from serve_app.engines.pt.protocol import (
     ChatRequest,
@@ -179,14 +181,15 @@ class _Endpoints:
         job = Job(asked, prompts, params, shape)
         self._reader(job, prompts[0])  # Refuses what it cannot read, before the stream begins.
         self._require_alive()
-        self._generator.require_place(len(job.choices))
-        if asked.stream:
-            return StreamingResponse(self._stream(job), media_type="text/event-stream")
-        return await self._whole(job)
+        with ExitStack() as stack:
+            places = stack.enter_context(self._generator.reserve(len(job.choices)))
+            if asked.stream:
+                return _EventStream(self._stream(job, places), stack.pop_all())
+            return await self._whole(job, places)
 
-    async def _whole(self, job: Job) -> Response:
+    async def _whole(self, job: Job, places: Reservation) -> Response:
         answers = [Answer(text) for text in self._openings(job)]
-        async with aclosing(self._pieces(job)) as pieces:
+        async with aclosing(self._pieces(job, places)) as pieces:
             async for index, part in pieces:
                 answers[index].add(part)
         choices = [
@@ -201,7 +204,7 @@ class _Endpoints:
         head = self._head(job, job.shape.whole_object)
         return JSONResponse(head | {"choices": choices, "usage": _usage(job, answers)})
 
-    async def _stream(self, job: Job) -> AsyncGenerator[bytes]:
+    async def _stream(self, job: Job, places: Reservation) -> AsyncGenerator[bytes]:
         head = self._head(job, job.shape.chunk_object)
         usage = {"usage": None} if job.request.include_usage else {}
         answers = [Answer() for _ in job.choices]
@@ -210,7 +213,7 @@ class _Endpoints:
                 if job.shape.opening is not None or text:
                     opening = job.shape.opening or {**job.shape.delta(Delta(text)), "logprobs": None}
                     yield _event(head | {"choices": [{"index": index, **opening, "finish_reason": None}]} | usage)
-            async with aclosing(self._pieces(job)) as pieces:
+            async with aclosing(self._pieces(job, places)) as pieces:
                 async for index, part in pieces:
                     start = len(answers[index].delta.content)
                     answers[index].add(part)
@@ -230,7 +233,7 @@ class _Endpoints:
             # The head is out, so the status can tell nothing any more: an error event ends the stream.
             yield _event(error_object(_request_error(error)))
 
-    async def _pieces(self, job: Job) -> AsyncGenerator[tuple[int, Part]]:
+    async def _pieces(self, job: Job, places: Reservation) -> AsyncGenerator[tuple[int, Part]]:
         """The parts of all choices as they come, each with its choice's index."""
         arrived: asyncio.Queue[tuple[int, Part] | Exception] = asyncio.Queue()
 
@@ -238,7 +241,7 @@ class _Endpoints:
             try:
                 reader = self._reader(job, prompt)
                 text = self._generator.generate(
-                    prompt, params, job.request.stop_strings, skip_special_tokens=not reader.needs_special_tokens
+                    prompt, params, job.request.stop_strings, not reader.needs_special_tokens, places
                 )
                 async with aclosing(text) as pieces:
                     async for piece in pieces:
@@ -303,6 +306,20 @@ class _Endpoints:
     def _check_model(self, model: str | None) -> None:
         if model not in (None, self._generator.name):
             raise ModelNotFound(f"This route serves '{self._generator.name}', not '{model}'.", param="model")
+
+
+class _EventStream(StreamingResponse):
+    """A stream of events that holds `places` until it has ended, or was given up, whichever way."""
+
+    def __init__(self, events: AsyncGenerator[bytes], places: AbstractContextManager[Any]):
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
+        self._places = places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._places:
+            async with aclosing(self._events):
+                await super().__call__(scope, receive, send)
 
 
 def _usage(job: Job, answers: Sequence[Answer]) -> dict[str, int]:
