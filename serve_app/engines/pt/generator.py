@@ -15,6 +15,7 @@ from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Limits, Scheduler
 from serve_app.engines.pt.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
 from serve_app.engines.pt.text_stream import TextStream
+from serve_app.engines.pt.token_kinds import TokenKinds
 from serve_app.errors import EngineError
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Generator:
         self.loaded = loaded
         self.limits = limits
         self.serial_reason = probed.reason
+        self._kinds = {skip: TokenKinds.of(loaded.tokenizer, skip) for skip in (True, False)}
         self._places = Places(name, limits.max_num_seqs + max_queued)
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
         self._asyncio_loop = asyncio.get_running_loop()
@@ -93,7 +95,8 @@ class Generator:
         places = places or self.reserve(1)
         sequence = Sequence(prompt_ids, params)
         outputs = self._outputs[sequence] = asyncio.Queue()
-        text = TextStream(partial(self._decode, skip_special_tokens=skip_special_tokens), stop)
+        decode = partial(self._decode, skip_special_tokens=skip_special_tokens)
+        text = TextStream(decode, stop, self._kinds[skip_special_tokens])
         ended = False
         try:
             self._loop.submit(sequence)
@@ -146,7 +149,10 @@ class Generator:
         return await future
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        text: str = self.loaded.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        # To clean up spaces would change what the model wrote, and text that is out already.
+        text: str = self.loaded.tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _deliver(self, outputs: list[Output]) -> None:

@@ -67,26 +67,46 @@ class Part:
         return self.delta == Delta() and self.piece.finish_reason is None and not self.piece.logprobs
 
 
-class Answer:
-    """All parts of one choice."""
+class Progress:
+    """How far one choice is. Keeps nothing that grows with it."""
 
-    def __init__(self, opening: str = ""):
-        self.delta = Delta(opening)
-        self.logprobs: list[Logprobs] = []
+    def __init__(self) -> None:
         self.tokens = 0
+        self.characters = 0
+        self._has_calls = False
         self._reason: FinishReason | None = None
 
     def add(self, part: Part) -> None:
         """Takes the next part."""
-        self.delta += part.delta
-        self.logprobs += part.piece.logprobs
         self.tokens = part.piece.tokens
+        self.characters += len(part.delta.content)
+        self._has_calls = self._has_calls or bool(part.delta.calls)
         self._reason = part.piece.finish_reason
 
     def finish_reason(self, job: Job) -> str | None:
         """OpenAI's: `tool_calls` where the model chose to call; a named function just stops."""
         named = isinstance(job.request, ChatRequest) and job.request.named_tool is not None
-        return "tool_calls" if self._reason == "stop" and self.delta.calls and not named else self._reason
+        return "tool_calls" if self._reason == "stop" and self._has_calls and not named else self._reason
+
+
+class Answer(Progress):
+    """All parts of one choice, which are joined once."""
+
+    def __init__(self, opening: str = ""):
+        super().__init__()
+        self._deltas = [Delta(opening)]
+        self.logprobs: list[Logprobs] = []
+
+    def add(self, part: Part) -> None:
+        """Takes the next part."""
+        super().add(part)
+        self._deltas.append(part.delta)
+        self.logprobs += part.piece.logprobs
+
+    @property
+    def delta(self) -> Delta:
+        """The whole answer. The work grows with it."""
+        return Delta.join(self._deltas)
 
 
 def _message(delta: Delta) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.engines.openai_errors import error_object, error_response, read_json
 from serve_app.engines.pt.embedding import embed
 from serve_app.engines.pt.generator import Generator
-from serve_app.engines.pt.job import CHAT, TEXT, Answer, Job, Part, Shape
+from serve_app.engines.pt.job import CHAT, TEXT, Answer, Job, Part, Progress, Shape
 from serve_app.engines.pt.openapi import openapi_document
 from serve_app.engines.pt.places import Reservation
 from serve_app.engines.pt.prompts import Prompts
@@ -207,7 +207,7 @@ class _Endpoints:
     async def _stream(self, job: Job, places: Reservation) -> AsyncGenerator[bytes]:
         head = self._head(job, job.shape.chunk_object)
         usage = {"usage": None} if job.request.include_usage else {}
-        answers = [Answer() for _ in job.choices]
+        answers = [Progress() for _ in job.choices]
         try:
             for index, text in enumerate(self._openings(job)):
                 if job.shape.opening is not None or text:
@@ -215,7 +215,7 @@ class _Endpoints:
                     yield _event(head | {"choices": [{"index": index, **opening, "finish_reason": None}]} | usage)
             async with aclosing(self._pieces(job, places)) as pieces:
                 async for index, part in pieces:
-                    start = len(answers[index].delta.content)
+                    start = answers[index].characters
                     answers[index].add(part)
                     if part.is_empty:
                         continue
@@ -322,7 +322,7 @@ class _EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-def _usage(job: Job, answers: Sequence[Answer]) -> dict[str, int]:
+def _usage(job: Job, answers: Sequence[Progress]) -> dict[str, int]:
     generated = sum(answer.tokens for answer in answers)
     return {
         "prompt_tokens": job.prompt_tokens,
