@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 from serve_app.engines.pt.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
@@ -25,19 +26,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Job:
-    """One checked request: what to generate, and how its answer is written. `n` choices follow each prompt."""
+    """One checked request: what to generate, and how its answer is written. `n` choices follow each prompt.
+
+    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with.
+    """
 
     request: ChatRequest | CompletionRequest
     prompts: list[list[int]]
     params: SamplingParams
     shape: Shape
+    readers: list[MessageReader]
+    openings: list[str]
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts together."""
         return sum(map(len, self.prompts))
 
-    @property
+    @cached_property
     def choices(self) -> list[tuple[list[int], SamplingParams]]:
         """Prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
         n, seed = self.request.choices, self.params.seed
@@ -95,13 +101,21 @@ class Answer(Progress):
     def __init__(self, opening: str = ""):
         super().__init__()
         self._deltas = [Delta(opening)]
+        self._length = len(opening)
         self.logprobs: list[Logprobs] = []
 
     def add(self, part: Part) -> None:
         """Takes the next part."""
         super().add(part)
         self._deltas.append(part.delta)
+        self._length += len(part.piece.text)
         self.logprobs += part.piece.logprobs
+
+    @property
+    def size(self) -> int:
+        """About how many bytes its JSON has; an entry of log probabilities has some 64."""
+        alternatives = sum(1 + len(item.top) for item in self.logprobs)
+        return self._length + 64 * alternatives
 
     @property
     def delta(self) -> Delta:
