@@ -2,31 +2,81 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+# Characters of a client's own name that an error repeats.
+SHOWN_CHARACTERS = 64
 
 
-class StreamOptions(BaseModel):
-    """`stream_options`."""
+class Closed(BaseModel):
+    """An object without further fields. The first unknown one is told, and no other: a client may send thousands."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows(cls, value: object) -> object:
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if isinstance(value, dict) and (unknown := next((name for name in value if name not in known), None)):
+            raise ValueError(f"there is no field '{unknown[:SHOWN_CHARACTERS]}' in it")
+        return value
+
+
+def check_prompts(value: object) -> object:
+    """Raises ValueError unless this is a text, or a list of texts, of token ids, or of lists of token ids.
+
+    One pass that ends at the first error: of a union pydantic would list all errors of all members.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a text, a list of texts, a list of token ids, or a list of lists of token ids")
+    kind = type(value[0]) if value else str
+    if kind not in (str, int, list):
+        raise ValueError("[0] must be a text, a token id, or a list of token ids")
+    for index, item in enumerate(value):
+        if type(item) is not kind:
+            raise ValueError(f"[{index}] is not of the type of the first item")
+        if kind is list:
+            check_ids(item, f"[{index}]")
+    return value
+
+
+def check_ids(value: object, where: str = "") -> object:
+    """Raises ValueError at the first item that is no integer."""
+    if not isinstance(value, list):
+        raise ValueError(f"{where} must be a list of token ids".lstrip())
+    wrong = next((index for index, item in enumerate(value) if type(item) is not int), None)
+    if wrong is not None:
+        raise ValueError(f"{where}[{wrong}] must be a token id, an integer")
+    return value
+
+
+Prompts = str | list[str] | list[int] | list[list[int]]
+CheckedPrompts = Annotated[Prompts, PlainValidator(check_prompts, json_schema_input_type=Prompts)]
+CheckedIds = Annotated[list[int], PlainValidator(check_ids, json_schema_input_type=list[int])]
+
+
+class StreamOptions(Closed):
+    """`stream_options`."""
+
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Closed):
     """`response_format.json_schema`."""
 
-    model_config = ConfigDict(extra="forbid", serialize_by_alias=True)
+    model_config = ConfigDict(serialize_by_alias=True)
     name: str = ""
     description: str | None = None
     definition: Annotated[dict[str, Any] | bool, Field(alias="schema")]
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Closed):
     """`response_format`."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -37,14 +87,13 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Closed):
     """`structured_outputs`, as vLLM has it: exactly one of these."""
 
-    model_config = ConfigDict(extra="forbid")
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     json_object: Literal[True] | None = None
     regex: Annotated[str, Field(min_length=1)] | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
     grammar: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -63,25 +112,22 @@ class Function(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-class Tool(BaseModel):
+class Tool(Closed):
     """One of `tools`."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["function"]
     function: Function
     strict: bool | None = None
 
 
-class FunctionName(BaseModel):
+class FunctionName(Closed):
     """`tool_choice.function`."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Closed):
     """`tool_choice` that names a function."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["function"]
     function: FunctionName

@@ -3,8 +3,6 @@
 import asyncio
 import logging
 import math
-import time
-from collections import deque
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ReadOnlySequence
 from functools import cached_property, partial
@@ -12,19 +10,19 @@ from functools import cached_property, partial
 from serve_app.engines.pt.engine_loop import EngineLoop
 from serve_app.engines.pt.grammar import GrammarCompiler
 from serve_app.engines.pt.model_loader import LoadedModel
+from serve_app.engines.pt.places import Places, Reservation
 from serve_app.engines.pt.probe import ProbeResult
 from serve_app.engines.pt.sampler import Sampler
 from serve_app.engines.pt.scheduler import Limits, Scheduler
 from serve_app.engines.pt.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
 from serve_app.engines.pt.text_stream import TextStream
-from serve_app.errors import EngineError, InvalidRequest, Overloaded
+from serve_app.engines.pt.token_kinds import TokenKinds
+from serve_app.errors import EngineError
 
 logger = logging.getLogger("ray.serve")
 
 # Seconds between two looks at whether the engine's thread still ends its steps.
 WATCH_EVERY_S = 1.0
-# Sequences whose ends tell the rate.
-RATE_WINDOW = 32
 
 
 class Generator:
@@ -47,9 +45,9 @@ class Generator:
         self.loaded = loaded
         self.limits = limits
         self.serial_reason = probed.reason
-        self._max_queued = max_queued
+        self._kinds = {skip: TokenKinds.of(loaded.tokenizer, skip) for skip in (True, False)}
+        self._places = Places(name, limits.max_num_seqs + max_queued)
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
-        self._ends: deque[float] = deque(maxlen=RATE_WINDOW)
         self._asyncio_loop = asyncio.get_running_loop()
         self._loop = EngineLoop(probed.runner, Scheduler(limits), Sampler(loaded.eos_ids), self._deliver)
         self._loop.start()
@@ -94,25 +92,12 @@ class Generator:
 
     @property
     def in_flight(self) -> int:
-        """Sequences that run or wait."""
-        return len(self._outputs)
+        """Sequences that run or wait, or are being prepared."""
+        return self._places.taken
 
-    def require_place(self, count: int) -> None:
-        """Raises Overloaded, with the time that the queue needs at the measured rate, when the queue is full.
-
-        Raises InvalidRequest for a request of more choices than the queue could ever take.
-        """
-        allowed = self.limits.max_num_seqs + self._max_queued
-        if count > allowed:
-            raise InvalidRequest(
-                f"The request asks for {count} choices, and the model takes at most {allowed} at once."
-            )
-        over = len(self._outputs) + count - allowed
-        if over > 0:
-            raise Overloaded(
-                f"The model '{self.name}' has {len(self._outputs)} requests already and takes {allowed}.",
-                retry_after_s=self._seconds_per_sequence() * over,
-            )
+    def reserve(self, count: int) -> Reservation:
+        """Takes places for `count` sequences, of those that may run or wait. See `Places.reserve`."""
+        return self._places.reserve(count)
 
     async def generate(
         self,
@@ -120,17 +105,21 @@ class Generator:
         params: SamplingParams,
         stop: ReadOnlySequence[str] = (),
         skip_special_tokens: bool = True,
+        places: Reservation | None = None,
         owner: object = None,
     ) -> AsyncGenerator[Piece]:
         """Text as it is generated; the last piece has a finish reason.
 
-        Those of one `owner`, a request, wait in one line; None is a line of its own.
-        Leaving the iterator early frees the sequence's place before the next step. Raises what went wrong in the step.
+        One of `places` is given back at the end; without them, one is taken at the beginning. Those of one `owner`, a
+        request, wait in one line; None is a line of its own. Leaving the iterator early frees the sequence's place
+        before the next step. Raises what went wrong in the step.
         """
         self.require_alive()
+        places = places or self.reserve(1)
         sequence = Sequence(prompt_ids, params, owner=object() if owner is None else owner)
         outputs = self._outputs[sequence] = asyncio.Queue()
-        text = TextStream(partial(self._decode, skip_special_tokens=skip_special_tokens), stop)
+        decode = partial(self._decode, skip_special_tokens=skip_special_tokens)
+        text = TextStream(decode, stop, self._kinds[skip_special_tokens])
         ended = False
         try:
             self._loop.submit(sequence)
@@ -158,17 +147,16 @@ class Generator:
                     return
         finally:
             self._forget(sequence, ended)
+            places.release()
 
     def _forget(self, sequence: Sequence, ended: bool) -> None:
         del self._outputs[sequence]
-        self._ends.append(time.monotonic())
-        if not self._outputs:
-            self._ends.clear()  # The rate is that of the busy time; idle time says nothing of it.
         if not ended:
             self._loop.cancel(sequence)
 
-    async def embed(self, prompt_ids: ReadOnlySequence[int], owner: object) -> list[float]:
-        """The prompt's vector. It waits for its turn like a text, and raises what `generate` raises."""
+    async def embed(self, prompt_ids: ReadOnlySequence[int], places: Reservation, owner: object) -> list[float]:
+        """The prompt's vector. It waits for its turn like a text, gives back one of `places`, and raises what
+        `generate` raises."""
         self.require_alive()
         sequence = Sequence(prompt_ids, SamplingParams(max_tokens=0), owner=owner, pools=True)
         outputs = self._outputs[sequence] = asyncio.Queue()
@@ -179,18 +167,17 @@ class Generator:
             ended = True
         finally:
             self._forget(sequence, ended)
+            places.release()
         if output.error is not None:
             raise output.error
         assert output.vector is not None, "a sequence that pools has one output"
         return output.vector
 
-    def _seconds_per_sequence(self) -> float:
-        if len(self._ends) < 2:
-            return 1.0
-        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        text: str = self.loaded.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        # To clean up spaces would change what the model wrote, and text that is out already.
+        text: str = self.loaded.tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     async def _watch_the_thread(self) -> None:

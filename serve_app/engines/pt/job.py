@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 from serve_app.engines.pt.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
@@ -25,19 +26,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Job:
-    """One checked request: what to generate, and how its answer is written. `n` choices follow each prompt."""
+    """One checked request: what to generate, and how its answer is written. `n` choices follow each prompt.
+
+    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with.
+    """
 
     request: ChatRequest | CompletionRequest
     prompts: list[list[int]]
     params: SamplingParams
     shape: Shape
+    readers: list[MessageReader]
+    openings: list[str]
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts together."""
         return sum(map(len, self.prompts))
 
-    @property
+    @cached_property
     def choices(self) -> list[tuple[list[int], SamplingParams]]:
         """Prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
         n, seed = self.request.choices, self.params.seed
@@ -67,26 +73,54 @@ class Part:
         return self.delta == Delta() and self.piece.finish_reason is None and not self.piece.logprobs
 
 
-class Answer:
-    """All parts of one choice."""
+class Progress:
+    """How far one choice is. Keeps nothing that grows with it."""
 
-    def __init__(self, opening: str = ""):
-        self.delta = Delta(opening)
-        self.logprobs: list[Logprobs] = []
+    def __init__(self) -> None:
         self.tokens = 0
+        self.characters = 0
+        self._has_calls = False
         self._reason: FinishReason | None = None
 
     def add(self, part: Part) -> None:
         """Takes the next part."""
-        self.delta += part.delta
-        self.logprobs += part.piece.logprobs
         self.tokens = part.piece.tokens
+        self.characters += len(part.delta.content)
+        self._has_calls = self._has_calls or bool(part.delta.calls)
         self._reason = part.piece.finish_reason
 
     def finish_reason(self, job: Job) -> str | None:
         """OpenAI's: `tool_calls` where the model chose to call; a named function just stops."""
         named = isinstance(job.request, ChatRequest) and job.request.named_tool is not None
-        return "tool_calls" if self._reason == "stop" and self.delta.calls and not named else self._reason
+        return "tool_calls" if self._reason == "stop" and self._has_calls and not named else self._reason
+
+
+class Answer(Progress):
+    """All parts of one choice, which are joined once."""
+
+    def __init__(self, opening: str = ""):
+        super().__init__()
+        self._deltas = [Delta(opening)]
+        self._length = len(opening)
+        self.logprobs: list[Logprobs] = []
+
+    def add(self, part: Part) -> None:
+        """Takes the next part."""
+        super().add(part)
+        self._deltas.append(part.delta)
+        self._length += len(part.piece.text)
+        self.logprobs += part.piece.logprobs
+
+    @property
+    def size(self) -> int:
+        """About how many bytes its JSON has; an entry of log probabilities has some 64."""
+        alternatives = sum(1 + len(item.top) for item in self.logprobs)
+        return self._length + 64 * alternatives
+
+    @property
+    def delta(self) -> Delta:
+        """The whole answer. The work grows with it."""
+        return Delta.join(self._deltas)
 
 
 def _message(delta: Delta) -> dict[str, Any]:

@@ -6,27 +6,34 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from serve_app.engines.openai_errors import error_object, error_response, read_json
+from serve_app.engines.openai_errors import error_object, error_response
+from serve_app.engines.pt.body import decode_body
 from serve_app.engines.pt.generator import Generator
-from serve_app.engines.pt.job import CHAT, TEXT, Answer, Job, Part, Shape
+from serve_app.engines.pt.job import CHAT, TEXT, Answer, Job, Part, Progress, Shape
 from serve_app.engines.pt.openapi import openapi_document
+from serve_app.engines.pt.places import Reservation
 from serve_app.engines.pt.prompts import Prompts
 from serve_app.engines.pt.protocol import (
+    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
+    read_tokenize,
 )
 from serve_app.engines.pt.sequence import Logprobs, SamplingParams
 from serve_app.engines.pt.tool_calls import (
@@ -38,11 +45,13 @@ from serve_app.engines.pt.tool_calls import (
     TemplateReader,
     response_template,
 )
+from serve_app.engines.pt.workers import SMALL_BYTES, Workers
 from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
 
 logger = logging.getLogger("ray.serve")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+Asked = TypeVar("Asked", bound=Body)
 
 # What OpenAI's completions endpoint generates when the request does not say.
 DEFAULT_COMPLETION_TOKENS = 16
@@ -71,73 +80,72 @@ class _Endpoints:
     def __init__(self, generator: Generator):
         self._generator = generator
         self._prompts = Prompts(generator)
+        self._workers = Workers()
         self._created = int(time.time())
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        asked = ChatRequest.read(await _json(request))
-        self._check_model(asked.model)
-        prompt = await asyncio.to_thread(self._prompts.of_chat, asked)
-        return await self._answer(asked, [prompt], CHAT, default_tokens=None)
+        size, asked = await self._read(request, ChatRequest.read)
+        return await self._answer(size, asked, CHAT, None, lambda: [self._prompts.of_chat(asked)])
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
-        asked = CompletionRequest.read(await _json(request))
-        self._check_model(asked.model)
-        prompts = await asyncio.to_thread(self._prompts.of_texts, asked)
-        return await self._answer(asked, prompts, TEXT, default_tokens=DEFAULT_COMPLETION_TOKENS)
+        size, asked = await self._read(request, CompletionRequest.read)
+        return await self._answer(size, asked, TEXT, DEFAULT_COMPLETION_TOKENS, lambda: self._prompts.of_texts(asked))
 
     async def embed(self, request: Request) -> Response:
         """POST /v1/embeddings: the mean of the last hidden states over the text's tokens, scaled to length 1."""
-        asked = EmbeddingRequest.read(await _json(request))
-        self._check_model(asked.model)
-        prompts = await asyncio.to_thread(self._prompts.of_texts, asked)
-        if (longest := max(map(len, prompts))) > self._generator.max_tokens_per_request:
-            raise ContextTooLong(
-                f"This model's maximum context length is {self._generator.max_tokens_per_request} tokens. However, the "
-                f"input has {longest}.",
-                param="input",
-            )
-        self._generator.require_place(len(prompts))
-        vectors = await self._vectors(prompts)
-        total = sum(map(len, prompts))
-        data = [
-            {"object": "embedding", "index": index, "embedding": asked.encode(vector)}
-            for index, vector in enumerate(vectors)
-        ]
-        usage = {"prompt_tokens": total, "total_tokens": total}
-        return JSONResponse({"object": "list", "data": data, "model": self._generator.name, "usage": usage})
+        size, asked = await self._read(request, EmbeddingRequest.read)
+        self._require_alive()
+        with self._generator.reserve(asked.sequences) as places:
+            prompts = await self._workers.run(size, partial(self._prompts.of_texts, asked))
+            longest, most = max(map(len, prompts)), self._generator.max_tokens_per_request
+            if longest > most:
+                raise ContextTooLong(
+                    f"This model's maximum context length is {most} tokens. However, the input has {longest}.",
+                    param="input",
+                )
+            vectors = await self._vectors(prompts, places)
+        return _json_response(await self._workers.run(size, lambda: self._write_vectors(asked, prompts, vectors)))
 
-    async def _vectors(self, prompts: list[list[int]]) -> list[list[float]]:
+    async def _vectors(self, prompts: list[list[int]], places: Reservation) -> list[list[float]]:
         """Of all prompts, or the first error; then the others end too."""
         owner = object()
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._generator.embed(prompt, owner)) for prompt in prompts]
+                tasks = [group.create_task(self._generator.embed(prompt, places, owner)) for prompt in prompts]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
+    def _write_vectors(self, asked: EmbeddingRequest, prompts: list[list[int]], vectors: list[list[float]]) -> bytes:
+        data = [
+            {"object": "embedding", "index": index, "embedding": asked.encode(vector)}
+            for index, vector in enumerate(vectors)
+        ]
+        total = sum(map(len, prompts))
+        usage = {"prompt_tokens": total, "total_tokens": total}
+        return msgspec.json.encode({"object": "list", "data": data, "model": self._generator.name, "usage": usage})
+
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize, as vLLM has it: of a prompt, or of messages through the chat template."""
-        body = await _json(request)
-        if isinstance(body, dict) and "messages" in body:
-            asked = ChatRequest.read(body)
-            ids = await asyncio.to_thread(self._prompts.of_chat, asked)
-        else:
-            read = TokenizeRequest.read(body)
-            tokenizer = self._generator.loaded.tokenizer
-            asked = read  # type: ignore[assignment]
-            ids = tokenizer.encode(read.prompt, add_special_tokens=read.add_special_tokens)
-        self._check_model(asked.model)
-        return JSONResponse({"count": len(ids), "max_model_len": self._generator.max_tokens_per_request, "tokens": ids})
+
+        def answer(asked: ChatRequest | TokenizeRequest) -> bytes:
+            ids = self._prompts.of_chat(asked) if isinstance(asked, ChatRequest) else self._prompts.of_text(asked)
+            most = self._generator.max_tokens_per_request
+            return msgspec.json.encode({"count": len(ids), "max_model_len": most, "tokens": ids})
+
+        size, asked = await self._read(request, read_tokenize)
+        return _json_response(await self._workers.run(size, partial(answer, asked)))
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize, as vLLM has it."""
-        asked = DetokenizeRequest.read(await _json(request))
-        self._check_model(asked.model)
-        self._prompts.check_ids(asked.tokens, "tokens")
-        return JSONResponse({"prompt": self._generator.loaded.tokenizer.decode(asked.tokens)})
+
+        def answer(asked: DetokenizeRequest) -> bytes:
+            return msgspec.json.encode({"prompt": self._prompts.text_of(asked)})
+
+        size, asked = await self._read(request, DetokenizeRequest.read)
+        return _json_response(await self._workers.run(size, partial(answer, asked)))
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
@@ -171,53 +179,87 @@ class _Endpoints:
         except EngineError as error:
             raise ModelUnavailable(str(error), retry_after_s=5.0) from None
 
+    async def _read(self, request: Request, read: Callable[[object], Asked]) -> tuple[int, Asked]:
+        """The body's bytes, and what `read` makes of it, on a thread. Raises InvalidRequest and ModelNotFound."""
+        body = await request.body()
+        asked = await self._workers.run(len(body), lambda: read(decode_body(body)))
+        if asked.model not in (None, self._generator.name):
+            raise ModelNotFound(f"This route serves '{self._generator.name}', not '{asked.model}'.", param="model")
+        return len(body), asked
+
     async def _answer(
-        self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]], shape: Shape, default_tokens: int | None
+        self,
+        size: int,
+        asked: ChatRequest | CompletionRequest,
+        shape: Shape,
+        default_tokens: int | None,
+        tokenize: Callable[[], list[list[int]]],
     ) -> Response:
+        """Takes the places first: nothing is built for sequences that the model cannot take."""
+        self._require_alive()
+        with ExitStack() as stack:
+            places = stack.enter_context(self._generator.reserve(asked.sequences))
+            job = await self._workers.run(size, lambda: self._job(asked, shape, default_tokens, tokenize()))
+            if asked.grammar is not None:
+                grammars = await asyncio.to_thread(lambda: self._generator.grammars)
+                grammar = await grammars.compile_soon(asked.grammar)
+                job = replace(job, params=replace(job.params, grammar=grammar))
+            if asked.stream:
+                return _EventStream(self._stream(job, places), stack.pop_all())
+            return await self._whole(job, places)
+
+    def _job(
+        self,
+        asked: ChatRequest | CompletionRequest,
+        shape: Shape,
+        default_tokens: int | None,
+        prompts: list[list[int]],
+    ) -> Job:
+        """The request as far as it can be prepared without the model. Takes time: not for the event loop."""
         max_tokens = self._prompts.max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
         params = asked.sampling(max_tokens, self._generator.loaded.model.generation_config)
-        if asked.grammar is not None:
-            grammars = await asyncio.to_thread(lambda: self._generator.grammars)
-            grammar = await grammars.compile_soon(asked.grammar)
-            params = replace(params, grammar=grammar)
-        job = Job(asked, prompts, params, shape)
-        self._reader(job, prompts[0])  # Refuses what it cannot read, before the stream begins.
-        self._require_alive()
-        self._generator.require_place(len(job.choices))
-        if asked.stream:
-            return StreamingResponse(self._stream(job), media_type="text/event-stream")
-        return await self._whole(job)
+        readers = [self._reader(asked, prompt) for prompt in prompts for _ in range(asked.choices)]
+        return Job(asked, prompts, params, shape, readers, self._openings(asked, prompts))
 
-    async def _whole(self, job: Job) -> Response:
-        answers = [Answer(text) for text in self._openings(job)]
-        async with aclosing(self._pieces(job)) as pieces:
+    async def _whole(self, job: Job, places: Reservation) -> Response:
+        answers = [Answer(text) for text in job.openings]
+        async with aclosing(self._pieces(job, places)) as pieces:
             async for index, part in pieces:
                 answers[index].add(part)
+        if sum(answer.size for answer in answers) <= SMALL_BYTES:
+            return _json_response(self._write(job, answers))
+        return _json_response(await self._workers.run(SMALL_BYTES + 1, partial(self._write, job, answers)))
+
+    def _write(self, job: Job, answers: Sequence[Answer]) -> bytes:
+        """The whole answer as JSON, one choice after the other, so that no step is long."""
         choices = [
-            {
-                "index": index,
-                **job.shape.whole(answer.delta),
-                "logprobs": self._logprobs(job, answer.logprobs),
-                "finish_reason": answer.finish_reason(job),
-            }
+            msgspec.json.encode(
+                {
+                    "index": index,
+                    **job.shape.whole(answer.delta),
+                    "logprobs": self._logprobs(job, answer.logprobs),
+                    "finish_reason": answer.finish_reason(job),
+                }
+            )
             for index, answer in enumerate(answers)
         ]
-        head = self._head(job, job.shape.whole_object)
-        return JSONResponse(head | {"choices": choices, "usage": _usage(job, answers)})
+        head = msgspec.json.encode(self._head(job, job.shape.whole_object))
+        usage = msgspec.json.encode(_usage(job, answers))
+        return head[:-1] + b',"choices":[' + b",".join(choices) + b'],"usage":' + usage + b"}"
 
-    async def _stream(self, job: Job) -> AsyncGenerator[bytes]:
+    async def _stream(self, job: Job, places: Reservation) -> AsyncGenerator[bytes]:
         head = self._head(job, job.shape.chunk_object)
         usage = {"usage": None} if job.request.include_usage else {}
-        answers = [Answer() for _ in job.choices]
+        answers = [Progress() for _ in job.choices]
         try:
-            for index, text in enumerate(self._openings(job)):
+            for index, text in enumerate(job.openings):
                 if job.shape.opening is not None or text:
                     opening = job.shape.opening or {**job.shape.delta(Delta(text)), "logprobs": None}
                     yield _event(head | {"choices": [{"index": index, **opening, "finish_reason": None}]} | usage)
-            async with aclosing(self._pieces(job)) as pieces:
+            async with aclosing(self._pieces(job, places)) as pieces:
                 async for index, part in pieces:
-                    start = len(answers[index].delta.content)
+                    start = answers[index].characters
                     answers[index].add(part)
                     if part.is_empty:
                         continue
@@ -235,20 +277,16 @@ class _Endpoints:
             # The head is out, so the status can tell nothing any more: an error event ends the stream.
             yield _event(error_object(_request_error(error)))
 
-    async def _pieces(self, job: Job) -> AsyncGenerator[tuple[int, Part]]:
+    async def _pieces(self, job: Job, places: Reservation) -> AsyncGenerator[tuple[int, Part]]:
         """The parts of all choices as they come, each with its choice's index."""
         arrived: asyncio.Queue[tuple[int, Part] | Exception] = asyncio.Queue()
         owner = object()
 
         async def follow(index: int, prompt: list[int], params: SamplingParams) -> None:
+            reader = job.readers[index]
             try:
-                reader = self._reader(job, prompt)
                 text = self._generator.generate(
-                    prompt,
-                    params,
-                    job.request.stop_strings,
-                    skip_special_tokens=not reader.needs_special_tokens,
-                    owner=owner,
+                    prompt, params, job.request.stop_strings, not reader.needs_special_tokens, places, owner
                 )
                 async with aclosing(text) as pieces:
                     async for piece in pieces:
@@ -270,16 +308,16 @@ class _Endpoints:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _openings(self, job: Job) -> list[str]:
+    def _openings(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[str]:
         """The text that each choice begins with: the prompt, where it is to be echoed."""
-        if not (isinstance(job.request, CompletionRequest) and job.request.echo):
-            return ["" for _ in job.choices]
-        tokenizer = self._generator.loaded.tokenizer
-        return [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _ in job.choices]
+        if not (isinstance(asked, CompletionRequest) and asked.echo):
+            return [""] * asked.sequences
+        decode = self._generator.loaded.tokenizer.decode
+        texts = [decode(prompt, skip_special_tokens=True) for prompt in prompts]
+        return [text for text in texts for _ in range(asked.choices)]
 
-    def _reader(self, job: Job, prompt: list[int]) -> MessageReader:
+    def _reader(self, asked: ChatRequest | CompletionRequest, prompt: list[int]) -> MessageReader:
         """What tells tool calls from text in one choice. Raises InvalidRequest where nothing can."""
-        asked = job.request
         if not isinstance(asked, ChatRequest) or not asked.offered_tools:
             return PlainReader()
         if asked.named_tool is not None:
@@ -310,12 +348,22 @@ class _Endpoints:
             "model": self._generator.name,
         }
 
-    def _check_model(self, model: str | None) -> None:
-        if model not in (None, self._generator.name):
-            raise ModelNotFound(f"This route serves '{self._generator.name}', not '{model}'.", param="model")
+
+class _EventStream(StreamingResponse):
+    """A stream of events that holds `places` until it has ended, or was given up, whichever way."""
+
+    def __init__(self, events: AsyncGenerator[bytes], places: AbstractContextManager[Any]):
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
+        self._places = places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._places:
+            async with aclosing(self._events):
+                await super().__call__(scope, receive, send)
 
 
-def _usage(job: Job, answers: Sequence[Answer]) -> dict[str, int]:
+def _usage(job: Job, answers: Sequence[Progress]) -> dict[str, int]:
     generated = sum(answer.tokens for answer in answers)
     return {
         "prompt_tokens": job.prompt_tokens,
@@ -336,11 +384,8 @@ def _request_error(error: Exception) -> RequestError:
     return RequestError(f"The engine failed on this request: {type(error).__name__}: {error}")
 
 
-async def _json(request: Request) -> object:
-    try:
-        return read_json(await request.body())
-    except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+def _json_response(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
 
 
 def _guarded(endpoint: Endpoint) -> Endpoint:

@@ -1,13 +1,19 @@
 """Prompts: from messages or text to token ids that fit the model."""
 
 import inspect
-import json
+from collections.abc import Mapping
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.pt.generator import Generator
-from serve_app.engines.pt.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
+from serve_app.engines.pt.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from serve_app.errors import ContextTooLong, InvalidRequest
 
 # Arguments of `apply_chat_template` itself, which a client must not reach through the template's variables.
@@ -30,7 +36,7 @@ class Prompts:
                 )
         conversation = asked.conversation()
         shown = [conversation, asked.offered_tools, asked.chat_template_kwargs]
-        self._check_characters(len(json.dumps(shown, ensure_ascii=False, default=str)), "messages")
+        self._check_characters(_characters(shown), "messages")
         if tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template. Use /v1/completions, or set chat_template in its config.",
@@ -51,16 +57,48 @@ class Prompts:
         return ids
 
     def of_texts(self, asked: CompletionRequest | EmbeddingRequest) -> list[list[int]]:
-        """The token ids of each text."""
-        tokenizer, name = self._generator.loaded.tokenizer, asked.prompt_field
-        for item in asked.prompts():
-            self._check_characters(len(item) if isinstance(item, str) else 0, name)
-        prompts = [tokenizer.encode(item) if isinstance(item, str) else list(item) for item in asked.prompts()]
-        if not prompts or not all(prompts):
+        """The token ids of each text. All that can be counted before is counted before."""
+        name, items = asked.prompt_field, asked.prompts()
+        if not items or not all(items):
             raise InvalidRequest(f"'{name}' is empty.", param=name)
-        for ids in prompts:
+        self._check_characters(max((len(item) for item in items if isinstance(item, str)), default=0), name)
+        total, prompts = 0, []
+        for item in items:
+            ids = self.encode(item) if isinstance(item, str) else item
+            total += len(ids)
+            self._check_total(total, name)
+            if not ids:
+                raise InvalidRequest(f"'{name}' is empty.", param=name)
             self.check_ids(ids, name)
+            prompts.append(ids)
         return prompts
+
+    def of_text(self, asked: TokenizeRequest) -> list[int]:
+        """The token ids of one text, for /tokenize."""
+        self._check_characters(len(asked.prompt), "prompt")
+        return self.encode(asked.prompt, asked.add_special_tokens)
+
+    def text_of(self, asked: DetokenizeRequest) -> str:
+        """The text of token ids, for /detokenize."""
+        self._check_total(len(asked.tokens), "tokens")
+        self.check_ids(asked.tokens, "tokens")
+        text: str = self._generator.loaded.tokenizer.decode(asked.tokens)
+        return text
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text."""
+        ids: list[int] = self._generator.loaded.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def _check_total(self, tokens: int, name: str) -> None:
+        """Refuses a request of more tokens than the model can hold at once, each sequence at its longest."""
+        longest, rows = self._generator.max_tokens_per_request, self._generator.limits.max_num_seqs
+        if tokens > longest * rows:
+            raise ContextTooLong(
+                f"'{name}' has more than {longest * rows} tokens, which is {rows} times this model's maximum context "
+                f"length of {longest} tokens. Send several requests.",
+                param=name,
+            )
 
     def _check_characters(self, count: int, name: str) -> None:
         """Refuses a text that cannot fit before it is tokenised, which takes a second per megabyte."""
@@ -91,3 +129,20 @@ class Prompts:
                 param="max_tokens" if prompt_tokens < context else None,
             )
         return wanted
+
+
+def _characters(value: object) -> int:
+    """Characters of all texts, keys and numbers in a JSON value."""
+    total, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, Mapping):
+            left += item.keys()
+            left += item.values()
+        elif isinstance(item, list | tuple):
+            left += item
+        else:
+            total += 1
+    return total

@@ -9,11 +9,22 @@ import json
 import re
 import struct
 from collections.abc import Container, Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.engines.pt.fields import NamedTool, ResponseFormat, StreamOptions, StructuredOutputs, Tool
+from serve_app.engines.pt.fields import (
+    SHOWN_CHARACTERS,
+    CheckedIds,
+    CheckedPrompts,
+    NamedTool,
+    Prompts,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+    Tool,
+)
 from serve_app.engines.pt.grammar import GrammarSpec, choice_grammar
 from serve_app.engines.pt.sequence import SamplingParams
 from serve_app.engines.pt.tool_calls import call_list_schema, parameters_of
@@ -35,11 +46,26 @@ NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": (None,),
 }
 
-Text = str | list[dict[str, Any]]
-Prompts = str | list[str] | list[int] | list[list[int]]
+# With fail_fast pydantic stops at the first wrong item of a list, and does not list thousands of errors.
+Text = str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+
+# Each entry costs the sampler time, for every sequence.
+MOST_BIASED_TOKENS = 1024
+# pydantic takes up to 10 µs for each, and lets no other thread run meanwhile.
+MOST_MESSAGES = 4096
+StopText = Annotated[str, Field(max_length=1024)]
 
 
-class _Body(BaseModel):
+def _few(biases: object) -> object:
+    """Raises ValueError for too many entries, before each of them is checked."""
+    if isinstance(biases, dict) and len(biases) > MOST_BIASED_TOKENS:
+        raise ValueError(f"has {len(biases)} entries, and at most {MOST_BIASED_TOKENS} are taken")
+    return biases
+
+
+class Body(BaseModel):
+    """The body of a request."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     model: str | None = None
@@ -56,14 +82,15 @@ class _Body(BaseModel):
                 raise InvalidRequest(f"'{name}' is not supported by the pt engine. Leave it out.", param=name)
         for name in fields:
             if name not in cls.model_fields:
-                raise InvalidRequest(f"Unknown field '{name}'.{nearest(name, cls.model_fields)}", param=name)
+                shown = name[:SHOWN_CHARACTERS]
+                raise InvalidRequest(f"Unknown field '{shown}'.{nearest(shown, cls.model_fields)}", param=shown)
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise _refusal(error.errors()[0], cls.model_fields) from None
+            raise _refusal(error.errors(include_url=False, include_input=False)[0], cls.model_fields) from None
 
 
-class _Request(_Body):
+class _Request(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -73,10 +100,10 @@ class _Request(_Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_few)] = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -109,9 +136,12 @@ class _Request(_Body):
         """The most tokens to generate, where the client says it."""
         return self.max_tokens
 
-    @property
+    @cached_property
     def grammar(self) -> GrammarSpec | None:
         """What the output must follow, where the client says it. Raises ValueError when it says two things."""
+        return self._grammar()
+
+    def _grammar(self) -> GrammarSpec | None:
         asked = self.response_format if self.response_format and self.response_format.type != "text" else None
         if asked is not None and self.structured_outputs is not None:
             raise ValueError("structured_outputs: comes beside response_format; give one of them")
@@ -126,6 +156,11 @@ class _Request(_Body):
     def choices(self) -> int:
         """`n`, the choices for each prompt."""
         return self.n or 1
+
+    @property
+    def sequences(self) -> int:
+        """How many texts are to be generated."""
+        return self.choices
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -168,14 +203,14 @@ class Message(BaseModel):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -192,11 +227,11 @@ class ChatRequest(_Request):
         names = [tool.function.name for tool in self.tools or []]
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice: there is no tool '{self.tool_choice.function.name}'")
-        if self.offered_tools and (self.response_format or self.structured_outputs) and super().grammar is not None:
+        if self.offered_tools and (self.response_format or self.structured_outputs) and super()._grammar() is not None:
             raise ValueError("response_format: cannot be combined with tools; set tool_choice to 'none'")
         return self
 
-    @property
+    @cached_property
     def offered_tools(self) -> list[dict[str, Any]]:
         """The tools that the model may call, for the chat template; none with `tool_choice: none`."""
         if self.tool_choice == "none":
@@ -213,15 +248,14 @@ class ChatRequest(_Request):
         """Whether the model may call more than one tool."""
         return self.parallel_tool_calls is not False
 
-    @property
-    def grammar(self) -> GrammarSpec | None:
-        """The output format, or that of the calls that `tool_choice` forces."""
+    def _grammar(self) -> GrammarSpec | None:
+        # The output format, or that of the calls that `tool_choice` forces.
         if self.named_tool is not None:
             named = [tool for tool in self.offered_tools if tool["function"]["name"] == self.named_tool]
             return GrammarSpec("json_schema", json.dumps(parameters_of(named[0])), "tools") if named else None
         if self.tool_choice == "required":
             return GrammarSpec("json_schema", json.dumps(call_list_schema(self.offered_tools, self.parallel)), "tools")
-        return super().grammar
+        return super()._grammar()
 
     @property
     def limit(self) -> int | None:
@@ -245,7 +279,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: Prompts
+    prompt: CheckedPrompts
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -262,18 +296,28 @@ class CompletionRequest(_Request):
 
     prompt_field: ClassVar[str] = "prompt"
 
+    @property
+    def sequences(self) -> int:
+        """How many texts are to be generated."""
+        return self.choices * _count(self.prompt)
+
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each one text or token ids."""
         return _as_list(self.prompt)
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
-    input: Prompts
+    input: CheckedPrompts
     encoding_format: Literal["float", "base64"] = "float"
 
     prompt_field: ClassVar[str] = "input"
+
+    @property
+    def sequences(self) -> int:
+        """How many vectors are to be computed."""
+        return _count(self.input)
 
     def prompts(self) -> list[str | list[int]]:
         """The texts, each one text or token ids."""
@@ -286,17 +330,22 @@ class EmbeddingRequest(_Body):
         return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """POST /tokenize of a text."""
 
     prompt: str
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: CheckedIds
+
+
+def read_tokenize(body: object) -> ChatRequest | TokenizeRequest:
+    """The body of POST /tokenize, which is that of a chat where it has messages."""
+    return (ChatRequest if isinstance(body, dict) and "messages" in body else TokenizeRequest).read(body)
 
 
 def _sampling_temperature(temperature: float) -> float:
@@ -304,12 +353,18 @@ def _sampling_temperature(temperature: float) -> float:
     return float(temperature) if temperature >= 1e-5 else 0.0
 
 
+def _count(prompts: Prompts) -> int:
+    """How many prompts there are, without building them."""
+    is_one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    return 1 if is_one else len(prompts)
+
+
 def _as_list(prompts: Prompts) -> list[str | list[int]]:
     if isinstance(prompts, str):
         return [prompts]
     if prompts and isinstance(prompts[0], int):
-        return [[token for token in prompts if isinstance(token, int)]]
-    return [item for item in prompts if not isinstance(item, int)]
+        return [prompts]
+    return cast(list[str | list[int]], prompts)
 
 
 def _refusal(error: Any, fields: Container[str]) -> InvalidRequest:

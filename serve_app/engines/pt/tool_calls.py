@@ -8,20 +8,21 @@ the output, which works for every model.
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from transformers import PreTrainedTokenizerBase
 
-# Hermes' and Qwen's way, as a transformers response template.
+# Hermes' and Qwen's way, as a transformers response template. Space before a call is left out, up to a bound: all of it
+# is held back and looked at again with every token, until it is known what follows.
 HERMES = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|im_start|>assistant\n",
     "fields": {
         "tool_calls": {
-            "open_pattern": r"\s*<tool_call>",
+            "open_pattern": r"\s{0,32}<tool_call>",
             "close": "</tool_call>",
             "repeats": True,
             "content": "json",
@@ -30,6 +31,10 @@ HERMES = {
         "content": {"content": "text"},
     },
 }
+
+# What may stand between the calls of a list, and what tells where an object of JSON ends.
+BETWEEN_CALLS = "[], \t\r\n"
+JSON_MARKS = re.compile(r'["\\{}]')
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,21 @@ class Delta:
 
     def __add__(self, other: "Delta") -> "Delta":
         """Both, in order. Parts of one call become one."""
-        calls = {call.index: call for call in self.calls}
-        for call in other.calls:
-            known = calls.get(call.index)
-            calls[call.index] = call if known is None else replace(known, arguments=known.arguments + call.arguments)
-        return Delta(self.content + other.content, self.reasoning + other.reasoning, tuple(calls.values()))
+        return Delta.join((self, other))
+
+    @classmethod
+    def join(cls, deltas: Iterable["Delta"]) -> Self:
+        """All of them, in order. Parts of one call become one. The work grows with their length."""
+        deltas = tuple(deltas)
+        calls: dict[int, list[ToolCall]] = {}
+        for delta in deltas:
+            for call in delta.calls:
+                calls.setdefault(call.index, []).append(call)
+        return cls(
+            "".join(delta.content for delta in deltas),
+            "".join(delta.reasoning for delta in deltas),
+            tuple(replace(parts[0], arguments="".join(part.arguments for part in parts)) for parts in calls.values()),
+        )
 
 
 class MessageReader(Protocol):
@@ -176,35 +191,67 @@ class NamedCallReader:
 
 
 class CallListReader:
-    """The whole text is a JSON list of calls. Each comes out when it is complete; a rest that is cut is content."""
+    """The whole text is a JSON list of calls. Each comes out when it is complete; a rest that is cut is content.
+
+    Looks at each character once, to know where a call ends; only a whole call is parsed.
+    """
 
     needs_special_tokens = False
 
     def __init__(self) -> None:
-        self._text = ""
+        self._pieces: list[str] = []  # Of the call that is being written.
+        self._depth = 0
+        self._in_string = False
+        self._escaped = -1  # The place of a character that a backslash has made plain, in the next piece at 0.
         self._calls = 0
+        self._failed = False
 
     def feed(self, text: str) -> Delta:
         """See MessageReader."""
-        self._text += text
-        calls = []
-        while "}" in text and (call := self._next()) is not None:
-            calls.append(call)
+        start, calls = 0, []
+        for end in self._ends(text):
+            self._pieces.append(text[start:end])
+            start = end
+            if not self._failed and (call := self._read_call()) is not None:
+                calls.append(call)
+        self._pieces.append(text[start:])
         return Delta(calls=tuple(calls))
 
     def finish(self) -> Delta:
         """See MessageReader."""
-        return Delta(self._text if self._text.strip("[], \t\r\n") else "")
+        rest = "".join(self._pieces)
+        return Delta(rest if rest.strip(BETWEEN_CALLS) else "")
 
-    def _next(self) -> ToolCall | None:
-        start = self._text.lstrip("[, \t\r\n")
+    def _ends(self, text: str) -> Iterator[int]:
+        """The places in `text` behind the last brace of an object at the top."""
+        for found in JSON_MARKS.finditer(text):
+            at, mark = found.start(), found.group()
+            if at == self._escaped:
+                continue
+            if mark == '"':
+                self._in_string = not self._in_string
+            elif self._in_string:
+                if mark == "\\":
+                    self._escaped = at + 1
+            elif mark == "{":
+                self._depth += 1
+            elif mark == "}":
+                self._depth -= 1
+                if self._depth == 0:
+                    yield at + 1
+        self._escaped -= len(text)
+
+    def _read_call(self) -> ToolCall | None:
+        """The call that has been completed. What is none stays, with all that follows, and comes out at the end."""
+        text = "".join(self._pieces)
         try:
-            value, end = json.JSONDecoder().raw_decode(start)
-        except ValueError:
+            call = _call(self._calls, json.loads(text.lstrip(BETWEEN_CALLS)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self._failed = True
             return None
-        self._text = start[end:]
+        self._pieces.clear()
         self._calls += 1
-        return _call(self._calls - 1, value)
+        return call
 
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:

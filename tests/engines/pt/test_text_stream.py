@@ -1,9 +1,17 @@
 """Turning tokens into text that never has to be taken back."""
 
+from collections.abc import Callable
+from functools import partial
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from serve_app.engines.pt.text_stream import TextStream
+from serve_app.engines.pt.text_stream import CHARACTER_TOKENS, WINDOW_TOKENS, TextStream
+from serve_app.engines.pt.token_kinds import TokenKinds
+from tests.engines.pt.tiny_tokenizers import BYTES, TOKENIZERS, byte_fallback, byte_level
 
 
 def decode_bytes(ids: list[int]) -> str:
@@ -62,3 +70,101 @@ def test_a_cut_character_at_the_end_is_shown_as_a_replacement() -> None:
     stream = TextStream(decode_bytes)
     assert stream.push("€".encode()[0]) == ""
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS, ids=lambda make: make.__name__)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """One for each way of decoding."""
+    made: PreTrainedTokenizerBase = request.param()
+    return made
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), skip=st.booleans())
+def test_the_pieces_joined_are_the_whole_decoded(
+    tokenizer: PreTrainedTokenizerBase, data: st.DataObject, skip: bool
+) -> None:
+    """Any ids at all: parts of characters, bytes that fit nowhere, special tokens, and ids that no token has."""
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 2), max_size=60))
+    decode = partial(tokenizer.decode, skip_special_tokens=skip)
+    stream = TextStream(decode, (), TokenKinds.of(tokenizer, skip))
+    pieces = [stream.push(token_id) for token_id in ids]
+    for end in range(len(ids) + 1):  # What is out by then stays the beginning, whatever follows.
+        assert decode(ids).startswith("".join(pieces[:end]))
+    assert "".join([*pieces, stream.finish()]) == decode(ids)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.lists(st.one_of(st.binary(max_size=4), st.text(max_size=2).map(str.encode)), max_size=30))
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_text_and_stray_bytes_are_decoded_as_a_whole_would_be(
+    make: Callable[[], PreTrainedTokenizerBase], data: list[bytes]
+) -> None:
+    """Each byte a token: those of whole characters, of cut ones, and of none."""
+    tokenizer = make()
+    vocabulary = tokenizer.get_vocab()
+    names = bytes_to_unicode() if make is byte_level else dict(enumerate(BYTES))
+    ids = [vocabulary[names[byte]] for byte in b"".join(data)]
+    stream = TextStream(tokenizer.decode, (), TokenKinds.of(tokenizer, True))
+    assert "".join([stream.push(token_id) for token_id in ids] + [stream.finish()]) == tokenizer.decode(ids)
+
+
+class CountingDecode:
+    """A tokenizer's decode that counts the ids that it was given."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self.ids = 0
+
+    def __call__(self, ids: list[int]) -> str:
+        """The text."""
+        self.ids += len(ids)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+@pytest.mark.parametrize(
+    ("make", "token"),
+    [
+        (byte_level, "<|im_start|>"),
+        (byte_level, "ð"),  # The first byte of an emoji.
+        (byte_level, "¤"),  # A byte that continues a character, where there is none.
+        (byte_level, None),
+        (byte_fallback, "<0xF0>"),
+        (byte_fallback, "<s>"),
+        (byte_fallback, "▁"),
+        (byte_fallback, "a"),
+    ],
+)
+def test_each_token_is_decoded_a_bounded_number_of_times(
+    make: Callable[[], PreTrainedTokenizerBase], token: str | None
+) -> None:
+    """Also where no token gives text, for ever."""
+    tokenizer = make()
+    token_id = len(tokenizer) + 1 if token is None else tokenizer.get_vocab()[token]
+    decode = CountingDecode(tokenizer)
+    stream = TextStream(decode, (), TokenKinds.of(tokenizer, True))
+    for _ in range(3000):
+        stream.push(token_id)
+    stream.finish()
+    assert decode.ids <= 3000 * (WINDOW_TOKENS + CHARACTER_TOKENS)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="ab", max_size=5), max_size=20), st.text(alphabet="ab", min_size=1, max_size=6))
+def test_a_stop_string_that_repeats_itself_is_found_in_any_pieces(pieces: list[str], stop: str) -> None:
+    """`aab` in `aaab`: a beginning that fails holds the next one."""
+    stream = TextStream(lambda ids: "".join(pieces[number] for number in ids), (stop,))
+    out = [stream.push(number) for number in range(len(pieces))]
+    text = "".join(pieces)
+    assert "".join([*out, stream.finish()]) == text.partition(stop)[0]
+    assert stream.stopped == (stop in text)
+
+
+def test_a_long_stop_string_costs_a_look_at_each_character() -> None:
+    """A text that is the stop string but for its end, over and over."""
+    stop = "a" * 1000 + "b"
+    stream = TextStream(lambda ids: "a" * len(ids), [stop] * 16)
+    out = "".join(stream.push(0) for _ in range(5000))
+    assert out == "a" * 4000
+    assert out + stream.finish() == "a" * 5000

@@ -4,9 +4,21 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from serve_app.engines.pt.tool_calls import HERMES, Delta, TemplateReader, response_template
+from serve_app.engines.pt import tool_calls
+from serve_app.engines.pt.job import Answer, Part
+from serve_app.engines.pt.sequence import Piece
+from serve_app.engines.pt.tool_calls import (
+    HERMES,
+    CallListReader,
+    Delta,
+    NamedCallReader,
+    TemplateReader,
+    response_template,
+)
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}}]
@@ -99,3 +111,81 @@ def test_which_models_calls_can_be_read(tokenizer: PreTrainedTokenizerBase, monk
     assert response_template(tokenizer) is HERMES
     monkeypatch.setattr(tokenizer, "response_template", {"fields": {}})
     assert response_template(tokenizer) == {"fields": {}}
+
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(alphabet='a"\\{}[]é', max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(alphabet='a"\\}', max_size=3), inner, max_size=2)
+    ),
+)
+
+
+@settings(deadline=None)
+@given(calls=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=2), max_size=3), data=st.data())
+def test_a_list_of_calls_is_read_in_any_pieces(calls: list[dict[str, Any]], data: st.DataObject) -> None:
+    """Braces, quotes and backslashes in the arguments end no call."""
+    indent = data.draw(st.sampled_from([None, 1]))
+    text = json.dumps([{"name": "f", "arguments": call} for call in calls], indent=indent)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
+    reader = CallListReader()
+    deltas = [reader.feed(text[start:end]) for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    delta = Delta.join([*deltas, reader.finish()])
+    assert [json.loads(call.arguments) for call in delta.calls] == calls
+    assert delta.content == ""
+
+
+@pytest.mark.parametrize("text", ['[{"name": "f", "arg', '[{"nam": 1}, {"name": "f"}]', "[nonsense {}}} {", "{}"])
+def test_what_is_no_list_of_calls_comes_out_as_text(text: str) -> None:
+    """In full, however it is cut."""
+    for pieces in [[text], list(text)]:
+        reader = CallListReader()
+        delta = Delta.join([*map(reader.feed, pieces), reader.finish()])
+        assert (delta.content, delta.calls) == (text, ())
+
+
+def test_a_call_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many braces its arguments hold, and however they are cut."""
+    parsed = 0
+    loads = json.loads
+
+    def counting(text: str) -> Any:
+        nonlocal parsed
+        parsed += len(text)
+        return loads(text)
+
+    monkeypatch.setattr(tool_calls.json, "loads", counting)
+    text = json.dumps([{"name": "f", "arguments": {"x": "}" * 5000, "y": [{}] * 500}}])
+    reader = CallListReader()
+    delta = Delta.join([reader.feed(character) for character in text])
+    assert len(delta.calls) == 1
+    assert parsed <= len(text)
+
+
+def test_an_answer_is_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with each part, which would cost the square of its length."""
+    joined = 0
+    join = Delta.join.__func__  # type: ignore[attr-defined]
+
+    def counting(cls: type[Delta], deltas: Any) -> Delta:
+        nonlocal joined
+        joined += 1
+        return join(cls, deltas)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Delta, "join", classmethod(counting))
+    reader, answer = NamedCallReader("f"), Answer("opening ")
+    for number in range(1000):
+        answer.add(Part(Piece("a", number), reader.feed("a")))
+    assert joined == 0
+    (call,) = answer.delta.calls
+    assert (call.arguments, call.is_first, answer.delta.content) == ("a" * 1000, True, "opening ")
+
+
+def test_space_before_a_call_is_left_out_and_other_space_is_not_held_back_for_long(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """All space that is held back is looked at again with each token."""
+    reader = TemplateReader(tokenizer, HERMES, "", TOOLS, parallel=True)
+    out = "".join(reader.feed(" ").content for _ in range(1000))
+    assert len(out) >= 900
+    assert len(out + reader.finish().content) == 1000

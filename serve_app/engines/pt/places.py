@@ -1,0 +1,79 @@
+"""Places of one model: how many sequences may run or wait at once, and who holds them.
+
+A request takes its places before anything is built for it, and all at once. So requests that arrive together cannot
+pass the bound together. Used on one event loop.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Self
+
+from serve_app.errors import InvalidRequest, Overloaded
+
+# Places that were given back, whose times tell the rate.
+RATE_WINDOW = 32
+
+
+class Places:
+    """All places of the model `name`; `most` is their number. `clock` gives seconds."""
+
+    def __init__(self, name: str, most: int, clock: Callable[[], float] = time.monotonic):
+        self._name = name
+        self.most = most
+        self.taken = 0
+        self._clock = clock
+        self._returns: deque[float] = deque(maxlen=RATE_WINDOW)
+
+    def reserve(self, count: int) -> "Reservation":
+        """Takes `count` places. Use the reservation as a context manager: its end gives back what is left of it.
+
+        Raises Overloaded, with the time that the queue needs at the measured rate, where so many are not free now, and
+        InvalidRequest where they could never be.
+        """
+        if count > self.most:
+            raise InvalidRequest(
+                f"The request asks for {count} sequences (prompts times n), and the model takes at most {self.most} at "
+                "once. Send several requests."
+            )
+        over = self.taken + count - self.most
+        if over > 0:
+            raise Overloaded(
+                f"The model '{self._name}' has {self.taken} sequences already and takes {self.most}.",
+                retry_after_s=self._seconds_per_place() * over,
+            )
+        self.taken += count
+        return Reservation(self, count)
+
+    def give_back(self, count: int) -> None:
+        """Frees places. Only a reservation calls this."""
+        self.taken -= count
+        self._returns += [self._clock()] * min(count, RATE_WINDOW)
+        if not self.taken:
+            self._returns.clear()  # The rate is that of the busy time; idle time says nothing of it.
+
+    def _seconds_per_place(self) -> float:
+        if len(self._returns) < 2:
+            return 1.0
+        return (self._returns[-1] - self._returns[0]) / (len(self._returns) - 1)
+
+
+class Reservation:
+    """Places of one request."""
+
+    def __init__(self, places: Places, count: int):
+        self._places = places
+        self._left = count
+
+    def release(self, count: int = 1) -> None:
+        """Gives `count` places back, for sequences that have ended before the others; no more than are left."""
+        count = min(count, self._left)
+        if count:
+            self._left -= count
+            self._places.give_back(count)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release(self._left)

@@ -1,0 +1,62 @@
+"""Threads for what takes time with each request: decoding its body, its template, its tokens, its answer.
+
+Nothing whose work grows with a request runs on the event loop. Large requests wait behind large ones only, and what
+waits has a bound, so that one client's large requests cannot hold up all the others.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from serve_app.errors import Overloaded
+
+# A request of at most this many bytes takes milliseconds.
+SMALL_BYTES = 2**16
+SMALL_THREADS = 2
+LARGE_THREADS = 1
+MOST_WAITING_SMALL = 1024
+MOST_WAITING_LARGE = 32
+
+T = TypeVar("T")
+
+
+class Workers:
+    """Two lanes of threads, one for small requests and one for large ones. Used on one event loop."""
+
+    def __init__(self) -> None:
+        self._small = _Lane("pt-small", SMALL_THREADS, MOST_WAITING_SMALL)
+        self._large = _Lane("pt-large", LARGE_THREADS, MOST_WAITING_LARGE)
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """`work()`, of a request of `size` bytes. Raises what it raises, and Overloaded where too much waits."""
+        return await (self._small if size <= SMALL_BYTES else self._large).run(work)
+
+
+class _Lane:
+    def __init__(self, name: str, threads: int, most: int):
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._most = most
+        self._unfinished = 0
+
+    async def run(self, work: Callable[[], T]) -> T:
+        if self._unfinished >= self._most:
+            raise Overloaded(
+                f"{self._unfinished} requests are being read already, as many as may be at once. Try again.",
+                retry_after_s=1.0,
+            )
+        self._unfinished += 1
+        future = self._threads.submit(work)
+        loop = asyncio.get_running_loop()
+
+        def finished(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # The loop has been closed meanwhile.
+                loop.call_soon_threadsafe(self._finish)
+
+        future.add_done_callback(finished)
+        # A client that leaves takes its work out of the queue. What has begun goes on, and counts until its end.
+        return await asyncio.wrap_future(future)
+
+    def _finish(self) -> None:
+        self._unfinished -= 1
