@@ -8,24 +8,47 @@ from starlette.responses import JSONResponse
 
 from serve_app.errors import RequestError
 
+# Levels of lists and objects in what a client sends. Later steps (pydantic, json, jinja) recurse, several frames a
+# level, within Python's 1000 frames; tools and schemas have ten levels or so.
+MOST_LEVELS = 100
+
 
 def error_object(error: RequestError) -> dict[str, Any]:
     """The body: `{"error": {"message", "type", "param", "code"}}`."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def read_json(body: bytes) -> Any:
-    """The decoded body. Raises ValueError for what is no JSON, is nested too deep, or holds half a character.
+def read_json(text: bytes | str) -> Any:
+    """The decoded JSON. Raises ValueError for what is none, is nested too deep, or holds half a character.
 
     JSON can spell a lone surrogate, which no later step could encode again.
     """
+    body = text.encode() if isinstance(text, str) else text
     try:
-        document = json.loads(body)
-        if b"\\ud" in body.lower():
-            json.dumps(document, ensure_ascii=False).encode()
+        document = json.loads(text)
+        is_deep = _is_deeper(document, MOST_LEVELS) if body.count(b"[") + body.count(b"{") > MOST_LEVELS else False
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        is_deep = True
+    if is_deep:
+        raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
+    if b"\\ud" in body.lower():
+        json.dumps(document, ensure_ascii=False).encode()
     return document
+
+
+def _is_deeper(document: Any, levels: int) -> bool:
+    """Whether a decoded document has more levels of lists and objects. Goes level by level, without recursion."""
+    level = [document] if isinstance(document, (list, dict)) else []
+    for _ in range(levels):
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, (list, dict))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def error_response(error: RequestError) -> JSONResponse:

@@ -18,6 +18,7 @@ import torch
 import xgrammar
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.engines.openai_errors import read_json
 from serve_app.errors import InvalidRequest, Overloaded
 
 # Compiling takes longer than in proportion to these; beyond them it takes seconds.
@@ -94,8 +95,8 @@ class GrammarCompiler:
 
 def _read_json(spec: GrammarSpec) -> object:
     try:
-        schema: object = json.loads(spec.source)
-    except (ValueError, RecursionError) as error:
+        schema: object = read_json(spec.source)
+    except ValueError as error:
         raise InvalidRequest(f"'{spec.param}' is no JSON: {error}.", param=spec.param) from None
     return schema
 

@@ -200,7 +200,7 @@ class CallListReader:
         start = self._text.lstrip("[, \t\r\n")
         try:
             value, end = json.JSONDecoder().raw_decode(start)
-        except ValueError:
+        except (ValueError, RecursionError):  # Not whole yet, or so deep that it is told as text.
             return None
         self._text = start[end:]
         self._calls += 1
