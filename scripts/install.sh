@@ -4,6 +4,7 @@
 # The build is cpu, or what .venv already holds.
 # Does nothing when .venv already holds that set. Needs Python >= 3.11 with venv, and a package registry.
 # uv installs (ten times faster than pip), from the sources that pip is configured with.
+# The CPU set is installed by the hashes of the lock, so that no source can put another file in its place.
 # The CPU build of torch is taken from those sources where they have it, else from PyTorch's own CPU index.
 set -eu
 cd "$(dirname "$0")/.."
@@ -45,18 +46,51 @@ use_the_sources_of_pip() {
 
 uv_install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
 
+# Every file must have a hash of the lock, whichever source it comes from.
+uv_install_locked() { uv_install --no-deps --require-hashes "$@"; }
+
+# Where no source answers, uv would try each for minutes. So they are asked for torch first, without a download.
+has_torch() {
+    UV_HTTP_CONNECT_TIMEOUT="${UV_HTTP_CONNECT_TIMEOUT:-10}" UV_HTTP_TIMEOUT="${PROBE_TIMEOUT_S:-30}" UV_HTTP_RETRIES=1 \
+        uv_install --no-deps --dry-run "$@" 2>"$venv/probe.log"
+}
+no_network() {
+    grep -qiE 'failed to fetch|error sending request|timed out|dns error|client error' "$venv/probe.log"
+}
+require_torch() {
+    has_torch "$torch" && return 0
+    if no_network; then unreachable "a configured package source"; fi
+    say "$torch is not in the configured sources: asking PyTorch's own CPU index"
+    backend="--torch-backend cpu"
+    # shellcheck disable=SC2086  # Two words.
+    has_torch $backend "$torch" && return 0
+    if no_network; then unreachable "PyTorch's own CPU index"; fi
+    fail "no source has $torch for $("$venv/bin/python" --version): $(tail -n 1 "$venv/probe.log")"
+}
+unreachable() {
+    fail "$1 does not answer: $(grep -m 1 -oiE 'failed to fetch.*|error sending.*' "$venv/probe.log" || tail -n 1 "$venv/probe.log"). \
+Check the network and pip's index-url and extra-index-url, or name a folder that has the files by PIP_FIND_LINKS."
+}
+
 install_cpu() {
-    torch=$(grep '^torch==' requirements/cpu.txt)
-    if ! uv_install --no-deps "$torch" 2>/dev/null; then
-        say "$torch is not in the configured sources: asking PyTorch's own CPU index"
-        uv_install --no-deps --torch-backend cpu "$torch" || fail "could not install $torch; see the lines above"
+    torch=$(grep -o '^torch==[^ ]*' requirements/cpu.txt) backend=
+    require_torch
+    # Of torch the lock has the build for Python 3.11; of the others the files for every Python.
+    if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+        awk '/^[^ ]/ { keep = /^torch==/ } keep' requirements/cpu.txt >"$venv/torch.txt"
+        # shellcheck disable=SC2086
+        uv_install_locked $backend -r "$venv/torch.txt"
+    else
+        say "the lock has the hash of $torch for Python 3.11 only: this one's is not checked"
+        # shellcheck disable=SC2086
+        uv_install --no-deps $backend "$torch"
     fi
-    uv_install --no-deps -r requirements/cpu.txt
+    uv_install_locked -r requirements/cpu.txt
     "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
         fail "vLLM's CPU build needs libnuma.so.1. Install it (Debian: apt-get install libnuma1) and run this again."
 }
 
-# No lock for GPUs: the right torch build depends on the driver, which uv detects.
+# No lock, and so no hashes, for GPUs: the right torch build depends on the driver, which uv detects.
 install_gpu() { uv_install --torch-backend auto --override requirements/left_out.txt ".[gpu]"; }
 
 case "$build" in cpu | gpu) ;; *) fail "the first argument is cpu or gpu, not '$build'" ;; esac
@@ -67,12 +101,15 @@ if [ "$(cat "$venv/installed-$extra" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 python=$(find_python)
 say "building $venv with $("$python" --version) and the pinned $build set (about 4 GB on disk, a minute or two)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements/bootstrap.txt
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 2 --timeout 60 \
+    --require-hashes -r requirements/bootstrap.txt ||
+    fail "could not install uv; see the lines above"
 use_the_sources_of_pip
 echo "$build" >"$venv/build"
 "install_$build"
-[ -z "$extra" ] || uv_install --no-deps -r "requirements/$extra.txt"
-uv_install --no-deps --editable .
+[ -z "$extra" ] || uv_install_locked -r "requirements/$extra.txt"
+# The lock has setuptools; without a lock uv fetches what builds the project.
+if [ "$build" = cpu ]; then uv_install --no-deps --no-build-isolation --editable .; else uv_install --no-deps --editable .; fi
 echo "$stamp" >"$venv/installed-$extra"
 [ -z "$extra" ] || echo "$stamp" >"$venv/installed-"
 say "done"

@@ -148,12 +148,12 @@ def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inve
 
 def _cluster(address: str | None) -> tuple[list[Node], Inventory, str]:
     """The nodes and devices to judge by, and what to call them."""
-    from ray.exceptions import RayError
-
     with connected(address) as where:
         if where is None:
             here = local_inventory()
             return [Node("this machine", os.cpu_count() or 1, len(here.gpus))], here, "no Ray cluster runs here"
+        from ray.exceptions import RayError
+
         try:
             return ray_nodes(), ray_inventory(), f"the Ray cluster at {where}"
         except RayError as error:

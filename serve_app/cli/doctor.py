@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from serve_app.cli.cluster import ray_may_run_here
 from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
 from serve_app.facts.gpus import Gpu, local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
@@ -163,12 +164,14 @@ def _has_libnuma() -> bool:
 
 def _cluster() -> tuple[tuple[Node, ...] | None, str]:
     """The nodes of the cluster that runs here, and why they cannot be read."""
-    import ray
-
     address = os.environ.get("RAY_ADDRESS", "")
     unanswered = f"no cluster answers at RAY_ADDRESS={address}. Unset it, or start that cluster."
     if not _answers(address):
         return None, unanswered
+    if not address and not ray_may_run_here():
+        return None, ""
+    import ray
+
     try:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError:

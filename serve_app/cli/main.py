@@ -1,6 +1,9 @@
 """`serve-app`: what Ray's own `serve` command does not tell.
 
 Exit codes: 0 yes, 1 no, 2 the input is wrong.
+
+A command's module is imported when that command runs: Ray, torch and transformers cost seconds of CPU each, and most
+commands need none of them.
 """
 
 import argparse
@@ -10,14 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from serve_app import __version__
-from serve_app.cli.check import check
-from serve_app.cli.diff import diff
-from serve_app.cli.doctor import doctor
-from serve_app.cli.from_swift import from_swift
-from serve_app.cli.new_key import new_key
-from serve_app.cli.node_resources import node_resources
-from serve_app.cli.plan import plan
-from serve_app.cli.status import status
 from serve_app.errors import ServeAppError
 
 
@@ -25,24 +20,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     options = _parser().parse_args(argv)
     try:
-        if options.command == "check":
-            return check(options.config, options.address)
-        if options.command == "plan":
-            return plan(options)
-        if options.command == "diff":
-            return diff(options.old, options.new, options.gpus, options.inventory, options.address)
-        if options.command == "from-swift":
-            return from_swift(options.swift_command)
-        if options.command == "status":
-            return status(options.address, options.json)
-        if options.command == "doctor":
-            return doctor()
-        if options.command == "new-key":
-            return new_key(options.name)
-        return node_resources()
+        return _run(options)
     except ServeAppError as error:
         print(f"serve-app: {error}", file=sys.stderr)
         return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "check":
+        from serve_app.cli.check import check
+
+        return check(options.config, options.address)
+    if options.command == "plan":
+        from serve_app.cli.plan import plan
+
+        return plan(options)
+    if options.command == "diff":
+        from serve_app.cli.diff import diff
+
+        return diff(options.old, options.new, options.gpus, options.inventory, options.address)
+    if options.command == "from-swift":
+        from serve_app.cli.from_swift import from_swift
+
+        return from_swift(options.swift_command)
+    if options.command == "status":
+        from serve_app.cli.status import status
+
+        return status(options.address, options.json)
+    if options.command == "doctor":
+        from serve_app.cli.doctor import doctor
+
+        return doctor()
+    if options.command == "new-key":
+        from serve_app.cli.new_key import new_key
+
+        return new_key(options.name)
+    from serve_app.cli.node_resources import node_resources
+
+    return node_resources()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from serve_app.cli.cluster import connected
-from serve_app.cli.write_plan import write_plan
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
@@ -32,6 +31,8 @@ def plan(options: argparse.Namespace) -> int:
     if options.write is not None:
         if options.config is None:
             raise ConfigError("plan: --write needs a config file to copy.")
+        from serve_app.cli.write_plan import write_plan
+
         write_plan(made, options.config, options.write)
     return 0 if made.fits else 1
 
@@ -105,11 +106,11 @@ def _inventory(gpus: str | None, file: Path | None, address: str | None) -> Inve
 
 def _running_inventory(address: str | None) -> Inventory:
     """Of the Ray cluster that runs here or at the address; of this machine where none runs."""
-    from ray.exceptions import RayError
-
     with connected(address) as where:
         if where is None:
             return local_inventory()
+        from ray.exceptions import RayError
+
         try:
             return ray_inventory()
         except RayError as error:

@@ -1,14 +1,19 @@
 """`serve-app status`: what runs, what each replica was planned and measured to hold, and what is missing."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.fit import gib
-from serve_app.serving.cluster_status import ClusterStatus, ModelView, ReplicaView, cluster_status
 from serve_app.serving.replica_report import DeviceReport, ReplicaReport, read_reports
+
+if TYPE_CHECKING:  # It brings Ray Serve, which only a cluster that runs needs.
+    from serve_app.serving.cluster_status import ClusterStatus, ModelView, ReplicaView
 
 ROW = "{:<22} {:<20} {:<9} {:>9} {:>9} {:>9} {:>8}"
 
@@ -28,6 +33,8 @@ def _read(where: str) -> ClusterStatus:
     from ray._private.state import available_resources_per_node
     from ray.exceptions import RayError
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME
+
+    from serve_app.serving.cluster_status import cluster_status
 
     try:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME)

@@ -70,6 +70,7 @@ class VllmEngine:
         app.state.server = self._server  # vLLM's handler of a dead engine asks it to exit.
         app.add_exception_handler(EngineDeadError, self._engine_died)  # vLLM says 500, as of a bad request.
         app.add_exception_handler(StarletteHTTPException, _no_such_route)  # vLLM handles FastAPI's only.
+        app.add_exception_handler(RecursionError, _too_deep)
         app.middleware_stack = app.build_middleware_stack()  # `build_app` has built it already, without that.
         await init_app_state(self._client, app.state, args, tasks)
         return disconnect_before_cancel(app)
@@ -121,6 +122,11 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     response = error_response(InvalidRequest(text))
     response.status_code = error.status_code
     return response
+
+
+async def _too_deep(_: Request, __: Exception) -> Response:
+    """vLLM bounds no nesting, of bodies and of the JSON in their strings: Python's own bound is no error of ours."""
+    return error_response(InvalidRequest("The request is nested too deep: its body, or JSON in one of its strings."))
 
 
 def disconnect_before_cancel(app: ASGIApp) -> ASGIApp:

@@ -6,7 +6,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from serve_app.engines.vllm_engine import _no_such_route, engine_arguments, environment
+from serve_app.engines.vllm_engine import _no_such_route, _too_deep, engine_arguments, environment
 from tests.builders import model_config
 
 
@@ -57,3 +57,11 @@ async def test_only_a_missing_route_is_told_as_one(status: int, is_missing: bool
     assert answer.status_code == status
     assert "a reason" in said
     assert ("does not serve it" in said) == is_missing
+
+
+async def test_what_is_nested_too_deep_is_the_clients_mistake() -> None:
+    """vLLM says 500: no handler of its own takes a RecursionError."""
+    request = Request({"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "query_string": b""})
+    answer = await _too_deep(request, RecursionError())
+    assert answer.status_code == 400
+    assert "nested too deep" in json.loads(bytes(answer.body))["error"]["message"]

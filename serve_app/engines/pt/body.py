@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from serve_app.engines.openai_errors import TOO_DEEP, require_shallow
 from serve_app.errors import InvalidRequest
 
 # Lists, objects and their keys; a long conversation has a few hundred. Building one takes 0.1 to 0.5 µs.
@@ -40,9 +41,11 @@ def decode_body(body: bytes) -> object:
                 f"{MOST_PARTS} and {MOST_ITEMS} are read. Send several requests."
             )
     try:
-        return msgspec.json.decode(body)
+        document = msgspec.json.decode(body)
+        require_shallow(document, body)
+        return document
     except RecursionError:
-        raise InvalidRequest("The body is not valid JSON: it is nested too deep.") from None
+        raise InvalidRequest(f"The body is not valid JSON: {TOO_DEEP}.") from None
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 

@@ -19,6 +19,7 @@ import torch
 import xgrammar
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.engines.openai_errors import read_json
 from serve_app.engines.pt.grammar_process import Grammar, GrammarError, GrammarServer
 from serve_app.errors import InvalidRequest, Overloaded
 
@@ -142,8 +143,8 @@ def _refusal(spec: GrammarSpec, reason: str) -> str:
 
 def _read_json(spec: GrammarSpec) -> object:
     try:
-        schema: object = json.loads(spec.source)
-    except (ValueError, RecursionError) as error:
+        schema: object = read_json(spec.source)
+    except ValueError as error:
         raise InvalidRequest(f"'{spec.param}' is no JSON: {error}.", param=spec.param) from None
     return schema
 

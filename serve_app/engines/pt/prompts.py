@@ -51,7 +51,7 @@ class Prompts:
                 tools=asked.offered_tools or None,
                 **asked.chat_template_kwargs,
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, RecursionError) as error:
             raise InvalidRequest(f"The chat template refuses these messages: {error}", param="messages") from error
         self.check_ids(ids, "messages")
         return ids

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from serve_app.engines.openai_errors import read_json
 from serve_app.engines.pt.fields import (
     SHOWN_CHARACTERS,
     CheckedIds,
@@ -403,11 +404,15 @@ def _read_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
         calls = []
         for call in message["tool_calls"]:
             arguments = call["function"]["arguments"]
-            read = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+            read = read_json(arguments or "{}") if isinstance(arguments, str) else arguments
             calls.append(call | {"function": call["function"] | {"arguments": read}})
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError):
         raise InvalidRequest(
             f"{where}.tool_calls: each needs a function with a name, and arguments as JSON.", param="messages"
+        ) from None
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{where}.tool_calls: the arguments of a function cannot be read as JSON: {error}.", param="messages"
         ) from None
     return message | {"tool_calls": calls}
 

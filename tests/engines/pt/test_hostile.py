@@ -1,6 +1,7 @@
 """Requests that are wrong, huge or abandoned: each gets the right 4xx, and the next good one its usual answer."""
 
 import asyncio
+import itertools
 import json
 import time
 import typing
@@ -11,6 +12,7 @@ import pytest
 
 from serve_app.engines.pt.engine import PtEngine
 from serve_app.engines.pt.protocol import ChatRequest, CompletionRequest
+from serve_app.engines.pt.tool_calls import CallListReader
 from tests.demo_answers import ANSWERS
 from tests.engines.pt.api_client import chat
 
@@ -140,3 +142,81 @@ async def test_a_hundred_clients_that_leave_after_one_token(engine: PtEngine, cl
     await asyncio.gather(*map(leave_early, range(100)))
     assert not engine.generator._outputs
     assert await good(client) < FACTOR * usual
+
+
+def nested(levels: int, opening: str = "[", closing: str = "]") -> str:
+    """JSON of so many levels."""
+    return opening * levels + closing * levels
+
+
+def with_arguments(arguments: str) -> dict[str, Any]:
+    """A conversation in which a tool was called with these arguments, a JSON text in a string."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return {**chat(max_tokens=2), "messages": [{"role": "user", "content": "Hello"}, said]}
+
+
+TOOL = '{"type": "function", "function": {"name": "f", "parameters": %s}}'
+OBJECTS = ('{"a":', "}")
+
+
+# More than may be; than pydantic serialises (255); than Python's frames (1000); than any parser takes.
+DEEP = (101, 300, 900, 100_000)
+
+
+async def test_arguments_of_a_call_nested_too_deep(client: httpx.AsyncClient) -> None:
+    """They are JSON within JSON, so the body itself is flat; the field is named."""
+    for path, levels in itertools.product(("v1/chat/completions", "tokenize"), DEEP):
+        reply = await client.post(f"/{path}", json=with_arguments(nested(levels)))
+        assert reply.status_code == 400, reply.text[:300]
+        error = reply.json()["error"]
+        assert error["param"] == "messages"
+        assert error["message"].startswith("messages[1].tool_calls: ")
+        assert "nested more than 100 levels deep" in error["message"]
+    assert (await client.post("/v1/chat/completions", json=with_arguments(nested(60)))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"chat_template_kwargs": {"x": %s}',
+        '"tools": [' + TOOL + "]",
+        '"tools": [' + TOOL + '], "tool_choice": "required"',
+        '"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}',
+        '"structured_outputs": {"json": %s}',
+        '"logit_bias": %s',
+        '"unknown": %s',
+    ],
+)
+async def test_a_body_nested_too_deep(client: httpx.AsyncClient, field: str) -> None:
+    """Whatever the field is, and whichever later step would recurse: pydantic, json, the template or the grammar."""
+    for levels in DEEP:
+        value = '{"a":' * levels + "1" + "}" * levels
+        body = json.dumps(chat(max_tokens=2))[:-1] + ", " + field % value + "}"
+        reply = await client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        assert reply.status_code == 400, reply.text[:300]
+        assert "nested more than 100 levels deep" in reply.json()["error"]["message"]
+
+
+async def test_a_schema_in_a_string_nested_too_deep(client: httpx.AsyncClient) -> None:
+    """It is JSON within JSON too, also where a value of it is deep and not the schema."""
+    for schema in (nested(2_000), '{"const": ' + nested(900) + "}", '{"const": ' + nested(100_000) + "}"):
+        reply = await client.post("/v1/chat/completions", json=chat(structured_outputs={"json": schema}))
+        assert reply.status_code == 400, reply.text[:300]
+        assert reply.json()["error"]["param"] == "structured_outputs"
+
+
+async def test_deep_values_that_are_allowed(client: httpx.AsyncClient) -> None:
+    """Every step takes the 100 levels that a body may have."""
+    value = json.loads('{"a":' * 90 + "1" + "}" * 90)
+    for fields in ({"chat_template_kwargs": value}, {"metadata": value}):
+        reply = await client.post("/v1/chat/completions", json=chat(max_tokens=2, **fields))
+        assert reply.status_code == 200, reply.text[:300]
+
+
+def test_calls_that_a_model_nests_too_deep_are_text() -> None:
+    """A grammar with a recursive schema lets it; the answer is text then, and no error."""
+    reader = CallListReader()
+    text = '[{"name": "f", "arguments": ' + nested(5_000, *OBJECTS).replace(":}", ":1}", 1) + "}]"
+    assert not reader.feed(text).calls
+    assert reader.finish().content == text
