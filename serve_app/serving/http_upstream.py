@@ -158,25 +158,29 @@ class HttpUpstream:
         if reply.status in SERVE_ERRORS and reply.content_type == "text/plain":
             await _raise_of_serve(address, answer, reply)
         if is_lost_status(reply.status):
-            address.gone()
+            await self._is_well(address)
         return answer
 
     async def _is_well(self, address: ReplicaAddress) -> bool:
-        """Whether a replica whose engine was lost is of use again: what it said may have been of one request alone."""
+        """Whether the engine of a replica lives that has said that it is lost: it may have meant one request alone."""
         assert self._session is not None, "not started"
         lease = address.begin()
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
             async with self._session.get(f"{address.url}/health", timeout=timeout) as reply:
-                if reply.status == 200:
-                    address.well()
+                is_well = reply.status == 200
         except NOT_CONNECTED:
             address.refused()
+            return False
         except (aiohttp.ClientError, TimeoutError):
-            address.gone()
+            is_well = False
         finally:
             lease.end()
-        return not address.is_gone
+        if is_well:
+            address.well()
+        else:
+            address.gone()
+        return is_well
 
     def _headers(self, request: HttpRequest) -> CIMultiDict[str]:
         shut = () if self._gate.source.is_open else CREDENTIALS
@@ -210,8 +214,11 @@ class HttpAnswer:
             raise ReplicaLost(f"{type(error).__name__}: {error}", death) from error
 
     def lost(self, message: str) -> ReplicaLost:
-        """Its replica is asked for its health before it is sent anything again."""
-        return ReplicaLost(message, self._lease.address.gone())
+        """Its replica is asked for its health before it is sent anything again. Where it says that it is well, nothing
+        has died: vLLM answers 503 when its queue is full."""
+        address = self._lease.address
+        is_well = is_lost_status(self.status) and not address.is_gone
+        return ReplicaLost(message, None if is_well else address.gone())
 
     async def close(self) -> None:
         """An answer that was not read to its end takes its connection along, and so the engine's work ends."""

@@ -85,8 +85,11 @@ class ReplicaAddress:
             self.out_until = float("-inf")
 
     def well(self) -> None:
-        """It has said that its engine lives."""
+        """It has said that its engine lives, so that nothing has died."""
         self.is_gone, self.out_until = False, float("-inf")
+        if self.death is not None:
+            self.death.is_explained = True
+            self.death = None
 
 
 class Lease:

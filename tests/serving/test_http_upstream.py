@@ -244,13 +244,28 @@ async def test_a_replica_whose_engine_is_lost_is_asked_for_its_health_first() ->
             with pytest.raises(EngineGone):
                 await up.send("qwen", CHAT)
         (address,) = at._of_models["qwen"]
+        assert lost.death is address.death is not None
         address.out_until = 0.0
         with pytest.raises(EngineGone):
             await up.send("qwen", CHAT)
-        assert asked == ["/models/qwen/v1/chat/completions", "/models/qwen/health"]
+        assert asked == ["/models/qwen/v1/chat/completions", *["/models/qwen/health"] * 2]
         address.out_until, status[0] = 0.0, 200
         assert (await up.send("qwen", CHAT)).status == 200
-    assert (lost.death is address.death, handles.sent) == (True, [])
+    assert (lost.death.is_explained, handles.sent) == (True, [])
+
+
+async def test_a_503_of_an_engine_that_lives_is_no_death() -> None:
+    """vLLM answers so when its queue is full. Another replica may have the request; this one may have the next."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.json_response({}, status=200 if request.path.endswith("/health") else 503)
+
+    async with replica(handler) as server, upstream_of(server.port) as (up, at, _):
+        for _ in range(2):
+            answer = await up.send("qwen", CHAT)
+            assert (answer.status, answer.lost("it said so").death) == (503, None)
+            await answer.close()
+        assert at._of_models["qwen"][0].running == 0
 
 
 async def test_what_is_lost_together_is_lost_in_one_death() -> None:
