@@ -164,7 +164,9 @@ async def storm(
         for task in tasks:
             task.cancel()
     seconds = round(time.monotonic() - start, 1)
-    return {"outcomes": dict(outcomes), "kills": len(kills), "updates": len(updates), "seconds": seconds}
+    happened = Counter(re.findall(r"test: the engine of \d+ (\w+)", serve.output()))
+    counts = {"kills": len(kills), "faults": dict(happened), "updates": len(updates)}
+    return {"outcomes": dict(outcomes), **counts, "seconds": seconds}
 
 
 def outcome_of(seen: dict[str, Any], expected: str) -> str:
