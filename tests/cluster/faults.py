@@ -8,6 +8,8 @@ PYTHONPATH. Then
   while the process and its HTTP server go on.
 - SIGUSR2: the next forward pass sleeps for HANG_S.
 - a request with `"seed": POISON_SEED` raises that error as soon as the engine works on it, in every replica.
+
+`happened` tells which processes have died or hung so.
 """
 
 import os
@@ -22,13 +24,19 @@ from typing import Any
 DIES, HANGS = signal.SIGUSR1, signal.SIGUSR2
 HANG_S = 3600.0
 POISON_SEED = 666_013
+FOLDER = "SERVE_APP_TEST_FAULTS"
 MODULE, RUNNERS = "serve_app.engines.pt.model_runner", ("BatchRunner", "SerialRunner")
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Variables for a replica's `runtime_env`. The folder must stay there for as long as replicas are started."""
     (folder / "sitecustomize.py").write_text("from tests.cluster import faults\n\nfaults.listen()\n")
-    return {"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}"}
+    return {"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}", FOLDER: str(folder)}
+
+
+def happened(folder: Path, what: str) -> set[int]:
+    """Processes of which it is told: "died" or "hung"."""
+    return {int(path.suffix[1:]) for path in folder.glob(f"{what}.*")}
 
 
 def listen() -> None:
@@ -61,11 +69,15 @@ def _faulty(run: Callable[..., Any], asked: list[int], sequences_of: Callable[[A
 
         if HANGS in asked:
             asked.remove(HANGS)
-            print(f"test: the engine of {os.getpid()} hangs", file=sys.__stderr__, flush=True)
+            _tell("hung")
             time.sleep(HANG_S)
         if DIES in asked or any(sequence.params.seed == POISON_SEED for sequence in sequences_of(work)):
-            print(f"test: the engine of {os.getpid()} dies", file=sys.__stderr__, flush=True)
+            _tell("died")
             raise torch.AcceleratorError("a fault of the test")
         return run(self, work)
 
     return faulty
+
+
+def _tell(what: str) -> None:
+    Path(os.environ[FOLDER], f"{what}.{os.getpid()}").touch()

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,29 +18,35 @@ from tests.cluster.storm import Trouble, ask, body_of, config, serving_pids, sto
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeRun]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the faults tell of themselves."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def serve(folder: Path) -> Iterator[ServeRun]:
     """A router and two replicas of the demo model, which have the faults in them."""
-    run = ServeRun(config(variables=faults.environment(tmp_path_factory.mktemp("faults"))), cpus=4)
+    run = ServeRun(config(variables=faults.environment(folder)), cpus=4)
     try:
-        wait_for_both(run)
+        wait_for_both(run, folder)
         yield run
         assert not run.stop()
     finally:
         run.clean_up()
 
 
-def wait_for_both(run: ServeRun) -> None:
+def wait_for_both(run: ServeRun, folder: Path) -> None:
     """Until two replicas serve whose engines live."""
     run.wait_until(lambda models: models["mortal"]["replicas"] == 2)
     deadline = time.monotonic() + 120
-    while len(set(serving_pids(run, "mortal")) - dead(run)) < 2:
+    while len(set(serving_pids(run, "mortal")) - dead(folder)) < 2:
         assert time.monotonic() < deadline, run.output()[-3000:]
         time.sleep(1)
 
 
-def dead(run: ServeRun) -> set[int]:
+def dead(folder: Path) -> set[int]:
     """Processes whose engine's thread has died by a fault."""
-    return {int(line.split()[-2]) for line in run.output().splitlines() if line.endswith("dies")}
+    return faults.happened(folder, "died")
 
 
 @asynccontextmanager
@@ -61,32 +68,32 @@ async def streams(run: ServeRun, clients: int) -> AsyncIterator[list[dict[str, A
         await asyncio.gather(*tasks)
 
 
-async def test_a_request_that_kills_its_replica_is_refused_and_nobody_else(serve: ServeRun) -> None:
+async def test_a_request_that_kills_its_replica_is_refused_and_nobody_else(serve: ServeRun, folder: Path) -> None:
     """It takes three at most along. The streams beside it go on. The first test here: deaths in the minute
     before would speak for the request."""
-    before = dead(serve)
+    before = dead(folder)
     poison = {"model": "mortal", "prompt": "What is Ray?", "seed": faults.POISON_SEED, "max_tokens": 8}
     async with streams(serve, clients=8) as seen, httpx.AsyncClient(base_url=serve.url, timeout=240) as client:
         await asyncio.sleep(2)
         reply = await client.post("/v1/completions", json=poison)
     assert (reply.status_code, reply.json()["error"]["code"]) == (422, "request_may_be_harmful"), reply.text
-    assert 2 <= len(dead(serve) - before) <= 3
+    assert 2 <= len(dead(folder) - before) <= 3
     assert not [answer for answer in seen if answer["error"] or answer["ends"] != 1]
 
 
-async def test_streams_survive_the_death_of_the_engine_in_a_living_replica(serve: ServeRun) -> None:
+async def test_streams_survive_the_death_of_the_engine_in_a_living_replica(serve: ServeRun, folder: Path) -> None:
     """Every request completes, with the text, the one id and the one end of an undisturbed run."""
-    await asyncio.to_thread(wait_for_both, serve)
+    await asyncio.to_thread(wait_for_both, serve, folder)
     told = await storm(serve, "mortal", requests=200, clients=32, trouble=Trouble(kill_every_s=6.0, deaths="thread"))
     assert told["outcomes"] == {"right": 200}
-    assert dead(serve)
+    assert dead(folder)
 
 
-async def test_whole_answers_survive_it_too(serve: ServeRun) -> None:
+async def test_whole_answers_survive_it_too(serve: ServeRun, folder: Path) -> None:
     """Asked again elsewhere; with every engine dead, once one has been replaced."""
-    await asyncio.to_thread(wait_for_both, serve)
+    await asyncio.to_thread(wait_for_both, serve, folder)
     body = {"model": "mortal", "prompt": "What is Ray?", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
-    pids = set(serving_pids(serve, "mortal")) - dead(serve)
+    pids = set(serving_pids(serve, "mortal")) - dead(folder)
     async with httpx.AsyncClient(base_url=serve.url, timeout=120) as client:
         expected = (await client.post("/v1/completions", json=body)).json()["choices"]
         asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(16)]
@@ -96,7 +103,7 @@ async def test_whole_answers_survive_it_too(serve: ServeRun) -> None:
         replies = await asyncio.gather(*asking)
     assert [reply.status_code for reply in replies] == [200] * 16, replies[0].text
     assert all(reply.json()["choices"] == expected for reply in replies)
-    assert pids <= dead(serve)
+    assert pids <= dead(folder)
 
 
 def test_a_long_redirect_is_an_answer(serve: ServeRun) -> None:
