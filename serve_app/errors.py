@@ -14,10 +14,12 @@ ServeAppError                 what went wrong, where, and what to do
     ├── RequestTooLarge       413
     ├── HeadersTooLarge       431
     ├── ClientGone            499, for the metrics: nobody reads it
+    ├── HarmfulRequest        422, replicas die of it
     ├── OutOfDeviceMemory     500, the request alone is too big for the device
     ├── RateLimited           429, with retry-after
     │   └── TokensLimited     429
     ├── Overloaded            429, with retry-after
+    ├── UnreadableAnswer      502
     ├── ModelUnavailable      503, with retry-after
     └── DeadlineExceeded      504
 """
@@ -123,6 +125,21 @@ class OutOfDeviceMemory(RequestError):
     """The device has no memory for the request, even with nothing else in the batch."""
 
     code = "out_of_memory"
+
+
+class HarmfulRequest(RequestError):
+    """Replicas died while they worked on the request. A status below 500, so that clients do not send it again."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "request_may_be_harmful"
+
+
+class UnreadableAnswer(RequestError):
+    """A replica's answer is not HTTP as it is understood here. Another replica would say the same."""
+
+    status = 502
+    code = "unreadable_answer"
 
 
 class Overloaded(RequestError):

@@ -10,6 +10,7 @@ from serve_app.engines.openai_errors import error_object
 from serve_app.errors import RequestError
 from serve_app.serving.asgi import Headers
 from serve_app.serving.router_metrics import TAIL_BYTES, RouterMetrics
+from serve_app.serving.suspicion import Suspect
 
 # Headers that belong to one connection, not to the message (RFC 9110, 7.6.1), and the length, which is set anew.
 HOP_BY_HOP = frozenset(
@@ -45,6 +46,7 @@ class Exchange:
     error_status: int = 0
     error_code: str | None = None
     extra_headers: Headers = field(default_factory=list)
+    suspect: Suspect = field(default_factory=Suspect)
 
     def head(self, status: int, headers: Headers) -> Message:
         """The start of the answer: the model's headers, and ours."""

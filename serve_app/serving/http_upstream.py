@@ -15,13 +15,14 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from serve_app.errors import Overloaded
+from serve_app.errors import Overloaded, UnreadableAnswer
 from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import ModelDirectory
+from serve_app.serving.engine_loss import is_lost_status
 from serve_app.serving.gate import ROUTER_HEADER, Gate
 from serve_app.serving.limiter_actor import router_token
 from serve_app.serving.replica_addresses import Lease, ReplicaAddress, ReplicaAddresses
-from serve_app.serving.upstream import FULL_RETRY_S, Answer, HandleUpstream, ReplicaLost, require_open
+from serve_app.serving.upstream import FULL_RETRY_S, Answer, EngineGone, HandleUpstream, ReplicaLost, require_open
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,8 +34,6 @@ KEEP_ALIVE_SHARE = 0.67
 # engine's own answers are JSON.
 SERVE_ERRORS = frozenset({404, 500, 502, 503, 504})
 BACKPRESSURE = "dropped due to backpressure"
-# An engine says so when it has died, or ends.
-GONE = frozenset({502, 503, 504})
 TOO_MANY = 429
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
@@ -51,6 +50,10 @@ SOCKET_OPTIONS = (
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 # Seconds between two lines in the log about replicas that are not reached.
 WARN_EVERY_S = 60.0
+# Bytes of one line of an answer's head, a `location` say: what HAProxy passes with the buffers that the configs set.
+MAX_LINE_BYTES = 64 * 1024
+# Seconds in which a replica must say that its engine lives, after it has said that it does not.
+HEALTH_TIMEOUT_S = 5.0
 
 
 class HttpUpstream:
@@ -75,6 +78,8 @@ class HttpUpstream:
             auto_decompress=False,
             skip_auto_headers=("user-agent", "accept", "accept-encoding"),
             read_bufsize=2**17,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
         )
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
@@ -85,6 +90,8 @@ class HttpUpstream:
         try:
             for address in self._addresses.by_preference(name):
                 if address.is_out:  # Since: its node is silent.
+                    continue
+                if address.is_gone and not await self._is_well(address):
                     continue
                 try:
                     answer = await self._send_to(address, request)
@@ -105,6 +112,8 @@ class HttpUpstream:
                 await refusal.close()
         if full is not None:
             raise full
+        if self._addresses.has_gone(name):  # Over a handle, Ray would choose the very one.
+            raise EngineGone(f"the engines of the replicas of '{name}' are lost, and are being replaced")
         return await self._over_a_handle(name, request)
 
     async def close(self) -> None:
@@ -134,20 +143,44 @@ class HttpUpstream:
         except NOT_CONNECTED:
             lease.end()
             raise
-        except aiohttp.ClientError as error:
+        except aiohttp.ClientResponseError as error:  # It answered, and would say the same again.
             lease.end()
-            address.doubted()
-            raise ReplicaLost(f"{type(error).__name__}: {error}") from error
+            raise _unreadable(error) from error
+        except aiohttp.ClientError as error:
+            death = address.lost()
+            lease.end()
+            raise ReplicaLost(f"{type(error).__name__}: {error}", death) from error
         except BaseException:
             lease.end()
             raise
         address.answered()
         answer = HttpAnswer(reply, lease)
         if reply.status in SERVE_ERRORS and reply.content_type == "text/plain":
-            await _raise_of_serve(answer, reply)
-        if reply.status in GONE:
-            address.doubted()
+            await _raise_of_serve(address, answer, reply)
+        if is_lost_status(reply.status):
+            await self._is_well(address)
         return answer
+
+    async def _is_well(self, address: ReplicaAddress) -> bool:
+        """Whether the engine of a replica lives that has said that it is lost: it may have meant one request alone."""
+        assert self._session is not None, "not started"
+        lease = address.begin()
+        try:
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            async with self._session.get(f"{address.url}/health", timeout=timeout) as reply:
+                is_well = reply.status == 200
+        except NOT_CONNECTED:
+            address.refused()
+            return False
+        except (aiohttp.ClientError, TimeoutError):
+            is_well = False
+        finally:
+            lease.end()
+        if is_well:
+            address.well()
+        else:
+            address.gone()
+        return is_well
 
     def _headers(self, request: HttpRequest) -> CIMultiDict[str]:
         shut = () if self._gate.source.is_open else CREDENTIALS
@@ -177,18 +210,23 @@ class HttpAnswer:
             async for piece in self._reply.content.iter_any():
                 yield piece
         except aiohttp.ClientError as error:
-            self._lease.address.doubted()
-            raise ReplicaLost(f"{type(error).__name__}: {error}") from error
+            death = self._lease.address.lost()
+            raise ReplicaLost(f"{type(error).__name__}: {error}", death) from error
 
-    async def close(self, is_lost: bool = False) -> None:
+    def lost(self, message: str) -> ReplicaLost:
+        """Its replica is asked for its health before it is sent anything again. Where it says that it is well, nothing
+        has died: vLLM answers 503 when its queue is full."""
+        address = self._lease.address
+        is_well = is_lost_status(self.status) and not address.is_gone
+        return ReplicaLost(message, None if is_well else address.gone())
+
+    async def close(self) -> None:
         """An answer that was not read to its end takes its connection along, and so the engine's work ends."""
-        if is_lost:
-            self._lease.address.doubted()
         self._reply.close()
         self._lease.end()
 
 
-async def _raise_of_serve(answer: HttpAnswer, reply: aiohttp.ClientResponse) -> None:
+async def _raise_of_serve(address: ReplicaAddress, answer: HttpAnswer, reply: aiohttp.ClientResponse) -> None:
     """Raises Overloaded where the replica's queue (Serve's max_queued_requests) is full, else ReplicaLost."""
     reason = ""
     try:
@@ -196,10 +234,20 @@ async def _raise_of_serve(answer: HttpAnswer, reply: aiohttp.ClientResponse) -> 
     except aiohttp.ClientError:
         pass
     finally:
-        await answer.close(is_lost=BACKPRESSURE not in reason)
+        if BACKPRESSURE not in reason:
+            address.lost()
+        await answer.close()
     if BACKPRESSURE in reason:
         raise Overloaded("The model's queue is full. Try again later.", retry_after_s=FULL_RETRY_S)
     raise ReplicaLost(reason or f"HTTP {reply.status}")
+
+
+def _unreadable(error: aiohttp.ClientResponseError) -> UnreadableAnswer:
+    text = " ".join(error.message.split())[:300]
+    return UnreadableAnswer(
+        f"The model's replica gave an answer that is no readable HTTP: {text} Its headers may have "
+        f"{MAX_LINE_BYTES} bytes each."
+    )
 
 
 def _socket(info: Any) -> socket.socket:

@@ -28,6 +28,7 @@ from serve_app.errors import (
 )
 from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import ModelDirectory
+from serve_app.serving.engine_loss import is_lost_status
 from serve_app.serving.exchange import HOP_BY_HOP, Exchange
 from serve_app.serving.gate import ROUTER_HEADER, Gate, estimate_tokens, refusal, total_tokens
 from serve_app.serving.incoming import (
@@ -42,7 +43,17 @@ from serve_app.serving.names import candidates
 from serve_app.serving.queues import ModelQueue, Queues
 from serve_app.serving.relay import Relay, backoff, last_words
 from serve_app.serving.router_metrics import RouterMetrics
-from serve_app.serving.upstream import Answer, NotOpen, ReplicaLost, Upstream, first_piece
+from serve_app.serving.suspicion import Suspicion
+from serve_app.serving.upstream import (
+    Answer,
+    EngineGone,
+    NotOpen,
+    Patience,
+    ReplicaLost,
+    Upstream,
+    first_piece,
+    is_stream,
+)
 from serve_app.serving.waiting_room import LOOK_AGAIN_S, WaitingRoom
 
 logger = logging.getLogger("ray.serve")
@@ -50,8 +61,6 @@ logger = logging.getLogger("ray.serve")
 # The body was read as JSON, whatever curl calls it by default; vLLM insists on the name.
 JSON = (b"content-type", b"application/json")
 REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
-# Statuses of a replica that is going or gone.
-LOST = frozenset({502, 503, 504})
 # A client that streams and sends it is told, in comments, how long its model still loads.
 PROGRESS_HEADER = b"x-serve-app-progress"
 MOST_ID_BYTES = 128
@@ -74,6 +83,7 @@ class Proxy:
         self._metrics = metrics
         self._queues = Queues()
         self._waiting_room = WaitingRoom(directory, upstream, self._queues)
+        self._suspicion = Suspicion()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application for one kind of request: POST with a JSON body."""
@@ -98,6 +108,7 @@ class Proxy:
             logger.exception("a request failed in the router")
             await _refuse(exchange, RequestError(f"The router failed: {type(error).__name__}: {error}"))
         finally:
+            exchange.suspect.cleared()
             exchange.count(self._metrics)
             logger.info(exchange.log_line())
 
@@ -158,13 +169,12 @@ class Proxy:
                 answer, request = await self._open(exchange, names, request_to)
         except TimeoutError:
             raise DeadlineExceeded(f"No answer within {self.config.total_timeout_s:g} s (total_timeout_s).") from None
-        relay = Relay(exchange, request, self.config, ends, self._waiting_room.pass_through)
-        is_stream = dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream")
+        relay = Relay(exchange, request, self.config, ends, self._waiting_room.pass_through, self._suspicion)
         try:
             if not exchange.is_early:
                 await exchange.send(exchange.head(answer.status, answer.headers))
             exchange.first = time.perf_counter()
-            if is_stream:
+            if is_stream(answer):
                 await relay.events(answer, self._upstream, self._metrics)
             elif exchange.is_early:
                 await relay.refusal(answer)
@@ -190,7 +200,7 @@ class Proxy:
                     except (ModelNotFound, ModelUnavailable, Overloaded) as error:
                         failures.append(error)
                         continue
-                    if answer.status not in LOST | {429}:
+                    if not is_lost_status(answer.status) and answer.status != 429:
                         return answer, request
                     full[name] = answer, request
             if full:
@@ -202,34 +212,60 @@ class Proxy:
 
     async def _open_one(self, exchange: Exchange, name: str, request: HttpRequest, patient: bool) -> Answer:
         """An answer of which the first piece is there. Sent again when its replica is lost before that."""
-        config = self.config
+        config, suspect, patience = self.config, exchange.suspect, Patience()
         retries = 0
         while True:
             await self._waiting_room.pass_through(exchange, name, config, patient)
-            with self._place(name) as queue:
-                exchange.sent = time.perf_counter()
-                try:
-                    async with asyncio.timeout(config.first_byte_timeout_s):
-                        answer = await first_piece(await self._upstream.send(name, request))
-                    if answer.status not in LOST or retries >= config.max_retries:
-                        queue.answered()
-                        return answer
-                    await answer.close()
-                except TimeoutError:
-                    raise DeadlineExceeded(
-                        f"'{name}' gave no byte within {config.first_byte_timeout_s:g} s (first_byte_timeout_s)."
-                    ) from None
-                except NotOpen:  # Back into the waiting room.
-                    await asyncio.sleep(LOOK_AGAIN_S)
-                    continue
-                except ReplicaLost as error:
-                    if retries >= config.max_retries:
-                        text = f"The replica of '{name}' was lost while answering ({retries + 1} tries): {error}"
-                        raise ModelUnavailable(text, retry_after_s=1.0) from error
+            await self._suspicion.before_next_try(name, suspect)
+            answer, lost = await self._try(exchange, name, request)
+            if answer is not None and lost is None:
+                return answer
+            assert lost is not None, "a try without an answer is lost"
+            if isinstance(lost, NotOpen) and not (isinstance(lost, EngineGone) and patience.has_ended()):
+                await asyncio.sleep(LOOK_AGAIN_S)  # And back into the waiting room: nothing was sent.
+                continue
+            self._suspicion.lost(name, suspect, lost.death)
+            if retries >= config.max_retries:
+                return await self._given_up(exchange, name, answer, lost)
+            if answer is not None:
+                await answer.close()
             retries += 1
             exchange.retries += 1
             self._metrics.retried(name)
             await backoff(retries)
+
+    async def _try(
+        self, exchange: Exchange, name: str, request: HttpRequest
+    ) -> tuple[Answer | None, ReplicaLost | None]:
+        """An answer, a loss, or both where the answer says that its engine is lost."""
+        seconds = self.config.first_byte_timeout_s
+        with self._place(name) as queue:
+            exchange.sent = time.perf_counter()
+            try:
+                async with asyncio.timeout(seconds):
+                    answer = await first_piece(await self._upstream.send(name, request))
+            except TimeoutError:
+                text = f"'{name}' gave no byte within {seconds:g} s (first_byte_timeout_s)."
+                raise DeadlineExceeded(text) from None
+            except ReplicaLost as lost:
+                return None, lost
+            if is_lost_status(answer.status):
+                return answer, answer.lost(f"it answered with {answer.status}")
+            queue.answered()
+            return answer, None
+
+    async def _given_up(self, exchange: Exchange, name: str, answer: Answer | None, lost: ReplicaLost) -> Answer:
+        """After the last try: the answer that says so itself. Raises HarmfulRequest, or ModelUnavailable."""
+        try:
+            await self._suspicion.judge(name, exchange.suspect)
+        except BaseException:
+            if answer is not None:
+                await answer.close()
+            raise
+        if answer is not None:
+            return answer
+        text = f"The replica of '{name}' was lost while answering ({self.config.max_retries + 1} tries): {lost}"
+        raise ModelUnavailable(text, retry_after_s=1.0) from lost
 
     @contextmanager
     def _place(self, name: str) -> Iterator[ModelQueue]:

@@ -9,13 +9,15 @@ from typing import Any
 
 from serve_app.config import RouterConfig
 from serve_app.engines.openai_errors import error_object
-from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
+from serve_app.errors import DeadlineExceeded, HarmfulRequest, ModelUnavailable, RequestError, UnreadableAnswer
 from serve_app.serving.asgi import HttpRequest
+from serve_app.serving.engine_loss import is_lost_event
 from serve_app.serving.exchange import Exchange
 from serve_app.serving.resuming import Resumed, resume
 from serve_app.serving.router_metrics import RouterMetrics
-from serve_app.serving.transcript import CannotResume, Transcript, WholeEvents, is_lost_engine, may_resume
-from serve_app.serving.upstream import Answer, NotOpen, ReplicaLost, Upstream
+from serve_app.serving.suspicion import Suspicion
+from serve_app.serving.transcript import CannotResume, Transcript, WholeEvents, may_resume
+from serve_app.serving.upstream import Answer, EngineGone, NotOpen, Patience, ReplicaLost, Upstream
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,6 +44,14 @@ async def last_words(*sends: Coroutine[Any, Any, None]) -> None:
     finally:
         for send in sends:
             send.close()
+
+
+def _has_more_than(before: int, transcript: Transcript | None) -> bool:
+    """Whether a stream has got any text since it had so many characters. A stream that is not read counts as such."""
+    if transcript is None:
+        return True
+    transcript.read()
+    return len(transcript.text) > before
 
 
 class Deadline:
@@ -73,8 +83,10 @@ class Relay:
         config: RouterConfig,
         ends: float,
         loaded: Callable[[Exchange, str, RouterConfig], Awaitable[None]],
+        suspicion: Suspicion,
     ):
         self._exchange = exchange
+        self._suspicion = suspicion
         self._loaded = loaded
         self._request = request
         self._config = config
@@ -86,6 +98,7 @@ class Relay:
             async with self._in_time() as deadline:
                 async for piece in answer.pieces():
                     deadline.moved()
+                    self._exchange.suspect.cleared()
                     await self._exchange.pass_on(piece)
         except ReplicaLost as error:
             raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
@@ -120,7 +133,7 @@ class Relay:
                     await self._events_of(current, transcript)
                     break
                 except ReplicaLost as error:
-                    await current.answer.close(is_lost=True)
+                    await current.answer.close()
                     current = await self._resumed(upstream, transcript, error, metrics)
         except RequestError as error:
             await last_words(self._exchange.tell(error), self._exchange.end())  # Its reader may be what stands still.
@@ -135,17 +148,20 @@ class Relay:
     async def _events_of(self, current: Resumed, transcript: Transcript | None) -> None:
         """Raises ReplicaLost where the stream breaks, DeadlineExceeded where it stands still."""
         assert current.answer is not None
-        whole = WholeEvents()
+        whole, suspect = WholeEvents(), self._exchange.suspect
+        before = len(transcript.text) if transcript is not None else 0
         async with self._in_time() as deadline:
             async for piece in current.answer.pieces():
                 deadline.moved()
                 events = whole.feed(piece)
-                if is_lost_engine(events):
-                    raise ReplicaLost("its engine died")
+                if is_lost_event(events):
+                    raise current.answer.lost("its engine died")
                 if current.rest is not None:
                     events = current.rest.rewrite(events)
                 if transcript is not None and events:
                     transcript.add(events)
+                if suspect.was_lost and _has_more_than(before, transcript):
+                    suspect.cleared()
                 await self._exchange.pass_on(events)
         await self._exchange.pass_on(whole.rest())
 
@@ -169,7 +185,8 @@ class Relay:
 
         All losses of a stream count together: it may be what kills the replicas.
         """
-        exchange, reason = self._exchange, str(error)
+        exchange, reason, patience = self._exchange, str(error), Patience()
+        self._suspicion.lost(exchange.model, exchange.suspect, error.death)
         while transcript is not None and exchange.resumes < self._config.max_retries:
             exchange.resumes += 1
             metrics.resumed(exchange.model)
@@ -177,15 +194,25 @@ class Relay:
             try:
                 async with asyncio.timeout_at(self._ends):
                     await self._loaded(exchange, exchange.model, self._config)
+                    await self._suspicion.before_next_try(exchange.model, exchange.suspect)
                     async with asyncio.timeout(self._config.first_byte_timeout_s):
                         return await resume(upstream, exchange.model, self._request, transcript)
-            except NotOpen:  # Nothing was tried: back into the waiting room.
-                exchange.resumes -= 1
+            except NotOpen as closed:  # Nothing was tried: back into the waiting room.
+                if not (isinstance(closed, EngineGone) and patience.has_ended()):
+                    exchange.resumes -= 1
+                reason = str(closed)
+            except HarmfulRequest as harmful:
+                await last_words(exchange.tell(harmful))
+                return None
             except CannotResume as refusal:
                 reason = f"{error}; it was not taken up again: {refusal}"
                 break
             except (ReplicaLost, TimeoutError, RequestError) as again:
+                if isinstance(again, ReplicaLost):
+                    self._suspicion.lost(exchange.model, exchange.suspect, again.death)
                 reason = str(again) or type(again).__name__
+                if isinstance(again, UnreadableAnswer):
+                    break
             except Exception as unexpected:  # The client has half a stream, and must be told whatever it is.
                 logger.exception("a stream could not be taken up again")
                 reason = f"{error}; {type(unexpected).__name__}: {unexpected}"

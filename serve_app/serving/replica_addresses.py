@@ -17,6 +17,7 @@ from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 from ray.serve.schema import TargetGroup
 
 from serve_app.serving.directory import CONTROLLER, NAMESPACE
+from serve_app.serving.suspicion import TOGETHER_S, Death
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,6 +27,8 @@ DOUBTED_S = 10.0
 # Seconds for which an address that took no connection is left out, twice as long each time. Serve needs two or three to
 # see a death, and takes the address away then.
 REFUSED_S, MOST_REFUSED_S = 3.0, 60.0
+# Seconds between two questions to a replica for its health, after it has said that its engine is lost.
+GONE_S = 1.0
 ANY_HOST = frozenset({"0.0.0.0", "::", "localhost"})  # noqa: S104
 
 
@@ -40,6 +43,8 @@ class ReplicaAddress:
     refused_at: float = float("-inf")
     out_until: float = float("-inf")
     doubted_until: float = float("-inf")
+    is_gone: bool = False
+    death: Death | None = None
 
     @property
     def is_out(self) -> bool:
@@ -47,9 +52,9 @@ class ReplicaAddress:
         return time.monotonic() < self.out_until
 
     def begin(self) -> "Lease":
-        """A request is sent there. While one tries an address that refused the last, no other does."""
-        if self.refusals:
-            self.out_until = time.monotonic() + REFUSED_S
+        """A request is sent there. While one tries an address that failed the last, no other does."""
+        if self.refusals or self.is_gone:
+            self.out_until = time.monotonic() + (REFUSED_S if self.refusals else GONE_S)
         self.running += 1
         return Lease(self)
 
@@ -60,13 +65,31 @@ class ReplicaAddress:
             self.refusals, self.refused_at = self.refusals + 1, now
         self.out_until = now + min(MOST_REFUSED_S, REFUSED_S * 2 ** (self.refusals - 1))
 
-    def doubted(self) -> None:
-        """It lost a request, or said that its engine has died."""
-        self.doubted_until = time.monotonic() + DOUBTED_S
+    def lost(self) -> Death:
+        """It lost a request. Those that are lost within a moment are lost in one death."""
+        now = time.monotonic()
+        self.doubted_until = now + DOUBTED_S
+        if self.death is None or now - self.death.at > TOGETHER_S:
+            self.death = Death(now, self.running)
+        return self.death
+
+    def gone(self) -> Death:
+        """It said itself that its engine is lost."""
+        self.is_gone, self.out_until = True, time.monotonic() + GONE_S
+        return self.lost()
 
     def answered(self) -> None:
         """It took a connection and gave an answer."""
-        self.refusals, self.out_until = 0, float("-inf")
+        self.refusals = 0
+        if not self.is_gone:
+            self.out_until = float("-inf")
+
+    def well(self) -> None:
+        """It has said that its engine lives, so that nothing has died."""
+        self.is_gone, self.out_until = False, float("-inf")
+        if self.death is not None:
+            self.death.is_explained = True
+            self.death = None
 
 
 class Lease:
@@ -133,6 +156,10 @@ class ReplicaAddresses:
     def has(self, name: str) -> bool:
         """Whether the controller knows an address of the model."""
         return bool(self._of_models.get(name))
+
+    def has_gone(self, name: str) -> bool:
+        """Whether a replica of the model is there whose engine is lost."""
+        return any(address.is_gone for address in self._of_models.get(name, ()))
 
     def silent(self, host: str) -> None:
         """A whole host took no connection and refused none: its node is gone, or a firewall drops what is sent."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from serve_app.engines.openai_errors import read_json
 from serve_app.serving.asgi import HttpRequest
+from serve_app.serving.engine_loss import is_lost_status
 from serve_app.serving.transcript import (
     CannotResume,
     Continuation,
@@ -15,7 +16,7 @@ from serve_app.serving.transcript import (
     kind_of,
     prompt_request,
 )
-from serve_app.serving.upstream import Answer, ReplicaLost, Upstream
+from serve_app.serving.upstream import Answer, Upstream
 
 JSON_HEADERS = [(b"content-type", b"application/json"), (b"accept", b"application/json")]
 
@@ -104,6 +105,6 @@ async def _accepted(upstream: Upstream, name: str, request: HttpRequest) -> Answ
         body = b"".join([piece async for piece in answer.pieces()])
     finally:
         await answer.close()
-    if answer.status in (502, 503, 504):
-        raise ReplicaLost(f"{request.path} was answered with {answer.status}")
+    if is_lost_status(answer.status):
+        raise answer.lost(f"{request.path} was answered with {answer.status}")
     raise CannotResume(f"{request.path} was refused with {answer.status}: {body[:200].decode('utf-8', 'replace')}")

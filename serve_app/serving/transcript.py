@@ -174,17 +174,6 @@ def events(data: bytes) -> Iterator[Any]:
             yield {"unreadable": value}
 
 
-def is_lost_engine(piece: bytes) -> bool:
-    """Whether a piece says that the engine behind a living replica has died: vLLM ends its streams so.
-
-    vLLM's code is a number there, 500 or 503. The engine's answer to one bad request has others.
-    """
-    if b'"error"' not in piece:
-        return False
-    errors = [event["error"] for event in events(piece) if isinstance(event, dict) and "error" in event]
-    return any(isinstance(error, dict) and error.get("code") in (500, 503) for error in errors)
-
-
 @dataclass(frozen=True)
 class Continuation:
     """What is asked of another replica, and how its events become events of the first stream."""

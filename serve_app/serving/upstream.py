@@ -1,6 +1,7 @@
 """The way from the router to a model's replicas: one request there, one answer as pieces of bytes back."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -10,17 +11,46 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from serve_app.errors import Overloaded
 from serve_app.serving.asgi import Headers, HttpRequest, decode_head
 from serve_app.serving.directory import ModelDirectory
+from serve_app.serving.engine_loss import is_lost_event
+from serve_app.serving.suspicion import Death
 
 # Seconds that a client is told to wait when Serve's own queue is full.
 FULL_RETRY_S = 1.0
+# Seconds for which a request waits for Serve to replace replicas whose engines are gone. Three health checks, 2 s apart
+# and each late on a busy machine, are what Serve needs to see it; the model then counts as loading.
+REPLACED_WITHIN_S = 60.0
 
 
 class ReplicaLost(Exception):
-    """The replica died, or its connection broke, before the answer was complete. The message says how."""
+    """The replica died, or its connection broke, before the answer was complete. The message says how.
+
+    `death` tells which requests were lost together; None where that is not known.
+    """
+
+    def __init__(self, message: object, death: Death | None = None):
+        super().__init__(message)
+        self.death = death
 
 
 class NotOpen(ReplicaLost):
     """The model has stopped being ready since it was looked at, and nothing was sent. It will be ready again."""
+
+
+class EngineGone(NotOpen):
+    """Replicas have said that their engines are lost, are not replaced yet, and no other one takes a connection."""
+
+
+class Patience:
+    """Bounds how long a request waits, on the whole, for engines that are gone to be replaced."""
+
+    def __init__(self) -> None:
+        self._until: float | None = None
+
+    def has_ended(self) -> bool:
+        """Asked each time that it has to wait. The first time begins it."""
+        now = time.monotonic()
+        self._until = self._until or now + REPLACED_WITHIN_S
+        return now > self._until
 
 
 async def require_open(directory: ModelDirectory, name: str) -> None:
@@ -41,8 +71,12 @@ class Answer(Protocol):
         """The body, as it comes."""
         ...
 
-    async def close(self, is_lost: bool = False) -> None:
-        """The reader is done, or has left. `is_lost`: its replica is no good, whatever else it answers."""
+    def lost(self, message: str) -> ReplicaLost:
+        """The error to raise where the answer itself says that its engine is lost. Others are sent elsewhere then."""
+        ...
+
+    async def close(self) -> None:
+        """The reader is done, or has left."""
         ...
 
 
@@ -54,7 +88,10 @@ class Upstream(Protocol):
         ...
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
-        """Waits for the head. Raises ReplicaLost (NotOpen), Overloaded, ModelNotFound or ModelUnavailable."""
+        """Waits for the head.
+
+        Raises ReplicaLost (NotOpen, EngineGone), UnreadableAnswer, Overloaded, ModelNotFound or ModelUnavailable.
+        """
         ...
 
     async def close(self) -> None:
@@ -118,7 +155,11 @@ class HandleAnswer:
         except (RayError, RayServeException) as error:
             raise ReplicaLost(_last_line(error)) from error
 
-    async def close(self, is_lost: bool = False) -> None:
+    def lost(self, message: str) -> ReplicaLost:
+        """As of an answer. Ray has chosen the replica, so nobody knows who else was there."""
+        return ReplicaLost(message)
+
+    async def close(self) -> None:
         """Cancels the call, which cancels the engine's work."""
         self._items.cancel()
 
@@ -140,19 +181,34 @@ class BegunAnswer:
             async for piece in self._rest:
                 yield piece
 
-    async def close(self, is_lost: bool = False) -> None:
+    def lost(self, message: str) -> ReplicaLost:
         """As of the answer."""
-        await self._answer.close(is_lost)
+        return self._answer.lost(message)
+
+    async def close(self) -> None:
+        """As of the answer."""
+        await self._answer.close()
 
 
 async def first_piece(answer: Answer) -> Answer:
-    """Waits for the first piece: engines send the head of a stream before they have begun. Raises ReplicaLost."""
+    """Waits for the first piece: engines send the head of a stream before they have begun.
+
+    Raises ReplicaLost, also where that piece says that the engine is lost.
+    """
     pieces = answer.pieces()
     try:
-        return BegunAnswer(answer, await anext(pieces, None), pieces)
+        first = await anext(pieces, None)
+        if first is not None and is_stream(answer) and is_lost_event(first):
+            raise answer.lost("its engine died")
+        return BegunAnswer(answer, first, pieces)
     except BaseException:
         await answer.close()
         raise
+
+
+def is_stream(answer: Answer) -> bool:
+    """Whether it is one of server-sent events."""
+    return dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream")
 
 
 def _last_line(error: Exception) -> str:

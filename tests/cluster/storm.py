@@ -1,25 +1,34 @@
 """Load on a model whose replicas are killed meanwhile: what every client got, beside what it should have got.
 
     python -m tests.cluster.storm --requests 2000 --clients 32 --kill-every 8 [--update-every 30] [--backend vllm]
+    python -m tests.cluster.storm --requests 1000 --kill-every 8 --deaths mixed
+    python -m tests.cluster.storm --requests 300 --kill-every 60 --deaths hang
 
 starts a Serve of its own with two replicas of the demo model, and prints one JSON object. Half of the requests are
 chats, half text completions; all stream, and are greedy. `--update-every` gives `serve deploy` a changed config.
+A replica dies at a random moment, once in so many seconds. `--deaths`: by SIGKILL, or its process lives on while the
+thread of pt's engine dies or hangs (`faults.py`), or by SIGKILL and of its thread by turns.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from tests.cluster import faults
 from tests.cluster.serve_run import ServeRun
 
 QUESTIONS = (
@@ -30,6 +39,10 @@ BODY_TIMEOUT_S = 10
 # The defaults, but for what makes tests wait.
 ROUTER_ARGS = {"first_byte_timeout_s": 240, "body_timeout_s": BODY_TIMEOUT_S}
 TIMEOUT_S = 300
+DEATHS = {
+    "sigkill": (signal.SIGKILL,), "thread": (faults.DIES,), "hang": (faults.HANGS,),
+    "mixed": (signal.SIGKILL, faults.DIES),
+}  # fmt: skip
 
 
 def body_of(number: int, model: str) -> tuple[str, dict[str, Any]]:
@@ -65,24 +78,35 @@ async def ask(session: aiohttp.ClientSession, url: str, path: str, body: dict[st
     return seen
 
 
-async def kill_now_and_then(serve: ServeRun, name: str, every_s: float, kills: list[int]) -> None:
-    """One replica that serves, with SIGKILL. One that loads is left alone, or none would ever serve."""
-    ready = re.compile(rf"ServeReplica:{name}:Model pid=(\d+)\) ready after")
+def serving_pids(serve: ServeRun, name: str) -> list[int]:
+    """The processes of the replicas that have said that they are ready, and are still there."""
+    alive = serve.processes()
+    ready = re.findall(rf"ServeReplica:{name}:Model pid=(\d+)\) ready after", serve.output())
+    return [int(pid) for pid in ready if int(pid) in alive]
+
+
+async def kill_now_and_then(
+    serve: ServeRun, name: str, every_s: float, kills: list[int], signals: Sequence[signal.Signals]
+) -> None:
+    """One replica that serves, by these signals in turn, at a random moment of each period. One that loads is left
+    alone, or none would ever serve."""
+    draw = random.Random(13)
     while True:
-        await asyncio.sleep(every_s)
-        alive = await asyncio.to_thread(serve.processes)
-        pids = [int(pid) for pid in ready.findall(serve.output()) if int(pid) in alive]
-        if pids:
+        moment = draw.uniform(0, every_s)
+        await asyncio.sleep(moment)
+        pids = await asyncio.to_thread(serving_pids, serve, name)
+        if pids := [pid for pid in pids if pid not in kills]:  # One whose thread has died is still there.
             kills.append(pids[len(kills) % len(pids)])
-            os.kill(kills[-1], signal.SIGKILL)
+            os.kill(kills[-1], signals[len(kills) % len(signals)])
+        await asyncio.sleep(every_s - moment)
 
 
-async def update_now_and_then(serve: ServeRun, backend: str, every_s: float, updates: list[int]) -> None:
+async def update_now_and_then(serve: ServeRun, trouble: "Trouble", every_s: float, updates: list[int]) -> None:
     """A new version of the model by `serve deploy`: Serve replaces its replicas, some at a time."""
     while True:
         await asyncio.sleep(every_s)
         updates.append(64 - len(updates) % 2)
-        await asyncio.to_thread(serve.deploy, config(backend, max_num_seqs=updates[-1]))
+        await asyncio.to_thread(serve.deploy, config(trouble.backend, updates[-1], trouble.variables))
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,8 @@ class Trouble:
     kill_every_s: float | None = None
     update_every_s: float | None = None
     backend: str = "pt"
+    deaths: str = "sigkill"
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, serve: ServeRun, model: str) -> tuple[list[asyncio.Task[None]], list[int], list[int]]:
         """Its tasks, and the lists that they fill."""
@@ -99,9 +125,11 @@ class Trouble:
         updates: list[int] = []
         tasks = []
         if self.kill_every_s:
-            tasks.append(asyncio.create_task(kill_now_and_then(serve, model, self.kill_every_s, kills)))
+            tasks.append(
+                asyncio.create_task(kill_now_and_then(serve, model, self.kill_every_s, kills, DEATHS[self.deaths]))
+            )
         if self.update_every_s:
-            tasks.append(asyncio.create_task(update_now_and_then(serve, self.backend, self.update_every_s, updates)))
+            tasks.append(asyncio.create_task(update_now_and_then(serve, self, self.update_every_s, updates)))
         return tasks, kills, updates
 
 
@@ -148,8 +176,8 @@ def outcome_of(seen: dict[str, Any], expected: str) -> str:
     return "right" if seen["ends"] == 1 and len(seen["ids"]) == 1 else "several ids or ends"
 
 
-def config(backend: str = "pt", max_num_seqs: int = 32) -> dict[str, Any]:
-    """A router and two replicas of the demo model."""
+def config(backend: str = "pt", max_num_seqs: int = 32, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A router and two replicas of the demo model, with these variables in their environment."""
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/", "args": ROUTER_ARGS}
     args = {"model": "serve-app/demo", "infer_backend": backend, "device": "cpu", "dtype": "float32"}
     args["body_timeout_s"] = BODY_TIMEOUT_S
@@ -159,6 +187,7 @@ def config(backend: str = "pt", max_num_seqs: int = 32) -> dict[str, Any]:
         "route_prefix": "/models/mortal",
         "args": {**args, "max_num_seqs": max_num_seqs},
         "deployments": [{"name": "Model", "num_replicas": 2}],
+        "runtime_env": {"env_vars": dict(variables or {})},
     }
     return {"applications": [router, model]}
 
@@ -170,19 +199,29 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--kill-every", type=float)
     parser.add_argument("--update-every", type=float)
+    parser.add_argument("--deaths", choices=tuple(DEATHS), default="sigkill")
     parser.add_argument("--backend", choices=("pt", "vllm"), default="pt")
     parser.add_argument("--without-haproxy", action="store_true")
     options = parser.parse_args()
     off = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
-    serve = ServeRun(config(options.backend), cpus=8, controller=off if options.without_haproxy else {})
-    trouble = Trouble(options.kill_every, options.update_every, options.backend)
+    if options.backend != "pt" and options.deaths != "sigkill":
+        parser.error("the faults of --deaths thread, hang and mixed are pt's alone")
+    folder = tempfile.TemporaryDirectory(prefix="sa-faults-")
+    variables = faults.environment(Path(folder.name)) if options.backend == "pt" else {}
+    serve = ServeRun(
+        config(options.backend, variables=variables), cpus=8, controller=off if options.without_haproxy else {}
+    )
+    trouble = Trouble(options.kill_every, options.update_every, options.backend, options.deaths, variables)
     try:
         serve.wait_until(lambda models: models["mortal"]["replicas"] == 2)
-        print(json.dumps(asyncio.run(storm(serve, "mortal", options.requests, options.clients, trouble))))
+        told = asyncio.run(storm(serve, "mortal", options.requests, options.clients, trouble))
+        faulty = {what: len(faults.happened(Path(folder.name), what)) for what in ("died", "hung")}
+        print(json.dumps(told | faulty))
     finally:
         serve.stop(signal.SIGTERM)
         serve.clean_up()
+        folder.cleanup()
 
 
 if __name__ == "__main__":

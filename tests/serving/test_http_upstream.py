@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestServer, unused_port
 from ray.serve._private.common import RequestProtocol
 from ray.serve.schema import Target, TargetGroup
 
-from serve_app.errors import Overloaded
+from serve_app.errors import Overloaded, UnreadableAnswer
 from serve_app.serving import http_upstream
 from serve_app.serving.asgi import HttpRequest
 from serve_app.serving.directory import ModelStatus
@@ -23,7 +23,8 @@ from serve_app.serving.http_upstream import SOCKET_OPTIONS, HttpUpstream
 from serve_app.serving.keys import KeySource
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.replica_addresses import REFUSED_S, ReplicaAddress, ReplicaAddresses
-from serve_app.serving.upstream import ReplicaLost
+from serve_app.serving.suspicion import TOGETHER_S
+from serve_app.serving.upstream import EngineGone, ReplicaLost
 
 CHAT = HttpRequest("POST", "/v1/chat/completions", b"", [(b"content-type", b"application/json")], b"{}")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -223,6 +224,103 @@ async def test_a_full_replica_passes_a_request_on_to_one_other() -> None:
             assert answer.status == 429
             assert b"full" in await body_of(answer)
             assert [address.running for address in at.by_preference("qwen")] == [0, 0]
+
+
+async def test_a_replica_whose_engine_is_lost_is_asked_for_its_health_first() -> None:
+    """It is sent no request meanwhile, nor is a handle, behind which Ray would choose the very same replica."""
+    asked: list[str] = []
+    status = [503]
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        asked.append(request.path)
+        return web.json_response({}, status=status[0])
+
+    async with replica(handler) as server, upstream_of(server.port) as (up, at, handles):
+        answer = await up.send("qwen", CHAT)
+        assert answer.status == 503
+        lost = answer.lost("it said so")
+        await answer.close()
+        for _ in range(3):
+            with pytest.raises(EngineGone):
+                await up.send("qwen", CHAT)
+        (address,) = at._of_models["qwen"]
+        assert lost.death is address.death is not None
+        address.out_until = 0.0
+        with pytest.raises(EngineGone):
+            await up.send("qwen", CHAT)
+        assert asked == ["/models/qwen/v1/chat/completions", *["/models/qwen/health"] * 2]
+        address.out_until, status[0] = 0.0, 200
+        assert (await up.send("qwen", CHAT)).status == 200
+    assert (lost.death.is_explained, handles.sent) == (True, [])
+
+
+async def test_a_503_of_an_engine_that_lives_is_no_death() -> None:
+    """vLLM answers so when its queue is full. Another replica may have the request; this one may have the next."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.json_response({}, status=200 if request.path.endswith("/health") else 503)
+
+    async with replica(handler) as server, upstream_of(server.port) as (up, at, _):
+        for _ in range(2):
+            answer = await up.send("qwen", CHAT)
+            assert (answer.status, answer.lost("it said so").death) == (503, None)
+            await answer.close()
+        assert at._of_models["qwen"][0].running == 0
+
+
+async def test_what_is_lost_together_is_lost_in_one_death() -> None:
+    """As far as this router knows; the next one, later, is another."""
+    address = ReplicaAddress("127.0.0.1", "http://127.0.0.1:1/models/qwen")
+    leases = [address.begin() for _ in range(3)]
+    deaths = {id(address.lost()) for _ in leases}
+    assert (len(deaths), address.death and address.death.present) == (1, 3)
+    assert address.death is not None
+    address.death.at -= 2 * TOGETHER_S
+    assert id(address.lost()) not in deaths
+
+
+@pytest.mark.parametrize("size", [9_000, 60_000])
+async def test_long_headers_of_an_answer_pass(size: int) -> None:
+    """As they do through HAProxy: a redirect of a long path has a `location` that is longer."""
+
+    async def redirects(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=307, headers={"location": f"http://{request.host}/{'x' * size}"})
+
+    async with replica(redirects) as server, upstream_of(server.port) as (up, _, _handles):
+        answer = await up.send("qwen", CHAT)
+        assert len(dict(answer.headers)[b"location"]) >= size
+        await answer.close()
+
+
+async def raw(said: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
+    """A server that answers every request with these bytes; and the requests."""
+    asked: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(said)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1], asked
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 200 OK\r\nlocation: " + 70_000 * b"x" + b"\r\ncontent-length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nbad header\r\ncontent-length: 2\r\n\r\n{}",
+        b"\x00\x01 no HTTP at all\r\n\r\n",
+    ],
+)
+async def test_an_answer_that_cannot_be_read_is_no_loss(said: bytes) -> None:
+    """Another replica would say the same, so it is told once, and nobody is doubted."""
+    async with asynccontextmanager(raw)(said) as (port, asked), upstream_of(port) as (up, at, _):
+        with pytest.raises(UnreadableAnswer, match="no readable HTTP"):
+            await up.send("qwen", CHAT)
+        (address,) = at._of_models["qwen"]
+        assert (len(asked), address.running, address.death) == (1, 0, None)
 
 
 async def test_serves_own_queue_is_full() -> None:

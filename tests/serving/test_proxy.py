@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
@@ -10,8 +11,8 @@ import httpx
 import pytest
 
 from serve_app.config import RouterConfig
-from serve_app.errors import DeadlineExceeded, ModelNotFound, ModelUnavailable
-from serve_app.serving import relay
+from serve_app.errors import DeadlineExceeded, ModelNotFound, ModelUnavailable, UnreadableAnswer
+from serve_app.serving import relay, suspicion, upstream
 from serve_app.serving.asgi import HttpRequest
 from serve_app.serving.directory import ControllerSilent, ModelStatus
 from serve_app.serving.gate import Admission, Gate
@@ -21,7 +22,8 @@ from serve_app.serving.proxy import Proxy
 from serve_app.serving.queues import ModelQueue
 from serve_app.serving.router import build_app
 from serve_app.serving.router_metrics import RouterMetrics
-from serve_app.serving.upstream import NotOpen, ReplicaLost
+from serve_app.serving.suspicion import Death, Suspect
+from serve_app.serving.upstream import EngineGone, NotOpen, ReplicaLost
 
 Reply = Callable[[HttpRequest], "tuple[int, list[bytes | float | Exception]]"]
 
@@ -45,7 +47,11 @@ class Said:
             else:
                 yield piece
 
-    async def close(self, is_lost: bool = False) -> None:
+    def lost(self, message: str) -> ReplicaLost:
+        """As of an answer over a handle."""
+        return ReplicaLost(message)
+
+    async def close(self) -> None:
         """Remembers it."""
         self.closed = True
 
@@ -360,6 +366,65 @@ async def test_a_lost_request_is_sent_again_before_its_first_byte() -> None:
     assert (await ask(models, {"model": "a"}, max_retries=2)).json() == {"a": 1}
     again = await ask(Models(a=says(ReplicaLost("died"))), {"model": "a"}, max_retries=1)
     assert (again.status_code, "2 tries" in again.json()["error"]["message"]) == (503, True)
+
+
+async def test_an_answer_that_cannot_be_read_is_told_once() -> None:
+    """Another replica would say the same."""
+    models = Models(a=says(UnreadableAnswer("a header of 70000 bytes")))
+    reply = await ask(models, {"model": "a"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (502, "unreadable_answer")
+    assert models.asked == ["a"]
+
+
+async def test_an_engine_that_dies_before_its_first_token_costs_a_retry_whatever_the_endpoint() -> None:
+    """Its head is out by then, so it says so in the first event."""
+    died = b'data: {"error": {"message": "the pt engine has stopped", "code": "model_unavailable"}}\n\n'
+    replies = iter([(200, [died, b""]), (200, [b"data: 1\n\n", b"data: [DONE]\n\n"])])
+    reply = await ask(Models(a=lambda _: next(replies)), {"model": "a"})
+    assert reply.text.startswith("data: 1\n\ndata: [DONE]\n\n")
+
+
+def deadly(*beside: Suspect) -> Reply:
+    """A replica that dies with each request, and with these others."""
+
+    def reply(_: HttpRequest) -> tuple[int, list[Any]]:
+        death = Death(time.monotonic(), 1 + len(beside))
+        for suspect in beside:
+            suspect.lost(death)
+            suspect.cleared()
+        return 200, [ReplicaLost("died", death)]
+
+    return reply
+
+
+async def test_a_request_that_kills_replicas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After three, with a status that has no SDK send it again. The stand-in is spared."""
+    monkeypatch.setattr(suspicion, "SETTLE_S", 0.01)
+    models = Models(a=deadly(Suspect()), b=says(b"{}"))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]}, max_retries=9)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (422, "request_may_be_harmful")
+    assert models.asked == ["a"] * 3
+    assert "3 replicas of 'a' died" in reply.json()["error"]["message"]
+
+
+async def test_a_request_that_is_lost_alone_is_sent_as_often_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others that were there went on, so that no replica has died."""
+    monkeypatch.setattr(suspicion, "SETTLE_S", 0.01)
+    monkeypatch.setattr(relay, "BACKOFF_S", (0.01,))
+    models = Models(a=lambda _: (200, [ReplicaLost("reset", Death(time.monotonic(), present=4))]))
+    reply = await ask(models, {"model": "a"}, max_retries=4)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_unavailable")
+    assert models.asked == ["a"] * 5
+
+
+async def test_engines_that_are_gone_are_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no try, since nothing was sent; but Serve may see nothing wrong with them for ever."""
+    replies = iter([EngineGone("gone")] * 5)
+    models = Models(a=lambda _: (200, [next(replies, b"{}")]))
+    assert (await ask(models, {"model": "a"}, max_retries=0)).status_code == 200
+    monkeypatch.setattr(upstream, "REPLACED_WITHIN_S", 0.5)
+    reply = await ask(Models(a=says(EngineGone("gone"))), {"model": "a"}, max_retries=0)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_unavailable")
 
 
 async def test_a_full_queue_is_a_429_with_the_time_that_it_needs() -> None:

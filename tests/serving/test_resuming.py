@@ -1,6 +1,7 @@
 """Streams whose replica is lost, with the pt engine itself behind the router."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.engines.pt.engine import PtEngine
+from serve_app.serving import suspicion
 from serve_app.serving.asgi import Headers, HttpRequest, call_asgi, decode_head
 from serve_app.serving.directory import ModelStatus
 from serve_app.serving.gate import Gate
@@ -19,6 +21,7 @@ from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.proxy import Proxy
 from serve_app.serving.router import build_app
 from serve_app.serving.router_metrics import RouterMetrics
+from serve_app.serving.suspicion import Death, Suspect
 from serve_app.serving.transcript import CannotResume, Transcript, WholeEvents, kind_of
 from serve_app.serving.upstream import ReplicaLost
 
@@ -27,10 +30,19 @@ CHAT = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "tem
 TEXT = {"model": "demo", "prompt": PROMPT, "max_tokens": 30, "temperature": 0, "stream": True}
 
 
-class CutAnswer:
-    """An answer that breaks after `left` pieces, in the middle of an event if `half`."""
+# How pt ends its streams when its thread has died.
+DIED = b'data: {"error":{"message":"the pt engine has stopped","type":"server_error","param":null,\
+"code":"model_unavailable"}}\n\n'
 
-    def __init__(self, app: ASGIApp, request: HttpRequest, left: int | None, half: bool):
+
+class CutAnswer:
+    """An answer that breaks after `left` pieces, in the middle of an event if `half`; or ends as a dead engine's does.
+
+    All others that were there are lost with it.
+    """
+
+    def __init__(self, app: ASGIApp, request: HttpRequest, left: int | None, half: bool, died: bool = False):
+        self._died = died
         self._items = call_asgi(app, request)
         self._left = left
         self._half = half
@@ -45,14 +57,23 @@ class CutAnswer:
         """Event by event, as an engine that is slow makes them."""
         async for piece in self._items:
             for event in piece.split(b"\n\n")[:-1] if piece.endswith(b"\n\n") else [piece]:
+                if self._left == 0 and self._died:
+                    yield DIED
+                    return
                 if self._left == 0:
                     if self._half:
                         yield event[: len(event) // 2]
-                    raise ReplicaLost("it died")
+                    raise self.lost("it died")
                 self._left = None if self._left is None else self._left - 1
                 yield event + b"\n\n" if piece.endswith(b"\n\n") else event
 
-    async def close(self, is_lost: bool = False) -> None:
+    def lost(self, message: str) -> ReplicaLost:
+        """With another request, which is lost once."""
+        death = Death(time.monotonic(), present=2)
+        Suspect().lost(death)
+        return ReplicaLost(message, death)
+
+    async def close(self) -> None:
         """Ends the application's work."""
         await self._items.aclose()
 
@@ -62,7 +83,8 @@ class Replicas:
 
     headers: Headers
 
-    def __init__(self, app: ASGIApp, cuts: list[int], half: bool = False):
+    def __init__(self, app: ASGIApp, cuts: list[int], half: bool = False, died: bool = False):
+        self._died = died
         self._app = app
         self._cuts = cuts
         self._half = half
@@ -73,7 +95,7 @@ class Replicas:
         self.paths.append(request.path)
         streams = b'"stream": true' in request.body or b'"stream":true' in request.body
         left = self._cuts.pop(0) if streams and self._cuts else None
-        return await CutAnswer(self._app, request, left, self._half).open()
+        return await CutAnswer(self._app, request, left, self._half, self._died).open()
 
 
 class Directory:
@@ -148,6 +170,29 @@ async def test_several_losses_in_one_stream(engine: ASGIApp) -> None:
     expected = text_of(await stream(Replicas(engine, []), "/v1/completions", TEXT))
     events = await stream(Replicas(engine, [3, 2, 4, 1]), "/v1/completions", TEXT)
     assert text_of(events) == expected
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+async def test_a_stream_goes_on_where_the_engine_died_in_a_replica_that_lives(
+    engine: ASGIApp, path: str, body: dict[str, Any]
+) -> None:
+    """It ends with an error event then, which the client does not see."""
+    expected = text_of(await stream(Replicas(engine, []), path, body))
+    for cut in (0, 1, 5):
+        events = await stream(Replicas(engine, [cut, 3], died=True), path, body)
+        assert (text_of(events), events.count("[DONE]")) == (expected, 1)
+        assert not any("error" in event for event in events)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_stream_that_kills_replicas_is_given_up(engine: ASGIApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its second replica dies at the same place of the answer, and no other request was there both times."""
+    monkeypatch.setattr(suspicion, "SETTLE_S", 0.01)
+    replicas = Replicas(engine, [4, 0, 0, 0, 0])
+    events = await stream(replicas, "/v1/completions", TEXT)
+    assert events[-1]["error"]["code"] == "request_may_be_harmful"
+    assert replicas.paths.count("/v1/completions") == 2
 
 
 @pytest.mark.asyncio(loop_scope="module")
