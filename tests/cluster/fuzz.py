@@ -8,7 +8,8 @@ seed, together with what schemathesis makes of every OpenAPI document there. Pri
 three requests of every fault, as lines that `--replay` sends again one by one; `--faults` gets all of them. Exits 1
 where a law is broken:
 
-- no 5xx, also not as an event of a stream, but for 429 and 503 with `retry-after`; no answer that is cut or missing,
+- no 5xx, also not as an event of a stream, but for an overload's 503 with `retry-after`, which a 429 has too, and for
+  vLLM's 501; no answer that is cut or missing; no model that is called unavailable, since none is stopped,
 - a request of another connection to each model, four times a second, never waits longer than two seconds,
 - no process holds over 5 % more than after the first requests (10 MB where that is more, which allocators move by),
 - the processes are the same ones at the end, and the models answer.
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -47,11 +49,18 @@ MOST_GROWTH, FREE_GROWTH_MB = 0.05, 10.0
 # Idle engines give memory back; a replica's report and Ray's metrics settle too.
 SETTLE_S = 30.0
 SHOWN_PER_FAULT = 3
+# Large schemas take schemathesis a second a request.
+SECONDS_PER_OPERATION = 10.0
+NOT_MADE = (hypothesis.errors.HypothesisException, schemathesis.errors.SchemathesisError)
 AUTHORIZATION: Header = (b"authorization", f"Bearer {KEY}".encode())
 
 
-def corpus_of(url: str, routes: Sequence[str], models: Sequence[str], cases: int, seed: int) -> list[Request]:
-    """So many right and wrong requests to every operation of the documents at these routes."""
+class _Enough(Exception):
+    """Ends the making of requests to an operation."""
+
+
+def corpus_of(url: str, routes: Sequence[str], models: Sequence[str], cases: int) -> list[Request]:
+    """At most so many right and wrong requests to every operation of the documents at these routes."""
     made: list[Request] = []
     for route in routes:
         document = document_of(url + route)
@@ -59,8 +68,8 @@ def corpus_of(url: str, routes: Sequence[str], models: Sequence[str], cases: int
             document = bounded(document, list(models), is_open=True)
         for found in schemathesis.openapi.from_dict(document).get_all_operations():
             operation = found.ok()
-            modes = GenerationMode if operation.body else [GenerationMode.POSITIVE]
-            for mode in modes:
+            for mode in GenerationMode if operation.body else [GenerationMode.POSITIVE]:
+                ends = time.monotonic() + SECONDS_PER_OPERATION
 
                 @settings(
                     max_examples=cases if operation.body else 3, deadline=None, database=None,
@@ -68,11 +77,13 @@ def corpus_of(url: str, routes: Sequence[str], models: Sequence[str], cases: int
                 )  # fmt: skip
                 @given(case=operation.as_strategy(generation_mode=mode))
                 def make(case: schemathesis.Case) -> None:
-                    request = _request(case, route)  # noqa: B023 — called before the loop goes on.
+                    if time.monotonic() > ends:  # noqa: B023 — called before the loop goes on.
+                        raise _Enough
+                    request = _request(case, route)  # noqa: B023
                     if request is not None:
                         made.append(request)
 
-                with contextlib.suppress(schemathesis.errors.SchemathesisError):
+                with contextlib.suppress(_Enough, *NOT_MADE):
                     make()
     return made
 
@@ -93,7 +104,10 @@ def fault_of(answer: Answer) -> str:
     """Why an answer must not be, or an empty string."""
     if answer.problem:
         return "" if answer.problem == "left" else answer.problem
-    if answer.status >= 500 and not (answer.status == 503 and b"retry-after" in answer.headers):
+    if answer.status == 501 and b'"error"' in answer.body:  # vLLM's honest word on an endpoint without its model.
+        return ""
+    is_overload = answer.status == 503 and b"retry-after" in answer.headers and b"model_unavailable" not in answer.body
+    if (answer.status >= 500 and not is_overload) or (answer.status == 429 and b"retry-after" not in answer.headers):
         return f"status {answer.status}"
     if answer.headers.get(b"content-type", b"").startswith(b"text/event-stream") and b'"error"' in answer.body:
         return _fault_in_stream(answer.body)
@@ -120,6 +134,9 @@ class Canary:
     waits: list[float] = field(default_factory=list)
     troubles: Counter[str] = field(default_factory=Counter)
     slow_at: list[tuple[str, float, float]] = field(default_factory=list)
+    # What is under way, by connection, and what was when the canary had to wait too long.
+    flying: dict[int, Request] = field(default_factory=dict)
+    suspects: list[Request] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     @contextlib.contextmanager
@@ -141,7 +158,11 @@ class Canary:
         body = json.dumps({"model": model, "prompt": "x", "max_tokens": 1}).encode()
         request = Request("POST", "/v1/completions", (JSON, *self.headers), body)
         while not self._stopped.is_set():
-            answer = await client.send(request, TIMEOUT_S)
+            sent = asyncio.create_task(client.send(request, TIMEOUT_S))
+            await asyncio.wait({sent}, timeout=MOST_WAIT_S)
+            if not sent.done():
+                self.suspects += list(self.flying.values())
+            answer = await sent
             self.waits.append(answer.seconds)
             if answer.status != 200 or answer.problem:
                 self.troubles[f"{model}: {answer.status} {answer.problem} {answer.body[:100]!r}"] += 1
@@ -174,19 +195,25 @@ class Seen:
         elif answer.seconds > MOST_WAIT_S and not answer.problem:
             self.slow.append({"fault": "slow", **line})
 
+    def suspect(self, requests: Sequence[Request]) -> None:
+        """Keeps what was under way when another client had to wait: one of them is to blame."""
+        fault = "under way when another client waited"
+        self.slow += [{"fault": fault, "seconds": 0.0, "request": json.loads(each.line())} for each in requests]
 
-async def send_all(port: int, cases: Iterator[Request], count: int, clients: int, seen: Seen) -> None:
+
+async def send_all(canary: Canary, cases: Iterator[Request], count: int, clients: int, seen: Seen) -> None:
     """The next so many cases, over so many connections."""
     left = iter(range(count))
 
-    async def loop() -> None:
-        client = Client(port)
+    async def loop(number: int) -> None:
+        client = Client(canary.port)
         for _ in left:
-            request = next(cases)
+            request = canary.flying[number] = next(cases)
             seen.note(request, await client.send(request, TIMEOUT_S))
         client.close()
 
-    await asyncio.gather(*(loop() for _ in range(clients)))
+    await asyncio.gather(*map(loop, range(clients)))
+    canary.flying.clear()
 
 
 @dataclass(frozen=True)
@@ -207,12 +234,13 @@ async def fuzz(serve: ServeRun, cases: Cases, canary: Canary, plan: Plan) -> tup
     memory: list[dict[str, float]] = []
     with canary.singing():
         for count in (plan.warm_up, plan.count - plan.warm_up):
-            await send_all(serve.port, stream, count, plan.clients, seen)
+            await send_all(canary, stream, count, plan.clients, seen)
             if plan.warm_up:
                 await asyncio.sleep(plan.settle_s)
                 settling += plan.settle_s
                 memory.append(await asyncio.to_thread(megabytes, before))
         seconds = time.monotonic() - began - settling
+    seen.suspect(canary.suspects)
     gone = await asyncio.to_thread(ended, serve, before)
     growth = {kind: (size, memory[1].get(kind, 0.0)) for kind, size in memory[0].items()} if memory else {}
     grown = {
@@ -272,7 +300,7 @@ def _run(serve: ServeRun, models: Sequence[str], options: argparse.Namespace) ->
     if options.replay is not None:
         return replay(serve.port, options.replay.read_text().splitlines())
     began = time.monotonic()
-    corpus = corpus_of(serve.url, ["", *(f"/models/{name}" for name in models)], models, options.cases, options.seed)
+    corpus = corpus_of(serve.url, ["", *(f"/models/{name}" for name in models)], models, options.cases)
     made_s = round(time.monotonic() - began, 1)
     print(json.dumps({"seed": options.seed, "from_documents": len(corpus), "made_in_s": made_s}), flush=True)
     cases = Cases(options.seed, models, corpus, [AUTHORIZATION])

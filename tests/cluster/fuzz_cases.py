@@ -223,6 +223,25 @@ OTHERS = [
     "documents", "media_io_kwargs", "prompt_embeds", "detokenize", "x", "", "__proto__",
 ]  # fmt: skip
 FIELDS = [*SPECIAL, *SPECIAL, *NUMERIC, *NUMERIC, *OTHERS]
+# Values that an engine takes: without them most requests would end at the first check.
+TAKEN: Mapping[str, Sequence[Any]] = {
+    "temperature": [0, 0.0, 1e-5, 1, 2, Raw("1e-320")], "top_p": [1, 0.5, 1e-9], "top_k": [-1, 0, 1, 767, 2**31 - 1],
+    "min_p": [0, 0.5, 1], "repetition_penalty": [0.01, 1, 100], "presence_penalty": [-2, 2],
+    "frequency_penalty": [-2, 2], "seed": [0, -1, 2**63 - 1, -(2**63)], "n": [1, 2, 5, 16],
+    "min_tokens": [0, 1, 4], "max_tokens": [1, 4, 17],
+    "logprobs": [0, 1, 5, True], "top_logprobs": [0, 3], "logit_bias": [{"130": 100}, {"1": 100}, {"767": -100}, {}],
+    "stop": ["a", ["a", ""], ["é", "\ufffd"], "e" * 900], "ignore_eos": [True, False], "stream": [True, False],
+    "stream_options": [{"include_usage": True}, {}], "echo": [True, False], "add_special_tokens": [True, False],
+    "response_format": [{"type": "json_object"}, {"type": "text"}], "encoding_format": ["float", "base64"],
+    "structured_outputs": [{"regex": "[ab]{1,4}"}, {"choice": ["a", "b"]}, {"grammar": 'root ::= "a"'}, {"json": {}}],
+    "tool_choice": ["none", "auto", "required"], "user": ["x"], "continue_final_message": [True],
+    "add_generation_prompt": [False], "chat_template_kwargs": [{"x": 1}, {"tools": []}], "stop_token_ids": [[5], [767]],
+    "prompt": [[0], [1, 2, 767], "é" * 50, "<|im_start|>user\n", [[5], [7]]], "input": [[0], "é", ["a"] * 9],
+    "messages": [[{"role": "user", "content": [{"type": "text", "text": "x"}]}], [{"role": "system", "content": ""}]],
+    "tools": [[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]],
+    "tokens": [[0], [767] * 50, [130], [105, 130]], "prompt_logprobs": [0, 1], "allowed_token_ids": [[5, 6]],
+    "bad_words": [["a"]], "skip_special_tokens": [False], "truncate_prompt_tokens": [1, -1], "priority": [0, 1],
+}  # fmt: skip
 RIGHT: Mapping[str, Sequence[BODY]] = {
     "/v1/chat/completions": [{"messages": [{"role": "user", "content": "What is Ray?"}]}],
     "/v1/completions": [{"prompt": "x"}, {"prompt": ["x", "y"]}, {"prompt": [1, 5, 7]}],
@@ -317,6 +336,9 @@ class Cases:
         if draw.random() < 0.08:
             # Not the bound on the answer's length: then an answer has thousands of tokens.
             body.pop(name if name != "max_tokens" else "model", None)
+            return
+        if name in TAKEN and draw.random() < 0.5:
+            body[name] = draw.choice(TAKEN[name])
             return
         make = SPECIAL.get(name, anything)
         if name in NUMERIC and draw.random() < 0.8:

@@ -134,7 +134,7 @@ WORK_BESIDE_DECODING = (
     HostileInput(
         "embeddings of many inputs",
         EMBEDDINGS,
-        _fields(input=lambda n: [f"{n} What is a router? " * 40] * 200),
+        _fields(input=lambda n: [f"{n} What is a router? " * 40] * 120),
         "2: queue",
         connections=2,
     ),
@@ -312,7 +312,7 @@ TOOLS = (
         _fields(messages=[
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": None, "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}]},
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * 90_000}}]},
         ], max_tokens=4),
         "14: deep arguments",
     ),
