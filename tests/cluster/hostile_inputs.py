@@ -97,7 +97,7 @@ FORMATS = (
     HostileInput(
         "regex of a wide class",
         COMPLETIONS,
-        _format("regex", lambda n: f"([\\u0000-\\uffff]{{0,{4000 + n}}}){{0,50}}"),
+        _format("regex", lambda n: f"([\\u0001-\\uffff]{{0,{4000 + n}}}){{0,50}}"),
         "1: compiling",
     ),
     HostileInput(
@@ -158,6 +158,7 @@ SAMPLING = (
     HostileInput("repetition_penalty of 1e308", COMPLETIONS, _text(repetition_penalty=1e308), "3: sampler"),
     HostileInput("stop_token_ids beyond", COMPLETIONS, _text(stop_token_ids=[2**40], min_tokens=4), "3: sampler"),
     HostileInput("allowed_token_ids beyond", COMPLETIONS, _text(allowed_token_ids=[2**40, 768, -1]), "3: sampler"),
+    HostileInput("logprobs", COMPLETIONS, _text(logprobs=1), "vLLM compiles a function at its first use"),
     HostileInput("prompt_logprobs", COMPLETIONS, _text("x " * 800, prompt_logprobs=20, logprobs=20), "3: sampler"),
 )
 
