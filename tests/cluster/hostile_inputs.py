@@ -165,6 +165,7 @@ SAMPLING = (
 BODIES = (
     HostileInput("prompts × n", COMPLETIONS, _text(prompt=["a"] * 5000, n=128), "4: event loop"),
     HostileInput("more prompts × n", COMPLETIONS, _text(prompt=["a"] * 20_000, n=128), "4: event loop", by_route=True),
+    HostileInput("n of 16384", COMPLETIONS, _text(n=16_384, max_tokens=2), "4: vLLM takes so many"),
     HostileInput("prompts of objects", COMPLETIONS, _text(prompt=[{}] * 75_000), "4: event loop"),
     HostileInput("messages of objects", CHAT, _fields(messages=[{}] * 75_000), "4: event loop"),
     HostileInput("prompts of numbers", COMPLETIONS, _text(prompt=[[0.5]] * 60_000), "4: event loop"),
