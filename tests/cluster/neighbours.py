@@ -10,6 +10,7 @@ a machine is not equally fast all the time. Prints one row per input, and exits 
 - the p99 of the victim's gaps is at most twice the usual one (the median of three where the first is over it),
 - no gap is over two seconds, which a p99 would not show,
 - no request of the victim fails or gets another text, then and afterwards,
+- no process grows by more than 300 MB meanwhile,
 - the processes are the same ones afterwards, and the model answers.
 """
 
@@ -41,6 +42,8 @@ STREAMS = 4
 QUESTIONS = [question for question, answer in ANSWERS.items() if len(answer) > 80]
 MOST_SLOWER = 2.0
 MOST_GAP_S = 2.0
+# A few bodies of 32 MiB at once; a process that grows by more for one client can be ended by the kernel.
+MOST_GROWTH_MB = 300
 # A hostile request that takes longer is given up, and the next one is sent.
 PATIENCE_S = 20.0
 RECOVERY_S = 240.0
@@ -188,6 +191,11 @@ class Row:
         """The p99 of the gaps against the usual one; the median where it was measured several times."""
         return statistics.median(self.ratios)
 
+    @property
+    def grown(self) -> tuple[str, int]:
+        """The kind of process that grew most, and by how many MB."""
+        return max(self.growth.items(), key=lambda pair: pair[1], default=("nothing", 0))
+
     def broken(self, by_time: bool = True) -> list[str]:
         """The laws that do not hold."""
         laws = {
@@ -195,6 +203,7 @@ class Row:
             f"a gap of {self.beside.longest_s:.1f} s": self.beside.longest_s > MOST_GAP_S,
             f"{self.failures.total()} failed": bool(self.failures),
             "nothing was answered": not self.beside.answers,
+            f"{self.grown[0]} grew by {self.grown[1]} MB": self.grown[1] > MOST_GROWTH_MB,
             f"ended: {', '.join(self.ended)}": bool(self.ended),
             f"no answer for {RECOVERY_S:g} s": self.recovery_s >= RECOVERY_S,
         }
@@ -202,7 +211,6 @@ class Row:
 
     def told(self) -> dict[str, Any]:
         """For a reader, times in ms where not said."""
-        grown = max(self.growth.items(), key=lambda pair: pair[1], default=("", 0))
         own = self.attack.seconds or [0.0]
         return {
             "model": self.model,
@@ -222,7 +230,7 @@ class Row:
             "answers": self.beside.answers,
             "failures": dict(self.failures.most_common(3)),
             "recovery_s": round(self.recovery_s, 1),
-            "grown_mb": f"{grown[0]} +{grown[1]}",
+            "grown_mb": f"{self.grown[0]} +{self.grown[1]}",
             "broken": self.broken(),
         }
 
