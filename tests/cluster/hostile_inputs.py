@@ -149,7 +149,7 @@ WORK_BESIDE_DECODING = (
 )
 
 SAMPLING = (
-    HostileInput("top_k of 10**19", COMPLETIONS, _text(top_k=10**19), "3: sampler", connections=2),
+    HostileInput("top_k of 10**19", COMPLETIONS, _text(top_k=10**19), "3: sampler", connections=8),
     HostileInput("top_k of 2**31", COMPLETIONS, _text(top_k=2**31), "3: sampler", connections=2),
     HostileInput("logit_bias beyond", COMPLETIONS, _text(logit_bias={"768": 100, "100000": 1}), "3: sampler"),
     HostileInput("logit_bias far beyond", COMPLETIONS, _text(logit_bias={str(10**19): 5}), "3: sampler"),

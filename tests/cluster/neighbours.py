@@ -44,8 +44,6 @@ MOST_SLOWER = 2.0
 MOST_GAP_S = 2.0
 # A few bodies of 32 MiB at once; a process that grows by more for one client can be ended by the kernel.
 MOST_GROWTH_MB = 300
-# A hostile request that takes longer is given up, and the next one is sent.
-PATIENCE_S = 20.0
 RECOVERY_S = 240.0
 VARIANTS = 4
 
@@ -154,11 +152,12 @@ def attack(name: str, model: str, port: int, key: str | None, seconds: float) ->
     """Sends the input of that name in a closed loop for so long, in a process beside the victim's."""
     hostile, requests = requests_of(name, model, key)
     seen, ends = Attack(), time.monotonic() + seconds
+    patience_s = 2 + 2 * seconds  # What takes longer is given up, and the next one is sent.
 
     async def loop(connection: int) -> None:
         client, number = Client(port), connection
         while time.monotonic() < ends:
-            answer = await client.send(requests[number % VARIANTS], PATIENCE_S)
+            answer = await client.send(requests[number % VARIANTS], patience_s)
             number += hostile.connections
             seen.statuses[str(answer.status) if not answer.problem else answer.problem] += 1
             seen.seconds.append(answer.seconds)
