@@ -39,5 +39,5 @@ async def test_one_clients_inputs_leave_anothers_streams_alone(run: ServeRun, mo
 
 async def test_500_requests_of_the_fuzz_run(run: ServeRun) -> None:
     """No 5xx, no other client that waits for two seconds or fails, and the processes stay."""
-    told, seen = await fuzz(run, Cases(1, MODELS, []), Canary(run.port, MODELS, []), Plan(500, 0, clients=16))
+    told, seen = await fuzz(run, Cases(1, MODELS, []), Canary(run.port, MODELS, []), Plan(500, 0, clients=8))
     assert not told["broken"], (told, seen.lines[:3])
