@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import requests
@@ -91,8 +92,8 @@ def without_key(url: str, document: dict[str, Any]) -> dict[str, int]:
     return seen
 
 
-def config() -> dict[str, Any]:
-    """A router and one model of each backend."""
+def config(backends: Sequence[str] = ("pt", "vllm")) -> dict[str, Any]:
+    """A router and one model of each backend, named like it."""
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
     models = [
         {
@@ -101,7 +102,7 @@ def config() -> dict[str, Any]:
             "route_prefix": f"/models/{name}",
             "args": {"model": "serve-app/demo", "infer_backend": name, "device": "cpu", "dtype": "float32"},
         }
-        for name in ("pt", "vllm")
+        for name in backends
     ]
     return {"applications": [router, *models]}
 
