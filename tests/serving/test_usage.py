@@ -5,16 +5,23 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from serve_app.serving.gate import KeyedApp
+from serve_app.config import RouterConfig
+from serve_app.serving.asgi import HttpRequest
+from serve_app.serving.gate import KeyedApp, KeyedRouter
 from serve_app.serving.incoming import peek
+from serve_app.serving.proxy import Proxy
+from serve_app.serving.router import build_app
+from serve_app.serving.router_metrics import RouterMetrics
 from serve_app.serving.usage import UsageMeter, asking, estimate_tokens, without_usage
 from tests.serving.test_gate import AUTH, client, make_gate
+from tests.serving.test_proxy import Models
 
 CHAT = "/v1/chat/completions"
 USAGE = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":2,"total_tokens":9,"completion_tokens":7}}\n\n'
@@ -127,3 +134,25 @@ async def test_a_stream_by_route_is_charged_by_what_it_used(tmp_path: Path) -> N
     async with client(KeyedApp(app, unlimited, "m")) as http:
         await http.post(CHAT, json={"stream": True}, headers=AUTH)
     assert "stream_options" not in asked[-1]
+
+
+@pytest.mark.parametrize("cut", [True, False])
+async def test_a_stream_by_name_is_charged_by_what_it_used(tmp_path: Path, cut: bool) -> None:
+    """As by route, whether or not an event is cut between two pieces, and where the stream breaks."""
+    asked: list[dict[str, Any]] = []
+
+    def reply(request: HttpRequest) -> tuple[int, list[Any]]:
+        asked.append(json.loads(request.body))
+        return 200, [TEXT, USAGE[:20], USAGE[20:] + DONE] if cut else [TEXT, USAGE + DONE]
+
+    gate, limiter = make_gate(tmp_path, "tokens_per_minute: 1000")
+    models = Models(m=reply)
+    proxy = Proxy(RouterConfig(), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
+    app = KeyedRouter(build_app(proxy, models, gate), gate)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router", headers=AUTH) as http:
+        plain = await http.post(CHAT, json={"model": "m", "stream": True})
+        wanted = await http.post(CHAT, json={"model": "m", "stream": True, "stream_options": {"include_usage": True}})
+    assert asked[0]["stream_options"] == {"include_usage": True}
+    assert plain.content.startswith(TEXT + DONE)
+    assert wanted.content.startswith(TEXT + USAGE + DONE)
+    assert limiter.settled == [9, 9]
