@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from serve_app.errors import Forbidden, RateLimited, TokensLimited, Unauthorized
-from serve_app.serving.gate import Gate, KeyedApp, refusal
+from serve_app.serving.gate import Gate, KeyedApp, KeyedRouter, refusal
 from serve_app.serving.keys import KeySource, sha256_of
 from serve_app.serving.limits import Limits, Verdict, Windows
 from serve_app.serving.usage import UsageMeter, estimate_tokens
@@ -359,7 +359,9 @@ async def test_web_pages_of_other_sites_may_not_use_what_needs_no_key(
     async with client(KeyedApp(ENGINE, Gate(KeySource(None, {}), LocalLimiter()), "m")) as http:
         reply = await http.post("/v1/chat/completions", content=body, headers=headers)
         preflight = await http.options("/v1/chat/completions", headers=headers)
-    assert reply.status_code == status
+    async with client(KeyedRouter(ENGINE, Gate(KeySource(None, {}), LocalLimiter()))) as http:
+        by_name = await http.post("/v1/chat/completions", content=body, headers=headers)
+    assert (reply.status_code, by_name.status_code) == (status, status)
     assert (preflight.status_code == 403) == (status == 403)
     if status == 403:
         assert reply.json()["error"]["code"] == "origin_not_allowed"
