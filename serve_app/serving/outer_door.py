@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
 from serve_app.errors import ClientGone, ConfigError, InvalidRequest, RequestError
 from serve_app.serving.asgi import Headers
-from serve_app.serving.body_budget import BodyBudget
+from serve_app.serving.body_budget import BodyBudget, Held
 from serve_app.serving.gate import Gate, is_admitted, refusal
 from serve_app.serving.incoming import header, read_body, replayed
 from serve_app.serving.keys import KeySource, configured_keys
@@ -117,20 +117,22 @@ class OuterDoor:
             await self._refuse(error, scope, receive, send)
             return
         try:
-            try:
-                body = await read_body(scope["headers"], receive, self._inside.limits(), held.grow)
-            except ClientGone as error:
-                self._inside.refused(error.status)
-                return
-            except RequestError as error:
-                held.release()
-                await self._refuse(error, scope, receive, send)
-                return
-            receive = replayed(body, receive)
-            del body  # It is held by whoever reads it.
-            await self._app(scope, receive, send)
+            whole = await self._read(scope, receive, send, held)
+            if whole is not None:
+                await self._app(scope, whole, send)
         finally:
             held.release()
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send, held: Held) -> Receive | None:
+        """A `receive` that gives the whole body at once, and keeps it no longer; None where it was refused."""
+        try:
+            return replayed(await read_body(scope["headers"], receive, self._inside.limits(), held.grow), receive)
+        except ClientGone as error:
+            self._inside.refused(error.status)
+        except RequestError as error:
+            held.release()
+            await self._refuse(error, scope, receive, send)
+        return None
 
     def _owner(self, scope: Scope) -> str | None:
         """The name of the request's key; None where none is needed. Raises Unauthorized and Forbidden."""

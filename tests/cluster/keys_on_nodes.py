@@ -37,9 +37,9 @@ Environment = dict[str, str]
 class UnequalNodes(RayCluster):
     """Each worker has an environment of its own, and so has the head."""
 
-    def __init__(self, model: dict[str, Any], head: Environment):
-        self._own = {"head": head}
-        super().__init__(model, worker_cpus=[])
+    def __init__(self, model: dict[str, Any], head: Environment, first: Environment):
+        self._own = {"head": head, "worker-0": first}
+        super().__init__(model, worker_cpus=[1])
         self._headers = HEADERS
 
     def add(self, number: int, own: Environment) -> None:
@@ -116,9 +116,8 @@ def wait(reached: Any, what: str) -> None:
         time.sleep(1)
 
 
-def one_node_without(case: str, cluster: UnequalNodes, right: Environment, other: Environment) -> dict[str, Any]:
-    """Starts the workers, the unequal one last; what all ports say when it has shown itself."""
-    cluster.add(0, right)
+def one_node_without(case: str, cluster: UnequalNodes, other: Environment) -> dict[str, Any]:
+    """Starts the unequal worker beside the first one; what all ports say when it has shown itself."""
     cluster.wait_until(lambda told: told[NAME]["replicas"] == 1)
     before = answers(cluster, None)
     cluster.add(1, other)
@@ -147,9 +146,9 @@ def main() -> None:
         with open(f"{folder}/keys.yaml", "w") as file:
             file.write(f"keys: [{{name: a, sha256: {sha256_of(KEY)}}}]\n")
         head, right, other = nodes_of(case, folder)
-        cluster = UnequalNodes(application(), head)
+        cluster = UnequalNodes(application(), head, right)
         try:
-            told = one_node_without(case, cluster, right, other)
+            told = one_node_without(case, cluster, other)
         finally:
             cluster.stop(signal.SIGTERM)
             cluster.clean_up()
