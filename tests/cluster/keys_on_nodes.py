@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -87,20 +89,22 @@ def application() -> dict[str, Any]:
 def answers(cluster: UnequalNodes, headers: dict[str, str] | None) -> dict[str, int]:
     """What each port says to a request for a completion, by the port's number and the path."""
     body = {"model": NAME, "prompt": "What", "max_tokens": 1}
-    said = {}
-    with httpx.Client(timeout=5, headers=headers) as http:
-        for port in sorted(cluster.ports()):
-            for path in (f"/models/{NAME}/v1/completions", "/v1/completions"):
-                try:
-                    said[f"{port}{path}"] = http.post(f"http://127.0.0.1:{port}{path}", json=body).status_code
-                except httpx.HTTPError:
-                    said[f"{port}{path}"] = 0
-    return said
+
+    def ask(where: str) -> int:
+        try:
+            return httpx.post(f"http://127.0.0.1:{where}", json=body, headers=headers, timeout=5).status_code
+        except httpx.HTTPError:  # Most ports are of gRPC.
+            return 0
+
+    paths = (f"/models/{NAME}/v1/completions", "/v1/completions")
+    places = [f"{port}{path}" for port in sorted(cluster.ports()) for path in paths]
+    with ThreadPoolExecutor(len(places)) as pool:
+        return {where: status for where, status in zip(places, pool.map(ask, places), strict=True) if status}
 
 
-def reasons(cluster: UnequalNodes) -> list[str]:
-    """The lines of `serve status` and of the nodes' terminals that say why a replica does not start."""
-    lines = [*cluster.status().splitlines(), *cluster.output().splitlines()]
+def reasons(cluster: UnequalNodes, with_status: bool = False) -> list[str]:
+    """The lines of the nodes' terminals, of replicas' logs and of `serve status` that say why one does not start."""
+    lines = [*(cluster.status().splitlines() if with_status else ()), *cluster.output().splitlines()]
     for file in cluster.folder.rglob("serve/replica_*.log"):
         lines += file.read_text(errors="replace").splitlines()
     words = ("API keys are needed in this cluster", "not-on-this-node.yaml: No such file")
@@ -130,7 +134,7 @@ def one_node_without(case: str, cluster: UnequalNodes, other: Environment) -> di
         "without_key": answers(cluster, None),
         "with_wrong_key": answers(cluster, {"authorization": "Bearer sk-of-nobody-at-all-here"}),
         "with_key": answers(cluster, HEADERS),
-        "reasons": reasons(cluster),
+        "reasons": reasons(cluster, with_status=True),
     }
 
 
@@ -140,8 +144,6 @@ def main() -> None:
     parser.add_argument("--case", choices=("variable", "file", "late"), default="variable")
     case = parser.parse_args().case
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory() as folder:
         with open(f"{folder}/keys.yaml", "w") as file:
             file.write(f"keys: [{{name: a, sha256: {sha256_of(KEY)}}}]\n")
