@@ -19,7 +19,10 @@ from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
+from serve_app.serving.access import ClusterRecord, agree_on_model, agree_on_router, this_node
+from serve_app.serving.announcer import listening_host
 from serve_app.serving.deployment_options import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, model_options, router_options
+from serve_app.serving.keys import configured_keys
 from serve_app.serving.place import needs_devices, place
 from serve_app.serving.replica import Model
 from serve_app.serving.router import Router
@@ -29,6 +32,7 @@ def model(args: dict[str, Any]) -> Application:
     """Builds the application of one model."""
     try:
         config = ModelConfig.from_args(args)
+        agree_on_model(configured_keys(), ClusterRecord(), this_node(), listening_host())
         inventory = _inventory(config)
         settled = place(config, ray_nodes(), inventory, unclaimed(inventory) if inventory is not None else None)
     except ServeAppError as error:
@@ -61,7 +65,8 @@ def router(args: dict[str, Any]) -> Application:
     """Builds the router's application."""
     try:
         config = RouterConfig.from_args(args)
+        agree_on_router(configured_keys(), ClusterRecord(), this_node(), listening_host(), config)
     except ServeAppError as error:
         raise RayServeException(str(error)) from None
     deployment = serve.deployment(serve.ingress()(Router), name=ROUTER_DEPLOYMENT)
-    return deployment.options(**router_options()).bind(config)
+    return deployment.options(**router_options(_runtime_env())).bind(config)

@@ -183,6 +183,7 @@ Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 MAX_BODY_BYTES = 32 * 2**20
+MAX_BODIES_BYTES = 2**30
 BODY_TIMEOUT_S = 60.0
 
 
@@ -401,12 +402,16 @@ class RouterConfig(_Strict):
     `first_byte_timeout_s` is a whole answer's time where it is not streamed. `max_retries` bounds how often a request
     is sent again, or a stream is taken up again, after its replica was lost. `max_waiting_requests` may wait for their
     first byte at one model, and `max_held_requests` of them for a model that is loading, for `hold_timeout_s`.
+    `max_bodies_bytes` bounds all bodies together that a router replica holds at one time. `allow_open_access` says that
+    an address which other machines reach, without API keys, is meant.
     """
 
+    allow_open_access: bool = False
     aliases: dict[str, str] = Field(default_factory=dict)
     default_model: str | None = None
     fallbacks: dict[str, list[str]] = Field(default_factory=dict)
     max_body_bytes: Positive = MAX_BODY_BYTES
+    max_bodies_bytes: Positive = MAX_BODIES_BYTES
     max_header_bytes: Positive = 32 * 2**10
     body_timeout_s: Seconds = BODY_TIMEOUT_S
     first_byte_timeout_s: Seconds = 600.0

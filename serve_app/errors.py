@@ -9,6 +9,7 @@ ServeAppError                 what went wrong, where, and what to do
     │   └── ContextTooLong    400
     ├── Unauthorized          401, with www-authenticate
     ├── Forbidden             403
+    ├── ForeignPage           403, of a web page where nobody needs a key
     ├── ModelNotFound         404
     ├── RequestTimeout        408
     ├── RequestTooLarge       413
@@ -173,6 +174,14 @@ class Forbidden(RequestError):
     status = 403
     type = "invalid_request_error"
     code = "model_not_allowed"
+
+
+class ForeignPage(RequestError):
+    """A web page of another site uses a server that needs no key."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "origin_not_allowed"
 
 
 class RateLimited(RequestError):

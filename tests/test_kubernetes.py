@@ -9,7 +9,8 @@ from serve_app.cli.check import require_serves_schema, require_valid
 from serve_app.facts.serve_file import read_applications
 
 ROOT = Path(__file__).parents[1]
-MANIFEST: dict[str, Any] = yaml.safe_load((ROOT / "docker/kubernetes/rayservice.yaml").read_text())
+MANIFEST: dict[str, Any]
+MANIFEST, POLICY = yaml.safe_load_all((ROOT / "docker/kubernetes/rayservice.yaml").read_text())
 
 
 def groups() -> list[dict[str, Any]]:
@@ -34,7 +35,12 @@ def test_serves_settings_are_those_of_the_shipped_configs() -> None:
     for group in groups():
         (container,) = group["template"]["spec"]["containers"]
         given = {item["name"]: item.get("value") for item in container["env"]}
-        for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_HAPROXY_TUNE_BUFSIZE"):
+        for name in (
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
+            "RAY_SERVE_ENABLE_HA_PROXY",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+            "RAY_SERVE_HAPROXY_TUNE_BUFSIZE",
+        ):
             assert given[name] == wanted[name]
 
 
@@ -49,3 +55,16 @@ def test_every_mount_has_its_volume_and_every_worker_a_gpu() -> None:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     version = MANIFEST["spec"]["rayClusterConfig"]["rayVersion"]
     assert f"ray=={version}" in (ROOT / "requirements/cpu.txt").read_text()
+
+
+def test_nobody_runs_code_on_the_pods_without_a_token() -> None:
+    """Ray's own ports ask for one, and only the models' port is open to every pod; that asks for API keys."""
+    assert MANIFEST["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    labels = {"ray.io/is-ray-node": "yes"}  # KubeRay puts it on every pod of a Ray cluster.
+    assert POLICY["spec"]["podSelector"]["matchLabels"] == labels
+    assert POLICY["spec"]["policyTypes"] == ["Ingress"]
+    to_all = [rule["ports"] for rule in POLICY["spec"]["ingress"] if "from" not in rule]
+    assert to_all == [[{"port": 8000}]]
+    for group in groups():
+        (container,) = group["template"]["spec"]["containers"]
+        assert "SERVE_APP_API_KEYS_FILE" in {item["name"] for item in container["env"]}

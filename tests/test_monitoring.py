@@ -75,6 +75,18 @@ def test_the_panels_do_not_overlap() -> None:
     assert len({panel["id"] for panel in dashboard()["panels"]}) == len(places)
 
 
+def test_compose_starts_ray_with_a_token_on_every_node() -> None:
+    """From a secret that has to be made first: without the file compose starts nothing."""
+    document = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    assert document["secrets"] == {"ray-token": {"file": "./ray-token"}}
+    for name in ("head", "worker"):
+        service = document["services"][name]
+        assert service["environment"]["RAY_AUTH_MODE"] == "token"
+        assert service["environment"]["RAY_AUTH_TOKEN_PATH"] == f"/run/secrets/{service['secrets'][0]}"
+    for service in document["services"].values():  # To the machine itself, and to nobody else.
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+
+
 def test_compose_mounts_files_that_exist() -> None:
     """And starts Serve with a file of the image, which is this repository."""
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]

@@ -15,6 +15,8 @@ from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
+from serve_app.serving.keys import ENVIRONMENT, FILE_VARIABLE
+from serve_app.serving.origin import is_loopback
 from serve_app.serving.place import place
 
 # What an application may name, and its deployment.
@@ -30,7 +32,7 @@ def check(file: Path, address: str | None) -> int:
     print(f"{where}: {'; '.join(map(str, nodes))}")
     for name in _unset_variables(file):
         print(f"note: the file uses ${{{name}}}, which is not set here. Activate the environment before `serve run`.")
-    for note in dangling_names(applications):
+    for note in (*open_access(file, applications), *dangling_names(applications)):
         print(f"note: {note}")
     placed = [_report(application, nodes, inventory) for application in applications if application.is_model]
     return 0 if all(placed) else 1
@@ -49,6 +51,24 @@ def require_valid(applications: Sequence[ApplicationSpec]) -> None:
             problems += [f"{application.name}: {line}" for line in str(error).splitlines()]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def open_access(file: Path, applications: Sequence[ApplicationSpec]) -> list[str]:
+    """A note on a file that would be refused at the start, as others could reach it and nothing in it names API keys.
+
+    It is no mistake yet: the environment in which the cluster's nodes started may name them.
+    """
+    document = yaml.safe_load(file.read_text())
+    host = (document.get("http_options") or {}).get("host") or "127.0.0.1"
+    environment = _environment(document).keys() | os.environ.keys()
+    is_meant = any(item.is_router and item.router_settings().allow_open_access for item in applications)
+    if is_loopback(str(host)) or is_meant or {FILE_VARIABLE, ENVIRONMENT} & environment:
+        return []
+    return [
+        f"http_options.host is {host}, and neither this file nor this environment names API keys: it will not start "
+        f"unless the environment of Ray's nodes does. Set {FILE_VARIABLE} under controller_options.runtime_env."
+        "env_vars, or allow_open_access: true under 'args' of the router, if everyone who reaches it may use it."
+    ]
 
 
 def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
@@ -74,10 +94,15 @@ def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
 
 def _unset_variables(file: Path) -> list[str]:
     """The variables in the file's `env_vars` that Ray would expand to nothing."""
-    document = yaml.safe_load(file.read_text())
-    environment = (document.get("controller_options") or {}).get("runtime_env") or {}
-    values = " ".join(map(str, (environment.get("env_vars") or {}).values()))
+    values = " ".join(map(str, _environment(yaml.safe_load(file.read_text())).values()))
     return sorted({name for name in re.findall(r"\$\{(\w+)\}", values) if name not in os.environ})
+
+
+def _environment(document: dict[str, Any]) -> dict[str, Any]:
+    """The variables that the file sets for all of Serve."""
+    environment = (document.get("controller_options") or {}).get("runtime_env") or {}
+    variables: dict[str, Any] = environment.get("env_vars") or {}
+    return variables
 
 
 def require_serves_schema(file: Path) -> None:

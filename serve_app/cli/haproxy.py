@@ -3,7 +3,8 @@
 Ray Serve leaves its HAProxy behind when it is killed: the port stays taken, and answers nothing. Config files name this
 command in RAY_SERVE_HAPROXY_BINARY_PATH. It also takes two listeners out of Ray's HAProxy config that are open on all
 addresses (metrics and statistics: Ray itself reads them from the admin socket), keeps that socket to its user,
-gives headers a minute to arrive, leaves out splicing, and keeps connections within the limit of open files.
+gives headers a minute to arrive, leaves out splicing, keeps connections within the limit of open files, and takes out
+headers by which clients could steer Serve.
 It has to be a small script without imports of the package: Ray starts one for every change of the routes.
 """
 
@@ -25,6 +26,14 @@ LIMITS = "    timeout http-request 60s\n"
 # leaves before the answer, the closed socket is left unread for a splice that never comes. Its thread then turns in a
 # circle at 100 % of a core, and the server works to the end for nobody. No body or chunk here is worth a splice.
 SPLICING = re.compile(r"^[ \t]*option splice-\w+\n", re.MULTILINE)
+# Serve obeys these from any client: they switch its cancellation and its time limit off, or choose among its replicas.
+# `serving/outer_door.py` takes them out too, for those who come past HAProxy.
+FRONTEND = re.compile(r"^frontend http_frontend\n[ \t]+bind .*\n", re.MULTILINE)
+WITHOUT_SERVES_OWN = (
+    "    http-request del-header x-request-disconnect-disabled\n"
+    "    http-request del-header x-request-timeout-seconds\n"
+    "    http-request del-header ^serve[-_]multiplexed[-_]model[-_]id$ -m reg\n"
+)
 # RAY_SERVE_HAPROXY_MAXCONN of the config files is a wish: many systems allow fewer files. Spare ones are for listeners,
 # health checks and HAProxy itself.
 MAXCONN = re.compile(r"^([ \t]*maxconn )(\d+)$", re.MULTILINE)
@@ -41,6 +50,7 @@ def tightened(config: str) -> str:
     """Ray's config without what is open to others and what never ends, and with limits of ours."""
     config = SPLICING.sub("", fitting(config, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     config = OPEN_LISTENERS.sub("", config).replace(" mode 666 level admin", " mode 600 level admin")
+    config = FRONTEND.sub(lambda found: found[0] + WITHOUT_SERVES_OWN, config)
     return config.replace(DEFAULTS, DEFAULTS + LIMITS, 1)
 
 
@@ -50,7 +60,9 @@ def looseness(config: str) -> str:
         return "metrics or statistics would be open on all addresses"
     if re.search(SPLICING, config):
         return "clients that leave would not be noticed"
-    return "" if "timeout http-request" in config else "headers would have no time limit"
+    if "timeout http-request" not in config:
+        return "headers would have no time limit"
+    return "" if WITHOUT_SERVES_OWN in config else "clients could steer Serve by its own headers"
 
 
 def main() -> None:

@@ -3,6 +3,9 @@
 A lock is `flock` on a file per GPU of the machine. The kernel frees it when its holder dies, however it dies, and no
 program that the holder starts inherits it. Containers that share a GPU share no lock, unless they share the folder.
 Several GPUs are locked in one order everywhere, so nobody waits in a ring.
+
+The files lie in /tmp itself, since all users of the machine share its GPUs. A folder below it would belong to whoever
+came first, and the owner of a folder may replace what is in it, whatever its mode.
 """
 
 import asyncio
@@ -16,8 +19,8 @@ from pathlib import Path
 
 from serve_app.errors import EngineError
 
-# For all users of the machine: their engines share its GPUs.
-FOLDER = Path("/tmp/serve-app-start-locks")  # noqa: S108
+FOLDER = Path("/tmp")  # noqa: S108
+PREFIX = "serve-app-start-lock-"
 # A large model loads for minutes, and several may wait before this one.
 TIMEOUT_S = 1800.0
 LOOK_AGAIN_S, TELL_EVERY_S = 0.2, 30.0
@@ -62,27 +65,51 @@ async def _lock(file: int, gpu: str, tell: Callable[[str], None], ends: float, t
         await asyncio.sleep(LOOK_AGAIN_S)
 
 
-def _open_or_create(path: Path) -> int:
-    """Not O_CREAT alone: for a file of another user in such a folder the kernel refuses that (fs.protected_regular)."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+def _open(folder: Path, gpu: str) -> int:
+    """The lock file. Raises EngineError where another user could have put something else in its place."""
+    path = folder / (PREFIX + "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in gpu))
+    try:
+        inside = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _require_safe(inside, folder)
+            file = _open_or_create(path.name, inside)
+        finally:
+            os.close(inside)
+    except OSError as error:
+        raise EngineError(f"The start lock {path} cannot be opened: {error.strerror}.") from None
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # What is written here would land in another file.
+        os.close(file)
+        raise EngineError(f"The start lock {path} is not a plain file with one name. Remove it.")
+    if status.st_uid == os.getuid():
+        os.fchmod(file, 0o666)  # Whatever the umask was.
+    return file
+
+
+def _require_safe(inside: int, folder: Path) -> None:
+    """Raises EngineError for a folder in which another user may replace files of ours."""
+    status = os.fstat(inside)
+    if status.st_uid not in (0, os.getuid()):
+        raise EngineError(
+            f"The start lock's folder {folder} belongs to user {status.st_uid}, who may replace the locks of others. "
+            "It must belong to root."
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+        raise EngineError(
+            f"The start lock's folder {folder} lets everyone replace everyone's files. Set its sticky bit: "
+            f"chmod +t {folder}."
+        )
+
+
+def _open_or_create(name: str, folder: int) -> int:
+    """The file `name` in the open `folder`; a link in its place is not followed.
+
+    Not O_CREAT alone: for a file of another user in such a folder the kernel refuses that (fs.protected_regular).
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     while True:
         try:
-            return os.open(path, flags)
+            return os.open(name, flags, dir_fd=folder)
         except FileNotFoundError:
             with suppress(FileExistsError):  # Another process was faster.
-                return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-
-
-def _open(folder: Path, gpu: str) -> int:
-    """The lock file. A link in its place is not followed: the folder is open to all users."""
-    name = "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in gpu)
-    try:
-        if not folder.exists():
-            folder.mkdir(exist_ok=True)
-            folder.chmod(stat.S_ISVTX | 0o777)
-        file = _open_or_create(folder / name)
-        if os.fstat(file).st_uid == os.getuid():
-            os.fchmod(file, 0o666)  # Whatever the umask was.
-        return file
-    except OSError as error:
-        raise EngineError(f"the start lock {folder / name} cannot be opened: {error.strerror}.") from None
+                return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)

@@ -35,6 +35,10 @@ DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
 # Seconds that vLLM has to abort a request whose client has left, before its task is cancelled.
 ABORT_GRACE_S = 5.0
 
+# Hosts from which vLLM may fetch images, audio and video. It takes an empty list for "any", so the only one here is a
+# name that can never exist (RFC 2606); vLLM's refusal shows it to the client. Media in `data:` URLs need no host.
+NO_MEDIA_HOSTS = ["media-urls-are-closed.invalid"]
+
 # Seconds. The engine answers between two steps.
 MEMORY_TIMEOUT_S = 30.0
 
@@ -165,7 +169,12 @@ def disconnect_before_cancel(app: ASGIApp) -> ASGIApp:
 
 def environment(config: ModelConfig) -> dict[str, str]:
     """vLLM's environment variables for this replica; what the user has set wins."""
-    settings = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    settings = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # A host that is allowed may not send vLLM on to one that is not, such as the cloud's metadata service.
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    }
     if config.device == "cpu":
         settings |= {
             # Several engines on one machine: no core binding, bounded cache.
@@ -197,6 +206,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "quantization": config.quantization,
         "enforce-eager": config.device == "cpu" or None,
         "worker-extension-cls": "serve_app.engines.vllm_worker.MemoryReport",
+        "allowed-media-domains": NO_MEDIA_HOSTS,
         # The router and Ray log requests; vLLM's line per request costs time.
         "disable-uvicorn-access-log": True,
     }

@@ -15,6 +15,16 @@ MAX_ONGOING_REQUESTS = 256
 # vLLM's own max_num_seqs on cards from 70 GiB, the most that it takes by default.
 VLLM_MOST_ROWS = 1024
 ROUTER_MAX_ONGOING_REQUESTS = 10_000
+# Beyond those, requests wait at Serve, whose default is any number of them. So many wait, and the next one is refused.
+# Of a model that is as many as may wait for it in the router (RouterConfig.max_waiting_requests).
+MAX_QUEUED_REQUESTS = 1024
+ROUTER_MAX_QUEUED_REQUESTS = 1024
+
+# Serve replaces a replica after three failures; its own 10 s would keep a dead engine for half a minute.
+HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
+
+# Serve puts what this function makes in front of each HTTP server that it starts in the process (`serving/outer_door`).
+OUTER_DOOR = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.serving.outer_door:middlewares"}
 
 # Ray gives the head node one of it.
 HEAD_NODE = "node:__internal_head__"
@@ -32,10 +42,10 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
     variables = replica_environment(config, demand, runtime_env.get("env_vars") or {})
     return {
         "max_ongoing_requests": _max_ongoing_requests(config),
+        "max_queued_requests": MAX_QUEUED_REQUESTS,
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
-        # Serve replaces a replica after three failures; its own 10 s would keep a dead engine for half a minute.
-        "health_check_period_s": 2.0,
-        "health_check_timeout_s": 30.0,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "ray_actor_options": {
             "num_cpus": demand.cpus,
             "num_gpus": demand.gpus,
@@ -57,7 +67,8 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
 
     Those of the user, `own`, win, but for the GPUs, which follow from the placement.
     """
-    variables = {"OMP_NUM_THREADS": str(max(1, int(demand.cpus))), "TOKENIZERS_PARALLELISM": "false", **own}
+    threads = str(max(1, int(demand.cpus)))
+    variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **OUTER_DOOR, **own}
     if config.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
         return variables
@@ -68,13 +79,22 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
     return variables
 
 
-def router_options() -> dict[str, Any]:
+def router_options(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
     """Options for the router's deployment: no CPU of its own in Ray's books, so that it always finds a place.
 
     It runs on the head node, which the cluster cannot lose anyway: on another one, all streams would end with it.
+    `runtime_env` as in `model_options`.
     """
+    variables = {**OUTER_DOOR, **(runtime_env.get("env_vars") or {})}
     return {
         "max_ongoing_requests": ROUTER_MAX_ONGOING_REQUESTS,
+        "max_queued_requests": ROUTER_MAX_QUEUED_REQUESTS,
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
-        "ray_actor_options": {"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "ray_actor_options": {
+            "num_cpus": 0,
+            "resources": {HEAD_NODE: 0.001},
+            "runtime_env": {**runtime_env, "env_vars": variables},
+        },
     }

@@ -11,6 +11,7 @@ from serve_app.errors import RequestError
 from serve_app.serving.asgi import Headers
 from serve_app.serving.router_metrics import TAIL_BYTES, RouterMetrics
 from serve_app.serving.suspicion import Suspect
+from serve_app.serving.usage import UsageMeter
 
 # Headers that belong to one connection, not to the message (RFC 9110, 7.6.1), and the length, which is set anew.
 HOP_BY_HOP = frozenset(
@@ -38,6 +39,8 @@ class Exchange:
     retries: int = 0
     resumes: int = 0
     tail: bytes = b""
+    # Where the tokens of its key are limited.
+    meter: UsageMeter | None = None
     key: str | None = None
     # Whether its client wants to be told while it waits; `is_early`: the head went out with the first such comment.
     wants_progress: bool = False
@@ -62,6 +65,7 @@ class Exchange:
         if piece:
             self.pieces += 1
             self.tail = piece[-TAIL_BYTES:] if len(piece) >= TAIL_BYTES else (self.tail + piece)[-TAIL_BYTES:]
+            piece = piece if self.meter is None else self.meter.feed(piece)
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def tell(self, error: RequestError) -> None:
@@ -78,6 +82,7 @@ class Exchange:
 
     async def end(self, last: bytes = b"") -> None:
         """The end of the body."""
+        last = last if self.meter is None else self.meter.rest() + last
         await self.send({"type": "http.response.body", "body": last, "more_body": False})
 
     def timing(self) -> str:

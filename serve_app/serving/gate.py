@@ -4,7 +4,6 @@
 """
 
 import hmac
-import re
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -14,24 +13,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.engines.openai_errors import error_response
 from serve_app.errors import ClientGone, InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
-from serve_app.serving.incoming import peek, read_body, replayed
+from serve_app.serving.incoming import Peek, peek, read_body, replayed
 from serve_app.serving.keys import ApiKey, KeySource
 from serve_app.serving.limiter_actor import router_token
 from serve_app.serving.limits import Limiter, Limits, Verdict, duration
+from serve_app.serving.origin import require_own_page
+from serve_app.serving.usage import UsageMeter, estimate_tokens, metered
 
 Headers = Iterable[tuple[bytes, bytes]]
 
-# Bytes of a token on the average, for an estimate before the request; English is at four to five.
-BYTES_PER_TOKEN = 4
-
 # What the router shows to models' own routes.
 ROUTER_HEADER = b"x-serve-app-router"
-
-# The bytes at the end of a response in which its usage is looked for.
-TAIL_BYTES = 2048
-
-# Text that a model or a client wrote cannot look like this: inside a JSON string the quotes are escaped.
-TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
 
 # Those of a body, where no model says others.
 DEFAULT_LIMITS = RouterConfig()
@@ -43,11 +35,18 @@ FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 class Admission:
     """One request that may go on. `headers` belong onto its response; `key_name` is None where nobody needs a key.
 
-    `release` has to be called when the response has ended, in whatever way.
+    `counts_tokens`: the key has a limit of them. `release` has to be called when the response has ended, in any way.
     """
 
-    def __init__(self, key_name: str | None = None, verdict: Verdict | None = None, limiter: Limiter | None = None):
+    def __init__(
+        self,
+        key_name: str | None = None,
+        verdict: Verdict | None = None,
+        limiter: Limiter | None = None,
+        counts_tokens: bool = False,
+    ):
         self.key_name = key_name
+        self.counts_tokens = counts_tokens
         self.headers: list[tuple[bytes, bytes]] = list(verdict.headers) if verdict else []
         self._lease = verdict.lease if verdict else None
         self._limiter = limiter
@@ -77,9 +76,11 @@ class Gate:
     def identify(self, headers: Headers, model: str | None = None) -> ApiKey | None:
         """The key of a request, without a charge: for what makes no model work. None where nobody needs a key.
 
-        Header names are lower-case. Raises Unauthorized, and Forbidden for a `model` that the key does not open.
+        Header names are lower-case. Raises Unauthorized, and Forbidden for a `model` that the key does not open; where
+        nobody needs a key, ForeignPage.
         """
         if self.source.is_open:
+            require_own_page(headers)
             return None
         ring = self.source.refresh()
         first: dict[bytes, bytes] = {}
@@ -104,7 +105,7 @@ class Gate:
         verdict = await self._limiter.take(key.name, limits, estimated_tokens)
         if not verdict.allowed:
             _refuse(key.name, limits, verdict)
-        return Admission(key.name, verdict, self._limiter)
+        return Admission(key.name, verdict, self._limiter, limits.tokens_per_minute is not None)
 
 
 def _refuse(key: str, limits: Limits, verdict: Verdict) -> NoReturn:
@@ -131,32 +132,6 @@ def refusal(error: RequestError) -> Response:
     return response
 
 
-def estimate_tokens(body_bytes: int, max_tokens: int | None = None) -> int:
-    """Tokens that a request may take, before it runs: its body's length in tokens, and what it asks for at most."""
-    return body_bytes // BYTES_PER_TOKEN + max(0, max_tokens or 0)
-
-
-def total_tokens(tail: bytes) -> int | None:
-    """The last `total_tokens` in the end of a response. None where there is none, as without `include_usage`."""
-    found = TOTAL_TOKENS.findall(tail)
-    return int(found[-1]) if found else None
-
-
-class UsageTail:
-    """The last bytes of a response, in which its `usage` stands."""
-
-    def __init__(self) -> None:
-        self._tail = b""
-
-    def feed(self, piece: bytes) -> None:
-        """Takes the next piece of the body."""
-        self._tail = (self._tail + piece[-TAIL_BYTES:])[-TAIL_BYTES:]
-
-    def total_tokens(self) -> int | None:
-        """Of the last bytes."""
-        return total_tokens(self._tail)
-
-
 class KeyedRouter:
     """The router's application behind a gate: everything but GET /health needs a key. What a request may use, and how
     much, is decided where its model is known."""
@@ -170,7 +145,7 @@ class KeyedRouter:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "http" and not self._gate.source.is_open and not _is_health(scope):
+        if scope["type"] == "http" and not _is_health(scope):
             try:
                 self._gate.identify(scope["headers"])
             except RequestError as error:
@@ -183,8 +158,8 @@ class KeyedApp:
     """An application behind a gate: every HTTP request but GET /health needs a key that opens `model_name`.
 
     That holds for paths that do not exist too, for documentation and for metrics. Websockets are refused, as nothing
-    would count them. The body is read within `limits` once the key is known, and its length and `max_tokens` are the
-    estimate; what the response says corrects it.
+    would count them. The body is read within `limits` once the key is known, and its length and what its answers may
+    have are the estimate; what the response says corrects it.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate, model_name: str, limits: RouterConfig | ModelConfig = DEFAULT_LIMITS):
@@ -197,37 +172,47 @@ class KeyedApp:
                 setattr(self, name, getattr(app, name))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. Where nobody needs a key it costs one look at an attribute."""
-        if self._gate.source.is_open or scope["type"] == "lifespan" or _is_health(scope) or self._is_admitted(scope):
+        """ASGI."""
+        if scope["type"] == "lifespan" or _is_health(scope) or is_admitted(scope):
             await self._app(scope, receive, send)
+        elif self._gate.source.is_open:
+            await self._without_key(scope, receive, send)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:
-            await receive()  # "websocket.connect"; a close before it is accepted becomes 403.
-            await send({"type": "websocket.close", "code": 1008, "reason": "Use HTTP: websockets take no API key."})
+            await _close(receive, send, "Use HTTP: websockets take no API key.")
 
-    def _is_admitted(self, scope: Scope) -> bool:
-        """Whether the router has admitted the request already."""
-        if scope["type"] != "http":
-            return False
-        shown = next((value for name, value in scope["headers"] if name == ROUTER_HEADER), b"")
-        return bool(shown) and hmac.compare_digest(shown, router_token())
+    async def _without_key(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            require_own_page(scope["headers"])
+        except RequestError as error:
+            if scope["type"] == "http":
+                await refusal(error)(scope, receive, send)
+            else:
+                await _close(receive, send, "Web pages of other sites may not use this server.")
+            return
+        await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        meter, estimate = UsageMeter(), 0
         try:
             key = self._gate.identify(scope["headers"], self._model_name)
             if scope["method"] in FREE_METHODS:
                 admission = Admission(None if key is None else key.name)
             else:
                 body = await read_body(scope["headers"], receive, self._limits)
-                admission = await self._gate.admit(scope["headers"], self._model_name, _estimate(body))
+                seen = _seen(body)
+                estimate = estimate_tokens(len(body), seen.token_limit, seen.answers)
+                admission = await self._gate.admit(scope["headers"], self._model_name, estimate)
+                if admission.counts_tokens:
+                    body, meter = metered(_endpoint(scope), seen, body)
+                    scope = {**scope, "headers": _of_length(scope["headers"], len(body))}
                 receive = replayed(body, receive)
         except ClientGone:
             return
         except RequestError as error:
             await refusal(error)(scope, receive, send)
             return
-        tail = UsageTail()
         status = 0
 
         async def watched(message: Message) -> None:
@@ -236,25 +221,49 @@ class KeyedApp:
                 status = message["status"]
                 message = {**message, "headers": [*message.get("headers", ()), *admission.headers]}
             elif message["type"] == "http.response.body":
-                tail.feed(message.get("body", b""))
+                piece = meter.feed(message.get("body", b""))
+                message = {**message, "body": piece if message.get("more_body", False) else piece + meter.rest()}
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
-        finally:
-            await admission.release(0 if status >= 400 else tail.total_tokens())  # A refused request used none.
+        finally:  # A refused request used none.
+            await admission.release(0 if status >= 400 else meter.total_tokens(estimate))
 
 
-def _estimate(body: bytes) -> int:
+def _seen(body: bytes) -> Peek:
     try:
-        return estimate_tokens(len(body), peek(body).token_limit)
+        return peek(body)
     except InvalidRequest:  # The engine says what is wrong with it.
-        return estimate_tokens(len(body))
+        return Peek()
+
+
+def _endpoint(scope: Scope) -> str:
+    """The path below the route's prefix."""
+    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+
+
+def _of_length(headers: Headers, length: int) -> list[tuple[bytes, bytes]]:
+    kept = [pair for pair in headers if pair[0] != b"content-length"]
+    return [*kept, (b"content-length", str(length).encode())]
+
+
+async def _close(receive: Receive, send: Send, reason: str) -> None:
+    """Refuses a websocket: a close before it is accepted becomes 403."""
+    await receive()  # "websocket.connect"
+    await send({"type": "websocket.close", "code": 1008, "reason": reason})
+
+
+def is_admitted(scope: Scope) -> bool:
+    """Whether the router has admitted the request already."""
+    if scope["type"] != "http":
+        return False
+    shown = next((value for name, value in scope["headers"] if name == ROUTER_HEADER), b"")
+    return bool(shown) and hmac.compare_digest(shown, router_token())
 
 
 def _is_health(scope: Scope) -> bool:
     """GET /health, below the route's prefix. The path is whole under Serve's proxy, the prefix is `root_path`."""
     if scope["type"] != "http" or scope["method"] != "GET":
         return False
-    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
-    return path == prefix + "/health"
+    return str(scope["path"]) == str(scope.get("root_path", "")) + "/health"

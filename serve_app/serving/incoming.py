@@ -6,7 +6,7 @@ more than everything else that the router does.
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -20,24 +20,55 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 
 class Peek(msgspec.Struct):
-    """The fields that matter here. `model` is None where the body has none."""
+    """The fields that matter here. `model` is None where the body has none; `prompt` is not read before it must be."""
 
     model: Any = None
     stream: Any = False
+    stream_options: Any = None
     max_tokens: Any = None
     max_completion_tokens: Any = None
+    n: Any = None
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
 
     @property
     def token_limit(self) -> int:
-        """Tokens that the answer may have at most; 0 where the request does not say."""
-        limit = self.max_completion_tokens or self.max_tokens or 0
-        return limit if isinstance(limit, int) and limit > 0 else 0
+        """Tokens that one answer may have at most; 0 where the request does not say. Engines differ in which of the two
+        fields they follow, so the larger one counts."""
+        return max(_whole(self.max_completion_tokens), _whole(self.max_tokens))
+
+    @property
+    def answers(self) -> int:
+        """How many there will be: `n` for each of the prompts."""
+        return max(1, _whole(self.n)) * _prompts(self.prompt)
 
 
 _PEEK = msgspec.json.Decoder(Peek)
+_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 # Python's own reader takes 40 ms a megabyte, in which nothing else goes on, in another thread neither.
 LARGE_BODY_BYTES = 2**18
+
+
+def is_true(value: object) -> bool:
+    """As pydantic reads it, which vLLM's requests are."""
+    return value in (True, 1) or (isinstance(value, str) and value.lower() in {"1", "on", "t", "true", "y", "yes"})
+
+
+def _whole(value: object) -> int:
+    """A whole number above zero in any way that pydantic reads, such as 16.0 or "16"; 0 for what is none."""
+    if isinstance(value, str) and len(value) < 20 and value.strip().isdecimal():
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _prompts(prompt: msgspec.Raw) -> int:
+    """How many prompts there are in this JSON. Ids of tokens, a list of numbers, are one."""
+    begin = memoryview(prompt)[:64].tobytes()
+    if not begin.startswith(b"[") or begin[1:].lstrip()[:1] not in (b'"', b"["):
+        return 1
+    return max(1, len(_ITEMS.decode(prompt)))
 
 
 def peek(body: bytes) -> Peek:
@@ -60,20 +91,28 @@ def _peek_slowly(body: bytes) -> Peek:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
     if not isinstance(document, dict):
         raise InvalidRequest("The body must be a JSON object.")
-    return Peek(**{name: document[name] for name in Peek.__struct_fields__ if name in document})
+    found = {name: document[name] for name in Peek.__struct_fields__ if name in document}
+    if "prompt" in found:
+        found["prompt"] = msgspec.Raw(json.dumps(found["prompt"]).encode())
+    return Peek(**found)
 
 
 def with_model(body: bytes, name: str) -> bytes:
     """The body with another model in it: an engine refuses a name that is not its own. Raises InvalidRequest."""
+    return with_fields(body, model=name)
+
+
+def with_fields(body: bytes, **fields: Any) -> bytes:
+    """The body with these fields in place of its own. Raises InvalidRequest."""
     try:
-        return msgspec.json.encode({**_FIELDS.decode(body), "model": name})  # The other fields stay the bytes they are.
+        return msgspec.json.encode({**_FIELDS.decode(body), **fields})  # The others stay the bytes they are.
     except (msgspec.DecodeError, RecursionError):
         pass
     try:
         document = read_json(body)
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    return json.dumps({**document, "model": name}, ensure_ascii=False).encode()
+    return json.dumps({**document, **fields}, ensure_ascii=False).encode()
 
 
 def header(headers: Headers, name: bytes) -> bytes | None:
@@ -97,17 +136,20 @@ def require_plain_path(path: str) -> None:
         raise InvalidRequest("The path has a segment '.' or '..'. Write it without.")
 
 
-async def read_body(headers: Headers, receive: Receive, config: RouterConfig | ModelConfig) -> bytes:
+async def read_body(
+    headers: Headers, receive: Receive, config: RouterConfig | ModelConfig, grow: Callable[[int], None] | None = None
+) -> bytes:
     """The whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds.
 
-    Raises RequestTooLarge as soon as it is known to be larger, RequestTimeout, and ClientGone.
+    `grow` hears the bytes of each piece before it is kept, and may raise. Raises RequestTooLarge as soon as the body is
+    known to be larger, RequestTimeout, and ClientGone.
     """
     declared = header(headers, b"content-length")
     if declared is not None and declared.isdigit() and int(declared) > config.max_body_bytes:
         raise _too_large(config)
     try:
         async with asyncio.timeout(config.body_timeout_s):
-            return await _read(receive, config)
+            return await _read(receive, config, grow)
     except TimeoutError:
         raise RequestTimeout(
             f"The body did not arrive within {config.body_timeout_s:g} s. {_whose(config)} body_timeout_s sets it."
@@ -126,7 +168,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _read(receive: Receive, config: RouterConfig | ModelConfig) -> bytes:
+async def _read(receive: Receive, config: RouterConfig | ModelConfig, grow: Callable[[int], None] | None) -> bytes:
     pieces, size = [], 0
     while True:
         message = await receive()
@@ -136,6 +178,8 @@ async def _read(receive: Receive, config: RouterConfig | ModelConfig) -> bytes:
         size += len(piece)
         if size > config.max_body_bytes:
             raise _too_large(config)
+        if grow is not None:
+            grow(len(piece))
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)

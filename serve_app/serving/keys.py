@@ -12,7 +12,8 @@ A keys file is YAML:
 
 The keys themselves are stored nowhere, only their SHA-256. A fast hash without salt is right here and would be wrong
 for passwords: an API key is long and random (`serve-app new-key` makes 256 bits), so there is nothing to guess or to
-look up in a table. `SERVE_APP_API_KEYS`, comma-separated, names plain keys without limits; they are hashed at once.
+look up in a table. `SERVE_APP_API_KEYS`, comma-separated, names plain keys without limits; they are hashed at once, and
+a short one, which somebody could guess, is refused.
 """
 
 import hashlib
@@ -39,6 +40,9 @@ ENVIRONMENT = "SERVE_APP_API_KEYS"
 
 # The file is looked at this often at most, in seconds, and only when requests come.
 CHECK_EVERY_S = 1.0
+
+# Of a key in the environment; a word or a PIN could be tried out. `serve-app new-key` makes 46.
+LEAST_KEY_CHARACTERS = 16
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 HOW_TO_HASH = (
@@ -118,14 +122,17 @@ def _bearer(header: bytes | None) -> bytes:
 def configured_keys() -> "KeySource":
     """The keys that this process's environment names. Raises ConfigError for what is wrong with them."""
     file = os.environ.get(FILE_VARIABLE)
-    return KeySource(Path(file).expanduser() if file else None)
+    if file is not None and not file.strip():
+        raise ConfigError(f"{FILE_VARIABLE}: is set and empty. Name the file of API keys, or unset the variable.")
+    return KeySource(None if file is None else Path(file).expanduser())
 
 
 class KeySource:
     """The keys of a file and of the environment, read anew when the file changes.
 
     It is open, and nobody needs a key, only where neither names keys. That is settled here for good: a file that
-    names none, that breaks, or that vanishes later opens nothing. Raises ConfigError for what is wrong at the start.
+    names none, that breaks, or that vanishes later opens nothing. Raises ConfigError for what is wrong at the start, a
+    variable that is set and empty among it.
     """
 
     def __init__(
@@ -140,6 +147,10 @@ class KeySource:
         keys = read_keys(path, self._environ)
         self.ring = KeyRing(keys)
         self.is_open = path is None and not keys
+
+    def shut(self) -> None:
+        """From now on a key is needed, and what is known here decides which: nobody enters where that is none."""
+        self.is_open = False
 
     def refresh(self) -> KeyRing:
         """The keys of now. Looks at the file at most every `CHECK_EVERY_S` seconds; what is wrong with it is logged.
@@ -180,7 +191,7 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
 def read_keys(path: Path | None, environ: Mapping[str, str]) -> list[ApiKey]:
     """The keys of the file and of `SERVE_APP_API_KEYS`. Raises ConfigError with one line per mistake."""
     keys = [(f"{path}: keys[{number}]", key) for number, key in enumerate(_read_file(path) if path else ())]
-    plain = _plain_keys(environ.get(ENVIRONMENT, ""))
+    plain = _plain_keys(environ.get(ENVIRONMENT))
     hashed = [ApiKey(name=f"env:{number}", sha256=sha256_of(key)) for number, key in enumerate(plain)]
     keys += [(f"{ENVIRONMENT}[{number}]", key) for number, key in enumerate(hashed)]
     problems = []
@@ -201,10 +212,12 @@ def sha256_of(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _plain_keys(text: str) -> list[str]:
+def _plain_keys(text: str | None) -> list[str]:
     """The keys in the environment variable. The messages tell places and not keys: they go to logs."""
-    if not text.strip():
+    if text is None:
         return []
+    if not text.strip():
+        raise ConfigError(f"{ENVIRONMENT}: is set and empty. Write the keys into it, or unset the variable.")
     keys = [part.strip() for part in text.split(",")]
     for number, key in enumerate(keys):
         if not key:
@@ -212,6 +225,11 @@ def _plain_keys(text: str) -> list[str]:
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ConfigError(
                 f"{ENVIRONMENT}[{number}]: has a character that no header can carry. Use letters, digits, '-' and '_'."
+            )
+        if len(key) < LEAST_KEY_CHARACTERS:
+            raise ConfigError(
+                f"{ENVIRONMENT}[{number}]: has {len(key)} characters, and fewer than {LEAST_KEY_CHARACTERS} can be "
+                "guessed. Make a key with: serve-app new-key NAME."
             )
     return keys
 

@@ -30,7 +30,7 @@ from serve_app.serving.asgi import Headers, HttpRequest
 from serve_app.serving.directory import ModelDirectory
 from serve_app.serving.engine_loss import is_lost_status
 from serve_app.serving.exchange import HOP_BY_HOP, Exchange
-from serve_app.serving.gate import ROUTER_HEADER, Gate, estimate_tokens, refusal, total_tokens
+from serve_app.serving.gate import ROUTER_HEADER, Gate, refusal
 from serve_app.serving.incoming import (
     header,
     peek,
@@ -54,6 +54,7 @@ from serve_app.serving.upstream import (
     first_piece,
     is_stream,
 )
+from serve_app.serving.usage import estimate_tokens, metered, total_tokens
 from serve_app.serving.waiting_room import LOOK_AGAIN_S, WaitingRoom
 
 logger = logging.getLogger("ray.serve")
@@ -129,9 +130,11 @@ class Proxy:
         seen = peek(body)
         exchange.wants_progress = seen.stream is True and header(scope["headers"], PROGRESS_HEADER) is not None
         names = self._allowed(candidates(self.config, seen.model), scope["headers"])
-        estimate = estimate_tokens(len(body), seen.token_limit)
+        estimate = estimate_tokens(len(body), seen.token_limit, seen.answers)
         admission = await self._gate.admit(scope["headers"], names[0], estimate)
         exchange.key, exchange.extra_headers = admission.key_name, admission.headers
+        if admission.counts_tokens:
+            body, exchange.meter = metered(exchange.path, seen, body)
         is_refused = False
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)
@@ -141,7 +144,9 @@ class Proxy:
         finally:  # What was refused used no tokens; what its client left did, if it was sent: its estimate stands.
             is_error = (exchange.error_status or exchange.status) >= 400 and exchange.pieces <= 1
             is_free = is_refused or is_error or not exchange.sent
-            await admission.release(0 if is_free else total_tokens(exchange.tail))
+            meter = exchange.meter
+            used = total_tokens(exchange.tail) if meter is None else meter.total_tokens(estimate)
+            await admission.release(0 if is_free else used)
 
     def _allowed(self, names: list[str], headers: Headers) -> list[str]:
         """Stand-ins that the key does not open are left out; the model that was meant is refused by the gate."""

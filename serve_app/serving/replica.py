@@ -20,12 +20,14 @@ from serve_app.errors import ServeAppError
 from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
 from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
+from serve_app.serving.access import joined
 from serve_app.serving.asgi import HttpRequest, call_asgi
 from serve_app.serving.autoscaling import ENGINE_LOAD
 from serve_app.serving.gate import Gate, KeyedApp
 from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.memory_watch import MemoryWatch
+from serve_app.serving.outer_door import Inside, stand_behind
 from serve_app.serving.terminal import say
 from serve_app.serving.whole_body import WholeBody
 
@@ -39,7 +41,9 @@ class Model:
     async def __init__(self, config: ModelConfig):  # type: ignore[misc]  # Serve awaits it
         self.name = serve.get_replica_context().app_name
         self._config = config
-        self._gate = Gate(configured_keys(), ActorLimiter())
+        source = configured_keys()
+        self._access = await asyncio.to_thread(joined, source)
+        self._gate = Gate(source, ActorLimiter())
         started = time.monotonic()
         say(f"loading {config.model} with {config.infer_backend}")
         gpus = _gpus(config)
@@ -58,6 +62,7 @@ class Model:
             await self._stop()
             raise
         await self._gate.start()
+        stand_behind(Inside(self._gate, lambda: config, self.name))
         say(f"ready after {time.monotonic() - started:.0f} s")
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -70,6 +75,7 @@ class Model:
 
     async def check_health(self) -> None:
         """Called by Serve; an exception makes it replace the replica."""
+        await self._access.check()
         await self._engine.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from serve_app.config import RouterConfig
 from serve_app.engines.openai_errors import error_response
 from serve_app.errors import ConfigError, InvalidRequest, RequestError
+from serve_app.serving.access import joined
 from serve_app.serving.announcer import announce
 from serve_app.serving.directory import ModelDirectory, ModelStatus
 from serve_app.serving.gate import Gate, KeyedRouter
@@ -29,6 +30,7 @@ from serve_app.serving.http_upstream import HttpUpstream
 from serve_app.serving.keys import configured_keys
 from serve_app.serving.limiter_actor import ActorLimiter
 from serve_app.serving.openapi import openapi_document
+from serve_app.serving.outer_door import Inside, stand_behind
 from serve_app.serving.proxy import Proxy
 from serve_app.serving.replica_addresses import ReplicaAddresses
 from serve_app.serving.router_metrics import RouterMetrics
@@ -42,6 +44,8 @@ class Router:
     """The deployment class of the router application. Its `user_config` changes what a RouterConfig holds, live."""
 
     def __init__(self, config: RouterConfig):
+        source = configured_keys()
+        self._access = joined(source)
         metrics = RouterMetrics()
         own_name = serve.get_replica_context().app_name
         directory = ModelDirectory(own_name, config.discovery_interval_s, metrics.loaded)
@@ -49,13 +53,18 @@ class Router:
         self._config = config
         self._is_configured = False
         self._directory = directory
-        self._gate = Gate(configured_keys(), ActorLimiter())
+        self._gate = Gate(source, ActorLimiter())
         over_http = HttpUpstream(directory, handles, self._gate, ReplicaAddresses())
         upstream = over_http if RAY_SERVE_ENABLE_HA_PROXY else handles  # Only then do replicas listen for HTTP.
         self._proxy = Proxy(config, directory, upstream, metrics, self._gate)
+        stand_behind(Inside(self._gate, lambda: self._proxy.config, refused=metrics.refused))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return KeyedRouter(build_app(self._proxy, self._directory, self._gate), self._gate)
+
+    async def check_health(self) -> None:
+        """Called by Serve; an exception makes it replace the replica."""
+        await self._access.check()
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Called by Serve at the start, and when `user_config` changes: its fields replace those of `args`.

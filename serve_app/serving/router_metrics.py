@@ -44,6 +44,12 @@ class RouterMetrics:
         """A request had no right to be answered."""
         self._refusals.inc(tags={"code": str(code)})
 
+    def refused(self, code: int) -> None:
+        """A request did not come as far as its body: it has no model yet."""
+        self.finished("unknown", code)
+        if code in (401, 403):
+            self.key_refused(code)
+
     def retried(self, model: str) -> None:
         """A request was sent again."""
         self._retries.inc(tags={"model": model})

@@ -50,6 +50,32 @@ def test_open_listeners_are_taken_out() -> None:
         assert kept in config
 
 
+def test_clients_do_not_steer_serve(tmp_path: Path) -> None:
+    """HAProxy itself takes Serve's own headers out, in any spelling, and others not."""
+    port = free_port()
+    file = tmp_path / "haproxy.cfg"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        file.write_text(tightened(
+            "defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n"
+            f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend b\n"
+            f"backend b\n    server s 127.0.0.1:{server.getsockname()[1]}\n"))  # fmt: skip
+        command = [sys.executable, "-m", "serve_app.cli.haproxy", "-db", "-f", str(file)]
+        haproxy = stack.enter_context(subprocess.Popen(command))
+        stack.callback(haproxy.kill)
+        _wait(lambda: _is_open(port))
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        lines = ("GET / HTTP/1.1", "Host: a", "X-Request-Disconnect-Disabled: ?1", "x-request-timeout-seconds: 9",
+                 "serve_multiplexed_model_id: m", "Serve-Multiplexed-Model-Id: m", "x-other: 1", "", "")  # fmt: skip
+        client.sendall("\r\n".join(lines).encode())
+        served = stack.enter_context(server.accept()[0])
+        served.settimeout(10)
+        received = served.recv(4096).lower()
+    assert b"x-other: 1" in received
+    for name in (b"disconnect", b"timeout", b"multiplexed"):
+        assert name not in received
+
+
 def test_connections_fit_the_limit_of_open_files() -> None:
     """HAProxy does not start with more than it may open."""
     config = "global\n    maxconn 16384\n    nbthread 4\n"
@@ -62,7 +88,7 @@ def test_haproxy_ends_with_what_started_it(tmp_path: Path) -> None:
     file = tmp_path / "haproxy.cfg"
     socket = tmp_path / "listener.sock"
     file.write_text(f"defaults\n    mode http\n    timeout connect 1s\n    timeout client 1s\n    timeout server 1s\n"
-                    f"frontend f\n    bind {socket}\n")  # fmt: skip
+                    f"frontend http_frontend\n    bind {socket}\n")  # fmt: skip
     script = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-m', 'serve_app.cli.haproxy', '-db', '-f', {str(file)!r}])\n"
@@ -92,7 +118,7 @@ def test_a_client_that_leaves_before_its_answer_is_noticed(tmp_path: Path) -> No
         file.write_text(tightened(
             "defaults\n    mode http\n    option abortonclose\n    option splice-request\n    timeout connect 5s\n"
             "    timeout client 60s\n    timeout server 60s\n"
-            f"frontend f\n    bind 127.0.0.1:{port}\n    default_backend b\n"
+            f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend b\n"
             f"backend b\n    server s 127.0.0.1:{server.getsockname()[1]}\n"))  # fmt: skip
         command = [sys.executable, "-m", "serve_app.cli.haproxy", "-db", "-f", str(file)]
         haproxy = stack.enter_context(subprocess.Popen(command))
@@ -138,6 +164,8 @@ def test_the_config_of_this_ray_is_the_one_that_is_known() -> None:
     assert looseness(HAPROXY_CONFIG_TEMPLATE) == "metrics or statistics would be open on all addresses"
     assert looseness(tightened(HAPROXY_CONFIG_TEMPLATE)) == ""
     assert looseness("defaults\n  mode tcp\n") == "headers would have no time limit"
+    renamed = HAPROXY_CONFIG_TEMPLATE.replace("frontend http_frontend", "frontend other")
+    assert looseness(tightened(renamed)) == "clients could steer Serve by its own headers"
     spliced = tightened(HAPROXY_CONFIG_TEMPLATE) + "    option splice-auto\n"
     assert looseness(spliced) == "clients that leave would not be noticed"
     named = tightened(HAPROXY_CONFIG_TEMPLATE) + "    acl is_http-splicebert path /models/splicebert\n"

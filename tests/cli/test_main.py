@@ -36,6 +36,32 @@ def test_the_production_config_says_what_is_missing(capsys: pytest.CaptureFixtur
     assert all("here: 2 CPUs, 0 GPUs" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("options", "args", "variables", "is_told"),
+    [
+        ("{host: 0.0.0.0}", "{}", "{}", True),
+        ("{host: 0.0.0.0}", "{allow_open_access: true}", "{}", False),
+        ("{host: 0.0.0.0}", "{}", "{SERVE_APP_API_KEYS_FILE: /etc/keys.yaml}", False),
+        ("{host: 127.0.0.1}", "{}", "{}", False),
+        ("{port: 8000}", "{}", "{}", False),
+    ],
+)
+def test_an_open_address_without_keys_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, args: str, variables: str, is_told: bool
+) -> None:
+    """As a note, since the nodes' own environment may name keys; and what has to be written is in it."""
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        f"http_options: {options}\n"
+        f"controller_options: {{runtime_env: {{env_vars: {variables}}}}}\n"
+        f"applications:\n- {{name: r, import_path: 'serve_app.app:router', args: {args}}}\n"
+    )
+    assert main(["check", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert ("names API keys: it will not start unless" in out) == is_told
+    assert ("allow_open_access: true under 'args' of the router" in out) == is_told
+
+
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2; each line names its application."""
     file = tmp_path / "x.yaml"

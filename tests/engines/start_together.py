@@ -101,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.gpu:
         log = options.folder / f"{options.number}.json"
-        asyncio.run(start_one(options.gpu, options.folder / "locks", log, options.real))
+        asyncio.run(start_one(options.gpu, options.folder, log, options.real))
         return
     with tempfile.TemporaryDirectory() as name:
         starts = start_all(options.engines, Path(name), options.real)

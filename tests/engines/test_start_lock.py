@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.engines.start_lock import starting_alone
+from serve_app.engines.start_lock import FOLDER, PREFIX, starting_alone
 from serve_app.errors import EngineError
 from tests.engines.start_together import overlaps, start_all
 
@@ -37,8 +37,48 @@ async def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path: Path) -> None
     """The folder is open to all users of the machine."""
     target = tmp_path / "target"
     target.write_text("untouched")
-    (tmp_path / "GPU-a").symlink_to(target)
+    (tmp_path / f"{PREFIX}GPU-a").symlink_to(target)
     with pytest.raises(EngineError, match="cannot be opened"):
         async with starting_alone(["GPU-a"], print, folder=tmp_path):
             pass
     assert target.read_text() == "untouched"
+
+
+async def test_another_name_of_a_file_is_not_written_to(tmp_path: Path) -> None:
+    """A hard link passes for a plain file, and the lock's holder writes its pid into it. Nor is anything but a file."""
+    target = tmp_path / "target"
+    target.write_text("untouched")
+    (tmp_path / f"{PREFIX}GPU-a").hardlink_to(target)
+    os.mkfifo(tmp_path / f"{PREFIX}GPU-b")
+    for gpu in ("GPU-a", "GPU-b"):
+        with pytest.raises(EngineError, match="is not a plain file with one name"):
+            async with asyncio.timeout(5), starting_alone([gpu], print, folder=tmp_path):
+                pass
+    assert target.read_text() == "untouched"
+
+
+async def test_a_folder_in_which_others_replace_files_is_refused(tmp_path: Path) -> None:
+    """One of another user, one without the sticky bit, and a link to one; the message says what to do."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(EngineError, match="cannot be opened: (Not a directory|Too many levels)"):
+        async with starting_alone(["GPU-a"], print, folder=tmp_path / "link"):
+            pass
+    (shared := tmp_path / "shared").mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(EngineError, match=r"Set its sticky bit: chmod \+t"):
+        async with starting_alone(["GPU-a"], print, folder=shared):
+            pass
+    shared.chmod(0o1777)
+    async with starting_alone(["GPU-a"], print, folder=shared):
+        pass
+    if os.getuid() == 0:
+        os.chown(shared, 12345, -1)
+        with pytest.raises(EngineError, match="belongs to user 12345"):
+            async with starting_alone(["GPU-a"], print, folder=shared):
+                pass
+
+
+def test_the_default_folder_belongs_to_nobody_who_starts_engines() -> None:
+    """Root's, and sticky: each user's files stay what they are, and the folder needs no making."""
+    status = FOLDER.lstat()
+    assert (status.st_uid, status.st_mode & 0o1000) == (0, 0o1000)

@@ -2,7 +2,7 @@
 
 from serve_app.engines.pt.engine import DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_QUEUED_REQUESTS
 from serve_app.planning.placement import Demand
-from serve_app.serving.deployment_options import model_options, replica_environment
+from serve_app.serving.deployment_options import OUTER_DOOR, model_options, replica_environment, router_options
 from tests.builders import model_config
 
 CPU = model_config(device="cpu")
@@ -42,3 +42,18 @@ def test_serve_lets_in_more_than_the_engine_takes() -> None:
         config = model_config(device="cpu", max_num_seqs=rows, max_queued_requests=queued)
         taken = (rows or DEFAULT_MAX_NUM_SEQS) + (queued or DEFAULT_MAX_QUEUED_REQUESTS)
         assert model_options(config, Demand(cpus=1), {})["max_ongoing_requests"] > taken
+
+
+def test_no_queue_of_serves_is_without_a_bound() -> None:
+    """Serve's default is any number of requests, each with its body."""
+    for options in (model_options(CPU, Demand(cpus=1), {}), router_options({})):
+        assert 0 < options["max_queued_requests"] <= 1024
+
+
+def test_the_door_is_before_serve_in_every_replica() -> None:
+    """Whatever the file's own variables are; the router keeps its application's runtime_env too."""
+    own = {"env_vars": {"A": "1"}, "working_dir": "w"}
+    for options in (model_options(CPU, Demand(cpus=1), own), router_options(own)):
+        runtime_env = options["ray_actor_options"]["runtime_env"]
+        assert runtime_env["working_dir"] == "w"
+        assert runtime_env["env_vars"].items() >= {"A": "1", **OUTER_DOOR}.items()

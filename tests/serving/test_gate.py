@@ -16,9 +16,10 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from serve_app.errors import Forbidden, RateLimited, TokensLimited, Unauthorized
-from serve_app.serving.gate import Gate, KeyedApp, UsageTail, estimate_tokens, refusal
+from serve_app.serving.gate import Gate, KeyedApp, KeyedRouter, refusal
 from serve_app.serving.keys import KeySource, sha256_of
 from serve_app.serving.limits import Limits, Verdict, Windows
+from serve_app.serving.usage import UsageMeter, estimate_tokens
 
 KEY = [(b"authorization", b"Bearer sk-a")]
 AUTH = {"authorization": "Bearer sk-a"}
@@ -225,9 +226,9 @@ async def test_an_answer_carries_what_is_left_and_is_charged_by_its_usage(tmp_pa
     assert limiter.settled == [7, 7]
 
 
-@pytest.mark.parametrize(("path", "settled"), [("/stream?usage=1", 21), ("/stream", None), ("/wrong", 0)])
+@pytest.mark.parametrize(("path", "settled"), [("/stream?usage=1", 21), ("/stream", 1), ("/wrong", 0)])
 async def test_what_a_request_used(tmp_path: Path, path: str, settled: int | None) -> None:
-    """A stream by its last usage, also over pieces; without usage the estimate stays; a refusal used nothing."""
+    """A stream by its last usage, also over pieces; without usage by its events; a refusal used nothing."""
     gate, limiter = make_gate(tmp_path, "tokens_per_minute: 100")
     async with client(KeyedApp(ENGINE, gate, "m")) as http:
         await http.post(path, headers=AUTH)
@@ -328,8 +329,44 @@ async def test_an_open_gate_lets_the_application_alone() -> None:
 
     app = KeyedApp(engine, Gate(KeySource(None, {}), LocalLimiter()), "m")
     for kind in ("http", "websocket"):
-        await app({"type": kind}, receive, send)
+        await app({"type": kind, "method": "POST", "path": "/", "headers": []}, receive, send)
     assert seen == [("http", True), ("websocket", True)]
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://evil.example", 403),
+        ("http://evil.example:8000", 403),  # The page's own name may resolve to 127.0.0.1: then it is the same site.
+        ("http://localhost.evil.example", 403),
+        ("null", 403),
+        ("http://[::1", 403),
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1:8000", 200),
+        ("http://[::1]:3000", 200),
+        ("app://desktop", 200),
+        (None, 200),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/json"])
+async def test_web_pages_of_other_sites_may_not_use_what_needs_no_key(
+    tmp_path: Path, origin: str | None, status: int, kind: str
+) -> None:
+    """Whatever they call the body: a browser sends the first two without asking. curl and SDKs send no origin, and a
+    page that knows a key may use it."""
+    headers = {"content-type": kind} | ({} if origin is None else {"origin": origin})
+    body = json.dumps({"model": "m", "messages": []})
+    async with client(KeyedApp(ENGINE, Gate(KeySource(None, {}), LocalLimiter()), "m")) as http:
+        reply = await http.post("/v1/chat/completions", content=body, headers=headers)
+        preflight = await http.options("/v1/chat/completions", headers=headers)
+    async with client(KeyedRouter(ENGINE, Gate(KeySource(None, {}), LocalLimiter()))) as http:
+        by_name = await http.post("/v1/chat/completions", content=body, headers=headers)
+    assert (reply.status_code, by_name.status_code) == (status, status)
+    assert (preflight.status_code == 403) == (status == 403)
+    if status == 403:
+        assert reply.json()["error"]["code"] == "origin_not_allowed"
+    async with client(KeyedApp(ENGINE, make_gate(tmp_path)[0], "m")) as http:
+        assert (await http.post("/v1/chat/completions", content=body, headers=headers | AUTH)).status_code == 200
 
 
 def test_serve_still_sees_the_routes(tmp_path: Path) -> None:
@@ -341,7 +378,7 @@ def test_serve_still_sees_the_routes(tmp_path: Path) -> None:
 
 def test_usage_is_taken_from_the_end_only() -> None:
     """The last one counts, text in a JSON string does not, and what is 2 kB back is forgotten."""
-    tail = UsageTail()
+    tail = UsageMeter()
     tail.feed(b'"usage": {"total_tokens": 4')
     tail.feed(b'2}, "text": "\\"total_tokens\\": 9"}')
     assert tail.total_tokens() == 42

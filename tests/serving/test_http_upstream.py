@@ -393,7 +393,7 @@ async def test_headers_arrive_as_they_were_and_keys_stay_here(monkeypatch: pytes
         async with upstream_of(server.port) as (up, _, _handles):
             seen = json.loads(await body_of(await up.send("qwen", request)))
             assert (seen["x-request-id"], seen["authorization"]) == ("café", "Bearer sk-x")
-        async with upstream_of(server.port, keys={"SERVE_APP_API_KEYS": "sk-x"}) as (up, _, _handles):
+        async with upstream_of(server.port, keys={"SERVE_APP_API_KEYS": "sk-x-of-the-upstream"}) as (up, _, _handles):
             seen = json.loads(await body_of(await up.send("qwen", request)))
             assert seen.keys() & {"authorization", "x-api-key", "x-serve-app-router"} == {"x-serve-app-router"}
 

@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.errors import ConfigError, Forbidden, Unauthorized
 from serve_app.serving import keys as keys_module
-from serve_app.serving.keys import ApiKey, KeyRing, KeySource, read_keys, sha256_of
+from serve_app.serving.keys import ApiKey, KeyRing, KeySource, configured_keys, read_keys, sha256_of
 from serve_app.serving.limits import Limits
 
 
@@ -22,6 +22,9 @@ class Clock:
     def __call__(self) -> float:
         """As `time.monotonic`."""
         return self.now
+
+
+LONG = "sk-long-enough-to-be-no-guess"
 
 
 def ring(**models: tuple[str, ...] | None) -> KeyRing:
@@ -59,10 +62,10 @@ def test_a_file_is_read_with_all_its_fields(tmp_path: Path) -> None:
 
 def test_keys_of_the_environment_are_hashed_and_have_no_limits() -> None:
     """Their names are their places."""
-    first, second = read_keys(None, {"SERVE_APP_API_KEYS": " sk-1 , sk-2"})
+    first, second = read_keys(None, {"SERVE_APP_API_KEYS": f" {LONG}1 , {LONG}2"})
     assert (first.name, second.name, bool(first.limits)) == ("env:0", "env:1", False)
-    assert first.sha256 == hashlib.sha256(b"sk-1").hexdigest()
-    assert KeyRing([first, second]).find(b"Bearer sk-2") is second
+    assert first.sha256 == hashlib.sha256(f"{LONG}1".encode()).hexdigest()
+    assert KeyRing([first, second]).find(f"Bearer {LONG}2".encode()) is second
 
 
 @pytest.mark.parametrize("header", [b"Bearer sk-a", b"bearer sk-a", b"  BEARER   sk-a "])
@@ -189,25 +192,38 @@ def test_equal_names_and_equal_keys_are_refused(tmp_path: Path) -> None:
     message = mistakes(tmp_path, f"keys:\n- {{name: a, sha256: H1}}\n- {{name: a, sha256: {capitals}}}\n")
     assert "keys[1].name: the name is also that of" in message
     assert "keys[1].sha256: the key is also that of" in message
+    file = keys_file(tmp_path, f"keys: [{{name: a, sha256: {sha256_of(LONG)}}}]")
     with pytest.raises(ConfigError, match=r"SERVE_APP_API_KEYS\[0\].sha256: the key is also that of .*keys\[0\]"):
-        read_keys(keys_file(tmp_path, "keys: [{name: a, sha256: H1}]"), {"SERVE_APP_API_KEYS": "sk-1"})
+        read_keys(file, {"SERVE_APP_API_KEYS": LONG})
 
 
-@pytest.mark.parametrize("value", [",", "sk-1,,sk-2", "sk-1 sk-2", "schlüssel"])
+@pytest.mark.parametrize(
+    "value", [",", f"{LONG},,{LONG}2", f"{LONG} {LONG}", f"{LONG}schlüssel", "sk-1", f"{LONG},sk-1"]
+)
 def test_a_wrong_environment_is_told_without_its_keys(value: str) -> None:
-    """A comma alone is a mistake and not an open door."""
+    """A comma alone is a mistake and not an open door; a short key could be guessed."""
     with pytest.raises(ConfigError, match=r"SERVE_APP_API_KEYS\[\d\]: ") as caught:
         KeySource(None, {"SERVE_APP_API_KEYS": value})
     assert "sk-" not in str(caught.value)
     assert "schl" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["", " "])
+@pytest.mark.parametrize("name", ["SERVE_APP_API_KEYS", "SERVE_APP_API_KEYS_FILE"])
+def test_a_variable_that_is_set_and_empty_is_a_mistake(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """As from a secret that is missing on one node: it must not open that node's replicas."""
+    monkeypatch.delenv("SERVE_APP_API_KEYS", raising=False)
+    monkeypatch.delenv("SERVE_APP_API_KEYS_FILE", raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}: is set and empty"):
+        configured_keys()
+
+
 def test_only_where_nothing_names_keys_the_door_is_open(tmp_path: Path) -> None:
     """An empty list in a file lets nobody in."""
     empty = keys_file(tmp_path, "keys: []")
     assert KeySource(None, {}).is_open
-    assert KeySource(None, {"SERVE_APP_API_KEYS": " "}).is_open
-    assert not KeySource(None, {"SERVE_APP_API_KEYS": "sk-1"}).is_open
+    assert not KeySource(None, {"SERVE_APP_API_KEYS": LONG}).is_open
     assert not KeySource(empty, {}).is_open
     with pytest.raises(Unauthorized):
         KeySource(empty, {}).ring.find(b"Bearer sk-1")

@@ -1,0 +1,69 @@
+"""How many bytes of bodies one process holds at once, over all its requests."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from serve_app.errors import Overloaded
+
+# Of each body so many bytes are free: their number is bounded by that of the requests, and whoever sends large bodies
+# must not shut out ordinary ones.
+FREE_BYTES = 64 * 2**10
+RETRY_S = 1.0
+
+
+class BodyBudget:
+    """At most `most()` bytes, and half of them for one owner, the name of an API key; None has no such share."""
+
+    def __init__(self, most: Callable[[], int]):
+        self._most = most
+        self._held: dict[str | None, int] = defaultdict(int)
+        self.held = 0
+
+    def hold(self, owner: str | None = None) -> "Held":
+        """For one body, which grows while it arrives."""
+        return Held(self, owner)
+
+    def take(self, owner: str | None, count: int) -> None:
+        """Raises Overloaded, and takes nothing, where there is no room for `count` more bytes."""
+        most = self._most()
+        is_over_share = owner is not None and self._held[owner] + count > most // 2
+        if is_over_share or self.held + count > most:
+            whose = "of this API key" if is_over_share else "here"
+            limit = most // 2 if is_over_share else most
+            raise Overloaded(
+                f"The request bodies {whose} may have {limit} bytes together, and there is no room for this one now. "
+                "Try again when others have been answered.",
+                retry_after_s=RETRY_S,
+            )
+        self._held[owner] += count
+        self.held += count
+
+    def give_back(self, owner: str | None, count: int) -> None:
+        """The bytes are free again."""
+        self.held -= count
+        self._held[owner] -= count
+        if not self._held[owner]:
+            del self._held[owner]
+
+
+class Held:
+    """The bytes of one body."""
+
+    def __init__(self, budget: BodyBudget, owner: str | None):
+        self._budget = budget
+        self._owner = owner
+        self._size = 0
+        self._charged = 0
+
+    def grow(self, count: int) -> None:
+        """`count` more bytes have come. Raises Overloaded."""
+        self._size += count
+        more = max(0, self._size - FREE_BYTES) - self._charged
+        if more:
+            self._budget.take(self._owner, more)
+            self._charged += more
+
+    def release(self) -> None:
+        """The body is not held any more."""
+        self._budget.give_back(self._owner, self._charged)
+        self._size = self._charged = 0
