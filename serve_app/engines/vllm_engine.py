@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.config import ModelConfig
 from serve_app.engines.openai_errors import error_response
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.engines.vllm_guard import Guard, guarded
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit import VLLM_CPU_KV_BYTES
 
@@ -38,6 +39,13 @@ ABORT_GRACE_S = 5.0
 # Hosts from which vLLM may fetch images, audio and video. It takes an empty list for "any", so the only one here is a
 # name that can never exist (RFC 2606); vLLM's refusal shows it to the client. Media in `data:` URLs need no host.
 NO_MEDIA_HOSTS = ["media-urls-are-closed.invalid"]
+
+# llguidance bounds the work of every mask and of a format's size. xgrammar, vLLM's usual choice, bounds neither: a
+# regular expression of 6 kB stops its engine for everybody. As with xgrammar, an object has its own properties only.
+BOUNDED_FORMATS = {"backend": "guidance", "disable_additional_properties": True}
+
+# Choices of one prompt, as with OpenAI; vLLM would take 16,384 of them.
+MOST_CHOICES = 128
 
 # Seconds. The engine answers between two steps.
 MEMORY_TIMEOUT_S = 30.0
@@ -77,7 +85,13 @@ class VllmEngine:
         app.add_exception_handler(RecursionError, _too_deep)
         app.middleware_stack = app.build_middleware_stack()  # `build_app` has built it already, without that.
         await init_app_state(self._client, app.state, args, tasks)
-        return disconnect_before_cancel(app)
+        return disconnect_before_cancel(guarded(app, await self._guard()))
+
+    async def _guard(self) -> Guard:
+        tokenizer = await self._client.get_tokenizer()
+        model = self._client.model_config
+        longest = await asyncio.to_thread(lambda: max(map(len, tokenizer.get_vocab()), default=1))
+        return Guard(model.max_model_len, longest, reads_media=model.is_multimodal_model)
 
     async def _engine_died(self, _: Request, error: Exception) -> Response:
         """503, so that the router sends the request to another replica; the health check has this one replaced."""
@@ -174,6 +188,7 @@ def environment(config: ModelConfig) -> dict[str, str]:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         # A host that is allowed may not send vLLM on to one that is not, such as the cloud's metadata service.
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_MAX_N_SEQUENCES": str(MOST_CHOICES),
     }
     if config.device == "cpu":
         settings |= {
@@ -207,6 +222,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "enforce-eager": config.device == "cpu" or None,
         "worker-extension-cls": "serve_app.engines.vllm_worker.MemoryReport",
         "allowed-media-domains": NO_MEDIA_HOSTS,
+        "structured-outputs-config": BOUNDED_FORMATS,
         # The router and Ray log requests; vLLM's line per request costs time.
         "disable-uvicorn-access-log": True,
     }

@@ -75,7 +75,7 @@ def peek(body: bytes) -> Peek:
     """Reads the fields of a JSON object without building the others. Raises InvalidRequest with what is wrong."""
     try:
         found = _PEEK.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if len(body) > LARGE_BODY_BYTES:
             raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
         found = _peek_slowly(body)  # And more patient: NaN is no JSON, but Python writes it.
@@ -106,7 +106,7 @@ def with_fields(body: bytes, **fields: Any) -> bytes:
     """The body with these fields in place of its own. Raises InvalidRequest."""
     try:
         return msgspec.json.encode({**_FIELDS.decode(body), **fields})  # The others stay the bytes they are.
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         pass
     try:
         document = read_json(body)

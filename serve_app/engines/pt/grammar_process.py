@@ -36,6 +36,7 @@ class Grammar:
     def __init__(self, connection: socket.socket, first_mask: bytes):
         self.first_mask = first_mask
         self._connection = connection
+        weakref.finalize(self, connection.close)
         self._numbers = itertools.count(FIRST + 1)
         self._matchers: weakref.WeakValueDictionary[int, Matcher] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -84,9 +85,6 @@ class Grammar:
     def _ended(self) -> None:
         for matcher in list(self._matchers.values()):
             matcher.receive(False, ENDED.encode())
-
-    def __del__(self) -> None:
-        self._connection.close()
 
 
 class Matcher:

@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from serve_app.engines.body import decode_body
 from serve_app.engines.openai_errors import error_object, error_response
-from serve_app.engines.pt.body import decode_body
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.job import CHAT, TEXT, Answer, Job, Part, Progress, Shape
 from serve_app.engines.pt.openapi import openapi_document
@@ -45,7 +45,7 @@ from serve_app.engines.pt.tool_calls import (
     TemplateReader,
     response_template,
 )
-from serve_app.engines.pt.workers import SMALL_BYTES, Workers
+from serve_app.engines.workers import SMALL_BYTES, Workers
 from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
 
 logger = logging.getLogger("ray.serve")

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from serve_app.engines.pt import body as body_module
+from serve_app.engines import body as body_module
+from serve_app.engines.body import Census, census, decode_body
 from serve_app.engines.pt import openai_api
-from serve_app.engines.pt.body import Census, census, decode_body
 from serve_app.engines.pt.engine import PtEngine
 from serve_app.engines.pt.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest
-from serve_app.engines.pt.workers import MOST_WAITING_LARGE, SMALL_BYTES, Workers
+from serve_app.engines.workers import MOST_WAITING_LARGE, SMALL_BYTES, Workers
 from serve_app.errors import InvalidRequest, Overloaded
 from tests.engines.pt.api_client import chat
 

@@ -79,7 +79,7 @@ def until_the_end(outputs: "queue.Queue[Output]", count: int = 1) -> list[Output
     while count:
         output = outputs.get(timeout=10)
         seen.append(output)
-        count -= output.finish_reason is not None or output.error is not None
+        count -= output.is_last
     return seen
 
 

@@ -195,7 +195,8 @@ async def test_a_body_nested_too_deep(client: httpx.AsyncClient, field: str) -> 
         body = json.dumps(chat(max_tokens=2))[:-1] + ", " + field % value + "}"
         reply = await client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
         assert reply.status_code == 400, reply.text[:300]
-        assert "nested more than 100 levels deep" in reply.json()["error"]["message"]
+        told = reply.json()["error"]["message"]
+        assert "nested more than 100 levels deep" in told or "lists, objects and keys" in told
 
 
 async def test_a_schema_in_a_string_nested_too_deep(client: httpx.AsyncClient) -> None:

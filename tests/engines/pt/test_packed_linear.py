@@ -28,6 +28,9 @@ def test_a_packed_layer_equals_the_plain_one(shape: tuple[int, ...], bias: bool)
     torch.testing.assert_close(packed(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 for this processor"
+)
 @torch.inference_mode()
 def test_bfloat16_and_strided_input() -> None:
     """The other type, and an input that is not contiguous."""

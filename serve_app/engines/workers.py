@@ -26,8 +26,8 @@ class Workers:
     """Two lanes of threads, one for small requests and one for large ones. Used on one event loop."""
 
     def __init__(self) -> None:
-        self._small = _Lane("pt-small", SMALL_THREADS, MOST_WAITING_SMALL)
-        self._large = _Lane("pt-large", LARGE_THREADS, MOST_WAITING_LARGE)
+        self._small = _Lane("small", SMALL_THREADS, MOST_WAITING_SMALL)
+        self._large = _Lane("large", LARGE_THREADS, MOST_WAITING_LARGE)
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
         """`work()`, of a request of `size` bytes. Raises what it raises, and Overloaded where too much waits."""

@@ -33,13 +33,7 @@ class Census:
 
 def decode_body(body: bytes) -> object:
     """The decoded JSON. Raises InvalidRequest for what is none, and for what holds too many values. Takes time."""
-    if len(body) > UNCOUNTED_BYTES:
-        found = census(body)
-        if found.parts > MOST_PARTS or found.items > MOST_ITEMS:
-            raise InvalidRequest(
-                f"The body has {found.parts} lists, objects and keys, and {found.items} values in lists; at most "
-                f"{MOST_PARTS} and {MOST_ITEMS} are read. Send several requests."
-            )
+    require_countable(body)
     try:
         document = msgspec.json.decode(body)
         require_shallow(document, body)
@@ -48,6 +42,18 @@ def decode_body(body: bytes) -> object:
         raise InvalidRequest(f"The body is not valid JSON: {TOO_DEEP}.") from None
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+
+def require_countable(body: bytes, most_parts: int = MOST_PARTS) -> None:
+    """Raises InvalidRequest for a JSON text with more parts or items than may be built."""
+    if len(body) <= UNCOUNTED_BYTES:
+        return
+    found = census(body)
+    if found.parts > most_parts or found.items > MOST_ITEMS:
+        raise InvalidRequest(
+            f"The body has {found.parts} lists, objects and keys, and {found.items} values in lists; at most "
+            f"{most_parts} and {MOST_ITEMS} are read. Send several requests."
+        )
 
 
 def census(body: bytes) -> Census:
