@@ -103,9 +103,9 @@ def answers(cluster: UnequalNodes, headers: dict[str, str] | None) -> dict[str, 
 
 
 def reasons(cluster: UnequalNodes, with_status: bool = False) -> list[str]:
-    """The lines of the nodes' terminals, of replicas' logs and of `serve status` that say why one does not start."""
+    """The lines of the nodes' terminals, of Serve's log and of `serve status` that say why a replica does not start."""
     lines = [*(cluster.status().splitlines() if with_status else ()), *cluster.output().splitlines()]
-    for file in cluster.folder.rglob("serve/replica_*.log"):
+    for file in cluster.folder.glob("session_2*/logs/serve/controller_*.log"):
         lines += file.read_text(errors="replace").splitlines()
     words = ("API keys are needed in this cluster", "not-on-this-node.yaml: No such file")
     return sorted({line.strip()[:400] for line in lines if any(word in line for word in words)})
