@@ -29,6 +29,7 @@ def test_what_pt_writes_into_a_stream(error: Exception, is_lost: bool) -> None:
     assert is_lost_event(event(error_object(_request_error(error)))) is is_lost
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of vLLM's own imports
 @pytest.mark.parametrize(
     ("name", "is_lost"),
     [
