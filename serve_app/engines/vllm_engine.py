@@ -85,12 +85,11 @@ class VllmEngine:
         app.add_exception_handler(RecursionError, _too_deep)
         app.middleware_stack = app.build_middleware_stack()  # `build_app` has built it already, without that.
         await init_app_state(self._client, app.state, args, tasks)
-        return disconnect_before_cancel(guarded(app, await self._guard()))
+        return disconnect_before_cancel(guarded(app, self._guard()))
 
-    async def _guard(self) -> Guard:
-        tokenizer = await self._client.get_tokenizer()
+    def _guard(self) -> Guard:
         model = self._client.model_config
-        longest = await asyncio.to_thread(lambda: max(map(len, tokenizer.get_vocab()), default=1))
+        longest = max(map(len, self._client.get_tokenizer().get_vocab()), default=1)
         return Guard(model.max_model_len, longest, reads_media=model.is_multimodal_model)
 
     async def _engine_died(self, _: Request, error: Exception) -> Response:
