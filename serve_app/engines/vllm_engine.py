@@ -193,6 +193,8 @@ def environment(config: ModelConfig) -> dict[str, str]:
         settings |= {
             # Several engines on one machine: no core binding, bounded cache.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # vLLM compiles small functions of its sampler at their first use, for seconds in which nobody gets a token.
+            "TORCH_COMPILE_DISABLE": "1",
             # One process less: the worker runs inside the engine process.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }

@@ -8,6 +8,7 @@ Laws:
   the prompts that are being computed, stays within `max_cache_tokens`; so a sequence that was admitted can always run
   to its end;
 - prompts are computed in chunks of at most `chunk_tokens`, one chunk a step, so running sequences wait for one chunk;
+  for prompts that pool, which nobody waits for token by token, only for one of `beside_tokens`;
 - prompts that are computed together are padded to one length, and padding stays below a third of the group; those that
   pool share no pass with those that generate;
 - a pass that fails is tried again in smaller parts until the sequence that fails is alone, and that one is given up;
@@ -32,6 +33,8 @@ class Limits:
     max_num_seqs: int
     max_cache_tokens: int
     chunk_tokens: int = 512
+    # Those of prompts that pool, while others get tokens: about as long as a token takes.
+    beside_tokens: int = 64
     # Whether prompts of different lengths may be computed together; states of hybrids do not know padding.
     pad_prompts: bool = True
     # Tokens of cache that buffers take for so many rows of so many tokens.
@@ -94,7 +97,8 @@ class Scheduler:
         group = tuple(self._prefilling)
         if not group:
             return Step()
-        end = min(self._longest, self._position + max(1, self._limits.chunk_tokens // len(group)))
+        tokens = self._limits.beside_tokens if group[0].pools and self._running else self._limits.chunk_tokens
+        end = min(self._longest, self._position + max(1, tokens // len(group)))
         return Step(group, self._position, end, self._longest)
 
     def complete(self, step: Step) -> None:

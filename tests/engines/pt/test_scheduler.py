@@ -15,7 +15,7 @@ def scheduler(
     *sequences: Sequence, rows: int = 8, tokens: int = 10_000, chunk: int = 512, pad: bool = True
 ) -> Scheduler:
     """A scheduler with these waiting."""
-    result = Scheduler(Limits(rows, tokens, chunk, pad))
+    result = Scheduler(Limits(rows, tokens, chunk, pad_prompts=pad))
     for item in sequences:
         result.add(item)
     return result
@@ -157,6 +157,19 @@ def test_prompts_that_pool_share_no_pass_with_others_and_never_run() -> None:
     assert (step.prefill, step.pools) == ((first, second), True)
     assert scheduled.decoding == (text,)
     assert scheduled.sequences == [text]
+
+
+def test_prompts_that_pool_take_small_chunks_beside_others() -> None:
+    """And usual ones where nobody gets tokens."""
+    running, pooling = sequence(4, 50), sequence(100, pools=True)
+    scheduled = scheduler(running)
+    advance(scheduled)
+    scheduled.add(pooling)
+    step = advance(scheduled)
+    assert (step.begin, step.end) == (0, 64)
+    scheduled.remove([running])
+    assert scheduled.schedule().end == 100
+    assert scheduler(sequence(100, pools=True)).schedule().end == 100
 
 
 def test_a_request_of_many_prompts_leaves_turns_to_others() -> None:
