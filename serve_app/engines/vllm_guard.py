@@ -60,8 +60,13 @@ class Guard:
         require_countable(body, MOST_PARTS)
         try:
             sizes = _SIZES.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return  # No JSON object: vLLM refuses it in its own words.
+        except msgspec.ValidationError:
+            return  # No object: vLLM refuses it in its own words.
+        except (ValueError, RecursionError) as error:
+            if not body.lstrip().startswith(b"{"):  # A form, say, or no body.
+                return
+            # vLLM would read NaN, which is no JSON, and so go past the checks.
+            raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
         for name in ("prompt", "input"):
             self._check_prompts(name, getattr(sizes, name), sizes.n)
         most = self._most_characters

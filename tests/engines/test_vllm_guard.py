@@ -53,12 +53,20 @@ def test_what_would_hold_others_up_is_refused_by_name(body: dict[str, Any], para
         b'{"messages": 5, "n": "many"}',
         b"[]",
         b"",
+        b"--form\r\n",
         b'{"prompt": "\xff"}',
     ],
 )
 def test_the_rest_is_for_vllm_to_judge(body: bytes) -> None:
     """What is usual, and what is wrong in a way that costs nothing."""
     GUARD.check(body)
+
+
+@pytest.mark.parametrize("body", [b'{"length_penalty": NaN, "top_k": 18446744073709551616}'])
+def test_what_only_python_takes_for_json_does_not_pass_the_checks(body: bytes) -> None:
+    """vLLM reads NaN."""
+    with pytest.raises(RequestError, match="not valid JSON"):
+        GUARD.check(body)
 
 
 def test_media_are_long() -> None:
