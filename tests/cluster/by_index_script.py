@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from serve_app.app import model
@@ -61,6 +62,7 @@ def main() -> None:
         logging_level="ERROR",
         _temp_dir=sys.argv[1],
     )
+    serve.start(http_options={"location": "NoServer"})  # Builders run in a Serve, whose keys they ask for.
     inventory = ray_inventory()
     three = [request_of(name, ModelConfig.from_args({"model": GEMMA, **args}), 1) for name, args in MODELS.items()]
     answer: dict[str, Any] = {
@@ -87,8 +89,9 @@ def main() -> None:
         built({"infer_backend": "pt", "max_memory": {0: "20GiB"}})
     except RayServeException as error:
         answer["refused"] = str(error)
-    print(json.dumps(answer))
+    serve.shutdown()
     ray.shutdown()
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":
