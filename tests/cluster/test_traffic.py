@@ -161,6 +161,6 @@ def test_an_update_that_cannot_be_built_leaves_what_runs(serve: ServeRun) -> Non
 
 async def test_streams_survive_the_death_of_their_replicas(serve: ServeRun) -> None:
     """Every request completes, with the text, the one id and the one end of an undisturbed run."""
-    told = await storm(serve, "mortal", requests=400, clients=32, trouble=Trouble(kill_every_s=2.0), headers=HEADERS)
+    told = await storm(serve, "mortal", requests=400, clients=32, trouble=Trouble(kill_every_s=6.0), headers=HEADERS)
     assert told["outcomes"] == {"right": 400}
     assert told["kills"] >= 1
