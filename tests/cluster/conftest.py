@@ -10,7 +10,12 @@ from tests.cluster.serve_run import ServeRun
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks everything here, and gives it time: the first test waits for the start."""
+    """Marks everything here, and gives it time: the first test waits for the start.
+
+    Tests of the shared cluster come last of all, since it takes its part of the processors until the end of the
+    session, and tests with a Serve of their own would wait for it.
+    """
+    items.sort(key=lambda item: "run" in getattr(item, "fixturenames", ()))
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
