@@ -66,17 +66,19 @@ class ReplicaAddress:
         self.out_until = now + min(MOST_REFUSED_S, REFUSED_S * 2 ** (self.refusals - 1))
 
     def lost(self) -> Death:
-        """It lost a request. Those that are lost within a moment are lost in one death."""
+        """It lost a request. Those that are lost within a moment are lost in one death, and so are all that notice it
+        later at a replica whose engine is known to be gone: it dies once."""
         now = time.monotonic()
         self.doubted_until = now + DOUBTED_S
-        if self.death is None or now - self.death.at > TOGETHER_S:
+        if self.death is None or (now - self.death.at > TOGETHER_S and not self.is_gone):
             self.death = Death(now, self.running)
         return self.death
 
     def gone(self) -> Death:
         """It said itself that its engine is lost."""
+        death = self.lost()
         self.is_gone, self.out_until = True, time.monotonic() + GONE_S
-        return self.lost()
+        return death
 
     def answered(self) -> None:
         """It took a connection and gave an answer."""

@@ -279,6 +279,17 @@ async def test_what_is_lost_together_is_lost_in_one_death() -> None:
     assert id(address.lost()) not in deaths
 
 
+async def test_an_engine_that_is_gone_dies_once() -> None:
+    """Whoever notices it late, after the replica was asked for its health, was lost in the same death."""
+    address = ReplicaAddress("127.0.0.1", "http://127.0.0.1:1/models/qwen")
+    death = address.gone()
+    death.at -= 2 * TOGETHER_S
+    assert address.gone() is death
+    assert address.lost() is death
+    address.well()
+    assert address.lost() is not death
+
+
 @pytest.mark.parametrize("size", [9_000, 60_000])
 async def test_long_headers_of_an_answer_pass(size: int) -> None:
     """As they do through HAProxy: a redirect of a long path has a `location` that is longer."""

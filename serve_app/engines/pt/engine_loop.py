@@ -54,6 +54,12 @@ class EngineLoop(threading.Thread):
         self._busy_since: float | None = None
 
     @property
+    def has_ended(self) -> bool:
+        """Whether it generates no more. True before any sequence is told so: whoever hears of the end and asks for the
+        engine's health at once, as the router does, must not find a thread that is about to end."""
+        return self._closed or not self.is_alive()
+
+    @property
     def stuck_s(self) -> float:
         """Seconds since the loop, which has work, has ended a pass or begun; 0 while it has none."""
         since = self._busy_since

@@ -59,7 +59,7 @@ class Generator:
         """Raises EngineError when the thread has ended, or hangs."""
         if self._hang:
             raise EngineError(self._hang)
-        if not self._loop.is_alive():
+        if self._loop.has_ended:
             raise EngineError("the pt engine's thread has ended. The replica will be replaced.")
 
     def stop(self, timeout_s: float) -> None:

@@ -297,6 +297,23 @@ def test_stopping_tells_those_that_are_left() -> None:
         assert isinstance(last.error, EngineError)
 
 
+def test_who_hears_of_the_end_finds_it_ended() -> None:
+    """While the thread still tells the others: the router asks for the health of an engine as soon as one says so."""
+
+    def breaks(_: Sequence) -> None:
+        raise torch.AcceleratorError("the device is broken")
+
+    seen: list[tuple[bool, bool]] = []
+    scheduler = Scheduler(Limits(max_num_seqs=1, max_cache_tokens=10**12))
+    loop = EngineLoop(
+        CountingRunner(breaks), scheduler, Sampler({EOS}), lambda _: seen.append((loop.has_ended, loop.is_alive()))
+    )
+    loop.start()
+    loop.submit(sequence(1))
+    loop.join(10)
+    assert seen == [(True, True)]
+
+
 def test_an_idle_loop_gives_memory_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not between steps, and not again while nothing comes; then again after the next work."""
     given: list[int] = []
