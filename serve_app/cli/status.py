@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.fit import gib
+from serve_app.ray_serve import available_by_node, controller
 from serve_app.serving.replica_report import DeviceReport, ReplicaReport, read_reports
 
 if TYPE_CHECKING:  # It brings Ray Serve, which only a cluster that runs needs.
@@ -30,19 +31,17 @@ def status(address: str | None, as_json: bool) -> int:
 
 def _read(where: str) -> ClusterStatus:
     import ray
-    from ray._private.state import available_resources_per_node
     from ray.exceptions import RayError
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME
 
     from serve_app.serving.cluster_status import cluster_status
 
     try:
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME)
+        serve = controller()
     except ValueError:
         raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve run FILE`.") from None
     try:
-        details = ray.get(controller.get_serve_instance_details.remote(), timeout=30)
-        left = available_resources_per_node()
+        details = ray.get(serve.get_serve_instance_details.remote(), timeout=30)
+        left = available_by_node()
         return cluster_status(details["applications"], ray.nodes(), left, read_reports(), time.time())
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None

@@ -12,6 +12,7 @@ from serve_app.config import parse_bytes
 from serve_app.errors import ConfigError, nearest
 from serve_app.facts.calibration import Calibrations, joined, read_calibrations
 from serve_app.facts.nodes import node_from_resources
+from serve_app.ray_serve import available_by_node
 
 GIB = 2**30
 # Memory as NVML tells it, in MiB, of cards that people name without a size.
@@ -209,9 +210,7 @@ def ray_inventory() -> Inventory:
 
 def unclaimed(inventory: Inventory) -> Inventory:
     """The inventory of `ray_inventory`, where of a GPU that is counted by index only what Ray has left is free."""
-    from ray._private.state import available_resources_per_node
-
-    left = available_resources_per_node()
+    left = available_by_node()
     gib = {
         name: node_from_resources(name, left.get(node["NodeID"], {})).vram_gib for name, node in _living_nodes().items()
     }

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from serve_app.config import RouterConfig
 from serve_app.errors import ConfigError
-from serve_app.serving.directory import CONTROLLER, NAMESPACE
+from serve_app.ray_serve import run_of_serve, store, stored
 from serve_app.serving.keys import ENVIRONMENT, FILE_VARIABLE, KeySource
 from serve_app.serving.origin import is_loopback
 from serve_app.serving.terminal import say
@@ -60,36 +60,26 @@ class ClusterRecord:
     """The records in Ray's key-value store. Each call blocks for about a millisecond."""
 
     def __init__(self) -> None:
-        import ray
-
-        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)._actor_id.hex()
-        self._required = f"serve-app-keys-required:{controller}".encode()
-        self._allowed = f"serve-app-open-allowed:{controller}".encode()
+        run = run_of_serve()
+        self._required = f"serve-app-keys-required:{run}".encode()
+        self._allowed = f"serve-app-open-allowed:{run}".encode()
 
     def require(self, where: str) -> None:
         """As in `AccessRecord`."""
-        from ray.experimental.internal_kv import _internal_kv_put
-
-        _internal_kv_put(self._required, where.encode(), overwrite=False)
+        store(self._required, where.encode(), overwrite=False)
 
     def required_by(self) -> str | None:
         """As in `AccessRecord`."""
-        from ray.experimental.internal_kv import _internal_kv_get
-
-        where: bytes | None = _internal_kv_get(self._required)
+        where = stored(self._required)
         return None if where is None else where.decode()
 
     def allow_open(self) -> None:
         """As in `AccessRecord`."""
-        from ray.experimental.internal_kv import _internal_kv_put
-
-        _internal_kv_put(self._allowed, b"1", overwrite=True)
+        store(self._allowed, b"1", overwrite=True)
 
     def is_open_allowed(self) -> bool:
         """As in `AccessRecord`."""
-        from ray.experimental.internal_kv import _internal_kv_get
-
-        return _internal_kv_get(self._allowed) is not None
+        return stored(self._allowed) is not None
 
 
 def agree(source: KeySource, record: AccessRecord, node: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 
+from serve_app.ray_serve import ANY_ADDRESS, http_options, listening_host
 from serve_app.serving.directory import ModelDirectory, ModelStatus
 from serve_app.serving.terminal import say
 
@@ -71,20 +72,10 @@ def summary(models: dict[str, ModelStatus], url: str, is_open: bool = True) -> l
     return lines
 
 
-def listening_host() -> str:
-    """The address that Serve's HTTP proxies listen on."""
-    from ray.serve.context import _get_global_client
-
-    return _get_global_client().http_config.host or "0.0.0.0"  # noqa: S104
-
-
 def address() -> str:
     """The address of this Serve instance's HTTP proxy."""
-    from ray.serve.context import _get_global_client
-
-    # No public call tells it; `serve status` reads the same details.
-    options = _get_global_client().http_config
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1"}.get(options.host or "", options.host)  # noqa: S104
+    options = http_options()
+    host = "127.0.0.1" if options.host in (None, "", ANY_ADDRESS) else options.host
     return f"http://{host}:{options.port}{(options.root_path or '').rstrip('/')}"
 
 

@@ -1,7 +1,7 @@
 """What `serve deploy` of another config file will do to each application that runs. Pure.
 
 Serve compares a version of each application: its import path, `args`, `runtime_env` and the policies under
-`deployments:` (`get_app_code_version`, asked here itself). Another version replaces all replicas, some at a time; of
+`deployments:` (`ray_serve.code_version`). Another version replaces all replicas, some at a time; of
 the other options a few do so too, and the rest changes in place.
 """
 
@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ray.serve._private.deploy_utils import get_app_code_version
-from ray.serve.schema import ServeApplicationSchema
+from serve_app.ray_serve import code_version
 
 Kind = Literal["starts", "stops", "restarts", "changes in place", "stays as it is"]
 
@@ -66,7 +65,7 @@ def _change(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | N
     why = tuple(f"{path}: {_short(a)} → {_short(b)}" for path, a, b in differences)
     if not differences:
         return Change(name, "stays as it is")
-    versions = [get_app_code_version(ServeApplicationSchema.model_validate(item)) for item in (old, new)]
+    versions = [code_version(item) for item in (old, new)]
     options = {part for path, _, _ in differences if path.startswith("deployments.") for part in path.split(".")[2:3]}
     replaces = versions[0] != versions[1] or options & REPLACING
     return Change(name, "restarts" if replaces else "changes in place", why)

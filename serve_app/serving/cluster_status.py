@@ -6,7 +6,7 @@ from typing import Any
 
 from serve_app.facts.nodes import Node, node_from_resources
 from serve_app.planning.placement import Demand
-from serve_app.serving.deployment_options import MODEL_DEPLOYMENT
+from serve_app.ray_serve import MODEL_DEPLOYMENT
 from serve_app.serving.directory import ModelStatus, read_status
 from serve_app.serving.replica_report import STALE_S, ReplicaReport
 

@@ -6,9 +6,6 @@ from typing import Any
 from serve_app.config import ModelConfig
 from serve_app.planning.placement import Demand
 
-MODEL_DEPLOYMENT = "Model"
-ROUTER_DEPLOYMENT = "Router"
-
 # Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
 # Serve's default of 5 would starve a batching engine.
 MAX_ONGOING_REQUESTS = 256

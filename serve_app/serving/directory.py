@@ -12,15 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.errors import ModelNotFound, ModelUnavailable
-from serve_app.serving.deployment_options import MODEL_DEPLOYMENT
+from serve_app.ray_serve import MODEL_DEPLOYMENT, instance_details, running_replicas
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,9 +37,6 @@ STATUS_TIMEOUT_S = 10.0
 
 # A request for a model that is not known as ready reads Serve's status anew, at most this often.
 FRESH_ENOUGH_S = 0.5
-
-# Serve's controller, by the name that Serve gives it.
-CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 
 
 @dataclass(frozen=True)
@@ -168,7 +163,7 @@ class ModelDirectory:
             if time.monotonic() - self._failed_at < FRESH_ENOUGH_S:  # Those who waited for it need not wait again.
                 raise _no_controller()
             try:
-                details = await asyncio.wait_for(_instance_details(), STATUS_TIMEOUT_S)
+                details = await asyncio.wait_for(instance_details(), STATUS_TIMEOUT_S)
             except (TimeoutError, RayError, ValueError):  # It may be restarting.
                 self._failed_at = time.monotonic()
                 raise _no_controller() from None
@@ -197,26 +192,18 @@ class ModelDirectory:
                 self._waking_since.pop(name, None)
 
 
-async def _instance_details() -> dict[str, Any]:
-    """What `serve.status()` asks for, as it comes: building its objects takes 40 ms of CPU, this 5."""
-    controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-    details: dict[str, Any] = await controller.get_serve_instance_details.remote()
-    return details
-
-
 async def _with_survivors(models: dict[str, ModelStatus]) -> dict[str, ModelStatus]:
     """Models of which an update could not be built, with the replicas that go on serving: Serve's status has none."""
     failed = [name for name, model in models.items() if model.state == "failed"]
     if not failed:
         return models
-    controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
     try:
-        running = await controller._all_running_replicas.remote()
-    except (RayError, AttributeError) as error:  # Private; without it they count as failed.
+        running = await running_replicas(failed)
+    except (RayError, AttributeError) as error:  # Without it they count as failed.
         logger.warning("Cannot see whether replicas of %s go on: %s", failed, error)
         return models
     for name in failed:
-        if count := len(running.get(DeploymentID(MODEL_DEPLOYMENT, app_name=name)) or ()):
+        if count := running[name]:
             text = f"serves as before; its update failed: {models[name].message}"
             models[name] = ModelStatus(name, "ready", count, text)
     return models

@@ -16,12 +16,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from serve_app.ray_serve import NAMESPACE, store, stored
 from serve_app.serving.limits import RENEW_S, Limits, Verdict, Windows
 
 logger = logging.getLogger("ray.serve")
 
 ACTOR_NAME = "serve-app-limiter"
-NAMESPACE = "serve"
 TOKEN_KEY = b"serve-app-router-token"
 
 # Seconds. A living actor answers in milliseconds. After a failure nobody waits for it for a while.
@@ -35,10 +35,9 @@ WARN_EVERY_S = 60.0
 def router_token() -> bytes:
     """What the router shows to a model's own route, so that a request is not admitted twice. Nobody outside knows it:
     the first process of this Ray cluster draws it and puts it into Ray's key-value store, where the others read it."""
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
-
-    _internal_kv_put(TOKEN_KEY, secrets.token_hex(32).encode(), overwrite=False)
-    token: bytes = _internal_kv_get(TOKEN_KEY)
+    store(TOKEN_KEY, secrets.token_hex(32).encode(), overwrite=False)
+    token = stored(TOKEN_KEY)
+    assert token is not None, "it was stored just now, and nobody deletes it"
     return token
 
 

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray import serve
-from ray.serve._private.constants import SERVE_SESSION_ID
 from ray.serve.exceptions import RayServeException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
 from serve_app.errors import ClientGone, ConfigError, InvalidRequest, RequestError
+from serve_app.ray_serve import session_header
 from serve_app.serving.asgi import Headers
 from serve_app.serving.body_budget import BodyBudget, Held
 from serve_app.serving.gate import Gate, is_admitted, refusal
@@ -38,7 +38,7 @@ logger = logging.getLogger("ray.serve")
 # What Serve does for a client that sends one of these is none of a client's business. It reads "_" as "-" in some.
 SERVES_OWN = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id"})
 # Serve decodes their values as UTF-8 and does not expect that to fail.
-READ_BY_SERVE = frozenset({b"x-request-id", b"traceparent", b"tracestate", SERVE_SESSION_ID.lower().encode()})
+READ_BY_SERVE = frozenset({b"x-request-id", b"traceparent", b"tracestate", session_header()})
 # Serve's own, which HAProxy asks for all the time.
 WITHOUT_KEY = frozenset({"/-/healthz", "/-/routes"})
 # In Serve's proxy it is not known for which model a body is, so it is held to what the process may hold.

@@ -4,19 +4,16 @@ The router sends to them itself: a second pass through HAProxy costs as much as 
 done here: the fewest requests of this router first, and those last, or not at all, that have failed it lately.
 """
 
-import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import ray
-from ray.serve._private.common import RequestProtocol
-from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 from ray.serve.schema import TargetGroup
 
-from serve_app.serving.directory import CONTROLLER, NAMESPACE
+from serve_app.ray_serve import controller, is_http, watch_targets
 from serve_app.serving.suspicion import TOGETHER_S, Death
 
 logger = logging.getLogger("ray.serve")
@@ -114,35 +111,26 @@ class ReplicaAddresses:
     def __init__(self) -> None:
         self.keep_alive_s = 90.0
         self._of_models: dict[str, list[ReplicaAddress]] = {}
-        self._client: LongPollClient | None = None
+        self._stop: Callable[[], None] = lambda: None
         self._own_ip = self._local_host = ""
 
     async def watch(self) -> None:
         """Begins to listen to the controller. The running event loop gets the changes."""
-        controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-        config = await controller.get_http_config.remote()
+        config = await controller().get_http_config.remote()
         self.keep_alive_s = float(config.keep_alive_timeout_s)
         self._local_host = "127.0.0.1" if config.host in ANY_HOST else config.host
         self._own_ip = ray.util.get_node_ip_address()
-        self._client = LongPollClient(
-            controller,
-            {LongPollNamespace.TARGET_GROUPS: self._told},
-            call_in_event_loop=asyncio.get_running_loop(),
-            client_id=f"serve-app router {ray.get_runtime_context().get_actor_id()}",
-        )
+        self._stop = watch_targets(self._told)
 
     def stop(self) -> None:
         """Listens no more."""
-        if self._client is not None:
-            self._client.stop()
+        self._stop()
 
     def update(self, groups: Iterable[TargetGroup]) -> None:
         """Takes what the controller says in place of what was; what is known of addresses that stay is kept."""
         known = {address.url: address for addresses in self._of_models.values() for address in addresses}
         found: dict[str, list[ReplicaAddress]] = {}
-        for group in groups:
-            if group.protocol != RequestProtocol.HTTP:
-                continue
+        for group in filter(is_http, groups):
             for target in group.targets:
                 host = self._host(target.ip)
                 url = f"http://{host}:{target.port}{group.route_prefix.rstrip('/')}"

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from serve_app.ray_serve import delete_stored, store, stored, stored_keys
+
 PREFIX = b"serve-app-report/"
 REPORT_EVERY_S = 10.0
 STALE_S = 60.0
@@ -50,16 +52,12 @@ class ReplicaReport:
 
 def write_report(report: ReplicaReport) -> None:
     """Tells it. Blocks for a moment. Raises RayError or RuntimeError while Ray's head does not answer."""
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(_key(report.application, report.replica), json.dumps(asdict(report)).encode())
+    store(_key(report.application, report.replica), json.dumps(asdict(report)).encode())
 
 
 def forget_report(application: str, replica: str) -> None:
     """The replica stops."""
-    from ray.experimental.internal_kv import _internal_kv_del
-
-    _internal_kv_del(_key(application, replica))
+    delete_stored(_key(application, replica))
 
 
 def read_reports() -> list[ReplicaReport]:
@@ -67,13 +65,11 @@ def read_reports() -> list[ReplicaReport]:
 
     A replica that was killed leaves its report behind: such ones are removed here once they are old.
     """
-    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
-
     found = []
-    for key in sorted(_internal_kv_list(PREFIX)):
-        report = parsed_report(_internal_kv_get(key) or b"")
+    for key in stored_keys(PREFIX):
+        report = parsed_report(stored(key) or b"")
         if report is None or time.time() - report.written_at > FORGOTTEN_S:
-            _internal_kv_del(key)
+            delete_stored(key)
         else:
             found.append(report)
     return found

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from ray import serve
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp
 from serve_app.config import RouterConfig
 from serve_app.engines.openai_errors import error_response
 from serve_app.errors import ConfigError, InvalidRequest, RequestError
+from serve_app.ray_serve import replicas_listen_for_http
 from serve_app.serving.access import joined
 from serve_app.serving.announcer import announce
 from serve_app.serving.directory import ModelDirectory, ModelStatus
@@ -55,7 +55,7 @@ class Router:
         self._directory = directory
         self._gate = Gate(source, ActorLimiter())
         over_http = HttpUpstream(directory, handles, self._gate, ReplicaAddresses())
-        upstream = over_http if RAY_SERVE_ENABLE_HA_PROXY else handles  # Only then do replicas listen for HTTP.
+        upstream = over_http if replicas_listen_for_http() else handles
         self._proxy = Proxy(config, directory, upstream, metrics, self._gate)
         stand_behind(Inside(self._gate, lambda: self._proxy.config, refused=metrics.refused))
 

@@ -146,14 +146,18 @@ class ServeRun:
         )
         return done.stdout
 
-    def status_of_ours(self) -> dict[str, Any]:
-        """What `serve-app status --json` prints. Its address: the raylet's, as a machine may have several clusters."""
+    def gcs_address(self) -> str:
+        """The address of this Ray cluster: its raylet's, as a machine may have several."""
         commands = [
             Path(f"/proc/{pid}/cmdline").read_text() for pid, name in self.processes().items() if "raylet" in name
         ]
         (found,) = {match[1] for text in commands if (match := re.search(r"--gcs-address=([\d.:]+)", text))}
+        return found
+
+    def status_of_ours(self) -> dict[str, Any]:
+        """What `serve-app status --json` prints."""
         done = subprocess.run(
-            [BIN / "serve-app", "status", f"--address={found}", "--json"],
+            [BIN / "serve-app", "status", f"--address={self.gcs_address()}", "--json"],
             env=self.environment, capture_output=True, text=True, timeout=90, check=False,
         )  # fmt: skip
         told: dict[str, Any] = json.loads(done.stdout)
