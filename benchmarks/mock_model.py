@@ -17,8 +17,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve_app.serving.asgi import HttpRequest, call_asgi
-from serve_app.serving.deployment_options import MAX_ONGOING_REQUESTS, MODEL_DEPLOYMENT
+from serve_app.build.options import MAX_ONGOING_REQUESTS, MODEL_DEPLOYMENT
+from serve_app.wire.asgi import HttpRequest, call_asgi
 
 
 async def chat(request: Request) -> Response:
@@ -60,7 +60,7 @@ class Mock:
         return self._app
 
     async def http(self, request: HttpRequest):
-        """As `serve_app.serving.replica.Model` has it."""
+        """As `serve_app.replica.deployment.Model` has it."""
         async for item in call_asgi(self._app, request):
             yield item
 

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.pt_engine import VOCABULARY, build_model
 from serve_app.config import ModelConfig
+from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import PtEngine
-from serve_app.engines.pt.sequence import SamplingParams
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 
 LIMITS = {"cpu": "150MB", "disk": "1GB"}

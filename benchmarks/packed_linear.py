@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from serve_app.engines.pt.packed_linear import pack_linears
+from serve_app.engines.pt.load.packed_linear import pack_linears
 
 SHAPES = ((768, 768), (768, 2048), (2048, 768), (768, 8000))
 CALLS = 50

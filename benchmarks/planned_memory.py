@@ -31,8 +31,8 @@ def measure(args: dict[str, Any], requests: int, pipe: Any) -> None:
     import torch
 
     from serve_app.config import ModelConfig
+    from serve_app.engines.pt.core.sequence import SamplingParams
     from serve_app.engines.pt.engine import PtEngine
-    from serve_app.engines.pt.sequence import SamplingParams
 
     torch.set_num_threads(2)
     torch.nn.Linear(64, 64)(torch.zeros(2, 64))
@@ -63,9 +63,9 @@ def measure_vllm(args: dict[str, Any], requests: int, pipe: Any) -> None:
     import httpx
 
     from serve_app.config import ModelConfig
-    from serve_app.engines.planned_here import plan_here, with_planned_memory
-    from serve_app.engines.vllm_engine import VllmEngine
+    from serve_app.engines.vllm.engine import VllmEngine
     from serve_app.facts.gpus import local_gpus, visible_gpus
+    from serve_app.replica.plan_here import plan_here, with_planned_memory
 
     async def run() -> None:
         config = ModelConfig.from_args(args)

@@ -198,7 +198,7 @@ def grouped_attention() -> Iterator[None]:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from serve_app.engines.pt.attention import use_grouped_attention
+    from serve_app.engines.pt.load.attention import use_grouped_attention
 
     use_grouped_attention()
     yield
@@ -208,11 +208,11 @@ def grouped_attention() -> Iterator[None]:
 def load_runner(engine_folder: str, dtype: str, threads: int, chunk_tokens: int) -> Any:
     """The model as a replica loads it: the runner that its probe chose, and its limits."""
     from serve_app.config import ModelConfig
-    from serve_app.engines.pt.cache_budget import cache_tokens
-    from serve_app.engines.pt.model_loader import LoadedModel
-    from serve_app.engines.pt.packed_linear import pack_linears
-    from serve_app.engines.pt.probe import probe
-    from serve_app.engines.pt.scheduler import Limits
+    from serve_app.engines.pt.core.scheduler import Limits
+    from serve_app.engines.pt.load.cache_budget import cache_tokens
+    from serve_app.engines.pt.load.model_loader import LoadedModel
+    from serve_app.engines.pt.load.packed_linear import pack_linears
+    from serve_app.engines.pt.load.probe import probe
     from serve_app.planning.pt_cache import cells
 
     model = AutoModelForCausalLM.from_pretrained(engine_folder, dtype=getattr(torch, dtype)).eval()
@@ -230,10 +230,10 @@ def serve_app(
     engine_folder: str, dtype: str, threads: int, chunk_tokens: int
 ) -> Callable[[list[Request]], list[float]]:
     """The pt engine's own loop, with the scheduler, the cache and the sampler of a replica."""
-    from serve_app.engines.pt.engine_loop import EngineLoop
-    from serve_app.engines.pt.sampler import Sampler
-    from serve_app.engines.pt.scheduler import Scheduler
-    from serve_app.engines.pt.sequence import Output, SamplingParams, Sequence
+    from serve_app.engines.pt.core.engine_loop import EngineLoop
+    from serve_app.engines.pt.core.sampler import Sampler
+    from serve_app.engines.pt.core.scheduler import Scheduler
+    from serve_app.engines.pt.core.sequence import Output, SamplingParams, Sequence
 
     runner, limits = load_runner(engine_folder, dtype, threads, chunk_tokens)
 

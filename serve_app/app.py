@@ -15,17 +15,17 @@ from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
+from serve_app.access.cluster_record import ClusterRecord, agree_on_model, agree_on_router, this_node
+from serve_app.access.keys import configured_keys
+from serve_app.build.options import model_options, router_options
+from serve_app.build.place import needs_devices, place
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
 from serve_app.ray_serve import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, listening_host
-from serve_app.serving.access import ClusterRecord, agree_on_model, agree_on_router, this_node
-from serve_app.serving.deployment_options import model_options, router_options
-from serve_app.serving.keys import configured_keys
-from serve_app.serving.place import needs_devices, place
-from serve_app.serving.replica import Model
-from serve_app.serving.router import Router
+from serve_app.replica.deployment import Model
+from serve_app.router.deployment import Router
 
 
 def model(args: dict[str, Any]) -> Application:

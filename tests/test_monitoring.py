@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.serving import replica_metrics, router_metrics
+from serve_app.replica import metrics as replica_metrics
+from serve_app.router import metrics as router_metrics
 
 DOCKER = Path(__file__).parents[1] / "docker"
 MONITORING = DOCKER / "monitoring"

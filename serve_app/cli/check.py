@@ -9,15 +9,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
+from serve_app.access.origin import is_loopback
+from serve_app.build.place import place
 from serve_app.cli.cluster import connected
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
-from serve_app.serving.keys import ENVIRONMENT, FILE_VARIABLE
-from serve_app.serving.origin import is_loopback
-from serve_app.serving.place import place
 
 # What an application may name, and its deployment.
 BUILDERS = {"serve_app.app:model": "Model", "serve_app.app:router": "Router"}

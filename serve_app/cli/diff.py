@@ -4,11 +4,11 @@ from pathlib import Path
 
 import yaml
 
+from serve_app.cli.changes import Change, changes, for_all, not_applied
 from serve_app.cli.check import dangling_names, require_serves_schema, require_valid
 from serve_app.cli.plan import plan_of_file
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import read_applications
-from serve_app.serving.changes import Change, changes, for_all, not_applied
 
 MARKS = {"starts": "+", "stops": "-", "restarts": "!", "changes in place": "~", "stays as it is": " "}
 

@@ -29,7 +29,7 @@ LIMITS = "    timeout http-request 60s\n"
 # circle at 100 % of a core, and the server works to the end for nobody. No body or chunk here is worth a splice.
 SPLICING = re.compile(r"^[ \t]*option splice-\w+\n", re.MULTILINE)
 # Serve obeys these from any client: they switch its cancellation and its time limit off, or choose among its replicas.
-# `serving/outer_door.py` takes them out too, for those who come past HAProxy.
+# `access/door.py` takes them out too, for those who come past HAProxy.
 FRONTEND = re.compile(r"^frontend http_frontend\n[ \t]+bind .*\n", re.MULTILINE)
 WITHOUT_SERVES_OWN = (
     "    http-request del-header x-request-disconnect-disabled\n"

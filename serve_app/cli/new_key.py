@@ -6,8 +6,8 @@ import sys
 
 import yaml
 
+from serve_app.access.keys import NAME, WRONG_VALUES, sha256_of
 from serve_app.errors import ConfigError
-from serve_app.serving.keys import NAME, WRONG_VALUES, sha256_of
 
 
 def new_key(name: str) -> int:

@@ -11,10 +11,10 @@ from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.fit import gib
 from serve_app.ray_serve import available_by_node, controller
-from serve_app.serving.replica_report import DeviceReport, ReplicaReport, read_reports
+from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
 
 if TYPE_CHECKING:  # It brings Ray Serve, which only a cluster that runs needs.
-    from serve_app.serving.cluster_status import ClusterStatus, ModelView, ReplicaView
+    from serve_app.cli.cluster_status import ClusterStatus, ModelView, ReplicaView
 
 ROW = "{:<22} {:<20} {:<9} {:>9} {:>9} {:>9} {:>8}"
 
@@ -33,7 +33,7 @@ def _read(where: str) -> ClusterStatus:
     import ray
     from ray.exceptions import RayError
 
-    from serve_app.serving.cluster_status import cluster_status
+    from serve_app.cli.cluster_status import cluster_status
 
     try:
         serve = controller()

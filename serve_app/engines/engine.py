@@ -40,7 +40,7 @@ class Engine(Protocol):
 def create_engine(config: ModelConfig, name: str) -> Engine:
     """The engine that the config names, not yet started. `name` is the model's name for clients."""
     if config.infer_backend == "vllm":
-        from serve_app.engines.vllm_engine import VllmEngine
+        from serve_app.engines.vllm.engine import VllmEngine
 
         return VllmEngine(config, name)
     from serve_app.engines.pt.engine import PtEngine

@@ -1,1 +1,1 @@
-"""Ray Serve around the engines: replicas, the router, and what both speak."""
+"""Import paths that config files of earlier versions name."""

@@ -191,7 +191,7 @@ def test_a_policy_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(
         "applications:\n- name: a\n  import_path: serve_app.app:model\n  deployments:\n  - name: Model\n"
-        "    autoscaling_config: {policy: {policy_function: 'serve_app.serving.autoscaling:by_engin_load'}}\n"
+        "    autoscaling_config: {policy: {policy_function: 'serve_app.replica.autoscaling:by_engin_load'}}\n"
     )
     with pytest.raises(ConfigError, match="Ray Serve refuses it: .*by_engin_load"):
         check_module.require_serves_schema(file)

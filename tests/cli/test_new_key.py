@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.access.keys import KeyRing, read_keys
 from serve_app.cli.main import main
-from serve_app.serving.keys import KeyRing, read_keys
 
 
 def test_a_new_key_opens_what_its_entry_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def run(broken_folder: Path) -> Iterator[ServeRun]:
                 "autoscaling_config": {
                     "min_replicas": 1,
                     "max_replicas": 2,
-                    "policy": {"policy_function": "serve_app.serving.autoscaling:by_engine_load"},
+                    "policy": {"policy_function": "serve_app.replica.autoscaling:by_engine_load"},
                     "upscale_delay_s": 1,
                     "downscale_delay_s": 3,
                     "metrics_interval_s": 1,

@@ -25,7 +25,7 @@ DIES, HANGS = signal.SIGUSR1, signal.SIGUSR2
 HANG_S = 3600.0
 POISON_SEED = 666_013
 FOLDER = "SERVE_APP_TEST_FAULTS"
-MODULE, RUNNERS = "serve_app.engines.pt.model_runner", ("BatchRunner", "SerialRunner")
+MODULE, RUNNERS = "serve_app.engines.pt.core.model_runner", ("BatchRunner", "SerialRunner")
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import psutil
 
-from serve_app.serving.keys import sha256_of
+from serve_app.access.keys import sha256_of
 from tests.cluster.nodes import RayCluster
 from tests.cluster.storm import config
 

@@ -33,7 +33,7 @@ QUESTION = [{"role": "user", "content": "What is serve-app?"}]
 def config() -> dict[str, Any]:
     """Both models; the sleeping one may hold one request, so that a second one is told to come back."""
     scaling = {
-        "policy": {"policy_function": "serve_app.serving.autoscaling:by_engine_load"},
+        "policy": {"policy_function": "serve_app.replica.autoscaling:by_engine_load"},
         "upscale_delay_s": UPSCALE_DELAY_S,
         "downscale_delay_s": DOWNSCALE_DELAY_S,
         "look_back_period_s": LOOK_BACK_S,

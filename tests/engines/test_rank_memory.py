@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from serve_app.engines.planned_here import plan_here
+from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import PtEngine, weight_bytes
-from serve_app.engines.pt.sequence import SamplingParams
 from serve_app.engines.rank_memory import RankMemory, rank_memory, tensor_bytes
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.facts.process_memory import resident_bytes
+from serve_app.replica.plan_here import plan_here
 from tests.builders import model_config
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from serve_app.engines.pt.engine import PtEngine
-from serve_app.engines.vllm_engine import VllmEngine
+from serve_app.engines.vllm.engine import VllmEngine
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.facts.gpus import local_gpus
 from tests.builders import model_config

@@ -31,8 +31,8 @@ def _shared(overreaches: bool, pipe: Any) -> None:
     """One pt engine under its share of the card; it answers, may ask for too much, and answers when it is told to."""
     import asyncio
 
+    from serve_app.engines.pt.core.sequence import SamplingParams
     from serve_app.engines.pt.engine import PtEngine
-    from serve_app.engines.pt.sequence import SamplingParams
     from tests.builders import model_config
 
     async def run() -> None:

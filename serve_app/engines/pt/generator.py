@@ -7,16 +7,16 @@ from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ReadOnlySequence
 from functools import cached_property, partial
 
-from serve_app.engines.pt.engine_loop import EngineLoop
-from serve_app.engines.pt.grammar import GrammarCompiler
-from serve_app.engines.pt.model_loader import LoadedModel
-from serve_app.engines.pt.places import Places, Reservation
-from serve_app.engines.pt.probe import ProbeResult
-from serve_app.engines.pt.sampler import Sampler
-from serve_app.engines.pt.scheduler import Limits, Scheduler
-from serve_app.engines.pt.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
-from serve_app.engines.pt.text_stream import TextStream
-from serve_app.engines.pt.token_kinds import TokenKinds
+from serve_app.engines.pt.core.engine_loop import EngineLoop
+from serve_app.engines.pt.core.places import Places, Reservation
+from serve_app.engines.pt.core.sampler import Sampler
+from serve_app.engines.pt.core.scheduler import Limits, Scheduler
+from serve_app.engines.pt.core.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
+from serve_app.engines.pt.grammar.compiler import GrammarCompiler
+from serve_app.engines.pt.load.model_loader import LoadedModel
+from serve_app.engines.pt.load.probe import ProbeResult
+from serve_app.engines.pt.text.text_stream import TextStream
+from serve_app.engines.pt.text.token_kinds import TokenKinds
 from serve_app.errors import EngineError
 
 logger = logging.getLogger("ray.serve")

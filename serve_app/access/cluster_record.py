@@ -1,0 +1,177 @@
+"""Whether this cluster needs API keys: one truth for all its processes.
+
+Each process reads the keys of its own node. One that finds none, because a file or a variable is missing there, would
+be open by mistake, by its model's route and on its own port. So a process that has keys says so in Ray's key-value
+store, and one that has none looks there first: it does not start where keys are needed.
+
+Keys win, whoever comes first. A process that runs without them looks again at each of Serve's health checks; when keys
+have come up elsewhere meanwhile, it lets nobody in any more and has itself replaced.
+
+The records belong to one run of Serve, by its controller's id, so they end with `serve shutdown`.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE, KeySource
+from serve_app.access.origin import is_loopback
+from serve_app.config import RouterConfig
+from serve_app.errors import ConfigError
+from serve_app.ray_serve import run_of_serve, store, stored
+from serve_app.terminal import say
+
+logger = logging.getLogger("ray.serve")
+
+# Seconds that a model's builder waits for the router's, which Serve runs at the same time.
+ROUTER_TIMEOUT_S = 60.0
+LOOK_AGAIN_S = 0.5
+# Seconds that a health check waits for Ray's key-value store. It is not there while Ray's head restarts.
+CHECK_TIMEOUT_S = 1.0
+
+HOW_TO_SET = (
+    f"Set {FILE_VARIABLE} or {ENVIRONMENT} for every node: under controller_options.runtime_env.env_vars of the config "
+    "file, or in the environment in which Ray starts; and see that the file is on every node."
+)
+
+
+class AccessRecord(Protocol):
+    """What the processes of one run of Serve have told each other."""
+
+    def require(self, where: str) -> None:
+        """A process on the node `where` has keys. That is final."""
+        ...
+
+    def required_by(self) -> str | None:
+        """The first node that has keys."""
+        ...
+
+    def allow_open(self) -> None:
+        """The router's config says that nobody needs a key."""
+        ...
+
+    def is_open_allowed(self) -> bool:
+        """Whether it does."""
+        ...
+
+
+class ClusterRecord:
+    """The records in Ray's key-value store. Each call blocks for about a millisecond."""
+
+    def __init__(self) -> None:
+        run = run_of_serve()
+        self._required = f"serve-app-keys-required:{run}".encode()
+        self._allowed = f"serve-app-open-allowed:{run}".encode()
+
+    def require(self, where: str) -> None:
+        """As in `AccessRecord`."""
+        store(self._required, where.encode(), overwrite=False)
+
+    def required_by(self) -> str | None:
+        """As in `AccessRecord`."""
+        where = stored(self._required)
+        return None if where is None else where.decode()
+
+    def allow_open(self) -> None:
+        """As in `AccessRecord`."""
+        store(self._allowed, b"1", overwrite=True)
+
+    def is_open_allowed(self) -> bool:
+        """As in `AccessRecord`."""
+        return stored(self._allowed) is not None
+
+
+def agree(source: KeySource, record: AccessRecord, node: str) -> None:
+    """Every process calls it at its start. Raises ConfigError where this one has no keys and the cluster needs them."""
+    if not source.is_open:
+        record.require(node)
+    elif (where := record.required_by()) is not None:
+        raise _without_keys(where, node)
+
+
+def agree_on_router(source: KeySource, record: AccessRecord, node: str, host: str, config: RouterConfig) -> None:
+    """The router's builder calls it. `host` is what Serve listens on. Raises ConfigError for an open one by mistake."""
+    agree(source, record, node)
+    if source.is_open and (config.allow_open_access or is_loopback(host)):
+        record.allow_open()
+    elif source.is_open:
+        raise _open_by_mistake(host)
+
+
+def agree_on_model(
+    source: KeySource, record: AccessRecord, node: str, host: str, timeout_s: float = ROUTER_TIMEOUT_S
+) -> None:
+    """A model's builder calls it, and waits for what the router's says: all run at once. Raises ConfigError."""
+    ends = time.monotonic() + timeout_s
+    while True:
+        agree(source, record, node)
+        if not source.is_open or is_loopback(host) or record.is_open_allowed():
+            return
+        if time.monotonic() > ends:
+            raise _open_by_mistake(host)
+        time.sleep(LOOK_AGAIN_S)
+
+
+def _without_keys(where: str, node: str) -> ConfigError:
+    return ConfigError(
+        f"API keys are needed in this cluster (the node {where} has some), and on the node {node} nothing names any: "
+        f"whoever reaches its ports could use its models. {HOW_TO_SET}"
+    )
+
+
+def _open_by_mistake(host: str) -> ConfigError:
+    return ConfigError(
+        f"Serve listens on {host}, and nothing names API keys: whoever reaches it could use every model. {HOW_TO_SET} "
+        "Or write http_options: {host: 127.0.0.1}. If it is meant to be open, write allow_open_access: true under "
+        "'args' of the router."
+    )
+
+
+class OpenAccess:
+    """The health of a process: whether it is still right that it has no keys."""
+
+    def __init__(self, source: KeySource, record: AccessRecord, node: str):
+        self._source = source
+        self._record = record
+        self._node = node
+        self._look: asyncio.Future[str | None] | None = None
+        self._problem = ""
+
+    async def check(self) -> None:
+        """Raises ConfigError once keys are needed and there are none here. It costs nothing where there are."""
+        if self._problem:
+            raise ConfigError(self._problem)
+        if not self._source.is_open:
+            return
+        if self._look is None:
+            self._look = asyncio.ensure_future(asyncio.to_thread(self._record.required_by))
+        if not (await asyncio.wait({self._look}, timeout=CHECK_TIMEOUT_S))[0]:
+            return
+        look, self._look = self._look, None
+        if look.exception() is not None:
+            logger.warning("Ray's key-value store does not say whether API keys are needed: %s", look.exception())
+        elif look.result() is not None:
+            self._source.shut()
+            self._problem = str(_without_keys(str(look.result()), self._node))
+            say(self._problem)
+            raise ConfigError(self._problem)
+
+
+def joined(source: KeySource) -> OpenAccess:
+    """What every replica does before anything else. It blocks for some milliseconds. Raises ConfigError, as `agree`."""
+    record, node = ClusterRecord(), this_node()
+    try:
+        agree(source, record, node)
+    except ConfigError as error:
+        say(f"does not start: {error}")
+        raise
+    return OpenAccess(source, record, node)
+
+
+def this_node() -> str:
+    """The address by which Ray knows this node."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address

@@ -1,0 +1,169 @@
+"""What every HTTP request passes before Ray Serve sees it, in each process that listens.
+
+Serve calls `middlewares` (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) where it starts an HTTP server: in every replica,
+on whose own port HAProxy, the router and other nodes call, and in its Python proxies, where the variable reaches those.
+It has to be before Serve, since Serve
+
+- reads the whole body into memory while the request waits for its turn, without a bound and whoever sends it: so the
+  key is asked for first, and the body is read here, within its limits and within a budget over all bodies;
+- obeys headers of the client that switch its own cancellation and time limit off, or choose among its replicas;
+- answers 500 in plain text to a header that is not UTF-8.
+
+The gates behind it (`gate`) ask for the key all the same: a handle leads past this door.
+"""
+
+import json
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ray import serve
+from ray.serve.exceptions import RayServeException
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app.access.body_budget import BodyBudget, Held
+from serve_app.access.gate import Gate, is_admitted, refusal
+from serve_app.access.keys import KeySource, configured_keys
+from serve_app.access.limiter import ActorLimiter
+from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
+from serve_app.errors import ClientGone, ConfigError, InvalidRequest, RequestError
+from serve_app.ray_serve import session_header
+from serve_app.wire.asgi import Headers
+from serve_app.wire.body import header, read_body, replayed
+
+logger = logging.getLogger("ray.serve")
+
+# What Serve does for a client that sends one of these is none of a client's business. It reads "_" as "-" in some.
+SERVES_OWN = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id"})
+# Serve decodes their values as UTF-8 and does not expect that to fail.
+READ_BY_SERVE = frozenset({b"x-request-id", b"traceparent", b"tracestate", session_header()})
+# Serve's own, which HAProxy asks for all the time.
+WITHOUT_KEY = frozenset({"/-/healthz", "/-/routes"})
+# In Serve's proxy it is not known for which model a body is, so it is held to what the process may hold.
+LIMITS_OF_PROXY = RouterConfig(max_body_bytes=MAX_BODIES_BYTES // 2)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What stands behind the door of this process. `model` is None where several do.
+
+    `limits` tells those of now; `refused` hears the status of what does not come in.
+    """
+
+    gate: Gate | None
+    limits: Callable[[], RouterConfig | ModelConfig]
+    model: str | None = None
+    refused: Callable[[int], None] = lambda status: None
+
+
+_of_this_process: Inside | None = None
+
+
+def stand_behind(inside: Inside) -> None:
+    """Called by the replica of this process, before Serve starts its HTTP server."""
+    global _of_this_process
+    _of_this_process = inside
+
+
+def middlewares() -> list[Middleware]:
+    """Called by Serve, once for each HTTP server of the process."""
+    return [Middleware(OuterDoor, inside=_of_this_process or _of_others())]
+
+
+def _of_others() -> Inside:
+    """Serve's own proxy asks for a key, so that nobody without one wakes a model. A replica of others asks for none."""
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return Inside(Gate(_keys_of_proxy(), ActorLimiter()), lambda: LIMITS_OF_PROXY)
+    return Inside(None, lambda: LIMITS_OF_PROXY)
+
+
+def _keys_of_proxy() -> KeySource:
+    try:
+        return configured_keys()
+    except ConfigError as error:
+        logger.error("Serve's proxy on this node lets nobody in, as its API keys cannot be read. %s", error)
+        source = KeySource(None, {})
+        source.shut()
+        return source
+
+
+class OuterDoor:
+    """An ASGI application behind the door."""
+
+    def __init__(self, app: ASGIApp, inside: Inside):
+        self._app = app
+        self._inside = inside
+        self._budget = BodyBudget(lambda: getattr(inside.limits(), "max_bodies_bytes", MAX_BODIES_BYTES))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._app({**scope, "headers": _without_serves_own(scope["headers"])}, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope = {**scope, "headers": _without_serves_own(scope["headers"])}
+        try:
+            _require_readable(scope["headers"])
+            held = self._budget.hold(self._owner(scope))
+        except RequestError as error:
+            await self._refuse(error, scope, receive, send)
+            return
+        try:
+            whole = await self._read(scope, receive, send, held)
+            if whole is not None:
+                await self._app(scope, whole, send)
+        finally:
+            held.release()
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send, held: Held) -> Receive | None:
+        """A `receive` that gives the whole body at once, and keeps it no longer; None where it was refused."""
+        try:
+            return replayed(await read_body(scope["headers"], receive, self._inside.limits(), held.grow), receive)
+        except ClientGone as error:
+            self._inside.refused(error.status)
+        except RequestError as error:
+            held.release()
+            await self._refuse(error, scope, receive, send)
+        return None
+
+    def _owner(self, scope: Scope) -> str | None:
+        """The name of the request's key; None where none is needed. Raises Unauthorized and Forbidden."""
+        gate = self._inside.gate
+        path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+        is_health = scope["method"] == "GET" and path.endswith("/health")  # Which of these need no key, the gate knows.
+        if gate is None or path in WITHOUT_KEY or is_health or is_admitted(scope):
+            return None
+        key = gate.identify(scope["headers"], self._inside.model)
+        return None if key is None else key.name
+
+    async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve gives an answer its request's id, and the router counts and logs; neither sees this one."""
+        given = header(scope["headers"], b"x-request-id") or b""
+        request_id = given.decode("ascii") if given.isascii() and given else uuid.uuid4().hex
+        self._inside.refused(error.status)
+        line = {"request_id": request_id, "path": scope["path"], "status": error.status, "error_code": error.code}
+        logger.info(json.dumps(line))
+        response = refusal(error)
+        response.headers["x-request-id"] = request_id
+        await response(scope, receive, send)
+
+
+def _without_serves_own(headers: Headers) -> Headers:
+    return [pair for pair in headers if pair[0].replace(b"_", b"-") not in SERVES_OWN]
+
+
+def _require_readable(headers: Headers) -> None:
+    for name, value in headers:
+        if name in READ_BY_SERVE and not value.isascii():
+            try:
+                value.decode()
+            except UnicodeDecodeError:
+                raise InvalidRequest(f"The header '{name.decode()}' is not text in UTF-8.") from None

@@ -1,0 +1,97 @@
+"""Ray Serve's options for a model's deployment: what the config implies, unless the config file overrides it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from serve_app.config import ModelConfig
+from serve_app.planning.placement import Demand
+
+# Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
+# Serve's default of 5 would starve a batching engine.
+MAX_ONGOING_REQUESTS = 256
+# vLLM's own max_num_seqs on cards from 70 GiB, the most that it takes by default.
+VLLM_MOST_ROWS = 1024
+ROUTER_MAX_ONGOING_REQUESTS = 10_000
+# Beyond those, requests wait at Serve, whose default is any number of them. So many wait, and the next one is refused.
+# Of a model that is as many as may wait for it in the router (RouterConfig.max_waiting_requests).
+MAX_QUEUED_REQUESTS = 1024
+ROUTER_MAX_QUEUED_REQUESTS = 1024
+
+# Serve replaces a replica after three failures; its own 10 s would keep a dead engine for half a minute.
+HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
+
+# Serve puts what this function makes in front of each HTTP server that it starts in the process (`serving/outer_door`).
+OUTER_DOOR = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.access.door:middlewares"}
+
+# Ray gives the head node one of it.
+HEAD_NODE = "node:__internal_head__"
+
+# A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
+GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
+
+
+def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for `Deployment.options`.
+
+    `runtime_env` is the application's own from the config file. Serve would drop it for a deployment that brings one,
+    so the two are merged here.
+    """
+    variables = replica_environment(config, demand, runtime_env.get("env_vars") or {})
+    return {
+        "max_ongoing_requests": _max_ongoing_requests(config),
+        "max_queued_requests": MAX_QUEUED_REQUESTS,
+        "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "ray_actor_options": {
+            "num_cpus": demand.cpus,
+            "num_gpus": demand.gpus,
+            "resources": demand.resources,
+            "runtime_env": {**runtime_env, "env_vars": variables},
+        },
+    }
+
+
+def _max_ongoing_requests(config: ModelConfig) -> int:
+    """More than the engine takes, so that a full queue is refused by the engine, which knows its rate."""
+    default = VLLM_MOST_ROWS if config.infer_backend == "vllm" and config.device == "cuda" else 0
+    rows = config.max_num_seqs or default
+    return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS
+
+
+def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables that must be set before the replica's process imports torch.
+
+    Those of the user, `own`, win, but for the GPUs, which follow from the placement.
+    """
+    threads = str(max(1, int(demand.cpus)))
+    variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **OUTER_DOOR, **own}
+    if config.device == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+        return variables
+    # Ray and NVML number GPUs by PCI address; CUDA's own default is the fastest first.
+    variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if demand.vram_gib:  # Ray gives no GPU by itself here.
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, sorted(demand.vram_gib)))
+    return variables
+
+
+def router_options(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for the router's deployment: no CPU of its own in Ray's books, so that it always finds a place.
+
+    It runs on the head node, which the cluster cannot lose anyway: on another one, all streams would end with it.
+    `runtime_env` as in `model_options`.
+    """
+    variables = {**OUTER_DOOR, **(runtime_env.get("env_vars") or {})}
+    return {
+        "max_ongoing_requests": ROUTER_MAX_ONGOING_REQUESTS,
+        "max_queued_requests": ROUTER_MAX_QUEUED_REQUESTS,
+        "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "ray_actor_options": {
+            "num_cpus": 0,
+            "resources": {HEAD_NODE: 0.001},
+            "runtime_env": {**runtime_env, "env_vars": variables},
+        },
+    }

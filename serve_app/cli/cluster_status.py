@@ -1,0 +1,132 @@
+"""What runs, against what was asked for and planned: Serve's details, Ray's nodes and the replicas' reports, as one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from serve_app.facts.nodes import Node, node_from_resources
+from serve_app.planning.placement import Demand
+from serve_app.ray_serve import MODEL_DEPLOYMENT
+from serve_app.replica.report import STALE_S, ReplicaReport
+from serve_app.router.directory import ModelStatus, read_status
+
+# By application and replica.
+Reports = Mapping[tuple[str, str], ReplicaReport]
+
+
+@dataclass(frozen=True)
+class ReplicaView:
+    """One replica as Serve knows it, with its report where it gave one. `state` is Serve's."""
+
+    replica: str
+    state: str
+    node: str
+    pid: int | None
+    report: ReplicaReport | None
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """One model. `wanted` replicas are Serve's target now; `missing` says why fewer run; `error` is the last one."""
+
+    name: str
+    state: str
+    running: int
+    wanted: int
+    replicas: Sequence[ReplicaView]
+    missing: str
+    error: str
+
+    @property
+    def load(self) -> float | None:
+        """The mean of the replicas' loads; None where none tells."""
+        loads = [view.report.load for view in self.replicas if view.report is not None]
+        return sum(loads) / len(loads) if loads else None
+
+
+@dataclass(frozen=True)
+class ClusterStatus:
+    """All models, the living nodes, and what is said of the others."""
+
+    nodes: Sequence[Node]
+    gone: Sequence[str]
+    models: Sequence[ModelView]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every model has the replicas that it should have, of its last version."""
+        return all(
+            model.running >= model.wanted and model.state in ("ready", "asleep") and not model.error
+            for model in self.models
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As `serve-app status --json` prints it; sizes in bytes."""
+        return asdict(self) | {"is_whole": self.is_whole}
+
+
+def cluster_status(
+    applications: Mapping[str, Any],
+    ray_nodes: Sequence[Mapping[str, Any]],
+    available: Mapping[str, Mapping[str, float]],
+    reports: Sequence[ReplicaReport],
+    now: float,
+) -> ClusterStatus:
+    """`applications` as in `ServeInstanceDetails`; `ray_nodes` as `ray.nodes()`; `available` resources by node id."""
+    alive = [node for node in ray_nodes if node["Alive"]]
+    nodes = [node_from_resources(node["NodeManagerAddress"], node["Resources"]) for node in alive]
+    left = [node_from_resources(node["NodeManagerAddress"], available.get(node["NodeID"], {})) for node in alive]
+    gone = [_gone(node) for node in ray_nodes if not node["Alive"]]
+    fresh = {(report.application, report.replica): report for report in reports if now - report.written_at < STALE_S}
+    models = [
+        _model(status, applications[name]["deployments"].get(MODEL_DEPLOYMENT) or {}, fresh, nodes, left)
+        for name, status in read_status(applications, own_application="").items()
+    ]
+    return ClusterStatus(nodes, gone, models)
+
+
+def _model(
+    status: ModelStatus, deployment: Mapping[str, Any], reports: Reports, nodes: Sequence[Node], left: Sequence[Node]
+) -> ModelView:
+    replicas = [_replica(status.name, item, reports) for item in deployment.get("replicas") or ()]
+    wanted = deployment.get("target_num_replicas") or 0
+    if not deployment:  # Serve has nothing to say of what goes on after an update that could not be built.
+        survivors = [report for (application, _), report in reports.items() if application == status.name]
+        replicas = [ReplicaView(each.replica, "RUNNING", each.node, each.pid, each) for each in survivors]
+        running = len(survivors)
+        state = "ready" if running else status.state
+        what = "its update failed" if running else "it could not be built"
+        return ModelView(status.name, state, running, max(1, running), replicas, "", f"{what}: {status.message}")
+    starting = sum(view.state in ("STARTING", "UPDATING") and view.pid is not None for view in replicas)
+    short = wanted - status.replicas - starting if status.state != "stopping" else 0
+    missing = missing_for(deployment.get("required_resources") or {}, nodes, left) if short > 0 else ""
+    error = "" if status.state == "asleep" else status.message
+    return ModelView(status.name, status.state, status.replicas, wanted, replicas, missing, error)
+
+
+def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Sequence[Node]) -> str:
+    """What a replica that has no process yet waits for; empty where a node has room, so that it has one in a moment.
+
+    `resources` are Ray's, by name; `left` are the nodes with what nobody has taken.
+    """
+    asked = node_from_resources("", resources)
+    demand = Demand(asked.cpus, asked.gpus, asked.vram_gib)
+    if any(demand.fits(node) for node in left):
+        return ""
+    if any(demand.fits(node) for node in nodes):
+        others = "; ".join(map(str, left))
+        return f"A replica needs {demand} on one node: it is about to start there, or others have it. Left: {others}."
+    return f"A replica needs {demand} on one node, and no living node has that: {'; '.join(map(str, nodes)) or 'none'}."
+
+
+def _replica(
+    application: str, item: Mapping[str, Any], reports: Mapping[tuple[str, str], ReplicaReport]
+) -> ReplicaView:
+    state = str(getattr(item["state"], "value", item["state"]))
+    name = item["replica_id"]
+    return ReplicaView(name, state, item.get("node_ip") or "", item.get("pid"), reports.get((application, name)))
+
+
+def _gone(node: Mapping[str, Any]) -> str:
+    reason = " ".join(str(node.get("DeathReasonMessage") or "").split())
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" + (f": {reason}" if reason else "")

@@ -1,0 +1,1 @@
+"""pt's OpenAI API: requests are checked, become sequences, and their outputs become answers."""

@@ -1,0 +1,161 @@
+"""One checked request, and how its answer is written: the two shapes of OpenAI's objects."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+from serve_app.engines.pt.api.protocol import ChatRequest, CompletionRequest
+from serve_app.engines.pt.api.tool_calls import Delta, MessageReader
+from serve_app.engines.pt.core.sequence import FinishReason, Logprobs, Piece, SamplingParams
+from serve_app.engines.pt.text.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one endpoint writes its objects. `whole` and `delta` make what holds a choice's text and calls."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+    whole: Callable[[Delta], dict[str, Any]]
+    delta: Callable[[Delta], dict[str, Any]]
+    opening: dict[str, Any] | None
+    logprobs: LogprobsWriter
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checked request: what to generate, and how its answer is written. `n` choices follow each prompt.
+
+    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with.
+    """
+
+    request: ChatRequest | CompletionRequest
+    prompts: list[list[int]]
+    params: SamplingParams
+    shape: Shape
+    readers: list[MessageReader]
+    openings: list[str]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts together."""
+        return sum(map(len, self.prompts))
+
+    @cached_property
+    def choices(self) -> list[tuple[list[int], SamplingParams]]:
+        """Prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
+        n, seed = self.request.choices, self.params.seed
+        return [
+            (prompt, self.params if seed is None or number == 0 else replace(self.params, seed=seed + number))
+            for prompt in self.prompts
+            for number in range(n)
+        ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of one choice, and what its text means."""
+
+    piece: Piece
+    delta: Delta
+
+    @classmethod
+    def read(cls, piece: Piece, reader: MessageReader) -> Self:
+        """The part; with the last piece comes all that the reader has kept."""
+        delta = reader.feed(piece.text)
+        return cls(piece, delta if piece.finish_reason is None else delta + reader.finish())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell yet: the reader waits for the end of a call."""
+        return self.delta == Delta() and self.piece.finish_reason is None and not self.piece.logprobs
+
+
+class Progress:
+    """How far one choice is. Keeps nothing that grows with it."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.characters = 0
+        self._has_calls = False
+        self._reason: FinishReason | None = None
+
+    def add(self, part: Part) -> None:
+        """Takes the next part."""
+        self.tokens = part.piece.tokens
+        self.characters += len(part.delta.content)
+        self._has_calls = self._has_calls or bool(part.delta.calls)
+        self._reason = part.piece.finish_reason
+
+    def finish_reason(self, job: Job) -> str | None:
+        """OpenAI's: `tool_calls` where the model chose to call; a named function just stops."""
+        named = isinstance(job.request, ChatRequest) and job.request.named_tool is not None
+        return "tool_calls" if self._reason == "stop" and self._has_calls and not named else self._reason
+
+
+class Answer(Progress):
+    """All parts of one choice, which are joined once."""
+
+    def __init__(self, opening: str = ""):
+        super().__init__()
+        self._deltas = [Delta(opening)]
+        self._length = len(opening)
+        self.logprobs: list[Logprobs] = []
+
+    def add(self, part: Part) -> None:
+        """Takes the next part."""
+        super().add(part)
+        self._deltas.append(part.delta)
+        self._length += len(part.piece.text)
+        self.logprobs += part.piece.logprobs
+
+    @property
+    def size(self) -> int:
+        """About how many bytes its JSON has; an entry of log probabilities has some 64."""
+        alternatives = sum(1 + len(item.top) for item in self.logprobs)
+        return self._length + 64 * alternatives
+
+    @property
+    def delta(self) -> Delta:
+        """The whole answer. The work grows with it."""
+        return Delta.join(self._deltas)
+
+
+def _message(delta: Delta) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": delta.content or (None if delta.calls else "")}
+    if delta.reasoning:
+        message["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        message["tool_calls"] = [call.write() for call in delta.calls]
+    return {"message": message}
+
+
+def _message_delta(delta: Delta) -> dict[str, Any]:
+    fields: dict[str, Any] = {"content": delta.content} if delta.content else {}
+    if delta.reasoning:
+        fields["reasoning_content"] = delta.reasoning
+    if delta.calls:
+        fields["tool_calls"] = [call.write_delta() for call in delta.calls]
+    return {"delta": fields}
+
+
+CHAT = Shape(
+    "chatcmpl-",
+    "chat.completion",
+    "chat.completion.chunk",
+    whole=_message,
+    delta=_message_delta,
+    opening={"delta": {"role": "assistant", "content": ""}, "logprobs": None},
+    logprobs=chat_logprobs,
+)
+TEXT = Shape(
+    "cmpl-",
+    "text_completion",
+    "text_completion",
+    whole=lambda delta: {"text": delta.content},
+    delta=lambda delta: {"text": delta.content},
+    opening=None,
+    logprobs=text_logprobs,
+)

@@ -1,0 +1,47 @@
+"""The OpenAPI document of a pt model's own route, from the classes that check its requests."""
+
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from serve_app.engines.pt.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from serve_app.wire.openapi import Operation, Schema, document, reference
+
+BODIES: tuple[type[BaseModel], ...] = (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
+TOKENIZE: Schema = {"anyOf": [reference("TokenizeRequest"), reference("ChatRequest")]}
+OPERATIONS = (
+    Operation("POST", "/v1/chat/completions", "Answers a chat.", reference("ChatRequest"), streams=True),
+    Operation("POST", "/v1/completions", "Continues a text.", reference("CompletionRequest"), streams=True),
+    Operation("POST", "/v1/embeddings", "The mean of the last hidden states.", reference("EmbeddingRequest")),
+    Operation("POST", "/tokenize", "Token ids of a text or a chat.", TOKENIZE),
+    Operation("POST", "/detokenize", "The text of token ids.", reference("DetokenizeRequest")),
+    Operation("GET", "/v1/models", "The model, with its length in tokens."),
+    Operation("GET", "/health", "200 while the engine can answer."),
+    Operation("GET", "/load", "Requests that run or wait."),
+    Operation("GET", "/openapi.json", "This document."),
+)
+
+
+@cache
+def openapi_document() -> dict[str, Any]:
+    """The same for every pt model."""
+    schemas: dict[str, Schema] = {}
+    for body in BODIES:
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[body.__name__] = schema
+    text = "A model on transformers. Fields that it does not know are refused by name."
+    return dict(document("serve-app: pt", text, OPERATIONS, schemas))

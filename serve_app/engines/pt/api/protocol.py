@@ -1,0 +1,430 @@
+"""What a client may ask: OpenAI's chat and completion requests, checked before anything reaches the batch.
+
+Law: nothing is dropped in silence. A field is honoured, or it changes nothing by its meaning (`user`, `store`), or it
+has its neutral value (`n: 1`), or the request is refused by that field's name.
+"""
+
+import base64
+import json
+import re
+import struct
+from collections.abc import Container, Iterable, Mapping
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from serve_app.engines.pt.api.fields import (
+    SHOWN_CHARACTERS,
+    CheckedIds,
+    CheckedPrompts,
+    NamedTool,
+    Prompts,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+    Tool,
+)
+from serve_app.engines.pt.api.tool_calls import call_list_schema, parameters_of
+from serve_app.engines.pt.core.sequence import SamplingParams
+from serve_app.engines.pt.grammar.compiler import GrammarSpec, choice_grammar
+from serve_app.errors import InvalidRequest, nearest
+from serve_app.wire.openai_errors import read_json
+
+# Fields for bookkeeping on OpenAI's side: they do not change what is generated.
+WITHOUT_EFFECT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"}
+)
+
+# Fields that this engine does not honour yet, each with the values that ask for nothing.
+NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "prompt_logprobs": (None,),
+    "suffix": (None, ""),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "modalities": (None, ["text"]),
+    "reasoning_effort": (None,),
+}
+
+# With fail_fast pydantic stops at the first wrong item of a list, and does not list thousands of errors.
+Text = str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+
+# Each entry costs the sampler time, for every sequence.
+MOST_BIASED_TOKENS = 1024
+# pydantic takes up to 10 µs for each, and lets no other thread run meanwhile.
+MOST_MESSAGES = 4096
+StopText = Annotated[str, Field(max_length=1024)]
+
+
+def _few(biases: object) -> object:
+    """Raises ValueError for too many entries, before each of them is checked."""
+    if isinstance(biases, dict) and len(biases) > MOST_BIASED_TOKENS:
+        raise ValueError(f"has {len(biases)} entries, and at most {MOST_BIASED_TOKENS} are taken")
+    return biases
+
+
+class Body(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model: str | None = None
+
+    @classmethod
+    def read(cls, body: object) -> Self:
+        """Checks a decoded JSON body. Raises InvalidRequest that names the field."""
+        if not isinstance(body, dict):
+            raise InvalidRequest("The body must be a JSON object.")
+        fields = {name: value for name, value in body.items() if name not in WITHOUT_EFFECT}
+        for name in NEUTRAL_ONLY.keys() & (fields.keys() - cls.model_fields.keys()):
+            value = fields.pop(name)
+            if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL_ONLY[name]):
+                raise InvalidRequest(f"'{name}' is not supported by the pt engine. Leave it out.", param=name)
+        for name in fields:
+            if name not in cls.model_fields:
+                shown = name[:SHOWN_CHARACTERS]
+                raise InvalidRequest(f"Unknown field '{shown}'.{nearest(shown, cls.model_fields)}", param=shown)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise _refusal(error.errors(include_url=False, include_input=False)[0], cls.model_fields) from None
+
+
+class _Request(Body):
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_few)] = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="after")
+    def _combines(self) -> Self:
+        if self.grammar is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError("ignore_eos, min_tokens: the output format says where the text ends")
+        if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
+            raise ValueError(f"min_tokens: {self.min_tokens} is over max_tokens, {self.limit}")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with stream: true")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, without empty strings."""
+        listed = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in listed if text)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to generate, where the client says it."""
+        return self.max_tokens
+
+    @cached_property
+    def grammar(self) -> GrammarSpec | None:
+        """What the output must follow, where the client says it. Raises ValueError when it says two things."""
+        return self._grammar()
+
+    def _grammar(self) -> GrammarSpec | None:
+        asked = self.response_format if self.response_format and self.response_format.type != "text" else None
+        if asked is not None and self.structured_outputs is not None:
+            raise ValueError("structured_outputs: comes beside response_format; give one of them")
+        if self.structured_outputs is not None:
+            return _structured(self.structured_outputs)
+        if asked is None:
+            return None
+        schema = asked.json_schema.definition if asked.json_schema else {"type": "object"}
+        return GrammarSpec("json_schema", json.dumps(schema), "response_format")
+
+    @property
+    def choices(self) -> int:
+        """`n`, the choices for each prompt."""
+        return self.n or 1
+
+    @property
+    def sequences(self) -> int:
+        """How many texts are to be generated."""
+        return self.choices
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives to report for each token; None for no log probabilities."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int, defaults: Any) -> SamplingParams:
+        """The sampling parameters. `defaults` is the model's generation config, whose values fill the gaps."""
+
+        def choose(name: str, neutral: Any) -> Any:
+            own = getattr(self, name)
+            default = getattr(defaults, name, None)
+            return own if own is not None else default if default is not None else neutral
+
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=_sampling_temperature(choose("temperature", 1.0)),
+            top_p=choose("top_p", 1.0),
+            top_k=max(0, choose("top_k", 0)),
+            min_p=choose("min_p", 0.0),
+            repetition_penalty=choose("repetition_penalty", 1.0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            min_tokens=min(self.min_tokens or 0, max_tokens),
+            logprobs=self.wanted_logprobs,
+            seed=self.seed,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class Message(BaseModel):
+    """One message of a conversation. Further fields go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: Text | None = None
+
+
+class ChatRequest(_Request):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_combine(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs: true")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_combine(self) -> Self:
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: there are no tools to choose from")
+        names = [tool.function.name for tool in self.tools or []]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool '{self.tool_choice.function.name}'")
+        if self.offered_tools and (self.response_format or self.structured_outputs) and super()._grammar() is not None:
+            raise ValueError("response_format: cannot be combined with tools; set tool_choice to 'none'")
+        return self
+
+    @cached_property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, for the chat template; none with `tool_choice: none`."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or []]
+
+    @property
+    def named_tool(self) -> str | None:
+        """The function that must be called, where `tool_choice` names one."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the model may call more than one tool."""
+        return self.parallel_tool_calls is not False
+
+    def _grammar(self) -> GrammarSpec | None:
+        # The output format, or that of the calls that `tool_choice` forces.
+        if self.named_tool is not None:
+            named = [tool for tool in self.offered_tools if tool["function"]["name"] == self.named_tool]
+            return GrammarSpec("json_schema", json.dumps(parameters_of(named[0])), "tools") if named else None
+        if self.tool_choice == "required":
+            return GrammarSpec("json_schema", json.dumps(call_list_schema(self.offered_tools, self.parallel)), "tools")
+        return super()._grammar()
+
+    @property
+    def limit(self) -> int | None:
+        """`max_completion_tokens`, or its older name."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`top_logprobs`, where `logprobs` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages for the chat template, with lists of text parts joined. Raises InvalidRequest for images."""
+        return [
+            _read_calls(_flatten(message.model_dump(), where), where)
+            for index, message in enumerate(self.messages)
+            if (where := f"messages[{index}]")
+        ]
+
+
+class CompletionRequest(_Request):
+    """POST /v1/completions."""
+
+    prompt: CheckedPrompts
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _echo_combines(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: not together with logprobs, which are of the generated tokens only")
+        return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """`logprobs`, a number here."""
+        return self.logprobs
+
+    prompt_field: ClassVar[str] = "prompt"
+
+    @property
+    def sequences(self) -> int:
+        """How many texts are to be generated."""
+        return self.choices * _count(self.prompt)
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each one text or token ids."""
+        return _as_list(self.prompt)
+
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings."""
+
+    input: CheckedPrompts
+    encoding_format: Literal["float", "base64"] = "float"
+
+    prompt_field: ClassVar[str] = "input"
+
+    @property
+    def sequences(self) -> int:
+        """How many vectors are to be computed."""
+        return _count(self.input)
+
+    def prompts(self) -> list[str | list[int]]:
+        """The texts, each one text or token ids."""
+        return _as_list(self.input)
+
+    def encode(self, vector: list[float]) -> list[float] | str:
+        """The vector as a list, or as base64 of little-endian float32 values."""
+        if self.encoding_format == "float":
+            return vector
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize of a text."""
+
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    tokens: CheckedIds
+
+
+def read_tokenize(body: object) -> ChatRequest | TokenizeRequest:
+    """The body of POST /tokenize, which is that of a chat where it has messages."""
+    return (ChatRequest if isinstance(body, dict) and "messages" in body else TokenizeRequest).read(body)
+
+
+def _sampling_temperature(temperature: float) -> float:
+    """0 for what is so small that dividing logits by it would overflow."""
+    return float(temperature) if temperature >= 1e-5 else 0.0
+
+
+def _count(prompts: Prompts) -> int:
+    """How many prompts there are, without building them."""
+    is_one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    return 1 if is_one else len(prompts)
+
+
+def _as_list(prompts: Prompts) -> list[str | list[int]]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]
+    return cast(list[str | list[int]], prompts)
+
+
+def _refusal(error: Any, fields: Container[str]) -> InvalidRequest:
+    """pydantic's error in our words. A check of several fields begins with the first one's name."""
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if error["loc"]:
+        return InvalidRequest(f"'{_path(error['loc'])}': {text}.", param=str(error["loc"][0]))
+    name = text.partition(":")[0].partition(",")[0]
+    return InvalidRequest(f"{text}.", param=name if name in fields else None)
+
+
+def _path(location: Iterable[int | str]) -> str:
+    """A pydantic location as `messages[0].role`, without the names of its types."""
+    parts = [part for part in location if isinstance(part, int) or re.fullmatch(r"[a-z_]+", part)]
+    named = [part for number, part in enumerate(parts) if number == 0 or part not in ("str", "int", "float", "dict")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).removeprefix(".")
+
+
+def _structured(asked: StructuredOutputs) -> GrammarSpec:
+    name = "structured_outputs"
+    if asked.regex is not None:
+        return GrammarSpec("regex", asked.regex, name)
+    if asked.choice is not None:
+        return GrammarSpec("grammar", choice_grammar(asked.choice), name)
+    if asked.grammar is not None:
+        return GrammarSpec("grammar", asked.grammar, name)
+    schema = asked.json_ if asked.json_ is not None else {"type": "object"}
+    return GrammarSpec("json_schema", schema if isinstance(schema, str) else json.dumps(schema), name)
+
+
+def _read_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """The message with the arguments of its tool calls as objects, which chat templates expect."""
+    if not message.get("tool_calls"):
+        return message
+    try:
+        calls = []
+        for call in message["tool_calls"]:
+            arguments = call["function"]["arguments"]
+            read = read_json(arguments or "{}") if isinstance(arguments, str) else arguments
+            calls.append(call | {"function": call["function"] | {"arguments": read}})
+    except (TypeError, KeyError):
+        raise InvalidRequest(
+            f"{where}.tool_calls: each needs a function with a name, and arguments as JSON.", param="messages"
+        ) from None
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{where}.tool_calls: the arguments of a function cannot be read as JSON: {error}.", param="messages"
+        ) from None
+    return message | {"tool_calls": calls}
+
+
+def _flatten(message: dict[str, Any], where: str) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, list):
+        for part in content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise InvalidRequest(
+                    f"{where}: content of type '{part.get('type')}' is not supported; this model reads text.",
+                    param="messages",
+                )
+        return message | {"content": "\n".join(part["text"] for part in content)}
+    return message

@@ -1,0 +1,279 @@
+"""The thread that generates: one loop over schedule → run → sample → deliver.
+
+Laws:
+- the loop dies only with its device;
+- one sequence's error ends that sequence and no other: a pass that fails is tried again in smaller parts until the one
+  that fails is alone, from the tokens that they have. Running out of memory is such a failure;
+- no sequence waits for another one's output format.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as ReadOnlySequence
+
+import torch
+
+from serve_app.engines.pt.core.model_runner import Runner, is_out_of_memory, trim_heap
+from serve_app.engines.pt.core.sampler import Sampled, Sampler
+from serve_app.engines.pt.core.scheduler import Scheduler, Step
+from serve_app.engines.pt.core.sequence import FinishReason, Output, Sequence
+from serve_app.errors import EngineError, InvalidRequest, OutOfDeviceMemory
+
+logger = logging.getLogger("ray.serve")
+
+# Seconds without work, after which the C heap gives back what it keeps. That takes some 15 ms.
+IDLE_S = 2.0
+
+# Seconds that a step waits for the masks of output formats; later ones are parked. A mask is computed beside the
+# forward pass and is there before its end, unless its format is far slower than usual.
+PATIENCE_S = 0.005
+# Seconds between two looks at the parked ones, where nothing else is to do.
+PARKED_POLL_S = 0.002
+
+# What a step did, in the order of its sequences. Called on the engine's thread.
+Deliver = Callable[[list[Output]], None]
+
+
+class EngineLoop(threading.Thread):
+    """Generates for all submitted sequences together. All methods but `run` may be called from any thread."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, sampler: Sampler, deliver: Deliver):
+        super().__init__(name="pt-engine", daemon=True)
+        self._runner = runner
+        self._scheduler = scheduler
+        self._sampler = sampler
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._closing = threading.Lock()
+        self._closed = False
+        self._busy_since: float | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it generates no more. True before any sequence is told so: whoever hears of the end and asks for the
+        engine's health at once, as the router does, must not find a thread that is about to end."""
+        return self._closed or not self.is_alive()
+
+    @property
+    def stuck_s(self) -> float:
+        """Seconds since the loop, which has work, has ended a pass or begun; 0 while it has none."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def submit(self, sequence: Sequence) -> None:
+        """Starts generating; the outputs come through `deliver`. Raises EngineError once the loop has ended."""
+        self._put(lambda: self._scheduler.add(sequence))
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Frees the sequence's place before the next step. No output follows."""
+        self._inbox.put(lambda: self._drop([sequence]))
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the loop; every sequence left gets an error. Waits at most `timeout_s` seconds."""
+
+        def end() -> None:
+            self._stopping = True
+
+        self._inbox.put(end)
+        if self.is_alive():
+            self.join(timeout_s)
+
+    def run(self) -> None:
+        """The loop. Sleeps while there is nothing to generate."""
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._read_inbox()
+                    self._look_at_parked()
+                    self._step()
+        except Exception:
+            logger.exception("The pt engine's thread has ended; its replica has to be replaced.")
+        finally:
+            self._abandon()
+
+    def _put(self, work: Callable[[], None]) -> None:
+        with self._closing:
+            if self._closed:
+                raise EngineError("the pt engine has stopped")
+            self._inbox.put(work)
+
+    def _read_inbox(self) -> None:
+        if not self._scheduler.running and not self._scheduler.waiting and not self._stopping:
+            self._busy_since = None
+            work = self._next_work()
+            self._tick()
+            if work is not None:
+                work()
+        while not self._stopping:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _next_work(self) -> Callable[[], None] | None:
+        """Waits for it. None where it is time to look at the parked sequences."""
+        if self._scheduler.parked:
+            try:
+                return self._inbox.get(timeout=PARKED_POLL_S)
+            except queue.Empty:
+                return None
+        try:
+            return self._inbox.get(timeout=IDLE_S)
+        except queue.Empty:
+            trim_heap()
+            return self._inbox.get()
+
+    def _tick(self) -> None:
+        self._busy_since = time.monotonic()
+
+    def _look_at_parked(self) -> None:
+        """Puts those back whose masks have come, and ends those whose format cannot be followed."""
+        parked = self._scheduler.parked
+        if not parked:
+            return
+        late = set(self._sampler.late(parked, wait_s=0))
+        ready = [sequence for sequence in parked if sequence not in late]
+        problems = {sequence: problem for sequence in ready if (problem := self._sampler.problem(sequence))}
+        self._settle([Output(sequence, error=InvalidRequest(problem)) for sequence, problem in problems.items()])
+        self._scheduler.unpark(sequence for sequence in ready if sequence not in problems)
+
+    def _step(self) -> None:
+        out_of_memory = False
+        try:
+            step = self._scheduler.schedule()  # Prompts first: a first token is waited for more than a next one.
+            self._settle(self._prefill(step))
+            self._settle(self._decode(self._scheduler.decoding))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("Out of memory with %d sequences: %s", self._scheduler.running, error)
+            out_of_memory = True
+        if out_of_memory:  # Outside of `except`, whose traceback still holds the tensors.
+            self._settle(self._recover())
+
+    def _settle(self, outputs: list[Output]) -> None:
+        """Frees the places of those that have ended, and hands the outputs out."""
+        self._drop([output.sequence for output in outputs if output.is_last])
+        if outputs:
+            self._deliver(outputs)
+
+    def _prefill(self, step: Step) -> list[Output]:
+        """One chunk of prompts. Raises when out of memory, and when the device is broken."""
+        if not step.prefill:
+            self._scheduler.complete(step)
+            return []
+        try:
+            result = self._runner.prefill(step)
+        except Exception as error:
+            _raise_if_fatal(error)
+            logger.exception("A chunk of %d prompts failed.", len(step.prefill))
+            self._runner.drop_prompts()
+            return [Output(sequence, error=error) for sequence in self._scheduler.separate()]
+        self._tick()
+        self._scheduler.complete(step)
+        if result is None:
+            return []
+        if step.pools:
+            return [
+                Output(sequence, vector=vector) for sequence, vector in zip(step.prefill, result.tolist(), strict=True)
+            ]
+        return self._advance(step.prefill, result)
+
+    def _decode(self, sequences: ReadOnlySequence[Sequence]) -> list[Output]:
+        """One token for each. Raises when out of memory, and when the device is broken."""
+        if not sequences:
+            return []
+        try:
+            logits = self._runner.decode(sequences)
+        except Exception as error:
+            _raise_if_fatal(error)
+            logger.exception("A step failed with %d sequences in it.", len(sequences))
+            self._runner.reset()
+            return [Output(sequence, error=error) for sequence in self._scheduler.retreat()]
+        self._tick()
+        return self._advance(sequences, logits)
+
+    def _advance(self, sequences: ReadOnlySequence[Sequence], logits: torch.Tensor) -> list[Output]:
+        late = self._sampler.late(sequences, PATIENCE_S)
+        if late:
+            self._park(late)
+            rows = [row for row, sequence in enumerate(sequences) if sequence not in late]
+            sequences, logits = [sequences[row] for row in rows], logits[rows]
+        outputs = []
+        for sequence, choice in zip(sequences, self._sample(list(sequences), logits), strict=True):
+            if isinstance(choice, Exception):
+                outputs.append(Output(sequence, error=choice))
+                continue
+            if choice.problem:
+                outputs.append(Output(sequence, error=InvalidRequest(choice.problem)))
+                continue
+            sequence.output_ids.append(choice.token_id)
+            outputs.append(Output(sequence, choice.token_id, choice.logprobs, self._finish_reason(sequence)))
+        return outputs
+
+    def _park(self, late: ReadOnlySequence[Sequence]) -> None:
+        self._scheduler.park(late)
+        for sequence in late:
+            self._runner.drop(sequence)
+
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled | Exception]:
+        """The next tokens; where that fails, of each row by itself, so that only the row at fault has an error."""
+        if not sequences:
+            return []
+        try:
+            return list(self._sampler.sample(sequences, logits))
+        except Exception as error:
+            _raise_if_fatal(error)
+            logger.exception("Sampling failed with %d sequences.", len(sequences))
+            if len(sequences) == 1:
+                return [error]
+        return [
+            choice
+            for row, sequence in enumerate(sequences)
+            for choice in self._sample([sequence], logits[row : row + 1])
+        ]
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        if sequence.output_ids[-1] in self._sampler.eos_ids and not sequence.params.ignore_eos:
+            return "stop"
+        return "length" if len(sequence.output_ids) >= sequence.params.max_tokens else None
+
+    def _recover(self) -> list[Output]:
+        self._runner.reset()
+        return [
+            Output(
+                sequence,
+                error=OutOfDeviceMemory(
+                    f"The device has no memory for {sequence.length} tokens, even with nothing else in the batch."
+                ),
+            )
+            for sequence in self._scheduler.retreat()
+        ]
+
+    def _drop(self, sequences: ReadOnlySequence[Sequence]) -> None:
+        if sequences:
+            self._scheduler.remove(sequences)
+            for sequence in sequences:
+                self._runner.drop(sequence)
+                self._sampler.forget(sequence)
+
+    def _abandon(self) -> None:
+        with self._closing:
+            self._closed = True
+        while not self._inbox.empty():
+            with contextlib.suppress(Exception):  # On a broken device even freeing fails; all must hear of the end.
+                self._inbox.get_nowait()()
+        error = EngineError("the pt engine has stopped")
+        self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])
+
+
+def _raise_if_fatal(error: Exception) -> None:
+    """Raises what no smaller pass mends by itself: `_step` recovers from too little memory, and after an
+    AcceleratorError every CUDA call fails, so the thread has to end and the replica to be replaced."""
+    if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+        raise error

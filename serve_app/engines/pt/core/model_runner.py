@@ -1,0 +1,311 @@
+"""Forward passes: prompts in chunks, and one token for each running sequence.
+
+`BatchRunner` joins all sequences in one pass. `SerialRunner` computes one sequence from its first token each time:
+slow, and right for every model; it is the way out where the probe finds that joining changes the answers.
+"""
+
+import ctypes
+import gc
+import inspect
+from collections.abc import Sequence as ReadOnlySequence
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from serve_app.engines.pt.core.embedding import Pool
+from serve_app.engines.pt.core.kv_cache import BatchCache
+from serve_app.engines.pt.core.scheduler import Step
+from serve_app.engines.pt.core.sequence import Sequence
+from serve_app.planning.pt_cache import cells
+
+
+class Runner(Protocol):
+    """Computes logits; knows which sequences are in its cache.
+
+    `max_cells` is how many tokens its buffers may have room for; None for no limit.
+    """
+
+    max_cells: int | None
+
+    def prefill(self, step: Step) -> torch.Tensor | None:
+        """One chunk of the prompts; None unless it was the last.
+
+        Then logits of shape (sequences, vocabulary), or vectors of shape (sequences, hidden size) where they pool.
+        """
+        ...
+
+    def drop_prompts(self) -> None:
+        """Frees the cache of the prompts that are being computed."""
+        ...
+
+    def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
+        """Logits for the next token of each sequence, shape (sequences, vocabulary)."""
+        ...
+
+    def drop(self, sequence: Sequence) -> None:
+        """Frees the sequence's part of the cache."""
+        ...
+
+    def reset(self) -> None:
+        """Frees the whole cache."""
+        ...
+
+
+class BatchRunner:
+    """All sequences in one pass. Works with every device map: hooks move activations, layers keep their own cache.
+
+    The scheduler admits no more than `max_cells`; what earlier sequences have left behind in the buffers is given back
+    before it would be too much.
+    """
+
+    max_cells: int | None = None
+
+    def __init__(self, model: PreTrainedModel, input_device: torch.device):
+        self._model = model
+        self._device = input_device
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._batch = BatchCache(model.config)
+        self._rows: list[Sequence] = []
+        self._group = BatchCache(model.config)
+        self._group_rows: list[Sequence] = []
+        self._pool = Pool()
+        self._most_cells = 0
+        self.most_cache_bytes: dict[torch.device, int] = {}
+
+    @property
+    def is_joinable(self) -> bool:
+        """Whether the model's cache has only layers that can be joined."""
+        return self._batch.is_joinable
+
+    @property
+    def pad_prompts(self) -> bool:
+        """Whether prompts of different lengths may share a pass."""
+        return not self._batch.has_states
+
+    @property
+    def bytes_per_cell(self) -> dict[torch.device, float]:
+        """Bytes of the running sequences' cache for one token, by device, at the moment when a layer is moved."""
+        largest = self._batch.largest_layer_bytes
+        sizes = self._batch.bytes_by_device
+        return {device: (size + largest[device]) / max(1, self._batch.cells) for device, size in sizes.items()}
+
+    @property
+    def cache_bytes(self) -> dict[torch.device, int]:
+        """Bytes of all buffers, by device."""
+        running, group = self._batch.bytes_by_device, self._group.bytes_by_device
+        return {device: running.get(device, 0) + group.get(device, 0) for device in {*running, *group}}
+
+    def prefill(self, step: Step) -> torch.Tensor | None:
+        """See Runner."""
+        if step.begin == 0:
+            self._begin(step)
+        group, rows, longest = self._group, self._group_rows, step.longest
+        ids = torch.zeros(len(rows), step.end - step.begin, dtype=torch.long)
+        pads = torch.tensor([longest - sequence.length for sequence in rows])
+        for row, sequence in enumerate(rows):
+            pad = longest - sequence.length
+            piece = sequence.token_ids[max(0, step.begin - pad) : max(0, step.end - pad)]
+            if piece:
+                ids[row, -len(piece) :] = torch.tensor(piece)
+        columns = torch.arange(step.begin, step.end)
+        positions = (columns[None] - pads[:, None]).clamp(min=0)
+        mask = None if not pads.any() else torch.arange(step.end)[None] >= pads[:, None]
+        if step.pools:
+            self._pool.add(self._hidden(ids, positions, mask, group), columns[None] >= pads[:, None])
+        else:
+            logits = self._logits(ids, positions, mask, group)
+        self._note_cache()
+        if not step.completes_prefill:
+            return None
+        if step.pools:
+            vectors = _in_order(self._pool.vectors(), rows, step.prefill)
+            self.drop_prompts()
+            return vectors
+        for sequence in rows:
+            sequence.cached = sequence.length
+        self._batch.join(group)
+        self._rows += rows
+        self._group, self._group_rows = BatchCache(self._model.config), []
+        return _in_order(logits, rows, step.prefill)
+
+    def _begin(self, step: Step) -> None:
+        """Makes a cache for the prompts of a new group."""
+        self._group, self._group_rows = BatchCache(self._model.config), list(step.prefill)
+        self._pool = Pool()
+        self._group.window.rows = len(step.prefill)
+        more = cells(len(step.prefill), step.longest)
+        if self.max_cells is not None and self._batch.cells + more > self.max_cells:
+            self._batch.compact()
+        self._group.reserve(len(step.prefill), step.longest)
+
+    def drop_prompts(self) -> None:
+        """See Runner."""
+        self._group, self._group_rows, self._pool = BatchCache(self._model.config), [], Pool()
+
+    def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
+        """See Runner. The sequences are those in the cache, in any order."""
+        batch, rows = self._batch, self._rows
+        batch.shrink(max(sequence.cached for sequence in rows))
+        batch.reserve(len(rows), columns=1)
+        ids = torch.tensor([[sequence.output_ids[-1]] for sequence in rows])
+        lengths = torch.tensor([sequence.cached for sequence in rows])
+        width = batch.window.width
+        mask = None
+        if int(lengths.min()) < width:
+            mask = torch.arange(width + 1)[None] >= (width - lengths)[:, None]
+        logits = self._logits(ids, lengths[:, None], mask, batch)
+        self._note_cache()
+        for sequence in rows:
+            sequence.cached += 1
+        return _in_order(logits, rows, sequences)
+
+    def _note_cache(self) -> None:
+        """Keeps in `most_cache_bytes` the most that the cache may have held so far, moments of moving included: a group
+        is there twice while it is joined, and one layer twice while it is moved."""
+        if (room := self._batch.cells + self._group.cells) <= self._most_cells:
+            return
+        self._most_cells = room
+        running, group = self._batch.bytes_by_device, self._group.bytes_by_device
+        largest = self._batch.largest_layer_bytes
+        for device in {*running, *group}:
+            size = running.get(device, 0) + 2 * group.get(device, 0) + largest.get(device, 0)
+            self.most_cache_bytes[device] = max(size, self.most_cache_bytes.get(device, 0))
+
+    def drop(self, sequence: Sequence) -> None:
+        """See Runner."""
+        for rows, cache in ((self._rows, self._batch), (self._group_rows, self._group)):
+            if sequence in rows:
+                row = rows.index(sequence)
+                cache.remove(row)
+                if cache is self._group:
+                    self._pool.remove(row)
+                rows[row] = rows[-1]
+                rows.pop()
+        sequence.cached = 0
+
+    def reset(self) -> None:
+        """See Runner."""
+        for sequence in (*self._rows, *self._group_rows):
+            sequence.cached = 0
+        self._rows, self._group_rows = [], []
+        self._batch, self._group = BatchCache(self._model.config), BatchCache(self._model.config)
+        free_memory()
+
+    def _logits(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
+    ) -> torch.Tensor:
+        """Logits of the last column, shape (rows, vocabulary)."""
+        inputs = self._inputs(ids, positions, mask, cache) | {"logits_to_keep": 1}
+        if "logits_to_keep" not in self._takes:
+            del inputs["logits_to_keep"]
+        logits: torch.Tensor = self._model(**inputs).logits[:, -1]
+        cache.advance(ids.shape[1])
+        return logits
+
+    def _hidden(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
+    ) -> torch.Tensor:
+        """Last hidden states, shape (rows, columns, hidden size)."""
+        states: torch.Tensor = self._model.get_decoder()(**self._inputs(ids, positions, mask, cache)).last_hidden_state
+        cache.advance(ids.shape[1])
+        return states
+
+    def _inputs(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "input_ids": ids.to(self._device),
+            "past_key_values": cache.cache,
+            "use_cache": True,
+        }
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = positions.to(self._device)
+        if mask is not None:
+            inputs["attention_mask"] = mask.long().to(self._device)
+        return inputs
+
+
+def _in_order(
+    logits: torch.Tensor, rows: ReadOnlySequence[Sequence], wanted: ReadOnlySequence[Sequence]
+) -> torch.Tensor:
+    """The rows of `logits` in the order of `wanted`: rows change places when one leaves the cache."""
+    if list(rows) == list(wanted):
+        return logits
+    place = {sequence: row for row, sequence in enumerate(rows)}
+    return logits[[place[sequence] for sequence in wanted]]
+
+
+class SerialRunner:
+    """One sequence at a time, without a cache: each token costs a pass over the whole text."""
+
+    max_cells: int | None = None
+
+    def __init__(self, model: PreTrainedModel, input_device: torch.device):
+        self._model = model
+        self._device = input_device
+
+    def prefill(self, step: Step) -> torch.Tensor | None:
+        """See Runner."""
+        if not step.completes_prefill:
+            return None
+        return (
+            torch.cat([self._vector(sequence) for sequence in step.prefill])
+            if step.pools
+            else self.decode(step.prefill)
+        )
+
+    def drop_prompts(self) -> None:
+        """See Runner. There is no cache."""
+
+    def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
+        """See Runner."""
+        return torch.cat([self._pass(sequence) for sequence in sequences])
+
+    def drop(self, sequence: Sequence) -> None:
+        """See Runner. There is no cache."""
+
+    def reset(self) -> None:
+        """See Runner."""
+        free_memory()
+
+    def _pass(self, sequence: Sequence) -> torch.Tensor:
+        ids = torch.tensor([sequence.token_ids], device=self._device)
+        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[:, -1]
+        return logits
+
+    def _vector(self, sequence: Sequence) -> torch.Tensor:
+        ids = torch.tensor([sequence.token_ids], device=self._device)
+        pool = Pool()
+        states = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        pool.add(states, torch.ones(ids.shape, dtype=torch.bool))
+        return pool.vectors()
+
+
+def free_memory() -> None:
+    """Gives what is not referenced any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def trim_heap() -> None:
+    """Gives what Python and the C library keep back to the system.
+
+    glibc keeps pages that are free: after hundreds of requests at once 20 to 60 MB, which grow slowly and look like a
+    leak. Other C libraries have no `malloc_trim`.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error is CUDA's or the CPU allocator's: the latter raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in text or "DefaultCPUAllocator: not enough memory" in text
+    )

@@ -1,0 +1,219 @@
+"""What the next step computes: one chunk of prompts, then one token for each running sequence.
+
+Pure bookkeeping: no torch, no threads, no clock.
+
+Laws:
+- requests take turns (`FairQueue`), and nobody is admitted before the one whose turn it is, though it would fit;
+- the cache is one rectangle: what its buffers take for all rows at the longest need among them, and beside it those of
+  the prompts that are being computed, stays within `max_cache_tokens`; so a sequence that was admitted can always run
+  to its end;
+- prompts are computed in chunks of at most `chunk_tokens`, one chunk a step, so running sequences wait for one chunk;
+  for prompts that pool, which nobody waits for token by token, only for one of `beside_tokens`;
+- prompts that are computed together are padded to one length, and padding stays below a third of the group; those that
+  pool share no pass with those that generate;
+- a pass that fails is tried again in smaller parts until the sequence that fails is alone, and that one is given up;
+- a sequence that waits for its output format is parked: it holds no place in the batch, so nobody waits for it.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from serve_app.engines.pt.core.fair_queue import FairQueue
+from serve_app.engines.pt.core.sequence import Sequence
+
+# Steps without running out of memory after which one more sequence is tried.
+STEPS_TO_GROW = 32
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine may hold: sequences, tokens of cache, and tokens of prompts a step."""
+
+    max_num_seqs: int
+    max_cache_tokens: int
+    chunk_tokens: int = 512
+    # Those of prompts that pool, while others get tokens: about as long as a token takes.
+    beside_tokens: int = 64
+    # Whether prompts of different lengths may be computed together; states of hybrids do not know padding.
+    pad_prompts: bool = True
+    # Tokens of cache that buffers take for so many rows of so many tokens.
+    cells: Callable[[int, int], int] = operator.mul
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that fits when it is alone."""
+        return self.max_cache_tokens - self.cells(1, 0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One chunk: columns `begin` to `end` of the prompts in `prefill`; none where nobody waits or may be admitted.
+
+    The prompts end at column `longest`, and shorter ones are padded on the left.
+    """
+
+    prefill: tuple[Sequence, ...] = ()
+    begin: int = 0
+    end: int = 0
+    longest: int = 0
+
+    @property
+    def completes_prefill(self) -> bool:
+        """Whether the prompts are computed to their last token."""
+        return bool(self.prefill) and self.end == self.longest
+
+    @property
+    def pools(self) -> bool:
+        """Whether the prompts' vectors are asked for, and not their next tokens."""
+        return bool(self.prefill) and self.prefill[0].pools
+
+
+class Scheduler:
+    """The waiting, those whose prompts are being computed, the running, and the parked."""
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._batch_limit = limits.max_num_seqs
+        self._calm_steps = 0
+        self._waiting = FairQueue()
+        self._prefilling: list[Sequence] = []
+        self._position = 0
+        self._longest = 0
+        self._failed_alone: set[Sequence] = set()
+        self._apart: set[Sequence] = set()
+        self._running: list[Sequence] = []
+        self._parked: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence at the end of its owner's line."""
+        self._waiting.add(sequence)
+
+    def schedule(self) -> Step:
+        """The chunk of prompts that comes next; after it, all `decoding` sequences get a token."""
+        if not self._prefilling:
+            self._prefilling, self._position = self._admit(), 0
+            self._longest = max((sequence.length for sequence in self._prefilling), default=0)
+        group = tuple(self._prefilling)
+        if not group:
+            return Step()
+        tokens = self._limits.beside_tokens if group[0].pools and self._running else self._limits.chunk_tokens
+        end = min(self._longest, self._position + max(1, tokens // len(group)))
+        return Step(group, self._position, end, self._longest)
+
+    def complete(self, step: Step) -> None:
+        """Notes that the chunk was computed."""
+        if step.completes_prefill:
+            if not step.pools:
+                self._running += self._prefilling
+            self._prefilling, self._position = [], 0
+        elif step.prefill:
+            self._position = step.end
+        self._calm_steps += 1
+        if self._batch_limit < self._limits.max_num_seqs and self._calm_steps >= STEPS_TO_GROW:
+            self._batch_limit, self._calm_steps = self._batch_limit + 1, 0
+
+    def retreat(self) -> list[Sequence]:
+        """Puts everybody back at the head of the queue and halves the batch, since a pass failed.
+
+        Returns the sequence that was alone and failed for the second time, which must be given up; else nothing.
+        """
+        live = [*self._running, *self._prefilling]
+        self._running, self._prefilling, self._position = [], [], 0
+        self._batch_limit, self._calm_steps = max(1, min(self._batch_limit, len(live)) // 2), 0
+        if len(live) == 1:
+            if live[0] in self._failed_alone:
+                return live
+            self._failed_alone.add(live[0])
+        self._waiting.put_back(live)
+        return []
+
+    def separate(self) -> list[Sequence]:
+        """Puts the prompts that are being computed back at the head of the queue, each to be computed by itself.
+
+        Returns the one that was by itself already, which must be given up; else nothing.
+        """
+        group, self._prefilling, self._position = self._prefilling, [], 0
+        if len(group) == 1:
+            return group
+        self._apart.update(group)
+        self._waiting.put_back(group)
+        return []
+
+    def park(self, sequences: Iterable[Sequence]) -> None:
+        """Takes running sequences out of the batch until `unpark`."""
+        gone = set(sequences)
+        self._parked += [sequence for sequence in self._running if sequence in gone]
+        self._running = [sequence for sequence in self._running if sequence not in gone]
+
+    def unpark(self, sequences: Iterable[Sequence]) -> None:
+        """Puts parked sequences back at the head of the queue; their texts so far are computed again."""
+        back = [sequence for sequence in sequences if sequence in self._parked]
+        self._parked = [sequence for sequence in self._parked if sequence not in back]
+        self._waiting.put_back(back)
+
+    def remove(self, sequences: Iterable[Sequence]) -> None:
+        """Takes sequences out, wherever they are; those that are not here are left alone."""
+        gone = set(sequences)
+        self._failed_alone -= gone
+        self._apart -= gone
+        self._running = [sequence for sequence in self._running if sequence not in gone]
+        self._prefilling = [sequence for sequence in self._prefilling if sequence not in gone]
+        self._parked = [sequence for sequence in self._parked if sequence not in gone]
+        self._waiting.remove(gone)
+
+    @property
+    def decoding(self) -> tuple[Sequence, ...]:
+        """Those whose prompts are computed: each gets one token a step."""
+        return tuple(self._running)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All of them: running, then prefilling, then waiting, then parked."""
+        return [*self._running, *self._prefilling, *self._waiting, *self._parked]
+
+    @property
+    def parked(self) -> tuple[Sequence, ...]:
+        """Those that wait for their output format."""
+        return tuple(self._parked)
+
+    @property
+    def running(self) -> int:
+        """How many have a place in the batch."""
+        return len(self._running) + len(self._prefilling)
+
+    @property
+    def waiting(self) -> int:
+        """How many have none yet."""
+        return len(self._waiting)
+
+    @property
+    def batch_limit(self) -> int:
+        """How many may have a place now."""
+        return self._batch_limit
+
+    def _admit(self) -> list[Sequence]:
+        group: list[Sequence] = []
+        while (head := self._waiting.head) is not None and self._joins(group, head) and self._has_room(group, head):
+            group.append(self._waiting.pop())
+        return group
+
+    def _has_room(self, group: list[Sequence], candidate: Sequence) -> bool:
+        present = [*self._running, *group]
+        rows, need = len(present) + 1, max(sequence.need for sequence in (*present, candidate))
+        total = self._limits.cells(rows, need)
+        if self._running:  # The prompts have buffers of their own until they join; the first ones just stay in theirs.
+            prompts = [*group, candidate]
+            total += self._limits.cells(len(prompts), max(sequence.length for sequence in prompts))
+        return rows <= self._batch_limit and (rows == 1 or total <= self._limits.max_cache_tokens)
+
+    def _joins(self, group: list[Sequence], candidate: Sequence) -> bool:
+        """Whether the candidate may share the group's pass."""
+        if not group:
+            return True
+        if candidate.pools != group[0].pools or candidate in self._apart or group[0] in self._apart:
+            return False
+        lengths = [sequence.length for sequence in (*group, candidate)]
+        if not self._limits.pad_prompts:
+            return lengths[-1] == lengths[0]
+        return len(lengths) * max(lengths) <= 1.5 * sum(lengths)

@@ -1,0 +1,107 @@
+"""The engine's vocabulary: how to sample, one text being generated, and what the engine reports of it."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as ReadOnlySequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from serve_app.engines.pt.grammar.process import Grammar
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose the next token, and when to stop.
+
+    `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` is how many alternatives to report beside the
+    chosen token, None for no log probabilities at all; `logit_bias` is added to the logits, by token id; `grammar` says
+    which tokens may come next.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities before any penalty or temperature: of the chosen token, and of the best."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and what was generated for it. Belongs to the engine's thread once it is submitted.
+
+    Sequences of one `owner`, the request that they came with, wait in one line (`FairQueue`). A sequence that `pools`
+    generates nothing: its prompt's vector is its only output. `cached` counts the tokens whose keys and values are in
+    the batch cache; `sampling` is the sampler's own state.
+    """
+
+    prompt_ids: ReadOnlySequence[int]
+    params: SamplingParams
+    owner: object = field(default_factory=object, kw_only=True)
+    pools: bool = field(default=False, kw_only=True)
+    output_ids: list[int] = field(default_factory=list)
+    cached: int = 0
+    sampling: Any = None
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def need(self) -> int:
+        """Tokens at its longest: what the cache must have room for."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output."""
+        return [*self.prompt_ids, *self.output_ids]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step did for one sequence: a new token, an end, an error, or the vector of a sequence that pools.
+
+    Nothing follows an output with one of the last three.
+    """
+
+    sequence: Sequence
+    token_id: int | None = None
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    vector: list[float] | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing follows."""
+        return self.finish_reason is not None or self.error is not None or self.vector is not None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one choice, and how many tokens it has generated so far."""
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[Logprobs, ...] = ()

@@ -1,0 +1,1 @@
+"""Output formats: checked, compiled and followed in processes that can be ended."""

@@ -1,0 +1,1 @@
+"""A model on its devices: its map, its weights, and what it can do."""

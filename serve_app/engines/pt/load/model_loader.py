@@ -1,0 +1,288 @@
+"""Loads a model and its tokenizer onto the devices that the config allows. The only file that imports accelerate.
+
+Law: nothing lands on the cpu or on disk unless the user named that tier in `max_memory` (or put it into an explicit
+`device_map`). accelerate itself spills in silence.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from serve_app.config import ModelConfig
+from serve_app.engines.pt.load.attention import use_grouped_attention
+from serve_app.engines.pt.load.packed_linear import pack_linears
+from serve_app.engines.pt.load.planned_map import known_architecture, plan_layers
+from serve_app.errors import ConfigError, EngineError
+from serve_app.planning.memory import context
+
+logger = logging.getLogger("ray.serve")
+
+Device = int | str
+# Of a GPU without a limit: the rest is for the KV cache, activations and the CUDA context.
+FREE_SHARE = 0.8
+DeviceMap = Mapping[str, Device]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    `max_model_len` is in tokens, prompt and output together; `offload` holds the modules that are on disk;
+    `cache_tokens` is the KV cache that the plan of its GPUs has room for, None where there is no plan.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    input_device: torch.device
+    max_model_len: int
+    eos_ids: frozenset[int]
+    device_map: DeviceMap
+    offload: TemporaryDirectory[str] | None
+    cache_tokens: int | None = None
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Loads weights and tokenizer. Raises ConfigError or EngineError with one message when it cannot."""
+    common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        hf_config = AutoConfig.from_pretrained(config.model, **common)
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **common)
+    except Exception as error:
+        raise EngineError(f"model: cannot read {config.model}: {_one_line(error)}") from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = _read_template(config.chat_template)
+    max_model_len = _max_model_len(config, hf_config)
+    placement, cache_tokens = _placement(config, hf_config)
+    uses_disk = isinstance(placement["device_map"], dict) and "disk" in placement["device_map"].values()
+    offload = TemporaryDirectory(prefix="serve-app-offload-") if uses_disk else None
+    options = placement | common | {"offload_folder": None if offload is None else offload.name}
+    model = _read_weights(config, options)
+    device_map = getattr(model, "hf_device_map", {"": str(model.device)})
+    _require_opened(config, device_map, {})
+    if config.device == "cpu":
+        use_grouped_attention()
+        pack_linears(model, copy_tied=config.max_memory is None)
+        if not _can_run(model):  # Its code reads a linear layer's weight behind the layer's back.
+            del model  # Before the second one is there.
+            model = _read_weights(config, options)
+    eos_ids = _eos_ids(model, tokenizer)
+    return LoadedModel(
+        model, tokenizer, _input_device(model), max_model_len, eos_ids, device_map, offload, cache_tokens
+    )
+
+
+def _read_weights(config: ModelConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **options)
+    except Exception as error:
+        raise EngineError(f"model: cannot load {config.model}: {_one_line(error)}") from error
+    return model.eval()
+
+
+def _can_run(model: PreTrainedModel) -> bool:
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=_input_device(model))).logits
+        return bool(logits.isfinite().all())
+    except Exception as error:
+        logger.warning("The linear layers of this model keep torch's order of weights: %s", _one_line(error))
+        return False
+
+
+def _placement(config: ModelConfig, hf_config: Any) -> tuple[dict[str, Any], int | None]:
+    """What `from_pretrained` is told about devices, and the tokens of KV cache that the plan has room for.
+
+    A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules.
+    """
+    free = gpu_memory(config)
+    if config.max_memory:
+        _cap_allocators(device_limits(config, free))
+    if getattr(hf_config, "quantization_config", None) is None or isinstance(config.device_map, dict):
+        try:
+            planned = _planned(config, hf_config, free)
+            if planned is not None:
+                return {"device_map": planned[0]}, planned[1]
+            return {"device_map": dict(choose_device_map(config, hf_config, free))}, None
+        except (EngineError, ConfigError):
+            raise
+        except Exception as error:
+            raise EngineError(f"device_map: cannot plan {config.model}: {_one_line(error)}") from error
+    if config.device == "cpu":
+        return {"device_map": {"": "cpu"}}, None
+    return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}, None
+
+
+def _planned(
+    config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int]
+) -> tuple[dict[str, Device], int] | None:
+    """The plan's map and budget; None where accelerate places alone: a named way to spread, or an unknown model."""
+    architecture = known_architecture(hf_config)
+    if config.device == "cpu" or config.device_map not in (None, "auto") or architecture is None:
+        return None
+    limits: dict[Device, int] = dict(free_bytes.items())
+    if config.max_memory:
+        limits = device_limits(config, free_bytes)
+    return plan_layers(config, architecture, _without_weights(config, hf_config), free_bytes, limits)
+
+
+def _cap_allocators(limits: Mapping[Device, int]) -> None:
+    """Lets torch's allocator take no more than each limit, less the planned CUDA context, which it does not count."""
+    for index, limit in limits.items():
+        if isinstance(index, int) and torch.cuda.is_available():
+            total = torch.cuda.mem_get_info(index)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - context("cuda").bytes) / total), index)
+
+
+def _without_weights(config: ModelConfig, hf_config: Any) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+    model.tie_weights()
+    return model
+
+
+def gpu_memory(config: ModelConfig) -> dict[int, int]:
+    """Bytes that this process may take of each GPU that it sees, by the GPU's number here; empty for the CPU.
+
+    What is free now, and with a share of a GPU (`num_gpus` below 1) no more than that share of the whole. The share is
+    enforced too: torch's allocator raises out-of-memory beyond it.
+    """
+    if config.device == "cpu":
+        return {}
+    if not torch.cuda.is_available():
+        raise EngineError("device: cuda, but torch sees no GPU in this replica. Set device: cpu to run on the CPU.")
+    share = min(1.0, config.num_gpus or 1.0)
+    memory = {}
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        if share < 1:
+            _cap_allocators({index: int(total * share)})
+        memory[index] = min(free, int(total * share))
+    return memory
+
+
+def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int]) -> DeviceMap:
+    """The device of each module, by its name.
+
+    `free_bytes` is what each visible GPU has. `max_memory` caps it: its GPU indices, in order, are the GPUs that the
+    replica sees. Raises EngineError when the model needs a tier that the user did not open.
+    """
+    if isinstance(config.device_map, dict):
+        return config.device_map
+    if config.device == "cpu" and config.max_memory is None:
+        return {"": "cpu"}
+    limits = device_limits(config, free_bytes)
+    device_map: DeviceMap = {}
+    for balanced in (True, False) if _may_balance(config) else (False,):
+        device_map = _infer(config, hf_config, limits, balanced)
+        if not _unopened(config, device_map):
+            break  # A balanced map may need a tier where a plain one fits: it halves the model, not the GPUs.
+    _require_opened(config, device_map, limits)
+    return device_map
+
+
+def _may_balance(config: ModelConfig) -> bool:
+    if config.device == "cpu":
+        return False
+    return config.device_map in ("balanced", "balanced_low_0") or (
+        config.device_map in (None, "auto") and config.max_memory is None
+    )
+
+
+def _unopened(config: ModelConfig, device_map: DeviceMap) -> set[str]:
+    """The slower tiers that the map uses and the user did not open."""
+    opened = set(config.spill_tiers) | ({"cpu"} if config.device == "cpu" else set())
+    if isinstance(config.device_map, dict):
+        opened |= {device for device in config.device_map.values() if isinstance(device, str)}
+    return ({str(device) for device in device_map.values()} & {"cpu", "disk"}) - opened
+
+
+def _require_opened(config: ModelConfig, device_map: DeviceMap, limits: Mapping[Device, int]) -> None:
+    unopened = _unopened(config, device_map)
+    if unopened:
+        sizes = ", ".join(
+            f"{f'GPU {device}' if isinstance(device, int) else device}: {size / 1e9:.3g} GB"
+            for device, size in limits.items()
+        )
+        raise EngineError(
+            f"max_memory: the model does not fit in {sizes or 'the GPUs'}; part of it would go to "
+            f"{' and '.join(sorted(unopened))}. Raise the limits, add a GPU, or name cpu (slow) or disk (very slow) in "
+            "max_memory to allow it."
+        )
+
+
+def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[Device, int]:
+    """Bytes that accelerate may place on each device: the user's cap, but never more than is free."""
+    memory = config.max_memory or {}
+    if not config.gpu_indices:
+        limits: dict[Device, int] = {index: int(FREE_SHARE * size) for index, size in free_bytes.items()}
+    elif len(config.gpu_indices) > len(free_bytes):
+        raise EngineError(
+            f"max_memory names {len(config.gpu_indices)} GPUs, but this replica sees {len(free_bytes)}. "
+            "Ask for as many with num_gpus, or remove some."
+        )
+    else:
+        limits = {number: min(memory[index], free_bytes[number]) for number, index in enumerate(config.gpu_indices)}
+    return limits | {tier: memory[tier] for tier in ("cpu", "disk") if tier in memory}
+
+
+def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[Device, int], balanced: bool) -> DeviceMap:
+    """accelerate's own map, made on a model without weights. A tier that is not in `limits` can still be chosen."""
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    model = _without_weights(config, hf_config)
+    dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    options = {"no_split_module_classes": list(model._no_split_modules or []), "dtype": dtype or torch.float32}
+    memory = dict(limits)
+    if balanced:
+        memory = get_balanced_memory(model, memory, low_zero=config.device_map == "balanced_low_0", **options)
+    inferred: dict[str, Device] = infer_auto_device_map(model, max_memory=memory, **options)
+    return inferred
+
+
+def _max_model_len(config: ModelConfig, hf_config: Any) -> int:
+    known = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if config.max_model_len is None:
+        if known is None:
+            raise ConfigError("max_model_len: the model's config.json does not say its context length; set it.")
+        return int(known)
+    if known is not None and config.max_model_len > known:
+        raise ConfigError(f"max_model_len: {config.max_model_len} is over the model's own context of {known} tokens.")
+    return config.max_model_len
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where input ids have to be. An offloaded embedding has its weight on "meta" and runs on its hook's device."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    if embedding.weight.device.type == "meta" and hook is not None:
+        return torch.device(hook.execution_device)
+    device: torch.device = embedding.weight.device
+    return device
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text()
+    except OSError as error:
+        raise ConfigError(f"chat_template: cannot read {path}: {error.strerror}.") from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"

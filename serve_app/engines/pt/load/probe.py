@@ -1,0 +1,92 @@
+"""Finds out at load whether joining sequences changes the model's answers.
+
+Two prompts of different lengths are generated together, one joining late, and compared token by token with the same
+prompts computed one by one without a cache. Some architectures (Mamba-2) are silently wrong when batched.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, SerialRunner, free_memory
+from serve_app.engines.pt.core.scheduler import Step
+from serve_app.engines.pt.core.sequence import SamplingParams, Sequence
+from serve_app.engines.pt.load.model_loader import LoadedModel
+
+logger = logging.getLogger("ray.serve")
+
+STEPS = 4
+# Logits may differ by rounding: this share of their spread, by the bits of the type.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+class ProbeResult(NamedTuple):
+    """The runner to use, and what was found out about the model.
+
+    `reason` says why it is not the batching runner, and is empty if it is; `bytes_per_token` is the cache's, by
+    device, with the copy of a layer while it is moved; `pad_prompts` is whether prompts of different lengths may be
+    computed together.
+    """
+
+    runner: Runner
+    reason: str
+    bytes_per_token: dict[torch.device, float]
+    pad_prompts: bool = True
+
+
+def probe(loaded: LoadedModel) -> ProbeResult:
+    """Chooses the runner for a model."""
+    serial = SerialRunner(loaded.model, loaded.input_device)
+    batched = BatchRunner(loaded.model, loaded.input_device)
+    if not batched.is_joinable:
+        return _fall_back(serial, "its cache has layers of a kind that cannot be joined")
+    try:
+        difference, bytes_per_token = _compare(batched, serial, loaded)
+    except Exception as error:
+        return _fall_back(serial, f"joining two sequences failed: {type(error).__name__}: {error}")
+    tolerance = TOLERANCE.get(loaded.model.dtype, 1e-1)
+    if not difference <= tolerance:
+        return _fall_back(serial, f"joined sequences got other logits (difference {difference:.2g} of their spread)")
+    batched.reset()
+    return ProbeResult(batched, "", bytes_per_token, batched.pad_prompts)
+
+
+def _fall_back(serial: SerialRunner, reason: str) -> ProbeResult:
+    free_memory()
+    logger.warning("This model runs one request at a time: %s.", reason)
+    return ProbeResult(serial, reason, {})
+
+
+def _compare(
+    batched: BatchRunner, serial: SerialRunner, loaded: LoadedModel
+) -> tuple[float, dict[torch.device, float]]:
+    """The largest difference between joined and single logits, in spreads, and the cache's bytes per token."""
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    params = SamplingParams(max_tokens=STEPS)
+    first, second = (
+        Sequence([(7 * number + length) % vocabulary for number in range(length)], params) for length in (5, 11)
+    )
+    worst = 0.0
+
+    def note(sequences: list[Sequence], logits: torch.Tensor) -> None:
+        nonlocal worst
+        expected = serial.decode(sequences).float().cpu()
+        got = logits.float().cpu()
+        spread = (expected.max() - expected.min()).clamp(min=1e-9)
+        difference = float((got - expected).abs().max() / spread)
+        worst = difference if difference > worst or difference != difference else worst
+        for sequence, token in zip(sequences, expected.argmax(-1).tolist(), strict=True):
+            sequence.output_ids.append(token)
+
+    with torch.inference_mode():
+        for newcomer, running in ((first, [first]), (second, [first, second])):
+            logits = batched.prefill(Step((newcomer,), 0, newcomer.length, newcomer.length))
+            assert logits is not None, "the whole prompt is one chunk"
+            note([newcomer], logits)
+            for _ in range(STEPS // 2):
+                note(running, batched.decode(running))
+        sizes = batched.bytes_per_cell
+        batched.drop(first)
+        note([second], batched.decode([second]))
+    return worst, sizes

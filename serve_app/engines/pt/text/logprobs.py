@@ -1,0 +1,83 @@
+"""Log probabilities in OpenAI's two forms.
+
+Law: the bytes of the tokens, joined, are those of the text, also where a character spans tokens. A token that is part
+of a character has no text of its own: decoded alone it is U+FFFD. As with OpenAI, its text is its bytes in hexadecimal.
+"""
+
+import codecs
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from serve_app.engines.pt.core.sequence import Logprobs
+from serve_app.engines.pt.text.text_stream import REPLACEMENT
+
+# The last argument is the characters of text that came before.
+LogprobsWriter = Callable[[list[Logprobs], PreTrainedTokenizerBase, int], dict[str, Any]]
+
+# How byte-level tokenizers write each byte as a character, and how SentencePiece writes one for which it has no token.
+BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# OpenAI's text completions have no list of bytes, and mark such a text.
+BYTES_PREFIX = "bytes:"
+
+
+def chat_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase, _: int = 0) -> dict[str, Any]:
+    """`choices[].logprobs` of a chat completion: one entry per token."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text, content = spelled(token_id, tokenizer)
+        return {"token": text, "logprob": logprob, "bytes": list(content)}
+
+    content = [
+        entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*pair) for pair in item.top]} for item in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase, start: int = 0) -> dict[str, Any]:
+    """`choices[].logprobs` of a text completion: parallel lists. Offsets are in characters of the text."""
+    tokens, offsets, position = [], [], start
+    character = codecs.getincrementaldecoder("utf-8")("replace")
+    for item in logprobs:
+        text, content = spelled(item.token_id, tokenizer, BYTES_PREFIX)
+        tokens.append(text)
+        offsets.append(position)
+        position += len(character.decode(content))
+    return {
+        "tokens": tokens,
+        "token_logprobs": [item.logprob for item in logprobs],
+        "top_logprobs": [
+            {
+                spelled(token, tokenizer, BYTES_PREFIX)[0]: value
+                for token, value in (*item.top, (item.token_id, item.logprob))
+            }
+            for item in logprobs
+        ],
+        "text_offset": offsets,
+    }
+
+
+def spelled(token_id: int, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> tuple[str, bytes]:
+    r"""The token's text and its bytes. Of part of a character the text is `prefix` and, say, `\xf0\x9f`."""
+    text: str = tokenizer.decode([token_id])
+    if REPLACEMENT not in text:
+        return text, text.encode()
+    content = _bytes_of(tokenizer.convert_ids_to_tokens(token_id))
+    try:
+        return text, (text.encode() if content is None else content.decode().encode())
+    except UnicodeDecodeError as error:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in error.object), error.object
+
+
+def _bytes_of(token: Any) -> bytes | None:
+    """What a token of a vocabulary stands for; None for one that is not written in bytes."""
+    if isinstance(token, bytes):  # A tokenizer with code of its own, after tiktoken.
+        return token
+    if match := BYTE_TOKEN.fullmatch(str(token)):
+        return bytes([int(match[1], 16)])
+    found = [BYTE_OF_CHARACTER.get(character) for character in str(token)]
+    return bytes(byte for byte in found if byte is not None) if None not in found else None

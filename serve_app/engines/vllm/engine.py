@@ -1,0 +1,267 @@
+"""vLLM: its own ASGI application around its own async engine. The only file that imports vllm.
+
+Every endpoint of vLLM's server is served unchanged. What vLLM calls its command line arguments is the interface here:
+they are written to a YAML file and read by vLLM's own parser, so `engine_args` means what it means to `vllm serve`.
+"""
+
+import asyncio
+import contextlib
+import io
+import os
+import tempfile
+from argparse import Namespace
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.config import ModelConfig
+from serve_app.engines.rank_memory import RankMemory
+from serve_app.engines.vllm.guard import Guard, guarded
+from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
+from serve_app.planning.fit import VLLM_CPU_KV_BYTES
+from serve_app.wire.openai_errors import error_response
+
+# On the CPU vLLM takes 92 % of its NUMA node's memory unless this says less.
+DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
+
+
+# Seconds that vLLM has to abort a request whose client has left, before its task is cancelled.
+ABORT_GRACE_S = 5.0
+
+# Hosts from which vLLM may fetch images, audio and video. It takes an empty list for "any", so the only one here is a
+# name that can never exist (RFC 2606); vLLM's refusal shows it to the client. Media in `data:` URLs need no host.
+NO_MEDIA_HOSTS = ["media-urls-are-closed.invalid"]
+
+# llguidance bounds the work of every mask and of a format's size. xgrammar, vLLM's usual choice, bounds neither: a
+# regular expression of 6 kB stops its engine for everybody. As with xgrammar, an object has its own properties only.
+BOUNDED_FORMATS = {"backend": "guidance", "disable_additional_properties": True}
+
+# Choices of one prompt, as with OpenAI; vLLM would take 16,384 of them.
+MOST_CHOICES = 128
+
+# Seconds. The engine answers between two steps.
+MEMORY_TIMEOUT_S = 30.0
+
+
+class VllmEngine:
+    """vLLM's engine and server application for one model."""
+
+    def __init__(self, config: ModelConfig, name: str):
+        self._config = config
+        self._name = name
+        self._stack = AsyncExitStack()
+        self._client: Any = None
+        self._server = SimpleNamespace(should_exit=False)
+
+    async def start(self) -> ASGIApp:
+        """Loads the model and returns vLLM's application."""
+        os.environ.update(environment(self._config))
+        args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name))
+        try:
+            return await self._build(args)
+        except Exception as error:
+            raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
+
+    async def _build(self, args: Namespace) -> ASGIApp:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._client = await self._stack.enter_async_context(build_async_engine_client(args))
+        tasks = await self._client.get_supported_tasks()
+        app = build_app(args, tasks, self._client.model_config)
+        app.state.server = self._server  # vLLM's handler of a dead engine asks it to exit.
+        app.add_exception_handler(EngineDeadError, self._engine_died)  # vLLM says 500, as of a bad request.
+        app.add_exception_handler(StarletteHTTPException, _no_such_route)  # vLLM handles FastAPI's only.
+        app.add_exception_handler(RecursionError, _too_deep)
+        app.middleware_stack = app.build_middleware_stack()  # `build_app` has built it already, without that.
+        await init_app_state(self._client, app.state, args, tasks)
+        return disconnect_before_cancel(guarded(app, self._guard()))
+
+    def _guard(self) -> Guard:
+        model = self._client.model_config
+        longest = max(map(len, self._client.get_tokenizer().get_vocab()), default=1)
+        return Guard(model.max_model_len, longest, reads_media=model.is_multimodal_model)
+
+    async def _engine_died(self, _: Request, error: Exception) -> Response:
+        """503, so that the router sends the request to another replica; the health check has this one replaced."""
+        self._server.should_exit = True
+        return error_response(ModelUnavailable(f"vLLM's engine has died: {error}", retry_after_s=5.0))
+
+    async def check_health(self) -> None:
+        """Asks vLLM, which knows when its engine process has died."""
+        if self._server.should_exit:
+            raise EngineError("vLLM's engine has died. The replica will be replaced.")
+        try:
+            await self._client.check_health()
+        except Exception as error:
+            raise EngineError(f"vLLM's engine is dead: {error}. The replica will be replaced.") from error
+
+    def load(self) -> float:
+        """Requests that run or wait, to `max_num_seqs`; or the KV cache's use, if that is more. From vLLM's gauges."""
+        from prometheus_client import REGISTRY
+
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        found = {family.name: family.samples for family in REGISTRY.collect() if family.name in names}
+        running, waiting, cache = (sum(sample.value for sample in found.get(name, ())) for name in names)
+        most: int = self._client.vllm_config.scheduler_config.max_num_seqs
+        return max((running + waiting) / most, cache)
+
+    async def memory(self) -> list[RankMemory]:
+        """Asks every rank's process."""
+        try:
+            async with asyncio.timeout(MEMORY_TIMEOUT_S):
+                answers = await self._client.collective_rpc("serve_app_memory")
+        except Exception as error:
+            raise EngineError(f"vLLM does not say what it holds: {_reason(error)}") from error
+        return [RankMemory(**answer) for answer in answers]
+
+    async def stop(self) -> None:
+        """Shuts the engine process down and waits for it."""
+        await self._stack.aclose()
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """vLLM has the routes of the model's own tasks only: no embeddings of a model that generates text."""
+    assert isinstance(error, StarletteHTTPException)
+    text = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code in (404, 405):
+        text += ". vLLM does not serve it for this model."
+    response = error_response(InvalidRequest(text))
+    response.status_code = error.status_code
+    return response
+
+
+async def _too_deep(_: Request, __: Exception) -> Response:
+    """vLLM bounds no nesting, of bodies and of the JSON in their strings: Python's own bound is no error of ours."""
+    return error_response(InvalidRequest("The request is nested too deep: its body, or JSON in one of its strings."))
+
+
+def disconnect_before_cancel(app: ASGIApp) -> ASGIApp:
+    """Turns a cancellation into a disconnect that the application sees.
+
+    vLLM aborts a request in its engine when it is told of the disconnect. A cancelled endpoint that does not stream
+    leaves its work running to the end.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        gone = asyncio.Event()
+
+        async def receive_or_gone() -> Message:
+            waits = [asyncio.ensure_future(receive()), asyncio.ensure_future(gone.wait())]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                return waits[0].result() if waits[0].done() else {"type": "http.disconnect"}  # type: ignore[return-value]
+            finally:
+                for wait in waits:
+                    wait.cancel()
+
+        task = asyncio.ensure_future(app(scope, receive_or_gone, send))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            gone.set()
+            await asyncio.wait({task}, timeout=ABORT_GRACE_S)
+            task.cancel()
+            raise
+
+    return wrapped
+
+
+def environment(config: ModelConfig) -> dict[str, str]:
+    """vLLM's environment variables for this replica; what the user has set wins."""
+    settings = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # A host that is allowed may not send vLLM on to one that is not, such as the cloud's metadata service.
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_MAX_N_SEQUENCES": str(MOST_CHOICES),
+    }
+    if config.device == "cpu":
+        settings |= {
+            # Several engines on one machine: no core binding, bounded cache.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # vLLM compiles small functions of its sampler at their first use, for seconds in which nobody gets a token.
+            "TORCH_COMPILE_DISABLE": "1",
+            # One process less: the worker runs inside the engine process.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+        if config.kv_cache_memory_bytes is None:
+            settings["VLLM_CPU_KVCACHE_SPACE"] = str(DEFAULT_CPU_KV_CACHE_GIB)
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
+    """The arguments of `vllm serve` for this model, by their long names. `engine_args` of the user come last."""
+    tp = config.tensor_parallel_size or 1
+    arguments: dict[str, Any] = {
+        "model": config.model,
+        "served-model-name": name,
+        "revision": config.revision,
+        "trust-remote-code": config.trust_remote_code or None,
+        "chat-template": config.chat_template,
+        "dtype": config.dtype,
+        "tensor-parallel-size": tp,
+        # Inside a Ray actor vLLM would choose Ray and ask for a placement group of its own.
+        "distributed-executor-backend": "uni" if tp == 1 else "mp",
+        "max-model-len": config.max_model_len,
+        "max-num-seqs": config.max_num_seqs,
+        "kv-cache-memory-bytes": config.kv_cache_memory_bytes,
+        "quantization": config.quantization,
+        "enforce-eager": config.device == "cpu" or None,
+        "worker-extension-cls": "serve_app.engines.vllm.worker.MemoryReport",
+        "allowed-media-domains": NO_MEDIA_HOSTS,
+        "structured-outputs-config": BOUNDED_FORMATS,
+        # The router and Ray log requests; vLLM's line per request costs time.
+        "disable-uvicorn-access-log": True,
+    }
+    arguments |= {key.replace("_", "-"): value for key, value in config.engine_args.items()}
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _reason(error: Exception) -> str:
+    """One line. pydantic's errors have their sentence in `msg`; a dead engine process has its own in the log."""
+    if isinstance(error, ValidationError):
+        return " ".join(str(item["msg"]) for item in error.errors())
+    text = " ".join(str(error).split())
+    if "root cause above" in text:
+        text += " The cause is in the log of the replica (serve logs are in /tmp/ray/session_latest/logs)."
+    return f"{type(error).__name__}: {text}"
+
+
+def _parse(arguments: dict[str, Any]) -> Namespace:
+    """vLLM's own reading of its arguments. Raises ConfigError with vLLM's words for an unknown or wrong one."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    # argparse would take the beginning of a name for the whole.
+    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    for name in arguments.keys() - known:
+        raise ConfigError(f"engine_args: vLLM has no argument '{name}'.{nearest(name, known)}")
+    complaint = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "engine_args.yaml"
+        file.write_text(yaml.safe_dump(arguments))
+        try:
+            with contextlib.redirect_stderr(complaint):
+                args = parser.parse_args(["--config", str(file)])
+            validate_parsed_serve_args(args)
+        except SystemExit:
+            lines = complaint.getvalue().strip().splitlines()
+            raise ConfigError(f"engine_args: {lines[-1] if lines else 'vLLM refused them'}") from None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"engine_args: {' '.join(str(error).split())}") from None
+    return args  # type: ignore[no-any-return]

@@ -1,0 +1,27 @@
+"""Serve's autoscaling by what engines can hold, instead of by a number of requests that a user must know.
+
+    autoscaling_config:
+      min_replicas: 0
+      max_replicas: 4
+      policy: {policy_function: serve_app.replica.autoscaling:by_engine_load}
+
+Each replica reports its load: 1 when its batch, or its KV cache, is full; above 1 by what waits. Replicas are wanted so
+that each is loaded to three quarters: at more, a burst waits; at less, cards idle. Serve itself adds the delays, the
+bounds and the way from zero (`upscale_delay_s`, `downscale_delay_s`, `min_replicas`, …), which stay the user's.
+"""
+
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+# The name under which replicas report it (`record_autoscaling_stats`).
+ENGINE_LOAD = "engine_load"
+TARGET_LOAD = 0.75
+
+
+def by_engine_load(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """Replicas that are wanted. Where no replica has reported yet, as many as are wanted already."""
+    loads = (context.aggregated_metrics or {}).get(ENGINE_LOAD) or {}
+    if not loads:
+        return context.target_num_replicas, {}
+    return sum(loads.values()) / TARGET_LOAD, {}

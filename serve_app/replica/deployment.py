@@ -1,0 +1,121 @@
+"""One replica of one model: an engine inside a Ray Serve deployment.
+
+The engine's ASGI application is reached in two ways, and answers the same in both:
+by route, where Serve calls it directly, and by name, where the router calls `http` through a handle.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import ray
+from ray import serve
+from starlette.types import ASGIApp
+
+from serve_app.access.cluster_record import joined
+from serve_app.access.door import Inside, stand_behind
+from serve_app.access.gate import Gate, KeyedApp
+from serve_app.access.keys import configured_keys
+from serve_app.access.limiter import ActorLimiter
+from serve_app.config import ModelConfig
+from serve_app.engines.engine import Engine, create_engine
+from serve_app.errors import ServeAppError
+from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
+from serve_app.facts.process_memory import held_by_others, is_held
+from serve_app.planning.plan import ModelPlan
+from serve_app.replica.autoscaling import ENGINE_LOAD
+from serve_app.replica.memory_watch import MemoryWatch
+from serve_app.replica.plan_here import plan_here, with_planned_memory
+from serve_app.replica.start_lock import starting_alone
+from serve_app.replica.whole_body import WholeBody
+from serve_app.terminal import say
+from serve_app.wire.asgi import HttpRequest, call_asgi
+
+# Seconds that a whole GPU may still be held by what ran there before.
+LEAVE_TIMEOUT_S = 20.0
+
+
+class Model:
+    """The deployment class of every model. The model's name is the application's name."""
+
+    async def __init__(self, config: ModelConfig):  # type: ignore[misc]  # Serve awaits it
+        self.name = serve.get_replica_context().app_name
+        self._config = config
+        source = configured_keys()
+        self._access = await asyncio.to_thread(joined, source)
+        self._gate = Gate(source, ActorLimiter())
+        started = time.monotonic()
+        say(f"loading {config.model} with {config.infer_backend}")
+        gpus = _gpus(config)
+        try:
+            async with starting_alone([gpu.uuid for gpu in gpus], say):
+                planned = await self._plan()
+                self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name)
+                self._app: ASGIApp = await self._engine.start()
+                self._watch = MemoryWatch(config, self._engine, planned, gpus)
+                await self._watch.start(time.monotonic() - started)
+            self._own_route = WholeBody(self._app, config)
+        except ServeAppError as error:
+            await self._stop()
+            raise error.with_traceback(None) from None  # The message says it all; Serve prints the traceback thrice.
+        except BaseException:
+            await self._stop()
+            raise
+        await self._gate.start()
+        stand_behind(Inside(self._gate, lambda: config, self.name))
+        say(f"ready after {time.monotonic() - started:.0f} s")
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return KeyedApp(self._own_route, self._gate, self.name, self._config)
+
+    async def http(self, request: HttpRequest) -> AsyncIterator[bytes]:
+        """Answers one request: the head first, then the body in pieces."""
+        async for item in call_asgi(self._own_route, request):
+            yield item
+
+    async def check_health(self) -> None:
+        """Called by Serve; an exception makes it replace the replica."""
+        await self._access.check()
+        await self._engine.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for `autoscaling.by_engine_load`."""
+        return {ENGINE_LOAD: self._engine.load()}
+
+    async def _plan(self) -> ModelPlan | None:
+        """By what is free at this moment, which no engine changes while the start lock is held. Ray gives no GPU itself
+        where memory is counted by index."""
+        by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
+        if not by_index and self._config.share is None:
+            await left_by_others(lambda: _gpus(self._config), say)
+        return await asyncio.to_thread(plan_here, self._config, _gpus(self._config), by_index)
+
+    async def _stop(self) -> None:
+        if hasattr(self, "_engine"):
+            await self._engine.stop()
+        if hasattr(self, "_watch"):
+            await self._watch.stop()
+
+    async def __del__(self) -> None:
+        await self._stop()
+
+
+def _gpus(config: ModelConfig) -> list[Gpu]:
+    """The GPUs of this process; none on the CPU."""
+    return [] if config.device == "cpu" else visible_gpus(local_gpus())
+
+
+async def left_by_others(
+    gpus: Callable[[], Sequence[Gpu]], tell: Callable[[str], None], timeout_s: float = LEAVE_TIMEOUT_S
+) -> None:
+    """Waits a while until nobody holds memory of GPUs that are this replica's alone.
+
+    After a SIGKILL the predecessor's engine, a process of its own, may take some seconds to end: a KV cache that is
+    planned meanwhile would be small for good. Who does not leave is told, and the plan goes by what is free.
+    """
+    deadline = time.monotonic() + timeout_s
+    while others := [gpu for gpu in await asyncio.to_thread(gpus) if is_held(gpu)]:
+        if time.monotonic() > deadline:
+            tell(f"plans beside others, who hold memory of a whole GPU: {held_by_others(others)}")
+            return
+        await asyncio.sleep(0.5)

@@ -1,0 +1,213 @@
+"""Planned against measured: what a replica holds, told at its start, as gauges, to `serve-app status`, to next plans.
+
+A difference is told, and nothing is stopped for it: pt's own limits are enforced by torch's allocator, vLLM's by the
+bytes that it was given.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+import ray
+from ray import serve
+
+from serve_app.config import ModelConfig
+from serve_app.engines.engine import Engine
+from serve_app.engines.rank_memory import RankMemory
+from serve_app.errors import EngineError
+from serve_app.facts.architecture import Architecture
+from serve_app.facts.calibration import Calibration, setting_key, write_calibrations
+from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.gpus import Gpu
+from serve_app.planning.fit import gib
+from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.setting import setting_of
+from serve_app.replica.metrics import ReplicaMetrics
+from serve_app.replica.report import (
+    REPORT_EVERY_S,
+    DeviceReport,
+    ReplicaReport,
+    forget_report,
+    write_report,
+)
+from serve_app.terminal import say
+
+logger = logging.getLogger("ray.serve")
+
+# Files of calibrations are written when a figure grew by this share: allocators breathe.
+WORTH_WRITING = 1.02
+FORGET_TIMEOUT_S = 2.0
+
+
+class MemoryWatch:
+    """Watches one engine from when it is ready. `gpus` are those of the replica, in its own order."""
+
+    def __init__(self, config: ModelConfig, engine: Engine, planned: ModelPlan | None, gpus: Sequence[Gpu]):
+        self._config, self._engine, self._planned, self._gpus = config, engine, planned, gpus
+        context = serve.get_replica_context()
+        self._application, self._replica = context.app_name, context.replica_id.unique_id
+        self._node = ray.util.get_node_ip_address()
+        self._peaks: dict[str, int] = {}
+        self._written: dict[str, Calibration] = {}
+        self._warned: set[str] = set()
+        self._architecture: Architecture | None = None
+        self._ready_after_s = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self._metrics = ReplicaMetrics()
+
+    async def start(self, ready_after_s: float) -> None:
+        """Measures once, and goes on in the background.
+
+        Raises EngineError when the engine runs on a GPU of somebody else's; whatever else fails is told in the log.
+        """
+        self._ready_after_s = ready_after_s
+        ranks = await self._measured()
+        require_own_gpus(ranks, self._gpus)
+        for device in self._devices(ranks):
+            say(_line(device))
+        self._task = asyncio.create_task(self._keep(ranks))
+
+    async def stop(self) -> None:
+        """Ends it, and takes its report back, if Ray's head answers."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        with contextlib.suppress(Exception):  # The report becomes stale by itself.
+            async with asyncio.timeout(FORGET_TIMEOUT_S):
+                await asyncio.to_thread(forget_report, self._application, self._replica)
+
+    async def _keep(self, ranks: Sequence[RankMemory]) -> None:
+        while True:
+            for what, work in (("told to `serve-app status`", self._report), ("kept for next plans", self._calibrate)):
+                try:
+                    await asyncio.to_thread(work, ranks)
+                except Exception as error:  # Ray's head may be restarting, a disk be full; the replica serves on.
+                    self._warn(f"What was measured is not {what}: {error}")
+            await asyncio.sleep(REPORT_EVERY_S)
+            ranks = await self._measured()
+
+    async def _measured(self) -> Sequence[RankMemory]:
+        """What the engine says, with the largest of the peaks so far; nothing where it cannot say."""
+        try:
+            ranks = await self._engine.memory()
+        except Exception as error:
+            self._warn(str(error))
+            return ()
+        for rank in ranks:
+            self._peaks[rank.device] = max(self._peaks.get(rank.device, 0), rank.peak or 0)
+        return ranks
+
+    def _warn(self, text: str) -> None:
+        """Once for each text: it would come again every few seconds."""
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s", text)
+
+    def _devices(self, ranks: Sequence[RankMemory]) -> list[DeviceReport]:
+        """Each device that is held, with what was planned."""
+        planned = planned_by_device(self._planned, self._gpus)
+        indices = {gpu.uuid: gpu.index for gpu in self._gpus}
+        return [_device_report(rank, planned.get(rank.device), indices, self._peaks) for rank in ranks]
+
+    def _report(self, ranks: Sequence[RankMemory]) -> None:
+        load, devices = self._engine.load(), self._devices(ranks)
+        self._metrics.told(devices, load)
+        write_report(ReplicaReport(
+            self._application, self._replica, self._node, os.getpid(), self._config.model, self._config.infer_backend,
+            load, self._ready_after_s, time.time(), devices,
+        ))  # fmt: skip
+
+    def _calibrate(self, ranks: Sequence[RankMemory]) -> None:
+        if self._planned is None:
+            return
+        if self._architecture is None:
+            self._architecture = read_checkpoint(self._config.model, self._config.revision).architecture
+        measured = calibrations_of(self._config, self._architecture, self._planned, ranks, self._gpus)
+        found = {
+            key: calibration
+            for key, calibration in measured.items()
+            if key not in self._written or _is_more(calibration, self._written[key])
+        }
+        if found:
+            write_calibrations(found)
+            self._written |= found
+
+
+def planned_by_device(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, RankPlan]:
+    """The plan's ranks by the GPU's UUID, or "cpu"."""
+    found = {}
+    for rank in () if planned is None else planned.ranks:
+        device = rank.device
+        if not device.is_gpu:
+            found["cpu"] = rank
+            continue
+        own = [gpu for n, gpu in enumerate(gpus) if (gpu.index if device.by_index else n) == device.index]
+        found |= {gpu.uuid: rank for gpu in own}
+    return found
+
+
+def calibrations_of(
+    config: ModelConfig,
+    architecture: Architecture,
+    planned: ModelPlan,
+    ranks: Sequence[RankMemory],
+    gpus: Sequence[Gpu],
+) -> dict[str, Calibration]:
+    """What was measured, for the next plan of the same setting."""
+    by_device = planned_by_device(planned, gpus)
+    found: dict[str, Calibration] = {}
+    for rank in ranks:
+        plan = by_device.get(rank.device)
+        if rank.rest is None or plan is None:
+            continue
+        setting = setting_of(config, architecture, planned.max_model_len, plan.device, *plan.seat)
+        measured = Calibration(
+            setting, max(0, rank.rest - hidden_weights(rank, plan)), rank.context if plan.device.is_gpu else None
+        )
+        key = setting_key(setting)
+        found[key] = found[key].joined(measured) if key in found else measured
+    return found
+
+
+def hidden_weights(rank: RankMemory, planned: RankPlan) -> int:
+    """On the CPU oneDNN's order of weights hides them from vLLM's list of parameters: the plan's figure stands in."""
+    return 0 if planned.device.is_gpu else max(0, planned.weights.bytes - rank.weights)
+
+
+def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu]) -> None:
+    """Raises EngineError when a rank is on a GPU that this replica was not given, where NVML shows any."""
+    own = {gpu.uuid for gpu in gpus}
+    for rank in ranks if own else ():
+        if rank.device != "cpu" and rank.device not in own:
+            raise EngineError(
+                f"the engine runs on {rank.device}, and was given {', '.join(sorted(own))}. "
+                "CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES was changed on its way; leave both to Ray and this program."
+            )
+
+
+def _device_report(
+    rank: RankMemory, planned: RankPlan | None, indices: dict[str, int], peaks: dict[str, int]
+) -> DeviceReport:
+    share = None if planned is None else planned.share
+    weights = rank.weights + (0 if planned is None else hidden_weights(rank, planned))
+    return DeviceReport(
+        rank.device, indices.get(rank.device), None if share is None else share.bytes,
+        "" if share is None else share.certainty, rank.held,
+        None if rank.peak is None else max(rank.peak, peaks.get(rank.device, 0)), weights, rank.kv_cache,
+    )  # fmt: skip
+
+
+def _is_more(new: Calibration, old: Calibration) -> bool:
+    contexts = (new.context_bytes or 0, old.context_bytes or 0)
+    return new.activation_bytes > WORTH_WRITING * old.activation_bytes or contexts[0] > WORTH_WRITING * contexts[1]
+
+
+def _line(device: DeviceReport) -> str:
+    """What the terminal shows when a replica is ready."""
+    where = "memory" if device.device == "cpu" else f"GPU {device.index}"
+    planned = "is not planned" if device.planned is None else f"was planned {gib(device.planned)}"
+    holds = "nobody tells what it holds" if device.held is None else f"holds {gib(device.held)}"
+    return f"{where}: {planned}, {holds}"

@@ -1,0 +1,198 @@
+"""The router: one address for all models.
+
+A reverse proxy that understands one field of a request, `model`. Everything else passes as bytes, both ways.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ray import serve
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from serve_app.access.cluster_record import joined
+from serve_app.access.door import Inside, stand_behind
+from serve_app.access.gate import Gate, KeyedRouter
+from serve_app.access.keys import configured_keys
+from serve_app.access.limiter import ActorLimiter
+from serve_app.config import RouterConfig
+from serve_app.errors import ConfigError, InvalidRequest, RequestError
+from serve_app.ray_serve import replicas_listen_for_http
+from serve_app.router.announcer import announce
+from serve_app.router.directory import ModelDirectory, ModelStatus
+from serve_app.router.forward import Proxy
+from serve_app.router.metrics import RouterMetrics
+from serve_app.router.openapi import openapi_document
+from serve_app.router.upstream.addresses import ReplicaAddresses
+from serve_app.router.upstream.http import HttpUpstream
+from serve_app.router.upstream.protocol import HandleUpstream
+from serve_app.terminal import say
+from serve_app.wire.openai_errors import error_response
+
+logger = logging.getLogger("ray.serve")
+
+
+class Router:
+    """The deployment class of the router application. Its `user_config` changes what a RouterConfig holds, live."""
+
+    def __init__(self, config: RouterConfig):
+        source = configured_keys()
+        self._access = joined(source)
+        metrics = RouterMetrics()
+        own_name = serve.get_replica_context().app_name
+        directory = ModelDirectory(own_name, config.discovery_interval_s, metrics.loaded)
+        handles = HandleUpstream(directory, config.discovery_interval_s)
+        self._config = config
+        self._is_configured = False
+        self._directory = directory
+        self._gate = Gate(source, ActorLimiter())
+        over_http = HttpUpstream(directory, handles, self._gate, ReplicaAddresses())
+        upstream = over_http if replicas_listen_for_http() else handles
+        self._proxy = Proxy(config, directory, upstream, metrics, self._gate)
+        stand_behind(Inside(self._gate, lambda: self._proxy.config, refused=metrics.refused))
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return KeyedRouter(build_app(self._proxy, self._directory, self._gate), self._gate)
+
+    async def check_health(self) -> None:
+        """Called by Serve; an exception makes it replace the replica."""
+        await self._access.check()
+
+    def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Called by Serve at the start, and when `user_config` changes: its fields replace those of `args`.
+
+        What is wrong at the start fails it. Later it is logged and changes nothing: Serve would stop the router.
+        """
+        try:
+            self._proxy.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
+        except ConfigError as error:
+            if not self._is_configured:
+                say(f"the router cannot start: user_config: {error}")
+                raise
+            logger.error("user_config of the router was not taken over: %s", error)
+            say(f"user_config of the router was not taken over: {error}")
+        self._is_configured = True
+
+
+def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:
+    """The router's application. Its lifespan tells the terminal how the models come up."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await gate.start()
+        await proxy.start()
+        tasks = [
+            asyncio.create_task(directory.keep_fresh()),
+            asyncio.create_task(announce(directory, gate.source.is_open)),
+        ]
+        yield
+        for task in tasks:
+            task.cancel()
+        await proxy.close()
+
+    endpoints = _Endpoints(proxy, directory)
+    return Starlette(
+        routes=[
+            Route("/health", endpoints.health),
+            Route("/ready", endpoints.ready),
+            Route("/openapi.json", endpoints.openapi),
+            Route("/v1/models", endpoints.list_models),
+            Route("/v1/models/{name:path}", endpoints.show_model),
+            Route("/{path:path}", proxy, methods=["POST"]),
+        ],
+        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route, Exception: _unexpected},
+        lifespan=lifespan,
+    )
+
+
+class _Endpoints:
+    def __init__(self, proxy: Proxy, directory: ModelDirectory):
+        self._proxy = proxy
+        self._directory = directory
+        self._created = int(time.time())
+
+    async def health(self, _: Request) -> Response:
+        """The process is up."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """Which models serve, and what waits for each in this router.
+
+        200 as soon as one serves, so that one broken model does not take the others away.
+        """
+        models = await self._directory.models()
+        ready = [model for model in models.values() if model.is_open]
+        body = {
+            "status": "ready" if len(ready) == len(models) > 0 else "degraded" if ready else "unavailable",
+            "models": {
+                model.name: {
+                    "status": model.state,
+                    "replicas": model.replicas,
+                    "message": model.message,
+                    **self._proxy.queued(model.name),
+                }
+                for model in map(self._directory.seen_from_outside, models.values())
+            },
+        }
+        return JSONResponse(body, status_code=200 if ready else 503)
+
+    async def openapi(self, _: Request) -> Response:
+        """The OpenAPI document, with the models that are there now."""
+        config = self._proxy.config
+        names = {*await self._directory.models(), *config.aliases}
+        return JSONResponse(openapi_document(names, needs_model=config.default_model is None))
+
+    async def list_models(self, _: Request) -> Response:
+        """OpenAI's list; `status` is ours."""
+        models = await self._directory.models()
+        data = [self._model_object(model) for model in models.values()]
+        aliases = self._proxy.config.aliases
+        data += [self._model_object(models[name], alias) for alias, name in aliases.items() if name in models]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def show_model(self, request: Request) -> Response:
+        """One entry of OpenAI's list."""
+        name = request.path_params["name"]
+        model = await self._directory.find(self._proxy.config.aliases.get(name, name))
+        return JSONResponse(self._model_object(model, name))
+
+    def _model_object(self, model: ModelStatus, name: str | None = None) -> dict[str, Any]:
+        """`root` is the model's own name, where it was asked for by an alias."""
+        return {
+            "id": name or model.name,
+            "root": model.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "serve-app",
+            "status": self._directory.seen_from_outside(model).state,
+        }
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    return error_response(RequestError(f"The router failed: {type(error).__name__}: {error}"))
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail = "Not Found" if request.method in ("GET", "HEAD") else error.detail
+    refusal = InvalidRequest(
+        f"{request.method} {request.url.path}: {detail}. Endpoints without 'model' in a JSON body are reached "
+        "by the model's own route, /models/NAME/…"
+    )
+    response = error_response(refusal)
+    # Only POST goes to models, so for a browser an unknown address is unknown, not a wrong method.
+    response.status_code = 404 if request.method in ("GET", "HEAD") else error.status_code
+    return response

@@ -1,0 +1,38 @@
+"""The one rule by which both engines' answers are told apart: what says that the engine is lost, and what is the
+request's own error. Pure.
+
+Lost means that another replica may have the request, or the rest of it. A request's own error is passed on as it is: it
+would be the same everywhere.
+
+- A head says so by its status: 502, 503 or 504. pt and vLLM answer 503 when their engine has died.
+- In a stream the head is out, so an error event says so by its `code`: pt's is "model_unavailable". vLLM's are numbers,
+  and its 500 means either. The two errors that vLLM raises in all open streams when its engine dies are told from the
+  others by their messages: that of `EngineDeadError`, and the empty one of `EngineGenerateError`.
+"""
+
+from typing import Any
+
+from serve_app.errors import ModelUnavailable
+from serve_app.router.transcript import events
+
+LOST_STATUSES = frozenset({502, 503, 504})
+VLLM_DEAD = "EngineCore encountered an issue"
+
+
+def is_lost_status(status: int) -> bool:
+    """Whether the head of an answer says that its engine is lost."""
+    return status in LOST_STATUSES
+
+
+def is_lost_event(piece: bytes) -> bool:
+    """Whether one of these server-sent events says that the engine behind a living replica is lost."""
+    if b'"error"' not in piece:
+        return False
+    errors = [event["error"] for event in events(piece) if isinstance(event, dict) and "error" in event]
+    return any(isinstance(error, dict) and _is_lost(error.get("code"), error.get("message")) for error in errors)
+
+
+def _is_lost(code: Any, message: Any) -> bool:
+    if code == 500:
+        return not message or str(message).startswith(VLLM_DEAD)
+    return code == ModelUnavailable.code or code in LOST_STATUSES

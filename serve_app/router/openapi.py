@@ -1,0 +1,70 @@
+"""The OpenAPI document of the router: the endpoints that name a model, with the models that are there now.
+
+Of a body the router reads only `model`; the other fields are the engine's, whose own document is at
+/models/NAME/openapi.json. Those here are OpenAI's, which both engines take.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from serve_app.wire.openapi import Operation, Schema, document, reference
+
+_COUNT = {"type": "integer", "minimum": 1}
+_TEXT = {"type": "string"}
+_GENERATION: Mapping[str, Schema] = {
+    "max_tokens": _COUNT,
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "seed": {"type": "integer"},
+    "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 4}]},
+    "n": {"type": "integer", "minimum": 1, "maximum": 128},
+    "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "stream": {"type": "boolean"},
+    "user": _TEXT,
+}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": _TEXT},
+}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, _IDS]}
+# Each body's own fields, and those of them that it needs.
+_BODIES: Mapping[str, tuple[Mapping[str, Schema], list[str]]] = {
+    "Chat": ({"messages": {"type": "array", "items": _MESSAGE, "minItems": 1}, **_GENERATION}, ["messages"]),
+    "Completion": ({"prompt": _PROMPT, **_GENERATION}, ["prompt"]),
+    "Embedding": ({"input": _PROMPT, "encoding_format": {"enum": ["float", "base64"]}}, ["input"]),
+    "Tokenize": ({"prompt": _TEXT, "add_special_tokens": {"type": "boolean"}}, ["prompt"]),
+    "Detokenize": ({"tokens": _IDS}, ["tokens"]),
+}
+_OPERATIONS = (
+    Operation("GET", "/health", "The router is up. The only path that needs no key."),
+    Operation("GET", "/ready", "Which models serve."),
+    Operation("GET", "/v1/models", "OpenAI's list of models."),
+    Operation("GET", "/v1/models/{name}", "One model of the list."),
+    Operation("POST", "/v1/chat/completions", "Answers a chat.", reference("Chat"), streams=True),
+    Operation("POST", "/v1/completions", "Continues a text.", reference("Completion"), streams=True),
+    Operation("POST", "/v1/embeddings", "Vectors of texts.", reference("Embedding")),
+    Operation("POST", "/tokenize", "Token ids of a text.", reference("Tokenize")),
+    Operation("POST", "/detokenize", "The text of token ids.", reference("Detokenize")),
+    Operation("GET", "/openapi.json", "This document."),
+)
+_TEXT_OF_IT = (
+    "Many models behind one address, by name. Every POST whose JSON body has `model` goes to that model, whatever its "
+    "path. Each model has a route of its own too, /models/NAME/…"
+)
+
+
+def openapi_document(names: Iterable[str], needs_model: bool) -> dict[str, Any]:
+    """`names` are the models and aliases that a request may name; `needs_model` is False where one is the default."""
+    model: Schema = {"type": "string", "enum": list(names)} if (names := sorted(names)) else {"type": "string"}
+    schemas = {
+        name: {
+            "type": "object",
+            "required": [*(["model"] if needs_model else []), *required],
+            "properties": {"model": model, **fields},
+        }
+        for name, (fields, required) in _BODIES.items()
+    }
+    return dict(document("serve-app", _TEXT_OF_IT, _OPERATIONS, schemas))

@@ -1,0 +1,110 @@
+"""Takes a lost stream up again: asks a replica for the token ids of what was sent, and for the rest."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from serve_app.router.engine_loss import is_lost_status
+from serve_app.router.transcript import (
+    CannotResume,
+    Continuation,
+    Transcript,
+    continuation,
+    ending,
+    kind_of,
+    prompt_request,
+)
+from serve_app.router.upstream.protocol import Answer, Upstream
+from serve_app.wire.asgi import HttpRequest
+from serve_app.wire.openai_errors import read_json
+
+JSON_HEADERS = [(b"content-type", b"application/json"), (b"accept", b"application/json")]
+
+
+class Resumed:
+    """How a stream goes on: with an `answer` to be rewritten, or, where it was complete, with its `last` events."""
+
+    def __init__(self, answer: Answer | None, rest: Continuation | None, last: bytes = b""):
+        self.answer = answer
+        self.rest = rest
+        self.last = last
+
+
+async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript: Transcript) -> Resumed:
+    """Raises CannotResume, or ReplicaLost where the next replica was lost too."""
+    transcript.read()
+    if transcript.done:
+        return Resumed(None, None)
+    if not transcript.started:  # The client has nothing yet, so the whole is asked again.
+        return Resumed(await _accepted(upstream, name, request), None)
+    asked = read_json(request.body)
+    kind = kind_of(request.path, asked)
+    if transcript.problem:
+        raise CannotResume(transcript.problem)
+    caller = _Caller(upstream, name, request)
+    prompt_ids, text_ids, max_model_len = await _ids(caller, prompt_request(kind, asked), asked, transcript.text)
+    rest = continuation(kind, asked, transcript, prompt_ids, text_ids, max_model_len)
+    if rest is None or transcript.finish_reason is not None:
+        return Resumed(None, None, ending(kind, asked, transcript, len(prompt_ids), len(text_ids)))
+    return Resumed(await caller.stream("/v1/completions", rest.body), rest)
+
+
+async def _ids(
+    caller: "_Caller", prompt: Mapping[str, Any] | None, asked: Mapping[str, Any], text: str
+) -> tuple[list[int], list[int], int]:
+    """Ids of the prompt and of the text, and the model's length in tokens.
+
+    Some tokenizers put a space before a text, or join it with what stands before: then the ids together do not say
+    prompt and text, and the stream is not taken up.
+    """
+    model = asked.get("model")
+    said = await caller.call("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
+    text_ids, max_model_len = said["tokens"], said["max_model_len"]
+    if prompt is None:
+        given = asked["prompt"]
+        prompt_ids = given[0] if given and isinstance(given[0], list) else given
+    else:
+        prompt_ids = (await caller.call("/tokenize", prompt))["tokens"]
+    before, both = [
+        (await caller.call("/detokenize", {"model": model, "tokens": ids}))["prompt"]
+        for ids in (prompt_ids, prompt_ids + text_ids)
+    ]
+    if both != before + text:
+        raise CannotResume("the tokens of its text cannot be told")
+    return prompt_ids, text_ids, max_model_len
+
+
+class _Caller:
+    """Sends small requests to the same model, with the request's id."""
+
+    def __init__(self, upstream: Upstream, name: str, request: HttpRequest):
+        self._upstream = upstream
+        self._name = name
+        ids = [pair for pair in request.headers if pair[0] in (b"x-request-id", b"authorization")]
+        self._headers = [*JSON_HEADERS, *ids]
+
+    async def call(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The decoded answer. Raises CannotResume where the model refuses, ReplicaLost where it is lost."""
+        content = json.dumps(body, ensure_ascii=False).encode()
+        answer = await _accepted(self._upstream, self._name, HttpRequest("POST", path, b"", self._headers, content))
+        try:
+            return json.loads(b"".join([piece async for piece in answer.pieces()]))
+        finally:
+            await answer.close()
+
+    async def stream(self, path: str, body: bytes) -> Answer:
+        """An answer that streams."""
+        return await _accepted(self._upstream, self._name, HttpRequest("POST", path, b"", self._headers, body))
+
+
+async def _accepted(upstream: Upstream, name: str, request: HttpRequest) -> Answer:
+    answer = await upstream.send(name, request)
+    if answer.status == 200:
+        return answer
+    try:
+        body = b"".join([piece async for piece in answer.pieces()])
+    finally:
+        await answer.close()
+    if is_lost_status(answer.status):
+        raise answer.lost(f"{request.path} was answered with {answer.status}")
+    raise CannotResume(f"{request.path} was refused with {answer.status}: {body[:200].decode('utf-8', 'replace')}")

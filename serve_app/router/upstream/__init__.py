@@ -1,0 +1,1 @@
+"""The ways from the router to a model's replicas."""

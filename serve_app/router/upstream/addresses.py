@@ -1,0 +1,171 @@
+"""Where the replicas of each model listen for HTTP, as Serve's controller tells HAProxy.
+
+The router sends to them itself: a second pass through HAProxy costs as much as the router. What HAProxy did for it is
+done here: the fewest requests of this router first, and those last, or not at all, that have failed it lately.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import ray
+from ray.serve.schema import TargetGroup
+
+from serve_app.ray_serve import controller, is_http, watch_targets
+from serve_app.router.suspicion import TOGETHER_S, Death
+
+logger = logging.getLogger("ray.serve")
+
+# Seconds for which an address that lost a request comes last. Serve needs three health checks, some 6 s, to see that an
+# engine has died behind a server that goes on answering.
+DOUBTED_S = 10.0
+# Seconds for which an address that took no connection is left out, twice as long each time. Serve needs two or three to
+# see a death, and takes the address away then.
+REFUSED_S, MOST_REFUSED_S = 3.0, 60.0
+# Seconds between two questions to a replica for its health, after it has said that its engine is lost.
+GONE_S = 1.0
+ANY_HOST = frozenset({"0.0.0.0", "::", "localhost"})  # noqa: S104
+
+
+@dataclass
+class ReplicaAddress:
+    """One replica's HTTP server. `url` ends with the model's route prefix; `running` are requests of this router."""
+
+    host: str
+    url: str
+    running: int = 0
+    refusals: int = 0
+    refused_at: float = float("-inf")
+    out_until: float = float("-inf")
+    doubted_until: float = float("-inf")
+    is_gone: bool = False
+    death: Death | None = None
+
+    @property
+    def is_out(self) -> bool:
+        """Whether it is not to be asked now."""
+        return time.monotonic() < self.out_until
+
+    def begin(self) -> "Lease":
+        """A request is sent there. While one tries an address that failed the last, no other does."""
+        if self.refusals or self.is_gone:
+            self.out_until = time.monotonic() + (REFUSED_S if self.refusals else GONE_S)
+        self.running += 1
+        return Lease(self)
+
+    def refused(self) -> None:
+        """It took no connection. Requests that tried it together are one refusal."""
+        now = time.monotonic()
+        if now - self.refused_at > REFUSED_S:
+            self.refusals, self.refused_at = self.refusals + 1, now
+        self.out_until = now + min(MOST_REFUSED_S, REFUSED_S * 2 ** (self.refusals - 1))
+
+    def lost(self) -> Death:
+        """It lost a request. Those that are lost within a moment are lost in one death, and so are all that notice it
+        later at a replica whose engine is known to be gone: it dies once."""
+        now = time.monotonic()
+        self.doubted_until = now + DOUBTED_S
+        if self.death is None or (now - self.death.at > TOGETHER_S and not self.is_gone):
+            self.death = Death(now, self.running)
+        return self.death
+
+    def gone(self) -> Death:
+        """It said itself that its engine is lost."""
+        death = self.lost()
+        self.is_gone, self.out_until = True, time.monotonic() + GONE_S
+        return death
+
+    def answered(self) -> None:
+        """It took a connection and gave an answer."""
+        self.refusals = 0
+        if not self.is_gone:
+            self.out_until = float("-inf")
+
+    def well(self) -> None:
+        """It has said that its engine lives, so that nothing has died."""
+        self.is_gone, self.out_until = False, float("-inf")
+        if self.death is not None:
+            self.death.is_explained = True
+            self.death = None
+
+
+class Lease:
+    """One request that runs at an address, until `end` is called; again does nothing."""
+
+    def __init__(self, address: ReplicaAddress):
+        self.address = address
+        self._is_over = False
+
+    def end(self) -> None:
+        """The request runs no more."""
+        if not self._is_over:
+            self._is_over = True
+            self.address.running -= 1
+
+
+class ReplicaAddresses:
+    """Of all models. Kept by Serve's controller, which tells of every change within a tenth of a second."""
+
+    def __init__(self) -> None:
+        self.keep_alive_s = 90.0
+        self._of_models: dict[str, list[ReplicaAddress]] = {}
+        self._stop: Callable[[], None] = lambda: None
+        self._own_ip = self._local_host = ""
+
+    async def watch(self) -> None:
+        """Begins to listen to the controller. The running event loop gets the changes."""
+        config = await controller().get_http_config.remote()
+        self.keep_alive_s = float(config.keep_alive_timeout_s)
+        self._local_host = "127.0.0.1" if config.host in ANY_HOST else config.host
+        self._own_ip = ray.util.get_node_ip_address()
+        self._stop = watch_targets(self._told)
+
+    def stop(self) -> None:
+        """Listens no more."""
+        self._stop()
+
+    def update(self, groups: Iterable[TargetGroup]) -> None:
+        """Takes what the controller says in place of what was; what is known of addresses that stay is kept."""
+        known = {address.url: address for addresses in self._of_models.values() for address in addresses}
+        found: dict[str, list[ReplicaAddress]] = {}
+        for group in filter(is_http, groups):
+            for target in group.targets:
+                host = self._host(target.ip)
+                url = f"http://{host}:{target.port}{group.route_prefix.rstrip('/')}"
+                found.setdefault(group.app_name, []).append(known.get(url) or ReplicaAddress(host, url))
+        self._of_models = found
+
+    def by_preference(self, name: str) -> list[ReplicaAddress]:
+        """The replicas of a model that may be asked now: doubtful ones last, then by requests, equals in any order."""
+        now = time.monotonic()
+        willing = [address for address in self._of_models.get(name, ()) if not address.is_out]
+        return sorted(willing, key=lambda a: (a.doubted_until > now, a.running, random.random()))  # noqa: S311
+
+    def has(self, name: str) -> bool:
+        """Whether the controller knows an address of the model."""
+        return bool(self._of_models.get(name))
+
+    def has_gone(self, name: str) -> bool:
+        """Whether a replica of the model is there whose engine is lost."""
+        return any(address.is_gone for address in self._of_models.get(name, ()))
+
+    def silent(self, host: str) -> None:
+        """A whole host took no connection and refused none: its node is gone, or a firewall drops what is sent."""
+        for addresses in self._of_models.values():
+            for address in addresses:
+                if address.host == host:
+                    address.refused()
+
+    def _told(self, groups: Iterable[TargetGroup]) -> None:
+        """An exception here would end Serve's long poll, and the addresses would be those of this moment for ever."""
+        try:
+            self.update(groups)
+        except Exception:
+            logger.exception("The addresses of replicas cannot be read; those that were known stay.")
+
+    def _host(self, ip: str) -> str:
+        """Servers of this node may listen on its loopback address alone."""
+        host = self._local_host if ip == self._own_ip else ip
+        return f"[{host}]" if ":" in host else host

@@ -1,0 +1,114 @@
+"""Where requests wait for a model that is loading or asleep, up to a limit and a deadline."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from serve_app.config import RouterConfig
+from serve_app.errors import ModelUnavailable
+from serve_app.router.directory import ControllerSilent, ModelDirectory
+from serve_app.router.exchange import Exchange
+from serve_app.router.queues import Queues
+from serve_app.router.upstream.protocol import ReplicaLost, Upstream
+from serve_app.wire.asgi import HttpRequest
+
+logger = logging.getLogger("ray.serve")
+
+# Seconds between two looks at a model that is loading.
+LOOK_AGAIN_S = 0.25
+# Seconds between two comments to a client that asked for them; proxies on the way often cut silence after 60.
+COMMENT_EVERY_S = 5.0
+# What is sent to a model that is asleep. It waits where Serve counts waiting requests, so a replica is started.
+WAKE_CALL = HttpRequest("GET", "/health", b"", [(b"accept", b"*/*")], b"")
+
+
+class WaitingRoom:
+    """Of one router replica, for all models."""
+
+    def __init__(self, directory: ModelDirectory, upstream: Upstream, queues: Queues):
+        self._directory = directory
+        self._queues = queues
+        self._upstream = upstream
+        self._calls: dict[str, asyncio.Task[bool]] = {}
+
+    async def pass_through(self, exchange: Exchange, name: str, config: RouterConfig, patient: bool = True) -> None:
+        """Returns when the model is ready. The impatient wait for none that loads; one that sleeps is not down.
+
+        Raises ModelNotFound, ModelUnavailable with the measured load time, or Overloaded when too many wait.
+        """
+        model = await self._directory.find(name)
+        exchange.model = name
+        if model.state == "ready":
+            return
+        self._directory.require_hope(model)
+        if model.state == "asleep" and not config.max_held_requests:
+            self._call(name, config.hold_timeout_s)
+        if not config.max_held_requests or not (patient or model.is_open):
+            raise self._directory.unavailable(model)
+        with self._queues[name].hold(config, self._directory.load_time_s(name)):
+            try:
+                async with asyncio.timeout(config.hold_timeout_s), self._comments(exchange, name):
+                    await self._until_ready(name)
+            except TimeoutError:
+                raise self._directory.unavailable(await self._directory.find(name)) from None
+
+    async def _until_ready(self, name: str) -> None:
+        call: asyncio.Task[bool] | None = None
+        try:
+            while True:
+                with suppress(ControllerSilent):  # It may be restarting; what waits, waits on.
+                    model = await self._directory.find(name)
+                    if model.state == "ready":
+                        return
+                    self._directory.require_hope(model)
+                    if model.state == "asleep" and call is None:
+                        call = asyncio.create_task(self._wakes(name))
+                # The call may wait for ever: Serve does not tell it that the model has failed.
+                if call is not None and (await asyncio.wait({call}, timeout=LOOK_AGAIN_S))[0]:
+                    if call.result():
+                        return
+                    call = None
+                if call is None:
+                    await asyncio.sleep(LOOK_AGAIN_S)
+        finally:
+            if call is not None:
+                call.cancel()
+
+    async def _wakes(self, name: str) -> bool:
+        """Whether the model has answered a call. Each request that waits makes one: Serve scales by their number."""
+        self._directory.waking(name)
+        with suppress(ReplicaLost, ModelUnavailable):  # NotOpen too: it loads by now.
+            answer = await self._upstream.send(name, WAKE_CALL)
+            await answer.close()
+            if answer.status == 200:
+                self._directory.woke(name)
+                return True
+        return False
+
+    def _call(self, name: str, timeout_s: float) -> None:
+        """Wakes a model for those who may not wait, and come again."""
+        if name not in self._calls:
+            self._calls[name] = asyncio.create_task(asyncio.wait_for(self._wakes(name), timeout_s))
+            self._calls[name].add_done_callback(self._called)
+
+    def _called(self, call: "asyncio.Task[bool]") -> None:
+        self._calls = {name: other for name, other in self._calls.items() if other is not call}
+        if not call.cancelled() and (error := call.exception()) is not None:
+            logger.warning("A model could not be woken: %s: %s", type(error).__name__, error)
+
+    @asynccontextmanager
+    async def _comments(self, exchange: Exchange, name: str) -> AsyncIterator[None]:
+        """Tells the client, where it asked for that, how long it still has to wait."""
+        telling = asyncio.create_task(self._tell(exchange, name)) if exchange.wants_progress else None
+        try:
+            yield
+        finally:
+            if telling is not None:
+                telling.cancel()
+                await asyncio.wait({telling})  # Not awaited itself: that would swallow a cancellation of this task.
+
+    async def _tell(self, exchange: Exchange, name: str) -> None:
+        while True:
+            await exchange.comment(f"loading '{name}', about {self._directory.load_time_s(name):.0f} s left")
+            await asyncio.sleep(COMMENT_EVERY_S)

@@ -1,0 +1,134 @@
+"""One HTTP request as plain values, and an ASGI application called with it.
+
+This is how a request travels through a Ray handle: the router sends a `HttpRequest`, the replica yields bytes.
+The first item is the head (`encode_head`), every other item is a piece of the body.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Scope
+
+from serve_app.errors import RequestError
+from serve_app.wire.openai_errors import error_object
+
+logger = logging.getLogger("ray.serve")
+
+Messages = asyncio.Queue[Message | None]
+Headers = list[tuple[bytes, bytes]]
+
+# Messages that an application may be ahead of its reader, before `send` waits.
+SEND_AHEAD = 64
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """A request with its whole body. Header names are lower-case; `path` is decoded, `query` is not."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: Headers
+    body: bytes
+
+
+def encode_head(status: int, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """The first item of a response: status and headers as JSON, latin-1 as in HTTP."""
+    pairs = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in headers]
+    return json.dumps([status, pairs]).encode()
+
+
+def decode_head(item: bytes) -> tuple[int, Headers]:
+    """Status and headers from the first item of a response."""
+    status, pairs = json.loads(item)
+    return status, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
+
+
+async def call_asgi(app: ASGIApp, request: HttpRequest) -> AsyncIterator[bytes]:
+    """Runs the application on one request and yields head and body.
+
+    Pieces that are already waiting are joined into one item; nothing waits on a timer. When the reader goes away, the
+    application sees `http.disconnect` and is cancelled. An application that raises before its head gives a 500; one
+    that raises later raises here, so that the reader sees a broken response and not a short one.
+    """
+    messages: Messages = asyncio.Queue(SEND_AHEAD)
+    gone = asyncio.Event()
+    task = asyncio.create_task(_run(app, request, messages, gone))
+    try:
+        head = await messages.get()
+        if head is None:
+            await task
+            raise RuntimeError("the application ended without a response")
+        yield encode_head(head["status"], head.get("headers", []))
+        while (message := await messages.get()) is not None:
+            pieces = [message.get("body", b"")]
+            ended = False
+            while not messages.empty() and not ended:
+                following = messages.get_nowait()
+                ended = following is None
+                pieces.append(b"" if following is None else following.get("body", b""))
+            if piece := b"".join(pieces):
+                yield piece
+            if ended:
+                break
+        await task
+    finally:
+        gone.set()
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asyncio.Event) -> None:
+    """Runs the application, puts what it sends into `messages`, then None."""
+    started = False
+    body_read = False
+
+    async def receive() -> Message:
+        nonlocal body_read
+        if not body_read:
+            body_read = True
+            return {"type": "http.request", "body": request.body, "more_body": False}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        nonlocal started
+        started = started or message["type"] == "http.response.start"
+        await messages.put(message)
+
+    try:
+        await app(_scope(request), receive, send)
+    except Exception as error:
+        if started:
+            raise
+        body = json.dumps(error_object(RequestError(f"{type(error).__name__}: {error}"))).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await messages.put({"type": "http.response.start", "status": 500, "headers": headers})
+        await messages.put({"type": "http.response.body", "body": body})
+        logger.exception("the application failed before its answer")
+    finally:
+        if not gone.is_set():  # With nobody reading, a full queue would hold this for ever.
+            await messages.put(None)
+
+
+def _scope(request: HttpRequest) -> Scope:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": "http",
+        "path": request.path,
+        "raw_path": request.path.encode(),
+        "query_string": request.query,
+        "root_path": "",
+        "headers": request.headers,
+        "client": None,
+        "server": None,
+        "state": {},
+    }

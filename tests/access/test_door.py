@@ -1,0 +1,186 @@
+"""What no request passes: the door before Serve, tried with an application that does to a body what Serve does."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.middleware import Middleware
+
+from serve_app.access import door as outer_door
+from serve_app.access.body_budget import FREE_BYTES, BodyBudget
+from serve_app.access.door import Inside, OuterDoor
+from serve_app.access.gate import Gate
+from serve_app.access.keys import KeySource
+from serve_app.build.options import OUTER_DOOR
+from serve_app.config import ModelConfig, RouterConfig
+from serve_app.errors import Overloaded
+from tests.access.test_gate import AUTH, OUTSIDE, LocalLimiter, make_gate
+
+MB = 2**20
+
+
+class Serve:
+    """Reads the whole body, as Serve does while a request waits, and remembers what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[bytes, bytes]] = []
+        self.bodies: list[bytes] = []
+        self.arrived = asyncio.Semaphore(0)
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """An ASGI application."""
+        self.seen.append(dict(scope["headers"]))
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        self.bodies.append(body)
+        self.arrived.release()
+        await self.go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def client(serve: Serve, gate: Gate, limits: RouterConfig | ModelConfig | None = None, **of: Any) -> httpx.AsyncClient:
+    """Of `serve` behind the door."""
+    door = OuterDoor(serve, Inside(gate, lambda: limits or RouterConfig(), **of))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://here")
+
+
+def open_gate() -> Gate:
+    """Nobody needs a key."""
+    return Gate(KeySource(None, {}), LocalLimiter())
+
+
+async def endless() -> AsyncIterator[bytes]:
+    """A body that must not be read."""
+    raise AssertionError("the body was read")
+    yield b""
+
+
+async def test_no_byte_of_a_body_is_read_before_the_key(tmp_path: Path) -> None:
+    """Nor does Serve see the request. What Serve asks itself, and health, needs no key."""
+    serve, refused = Serve(), list[int]()
+    async with client(serve, make_gate(tmp_path)[0], model="m", refused=refused.append) as http:
+        nobody = await http.post("/v1/completions", content=endless(), headers={"x-request-id": "mine"})
+        other = await http.post("/v1/completions", content=endless(), headers=OUTSIDE)
+        assert (serve.seen, refused) == ([], [401, 403])
+        assert (nobody.status_code, nobody.headers["x-request-id"]) == (401, "mine")
+        assert (other.status_code, len(other.headers["x-request-id"])) == (403, 32)
+        assert nobody.json()["error"]["code"] == "invalid_api_key"
+        for path in ("/-/healthz", "/-/routes", "/models/m/health"):
+            assert (await http.get(path)).status_code == 200
+        assert (await http.post("/v1/completions", content=b"{}", headers=AUTH)).status_code == 200
+    assert serve.bodies[-1] == b"{}"
+
+
+async def test_a_body_over_the_limit_is_refused_before_serve(tmp_path: Path) -> None:
+    """A declared one unread."""
+    serve, limits = Serve(), RouterConfig(max_body_bytes=1000, body_timeout_s=0.2)
+
+    async def pieces(count: int, pause_s: float = 0) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            await asyncio.sleep(pause_s)
+            yield b"x" * 100
+
+    async with client(serve, open_gate(), limits) as http:
+        declared = await http.post("/", content=endless(), headers={"content-length": "1001"})
+        counted = await http.post("/", content=pieces(11))
+        slow = await http.post("/", content=pieces(10, 0.1))
+        assert [reply.status_code for reply in (declared, counted, slow)] == [413, 413, 408]
+        assert serve.seen == []
+        assert (await http.post("/", content=pieces(10))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x-request-disconnect-disabled", "x-request-timeout-seconds", "serve_multiplexed_model_id",
+     "serve-multiplexed-model-id", "X-Request_Disconnect-Disabled"],
+)  # fmt: skip
+async def test_clients_do_not_steer_serve(name: str) -> None:
+    """Its own headers do not come in; others do."""
+    serve = Serve()
+    async with client(serve, open_gate()) as http:
+        await http.post("/", content=b"", headers={name: "?1", "x-request-id": "mine", "x-other": "1"})
+    assert name.lower().encode() not in serve.seen[0]
+    assert (serve.seen[0][b"x-request-id"], serve.seen[0][b"x-other"]) == (b"mine", b"1")
+
+
+@pytest.mark.parametrize("name", ["x-request-id", "x-session-id", "traceparent"])
+async def test_a_header_that_serve_cannot_read_is_told(name: str) -> None:
+    """It would answer 500 without a word. UTF-8 is fine."""
+    serve = Serve()
+    async with client(serve, open_gate()) as http:
+        wrong = await http.post("/", headers=[(name.encode(), b"caf\xe9")])
+        right = await http.post("/", headers=[(name.encode(), "café".encode())])
+    assert (wrong.status_code, right.status_code) == (400, 200)
+    assert f"The header '{name}' is not text in UTF-8" in wrong.json()["error"]["message"]
+    assert wrong.headers["x-request-id"]
+
+
+async def test_large_bodies_share_a_budget_and_small_ones_need_none() -> None:
+    """Held until the answer ends, as the router keeps a body to send it again. Then there is room."""
+    serve = Serve()
+    limits = RouterConfig(max_bodies_bytes=4 * MB)
+    async with client(serve, open_gate(), limits) as http:
+        serve.go_on.clear()
+        held = [asyncio.create_task(http.post("/", content=b"x" * MB)) for _ in range(4)]
+        for _ in held:
+            await serve.arrived.acquire()
+        refused = await http.post("/", content=b"x" * MB)
+        small = asyncio.create_task(http.post("/", content=b"x" * FREE_BYTES))
+        await serve.arrived.acquire()
+        serve.go_on.set()
+        assert [reply.status_code for reply in await asyncio.gather(*held, small)] == [200] * 5
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "4194304 bytes together" in refused.json()["error"]["message"]
+        assert (await http.post("/", content=b"x" * MB)).status_code == 200
+
+
+def test_one_key_has_half_of_the_budget() -> None:
+    """So no client with large bodies shuts out those of another. What is given back is free again."""
+    budget = BodyBudget(lambda: 10 * MB)
+    first, second = budget.hold("a"), budget.hold("a")
+    first.grow(5 * MB)
+    with pytest.raises(Overloaded, match="of this API key may have 5242880 bytes"):
+        second.grow(MB)
+    budget.hold("b").grow(5 * MB)
+    with pytest.raises(Overloaded, match="The request bodies here"):
+        budget.hold("c").grow(MB)
+    first.release()
+    first.release()
+    second.release()
+    assert budget.held == 5 * MB - FREE_BYTES
+
+
+def test_serve_finds_the_door_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contract with Ray: the variable, its form, and that the door stands before Serve's own middleware."""
+    from ray.serve._private import http_util
+    from ray.serve.config import HTTPOptions
+
+    (name,) = OUTER_DOOR
+    assert http_util.__dict__[name] is None
+    monkeypatch.setattr(http_util, name, OUTER_DOOR[name])
+    inside = Inside(open_gate(), RouterConfig)
+    monkeypatch.setattr(outer_door, "_of_this_process", inside)
+    made = http_util.configure_http_middlewares(http_util.configure_http_options_with_defaults(HTTPOptions()))
+    assert [type(item) for item in made.middlewares] == [Middleware]
+    app = http_util._apply_middlewares(Serve(), made.middlewares)
+    assert isinstance(app, OuterDoor)
+    assert isinstance(app._app, http_util.RequestIdMiddleware)
+    assert app._inside is inside
+
+
+def test_serves_proxy_without_readable_keys_lets_nobody_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A proxy that failed to start would take the whole of Serve along, with less of a reason."""
+    monkeypatch.setenv("SERVE_APP_API_KEYS_FILE", str(tmp_path / "missing.yaml"))
+    monkeypatch.setattr(outer_door, "_of_this_process", None)
+    (made,) = outer_door.middlewares()
+    gate = made.kwargs["inside"].gate
+    assert gate is not None
+    assert not gate.source.is_open

@@ -1,0 +1,59 @@
+"""Ray Serve's options for a model."""
+
+from serve_app.engines.pt.engine import DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_QUEUED_REQUESTS
+from serve_app.planning.placement import Demand
+from serve_app.build.options import OUTER_DOOR, model_options, replica_environment, router_options
+from tests.builders import model_config
+
+CPU = model_config(device="cpu")
+
+
+def test_a_cpu_replica_sees_no_gpu_and_uses_its_cpus() -> None:
+    """Torch must not find a GPU that belongs to another model."""
+    variables = replica_environment(CPU, Demand(cpus=2), {})
+    assert (variables["CUDA_VISIBLE_DEVICES"], variables["OMP_NUM_THREADS"]) == ("", "2")
+
+
+def test_memory_by_index_shows_exactly_those_gpus() -> None:
+    """With `num_gpus=0` Ray leaves CUDA_VISIBLE_DEVICES alone, so it is set here, in NVML's order."""
+    demand = Demand(cpus=1, vram_gib={3: 1.0, 1: 2.0})
+    variables = replica_environment(model_config(max_memory={1: "2GiB", 3: "1GiB"}), demand, {})
+    assert (variables["CUDA_VISIBLE_DEVICES"], variables["CUDA_DEVICE_ORDER"]) == ("1,3", "PCI_BUS_ID")
+
+
+def test_whole_gpus_are_chosen_by_ray() -> None:
+    """Ray sets CUDA_VISIBLE_DEVICES itself."""
+    assert "CUDA_VISIBLE_DEVICES" not in replica_environment(model_config(), Demand(1, gpus=1), {})
+
+
+def test_the_applications_runtime_env_is_kept() -> None:
+    """Serve would drop it; the user's variables win over ours, but not over the placement."""
+    own = {"env_vars": {"OMP_NUM_THREADS": "7", "A": "1", "CUDA_VISIBLE_DEVICES": "5"}, "working_dir": "w"}
+    runtime_env = model_options(CPU, Demand(cpus=1), own)["ray_actor_options"]["runtime_env"]
+    assert runtime_env["working_dir"] == "w"
+    assert runtime_env["env_vars"]["OMP_NUM_THREADS"] == "7"
+    assert runtime_env["env_vars"]["A"] == "1"
+    assert runtime_env["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_serve_lets_in_more_than_the_engine_takes() -> None:
+    """So the engine's own queue is what fills up, and its 429 tells the measured rate."""
+    for rows, queued in ((None, None), (512, None), (8, 1000)):
+        config = model_config(device="cpu", max_num_seqs=rows, max_queued_requests=queued)
+        taken = (rows or DEFAULT_MAX_NUM_SEQS) + (queued or DEFAULT_MAX_QUEUED_REQUESTS)
+        assert model_options(config, Demand(cpus=1), {})["max_ongoing_requests"] > taken
+
+
+def test_no_queue_of_serves_is_without_a_bound() -> None:
+    """Serve's default is any number of requests, each with its body."""
+    for options in (model_options(CPU, Demand(cpus=1), {}), router_options({})):
+        assert 0 < options["max_queued_requests"] <= 1024
+
+
+def test_the_door_is_before_serve_in_every_replica() -> None:
+    """Whatever the file's own variables are; the router keeps its application's runtime_env too."""
+    own = {"env_vars": {"A": "1"}, "working_dir": "w"}
+    for options in (model_options(CPU, Demand(cpus=1), own), router_options(own)):
+        runtime_env = options["ray_actor_options"]["runtime_env"]
+        assert runtime_env["working_dir"] == "w"
+        assert runtime_env["env_vars"].items() >= {"A": "1", **OUTER_DOOR}.items()

@@ -1,0 +1,123 @@
+"""What `serve-app status` makes of Serve's details, Ray's nodes and the replicas' reports."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from serve_app.cli.cluster_status import ClusterStatus, cluster_status, missing_for
+from serve_app.cli.status import report
+from serve_app.facts.nodes import Node
+from serve_app.replica.report import DeviceReport, ReplicaReport
+from tests.builders import application, node
+
+GIB = 2**30
+NOW = 1000.0
+
+
+def ray_node(name: str, alive: bool = True, **resources: float) -> dict[str, Any]:
+    """As `ray.nodes()` has it."""
+    return {"NodeID": name * 8, "NodeManagerAddress": name, "Alive": alive, "Resources": resources,
+            "DeathReasonMessage": "" if alive else "health check failed"}  # fmt: skip
+
+
+def model(running: int, wanted: int, resources: dict[str, float]) -> dict[str, Any]:
+    """An application of one model, with replicas r0, r1, …"""
+    item = application(running=running)
+    replicas = [
+        {"replica_id": f"r{number}", "state": "RUNNING", "node_ip": "a", "pid": number} for number in range(running)
+    ]
+    item["deployments"]["Model"] |= {
+        "replicas": replicas,
+        "target_num_replicas": wanted,
+        "required_resources": resources,
+    }
+    return item
+
+
+def told(replica: str, held: int, written_at: float = NOW, planned: int | None = 10 * GIB) -> ReplicaReport:
+    """A report of one GPU."""
+    device = DeviceReport("GPU-x", 0, planned, "guessed", held, held, 1, 1)
+    return ReplicaReport("m", replica, "a", 1, "some/model", "pt", 0.5, 3.0, written_at, (device,))
+
+
+def seen(running: int, wanted: int, *reports: ReplicaReport, lost: bool = False) -> ClusterStatus:
+    """One model on a node with 24 GiB of GPU 0, of which 4 are left."""
+    nodes = [ray_node("a", CPU=8, **({} if lost else {"vram_mib_0": 24576.0}))]
+    nodes += [ray_node("b", alive=False)] if lost else []
+    left = {"aaaaaaaa": {"CPU": 8.0} | ({} if lost else {"vram_mib_0": 4096.0})}
+    applications = {"m": model(running, wanted, {"CPU": 1, "vram_mib_0": 10240.0})}
+    return cluster_status(applications, nodes, left, reports, NOW)
+
+
+def test_planned_and_held_stand_side_by_side() -> None:
+    """With a mark where more is held, and the sum of the card."""
+    status = seen(2, 2, told("r0", 9 * GIB), told("r1", 11 * GIB))
+    assert status.is_whole
+    assert status.models[0].load == 0.5
+    lines = [" ".join(line.split()) for line in report(status).splitlines()]
+    assert "a GPU 0 m r0 10.00 9.00 9.00 90%" in lines
+    assert "a GPU 0 m r1 10.00 11.00 11.00 110%!" in lines
+    assert "a GPU 0 together planned 20.00 GiB, holds 20.00 GiB" in lines
+    assert lines[-1] == "Every model has its replicas."
+
+
+def test_what_nobody_tells_is_no_zero() -> None:
+    """An unknown figure is a question mark; a replica that is silent, or was long ago, is named."""
+    text = report(seen(2, 2, told("r0", 9 * GIB, written_at=NOW - 100), told("r1", 9 * GIB, planned=None)))
+    assert "?" in text
+    assert "No report yet, or an old one, of: m r0." in text
+
+
+def test_a_lost_node_is_named_with_what_is_missing() -> None:
+    """Its GPU is nowhere else."""
+    status = seen(0, 1, lost=True)
+    assert not status.is_whole
+    text = report(status)
+    assert "gone: b (bbbbbbbb): health check failed" in text
+    assert "A replica needs 10.00 GiB of GPU 0, 1 CPU on one node, and no living node has that: a: 8 CPUs" in text
+    assert text.endswith("Not every model has its replicas.")
+
+
+def test_what_others_have_taken_is_told_with_what_is_left() -> None:
+    """Ray has the GPU, and not enough of it now."""
+    (found,) = seen(1, 2).models
+    assert found.missing.endswith("or others have it. Left: a: 8 CPUs, GPU 0: 4 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("asked", "left", "expected"),
+    [
+        ({"CPU": 1}, node(cpus=2), ""),  # starting, or about to
+        ({"CPU": 4}, node(cpus=2), "or others have it"),
+        ({"GPU": 2, "CPU": 1}, node(cpus=2), "no living node has that"),
+    ],
+)
+def test_missing_resources(asked: dict[str, float], left: Node, expected: str) -> None:
+    """Room now, room if others went, or no room at all."""
+    assert expected in missing_for(asked, [node(cpus=8)], [left])
+    assert bool(missing_for(asked, [node(cpus=8)], [left])) == bool(expected)
+
+
+def test_a_replica_that_loads_waits_for_nobody() -> None:
+    """It has its GPU already, so Ray has none left."""
+    asked = model(0, 1, {"GPU": 1})
+    asked["deployments"]["Model"]["replicas"] = [{"replica_id": "r0", "state": "STARTING", "node_ip": "a", "pid": 7}]
+    found = cluster_status({"m": asked}, [ray_node("a", CPU=8, GPU=1)], {"aaaaaaaa": {"CPU": 7.0}}, [], NOW)
+    assert found.models[0].missing == ""
+    assert not found.is_whole
+
+
+def test_replicas_that_serve_after_a_failed_update_are_shown() -> None:
+    """Serve has no deployment of such an application any more; their reports tell of them."""
+    failed = {"m": application("DEPLOY_FAILED", 0, "unknown field 'x'.", deployment=None)}
+    found = cluster_status(failed, [ray_node("a", CPU=8)], {}, [told("r0", GIB)], NOW)
+    assert (found.models[0].running, found.models[0].state) == (1, "ready")
+    assert not found.is_whole
+    assert "its update failed: unknown field 'x'." in report(found)
+
+
+def test_a_sum_with_an_unknown_part_is_unknown() -> None:
+    """As in containers, where NVML does not tell."""
+    unknown = replace(told("r0", 0), devices=(replace(told("r0", 0).devices[0], held=None, peak=None),))
+    assert "together planned 20.00 GiB, holds ?" in " ".join(report(seen(2, 2, unknown, told("r1", GIB))).split())

@@ -1,0 +1,81 @@
+"""The arguments and the environment that vLLM gets."""
+
+import json
+
+import pytest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from serve_app.engines.vllm.engine import _no_such_route, _too_deep, engine_arguments, environment
+from tests.builders import model_config
+
+
+def test_every_field_reaches_vllm_under_its_own_name() -> None:
+    """What the user left out is left to vLLM."""
+    config = model_config(infer_backend="vllm", tensor_parallel_size=2, max_model_len=100, quantization="awq")
+    arguments = engine_arguments(config, "name")
+    assert arguments["model"] == "some/model"
+    assert arguments["served-model-name"] == "name"
+    assert arguments["tensor-parallel-size"] == 2
+    assert arguments["max-model-len"] == 100
+    assert arguments["quantization"] == "awq"
+    assert "max-num-seqs" not in arguments
+    assert "enforce-eager" not in arguments
+
+
+def test_workers_are_processes_of_the_replica() -> None:
+    """Not Ray actors of their own: Ray would have to place them a second time."""
+    one = engine_arguments(model_config(infer_backend="vllm"), "n")
+    two = engine_arguments(model_config(infer_backend="vllm", tensor_parallel_size=2), "n")
+    assert (one["distributed-executor-backend"], two["distributed-executor-backend"]) == ("uni", "mp")
+
+
+def test_engine_args_come_last() -> None:
+    """In either spelling, and over our own choices."""
+    config = model_config(
+        infer_backend="vllm", device="cpu", engine_args={"enforce_eager": False, "kv-cache-dtype": "fp8"}
+    )
+    arguments = engine_arguments(config, "n")
+    assert (arguments["enforce-eager"], arguments["kv-cache-dtype"]) == (False, "fp8")
+
+
+@pytest.mark.timeout(400)  # It imports vLLM.
+async def test_media_are_fetched_from_nowhere_unless_the_config_names_hosts() -> None:
+    """Else a client could have the server fetch any address of the inner network. Held against vLLM's own check."""
+    from vllm.multimodal.media import ImageMediaIO, MediaConnector
+
+    closed = engine_arguments(model_config(infer_backend="vllm"), "n")["allowed-media-domains"]
+    for url in ("http://169.254.169.254/latest/meta-data", "http://127.0.0.1:8265/api/jobs/"):
+        with pytest.raises(ValueError, match="media-urls-are-closed"):
+            await MediaConnector(allowed_media_domains=closed).load_from_url_async(url, ImageMediaIO())
+    opened = model_config(infer_backend="vllm", engine_args={"allowed_media_domains": ["images.example"]})
+    assert engine_arguments(opened, "n")["allowed-media-domains"] == ["images.example"]
+    assert environment(opened)["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+
+
+def test_the_users_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger CPU cache can be asked for."""
+    config = model_config(infer_backend="vllm", device="cpu")
+    assert environment(config)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "8")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(config)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(model_config(infer_backend="vllm"))
+
+
+@pytest.mark.parametrize(("status", "is_missing"), [(404, True), (405, True), (400, False)])
+async def test_only_a_missing_route_is_told_as_one(status: int, is_missing: bool) -> None:
+    """vLLM's 400 for a body that is no UTF-8 comes the same way."""
+    request = Request({"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "query_string": b""})
+    answer = await _no_such_route(request, HTTPException(status, "a reason"))
+    said = json.loads(bytes(answer.body))["error"]["message"]
+    assert answer.status_code == status
+    assert "a reason" in said
+    assert ("does not serve it" in said) == is_missing
+
+
+async def test_what_is_nested_too_deep_is_the_clients_mistake() -> None:
+    """vLLM says 500: no handler of its own takes a RecursionError."""
+    request = Request({"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "query_string": b""})
+    answer = await _too_deep(request, RecursionError())
+    assert answer.status_code == 400
+    assert "nested too deep" in json.loads(bytes(answer.body))["error"]["message"]

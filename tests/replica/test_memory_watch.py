@@ -1,0 +1,179 @@
+"""What was measured beside what was planned."""
+
+import asyncio
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+
+from serve_app.config import ModelConfig
+from serve_app.engines.rank_memory import RankMemory
+from serve_app.errors import EngineError
+from serve_app.facts.calibration import Calibrations, calibration_file, write_calibrations
+from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.gpus import Gpu
+from serve_app.facts.inventory import Device, Inventory
+from serve_app.planning.fit import ModelRequest
+from serve_app.planning.plan import ModelPlan
+from serve_app.planning.planner import make_plan
+from serve_app.replica import memory_watch
+from serve_app.replica.deployment import left_by_others
+from serve_app.replica.memory_watch import MemoryWatch, calibrations_of, planned_by_device, require_own_gpus
+from serve_app.replica.plan_here import plan_here
+from serve_app.replica.report import ReplicaReport, parsed_report
+from tests.planning.model_requests import CONFIGS
+
+GIB = 2**30
+GPUS = [Gpu(3, "GPU-a", "NVIDIA GeForce RTX 3090", 24 * GIB, 24 * GIB)]
+
+
+def config(backend: str = "vllm", **fields: object) -> ModelConfig:
+    """Gemma 3 on one card."""
+    args = {"model": str(CONFIGS / "gemma3"), "infer_backend": backend, "max_model_len": 4096, **fields}
+    return ModelConfig.from_args(args)
+
+
+def planned(asked: ModelConfig, calibrations: Calibrations | None = None, card: str = "RTX3090") -> ModelPlan:
+    """Its plan on such a card of 24 GiB."""
+    found = Inventory((Device("n1", 0, card, 24 * GIB, 24 * GIB, False),), calibrations or {})
+    checkpoint = read_checkpoint(asked.model, None)
+    unit = ModelRequest("m", asked, checkpoint.architecture, checkpoint.tensors)
+    (plan,) = make_plan([unit], found).models
+    return plan
+
+
+def measured(asked: ModelConfig, *ranks: RankMemory) -> Calibrations:
+    """What the watch keeps of it, on GPUS."""
+    plan = plan_here(asked, GPUS)
+    assert plan is not None
+    return calibrations_of(asked, read_checkpoint(asked.model, None).architecture, plan, ranks, GPUS)
+
+
+def rank(rest: int, context: int, device: str = "GPU-a", cache_now: int = 0) -> RankMemory:
+    """Weights of 3 GiB, a cache that was 2 GiB at most, and so much beside."""
+    peak = 5 * GIB + rest + context
+    return RankMemory(device, 1, 3 * GIB, cache_now, 2 * GIB, peak - GIB, peak, context)
+
+
+@pytest.mark.parametrize("backend", ["pt", "vllm"])
+def test_the_next_plan_is_raised_by_what_was_measured_and_never_lowered(backend: str) -> None:
+    """A peak so far is the least that the next one may be. What pt's cache held at its peak is no activation."""
+    asked = config(backend)
+    guess = planned(asked).ranks[0]
+    assert planned(asked, measured(asked, rank(1, 1))).ranks[0] == guess
+    after = planned(asked, measured(asked, rank(3 * GIB, GIB))).ranks[0]
+    assert (after.activation.bytes, after.activation.certainty, after.graph.bytes) == (3 * GIB, "calibrated", 0)
+    assert (after.context.bytes, after.context.certainty) == (GIB, "calibrated")
+    assert after.kv_cache.bytes < guess.kv_cache.bytes
+
+
+def test_a_replica_accepts_what_was_accepted_before_it_was_measured() -> None:
+    """Its limits were chosen by guesses: a raised figure must not stop the next start of the same config."""
+    asked = config(kv_cache_memory_bytes="2GiB")
+    before = plan_here(asked, GPUS)
+    write_calibrations(measured(asked, rank(20 * GIB, GIB)))
+    assert plan_here(asked, GPUS) == before
+    calibration_file().unlink()
+
+
+@pytest.mark.parametrize(
+    ("fields", "card", "expected"),
+    [
+        ({}, "RTX3090", "calibrated"),
+        ({"max_num_seqs": 8}, "RTX3090", "guessed"),
+        ({"engine_args": {"enforce_eager": True}}, "RTX3090", "guessed"),
+        ({}, "L4", "guessed"),
+    ],
+)
+def test_another_setting_or_card_has_figures_of_its_own(fields: dict[str, object], card: str, expected: str) -> None:
+    """Names of cards are compared as people write them."""
+    found = planned(config(**fields), measured(config(), rank(3 * GIB, 0)), card)
+    assert found.ranks[0].activation.certainty == expected
+
+
+def test_where_the_driver_does_not_tell_nothing_is_calibrated() -> None:
+    """As in a container, whose pids NVML does not know."""
+    assert measured(config(), RankMemory("GPU-a", 1, 1, 1, 1, None, None, None)) == {}
+
+
+def test_a_plan_by_index_means_the_machines_number_and_else_the_replicas_own() -> None:
+    """The one card is number 3 of the machine and 0 of the replica."""
+    by_index = plan_here(config(gpu_ids=[3]), GPUS, by_index=True)
+    for plan in (plan_here(config(), GPUS), by_index):
+        assert list(planned_by_device(plan, GPUS)) == ["GPU-a"]
+
+
+def test_an_engine_on_somebody_elses_gpu_is_refused() -> None:
+    """With both named."""
+    require_own_gpus([rank(1, 1)], GPUS)
+    require_own_gpus([rank(1, 1, "cpu"), rank(1, 1)], [])
+    with pytest.raises(EngineError, match=r"runs on GPU-b, and was given GPU-a\. CUDA_DEVICE_ORDER"):
+        require_own_gpus([rank(1, 1, "GPU-b")], GPUS)
+
+
+@pytest.fixture
+def serve_context(monkeypatch: pytest.MonkeyPatch) -> list[ReplicaReport]:
+    """A replica without Serve; the reports that it writes."""
+    written: list[ReplicaReport] = []
+    context = SimpleNamespace(app_name="m", replica_id=SimpleNamespace(unique_id="r0"))
+    monkeypatch.setattr(memory_watch.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(memory_watch.ray.util, "get_node_ip_address", lambda: "192.0.2.1")
+    monkeypatch.setattr(memory_watch, "ReplicaMetrics", lambda: SimpleNamespace(told=lambda *_: None))
+    monkeypatch.setattr(memory_watch, "write_report", written.append)
+    monkeypatch.setattr(memory_watch, "forget_report", lambda *_: written.clear())
+    monkeypatch.setattr(memory_watch, "REPORT_EVERY_S", 0.01)
+    return written
+
+
+class StubbornEngine:
+    """An engine that cannot say what it holds now and then."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def memory(self) -> list[RankMemory]:
+        """Fails every second time, with what nobody expects."""
+        self.calls += 1
+        if self.calls % 2 == 0:
+            raise KeyError("GPU-z")
+        return [rank(1, 1)]
+
+    def load(self) -> float:
+        """Half full."""
+        return 0.5
+
+
+async def test_the_watch_goes_on_whatever_fails(serve_context: list[ReplicaReport]) -> None:
+    """And takes its report back at the end."""
+    engine = StubbornEngine()
+    watch = MemoryWatch(config(), engine, plan_here(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    await watch.start(ready_after_s=3.0)
+    for _ in range(1000):
+        if engine.calls >= 6:
+            break
+        await asyncio.sleep(0.01)
+    told = [report for report in serve_context if report.devices]
+    assert told[0].devices[0].device == "GPU-a"
+    assert told[0].devices[0].held == 4 * GIB + 2
+    await watch.stop()
+    assert serve_context == []
+
+
+def test_a_report_of_another_version_is_none() -> None:
+    """`serve-app status` goes on without it."""
+    mine = ReplicaReport("m", "r0", "n", 1, "x", "pt", 0.5, 1.0, 2.0, ())
+    assert parsed_report(json.dumps(asdict(mine)).encode()) == mine
+    for text in (b"", b"[]", b"{}", json.dumps(asdict(mine) | {"new": 1}).encode()):
+        assert parsed_report(text) is None
+
+
+async def test_a_whole_gpu_is_waited_for_but_not_for_ever() -> None:
+    """After a SIGKILL what ran there may take some seconds to end; who stays is told."""
+    held = [Gpu(0, "GPU-a", "card", 24 * GIB, 10 * GIB)]
+    looks = [held, held, [Gpu(0, "GPU-a", "card", 24 * GIB, 24 * GIB)]]
+    told: list[str] = []
+    await left_by_others(lambda: looks.pop(0), told.append)
+    assert (looks, told) == ([], [])
+    await left_by_others(lambda: held, told.append, timeout_s=0.1)
+    assert "14.00 GiB are held" in told[0]

@@ -1,0 +1,103 @@
+"""What vLLM is told about memory on the GPUs that a replica sees."""
+
+import os
+
+import pytest
+
+from serve_app.config import ModelConfig
+from serve_app.errors import EngineError
+from serve_app.facts import process_memory
+from serve_app.facts.gpu_processes import GpuProcess
+from serve_app.facts.gpus import Gpu, visible_gpus
+from serve_app.replica.plan_here import plan_here, with_planned_memory
+from tests.planning.model_requests import CONFIGS
+
+GIB = 2**30
+
+
+def gpu(index: int, total: int, free: int | None = None) -> Gpu:
+    """A card of so many GiB."""
+    return Gpu(index, f"GPU-{index}", "card", total * GIB, (total if free is None else free) * GIB)
+
+
+def config(**fields: object) -> ModelConfig:
+    """Gemma 3 in vLLM."""
+    return ModelConfig.from_args(
+        {"model": str(CONFIGS / "gemma3"), "infer_backend": "vllm", "max_model_len": 4096, **fields}
+    )
+
+
+def told_for(asked: ModelConfig, *gpus: Gpu) -> ModelConfig:
+    """What the engine is given on these cards."""
+    return with_planned_memory(asked, plan_here(asked, gpus))
+
+
+def test_the_cache_is_told_in_bytes_and_the_share_leaves_the_context_out() -> None:
+    """vLLM then measures nothing, and still checks that the share is free."""
+    told = told_for(config(), gpu(0, 24))
+    assert told.kv_cache_memory_bytes is not None
+    assert 10 * GIB < told.kv_cache_memory_bytes < 16 * GIB
+    assert told.engine_args["gpu_memory_utilization"] == pytest.approx(0.92, abs=0.002)
+
+
+def test_what_the_plan_cannot_count_is_measured_by_vllm() -> None:
+    """Then nothing is told."""
+    odd = config(engine_args={"speculative_config": {"method": "ngram"}})
+    assert told_for(odd, gpu(0, 24)) is odd
+
+
+def test_a_share_of_a_gpu_holds_the_context_too() -> None:
+    """Half of 24 GiB: two such replicas fit on one card."""
+    told = told_for(config(num_gpus=0.5), gpu(0, 24))
+    assert told.engine_args["gpu_memory_utilization"] * 24 + 0.55 <= 12
+
+
+def test_what_others_hold_is_not_planned_twice() -> None:
+    """With less free there is less cache; with too little it is refused with the figures."""
+    whole, beside = (told_for(config(), gpu(0, 24, free)).kv_cache_memory_bytes for free in (24, 16))
+    assert (whole or 0) > (beside or 0) + 5 * GIB
+    with pytest.raises(EngineError, match=r"too much\. Other processes hold 18\.00 GiB there now"):
+        told_for(config(), gpu(0, 24, 6))
+
+
+def test_the_users_own_bytes_stay() -> None:
+    """With the share of the card that they need. Nothing is told on the CPU."""
+    told = told_for(config(kv_cache_memory_bytes="2GiB"), gpu(0, 24))
+    assert told.kv_cache_memory_bytes == 2 * GIB
+    assert 0.4 < told.engine_args["gpu_memory_utilization"] < 0.5
+    both = config(kv_cache_memory_bytes="2GiB", engine_args={"gpu_memory_utilization": 0.6})
+    assert told_for(both, gpu(0, 24)) is both
+    cpu = config(device="cpu")
+    assert told_for(cpu) is cpu
+
+
+def test_the_gpus_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number or by UUID."""
+    cards = [gpu(0, 8), gpu(1, 24), gpu(2, 24)]
+    for named, expected in (("2,0", [2, 0]), ("GPU-1", [1]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert [card.index for card in visible_gpus(cards)] == expected
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus(cards) == cards
+
+
+def test_who_holds_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pid, and what the driver hides as well; processes of this one's own are none."""
+    processes = [
+        GpuProcess(0, 4711, "python", 17 * GIB),
+        GpuProcess(0, 4712, "", None),
+        GpuProcess(1, 4713, "elsewhere", GIB),
+        GpuProcess(0, os.getpid(), "self", GIB),
+    ]
+    monkeypatch.setattr(process_memory, "gpu_processes", lambda: processes)
+    with pytest.raises(EngineError) as refused:
+        plan_here(config(), [gpu(0, 24, 6)])
+    assert str(refused.value).endswith("On GPU 0 (GPU-0): pid 4711 python 17.00 GiB; pid 4712 (not visible from here).")
+    monkeypatch.setattr(process_memory, "gpu_processes", list)
+    with pytest.raises(EngineError, match=r"On GPU 0 \(GPU-0\) 18\.00 GiB are held, by whom cannot be seen\."):
+        plan_here(config(), [gpu(0, 24, 6)])
+
+
+def test_the_type_of_gpu_is_rays_to_keep() -> None:
+    """It knows a node by its first GPU, and may give a replica another one."""
+    assert plan_here(config(accelerator_type="L4"), [gpu(1, 24)]) is not None

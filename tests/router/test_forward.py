@@ -1,0 +1,494 @@
+"""Names, queues, limits and waiting, with a model that is a small application."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.access.gate import Admission, Gate
+from serve_app.access.keys import KeySource
+from serve_app.access.limiter import ActorLimiter
+from serve_app.config import RouterConfig
+from serve_app.errors import DeadlineExceeded, ModelNotFound, ModelUnavailable, UnreadableAnswer
+from serve_app.router import relay, suspicion
+from serve_app.router.deployment import build_app
+from serve_app.router.directory import ControllerSilent, ModelStatus
+from serve_app.router.forward import Proxy
+from serve_app.router.metrics import RouterMetrics
+from serve_app.router.queues import ModelQueue
+from serve_app.router.suspicion import Death, Suspect
+from serve_app.router.upstream import protocol as upstream
+from serve_app.router.upstream.protocol import EngineGone, NotOpen, ReplicaLost
+from serve_app.wire.asgi import HttpRequest
+
+Reply = Callable[[HttpRequest], "tuple[int, list[bytes | float | Exception]]"]
+
+
+class Said:
+    """An answer of these pieces; a number is a pause in seconds, an exception is raised."""
+
+    def __init__(self, status: int, pieces: list[Any]):
+        self.status = status
+        self.headers = [(b"content-type", b"text/event-stream" if len(pieces) > 1 else b"application/json")]
+        self._pieces = pieces
+        self.closed = False
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """One after the other."""
+        for piece in self._pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            if isinstance(piece, float):
+                await asyncio.sleep(piece)
+            else:
+                yield piece
+
+    def lost(self, message: str) -> ReplicaLost:
+        """As of an answer over a handle."""
+        return ReplicaLost(message)
+
+    async def close(self) -> None:
+        """Remembers it."""
+        self.closed = True
+
+
+class Models:
+    """Upstream and directory in one: a reply for each model, or its state where it is not ready."""
+
+    def __init__(self, **replies: Reply | str):
+        self.replies = replies
+        self.asked: list[str] = []
+        self.calls = 0
+        self.woken: list[str] = []
+        self.wakes_after_s = 0.2
+
+    def waking(self, name: str) -> None:
+        """As in the real directory."""
+
+    def woke(self, name: str) -> None:
+        """As in the real directory."""
+        self.woken.append(name)
+
+    async def find(self, name: str) -> ModelStatus:
+        """As in the real directory."""
+        if name not in self.replies:
+            raise ModelNotFound(f"no {name}", param="model")
+        reply = self.replies[name]
+        return ModelStatus(name, reply if isinstance(reply, str) else "ready", 1)  # type: ignore[arg-type]
+
+    def require_hope(self, model: ModelStatus) -> None:
+        """As in the real directory."""
+        if model.state == "failed":
+            raise self.unavailable(model)
+
+    def unavailable(self, model: ModelStatus) -> ModelUnavailable:
+        """As in the real directory."""
+        return ModelUnavailable(f"{model.name} is {model.state}", retry_after_s=7.0)
+
+    def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
+        """As it is."""
+        return model
+
+    def load_time_s(self, name: str) -> float:
+        """As in the real directory."""
+        return 7.0
+
+    async def send(self, name: str, request: HttpRequest) -> Said:
+        """As in the real upstream. A call for the health of a model that sleeps wakes it after a moment."""
+        if request.method == "GET":
+            self.calls += 1
+            await asyncio.sleep(self.wakes_after_s)
+            self.replies[name] = says(b"data: 1\n\n", b"data: [DONE]\n\n")
+            return Said(200, [b"ok"])
+        self.asked.append(json.loads(request.body).get("model"))
+        reply = self.replies[name]
+        assert callable(reply)
+        return Said(*reply(request))
+
+
+def says(*pieces: Any, status: int = 200) -> Reply:
+    """Always the same."""
+    return lambda _: (status, list(pieces))
+
+
+def proxy_of(models: Models, **config: Any) -> tuple[Proxy, httpx.AsyncClient]:
+    """A router before them, and a client."""
+    gate = Gate(KeySource(None, {}), ActorLimiter())
+    proxy = Proxy(RouterConfig(**config), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
+    app = build_app(proxy, models, gate)  # type: ignore[arg-type]
+    return proxy, httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
+
+
+async def ask(models: Models, body: dict[str, Any], path: str = "/v1/x", **config: Any) -> httpx.Response:
+    """One request."""
+    _, client = proxy_of(models, **config)
+    async with client:
+        return await client.post(path, json=body)
+
+
+async def test_an_alias_and_the_default_lead_to_the_model_by_its_own_name() -> None:
+    """An engine refuses a name that is not its own."""
+    models = Models(real=says(b"{}"))
+    assert (await ask(models, {"model": "gpt"}, aliases={"gpt": "real"})).status_code == 200
+    assert (await ask(models, {}, default_model="real")).status_code == 200
+    assert models.asked == ["real", "real"]
+    assert (await ask(models, {})).json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize("first", ["failed", "loading", says(b"{}", status=429), says(ReplicaLost("died"))])
+async def test_a_stand_in_answers_for_a_model_that_is_down_or_full(first: Reply | str) -> None:
+    """At once: nobody waits for a loading model while another is ready."""
+    models = Models(a=first, b=says(b'{"from": "b"}'))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]}, max_retries=0)
+    assert reply.json() == {"from": "b"}
+
+
+async def test_names_change_while_requests_run() -> None:
+    """What `user_config` replaces is read for each request."""
+    proxy, client = proxy_of(Models(real=says(b"{}")))
+    async with client:
+        assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 404
+        proxy.config = RouterConfig(aliases={"gpt": "real"})
+        assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 200
+
+
+async def test_full_models_are_asked_once_and_the_last_answer_stands() -> None:
+    """To ask them again would double the load of those that have none to spare."""
+    models = Models(a=says(b"{}", status=429), b=says(b'{"b": 1}', status=429))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]})
+    assert (reply.status_code, reply.json(), models.asked) == (429, {"b": 1}, ["a", "b"])
+    models = Models(a="loading", b=says(b"{}", status=429))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]}, hold_timeout_s=0.1)
+    assert (reply.status_code, models.asked) == (429, ["b"])
+
+
+@pytest.mark.parametrize(("replies", "wait_s", "used"), [
+    (says(5.0, b"{}"), 0.2, None),  # Its client left while the engine worked.
+    (says(b"{}", status=400), 5, 0),
+    (says(ReplicaLost("gone")), 20, 0),
+    (says(b'{"usage": {"total_tokens": 12}}'), 5, 12),
+])  # fmt: skip
+async def test_what_a_request_used_of_its_key(
+    replies: Reply, wait_s: float, used: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that was refused costs nothing; one that its client left keeps its estimate (None)."""
+    told: list[int | None] = []
+
+    async def release(_: Admission, tokens: int | None) -> None:
+        told.append(tokens)
+
+    monkeypatch.setattr(Admission, "release", release)
+    _, client = proxy_of(Models(a=replies), max_retries=0)
+    async with client:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await client.post("/v1/x", json={"model": "a", "max_tokens": 5})
+    assert told == [used]
+
+
+async def test_a_path_is_told_without_serves_root_path() -> None:
+    """Replicas add their own."""
+    models = Models(a=says(b"{}"))
+    proxy, _ = proxy_of(models)
+    app = build_app(proxy, models, Gate(KeySource(None, {}), ActorLimiter()))  # type: ignore[arg-type]
+    seen: list[str] = []
+    send = models.send
+
+    async def remembering(name: str, request: HttpRequest) -> Said:
+        seen.append(request.path)
+        return await send(name, request)
+
+    models.send = remembering  # type: ignore[method-assign]
+    transport = httpx.ASGITransport(app=app, root_path="/api")
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        assert (await client.post("/api/v1/x", json={"model": "a"})).status_code == 200
+    assert seen == ["/v1/x"]
+
+
+async def test_a_request_waits_for_a_model_that_loads() -> None:
+    """Up to a deadline, and so many at a time."""
+    models = Models(a="loading")
+    waiting = asyncio.create_task(ask(models, {"model": "a"}, hold_timeout_s=20))
+    await asyncio.sleep(0.1)
+    models.replies["a"] = says(b"{}")
+    assert (await waiting).status_code == 200
+    late = await ask(Models(a="loading"), {"model": "a"}, hold_timeout_s=0.1)
+    assert (late.status_code, late.headers["retry-after"]) == (503, "7")
+    proxy, client = proxy_of(Models(a="loading"), hold_timeout_s=1, max_held_requests=1)
+    async with client:
+        replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
+    assert sorted(reply.status_code for reply in replies) == [429, 429, 503]
+    assert not any(queue.held or queue.waiting for queue in proxy._queues.values())
+
+
+async def test_a_model_that_is_asleep_is_woken_and_its_requests_wait() -> None:
+    """Each makes a call of its own, by which Serve counts them; one that may not wait makes one and is refused."""
+    models = Models(a="asleep")
+    _, client = proxy_of(models)
+    async with client:
+        replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
+    assert [reply.status_code for reply in replies] == [200, 200, 200]
+    assert (models.calls, models.woken) == (3, ["a", "a", "a"])
+    models = Models(a="asleep")
+    _, client = proxy_of(models, max_held_requests=0)
+    async with client:
+        refused = [await client.post("/v1/x", json={"model": "a"}) for _ in range(2)]
+        assert [(reply.status_code, reply.headers["retry-after"]) for reply in refused] == [(503, "7"), (503, "7")]
+        await asyncio.sleep(0.4)
+        assert models.calls == 1
+        assert (await client.post("/v1/x", json={"model": "a"})).status_code == 200
+    late = Models(a="asleep")
+    late.wakes_after_s = 5.0
+    reply = await ask(late, {"model": "a"}, hold_timeout_s=0.2)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "7")
+
+
+async def test_a_stand_in_does_not_answer_for_a_model_that_is_asleep() -> None:
+    """Asleep is not down: it would never wake."""
+    models = Models(a="asleep", b=says(b"{}"))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]})
+    assert (reply.status_code, models.asked) == (200, ["a"])
+
+
+PROGRESS = {"x-serve-app-progress": "1"}
+
+
+async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytest.LogCaptureFixture) -> None:
+    """In comments before the answer, which readers of events skip. What fails then is an event, and is counted."""
+    _, client = proxy_of(Models(a="asleep"))
+    async with client:
+        told = await client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS)
+        assert told.text.startswith(": loading 'a', about 7 s left\n\ndata: 1\n\ndata: [DONE]\n\n")
+        assert (told.status_code, told.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    _, client = proxy_of(Models(a="asleep"))
+    async with client:
+        whole = await client.post("/v1/x", json={"model": "a"}, headers=PROGRESS)
+        assert not whole.text.startswith(":")
+    _, client = proxy_of(Models(a="loading"), hold_timeout_s=0.1)
+    async with client:
+        late = await client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS)
+    _, event, _ = late.text.split("\n\n")
+    assert (late.status_code, json.loads(event[6:])["error"]["code"]) == (200, "model_unavailable")
+    logged = [json.loads(record.getMessage()) for record in caplog.records if record.getMessage().startswith("{")]
+    assert logged[-1]["error_code"] == "model_unavailable"
+    models = Models(a="loading")
+    _, client = proxy_of(models)
+    async with client:
+        asking = asyncio.create_task(client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS))
+        await asyncio.sleep(0.1)
+        models.replies["a"] = says(b'{"error":\n{"code": 404}}', status=404)
+        refused = await asking
+    assert refused.text.endswith('data: {"error": {"code": 404}}\n\n')
+
+
+async def test_a_refusal_that_is_no_json_or_breaks_is_an_event_too() -> None:
+    """For a client whose stream has begun with comments."""
+    for reply in (says(b"bad gateway", status=404), says(ReplicaLost("died"), status=404)):
+        models = Models(a="loading")
+        _, client = proxy_of(models, max_retries=0)
+        async with client:
+            body = {"model": "a", "stream": True}
+            asking = asyncio.create_task(client.post("/v1/x", json=body, headers=PROGRESS))
+            await asyncio.sleep(0.1)
+            models.replies["a"] = reply
+            refused = await asking
+        assert json.loads(refused.text.split("\n\n")[1][6:])["error"]["message"]
+
+
+async def test_what_fails_in_the_router_is_an_error_and_no_broken_connection() -> None:
+    """Before the first byte."""
+    reply = await ask(Models(a=lambda _: 1 / 0), {"model": "a"})  # type: ignore[arg-type,return-value]
+    assert (reply.status_code, "ZeroDivisionError" in reply.json()["error"]["message"]) == (500, True)
+
+
+async def test_a_model_that_fails_while_it_wakes_lets_nobody_wait() -> None:
+    """The call that was to wake it may hang for ever."""
+    models = Models(a="asleep")
+    models.wakes_after_s = 60.0
+    asking = asyncio.create_task(ask(models, {"model": "a"}))
+    await asyncio.sleep(0.1)
+    models.replies["a"] = "failed"
+    async with asyncio.timeout(5):
+        assert (await asking).status_code == 503
+
+
+async def test_who_waits_waits_on_while_the_controller_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be restarting."""
+    models = Models(a="loading")
+    asking = asyncio.create_task(ask(models, {"model": "a"}))
+    await asyncio.sleep(0.1)
+    find = models.find
+
+    async def silent(_: str) -> ModelStatus:
+        raise ControllerSilent("no answer")
+
+    monkeypatch.setattr(models, "find", silent)
+    await asyncio.sleep(0.6)
+    monkeypatch.setattr(models, "find", find)
+    models.replies["a"] = says(b"{}")
+    assert (await asking).status_code == 200
+
+
+async def test_a_model_that_stops_being_ready_in_between_is_waited_for() -> None:
+    """That is no try: nothing was sent."""
+    replies = iter([NotOpen("loading")] * 5)
+    models = Models(a=lambda _: (200, [next(replies, b"{}")]))
+    assert (await ask(models, {"model": "a"}, max_retries=0)).status_code == 200
+
+
+async def test_a_reader_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be told either, and must not hold its place for ever."""
+    monkeypatch.setattr(relay, "LAST_WORDS_TIMEOUT_S", 0.2)
+    proxy, _ = proxy_of(Models(a=says(*[b"data: 1\n\n"] * 3)), total_timeout_s=0.3)
+    body = [{"type": "http.request", "body": b'{"model": "a"}', "more_body": False}]
+
+    async def receive() -> Any:
+        return body.pop() if body else await asyncio.sleep(3600)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(3600)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/x", "query_string": b"", "headers": []}
+    async with asyncio.timeout(5):
+        with pytest.raises(DeadlineExceeded):
+            await proxy(scope, receive, send)
+
+
+async def test_a_lost_request_is_sent_again_before_its_first_byte() -> None:
+    """As often as configured; a proxy's 502 counts as lost too."""
+    replies = iter([(200, [ReplicaLost("died")]), (502, [b"bad gateway"]), (200, [b'{"a": 1}'])])
+    models = Models(a=lambda _: next(replies))
+    assert (await ask(models, {"model": "a"}, max_retries=2)).json() == {"a": 1}
+    again = await ask(Models(a=says(ReplicaLost("died"))), {"model": "a"}, max_retries=1)
+    assert (again.status_code, "2 tries" in again.json()["error"]["message"]) == (503, True)
+
+
+async def test_an_answer_that_cannot_be_read_is_told_once() -> None:
+    """Another replica would say the same."""
+    models = Models(a=says(UnreadableAnswer("a header of 70000 bytes")))
+    reply = await ask(models, {"model": "a"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (502, "unreadable_answer")
+    assert models.asked == ["a"]
+
+
+async def test_an_engine_that_dies_before_its_first_token_costs_a_retry_whatever_the_endpoint() -> None:
+    """Its head is out by then, so it says so in the first event."""
+    died = b'data: {"error": {"message": "the pt engine has stopped", "code": "model_unavailable"}}\n\n'
+    replies = iter([(200, [died, b""]), (200, [b"data: 1\n\n", b"data: [DONE]\n\n"])])
+    reply = await ask(Models(a=lambda _: next(replies)), {"model": "a"})
+    assert reply.text.startswith("data: 1\n\ndata: [DONE]\n\n")
+
+
+def deadly(*beside: Suspect) -> Reply:
+    """A replica that dies with each request, and with these others."""
+
+    def reply(_: HttpRequest) -> tuple[int, list[Any]]:
+        death = Death(time.monotonic(), 1 + len(beside))
+        for suspect in beside:
+            suspect.lost(death)
+            suspect.cleared()
+        return 200, [ReplicaLost("died", death)]
+
+    return reply
+
+
+async def test_a_request_that_kills_replicas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After three, with a status that has no SDK send it again. The stand-in is spared."""
+    monkeypatch.setattr(suspicion, "SETTLE_S", 0.01)
+    models = Models(a=deadly(Suspect()), b=says(b"{}"))
+    reply = await ask(models, {"model": "a"}, fallbacks={"a": ["b"]}, max_retries=9)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (422, "request_may_be_harmful")
+    assert models.asked == ["a"] * 3
+    assert "3 replicas of 'a' died" in reply.json()["error"]["message"]
+
+
+async def test_a_request_that_is_lost_alone_is_sent_as_often_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others that were there went on, so that no replica has died."""
+    monkeypatch.setattr(suspicion, "SETTLE_S", 0.01)
+    monkeypatch.setattr(relay, "BACKOFF_S", (0.01,))
+    models = Models(a=lambda _: (200, [ReplicaLost("reset", Death(time.monotonic(), present=4))]))
+    reply = await ask(models, {"model": "a"}, max_retries=4)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_unavailable")
+    assert models.asked == ["a"] * 5
+
+
+async def test_engines_that_are_gone_are_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no try, since nothing was sent; but Serve may see nothing wrong with them for ever."""
+    replies = iter([EngineGone("gone")] * 5)
+    models = Models(a=lambda _: (200, [next(replies, b"{}")]))
+    assert (await ask(models, {"model": "a"}, max_retries=0)).status_code == 200
+    monkeypatch.setattr(upstream, "REPLACED_WITHIN_S", 0.5)
+    reply = await ask(Models(a=says(EngineGone("gone"))), {"model": "a"}, max_retries=0)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_unavailable")
+
+
+async def test_a_full_queue_is_a_429_with_the_time_that_it_needs() -> None:
+    """One model's flood leaves the others alone."""
+    models = Models(slow=says(0.5, b"{}"), other=says(b"{}"))
+    proxy, client = proxy_of(models, max_waiting_requests=2)
+    async with client:
+        flood = [asyncio.create_task(client.post("/v1/x", json={"model": "slow"})) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        assert (await client.post("/v1/x", json={"model": "other"})).status_code == 200
+        replies = await asyncio.gather(*flood)
+    assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429]
+    assert all(reply.headers["retry-after"] for reply in replies if reply.status_code == 429)
+    assert proxy._queues["slow"].waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "pieces", "part"),
+    [
+        ({"idle_timeout_s": 0.2}, [b"data: 1\n\n", 5.0, b"data: 2\n\n"], "idle_timeout_s"),
+        ({"total_timeout_s": 0.3}, [b"data: 1\n\n", *[0.05, b"data: 2\n\n"] * 50], "total_timeout_s"),
+    ],
+)
+async def test_a_stream_that_takes_too_long_says_so(limits: dict[str, float], pieces: list[Any], part: str) -> None:
+    """With an event, and its end."""
+    reply = await ask(Models(a=says(*pieces)), {"model": "a"}, **limits)
+    assert part in reply.text
+    assert '"code": "timeout"' in reply.text
+
+
+async def test_no_first_byte_in_time_is_a_504() -> None:
+    """The model is named."""
+    reply = await ask(Models(a=says(5.0, b"{}")), {"model": "a"}, first_byte_timeout_s=0.1)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+
+
+async def test_large_headers_and_climbing_paths_are_refused() -> None:
+    """Before anything is sent."""
+    models = Models(a=says(b"{}"))
+    _, client = proxy_of(models)
+    async with client:
+        large = await client.post("/v1/x", json={"model": "a"}, headers={"x-big": "x" * 40_000})
+        climbing = await client.post("/%2e%2e/other/v1/x", json={"model": "a"})
+    assert [reply.status_code for reply in (large, climbing)] == [431, 400]
+    assert models.asked == []
+
+
+async def test_a_name_that_nobody_has_leaves_nothing_behind() -> None:
+    """Clients cannot fill the router's memory with names."""
+    proxy, client = proxy_of(Models(a=says(b"{}")))
+    async with client:
+        for number in range(20):
+            assert (await client.post("/v1/x", json={"model": f"made-up-{number}"})).status_code == 404
+    assert proxy._queues == {}
+
+
+def test_the_time_to_wait_follows_the_measured_rate() -> None:
+    """Ten waiting at two a second: five seconds."""
+    now = [0.0]
+    queue = ModelQueue("a", clock=lambda: now[0])
+    assert queue.retry_after_s() == 5.0  # nothing is known
+    for _ in range(20):
+        now[0] += 0.5
+        queue.answered()
+    queue.waiting = 10
+    assert queue.retry_after_s() == pytest.approx(5.0, rel=0.1)
