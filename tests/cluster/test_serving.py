@@ -196,6 +196,15 @@ def test_an_engines_refusal_passes_unchanged(run: ServeRun, model: str, way: str
     assert "2048" in reply.json()["error"]["message"]
 
 
+def test_a_format_that_the_request_contradicts_is_its_own_error(run: ServeRun) -> None:
+    """vLLM's scheduler ends it, and vLLM says 500. A request beside it goes on."""
+    contradiction = {"structured_outputs": {"regex": "[ab]{1,4}"}, "allowed_token_ids": [5, 6]}
+    body = {"model": "tiny-vllm", "prompt": [1, 5, 7], "max_tokens": 2}
+    reply = httpx.post(f"{run.url}/v1/completions", json=body | contradiction, timeout=60)
+    assert (reply.status_code, "output format" in reply.text) == (400, True), reply.text
+    assert httpx.post(f"{run.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
 @pytest.mark.parametrize("model", ENGINES)
 def test_vllm_and_pt_answer_unknown_endpoints_with_404(run: ServeRun, model: str) -> None:
     """By name, an endpoint that the engine does not have is the engine's own 404."""

@@ -74,6 +74,7 @@ class VllmEngine:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
         from vllm.entrypoints.launchers.app import build_app
+        from vllm.exceptions import GenerationError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._client = await self._stack.enter_async_context(build_async_engine_client(args))
@@ -81,6 +82,8 @@ class VllmEngine:
         app = build_app(args, tasks, self._client.model_config)
         app.state.server = self._server  # vLLM's handler of a dead engine asks it to exit.
         app.add_exception_handler(EngineDeadError, self._engine_died)  # vLLM says 500, as of a bad request.
+        if args.kv_transfer_config is None and args.ec_transfer_config is None:
+            app.add_exception_handler(GenerationError, _format_ended)
         app.add_exception_handler(StarletteHTTPException, _no_such_route)  # vLLM handles FastAPI's only.
         app.add_exception_handler(RecursionError, _too_deep)
         app.middleware_stack = app.build_middleware_stack()  # `build_app` has built it already, without that.
@@ -139,6 +142,17 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     response = error_response(InvalidRequest(text))
     response.status_code = error.status_code
     return response
+
+
+async def _format_ended(_: Request, __: Exception) -> Response:
+    """vLLM says 500 where its scheduler ends one request by an error. Without transfers of caches between engines that
+    is an output format which grew beyond what llguidance follows, or which the request's other fields contradict."""
+    return error_response(
+        InvalidRequest(
+            "vLLM could not follow the output format to its end: it is too large, or fields such as bad_words, "
+            "allowed_token_ids or logit_bias forbid what it needs. Change one of them."
+        )
+    )
 
 
 async def _too_deep(_: Request, __: Exception) -> Response:
