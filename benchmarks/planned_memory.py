@@ -33,6 +33,8 @@ def measure(args: dict[str, Any], requests: int, pipe: Any) -> None:
     from serve_app.config import ModelConfig
     from serve_app.engines.pt.core.sequence import SamplingParams
     from serve_app.engines.pt.engine import PtEngine
+    from serve_app.facts.gpus import local_gpus, visible_gpus
+    from serve_app.replica.plan_here import plan_here
 
     torch.set_num_threads(2)
     torch.nn.Linear(64, 64)(torch.zeros(2, 64))
@@ -40,7 +42,9 @@ def measure(args: dict[str, Any], requests: int, pipe: Any) -> None:
     empty = process.memory_info().rss
 
     async def run() -> None:
-        engine = PtEngine(ModelConfig.from_args(args), "planned")
+        config = ModelConfig.from_args(args)
+        gpus = [] if config.device == "cpu" else visible_gpus(local_gpus())
+        engine = PtEngine(config, "planned", plan_here(config, gpus))
         await engine.start()
         length = engine.generator.max_tokens_per_request
         params = SamplingParams(length - 8, temperature=0, ignore_eos=True)

@@ -7,6 +7,7 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.planning.plan import ModelPlan
 
 
 class Engine(Protocol):
@@ -37,12 +38,16 @@ class Engine(Protocol):
         ...
 
 
-def create_engine(config: ModelConfig, name: str) -> Engine:
-    """The engine that the config names, not yet started. `name` is the model's name for clients."""
+def create_engine(config: ModelConfig, name: str, planned: ModelPlan | None = None) -> Engine:
+    """The engine that the config names, not yet started. `name` is the model's name for clients.
+
+    `planned` is the plan of this replica, whose devices have the numbers of this process. pt places layers and bounds
+    its KV cache by it; vLLM's part of it is in the config (`with_planned_memory`).
+    """
     if config.infer_backend == "vllm":
         from serve_app.engines.vllm.engine import VllmEngine
 
         return VllmEngine(config, name)
     from serve_app.engines.pt.engine import PtEngine
 
-    return PtEngine(config, name)
+    return PtEngine(config, name, planned)

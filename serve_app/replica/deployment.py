@@ -50,7 +50,7 @@ class Model:
         try:
             async with starting_alone([gpu.uuid for gpu in gpus], say):
                 planned = await self._plan()
-                self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name)
+                self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name, planned)
                 self._app: ASGIApp = await self._engine.start()
                 self._watch = MemoryWatch(config, self._engine, planned, gpus)
                 await self._watch.start(time.monotonic() - started)

@@ -137,16 +137,9 @@ class MemoryWatch:
 
 
 def planned_by_device(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, RankPlan]:
-    """The plan's ranks by the GPU's UUID, or "cpu"."""
-    found = {}
-    for rank in () if planned is None else planned.ranks:
-        device = rank.device
-        if not device.is_gpu:
-            found["cpu"] = rank
-            continue
-        own = [gpu for n, gpu in enumerate(gpus) if (gpu.index if device.by_index else n) == device.index]
-        found |= {gpu.uuid: rank for gpu in own}
-    return found
+    """The plan's ranks by the GPU's UUID, or "cpu". The plan counts the GPUs as this process does."""
+    ranks = () if planned is None else planned.ranks
+    return {"cpu" if rank.device.index is None else gpus[rank.device.index].uuid: rank for rank in ranks}
 
 
 def calibrations_of(

@@ -1,4 +1,6 @@
-"""The plan of one replica for the devices that its process sees, by what is free on them now.
+"""The one plan of a replica, for the devices that its process sees, by what is free on them now.
+
+It is made once: the engine places the model by it, and what the engine holds is compared with it.
 
 The builder judged the model by empty devices, since what ran there may have been about to go. Here it is about to
 start, so what is not free is not there: it is refused with the plan's figures and with those who hold the memory.
@@ -6,6 +8,7 @@ start, so what is not free is not there: it is refused with the plan's figures a
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import psutil
 
@@ -28,7 +31,8 @@ NODE = "here"
 def plan_here(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) -> ModelPlan | None:
     """The plan for these GPUs, or for the CPU; None where the plan does not know the model, or NVML shows no GPU.
 
-    `by_index`: the config names GPUs by the numbers of the machine; else it counts those of `gpus` from 0. Raises
+    Its devices have the numbers that they have in this process: their places in `gpus`. `by_index`: the config names
+    GPUs by the numbers of the machine; else it counts those of `gpus` from 0. Raises
     EngineError where less is free than the model takes. What the reserve of a GPU is for may have happened by now: it
     is not asked for again. On the CPU, where memory is never quite free nor quite taken, a shortage is told in the log.
 
@@ -38,7 +42,7 @@ def plan_here(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) 
         return None
     plan = make_plan([request], Inventory(_devices(config, gpus, by_index)))
     if plan.fits:
-        return plan.models[0]
+        return _in_own_numbers(plan.models[0], gpus)
     message = plan.problems[0].message
     if config.device == "cpu":
         logger.warning("This model may need more memory than is available: %s", message)
@@ -46,7 +50,7 @@ def plan_here(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) 
     without_reserve = make_plan([request], Inventory(_devices(config, gpus, by_index, asks_reserve=False)))
     if without_reserve.fits:
         logger.warning("This model takes a part of the reserve: %s", message)
-        return without_reserve.models[0]
+        return _in_own_numbers(without_reserve.models[0], gpus)
     raise EngineError(f"{message} {held_by_others(gpus)}".strip())
 
 
@@ -59,6 +63,17 @@ def _devices(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool, asks_rese
         free = gpu.free_bytes if asks_reserve else gpu.free_bytes + reserve(gpu.total_bytes)
         devices.append(Device(NODE, gpu.index if by_index else number, gpu.name, gpu.total_bytes, free, by_index))
     return tuple(devices)
+
+
+def _in_own_numbers(plan: ModelPlan, gpus: Sequence[Gpu]) -> ModelPlan:
+    numbers = {gpu.index: number for number, gpu in enumerate(gpus)}
+    ranks = [
+        replace(rank, device=replace(rank.device, index=numbers[rank.device.index], by_index=False))
+        if rank.device.by_index and rank.device.index is not None
+        else rank
+        for rank in plan.ranks
+    ]
+    return replace(plan, ranks=tuple(ranks))
 
 
 def _request(config: ModelConfig) -> ModelRequest | None:

@@ -3,12 +3,15 @@
 import os
 
 import pytest
+from transformers import AutoConfig
 
 from serve_app.config import ModelConfig
+from serve_app.engines.pt.load import model_loader
 from serve_app.errors import EngineError
 from serve_app.facts import process_memory
 from serve_app.facts.gpu_processes import GpuProcess
 from serve_app.facts.gpus import Gpu, visible_gpus
+from serve_app.replica.memory_watch import planned_by_device
 from serve_app.replica.plan_here import plan_here, with_planned_memory
 from tests.planning.model_requests import CONFIGS
 
@@ -101,3 +104,28 @@ def test_who_holds_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_type_of_gpu_is_rays_to_keep() -> None:
     """It knows a node by its first GPU, and may give a replica another one."""
     assert plan_here(config(accelerator_type="L4"), [gpu(1, 24)]) is not None
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_pt_places_by_the_plan_that_is_reported(monkeypatch: pytest.MonkeyPatch, by_index: bool) -> None:
+    """Another plan inside the engine, by what is free once torch runs, differed from what was told as planned."""
+    small, large = (3, 5) if by_index else (0, 1)
+    asked = ModelConfig.from_args(
+        {
+            "model": str(CONFIGS / "qwen2-7b"), "infer_backend": "pt", "max_model_len": 4096,
+            "max_memory": {small: "8GB", large: "20GB"},
+        }
+    )  # fmt: skip
+    gpus = [gpu(small, 12), gpu(large, 24)]
+    planned = plan_here(asked, gpus, by_index)
+    assert planned is not None
+    monkeypatch.setattr(model_loader, "gpu_memory", lambda _: {0: 10 * GIB, 1: 21 * GIB})  # The context is there now.
+    options, tokens = model_loader._placement(asked, AutoConfig.from_pretrained(asked.model), planned)
+    by_rank = {rank.device.index: rank.layers for rank in planned.ranks}
+    layers = [place for name, place in options["device_map"].items() if ".layers." in name]
+    assert tokens == planned.kv_tokens
+    assert set(layers) == {0, 1}
+    first = by_rank[0]
+    assert first is not None
+    assert layers.count(0) == first[1] + 1
+    assert set(planned_by_device(planned, gpus)) == {f"GPU-{small}", f"GPU-{large}"}

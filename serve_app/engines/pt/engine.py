@@ -19,6 +19,7 @@ from serve_app.engines.rank_memory import RankMemory, rank_memory, tensor_bytes
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.fit import PT_MAX_NUM_SEQS
+from serve_app.planning.plan import ModelPlan
 from serve_app.planning.pt_cache import cells
 
 DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
@@ -31,9 +32,10 @@ SLOW_STEP_TIMEOUT_S = 600.0
 class PtEngine:
     """One model with transformers and accelerate in this process."""
 
-    def __init__(self, config: ModelConfig, name: str):
+    def __init__(self, config: ModelConfig, name: str, planned: ModelPlan | None = None):
         self.name = name
         self._config = config
+        self._planned = planned
         self._generator: Generator | None = None
         self._libraries = 0
         self._weights: dict[torch.device, int] = {}
@@ -93,7 +95,7 @@ class PtEngine:
         ]
 
     def _load(self) -> tuple[LoadedModel, ProbeResult]:
-        loaded = load_model(self._config)
+        loaded = load_model(self._config, self._planned)
         return loaded, probe(loaded)
 
     def _limits(self, loaded: LoadedModel, probed: ProbeResult) -> Limits:

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.load.attention import use_grouped_attention
 from serve_app.engines.pt.load.packed_linear import pack_linears
-from serve_app.engines.pt.load.planned_map import known_architecture, plan_layers
+from serve_app.engines.pt.load.planned_map import device_map_of, known_architecture
 from serve_app.errors import ConfigError, EngineError
 from serve_app.planning.memory import context
+from serve_app.planning.plan import ModelPlan
 
 logger = logging.getLogger("ray.serve")
 
@@ -47,8 +48,11 @@ class LoadedModel:
     cache_tokens: int | None = None
 
 
-def load_model(config: ModelConfig) -> LoadedModel:
-    """Loads weights and tokenizer. Raises ConfigError or EngineError with one message when it cannot."""
+def load_model(config: ModelConfig, planned: ModelPlan | None = None) -> LoadedModel:
+    """Loads weights and tokenizer. `planned` says which layers are on which GPU; without it accelerate places them.
+
+    Raises ConfigError or EngineError with one message when it cannot.
+    """
     common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         hf_config = AutoConfig.from_pretrained(config.model, **common)
@@ -58,7 +62,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if config.chat_template is not None:
         tokenizer.chat_template = _read_template(config.chat_template)
     max_model_len = _max_model_len(config, hf_config)
-    placement, cache_tokens = _placement(config, hf_config)
+    placement, cache_tokens = _placement(config, hf_config, planned)
     uses_disk = isinstance(placement["device_map"], dict) and "disk" in placement["device_map"].values()
     offload = TemporaryDirectory(prefix="serve-app-offload-") if uses_disk else None
     options = placement | common | {"offload_folder": None if offload is None else offload.name}
@@ -96,7 +100,7 @@ def _can_run(model: PreTrainedModel) -> bool:
         return False
 
 
-def _placement(config: ModelConfig, hf_config: Any) -> tuple[dict[str, Any], int | None]:
+def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> tuple[dict[str, Any], int | None]:
     """What `from_pretrained` is told about devices, and the tokens of KV cache that the plan has room for.
 
     A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules.
@@ -106,9 +110,9 @@ def _placement(config: ModelConfig, hf_config: Any) -> tuple[dict[str, Any], int
         _cap_allocators(device_limits(config, free))
     if getattr(hf_config, "quantization_config", None) is None or isinstance(config.device_map, dict):
         try:
-            planned = _planned(config, hf_config, free)
-            if planned is not None:
-                return {"device_map": planned[0]}, planned[1]
+            device_map = _planned_map(config, hf_config, planned)
+            if planned is not None and device_map is not None:
+                return {"device_map": device_map}, planned.kv_tokens
             return {"device_map": dict(choose_device_map(config, hf_config, free))}, None
         except (EngineError, ConfigError):
             raise
@@ -119,17 +123,12 @@ def _placement(config: ModelConfig, hf_config: Any) -> tuple[dict[str, Any], int
     return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}, None
 
 
-def _planned(
-    config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int]
-) -> tuple[dict[str, Device], int] | None:
-    """The plan's map and budget; None where accelerate places alone: a named way to spread, or an unknown model."""
+def _planned_map(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> dict[str, Device] | None:
+    """The plan's map; None where accelerate places alone: no plan, an unknown model, or a named way to spread."""
     architecture = known_architecture(hf_config)
-    if config.device == "cpu" or config.device_map not in (None, "auto") or architecture is None:
+    if planned is None or config.device == "cpu" or config.device_map not in (None, "auto") or architecture is None:
         return None
-    limits: dict[Device, int] = dict(free_bytes.items())
-    if config.max_memory:
-        limits = device_limits(config, free_bytes)
-    return plan_layers(config, architecture, _without_weights(config, hf_config), free_bytes, limits)
+    return device_map_of(planned, architecture, _without_weights(config, hf_config))
 
 
 def _cap_allocators(limits: Mapping[Device, int]) -> None:
@@ -143,8 +142,11 @@ def _cap_allocators(limits: Mapping[Device, int]) -> None:
 def _without_weights(config: ModelConfig, hf_config: Any) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
+    dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with init_empty_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            hf_config, trust_remote_code=config.trust_remote_code, dtype=dtype or torch.float32
+        )
     model.tie_weights()
     return model
 

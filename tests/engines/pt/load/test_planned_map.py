@@ -7,8 +7,11 @@ import torch
 from accelerate.utils import check_device_map
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from serve_app.engines.pt.load.planned_map import known_architecture, plan_layers
-from serve_app.errors import EngineError
+from serve_app.engines.pt.load.planned_map import device_map_of, known_architecture
+from serve_app.facts.inventory import Device
+from serve_app.facts.weights import Tensor
+from serve_app.planning.fit import ModelRequest, Shortage, fit_pt
+from serve_app.planning.plan import ModelPlan
 from tests.builders import model_config
 from tests.engines.pt.tiny_models import CONFIGS
 
@@ -32,17 +35,26 @@ def meta(config: Any) -> PreTrainedModel:
     return model
 
 
-def planned(
-    hf_config: Any, limits: dict[int | str, int], free: int = 10**10, **fields: Any
-) -> tuple[dict[str, int | str], int]:
-    """The map and the budget for these limits beyond the overhead, on GPUs with so much free."""
+def plan(hf_config: Any, limits: dict[int | str, int], free: int = 10**10, **fields: Any) -> ModelPlan | Shortage:
+    """For these limits beyond the overhead, on GPUs with so much free."""
     raised = {key: size + OVERHEAD if isinstance(key, int) else size for key, size in limits.items()}
-    names = {key: f"{size / 1000}KB" for key, size in raised.items()}
     architecture = known_architecture(hf_config)
     assert architecture is not None
-    free_bytes = {key: free for key in raised if isinstance(key, int)}
-    config = model_config(max_memory=names, **fields)
-    return plan_layers(config, architecture, meta(hf_config), free_bytes, raised)
+    config = model_config(max_memory={key: f"{size / 1000}KB" for key, size in raised.items()}, **fields)
+    tensors = tuple(
+        Tensor(name, "F32", tuple(parameter.shape)) for name, parameter in meta(hf_config).named_parameters()
+    )
+    gpus = [Device("n1", key, "GPU", free, free) for key in raised if isinstance(key, int)]
+    caps = [raised[gpu.index] for gpu in gpus if gpu.index is not None]
+    return fit_pt(ModelRequest("m", config, architecture, tensors), [(gpu, free) for gpu in gpus], caps, ())
+
+
+def planned(hf_config: Any, limits: dict[int | str, int], **fields: Any) -> tuple[dict[str, int | str], int]:
+    """The map of that plan, and its tokens of KV cache."""
+    fit, architecture = plan(hf_config, limits, **fields), known_architecture(hf_config)
+    assert isinstance(fit, ModelPlan), fit
+    assert architecture is not None
+    return device_map_of(fit, architecture, meta(hf_config)), fit.kv_tokens
 
 
 def layers(device_map: dict[str, int | str]) -> list[int | str]:
@@ -66,8 +78,9 @@ def test_the_kv_cache_counts_within_the_limit() -> None:
     short, _ = planned(llama(), {0: 20 * MB, 1: 200 * MB}, max_model_len=512, kv_cache_memory_bytes="100KB")
     long, _ = planned(llama(), {0: 20 * MB, 1: 200 * MB}, max_model_len=512, kv_cache_memory_bytes="9MB")
     assert layers(long).count(0) < layers(short).count(0)
-    with pytest.raises(EngineError, match="max_memory: needs .* GiB too much|max_memory: needs .* MiB too much"):
-        planned(llama(max_position_embeddings=8192), {0: 20 * MB, 1: 30 * MB})
+    short_of = plan(llama(max_position_embeddings=8192), {0: 20 * MB, 1: 30 * MB})
+    assert isinstance(short_of, Shortage)
+    assert "too much" in short_of.message
 
 
 def test_a_tier_takes_the_rest_when_it_is_named() -> None:
@@ -76,8 +89,9 @@ def test_a_tier_takes_the_rest_when_it_is_named() -> None:
     assert [place for place in (0, "cpu", "disk") if place in layers(device_map)] == [0, "cpu", "disk"]
     assert layers(device_map).count("cpu") <= 3
     check_device_map(meta(llama()), device_map)
-    with pytest.raises(EngineError, match="name cpu or disk in max_memory"):
-        planned(llama(), {0: 1 * MB}, max_model_len=64)
+    short_of = plan(llama(), {0: 1 * MB}, max_model_len=64)
+    assert isinstance(short_of, Shortage)
+    assert "name cpu or disk in max_memory" in short_of.message
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mamba2"])
