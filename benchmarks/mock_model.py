@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve_app.build.options import MAX_ONGOING_REQUESTS, MODEL_DEPLOYMENT
+from serve_app.deploy.options import MAX_ONGOING_REQUESTS, MODEL_DEPLOYMENT
 from serve_app.wire.asgi import HttpRequest, call_asgi
 
 

@@ -17,9 +17,9 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.access.cluster_record import ClusterRecord, agree_on_model, agree_on_router, this_node
 from serve_app.access.keys import configured_keys
-from serve_app.build.options import model_options, router_options
-from serve_app.build.place import needs_devices, place
 from serve_app.config import ModelConfig, RouterConfig
+from serve_app.deploy.options import model_options, router_options
+from serve_app.deploy.place import needs_devices, place
 from serve_app.errors import PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes

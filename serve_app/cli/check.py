@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
 from serve_app.access.origin import is_loopback
-from serve_app.build.place import place
 from serve_app.cli.cluster import connected
 from serve_app.config import ModelConfig
+from serve_app.deploy.place import place
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes

@@ -1,7 +1,7 @@
 """One request's way through the router: read, admitted, sent to a model by name, and its answer passed back as bytes.
 
 Laws: nothing is lost in silence. A request without a first byte is sent again when its replica is lost; a stream of
-text is taken up again (`relay`, `resuming`); what cannot be ends with an error that the client can read.
+text is taken up again (`relay`, `resume`); what cannot be ends with an error that the client can read.
 """
 
 import asyncio

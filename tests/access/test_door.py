@@ -14,8 +14,8 @@ from serve_app.access.body_budget import FREE_BYTES, BodyBudget
 from serve_app.access.door import Inside, OuterDoor
 from serve_app.access.gate import Gate
 from serve_app.access.keys import KeySource
-from serve_app.build.options import OUTER_DOOR
 from serve_app.config import ModelConfig, RouterConfig
+from serve_app.deploy.options import OUTER_DOOR
 from serve_app.errors import Overloaded
 from tests.access.test_gate import AUTH, OUTSIDE, LocalLimiter, make_gate
 

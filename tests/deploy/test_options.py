@@ -1,8 +1,8 @@
 """Ray Serve's options for a model."""
 
+from serve_app.deploy.options import OUTER_DOOR, model_options, replica_environment, router_options
 from serve_app.engines.pt.engine import DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_QUEUED_REQUESTS
 from serve_app.planning.placement import Demand
-from serve_app.build.options import OUTER_DOOR, model_options, replica_environment, router_options
 from tests.builders import model_config
 
 CPU = model_config(device="cpu")

@@ -20,7 +20,7 @@ ROUTER_MAX_QUEUED_REQUESTS = 1024
 # Serve replaces a replica after three failures; its own 10 s would keep a dead engine for half a minute.
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
-# Serve puts what this function makes in front of each HTTP server that it starts in the process (`serving/outer_door`).
+# Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
 OUTER_DOOR = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.access.door:middlewares"}
 
 # Ray gives the head node one of it.
