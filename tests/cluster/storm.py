@@ -2,12 +2,13 @@
 
     python -m tests.cluster.storm --requests 2000 --clients 32 --kill-every 8 [--update-every 30] [--backend vllm]
     python -m tests.cluster.storm --requests 1000 --kill-every 8 --deaths mixed
-    python -m tests.cluster.storm --requests 300 --kill-every 60 --deaths hang
+    python -m tests.cluster.storm --requests 3000 --kill-every 20 --deaths hang
 
 starts a Serve of its own with two replicas of the demo model, and prints one JSON object. Half of the requests are
 chats, half text completions; all stream, and are greedy. `--update-every` gives `serve deploy` a changed config.
 A replica dies at a random moment, once in so many seconds. `--deaths`: by SIGKILL, or its process lives on while the
-thread of pt's engine dies or hangs (`faults.py`), or by SIGKILL and of its thread by turns.
+thread of pt's engine dies or hangs (`faults.py`), or by SIGKILL and of its thread by turns. A hang is noticed after
+HANG_TIMEOUT_S, as the config's `step_timeout_s` says: the default on the CPU is ten minutes.
 """
 
 import argparse
@@ -39,6 +40,7 @@ BODY_TIMEOUT_S = 10
 # The defaults, but for what makes tests wait.
 ROUTER_ARGS = {"first_byte_timeout_s": 240, "body_timeout_s": BODY_TIMEOUT_S}
 TIMEOUT_S = 300
+HANG_TIMEOUT_S = 8
 DEATHS = {
     "sigkill": (signal.SIGKILL,), "thread": (faults.DIES,), "hang": (faults.HANGS,),
     "mixed": (signal.SIGKILL, faults.DIES),
@@ -176,8 +178,10 @@ def outcome_of(seen: dict[str, Any], expected: str) -> str:
     return "right" if seen["ends"] == 1 and len(seen["ids"]) == 1 else "several ids or ends"
 
 
-def config(backend: str = "pt", max_num_seqs: int = 32, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A router and two replicas of the demo model, with these variables in their environment."""
+def config(
+    backend: str = "pt", max_num_seqs: int = 32, variables: Mapping[str, str] | None = None, **fields: Any
+) -> dict[str, Any]:
+    """A router and two replicas of the demo model, with these variables in their environment, and these fields."""
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/", "args": ROUTER_ARGS}
     args = {"model": "serve-app/demo", "infer_backend": backend, "device": "cpu", "dtype": "float32"}
     args["body_timeout_s"] = BODY_TIMEOUT_S
@@ -185,7 +189,7 @@ def config(backend: str = "pt", max_num_seqs: int = 32, variables: Mapping[str, 
         "name": "mortal",
         "import_path": "serve_app.app:model",
         "route_prefix": "/models/mortal",
-        "args": {**args, "max_num_seqs": max_num_seqs},
+        "args": {**args, "max_num_seqs": max_num_seqs, **fields},
         "deployments": [{"name": "Model", "num_replicas": 2}],
         "runtime_env": {"env_vars": dict(variables or {})},
     }
@@ -209,8 +213,11 @@ def main() -> None:
         parser.error("the faults of --deaths thread, hang and mixed are pt's alone")
     folder = tempfile.TemporaryDirectory(prefix="sa-faults-")
     variables = faults.environment(Path(folder.name)) if options.backend == "pt" else {}
+    fields = {"step_timeout_s": HANG_TIMEOUT_S} if options.deaths == "hang" else {}
     serve = ServeRun(
-        config(options.backend, variables=variables), cpus=8, controller=off if options.without_haproxy else {}
+        config(options.backend, variables=variables, **fields),
+        cpus=8,
+        controller=off if options.without_haproxy else {},
     )
     trouble = Trouble(options.kill_every, options.update_every, options.backend, options.deaths, variables)
     try:
