@@ -205,7 +205,11 @@ class KeyedApp:
                 estimate = estimate_tokens(len(body), seen.token_limit, seen.answers)
                 admission = await self._gate.admit(scope["headers"], self._model_name, estimate)
                 if admission.counts_tokens:
-                    body, meter = metered(_endpoint(scope), seen, body)
+                    try:
+                        body, meter = metered(_endpoint(scope), seen, body)
+                    except BaseException:  # A field's name that is no UTF-8, say.
+                        await admission.release(0)
+                        raise
                     scope = {**scope, "headers": _of_length(scope["headers"], len(body))}
                 receive = replayed(body, receive)
         except ClientGone:

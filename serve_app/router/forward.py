@@ -134,7 +134,11 @@ class Proxy:
         admission = await self._gate.admit(scope["headers"], names[0], estimate)
         exchange.key, exchange.extra_headers = admission.key_name, admission.headers
         if admission.counts_tokens:
-            body, exchange.meter = metered(exchange.path, seen, body)
+            try:
+                body, exchange.meter = metered(exchange.path, seen, body)
+            except BaseException:  # A field's name that is no UTF-8, say.
+                await admission.release(0)
+                raise
         is_refused = False
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)

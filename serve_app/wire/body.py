@@ -6,6 +6,7 @@ more than everything else that the router does.
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,10 +64,13 @@ def _whole(value: object) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
+# A list of texts or of lists, however many spaces are before the first.
+_SEVERAL = re.compile(rb"\[\s*[\"\[]")
+
+
 def _prompts(prompt: msgspec.Raw) -> int:
     """How many prompts there are in this JSON. Ids of tokens, a list of numbers, are one."""
-    begin = memoryview(prompt)[:64].tobytes()
-    if not begin.startswith(b"[") or begin[1:].lstrip()[:1] not in (b'"', b"["):
+    if not _SEVERAL.match(memoryview(prompt)):
         return 1
     return max(1, len(_ITEMS.decode(prompt)))
 

@@ -5,6 +5,8 @@ most of its bounds are far away. So a body is counted here first, on a thread, w
 What is in them goes to vLLM as it came.
 """
 
+import codecs
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -63,10 +65,14 @@ class Guard:
         except msgspec.ValidationError:
             return  # No object: vLLM refuses it in its own words.
         except (ValueError, RecursionError) as error:
+            if body.startswith(codecs.BOM_UTF8) or b"\0" in body[:4]:  # Python's json reads these, and so does vLLM.
+                raise InvalidRequest("The body must be JSON in UTF-8, without a byte order mark.") from None
             if not body.lstrip().startswith(b"{"):  # A form, say, or no body.
                 return
             # vLLM would read NaN, which is no JSON, and so go past the checks.
             raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+        if sizes.n is not None and not isinstance(sizes.n, int):  # vLLM would read "128" and 128.0 too.
+            raise InvalidRequest("'n' must be a whole number.", param="n")
         for name in ("prompt", "input"):
             self._check_prompts(name, getattr(sizes, name), sizes.n)
         most = self._most_characters
@@ -106,10 +112,14 @@ class Guard:
         )
 
 
+# A list of texts, of lists or of objects, however many spaces are before the first.
+SEVERAL = re.compile(rb"\[\s*[\"\[{]")
+
+
 def _prompts(prompts: msgspec.Raw) -> list[bytes]:
     """The JSON of each prompt. A list of numbers is one."""
     text = bytes(prompts)
-    if text[:1] == b"[" and text[1:64].lstrip()[:1] in (b'"', b"[", b"{"):
+    if SEVERAL.match(text):
         return [bytes(item) for item in _LIST.decode(text)]
     return [text]
 

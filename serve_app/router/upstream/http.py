@@ -165,7 +165,11 @@ class HttpUpstream:
         if reply.status in SERVE_ERRORS and reply.content_type == "text/plain":
             await _raise_of_serve(address, answer, reply)
         if is_lost_status(reply.status):
-            await self._is_well(address)
+            try:
+                await self._is_well(address)
+            except BaseException:  # The client has left meanwhile.
+                await answer.close()
+                raise
         return answer
 
     async def _is_well(self, address: ReplicaAddress) -> bool:

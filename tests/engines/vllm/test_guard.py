@@ -18,6 +18,8 @@ GUARD = Guard(max_model_len=100, longest_token=10)
     ("body", "param"),
     [
         ({"prompt": "x", "n": 16_384}, "n"),
+        ({"prompt": ["x"] * 1024, "n": "128"}, "n"),
+        ({"prompt": ["x"] * 1024, "n": 128.0}, "n"),
         ({"prompt": ["x"] * 10_000}, "prompt"),
         ({"prompt": [[1]] * 40, "n": 30}, "prompt"),
         ({"input": [{}] * 2000}, "input"),
@@ -50,7 +52,7 @@ def test_what_would_hold_others_up_is_refused_by_name(body: dict[str, Any], para
         b'{"input": ["a", "b"]}',
         b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "structured_outputs": null}',
         b'{"tokens": [1, 2, 3]}',
-        b'{"messages": 5, "n": "many"}',
+        b'{"messages": 5, "n": 2}',
         b"[]",
         b"",
         b"--form\r\n",
@@ -87,3 +89,17 @@ def test_the_application_gets_the_body_as_it_came() -> None:
     assert client.get("/health").json() == {"bytes": 0}
     refused = client.post("/v1/completions", json={"prompt": "x", "n": 5000})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+
+
+def test_spaces_hide_no_prompts() -> None:
+    """However many stand before the first."""
+    prompts = ",".join(['"a"'] * 10_000)
+    with pytest.raises(RequestError, match="1280000 sequences"):
+        GUARD.check(f'{{"n": 128, "prompt": [{" " * 70}{prompts}]}}'.encode())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
+def test_json_that_only_python_reads_is_refused(encoding: str) -> None:
+    """vLLM's `json.loads` detects these encodings, so they would go past every bound."""
+    with pytest.raises(RequestError, match="UTF-8"):
+        GUARD.check('{"prompt": "x", "n": 100000}'.encode(encoding))
