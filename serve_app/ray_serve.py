@@ -1,7 +1,8 @@
 """Every private part of Ray and Ray Serve that this project uses, and the names of actors and deployments.
 
-Ray promises nothing about its private parts, so none is used anywhere else, and each has a test in
-`tests/test_ray_serve.py` that says what breaks when it changes. Ray is imported when it is needed: commands that do
+Ray promises nothing about its private parts, so none is used anywhere else, and each has a test that
+says what breaks when it changes, in `tests/test_ray_serve.py` or, with a cluster, in
+`tests/cluster/test_ray_contract.py`. Ray is imported when it is needed: commands that do
 without it start five times faster.
 """
 

@@ -41,8 +41,9 @@ class Engine(Protocol):
 def create_engine(config: ModelConfig, name: str, planned: ModelPlan | None = None) -> Engine:
     """The engine that the config names, not yet started. `name` is the model's name for clients.
 
-    `planned` is the plan of this replica, whose devices have the numbers of this process. pt places layers and bounds
-    its KV cache by it; vLLM's part of it is in the config (`with_planned_memory`).
+    `planned` is the plan of this replica, whose devices have the numbers of this process. On GPUs pt places layers and
+    bounds its KV cache by it, unless the checkpoint is quantised or `device_map` says how. vLLM's part of it is in the
+    config (`with_planned_memory`).
     """
     if config.infer_backend == "vllm":
         from serve_app.engines.vllm.engine import VllmEngine

@@ -297,6 +297,15 @@ async def test_a_place_is_given_back_however_the_request_ends(tmp_path: Path, en
     assert (await gate.admit(KEY, "m", 0)).key_name == "a"
 
 
+async def test_a_body_that_metering_refuses_gives_its_place_back(tmp_path: Path) -> None:
+    """Its key would be locked out: the lease of a request that never ran was renewed for ever."""
+    gate, limiter = make_gate(tmp_path, "tokens_per_minute: 1000")
+    async with client(KeyedApp(ENGINE, gate, "m")) as http:
+        body = b'{"model": "m", "stream": true, "\xff": 1}'
+        reply = await http.post("/v1/chat/completions", content=body, headers=dict(KEY))
+    assert (reply.status_code, limiter.takes, limiter.settled) == (400, 1, [0])
+
+
 async def test_websockets_are_refused(tmp_path: Path) -> None:
     """Closed before they are accepted, even with a key; the engine is not reached."""
     sent: list[Message] = []

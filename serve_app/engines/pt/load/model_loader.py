@@ -49,7 +49,8 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig, planned: ModelPlan | None = None) -> LoadedModel:
-    """Loads weights and tokenizer. `planned` says which layers are on which GPU; without it accelerate places them.
+    """Loads weights and tokenizer. `planned` says which layers are on which GPU; where it is None, on the CPU,
+    for a quantised checkpoint and with a `device_map` of the user's, transformers and accelerate place them.
 
     Raises ConfigError or EngineError with one message when it cannot.
     """
