@@ -31,7 +31,7 @@ MOST_COMPILING = 2
 MOST_WAITING = 16
 COMPILE_WAIT_S = 30.0
 # Formats that are kept for the next request with the same one, and formats that are in use at once. Each has a process
-# of some 10 MB, and at most grammar_worker.MEMORY_BYTES.
+# of some 10 MB, and at most worker.MEMORY_BYTES.
 MOST_KEPT = 16
 MOST_LIVE = 32
 # Formats of which is known that they cannot be followed.

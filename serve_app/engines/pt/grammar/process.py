@@ -1,4 +1,4 @@
-"""The engine's side of the processes in which formats are compiled and followed (`grammar_worker`).
+"""The engine's side of the processes in which formats are compiled and followed (`worker`).
 
 One process a format: what a format takes, in time and memory, is taken from those who ask for the same one.
 """
@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 
-from serve_app.engines.pt.grammar import worker as grammar_worker
+from serve_app.engines.pt.grammar import worker
 from serve_app.engines.pt.grammar.worker import END, FIRST, PACKET_BYTES, REPLY, REQUEST, TOO_SLOW
 
 # Seconds until Python and xgrammar have started, on a machine that is busy.
@@ -199,7 +199,7 @@ class GrammarServer:
             command = [
                 sys.executable,
                 "-P",
-                grammar_worker.__file__,
+                worker.__file__,
                 str(theirs.fileno()),
             ]  # -P: not its folder's modules
             environment = {

@@ -1,4 +1,4 @@
-"""The processes in which xgrammar works: run as `python grammar_worker.py CONTROL_FD`.
+"""The processes in which xgrammar works: run as `python worker.py CONTROL_FD`.
 
 Compiling a format and following it take as long as the client who wrote it likes, and nothing inside xgrammar ends
 that. So it happens where the kernel can end it. This process reads the tokenizer from its standard input and then

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from serve_app.engines.pt.grammar import compiler as grammar
+from serve_app.engines.pt.grammar import worker
 from serve_app.engines.pt.grammar.compiler import GrammarCompiler, GrammarSpec
 from serve_app.engines.pt.grammar.process import ENDED, Grammar
 from serve_app.errors import InvalidRequest, Overloaded
@@ -43,7 +44,7 @@ def children() -> Iterator[psutil.Process]:
     """The processes of formats: those of the one that forks them."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # It has ended meanwhile.
-            if process.status() != psutil.STATUS_ZOMBIE and "grammar_worker" in " ".join(process.parent().cmdline()):
+            if process.status() != psutil.STATUS_ZOMBIE and worker.__file__ in process.parent().cmdline():
                 yield process
 
 
@@ -136,7 +137,7 @@ async def test_a_process_that_is_killed_is_replaced(compiler: GrammarCompiler) -
     matcher.accept(5)
     assert matcher.is_ready(time.monotonic() + 10)
     assert matcher.problem == ENDED
-    forker = next(p for p in psutil.Process().children() if "grammar_worker" in " ".join(p.cmdline()))
+    forker = next(p for p in psutil.Process().children() if worker.__file__ in p.cmdline())
     forker.kill()
     forker.wait(10)
     assert mask_of((await compiler.compile_soon(regex("cd"))).matcher())
