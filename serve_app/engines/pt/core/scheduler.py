@@ -11,8 +11,12 @@ Laws:
   for prompts that pool, which nobody waits for token by token, only for one of `beside_tokens`;
 - prompts that are computed together are padded to one length, and padding stays below a third of the group; those that
   pool share no pass with those that generate;
+- a group is computed within GROUP_STEPS steps, or it is one prompt: a request of many long prompts holds up the next
+  owner's turn for one group and not for all of them;
+- one owner that has a row leaves every eighth place to others, whose first tokens do not wait for its last ones;
 - a pass that fails is tried again in smaller parts until the sequence that fails is alone, and that one is given up;
-- a sequence that waits for its output format is parked: it holds no place in the batch, so nobody waits for it.
+- a sequence that waits for its output format is parked: it holds no place in the batch, so nobody waits for it, and it
+  comes back at its owner's turn: a format that is slow at every token costs its owner turns, and nobody else's.
 """
 
 import operator
@@ -24,6 +28,10 @@ from serve_app.engines.pt.core.sequence import Sequence
 
 # Steps without running out of memory after which one more sequence is tried.
 STEPS_TO_GROW = 32
+# Steps that the prompts of one group may take.
+GROUP_STEPS = 4
+# Of so many rows, one is not for an owner who holds all others.
+ROWS_PER_SPARE = 8
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,7 @@ class Scheduler:
         group = tuple(self._prefilling)
         if not group:
             return Step()
-        tokens = self._limits.beside_tokens if group[0].pools and self._running else self._limits.chunk_tokens
-        end = min(self._longest, self._position + max(1, tokens // len(group)))
+        end = min(self._longest, self._position + max(1, self._step_tokens(group[0]) // len(group)))
         return Step(group, self._position, end, self._longest)
 
     def complete(self, step: Step) -> None:
@@ -125,11 +132,11 @@ class Scheduler:
             if live[0] in self._failed_alone:
                 return live
             self._failed_alone.add(live[0])
-        self._waiting.put_back(live)
+        self._waiting.put_back(live, first=True)
         return []
 
     def separate(self) -> list[Sequence]:
-        """Puts the prompts that are being computed back at the head of the queue, each to be computed by itself.
+        """Puts the prompts that are being computed back into their owners' lines, each to be computed by itself.
 
         Returns the one that was by itself already, which must be given up; else nothing.
         """
@@ -137,7 +144,7 @@ class Scheduler:
         if len(group) == 1:
             return group
         self._apart.update(group)
-        self._waiting.put_back(group)
+        self._waiting.put_back(group, first=False)
         return []
 
     def park(self, sequences: Iterable[Sequence]) -> None:
@@ -147,10 +154,10 @@ class Scheduler:
         self._running = [sequence for sequence in self._running if sequence not in gone]
 
     def unpark(self, sequences: Iterable[Sequence]) -> None:
-        """Puts parked sequences back at the head of the queue; their texts so far are computed again."""
+        """Puts parked sequences back into their owners' lines; their texts so far are computed again."""
         back = [sequence for sequence in sequences if sequence in self._parked]
         self._parked = [sequence for sequence in self._parked if sequence not in back]
-        self._waiting.put_back(back)
+        self._waiting.put_back(back, first=False)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         """Takes sequences out, wherever they are; those that are not here are left alone."""
@@ -194,13 +201,26 @@ class Scheduler:
 
     def _admit(self) -> list[Sequence]:
         group: list[Sequence] = []
-        while (head := self._waiting.head) is not None and self._joins(group, head) and self._has_room(group, head):
-            group.append(self._waiting.pop())
+        sated: list[object] = []
+        while (head := self._waiting.head(sated)) is not None and self._joins(group, head):
+            if not self._has_room(group, head):
+                break
+            if self._has_room(group, head, self._spare(group, head)):
+                self._waiting.take(head)
+                group.append(head)
+            else:
+                sated.append(head.owner)
         return group
 
-    def _has_room(self, group: list[Sequence], candidate: Sequence) -> bool:
+    def _spare(self, group: list[Sequence], candidate: Sequence) -> int:
+        """Rows that must be left to other owners; none where the candidate's owner has none yet."""
         present = [*self._running, *group]
-        rows, need = len(present) + 1, max(sequence.need for sequence in (*present, candidate))
+        others = sum(sequence.owner != candidate.owner for sequence in present)
+        return max(0, self._batch_limit // ROWS_PER_SPARE - others) if others < len(present) else 0
+
+    def _has_room(self, group: list[Sequence], candidate: Sequence, spare: int = 0) -> bool:
+        present = [*self._running, *group]
+        rows, need = len(present) + 1 + spare, max(sequence.need for sequence in (*present, candidate))
         total = self._limits.cells(rows, need)
         if self._running:  # The prompts have buffers of their own until they join; the first ones just stay in theirs.
             prompts = [*group, candidate]
@@ -215,5 +235,13 @@ class Scheduler:
             return False
         lengths = [sequence.length for sequence in (*group, candidate)]
         if not self._limits.pad_prompts:
-            return lengths[-1] == lengths[0]
-        return len(lengths) * max(lengths) <= 1.5 * sum(lengths)
+            return lengths[-1] == lengths[0] and sum(lengths) <= self._group_tokens(candidate)
+        padded = len(lengths) * max(lengths)
+        return padded <= 1.5 * sum(lengths) and padded <= self._group_tokens(candidate)
+
+    def _group_tokens(self, candidate: Sequence) -> int:
+        return GROUP_STEPS * self._step_tokens(candidate)
+
+    def _step_tokens(self, sequence: Sequence) -> int:
+        """Tokens of prompts like this one that a step may compute."""
+        return self._limits.beside_tokens if sequence.pools and self._running else self._limits.chunk_tokens

@@ -172,6 +172,46 @@ def test_prompts_that_pool_take_small_chunks_beside_others() -> None:
     assert scheduler(sequence(100, pools=True)).schedule().end == 100
 
 
+def test_a_group_of_long_prompts_ends_before_the_next_owners_turn() -> None:
+    """Of sixty long inputs or choices of one request, another request waits for one group, which is a few steps."""
+    for pools in (True, False):
+        running, other = sequence(4, 5000), sequence(owner="other")
+        scheduled = scheduler(running, rows=128, tokens=10**7)
+        advance(scheduled)
+        for _ in range(60):
+            scheduled.add(sequence(500, 50, owner="many", pools=pools))
+        scheduled.add(other)
+        steps = 0
+        while other not in scheduled.decoding:
+            advance(scheduled)
+            steps += 1
+        assert steps <= 10
+
+
+def test_a_sequence_that_comes_back_in_its_owners_line_is_the_next_of_it() -> None:
+    """Its later sequences stay behind it, and the owners' turns stay as they were."""
+    late, later, other = sequence(owner="a"), sequence(owner="a"), sequence(owner="b")
+    scheduled = scheduler(late, rows=1)
+    advance(scheduled)
+    scheduled.park([late])
+    scheduled.add(other)
+    scheduled.add(later)
+    scheduled.unpark([late])
+    assert scheduled.sequences == [other, late, later]
+
+
+def test_one_owner_leaves_a_row_of_eight_to_others() -> None:
+    """A request that fills the batch for a long time does not keep another one from its first token."""
+    many = [sequence(4, 5000, owner="many") for _ in range(20)]
+    scheduled = scheduler(*many, rows=16, tokens=10**7)
+    advance(scheduled, 8)
+    assert scheduled.running == 14
+    other = sequence(owner="other")
+    scheduled.add(other)
+    advance(scheduled)
+    assert other in scheduled.decoding
+
+
 def test_a_request_of_many_prompts_leaves_turns_to_others() -> None:
     """With one row, the other request is second and not hundredth."""
     many = [sequence(owner="many", pools=True) for _ in range(100)]
@@ -197,7 +237,8 @@ def test_prompts_that_failed_together_are_computed_apart() -> None:
 
 
 def test_the_parked_hold_no_place() -> None:
-    """The next in line takes it; they come back before the others."""
+    """The next in line takes it; they come back at their owner's turn, so one that is late at each token holds up
+    nobody."""
     slow, next_one, last = (sequence(4, 50) for _ in range(3))
     scheduled = scheduler(slow, next_one, last, rows=1)
     advance(scheduled)
@@ -205,8 +246,8 @@ def test_the_parked_hold_no_place() -> None:
     assert scheduled.parked == (slow,)
     assert advance(scheduled).prefill == (next_one,)
     scheduled.unpark([slow])
-    assert scheduled.sequences == [next_one, slow, last]
-    scheduled.remove([next_one])
+    assert scheduled.sequences == [next_one, last, slow]
+    scheduled.remove([next_one, last])
     assert advance(scheduled).prefill == (slow,)
     scheduled.park([slow])
     scheduled.remove([slow])
