@@ -219,7 +219,7 @@ class _Endpoints:
         max_tokens = self._prompts.max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
         params = asked.sampling(max_tokens, self._generator.loaded.model.generation_config)
-        readers = [self._reader(asked, prompt) for prompt in prompts for _ in range(asked.choices)]
+        readers = [reader for prompt in prompts for reader in self._readers(asked, prompt)]
         return Job(asked, prompts, params, shape, readers, self._openings(asked, prompts))
 
     async def _whole(self, job: Job, places: Reservation) -> Response:
@@ -316,14 +316,15 @@ class _Endpoints:
         texts = [decode(prompt, skip_special_tokens=True) for prompt in prompts]
         return [text for text in texts for _ in range(asked.choices)]
 
-    def _reader(self, asked: ChatRequest | CompletionRequest, prompt: list[int]) -> MessageReader:
-        """What tells tool calls from text in one choice. Raises InvalidRequest where nothing can."""
+    def _readers(self, asked: ChatRequest | CompletionRequest, prompt: list[int]) -> list[MessageReader]:
+        """What tells tool calls from text, for each choice of a prompt. Raises InvalidRequest where nothing can."""
+        choices = range(asked.choices)
         if not isinstance(asked, ChatRequest) or not asked.offered_tools:
-            return PlainReader()
+            return [PlainReader() for _ in choices]
         if asked.named_tool is not None:
-            return NamedCallReader(asked.named_tool)
+            return [NamedCallReader(asked.named_tool) for _ in choices]
         if asked.tool_choice == "required":
-            return CallListReader()
+            return [CallListReader() for _ in choices]
         tokenizer = self._generator.loaded.tokenizer
         template = response_template(tokenizer)
         if template is None:
@@ -332,7 +333,8 @@ class _Endpoints:
                 "<tool_call>. With 'required' or a named function, or with 'none', this model can be used.",
                 param="tool_choice",
             )
-        return TemplateReader(tokenizer, template, tokenizer.decode(prompt), asked.offered_tools, asked.parallel)
+        text = tokenizer.decode(prompt)
+        return [TemplateReader(tokenizer, template, text, asked.offered_tools, asked.parallel) for _ in choices]
 
     def _logprobs(self, job: Job, logprobs: Sequence[Logprobs], start: int = 0) -> Any:
         if job.params.logprobs is None or not logprobs:
