@@ -5,6 +5,7 @@
 
 import hmac
 from collections.abc import Iterable
+from functools import partial
 from typing import NoReturn
 
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from serve_app.access.origin import require_own_page
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ClientGone, InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
 from serve_app.wire.body import Peek, peek, read_body, replayed
+from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.openai_errors import error_response
 from serve_app.wire.usage import UsageMeter, estimate_tokens, metered
 
@@ -201,13 +203,14 @@ class KeyedApp:
                 admission = Admission(None if key is None else key.name)
             else:
                 body = await read_body(scope["headers"], receive, self._limits)
-                seen = _seen(body)
+                seen = await beside_loop(len(body), partial(_seen, body))
                 estimate = estimate_tokens(len(body), seen.token_limit, seen.answers)
                 admission = await self._gate.admit(scope["headers"], self._model_name, estimate)
                 if admission.counts_tokens:
                     try:
-                        body, meter = metered(_endpoint(scope), seen, body)
-                    except BaseException:  # A field's name that is no UTF-8, say.
+                        work = partial(metered, _endpoint(scope), seen, body)
+                        body, meter = await beside_loop(len(body), work)
+                    except BaseException:  # A field's name that is no UTF-8, say, or the client has left.
                         await admission.release(0)
                         raise
                     scope = {**scope, "headers": _of_length(scope["headers"], len(body))}

@@ -8,8 +8,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
@@ -55,6 +56,7 @@ from serve_app.wire.body import (
     require_small_headers,
     with_model,
 )
+from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.usage import estimate_tokens, metered, total_tokens
 
 logger = logging.getLogger("ray.serve")
@@ -127,7 +129,7 @@ class Proxy:
         await self._upstream.close()
 
     async def _answer(self, exchange: Exchange, scope: Scope, body: bytes) -> None:
-        seen = peek(body)
+        seen = await beside_loop(len(body), partial(peek, body))
         exchange.wants_progress = seen.stream is True and header(scope["headers"], PROGRESS_HEADER) is not None
         names = self._allowed(candidates(self.config, seen.model), scope["headers"])
         estimate = estimate_tokens(len(body), seen.token_limit, seen.answers)
@@ -135,8 +137,9 @@ class Proxy:
         exchange.key, exchange.extra_headers = admission.key_name, admission.headers
         if admission.counts_tokens:
             try:
-                body, exchange.meter = metered(exchange.path, seen, body)
-            except BaseException:  # A field's name that is no UTF-8, say.
+                work = partial(metered, exchange.path, seen, body)
+                body, exchange.meter = await beside_loop(len(body), work)
+            except BaseException:  # A field's name that is no UTF-8, say, or the client has left.
                 await admission.release(0)
                 raise
         is_refused = False
@@ -167,9 +170,9 @@ class Proxy:
 
         bodies = {asked: body}
 
-        def request_to(name: str) -> HttpRequest:
+        async def request_to(name: str) -> HttpRequest:
             if name not in bodies:
-                bodies[name] = with_model(body, name)
+                bodies[name] = await beside_loop(len(body), partial(with_model, body, name))
             return HttpRequest(scope["method"], exchange.path, scope["query_string"], headers, bodies[name])
 
         ends = asyncio.get_running_loop().time() + self.config.total_timeout_s
@@ -193,7 +196,7 @@ class Proxy:
             await answer.close()
 
     async def _open(
-        self, exchange: Exchange, names: list[str], request_to: Callable[[str], HttpRequest]
+        self, exchange: Exchange, names: list[str], request_to: Callable[[str], Awaitable[HttpRequest]]
     ) -> tuple[Answer, HttpRequest]:
         """The first model that takes the request: none waits for a loading one while another is ready."""
         failures: list[RequestError] = []
@@ -203,7 +206,7 @@ class Proxy:
                 for name in names:
                     if name in full:
                         continue
-                    request = request_to(name)
+                    request = await request_to(name)
                     try:
                         answer = await self._open_one(exchange, name, request, patient)
                     except (ModelNotFound, ModelUnavailable, Overloaded) as error:

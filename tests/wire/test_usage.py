@@ -48,9 +48,14 @@ def estimate(**fields: Any) -> int:
         ({"max_tokens": 10, "prompt": [1, 2, 3]}, 10),
         ({"max_tokens": 10, "prompt": "[\"a\", \"b\"]"}, 10),
         ({"max_tokens": -5, "n": -1}, 0),
-        ({"max_tokens": 1e400, "n": "many"}, 0),
+        ({"max_tokens": "1e3", "n": "many"}, 0),
         ({"max_tokens": True}, 1),
-        ({"max_tokens": 7, "temperature": float("nan"), "prompt": ["a", "b"]}, 14),
+        ({"max_tokens": "+100"}, 100),
+        ({"max_tokens": "1_0", "n": " 2 "}, 20),
+        ({"max_tokens": "0" * 100 + "1"}, 0),
+        ({"max_tokens": 10, "prompt": ["a, [b]", '"', "\\"]}, 30),
+        ({"max_tokens": 10, "prompt": ["a"]}, 10),
+        ({"max_tokens": 10, "prompt": []}, 10),
     ],
 )  # fmt: skip
 def test_what_may_be_generated_is_estimated_as_engines_read_it(fields: dict[str, Any], tokens: int) -> None:
