@@ -8,14 +8,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.access.gate import ROUTER_HEADER, Gate, refusal
+from serve_app.access.gate import ROUTER_HEADER, Gate, metered_for, refusal
 from serve_app.config import RouterConfig
 from serve_app.errors import (
     ClientGone,
@@ -47,8 +46,9 @@ from serve_app.router.upstream.protocol import (
     is_stream,
 )
 from serve_app.router.waiting_room import LOOK_AGAIN_S, WaitingRoom
-from serve_app.wire.asgi import Headers, HttpRequest
+from serve_app.wire.asgi import Headers, HttpRequest, endpoint, unless_gone
 from serve_app.wire.body import (
+    MOST_ID_BYTES,
     header,
     peek,
     read_body,
@@ -57,7 +57,7 @@ from serve_app.wire.body import (
     with_model,
 )
 from serve_app.wire.body_threads import beside_loop
-from serve_app.wire.usage import estimate_tokens, metered, total_tokens
+from serve_app.wire.usage import estimate_tokens, total_tokens
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,7 +66,6 @@ JSON = (b"content-type", b"application/json")
 REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
 # A client that streams and sends it is told, in comments, how long its model still loads.
 PROGRESS_HEADER = b"x-serve-app-progress"
-MOST_ID_BYTES = 128
 
 
 class Proxy:
@@ -92,14 +91,14 @@ class Proxy:
         """An ASGI application for one kind of request: POST with a JSON body."""
         headers: Headers = scope["headers"]
         given = (header(headers, b"x-request-id") or b"")[:MOST_ID_BYTES].decode("latin-1")
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve's http_options.root_path is before it.
+        path = endpoint(scope)
         exchange = Exchange(given or uuid.uuid4().hex, path, send)
         try:
             require_small_headers(headers, self.config)
             require_plain_path(path)
             body = await read_body(headers, receive, self.config)
             exchange.read = time.perf_counter()
-            await _unless_gone(self._answer(exchange, scope, body), receive)
+            await unless_gone(self._answer(exchange, scope, body), receive)
         except RequestError as error:
             if isinstance(error, Unauthorized | Forbidden | RateLimited):
                 self._metrics.key_refused(error.status)
@@ -136,12 +135,7 @@ class Proxy:
         admission = await self._gate.admit(scope["headers"], names[0], estimate)
         exchange.key, exchange.extra_headers = admission.key_name, admission.headers
         if admission.counts_tokens:
-            try:
-                work = partial(metered, exchange.path, seen, body)
-                body, exchange.meter = await beside_loop(len(body), work)
-            except BaseException:  # A field's name that is no UTF-8, say, or the client has left.
-                await admission.release(0)
-                raise
+            body, exchange.meter = await metered_for(admission, exchange.path, seen, body)
         is_refused = False
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)
@@ -289,27 +283,6 @@ class Proxy:
                 yield queue
         finally:
             self._metrics.waiting(name, queue.waiting)
-
-
-async def _unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Does the work, unless the client leaves first: then it is cancelled, and the engine's work with it."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone("The client left.")
-        await task
-    finally:
-        task.cancel()
-        gone.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _refuse(exchange: Exchange, error: RequestError) -> None:

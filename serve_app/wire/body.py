@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import msgspec
 from pydantic import TypeAdapter, ValidationError
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig, RouterConfig
-from serve_app.errors import ClientGone, HeadersTooLarge, InvalidRequest, RequestTimeout, RequestTooLarge
+from serve_app.errors import ClientGone, HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, RequestTooLarge
 from serve_app.wire.census import census, require_countable
-from serve_app.wire.openai_errors import TOO_DEEP
+from serve_app.wire.openai_errors import TOO_DEEP, error_response
 
 Headers = Sequence[tuple[bytes, bytes]]
 T = TypeVar("T")
@@ -24,6 +24,8 @@ T = TypeVar("T")
 # Bytes of JSON of a model's name; of a number, or of a word such as "true": what is written longer is none.
 MOST_NAME_BYTES = 1024
 MOST_WORD_BYTES = 100
+# Bytes of a client's own `x-request-id`: it stands in answers and in logs.
+MOST_ID_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ def with_model(body: bytes, name: str) -> bytes:
 def with_fields(body: bytes, **fields: Any) -> bytes:
     """The body of a request that was peeked at, with these fields in place of its own; the others stay the bytes that
     they are. Takes time with a large body: not for the event loop. Raises InvalidRequest."""
-    whole: dict[str, Any] = dict(_fields(_OBJECT, body))
+    read: dict[str, msgspec.Raw] = _fields(_OBJECT, body)
     try:
-        return msgspec.json.encode(whole | fields)
+        return msgspec.json.encode({**read, **fields})
     except RecursionError:  # What stands in one of the fields was read, and can be nested deeper than it is written.
         raise InvalidRequest(f"The body is not valid JSON: {TOO_DEEP}.") from None
 
@@ -144,6 +146,12 @@ def _fields(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
 def header(headers: Headers, name: bytes) -> bytes | None:
     """The value of the first header of that name, lower-case."""
     return next((value for key, value in headers if key == name), None)
+
+
+def declared_bytes(headers: Headers) -> int:
+    """What the headers say of the body's length; 0 where they say nothing."""
+    declared = header(headers, b"content-length") or b""
+    return int(declared) if declared.isdigit() else 0
 
 
 def require_small_headers(headers: Headers, config: RouterConfig) -> None:
@@ -170,8 +178,7 @@ async def read_body(
     `grow` hears the bytes of each piece before it is kept, and may raise. Raises RequestTooLarge as soon as the body is
     known to be larger, RequestTimeout, and ClientGone.
     """
-    declared = header(headers, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > config.max_body_bytes:
+    if declared_bytes(headers) > config.max_body_bytes:
         raise _too_large(config)
     try:
         async with asyncio.timeout(config.body_timeout_s):
@@ -180,6 +187,19 @@ async def read_body(
         raise RequestTimeout(
             f"The body did not arrive within {config.body_timeout_s:g} s. {_whose(config)} body_timeout_s sets it."
         ) from None
+
+
+async def read_or_refused(
+    scope: Scope, receive: Receive, send: Send, config: RouterConfig | ModelConfig
+) -> bytes | None:
+    """The whole body, as `read_body` has it; None where the client has left, or was told here what is wrong."""
+    try:
+        return await read_body(scope["headers"], receive, config)
+    except ClientGone:
+        return None
+    except RequestError as error:
+        await error_response(error)(scope, receive, send)
+        return None
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

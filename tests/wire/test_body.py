@@ -85,9 +85,9 @@ async def test_large_bodies_are_read_and_written_beside_the_event_loop(
     """Looking at them, asking for their usage, and giving them another model's name; small ones stay on it."""
     loop_thread, seen = threading.get_ident(), set()
     gate, _ = make_gate(tmp_path, "tokens_per_minute: 10_000_000")
-    names = ("peek", "metered", "with_model") if way == "by name" else ("_seen", "metered")
-    for name in names:
-        owner = forward if way == "by name" else gate_module
+    by_name, by_route = [(forward, "peek"), (forward, "with_model")], [(gate_module, "_seen")]
+    watched_functions = [*(by_name if way == "by name" else by_route), (gate_module, "metered")]
+    for owner, name in watched_functions:
         real = getattr(owner, name)
 
         def watched(*args: Any, name: str = name, real: Any = real) -> Any:
@@ -107,4 +107,4 @@ async def test_large_bodies_are_read_and_written_beside_the_event_loop(
         for size in (10, UNCOUNTED_BYTES, 2**20):
             body = {"model": "other", "prompt": "x" * size, "stream": True}
             assert (await http.post(CHAT, json=body, headers=AUTH)).status_code == 200
-    assert seen == {(name, large, not large) for name in names for large in (False, True)}
+    assert seen == {(name, large, not large) for _, name in watched_functions for large in (False, True)}
