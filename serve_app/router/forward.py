@@ -57,7 +57,7 @@ from serve_app.wire.body import (
     with_model,
 )
 from serve_app.wire.body_threads import beside_loop
-from serve_app.wire.usage import estimate_tokens, total_tokens
+from serve_app.wire.usage import estimate_tokens
 
 logger = logging.getLogger("ray.serve")
 
@@ -145,9 +145,7 @@ class Proxy:
         finally:  # What was refused used no tokens; what its client left did, if it was sent: its estimate stands.
             is_error = (exchange.error_status or exchange.status) >= 400 and exchange.pieces <= 1
             is_free = is_refused or is_error or not exchange.sent
-            meter = exchange.meter
-            used = total_tokens(exchange.tail) if meter is None else meter.total_tokens(estimate)
-            await admission.release(0 if is_free else used)
+            await admission.release(0 if is_free else exchange.meter.total_tokens(estimate))
 
     def _allowed(self, names: list[str], headers: Headers) -> list[str]:
         """Stand-ins that the key does not open are left out; the model that was meant is refused by the gate."""
