@@ -139,11 +139,13 @@ class Proxy:
         is_refused = False
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)
-        except RequestError:
-            is_refused = not exchange.first
+        except RequestError as error:
+            is_refused = not exchange.first and not isinstance(error, DeadlineExceeded)
             raise
-        finally:  # What was refused used no tokens; what its client left did, if it was sent: its estimate stands.
-            is_error = (exchange.error_status or exchange.status) >= 400 and exchange.pieces <= 1
+        finally:  # What was refused used no tokens. An engine that was sent it works until its client leaves, or does
+            # not take the answer, or until a deadline: then the estimate stands, if the answer tells no more.
+            failed = exchange.error_status or exchange.status
+            is_error = failed >= 400 and failed != DeadlineExceeded.status and exchange.pieces <= 1
             is_free = is_refused or is_error or not exchange.sent
             await admission.release(0 if is_free else exchange.meter.total_tokens(estimate))
 
