@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 
-from serve_app.errors import Overloaded
+from serve_app.errors import Overloaded, RequestTooLarge
 
 # Of each body so many bytes are free: their number is bounded by that of the requests, and whoever sends large bodies
 # must not shut out ordinary ones.
@@ -67,3 +67,19 @@ class Held:
         """The body is not held any more."""
         self._budget.give_back(self._owner, self._charged)
         self._size = self._charged = 0
+
+
+class NoBody(Held):
+    """Of a request that needs no key. It may bring no body: without a key's name, nothing would bound what one client
+    takes of the budget."""
+
+    def __init__(self) -> None:
+        """It has no budget."""
+
+    def grow(self, count: int) -> None:
+        """Raises RequestTooLarge at the first byte."""
+        if count:
+            raise RequestTooLarge("This address needs no API key and takes no body. Send the request without one.")
+
+    def release(self) -> None:
+        """Nothing was held."""

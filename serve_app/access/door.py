@@ -23,22 +23,23 @@ from ray.serve.exceptions import RayServeException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.access.body_budget import BodyBudget, Held
+from serve_app.access.body_budget import BodyBudget, Held, NoBody
 from serve_app.access.gate import Gate, is_admitted, refusal
 from serve_app.access.keys import KeySource, configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
 from serve_app.errors import ClientGone, ConfigError, InvalidRequest, RequestError
 from serve_app.ray_serve import session_header
-from serve_app.wire.asgi import Headers
-from serve_app.wire.body import header, read_body, replayed
+from serve_app.wire.asgi import Headers, endpoint
+from serve_app.wire.body import MOST_ID_BYTES, declared_bytes, header, read_body, replayed
 
 logger = logging.getLogger("ray.serve")
 
+REQUEST_ID = b"x-request-id"
 # What Serve does for a client that sends one of these is none of a client's business. It reads "_" as "-" in some.
 SERVES_OWN = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id"})
 # Serve decodes their values as UTF-8 and does not expect that to fail.
-READ_BY_SERVE = frozenset({b"x-request-id", b"traceparent", b"tracestate", session_header()})
+READ_BY_SERVE = frozenset({REQUEST_ID, b"traceparent", b"tracestate", session_header()})
 # Serve's own, which HAProxy asks for all the time.
 WITHOUT_KEY = frozenset({"/-/healthz", "/-/routes"})
 # In Serve's proxy it is not known for which model a body is, so it is held to what the process may hold.
@@ -104,15 +105,15 @@ class OuterDoor:
         if scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket":
-            await self._app({**scope, "headers": _without_serves_own(scope["headers"])}, receive, send)
+            await self._app({**scope, "headers": _passed_on(scope["headers"])}, receive, send)
         else:
             await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope = {**scope, "headers": _without_serves_own(scope["headers"])}
+        scope = {**scope, "headers": _passed_on(scope["headers"])}
         try:
             _require_readable(scope["headers"])
-            held = self._budget.hold(self._owner(scope))
+            held = self._hold(scope)
         except RequestError as error:
             await self._refuse(error, scope, receive, send)
             return
@@ -134,19 +135,22 @@ class OuterDoor:
             await self._refuse(error, scope, receive, send)
         return None
 
-    def _owner(self, scope: Scope) -> str | None:
-        """The name of the request's key; None where none is needed. Raises Unauthorized and Forbidden."""
-        gate = self._inside.gate
-        path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+    def _hold(self, scope: Scope) -> Held:
+        """For the request's body, in the name of its key. Raises Unauthorized, Forbidden and RequestTooLarge."""
+        gate, path = self._inside.gate, endpoint(scope)
+        if gate is None or is_admitted(scope):
+            return self._budget.hold()
         is_health = scope["method"] == "GET" and path.endswith("/health")  # Which of these need no key, the gate knows.
-        if gate is None or path in WITHOUT_KEY or is_health or is_admitted(scope):
-            return None
+        if path in WITHOUT_KEY or is_health:
+            held = NoBody()
+            held.grow(declared_bytes(scope["headers"]))
+            return held
         key = gate.identify(scope["headers"], self._inside.model)
-        return None if key is None else key.name
+        return self._budget.hold(None if key is None else key.name)
 
     async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve gives an answer its request's id, and the router counts and logs; neither sees this one."""
-        given = header(scope["headers"], b"x-request-id") or b""
+        given = header(scope["headers"], REQUEST_ID) or b""
         request_id = given.decode("ascii") if given.isascii() and given else uuid.uuid4().hex
         self._inside.refused(error.status)
         line = {"request_id": request_id, "path": scope["path"], "status": error.status, "error_code": error.code}
@@ -156,8 +160,13 @@ class OuterDoor:
         await response(scope, receive, send)
 
 
-def _without_serves_own(headers: Headers) -> Headers:
-    return [pair for pair in headers if pair[0].replace(b"_", b"-") not in SERVES_OWN]
+def _passed_on(headers: Headers) -> Headers:
+    """Without what steers Serve, and without an id that is too long: the request gets one as if it had brought none."""
+    return [
+        (name, value)
+        for name, value in headers
+        if name.replace(b"_", b"-") not in SERVES_OWN and not (name == REQUEST_ID and len(value) > MOST_ID_BYTES)
+    ]
 
 
 def _require_readable(headers: Headers) -> None:

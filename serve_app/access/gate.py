@@ -5,6 +5,7 @@
 
 import hmac
 from collections.abc import Iterable
+from functools import partial
 from typing import NoReturn
 
 from starlette.responses import Response
@@ -15,8 +16,10 @@ from serve_app.access.limiter import router_token
 from serve_app.access.limits import Limiter, Limits, Verdict, duration
 from serve_app.access.origin import require_own_page
 from serve_app.config import ModelConfig, RouterConfig
-from serve_app.errors import ClientGone, InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
-from serve_app.wire.body import Peek, peek, read_body, replayed
+from serve_app.errors import InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
+from serve_app.wire.asgi import endpoint, show_routes
+from serve_app.wire.body import Peek, peek, read_or_refused, replayed
+from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.openai_errors import error_response
 from serve_app.wire.usage import UsageMeter, estimate_tokens, metered
 
@@ -132,6 +135,15 @@ def refusal(error: RequestError) -> Response:
     return response
 
 
+async def metered_for(admission: Admission, path: str, seen: Peek, body: bytes) -> tuple[bytes, UsageMeter]:
+    """As `metered`, beside the event loop. What ends here has used nothing of its key. Raises InvalidRequest."""
+    try:
+        return await beside_loop(len(body), partial(metered, path, seen, body))
+    except BaseException:  # A field's name that is no UTF-8, say, or the client has left.
+        await admission.release(0)
+        raise
+
+
 class KeyedRouter:
     """The router's application behind a gate: everything but GET /health needs a key. What a request may use, and how
     much, is decided where its model is known."""
@@ -139,9 +151,7 @@ class KeyedRouter:
     def __init__(self, app: ASGIApp, gate: Gate):
         self._app = app
         self._gate = gate
-        for name in ("routes", "router"):
-            if hasattr(app, name):
-                setattr(self, name, getattr(app, name))
+        show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -167,9 +177,7 @@ class KeyedApp:
         self._app = app
         self._gate = gate
         self._model_name = model_name
-        for name in ("routes", "router"):  # Serve names the routes in its metrics by these, where there are any.
-            if hasattr(app, name):
-                setattr(self, name, getattr(app, name))
+        show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -197,23 +205,18 @@ class KeyedApp:
         meter, estimate = UsageMeter(), 0
         try:
             key = self._gate.identify(scope["headers"], self._model_name)
-            if scope["method"] in FREE_METHODS:
-                admission = Admission(None if key is None else key.name)
-            else:
-                body = await read_body(scope["headers"], receive, self._limits)
-                seen = _seen(body)
+            admission = Admission(None if key is None else key.name)
+            if scope["method"] not in FREE_METHODS:
+                body = await read_or_refused(scope, receive, send, self._limits)
+                if body is None:
+                    return
+                seen = await beside_loop(len(body), partial(_seen, body))
                 estimate = estimate_tokens(len(body), seen.token_limit, seen.answers)
                 admission = await self._gate.admit(scope["headers"], self._model_name, estimate)
                 if admission.counts_tokens:
-                    try:
-                        body, meter = metered(_endpoint(scope), seen, body)
-                    except BaseException:  # A field's name that is no UTF-8, say.
-                        await admission.release(0)
-                        raise
+                    body, meter = await metered_for(admission, endpoint(scope), seen, body)
                     scope = {**scope, "headers": _of_length(scope["headers"], len(body))}
                 receive = replayed(body, receive)
-        except ClientGone:
-            return
         except RequestError as error:
             await refusal(error)(scope, receive, send)
             return
@@ -240,11 +243,6 @@ def _seen(body: bytes) -> Peek:
         return peek(body)
     except InvalidRequest:  # The engine says what is wrong with it.
         return Peek()
-
-
-def _endpoint(scope: Scope) -> str:
-    """The path below the route's prefix."""
-    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
 
 
 def _of_length(headers: Headers, length: int) -> list[tuple[bytes, bytes]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from starlette.types import Message, Send
 
 from serve_app.errors import RequestError
-from serve_app.router.metrics import TAIL_BYTES, RouterMetrics
+from serve_app.router.metrics import RouterMetrics
 from serve_app.router.suspicion import Suspect
 from serve_app.wire.asgi import Headers
 from serve_app.wire.openai_errors import error_object
@@ -38,9 +38,7 @@ class Exchange:
     pieces: int = 0
     retries: int = 0
     resumes: int = 0
-    tail: bytes = b""
-    # Where the tokens of its key are limited.
-    meter: UsageMeter | None = None
+    meter: UsageMeter = field(default_factory=UsageMeter)
     key: str | None = None
     # Whether its client wants to be told while it waits; `is_early`: the head went out with the first such comment.
     wants_progress: bool = False
@@ -64,9 +62,7 @@ class Exchange:
         """One piece of the body. Returns when the client, or what is before it, has room for the next."""
         if piece:
             self.pieces += 1
-            self.tail = piece[-TAIL_BYTES:] if len(piece) >= TAIL_BYTES else (self.tail + piece)[-TAIL_BYTES:]
-            piece = piece if self.meter is None else self.meter.feed(piece)
-            await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+            await self.send({"type": "http.response.body", "body": self.meter.feed(piece), "more_body": True})
 
     async def tell(self, error: RequestError) -> None:
         """An error in a stream that has begun, as an event."""
@@ -82,8 +78,7 @@ class Exchange:
 
     async def end(self, last: bytes = b"") -> None:
         """The end of the body."""
-        last = last if self.meter is None else self.meter.rest() + last
-        await self.send({"type": "http.response.body", "body": last, "more_body": False})
+        await self.send({"type": "http.response.body", "body": self.meter.rest() + last, "more_body": False})
 
     def timing(self) -> str:
         """`server-timing`: milliseconds until the body was read, in the router's queue, and in the engine until now."""
@@ -101,7 +96,7 @@ class Exchange:
             streamed = time.perf_counter() - self.first
             between = streamed / (self.pieces - 1) if self.pieces > 1 else None
             metrics.timed(self.model, self.sent - self.read, self.first - self.began, between)
-            metrics.used(self.model, self.tail)
+            metrics.used(self.model, self.meter.usage)
 
     def log_line(self) -> str:
         """One line of JSON. Nothing of the prompt or the answer is in it."""

@@ -8,13 +8,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.access.gate import ROUTER_HEADER, Gate, refusal
+from serve_app.access.gate import ROUTER_HEADER, Gate, metered_for, refusal
 from serve_app.config import RouterConfig
 from serve_app.errors import (
     ClientGone,
@@ -46,8 +46,9 @@ from serve_app.router.upstream.protocol import (
     is_stream,
 )
 from serve_app.router.waiting_room import LOOK_AGAIN_S, WaitingRoom
-from serve_app.wire.asgi import Headers, HttpRequest
+from serve_app.wire.asgi import Headers, HttpRequest, endpoint, unless_gone
 from serve_app.wire.body import (
+    MOST_ID_BYTES,
     header,
     peek,
     read_body,
@@ -55,7 +56,8 @@ from serve_app.wire.body import (
     require_small_headers,
     with_model,
 )
-from serve_app.wire.usage import estimate_tokens, metered, total_tokens
+from serve_app.wire.body_threads import beside_loop
+from serve_app.wire.usage import estimate_tokens
 
 logger = logging.getLogger("ray.serve")
 
@@ -64,7 +66,6 @@ JSON = (b"content-type", b"application/json")
 REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
 # A client that streams and sends it is told, in comments, how long its model still loads.
 PROGRESS_HEADER = b"x-serve-app-progress"
-MOST_ID_BYTES = 128
 
 
 class Proxy:
@@ -90,14 +91,14 @@ class Proxy:
         """An ASGI application for one kind of request: POST with a JSON body."""
         headers: Headers = scope["headers"]
         given = (header(headers, b"x-request-id") or b"")[:MOST_ID_BYTES].decode("latin-1")
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve's http_options.root_path is before it.
+        path = endpoint(scope)
         exchange = Exchange(given or uuid.uuid4().hex, path, send)
         try:
             require_small_headers(headers, self.config)
             require_plain_path(path)
             body = await read_body(headers, receive, self.config)
             exchange.read = time.perf_counter()
-            await _unless_gone(self._answer(exchange, scope, body), receive)
+            await unless_gone(self._answer(exchange, scope, body), receive)
         except RequestError as error:
             if isinstance(error, Unauthorized | Forbidden | RateLimited):
                 self._metrics.key_refused(error.status)
@@ -127,30 +128,26 @@ class Proxy:
         await self._upstream.close()
 
     async def _answer(self, exchange: Exchange, scope: Scope, body: bytes) -> None:
-        seen = peek(body)
+        seen = await beside_loop(len(body), partial(peek, body))
         exchange.wants_progress = seen.stream is True and header(scope["headers"], PROGRESS_HEADER) is not None
         names = self._allowed(candidates(self.config, seen.model), scope["headers"])
         estimate = estimate_tokens(len(body), seen.token_limit, seen.answers)
         admission = await self._gate.admit(scope["headers"], names[0], estimate)
         exchange.key, exchange.extra_headers = admission.key_name, admission.headers
         if admission.counts_tokens:
-            try:
-                body, exchange.meter = metered(exchange.path, seen, body)
-            except BaseException:  # A field's name that is no UTF-8, say.
-                await admission.release(0)
-                raise
+            body, exchange.meter = await metered_for(admission, exchange.path, seen, body)
         is_refused = False
         try:
             await self._answer_of(names, seen.model, exchange, scope, body)
-        except RequestError:
-            is_refused = not exchange.first
+        except RequestError as error:
+            is_refused = not exchange.first and not isinstance(error, DeadlineExceeded)
             raise
-        finally:  # What was refused used no tokens; what its client left did, if it was sent: its estimate stands.
-            is_error = (exchange.error_status or exchange.status) >= 400 and exchange.pieces <= 1
+        finally:  # What was refused used no tokens. An engine that was sent it works until its client leaves, or does
+            # not take the answer, or until a deadline: then the estimate stands, if the answer tells no more.
+            failed = exchange.error_status or exchange.status
+            is_error = failed >= 400 and failed != DeadlineExceeded.status and exchange.pieces <= 1
             is_free = is_refused or is_error or not exchange.sent
-            meter = exchange.meter
-            used = total_tokens(exchange.tail) if meter is None else meter.total_tokens(estimate)
-            await admission.release(0 if is_free else used)
+            await admission.release(0 if is_free else exchange.meter.total_tokens(estimate))
 
     def _allowed(self, names: list[str], headers: Headers) -> list[str]:
         """Stand-ins that the key does not open are left out; the model that was meant is refused by the gate."""
@@ -167,9 +164,9 @@ class Proxy:
 
         bodies = {asked: body}
 
-        def request_to(name: str) -> HttpRequest:
+        async def request_to(name: str) -> HttpRequest:
             if name not in bodies:
-                bodies[name] = with_model(body, name)
+                bodies[name] = await beside_loop(len(body), partial(with_model, body, name))
             return HttpRequest(scope["method"], exchange.path, scope["query_string"], headers, bodies[name])
 
         ends = asyncio.get_running_loop().time() + self.config.total_timeout_s
@@ -193,7 +190,7 @@ class Proxy:
             await answer.close()
 
     async def _open(
-        self, exchange: Exchange, names: list[str], request_to: Callable[[str], HttpRequest]
+        self, exchange: Exchange, names: list[str], request_to: Callable[[str], Awaitable[HttpRequest]]
     ) -> tuple[Answer, HttpRequest]:
         """The first model that takes the request: none waits for a loading one while another is ready."""
         failures: list[RequestError] = []
@@ -203,7 +200,7 @@ class Proxy:
                 for name in names:
                     if name in full:
                         continue
-                    request = request_to(name)
+                    request = await request_to(name)
                     try:
                         answer = await self._open_one(exchange, name, request, patient)
                     except (ModelNotFound, ModelUnavailable, Overloaded) as error:
@@ -286,27 +283,6 @@ class Proxy:
                 yield queue
         finally:
             self._metrics.waiting(name, queue.waiting)
-
-
-async def _unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Does the work, unless the client leaves first: then it is cancelled, and the engine's work with it."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone("The client left.")
-        await task
-    finally:
-        task.cancel()
-        gone.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _refuse(exchange: Exchange, error: RequestError) -> None:

@@ -3,14 +3,11 @@
 Requests that name no model of ours count under the model "unknown", so that clients cannot make up labels.
 """
 
-import re
-
 from ray.serve import metrics
 
+from serve_app.wire.usage import Usage
+
 SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
-# Usage stands at the end of an answer, so only so many of its last bytes are searched.
-TAIL_BYTES = 2048
-_PROMPT, _COMPLETION = (re.compile(rb'"%s_tokens"\s*:\s*(\d+)' % name) for name in (b"prompt", b"completion"))
 
 
 class RouterMetrics:
@@ -74,8 +71,8 @@ class RouterMetrics:
         if between_s is not None:
             self._between.observe(between_s, tags=tags)
 
-    def used(self, model: str, tail: bytes) -> None:
-        """Tokens, from the end of an answer."""
-        for pattern, counter in ((_PROMPT, self._tokens_in), (_COMPLETION, self._tokens_out)):
-            if found := pattern.findall(tail):
-                counter.inc(int(found[-1]), tags={"model": model})
+    def used(self, model: str, usage: Usage) -> None:
+        """Tokens, as far as the answer tells them."""
+        for count, counter in ((usage.prompt, self._tokens_in), (usage.completion, self._tokens_out)):
+            if count:
+                counter.inc(count, tags={"model": model})

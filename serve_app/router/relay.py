@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
+
 from serve_app.config import RouterConfig
 from serve_app.errors import DeadlineExceeded, HarmfulRequest, ModelUnavailable, RequestError, UnreadableAnswer
 from serve_app.router.engine_loss import is_lost_event
@@ -17,6 +19,7 @@ from serve_app.router.suspicion import Suspicion
 from serve_app.router.transcript import CannotResume, Transcript, WholeEvents, may_resume
 from serve_app.router.upstream.protocol import Answer, EngineGone, NotOpen, Patience, ReplicaLost, Upstream
 from serve_app.wire.asgi import HttpRequest
+from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.openai_errors import error_object
 
 logger = logging.getLogger("ray.serve")
@@ -116,12 +119,12 @@ class Relay:
             raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
         body = b"".join(pieces)
         try:
-            event = json.dumps(json.loads(body))
+            event = await beside_loop(len(body), lambda: msgspec.json.format(body, indent=0))
         except ValueError:
             text = f"HTTP {answer.status}: {body[:500].decode(errors='replace')}"
-            event = json.dumps(error_object(RequestError(text)))
+            event = json.dumps(error_object(RequestError(text))).encode()
         self._exchange.error_status = answer.status
-        await last_words(self._exchange.pass_on(f"data: {event}\n\n".encode()), self._exchange.end())
+        await last_words(self._exchange.pass_on(b"data: %s\n\n" % event), self._exchange.end())
 
     async def events(self, answer: Answer, upstream: Upstream, metrics: RouterMetrics) -> None:
         """A stream of events, which ends with one that says why where it cannot go on."""
@@ -173,17 +176,22 @@ class Relay:
             async with deadline.timeout:
                 yield deadline
         except TimeoutError:
-            is_over = asyncio.get_running_loop().time() >= self._ends
-            field = "total_timeout_s" if is_over else "idle_timeout_s"
-            seconds = getattr(self._config, field)
-            raise DeadlineExceeded(f"The answer was cut after {seconds:g} s. The router's {field} says so.") from None
+            raise self._cut("total_timeout_s" if self._is_over() else "idle_timeout_s") from None
+
+    def _is_over(self) -> bool:
+        return asyncio.get_running_loop().time() >= self._ends
+
+    def _cut(self, field: str) -> DeadlineExceeded:
+        seconds = getattr(self._config, field)
+        return DeadlineExceeded(f"The answer was cut after {seconds:g} s. The router's {field} says so.")
 
     async def _resumed(
         self, upstream: Upstream, transcript: Transcript | None, error: ReplicaLost, metrics: RouterMetrics
     ) -> Resumed | None:
         """How a lost stream goes on; None where it cannot, and the client was told.
 
-        All losses of a stream count together: it may be what kills the replicas.
+        All losses of a stream count together: it may be what kills the replicas. Raises HarmfulRequest,
+        and DeadlineExceeded.
         """
         exchange, reason, patience = self._exchange, str(error), Patience()
         self._suspicion.lost(exchange.model, exchange.suspect, error.death)
@@ -192,18 +200,13 @@ class Relay:
             metrics.resumed(exchange.model)
             await backoff(exchange.resumes)
             try:
-                async with asyncio.timeout_at(self._ends):
-                    await self._loaded(exchange, exchange.model, self._config)
-                    await self._suspicion.before_next_try(exchange.model, exchange.suspect)
-                    async with asyncio.timeout(self._config.first_byte_timeout_s):
-                        return await resume(upstream, exchange.model, self._request, transcript)
+                return await self._resume(upstream, transcript)
+            except (DeadlineExceeded, HarmfulRequest):
+                raise
             except NotOpen as closed:  # Nothing was tried: back into the waiting room.
                 if not (isinstance(closed, EngineGone) and patience.has_ended()):
                     exchange.resumes -= 1
                 reason = str(closed)
-            except HarmfulRequest as harmful:
-                await last_words(exchange.tell(harmful))
-                return None
             except CannotResume as refusal:
                 reason = f"{error}; it was not taken up again: {refusal}"
                 break
@@ -222,3 +225,18 @@ class Relay:
         lost = ModelUnavailable(f"The model's replica was lost in the stream: {reason}.", retry_after_s=1.0)
         await last_words(exchange.tell(lost))
         return None
+
+    async def _resume(self, upstream: Upstream, transcript: Transcript) -> Resumed:
+        """One try with another replica. Raises DeadlineExceeded where the time of the whole answer is over, and
+        TimeoutError where the replica gives no byte in time."""
+        name = self._exchange.model
+        try:
+            async with asyncio.timeout_at(self._ends):
+                await self._loaded(self._exchange, name, self._config)
+                await self._suspicion.before_next_try(name, self._exchange.suspect)
+                async with asyncio.timeout(self._config.first_byte_timeout_s):
+                    return await resume(upstream, name, self._request, transcript)
+        except TimeoutError:
+            if self._is_over():
+                raise self._cut("total_timeout_s") from None
+            raise

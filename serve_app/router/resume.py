@@ -1,13 +1,17 @@
 """Takes a lost stream up again: asks a replica for the token ids of what was sent, and for the rest."""
 
-import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import msgspec
+
+from serve_app.errors import InvalidRequest
 from serve_app.router.engine_loss import is_lost_status
 from serve_app.router.transcript import (
     CannotResume,
     Continuation,
+    Kind,
     Transcript,
     continuation,
     ending,
@@ -16,7 +20,8 @@ from serve_app.router.transcript import (
 )
 from serve_app.router.upstream.protocol import Answer, Upstream
 from serve_app.wire.asgi import HttpRequest
-from serve_app.wire.openai_errors import read_json
+from serve_app.wire.body_threads import beside_loop
+from serve_app.wire.census import decode_body
 
 JSON_HEADERS = [(b"content-type", b"application/json"), (b"accept", b"application/json")]
 
@@ -37,16 +42,28 @@ async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript
         return Resumed(None, None)
     if not transcript.started:  # The client has nothing yet, so the whole is asked again.
         return Resumed(await _accepted(upstream, name, request), None)
-    asked = read_json(request.body)
-    kind = kind_of(request.path, asked)
+    size = len(request.body) + len(transcript.text)
+    kind, asked = await beside_loop(size, partial(_asked, request))
     if transcript.problem:
         raise CannotResume(transcript.problem)
-    caller = _Caller(upstream, name, request)
+    caller = _Caller(upstream, name, request, size)
     prompt_ids, text_ids, max_model_len = await _ids(caller, prompt_request(kind, asked), asked, transcript.text)
-    rest = continuation(kind, asked, transcript, prompt_ids, text_ids, max_model_len)
+    continued = partial(continuation, kind, asked, transcript, prompt_ids, text_ids, max_model_len)
+    rest = await beside_loop(size, continued)
     if rest is None or transcript.finish_reason is not None:
         return Resumed(None, None, ending(kind, asked, transcript, len(prompt_ids), len(text_ids)))
     return Resumed(await caller.stream("/v1/completions", rest.body), rest)
+
+
+def _asked(request: HttpRequest) -> tuple[Kind, Mapping[str, Any]]:
+    """What was asked for, and the form of its stream. Takes time with a large body. Raises CannotResume."""
+    try:
+        asked = decode_body(request.body)
+    except InvalidRequest as error:
+        raise CannotResume(error.message) from None
+    if not isinstance(asked, dict):
+        raise CannotResume("the request is no JSON object")
+    return kind_of(request.path, asked), asked
 
 
 async def _ids(
@@ -75,9 +92,10 @@ async def _ids(
 
 
 class _Caller:
-    """Sends small requests to the same model, with the request's id."""
+    """Sends requests to the same model, with the request's id. They have about `size` bytes, as it has."""
 
-    def __init__(self, upstream: Upstream, name: str, request: HttpRequest):
+    def __init__(self, upstream: Upstream, name: str, request: HttpRequest, size: int):
+        self._size = size
         self._upstream = upstream
         self._name = name
         ids = [pair for pair in request.headers if pair[0] in (b"x-request-id", b"authorization")]
@@ -85,10 +103,11 @@ class _Caller:
 
     async def call(self, path: str, body: Mapping[str, Any]) -> Any:
         """The decoded answer. Raises CannotResume where the model refuses, ReplicaLost where it is lost."""
-        content = json.dumps(body, ensure_ascii=False).encode()
+        content = await beside_loop(self._size, partial(msgspec.json.encode, body))
         answer = await _accepted(self._upstream, self._name, HttpRequest("POST", path, b"", self._headers, content))
         try:
-            return json.loads(b"".join([piece async for piece in answer.pieces()]))
+            said = b"".join([piece async for piece in answer.pieces()])
+            return await beside_loop(len(said), partial(msgspec.json.decode, said))
         finally:
             await answer.close()
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
+
 # Bytes of events that are kept unread; beyond, they are read and only their text is kept.
 KEPT_BYTES = 256 * 1024
 
@@ -249,7 +251,7 @@ def continuation(
     body |= {"prompt": prompt_ids + text_ids, "max_tokens": left, "stream": True}
     if asked.get("min_tokens"):
         body["min_tokens"] = max(0, int(asked["min_tokens"]) - len(text_ids))
-    return Continuation(kind, transcript.head, len(prompt_ids), len(text_ids), json.dumps(body).encode())
+    return Continuation(kind, transcript.head, len(prompt_ids), len(text_ids), msgspec.json.encode(body))
 
 
 def ending(kind: Kind, asked: Mapping[str, Any], transcript: Transcript, prompt_ids: int, text_ids: int) -> bytes:

@@ -7,13 +7,14 @@ The first item is the head (`encode_head`), every other item is a piece of the b
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import ASGIApp, Message, Receive, Scope
 
-from serve_app.errors import RequestError
+from serve_app.errors import ClientGone, RequestError
 from serve_app.wire.openai_errors import error_object
 
 logger = logging.getLogger("ray.serve")
@@ -114,6 +115,42 @@ async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asy
     finally:
         if not gone.is_set():  # With nobody reading, a full queue would hold this for ever.
             await messages.put(None)
+
+
+def endpoint(scope: Scope) -> str:
+    """The path below the prefix of the route, or of Serve itself (`root_path` of its `http_options`)."""
+    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+
+
+def show_routes(wrapper: ASGIApp, app: ASGIApp) -> None:
+    """Gives the wrapper the application's routes, where it has any: Serve names requests in its metrics by them."""
+    for name in ("routes", "router"):
+        if hasattr(app, name):
+            setattr(wrapper, name, getattr(app, name))
+
+
+async def unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Does the work, unless the client leaves first: then it is cancelled. Raises ClientGone, and what the work raises.
+
+    The request's body must have been read, since what else comes from `receive` is dropped.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("The client left.")
+        await task
+    finally:
+        task.cancel()
+        gone.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _scope(request: HttpRequest) -> Scope:

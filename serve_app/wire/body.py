@@ -1,53 +1,86 @@
-"""What the router reads of a request: its body within limits, and of the body three fields.
+"""What is read of a request before an engine reads it: its body within limits, and of the body a few fields.
 
 The rest of the body is checked to be JSON and passed on as bytes: building a document of ten megabytes would cost
 more than everything else that the router does.
 """
 
 import asyncio
-import json
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
-from starlette.types import Message, Receive
+from pydantic import TypeAdapter, ValidationError
+from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig, RouterConfig
-from serve_app.errors import ClientGone, HeadersTooLarge, InvalidRequest, RequestTimeout, RequestTooLarge
-from serve_app.wire.openai_errors import read_json
+from serve_app.errors import ClientGone, HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, RequestTooLarge
+from serve_app.wire.census import census, require_countable
+from serve_app.wire.openai_errors import TOO_DEEP, error_response
 
 Headers = Sequence[tuple[bytes, bytes]]
+T = TypeVar("T")
+
+# Bytes of JSON of a model's name; of a number, or of a word such as "true": what is written longer is none.
+MOST_NAME_BYTES = 1024
+MOST_WORD_BYTES = 100
+# Bytes of a client's own `x-request-id`: it stands in answers and in logs.
+MOST_ID_BYTES = 128
 
 
-class Peek(msgspec.Struct):
-    """The fields that matter here. `model` is None where the body has none; `prompt` is not read before it must be."""
+@dataclass(frozen=True)
+class Peek:
+    """The fields that matter before the engine. `model` is None where the body has none.
 
-    model: Any = None
-    stream: Any = False
-    stream_options: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    n: Any = None
-    prompt: msgspec.Raw = msgspec.Raw(b"null")
+    `token_limit` are the tokens that one answer may have at most, 0 where the request does not say. `answers` is how
+    many there will be: `n` for each of the prompts.
+    """
 
-    @property
-    def token_limit(self) -> int:
-        """Tokens that one answer may have at most; 0 where the request does not say. Engines differ in which of the two
-        fields they follow, so the larger one counts."""
-        return max(_whole(self.max_completion_tokens), _whole(self.max_tokens))
-
-    @property
-    def answers(self) -> int:
-        """How many there will be: `n` for each of the prompts."""
-        return max(1, _whole(self.n)) * _prompts(self.prompt)
+    model: str | None = None
+    stream: object = False
+    stream_options: object = None
+    token_limit: int = 0
+    answers: int = 1
 
 
-_PEEK = msgspec.json.Decoder(Peek)
-_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-# Python's own reader takes 40 ms a megabyte, in which nothing else goes on, in another thread neither.
-LARGE_BODY_BYTES = 2**18
+_NULL = msgspec.Raw(b"null")
+
+
+class _Fields(msgspec.Struct):
+    """The same fields as JSON: whatever stands in them is not built before its size is known."""
+
+    model: msgspec.Raw = _NULL
+    stream: msgspec.Raw = _NULL
+    stream_options: msgspec.Raw = _NULL
+    max_tokens: msgspec.Raw = _NULL
+    max_completion_tokens: msgspec.Raw = _NULL
+    n: msgspec.Raw = _NULL
+    prompt: msgspec.Raw = _NULL
+
+
+_PEEK = msgspec.json.Decoder(_Fields)
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_WHOLE = TypeAdapter(int)
+
+
+def peek(body: bytes) -> Peek:
+    """Reads these fields of a JSON object, and counts all others without building them.
+
+    Takes time with a large body: not for the event loop. Raises InvalidRequest with what is wrong.
+    """
+    require_countable(body)
+    found = _fields(_PEEK, body)
+    try:
+        return Peek(
+            model=_name(found.model),
+            stream=_word(found.stream),
+            stream_options=msgspec.json.decode(found.stream_options),
+            # Engines differ in which of the two fields they follow, so the larger one counts.
+            token_limit=max(_whole(found.max_completion_tokens), _whole(found.max_tokens)),
+            answers=max(1, _whole(found.n)) * _prompts(found.prompt),
+        )
+    except ValueError as error:  # Of a number that is too large, or of text that is no UTF-8.
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
 
 def is_true(value: object) -> bool:
@@ -55,50 +88,35 @@ def is_true(value: object) -> bool:
     return value in (True, 1) or (isinstance(value, str) and value.lower() in {"1", "on", "t", "true", "y", "yes"})
 
 
-def _whole(value: object) -> int:
-    """A whole number above zero in any way that pydantic reads, such as 16.0 or "16"; 0 for what is none."""
-    if isinstance(value, str) and len(value) < 20 and value.strip().isdecimal():
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and value > 0 else 0
+def _name(model: msgspec.Raw) -> str | None:
+    if len(bytes(model)) > MOST_NAME_BYTES:
+        text = f"The field 'model' has {len(bytes(model))} bytes, and names have at most {MOST_NAME_BYTES}."
+        raise InvalidRequest(text, param="model")
+    name = msgspec.json.decode(model)
+    if name is not None and not isinstance(name, str):
+        raise InvalidRequest(f"The field 'model' must be a string, not {type(name).__name__}.", param="model")
+    return name
 
 
-# A list of texts or of lists, however many spaces are before the first.
-_SEVERAL = re.compile(rb"\[\s*[\"\[]")
+def _word(value: msgspec.Raw) -> object:
+    """A short value; None for a longer one."""
+    return msgspec.json.decode(value) if len(bytes(value)) <= MOST_WORD_BYTES else None
+
+
+def _whole(value: msgspec.Raw) -> int:
+    """A whole number above zero in any way that pydantic reads, such as 16.0 or "+1_6"; 0 for what is none."""
+    try:
+        return max(0, _WHOLE.validate_python(_word(value)))
+    except (ValidationError, msgspec.ValidationError):  # The second one is for 1e999.
+        return 0
 
 
 def _prompts(prompt: msgspec.Raw) -> int:
-    """How many prompts there are in this JSON. Ids of tokens, a list of numbers, are one."""
-    if not _SEVERAL.match(memoryview(prompt)):
+    """How many prompts there are in this JSON, without building them. Ids of tokens, a list of numbers, are one."""
+    text = bytes(prompt)
+    if not text.startswith(b"["):
         return 1
-    return max(1, len(_ITEMS.decode(prompt)))
-
-
-def peek(body: bytes) -> Peek:
-    """Reads the fields of a JSON object without building the others. Raises InvalidRequest with what is wrong."""
-    try:
-        found = _PEEK.decode(body)
-    except (ValueError, RecursionError) as error:
-        if len(body) > LARGE_BODY_BYTES:
-            raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-        found = _peek_slowly(body)  # And more patient: NaN is no JSON, but Python writes it.
-    if found.model is not None and not isinstance(found.model, str):
-        raise InvalidRequest(f"The field 'model' must be a string, not {type(found.model).__name__}.", param="model")
-    return found
-
-
-def _peek_slowly(body: bytes) -> Peek:
-    try:
-        document = read_json(body)
-    except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    if not isinstance(document, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    found = {name: document[name] for name in Peek.__struct_fields__ if name in document}
-    if "prompt" in found:
-        found["prompt"] = msgspec.Raw(json.dumps(found["prompt"]).encode())
-    return Peek(**found)
+    return census(text).items + 1 if b'"' in text else max(1, text.count(b"[") - 1)
 
 
 def with_model(body: bytes, name: str) -> bytes:
@@ -107,21 +125,33 @@ def with_model(body: bytes, name: str) -> bytes:
 
 
 def with_fields(body: bytes, **fields: Any) -> bytes:
-    """The body with these fields in place of its own. Raises InvalidRequest."""
+    """The body of a request that was peeked at, with these fields in place of its own; the others stay the bytes that
+    they are. Takes time with a large body: not for the event loop. Raises InvalidRequest."""
+    read: dict[str, msgspec.Raw] = _fields(_OBJECT, body)
     try:
-        return msgspec.json.encode({**_FIELDS.decode(body), **fields})  # The others stay the bytes they are.
-    except (ValueError, RecursionError):
-        pass
+        return msgspec.json.encode({**read, **fields})
+    except RecursionError:  # What stands in one of the fields was read, and can be nested deeper than it is written.
+        raise InvalidRequest(f"The body is not valid JSON: {TOO_DEEP}.") from None
+
+
+def _fields(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
-        document = read_json(body)
-    except ValueError as error:
+        return decoder.decode(body)
+    except msgspec.ValidationError:
+        raise InvalidRequest("The body must be a JSON object.") from None
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    return json.dumps({**document, **fields}, ensure_ascii=False).encode()
 
 
 def header(headers: Headers, name: bytes) -> bytes | None:
     """The value of the first header of that name, lower-case."""
     return next((value for key, value in headers if key == name), None)
+
+
+def declared_bytes(headers: Headers) -> int:
+    """What the headers say of the body's length; 0 where they say nothing."""
+    declared = header(headers, b"content-length") or b""
+    return int(declared) if declared.isdigit() else 0
 
 
 def require_small_headers(headers: Headers, config: RouterConfig) -> None:
@@ -148,8 +178,7 @@ async def read_body(
     `grow` hears the bytes of each piece before it is kept, and may raise. Raises RequestTooLarge as soon as the body is
     known to be larger, RequestTimeout, and ClientGone.
     """
-    declared = header(headers, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > config.max_body_bytes:
+    if declared_bytes(headers) > config.max_body_bytes:
         raise _too_large(config)
     try:
         async with asyncio.timeout(config.body_timeout_s):
@@ -158,6 +187,19 @@ async def read_body(
         raise RequestTimeout(
             f"The body did not arrive within {config.body_timeout_s:g} s. {_whose(config)} body_timeout_s sets it."
         ) from None
+
+
+async def read_or_refused(
+    scope: Scope, receive: Receive, send: Send, config: RouterConfig | ModelConfig
+) -> bytes | None:
+    """The whole body, as `read_body` has it; None where the client has left, or was told here what is wrong."""
+    try:
+        return await read_body(scope["headers"], receive, config)
+    except ClientGone:
+        return None
+    except RequestError as error:
+        await error_response(error)(scope, receive, send)
+        return None
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -35,24 +35,33 @@ def decode_body(body: bytes) -> object:
     """The decoded JSON. Raises InvalidRequest for what is none, and for what holds too many values. Takes time."""
     require_countable(body)
     try:
-        document = msgspec.json.decode(body)
-        require_shallow(document, body)
-        return document
-    except RecursionError:
-        raise InvalidRequest(f"The body is not valid JSON: {TOO_DEEP}.") from None
+        return decode_counted(body)
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
 
-def require_countable(body: bytes, most_parts: int = MOST_PARTS) -> None:
-    """Raises InvalidRequest for a JSON text with more parts or items than may be built."""
+def decode_counted(text: bytes) -> object:
+    """The decoded JSON of a text that was counted. Raises ValueError for what is none, or is nested too deep."""
+    try:
+        document = msgspec.json.decode(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    require_shallow(document, text)
+    return document
+
+
+def require_countable(
+    body: bytes, most_parts: int = MOST_PARTS, what: str = "The body", param: str | None = None
+) -> None:
+    """Raises InvalidRequest for a JSON text with more parts or items than may be built. `what` names the text."""
     if len(body) <= UNCOUNTED_BYTES:
         return
     found = census(body)
     if found.parts > most_parts or found.items > MOST_ITEMS:
         raise InvalidRequest(
-            f"The body has {found.parts} lists, objects and keys, and {found.items} values in lists; at most "
-            f"{most_parts} and {MOST_ITEMS} are read. Send several requests."
+            f"{what} has {found.parts} lists, objects and keys, and {found.items} values in lists; at most "
+            f"{most_parts} and {MOST_ITEMS} are read. Send several requests.",
+            param=param,
         )
 
 

@@ -2,7 +2,7 @@
 
 An engine tells what a stream used only where it is asked to. For a key with a limit of tokens it always is, and a
 client that did not ask does not see the answer. A stream without a usage all the same, such as one that its client
-left, is counted by its events, nearly all of which have a token or more.
+left, is counted by its events, and any other answer without a usage by its length.
 """
 
 import re
@@ -15,13 +15,15 @@ from serve_app.wire.body import Peek, is_true, with_fields
 # Bytes of a token on the average, for an estimate before the request; English is at four to five.
 BYTES_PER_TOKEN = 4
 
-# The bytes at the end of a response in which its usage is looked for.
-TAIL_BYTES = 2048
-
 # Text that a model or a client wrote cannot look like these: inside a JSON string the quotes are escaped.
-TOTAL_TOKENS = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
-# pt writes it into every event before the last, as OpenAI does, where usage is asked for.
-NO_USAGE_YET = b', "usage": null}'
+_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s{0,8}:\s{0,8}(\d{1,12})')
+_COUNT_END = b'_tokens"'
+# Bytes before and behind the beginning of _COUNT_END that a count may have; and of any count together, or more.
+_BEFORE, _BEHIND, _KEPT = 11, 40, 64
+# pt writes it into every event before the last, as OpenAI does, where usage is asked for. Some writers leave blanks.
+_NO_USAGE_YET = re.compile(rb',\s?"usage":\s?null\}')
+# How a stream of events begins; JSON does not.
+_STREAM = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 # Endpoints whose streams tell their usage only on demand, in an event of its own without choices.
 ON_DEMAND = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -38,12 +40,6 @@ _EVENT = msgspec.json.Decoder(_Event)
 def estimate_tokens(body_bytes: int, max_tokens: int | None = None, answers: int = 1) -> int:
     """Tokens that a request may take, before it runs: its body's length in tokens, and what its answers may have."""
     return body_bytes // BYTES_PER_TOKEN + max(0, max_tokens or 0) * answers
-
-
-def total_tokens(tail: bytes) -> int | None:
-    """The last `total_tokens` in the end of a response. None where there is none."""
-    found = TOTAL_TOKENS.findall(tail)
-    return int(found[-1]) if found else None
 
 
 def asking(path: str, seen: Peek, body: bytes) -> bytes | None:
@@ -66,7 +62,7 @@ def without_usage(events: bytes) -> bytes:
     """Whole events, without the one that has nothing but usage."""
     if b'"usage"' not in events:
         return events
-    blocks = events.replace(NO_USAGE_YET, b"}").split(b"\n\n")
+    blocks = _NO_USAGE_YET.sub(b"}", events).split(b"\n\n")
     return b"\n\n".join(block for block in blocks if not _is_usage(block))
 
 
@@ -80,38 +76,90 @@ def _is_usage(block: bytes) -> bool:
     return event.choices == [] and event.usage is not None
 
 
+class Usage:
+    """What an answer says of its tokens, wherever in it that stands: engines put long fields behind it.
+
+    Looks at each byte once and keeps few. `total` is the largest that was said, as some answers repeat what the client
+    wrote, which is not to make them cheaper; of the other two, which are for the metrics, the last counts.
+    """
+
+    def __init__(self) -> None:
+        self.prompt = self.completion = 0
+        self.total: int | None = None
+        self._end = b""
+
+    def feed(self, piece: bytes) -> None:
+        """Takes the next piece of the answer."""
+        text = self._end + piece
+        at = text.find(_COUNT_END)
+        while at >= 0:
+            if found := _COUNT.search(text, max(0, at - _BEFORE), at + _BEHIND):
+                self._said(found[1], int(found[2]))
+            at = text.find(_COUNT_END, at + 1)
+        self._end = text[-_KEPT:]
+
+    def _said(self, name: bytes, count: int) -> None:
+        if name == b"total":
+            self.total = max(self.total or 0, count)
+        elif name == b"prompt":
+            self.prompt = count
+        else:
+            self.completion = count
+
+
 class UsageMeter:
-    """Looks at an answer on its way to a client whose key has a limit of tokens.
+    """Looks at an answer on its way to its client.
 
     `prompt_tokens` is a guess. `is_hidden`: the client did not ask for the usage.
     """
 
     def __init__(self, prompt_tokens: int = 0, is_hidden: bool = False):
+        self.usage = Usage()
         self._prompt_tokens = prompt_tokens
         self._is_hidden = is_hidden
-        self._tail = b""
+        self._is_stream = self._has_ended = False
+        self._bytes = 0
         self._events = 0
-        self._half = b""
+        self._half = bytearray()
 
     def feed(self, piece: bytes) -> bytes:
         """Takes the next piece of the body. Returns what the client gets of it."""
-        self._tail = (self._tail + piece[-TAIL_BYTES:])[-TAIL_BYTES:]
+        self.usage.feed(piece)
+        if not self._bytes:
+            self._is_stream = piece.startswith(_STREAM)
+        self._bytes += len(piece)
         self._events += piece.count(b"data: {")
-        if not self._is_hidden:
-            return piece
-        whole, end, self._half = (self._half + piece).rpartition(b"\n\n")
-        return without_usage(whole + end)
+        return self._shown(piece) if self._is_hidden else piece
 
     def rest(self) -> bytes:
         """What came after the last whole event, at the end."""
-        half, self._half = self._half, b""
+        self._has_ended = True
+        half = bytes(self._half)
+        self._half.clear()
         return half
 
     def total_tokens(self, estimate: int = 0) -> int | None:
-        """What the engine said; else the count of events, if it is more than was estimated; else None."""
-        told = total_tokens(self._tail)
-        counted = self._prompt_tokens + self._events
-        return told if told is not None else counted if self._events and counted > estimate else None
+        """What the engine said; else what the answer shows, if that is more than was estimated; else None.
+
+        Nearly each event of a stream has a token or more. Another answer is counted by its length, as a prompt is. An
+        answer that was cut may have said only what its client wrote, so it costs no less than it shows.
+        """
+        shown = self._events if self._is_stream else self._bytes // BYTES_PER_TOKEN
+        counted, said = self._prompt_tokens + shown, self.usage.total
+        if said is not None and (self._has_ended or said >= counted):
+            return said
+        return counted if shown and counted > estimate else None
+
+    def _shown(self, piece: bytes) -> bytes:
+        """Whole events, without those that are hidden. The end of one may be cut itself."""
+        unsearched = max(0, len(self._half) - 1)
+        self._half += piece
+        end = self._half.rfind(b"\n\n", unsearched) + 2
+        if end < 2:
+            return b""
+        whole = bytes(self._half[:end])
+        del self._half[:end]
+        return without_usage(whole)
 
 
 def metered(path: str, seen: Peek, body: bytes) -> tuple[bytes, UsageMeter]:

@@ -79,6 +79,41 @@ async def test_no_byte_of_a_body_is_read_before_the_key(tmp_path: Path) -> None:
     assert serve.bodies[-1] == b"{}"
 
 
+@pytest.mark.parametrize("path", ["/-/healthz", "/-/routes", "/health", "/models/m/health"])
+async def test_what_needs_no_key_brings_no_body(tmp_path: Path, path: str) -> None:
+    """A declared one is not read, and another one is refused at its first byte: it would take the room of bodies that
+    have a key. With a key it is the same."""
+    read: list[int] = []
+
+    async def trickle() -> AsyncIterator[bytes]:
+        for size in (0, 1, MB):
+            read.append(size)
+            yield b"x" * size
+
+    serve, refused = Serve(), list[int]()
+    async with client(serve, make_gate(tmp_path)[0], model="m", refused=refused.append) as http:
+        declared = await http.request("GET", path, content=endless(), headers={"content-length": "1"})
+        trickled = await http.request("GET", path, content=trickle(), headers=AUTH)
+        assert (refused, serve.seen, read[:2]) == ([413, 413], [], [0, 1])
+        assert MB not in read
+        assert declared.json() == trickled.json()
+        assert "takes no body" in declared.json()["error"]["message"]
+        assert (await http.request("GET", path, headers={"content-length": "0"})).status_code == 200
+
+
+async def test_an_id_that_is_too_long_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It would stand in the answer and in the log. Serve, behind the door, does not see it either."""
+    serve = Serve()
+    async with client(serve, make_gate(tmp_path)[0]) as http:
+        for size, is_kept in ((128, True), (129, False), (60_000, False)):
+            given = {"x-request-id": "i" * size}
+            told = (await http.post("/", headers=given)).headers["x-request-id"]
+            assert (told == "i" * size, len(told)) == (is_kept, 128 if is_kept else 32)
+            assert told in caplog.records[-1].getMessage()
+            await http.post("/", headers={**given, **AUTH})
+            assert (b"x-request-id" in serve.seen[-1]) == is_kept
+
+
 async def test_a_body_over_the_limit_is_refused_before_serve(tmp_path: Path) -> None:
     """A declared one unread."""
     serve, limits = Serve(), RouterConfig(max_body_bytes=1000, body_timeout_s=0.2)

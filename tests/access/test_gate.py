@@ -19,7 +19,7 @@ from serve_app.access.gate import Gate, KeyedApp, KeyedRouter, refusal
 from serve_app.access.keys import KeySource, sha256_of
 from serve_app.access.limits import Limits, Verdict, Windows
 from serve_app.errors import Forbidden, RateLimited, TokensLimited, Unauthorized
-from serve_app.wire.usage import UsageMeter, estimate_tokens
+from serve_app.wire.usage import estimate_tokens
 
 KEY = [(b"authorization", b"Bearer sk-a")]
 AUTH = {"authorization": "Bearer sk-a"}
@@ -383,19 +383,6 @@ def test_serve_still_sees_the_routes(tmp_path: Path) -> None:
     gate, _ = make_gate(tmp_path)
     assert KeyedApp(ENGINE, gate, "m").routes is ENGINE.routes  # type: ignore[attr-defined]
     assert not hasattr(KeyedApp(receive, gate, "m"), "routes")  # type: ignore[arg-type]
-
-
-def test_usage_is_taken_from_the_end_only() -> None:
-    """The last one counts, text in a JSON string does not, and what is 2 kB back is forgotten."""
-    tail = UsageMeter()
-    tail.feed(b'"usage": {"total_tokens": 4')
-    tail.feed(b'2}, "text": "\\"total_tokens\\": 9"}')
-    assert tail.total_tokens() == 42
-    tail.feed(b'{"total_tokens" : 43}')
-    assert tail.total_tokens() == 43
-    for _ in range(3):
-        tail.feed(b"x" * 1000)
-    assert tail.total_tokens() is None
 
 
 def test_the_estimate_is_length_and_what_is_asked_for() -> None:

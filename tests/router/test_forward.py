@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from serve_app.access.gate import Admission, Gate
 from serve_app.access.keys import KeySource
@@ -191,6 +193,61 @@ async def test_what_a_request_used_of_its_key(
     assert told == [used]
 
 
+@pytest.mark.parametrize(
+    ("pieces", "limits"),
+    [
+        ([5.0, b"{}"], {"first_byte_timeout_s": 0.1}),
+        ([5.0, b"{}"], {"total_timeout_s": 0.1}),
+        ([b"data: half an event", 5.0, b"x"], {"idle_timeout_s": 0.1}),
+    ],
+)
+async def test_an_engine_that_worked_until_a_deadline_was_not_free(
+    pieces: list[Any], limits: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key without tokens left could keep engines busy for ever: the estimate stands."""
+    told: list[int | None] = []
+
+    async def release(_: Admission, tokens: int | None) -> None:
+        told.append(tokens)
+
+    monkeypatch.setattr(Admission, "release", release)
+    reply = await ask(Models(a=says(*pieces)), {"model": "a", "max_tokens": 5}, **limits)
+    assert (told, "timeout" in reply.text) == ([None], True)
+
+
+USED = b'{"usage": {"total_tokens": 9}}'
+
+
+@pytest.mark.parametrize("pieces", [[USED], [b"data: %s\n\n" % USED, b"data: [DONE]\n\n"]])
+async def test_an_answer_that_its_client_never_takes_is_not_free(
+    pieces: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is a stream or not. It ends with the first deadline, and costs what the engine has made of it."""
+    monkeypatch.setattr(relay, "LAST_WORDS_TIMEOUT_S", 0.1)
+    told: list[int | None] = []
+
+    async def release(_: Admission, tokens: int | None) -> None:
+        told.append(tokens)
+
+    async def receive() -> Message:
+        if not read:
+            read.append(True)
+            return {"type": "http.request", "body": b'{"model": "a"}', "more_body": False}
+        await asyncio.Event().wait()
+        raise AssertionError("nothing comes")
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(Admission, "release", release)
+    proxy, read = proxy_of(Models(a=says(*pieces)), idle_timeout_s=0.1)[0], list[bool]()
+    scope = {"type": "http", "method": "POST", "path": "/v1/x", "query_string": b"", "headers": []}
+    with suppress(DeadlineExceeded):
+        await proxy(scope, receive, send)
+    assert told == [9]
+
+
 async def test_a_path_is_told_without_serves_root_path() -> None:
     """Replicas add their own."""
     models = Models(a=says(b"{}"))
@@ -298,6 +355,27 @@ async def test_a_refusal_that_is_no_json_or_breaks_is_an_event_too() -> None:
             models.replies["a"] = reply
             refused = await asking
         assert json.loads(refused.text.split("\n\n")[1][6:])["error"]["message"]
+
+
+async def test_a_large_answer_becomes_an_event_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, say, for a client that asked for a stream with comments: they may have a hundred megabytes."""
+    loop_thread, seen = threading.get_ident(), list[bool]()
+    real = relay.msgspec.json.format
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append(threading.get_ident() == loop_thread)
+        return real(*args, **options)
+
+    monkeypatch.setattr(relay.msgspec.json, "format", watched)
+    models = Models(a="loading")
+    _, client = proxy_of(models)
+    async with client:
+        asking = asyncio.create_task(client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS))
+        await asyncio.sleep(0.1)
+        models.replies["a"] = says(b'{"data":\n[' + b"0.5, " * 20_000 + b"1]}")
+        answer = await asking
+    assert json.loads(answer.text.split("\n\n")[1][6:]) == {"data": [0.5] * 20_000 + [1]}
+    assert seen == [False]
 
 
 async def test_what_fails_in_the_router_is_an_error_and_no_broken_connection() -> None:

@@ -1,6 +1,8 @@
 """Streams whose replica is lost, with the pt engine itself behind the router."""
 
+import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +17,8 @@ from serve_app.access.keys import KeySource
 from serve_app.access.limiter import ActorLimiter
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.engines.pt.engine import PtEngine
-from serve_app.router import suspicion
+from serve_app.router import relay, suspicion
+from serve_app.router import resume as resume_module
 from serve_app.router.deployment import build_app
 from serve_app.router.directory import ModelStatus
 from serve_app.router.forward import Proxy
@@ -24,6 +27,7 @@ from serve_app.router.suspicion import Death, Suspect
 from serve_app.router.transcript import CannotResume, Transcript, WholeEvents, kind_of
 from serve_app.router.upstream.protocol import ReplicaLost
 from serve_app.wire.asgi import Headers, HttpRequest, call_asgi, decode_head
+from serve_app.wire.census import UNCOUNTED_BYTES
 
 PROMPT = "What is max_memory?"
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "stream": True}
@@ -200,6 +204,54 @@ async def test_not_more_often_than_configured(engine: ASGIApp) -> None:
     """Then the stream ends with an error event."""
     events = await stream(Replicas(engine, [1, 1, 1, 1]), "/v1/completions", TEXT, max_retries=2)
     assert events[-1]["error"]["code"] == "model_unavailable"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_end_of_all_time_is_a_timeout_in_a_resume_too(
+    engine: ASGIApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No replica is to blame for it, and a client that asked again would wait as long."""
+
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(relay, "resume", never)
+    events = await stream(Replicas(engine, [1]), "/v1/completions", TEXT, total_timeout_s=2)
+    assert events[-1]["error"]["code"] == "timeout"
+    assert "total_timeout_s" in events[-1]["error"]["message"]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_resume_reads_and_writes_large_bodies_beside_the_event_loop(
+    engine: ASGIApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All streams of a replica are lost at once. The stream's text is the same all the same."""
+    loop_thread, seen = threading.get_ident(), set()
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(*args: Any) -> Any:
+            seen.add((name, threading.get_ident() == loop_thread))
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("decode_body", "kind_of", "continuation"):
+        watch(resume_module, name)
+    padded = {**TEXT, "metadata": {"x": "y" * UNCOUNTED_BYTES}}
+    expected = text_of(await stream(Replicas(engine, []), "/v1/completions", padded))
+    assert text_of(await stream(Replicas(engine, [3]), "/v1/completions", padded)) == expected
+    assert seen == {("decode_body", False), ("kind_of", False), ("continuation", False)}
+
+
+async def test_a_request_of_too_many_values_is_not_taken_up_again() -> None:
+    """It is counted before it is built, and no engine takes it either."""
+    transcript = Transcript()
+    transcript.add(b'data: {"choices": [{"text": "x"}]}\n\n')
+    request = HttpRequest("POST", "/v1/completions", b"", [], b'{"prompt": [' + b"[]," * 60_000 + b"[]]}")
+    with pytest.raises(CannotResume, match="Send several requests"):
+        await resume_module.resume(Replicas(None, []), "demo", request, transcript)  # type: ignore[arg-type]
 
 
 @pytest.mark.asyncio(loop_scope="module")

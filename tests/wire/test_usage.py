@@ -17,6 +17,7 @@ from serve_app.config import RouterConfig
 from serve_app.router.deployment import build_app
 from serve_app.router.forward import Proxy
 from serve_app.router.metrics import RouterMetrics
+from serve_app.wire import usage as usage_module
 from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.body import peek
 from serve_app.wire.usage import UsageMeter, asking, estimate_tokens, without_usage
@@ -48,9 +49,14 @@ def estimate(**fields: Any) -> int:
         ({"max_tokens": 10, "prompt": [1, 2, 3]}, 10),
         ({"max_tokens": 10, "prompt": "[\"a\", \"b\"]"}, 10),
         ({"max_tokens": -5, "n": -1}, 0),
-        ({"max_tokens": 1e400, "n": "many"}, 0),
+        ({"max_tokens": "1e3", "n": "many"}, 0),
         ({"max_tokens": True}, 1),
-        ({"max_tokens": 7, "temperature": float("nan"), "prompt": ["a", "b"]}, 14),
+        ({"max_tokens": "+100"}, 100),
+        ({"max_tokens": "1_0", "n": " 2 "}, 20),
+        ({"max_tokens": "0" * 100 + "1"}, 0),
+        ({"max_tokens": 10, "prompt": ["a, [b]", '"', "\\"]}, 30),
+        ({"max_tokens": 10, "prompt": ["a"]}, 10),
+        ({"max_tokens": 10, "prompt": []}, 10),
     ],
 )  # fmt: skip
 def test_what_may_be_generated_is_estimated_as_engines_read_it(fields: dict[str, Any], tokens: int) -> None:
@@ -85,15 +91,65 @@ def test_a_stream_is_asked_for_its_usage(fields: dict[str, Any], options: dict[s
 
 def test_the_event_that_was_not_asked_for_is_taken_out() -> None:
     """However the stream is cut into pieces. Text that looks like usage, and pt's `usage: null`, are no such event."""
-    stream = TEXT + TEXT[:-3] + b', "usage": null}\n\n' + USAGE + DONE
-    assert without_usage(stream) == TEXT + TEXT + DONE
+    stream = TEXT + TEXT[:-3] + b', "usage": null}\n\n' + TEXT[:-3] + b',"usage":null}\n\n' + USAGE + DONE
+    assert without_usage(stream) == TEXT * 3 + DONE
     for size in (1, 7, 50, 1000):
         meter = UsageMeter(is_hidden=True)
         pieces = [meter.feed(stream[at : at + size]) for at in range(0, len(stream), size)]
-        assert b"".join(pieces) + meter.rest() == TEXT + TEXT + DONE
+        assert b"".join(pieces) + meter.rest() == TEXT * 3 + DONE
         assert meter.total_tokens() == 9
     shown = UsageMeter()
     assert shown.feed(stream) == stream
+
+
+# As vLLM writes it: what was asked for of the prompt comes behind the usage.
+LONG = b'{"choices":[],"usage":{"prompt_tokens":2,"total_tokens":9,"completion_tokens":7},"prompt_token_ids":[%s]}' % (
+    b",".join([b"1234"] * 2000)
+)
+
+
+@pytest.mark.parametrize("size", [1, 7, 63, 1000, 2**20])
+def test_usage_is_found_wherever_it_stands(size: int) -> None:
+    """However the answer is cut. Text in a string is none, and what a client wrote does not make it cheaper."""
+    text = b'{"text":"\\"total_tokens\\": 99","tools":[{"total_tokens":1}],'
+    for answer in (text + LONG[1:], LONG[:-1] + b"," + text[1:-1] + b"}"):
+        meter = UsageMeter()
+        for at in range(0, len(answer), size):
+            meter.feed(answer[at : at + size])
+        meter.rest()
+        usage = meter.usage
+        assert (meter.total_tokens(), usage.prompt, usage.completion) == (9, 2, 7)
+        assert len(usage._end) <= 64
+
+
+def test_an_event_in_many_pieces_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine may write long ones; looking at all of it with each piece would grow with its square."""
+    searched: list[int] = []
+    real = usage_module.without_usage
+    monkeypatch.setattr(usage_module, "without_usage", lambda events: searched.append(len(events)) or real(events))
+    meter = UsageMeter(is_hidden=True)
+    for _ in range(1000):
+        assert meter.feed(b"x" * 100 + b"\n") == b""
+    assert meter.feed(b"\ndata: half").endswith(b"x\n\n")
+    assert (searched, meter.rest()) == ([101_001], b"data: half")
+
+
+def test_an_answer_without_a_usage_is_counted_by_its_length() -> None:
+    """It would be free otherwise. What a client has put into a plain answer does not make it a stream."""
+    meter = UsageMeter(prompt_tokens=10)
+    meter.feed(b'{"echo": "data: {"}' + b" " * 4000)
+    meter.rest()
+    assert meter.total_tokens(estimate=10) == 10 + 4019 // 4
+    assert meter.total_tokens(estimate=5000) is None
+
+
+def test_an_answer_that_was_cut_costs_what_it_shows() -> None:
+    """The usage comes last, so what was read before may be what the client wrote."""
+    meter = UsageMeter(prompt_tokens=10)
+    meter.feed(b'data: {"tools": [{"total_tokens": 1}]}\n\n' + TEXT * 100)
+    assert meter.total_tokens(estimate=10) == 111
+    meter.rest()
+    assert meter.total_tokens(estimate=10) == 1
 
 
 def test_a_stream_that_its_client_left_is_counted_by_its_events() -> None:
@@ -134,6 +190,31 @@ async def test_a_stream_by_route_is_charged_by_what_it_used(tmp_path: Path) -> N
     async with client(KeyedApp(app, unlimited, "m")) as http:
         await http.post(CHAT, json={"stream": True}, headers=AUTH)
     assert "stream_options" not in asked[-1]
+
+
+@pytest.mark.parametrize("way", ["by name", "by route"])
+async def test_a_long_field_behind_the_usage_makes_no_answer_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Nor do the metrics miss it."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(RouterMetrics, "used", lambda _, __, usage: told.append((usage.prompt, usage.completion)))
+    gate, limiter = make_gate(tmp_path, "tokens_per_minute: 1000")
+
+    async def engine(_: Request) -> Response:
+        return Response(LONG, media_type="application/json")
+
+    if way == "by route":
+        http = client(KeyedApp(Starlette(routes=[Route(CHAT, engine, methods=["POST"])]), gate, "m"))
+    else:
+        models = Models(m=lambda _: (200, [LONG]))
+        proxy = Proxy(RouterConfig(), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
+        app = KeyedRouter(build_app(proxy, models, gate), gate)  # type: ignore[arg-type]
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
+    async with http:
+        assert (await http.post(CHAT, json={"model": "m"}, headers=AUTH)).content == LONG
+    assert limiter.settled == [9]
+    assert told == ([(2, 7)] if way == "by name" else [])
 
 
 @pytest.mark.parametrize("cut", [True, False])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.engines.pt.api.conversation import with_joined_text, with_read_arguments
 from serve_app.engines.pt.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -34,9 +35,10 @@ class Prompts:
                 raise InvalidRequest(
                     f"'chat_template_kwargs.{name}' is not a variable of the template.", param="chat_template_kwargs"
                 )
-        conversation = asked.conversation()
-        shown = [conversation, asked.offered_tools, asked.chat_template_kwargs]
+        messages = with_joined_text(message.model_dump() for message in asked.messages)
+        shown = [messages, asked.offered_tools, asked.chat_template_kwargs]
         self._check_characters(_characters(shown), "messages")
+        conversation = with_read_arguments(messages)
         if tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template. Use /v1/completions, or set chat_template in its config.",

@@ -29,7 +29,6 @@ from serve_app.engines.pt.api.tool_calls import call_list_schema, parameters_of
 from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.grammar.compiler import GrammarSpec, choice_grammar
 from serve_app.errors import InvalidRequest, nearest
-from serve_app.wire.openai_errors import read_json
 
 # Fields for bookkeeping on OpenAI's side: they do not change what is generated.
 WITHOUT_EFFECT = frozenset(
@@ -268,14 +267,6 @@ class ChatRequest(_Request):
         """`top_logprobs`, where `logprobs` is true."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages for the chat template, with lists of text parts joined. Raises InvalidRequest for images."""
-        return [
-            _read_calls(_flatten(message.model_dump(), where), where)
-            for index, message in enumerate(self.messages)
-            if (where := f"messages[{index}]")
-        ]
-
 
 class CompletionRequest(_Request):
     """POST /v1/completions."""
@@ -394,37 +385,3 @@ def _structured(asked: StructuredOutputs) -> GrammarSpec:
         return GrammarSpec("grammar", asked.grammar, name)
     schema = asked.json_ if asked.json_ is not None else {"type": "object"}
     return GrammarSpec("json_schema", schema if isinstance(schema, str) else json.dumps(schema), name)
-
-
-def _read_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """The message with the arguments of its tool calls as objects, which chat templates expect."""
-    if not message.get("tool_calls"):
-        return message
-    try:
-        calls = []
-        for call in message["tool_calls"]:
-            arguments = call["function"]["arguments"]
-            read = read_json(arguments or "{}") if isinstance(arguments, str) else arguments
-            calls.append(call | {"function": call["function"] | {"arguments": read}})
-    except (TypeError, KeyError):
-        raise InvalidRequest(
-            f"{where}.tool_calls: each needs a function with a name, and arguments as JSON.", param="messages"
-        ) from None
-    except ValueError as error:
-        raise InvalidRequest(
-            f"{where}.tool_calls: the arguments of a function cannot be read as JSON: {error}.", param="messages"
-        ) from None
-    return message | {"tool_calls": calls}
-
-
-def _flatten(message: dict[str, Any], where: str) -> dict[str, Any]:
-    content = message["content"]
-    if isinstance(content, list):
-        for part in content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise InvalidRequest(
-                    f"{where}: content of type '{part.get('type')}' is not supported; this model reads text.",
-                    param="messages",
-                )
-        return message | {"content": "\n".join(part["text"] for part in content)}
-    return message

@@ -10,9 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.engines.pt.api import conversation
+from serve_app.engines.pt.api.conversation import with_read_arguments
 from serve_app.engines.pt.api.protocol import ChatRequest, CompletionRequest
 from serve_app.engines.pt.api.tool_calls import CallListReader
 from serve_app.engines.pt.engine import PtEngine
+from serve_app.errors import InvalidRequest
+from serve_app.wire.census import MOST_PARTS
 from tests.demo_answers import ANSWERS
 from tests.engines.pt.api_client import chat
 
@@ -164,9 +168,28 @@ OBJECTS = ('{"a":', "}")
 DEEP = (101, 300, 900, 100_000)
 
 
+def test_the_arguments_of_all_calls_are_counted_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding holds up every other thread, and the body's own count takes each of them for one text."""
+    monkeypatch.setattr(conversation, "decode_counted", None)
+    half = "[" + "[]," * (MOST_PARTS // 2) + "[]]"
+    messages = with_arguments(half)["messages"]
+    messages[1]["tool_calls"] *= 2
+    for crowded in (messages, [*with_arguments(half)["messages"]] * 2):
+        with pytest.raises(InvalidRequest, match="arguments of tool calls has 500") as refused:
+            with_read_arguments(crowded)
+        assert refused.value.param == "messages"
+
+
+async def test_arguments_that_cannot_fit_are_not_read(client: httpx.AsyncClient) -> None:
+    """Their characters are counted first, so nobody finds out that they are no JSON."""
+    for path in ("v1/chat/completions", "tokenize"):
+        reply = await client.post(f"/{path}", json=with_arguments("[" * 10**6))
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 async def test_arguments_of_a_call_nested_too_deep(client: httpx.AsyncClient) -> None:
     """They are JSON within JSON, so the body itself is flat; the field is named."""
-    for path, levels in itertools.product(("v1/chat/completions", "tokenize"), DEEP):
+    for path, levels in itertools.product(("v1/chat/completions", "tokenize"), (*DEEP[:-1], 5000)):
         reply = await client.post(f"/{path}", json=with_arguments(nested(levels)))
         assert reply.status_code == 400, reply.text[:300]
         error = reply.json()["error"]

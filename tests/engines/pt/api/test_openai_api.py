@@ -9,9 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.access.gate import KeyedApp
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.engine import DEFAULT_MAX_QUEUED_REQUESTS, PtEngine
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from tests.access.test_gate import AUTH, make_gate
 from tests.builders import model_config
 from tests.demo_answers import ANSWERS, QUESTIONS
 from tests.engines.pt.api_client import chat, events
@@ -290,3 +292,22 @@ async def test_a_failure_of_ours_is_json() -> None:
         reply = await client.get("/load")
     assert reply.status_code == 500
     assert "AttributeError" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_a_limit_of_tokens_changes_nothing_in_a_stream(engine: PtEngine, tmp_path: Path, path: str) -> None:
+    """The engine is asked for the usage then, which a client that did not ask for it does not see."""
+    app = engine.application  # type: ignore[attr-defined]
+    gate, limiter = make_gate(tmp_path, "tokens_per_minute: 100_000")
+    told = []
+    for keyed in (app, KeyedApp(app, gate, "m")):
+        body = {**chat(), "prompt": "Hello", "max_tokens": 4, "temperature": 0, "stream": True}
+        del body["prompt" if "chat" in path else "messages"]
+        transport = httpx.ASGITransport(app=keyed)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pt", headers=AUTH) as session:
+            plain = await session.post(path, json=body)
+            wanted = await session.post(path, json=body | {"stream_options": {"include_usage": True}})
+        usage = events(wanted.text)[-1]["usage"]["total_tokens"]
+        told.append([event | {"id": "", "created": 0} for event in events(plain.text)])
+    assert told[0] == told[1]
+    assert limiter.settled == [usage, usage]
