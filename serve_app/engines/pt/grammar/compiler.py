@@ -19,8 +19,8 @@ import torch
 import xgrammar
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.engines.pt.grammar.process import Grammar, GrammarError, GrammarServer
-from serve_app.errors import InvalidRequest, Overloaded
+from serve_app.engines.pt.grammar.process import LOST_RETRY_S, Grammar, GrammarError, GrammarLostError, GrammarServer
+from serve_app.errors import InvalidRequest, ModelUnavailable, Overloaded
 from serve_app.wire.openai_errors import read_json
 
 # Compiling takes longer than in proportion to these; beyond them it takes seconds.
@@ -31,7 +31,7 @@ MOST_COMPILING = 2
 MOST_WAITING = 16
 COMPILE_WAIT_S = 30.0
 # Formats that are kept for the next request with the same one, and formats that are in use at once. Each has a process
-# of some 10 MB, and at most worker.MEMORY_BYTES.
+# of some 10 MB, and at most worker.MEMORY_BYTES, and worker.BYTES_PER_TOKEN for each token that it follows.
 MOST_KEPT = 16
 MOST_LIVE = 32
 # Formats of which is known that they cannot be followed.
@@ -69,12 +69,13 @@ class GrammarCompiler:
         """A process that follows the format.
 
         As with vLLM, an object with `properties` has no others, unless `additionalProperties` says so. Raises
-        InvalidRequest that names the field, and Overloaded where too many formats are compiled or in use.
+        InvalidRequest that names the field, Overloaded where too many formats are compiled or in use, and
+        ModelUnavailable where the processes are killed from outside.
         """
         self._check(spec)
-        if spec in self._kept:
-            self._kept.move_to_end(spec)
-            return self._kept[spec]
+        if (kept := self._kept.pop(spec, None)) is not None and not kept.has_ended:
+            self._kept[spec] = kept
+            return kept
         if spec not in self._compiling:
             self._require_place()
             task = asyncio.create_task(self._compile(spec))
@@ -84,6 +85,10 @@ class GrammarCompiler:
             return await asyncio.shield(self._compiling[spec])  # Others may wait for the same one.
         except GrammarError as error:
             raise InvalidRequest(_refusal(spec, str(error)), param=spec.param) from None
+        except GrammarLostError:
+            raise ModelUnavailable(
+                "The process that compiles the output format was killed twice. Try again.", retry_after_s=LOST_RETRY_S
+            ) from None
         except TimeoutError:
             raise Overloaded("The output format could not be compiled in time.", retry_after_s=COMPILE_WAIT_S) from None
 
@@ -134,7 +139,10 @@ class GrammarCompiler:
     def _open(self, spec: GrammarSpec) -> Grammar:
         if spec.kind == "json_schema":
             require_supported(_read_json(spec), spec.param)
-        return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
+        try:
+            return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
+        except GrammarLostError:  # Nothing is known of the format, so it is tried once more.
+            return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
 
 
 def _refusal(spec: GrammarSpec, reason: str) -> str:
