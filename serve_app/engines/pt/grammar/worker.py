@@ -55,7 +55,8 @@ MEMORY_BYTES = 128 * 2**20
 BYTES_PER_TOKEN = 2048
 MOST_MEMORY_BYTES = 512 * 2**20
 # What one sequence may add to the child beside its tokens' share, so that it cannot use up what all of them have.
-SEQUENCE_BYTES = MEMORY_BYTES // 2
+# xgrammar's lists double when they grow, which needs three times what they had.
+SEQUENCE_BYTES = MEMORY_BYTES // 4
 # The engine goes first: formats wait while the processor is short.
 NICENESS = 10
 # Between two tokens of JSON: room for a line break and its indentation, but not for a model that only writes spaces.
