@@ -16,6 +16,7 @@ from serve_app.access.limits import Limiter, Limits, Verdict, duration
 from serve_app.access.origin import require_own_page
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ClientGone, InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
+from serve_app.wire.asgi import KEY_NAME_HEADER
 from serve_app.wire.body import Peek, peek, read_body, replayed
 from serve_app.wire.openai_errors import error_response
 from serve_app.wire.usage import UsageMeter, estimate_tokens, metered
@@ -212,6 +213,7 @@ class KeyedApp:
                         raise
                     scope = {**scope, "headers": _of_length(scope["headers"], len(body))}
                 receive = replayed(body, receive)
+            scope = {**scope, "headers": with_key_name(scope["headers"], admission.key_name)}
         except ClientGone:
             return
         except RequestError as error:
@@ -233,6 +235,12 @@ class KeyedApp:
             await self._app(scope, receive, watched)
         finally:  # A refused request used none.
             await admission.release(0 if status >= 400 else meter.total_tokens(estimate))
+
+
+def with_key_name(headers: Headers, name: str | None) -> list[tuple[bytes, bytes]]:
+    """The headers that tell an engine whose request it is; a client's own word of that is left out."""
+    kept = [pair for pair in headers if pair[0] != KEY_NAME_HEADER]
+    return kept if name is None else [*kept, (KEY_NAME_HEADER, name.encode())]
 
 
 def _seen(body: bytes) -> Peek:

@@ -61,7 +61,7 @@ SEQUENCE_BYTES = MEMORY_BYTES // 4
 NICENESS = 10
 # Between two tokens of JSON: room for a line break and its indentation, but not for a model that only writes spaces.
 MOST_WHITESPACE = 24
-# A packet holds the longest format (grammar.MOST_BYTES), and the mask of a million tokens. The kernel's own bound on a
+# A packet holds the longest format (spec.MOST_BYTES), and the mask of a million tokens. The kernel's own bound on a
 # packet is 208 KiB.
 PACKET_BYTES = 2**17
 

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from serve_app.engines.pt.grammar import compiler as grammar
 from serve_app.engines.pt.grammar import worker
-from serve_app.engines.pt.grammar.compiler import GrammarCompiler, GrammarSpec
+from serve_app.engines.pt.grammar.compiler import GrammarCompiler
 from serve_app.engines.pt.grammar.process import Grammar
+from serve_app.engines.pt.grammar.spec import GrammarSpec
 from serve_app.errors import InvalidRequest, ModelUnavailable, Overloaded
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 
@@ -199,7 +200,6 @@ async def test_masks_that_nobody_reads_do_not_stop_the_process(compiler: Grammar
         matcher = made.matcher()
         matcher.accept(token)
         matcher.close()
-    matcher.accept(token)
     follow(made, [token] * 3)
 
 
@@ -286,6 +286,30 @@ async def test_processes_end_with_those_who_hold_them(
     gc.collect()
     await compiler.compile_soon(regex("c"))
     await until(lambda: len(list(children())) == 1)
+
+
+async def test_one_key_holds_half_of_the_places(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So another key's format finds one. What a key's clients use no more makes room for what they ask for next."""
+    monkeypatch.setattr(grammar, "MOST_LIVE", 4)
+    await compiler.compile_soon(regex("x"), "other")
+    held = [await compiler.compile_soon(regex(text), "greedy") for text in ("a", "b")]
+    with pytest.raises(Overloaded, match="2 output formats of this API key are in use"):
+        await compiler.compile_soon(regex("c"), "greedy")
+    held.append(await compiler.compile_soon(regex("d"), "other"))
+    held.clear()
+    gc.collect()
+    await compiler.compile_soon(regex("c"), "greedy")
+
+
+async def test_one_key_waits_with_half_of_what_may_wait(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a format to be compiled."""
+    monkeypatch.setattr(grammar, "MOST_WAITING", 2)
+    tasks = [asyncio.create_task(compiler.compile_soon(regex(text), "greedy")) for text in "abc"]
+    await compiler.compile_soon(regex("x"), "other")
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(end) for end in ended] == [Grammar, Grammar, Overloaded]
 
 
 async def test_a_format_that_allows_nothing_is_refused_before_anything_is_generated(compiler: GrammarCompiler) -> None:
