@@ -17,7 +17,7 @@ from serve_app.access.limits import Limiter, Limits, Verdict, duration
 from serve_app.access.origin import require_own_page
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
-from serve_app.wire.asgi import endpoint, show_routes
+from serve_app.wire.asgi import KEY_NAME_HEADER, endpoint, show_routes
 from serve_app.wire.body import Peek, peek, read_or_refused, replayed
 from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.openai_errors import error_response
@@ -217,6 +217,7 @@ class KeyedApp:
                     body, meter = await metered_for(admission, endpoint(scope), seen, body)
                     scope = {**scope, "headers": _of_length(scope["headers"], len(body))}
                 receive = replayed(body, receive)
+            scope = {**scope, "headers": with_key_name(scope["headers"], admission.key_name)}
         except RequestError as error:
             await refusal(error)(scope, receive, send)
             return
@@ -236,6 +237,12 @@ class KeyedApp:
             await self._app(scope, receive, watched)
         finally:  # A refused request used none.
             await admission.release(0 if status >= 400 else meter.total_tokens(estimate))
+
+
+def with_key_name(headers: Headers, name: str | None) -> list[tuple[bytes, bytes]]:
+    """The headers that tell an engine whose request it is; a client's own word of that is left out."""
+    kept = [pair for pair in headers if pair[0] != KEY_NAME_HEADER]
+    return kept if name is None else [*kept, (KEY_NAME_HEADER, name.encode())]
 
 
 def _seen(body: bytes) -> Peek:

@@ -14,7 +14,7 @@ from functools import partial
 
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.access.gate import ROUTER_HEADER, Gate, metered_for, refusal
+from serve_app.access.gate import ROUTER_HEADER, Gate, metered_for, refusal, with_key_name
 from serve_app.config import RouterConfig
 from serve_app.errors import (
     ClientGone,
@@ -159,7 +159,7 @@ class Proxy:
     ) -> None:
         named = header(scope["headers"], b"connection") or b""  # Headers of this connection alone (RFC 9110, 7.6.1).
         dropped = REPLACED | {part.strip().lower() for part in named.split(b",")}
-        headers = [pair for pair in scope["headers"] if pair[0] not in dropped]
+        headers = with_key_name([pair for pair in scope["headers"] if pair[0] not in dropped], exchange.key)
         headers += [JSON, (b"x-request-id", exchange.request_id.encode("latin-1"))]
 
         bodies = {asked: body}

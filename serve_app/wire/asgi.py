@@ -22,6 +22,10 @@ logger = logging.getLogger("ray.serve")
 Messages = asyncio.Queue[Message | None]
 Headers = list[tuple[bytes, bytes]]
 
+# The name of the key that a request came with, for engines, which share what they have between keys. The gates set it,
+# and a client's own goes no further; where nobody needs a key there is none.
+KEY_NAME_HEADER = b"x-serve-app-key-name"
+
 # Messages that an application may be ahead of its reader, before `send` waits.
 SEND_AHEAD = 64
 

@@ -10,10 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.access.gate import Gate, KeyedApp, KeyedRouter, refusal
 from serve_app.access.keys import KeySource, sha256_of
@@ -202,6 +203,19 @@ async def test_everything_but_health_needs_a_key(tmp_path: Path, method: str, pa
     if method != "HEAD":
         assert nobody.json()["error"]["code"] == "invalid_api_key"
         assert other.json()["error"]["code"] == "model_not_allowed"
+
+
+async def test_an_engine_hears_the_name_of_the_key_from_the_gate_alone(tmp_path: Path) -> None:
+    """What a client says of it goes no further."""
+    heard: list[list[str]] = []
+
+    async def engine(scope: Scope, receive: Receive, send: Send) -> None:
+        heard.append(Headers(scope=scope).getlist("x-serve-app-key-name"))
+        await Response()(scope, receive, send)
+
+    async with client(KeyedApp(engine, make_gate(tmp_path)[0], "m")) as http:
+        await http.post("/v1/chat/completions", headers=AUTH | {"x-serve-app-key-name": "another"})
+    assert heard == [["a"]]
 
 
 async def test_health_needs_no_key(tmp_path: Path) -> None:

@@ -248,6 +248,29 @@ async def test_an_answer_that_its_client_never_takes_is_not_free(
     assert told == [9]
 
 
+@pytest.mark.parametrize("key", ["team", None])
+async def test_a_model_hears_the_name_of_the_key_from_the_router_alone(
+    key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the client says of it, also that it is for this connection alone."""
+    heard: list[bytes] = []
+
+    def reply(request: HttpRequest) -> tuple[int, list[Any]]:
+        heard.extend(value for name, value in request.headers if name == b"x-serve-app-key-name")
+        return 200, [b"{}"]
+
+    async def admit(*_: object) -> Admission:
+        return Admission(key)
+
+    monkeypatch.setattr(Gate, "admit", admit)
+    _, client = proxy_of(Models(a=reply))
+    headers = {"x-serve-app-key-name": "another", "connection": "x-serve-app-key-name"}
+    async with client:
+        for sent in ({}, headers, {"x-serve-app-key-name": "another"}):
+            await client.post("/v1/x", json={"model": "a"}, headers=sent)
+    assert heard == ([key.encode()] * 3 if key else [])
+
+
 async def test_a_path_is_told_without_serves_root_path() -> None:
     """Replicas add their own."""
     models = Models(a=says(b"{}"))

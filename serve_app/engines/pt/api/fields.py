@@ -98,7 +98,7 @@ class StructuredOutputs(Closed):
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
-        if len(self.model_fields_set) != 1 or None in self.model_dump(exclude_unset=True).values():
+        if len(self.model_fields_set) != 1 or any(getattr(self, name) is None for name in self.model_fields_set):
             raise ValueError("give exactly one of json, json_object, regex, choice and grammar")
         return self
 

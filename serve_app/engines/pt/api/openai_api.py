@@ -45,6 +45,8 @@ from serve_app.engines.pt.core.sequence import Logprobs, SamplingParams
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.workers import SMALL_BYTES, Workers
 from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
+from serve_app.wire.asgi import KEY_NAME_HEADER
+from serve_app.wire.body import header
 from serve_app.wire.census import decode_body
 from serve_app.wire.openai_errors import error_object, error_response
 
@@ -86,12 +88,14 @@ class _Endpoints:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         size, asked = await self._read(request, ChatRequest.read)
-        return await self._answer(size, asked, CHAT, None, lambda: [self._prompts.of_chat(asked)])
+        key = _key_name(request)
+        return await self._answer(size, asked, key, CHAT, None, lambda: [self._prompts.of_chat(asked)])
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
         size, asked = await self._read(request, CompletionRequest.read)
-        return await self._answer(size, asked, TEXT, DEFAULT_COMPLETION_TOKENS, lambda: self._prompts.of_texts(asked))
+        key, tokens = _key_name(request), DEFAULT_COMPLETION_TOKENS
+        return await self._answer(size, asked, key, TEXT, tokens, lambda: self._prompts.of_texts(asked))
 
     async def embed(self, request: Request) -> Response:
         """POST /v1/embeddings: the mean of the last hidden states over the text's tokens, scaled to length 1."""
@@ -191,6 +195,7 @@ class _Endpoints:
         self,
         size: int,
         asked: ChatRequest | CompletionRequest,
+        key: str | None,
         shape: Shape,
         default_tokens: int | None,
         tokenize: Callable[[], list[list[int]]],
@@ -202,7 +207,7 @@ class _Endpoints:
             job = await self._workers.run(size, lambda: self._job(asked, shape, default_tokens, tokenize()))
             if asked.grammar is not None:
                 grammars = await asyncio.to_thread(lambda: self._generator.grammars)
-                grammar = await grammars.compile_soon(asked.grammar)
+                grammar = await grammars.compile_soon(asked.grammar, key)
                 job = replace(job, params=replace(job.params, grammar=grammar))
             if asked.stream:
                 return _EventStream(self._stream(job, places), stack.pop_all())
@@ -363,6 +368,12 @@ class _EventStream(StreamingResponse):
         with self._places:
             async with aclosing(self._events):
                 await super().__call__(scope, receive, send)
+
+
+def _key_name(request: Request) -> str | None:
+    """The name of the key that the request came with."""
+    name = header(request.scope["headers"], KEY_NAME_HEADER)
+    return None if name is None else name.decode("latin-1")
 
 
 def _usage(job: Job, answers: Sequence[Progress]) -> dict[str, int]:

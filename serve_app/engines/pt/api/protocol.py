@@ -5,7 +5,6 @@ has its neutral value (`n: 1`), or the request is refused by that field's name.
 """
 
 import base64
-import json
 import re
 import struct
 from collections.abc import Container, Iterable, Mapping
@@ -27,7 +26,7 @@ from serve_app.engines.pt.api.fields import (
 )
 from serve_app.engines.pt.api.tool_calls import call_list_schema, parameters_of
 from serve_app.engines.pt.core.sequence import SamplingParams
-from serve_app.engines.pt.grammar.compiler import GrammarSpec, choice_grammar
+from serve_app.engines.pt.grammar.spec import GrammarSpec, require_small_schema
 from serve_app.errors import InvalidRequest, nearest
 
 # Fields for bookkeeping on OpenAI's side: they do not change what is generated.
@@ -138,7 +137,8 @@ class _Request(Body):
 
     @cached_property
     def grammar(self) -> GrammarSpec | None:
-        """What the output must follow, where the client says it. Raises ValueError when it says two things."""
+        """What the output must follow, where the client says it. Raises ValueError when it says two things, and
+        InvalidRequest where it is too large."""
         return self._grammar()
 
     def _grammar(self) -> GrammarSpec | None:
@@ -150,7 +150,7 @@ class _Request(Body):
         if asked is None:
             return None
         schema = asked.json_schema.definition if asked.json_schema else {"type": "object"}
-        return GrammarSpec("json_schema", json.dumps(schema), "response_format")
+        return GrammarSpec.of_schema(schema, "response_format")
 
     @property
     def choices(self) -> int:
@@ -252,9 +252,10 @@ class ChatRequest(_Request):
         # The output format, or that of the calls that `tool_choice` forces.
         if self.named_tool is not None:
             named = [tool for tool in self.offered_tools if tool["function"]["name"] == self.named_tool]
-            return GrammarSpec("json_schema", json.dumps(parameters_of(named[0])), "tools") if named else None
+            return GrammarSpec.of_schema(parameters_of(named[0]), "tools") if named else None
         if self.tool_choice == "required":
-            return GrammarSpec("json_schema", json.dumps(call_list_schema(self.offered_tools, self.parallel)), "tools")
+            require_small_schema([parameters_of(tool) for tool in self.offered_tools], "tools")
+            return GrammarSpec.of_schema(call_list_schema(self.offered_tools, self.parallel), "tools")
         return super()._grammar()
 
     @property
@@ -380,8 +381,8 @@ def _structured(asked: StructuredOutputs) -> GrammarSpec:
     if asked.regex is not None:
         return GrammarSpec("regex", asked.regex, name)
     if asked.choice is not None:
-        return GrammarSpec("grammar", choice_grammar(asked.choice), name)
+        return GrammarSpec.of_choices(asked.choice, name)
     if asked.grammar is not None:
         return GrammarSpec("grammar", asked.grammar, name)
     schema = asked.json_ if asked.json_ is not None else {"type": "object"}
-    return GrammarSpec("json_schema", schema if isinstance(schema, str) else json.dumps(schema), name)
+    return GrammarSpec("json_schema", schema, name) if isinstance(schema, str) else GrammarSpec.of_schema(schema, name)

@@ -20,8 +20,8 @@ import torch
 from serve_app.engines.pt.core.model_runner import Runner, is_out_of_memory, trim_heap
 from serve_app.engines.pt.core.sampler import Sampled, Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler, Step
-from serve_app.engines.pt.core.sequence import FinishReason, Output, Sequence
-from serve_app.errors import EngineError, InvalidRequest, OutOfDeviceMemory
+from serve_app.engines.pt.core.sequence import Output, Sequence
+from serve_app.errors import EngineError, OutOfDeviceMemory
 
 logger = logging.getLogger("ray.serve")
 
@@ -139,7 +139,7 @@ class EngineLoop(threading.Thread):
         late = set(self._sampler.late(parked, wait_s=0))
         ready = [sequence for sequence in parked if sequence not in late]
         problems = {sequence: problem for sequence in ready if (problem := self._sampler.problem(sequence))}
-        self._settle([Output(sequence, error=InvalidRequest(problem)) for sequence, problem in problems.items()])
+        self._settle([Output(sequence, error=problem) for sequence, problem in problems.items()])
         self._scheduler.unpark(sequence for sequence in ready if sequence not in problems)
 
     def _step(self) -> None:
@@ -209,11 +209,12 @@ class EngineLoop(threading.Thread):
             if isinstance(choice, Exception):
                 outputs.append(Output(sequence, error=choice))
                 continue
-            if choice.problem:
-                outputs.append(Output(sequence, error=InvalidRequest(choice.problem)))
+            if choice.problem is not None:
+                outputs.append(Output(sequence, error=choice.problem))
                 continue
+            reason = self._sampler.finish_reason(sequence, choice.token_id)
             sequence.output_ids.append(choice.token_id)
-            outputs.append(Output(sequence, choice.token_id, choice.logprobs, self._finish_reason(sequence)))
+            outputs.append(Output(sequence, choice.token_id, choice.logprobs, reason))
         return outputs
 
     def _park(self, late: ReadOnlySequence[Sequence]) -> None:
@@ -237,11 +238,6 @@ class EngineLoop(threading.Thread):
             for row, sequence in enumerate(sequences)
             for choice in self._sample([sequence], logits[row : row + 1])
         ]
-
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if sequence.output_ids[-1] in self._sampler.eos_ids and not sequence.params.ignore_eos:
-            return "stop"
-        return "length" if len(sequence.output_ids) >= sequence.params.max_tokens else None
 
     def _recover(self) -> list[Output]:
         self._runner.reset()

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from serve_app.engines.pt.core.sequence import Logprobs, SamplingParams, Sequence
+from serve_app.engines.pt.core.sequence import FinishReason, Logprobs, SamplingParams, Sequence
 from serve_app.engines.pt.grammar.compiler import constrain
 from serve_app.engines.pt.grammar.process import Matcher
+from serve_app.errors import RequestError
 
 
 @dataclass
@@ -33,11 +34,11 @@ class SamplingState:
 
 
 class Sampled(NamedTuple):
-    """One row's next token, or why its grammar allows none: `problem` is a sentence."""
+    """One row's next token, or why its output format allows none."""
 
     token_id: int
     logprobs: Logprobs | None = None
-    problem: str = ""
+    problem: RequestError | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,16 @@ class Sampler:
         matchers = [(sequence, matcher) for sequence in sequences if (matcher := _matcher(sequence)) is not None]
         return [sequence for sequence, matcher in matchers if not matcher.is_ready(until)]
 
-    def problem(self, sequence: Sequence) -> str:
-        """Why the sequence's format cannot be followed any more; empty where it can."""
+    def problem(self, sequence: Sequence) -> RequestError | None:
+        """Why the sequence's format cannot be followed any more; None where it can."""
         matcher = _matcher(sequence)
-        return "" if matcher is None else matcher.problem
+        return None if matcher is None else matcher.problem
+
+    def finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Why the text ends with `token`, which comes next; None where it goes on."""
+        if token in self.eos_ids and not sequence.params.ignore_eos:
+            return "stop"
+        return "length" if len(sequence.output_ids) + 1 >= sequence.params.max_tokens else None
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
@@ -78,9 +85,10 @@ class Sampler:
         for state, token in zip(states, tokens, strict=True):
             if state.output_counts is not None:
                 state.output_counts[token] += 1
-        problems = [state.matcher.problem if state.matcher else "" for state in states]
-        for state, token in zip(states, tokens, strict=True):
-            if state.matcher is not None and not state.matcher.problem:
+        problems = [state.matcher.problem if state.matcher else None for state in states]
+        for sequence, state, token in zip(sequences, states, tokens, strict=True):
+            # No mask is asked for that nobody would read.
+            if state.matcher and not state.matcher.problem and not self.finish_reason(sequence, token):
                 state.matcher.accept(token)
         return list(map(Sampled, tokens, reports, problems))
 

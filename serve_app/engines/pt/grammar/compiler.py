@@ -6,47 +6,33 @@ knows no recursive JSON.
 """
 
 import asyncio
-import json
 import re
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import xgrammar
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.engines.pt.grammar.process import Grammar, GrammarError, GrammarServer
-from serve_app.errors import InvalidRequest, Overloaded
+from serve_app.engines.pt.grammar.process import LOST_RETRY_S, Grammar, GrammarError, GrammarLostError, GrammarServer
+from serve_app.engines.pt.grammar.spec import GrammarSpec
+from serve_app.errors import InvalidRequest, ModelUnavailable, Overloaded
 from serve_app.wire.openai_errors import read_json
 
-# Compiling takes longer than in proportion to these; beyond them it takes seconds.
-MOST_BYTES = {"json_schema": 65_536, "regex": 8192, "grammar": 8192}
 MOST_LEVELS = 64
 # Formats that compile at once, formats that wait for that, and seconds until a format in line has its turn and is done.
 MOST_COMPILING = 2
 MOST_WAITING = 16
 COMPILE_WAIT_S = 30.0
 # Formats that are kept for the next request with the same one, and formats that are in use at once. Each has a process
-# of some 10 MB, and at most worker.MEMORY_BYTES.
+# of some 10 MB, and at most worker.MEMORY_BYTES, and worker.BYTES_PER_TOKEN for each token that it follows.
 MOST_KEPT = 16
 MOST_LIVE = 32
 # Formats of which is known that they cannot be followed.
 MOST_REFUSED = 256
-
-Kind = Literal["json_schema", "regex", "grammar"]
-
-
-@dataclass(frozen=True)
-class GrammarSpec:
-    """What a client asks for: a JSON schema as JSON, a regular expression, or an EBNF grammar. `param` is its field."""
-
-    kind: Kind
-    source: str
-    param: str
 
 
 class GrammarCompiler:
@@ -60,30 +46,37 @@ class GrammarCompiler:
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary, stop_token_ids=self._stop_ids)
         self._server = GrammarServer(info.serialize_json())
         self._threads = ThreadPoolExecutor(max_workers=MOST_COMPILING, thread_name_prefix="grammar")
-        self._compiling: dict[GrammarSpec, asyncio.Task[Grammar]] = {}
+        self._compiling: dict[GrammarSpec, tuple[str | None, asyncio.Task[Grammar]]] = {}
         self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
         self._refused: OrderedDict[GrammarSpec, str] = OrderedDict()
-        self._live: weakref.WeakSet[Grammar] = weakref.WeakSet()
+        # Those that are in use or kept, and the key that each was made for.
+        self._live: weakref.WeakKeyDictionary[Grammar, str | None] = weakref.WeakKeyDictionary()
 
-    async def compile_soon(self, spec: GrammarSpec) -> Grammar:
-        """A process that follows the format.
+    async def compile_soon(self, spec: GrammarSpec, key: str | None = None) -> Grammar:
+        """A process that follows the format, for a client of the API key of that name. One key may hold half of the
+        places, so that another's format finds one; None has no such share.
 
         As with vLLM, an object with `properties` has no others, unless `additionalProperties` says so. Raises
-        InvalidRequest that names the field, and Overloaded where too many formats are compiled or in use.
+        InvalidRequest that names the field, Overloaded where too many formats are compiled or in use, and
+        ModelUnavailable where the processes are killed from outside.
         """
         self._check(spec)
-        if spec in self._kept:
-            self._kept.move_to_end(spec)
-            return self._kept[spec]
+        if (kept := self._kept.pop(spec, None)) is not None and not kept.has_ended:
+            self._kept[spec] = kept
+            return kept
         if spec not in self._compiling:
-            self._require_place()
-            task = asyncio.create_task(self._compile(spec))
-            self._compiling[spec] = task
+            self._require_place(key)
+            task = asyncio.create_task(self._compile(spec, key))
+            self._compiling[spec] = key, task
             task.add_done_callback(lambda _: self._compiling.pop(spec))
         try:
-            return await asyncio.shield(self._compiling[spec])  # Others may wait for the same one.
+            return await asyncio.shield(self._compiling[spec][1])  # Others may wait for the same one.
         except GrammarError as error:
             raise InvalidRequest(_refusal(spec, str(error)), param=spec.param) from None
+        except GrammarLostError:
+            raise ModelUnavailable(
+                "The process that compiles the output format was killed twice. Try again.", retry_after_s=LOST_RETRY_S
+            ) from None
         except TimeoutError:
             raise Overloaded("The output format could not be compiled in time.", retry_after_s=COMPILE_WAIT_S) from None
 
@@ -98,26 +91,26 @@ class GrammarCompiler:
             raise InvalidRequest(
                 f"'{spec.param}' needs a model with an end token; this one has none.", param=spec.param
             )
-        try:
-            size = len(spec.source.encode())
-        except UnicodeEncodeError:
-            raise InvalidRequest(f"'{spec.param}' has half a surrogate pair in it.", param=spec.param) from None
-        if size > MOST_BYTES[spec.kind]:
-            raise InvalidRequest(
-                f"'{spec.param}' has {size} bytes; at most {MOST_BYTES[spec.kind]} are taken.", param=spec.param
-            )
         if (known := self._refused.get(spec)) is not None:
             raise InvalidRequest(_refusal(spec, known), param=spec.param)
 
-    def _require_place(self) -> None:
-        if len(self._compiling) >= MOST_COMPILING + MOST_WAITING:
-            raise Overloaded(f"{len(self._compiling)} output formats wait to be compiled.", retry_after_s=1.0)
-        while self._kept and len(self._live) >= MOST_LIVE:
-            self._kept.popitem(last=False)
-        if len(self._live) + len(self._compiling) >= MOST_LIVE:
-            raise Overloaded(f"{len(self._live)} output formats are in use, and no more can be.", retry_after_s=1.0)
+    def _require_place(self, key: str | None) -> None:
+        compiling = [other for other, _ in self._compiling.values()]
+        if problem := _shortage(compiling, MOST_COMPILING + MOST_WAITING, key):
+            raise Overloaded(f"{problem} wait to be compiled. Try again.", retry_after_s=1.0)
+        while problem := _shortage([*self._live.values(), *compiling], MOST_LIVE, key):
+            if not self._give_up_one(key if len(self._live) + len(compiling) < MOST_LIVE else None):
+                raise Overloaded(f"{problem} are in use, and no more can be. Try again.", retry_after_s=1.0)
 
-    async def _compile(self, spec: GrammarSpec) -> Grammar:
+    def _give_up_one(self, key: str | None) -> bool:
+        """Keeps the format no more that was not asked for the longest: of that key, or of any. False: there is none."""
+        for spec, grammar in self._kept.items():
+            if key is None or self._live[grammar] == key:
+                del self._kept[spec]
+                return True
+        return False
+
+    async def _compile(self, spec: GrammarSpec, key: str | None) -> Grammar:
         try:
             grammar = await asyncio.get_running_loop().run_in_executor(self._threads, self._open, spec)
         except GrammarError as error:
@@ -125,7 +118,7 @@ class GrammarCompiler:
             if len(self._refused) > MOST_REFUSED:
                 self._refused.popitem(last=False)
             raise
-        self._live.add(grammar)
+        self._live[grammar] = key
         self._kept[spec] = grammar
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
@@ -134,7 +127,18 @@ class GrammarCompiler:
     def _open(self, spec: GrammarSpec) -> Grammar:
         if spec.kind == "json_schema":
             require_supported(_read_json(spec), spec.param)
-        return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
+        try:
+            return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
+        except GrammarLostError:  # Nothing is known of the format, so it is tried once more.
+            return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
+
+
+def _shortage(holders: Collection[str | None], most: int, key: str | None) -> str:
+    """Which formats, and how many, leave no place for one of `key`; empty where there is one."""
+    own = sum(holder == key for holder in holders)
+    if key is not None and own >= max(1, most // 2):
+        return f"{own} output formats of this API key"
+    return f"{len(holders)} output formats" if len(holders) >= most else ""
 
 
 def _refusal(spec: GrammarSpec, reason: str) -> str:
@@ -147,11 +151,6 @@ def _read_json(spec: GrammarSpec) -> object:
     except ValueError as error:
         raise InvalidRequest(f"'{spec.param}' is no JSON: {error}.", param=spec.param) from None
     return schema
-
-
-def choice_grammar(choices: Iterable[str]) -> str:
-    """The EBNF grammar of exactly these texts."""
-    return "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
 def constrain(scores: torch.Tensor, masks: Mapping[int, bytes]) -> None:

@@ -13,33 +13,53 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import deque
 
 from serve_app.engines.pt.grammar import worker
-from serve_app.engines.pt.grammar.worker import END, FIRST, PACKET_BYTES, REPLY, REQUEST, TOO_SLOW
+from serve_app.engines.pt.grammar.worker import DEATH, END, FIRST, MASK, PACKET_BYTES, REFUSED, REPLY, REQUEST
+from serve_app.errors import InvalidRequest, ModelUnavailable, RequestError
 
 # Seconds until Python and xgrammar have started, on a machine that is busy.
 START_SECONDS = 120.0
+# Seconds after which a client may ask again for a format whose process was lost: another one takes less to compile it.
+LOST_RETRY_S = 1.0
 
-ENDED = f"{TOO_SLOW[:-1]}, or ask for less: it needed more time or memory than a format may."
+LOST = "The process that followed this output format has ended before the text was complete. Try again."
 
 
 class GrammarError(Exception):
     """A format that cannot be followed; the text is a sentence for the client."""
 
 
+class GrammarLostError(Exception):
+    """A format whose process has died, and not of its work: the format may be as good as any other."""
+
+
 class Grammar:
     """One compiled format and its process, which ends when nobody holds this any more.
 
-    Only `GrammarServer` makes it. The matchers belong to one thread, the engine's.
+    Only `GrammarServer` makes it. The matchers belong to one thread, the engine's, and nothing that they do blocks it:
+    what the process has no room for is sent later.
     """
 
     def __init__(self, connection: socket.socket, first_mask: bytes):
         self.first_mask = first_mask
         self._connection = connection
+        connection.setblocking(False)
         weakref.finalize(self, connection.close)
         self._numbers = itertools.count(FIRST + 1)
         self._matchers: weakref.WeakValueDictionary[int, Matcher] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
+        self._unsent: deque[tuple[int, int]] = deque()  # At most a token and an end for each sequence.
+        self._asked: deque[int] = deque()  # The sequences that an answer is due to, in its order.
+        self._cause = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process has ended, seen or not. May be asked on any thread."""
+        poll = select.poll()
+        poll.register(self._connection, 0)  # The other side's end is always told.
+        return bool(poll.poll(0))
 
     def matcher(self) -> "Matcher":
         """Follows the format for one sequence. Call its `close` at the end."""
@@ -55,47 +75,71 @@ class Grammar:
 
     def accept(self, number: int, token: int) -> None:
         """Asks for the mask after `token`."""
-        if not self._send(number, token):
-            self._ended()
+        self._send(number, token)
 
     def collect(self, wait_s: float) -> None:
-        """Hands out the masks that have come; waits for one at most `wait_s` seconds."""
+        """Hands out the masks that have come, and sends what there was no room for; waits at most `wait_s` seconds
+        for either."""
         poll = select.poll()
-        poll.register(self._connection, select.POLLIN)
-        while poll.poll(1000 * wait_s):
+        poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        if poll.poll(1000 * wait_s):
+            self._receive()
+            self._flush()
+
+    def _send(self, number: int, token: int) -> None:
+        self._unsent.append((number, token))
+        self.collect(0)  # First what has come, also for sequences that have ended: it takes the process's room.
+
+    def _flush(self) -> None:
+        while self._unsent:
+            number, token = self._unsent[0]
+            try:
+                self._connection.send(REQUEST.pack(number, token))
+            except BlockingIOError:
+                return
+            except OSError:
+                self._unsent.clear()  # It has ended, which is read as well.
+                return
+            self._unsent.popleft()
+            if token != END:
+                self._asked.append(number)
+
+    def _receive(self) -> None:
+        while True:
             try:
                 packet = self._connection.recv(PACKET_BYTES)
-            except OSError:
-                packet = b""
-            if not packet:
-                self._ended()
+            except BlockingIOError:
                 return
-            number, is_mask = REPLY.unpack_from(packet)
+            except ConnectionResetError:  # Told once where the process has not read all; what it sent comes after it.
+                continue
+            if not packet:
+                self._end()
+                return
+            number, kind = REPLY.unpack_from(packet)
+            content = packet[REPLY.size :]
+            if number == DEATH:
+                self._cause = content.decode()
+                continue
+            self._asked.popleft()
             if (matcher := self._matchers.get(number)) is not None:
-                matcher.receive(is_mask, packet[REPLY.size :])
-            wait_s = 0
+                matcher.receive(kind, content)
 
-    def _send(self, number: int, token: int) -> bool:
-        try:
-            self._connection.send(REQUEST.pack(number, token), socket.MSG_DONTWAIT)
-        except OSError:
-            return False
-        return True
-
-    def _ended(self) -> None:
-        for matcher in list(self._matchers.values()):
-            matcher.receive(False, ENDED.encode())
+    def _end(self) -> None:
+        """Tells all sequences. To blame is only the one that the process was working for, if it died of its work."""
+        culprit = self._asked[0] if self._cause and self._asked else None
+        for number, matcher in list(self._matchers.items()):
+            matcher.problem = InvalidRequest(self._cause) if number == culprit else _unavailable(LOST)
 
 
 class Matcher:
-    """Which tokens may come next in one sequence. `problem` is a sentence once there is no way on.
+    """Which tokens may come next in one sequence. `problem` is what the client hears once there is no way on.
 
     `mask` is a bit for each token, in int32 words as xgrammar has them; None while it is being computed.
     """
 
     def __init__(self, grammar: Grammar, number: int):
         self.number = number
-        self.problem = ""
+        self.problem: RequestError | None = None
         self.mask: bytes | None = grammar.first_mask
         self.was_late = False
         self._grammar = grammar
@@ -117,12 +161,14 @@ class Matcher:
                 return False
         return True
 
-    def receive(self, is_mask: bool, content: bytes) -> None:
+    def receive(self, kind: int, content: bytes) -> None:
         """The process has answered."""
-        if is_mask:
+        if kind == MASK:
             self.mask = content
+        elif kind == REFUSED:
+            self.problem = InvalidRequest(content.decode())
         else:
-            self.problem = content.decode()
+            self.problem = _unavailable(content.decode())
 
     def close(self) -> None:
         """The sequence has ended."""
@@ -142,27 +188,20 @@ class GrammarServer:
         self._control: socket.socket | None = None
 
     def open(self, kind: str, source: str, wait_s: float) -> Grammar:
-        """Compiles a format. Raises GrammarError, and TimeoutError where there was no time for it in `wait_s`."""
+        """Compiles a format.
+
+        Raises GrammarError, GrammarLostError where its process was killed, and TimeoutError where there was no time
+        for it in `wait_s`.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self._fork(theirs)
-                ours.send(f"{kind}\n{source}".encode())
-                ours.settimeout(wait_s)
-            except BaseException:
-                ours.close()
-                raise
         try:
-            packet = ours.recv(PACKET_BYTES)
-        except TimeoutError:
+            with theirs:
+                self._fork(theirs)
+            ours.settimeout(wait_s)
+            return Grammar(ours, _first_mask(ours, kind, source))
+        except BaseException:
             ours.close()
             raise
-        except OSError:
-            packet = b""
-        if not packet or not REPLY.unpack_from(packet)[1]:
-            ours.close()
-            raise GrammarError(packet[REPLY.size :].decode() if packet else ENDED)
-        return Grammar(ours, packet[REPLY.size :])
 
     def close(self) -> None:
         """Ends the process. Those of the formats end when nobody holds them."""
@@ -186,10 +225,10 @@ class GrammarServer:
                 try:
                     socket.send_fds(self._control, [b"f"], [connection.fileno()])
                     return
-                except OSError:  # Somebody has killed it.
+                except OSError as error:  # Somebody has killed it.
                     self._end()
                     if is_last:
-                        raise
+                        raise GrammarLostError(str(error)) from None
 
     def _start(self) -> None:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -217,3 +256,22 @@ class GrammarServer:
             self._end()
             raise RuntimeError("the process for output formats did not start; its error is in this replica's log")
         control.settimeout(None)
+
+
+def _first_mask(connection: socket.socket, kind: str, source: str) -> bytes:
+    try:
+        connection.send(f"{kind}\n{source}".encode())
+        packet = connection.recv(PACKET_BYTES)
+    except TimeoutError:
+        raise
+    except OSError as error:
+        raise GrammarLostError(str(error)) from None
+    if not packet:
+        raise GrammarLostError("its process was killed")
+    if REPLY.unpack_from(packet)[1] != MASK:
+        raise GrammarError(packet[REPLY.size :].decode())
+    return packet[REPLY.size :]
+
+
+def _unavailable(reason: str) -> ModelUnavailable:
+    return ModelUnavailable(reason, retry_after_s=LOST_RETRY_S)

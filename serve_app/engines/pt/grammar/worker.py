@@ -5,33 +5,41 @@ that. So it happens where the kernel can end it. This process reads the tokenize
 forks one child for each socket that arrives on its control socket: starting Python and xgrammar takes seconds, a fork
 takes milliseconds. A child compiles one format and follows it for all sequences that ask for it.
 
-Laws: a child is killed when one piece of work takes more processor time than it may, or when it needs more memory. It
-ends when its socket closes, and all of them end with the replica.
+Laws: a child is killed when one piece of work takes more processor time than it may, and gets no more memory than it
+may have. It ends when its socket closes, and all of them end with the replica.
 
 Messages of a child, each one packet: the format comes in, its kind, a line break and its source, and its first mask
 goes out. Then come `REQUEST` packets, a sequence's number and its next token, and for each goes out the mask for the
-token after it. The token END only forgets the sequence. What goes out is `REPLY` and the mask's bytes, or a sentence
-that says why there is none.
+token after it, in the order of the requests. The token END only forgets the sequence, and nothing goes out. What goes
+out is `REPLY` and the mask's bytes, or a sentence that says why there is none. Where a child has died of its work, the
+process that forked it says so on the child's socket, under the number DEATH; where somebody else has killed it, nothing
+is said before the socket closes.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 import struct
 import sys
 import time
 import types
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import numpy
 
 REQUEST = struct.Struct("<Qi")
-REPLY = struct.Struct("<Q?")
+REPLY = struct.Struct("<QB")
 END = -1
 FIRST = 0  # The number of the reply that has the first mask; sequences begin at 1.
+DEATH = 2**64 - 1
+# What follows in a reply: a mask, why the format allows none, or why there is none although the format is sound.
+MASK, REFUSED, UNAVAILABLE = range(3)
 
 # Seconds of processor time for compiling and the first mask, and for any later mask.
 COMPILE_SECONDS = 3.0
@@ -39,73 +47,164 @@ MASK_SECONDS = 0.5
 # Those that one sequence's masks may take together: at first, and for each token. Usual are 0.00002 to 0.0001 a token.
 FREE_SECONDS = 0.5
 SECONDS_PER_TOKEN = 0.002
-# What a child may need beyond what it has when it is forked.
+# Bytes that a child may need beyond what it has when it is forked: for its format, for each token that it follows, and
+# in all. xgrammar keeps its states of every token for a rollback, and no setting ends that (`max_rollback_tokens` has
+# no effect in 0.2). Measured with 0.2.8: a regular expression takes 70 bytes a token, strings of JSON 160, objects 520,
+# and lists of lists 1200.
 MEMORY_BYTES = 128 * 2**20
+BYTES_PER_TOKEN = 2048
+MOST_MEMORY_BYTES = 512 * 2**20
+# What one sequence may add to the child beside its tokens' share, so that it cannot use up what all of them have.
+# xgrammar's lists double when they grow, which needs three times what they had.
+SEQUENCE_BYTES = MEMORY_BYTES // 4
 # The engine goes first: formats wait while the processor is short.
 NICENESS = 10
 # Between two tokens of JSON: room for a line break and its indentation, but not for a model that only writes spaces.
 MOST_WHITESPACE = 24
-# A packet holds the longest format (grammar.MOST_BYTES), and the mask of a million tokens. The kernel's own bound on a
+# A packet holds the longest format (spec.MOST_BYTES), and the mask of a million tokens. The kernel's own bound on a
 # packet is 208 KiB.
 PACKET_BYTES = 2**17
 
 TOO_SLOW = "The output format takes too long to follow: its grammar is ambiguous. Make it simpler."
+TOO_LARGE = "The output format takes too much memory to follow: its grammar is ambiguous. Make it simpler."
 NO_TEXT = "The output format allows no text, or none that this model's vocabulary can write."
+FULL = "The memory for output formats of this kind is used up by those who follow it now. Try again."
+
+# The signals that a child's own work brings about: the end of its time, and xgrammar's end where it gets no memory or
+# has an error. Any other one comes from outside.
+OWN_SIGNALS = frozenset({signal.SIGPROF, signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE})
+DIED = f"{TOO_SLOW[:-1]}, or ask for less: it needed more time or memory than a format may."
+
+Reply = tuple[int, bytes]
 
 
 def main(control: socket.socket) -> None:
-    """Forks a child for each socket that arrives, until `control` closes."""
+    """Forks a child for each socket that arrives, and buries those that have died, until `control` closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the replica, which closes the socket.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # The kernel clears children away.
     xgrammar = _import_xgrammar()
     info = xgrammar.TokenizerInfo.deserialize_json(sys.stdin.buffer.read().decode())
     gc.freeze()
+    deaths = _bell_of_deaths()
+    poll = select.poll()
+    for readable in (control, deaths):
+        poll.register(readable, select.POLLIN)
+    connections: dict[int, socket.socket] = {}  # Those of the children, by pid.
     control.send(b"ready")
     while True:
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not descriptors:
-            return
-        if os.fork() == 0:
-            control.close()
-            try:
-                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with this process.
-                _follow(socket.socket(fileno=descriptors[0]), xgrammar, info)
-            finally:
-                os._exit(0)  # Whatever happened: nothing of the parent's may run here.
-        os.close(descriptors[0])
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        if deaths.fileno() in ready:
+            deaths.recv(PACKET_BYTES)
+            _bury(connections)
+        if control.fileno() in ready:
+            _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+            if not descriptors:
+                return
+            connection = socket.socket(fileno=descriptors[0])
+            pid = os.fork()
+            if pid == 0:
+                for other in (control, deaths, *connections.values()):  # Others read the ends of these.
+                    other.close()
+                _live(connection, xgrammar, info)
+            connections[pid] = connection
 
 
-def _follow(connection: socket.socket, xgrammar: Any, info: Any) -> None:
-    """The life of a child."""
-    os.nice(NICENESS)
-    space = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + MEMORY_BYTES  # noqa: SIM115
-    resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    bitmask = numpy.zeros((1, -(-info.vocab_size // 32)), dtype=numpy.int32)
+def _bell_of_deaths() -> socket.socket:
+    """A socket that has bytes to read once a child has died."""
+    deaths, bell = socket.socketpair()
+    bell.setblocking(False)
+    signal.set_wakeup_fd(bell.detach(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # A signal that is ignored rings no bell.
+    return deaths
 
-    def mask(matcher: Any) -> tuple[bool, bytes]:
-        matcher.fill_next_token_bitmask(bitmask)
-        return (True, bitmask.tobytes()) if bitmask.any() else (False, NO_TEXT.encode())
 
-    kind, _, source = connection.recv(PACKET_BYTES).decode().partition("\n")
-    _limit(COMPILE_SECONDS)
-    try:
-        compiled = _compile(xgrammar.GrammarCompiler(info, max_threads=1), kind, source)
-        reply = mask(xgrammar.GrammarMatcher(compiled))
-    except RuntimeError as error:
-        reply = False, _reason(error).encode()
-    _limit(0)
-    connection.send(REPLY.pack(FIRST, reply[0]) + reply[1])
-    sequences: dict[int, _Sequence] = {}
-    while request := connection.recv(REQUEST.size):
-        number, token = REQUEST.unpack(request)
-        if token == END:
-            sequences.pop(number, None)
+def _bury(connections: dict[int, socket.socket]) -> None:
+    """Clears the dead children away, and says of each that has died of its work that it has."""
+    for pid in list(connections):
+        dead, status = os.waitpid(pid, os.WNOHANG)
+        if not dead:
             continue
-        sequence = sequences.setdefault(number, _Sequence(xgrammar.GrammarMatcher(compiled)))
-        _limit(MASK_SECONDS)
-        reply = sequence.next(token, mask)
-        _limit(0)
-        connection.send(REPLY.pack(number, reply[0]) + reply[1])
+        with connections.pop(pid) as connection:
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) in OWN_SIGNALS:
+                # Where nobody listens, or has room for it, the end of the socket has to do.
+                with contextlib.suppress(OSError):
+                    connection.send(REPLY.pack(DEATH, REFUSED) + DIED.encode(), socket.MSG_DONTWAIT)
+
+
+def _live(connection: socket.socket, xgrammar: Any, info: Any) -> NoReturn:
+    """The life of a child."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process that forked it.
+        os.nice(NICENESS)
+        child = _Child(connection, xgrammar, info)
+        child.compile()
+        child.follow()
+    finally:
+        os._exit(0)  # Whatever happened: nothing of the parent's may run here.
+
+
+class _Child:
+    """One format, and all sequences that follow it."""
+
+    def __init__(self, connection: socket.socket, xgrammar: Any, info: Any):
+        self._connection = connection
+        self._xgrammar = xgrammar
+        self._info = info
+        self._bitmask = numpy.zeros((1, -(-info.vocab_size // 32)), dtype=numpy.int32)
+        self._space = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115
+        self._sequences: dict[int, _Sequence] = {}
+        self._followed = 0  # Tokens of all of them.
+
+    def compile(self) -> None:
+        """Reads the format, and answers with its first mask."""
+        kind, _, source = self._connection.recv(PACKET_BYTES).decode().partition("\n")
+        self._bound_memory()
+        with _limit(COMPILE_SECONDS):
+            try:
+                self._compiled = _compile(self._xgrammar.GrammarCompiler(self._info, max_threads=1), kind, source)
+                reply = self._mask(self._xgrammar.GrammarMatcher(self._compiled))
+            except (RuntimeError, MemoryError) as error:
+                reply = REFUSED, _reason(error).encode()
+        self._send(FIRST, reply)
+
+    def follow(self) -> None:
+        """Answers each token with the mask after it."""
+        while request := self._connection.recv(REQUEST.size):
+            number, token = REQUEST.unpack(request)
+            if token == END:
+                self._forget(number)
+                continue
+            self._followed += 1
+            self._bound_memory()
+            with _limit(MASK_SECONDS):
+                reply = self._next(number, token)
+            if reply[0] != MASK:
+                self._forget(number)  # Its memory is free before the others go on.
+            self._send(number, reply)
+
+    def _next(self, number: int, token: int) -> Reply:
+        try:
+            if number not in self._sequences:
+                self._sequences[number] = _Sequence(self._xgrammar.GrammarMatcher(self._compiled))
+            return self._sequences[number].next(token, self._mask)
+        except (RuntimeError, MemoryError) as error:
+            if _is_of_memory(error):
+                return UNAVAILABLE, FULL.encode()
+            return REFUSED, f"The output format cannot be followed: {' '.join(str(error).split())[:200]}".encode()
+
+    def _mask(self, matcher: Any) -> Reply:
+        matcher.fill_next_token_bitmask(self._bitmask)
+        return (MASK, self._bitmask.tobytes()) if self._bitmask.any() else (REFUSED, NO_TEXT.encode())
+
+    def _forget(self, number: int) -> None:
+        if (sequence := self._sequences.pop(number, None)) is not None:
+            self._followed -= sequence.tokens
+
+    def _send(self, number: int, reply: Reply) -> None:
+        self._connection.send(REPLY.pack(number, reply[0]) + reply[1])
+
+    def _bound_memory(self) -> None:
+        own = min(MEMORY_BYTES + BYTES_PER_TOKEN * self._followed, MOST_MEMORY_BYTES)
+        resource.setrlimit(resource.RLIMIT_AS, (self._space + own, self._space + MOST_MEMORY_BYTES))
 
 
 def _import_xgrammar() -> Any:
@@ -131,21 +230,24 @@ class _Absent(types.ModuleType):
 
 
 class _Sequence:
-    """xgrammar's matcher of one sequence, and the processor time that it has taken."""
+    """xgrammar's matcher of one sequence, and the processor time and memory that it has taken."""
 
     def __init__(self, matcher: Any):
+        self.tokens = 0
         self._matcher = matcher
-        self._allowed = FREE_SECONDS
+        self._seconds = FREE_SECONDS
+        self._bytes = float(SEQUENCE_BYTES)
 
-    def next(self, token: int, mask: Any) -> tuple[bool, bytes]:
-        start = time.process_time()
-        try:
-            accepted = self._matcher.accept_token(token)
-            reply: tuple[bool, bytes] = mask(self._matcher) if accepted else (False, NO_TEXT.encode())
-        except RuntimeError as error:
-            return False, f"The output format cannot be followed: {' '.join(str(error).split())[:200]}".encode()
-        self._allowed += SECONDS_PER_TOKEN - (time.process_time() - start)
-        return reply if self._allowed > 0 else (False, TOO_SLOW.encode())
+    def next(self, token: int, mask: Callable[[Any], Reply]) -> Reply:
+        """The reply to its next token. Raises what xgrammar raises."""
+        self.tokens += 1
+        start, before = time.process_time(), _peak_bytes()
+        reply = mask(self._matcher) if self._matcher.accept_token(token) else (REFUSED, NO_TEXT.encode())
+        self._seconds += SECONDS_PER_TOKEN - (time.process_time() - start)
+        self._bytes += BYTES_PER_TOKEN - (_peak_bytes() - before)  # Memory that others have left costs nothing.
+        if self._seconds <= 0:
+            return REFUSED, TOO_SLOW.encode()
+        return reply if self._bytes > 0 else (REFUSED, TOO_LARGE.encode())
 
 
 def _compile(compiler: Any, kind: str, source: str) -> Any:
@@ -156,16 +258,28 @@ def _compile(compiler: Any, kind: str, source: str) -> Any:
     return compiler.compile_json_schema(source, max_whitespace_cnt=MOST_WHITESPACE)
 
 
-def _reason(error: RuntimeError) -> str:
-    text = str(error).partition("] ")[2].partition(": ")[2].strip() or str(error)
-    if "bad_alloc" in text:
+def _reason(error: RuntimeError | MemoryError) -> str:
+    if _is_of_memory(error):
         return "The format needs more memory than it may. Make it simpler."
+    text = str(error).partition("] ")[2].partition(": ")[2].strip() or str(error)
     return f"The format is not understood: {text[:300]}"
 
 
-def _limit(seconds: float) -> None:
-    """The kernel ends this process after so much processor time; 0 is without a limit."""
+def _is_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, MemoryError) or "bad_alloc" in str(error)
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has had so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextlib.contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """The kernel ends this process where the work takes so much processor time."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 if __name__ == "__main__":

@@ -191,6 +191,15 @@ async def test_an_ambiguous_grammar_ends_itself_and_not_the_others(client: httpx
     assert (slow.status_code, "ambiguous" in slow.text) == (400, True), slow.text[:200]
 
 
+async def test_many_short_answers_of_one_format_leave_the_engine_free(client: httpx.AsyncClient) -> None:
+    """Their last masks, which nobody reads, once filled the way to their process, and the engine waited for it."""
+    body = chat(response_format={"type": "json_object"}, max_tokens=1, temperature=1, n=100)
+    for _ in range(6):
+        reply = await client.post("/v1/chat/completions", json=body)
+        assert (reply.status_code, len(reply.json()["choices"])) == (200, 100), reply.text[:200]
+    assert await content(client) == ANSWERS["Hello"]
+
+
 async def test_a_property_may_have_a_keywords_name(client: httpx.AsyncClient) -> None:
     """`not` as a property is no `not`."""
     schema = {"type": "object", "properties": {"not": {"enum": [1]}}, "required": ["not"]}

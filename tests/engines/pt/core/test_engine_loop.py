@@ -18,7 +18,7 @@ from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler, Step
 from serve_app.engines.pt.core.sequence import Output, SamplingParams, Sequence
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, InvalidRequest
 
 EOS = 0
 
@@ -162,9 +162,10 @@ class LateMatcher:
 
     def __init__(self) -> None:
         self.open = threading.Event()
-        self.problem = ""
+        self.problem: InvalidRequest | None = None
         self.mask: bytes | None = None
         self.closed = False
+        self.accepted: list[int] = []
 
     def matcher(self) -> "LateMatcher":
         """The grammar's part of it."""
@@ -172,6 +173,7 @@ class LateMatcher:
 
     def accept(self, token: int) -> None:
         """Every mask allows every token."""
+        self.accepted.append(token)
 
     def is_ready(self, until: float) -> bool:
         """At once, or not at all."""
@@ -212,7 +214,7 @@ def test_a_parked_sequence_hears_of_its_formats_end_and_can_be_cancelled() -> No
         matcher, slow = late_sequence()
         loop.submit(slow)
         outputs.get(timeout=10)
-        matcher.problem = "It takes too long."
+        matcher.problem = InvalidRequest("It takes too long.")
         assert str(until_the_end(outputs)[-1].error) == "It takes too long."
         other, cancelled = late_sequence()
         loop.submit(cancelled)
@@ -221,6 +223,19 @@ def test_a_parked_sequence_hears_of_its_formats_end_and_can_be_cancelled() -> No
         loop.submit(sequence(8))
         until_the_end(outputs)
         assert other.closed
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_no_mask_is_asked_for_after_the_last_token(tokens: int) -> None:
+    """Nobody would read it, and it would take the room of those that are read: at the limit, and at the end token."""
+    matcher = LateMatcher()
+    matcher.open.set()
+    params = SamplingParams(max_tokens=tokens, temperature=0, grammar=matcher)  # type: ignore[arg-type]
+    whole = Sequence([5], params)
+    with running(CountingRunner()) as (loop, outputs):
+        loop.submit(whole)
+        until_the_end(outputs)
+    assert (whole.output_ids[-1] == EOS, matcher.accepted) == (tokens == 5, whole.output_ids[:-1])
 
 
 def test_texts_get_a_token_between_any_two_chunks_of_other_prompts() -> None:
