@@ -69,9 +69,9 @@ async def streams(run: ServeRun, clients: int) -> AsyncIterator[list[dict[str, A
 
 
 async def test_a_request_that_kills_its_replica_is_refused_and_nobody_else(serve: ServeRun, folder: Path) -> None:
-    """It takes two or three along, or, where the machine is so busy that its rivals' turns run out first
-    (`suspicion.TURN_S`), all of its four tries; then it is known. The exact law: `test_suspicion.py`. The streams beside
-    it go on. The first test here: deaths in the minute before would speak for the request."""
+    """It takes two or three along, or all of its four tries where the machine is so busy that its rivals' turns run
+    out (`suspicion.TURN_S`); then it is known. The exact law: `test_suspicion.py`. The streams beside it go on. The
+    first test here: deaths in the minute before would speak for the request."""
     before = dead(folder)
     poison = {"model": "mortal", "prompt": "What is Ray?", "seed": faults.POISON_SEED, "max_tokens": 8}
     async with streams(serve, clients=8) as seen, httpx.AsyncClient(base_url=serve.url, timeout=240) as client:
