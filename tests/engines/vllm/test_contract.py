@@ -13,7 +13,8 @@ from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, 
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config
 
-pytestmark = pytest.mark.timeout(400)  # It imports vLLM.
+# It imports vLLM.
+pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 # What each task brings, and the pooling task that vLLM would choose.
 TASKS = {"generate": None, "embed": "embed", "classify": "classify", "token_embed": "token_embed", "plugin": "plugin",
@@ -102,10 +103,10 @@ def test_what_passes_has_room_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
     assert envs.VLLM_MAX_NUM_BAD_WORDS >= MOST_BAD_WORDS
     assert envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS >= MOST_BAD_WORDS_TOKENS
     assert logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS >= MOST_BIASES
-    assert logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS >= MOST_IN_LIST["allowed_token_ids"]
-    assert MAX_LOGPROB_TOKEN_IDS >= MOST_IN_LIST["logprob_token_ids"]
+    assert MOST_IN_LIST["allowed_token_ids"] <= logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
+    assert MOST_IN_LIST["logprob_token_ids"] <= MAX_LOGPROB_TOKEN_IDS
     # A model has some ends of its own.
-    assert logit_bias.MAX_NUM_STOP_TOKEN_IDS >= MOST_IN_LIST["stop_token_ids"] + 20
+    assert MOST_IN_LIST["stop_token_ids"] + 20 <= logit_bias.MAX_NUM_STOP_TOKEN_IDS
 
 
 def test_tokens_are_counted_as_vllm_makes_them() -> None:
