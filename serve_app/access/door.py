@@ -24,11 +24,11 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.access.body_budget import BodyBudget, Held, NoBody
-from serve_app.access.gate import Gate, is_admitted, refusal
+from serve_app.access.gate import Gate, is_admitted, refusal, websocket
 from serve_app.access.keys import KeySource, configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
-from serve_app.errors import ClientGone, ConfigError, InvalidRequest, RequestError
+from serve_app.errors import ClientGone, ConfigError, Forbidden, InvalidRequest, RequestError
 from serve_app.ray_serve import session_header
 from serve_app.wire.asgi import Headers, endpoint
 from serve_app.wire.body import MOST_ID_BYTES, declared_bytes, header, read_body, replayed
@@ -50,13 +50,15 @@ LIMITS_OF_PROXY = RouterConfig(max_body_bytes=MAX_BODIES_BYTES // 2)
 class Inside:
     """What stands behind the door of this process. `model` is None where several do.
 
-    `limits` tells those of now; `refused` hears the status of what does not come in.
+    `limits` tells those of now; `refused` hears the status of what does not come in. `wakes`: Serve starts a replica
+    for what comes in here and finds none.
     """
 
     gate: Gate | None
     limits: Callable[[], RouterConfig | ModelConfig]
     model: str | None = None
     refused: Callable[[int], None] = lambda status: None
+    wakes: bool = False
 
 
 _of_this_process: Inside | None = None
@@ -78,7 +80,7 @@ def _of_others() -> Inside:
     try:
         serve.get_replica_context()
     except RayServeException:
-        return Inside(Gate(_keys_of_proxy(), ActorLimiter()), lambda: LIMITS_OF_PROXY)
+        return Inside(Gate(_keys_of_proxy(), ActorLimiter()), lambda: LIMITS_OF_PROXY, wakes=True)
     return Inside(None, lambda: LIMITS_OF_PROXY)
 
 
@@ -105,9 +107,15 @@ class OuterDoor:
         if scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket":
-            await self._app({**scope, "headers": _passed_on(scope["headers"])}, receive, send)
+            await self._websocket({**scope, "headers": _passed_on(scope["headers"])}, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._inside.gate is None:
+            await self._app(scope, receive, send)
+        elif not await websocket(self._inside.gate, self._app, scope, receive, send):
+            self._inside.refused(Forbidden.status)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = {**scope, "headers": _passed_on(scope["headers"])}
@@ -140,8 +148,9 @@ class OuterDoor:
         gate, path = self._inside.gate, endpoint(scope)
         if gate is None or is_admitted(scope):
             return self._budget.hold()
-        is_health = scope["method"] == "GET" and path.endswith("/health")  # Which of these need no key, the gate knows.
-        if path in WITHOUT_KEY or is_health:
+        # A model's health would wake it, so only the router's needs no key there. Elsewhere the gate knows which do.
+        is_free = path == "/health" if self._inside.wakes else path.endswith("/health")
+        if path in WITHOUT_KEY or (scope["method"] == "GET" and is_free):
             held = NoBody()
             held.grow(declared_bytes(scope["headers"]))
             return held

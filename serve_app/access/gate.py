@@ -183,21 +183,18 @@ class KeyedApp:
         """ASGI."""
         if scope["type"] == "lifespan" or _is_health(scope) or is_admitted(scope):
             await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await websocket(self._gate, self._app, scope, receive, send)
         elif self._gate.source.is_open:
             await self._without_key(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._http(scope, receive, send)
         else:
-            await _close(receive, send, "Use HTTP: websockets take no API key.")
+            await self._http(scope, receive, send)
 
     async def _without_key(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             require_own_page(scope["headers"])
         except RequestError as error:
-            if scope["type"] == "http":
-                await refusal(error)(scope, receive, send)
-            else:
-                await _close(receive, send, "Web pages of other sites may not use this server.")
+            await refusal(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -257,10 +254,23 @@ def _of_length(headers: Headers, length: int) -> list[tuple[bytes, bytes]]:
     return [*kept, (b"content-length", str(length).encode())]
 
 
-async def _close(receive: Receive, send: Send, reason: str) -> None:
-    """Refuses a websocket: a close before it is accepted becomes 403."""
+async def websocket(gate: Gate, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> bool:
+    """Lets a websocket in where nobody needs a key and no page of another site asks. Returns whether it was let in.
+
+    A close before it is accepted becomes 403.
+    """
+    reason = "Use HTTP: websockets take no API key."
+    if gate.source.is_open:
+        try:
+            require_own_page(scope["headers"])
+        except RequestError:
+            reason = "Web pages of other sites may not use this server."
+        else:
+            await app(scope, receive, send)
+            return True
     await receive()  # "websocket.connect"
     await send({"type": "websocket.close", "code": 1008, "reason": reason})
+    return False
 
 
 def is_admitted(scope: Scope) -> bool:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 
@@ -57,6 +58,8 @@ class MemoryWatch:
         self._ready_after_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._metrics = ReplicaMetrics()
+        # A thread that writes a report goes on when its task is cancelled, so the lock keeps what stops in order.
+        self._telling, self._is_over = threading.Lock(), False
 
     async def start(self, ready_after_s: float) -> None:
         """Measures once, and goes on in the background.
@@ -71,13 +74,14 @@ class MemoryWatch:
         self._task = asyncio.create_task(self._keep(ranks))
 
     async def stop(self) -> None:
-        """Ends it, and takes its report back, if Ray's head answers."""
+        """Ends it, and takes its report back, if Ray's head answers. No report is written afterwards."""
+        self._is_over = True
         if self._task is None:
             return
         self._task.cancel()
         with contextlib.suppress(Exception):  # The report becomes stale by itself.
             async with asyncio.timeout(FORGET_TIMEOUT_S):
-                await asyncio.to_thread(forget_report, self._application, self._replica)
+                await asyncio.to_thread(self._forget)
 
     async def _keep(self, ranks: Sequence[RankMemory]) -> None:
         while True:
@@ -114,11 +118,18 @@ class MemoryWatch:
 
     def _report(self, ranks: Sequence[RankMemory]) -> None:
         load, devices = self._engine.load(), self._devices(ranks)
-        self._metrics.told(devices, load)
-        write_report(ReplicaReport(
+        report = ReplicaReport(
             self._application, self._replica, self._node, os.getpid(), self._config.model, self._config.infer_backend,
             load, self._ready_after_s, time.time(), devices,
-        ))  # fmt: skip
+        )  # fmt: skip
+        with self._telling:
+            if not self._is_over:
+                self._metrics.told(devices, load)
+                write_report(report)
+
+    def _forget(self) -> None:
+        with self._telling:
+            forget_report(self._application, self._replica)
 
     def _calibrate(self, ranks: Sequence[RankMemory]) -> None:
         if self._planned is None:

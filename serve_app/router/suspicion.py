@@ -78,17 +78,22 @@ def verdict(seen: Evidence) -> Verdict:
 
 @dataclass(eq=False)
 class Death:
-    """The end of one replica, at `at` (monotonic, seconds), while it had `present` requests of this router."""
+    """The end of one replica, at `at` (monotonic, seconds), while it had `present` requests of this router.
+
+    `is_told`: the replica said itself that its engine is lost. Its process lives on then, and answers what needs no
+    engine, such as the tokenizing of streams that are taken up again.
+    """
 
     at: float
     present: int
     victims: set["Suspect"] = field(default_factory=set)
     is_explained: bool = False
+    is_told: bool = False
 
     @property
     def counts(self) -> bool:
-        """False where the others that were there went on: then a connection broke, and no replica died."""
-        return not self.is_explained and (self.present <= 1 or len(self.victims) > 1)
+        """False where a connection broke and the others that were there went on: then no replica died."""
+        return not self.is_explained and (self.is_told or self.present <= 1 or len(self.victims) > 1)
 
 
 class Suspect:

@@ -114,6 +114,40 @@ async def test_an_id_that_is_too_long_is_replaced(tmp_path: Path, caplog: pytest
             assert (b"x-request-id" in serve.seen[-1]) == is_kept
 
 
+async def test_nothing_without_a_key_wakes_a_model(tmp_path: Path) -> None:
+    """Serve's own proxy starts a replica for all that it passes on, so there a model's health needs a key too."""
+    serve = Serve()
+    async with client(serve, make_gate(tmp_path)[0], wakes=True) as http:
+        assert (await http.get("/models/m/health")).status_code == 401
+        assert (await http.get("/models/m/health/")).status_code == 401
+        assert serve.seen == []
+        assert (await http.get("/models/m/health", headers=AUTH)).status_code == 200
+        assert (await http.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("is_open", "origin", "comes_in"), [(False, None, False), (True, None, True), (True, "http://evil.example", False)]
+)
+async def test_websockets_stop_at_the_door(tmp_path: Path, is_open: bool, origin: str | None, comes_in: bool) -> None:
+    """They take no key, and Serve's own proxy would wake a model for one before any gate sees it."""
+    seen, sent, refused = list[str](), list[Any](), list[int]()
+
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        seen.append(scope["type"])
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    gate = open_gate() if is_open else make_gate(tmp_path)[0]
+    headers = [(b"host", b"here"), *([(b"origin", origin.encode())] if origin else [])]
+    door = OuterDoor(app, Inside(gate, RouterConfig, refused=refused.append, wakes=True))
+    await door({"type": "websocket", "path": "/models/m/health", "headers": headers}, receive, send)
+    assert (seen, sent, refused) == ((["websocket"], [], []) if comes_in else ([], ["websocket.close"], [403]))
+
+
 async def test_a_body_over_the_limit_is_refused_before_serve(tmp_path: Path) -> None:
     """A declared one unread."""
     serve, limits = Serve(), RouterConfig(max_body_bytes=1000, body_timeout_s=0.2)
@@ -216,6 +250,6 @@ def test_serves_proxy_without_readable_keys_lets_nobody_in(monkeypatch: pytest.M
     monkeypatch.setenv("SERVE_APP_API_KEYS_FILE", str(tmp_path / "missing.yaml"))
     monkeypatch.setattr(outer_door, "_of_this_process", None)
     (made,) = outer_door.middlewares()
-    gate = made.kwargs["inside"].gate
-    assert gate is not None
-    assert not gate.source.is_open
+    inside = made.kwargs["inside"]
+    assert inside.wakes
+    assert not inside.gate.source.is_open

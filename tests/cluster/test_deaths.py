@@ -69,18 +69,16 @@ async def streams(run: ServeRun, clients: int) -> AsyncIterator[list[dict[str, A
 
 
 async def test_a_request_that_kills_its_replica_is_refused_and_nobody_else(serve: ServeRun, folder: Path) -> None:
-    """It takes its four tries along at most, mostly two or three, and then it is known; where the machine is so busy
-    that its rivals' turns run out first (`suspicion.TURN_S`), its tries end it. The exact law: `test_suspicion.py`. The
-    streams beside it go on. The first test here: deaths in the minute before would speak for the request."""
+    """It takes two or three along, or all of its four tries where the machine is so busy that its rivals' turns run
+    out (`suspicion.TURN_S`); then it is known. The exact law: `test_suspicion.py`. The streams beside it go on. The
+    first test here: deaths in the minute before would speak for the request."""
     before = dead(folder)
     poison = {"model": "mortal", "prompt": "What is Ray?", "seed": faults.POISON_SEED, "max_tokens": 8}
     async with streams(serve, clients=8) as seen, httpx.AsyncClient(base_url=serve.url, timeout=240) as client:
         await asyncio.sleep(2)
         reply = await client.post("/v1/completions", json=poison)
-    count = len(dead(folder) - before)
-    expected = (503, "model_unavailable") if count == 4 else (422, "request_may_be_harmful")
-    assert (reply.status_code, reply.json()["error"]["code"]) == expected, reply.text
-    assert 2 <= count <= 4
+    assert (reply.status_code, reply.json()["error"]["code"]) == (422, "request_may_be_harmful"), reply.text
+    assert 2 <= len(dead(folder) - before) <= 4
     assert not [answer for answer in seen if answer["error"] or answer["ends"] != 1]
 
 

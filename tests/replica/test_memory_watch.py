@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -157,6 +159,39 @@ async def test_the_watch_goes_on_whatever_fails(serve_context: list[ReplicaRepor
     assert told[0].devices[0].device == "GPU-a"
     assert told[0].devices[0].held == 4 * GIB + 2
     await watch.stop()
+    assert serve_context == []
+
+
+class SlowEngine(StubbornEngine):
+    """An engine that is asked for its load when the watch stops, in the thread that writes the report."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+
+    def load(self) -> float:
+        """Waits for its word."""
+        self.is_asked.set()
+        self.may_answer.wait(10)
+        return super().load()
+
+
+async def test_no_report_is_written_after_the_end(serve_context: list[ReplicaReport]) -> None:
+    """A thread that is about to write one goes on when its task is cancelled."""
+    engine, has_ended = SlowEngine(), threading.Event()
+    watch = MemoryWatch(config(), engine, plan_here(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    report = watch._report
+
+    def told(ranks: Sequence[RankMemory]) -> None:
+        report(ranks)
+        has_ended.set()
+
+    watch._report = told  # type: ignore[method-assign]
+    await watch.start(ready_after_s=3.0)
+    assert await asyncio.to_thread(engine.is_asked.wait, 10)
+    await watch.stop()
+    engine.may_answer.set()
+    assert await asyncio.to_thread(has_ended.wait, 10)
     assert serve_context == []
 
 

@@ -59,6 +59,17 @@ def test_a_connection_that_breaks_alone_is_no_death() -> None:
     assert courts.evidence("m", unlucky) == Evidence(0)
 
 
+def test_a_poison_that_dies_beside_others_that_go_on_is_known() -> None:
+    """The streams of the first two deaths are tokenized anew when it kills the third replica: they lose nothing there,
+    and without that death it would have been with them in all of its deaths."""
+    courts, poison, stream = Suspicion(), Suspect(), Suspect()
+    for at in (0.0, 1.0):
+        lose(courts, at, poison, stream)
+    stream.cleared()
+    lose(courts, 40.0, poison, present=9).is_told = True
+    assert verdict(courts.evidence("m", poison)) is Verdict.REFUSED
+
+
 def test_who_gets_something_new_begins_anew() -> None:
     """And is no rival of the others any more."""
     courts, poison, innocent = Suspicion(), Suspect(), Suspect()

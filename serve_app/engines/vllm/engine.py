@@ -1,15 +1,19 @@
 """vLLM: its own ASGI application around its own async engine. The only file that imports vllm.
 
-Every endpoint of vLLM's server is served unchanged. What vLLM calls its command line arguments is the interface here:
-they are written to a YAML file and read by vLLM's own parser, so `engine_args` means what it means to `vllm serve`.
+The endpoints of vLLM's server that `endpoints.py` names are served unchanged. What vLLM calls its command line
+arguments is the interface here: they are written to a YAML file and read by vLLM's own parser, so `engine_args` means
+what it means to `vllm serve`.
 """
 
 import asyncio
 import contextlib
+import copy
 import io
 import os
 import tempfile
+import threading
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +28,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
 from serve_app.engines.rank_memory import RankMemory
-from serve_app.engines.vllm.guard import Guard, guarded
+from serve_app.engines.vllm.bounds import MOST_CHOICES
+from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit import VLLM_CPU_KV_BYTES
 from serve_app.wire.openai_errors import error_response
@@ -43,9 +48,6 @@ NO_MEDIA_HOSTS = ["media-urls-are-closed.invalid"]
 # llguidance bounds the work of every mask and of a format's size. xgrammar, vLLM's usual choice, bounds neither: a
 # regular expression of 6 kB stops its engine for everybody. As with xgrammar, an object has its own properties only.
 BOUNDED_FORMATS = {"backend": "guidance", "disable_additional_properties": True}
-
-# Choices of one prompt, as with OpenAI; vLLM would take 16,384 of them.
-MOST_CHOICES = 128
 
 # Seconds. The engine answers between two steps.
 MEMORY_TIMEOUT_S = 30.0
@@ -92,8 +94,9 @@ class VllmEngine:
 
     def _guard(self) -> Guard:
         model = self._client.model_config
-        longest = max(map(len, self._client.get_tokenizer().get_vocab()), default=1)
-        return Guard(model.max_model_len, longest, reads_media=model.is_multimodal_model)
+        tokenizer = self._client.get_tokenizer()
+        longest = max(map(len, tokenizer.get_vocab()), default=1)
+        return Guard(model.max_model_len, longest, token_counter(tokenizer), reads_media=model.is_multimodal_model)
 
     async def _engine_died(self, _: Request, error: Exception) -> Response:
         """503, so that the router sends the request to another replica; the health check has this one replaced."""
@@ -131,6 +134,18 @@ class VllmEngine:
     async def stop(self) -> None:
         """Shuts the engine process down and waits for it."""
         await self._stack.aclose()
+
+
+def token_counter(tokenizer: Any) -> Callable[[str], int]:
+    """How many tokens vLLM makes of a text that stands alone, for any thread. A tokenizer of Hugging Face's serves one
+    thread at a time, so this one is a copy behind a lock."""
+    own, lock = copy.deepcopy(tokenizer), threading.Lock()
+
+    def count(text: str) -> int:
+        with lock:
+            return len(own.encode(text=text, add_special_tokens=False))
+
+    return count
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
@@ -202,6 +217,8 @@ def environment(config: ModelConfig) -> dict[str, str]:
         # A host that is allowed may not send vLLM on to one that is not, such as the cloud's metadata service.
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_MAX_N_SEQUENCES": str(MOST_CHOICES),
+        "VLLM_MAX_NUM_BAD_WORDS": str(MOST_BAD_WORDS),
+        "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": str(MOST_BAD_WORDS_TOKENS),
     }
     if config.device == "cpu":
         settings |= {

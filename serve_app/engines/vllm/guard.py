@@ -7,14 +7,15 @@ What is in them goes to vLLM as it came.
 
 import codecs
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.engines.vllm.bounds import MOST_NUMBER_BYTES, require_bounded_numbers
+from serve_app.engines.vllm.endpoints import READING, require_served
 from serve_app.engines.workers import Workers
 from serve_app.errors import ContextTooLong, InvalidRequest, RequestError
 from serve_app.wire.census import require_countable
@@ -25,72 +26,70 @@ MOST_PARTS = 10_000
 MOST_BIASES = 1024
 # Prompts times choices.
 MOST_SEQUENCES = 1024
-MOST_NUMBER = 2**63
 # Bytes of JSON for one character: an escape as \uXXXX.
 ESCAPE_BYTES = 6
+# vLLM tokenizes each bad word with a space before it and without, and has room for so many tokens of one request. More
+# are an error in the engine's process, which ends everybody's answers.
+MOST_BAD_WORDS, MOST_BAD_WORDS_BYTES, MOST_BAD_WORDS_TOKENS = 128, 2**14, 1024
+# The end of an answer tells its usage. What it repeats of the request behind that may not push it out of sight.
+MOST_USER_BYTES = 1024
 
+Fields = Mapping[str, msgspec.Raw]
 
-class _Sizes(msgspec.Struct):
-    """The fields whose size counts, as far as vLLM would read them."""
-
-    n: Any = 1
-    prompt: msgspec.Raw = msgspec.Raw(b'""')
-    input: msgspec.Raw = msgspec.Raw(b'""')
-    messages: msgspec.Raw = msgspec.Raw(b"[]")
-    tokens: msgspec.Raw = msgspec.Raw(b"[]")
-    logit_bias: msgspec.Raw = msgspec.Raw(b"null")
-    structured_outputs: msgspec.Raw = msgspec.Raw(b"null")
-    top_k: Any = None
-
-
-_SIZES = msgspec.json.Decoder(_Sizes)
-_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_TEXTS = msgspec.json.Decoder(list[str])
+# Fields that hold one prompt or several, and fields that become part of one.
+PROMPTS = ("prompt", "input", "documents", "queries", "items", "data_1", "data_2", "text_1", "text_2", "query")
+TEXTS = ("messages", "system", "instructions")
+# What may be asked for by false only.
+NOT_SERVED = {
+    "use_beam_search": "Each of its steps is a round of new requests, without a bound that keys' limits would know.",
+    "enable_response_messages": "The answer would end with them, where its usage is looked for.",
+}
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The bounds of one model: tokens of its context, and characters of its longest token. `reads_media` is whether
-    its messages may bring images or sound, which are long and are no tokens."""
+    """The bounds of one model: tokens of its context, and characters of its longest token. `count_tokens` is how many
+    tokens vLLM makes of a text that stands alone. `reads_media` is whether its messages may bring images or sound,
+    which are long and are no tokens."""
 
     max_model_len: int
     longest_token: int
+    count_tokens: Callable[[str], int] = len
     reads_media: bool = False
 
     def check(self, body: bytes) -> None:
         """Raises InvalidRequest that names the field. Takes time with a large body: not for the event loop."""
         require_countable(body, MOST_PARTS)
-        try:
-            sizes = _SIZES.decode(body)
-        except msgspec.ValidationError:
-            return  # No object: vLLM refuses it in its own words.
-        except (ValueError, RecursionError) as error:
-            if body.startswith(codecs.BOM_UTF8) or b"\0" in body[:4]:  # Python's json reads these, and so does vLLM.
-                raise InvalidRequest("The body must be JSON in UTF-8, without a byte order mark.") from None
-            if not body.lstrip().startswith(b"{"):  # A form, say, or no body.
-                return
-            # vLLM would read NaN, which is no JSON, and so go past the checks.
-            raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-        if sizes.n is not None and not isinstance(sizes.n, int):  # vLLM would read "128" and 128.0 too.
-            raise InvalidRequest("'n' must be a whole number.", param="n")
-        for name in ("prompt", "input"):
-            self._check_prompts(name, getattr(sizes, name), sizes.n)
-        most = self._most_characters
-        if not self.reads_media and len(bytes(sizes.messages)) > ESCAPE_BYTES * most:
-            raise self._too_long("messages", f"have {len(bytes(sizes.messages))} bytes")
-        if (count := bytes(sizes.tokens).count(b",")) >= most:
+        fields = _fields(body)
+        require_bounded_numbers(fields)
+        choices = _choices(fields)
+        for name in PROMPTS:
+            if name in fields:
+                self._check_prompts(name, fields[name], choices)
+        self._check_texts(fields)
+        if (count := _bytes(fields, "tokens").count(b",")) >= self._most_characters:
             raise self._too_long("tokens", f"are {count + 1} ids")
-        if bytes(sizes.logit_bias).count(b":") > MOST_BIASES:
+        if _bytes(fields, "logit_bias").count(b":") > MOST_BIASES:
             raise InvalidRequest(f"'logit_bias' has more than {MOST_BIASES} entries.", param="logit_bias")
-        # vLLM answers 500 to these two.
-        if bytes(sizes.structured_outputs)[:1] not in (b"{", b"n"):
+        if _bytes(fields, "structured_outputs")[:1] not in (b"{", b"n"):  # vLLM answers 500 to these.
             raise InvalidRequest("'structured_outputs' must be an object.", param="structured_outputs")
-        if isinstance(sizes.top_k, int | float) and abs(sizes.top_k) >= MOST_NUMBER:
-            raise InvalidRequest(f"'top_k' must be below {MOST_NUMBER}.", param="top_k")
+        if len(_bytes(fields, "user")) > MOST_USER_BYTES:
+            raise InvalidRequest(f"'user' may have {MOST_USER_BYTES} bytes.", param="user")
+        for name, reason in NOT_SERVED.items():
+            if _bytes(fields, name) not in (b"false", b"null"):
+                raise InvalidRequest(f"'{name}' is not served; leave it out. {reason}", param=name)
+        self._check_bad_words(_bytes(fields, "bad_words"))
 
-    def _check_prompts(self, name: str, prompts: msgspec.Raw, n: object) -> None:
+    def _check_texts(self, fields: Fields) -> None:
+        for name in () if self.reads_media else TEXTS:
+            if (size := len(_bytes(fields, name))) > ESCAPE_BYTES * self._most_characters:
+                raise self._too_long(name, f"has {size} bytes")
+
+    def _check_prompts(self, name: str, prompts: msgspec.Raw, choices: int) -> None:
         items = _prompts(prompts)
-        choices = n if isinstance(n, int) else 1
         if len(items) * choices > MOST_SEQUENCES:
             raise InvalidRequest(
                 f"The request asks for {len(items) * choices} sequences ({len(items)} prompts times n), and at most "
@@ -98,8 +97,26 @@ class Guard:
                 param="n" if len(items) == 1 else name,
             )
         for item in items:
-            if len(item) > ESCAPE_BYTES * self._most_characters:
+            is_medium = self.reads_media and item.startswith(b"{")
+            if not is_medium and len(item) > ESCAPE_BYTES * self._most_characters:
                 raise self._too_long(name, f"has {len(item)} bytes")
+
+    def _check_bad_words(self, words: bytes) -> None:
+        if len(words) > MOST_BAD_WORDS_BYTES:
+            raise InvalidRequest(f"'bad_words' may have {MOST_BAD_WORDS_BYTES} bytes.", param="bad_words")
+        try:
+            texts = [word.lstrip() for word in _TEXTS.decode(words)]
+        except ValueError:  # vLLM refuses it in its own words.
+            return
+        if len(texts) > MOST_BAD_WORDS:
+            raise InvalidRequest(f"'bad_words' may have {MOST_BAD_WORDS} entries.", param="bad_words")
+        count = sum(self.count_tokens(text) + self.count_tokens(f" {text}") for text in texts)
+        if count > MOST_BAD_WORDS_TOKENS:
+            raise InvalidRequest(
+                f"'bad_words' are {count} tokens, with and without a space before each word, and at most "
+                f"{MOST_BAD_WORDS_TOKENS} are taken.",
+                param="bad_words",
+            )
 
     @property
     def _most_characters(self) -> int:
@@ -110,6 +127,37 @@ class Guard:
             f"'{name}' {what}, more than this model's maximum context length, {self.max_model_len} tokens, can hold.",
             param=name,
         )
+
+
+def _fields(body: bytes) -> Fields:
+    """The fields of a JSON object as they stand there; none of a body that vLLM refuses in its own words."""
+    try:
+        return _FIELDS.decode(body)
+    except msgspec.ValidationError:  # No object.
+        return {}
+    except (ValueError, RecursionError) as error:
+        if body.startswith(codecs.BOM_UTF8) or b"\0" in body[:4]:  # Python's json reads these, and so does vLLM.
+            raise InvalidRequest("The body must be JSON in UTF-8, without a byte order mark.") from None
+        if not body.lstrip().startswith(b"{"):  # A form, say, or no body.
+            return {}
+        # vLLM would read NaN, which is no JSON, and so go past the checks.
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+
+def _bytes(fields: Fields, name: str) -> bytes:
+    return bytes(fields[name]) if name in fields else b"null"
+
+
+def _choices(fields: Fields) -> int:
+    """`n`; vLLM would read "128" and 128.0 too."""
+    text = _bytes(fields, "n")
+    try:
+        choices = msgspec.json.decode(text, type=int | None) if len(text) <= MOST_NUMBER_BYTES else text
+    except ValueError:
+        choices = text
+    if isinstance(choices, bytes):
+        raise InvalidRequest("'n' must be a whole number.", param="n")
+    return 1 if choices is None else choices
 
 
 # A list of texts, of lists or of objects, however many spaces are before the first.
@@ -125,12 +173,20 @@ def _prompts(prompts: msgspec.Raw) -> list[bytes]:
 
 
 def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
-    """The application behind the guard. The body is in memory already, within the bound of its bytes."""
+    """The application behind the guard. The body is in memory already, within the bound of its bytes. What is not
+    served is answered with 404, as vLLM answers what it does not have."""
     workers = Workers()
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] in READING:
             await app(scope, receive, send)
+            return
+        try:
+            require_served(scope["method"], _endpoint(scope))
+        except RequestError as error:
+            response = error_response(error)
+            response.status_code = 404
+            await response(scope, receive, send)
             return
         body, read = await _body(receive)
         try:
@@ -141,6 +197,11 @@ def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
         await app(scope, read, send)
 
     return wrapped
+
+
+def _endpoint(scope: Scope) -> str:
+    """The path below the route's prefix."""
+    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
 
 
 async def _body(receive: Receive) -> tuple[bytes, Receive]:

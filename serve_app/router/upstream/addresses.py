@@ -71,9 +71,10 @@ class ReplicaAddress:
             self.death = Death(now, self.running)
         return self.death
 
-    def gone(self) -> Death:
-        """It said itself that its engine is lost."""
+    def gone(self, is_told: bool) -> Death:
+        """Its engine is lost. `is_told`: it said so itself, and was not only silent when it was asked."""
         death = self.lost()
+        death.is_told = death.is_told or is_told
         self.is_gone, self.out_until = True, time.monotonic() + GONE_S
         return death
 

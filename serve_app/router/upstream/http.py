@@ -179,18 +179,18 @@ class HttpUpstream:
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
             async with self._session.get(f"{address.url}/health", timeout=timeout) as reply:
-                is_well = reply.status == 200
+                is_well, is_told = reply.status == 200, True
         except NOT_CONNECTED:
             address.refused()
             return False
         except (aiohttp.ClientError, TimeoutError):
-            is_well = False
+            is_well = is_told = False
         finally:
             lease.end()
         if is_well:
             address.well()
         else:
-            address.gone()
+            address.gone(is_told)
         return is_well
 
     def _headers(self, request: HttpRequest) -> CIMultiDict[str]:
@@ -228,8 +228,9 @@ class HttpAnswer:
         """Its replica is asked for its health before it is sent anything again. Where it says that it is well, nothing
         has died: vLLM answers 503 when its queue is full."""
         address = self._lease.address
-        is_well = is_lost_status(self.status) and not address.is_gone
-        return ReplicaLost(message, None if is_well else address.gone())
+        was_asked = is_lost_status(self.status)
+        is_well = was_asked and not address.is_gone
+        return ReplicaLost(message, None if is_well else address.gone(is_told=not was_asked))
 
     async def close(self) -> None:
         """An answer that was not read to its end takes its connection along, and so the engine's work ends."""

@@ -32,6 +32,33 @@ GUARD = Guard(max_model_len=100, longest_token=10)
         ({"prompt": "x", "tools": [{"a": 1, "b": {}}] * 10_000}, None),
         ({"prompt": "x", "structured_outputs": 0}, "structured_outputs"),
         ({"prompt": "x", "top_k": 10**400}, "top_k"),
+        ({"prompt": "x", "top_k": str(2**70)}, "top_k"),
+        ({"prompt": "x", "top_k": f" +{2**70}.0 "}, "top_k"),
+        ({"prompt": "x", "max_tokens": f"{2**35}_{2**35}"}, "max_tokens"),
+        ({"prompt": "x", "min_tokens": -(2**63)}, "min_tokens"),
+        ({"prompt": "x", "logprobs": "1" * 101}, "logprobs"),
+        ({"prompt": "x", "temperature": "0." + "1" * 100}, "temperature"),
+        ({"prompt": "x", "repetition_penalty": "inf"}, "repetition_penalty"),
+        ({"prompt": "x", "length_penalty": "nan"}, "length_penalty"),
+        ({"prompt": "x", "seed": 2**63 - 1, "n": 2}, "seed"),
+        ({"prompt": "x", "seed": str(2**63 - 1), "n": 2}, "seed"),
+        ({"prompt": "x", "n": "1" * 200}, "n"),
+        ({"prompt": "x", "allowed_token_ids": [1] * 1025}, "allowed_token_ids"),
+        ({"prompt": "x", "stop_token_ids": [1] * 129, "min_tokens": 1}, "stop_token_ids"),
+        ({"prompt": "x", "repetition_detection": {"max_pattern_size": 10**5}}, "repetition_detection.max_pattern_size"),
+        ({"prompt": "x", "repetition_detection": {"min_count": "100000"}}, "repetition_detection.min_count"),
+        ({"prompt": "x", "bad_words": ["x" * 1100]}, "bad_words"),
+        ({"prompt": "x", "bad_words": ["xxxxx"] * 100}, "bad_words"),
+        ({"prompt": "x", "bad_words": ["x"] * 129}, "bad_words"),
+        ({"prompt": "x", "bad_words": ["x" * 20_000]}, "bad_words"),
+        ({"prompt": "x", "use_beam_search": True}, "use_beam_search"),
+        ({"prompt": "x", "use_beam_search": "on"}, "use_beam_search"),
+        ({"input": "x", "enable_response_messages": 1}, "enable_response_messages"),
+        ({"input": "x", "user": "x" * 2000}, "user"),
+        ({"query": "x", "documents": ["x"] * 2000}, "documents"),
+        ({"queries": "x", "documents": ["x" * 7000]}, "documents"),
+        ({"input": "x", "instructions": "x" * 7000}, "instructions"),
+        ({"messages": [], "system": "x" * 7000}, "system"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -57,6 +84,11 @@ def test_what_would_hold_others_up_is_refused_by_name(body: dict[str, Any], para
         b"",
         b"--form\r\n",
         b'{"prompt": "\xff"}',
+        b'{"prompt": "x", "top_k": "5", "seed": "+1_0", "temperature": " 0.5 ", "logprobs": null, "max_tokens": 5.0}',
+        b'{"prompt": "x", "top_k": "many", "temperature": {}, "seed": [1]}',
+        b'{"prompt": "x", "bad_words": ["a", "b"], "use_beam_search": false, "stop_token_ids": [1, 2]}',
+        b'{"prompt": "x", "bad_words": 5, "repetition_detection": {"max_pattern_size": 20, "min_count": 3}}',
+        b'{"prompt": "x", "repetition_detection": {"\xff": 1}}',
     ],
 )
 def test_the_rest_is_for_vllm_to_judge(body: bytes) -> None:
@@ -64,10 +96,17 @@ def test_the_rest_is_for_vllm_to_judge(body: bytes) -> None:
     GUARD.check(body)
 
 
-@pytest.mark.parametrize("body", [b'{"length_penalty": NaN, "top_k": 18446744073709551616}'])
-def test_what_only_python_takes_for_json_does_not_pass_the_checks(body: bytes) -> None:
-    """vLLM reads NaN."""
-    with pytest.raises(RequestError, match="not valid JSON"):
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"length_penalty": NaN, "top_k": 18446744073709551616}', "not valid JSON"),
+        (b'{"temperature": 1e999}', "finite"),
+        (b'{"n": 1e999}', "whole number"),
+    ],
+)
+def test_what_only_python_takes_for_json_does_not_pass_the_checks(body: bytes, said: str) -> None:
+    """vLLM reads NaN, and infinity for what is too large."""
+    with pytest.raises(RequestError, match=said):
         GUARD.check(body)
 
 
@@ -89,6 +128,31 @@ def test_the_application_gets_the_body_as_it_came() -> None:
     assert client.get("/health").json() == {"bytes": 0}
     refused = client.post("/v1/completions", json={"prompt": "x", "n": 5000})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "root", "status"),
+    [
+        ("POST", "/v1/completions", "", 200),
+        ("POST", "/v1/completions/", "", 200),
+        ("POST", "/models/m/v1/rerank", "/models/m", 200),
+        ("GET", "/metrics", "", 200),
+        ("POST", "/inference/v1/generate", "", 404),
+        ("POST", "/models/m/scale_elastic_ep", "/models/m", 404),
+        ("POST", "/v1/completions//", "", 404),
+        ("PUT", "/v1/load_lora_adapter", "", 404),
+    ],
+)
+def test_endpoints_whose_bodies_nobody_knows_are_not_served(method: str, path: str, root: str, status: int) -> None:
+    """Some would stop the engine for everybody, and no limit of a key counts them."""
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse({})(scope, receive, send)
+
+    reply = TestClient(guarded(engine, GUARD), root_path=root).request(method, path, content=b"{}")
+    assert reply.status_code == status
+    if status == 404:
+        assert f"{method} {path.removeprefix(root)} is not served" in reply.json()["error"]["message"]
 
 
 def test_spaces_hide_no_prompts() -> None:

@@ -268,6 +268,46 @@ async def test_a_503_of_an_engine_that_lives_is_no_death() -> None:
         assert at._of_models["qwen"][0].running == 0
 
 
+async def test_an_engine_that_says_so_has_died_whoever_goes_on_there() -> None:
+    """Streams that are taken up again are tokenized in the process that lives on: that vouches for no engine."""
+    begun, ends = asyncio.Event(), asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if not request.path.endswith("/tokenize"):
+            return web.json_response({}, status=503)
+        begun.set()
+        await ends.wait()
+        return web.json_response({"tokens": []})
+
+    async with replica(handler) as server, upstream_of(server.port) as (up, _, _handles):
+        other = asyncio.create_task(up.send("qwen", HttpRequest("POST", "/tokenize", b"", [], b"{}")))
+        await begun.wait()
+        answer = await up.send("qwen", CHAT)
+        death = answer.lost("it said so").death
+        assert death is not None
+        assert (death.present, death.counts) == (2, True)
+        ends.set()
+        for one in (answer, await other):
+            await one.close()
+
+
+async def test_silence_tells_of_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy replica may be late with its health, and the others go on there."""
+    monkeypatch.setattr(http_upstream, "HEALTH_TIMEOUT_S", 0.1)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(60 if request.path.endswith("/health") else 0)
+        return web.json_response({}, status=503)
+
+    async with replica(handler) as server, upstream_of(server.port) as (up, at, _):
+        at._of_models["qwen"][0].running = 3
+        answer = await up.send("qwen", CHAT)
+        death = answer.lost("it said so").death
+        assert death is not None
+        assert not death.counts
+        await answer.close()
+
+
 async def test_what_is_lost_together_is_lost_in_one_death() -> None:
     """As far as this router knows; the next one, later, is another."""
     address = ReplicaAddress("127.0.0.1", "http://127.0.0.1:1/models/qwen")
@@ -282,9 +322,9 @@ async def test_what_is_lost_together_is_lost_in_one_death() -> None:
 async def test_an_engine_that_is_gone_dies_once() -> None:
     """Whoever notices it late, after the replica was asked for its health, was lost in the same death."""
     address = ReplicaAddress("127.0.0.1", "http://127.0.0.1:1/models/qwen")
-    death = address.gone()
+    death = address.gone(is_told=True)
     death.at -= 2 * TOGETHER_S
-    assert address.gone() is death
+    assert address.gone(is_told=False) is death
     assert address.lost() is death
     address.well()
     assert address.lost() is not death
