@@ -1,6 +1,7 @@
 # make serve   build .venv, then serve the two demo models on http://127.0.0.1:8000 (Ctrl-C stops it)
 # make test    build .venv, then run every check and test
-.PHONY: serve test lint install lock model
+# make docs    build .venv, then build the documentation site in site/
+.PHONY: serve test lint docs install lock model
 CONFIG ?= deploy_configs/local.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -11,7 +12,11 @@ serve:
 install:
 	@scripts/install.sh "" dev
 
-lint: install
+# --strict makes a broken link or anchor an error; with --quiet mkdocs would not count it.
+docs: install
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+lint: install docs
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy

@@ -1,6 +1,8 @@
 #!/bin/sh
 # Writes requirements/{bootstrap,cpu,dev}.txt with hashes, from pyproject.toml (Linux x86-64, Python 3.11).
 # bootstrap.txt keeps its version of uv: to move it, write `uv==…` there first.
+# Every pin moves to the newest version that fits. To add a package and keep the other pins:
+#   scripts/lock.sh --constraint requirements/cpu.txt --constraint requirements/dev.txt
 set -eu
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/uv ] || { echo "lock: run scripts/install.sh first" >&2; exit 1; }
@@ -18,7 +20,7 @@ entries_beyond() {
 }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-[ -n "$links" ] || set -- --torch-backend cpu
+[ -n "$links" ] || set -- "$@" --torch-backend cpu
 project --extra cpu "$@" >"$work/cpu.txt"
 project --extra cpu --extra dev --constraint "$work/cpu.txt" "$@" >"$work/all.txt"
 grep -o '^uv==[^ ]*' requirements/bootstrap.txt >"$work/bootstrap.in"
