@@ -54,6 +54,7 @@ class _Fields(msgspec.Struct):
     stream_options: msgspec.Raw = _NULL
     max_tokens: msgspec.Raw = _NULL
     max_completion_tokens: msgspec.Raw = _NULL
+    max_output_tokens: msgspec.Raw = _NULL
     n: msgspec.Raw = _NULL
     prompt: msgspec.Raw = _NULL
 
@@ -76,7 +77,7 @@ def peek(body: bytes) -> Peek:
             stream=_word(found.stream),
             stream_options=msgspec.json.decode(found.stream_options),
             # Engines differ in which of the two fields they follow, so the larger one counts.
-            token_limit=max(_whole(found.max_completion_tokens), _whole(found.max_tokens)),
+            token_limit=max(map(_whole, (found.max_tokens, found.max_completion_tokens, found.max_output_tokens))),
             answers=max(1, _whole(found.n)) * _prompts(found.prompt),
         )
     except ValueError as error:  # Of a number that is too large, or of text that is no UTF-8.

@@ -44,9 +44,7 @@ def test_what_is_too_long_for_a_number_is_not_built(value: bytes, monkeypatch: p
         return real(text)
 
     monkeypatch.setattr(body_module.msgspec.json, "decode", watched)
-    seen = peek(
-        b'{"model": "m", "stream": true, "max_tokens": 5, "n": %s, "max_completion_tokens": %s}' % (value, value)
-    )
+    seen = peek(b'{"model": "m", "stream": true, "max_tokens": 5, "n": %s, "max_output_tokens": %s}' % (value, value))
     assert (seen.model, seen.stream, seen.token_limit, seen.answers) == ("m", True, 5, 1)
     assert max(decoded) <= 100
 

@@ -43,6 +43,7 @@ def estimate(**fields: Any) -> int:
         ({"max_tokens": "16000"}, 16000),
         ({"max_completion_tokens": 1, "max_tokens": 16000}, 16000),
         ({"max_completion_tokens": 16000, "max_tokens": 1}, 16000),
+        ({"max_output_tokens": 16000, "max_tokens": 1}, 16000),
         ({"max_tokens": 10, "n": 128}, 1280),
         ({"max_tokens": 10, "n": 4.0, "prompt": ["a", "b", "c"]}, 120),
         ({"max_tokens": 10, "prompt": [[1, 2], [3]]}, 20),

@@ -15,6 +15,8 @@ from typing import Any, Protocol, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.errors import InvalidRequest
+
 # Hermes' and Qwen's way, as a transformers response template. Space before a call is left out, up to a bound: all of it
 # is held back and looked at again with every token, until it is known what follows.
 HERMES = {
@@ -266,7 +268,8 @@ def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] |
 def call_list_schema(tools: ReadOnlySequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
     """The JSON schema of one call to these tools, or of several where `parallel`.
 
-    Definitions of the tools' schemas move to the root, where their references look for them.
+    Definitions of the tools' schemas move to the root, where their references look for them. Raises InvalidRequest
+    where they are no object.
     """
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
@@ -274,6 +277,10 @@ def call_list_schema(tools: ReadOnlySequence[Mapping[str, Any]], parallel: bool)
         parameters = _with_prefix(parameters_of(tool), f"tool{number}_")
         for keyword in ("$defs", "definitions"):
             found = parameters.pop(keyword, {})
+            if not isinstance(found, Mapping):
+                raise InvalidRequest(
+                    f"'tools[{number}].function.parameters.{keyword}' must be an object.", param="tools"
+                )
             definitions |= {f"tool{number}_{name}": schema for name, schema in found.items()}
         calls.append(
             {

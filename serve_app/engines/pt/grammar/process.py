@@ -141,7 +141,8 @@ class Matcher:
         self.number = number
         self.problem: RequestError | None = None
         self.mask: bytes | None = grammar.first_mask
-        self.was_late = False
+        self._was_late = False
+        self._is_late = False
         self._grammar = grammar
 
     def accept(self, token: int) -> None:
@@ -150,15 +151,18 @@ class Matcher:
         self._grammar.accept(self.number, token)
 
     def is_ready(self, until: float) -> bool:
-        """Whether there is a mask or a problem. Waits for it until that time (`time.monotonic`), and only once:
-        a sequence whose mask was late is not waited for again."""
-        is_patient = not self.was_late and until > time.monotonic()
+        """Whether there is a mask or a problem. Waits for it until that time (`time.monotonic`).
+
+        A sequence whose mask was late is not waited for again until one of its masks was in time.
+        """
+        is_patient = not self._was_late and until > time.monotonic()
         while self.mask is None and not self.problem:
             wait_s = until - time.monotonic() if is_patient else 0.0
             self._grammar.collect(max(0.0, wait_s))
             if wait_s <= 0 and self.mask is None and not self.problem:
-                self.was_late |= is_patient
+                self._was_late = self._is_late = True
                 return False
+        self._was_late, self._is_late = self._is_late, False
         return True
 
     def receive(self, kind: int, content: bytes) -> None:

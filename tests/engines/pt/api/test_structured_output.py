@@ -124,6 +124,14 @@ async def test_the_completions_endpoint_takes_them_too(client: httpx.AsyncClient
             "there is no tool 'nope'",
         ),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "'tools[0].function.name'"),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "a", "parameters": {"$defs": 1}}}],
+                "tool_choice": "required",
+            },
+            "tools",
+            "'tools[0].function.parameters.$defs' must be an object",
+        ),
     ],
 )
 async def test_what_cannot_be_followed_is_refused(

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -14,8 +15,9 @@ from transformers import AutoTokenizer
 from serve_app.engines.pt.grammar import compiler as grammar
 from serve_app.engines.pt.grammar import worker
 from serve_app.engines.pt.grammar.compiler import GrammarCompiler
-from serve_app.engines.pt.grammar.process import Grammar
+from serve_app.engines.pt.grammar.process import Grammar, Matcher
 from serve_app.engines.pt.grammar.spec import GrammarSpec
+from serve_app.engines.pt.grammar.worker import MASK
 from serve_app.errors import InvalidRequest, ModelUnavailable, Overloaded
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 
@@ -117,6 +119,36 @@ async def test_a_format_that_takes_too_long_is_ended_and_remembered(
     await until(lambda: len(list(children())) == 1)
 
 
+def test_a_sequence_that_was_late_is_waited_for_again_once_it_is_in_time() -> None:
+    """A moment without a processor must not park it at each of its later tokens."""
+
+    class Slow:
+        first_mask = b"m"
+        waits: ClassVar[list[float]] = []
+
+        def accept(self, number: int, token: int) -> None:
+            pass
+
+        def collect(self, wait_s: float) -> None:
+            self.waits.append(wait_s)
+
+    def next_one(*, is_in_time: bool) -> bool:
+        """Whether the mask after the next token was waited for."""
+        matcher.accept(0)
+        Slow.waits.clear()
+        if not is_in_time:
+            assert not matcher.is_ready(time.monotonic() + 0.01)
+        matcher.receive(MASK, b"m")
+        assert matcher.is_ready(time.monotonic() + 0.01)
+        return any(Slow.waits)
+
+    matcher = Matcher(Slow(), 1)  # type: ignore[arg-type]
+    assert next_one(is_in_time=False)
+    assert not next_one(is_in_time=False)
+    next_one(is_in_time=True)
+    assert next_one(is_in_time=False)
+
+
 async def test_a_format_that_becomes_slow_ends_its_own_sequences_only(
     compiler: GrammarCompiler, tokenizer: object
 ) -> None:
@@ -127,7 +159,6 @@ async def test_a_format_that_becomes_slow_ends_its_own_sequences_only(
     (token,) = tokenizer.encode("c", add_special_tokens=False)  # type: ignore[attr-defined]
     matcher.accept(token)
     assert not matcher.is_ready(time.monotonic() + 0.01)
-    assert matcher.was_late
     assert not matcher.is_ready(time.monotonic() + 60)  # It is not waited for again.
     await until(lambda: matcher.is_ready(0))
     assert matcher.problem
