@@ -196,7 +196,7 @@ class KeyedApp:
         except RequestError as error:
             await refusal(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        await self._app({**scope, "headers": with_key_name(scope["headers"], None)}, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         meter, estimate = UsageMeter(), 0

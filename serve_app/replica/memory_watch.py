@@ -71,7 +71,8 @@ class MemoryWatch:
         require_own_gpus(ranks, self._gpus)
         for device in self._devices(ranks):
             say(_line(device))
-        self._task = asyncio.create_task(self._keep(ranks))
+        if not self._is_over:
+            self._task = asyncio.create_task(self._keep(ranks))
 
     async def stop(self) -> None:
         """Ends it, and takes its report back, if Ray's head answers. No report is written afterwards."""

@@ -140,7 +140,9 @@ class EngineLoop(threading.Thread):
         ready = [sequence for sequence in parked if sequence not in late]
         problems = {sequence: problem for sequence in ready if (problem := self._sampler.problem(sequence))}
         self._settle([Output(sequence, error=problem) for sequence, problem in problems.items()])
-        self._scheduler.unpark(sequence for sequence in ready if sequence not in problems)
+        for is_slow in (True, False):  # The last that are put back first come first of all.
+            back = [item for item in ready if item not in problems and self._sampler.is_slow(item) is is_slow]
+            self._scheduler.unpark(back, first=not is_slow)
 
     def _step(self) -> None:
         out_of_memory = False

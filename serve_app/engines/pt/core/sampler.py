@@ -64,6 +64,11 @@ class Sampler:
             return "stop"
         return "length" if len(sequence.output_ids) + 1 >= sequence.params.max_tokens else None
 
+    def is_slow(self, sequence: Sequence) -> bool:
+        """Whether the mask before the one that the sequence waits for was late too."""
+        matcher = _matcher(sequence)
+        return matcher is not None and matcher.was_late
+
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         if (matcher := _matcher(sequence)) is not None:

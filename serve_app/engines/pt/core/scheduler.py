@@ -15,8 +15,9 @@ Laws:
   owner's turn for one group and not for all of them;
 - one owner that has a row leaves every eighth place to others, whose first tokens do not wait for its last ones;
 - a pass that fails is tried again in smaller parts until the sequence that fails is alone, and that one is given up;
-- a sequence that waits for its output format is parked: it holds no place in the batch, so nobody waits for it, and it
-  comes back at its owner's turn: a format that is slow at every token costs its owner turns, and nobody else's.
+- a sequence that waits for its output format is parked: it holds no place in the batch, so nobody waits for it. One
+  that is late for once comes back before those that wait; a format that is slow at every token costs its owner turns,
+  and nobody else's.
 """
 
 import operator
@@ -153,11 +154,12 @@ class Scheduler:
         self._parked += [sequence for sequence in self._running if sequence in gone]
         self._running = [sequence for sequence in self._running if sequence not in gone]
 
-    def unpark(self, sequences: Iterable[Sequence]) -> None:
-        """Puts parked sequences back into their owners' lines; their texts so far are computed again."""
+    def unpark(self, sequences: Iterable[Sequence], *, first: bool) -> None:
+        """Puts parked sequences back into their owners' lines; their texts so far are computed again. Those that are
+        `first` come before all that wait, the others at their owners' turns."""
         back = [sequence for sequence in sequences if sequence in self._parked]
         self._parked = [sequence for sequence in self._parked if sequence not in back]
-        self._waiting.put_back(back, first=False)
+        self._waiting.put_back(back, first=first)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         """Takes sequences out, wherever they are; those that are not here are left alone."""
@@ -213,10 +215,16 @@ class Scheduler:
         return group
 
     def _spare(self, group: list[Sequence], candidate: Sequence) -> int:
-        """Rows that must be left to other owners; none where the candidate's owner has none yet."""
+        """Rows that must be left to other owners; none where the candidate's owner has none yet.
+
+        One of ROWS_PER_SPARE rows that fit, by the cache too: with room for fewer, a request's choices still run
+        together.
+        """
         present = [*self._running, *group]
         others = sum(sequence.owner != candidate.owner for sequence in present)
-        return max(0, self._batch_limit // ROWS_PER_SPARE - others) if others < len(present) else 0
+        need = max(sequence.need for sequence in (*present, candidate))
+        fitting = min(self._batch_limit, self._limits.max_cache_tokens // self._limits.cells(1, need))
+        return max(0, fitting // ROWS_PER_SPARE - others) if others < len(present) else 0
 
     def _has_room(self, group: list[Sequence], candidate: Sequence, spare: int = 0) -> bool:
         present = [*self._running, *group]

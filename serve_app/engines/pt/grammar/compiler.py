@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.pt.grammar.process import LOST_RETRY_S, Grammar, GrammarError, GrammarLostError, GrammarServer
 from serve_app.engines.pt.grammar.spec import GrammarSpec
-from serve_app.errors import InvalidRequest, ModelUnavailable, Overloaded
+from serve_app.errors import InvalidRequest, Overloaded
 from serve_app.wire.openai_errors import read_json
 
 MOST_LEVELS = 64
@@ -57,8 +57,8 @@ class GrammarCompiler:
         places, so that another's format finds one; None has no such share.
 
         As with vLLM, an object with `properties` has no others, unless `additionalProperties` says so. Raises
-        InvalidRequest that names the field, Overloaded where too many formats are compiled or in use, and
-        ModelUnavailable where the processes are killed from outside.
+        InvalidRequest that names the field, and Overloaded where too many formats are compiled or in use, or where the
+        processes are killed from outside.
         """
         self._check(spec)
         if (kept := self._kept.pop(spec, None)) is not None and not kept.has_ended:
@@ -74,7 +74,7 @@ class GrammarCompiler:
         except GrammarError as error:
             raise InvalidRequest(_refusal(spec, str(error)), param=spec.param) from None
         except GrammarLostError:
-            raise ModelUnavailable(
+            raise Overloaded(
                 "The process that compiles the output format was killed twice. Try again.", retry_after_s=LOST_RETRY_S
             ) from None
         except TimeoutError:

@@ -17,7 +17,7 @@ from collections import deque
 
 from serve_app.engines.pt.grammar import worker
 from serve_app.engines.pt.grammar.worker import DEATH, END, FIRST, MASK, PACKET_BYTES, REFUSED, REPLY, REQUEST
-from serve_app.errors import InvalidRequest, ModelUnavailable, RequestError
+from serve_app.errors import InvalidRequest, Overloaded, RequestError
 
 # Seconds until Python and xgrammar have started, on a machine that is busy.
 START_SECONDS = 120.0
@@ -128,25 +128,27 @@ class Grammar:
         """Tells all sequences. To blame is only the one that the process was working for, if it died of its work."""
         culprit = self._asked[0] if self._cause and self._asked else None
         for number, matcher in list(self._matchers.items()):
-            matcher.problem = InvalidRequest(self._cause) if number == culprit else _unavailable(LOST)
+            matcher.problem = InvalidRequest(self._cause) if number == culprit else _try_again(LOST)
 
 
 class Matcher:
     """Which tokens may come next in one sequence. `problem` is what the client hears once there is no way on.
 
-    `mask` is a bit for each token, in int32 words as xgrammar has them; None while it is being computed.
+    `mask` is a bit for each token, in int32 words as xgrammar has them; None while it is being computed. `was_late`
+    says that the mask before this one was not there when it was needed.
     """
 
     def __init__(self, grammar: Grammar, number: int):
         self.number = number
         self.problem: RequestError | None = None
         self.mask: bytes | None = grammar.first_mask
-        self._was_late = False
+        self.was_late = False
         self._is_late = False
         self._grammar = grammar
 
     def accept(self, token: int) -> None:
         """Takes the next token; its mask comes later."""
+        self.was_late, self._is_late = self._is_late, False
         self.mask = None
         self._grammar.accept(self.number, token)
 
@@ -155,14 +157,13 @@ class Matcher:
 
         A sequence whose mask was late is not waited for again until one of its masks was in time.
         """
-        is_patient = not self._was_late and until > time.monotonic()
+        is_patient = not (self.was_late or self._is_late) and until > time.monotonic()
         while self.mask is None and not self.problem:
             wait_s = until - time.monotonic() if is_patient else 0.0
             self._grammar.collect(max(0.0, wait_s))
             if wait_s <= 0 and self.mask is None and not self.problem:
-                self._was_late = self._is_late = True
+                self._is_late = True
                 return False
-        self._was_late, self._is_late = self._is_late, False
         return True
 
     def receive(self, kind: int, content: bytes) -> None:
@@ -172,7 +173,7 @@ class Matcher:
         elif kind == REFUSED:
             self.problem = InvalidRequest(content.decode())
         else:
-            self.problem = _unavailable(content.decode())
+            self.problem = _try_again(content.decode())
 
     def close(self) -> None:
         """The sequence has ended."""
@@ -277,5 +278,6 @@ def _first_mask(connection: socket.socket, kind: str, source: str) -> bytes:
     return packet[REPLY.size :]
 
 
-def _unavailable(reason: str) -> ModelUnavailable:
-    return ModelUnavailable(reason, retry_after_s=LOST_RETRY_S)
+def _try_again(reason: str) -> Overloaded:
+    """Not Overloaded: the router would take the whole replica for lost, and everybody else would wait for it."""
+    return Overloaded(reason, retry_after_s=LOST_RETRY_S)

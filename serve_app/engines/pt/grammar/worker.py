@@ -100,7 +100,11 @@ def main(control: socket.socket) -> None:
             if not descriptors:
                 return
             connection = socket.socket(fileno=descriptors[0])
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:  # No memory or no process is left: this format has to be asked for again.
+                connection.close()
+                continue
             if pid == 0:
                 for other in (control, deaths, *connections.values()):  # Others read the ends of these.
                     other.close()
@@ -124,22 +128,24 @@ def _bury(connections: dict[int, socket.socket]) -> None:
         if not dead:
             continue
         with connections.pop(pid) as connection:
-            if os.WIFSIGNALED(status) and os.WTERMSIG(status) in OWN_SIGNALS:
+            if os.waitstatus_to_exitcode(status) > 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in OWN_SIGNALS):
                 # Where nobody listens, or has room for it, the end of the socket has to do.
                 with contextlib.suppress(OSError):
                     connection.send(REPLY.pack(DEATH, REFUSED) + DIED.encode(), socket.MSG_DONTWAIT)
 
 
 def _live(connection: socket.socket, xgrammar: Any, info: Any) -> NoReturn:
-    """The life of a child."""
+    """The life of a child. It exits with 1 where its work has failed."""
+    status = 1
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process that forked it.
         os.nice(NICENESS)
         child = _Child(connection, xgrammar, info)
         child.compile()
         child.follow()
+        status = 0
     finally:
-        os._exit(0)  # Whatever happened: nothing of the parent's may run here.
+        os._exit(status)  # Whatever happened: nothing of the parent's may run here.
 
 
 class _Child:

@@ -165,6 +165,7 @@ class LateMatcher:
         self.problem: InvalidRequest | None = None
         self.mask: bytes | None = None
         self.closed = False
+        self.was_late = False
         self.accepted: list[int] = []
 
     def matcher(self) -> "LateMatcher":

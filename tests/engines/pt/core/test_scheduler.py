@@ -196,7 +196,7 @@ def test_a_sequence_that_comes_back_in_its_owners_line_is_the_next_of_it() -> No
     scheduled.park([late])
     scheduled.add(other)
     scheduled.add(later)
-    scheduled.unpark([late])
+    scheduled.unpark([late], first=False)
     assert scheduled.sequences == [other, late, later]
 
 
@@ -210,6 +210,14 @@ def test_one_owner_leaves_a_row_of_eight_to_others() -> None:
     scheduled.add(other)
     advance(scheduled)
     assert other in scheduled.decoding
+
+
+def test_choices_of_one_request_run_together_where_the_cache_has_few_rows() -> None:
+    """Eight rows would leave one to others; seven, six and fewer are too few for that."""
+    many = [sequence(4, 96, owner="many") for _ in range(4)]
+    assert len(advance(scheduler(*many, rows=32, tokens=400)).prefill) == 4
+    many = [sequence(4, 96, owner="many") for _ in range(9)]
+    assert len(advance(scheduler(*many, rows=32, tokens=800)).prefill) == 7
 
 
 def test_a_request_of_many_prompts_leaves_turns_to_others() -> None:
@@ -237,17 +245,22 @@ def test_prompts_that_failed_together_are_computed_apart() -> None:
 
 
 def test_the_parked_hold_no_place() -> None:
-    """The next in line takes it; they come back at their owner's turn, so one that is late at each token holds up
-    nobody."""
+    """The next in line takes it; one that is slow at each token comes back at its owner's turn and holds up nobody, and
+    one that was late for once comes back first."""
     slow, next_one, last = (sequence(4, 50) for _ in range(3))
     scheduled = scheduler(slow, next_one, last, rows=1)
     advance(scheduled)
     scheduled.park([slow])
     assert scheduled.parked == (slow,)
     assert advance(scheduled).prefill == (next_one,)
-    scheduled.unpark([slow])
-    assert scheduled.sequences == [next_one, last, slow]
-    scheduled.remove([next_one, last])
+    scheduled.unpark([slow], first=True)
+    assert scheduled.sequences == [next_one, slow, last]
+    scheduled.remove([next_one])
+    advance(scheduled)
+    scheduled.park([slow])
+    scheduled.unpark([slow], first=False)
+    assert scheduled.sequences == [last, slow]
+    scheduled.remove([last])
     assert advance(scheduled).prefill == (slow,)
     scheduled.park([slow])
     scheduled.remove([slow])
