@@ -83,9 +83,7 @@ async def call_asgi(app: ASGIApp, request: HttpRequest) -> AsyncIterator[bytes]:
         await task
     finally:
         gone.set()
-        task.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
+        await _end(task)
 
 
 async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asyncio.Event) -> None:
@@ -146,10 +144,15 @@ async def unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None
             raise ClientGone("The client left.")
         await task
     finally:
-        task.cancel()
         gone.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
+        await _end(task)
+
+
+async def _end(task: asyncio.Future[None]) -> None:
+    """Cancels it and waits until it has ended; what it raised has been told already."""
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -18,6 +18,7 @@ from serve_app.engines.vllm.bounds import MOST_NUMBER_BYTES, require_bounded_num
 from serve_app.engines.vllm.endpoints import READING, require_served
 from serve_app.engines.workers import Workers
 from serve_app.errors import ContextTooLong, InvalidRequest, RequestError
+from serve_app.wire.asgi import endpoint
 from serve_app.wire.census import require_countable
 from serve_app.wire.openai_errors import error_response
 
@@ -182,7 +183,7 @@ def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
             await app(scope, receive, send)
             return
         try:
-            require_served(scope["method"], _endpoint(scope))
+            require_served(scope["method"], endpoint(scope))
         except RequestError as error:
             response = error_response(error)
             response.status_code = 404
@@ -197,11 +198,6 @@ def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
         await app(scope, read, send)
 
     return wrapped
-
-
-def _endpoint(scope: Scope) -> str:
-    """The path below the route's prefix."""
-    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
 
 
 async def _body(receive: Receive) -> tuple[bytes, Receive]:
