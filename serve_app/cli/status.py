@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.fit import gib
-from serve_app.ray_serve import available_by_node, controller
+from serve_app.ray_serve import available_by_node, instance_details_within
 from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
 
 if TYPE_CHECKING:  # It brings Ray Serve, which only a cluster that runs needs.
     from serve_app.cli.cluster_status import ClusterStatus, ModelView, ReplicaView
 
+# Seconds that the controller has to answer.
+STATUS_TIMEOUT_S = 30.0
 ROW = "{:<22} {:<20} {:<9} {:>9} {:>9} {:>9} {:>8}"
 
 
@@ -36,15 +38,13 @@ def _read(where: str) -> ClusterStatus:
     from serve_app.cli.cluster_status import cluster_status
 
     try:
-        serve = controller()
+        applications = instance_details_within(STATUS_TIMEOUT_S)["applications"]
+        nodes, left, reports = ray.nodes(), available_by_node(), read_reports()
     except ValueError:
         raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve run FILE`.") from None
-    try:
-        details = ray.get(serve.get_serve_instance_details.remote(), timeout=30)
-        left = available_by_node()
-        return cluster_status(details["applications"], ray.nodes(), left, read_reports(), time.time())
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
+    return cluster_status(applications, nodes, left, reports, time.time())
 
 
 def report(seen: ClusterStatus) -> str:

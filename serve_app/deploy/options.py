@@ -5,6 +5,7 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.planning.placement import Demand
+from serve_app.ray_serve import HEAD_NODE, MIDDLEWARES_VARIABLE
 
 # Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
 # Serve's default of 5 would starve a batching engine.
@@ -21,10 +22,7 @@ ROUTER_MAX_QUEUED_REQUESTS = 1024
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
 # Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
-OUTER_DOOR = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.access.door:middlewares"}
-
-# Ray gives the head node one of it.
-HEAD_NODE = "node:__internal_head__"
+OUTER_DOOR = {MIDDLEWARES_VARIABLE: "serve_app.access.door:middlewares"}
 
 # A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0

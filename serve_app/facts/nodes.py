@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve_app.ray_serve import TYPE_RESOURCE
+
 # In MiB: `ray start --resources` takes whole numbers only, and few cards have whole GiB.
 VRAM_RESOURCE = "vram_mib_{index}"
-# Ray gives a node 1 of it, for the kind of its first GPU.
-TYPE_RESOURCE = "accelerator_type:{name}"
 _VRAM_PATTERN = re.compile(r"vram_mib_(\d+)")
 
 

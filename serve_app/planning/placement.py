@@ -14,8 +14,9 @@ from math import ceil
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
 from serve_app.facts.inventory import Inventory
-from serve_app.facts.nodes import TYPE_RESOURCE, VRAM_RESOURCE, Node
+from serve_app.facts.nodes import VRAM_RESOURCE, Node
 from serve_app.planning.plan import ModelPlan
+from serve_app.ray_serve import TYPE_RESOURCE
 
 GIB = 2**30
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ray
 from ray.serve.schema import TargetGroup
 
-from serve_app.ray_serve import controller, is_http, watch_targets
+from serve_app.ray_serve import http_options_of_controller, is_http, watch_targets
 from serve_app.router.suspicion import TOGETHER_S, Death
 
 logger = logging.getLogger("ray.serve")
@@ -117,7 +117,7 @@ class ReplicaAddresses:
 
     async def watch(self) -> None:
         """Begins to listen to the controller. The running event loop gets the changes."""
-        config = await controller().get_http_config.remote()
+        config = await http_options_of_controller()
         self.keep_alive_s = float(config.keep_alive_timeout_s)
         self._local_host = "127.0.0.1" if config.host in ANY_HOST else config.host
         self._own_ip = ray.util.get_node_ip_address()

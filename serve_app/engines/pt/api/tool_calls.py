@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.engines.pt.transformers_internals import own_response_template, response_parser
 from serve_app.errors import InvalidRequest
 
 # Hermes' and Qwen's way, as a transformers response template. Space before a call is left out, up to a bound: all of it
@@ -127,7 +128,7 @@ class TemplateReader:
     ):
         self.needs_special_tokens = template is not HERMES
         prefix = prompt if self.needs_special_tokens else ""
-        self._parser = tokenizer.get_response_parser(dict(template), prefix=prefix, tools=tools)
+        self._parser = response_parser(tokenizer, template, prefix, tools)
         self._most = None if parallel else 1
         self._calls = 0
         self._unread = ""  # Text that has not come out yet: it must not be lost when the parser fails.
@@ -258,8 +259,7 @@ class CallListReader:
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:
     """How this model writes calls, or None where that is not known."""
-    own: Mapping[str, Any] | None = getattr(tokenizer, "response_template", None)
-    if own is not None:
+    if (own := own_response_template(tokenizer)) is not None:
         return own
     template = str(tokenizer.chat_template or "")
     return HERMES if "<tool_call>" in template and "<function=" not in template else None
