@@ -1,7 +1,7 @@
 # make serve   build .venv, then serve the two demo models on http://127.0.0.1:8000 (Ctrl-C stops it)
 # make test    build .venv, then run every check and test
 # make docs    build .venv, then build the documentation site in site/
-.PHONY: serve test lint docs install lock model
+.PHONY: serve test lint docs install lock model upgrade-check
 CONFIG ?= deploy_configs/local.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -28,6 +28,10 @@ test: lint
 
 lock:
 	scripts/lock.sh
+
+# Tries the newest Ray, vLLM, transformers and accelerate, each in an environment of its own.
+upgrade-check: install
+	.venv/bin/python scripts/upgrade_check.py
 
 # Trains the demo model again (a few minutes on two cores).
 model: install
