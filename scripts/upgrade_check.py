@@ -102,7 +102,7 @@ def run_trial(trial: Trial, pins: Mapping[str, str], is_fast: bool) -> Trial:
             resolved = resolve(trial, pins, Path(folder))
             say(f"{trial.name}: installing")
             install(resolved, Path(folder) / "venv")
-            trial.notes += refusals(Path(folder) / "venv", trial.versions)
+            trial.notes += refusals(Path(folder) / "venv")
             trial.notes += moved_along(read_pins([resolved.read_text()]), pins, trial.versions)
             say(f"{trial.name}: testing")
             test(trial, Path(folder), is_fast)
@@ -169,7 +169,7 @@ def resolve(trial: Trial, pins: Mapping[str, str], folder: Path) -> Path:
     wanted = folder / "wanted.txt"
     wanted.write_text("\n".join(unbound([*project["dependencies"], *extras["cpu"], *extras["dev"]], wishes)))
     overrides = folder / "overrides.txt"
-    overrides.write_text("\n".join(f"{REQUIRED[name]}=={version}" for name, version in trial.versions.items()))
+    overrides.write_text("\n".join(f"{REQUIRED[name]}{wish}" for name, wish in wishes.items()))
     resolved = folder / "resolved.txt"
     locked = read_pins([(ROOT / name).read_text() for name in LOCKS])
     resolved.write_text("\n".join(f"{name}=={version}" for name, version in locked.items() if name not in REQUIRED))
@@ -213,17 +213,17 @@ def install(resolved: Path, venv: Path) -> None:
     call([UV, "pip", "install", *into, "--no-deps", "--no-build-isolation", "--editable", ROOT], INSTALL_TIMEOUT_S)
 
 
-def refusals(venv: Path, versions: Mapping[str, str]) -> list[str]:
-    """Which packages do not want the versions, one line each; our own bounds are ours to move."""
+def refusals(venv: Path) -> list[str]:
+    """Which packages do not want these versions of the libraries, one line each; our own bounds are ours to move."""
     done = subprocess.run(
         [UV, "pip", "check", "--python", venv / "bin/python"], capture_output=True, text=True, check=False,
         timeout=RESOLVE_TIMEOUT_S,
     )  # fmt: skip
     pattern = re.compile(r"The package `([\w.-]+)` requires `(([\w-]+)[^`]*)`, but `([^`]+)` is installed")
     return [
-        f"{package} refuses it: it asks for {wants}"
-        for package, wants, name, _ in pattern.findall(done.stdout + done.stderr)
-        if name in versions and package != "serve-app"
+        f"{package} refuses {name} {version}: it asks for {wants}"
+        for package, wants, name, version in pattern.findall(done.stdout + done.stderr)
+        if name in REQUIRED and package != "serve-app"
     ]
 
 
