@@ -6,7 +6,7 @@ import time
 
 from serve_app.ray_serve import ANY_ADDRESS, http_options, listening_host
 from serve_app.router.directory import ModelDirectory, ModelStatus
-from serve_app.terminal import say
+from serve_app.terminal import notify, say
 
 INTERVAL_S = 1.0
 # While nothing changes, a sign of life this often, in seconds.
@@ -30,8 +30,8 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
     started = spoke = time.monotonic()
     seen: dict[str, ModelStatus] = {}
     if is_open and (host := listening_host()) not in LOOPBACK:
-        say(f"WARNING: no API keys are set, and Serve listens on {host}: whoever reaches it may use every model.")
-        say("WARNING: set SERVE_APP_API_KEYS_FILE (README, API keys), or http_options.host: 127.0.0.1.")
+        notify(f"WARNING: no API keys are set, and Serve listens on {host}: whoever reaches it may use every model.")
+        notify("WARNING: set SERVE_APP_API_KEYS_FILE (README, API keys), or http_options.host: 127.0.0.1.")
     while True:
         try:
             models = dict(await directory.models())

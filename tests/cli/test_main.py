@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with two CPUs and no GPU, whatever runs beside the test."""
     monkeypatch.setattr(
-        check_module, "_cluster", lambda _: ([node("here", cpus=2)], Inventory(()), "no Ray cluster runs here")
+        check_module, "_cluster", lambda _: ([node("here", cpus=2)], Inventory(()), {}, "no Ray cluster runs here")
     )
 
 
