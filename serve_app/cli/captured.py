@@ -102,7 +102,7 @@ def _keep(reading: int, log: PrivateFile, told: Callable[[str], None]) -> None:
     with os.fdopen(reading, encoding="utf-8", errors="replace") as stream:
         while line := stream.readline(MOST_LINE_CHARACTERS):
             text = line.rstrip("\n")
-            log.handle(logging.makeLogRecord({"msg": text.replace("%", "%%"), "args": ()}))
+            log.handle(logging.makeLogRecord({"msg": text}))
             if (found := WORKER_LINE.match(text)) is not None:
                 told(f"{found['application']}: {found['text']}" if found["application"] else found["text"])
     log.close()

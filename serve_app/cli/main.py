@@ -58,6 +58,12 @@ def _run(options: argparse.Namespace) -> int:
         if options.command == "run":
             return run(options.config, chosen)
         return demo(chosen, options.host, options.port)
+    if options.command == "init":
+        from serve_app.cli.init import Given, init
+
+        gpus = "cpu" if options.device == "cpu" else options.gpus
+        given = Given(options.model, options.name, options.infer_backend, gpus, options.max_model_len, options.port)
+        return init(options.config, given, options.yes, options.force)
     if options.command == "node-env":
         from serve_app.cli.node_env import node_env
 
@@ -147,6 +153,7 @@ def _add_run(commands: Any) -> None:
     for command in (running, showing):
         command.add_argument("--log-file", type=Path, help="where the output of Ray and the engines goes")
         command.add_argument("--verbose", action="store_true", help="show that output here and keep no log")
+    _add_init(commands)
     printing = commands.add_parser(
         "node-env",
         help='prints what Serve needs in its environment: eval "$(serve-app node-env)" before `ray start`',
@@ -157,6 +164,27 @@ def _add_run(commands: Any) -> None:
         "--format", choices=["shell", "env", "json"], default="shell",
         help="lines with export, lines for `docker run --env-file` and systemd, or JSON",
     )  # fmt: skip
+
+
+def _add_init(commands: Any) -> None:
+    making = commands.add_parser(
+        "init",
+        help="writes a config file for a model, which the plan has accepted",
+        description="Asks up to five questions, plans the model, offers the smallest fix where it does not fit, and "
+        "writes the file. Each flag answers a question. Exits 0 when the file was written, 1 when the model does not "
+        "fit, 2 if the input is wrong.",
+    )
+    making.add_argument("config", type=Path, nargs="?", default=Path("models.yaml"), metavar="FILE")
+    making.add_argument("--model", help="a Hugging Face id, the path of a folder, or serve-app/demo")
+    making.add_argument("--name", help="the model's name for clients")
+    making.add_argument("--infer-backend", choices=["pt", "vllm", "auto"])
+    where = making.add_mutually_exclusive_group()
+    where.add_argument("--gpus", help='plan for these, such as "8GiB,24GiB"; "here" for those of this machine')
+    where.add_argument("--device", choices=["cpu"], help="run on the CPU")
+    making.add_argument("--max-model-len", type=int, help="tokens of prompt and answer together")
+    making.add_argument("--port", type=_port, default=8000)
+    making.add_argument("--yes", action="store_true", help="ask nothing: take the defaults and the smallest fix")
+    making.add_argument("--force", action="store_true", help="replace a file that is there")
 
 
 def _port(text: str) -> int:
