@@ -422,4 +422,4 @@ def test_a_note_cannot_leave_its_comment() -> None:
     """Line breaks in a value stay inside the comment, so they add nothing to the file."""
     made = of("--system 'a\nport: 1\x85b\u2028c\x1bd' --response_prefix '<think>\n'")
     assert "a port: 1 b c d" in as_yaml(made)
-    assert set(yaml.safe_load(as_yaml(made))) == {"http_options", "controller_options", "applications"}
+    assert set(yaml.safe_load(as_yaml(made))) == {"http_options", "applications"}
