@@ -228,6 +228,7 @@ class _Runner:
         self.view.wait_for(["Ray is starting" if self.start.joins is None else f"connecting to {self.start.joins}"])
         import ray
 
+        require_serves_schema(self.start.file)
         try:
             context = ray.init(address=self.start.joins or "local", namespace=NAMESPACE)
         except ConnectionError as error:
@@ -247,7 +248,6 @@ class _Runner:
 
         from serve_app.ray_serve import controller, deploy
 
-        require_serves_schema(self.start.file)
         document = self.start.document
         try:
             controller()

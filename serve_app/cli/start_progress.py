@@ -6,7 +6,7 @@ from typing import Any
 
 from serve_app.planning.fit import gib
 from serve_app.replica.report import DeviceReport, ReplicaReport
-from serve_app.router.announcer import summary
+from serve_app.router.announcer import MEND, serving
 from serve_app.router.directory import ModelStatus, State, read_status, summarize
 
 STATES: Mapping[State, str] = {
@@ -87,16 +87,15 @@ def loading(states: States, expected: Collection[str]) -> list[str]:
 
 
 def closing_lines(states: States, url: str, routers: Collection[str], is_open: bool) -> list[str]:
-    """What to tell once nothing is loading any more: what serves where, a line to try, and what does not serve."""
-    models = {name: ModelStatus(name, item.state, 0, item.message) for name, item in states.items() if item.is_model}
-    others = [item for item in states.values() if not item.is_model and item.state == "failed"]
-    lines = [f"{item.name} has failed: {item.message}" for item in others]
+    """What to tell once nothing is loading any more: what serves where, and a line to try; failures were told."""
+    models = {name: ModelStatus(name, item.state, 0) for name, item in states.items() if item.is_model}
     if any(name in states and states[name].state == "ready" for name in routers):
-        return [*lines, *summary(models, url, is_open)]
-    ready = [model for model in models.values() if model.is_open]
-    lines.append(f"{len(ready)} of {len(models)} models serve by their own routes at {url}; no router serves by name")
-    lines += [f"{model.name}: {url}/models/{model.name}/v1" for model in ready]
-    return lines + [f"{model.name}: {model.message}" for model in models.values() if model.state == "failed"]
+        lines = serving(models, url, is_open)
+    else:
+        ready = [model for model in models.values() if model.is_open]
+        lines = [f"{len(ready)} of {len(models)} models serve by their own routes; no router serves by name"]
+        lines += [f"{model.name}: {url}/models/{model.name}/v1" for model in ready]
+    return [*lines, MEND] if any(item.state == "failed" for item in states.values()) else lines
 
 
 def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, str]]) -> list[str]:

@@ -16,6 +16,7 @@ class Clock:
     now = 100.0
 
     def __call__(self) -> float:
+        """In seconds."""
         return self.now
 
 
