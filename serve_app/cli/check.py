@@ -33,7 +33,7 @@ def check(file: Path, address: str | None) -> int:
     document = yaml.safe_load(file.read_text())
     nodes, inventory, environments, where = _cluster(address)
     print(f"{where}: {'; '.join(map(str, nodes))}")
-    for note in (*unset_variables(document), *missing_settings(document, environments)):
+    for note in (*unset_host(document), *unset_variables(document), *missing_settings(document, environments)):
         print(f"note: {note}")
     for note in (*open_access(document, applications), *dangling_names(applications)):
         print(f"note: {note}")
@@ -92,6 +92,16 @@ def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
         for alias in config.aliases.keys() & models:
             notes.append(f"{application.name}: aliases.{alias}: hides the model of that name.")
     return notes
+
+
+def unset_host(document: Mapping[str, Any]) -> list[str]:
+    """A note on a file that leaves the address open: Serve's default in a file is another one than ours."""
+    if (document.get("http_options") or {}).get("host"):
+        return []
+    return [
+        "http_options.host is not set: `serve-app run` listens on 127.0.0.1, but `serve run` and `serve deploy` listen "
+        "on 0.0.0.0, where a router without API keys does not start."
+    ]
 
 
 def unset_variables(document: Mapping[str, Any]) -> list[str]:

@@ -57,10 +57,10 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
     applications = read_applications(file)
     require_valid(applications)
     document = yaml.safe_load(file.read_text())
-    document["http_options"] = {**(document.get("http_options") or {}), **(http_options or {})}
+    document["http_options"] = _http_options(document, http_options or {})
     joins = cluster_to_join(options.address)
     if joins is None:
-        _require_free_port(document["http_options"].get("port") or 8000)
+        _require_free_port(document["http_options"]["port"])
     environment = serve_environment(str(haproxy_command()))
     activate()
     notes = [*overrides(document, os.environ, environment)]
@@ -116,6 +116,18 @@ def cluster_to_join(address: str | None) -> str | None:
     elif where not in ("", "auto"):
         require_open(where)
     return where or None
+
+
+def _http_options(document: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's, with an address of this machine alone where it names none: Serve's own is 0.0.0.0 in a file, and
+    127.0.0.1 in a program. Raises ConfigError for what has no port."""
+    given = document.get("http_options") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"http_options: expected a mapping such as {{host: 127.0.0.1, port: 8000}}, got {given!r}.")
+    options = {"host": "127.0.0.1", "port": 8000, **given, **instead}
+    if not isinstance(options["port"], int) or not 0 < options["port"] < 65536:
+        raise ConfigError(f"http_options.port: {options['port']!r} is not a port. Write a number from 1 to 65535.")
+    return options
 
 
 def _require_free_port(port: int) -> None:

@@ -60,6 +60,7 @@ def test_an_open_address_without_keys_is_told(
     out = capsys.readouterr().out
     assert ("names API keys: it will not start unless" in out) == is_told
     assert ("allow_open_access: true under 'args' of the router" in out) == is_told
+    assert ("http_options.host is not set" in out) == ("host" not in options)
 
 
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,15 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert all(f"port {port} is held by " in line for line in errors)
 
 
+@pytest.mark.parametrize("options", ["{port: many}", "{port: 0}", "[8000]", "8000"])
+def test_wrong_http_options_are_refused(options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2, and what to write."""
+    file = tmp_path / "x.yaml"
+    file.write_text(f"http_options: {options}\napplications:\n{MODEL}")
+    assert main(["run", str(file)]) == 2
+    assert "serve-app: http_options" in capsys.readouterr().err
+
+
 def test_a_wrong_file_is_refused_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2, and no log is left."""
     file = tmp_path / "x.yaml"
