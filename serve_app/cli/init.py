@@ -114,8 +114,11 @@ def init(target: Path, given: Given, yes: bool, force: bool) -> int:
     if not yes and not sys.stdin.isatty():
         raise ConfigError("init: asks questions, and the input is no terminal. Give --model and --yes.")
     questions = Defaults() if yes else Person()
-    choice = ask(given, questions, _has_gpu)
-    made, choice = planned(choice, questions, print)
+    try:
+        choice = ask(given, questions, _has_gpu)
+        made, choice = planned(choice, questions, print)
+    except EOFError:
+        raise ConfigError("init: the input ended before all questions were answered. Nothing was written.") from None
     if not made.fits:
         print("Nothing was written, since it does not fit.")
         return 1

@@ -1,6 +1,6 @@
 """`serve-app`: what Ray's own `serve` command does not tell.
 
-Exit codes: 0 yes, 1 no, 2 the input is wrong.
+Exit codes: 0 yes, 1 no, 2 the input is wrong, 130 Ctrl-C before anything was started.
 
 A command's module is imported when that command runs: Ray, torch and transformers cost seconds of CPU each, and most
 commands need none of them.
@@ -15,6 +15,9 @@ from typing import Any
 from serve_app import __version__
 from serve_app.errors import ServeAppError
 
+# What a shell says of a program that SIGINT has ended.
+INTERRUPTED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
@@ -24,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ServeAppError as error:
         print(f"serve-app: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _run(options: argparse.Namespace) -> int:

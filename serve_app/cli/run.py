@@ -18,6 +18,7 @@ from serve_app.cli.captured import captured, new_log_file
 from serve_app.cli.check import dangling_names, open_access, require_serves_schema, require_valid
 from serve_app.cli.cluster import current_cluster_file, require_open
 from serve_app.cli.doctor import taken_port
+from serve_app.cli.main import INTERRUPTED
 from serve_app.cli.start_view import StartView
 from serve_app.demo import CONFIG_FILE
 from serve_app.deploy.serve_env import (
@@ -35,7 +36,6 @@ from serve_app.ray_serve import NAMESPACE
 START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0
 # A second signal within this time is the first one again: `timeout` and some shells send it twice.
 SAME_SIGNAL_S = 1.0
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

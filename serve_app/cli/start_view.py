@@ -56,7 +56,10 @@ class StartView:
         now = self._clock()
         with self._lock:
             self._awaited = {text: self._awaited.get(text, now) for text in awaited}
+            live = self._live
             is_quiet = bool(awaited) and self._console is None and now - self._spoke > REMINDER_S
+        if live is not None:
+            live.refresh()  # Lines that are printed next would otherwise stand over what was awaited before.
         if is_quiet:
             self.event(f"still waiting: {', '.join(awaited)}")
 

@@ -95,6 +95,10 @@ def test_a_machine_with_the_cpu_build_lacks_only_gpus() -> None:
         ({"taken_ports": (TakenPort(8000, "nginx (pid 7)"),)}, ["port 8000", "nginx (pid 7)", "http_options"]),
         ({"taken_ports": (TakenPort(8265),)}, ["port 8265", "cannot be seen from here", "next free port"]),
         ({"cluster_error": "Version mismatch"}, ["Ray: Version mismatch"]),
+        (
+            {"versions": {**GOOD.versions, "torch": "2.13.0+cpu", "torchvision": "0.28.0"}},
+            ["torchvision 0.28.0", "torch 2.13.0+cpu", "pip uninstall torchvision"],
+        ),
         ({"haproxy_error": "serve-app-haproxy: is not there"}, ["serve-app-haproxy: is not there"]),
     ],
 )
