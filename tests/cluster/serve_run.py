@@ -87,10 +87,10 @@ class ServeRun:
         if start:
             self._run()
 
-    def _run(self, command: str = "serve") -> None:
+    def _run(self, command: str = "serve", *arguments: str) -> None:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [BIN / command, "run", self.config_file],
+                [BIN / command, "run", self.config_file, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,

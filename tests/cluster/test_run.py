@@ -2,6 +2,7 @@
 
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.deploy.serve_env import NAMES
 from tests.cluster.conftest import model
-from tests.cluster.serve_run import BIN, ServeRun
+from tests.cluster.serve_run import BIN, ServeRun, free_port
 from tests.demo_answers import ANSWERS, QUESTIONS
 
 ROUTER = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
@@ -21,13 +23,33 @@ OWN_LINE = re.compile(r"\[ *\d+ s\] .*|serve-app .* serves .*|What Ray .*|\d of 
 class ServeAppRun(ServeRun):
     """A `serve-app run` of a file that holds models and nothing else, in an environment that was not activated."""
 
-    def __init__(self, applications: list[dict[str, Any]], command: str = "serve-app"):
+    def __init__(self, applications: list[dict[str, Any]], command: str = "serve-app", joins: bool = False):
         super().__init__({"applications": applications}, cpus=2, start=False)
         self._options.pop("controller_options")
         self._write({"applications": applications})
         self.environment.pop("VIRTUAL_ENV")
         self.environment["PATH"] = "/usr/bin:/bin"
-        self._run(command)
+        self.head: subprocess.Popen[bytes] | None = None
+        address = [f"--address={self._start_ray()}"] if joins else []
+        self._run(command, *address)
+
+    def _start_ray(self) -> str:
+        """A Ray of which the environment has none of the settings. Returns its address."""
+        address = f"127.0.0.1:{free_port()}"
+        command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+        command += [f"--port={address.rpartition(':')[2]}", f"--dashboard-port={free_port()}"]
+        command += ["--dashboard-agent-listen-port=0", f"--temp-dir={self.folder}"]
+        log = self.folder / "head.log"
+        with log.open("wb") as file:
+            self.head = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+            )
+        deadline = time.monotonic() + 90
+        while "block forever" not in log.read_text(errors="replace"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(log.read_text(errors="replace")[-2000:])
+            time.sleep(0.2)
+        return address
 
     def log_of_libraries(self) -> Path:
         """The file that the terminal names."""
@@ -69,7 +91,7 @@ def test_serve_app_run_serves_and_stops_with_a_clean_terminal(broken_folder: Pat
         for words in ("Ray is up (dashboard http://", "tiny-pt is loading", "tiny-pt is ready", "has stopped"):
             assert words in output
         assert f"1 of 2 models serve at {run.url}\ntry: curl {run.url}/v1/chat/completions" in output
-        assert re.search(r"tiny-pt: memory: planned .* GiB, holds .* [GM]iB", output)
+        assert re.search(r"tiny-pt: memory: planned .* [GM]iB, holds .* [GM]iB", output)
         failures = [line for line in output.splitlines() if "broken has failed" in line]
         assert len(failures) == 1
         assert "cannot read" in failures[0]
@@ -102,6 +124,25 @@ def test_a_start_can_be_stopped_at_any_time(how: str) -> None:
             assert run.stop(signal.SIGINT) == {}
             assert run.process.returncode in (0, 130)
         assert "Traceback" not in run.output()
+    finally:
+        run.clean_up()
+
+
+def test_a_cluster_gets_what_its_nodes_lack() -> None:
+    """`serve-app run --address` hands the settings to Serve with the config; Ctrl-C ends Serve and leaves Ray."""
+    run = ServeAppRun([ROUTER, model("tiny-pt", infer_backend="pt")], joins=True)
+    try:
+        run.wait_until(all_ready)
+        assert answer(run) == ANSWERS[QUESTIONS[0]]
+        assert any("bin/haproxy" in command for command in run.processes().values())
+        assert f"Ray was started without {len(NAMES)} of the settings" in run.output()
+        run.process.send_signal(signal.SIGINT)
+        assert run.process.wait(90) == 0
+        assert run.head is not None
+        assert run.head.poll() is None
+        assert not any("ServeReplica" in command for command in run.processes().values())
+        run.head.send_signal(signal.SIGTERM)
+        run.head.wait(60)
     finally:
         run.clean_up()
 
