@@ -49,8 +49,9 @@ class RunOptions:
 
 
 def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None = None) -> int:
-    """Serves a config file until Ctrl-C or SIGTERM, and returns 0; 1 where it cannot go on. `http_options` replace
-    those of the file.
+    """Serves a config file until Ctrl-C or SIGTERM, and returns 0, or 1 where it cannot go on.
+
+    `http_options` replace those of the file.
 
     Raises ConfigError for a wrong file, an address without a cluster, and a port that is taken.
     """
@@ -63,14 +64,13 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
         _require_free_port(document["http_options"]["port"])
     environment = serve_environment(str(haproxy_command()))
     activate()
-    notes = [*overrides(document, os.environ, environment)]
+    notes = overrides(document, os.environ, environment)
+    # Before Ray is imported: Serve reads them then, and the processes of a Ray that is started here inherit them.
     for name, value in environment.items():
-        os.environ.setdefault(
-            name, value
-        )  # Before Ray is imported: Serve reads it then, and Ray's processes inherit it.
+        os.environ.setdefault(name, value)
     notes += [*open_access(document, applications), *dangling_names(applications)]
     start = Start(file, document, applications, joins)
-    sys.path.insert(0, options.app_dir)
+    sys.path.insert(0, str(Path(options.app_dir).resolve()))  # Ray gives it to the workers.
     with _terminal(options) as (view, log):
         view.line(f"serve-app {__version__} serves {file}")
         if log is not None:
@@ -119,8 +119,10 @@ def cluster_to_join(address: str | None) -> str | None:
 
 
 def _http_options(document: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's, with an address of this machine alone where it names none: Serve's own is 0.0.0.0 in a file, and
-    127.0.0.1 in a program. Raises ConfigError for what has no port."""
+    """The file's, with an address that only this machine reaches where it names none.
+
+    Serve's own default is 0.0.0.0 in a file, and 127.0.0.1 in a program. Raises ConfigError for what is no port.
+    """
     given = document.get("http_options") or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"http_options: expected a mapping such as {{host: 127.0.0.1, port: 8000}}, got {given!r}.")
