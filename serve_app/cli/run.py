@@ -72,7 +72,7 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
     start = Start(file, document, applications, joins)
     sys.path.insert(0, str(Path(options.app_dir).resolve()))  # Ray gives it to the workers.
     with _terminal(options) as (view, log):
-        view.line(f"serve-app {__version__} serves {file}")
+        view.line(f"Serving {file} with serve-app {__version__}")
         if log is not None:
             view.line(f"What Ray and the engines print goes to {log}")
         for note in notes:

@@ -98,6 +98,11 @@ def closing_lines(states: States, url: str, routers: Collection[str], is_open: b
     return [*lines, MEND] if any(item.state == "failed" for item in states.values()) else lines
 
 
+def of_ready(reports: Sequence[ReplicaReport], states: States) -> list[ReplicaReport]:
+    """The reports of models that were seen to be ready: a report may come before Serve says so."""
+    return [item for item in reports if item.application in states and states[item.application].state == "ready"]
+
+
 def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, str]]) -> list[str]:
     """Planned and measured memory of each device, of the replicas that were not told yet."""
     return [

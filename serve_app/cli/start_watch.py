@@ -15,6 +15,7 @@ from serve_app.cli.start_progress import (
     is_settled,
     loading,
     memory_lines,
+    of_ready,
     read_states,
 )
 from serve_app.cli.start_view import StartView
@@ -60,7 +61,7 @@ class StartWatch:
             self._close()
 
     def _tell_memory(self) -> None:
-        reports = read_reports()
+        reports = of_ready(read_reports(), self._states)
         for line in memory_lines(reports, self._told):
             self._view.event(line)
         self._told |= {(report.application, report.replica) for report in reports}

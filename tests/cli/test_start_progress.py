@@ -11,6 +11,7 @@ from serve_app.cli.start_progress import (
     is_settled,
     loading,
     memory_lines,
+    of_ready,
     read_states,
 )
 from serve_app.replica.report import DeviceReport, ReplicaReport
@@ -129,6 +130,12 @@ def test_without_a_router_the_routes_are_told(router: list[ApplicationState]) ->
 def report(replica: str, *devices: DeviceReport) -> ReplicaReport:
     """What a replica of "a" tells."""
     return ReplicaReport("a", replica, "n", 1, "m", "pt", 0.0, 1.0, 0.0, devices)
+
+
+def test_memory_is_told_after_a_model_is_ready() -> None:
+    """A replica's report may come before Serve says that it is ready."""
+    assert of_ready([report("1")], states(LOADING)) == of_ready([report("1")], {}) == []
+    assert of_ready([report("1")], states(READY)) == [report("1")]
 
 
 def test_memory_is_told_for_each_device_once() -> None:
