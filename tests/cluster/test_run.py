@@ -17,7 +17,7 @@ from tests.demo_answers import ANSWERS, QUESTIONS
 
 ROUTER = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
 # A line of ours: with the seconds of the start, or one of the last ones.
-OWN_LINE = re.compile(r"\[ *\d+ s\] .*|Serving .* with serve-app .*|What Ray .*|\d of \d models serve at .*|try: curl .*")
+OWN_LINE = re.compile(r"\[ *\d+ s\] .*|Serving .* serve-app .*|What Ray .*|\d of \d models serve at .*|try: curl .*")
 
 
 class ServeAppRun(ServeRun):
