@@ -35,6 +35,28 @@ def controller() -> Any:
     return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
 
 
+def deploy(config: Mapping[str, Any]) -> None:
+    """Has Serve, which must run, deploy a config file's applications, and returns before they are there.
+
+    Uses the controller's method `apply_config`, as `serve run` does; the public ways are one application at a time, or
+    HTTP to Ray's dashboard.
+    """
+    import ray
+    from ray.serve.schema import ServeDeploySchema
+
+    ray.get(controller().apply_config.remote(ServeDeploySchema.model_validate(dict(config))))
+
+
+def serve_details(timeout_s: float) -> dict[str, Any]:
+    """As `instance_details`, for a program without an event loop. Raises ValueError where no Serve runs, and RayError
+    where its controller is silent.
+    """
+    import ray
+
+    details: dict[str, Any] = ray.get(controller().get_serve_instance_details.remote(), timeout=timeout_s)
+    return details
+
+
 def run_of_serve() -> str:
     """A name for this run of Serve, which ends with `serve shutdown`: the id of its controller.
 
@@ -83,14 +105,6 @@ async def instance_details() -> dict[str, Any]:
     Uses the controller's method `get_serve_instance_details`.
     """
     details: dict[str, Any] = await controller().get_serve_instance_details.remote()
-    return details
-
-
-def instance_details_within(timeout_s: float) -> dict[str, Any]:
-    """The same, for a command. Raises ValueError where no Serve runs, and RayError where its controller is silent."""
-    import ray
-
-    details: dict[str, Any] = ray.get(controller().get_serve_instance_details.remote(), timeout=timeout_s)
     return details
 
 

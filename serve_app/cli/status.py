@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.fit import gib
-from serve_app.ray_serve import available_by_node, instance_details_within
+from serve_app.ray_serve import available_by_node, serve_details
 from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
 
 if TYPE_CHECKING:  # It brings Ray Serve, which only a cluster that runs needs.
@@ -38,10 +38,10 @@ def _read(where: str) -> ClusterStatus:
     from serve_app.cli.cluster_status import cluster_status
 
     try:
-        applications = instance_details_within(STATUS_TIMEOUT_S)["applications"]
+        applications = serve_details(STATUS_TIMEOUT_S)["applications"]
         nodes, left, reports = ray.nodes(), available_by_node(), read_reports()
     except ValueError:
-        raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve run FILE`.") from None
+        raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve-app run FILE`.") from None
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
     return cluster_status(applications, nodes, left, reports, time.time())

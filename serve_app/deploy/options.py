@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve_app.config import ModelConfig
+from serve_app.deploy.serve_env import serve_environment
 from serve_app.planning.placement import Demand
 from serve_app.ray_serve import HEAD_NODE, MIDDLEWARES_VARIABLE
 
@@ -23,7 +24,8 @@ ROUTER_MAX_QUEUED_REQUESTS = 1024
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
 # Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
-OUTER_DOOR = {MIDDLEWARES_VARIABLE: "serve_app.access.door:middlewares"}
+# Replicas get it whatever Serve was started with: they must ask for a key in any case.
+OUTER_DOOR = {MIDDLEWARES_VARIABLE: serve_environment("")[MIDDLEWARES_VARIABLE]}
 
 # A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0

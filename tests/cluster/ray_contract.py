@@ -51,7 +51,7 @@ def calls(model: str) -> dict[str, Callable[[], Any]]:
         "run_of_serve": ray_serve.run_of_serve,
         "store": stored_and_deleted,
         "instance_details": lambda: sorted(asyncio.run(ray_serve.instance_details())["applications"]),
-        "instance_details_within": lambda: sorted(ray_serve.instance_details_within(TIMEOUT_S)["applications"]),
+        "serve_details": lambda: sorted(ray_serve.serve_details(TIMEOUT_S)["applications"]),
         "running_replicas": lambda: asyncio.run(ray_serve.running_replicas([model, "nobody"])),
         "http_options": lambda: ray_serve.http_options().port,
         "http_options_of_controller": lambda: asyncio.run(ray_serve.http_options_of_controller()).port,

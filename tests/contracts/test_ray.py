@@ -10,11 +10,12 @@ import psutil
 import pytest
 import yaml
 from ray.serve._private import constants
-from ray.serve.schema import Target, TargetGroup
+from ray.serve.schema import ServeDeploySchema, Target, TargetGroup
 
 from serve_app import ray_serve
 from serve_app.access.door import SERVES_OWN, WITHOUT_KEY
 from serve_app.cli.haproxy import looseness, tightened
+from serve_app.deploy.serve_env import NAMES, file_environment, serve_environment
 from serve_app.replica.deployment import Model
 from tests.cluster import ray_contract
 from tests.contracts.contract import ROOT, as_imported_with, called_in_a_cluster, contract, untested
@@ -23,7 +24,7 @@ APPLICATION: dict[str, Any] = {"name": "a", "import_path": "serve_app.app:model"
 # Called in `tests/cluster/ray_contract.py`, where there is a cluster.
 WITH_A_CLUSTER = called_in_a_cluster(
     ray_serve.run_of_serve, ray_serve.store, ray_serve.stored, ray_serve.stored_keys,
-    ray_serve.delete_stored, ray_serve.instance_details, ray_serve.instance_details_within, ray_serve.running_replicas,
+    ray_serve.delete_stored, ray_serve.instance_details, ray_serve.serve_details, ray_serve.running_replicas,
     ray_serve.http_options, ray_serve.http_options_of_controller, ray_serve.listening_host, ray_serve.watch_targets,
     ray_serve.available_by_node,
 )  # fmt: skip
@@ -101,6 +102,16 @@ def test_the_controller_has_the_name_that_is_looked_for() -> None:
     """All that is read of a running Serve is asked of this actor, and the limiter stands in its namespace."""
     assert ray_serve.CONTROLLER == constants.SERVE_CONTROLLER_NAME
     assert ray_serve.NAMESPACE == constants.SERVE_NAMESPACE
+
+
+@contract("ray", "apply_config of its controller", ray_serve.deploy)
+def test_the_controller_takes_a_whole_config() -> None:
+    """`serve-app run` hands it over as `serve run` does; tests/cluster/test_run.py does it."""
+    from ray.serve._private.controller import ServeController
+
+    first, *others = list(inspect.signature(ServeController.apply_config).parameters.values())[1:]
+    assert first.annotation is ServeDeploySchema or "ServeDeploySchema" in str(first.annotation)
+    assert [item.name for item in others if item.default is inspect.Parameter.empty] == []
 
 
 @contract("ray", "the resources that nodes have by themselves", "serve_app/ray_serve.py")
@@ -208,14 +219,8 @@ EXAMPLES: dict[str, tuple[str, str, object]] = {
 }
 
 
-def variables_of(file: Path) -> dict[str, str]:
-    """Serve's variables that a config file sets for all of Serve."""
-    found: dict[str, str] = yaml.safe_load(file.read_text())["controller_options"]["runtime_env"]["env_vars"]
-    return {name: value for name, value in found.items() if name.startswith("RAY_")}
-
-
-@pytest.mark.parametrize("name", sorted(EXAMPLES))
-@contract("ray", "an environment variable", "deploy_configs/local.yaml", "deploy_configs/prod.yaml", OPTIONS)
+@pytest.mark.parametrize("name", NAMES)
+@contract("ray", "an environment variable", "serve_app/deploy/serve_env.py", "deploy_configs/prod.yaml")
 def test_serve_reads_the_variable(name: str) -> None:
     """Its constant is another one with the variable than without it."""
     value, constant, expected = EXAMPLES[name]
@@ -226,10 +231,17 @@ def test_serve_reads_the_variable(name: str) -> None:
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_each_variable_of_a_config_file_is_known_to_serve(file: Path) -> None:
     """One that Ray does not read would change nothing, and nobody would hear of it."""
-    assert sorted(variables_of(file).keys() - EXAMPLES.keys()) == []
-    again = as_imported_with(constants, variables_of(file))
-    assert again.RAY_SERVE_ENABLE_HA_PROXY is True
+    names = {name for name in file_environment(yaml.safe_load(file.read_text())) if name.startswith("RAY_")}
+    assert sorted(names - EXAMPLES.keys()) == []
+
+
+@contract("ray", "what its environment variables do together", "serve_app/deploy/serve_env.py")
+def test_serve_takes_all_settings_together() -> None:
+    """Some of them decide about the defaults of others."""
+    again = as_imported_with(constants, serve_environment("/bin/true"))
+    assert again.RAY_SERVE_ENABLE_HA_PROXY is again.RAY_SERVE_ENABLE_DIRECT_INGRESS is True
     assert again.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD is False
+    assert again.RAY_SERVE_HAPROXY_METRICS_ENABLED is again.RAY_SERVE_LOG_TO_STDERR is False
 
 
 @contract("ray", "what it does with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", OPTIONS, DOOR)
