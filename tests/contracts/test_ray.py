@@ -1,6 +1,7 @@
 """Private parts of Ray that need no cluster. The others: `tests/cluster/test_ray_contract.py`."""
 
 import inspect
+import io
 import os
 import re
 from pathlib import Path
@@ -14,9 +15,11 @@ from ray.serve.schema import ServeDeploySchema, Target, TargetGroup
 
 from serve_app import ray_serve
 from serve_app.access.door import SERVES_OWN, WITHOUT_KEY
+from serve_app.cli.captured import WORKER_LINE
 from serve_app.cli.haproxy import looseness, tightened
 from serve_app.deploy.serve_env import NAMES, file_environment, serve_environment
 from serve_app.replica.deployment import Model
+from serve_app.terminal import MARK
 from tests.cluster import ray_contract
 from tests.contracts.contract import ROOT, as_imported_with, called_in_a_cluster, contract, untested
 
@@ -185,6 +188,22 @@ def test_a_cluster_that_may_run_is_found_where_ray_finds_it(tmp_path: Path, monk
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
     assert ray_serve.ray_may_run_here()
+
+
+@contract("ray", "how it shows the lines of its workers", "serve_app/cli/captured.py", "serve_app/cli/run.py")
+def test_a_workers_line_is_known_by_what_ray_puts_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without colours; the name of a replica's actor has its application in it."""
+    from ray._private import worker
+
+    monkeypatch.setenv("RAY_COLOR_PREFIX", "0")
+    monkeypatch.setattr(worker, "_worker_logs_enabled", True)
+    for ip, name in (("127.0.0.1", "ServeReplica:a:Model"), ("10.0.0.2", "ServeReplica:a:Model")):
+        shown = io.StringIO()
+        line = {"pid": 7, "actor_name": name, "ip": ip, "localhost": "127.0.0.1", "lines": [f"{MARK}ready"]}
+        worker.print_worker_logs(line, shown)
+        found = WORKER_LINE.match(shown.getvalue().strip())
+        assert found is not None, shown.getvalue()
+        assert (found["application"], found["text"]) == ("a", "ready")
 
 
 @pytest.mark.parametrize("variables", [{}, {"TMPDIR": "/a"}, {"TMPDIR": "/a", "RAY_TMPDIR": "/b"}])
