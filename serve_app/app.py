@@ -19,7 +19,7 @@ from serve_app.access.cluster_record import ClusterRecord, agree_on_model, agree
 from serve_app.access.keys import configured_keys
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.deploy.options import model_options, router_options
-from serve_app.deploy.place import needs_devices, place
+from serve_app.deploy.resolve_model import needs_devices, resolve_model
 from serve_app.errors import PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
@@ -34,12 +34,14 @@ def model(args: dict[str, Any]) -> Application:
         config = ModelConfig.from_args(args)
         agree_on_model(configured_keys(), ClusterRecord(), this_node(), listening_host())
         inventory = _inventory(config)
-        settled = place(config, ray_nodes(), inventory, unclaimed(inventory) if inventory is not None else None)
+        resolved = resolve_model(
+            config, ray_nodes(), inventory, unclaimed(inventory) if inventory is not None else None
+        )
     except ServeAppError as error:
         raise RayServeException(str(error)) from None
     deployment = serve.deployment(serve.ingress()(Model), name=MODEL_DEPLOYMENT)
-    options = model_options(settled.config, settled.demand, _runtime_env())
-    return deployment.options(**options).bind(settled.config)
+    options = model_options(resolved.config, resolved.demand, _runtime_env())
+    return deployment.options(**options).bind(resolved.config)
 
 
 def _inventory(config: ModelConfig) -> Inventory | None:

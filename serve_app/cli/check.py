@@ -13,7 +13,7 @@ from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
 from serve_app.access.origin import is_loopback
 from serve_app.cli.cluster import connected
 from serve_app.config import ModelConfig
-from serve_app.deploy.place import place
+from serve_app.deploy.resolve_model import resolve_model
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
@@ -163,7 +163,7 @@ def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set
 
 def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory) -> bool:
     try:
-        demand = place(application.model_settings(), nodes, inventory).demand
+        demand = resolve_model(application.model_settings(), nodes, inventory).demand
     except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False

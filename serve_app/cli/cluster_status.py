@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from serve_app.facts.nodes import Node, node_from_resources
-from serve_app.planning.placement import Demand
+from serve_app.planning.resource_demand import Demand
 from serve_app.ray_serve import MODEL_DEPLOYMENT
 from serve_app.replica.report import STALE_S, ReplicaReport
 from serve_app.router.directory import ModelStatus, read_status

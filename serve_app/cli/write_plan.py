@@ -9,7 +9,7 @@ from ruamel.yaml.comments import CommentedMap
 
 from serve_app.errors import ConfigError
 from serve_app.planning.plan import Plan
-from serve_app.planning.settle import pinned
+from serve_app.planning.resolve import pinned
 
 
 def write_plan(made: Plan, source: Path, target: Path) -> None:

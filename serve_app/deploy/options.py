@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve_app.config import ModelConfig
-from serve_app.planning.placement import Demand
+from serve_app.planning.resource_demand import Demand
 
 # Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
 # Serve's default of 5 would starve a batching engine.

@@ -9,11 +9,11 @@ from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
+from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.layer_map import LayerMap, Part, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
-from serve_app.planning.pt_cache import cells, full_length_requests
-from serve_app.planning.setting import setting_of
+from serve_app.planning.pt_kv_buffers import cells, full_length_requests
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
@@ -76,7 +76,7 @@ class ModelRequest:
         """What this setting was measured to take on such a device; None where it never ran."""
         if not self.calibrations:
             return None
-        setting = setting_of(self.config, self.architecture, self.max_model_len, device, rank, ranks)
+        setting = calibration_setting(self.config, self.architecture, self.max_model_len, device, rank, ranks)
         return self.calibrations.get(setting_key(setting))
 
     @property

@@ -16,7 +16,7 @@ class RankPlan:
     """What one model takes of one device.
 
     `layers` are the numbers of its first and last layer there (pt). `seat` is its place among so many devices, as
-    `setting_of` counts them: all ranks of vLLM are alike, and have the first.
+    `calibration_setting` counts them: all ranks of vLLM are alike, and have the first.
     """
 
     device: Device

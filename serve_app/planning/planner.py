@@ -12,8 +12,8 @@ from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
 from serve_app.planning.memory import GIB
-from serve_app.planning.placement import native_share
 from serve_app.planning.plan import ModelPlan, Plan, Problem
+from serve_app.planning.resource_demand import native_share
 
 # Placements that are tried before the search gives up and places each model where it can.
 MOST_TRIES = 300

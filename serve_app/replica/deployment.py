@@ -25,7 +25,7 @@ from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
-from serve_app.replica.plan_here import plan_here, with_planned_memory
+from serve_app.replica.replica_plan import plan_replica, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
 from serve_app.terminal import say
@@ -88,7 +88,7 @@ class Model:
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
             await left_by_others(lambda: _gpus(self._config), say)
-        return await asyncio.to_thread(plan_here, self._config, _gpus(self._config), by_index)
+        return await asyncio.to_thread(plan_replica, self._config, _gpus(self._config), by_index)
 
     async def _stop(self) -> None:
         if hasattr(self, "_engine"):

@@ -23,9 +23,9 @@ from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, setting_key, write_calibrations
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
+from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import ModelPlan, RankPlan
-from serve_app.planning.setting import setting_of
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (
     REPORT_EVERY_S,
@@ -168,7 +168,7 @@ def calibrations_of(
         plan = by_device.get(rank.device)
         if rank.rest is None or plan is None:
             continue
-        setting = setting_of(config, architecture, planned.max_model_len, plan.device, *plan.seat)
+        setting = calibration_setting(config, architecture, planned.max_model_len, plan.device, *plan.seat)
         measured = Calibration(
             setting, max(0, rank.rest - hidden_weights(rank, plan)), rank.context if plan.device.is_gpu else None
         )

@@ -13,7 +13,7 @@ from serve_app.cli import doctor as doctor_module
 from serve_app.cli.doctor import Machine, TakenPort, Torch, doctor, facts_of, gather, problems_of, taken_port
 from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
 from serve_app.facts.gpus import Gpu
-from serve_app.planning.placement import GIB
+from serve_app.planning.resource_demand import GIB
 from tests.builders import node
 
 # A machine with two equal idle GPUs where everything works.

@@ -15,9 +15,9 @@ from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.memory import reserve
-from serve_app.planning.placement import planned_demand
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
+from serve_app.planning.resource_demand import planned_demand
 from tests.planning.model_requests import CONFIGS, request
 
 GIB = 2**30

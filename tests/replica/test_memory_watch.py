@@ -22,7 +22,7 @@ from serve_app.planning.planner import make_plan
 from serve_app.replica import memory_watch
 from serve_app.replica.deployment import left_by_others
 from serve_app.replica.memory_watch import MemoryWatch, calibrations_of, planned_by_device, require_own_gpus
-from serve_app.replica.plan_here import plan_here
+from serve_app.replica.replica_plan import plan_replica
 from serve_app.replica.report import ReplicaReport, parsed_report
 from tests.planning.model_requests import CONFIGS
 
@@ -47,7 +47,7 @@ def planned(asked: ModelConfig, calibrations: Calibrations | None = None, card: 
 
 def measured(asked: ModelConfig, *ranks: RankMemory) -> Calibrations:
     """What the watch keeps of it, on GPUS."""
-    plan = plan_here(asked, GPUS)
+    plan = plan_replica(asked, GPUS)
     assert plan is not None
     return calibrations_of(asked, read_checkpoint(asked.model, None).architecture, plan, ranks, GPUS)
 
@@ -73,9 +73,9 @@ def test_the_next_plan_is_raised_by_what_was_measured_and_never_lowered(backend:
 def test_a_replica_accepts_what_was_accepted_before_it_was_measured() -> None:
     """Its limits were chosen by guesses: a raised figure must not stop the next start of the same config."""
     asked = config(kv_cache_memory_bytes="2GiB")
-    before = plan_here(asked, GPUS)
+    before = plan_replica(asked, GPUS)
     write_calibrations(measured(asked, rank(20 * GIB, GIB)))
-    assert plan_here(asked, GPUS) == before
+    assert plan_replica(asked, GPUS) == before
     calibration_file().unlink()
 
 
@@ -101,8 +101,8 @@ def test_where_the_driver_does_not_tell_nothing_is_calibrated() -> None:
 
 def test_a_plan_by_index_means_the_machines_number_and_else_the_replicas_own() -> None:
     """The one card is number 3 of the machine and 0 of the replica."""
-    by_index = plan_here(config(gpu_ids=[3]), GPUS, by_index=True)
-    for plan in (plan_here(config(), GPUS), by_index):
+    by_index = plan_replica(config(gpu_ids=[3]), GPUS, by_index=True)
+    for plan in (plan_replica(config(), GPUS), by_index):
         assert list(planned_by_device(plan, GPUS)) == ["GPU-a"]
 
 
@@ -149,7 +149,7 @@ class StubbornEngine:
 async def test_the_watch_goes_on_whatever_fails(serve_context: list[ReplicaReport]) -> None:
     """And takes its report back at the end."""
     engine = StubbornEngine()
-    watch = MemoryWatch(config(), engine, plan_here(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    watch = MemoryWatch(config(), engine, plan_replica(config(), GPUS), GPUS)  # type: ignore[arg-type]
     await watch.start(ready_after_s=3.0)
     for _ in range(1000):
         if engine.calls >= 6:
@@ -179,7 +179,7 @@ class SlowEngine(StubbornEngine):
 async def test_no_report_is_written_after_the_end(serve_context: list[ReplicaReport]) -> None:
     """A thread that is about to write one goes on when its task is cancelled."""
     engine, has_ended = SlowEngine(), threading.Event()
-    watch = MemoryWatch(config(), engine, plan_here(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    watch = MemoryWatch(config(), engine, plan_replica(config(), GPUS), GPUS)  # type: ignore[arg-type]
     report = watch._report
 
     def told(ranks: Sequence[RankMemory]) -> None:

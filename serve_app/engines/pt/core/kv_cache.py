@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from serve_app.planning.pt_cache import SLACK, cells, row_capacity
+from serve_app.planning.pt_kv_buffers import SLACK, cells, row_capacity
 
 
 @dataclass

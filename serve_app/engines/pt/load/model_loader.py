@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.load.attention import use_grouped_attention
+from serve_app.engines.pt.load.device_map import device_map_of, known_architecture
 from serve_app.engines.pt.load.packed_linear import pack_linears
-from serve_app.engines.pt.load.planned_map import device_map_of, known_architecture
 from serve_app.errors import ConfigError, EngineError
 from serve_app.planning.memory import context
 from serve_app.planning.plan import ModelPlan

@@ -22,13 +22,13 @@ from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import reserve
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.settle import vllm_memory
+from serve_app.planning.resolve import vllm_memory
 
 logger = logging.getLogger("ray.serve")
 NODE = "here"
 
 
-def plan_here(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) -> ModelPlan | None:
+def plan_replica(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) -> ModelPlan | None:
     """The plan for these GPUs, or for the CPU; None where the plan does not know the model, or NVML shows no GPU.
 
     Its devices have the numbers that they have in this process: their places in `gpus`. `by_index`: the config names

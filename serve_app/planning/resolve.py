@@ -10,23 +10,23 @@ from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import MIB
-from serve_app.planning.placement import Demand, planned_demand
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
+from serve_app.planning.resource_demand import Demand, planned_demand
 
 # vLLM refuses to start when less than this share of the card is free.
 _GATE = "gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """A config that says all that its replica needs, and what the replica asks of Ray."""
 
     config: ModelConfig
     demand: Demand
 
 
-def settle(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | None = None) -> Settled:
+def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | None = None) -> Resolved:
     """The config with its backend chosen, judged by the devices as if they were empty: what runs there now may be what
     is about to be replaced. Where Ray counts memory by index, its GPUs are chosen among those that are `unclaimed`.
 
@@ -40,7 +40,7 @@ def settle(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | N
     if unclaimed is not None and model.ranks[0].device.by_index:
         beside = make_plan([replace(request, config=model.config)], unclaimed)
         model = beside.models[0] if beside.fits else model
-    return Settled(_with_gpus(model), planned_demand(model, empty))
+    return Resolved(_with_gpus(model), planned_demand(model, empty))
 
 
 def _with_gpus(model: ModelPlan) -> ModelConfig:

@@ -24,7 +24,7 @@ _ARGUMENTS = (
 )
 
 
-def setting_of(
+def calibration_setting(
     config: ModelConfig, architecture: Architecture, max_model_len: int, device: Device, rank: int, ranks: int
 ) -> Mapping[str, object]:
     """The setting of one rank of `ranks`. All ranks of vLLM are alike and count as number 0; those of pt are not.
