@@ -10,7 +10,7 @@ from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
 from serve_app.planning.calibration_setting import calibration_setting
-from serve_app.planning.layer_map import LayerMap, Part, blocks_of, map_layers
+from serve_app.planning.layer_map import BlockGroup, LayerMap, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import cells, full_length_requests
@@ -219,18 +219,18 @@ def fit_pt(
 
     least = cells(1, request.max_model_len)
     if request.config.kv_cache_memory_bytes is not None:  # The engine then takes requests as long as that allows.
-        per_token = max(1, Part(tuple(blocks)).cache(1, 0))
+        per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
         least = max(cells(1, 1), min(least, request.config.kv_cache_memory_bytes // per_token))
     mapped = at(least)
     if mapped is None:
-        return _pt_shortage(request, devices, overheads, rooms, Part(tuple(blocks)), spills)
+        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), spills)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
         more = at(tokens)
         return more is not None and len(more.rest.blocks) <= left
 
-    tokens = _most_tokens(request, keeps, least, rows, devices[0], Part(tuple(blocks)))
+    tokens = _most_tokens(request, keeps, least, rows, devices[0], BlockGroup(tuple(blocks)))
     mapped = at(tokens) or mapped
     if (problem := _tier_problem(request, mapped)) is not None:
         return problem
@@ -256,7 +256,7 @@ def _pt_shortage(
     devices: Sequence[tuple[Device, int]],
     overheads: Sequence[tuple[Figure, Figure]],
     rooms: Sequence[int],
-    whole: Part,
+    whole: BlockGroup,
     spills: bool,
 ) -> Shortage:
     device, first = devices[0][0], whole.blocks[0].weights
@@ -283,7 +283,7 @@ def _most_tokens(
     least: int,
     rows: int,
     first: tuple[Device, int],
-    whole: Part,
+    whole: BlockGroup,
 ) -> int:
     """The largest budget of KV cache, up to all rows at full length: by bisection, since more tokens need more room."""
     most = 2 * cells(rows, request.max_model_len)
@@ -334,7 +334,7 @@ def _pt_plan(
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
         ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers, seat))
-    whole = Part(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
+    whole = BlockGroup(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
     return ModelPlan(
         request.name, request.config, 0, "pt", tuple(reasons), 1, request.max_model_len,
         kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),

@@ -35,7 +35,7 @@ UTILIZATION = "gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
-class Change:
+class Candidate:
     """A changed request, or a changed inventory, and how it is written."""
 
     field: str
@@ -74,34 +74,34 @@ def _with_fix(
     request = next(request for request in requests if request.name == problem.model)
     others = {other.model for other in plan.problems if other.model != problem.model}
 
-    def helps(change: Change) -> bool:
+    def helps(candidate: Candidate) -> bool:
         budget.left -= 1
         if budget.left < 0:
             return False
-        changed = [change.request if item.name == request.name else item for item in requests]
-        after = make_plan(changed, change.inventory, MOST_TRIES)
+        changed = [candidate.request if item.name == request.name else item for item in requests]
+        after = make_plan(changed, candidate.inventory, MOST_TRIES)
         return {item.model for item in after.problems} <= others
 
-    for change in _changes(problem, request, inventory, helps):
-        if helps(change):
-            return replace(problem, fix=Fix(change.field, change.value, _saved(request, change, problem)))
+    for candidate in _candidates(problem, request, inventory, helps):
+        if helps(candidate):
+            return replace(problem, fix=Fix(candidate.field, candidate.value, _saved(request, candidate, problem)))
     return problem
 
 
-def _saved(request: ModelRequest, change: Change, problem: Problem) -> int:
+def _saved(request: ModelRequest, candidate: Candidate, problem: Problem) -> int:
     """Bytes that a change takes off the fullest rank: all of them for quantised weights, else at least what lacked."""
-    if change.field == "quantization":
+    if candidate.field == "quantization":
         tp = request.config.tensor_parallel_size or 1
-        return request.rank_weights(tp).bytes - change.request.rank_weights(tp).bytes
+        return request.rank_weights(tp).bytes - candidate.request.rank_weights(tp).bytes
     return problem.missing_bytes
 
 
-def _changes(problem: Problem, request: ModelRequest, inventory: Inventory, helps: Any) -> Iterator[Change]:
+def _candidates(problem: Problem, request: ModelRequest, inventory: Inventory, helps: Any) -> Iterator[Candidate]:
     """Candidates in the order of how much they take away from the user."""
     config = request.config
 
-    def change(field: str, value: Any) -> Change:
-        return Change(field, value, _changed(request, field, value), inventory)
+    def change(field: str, value: Any) -> Candidate:
+        return Candidate(field, value, _changed(request, field, value), inventory)
 
     if problem.code == "tensor_parallel":
         valid = request.architecture.valid_tensor_parallel_sizes()
@@ -124,14 +124,14 @@ def _changes(problem: Problem, request: ModelRequest, inventory: Inventory, help
         yield from _smaller(request, inventory, change, helps)
     if request.replicas > 1:
         for count in range(request.replicas - 1, 0, -1):
-            yield Change("num_replicas", count, replace(request, replicas=count), inventory)
+            yield Candidate("num_replicas", count, replace(request, replicas=count), inventory)
     if config.device == "cuda" and inventory.gpus:
         sizes = {gpu.total_bytes for gpu in inventory.gpus} | {size * GIB for size in GPU_SIZES}
         for size in sorted(sizes):
-            yield Change("gpus", f"{size / GIB:g}GiB", request, _with_gpu(inventory, size))
+            yield Candidate("gpus", f"{size / GIB:g}GiB", request, _with_gpu(inventory, size))
 
 
-def _smaller(request: ModelRequest, inventory: Inventory, change: Any, helps: Any) -> Iterator[Change]:
+def _smaller(request: ModelRequest, inventory: Inventory, change: Any, helps: Any) -> Iterator[Candidate]:
     config = request.config
     length = _longest(request, lambda tokens: helps(change("max_model_len", tokens)))
     if length is not None:

@@ -39,7 +39,7 @@ def block_number(name: str, architecture: Architecture) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockGroup:
     """The blocks of one device."""
 
     blocks: tuple[Block, ...]
@@ -55,7 +55,7 @@ class Part:
 
 
 def cache_bytes(blocks: Iterable[Block], tokens: int, rows: int) -> int:
-    """See Part.cache."""
+    """See BlockGroup.cache."""
     blocks = tuple(blocks)
     largest = max((block.kv for block in blocks), default=0)
     return tokens * (sum(block.kv for block in blocks) + largest) + rows * sum(block.state for block in blocks)
@@ -79,8 +79,8 @@ def blocks_of(
 class LayerMap:
     """The blocks of each device, in the order of the limits that were given, and those that are left over."""
 
-    parts: tuple[Part, ...]
-    rest: Part
+    parts: tuple[BlockGroup, ...]
+    rest: BlockGroup
 
 
 def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int, spills: bool) -> LayerMap | None:
@@ -114,7 +114,7 @@ def _fill(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int
             position += 1
         else:
             device += 1
-    return LayerMap(tuple(Part(tuple(part)) for part in parts), Part(tuple(blocks[position:])))
+    return LayerMap(tuple(BlockGroup(tuple(part)) for part in parts), BlockGroup(tuple(blocks[position:])))
 
 
 def _size(blocks: Iterable[Block], tokens: int, rows: int) -> int:
