@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ from serve_app.cli.cluster import ray_may_run_here
 from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
 from serve_app.facts.gpus import Gpu, local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
+from serve_app.facts.packages import installed_version
 from serve_app.planning.resource_demand import GIB
 
 # Distributions to look for. vLLM's CPU build has a name of its own.
@@ -102,7 +102,7 @@ def doctor() -> int:
 
 def gather() -> Machine:
     """Reads this machine. Connects to the Ray cluster that runs here, if any, and starts none."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) for name in PACKAGES}
     gpus, gpu_error = _gpus()
     cluster, cluster_error = _cluster() if versions["ray"] else (None, "")
     temp, shm, memory = tempfile.gettempdir(), Path(SHM), psutil.virtual_memory()
@@ -124,13 +124,6 @@ def gather() -> Machine:
         cluster=cluster,
         cluster_error=cluster_error,
     )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _torch() -> Torch | None:

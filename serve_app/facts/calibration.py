@@ -1,21 +1,17 @@
-"""Measured memory of engines, kept in a small file of this machine, which the next plan reads.
+"""Measured memory of engines, from a small file of this machine. Plans read it; replicas write it
+(`replica/calibration_writer.py`).
 
 The file is JSON: what a measured setting is called, by the setting's key, and the bytes. Its folder is
 SERVE_APP_CACHE, else $XDG_CACHE_HOME/serve-app, else ~/.cache/serve-app. Deleting it forgets; nothing else is lost.
 """
 
-import fcntl
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FILE = "calibration.json"
-# Seconds that a process waits for another one that writes.
-LOCK_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -70,28 +66,6 @@ def joined(one: Calibrations, other: Calibrations) -> dict[str, Calibration]:
     return {**one, **other, **both}
 
 
-def write_calibrations(found: Calibrations, file: Path | None = None) -> bool:
-    """Adds figures to the file, and says whether they changed it. Raises OSError where it cannot be written.
-
-    Processes write one after the other, and a reader sees the old file or the new one.
-    """
-    target = file or calibration_file()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(target.with_suffix(".lock")):
-        before = read_calibrations(target)
-        after = joined(before, found)
-        if after == before:
-            return False
-        new = target.with_suffix(".new")
-        new.write_text(_as_json(after))
-        new.replace(target)
-        return True
-
-
-def _as_json(found: Calibrations) -> str:
-    return json.dumps([asdict(found[key]) for key in sorted(found)], indent=1) + "\n"
-
-
 def _from_json(text: str | bytes) -> dict[str, Calibration]:
     """Raises ValueError, TypeError or KeyError for text that is none of ours."""
     found = [
@@ -99,22 +73,6 @@ def _from_json(text: str | bytes) -> dict[str, Calibration]:
         for item in json.loads(text)
     ]
     return {setting_key(calibration.setting): calibration for calibration in found}
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Raises TimeoutError, an OSError, where another process does not end."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    with lock.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{lock} is held by another process") from None
-                time.sleep(0.01)
-        yield
 
 
 def _size(value: object) -> int | None:

@@ -12,6 +12,7 @@ from serve_app.config import parse_bytes
 from serve_app.errors import ConfigError, nearest
 from serve_app.facts.calibration import Calibrations, joined, read_calibrations
 from serve_app.facts.nodes import node_from_resources
+from serve_app.facts.packages import engine_versions
 from serve_app.ray_serve import available_by_node
 
 GIB = 2**30
@@ -52,10 +53,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All devices, GPUs in the order of their nodes and numbers, and what engines were measured to take on them."""
+    """All devices, GPUs in the order of their nodes and numbers, and what engines were measured to take on them.
+
+    `engine_versions` names the installed packages of each backend, since a measurement holds for one version.
+    """
 
     devices: tuple[Device, ...]
     calibrations: Calibrations = field(default_factory=dict)
+    engine_versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def gpus(self) -> list[Device]:
@@ -90,7 +95,7 @@ def parse_gpus(text: str) -> Inventory:
                 index += 1
     if not devices:
         raise ConfigError(f"--gpus: '{text}' names no GPU. Write sizes or names, such as 8GiB,24GiB or 2xA100-80GB.")
-    return Inventory(tuple(devices), read_calibrations())
+    return Inventory(tuple(devices), read_calibrations(), engine_versions())
 
 
 def card_model(name: str) -> str:
@@ -141,7 +146,7 @@ def read_inventory(path: Path) -> Inventory:
     ids = [device.id for device in devices]
     if twice := sorted({device for device in ids if ids.count(device) > 1}):
         raise ConfigError(f"{path}: '{twice[0]}' is there twice. Nodes need names of their own.")
-    return Inventory(tuple(devices), read_calibrations())
+    return Inventory(tuple(devices), read_calibrations(), engine_versions())
 
 
 def _read_node(node: Any, number: int, where: str) -> list[Device]:
@@ -176,7 +181,8 @@ def local_inventory(node: str = "n1") -> Inventory:
 
     memory = psutil.virtual_memory()
     gpus = [Device(node, gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes, False) for gpu in local_gpus()]
-    return Inventory((*gpus, Device(node, None, "memory", memory.total, memory.available)), read_calibrations())
+    host = Device(node, None, "memory", memory.total, memory.available)
+    return Inventory((*gpus, host), read_calibrations(), engine_versions())
 
 
 def ray_inventory() -> Inventory:
@@ -205,7 +211,7 @@ def ray_inventory() -> Inventory:
         else:
             count = node["Resources"].get("GPU", 0.0)  # Fewer than NVML sees where Ray was started so.
             devices += [device for device in seen.devices if device.index is None or device.index < count]
-    return Inventory(tuple(devices), calibrations)
+    return Inventory(tuple(devices), calibrations, engine_versions())
 
 
 def unclaimed(inventory: Inventory) -> Inventory:

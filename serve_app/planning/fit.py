@@ -33,8 +33,8 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 class ModelRequest:
     """One model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
 
-    `memo` keeps sums over the tensors: they are the same for every device and every replica. `calibrations` are
-    those of the inventory that it is planned for.
+    `memo` keeps sums over the tensors: they are the same for every device and every replica. `calibrations` and
+    `engine_versions` are those of the inventory that it is planned for.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ModelRequest:
     replicas: int = 1
     memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
+    engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def element_bytes(self) -> int:
@@ -76,7 +77,8 @@ class ModelRequest:
         """What this setting was measured to take on such a device; None where it never ran."""
         if not self.calibrations:
             return None
-        setting = calibration_setting(self.config, self.architecture, self.max_model_len, device, rank, ranks)
+        engine = self.engine_versions.get(self.config.infer_backend, "")
+        setting = calibration_setting(self.config, self.architecture, self.max_model_len, engine, device, rank, ranks)
         return self.calibrations.get(setting_key(setting))
 
     @property
@@ -166,8 +168,11 @@ def fit_vllm(
     )
     full = cache // per_request
     return ModelPlan(
-        request.name, request.config, 0, "vllm", tuple(reasons), tp, request.max_model_len, per_request,
-        kv_tokens=full * request.max_model_len, max_full_length_requests=full, ranks=ranks,
+        request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
+        kv_bytes_per_request=per_request,
+        kv_tokens=full * request.max_model_len,
+        max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
+        ranks=ranks,
     )  # fmt: skip
 
 
@@ -336,7 +341,7 @@ def _pt_plan(
         ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers, seat))
     whole = BlockGroup(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
     return ModelPlan(
-        request.name, request.config, 0, "pt", tuple(reasons), 1, request.max_model_len,
+        request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
         kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
         kv_tokens=tokens,
         max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),

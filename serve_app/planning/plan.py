@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.config import ModelConfig
+from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device
 from serve_app.planning.memory import ZERO, Figure
 
@@ -46,11 +47,12 @@ class RankPlan:
 class ModelPlan:
     """One replica of one model, placed. `kv_bytes_per_request` is for one request of `max_model_len`, per rank.
 
-    `config` is the model's, with the backend that was chosen.
+    `config` is the model's, with the backend that was chosen, and `architecture` is its shape.
     """
 
     name: str
     config: ModelConfig
+    architecture: Architecture
     replica: int
     backend: str
     reasons: tuple[str, ...]

@@ -80,7 +80,10 @@ class Placed:
 def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int = MOST_TRIES) -> Plan:
     """Places all replicas. What finds no place is a problem, without a cure yet (`fixes.with_fixes`)."""
     inventory = with_accounting(requests, inventory)
-    calibrated = (replace(request, calibrations=inventory.calibrations) for request in requests)
+    calibrated = (
+        replace(request, calibrations=inventory.calibrations, engine_versions=inventory.engine_versions)
+        for request in requests
+    )
     units = sorted(
         (replace(request, replicas=number) for request in calibrated for number in range(max(1, request.replicas))),
         key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),

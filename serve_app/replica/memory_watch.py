@@ -19,13 +19,13 @@ from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
-from serve_app.facts.architecture import Architecture
-from serve_app.facts.calibration import Calibration, setting_key, write_calibrations
-from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.calibration import Calibration, setting_key
 from serve_app.facts.gpus import Gpu
+from serve_app.facts.packages import engine_versions
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (
     REPORT_EVERY_S,
@@ -54,7 +54,6 @@ class MemoryWatch:
         self._peaks: dict[str, int] = {}
         self._written: dict[str, Calibration] = {}
         self._warned: set[str] = set()
-        self._architecture: Architecture | None = None
         self._ready_after_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._metrics = ReplicaMetrics()
@@ -135,9 +134,8 @@ class MemoryWatch:
     def _calibrate(self, ranks: Sequence[RankMemory]) -> None:
         if self._planned is None:
             return
-        if self._architecture is None:
-            self._architecture = read_checkpoint(self._config.model, self._config.revision).architecture
-        measured = calibrations_of(self._config, self._architecture, self._planned, ranks, self._gpus)
+        engine = engine_versions().get(self._config.infer_backend, "")
+        measured = calibrations_of(self._config, self._planned, ranks, self._gpus, engine)
         found = {
             key: calibration
             for key, calibration in measured.items()
@@ -155,20 +153,21 @@ def planned_by_device(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[st
 
 
 def calibrations_of(
-    config: ModelConfig,
-    architecture: Architecture,
-    planned: ModelPlan,
-    ranks: Sequence[RankMemory],
-    gpus: Sequence[Gpu],
+    config: ModelConfig, planned: ModelPlan, ranks: Sequence[RankMemory], gpus: Sequence[Gpu], engine: str
 ) -> dict[str, Calibration]:
-    """What was measured, for the next plan of the same setting."""
+    """What was measured, by the key of its setting, for the next plan of the same setting.
+
+    `engine` names the engine's packages with their versions.
+    """
     by_device = planned_by_device(planned, gpus)
     found: dict[str, Calibration] = {}
     for rank in ranks:
         plan = by_device.get(rank.device)
         if rank.rest is None or plan is None:
             continue
-        setting = calibration_setting(config, architecture, planned.max_model_len, plan.device, *plan.seat)
+        setting = calibration_setting(
+            config, planned.architecture, planned.max_model_len, engine, plan.device, *plan.seat
+        )
         measured = Calibration(
             setting, max(0, rank.rest - hidden_weights(rank, plan)), rank.context if plan.device.is_gpu else None
         )

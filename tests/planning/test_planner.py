@@ -74,6 +74,16 @@ def test_qwen2_7b_on_6_and_16_gib_has_room_for_requests_and_a_valid_map() -> Non
     )
 
 
+def test_vllm_runs_no_more_requests_at_once_than_max_num_seqs() -> None:
+    """However many the KV cache could hold."""
+    asked = {"infer_backend": "vllm", "max_model_len": 256}
+    (few,) = solved([request(max_num_seqs=32, **asked)], "80GiB").models
+    (many,) = solved([request(max_num_seqs=4096, **asked)], "80GiB").models
+    assert few.max_full_length_requests == 32
+    assert few.kv_tokens > 32 * 256
+    assert many.max_full_length_requests > 32
+
+
 def test_a_tier_takes_what_is_left_only_when_it_is_named() -> None:
     """And the first GPU keeps room for the largest of what is computed there."""
     opened = request(infer_backend="pt", max_memory={0: "6GB", "cpu": "6GB", "disk": "10GB"}, max_model_len=2048)

@@ -12,7 +12,7 @@ import pytest
 from serve_app.config import ModelConfig
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
-from serve_app.facts.calibration import Calibrations, calibration_file, write_calibrations
+from serve_app.facts.calibration import Calibrations, calibration_file
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
@@ -20,6 +20,7 @@ from serve_app.planning.fit import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.replica import memory_watch
+from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.deployment import left_by_others
 from serve_app.replica.memory_watch import MemoryWatch, calibrations_of, planned_by_device, require_own_gpus
 from serve_app.replica.replica_plan import plan_replica
@@ -27,6 +28,7 @@ from serve_app.replica.report import ReplicaReport, parsed_report
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
+VERSIONS = {"vllm": "vllm 1.0", "pt": "torch 2.0, transformers 5.0"}
 GPUS = [Gpu(3, "GPU-a", "NVIDIA GeForce RTX 3090", 24 * GIB, 24 * GIB)]
 
 
@@ -38,18 +40,18 @@ def config(backend: str = "vllm", **fields: object) -> ModelConfig:
 
 def planned(asked: ModelConfig, calibrations: Calibrations | None = None, card: str = "RTX3090") -> ModelPlan:
     """Its plan on such a card of 24 GiB."""
-    found = Inventory((Device("n1", 0, card, 24 * GIB, 24 * GIB, False),), calibrations or {})
+    found = Inventory((Device("n1", 0, card, 24 * GIB, 24 * GIB, False),), calibrations or {}, VERSIONS)
     checkpoint = read_checkpoint(asked.model, None)
     unit = ModelRequest("m", asked, checkpoint.architecture, checkpoint.tensors)
     (plan,) = make_plan([unit], found).models
     return plan
 
 
-def measured(asked: ModelConfig, *ranks: RankMemory) -> Calibrations:
+def measured(asked: ModelConfig, *ranks: RankMemory, engine: str | None = None) -> Calibrations:
     """What the watch keeps of it, on GPUS."""
     plan = plan_replica(asked, GPUS)
     assert plan is not None
-    return calibrations_of(asked, read_checkpoint(asked.model, None).architecture, plan, ranks, GPUS)
+    return calibrations_of(asked, plan, ranks, GPUS, VERSIONS[asked.infer_backend] if engine is None else engine)
 
 
 def rank(rest: int, context: int, device: str = "GPU-a", cache_now: int = 0) -> RankMemory:
@@ -92,6 +94,14 @@ def test_another_setting_or_card_has_figures_of_its_own(fields: dict[str, object
     """Names of cards are compared as people write them."""
     found = planned(config(**fields), measured(config(), rank(3 * GIB, 0)), card)
     assert found.ranks[0].activation.certainty == expected
+
+
+def test_a_measurement_holds_for_one_version_of_the_engine() -> None:
+    """A plan for another version of vLLM goes by its guesses."""
+    asked = config()
+    assert planned(asked, measured(asked, rank(3 * GIB, 0))).ranks[0].activation.certainty == "calibrated"
+    other = measured(asked, rank(3 * GIB, 0), engine="vllm 0.9")
+    assert planned(asked, other).ranks[0].activation.certainty == "guessed"
 
 
 def test_where_the_driver_does_not_tell_nothing_is_calibrated() -> None:
