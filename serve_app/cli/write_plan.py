@@ -7,6 +7,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
+from serve_app.cli.output_file import write_file
 from serve_app.errors import ConfigError
 from serve_app.planning.plan import Plan
 from serve_app.planning.resolve import pinned
@@ -19,9 +20,10 @@ def write_plan(made: Plan, source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         raise ConfigError(f"plan: --write {target} is the file that was read. Name another one.")
     try:
-        target.write_text(pinned_text(made, source.read_text()))
+        text = source.read_text()
     except OSError as error:
-        raise ConfigError(f"{target}: {error.strerror}.") from None
+        raise ConfigError(f"{source}: {error.strerror}.") from None
+    write_file(target, pinned_text(made, text))
 
 
 def pinned_text(made: Plan, text: str) -> str:
