@@ -318,7 +318,7 @@ def test_the_picture_in_the_docs_is_current(
     monkeypatch.setenv("SERVE_APP_CACHE", str(tmp_path))
     monkeypatch.chdir(ROOT)
     target = tmp_path / "plan.svg"
-    assert main(["plan", "docs/images/plan.yaml", "--gpus", "RTX3090,RTX3090,RTX3080", "--svg", str(target)]) == 0
+    assert main(["plan", "docs/images/plan.yaml", "--gpus", "RTX3090,RTX3090,RTX3080", "--svg", str(target)]) == 1
     capsys.readouterr()
     assert target.read_text() == (ROOT / "docs/images/plan.svg").read_text()
 
