@@ -1,16 +1,24 @@
 """Where a model's files are, and what they say of its shape and size. Weights are never read."""
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.architecture import Architecture, read_architecture
 from serve_app.facts.weights import Tensor, hub_tensors, local_tensors, tensors_without_weights
 
+# A hub that takes no connection in this time, in seconds, is not there.
+HUB_TIMEOUT_S = 5.0
+# Letters of the hub client's own words that a message repeats.
+MOST_REASON = 300
 # The id of the model that ships with this package.
 DEMO_MODEL = "serve-app/demo"
 
@@ -88,9 +96,33 @@ def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list
             return _local_config(file.parent), tensors
     except (LocalEntryNotFoundError, ConfigError):
         pass  # Not there, or not all of it.
+    _require_hub(model)
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision))
         return _local_config(file.parent), hub_tensors(model, revision)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), MOST_REASON, placeholder=" …")
         raise ConfigError(f"model: cannot read {model} from the Hugging Face hub: {reason}") from None
+
+
+def _require_hub(model: str) -> None:
+    """Raises ConfigError where the hub cannot be reached, for which its own client would try for half a minute.
+
+    A client that is offline by its settings, or that uses a proxy, finds out by itself.
+    """
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    proxies = getproxies()
+    uses_proxy = bool(proxies.get(address.scheme) or proxies.get("all"))
+    if constants.HF_HUB_OFFLINE or address.hostname is None or uses_proxy:
+        return
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), HUB_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"model: {model} is neither a local folder nor in the hub's cache, and the Hugging Face hub "
+            f"({constants.ENDPOINT}) cannot be reached: {error.strerror or error}. Write the path of a folder, or "
+            f"download the model on a machine that reaches the hub: hf download {model}"
+        ) from None

@@ -75,6 +75,29 @@ def test_a_cached_model_is_read_without_the_hub(tmp_path: Path, monkeypatch: pyt
     assert [tensor.shape for tensor in checkpoint.tensors] == [(10, 8)]
 
 
+def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client is not asked: it would try for half a minute. With a proxy it is asked, since it finds its way."""
+    import huggingface_hub
+
+    calls: list[bool] = []
+
+    def download(*_: object, local_files_only: bool = False, **__: object) -> str:
+        calls.append(local_files_only)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection " * 100)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"\(http://127\.0\.0\.1:1\) cannot be reached: .*hf download org/name"):
+        read_checkpoint("org/name")
+    assert calls == [True]
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"connection no …$"):
+        read_checkpoint("org/name")
+    assert calls == [True, True, False]
+
+
 def test_quantised_tensors_keep_their_bytes(tmp_path: Path) -> None:
     """Floats are loaded in the model's type; packed integers stay as they are."""
     tensors = {"q.qweight": torch.zeros(4, 4, dtype=torch.int32), "n.weight": torch.zeros(4, dtype=torch.float32)}
