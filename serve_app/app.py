@@ -54,7 +54,7 @@ def _inventory(config: ModelConfig) -> Inventory | None:
         if config.infer_backend != "auto":
             return None
         raise PlacementError(
-            f"infer_backend: auto needs the GPUs of every node, and one does not tell: {error}"
+            f"infer_backend: auto needs to know the GPUs of every node, and one node did not report them: {error}"
         ) from None
 
 

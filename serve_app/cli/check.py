@@ -1,4 +1,4 @@
-"""`serve-app check`: is the file right, and could the cluster hold each model?"""
+"""`serve-app check` says whether the file is right and whether the cluster could hold each model."""
 
 import os
 import re
@@ -54,7 +54,8 @@ def require_valid(applications: Sequence[ApplicationSpec]) -> None:
 
 
 def open_access(file: Path, applications: Sequence[ApplicationSpec]) -> list[str]:
-    """A note on a file that would be refused at the start, as others could reach it and nothing in it names API keys.
+    """Returns a note on a file that would be refused at the start, because others could reach the server and nothing in
+    the file names API keys.
 
     It is no mistake yet: the environment in which the cluster's nodes started may name them.
     """
@@ -65,14 +66,15 @@ def open_access(file: Path, applications: Sequence[ApplicationSpec]) -> list[str
     if is_loopback(str(host)) or is_meant or {FILE_VARIABLE, ENVIRONMENT} & environment:
         return []
     return [
-        f"http_options.host is {host}, and neither this file nor this environment names API keys: it will not start "
-        f"unless the environment of Ray's nodes does. Set {FILE_VARIABLE} under controller_options.runtime_env."
+        f"http_options.host is {host}, and neither this file nor this environment names API keys. Models will not "
+        f"start unless the environment of Ray's nodes names some. Set {FILE_VARIABLE} under "
+        "controller_options.runtime_env."
         "env_vars, or allow_open_access: true under 'args' of the router, if everyone who reaches it may use it."
     ]
 
 
 def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
-    """Notes on names in the router's config that lead to no model of the file."""
+    """Returns notes on names in the router's config that lead to no model of the file."""
     models = {application.name for application in applications if not application.is_router}
     notes = []
     for application in applications:
@@ -86,20 +88,20 @@ def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
             named.append(("default_model", config.default_model))
         for field, name in named:
             if name not in models | config.aliases.keys():
-                notes.append(f"{application.name}: {field}: no model of this file is called '{name}'.")
+                notes.append(f"{application.name}: {field}: this file has no model called '{name}'.")
         for alias in config.aliases.keys() & models:
             notes.append(f"{application.name}: aliases.{alias}: hides the model of that name.")
     return notes
 
 
 def _unset_variables(file: Path) -> list[str]:
-    """The variables in the file's `env_vars` that Ray would expand to nothing."""
+    """Returns the variables in the file's `env_vars` that Ray would expand to nothing."""
     values = " ".join(map(str, _environment(yaml.safe_load(file.read_text())).values()))
     return sorted({name for name in re.findall(r"\$\{(\w+)\}", values) if name not in os.environ})
 
 
 def _environment(document: dict[str, Any]) -> dict[str, Any]:
-    """The variables that the file sets for all of Serve."""
+    """Returns the variables that the file sets for all of Serve."""
     environment = (document.get("controller_options") or {}).get("runtime_env") or {}
     variables: dict[str, Any] = environment.get("env_vars") or {}
     return variables
@@ -125,7 +127,8 @@ def require_serves_schema(file: Path) -> None:
 
 
 def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iterable[str]) -> list[str]:
-    """What Serve would drop in silence, one line each: keys and deployments that do not exist, and a wrong builder."""
+    """Returns what Serve would drop in silence: keys and deployments that do not exist, and a wrong builder. Each
+    has a line."""
     problems = [f"unknown key '{key}'.{nearest(key, top)}" for key in document if key not in top]
     for item in document["applications"]:
         name = item.get("name")
@@ -142,12 +145,15 @@ def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iter
             if deployment.get("name") != BUILDERS[path]:
                 problems.append(f"{name}: deployments: '{deployment.get('name')}' must be '{BUILDERS[path]}'.")
             if "ray_actor_options" in deployment and BUILDERS[path] == "Model":
-                problems.append(f"{name}: ray_actor_options would replace the GPUs and the environment set here.")
+                problems.append(
+                    f"{name}: ray_actor_options would replace the GPUs and the environment that serve-app "
+                    "sets. Leave it out."
+                )
     return problems
 
 
 def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set[str]) -> list[str]:
-    """What Serve would drop in silence under `deployments`, one line each."""
+    """Returns what Serve would drop in silence under `deployments`. Each option has a line."""
     problems = []
     for item in document["applications"]:
         for number, options in enumerate(item.get("deployments") or ()):
@@ -172,7 +178,7 @@ def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inve
 
 
 def _cluster(address: str | None) -> tuple[list[Node], Inventory, str]:
-    """The nodes and devices to judge by, and what to call them."""
+    """Returns the nodes and devices by which models are judged, and a name for the place that has them."""
     with connected(address) as where:
         if where is None:
             here = local_inventory()
@@ -182,4 +188,4 @@ def _cluster(address: str | None) -> tuple[list[Node], Inventory, str]:
         try:
             return ray_nodes(), ray_inventory(), f"the Ray cluster at {where}"
         except RayError as error:
-            raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
+            raise ConfigError(f"a node of the cluster did not report its GPUs: {error}") from None

@@ -1,4 +1,4 @@
-"""A file that a command writes."""
+"""Writes the files that a command is asked for."""
 
 import os
 from contextlib import suppress
@@ -8,7 +8,7 @@ from serve_app.errors import ConfigError
 
 
 def write_file(target: Path, text: str) -> None:
-    """Writes a text file as a whole or not at all: a reader sees the old file or the new one.
+    """Writes a text file as a whole or not at all, so that a reader sees the old file or the new one.
 
     A link is followed. Raises ConfigError where the file cannot be written, or is no regular file.
     """

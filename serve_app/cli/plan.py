@@ -1,4 +1,4 @@
-"""`serve-app plan`: what each model takes of each device, before anything starts."""
+"""`serve-app plan` says what each model takes of each device, before anything starts."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from serve_app.planning.planner import make_plan
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Prints the plan. Returns 0 if all fits, 1 if not. Raises ConfigError for wrong input."""
+    """Prints the plan. Returns 0 if everything fits, and 1 otherwise. Raises ConfigError for wrong input."""
     _require_one_way(options)
     if options.model:
         made = _planned([_request_of_options(options)], _inventory(options.gpus, options.inventory, options.address))
@@ -44,7 +44,8 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
-    """The plan of a Serve config file for these GPUs, or those of the cluster or machine. Raises ConfigError."""
+    """Returns the plan of a Serve config file for these GPUs, or for those of the cluster or this machine. Raises
+    ConfigError."""
     requests = _requests_of_file(path)
     return _planned(requests, _inventory(gpus, inventory, address))
 
@@ -72,7 +73,9 @@ def _requests_of_file(path: Path | None) -> list[ModelRequest]:
         raise ConfigError("plan: name a Serve config file, or a model with --model.")
     applications = [application for application in read_applications(path) if application.is_model]
     if not applications:
-        raise ConfigError(f"{path}: it has no model of serve_app.app:model.")
+        raise ConfigError(
+            f"{path}: it has no application with import_path serve_app.app:model, so there is nothing to plan."
+        )
     requests, problems = [], []
     for application in applications:
         try:
@@ -95,7 +98,7 @@ def _request_of_options(options: argparse.Namespace) -> ModelRequest:
 
 
 def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
-    """A model with the facts of its checkpoint. Raises ConfigError."""
+    """Returns a model with the facts of its checkpoint. Raises ConfigError."""
     checkpoint = read_checkpoint(config.model, config.revision)
     return ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
 
@@ -111,7 +114,8 @@ def _inventory(gpus: str | None, file: Path | None, address: str | None) -> Inve
 
 
 def _running_inventory(address: str | None) -> Inventory:
-    """Of the Ray cluster that runs here or at the address; of this machine where none runs."""
+    """Returns the devices of the Ray cluster that runs here or at the address, or those of this machine if none
+    runs."""
     with connected(address) as where:
         if where is None:
             return local_inventory()
@@ -120,4 +124,4 @@ def _running_inventory(address: str | None) -> Inventory:
         try:
             return ray_inventory()
         except RayError as error:
-            raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
+            raise ConfigError(f"a node of the cluster did not report its GPUs: {error}") from None

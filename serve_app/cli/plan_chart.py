@@ -1,4 +1,4 @@
-"""What the picture of a plan shows, as values: `plan_text.py` prints it and `plan_svg.py` draws it.
+"""Says what the picture of a plan shows, as values. `plan_text.py` prints them and `plan_svg.py` draws them.
 
 Laws: the blocks of a bar add up to its card; bars have one scale where they can be compared; cells that stand for
 blocks add up to the width that they were given.
@@ -39,7 +39,7 @@ LEAST_BAR = 1 / 6
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a bar. The certainty is that of its figure."""
+    """A part of a bar: the memory of one kind, with the certainty of its figure."""
 
     kind: Kind
     figure: Figure
@@ -47,7 +47,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Occupant:
-    """One model on one device, or on each of several that are alike. `replicas` are the numbers that it has there."""
+    """A model on a device, or on each of several devices that are alike. `replicas` are the numbers of its replicas
+    there."""
 
     name: str
     replicas: tuple[int, ...]
@@ -55,20 +56,20 @@ class Occupant:
 
     @property
     def title(self) -> str:
-        """The model's name, with its replica's number or their count where it is not the first one alone."""
+        """Returns the model's name, with its replica's number or their count where it is not the first one alone."""
         if self.replicas == (0,):
             return self.name
         return f"{self.name} #{self.replicas[0]}" if len(self.replicas) == 1 else f"{self.name} ×{len(self.replicas)}"
 
     @property
     def share(self) -> Figure:
-        """All that the model takes of one device."""
+        """Returns the sum of the blocks, which is all that the model takes of one device."""
         return sum((block.figure for block in self.blocks), Figure(0))
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One device, or several that are alike. `length` is its share of the longest bar, above 0 and at most 1."""
+    """A device, or several that are alike. `length` is its share of the longest bar, above 0 and at most 1."""
 
     devices: tuple[Device, ...]
     occupants: tuple[Occupant, ...]
@@ -78,13 +79,13 @@ class Bar:
 
     @property
     def title(self) -> str:
-        """The devices, as "n1:0" or "n1:0 to n1:7 (8 alike)"."""
+        """Returns the devices, as "n1:0" or "n1:0 to n1:7 (8 alike)"."""
         many = f" ({len(self.devices)} alike)" if len(self.devices) > 1 else ""
         return ranges(self.devices) + many
 
     @property
     def card(self) -> str:
-        """What kind of device it is, and its size."""
+        """Returns what kind of device it is, and its size."""
         device = self.devices[0]
         size = gib(device.total_bytes)
         return size if device.name.replace(" ", "") in (size, f"{device.total_bytes / GIB:g}GiB") else (
@@ -93,14 +94,14 @@ class Bar:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks from the left to the right, without empty ones."""
+        """Returns all blocks from left to right, and leaves out empty ones."""
         planned = (block for occupant in self.occupants for block in occupant.blocks)
         return tuple(block for block in (*planned, self.spare, self.others) if block.figure.bytes)
 
 
 @dataclass(frozen=True)
 class ModelNote:
-    """Why a model is where it is, and how much fits: a heading and sentences."""
+    """The reasons for a model's place, and how many requests fit: a heading and sentences."""
 
     title: str
     lines: tuple[str, ...]
@@ -108,7 +109,7 @@ class ModelNote:
 
 @dataclass(frozen=True)
 class ProblemNote:
-    """A model without a place. `fix` is the smallest change that helps; empty where none was found."""
+    """A model that has no place. `fix` is the smallest change that helps, or empty if none was found."""
 
     model: str
     message: str
@@ -117,7 +118,7 @@ class ProblemNote:
 
 @dataclass(frozen=True)
 class Chart:
-    """All that is shown, in the order in which it is shown."""
+    """What a plan shows, in the order in which it is shown."""
 
     verdict: str
     fits: bool
@@ -128,13 +129,13 @@ class Chart:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of blocks that there are, for the legend."""
+        """Returns the kinds of blocks that appear, for the legend."""
         found = {block.kind for bar in self.bars for block in bar.blocks}
         return tuple(kind for kind in LABELS if kind in found)
 
 
 def chart_of(plan: Plan) -> Chart:
-    """The picture of a plan."""
+    """Returns the picture of a plan."""
     bars = [_bar(device, plan) for device in plan.devices if device.is_gpu or any(plan.ranks_on(device))]
     merged = _merged(bars) if len(bars) > MOST_SINGLE_BARS else bars
     scaled, own_scales = _scaled(merged)
@@ -145,23 +146,23 @@ def chart_of(plan: Plan) -> Chart:
 
 
 def marked(figure: Figure) -> str:
-    """A figure in GiB with the sign of its certainty, such as "~0.55"."""
+    """Returns a figure in GiB with the sign of its certainty, such as "~0.55"."""
     return f"{MARKS[figure.certainty]}{figure.bytes / GIB:.2f}"
 
 
 def title_of(model: ModelPlan) -> str:
-    """The model's name, with its replica's number from the second one on."""
+    """Returns the model's name, with its replica's number from the second one on."""
     name = printable(model.name)
     return name if model.replica == 0 else f"{name} #{model.replica}"
 
 
 def printable(text: str) -> str:
-    """The text with signs that would move a terminal's cursor, or that XML has no form for, replaced."""
+    """Returns the text without signs that would move a terminal's cursor or that XML cannot hold. Each is replaced."""
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def ranges(devices: Sequence[Device]) -> str:
-    """Devices by their names, with neighbours joined: "n1:0 to n1:3, n2:0"."""
+    """Returns devices by their names, with neighbours joined: "n1:0 to n1:3, n2:0"."""
     runs: list[list[Device]] = []
     for device in devices:
         last = runs[-1][-1] if runs else None
@@ -178,7 +179,7 @@ def ranges(devices: Sequence[Device]) -> str:
 
 
 def cells(sizes: Sequence[int], width: int) -> list[int]:
-    """Whole cells for sizes in bytes, which add up to `width`.
+    """Returns a whole number of cells for each size in bytes. They add up to `width`.
 
     Each size gets its share, rounded so that the sum is right. A size above zero gets one cell at least while there
     are as many cells as such sizes; the largest blocks give that cell. With fewer cells, the largest sizes have them.
@@ -230,7 +231,7 @@ def _blocks(rank: RankPlan) -> tuple[Block, ...]:
 
 
 def _merged(bars: Sequence[Bar]) -> list[Bar]:
-    """Neighbours that are alike as one bar each. Replicas of one model are alike whatever their numbers are."""
+    """Returns one bar for neighbours that are alike. Replicas of one model are alike, whatever their numbers are."""
 
     def likeness(bar: Bar) -> object:
         device = bar.devices[0]
@@ -251,7 +252,8 @@ def _joined(bars: Sequence[Bar]) -> Bar:
 
 
 def _scaled(bars: Sequence[Bar]) -> tuple[list[Bar], bool]:
-    """The bars with their lengths, and whether each has a scale of its own. GPUs and hosts are not compared."""
+    """Returns the bars with their lengths, and whether each has a scale of its own. GPUs are not compared with
+    hosts."""
     longest = {
         is_gpu: max((bar.devices[0].total_bytes for bar in bars if bar.devices[0].is_gpu == is_gpu), default=1)
         for is_gpu in (True, False)
@@ -262,7 +264,7 @@ def _scaled(bars: Sequence[Bar]) -> tuple[list[Bar], bool]:
 
 
 def _model_notes(models: Iterable[ModelPlan]) -> Iterator[ModelNote]:
-    """One note for each model; replicas of which the same is said share one."""
+    """Yields one note for each model. Replicas of which the same is said share a note."""
     groups: dict[object, list[ModelPlan]] = {}
     for model in models:
         groups.setdefault((model.name, model.backend, _lines(model)), []).append(model)

@@ -1,4 +1,4 @@
-"""A plan as an SVG picture that stands alone: no script, no font and no file from elsewhere, light and dark.
+"""Draws a plan as an SVG picture that needs no script, no font and no other file, in light and dark.
 
 It draws the chart that `plan_text.py` prints. All text from outside is escaped; no place depends on the width of a
 font, since labels are cut by an estimate and clipped to their blocks.
@@ -47,7 +47,7 @@ PAGE = {
 
 
 def plan_svg(plan: Plan) -> str:
-    """The plan as the text of an SVG file."""
+    """Returns the plan as the text of an SVG file."""
     chart = chart_of(plan)
     page = _Page()
     _heading(page, chart)
@@ -70,7 +70,7 @@ def plan_svg(plan: Plan) -> str:
 
 
 class _Page:
-    """The elements so far, and the height at which the next one goes."""
+    """Collects the elements so far, and the height at which the next one goes."""
 
     def __init__(self) -> None:
         self.elements: list[str] = []
@@ -85,7 +85,7 @@ class _Page:
     def prose(
         self, text: str, size: int, style: str, indent: int = 0, width: int = INNER, is_mono: bool = False
     ) -> None:
-        """Lines of text below each other."""
+        """Adds lines of text below each other."""
         most = int((width - indent) / (size * (MONO_SIGN if is_mono else SIGN)))
         font = " mono" if is_mono else ""
         for line in textwrap.wrap(text, max(20, most), break_on_hyphens=False):
@@ -113,7 +113,7 @@ def _heading(page: _Page, chart: Chart) -> None:
 
 
 def _bar(page: _Page, bar: Bar, number: int) -> None:
-    """A card: its name and what is spare, the names of its models, the blocks, and each model's figures."""
+    """Adds a card: its name and what is spare, the names of its models, the blocks, and each model's figures."""
     device = bar.devices[0]
     page.space(34)
     room = f"spare {gib(bar.spare.figure.bytes)} of {gib(device.total_bytes)}"
@@ -165,7 +165,7 @@ def _block(page: _Page, block: Block, owner: str, x: int, top: float, width: int
 
 
 def _problem(page: _Page, problem: ProblemNote) -> None:
-    """A panel of its own, with the fix set apart."""
+    """Adds a panel for a problem, in which the fix stands apart."""
     page.space(18)
     top, at = page.y, len(page.elements)
     page.space(8)
@@ -185,7 +185,7 @@ def _problem(page: _Page, problem: ProblemNote) -> None:
 
 
 def _clipped(page: _Page, text: str, x: float, y: float, width: float) -> None:
-    """A label that never reaches beyond its block, whatever the font."""
+    """Adds a label that never reaches beyond its block, whatever the font is."""
     if text and width > 0:
         label = _text(0, 13, text, 12, "ink")
         page.add(f'<svg x="{x:g}" y="{y + 2:g}" width="{width:g}" height="18">{label}</svg>')
@@ -196,13 +196,13 @@ def _text(x: float, y: float, text: str, size: int, style: str) -> str:
 
 
 def _width_of(text: str, size: int) -> float:
-    """About the width of a text, in pixels, in a broad font."""
+    """Returns roughly how wide a text is, in pixels, in a broad font."""
     full = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
     return size * (SIGN * (len(text) - full) + FULL_SIGN * full)
 
 
 def _cut(text: str, width: float, size: int) -> str:
-    """The text, with its end left out where it is too wide; empty where not even two signs have room."""
+    """Returns the text, without its end if it is too wide. It is empty if there is no room for two signs."""
     if _width_of(text, size) <= width:
         return text
     while text and _width_of(text + "…", size) > width:
@@ -232,7 +232,7 @@ def _document(page: _Page, chart: Chart) -> str:
 
 
 def _sentences(chart: Chart) -> Iterable[str]:
-    """What the picture says, for a reader who does not see it."""
+    """Yields what the picture says, for a reader who does not see it."""
     for bar in chart.bars:
         parts = [f"{occupant.title} {gib(occupant.share.bytes)}" for occupant in bar.occupants]
         parts += [f"spare {gib(bar.spare.figure.bytes)}"]

@@ -1,4 +1,4 @@
-"""A plan on the terminal: a bar for each card, the table of figures, the reasons, and each problem with its fix.
+"""Prints a plan: a bar for each card, the table of figures, the reasons, and each problem with its fix.
 
 In a pipe the text is the same without colours. Rich decides on colours, by the terminal, NO_COLOR and TERM; blocks
 also differ by their signs, so that nothing is said by colour alone.
@@ -36,7 +36,7 @@ STYLES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Signs:
-    """The signs of a page, each one column wide."""
+    """The signs of a page. Each is one column wide."""
 
     blocks: dict[Kind, str]
     rule: str
@@ -48,7 +48,7 @@ ASCII = Signs(dict(zip(LABELS, "#=~-+.x", strict=True)), "-", ".")
 
 
 def print_plan(plan: Plan) -> None:
-    """Prints a plan to stdout, in colour where the terminal shows any."""
+    """Prints a plan to stdout, in colour if the terminal shows colours."""
     console = Console(file=sys.stdout, highlight=False)
     is_unicode = (console.encoding or "").lower().startswith("utf")
     for line in page(plan, _width(console), UNICODE if is_unicode else ASCII):
@@ -56,7 +56,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
-    """The lines of a plan. Bars, rules and prose are at most `width` columns wide."""
+    """Returns the lines of a plan. Bars, rules and prose are at most `width` columns wide."""
     chart = chart_of(plan)
     lines = list(_heading(chart, width, signs))
     for bar in chart.bars:
@@ -80,13 +80,13 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
 
 
 def _width(console: Console) -> int:
-    """COLUMNS, or the terminal's width, within what can be read."""
+    """Returns COLUMNS, or the terminal's width, within what can be read."""
     is_told = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
     return min(MOST_WIDTH, max(LEAST_WIDTH, console.width if is_told else PIPE_WIDTH))
 
 
 def _heading(chart: Chart, width: int, signs: Signs) -> Iterator[Text]:
-    """The legend, in as many lines as it takes, and what the marks mean."""
+    """Yields the legend, in as many lines as it needs, and what the marks mean."""
     line = Text()
     for kind in chart.kinds:
         entry = Text.assemble((signs.blocks[kind] * 2, STYLES[kind]), f" {LABELS[kind]}")
@@ -99,7 +99,7 @@ def _heading(chart: Chart, width: int, signs: Signs) -> Iterator[Text]:
 
 
 def _bar_lines(bar: Bar, width: int, signs: Signs) -> Iterator[Text]:
-    """The card, the names of its models above their blocks, and the blocks; then the names that had no room."""
+    """Yields the card, the names of its models above their blocks, the blocks, and the names that had no room."""
     device = bar.devices[0]
     room = f"spare {gib(bar.spare.figure.bytes)} of {gib(device.total_bytes)}"
     if bar.others.figure.bytes:
@@ -122,7 +122,7 @@ def _bar_lines(bar: Bar, width: int, signs: Signs) -> Iterator[Text]:
 
 
 def _ends(left: Text, right: Text, width: int) -> Iterator[Text]:
-    """Two texts at both ends of a line, or on two lines where one has no room for both."""
+    """Yields two texts at both ends of a line, or on lines of their own if one line has no room for both."""
     gap = width - left.cell_len - right.cell_len
     if gap >= 2:
         yield Text.assemble(left, " " * gap, right)
@@ -132,7 +132,7 @@ def _ends(left: Text, right: Text, width: int) -> Iterator[Text]:
 
 
 def _labels(bar: Bar, counts: Sequence[int], length: int, signs: Signs) -> tuple[Text, list[str]]:
-    """The names above their models' blocks, and in full those for which there was no room."""
+    """Returns the names above their models' blocks, and in full those that had no room there."""
     line, hidden, taken = Text(), list[str](), iter(counts)
     for occupant in bar.occupants:
         span = sum(next(taken) for block in occupant.blocks if block.figure.bytes)
@@ -159,7 +159,7 @@ def _rule(title: str, width: int, signs: Signs) -> Text:
 
 
 def _wrapped(text: str, width: int, first: int = 0, indent: int = 0, style: str = "") -> list[Text]:
-    """Prose in lines of at most `width` columns; words are never cut."""
+    """Returns prose in lines of at most `width` columns. It never cuts a word."""
     lines = textwrap.wrap(
         text, width, initial_indent=" " * first, subsequent_indent=" " * indent,
         break_long_words=False, break_on_hyphens=False,
@@ -173,7 +173,8 @@ COLUMNS = ("weights", "KV cache", "activation", "graphs", "context", "share")
 
 
 def _table(plan: Plan, width: int) -> list[Text]:
-    """A line for each model on each device, and what each device has to spare. It is what people copy."""
+    """Returns a line for each model on each device, and one for what each device has to spare. People copy these
+    lines."""
     rows = [
         (device, [(model, rank) for model in plan.models for rank in model.ranks if rank.device.id == device.id])
         for device in plan.devices
@@ -196,7 +197,7 @@ def _table(plan: Plan, width: int) -> list[Text]:
 
 @dataclass(frozen=True)
 class _Form:
-    """Widths of the table's first columns. Where the screen is narrower than a row, figures go below their model."""
+    """The widths of the table's first columns. If the page is narrower than a row, figures go below their model."""
 
     device: int
     model: int

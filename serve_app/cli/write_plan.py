@@ -1,4 +1,4 @@
-"""`serve-app plan --write`: a copy of the config file with what the plan chose, comments kept."""
+"""`serve-app plan --write` copies the config file, with its comments, and adds what the plan chose."""
 
 from io import StringIO
 from pathlib import Path
@@ -14,11 +14,11 @@ from serve_app.planning.resolve import pinned
 
 
 def write_plan(made: Plan, source: Path, target: Path) -> None:
-    """Writes `target`. Raises ConfigError when the plan does not fit, or the file cannot be written."""
+    """Writes `target`. Raises ConfigError if the plan does not fit or the file cannot be written."""
     if not made.fits:
-        raise ConfigError("plan: nothing is written, since not everything fits.")
+        raise ConfigError("plan: nothing was written, because not everything fits.")
     if source.resolve() == target.resolve():
-        raise ConfigError(f"plan: --write {target} is the file that was read. Name another one.")
+        raise ConfigError(f"plan: --write {target} would overwrite the file that was read. Name another file.")
     try:
         text = source.read_text()
     except OSError as error:
@@ -27,7 +27,7 @@ def write_plan(made: Plan, source: Path, target: Path) -> None:
 
 
 def pinned_text(made: Plan, text: str) -> str:
-    """The config file with the chosen fields in each model's `args`."""
+    """Returns the config file with the chosen fields in each model's `args`."""
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1000

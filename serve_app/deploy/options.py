@@ -1,4 +1,4 @@
-"""Ray Serve's options for a model's deployment: what the config implies, unless the config file overrides it."""
+"""Makes Ray Serve's options for a model's deployment from its config. The config file may override them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +31,7 @@ GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
 
 
 def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for `Deployment.options`.
+    """Returns the options for `Deployment.options`.
 
     `runtime_env` is the application's own from the config file. Serve would drop it for a deployment that brings one,
     so the two are merged here.
@@ -53,14 +53,15 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
 
 
 def _max_ongoing_requests(config: ModelConfig) -> int:
-    """More than the engine takes, so that a full queue is refused by the engine, which knows its rate."""
+    """Returns more requests than the engine takes, so that the engine, which knows its rate, refuses when its queue
+    is full."""
     default = VLLM_MOST_ROWS if config.infer_backend == "vllm" and config.device == "cuda" else 0
     rows = config.max_num_seqs or default
     return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS
 
 
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables that must be set before the replica's process imports torch.
+    """Returns the environment variables that must be set before the replica's process imports torch.
 
     Those of the user, `own`, win, but for the GPUs, which follow from the placement.
     """
@@ -77,7 +78,7 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
 
 
 def router_options(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for the router's deployment: no CPU of its own in Ray's books, so that it always finds a place.
+    """Returns the options for the router's deployment. It takes no CPU in Ray's books, so it always finds a place.
 
     It runs on the head node, which the cluster cannot lose anyway: on another one, all streams would end with it.
     `runtime_env` as in `model_options`.

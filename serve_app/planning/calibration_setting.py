@@ -1,4 +1,4 @@
-"""What a measured figure holds for: the model's shape, the engine and its version, the card, and the settings."""
+"""Says what a measured figure holds for: the model's shape, the engine and its version, the card, and the settings."""
 
 from collections.abc import Mapping
 
@@ -31,7 +31,8 @@ def calibration_setting(
     rank: int,
     ranks: int,
 ) -> Mapping[str, object]:
-    """The setting of one rank of `ranks`. All ranks of vLLM are alike and count as number 0; those of pt are not.
+    """Returns the setting of one rank of `ranks`. All ranks of vLLM are alike and count as number 0; those of pt are
+    not.
 
     `engine` names the engine's packages with their versions (`facts.packages`). The folder of the model is left out,
     because the same shape takes the same memory, wherever it was loaded from.

@@ -43,7 +43,7 @@ def test_an_index_decides_which_files_count(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert [tensor.name for tensor in local_tensors(tmp_path)] == ["a.weight", "b.weight"]
     (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(ConfigError, match="named by the index and is not there"):
+    with pytest.raises(ConfigError, match="listed in the index, but it is missing"):
         local_tensors(tmp_path)
 
 
@@ -51,7 +51,7 @@ def test_an_index_decides_which_files_count(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
     """Instead of a traceback."""
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is no safetensors file"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not a safetensors file"):
         local_tensors(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
     for change, words in (
         ({"vision_config": {"a": 1}}, "text models only"),
         ({"layer_types": ["chunked_attention"] * 2}, "layers of the type 'chunked_attention'"),
-        ({"torch_dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"torch_dtype": "float8"}, "the dtype 'float8' is unknown"),
     ):
         with pytest.raises(ConfigError, match=words):
             read_architecture(QWEN | change, "model: x")

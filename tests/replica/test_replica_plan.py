@@ -95,9 +95,11 @@ def test_who_holds_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_memory, "gpu_processes", lambda: processes)
     with pytest.raises(EngineError) as refused:
         plan_replica(config(), [gpu(0, 24, 6)])
-    assert str(refused.value).endswith("On GPU 0 (GPU-0): pid 4711 python 17.00 GiB; pid 4712 (not visible from here).")
+    assert str(refused.value).endswith(
+        "These processes hold memory of GPU 0 (GPU-0): pid 4711 python 17.00 GiB; pid 4712 (not visible from here)."
+    )
     monkeypatch.setattr(process_memory, "gpu_processes", list)
-    with pytest.raises(EngineError, match=r"On GPU 0 \(GPU-0\) 18\.00 GiB are held, by whom cannot be seen\."):
+    with pytest.raises(EngineError, match=r"processes that cannot be seen from here hold 18\.00 GiB\."):
         plan_replica(config(), [gpu(0, 24, 6)])
 
 
