@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 from serve_app.access.cluster_record import ClusterRecord, agree_on_model, agree_on_router, this_node
 from serve_app.access.keys import configured_keys
 from serve_app.config import ModelConfig, RouterConfig
-from serve_app.deploy.options import model_options, router_options
+from serve_app.deploy.options import model_options, replica_environment, router_options
 from serve_app.deploy.resolve_model import needs_devices, resolve_model
 from serve_app.errors import PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
@@ -40,8 +40,10 @@ def model(args: dict[str, Any]) -> Application:
     except ServeAppError as error:
         raise RayServeException(str(error)) from None
     deployment = serve.deployment(serve.ingress()(Model), name=MODEL_DEPLOYMENT)
-    options = model_options(resolved.config, resolved.demand, _runtime_env())
-    return deployment.options(**options).bind(resolved.config)
+    runtime_env = _runtime_env()
+    environment = replica_environment(resolved.config, resolved.demand, runtime_env.get("env_vars") or {})
+    options = model_options(resolved.config, resolved.demand, runtime_env)
+    return deployment.options(**options).bind(resolved.config, environment)
 
 
 def _inventory(config: ModelConfig) -> Inventory | None:

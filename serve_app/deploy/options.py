@@ -1,9 +1,11 @@
 """Makes Ray Serve's options for a model's deployment from its config. The config file may override them."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from serve_app.config import ModelConfig
+from serve_app.deploy.serve_env import serve_environment
 from serve_app.planning.resource_demand import Demand
 
 # Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
@@ -21,7 +23,9 @@ ROUTER_MAX_QUEUED_REQUESTS = 1024
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
 # Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
-OUTER_DOOR = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.access.door:middlewares"}
+# Replicas get it whatever Serve was started with: they must ask for a key in any case.
+_DOOR = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+OUTER_DOOR = {_DOOR: serve_environment("")[_DOOR]}
 
 # Ray gives the head node one of it.
 HEAD_NODE = "node:__internal_head__"
@@ -30,13 +34,14 @@ HEAD_NODE = "node:__internal_head__"
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
 
 
-def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+def model_options(
+    config: ModelConfig, demand: Demand, runtime_env: Mapping[str, Any], inherited: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
     """Returns the options for `Deployment.options`.
 
-    `runtime_env` is the application's own from the config file. Serve would drop it for a deployment that brings one,
-    so the two are merged here.
+    `runtime_env` is the application's own from the config file. `inherited` is what the processes of this cluster are
+    started with.
     """
-    variables = replica_environment(config, demand, runtime_env.get("env_vars") or {})
     return {
         "max_ongoing_requests": _max_ongoing_requests(config),
         "max_queued_requests": MAX_QUEUED_REQUESTS,
@@ -47,9 +52,20 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
             "num_cpus": demand.cpus,
             "num_gpus": demand.gpus,
             "resources": demand.resources,
-            "runtime_env": {**runtime_env, "env_vars": variables},
+            **_with_door(runtime_env, inherited),
         },
     }
+
+
+def _with_door(runtime_env: Mapping[str, Any], inherited: Mapping[str, str]) -> dict[str, Any]:
+    """The application's `runtime_env` with the door, which must be there before Serve is imported.
+
+    Serve would drop it for a deployment that brings one, so the two are merged here. Without any, Ray starts the
+    replica in the process that has built its application: a process less, and Serve's modules are there already.
+    """
+    if not runtime_env and OUTER_DOOR.items() <= inherited.items():
+        return {}
+    return {"runtime_env": {**runtime_env, "env_vars": {**OUTER_DOOR, **(runtime_env.get("env_vars") or {})}}}
 
 
 def _max_ongoing_requests(config: ModelConfig) -> int:
@@ -63,10 +79,11 @@ def _max_ongoing_requests(config: ModelConfig) -> int:
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment variables that must be set before the replica's process imports torch.
 
-    Those of the user, `own`, win, but for the GPUs, which follow from the placement.
+    Those of the user, `own`, stay as they are, but for the GPUs, which follow from the placement.
     """
     threads = str(max(1, int(demand.cpus)))
-    variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **OUTER_DOOR, **own}
+    defaults = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    variables = {name: value for name, value in defaults.items() if name not in own}
     if config.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
         return variables
@@ -77,13 +94,12 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
     return variables
 
 
-def router_options(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+def router_options(runtime_env: Mapping[str, Any], inherited: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Returns the options for the router's deployment. It takes no CPU in Ray's books, so it always finds a place.
 
     It runs on the head node, which the cluster cannot lose anyway: on another one, all streams would end with it.
-    `runtime_env` as in `model_options`.
+    `runtime_env` and `inherited` as in `model_options`.
     """
-    variables = {**OUTER_DOOR, **(runtime_env.get("env_vars") or {})}
     return {
         "max_ongoing_requests": ROUTER_MAX_ONGOING_REQUESTS,
         "max_queued_requests": ROUTER_MAX_QUEUED_REQUESTS,
@@ -93,6 +109,6 @@ def router_options(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
         "ray_actor_options": {
             "num_cpus": 0,
             "resources": {HEAD_NODE: 0.001},
-            "runtime_env": {**runtime_env, "env_vars": variables},
+            **_with_door(runtime_env, inherited),
         },
     }

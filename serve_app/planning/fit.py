@@ -391,5 +391,5 @@ def _shortage(
 
 
 def gib(size: float) -> str:
-    """Returns the bytes as people read them: 1.25 GiB or 120 MiB."""
+    """Returns bytes as people read them: 1.25 GiB or 120 MiB."""
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB else f"{size / 2**20:.1f} MiB"

@@ -5,8 +5,9 @@ by route, where Serve calls it directly, and by name, where the router calls `ht
 """
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import ray
 from ray import serve
@@ -28,7 +29,7 @@ from serve_app.replica.memory_watch import MemoryWatch
 from serve_app.replica.replica_plan import plan_replica, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
-from serve_app.terminal import say
+from serve_app.terminal import notify, say
 from serve_app.wire.asgi import HttpRequest, call_asgi
 
 # Seconds that a whole GPU may still be held by what ran there before.
@@ -38,7 +39,9 @@ LEAVE_TIMEOUT_S = 20.0
 class Model:
     """The deployment class of every model. The model's name is the application's name."""
 
-    async def __init__(self, config: ModelConfig):  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: ModelConfig, environment: Mapping[str, str]):  # type: ignore[misc]  # Serve awaits it
+        """`environment` is set before the engine's libraries are imported, which read it then."""
+        os.environ.update(environment)
         self.name = serve.get_replica_context().app_name
         self._config = config
         source = configured_keys()
@@ -48,7 +51,7 @@ class Model:
         say(f"loading {config.model} with {config.infer_backend}")
         gpus = _gpus(config)
         try:
-            async with starting_alone([gpu.uuid for gpu in gpus], say):
+            async with starting_alone([gpu.uuid for gpu in gpus], notify):
                 planned = await self._plan()
                 self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name, planned)
                 self._app: ASGIApp = await self._engine.start()
@@ -87,7 +90,7 @@ class Model:
         GPU itself if memory is counted by index."""
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
-            await left_by_others(lambda: _gpus(self._config), say)
+            await left_by_others(lambda: _gpus(self._config), notify)
         return await asyncio.to_thread(plan_replica, self._config, _gpus(self._config), by_index)
 
     async def _stop(self) -> None:
