@@ -1,4 +1,5 @@
-"""A model's own route takes a body only when it is whole, small enough and in time: engines read without a limit."""
+"""Takes a body by a model's own route only if it is whole, small enough and in time, since engines read without a
+limit."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,7 +19,7 @@ class WholeBody:
         show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI connection."""
         if scope["type"] != "http" or scope["method"] not in METHODS_WITH_BODY:
             await self._app(scope, receive, send)
             return
