@@ -20,7 +20,7 @@ from serve_app.config import RouterConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, ModelUnavailable
 from serve_app.router.deployment import build_app
 from serve_app.router.directory import ModelStatus
-from serve_app.router.forward import Proxy
+from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
 from serve_app.router.upstream.protocol import HandleUpstream
 from serve_app.wire.asgi import HttpRequest, call_asgi
@@ -133,8 +133,8 @@ def client(directory: Directory, **config: Any) -> httpx.AsyncClient:
     settings = RouterConfig(**config)
     upstream = HandleUpstream(directory, settings.discovery_interval_s)  # type: ignore[arg-type]
     gate = Gate(KeySource(None, {}), ActorLimiter())
-    proxy = Proxy(settings, directory, upstream, RouterMetrics(), gate)  # type: ignore[arg-type]
-    app = build_app(proxy, directory, gate)  # type: ignore[arg-type]
+    forwarder = Forwarder(settings, directory, upstream, RouterMetrics(), gate)  # type: ignore[arg-type]
+    app = build_app(forwarder, directory, gate)  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
 
 

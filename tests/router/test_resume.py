@@ -21,7 +21,7 @@ from serve_app.router import relay, suspicion
 from serve_app.router import resume as resume_module
 from serve_app.router.deployment import build_app
 from serve_app.router.directory import ModelStatus
-from serve_app.router.forward import Proxy
+from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
 from serve_app.router.suspicion import Death, Suspect
 from serve_app.router.transcript import CannotResume, Transcript, WholeEvents, kind_of
@@ -126,8 +126,8 @@ async def stream(replicas: Replicas, path: str, body: dict[str, Any], **config: 
     """The events that a client gets."""
     gate = Gate(KeySource(None, {}), ActorLimiter())
     settings = RouterConfig(**{"max_retries": 5, **config})
-    proxy = Proxy(settings, Directory(), replicas, RouterMetrics(), gate)  # type: ignore[arg-type]
-    transport = httpx.ASGITransport(app=build_app(proxy, Directory(), gate))  # type: ignore[arg-type]
+    forwarder = Forwarder(settings, Directory(), replicas, RouterMetrics(), gate)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app=build_app(forwarder, Directory(), gate))  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as session:
         reply = await session.post(path, json=body)
     blocks = [block for block in reply.text.split("\n\n") if block.startswith("data: ")]

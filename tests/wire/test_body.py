@@ -11,15 +11,15 @@ from serve_app.access import gate as gate_module
 from serve_app.access.gate import KeyedApp, KeyedRouter
 from serve_app.config import RouterConfig
 from serve_app.errors import InvalidRequest
-from serve_app.router import forward
+from serve_app.router import forwarder as forwarder_module
 from serve_app.router.deployment import build_app
-from serve_app.router.forward import Proxy
+from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
 from serve_app.wire import body as body_module
 from serve_app.wire.body import MOST_NAME_BYTES, peek, with_fields
 from serve_app.wire.census import UNCOUNTED_BYTES
 from tests.access.test_gate import AUTH, ENGINE, client, make_gate
-from tests.router.test_forward import Models, says
+from tests.router.test_forwarder import Models, says
 
 CHAT = "/v1/chat/completions"
 
@@ -83,7 +83,7 @@ async def test_large_bodies_are_read_and_written_beside_the_event_loop(
     """Looking at them, asking for their usage, and giving them another model's name; small ones stay on it."""
     loop_thread, seen = threading.get_ident(), set()
     gate, _ = make_gate(tmp_path, "tokens_per_minute: 10_000_000")
-    by_name, by_route = [(forward, "peek"), (forward, "with_model")], [(gate_module, "_seen")]
+    by_name, by_route = [(forwarder_module, "peek"), (forwarder_module, "with_model")], [(gate_module, "_seen")]
     watched_functions = [*(by_name if way == "by name" else by_route), (gate_module, "metered")]
     for owner, name in watched_functions:
         real = getattr(owner, name)
@@ -96,8 +96,8 @@ async def test_large_bodies_are_read_and_written_beside_the_event_loop(
         monkeypatch.setattr(owner, name, watched)
     if way == "by name":
         models = Models(m=says(b"{}"))
-        proxy = Proxy(RouterConfig(aliases={"other": "m"}), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-        app: Any = KeyedRouter(build_app(proxy, models, gate), gate)  # type: ignore[arg-type]
+        forwarder = Forwarder(RouterConfig(aliases={"other": "m"}), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
+        app: Any = KeyedRouter(build_app(forwarder, models, gate), gate)  # type: ignore[arg-type]
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
     else:
         http = client(KeyedApp(ENGINE, gate, "m"))

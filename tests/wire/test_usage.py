@@ -15,14 +15,14 @@ from starlette.routing import Route
 from serve_app.access.gate import KeyedApp, KeyedRouter
 from serve_app.config import RouterConfig
 from serve_app.router.deployment import build_app
-from serve_app.router.forward import Proxy
+from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
 from serve_app.wire import usage as usage_module
 from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.body import peek
 from serve_app.wire.usage import UsageMeter, asking, estimate_tokens, without_usage
 from tests.access.test_gate import AUTH, client, make_gate
-from tests.router.test_forward import Models
+from tests.router.test_forwarder import Models
 
 CHAT = "/v1/chat/completions"
 USAGE = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":2,"total_tokens":9,"completion_tokens":7}}\n\n'
@@ -209,8 +209,8 @@ async def test_a_long_field_behind_the_usage_makes_no_answer_free(
         http = client(KeyedApp(Starlette(routes=[Route(CHAT, engine, methods=["POST"])]), gate, "m"))
     else:
         models = Models(m=lambda _: (200, [LONG]))
-        proxy = Proxy(RouterConfig(), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-        app = KeyedRouter(build_app(proxy, models, gate), gate)  # type: ignore[arg-type]
+        forwarder = Forwarder(RouterConfig(), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
+        app = KeyedRouter(build_app(forwarder, models, gate), gate)  # type: ignore[arg-type]
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
     async with http:
         assert (await http.post(CHAT, json={"model": "m"}, headers=AUTH)).content == LONG
@@ -229,8 +229,8 @@ async def test_a_stream_by_name_is_charged_by_what_it_used(tmp_path: Path, cut: 
 
     gate, limiter = make_gate(tmp_path, "tokens_per_minute: 1000")
     models = Models(m=reply)
-    proxy = Proxy(RouterConfig(), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-    app = KeyedRouter(build_app(proxy, models, gate), gate)  # type: ignore[arg-type]
+    forwarder = Forwarder(RouterConfig(), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
+    app = KeyedRouter(build_app(forwarder, models, gate), gate)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router", headers=AUTH) as http:
         plain = await http.post(CHAT, json={"model": "m", "stream": True})
         wanted = await http.post(CHAT, json={"model": "m", "stream": True, "stream_options": {"include_usage": True}})

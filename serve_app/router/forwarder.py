@@ -68,7 +68,7 @@ REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
 PROGRESS_HEADER = b"x-serve-app-progress"
 
 
-class Proxy:
+class Forwarder:
     """The router's endpoint for everything that names a model in its body. `config` may be replaced while it runs."""
 
     def __init__(

@@ -20,7 +20,7 @@ from serve_app.errors import DeadlineExceeded, ModelNotFound, ModelUnavailable, 
 from serve_app.router import relay, suspicion
 from serve_app.router.deployment import build_app
 from serve_app.router.directory import ControllerSilent, ModelStatus
-from serve_app.router.forward import Proxy
+from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
 from serve_app.router.queues import ModelQueue
 from serve_app.router.suspicion import Death, Suspect
@@ -118,17 +118,17 @@ def says(*pieces: Any, status: int = 200) -> Reply:
     return lambda _: (status, list(pieces))
 
 
-def proxy_of(models: Models, **config: Any) -> tuple[Proxy, httpx.AsyncClient]:
+def forwarder_of(models: Models, **config: Any) -> tuple[Forwarder, httpx.AsyncClient]:
     """A router before them, and a client."""
     gate = Gate(KeySource(None, {}), ActorLimiter())
-    proxy = Proxy(RouterConfig(**config), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-    app = build_app(proxy, models, gate)  # type: ignore[arg-type]
-    return proxy, httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
+    forwarder = Forwarder(RouterConfig(**config), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
+    app = build_app(forwarder, models, gate)  # type: ignore[arg-type]
+    return forwarder, httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
 
 
 async def ask(models: Models, body: dict[str, Any], path: str = "/v1/x", **config: Any) -> httpx.Response:
     """One request."""
-    _, client = proxy_of(models, **config)
+    _, client = forwarder_of(models, **config)
     async with client:
         return await client.post(path, json=body)
 
@@ -152,10 +152,10 @@ async def test_a_stand_in_answers_for_a_model_that_is_down_or_full(first: Reply 
 
 async def test_names_change_while_requests_run() -> None:
     """What `user_config` replaces is read for each request."""
-    proxy, client = proxy_of(Models(real=says(b"{}")))
+    forwarder, client = forwarder_of(Models(real=says(b"{}")))
     async with client:
         assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 404
-        proxy.config = RouterConfig(aliases={"gpt": "real"})
+        forwarder.config = RouterConfig(aliases={"gpt": "real"})
         assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 200
 
 
@@ -185,7 +185,7 @@ async def test_what_a_request_used_of_its_key(
         told.append(tokens)
 
     monkeypatch.setattr(Admission, "release", release)
-    _, client = proxy_of(Models(a=replies), max_retries=0)
+    _, client = forwarder_of(Models(a=replies), max_retries=0)
     async with client:
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
@@ -241,10 +241,10 @@ async def test_an_answer_that_its_client_never_takes_is_not_free(
             await asyncio.Event().wait()
 
     monkeypatch.setattr(Admission, "release", release)
-    proxy, read = proxy_of(Models(a=says(*pieces)), idle_timeout_s=0.1)[0], list[bool]()
+    forwarder, read = forwarder_of(Models(a=says(*pieces)), idle_timeout_s=0.1)[0], list[bool]()
     scope = {"type": "http", "method": "POST", "path": "/v1/x", "query_string": b"", "headers": []}
     with suppress(DeadlineExceeded):
-        await proxy(scope, receive, send)
+        await forwarder(scope, receive, send)
     assert told == [9]
 
 
@@ -263,7 +263,7 @@ async def test_a_model_hears_the_name_of_the_key_from_the_router_alone(
         return Admission(key)
 
     monkeypatch.setattr(Gate, "admit", admit)
-    _, client = proxy_of(Models(a=reply))
+    _, client = forwarder_of(Models(a=reply))
     headers = {"x-serve-app-key-name": "another", "connection": "x-serve-app-key-name"}
     async with client:
         for sent in ({}, headers, {"x-serve-app-key-name": "another"}):
@@ -274,8 +274,8 @@ async def test_a_model_hears_the_name_of_the_key_from_the_router_alone(
 async def test_a_path_is_told_without_serves_root_path() -> None:
     """Replicas add their own."""
     models = Models(a=says(b"{}"))
-    proxy, _ = proxy_of(models)
-    app = build_app(proxy, models, Gate(KeySource(None, {}), ActorLimiter()))  # type: ignore[arg-type]
+    forwarder, _ = forwarder_of(models)
+    app = build_app(forwarder, models, Gate(KeySource(None, {}), ActorLimiter()))  # type: ignore[arg-type]
     seen: list[str] = []
     send = models.send
 
@@ -299,23 +299,23 @@ async def test_a_request_waits_for_a_model_that_loads() -> None:
     assert (await waiting).status_code == 200
     late = await ask(Models(a="loading"), {"model": "a"}, hold_timeout_s=0.1)
     assert (late.status_code, late.headers["retry-after"]) == (503, "7")
-    proxy, client = proxy_of(Models(a="loading"), hold_timeout_s=1, max_held_requests=1)
+    forwarder, client = forwarder_of(Models(a="loading"), hold_timeout_s=1, max_held_requests=1)
     async with client:
         replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
     assert sorted(reply.status_code for reply in replies) == [429, 429, 503]
-    assert not any(queue.held or queue.waiting for queue in proxy._queues.values())
+    assert not any(queue.held or queue.waiting for queue in forwarder._queues.values())
 
 
 async def test_a_model_that_is_asleep_is_woken_and_its_requests_wait() -> None:
     """Each makes a call of its own, by which Serve counts them; one that may not wait makes one and is refused."""
     models = Models(a="asleep")
-    _, client = proxy_of(models)
+    _, client = forwarder_of(models)
     async with client:
         replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
     assert [reply.status_code for reply in replies] == [200, 200, 200]
     assert (models.calls, models.woken) == (3, ["a", "a", "a"])
     models = Models(a="asleep")
-    _, client = proxy_of(models, max_held_requests=0)
+    _, client = forwarder_of(models, max_held_requests=0)
     async with client:
         refused = [await client.post("/v1/x", json={"model": "a"}) for _ in range(2)]
         assert [(reply.status_code, reply.headers["retry-after"]) for reply in refused] == [(503, "7"), (503, "7")]
@@ -340,16 +340,16 @@ PROGRESS = {"x-serve-app-progress": "1"}
 
 async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytest.LogCaptureFixture) -> None:
     """In comments before the answer, which readers of events skip. What fails then is an event, and is counted."""
-    _, client = proxy_of(Models(a="asleep"))
+    _, client = forwarder_of(Models(a="asleep"))
     async with client:
         told = await client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS)
         assert told.text.startswith(": loading 'a', about 7 s left\n\ndata: 1\n\ndata: [DONE]\n\n")
         assert (told.status_code, told.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-    _, client = proxy_of(Models(a="asleep"))
+    _, client = forwarder_of(Models(a="asleep"))
     async with client:
         whole = await client.post("/v1/x", json={"model": "a"}, headers=PROGRESS)
         assert not whole.text.startswith(":")
-    _, client = proxy_of(Models(a="loading"), hold_timeout_s=0.1)
+    _, client = forwarder_of(Models(a="loading"), hold_timeout_s=0.1)
     async with client:
         late = await client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS)
     _, event, _ = late.text.split("\n\n")
@@ -357,7 +357,7 @@ async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytes
     logged = [json.loads(record.getMessage()) for record in caplog.records if record.getMessage().startswith("{")]
     assert logged[-1]["error_code"] == "model_unavailable"
     models = Models(a="loading")
-    _, client = proxy_of(models)
+    _, client = forwarder_of(models)
     async with client:
         asking = asyncio.create_task(client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS))
         await asyncio.sleep(0.1)
@@ -370,7 +370,7 @@ async def test_a_refusal_that_is_no_json_or_breaks_is_an_event_too() -> None:
     """For a client whose stream has begun with comments."""
     for reply in (says(b"bad gateway", status=404), says(ReplicaLost("died"), status=404)):
         models = Models(a="loading")
-        _, client = proxy_of(models, max_retries=0)
+        _, client = forwarder_of(models, max_retries=0)
         async with client:
             body = {"model": "a", "stream": True}
             asking = asyncio.create_task(client.post("/v1/x", json=body, headers=PROGRESS))
@@ -391,7 +391,7 @@ async def test_a_large_answer_becomes_an_event_beside_the_event_loop(monkeypatch
 
     monkeypatch.setattr(relay.msgspec.json, "format", watched)
     models = Models(a="loading")
-    _, client = proxy_of(models)
+    _, client = forwarder_of(models)
     async with client:
         asking = asyncio.create_task(client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS))
         await asyncio.sleep(0.1)
@@ -445,7 +445,7 @@ async def test_a_model_that_stops_being_ready_in_between_is_waited_for() -> None
 async def test_a_reader_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be told either, and must not hold its place for ever."""
     monkeypatch.setattr(relay, "LAST_WORDS_TIMEOUT_S", 0.2)
-    proxy, _ = proxy_of(Models(a=says(*[b"data: 1\n\n"] * 3)), total_timeout_s=0.3)
+    forwarder, _ = forwarder_of(Models(a=says(*[b"data: 1\n\n"] * 3)), total_timeout_s=0.3)
     body = [{"type": "http.request", "body": b'{"model": "a"}', "more_body": False}]
 
     async def receive() -> Any:
@@ -458,7 +458,7 @@ async def test_a_reader_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyP
     scope = {"type": "http", "method": "POST", "path": "/v1/x", "query_string": b"", "headers": []}
     async with asyncio.timeout(5):
         with pytest.raises(DeadlineExceeded):
-            await proxy(scope, receive, send)
+            await forwarder(scope, receive, send)
 
 
 async def test_a_lost_request_is_sent_again_before_its_first_byte() -> None:
@@ -532,7 +532,7 @@ async def test_engines_that_are_gone_are_waited_for_a_while(monkeypatch: pytest.
 async def test_a_full_queue_is_a_429_with_the_time_that_it_needs() -> None:
     """One model's flood leaves the others alone."""
     models = Models(slow=says(0.5, b"{}"), other=says(b"{}"))
-    proxy, client = proxy_of(models, max_waiting_requests=2)
+    forwarder, client = forwarder_of(models, max_waiting_requests=2)
     async with client:
         flood = [asyncio.create_task(client.post("/v1/x", json={"model": "slow"})) for _ in range(4)]
         await asyncio.sleep(0.1)
@@ -540,7 +540,7 @@ async def test_a_full_queue_is_a_429_with_the_time_that_it_needs() -> None:
         replies = await asyncio.gather(*flood)
     assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429]
     assert all(reply.headers["retry-after"] for reply in replies if reply.status_code == 429)
-    assert proxy._queues["slow"].waiting == 0
+    assert forwarder._queues["slow"].waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -566,7 +566,7 @@ async def test_no_first_byte_in_time_is_a_504() -> None:
 async def test_large_headers_and_climbing_paths_are_refused() -> None:
     """Before anything is sent."""
     models = Models(a=says(b"{}"))
-    _, client = proxy_of(models)
+    _, client = forwarder_of(models)
     async with client:
         large = await client.post("/v1/x", json={"model": "a"}, headers={"x-big": "x" * 40_000})
         climbing = await client.post("/%2e%2e/other/v1/x", json={"model": "a"})
@@ -576,11 +576,11 @@ async def test_large_headers_and_climbing_paths_are_refused() -> None:
 
 async def test_a_name_that_nobody_has_leaves_nothing_behind() -> None:
     """Clients cannot fill the router's memory with names."""
-    proxy, client = proxy_of(Models(a=says(b"{}")))
+    forwarder, client = forwarder_of(Models(a=says(b"{}")))
     async with client:
         for number in range(20):
             assert (await client.post("/v1/x", json={"model": f"made-up-{number}"})).status_code == 404
-    assert proxy._queues == {}
+    assert forwarder._queues == {}
 
 
 def test_the_time_to_wait_follows_the_measured_rate() -> None:
