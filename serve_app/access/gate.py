@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.access.keys import ApiKey, KeySource
 from serve_app.access.limiter import router_token
-from serve_app.access.limits import Limiter, Limits, Verdict, duration
+from serve_app.access.limits import KeyLimits, Limiter, Verdict, duration
 from serve_app.access.origin import require_own_page
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
@@ -111,7 +111,7 @@ class Gate:
         return Admission(key.name, verdict, self._limiter, limits.tokens_per_minute is not None)
 
 
-def _refuse(key: str, limits: Limits, verdict: Verdict) -> NoReturn:
+def _refuse(key: str, limits: KeyLimits, verdict: Verdict) -> NoReturn:
     wait_s = verdict.retry_after_s or 0.0
     what = {
         "requests": f"{limits.requests_per_minute} requests a minute",

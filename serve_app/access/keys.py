@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serve_app.access.limits import Limits
+from serve_app.access.limits import KeyLimits
 from serve_app.errors import ConfigError, Forbidden, Unauthorized, nearest
 from serve_app.terminal import say
 
@@ -72,9 +72,9 @@ class ApiKey(BaseModel):
     max_concurrent_requests: Positive | None = None
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> KeyLimits:
         """What the key may use; false where nothing is limited."""
-        return Limits(self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
+        return KeyLimits(self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
 
     def may_use(self, model: str) -> bool:
         """Whether the key opens this model."""

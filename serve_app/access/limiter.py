@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from serve_app.access.limits import RENEW_S, Limits, Verdict, Windows
+from serve_app.access.limits import RENEW_S, KeyLimits, Verdict, Windows
 from serve_app.ray_serve import NAMESPACE, store, stored
 
 logger = logging.getLogger("ray.serve")
@@ -50,7 +50,7 @@ class LimiterActor:
     def __init__(self) -> None:
         self._windows = Windows()
 
-    async def take(self, key: str, limits: Limits, estimated_tokens: int, lease: str) -> Verdict:
+    async def take(self, key: str, limits: KeyLimits, estimated_tokens: int, lease: str) -> Verdict:
         """As in `Windows`."""
         return self._windows.take(key, limits, estimated_tokens, lease)
 
@@ -112,7 +112,7 @@ class ActorLimiter:
         except Exception as error:  # As in `_ask`.
             self._failed(error)
 
-    async def take(self, key: str, limits: Limits, estimated_tokens: int) -> Verdict:
+    async def take(self, key: str, limits: KeyLimits, estimated_tokens: int) -> Verdict:
         """Asks the actor, for at most `TAKE_TIMEOUT_S` seconds. Without an answer the request is let through.
 
         Such a request holds a lease all the same, which the actor learns of at the next renewal.
@@ -132,7 +132,7 @@ class ActorLimiter:
         self._held.pop(lease, None)
         self._tell("settle", key, lease, tokens_used)
 
-    async def _ask(self, key: str, limits: Limits, estimated_tokens: int, lease: str) -> Verdict:
+    async def _ask(self, key: str, limits: KeyLimits, estimated_tokens: int, lease: str) -> Verdict:
         unlimited = Verdict(True, lease if limits.needs_lease else None)
         if self._clock() < self._paused_until:
             return unlimited

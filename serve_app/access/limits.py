@@ -31,7 +31,7 @@ Reason = Literal["requests", "tokens", "concurrent"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class KeyLimits:
     """What one key may use; None is without limit."""
 
     requests_per_minute: int | None = None
@@ -39,7 +39,7 @@ class Limits:
     max_concurrent_requests: int | None = None
 
     def __bool__(self) -> bool:
-        return self != Limits()
+        return self != KeyLimits()
 
     @property
     def needs_lease(self) -> bool:
@@ -69,7 +69,7 @@ class Limiter(Protocol):
         """Gets ready before the first request. Raises nothing."""
         ...
 
-    async def take(self, key: str, limits: Limits, estimated_tokens: int) -> Verdict:
+    async def take(self, key: str, limits: KeyLimits, estimated_tokens: int) -> Verdict:
         """Charges a request to the key called `key`. Raises nothing: a limiter that is away lets requests through."""
         ...
 
@@ -126,7 +126,7 @@ class Windows:
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
 
-    def take(self, key: str, limits: Limits, estimated_tokens: int, lease: str) -> Verdict:
+    def take(self, key: str, limits: KeyLimits, estimated_tokens: int, lease: str) -> Verdict:
         """Charges one request to `key` under the name `lease`, or says when to come back. A refused one costs nothing.
 
         An estimate over the whole limit counts as the whole limit: it is a guess, and must not shut a request out for
@@ -178,7 +178,7 @@ class Windows:
             charged = held[lease][0] if lease in held else 0
             held[lease] = (charged, expires_at)
 
-    def _account(self, key: str, limits: Limits, now: float) -> _Account:
+    def _account(self, key: str, limits: KeyLimits, now: float) -> _Account:
         """The key's account at this time, under its limits of today, without the leases that have expired."""
         account = self._accounts.setdefault(key, _Account())
         account.requests = _metered(account.requests, limits.requests_per_minute, now)

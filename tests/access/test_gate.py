@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.access.gate import Gate, KeyedApp, KeyedRouter, refusal
 from serve_app.access.keys import KeySource, sha256_of
-from serve_app.access.limits import Limits, Verdict, Windows
+from serve_app.access.limits import KeyLimits, Verdict, Windows
 from serve_app.errors import Forbidden, RateLimited, TokensLimited, Unauthorized
 from serve_app.wire.usage import estimate_tokens
 
@@ -40,7 +40,7 @@ class LocalLimiter:
         """Remembers it."""
         self.is_warm = True
 
-    async def take(self, key: str, limits: Limits, estimated_tokens: int) -> Verdict:
+    async def take(self, key: str, limits: KeyLimits, estimated_tokens: int) -> Verdict:
         """Charges at once."""
         self.takes += 1
         return self.windows.take(key, limits, estimated_tokens, str(self.takes))

@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.access import keys as keys_module
 from serve_app.access.keys import ApiKey, KeyRing, KeySource, configured_keys, read_keys, sha256_of
-from serve_app.access.limits import Limits
+from serve_app.access.limits import KeyLimits
 from serve_app.errors import ConfigError, Forbidden, Unauthorized
 
 
@@ -55,7 +55,7 @@ def test_a_file_is_read_with_all_its_fields(tmp_path: Path) -> None:
         f"- {{name: team-b, sha256: {sha256_of('sk-2').upper()}}}\n"
     )
     first, second = read_keys(keys_file(tmp_path, text), {})
-    assert (first.name, first.models, first.limits) == ("team-a", ("a", "b"), Limits(60, 10000, 4))
+    assert (first.name, first.models, first.limits) == ("team-a", ("a", "b"), KeyLimits(60, 10000, 4))
     assert (second.models, bool(second.limits)) == (None, False)
     assert KeyRing([first, second]).find(b"Bearer sk-2") is second
 

@@ -73,7 +73,7 @@ class Part:
         return self.delta == Delta() and self.piece.finish_reason is None and not self.piece.logprobs
 
 
-class Progress:
+class ChoiceProgress:
     """How far one choice is. Keeps nothing that grows with it."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class Progress:
         return "tool_calls" if self._reason == "stop" and self._has_calls and not named else self._reason
 
 
-class Answer(Progress):
+class WholeChoice(ChoiceProgress):
     """All parts of one choice, which are joined once."""
 
     def __init__(self, opening: str = ""):

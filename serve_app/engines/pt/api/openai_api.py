@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from serve_app.engines.pt.api.job import CHAT, TEXT, Answer, Job, Part, Progress, Shape
+from serve_app.engines.pt.api.job import CHAT, TEXT, ChoiceProgress, Job, Part, Shape, WholeChoice
 from serve_app.engines.pt.api.openapi import openapi_document
 from serve_app.engines.pt.api.prompts import Prompts
 from serve_app.engines.pt.api.protocol import (
@@ -228,7 +228,7 @@ class _Endpoints:
         return Job(asked, prompts, params, shape, readers, self._openings(asked, prompts))
 
     async def _whole(self, job: Job, places: Reservation) -> Response:
-        answers = [Answer(text) for text in job.openings]
+        answers = [WholeChoice(text) for text in job.openings]
         async with aclosing(self._pieces(job, places)) as pieces:
             async for index, part in pieces:
                 answers[index].add(part)
@@ -236,7 +236,7 @@ class _Endpoints:
             return _json_response(self._write(job, answers))
         return _json_response(await self._workers.run(SMALL_BYTES + 1, partial(self._write, job, answers)))
 
-    def _write(self, job: Job, answers: Sequence[Answer]) -> bytes:
+    def _write(self, job: Job, answers: Sequence[WholeChoice]) -> bytes:
         """The whole answer as JSON, one choice after the other, so that no step is long."""
         choices = [
             msgspec.json.encode(
@@ -256,7 +256,7 @@ class _Endpoints:
     async def _stream(self, job: Job, places: Reservation) -> AsyncGenerator[bytes]:
         head = self._head(job, job.shape.chunk_object)
         usage = {"usage": None} if job.request.include_usage else {}
-        answers = [Progress() for _ in job.choices]
+        answers = [ChoiceProgress() for _ in job.choices]
         try:
             for index, text in enumerate(job.openings):
                 if job.shape.opening is not None or text:
@@ -376,7 +376,7 @@ def _key_name(request: Request) -> str | None:
     return None if name is None else name.decode("latin-1")
 
 
-def _usage(job: Job, answers: Sequence[Progress]) -> dict[str, int]:
+def _usage(job: Job, answers: Sequence[ChoiceProgress]) -> dict[str, int]:
     generated = sum(answer.tokens for answer in answers)
     return {
         "prompt_tokens": job.prompt_tokens,
