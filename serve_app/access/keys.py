@@ -80,6 +80,12 @@ class ApiKey(BaseModel):
         """Whether the key opens this model."""
         return self.models is None or model in self.models
 
+    def require(self, model: str) -> None:
+        """Raises Forbidden where the key does not open the model."""
+        if not self.may_use(model):
+            names = ", ".join(self.models or ())
+            raise Forbidden(f"The API key '{self.name}' may not use the model '{model}', only: {names}.", param="model")
+
 
 class KeyRing:
     """All keys that are known at one time."""
@@ -105,12 +111,6 @@ class KeyRing:
         if found is None:
             raise Unauthorized("The API key is not known here. Ask whoever runs this service for one.")
         return found
-
-    def allows(self, key: ApiKey, model: str) -> None:
-        """Raises Forbidden where the key does not open the model."""
-        if not key.may_use(model):
-            names = ", ".join(key.models or ())
-            raise Forbidden(f"The API key '{key.name}' may not use the model '{model}', only: {names}.", param="model")
 
 
 def _bearer(header: bytes | None) -> bytes:

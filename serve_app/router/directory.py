@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ray import serve
 from ray.exceptions import RayError
@@ -52,6 +52,34 @@ class ModelStatus:
     def is_open(self) -> bool:
         """Whether Serve takes requests for it; it holds those of a model that is asleep until a replica is there."""
         return self.state in ("ready", "asleep")
+
+
+class Directory(Protocol):
+    """What the way of a request asks of the directory of models."""
+
+    async def find(self, name: str) -> ModelStatus:
+        """One model. Raises ModelNotFound for an unknown name."""
+        ...
+
+    def require_hope(self, model: ModelStatus) -> None:
+        """Raises ModelUnavailable for a model that will not answer who waits; one that loads or restarts will."""
+        ...
+
+    def unavailable(self, model: ModelStatus) -> ModelUnavailable:
+        """Why a model cannot answer now, with the time that its last load took where it is loading."""
+        ...
+
+    def load_time_s(self, name: str) -> float:
+        """Seconds that are left of a load like the last one; a guess where none was seen."""
+        ...
+
+    def waking(self, name: str) -> None:
+        """A request has asked for a model that is asleep."""
+        ...
+
+    def woke(self, name: str) -> None:
+        """The model has answered. The time since the first request is what the next ones are told to wait."""
+        ...
 
 
 class ModelDirectory:

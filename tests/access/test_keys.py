@@ -132,10 +132,10 @@ def test_a_key_opens_only_its_models() -> None:
     """403 with the field to blame; without a list it opens all."""
     some = ring(a=("x", "y"), b=None)
     first, second = some.keys
-    some.allows(first, "y")
-    some.allows(second, "z")
+    first.require("y")
+    second.require("z")
     with pytest.raises(Forbidden, match="'a' may not use the model 'z', only: x, y") as caught:
-        some.allows(first, "z")
+        first.require("z")
     error = caught.value
     assert (error.status, error.code, error.param) == (403, "model_not_allowed", "model")
 

@@ -14,6 +14,8 @@ from serve_app.access import limiter as limiter_actor
 from serve_app.access.limiter import ActorLimiter
 from serve_app.access.limits import EXPIRE_S, KeyLimits, Verdict, Windows, duration
 
+USES_VIRTUAL_CLOCK = True
+
 
 class Clock:
     """Seconds that pass when told."""

@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -13,117 +12,18 @@ import pytest
 from starlette.types import Message
 
 from serve_app.access.gate import Admission, Gate
-from serve_app.access.keys import KeySource
-from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
-from serve_app.errors import DeadlineExceeded, ModelNotFound, ModelUnavailable, UnreadableAnswer
-from serve_app.router import relay, suspicion
-from serve_app.router.deployment import build_app
+from serve_app.errors import DeadlineExceeded, UnreadableAnswer
+from serve_app.router import dispatcher, downstream, relay, suspicion
 from serve_app.router.directory import ControllerSilent, ModelStatus
-from serve_app.router.forwarder import Forwarder
-from serve_app.router.metrics import RouterMetrics
 from serve_app.router.queues import ModelQueue
 from serve_app.router.suspicion import Death, Suspect
 from serve_app.router.upstream import protocol as upstream
 from serve_app.router.upstream.protocol import EngineGone, NotOpen, ReplicaLost
 from serve_app.wire.asgi import HttpRequest
+from tests.fakes import Models, Reply, Said, forwarder_of, router_app, says
 
-Reply = Callable[[HttpRequest], "tuple[int, list[bytes | float | Exception]]"]
-
-
-class Said:
-    """An answer of these pieces; a number is a pause in seconds, an exception is raised."""
-
-    def __init__(self, status: int, pieces: list[Any]):
-        self.status = status
-        self.headers = [(b"content-type", b"text/event-stream" if len(pieces) > 1 else b"application/json")]
-        self._pieces = pieces
-        self.closed = False
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """One after the other."""
-        for piece in self._pieces:
-            if isinstance(piece, Exception):
-                raise piece
-            if isinstance(piece, float):
-                await asyncio.sleep(piece)
-            else:
-                yield piece
-
-    def lost(self, message: str) -> ReplicaLost:
-        """As of an answer over a handle."""
-        return ReplicaLost(message)
-
-    async def close(self) -> None:
-        """Remembers it."""
-        self.closed = True
-
-
-class Models:
-    """Upstream and directory in one: a reply for each model, or its state where it is not ready."""
-
-    def __init__(self, **replies: Reply | str):
-        self.replies = replies
-        self.asked: list[str] = []
-        self.calls = 0
-        self.woken: list[str] = []
-        self.wakes_after_s = 0.2
-
-    def waking(self, name: str) -> None:
-        """As in the real directory."""
-
-    def woke(self, name: str) -> None:
-        """As in the real directory."""
-        self.woken.append(name)
-
-    async def find(self, name: str) -> ModelStatus:
-        """As in the real directory."""
-        if name not in self.replies:
-            raise ModelNotFound(f"no {name}", param="model")
-        reply = self.replies[name]
-        return ModelStatus(name, reply if isinstance(reply, str) else "ready", 1)  # type: ignore[arg-type]
-
-    def require_hope(self, model: ModelStatus) -> None:
-        """As in the real directory."""
-        if model.state == "failed":
-            raise self.unavailable(model)
-
-    def unavailable(self, model: ModelStatus) -> ModelUnavailable:
-        """As in the real directory."""
-        return ModelUnavailable(f"{model.name} is {model.state}", retry_after_s=7.0)
-
-    def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
-        """As it is."""
-        return model
-
-    def load_time_s(self, name: str) -> float:
-        """As in the real directory."""
-        return 7.0
-
-    async def send(self, name: str, request: HttpRequest) -> Said:
-        """As in the real upstream. A call for the health of a model that sleeps wakes it after a moment."""
-        if request.method == "GET":
-            self.calls += 1
-            await asyncio.sleep(self.wakes_after_s)
-            self.replies[name] = says(b"data: 1\n\n", b"data: [DONE]\n\n")
-            return Said(200, [b"ok"])
-        self.asked.append(json.loads(request.body).get("model"))
-        reply = self.replies[name]
-        assert callable(reply)
-        return Said(*reply(request))
-
-
-def says(*pieces: Any, status: int = 200) -> Reply:
-    """Always the same."""
-    return lambda _: (status, list(pieces))
-
-
-def forwarder_of(models: Models, **config: Any) -> tuple[Forwarder, httpx.AsyncClient]:
-    """A router before them, and a client."""
-    gate = Gate(KeySource(None, {}), ActorLimiter())
-    forwarder = Forwarder(RouterConfig(**config), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-    app = build_app(forwarder, models, gate)  # type: ignore[arg-type]
-    return forwarder, httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
+USES_VIRTUAL_CLOCK = True
 
 
 async def ask(models: Models, body: dict[str, Any], path: str = "/v1/x", **config: Any) -> httpx.Response:
@@ -215,6 +115,25 @@ async def test_an_engine_that_worked_until_a_deadline_was_not_free(
     assert (told, "timeout" in reply.text) == ([None], True)
 
 
+async def test_a_request_that_was_never_sent_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model stopped being ready as it was to be sent, and its client leaves while it waits for the model."""
+    told: list[int | None] = []
+
+    async def release(_: Admission, tokens: int | None) -> None:
+        told.append(tokens)
+
+    def closed(_: HttpRequest) -> tuple[int, list[Any]]:
+        models.replies["a"] = "loading"
+        return 200, [NotOpen("loading")]
+
+    monkeypatch.setattr(Admission, "release", release)
+    models = Models(a=closed)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5):
+            await ask(models, {"model": "a", "max_tokens": 5})
+    assert (models.asked, told) == (["a"], [0])
+
+
 USED = b'{"usage": {"total_tokens": 9}}'
 
 
@@ -223,7 +142,7 @@ async def test_an_answer_that_its_client_never_takes_is_not_free(
     pieces: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it is a stream or not. It ends with the first deadline, and costs what the engine has made of it."""
-    monkeypatch.setattr(relay, "LAST_WORDS_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(downstream, "LAST_WORDS_TIMEOUT_S", 0.1)
     told: list[int | None] = []
 
     async def release(_: Admission, tokens: int | None) -> None:
@@ -274,8 +193,7 @@ async def test_a_model_hears_the_name_of_the_key_from_the_router_alone(
 async def test_a_path_is_told_without_serves_root_path() -> None:
     """Replicas add their own."""
     models = Models(a=says(b"{}"))
-    forwarder, _ = forwarder_of(models)
-    app = build_app(forwarder, models, Gate(KeySource(None, {}), ActorLimiter()))  # type: ignore[arg-type]
+    _, app = router_app(models, models)
     seen: list[str] = []
     send = models.send
 
@@ -303,7 +221,7 @@ async def test_a_request_waits_for_a_model_that_loads() -> None:
     async with client:
         replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
     assert sorted(reply.status_code for reply in replies) == [429, 429, 503]
-    assert not any(queue.held or queue.waiting for queue in forwarder._queues.values())
+    assert not any(queue.held or queue.waiting for queue in forwarder._dispatcher.queues.values())
 
 
 async def test_a_model_that_is_asleep_is_woken_and_its_requests_wait() -> None:
@@ -444,7 +362,7 @@ async def test_a_model_that_stops_being_ready_in_between_is_waited_for() -> None
 
 async def test_a_reader_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be told either, and must not hold its place for ever."""
-    monkeypatch.setattr(relay, "LAST_WORDS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(downstream, "LAST_WORDS_TIMEOUT_S", 0.2)
     forwarder, _ = forwarder_of(Models(a=says(*[b"data: 1\n\n"] * 3)), total_timeout_s=0.3)
     body = [{"type": "http.request", "body": b'{"model": "a"}', "more_body": False}]
 
@@ -512,7 +430,7 @@ async def test_a_request_that_kills_replicas_is_refused(monkeypatch: pytest.Monk
 async def test_a_request_that_is_lost_alone_is_sent_as_often_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others that were there went on, so that no replica has died."""
     monkeypatch.setattr(suspicion, "SETTLE_S", 0.01)
-    monkeypatch.setattr(relay, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(dispatcher, "BACKOFF_S", (0.01,))
     models = Models(a=lambda _: (200, [ReplicaLost("reset", Death(time.monotonic(), present=4))]))
     reply = await ask(models, {"model": "a"}, max_retries=4)
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_unavailable")
@@ -540,7 +458,7 @@ async def test_a_full_queue_is_a_429_with_the_time_that_it_needs() -> None:
         replies = await asyncio.gather(*flood)
     assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429]
     assert all(reply.headers["retry-after"] for reply in replies if reply.status_code == 429)
-    assert forwarder._queues["slow"].waiting == 0
+    assert forwarder._dispatcher.queues["slow"].waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -580,7 +498,7 @@ async def test_a_name_that_nobody_has_leaves_nothing_behind() -> None:
     async with client:
         for number in range(20):
             assert (await client.post("/v1/x", json={"model": f"made-up-{number}"})).status_code == 404
-    assert forwarder._queues == {}
+    assert forwarder._dispatcher.queues == {}
 
 
 def test_the_time_to_wait_follows_the_measured_rate() -> None:

@@ -29,7 +29,8 @@ from serve_app.router.upstream.protocol import (
     ReplicaLost,
     require_open,
 )
-from serve_app.wire.asgi import Headers, HttpRequest
+from serve_app.wire.asgi import HttpRequest
+from serve_app.wire.headers import Headers
 
 logger = logging.getLogger("ray.serve")
 

@@ -1,7 +1,6 @@
 """The way from the router to a model's replicas: one request there, one answer as pieces of bytes back."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -9,10 +8,11 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.errors import Overloaded
-from serve_app.router.directory import ModelDirectory
+from serve_app.router.directory import Directory, ModelDirectory
 from serve_app.router.engine_loss import is_lost_event
 from serve_app.router.suspicion import Death
-from serve_app.wire.asgi import Headers, HttpRequest, decode_head
+from serve_app.wire.asgi import HttpRequest, decode_head
+from serve_app.wire.headers import Headers
 
 # Seconds that a client is told to wait when Serve's own queue is full.
 FULL_RETRY_S = 1.0
@@ -48,12 +48,12 @@ class Patience:
 
     def has_ended(self) -> bool:
         """Asked each time that it has to wait. The first time begins it."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         self._until = self._until or now + REPLACED_WITHIN_S
         return now > self._until
 
 
-async def require_open(directory: ModelDirectory, name: str) -> None:
+async def require_open(directory: Directory, name: str) -> None:
     """Raises NotOpen for a model that loads, ModelUnavailable for one that has failed, ModelNotFound."""
     model = await directory.find(name)
     if not model.is_open:

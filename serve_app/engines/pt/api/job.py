@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 from serve_app.engines.pt.api.protocol import ChatRequest, CompletionRequest
 from serve_app.engines.pt.api.tool_calls import Delta, MessageReader
@@ -54,23 +54,9 @@ class Job:
         ]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of one choice, and what its text means."""
-
-    piece: Piece
-    delta: Delta
-
-    @classmethod
-    def read(cls, piece: Piece, reader: MessageReader) -> Self:
-        """The part; with the last piece comes all that the reader has kept."""
-        delta = reader.feed(piece.text)
-        return cls(piece, delta if piece.finish_reason is None else delta + reader.finish())
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to tell yet: the reader waits for the end of a call."""
-        return self.delta == Delta() and self.piece.finish_reason is None and not self.piece.logprobs
+def is_nothing(piece: Piece, delta: Delta) -> bool:
+    """Whether there is nothing to tell yet of a piece that means `delta`: its reader waits for the end of a call."""
+    return delta == Delta() and piece.finish_reason is None and not piece.logprobs
 
 
 class ChoiceProgress:
@@ -82,12 +68,12 @@ class ChoiceProgress:
         self._has_calls = False
         self._reason: FinishReason | None = None
 
-    def add(self, part: Part) -> None:
-        """Takes the next part."""
-        self.tokens = part.piece.tokens
-        self.characters += len(part.delta.content)
-        self._has_calls = self._has_calls or bool(part.delta.calls)
-        self._reason = part.piece.finish_reason
+    def add(self, piece: Piece, delta: Delta) -> None:
+        """Takes the next piece of the choice, and what its text means."""
+        self.tokens = piece.tokens
+        self.characters += len(delta.content)
+        self._has_calls = self._has_calls or bool(delta.calls)
+        self._reason = piece.finish_reason
 
     def finish_reason(self, job: Job) -> str | None:
         """OpenAI's: `tool_calls` where the model chose to call; a named function just stops."""
@@ -96,7 +82,7 @@ class ChoiceProgress:
 
 
 class WholeChoice(ChoiceProgress):
-    """All parts of one choice, which are joined once."""
+    """One choice as a whole. Its pieces are joined once."""
 
     def __init__(self, opening: str = ""):
         super().__init__()
@@ -104,12 +90,12 @@ class WholeChoice(ChoiceProgress):
         self._length = len(opening)
         self.logprobs: list[Logprobs] = []
 
-    def add(self, part: Part) -> None:
-        """Takes the next part."""
-        super().add(part)
-        self._deltas.append(part.delta)
-        self._length += len(part.piece.text)
-        self.logprobs += part.piece.logprobs
+    def add(self, piece: Piece, delta: Delta) -> None:
+        """Takes the next piece of the choice, and what its text means."""
+        super().add(piece, delta)
+        self._deltas.append(delta)
+        self._length += len(piece.text)
+        self.logprobs += piece.logprobs
 
     @property
     def size(self) -> int:
