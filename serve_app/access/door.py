@@ -100,7 +100,7 @@ def _keys_of_proxy() -> KeySource:
 
 
 class OuterDoor:
-    """An ASGI application behind the door."""
+    """Puts the door in front of an ASGI application."""
 
     def __init__(self, app: ASGIApp, inside: Inside):
         self._app = app
@@ -108,7 +108,7 @@ class OuterDoor:
         self._budget = BodyBudget(lambda: getattr(inside.limits(), "max_bodies_bytes", MAX_BODIES_BYTES))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI call."""
         if scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket":

@@ -64,14 +64,14 @@ class Admission:
 
 
 class Gate:
-    """Keys and their limits, for one process."""
+    """Checks keys and their limits, for one process."""
 
     def __init__(self, source: KeySource, limiter: Limiter):
         self.source = source
         self._limiter = limiter
 
     async def start(self) -> None:
-        """Gets the limiter ready where a key has limits. It may be left out: the first request does it else."""
+        """Gets the limiter ready where a key has limits. Without this call the first request does so."""
         if any(key.limits for key in self.source.ring.keys):
             await self._limiter.warm_up()
 
@@ -130,7 +130,8 @@ def _rate_limited(key: str, limits: KeyLimits, verdict: Verdict) -> RateLimited:
 
 
 def refusal(error: RequestError) -> Response:
-    """OpenAI's error object with the headers that the error brings: www-authenticate, x-ratelimit-…, retry-after."""
+    """Returns OpenAI's error object with the headers that the error brings: www-authenticate, x-ratelimit-…,
+    retry-after."""
     response = error_response(error)
     if isinstance(error, Unauthorized | RateLimited):
         for name, value in error.headers:
@@ -139,7 +140,8 @@ def refusal(error: RequestError) -> Response:
 
 
 async def metered_for(admission: Admission, path: str, seen: Peek, body: RequestBody) -> tuple[RequestBody, UsageMeter]:
-    """As `metered`, beside the event loop. What ends here has used nothing of its key. Raises InvalidRequest."""
+    """Does what `metered` does, beside the event loop. What ends here has used nothing of its key. Raises
+    InvalidRequest."""
     try:
         return await beside_loop(len(body.content), partial(metered, path, seen, body))
     except BaseException:  # A field may be nested too deep to be written, or the client have left.
@@ -157,7 +159,7 @@ class KeyedRouter:
         show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI call."""
         if scope["type"] == "http" and not _is_health(scope):
             try:
                 self._gate.identity_of(scope)
@@ -183,7 +185,7 @@ class KeyedApp:
         show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI call."""
         if scope["type"] == "lifespan" or _is_health(scope) or is_admitted(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -286,7 +288,7 @@ def is_admitted(scope: Scope) -> bool:
 
 
 def _is_health(scope: Scope) -> bool:
-    """GET /health, below the route's prefix. The path is whole under Serve's proxy, the prefix is `root_path`."""
+    """Says whether this is GET /health below the route's prefix, which is `root_path`. The path has the prefix too."""
     if scope["type"] != "http" or scope["method"] != "GET":
         return False
     return str(scope["path"]) == str(scope.get("root_path", "")) + "/health"

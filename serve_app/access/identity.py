@@ -14,18 +14,18 @@ _IDENTITY = "serve_app.identity"
 
 
 class Identity(ProcessLocal):
-    """The key that a request came with; None where nobody needed one."""
+    """Holds the key that a request came with; None where nobody needed one."""
 
     def __init__(self, key: ApiKey | None):
         self.key = key
 
 
 def with_identity(scope: Scope, key: ApiKey | None) -> Scope:
-    """The scope of a request whose key has been found."""
+    """Returns the scope with the key that has been found for its request."""
     return {**scope, _IDENTITY: Identity(key)}
 
 
 def known_identity(scope: Scope) -> Identity | None:
-    """What the door of this process has found; None where it was not asked."""
+    """Returns what the door of this process has found; None where it was not asked."""
     identity: Identity | None = scope.get(_IDENTITY)
     return identity

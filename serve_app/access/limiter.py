@@ -42,7 +42,8 @@ def router_token() -> bytes:
 
 
 class LimiterActor:
-    """`Windows` as an actor. Its methods are coroutines, so they run one after the other on the actor's event loop.
+    """Runs `Windows` as an actor. Its methods are coroutines, so they run one after the other on the actor's event
+    loop.
 
     A restart forgets what was used; see `Windows.renew`.
     """
@@ -51,20 +52,21 @@ class LimiterActor:
         self._windows = Windows()
 
     async def take(self, key: str, limits: KeyLimits, estimated_tokens: int, lease: str) -> Verdict:
-        """As in `Windows`."""
+        """Does what the method of `Windows` does."""
         return self._windows.take(key, limits, estimated_tokens, lease)
 
     async def settle(self, key: str, lease: str, tokens_used: int | None) -> None:
-        """As in `Windows`."""
+        """Does what the method of `Windows` does."""
         self._windows.settle(key, lease, tokens_used)
 
     async def renew(self, leases: list[tuple[str, str]]) -> None:
-        """As in `Windows`."""
+        """Does what the method of `Windows` does."""
         self._windows.renew(leases)
 
 
 def connect() -> Any:
-    """The actor's handle; makes the actor where there is none. Blocks for up to some seconds. Raises RayError.
+    """Returns the actor's handle, and makes the actor where there is none. Blocks for up to some seconds. Raises
+    RayError.
 
     It is detached, since every process may be the first to need it and any of them may go. "DEFAULT" keeps it out of
     the placement group of a replica, which would take it along.
@@ -85,7 +87,7 @@ def connect() -> Any:
 
 
 class ActorLimiter:
-    """The `Limiter` of one process. It reaches for the actor at the first request that has limits.
+    """This is the `Limiter` of one process. It reaches for the actor at the first request that has limits.
 
     It belongs to one event loop. The leases of this process's requests are renewed by one task, which lives while
     there are any.
@@ -146,7 +148,7 @@ class ActorLimiter:
             return unlimited
 
     async def _handle(self) -> Any:
-        """The actor's handle. Several requests share one attempt, which goes on when one of them gives up."""
+        """Returns the actor's handle. Several requests share one attempt, which goes on when one of them gives up."""
         if self._actor is None:
             if self._connecting is None or self._connecting.done():
                 self._connecting = asyncio.ensure_future(asyncio.to_thread(self._connect))

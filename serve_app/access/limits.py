@@ -49,7 +49,7 @@ class KeyLimits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a request may go on.
+    """Says whether a request may go on.
 
     `retry_after_s` (seconds) and `reason` are set where it may not. `lease` is to be settled when the request ends;
     None where nothing is to be settled. `headers` are OpenAI's x-ratelimit-…, for the limits that the key has.
@@ -80,7 +80,7 @@ class Limiter(Protocol):
 
 @dataclass
 class _Meter:
-    """A leaky bucket: `used` units at the time `at` (seconds), of which `per_minute` leak in a minute."""
+    """This is a leaky bucket: `used` units at the time `at` (seconds), of which `per_minute` leak in a minute."""
 
     per_minute: int
     used: float
@@ -93,12 +93,12 @@ class _Meter:
         self.per_minute = per_minute or self.per_minute
 
     def wait_s(self, amount: float) -> float:
-        """Seconds until `amount` more fits."""
+        """Returns the seconds until `amount` more fits."""
         over = self.used + amount - self.per_minute
         return 0.0 if over <= ROUNDING else over * 60 / self.per_minute
 
     def headers(self, unit: str) -> HeaderPairs:
-        """Limit, what is left of it, and the time until all of it is there again."""
+        """Returns headers with the limit, what is left of it, and the time until all of it is there again."""
         left = max(0, math.floor(self.per_minute - self.used + ROUNDING))
         values = (("limit", str(self.per_minute)), ("remaining", str(left)), ("reset", duration(self._reset_s())))
         return tuple((f"x-ratelimit-{name}-{unit}".encode(), value.encode()) for name, value in values)

@@ -10,7 +10,7 @@ METHODS_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class WholeBody:
-    """An application behind the limits of `config`. It gets the body in one piece, and in the scope."""
+    """Puts the limits of `config` in front of an application. That gets the body in one piece, and in the scope."""
 
     def __init__(self, app: ASGIApp, config: ModelConfig):
         self._app = app
@@ -18,7 +18,7 @@ class WholeBody:
         show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI call."""
         if scope["type"] != "http" or scope["method"] in METHODS_WITHOUT_BODY:
             await self._app(scope, receive, send)
             return

@@ -41,7 +41,8 @@ logger = logging.getLogger("ray.serve")
 
 
 class Router:
-    """The deployment class of the router application. Its `user_config` changes what a RouterConfig holds, live."""
+    """This is the deployment class of the router application. Its `user_config` changes what a RouterConfig holds,
+    live."""
 
     def __init__(self, config: RouterConfig):
         source = configured_keys()
@@ -83,7 +84,7 @@ class Router:
 
 
 def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate) -> Starlette:
-    """The router's application. Its lifespan tells the terminal how the models come up."""
+    """Builds the router's application. Its lifespan tells the terminal how the models come up."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -120,11 +121,11 @@ class _Endpoints:
         self._created = int(time.time())
 
     async def health(self, _: Request) -> Response:
-        """The process is up."""
+        """GET /health answers 200 while the process is up."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Which models serve, and what waits for each in this router.
+        """GET /ready tells which models serve, and what waits for each of them in this router.
 
         200 as soon as one serves, so that one broken model does not take the others away.
         """
@@ -145,13 +146,13 @@ class _Endpoints:
         return JSONResponse(body, status_code=200 if ready else 503)
 
     async def openapi(self, _: Request) -> Response:
-        """The OpenAPI document, with the models that are there now."""
+        """GET /openapi.json answers with the OpenAPI document, which names the models that are there now."""
         config = self._forwarder.config
         names = {*await self._directory.models(), *config.aliases}
         return JSONResponse(openapi_document(names, needs_model=config.default_model is None))
 
     async def list_models(self, _: Request) -> Response:
-        """OpenAI's list; `status` is ours."""
+        """GET /v1/models answers with OpenAI's list. The field `status` is our own."""
         models = await self._directory.models()
         data = [self._model_object(model) for model in models.values()]
         aliases = self._forwarder.config.aliases
@@ -159,7 +160,7 @@ class _Endpoints:
         return JSONResponse({"object": "list", "data": data})
 
     async def show_model(self, request: Request) -> Response:
-        """One entry of OpenAI's list."""
+        """GET /v1/models/NAME answers with one entry of OpenAI's list."""
         name = request.path_params["name"]
         model = await self._directory.find(self._forwarder.config.aliases.get(name, name))
         return JSONResponse(self._model_object(model, name))

@@ -58,7 +58,7 @@ class Directory(Protocol):
     """What the way of a request asks of the directory of models."""
 
     async def find(self, name: str) -> ModelStatus:
-        """One model. Raises ModelNotFound for an unknown name."""
+        """Returns one model. Raises ModelNotFound for an unknown name."""
         ...
 
     def require_hope(self, model: ModelStatus) -> None:
@@ -83,7 +83,7 @@ class Directory(Protocol):
 
 
 class ModelDirectory:
-    """The models of this Serve instance, read in the background every `interval_s` seconds.
+    """Holds the models of this Serve instance, which it reads in the background every `interval_s` seconds.
 
     Requests are answered from what was read last, so a slow or restarting controller stops nobody: replicas and
     handles work without it. Only a request for a model that is not known as ready waits for a new reading.
@@ -114,13 +114,13 @@ class ModelDirectory:
             await asyncio.sleep(self._interval_s)
 
     async def models(self) -> Mapping[str, ModelStatus]:
-        """All models by name, as read last."""
+        """Returns all models by name, as they were read last."""
         if self._read_at == float("-inf"):
             await self._refresh(FRESH_ENOUGH_S)
         return self._models
 
     async def find(self, name: str) -> ModelStatus:
-        """One model. Raises ModelNotFound for an unknown name."""
+        """Returns one model. Raises ModelNotFound for an unknown name."""
         model = (await self.models()).get(name)
         if model is None or model.state != "ready":
             await self._refresh(FRESH_ENOUGH_S)  # It may have come, or become ready, since.

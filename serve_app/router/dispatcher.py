@@ -47,7 +47,7 @@ RequestTo = Callable[[str], Awaitable[HttpRequest]]
 
 
 class Dispatcher:
-    """Of one router replica, over all models and requests."""
+    """Dispatches all requests of one router replica."""
 
     def __init__(self, directory: Directory, upstream: Upstream, metrics: RouterMetrics):
         self._directory = directory
@@ -60,7 +60,7 @@ class Dispatcher:
     async def open(
         self, exchange: Exchange, config: RouterConfig, names: Sequence[str], request_to: RequestTo
     ) -> tuple[Answer, HttpRequest]:
-        """The answer of the first model that takes the request, with its first piece, and what that model was sent.
+        """Returns the answer of the first model that takes the request, with its first piece, and what that was sent.
 
         Nobody waits for a loading model while another is ready. Raises the first RequestError where none takes it.
         """
@@ -95,7 +95,8 @@ class Dispatcher:
         transcript: Transcript | None,
         lost: ReplicaLost,
     ) -> Resumed | None:
-        """How a lost stream goes on; None where its client has all of it. `transcript` is None where it is not read.
+        """Finds how a lost stream goes on; None where its client has all of it. `transcript` is None where it is not
+        read.
 
         All losses of a stream count together: it may be what kills the replicas. Raises HarmfulRequest, and
         ModelUnavailable where it cannot go on.
@@ -133,7 +134,7 @@ class Dispatcher:
     async def _go_on_once(
         self, exchange: Exchange, config: RouterConfig, request: HttpRequest, transcript: Transcript
     ) -> Resumed:
-        """One try with another replica. Raises TimeoutError where that gives no byte in time."""
+        """Makes one try with another replica. Raises TimeoutError where that gives no byte in time."""
         name = exchange.record.model
         await self._ready(exchange, config, name)
         async with asyncio.timeout(config.first_byte_timeout_s):
@@ -149,7 +150,8 @@ class Dispatcher:
     async def _open_one(
         self, exchange: Exchange, config: RouterConfig, name: str, request: HttpRequest, patient: bool
     ) -> Answer:
-        """An answer of which the first piece is there. Sent again when its replica is lost before that."""
+        """Returns an answer of which the first piece is there. The request is sent again when its replica is lost
+        before that."""
         patience, retries = Patience(), 0
         while True:
             await self._ready(exchange, config, name, patient)
@@ -180,7 +182,7 @@ class Dispatcher:
                     async with asyncio.timeout(seconds):
                         answer = await first_piece(await self._upstream.send(name, request))
             except TimeoutError:
-                text = f"'{name}' gave no byte within {seconds:g} s (first_byte_timeout_s)."
+                text = f"'{name}' sent no byte within {seconds:g} s (first_byte_timeout_s)."
                 raise DeadlineExceeded(text) from None
             except ReplicaLost as lost:
                 return None, lost
@@ -192,7 +194,8 @@ class Dispatcher:
     async def _given_up(
         self, exchange: Exchange, config: RouterConfig, name: str, answer: Answer | None, lost: ReplicaLost
     ) -> Answer:
-        """After the last try: the answer that says so itself. Raises HarmfulRequest, or ModelUnavailable."""
+        """Ends the tries with the answer that says itself that its engine is lost. Raises HarmfulRequest, or
+        ModelUnavailable."""
         try:
             await self._suspicion.judge(name, exchange.suspect)
         except BaseException:
@@ -206,7 +209,7 @@ class Dispatcher:
 
     @contextmanager
     def _place(self, name: str, config: RouterConfig) -> Iterator[ModelQueue]:
-        """A place in the model's queue, and in the metrics."""
+        """Takes a place in the model's queue, and in the metrics."""
         queue = self.queues[name]
         try:
             with queue.place(config):
@@ -217,5 +220,5 @@ class Dispatcher:
 
 
 async def _backoff(repeats: int) -> None:
-    """Waits before the next try."""
+    """Waits before the next try, longer after each of them."""
     await asyncio.sleep(BACKOFF_S[min(repeats, len(BACKOFF_S)) - 1])

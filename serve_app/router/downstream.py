@@ -44,7 +44,7 @@ class Downstream:
         self.error_code: str | None = None
 
     def admitted(self, headers: Headers) -> None:
-        """The request was let in, and these headers belong onto its answer."""
+        """Keeps the headers that admission puts onto the answer."""
         self._extra_headers = headers
 
     def metered_by(self, meter: UsageMeter) -> None:
@@ -115,7 +115,7 @@ class Downstream:
         await response({"type": "http"}, _never, self._send)
 
     def left(self) -> None:
-        """The client has gone, or Serve has given its request up."""
+        """Notes that the client has gone, or that Serve has given its request up."""
         self.status = self.status or ClientGone.status
 
     def _times(self) -> bytes:

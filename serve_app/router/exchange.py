@@ -13,7 +13,7 @@ from serve_app.router.timing import Timing
 
 @dataclass(frozen=True)
 class Exchange:
-    """The parts of one exchange. Each of them changes by its own methods alone."""
+    """Joins the parts of one exchange. Each of them changes by its own methods alone."""
 
     timing: Timing
     downstream: Downstream
@@ -22,7 +22,7 @@ class Exchange:
 
     @classmethod
     def begin(cls, request_id: str, path: str, send: Send, metrics: RouterMetrics) -> "Exchange":
-        """A request has come, and `send` leads back to its client."""
+        """Begins the exchange of a request that has come. `send` leads back to its client."""
         timing = Timing()
         downstream = Downstream(send, timing)
         return cls(timing, downstream, RequestRecord(request_id, path, timing, downstream, metrics))

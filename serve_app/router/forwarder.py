@@ -52,7 +52,7 @@ class Forwarder:
         self._dispatcher = Dispatcher(directory, upstream, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """An ASGI application for one kind of request: POST with a JSON body."""
+        """Handles one kind of request, POST with a JSON body, as an ASGI application."""
         given = (header(scope["headers"], b"x-request-id") or b"")[:MOST_ID_BYTES].decode("latin-1")
         path = endpoint(scope)
         exchange = Exchange.begin(given or uuid.uuid4().hex, path, send, self._metrics)
@@ -78,16 +78,16 @@ class Forwarder:
             logger.info(exchange.record.log_line())
 
     def queued(self, name: str) -> dict[str, int]:
-        """Requests that wait for the model's first byte, and for the model to load."""
+        """Counts the requests that wait for the model's first byte, and those that wait for it to load."""
         queue = self._dispatcher.queues.get(name)
         return {"waiting": queue.waiting if queue else 0, "held": queue.held if queue else 0}
 
     async def start(self) -> None:
-        """The router begins. What it calls later belongs to this event loop."""
+        """Opens the way to the replicas. It belongs to the event loop that calls this."""
         await self._upstream.start()
 
     async def close(self) -> None:
-        """The router ends."""
+        """Closes the way to the replicas when the router ends."""
         await self._upstream.close()
 
     async def _answer(self, exchange: Exchange, scope: Scope, body: RequestBody) -> None:
@@ -129,13 +129,13 @@ class Forwarder:
 
 
 def _allowed(names: list[str], key: ApiKey | None) -> list[str]:
-    """Stand-ins that the key does not open are left out; for the model that was meant it has been asked already."""
+    """Leaves out stand-ins that the key does not open; for the model that was meant it has been asked already."""
     return names if key is None else [names[0], *(name for name in names[1:] if key.may_use(name))]
 
 
 def _requests(exchange: Exchange, scope: Scope, asked: str | None, body: RequestBody) -> RequestTo:
-    """What makes the request to a model by its name: an engine refuses a name that is not its own. The body has the
-    name `asked`."""
+    """Returns what makes the request to a model by its name: an engine refuses a name that is not its own. The body has
+    the name `asked`."""
     named = header(scope["headers"], b"connection") or b""  # Headers of this connection alone (RFC 9110, 7.6.1).
     dropped = REPLACED | {part.strip().lower() for part in named.split(b",")}
     kept = [pair for pair in scope["headers"] if pair[0] not in dropped]

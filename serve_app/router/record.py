@@ -9,7 +9,7 @@ from serve_app.router.timing import Timing
 
 
 class RequestRecord:
-    """The record of one request. Nothing of the prompt or the answer is in it."""
+    """Keeps the record of one request. Nothing of the prompt or the answer is in it."""
 
     def __init__(self, request_id: str, path: str, timing: Timing, downstream: Downstream, metrics: RouterMetrics):
         self.request_id = request_id
@@ -22,20 +22,20 @@ class RequestRecord:
         self._metrics = metrics
 
     def found(self, model: str) -> None:
-        """The request is for this model, which exists: names that clients make up stay out of the metrics."""
+        """Notes the model, which exists: names that clients make up stay out of the metrics."""
         self.model = model
 
     def admitted(self, key: str | None) -> None:
-        """The request was let in with the key of this name."""
+        """Notes the name of the key with which the request was let in."""
         self.key = key
 
     def retried(self) -> None:
-        """The request is sent again."""
+        """Counts that the request is sent again."""
         self.retries += 1
         self._metrics.retried(self.model)
 
     def resumed(self) -> None:
-        """The stream is taken up again."""
+        """Counts that the stream is taken up again."""
         self.resumes += 1
         self._metrics.resumed(self.model)
 
@@ -44,7 +44,7 @@ class RequestRecord:
         self.resumes -= 1
 
     def tokens_used(self, estimate: int, is_refused: bool) -> int | None:
-        """The tokens that the request costs its key; None where `estimate` stands.
+        """Returns the tokens that the request costs its key; None where `estimate` stands.
 
         What was refused used none, nor did what was never sent. An engine that was sent a request works until its
         client leaves, or does not take the answer, or until a deadline: then the estimate stands, if the answer tells
@@ -66,7 +66,7 @@ class RequestRecord:
             metrics.used(self.model, downstream.meter.usage)
 
     def log_line(self) -> str:
-        """One line of JSON."""
+        """Returns one line of JSON for the log."""
         line = {
             "request_id": self.request_id,
             "path": self.path,

@@ -32,7 +32,7 @@ class Deadline:
         self.timeout = asyncio.timeout_at(min(ends, self._set_at + idle_s))
 
     def moved(self) -> None:
-        """A piece has come."""
+        """Notes that a piece has come, and moves the timeout on."""
         now = self._loop.time()
         if now - self._set_at > min(1.0, self._idle_s / 4):
             self._set_at = now
@@ -129,7 +129,7 @@ class Relay:
         await self._downstream.pass_on(whole.rest())
 
     async def _resumed(self, transcript: Transcript | None, error: ReplicaLost) -> Resumed | None:
-        """As `Dispatcher.go_on`. Raises DeadlineExceeded where the time of the whole answer is over."""
+        """Goes on as `Dispatcher.go_on` does. Raises DeadlineExceeded where the time of the whole answer is over."""
         try:
             async with asyncio.timeout_at(self._ends):
                 return await self._dispatcher.go_on(self._exchange, self._config, self._request, transcript, error)
@@ -158,7 +158,9 @@ class Relay:
 
     def _cut(self, field: str) -> DeadlineExceeded:
         seconds = getattr(self._config, field)
-        return DeadlineExceeded(f"The answer was cut after {seconds:g} s. The router's {field} says so.")
+        return DeadlineExceeded(
+            f"The answer was cut off after {seconds:g} s, the limit that the router's {field} sets."
+        )
 
 
 def _has_more_than(before: int, transcript: Transcript | None) -> bool:

@@ -16,7 +16,7 @@ class Timing:
         self.read = self.sent = self.first = 0.0
 
     def was_read(self) -> None:
-        """The body is here."""
+        """Notes that the whole body is here."""
         self.read = self._clock()
 
     @contextmanager
@@ -30,7 +30,7 @@ class Timing:
             raise
 
     def was_answered(self) -> None:
-        """The first piece of the answer is here."""
+        """Notes that the first piece of the answer is here."""
         self.first = self._clock()
 
     @property

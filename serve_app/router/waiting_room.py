@@ -24,7 +24,7 @@ WAKE_CALL = HttpRequest("GET", "/health", b"", [(b"accept", b"*/*")], b"")
 
 
 class WaitingRoom:
-    """Of one router replica, for all models."""
+    """Holds the requests of one router replica that wait for models, of all of them."""
 
     def __init__(self, directory: Directory, upstream: Upstream, queues: Queues):
         self._directory = directory

@@ -37,8 +37,8 @@ def require_plain_path(path: str) -> None:
 async def read_body(
     scope: Scope, receive: Receive, config: RouterConfig | ModelConfig, grow: Callable[[int], None] | None = None
 ) -> RequestBody:
-    """The whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds: the one of the scope, where a layer
-    in front has read it, and else what `receive` gives.
+    """Returns the whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds: the one of the scope, where
+    a layer in front has read it, and else what `receive` gives.
 
     `grow` hears the bytes of each piece before it is kept, and may raise. Raises RequestTooLarge as soon as the body is
     known to be larger, RequestTimeout, and ClientGone.
@@ -61,7 +61,7 @@ async def read_body(
 async def read_or_refused(
     scope: Scope, receive: Receive, send: Send, config: RouterConfig | ModelConfig
 ) -> RequestBody | None:
-    """The whole body, as `read_body` has it; None where the client has left, or was told here what is wrong."""
+    """Returns the whole body, as `read_body` does; None where the client has left, or was told here what is wrong."""
     try:
         return await read_body(scope, receive, config)
     except ClientGone:
@@ -72,13 +72,14 @@ async def read_or_refused(
 
 
 def known_body(scope: Scope) -> RequestBody | None:
-    """The body that this process has read already; None where it has not, as behind Serve's Python proxy."""
+    """Returns the body that this process has read already; None where it has not, as behind Serve's Python proxy."""
     body: RequestBody | None = scope.get(_BODY)
     return body
 
 
 def with_body(scope: Scope, receive: Receive, body: RequestBody) -> tuple[Scope, Receive]:
-    """A request for the application behind, with this body: in the scope for our own layers, and by `receive` for all.
+    """Returns a request for the application behind, which has this body: in the scope for our own layers, and by
+    `receive` for all.
 
     What is still unread of the body that came is skipped.
     """

@@ -34,7 +34,7 @@ SEND_AHEAD = 64
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A request with its whole body. Header names are lower-case; `path` is decoded, `query` is not."""
+    """This is a request with its whole body. Header names are lower-case; `path` is decoded, `query` is not."""
 
     method: str
     path: str
@@ -44,13 +44,13 @@ class HttpRequest:
 
 
 def encode_head(status: int, headers: Headers) -> bytes:
-    """The first item of a response: status and headers as JSON, latin-1 as in HTTP."""
+    """Returns the first item of a response: status and headers as JSON, latin-1 as in HTTP."""
     pairs = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in headers]
     return json.dumps([status, pairs]).encode()
 
 
 def decode_head(item: bytes) -> tuple[int, Headers]:
-    """Status and headers from the first item of a response."""
+    """Reads status and headers from the first item of a response."""
     status, pairs = json.loads(item)
     return status, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
@@ -117,7 +117,7 @@ async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asy
 
 
 def endpoint(scope: Scope) -> str:
-    """The path below the prefix of the route, or of Serve itself (`root_path` of its `http_options`)."""
+    """Returns the path below the prefix of the route, or of Serve itself (`root_path` of its `http_options`)."""
     return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
 
 

@@ -29,7 +29,7 @@ MOST_KEPT_FIELDS = 256
 
 @dataclass(frozen=True)
 class Peek:
-    """The fields that matter before the engine. `model` is None where the body has none.
+    """Holds the fields that matter before the engine. `model` is None where the body has none.
 
     `token_limit` are the tokens that one answer may have at most, 0 where the request does not say. `answers` is how
     many there will be: `n` for each of the prompts.
@@ -48,7 +48,7 @@ _WHOLE = TypeAdapter(int)
 
 
 class RequestBody(ProcessLocal):
-    """The whole body of one request, which all layers of a process share (`wire/arrival.py`).
+    """Holds the whole body of one request, which all layers of a process share (`wire/arrival.py`).
 
     What is read of it is read once. That takes time with a large body, so it is not for the event loop.
     """
@@ -69,7 +69,7 @@ class RequestBody(ProcessLocal):
 
     @property
     def fields(self) -> Fields:
-        """The fields of the JSON object as they stand in the body. Of two equal names the last one counts.
+        """Returns the fields of the JSON object as they stand in the body. Of two equal names the last one counts.
 
         Raises InvalidRequest with what is wrong.
         """
@@ -91,7 +91,7 @@ class RequestBody(ProcessLocal):
             raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
     def peek(self) -> Peek:
-        """The fields that matter before the engine. Raises InvalidRequest with what is wrong."""
+        """Returns the fields that matter before the engine. Raises InvalidRequest with what is wrong."""
         if self._peek is None:
             self._peek = self._looked_at(self.fields)
         return self._peek
@@ -111,7 +111,7 @@ class RequestBody(ProcessLocal):
             raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
     def with_fields(self, **values: Any) -> "RequestBody":
-        """The body with these fields in place of its own; the others stay the bytes that they are.
+        """Returns the body with these fields in place of its own; the others stay the bytes that they are.
 
         Raises InvalidRequest.
         """
@@ -124,7 +124,7 @@ class RequestBody(ProcessLocal):
 
 
 def is_true(value: object) -> bool:
-    """As pydantic reads it, which vLLM's requests are."""
+    """Reads a boolean as pydantic does, with which vLLM reads its requests."""
     return value in (True, 1) or (isinstance(value, str) and value.lower() in {"1", "on", "t", "true", "y", "yes"})
 
 
@@ -139,7 +139,7 @@ def _name(model: msgspec.Raw) -> str | None:
 
 
 def _word(value: msgspec.Raw) -> object:
-    """A short value; None for a longer one."""
+    """Decodes a short value; None stands for a longer one."""
     return msgspec.json.decode(value) if len(bytes(value)) <= MOST_WORD_BYTES else None
 
 

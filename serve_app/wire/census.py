@@ -33,7 +33,7 @@ class Census:
 
 
 def decode_body(body: bytes, counted: Callable[[], Census] | None = None) -> object:
-    """The decoded JSON. `counted` gives the body's census where that is known.
+    """Decodes the JSON. `counted` gives the body's census where that is known.
 
     Raises InvalidRequest for what is no JSON, and for what holds too many values. It takes time with a large body.
     """
@@ -45,7 +45,7 @@ def decode_body(body: bytes, counted: Callable[[], Census] | None = None) -> obj
 
 
 def decode_counted(text: bytes) -> object:
-    """The decoded JSON of a text that was counted. Raises ValueError for what is none, or is nested too deep."""
+    """Decodes the JSON of a text that was counted. Raises ValueError for what is none, or is nested too deep."""
     try:
         document = msgspec.json.decode(text)
     except RecursionError:

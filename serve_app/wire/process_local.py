@@ -4,7 +4,7 @@ from typing import Any
 
 
 class ProcessLocal:
-    """A value of an ASGI scope that stays in its process.
+    """Marks a value of an ASGI scope that stays in its process.
 
     A client cannot write into a scope. Serve's Python proxy pickles scopes and sends them to replicas, some of which
     have no serve-app: pickled, such a value is None, so that nothing of it is believed, or sent twice, elsewhere.

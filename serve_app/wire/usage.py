@@ -132,7 +132,7 @@ class UsageMeter:
         return self._shown(piece) if self._is_hidden else piece
 
     def rest(self) -> bytes:
-        """What came after the last whole event, at the end."""
+        """Returns what came after the last whole event, at the end."""
         self._has_ended = True
         half = bytes(self._half)
         self._half.clear()

@@ -90,7 +90,7 @@ class Generator:
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters of the vocabulary's longest token."""
+        """Counts the characters of the vocabulary's longest token."""
         return max(map(len, self.loaded.tokenizer.get_vocab()), default=1)
 
     @property
@@ -110,7 +110,7 @@ class Generator:
         skip_special_tokens: bool = True,
         places: Reservation | None = None,
     ) -> AsyncGenerator[Piece]:
-        """The text of one sequence, as `generate_all`. Without `places`, one is taken at the beginning."""
+        """Yields the text of one sequence, as `generate_all` does. Without `places`, one is taken at the beginning."""
         places = places or self.reserve(1)
         everything = self.generate_all([(prompt_ids, params)], stop, skip_special_tokens, places)
         async with aclosing(everything):
@@ -124,7 +124,8 @@ class Generator:
         skip_special_tokens: bool,
         places: Reservation,
     ) -> AsyncGenerator[tuple[int, Piece]]:
-        """The texts of one request's sequences as they are generated, each piece with the number of its sequence.
+        """Yields the texts of one request's sequences as they are generated, each piece with the number of its
+        sequence.
 
         The last piece of a sequence has a finish reason. `choices` are prompts with how to sample. The sequences wait
         in one line, and each gives back one of `places` at its end. Leaving the iterator early frees their places in
@@ -172,7 +173,7 @@ class Generator:
             self._loop.cancel(sequence)
 
     async def embed(self, prompt_ids: ReadOnlySequence[int], places: Reservation, owner: object) -> list[float]:
-        """The prompt's vector. It waits for its turn like a text, gives back one of `places`, and raises what
+        """Returns the prompt's vector. It waits for its turn like a text, gives back one of `places`, and raises what
         `generate` raises."""
         self.require_alive()
         sequence = Sequence(prompt_ids, SamplingParams(max_tokens=0), owner=owner, pools=True)

@@ -129,7 +129,7 @@ class Guard:
 
 
 def _fields(body: RequestBody) -> Fields:
-    """The fields of a JSON object as they stand there; none of a body that vLLM refuses in its own words."""
+    """Returns the fields of a JSON object as they stand there; none of a body that vLLM refuses in its own words."""
     try:
         return body.fields
     except InvalidRequest:
@@ -146,7 +146,7 @@ def _bytes(fields: Fields, name: str) -> bytes:
 
 
 def _choices(fields: Fields) -> int:
-    """`n`; vLLM would read "128" and 128.0 too."""
+    """Reads `n`; vLLM would read "128" and 128.0 too."""
     text = _bytes(fields, "n")
     try:
         choices = msgspec.json.decode(text, type=int | None) if len(text) <= MOST_NUMBER_BYTES else text
@@ -162,7 +162,7 @@ SEVERAL = re.compile(rb"\[\s*[\"\[{]")
 
 
 def _prompts(prompts: msgspec.Raw) -> list[bytes]:
-    """The JSON of each prompt. A list of numbers is one."""
+    """Returns the JSON of each prompt. A list of numbers is one."""
     text = bytes(prompts)
     if SEVERAL.match(text):
         return [bytes(item) for item in _LIST.decode(text)]
@@ -170,8 +170,8 @@ def _prompts(prompts: msgspec.Raw) -> list[bytes]:
 
 
 def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
-    """The application behind the guard, which stands behind `replica/whole_body.py`: that has read the body. What is
-    not served is answered with 404, as vLLM answers what it does not have."""
+    """Puts the guard in front of the application. It stands behind `replica/whole_body.py`: that has read the body.
+    What is not served is answered with 404, as vLLM answers what it does not have."""
     workers = Workers()
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:

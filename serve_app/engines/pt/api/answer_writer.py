@@ -152,14 +152,14 @@ class EventStream(StreamingResponse):
         self._places = places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Sends the stream, and gives the places back when it is over."""
         with self._places:
             async with aclosing(self._events):
                 await super().__call__(scope, receive, send)
 
 
 def json_response(body: bytes) -> Response:
-    """An answer of this JSON."""
+    """Returns a response that has this JSON as its body."""
     return Response(body, media_type="application/json")
 
 

@@ -40,12 +40,12 @@ class Job:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts together."""
+        """Counts the tokens of all prompts together."""
         return sum(map(len, self.prompts))
 
     @cached_property
     def choices(self) -> list[tuple[list[int], SamplingParams]]:
-        """Prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
+        """Returns prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
         n, seed = self.request.choices, self.params.seed
         return [
             (prompt, self.params if seed is None or number == 0 else replace(self.params, seed=seed + number))
@@ -82,7 +82,7 @@ class ChoiceProgress:
 
 
 class WholeChoice(ChoiceProgress):
-    """One choice as a whole. Its pieces are joined once."""
+    """Gathers one choice as a whole. Its pieces are joined once."""
 
     def __init__(self, opening: str = ""):
         super().__init__()
@@ -105,7 +105,7 @@ class WholeChoice(ChoiceProgress):
 
     @property
     def delta(self) -> Delta:
-        """The whole answer. The work grows with it."""
+        """Joins the whole answer. The work grows with it."""
         return Delta.join(self._deltas)
 
 

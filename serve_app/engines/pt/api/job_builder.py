@@ -31,8 +31,8 @@ class JobBuilder:
         default_tokens: int | None,
         tokenize: Callable[[], list[list[int]]],
     ) -> Job:
-        """The job of a request. `tokenize` gives its prompts, and `default_tokens` is what is generated where the
-        request does not say; None is all that the context has room for. Raises InvalidRequest."""
+        """Builds the job of a request. `tokenize` gives its prompts, and `default_tokens` is what is generated where
+        the request does not say; None is all that the context has room for. Raises InvalidRequest."""
         prompts = tokenize()
         max_tokens = self._prompts.max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")

@@ -50,7 +50,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 def build_app(generator: Generator) -> Starlette:
-    """The application around a running model."""
+    """Builds the application around a running model."""
     endpoints = _Endpoints(generator)
     return Starlette(
         routes=[
@@ -77,21 +77,21 @@ class _Endpoints:
         self._created = int(time.time())
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
+        """POST /v1/chat/completions answers a chat."""
         size, asked = await self._read(request, ChatRequest.read)
         key = _key_name(request)
         self._require_alive()
         return await self._writer.answer(size, asked, key, CHAT, None, lambda: [self._prompts.of_chat(asked)])
 
     async def complete(self, request: Request) -> Response:
-        """POST /v1/completions."""
+        """POST /v1/completions continues texts."""
         size, asked = await self._read(request, CompletionRequest.read)
         key, tokens = _key_name(request), DEFAULT_COMPLETION_TOKENS
         self._require_alive()
         return await self._writer.answer(size, asked, key, TEXT, tokens, lambda: self._prompts.of_texts(asked))
 
     async def embed(self, request: Request) -> Response:
-        """POST /v1/embeddings: the mean of the last hidden states over the text's tokens, scaled to length 1."""
+        """POST /v1/embeddings answers with the mean of the last hidden states over a text's tokens, of length 1."""
         size, asked = await self._read(request, EmbeddingRequest.read)
         self._require_alive()
         with self._generator.reserve(asked.sequences) as places:
@@ -106,7 +106,7 @@ class _Endpoints:
         return json_response(await self._workers.run(size, lambda: self._write_vectors(asked, prompts, vectors)))
 
     async def _vectors(self, prompts: list[list[int]], places: Reservation) -> list[list[float]]:
-        """Of all prompts, or the first error; then the others end too."""
+        """Computes the vectors of all prompts, or raises the first error; then the others end too."""
         owner = object()
         try:
             async with asyncio.TaskGroup() as group:
@@ -125,7 +125,7 @@ class _Endpoints:
         return msgspec.json.encode({"object": "list", "data": data, "model": self._generator.name, "usage": usage})
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize, as vLLM has it: of a prompt, or of messages through the chat template."""
+        """POST /tokenize answers with the token ids of a prompt, or of messages in the chat template, as vLLM does."""
 
         def answer(asked: ChatRequest | TokenizeRequest) -> bytes:
             ids = self._prompts.of_chat(asked) if isinstance(asked, ChatRequest) else self._prompts.of_text(asked)
@@ -136,7 +136,7 @@ class _Endpoints:
         return json_response(await self._workers.run(size, partial(answer, asked)))
 
     async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize, as vLLM has it."""
+        """POST /detokenize answers with the text of token ids, as vLLM does."""
 
         def answer(asked: DetokenizeRequest) -> bytes:
             return msgspec.json.encode({"prompt": self._prompts.text_of(asked)})
@@ -145,7 +145,7 @@ class _Endpoints:
         return json_response(await self._workers.run(size, partial(answer, asked)))
 
     async def models(self, _: Request) -> Response:
-        """GET /v1/models."""
+        """GET /v1/models lists the one model."""
         entry = {
             "id": self._generator.name,
             "object": "model",
@@ -157,15 +157,15 @@ class _Endpoints:
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def load(self, _: Request) -> Response:
-        """GET /load, as vLLM has it: requests that run or wait."""
+        """GET /load counts the sequences that run or wait, as vLLM does."""
         return JSONResponse({"server_load": self._generator.in_flight})
 
     async def openapi(self, _: Request) -> Response:
-        """GET /openapi.json."""
+        """GET /openapi.json answers with the OpenAPI document."""
         return JSONResponse(openapi_document())
 
     async def health(self, _: Request) -> Response:
-        """200 while the engine can answer."""
+        """GET /health answers 200 while the engine can answer."""
         self._require_alive()
         reason = self._generator.serial_reason
         return JSONResponse({"status": "ok"} | ({"one_request_at_a_time": reason} if reason else {}))
@@ -187,13 +187,13 @@ class _Endpoints:
 
 
 def _key_name(request: Request) -> str | None:
-    """The name of the key that the request came with."""
+    """Returns the name of the key that the request came with."""
     name = header(request.scope["headers"], KEY_NAME_HEADER)
     return None if name is None else name.decode("latin-1")
 
 
 def _guarded(endpoint: Endpoint) -> Endpoint:
-    """The endpoint with an answer for every error.
+    """Gives the endpoint an answer for every error.
 
     Starlette raises an unexpected error again once its handler has answered, and the server then cuts the connection
     under the client's next request.
