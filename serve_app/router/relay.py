@@ -158,9 +158,7 @@ class Relay:
 
     def _cut(self, field: str) -> DeadlineExceeded:
         seconds = getattr(self._config, field)
-        return DeadlineExceeded(
-            f"The answer was cut off after {seconds:g} s, the limit that the router's {field} sets."
-        )
+        return DeadlineExceeded(f"The answer was cut off after {seconds:g} s, as the router's {field} says.")
 
 
 def _has_more_than(before: int, transcript: Transcript | None) -> bool:
