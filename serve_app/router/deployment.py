@@ -109,7 +109,7 @@ def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate) -> St
             Route("/v1/models/{name:path}", endpoints.show_model),
             Route("/{path:path}", forwarder, methods=["POST"]),
         ],
-        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route, Exception: _unexpected},
+        exception_handlers={RequestError: _refused, HTTPException: _no_such_route, Exception: _unexpected},
         lifespan=lifespan,
     )
 
@@ -177,7 +177,7 @@ class _Endpoints:
         }
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return error_response(error)
 
