@@ -1,4 +1,4 @@
-"""The terminal for ourselves: whatever this process and the libraries in it print goes to a log file.
+"""Keeps the terminal for our own lines: whatever this process and the libraries in it print goes to a log file.
 
 Ray's C++ code, warnings of libraries and what Ray forwards from its workers all end in the two standard streams, so
 their file descriptors become a pipe. A thread reads it line by line into a file that is bounded and private.
@@ -21,7 +21,7 @@ from serve_app.errors import ConfigError
 from serve_app.facts.calibration import calibration_file
 from serve_app.terminal import MARK
 
-# Of one log: the file and the one before it. Of the logs of earlier starts, so many stay.
+# A log consists of its file and the one before it. This many logs of earlier starts are kept.
 MOST_LOG_BYTES = 10_000_000
 MOST_LOGS = 10
 # A longer line is cut into pieces.
@@ -43,9 +43,9 @@ class PrivateFile(RotatingFileHandler):
 
 
 def new_log_file() -> Path:
-    """The path of a new log, in the cache folder. The oldest ones are removed.
+    """Returns the path of a new log in the cache folder, and removes the oldest logs.
 
-    Raises ConfigError where the folder cannot be written.
+    Raises ConfigError if the folder cannot be written.
     """
     folder = calibration_file().parent / "logs"
     try:
@@ -54,16 +54,16 @@ def new_log_file() -> Path:
             for file in (old, old.with_name(f"{old.name}.1")):
                 file.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}. Name another place for the log with --log-file.") from None
+        raise ConfigError(f"{folder}: {error.strerror}. Give the log another place with --log-file.") from None
     return folder / f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
 
 
 @contextlib.contextmanager
 def captured(file: Path, told: Callable[[str], None]) -> Iterator[TextIO]:
-    """Within it, both standard streams of this process go to `file`. Yields a stream to the terminal, which was stdout.
+    """Sends both standard streams of this process to `file` meanwhile, and yields a stream to the former stdout.
 
     `told` gets each line that a worker meant for the terminal (`terminal.notify`), in the thread that reads.
-    Raises ConfigError where the file cannot be written.
+    Raises ConfigError if the file cannot be written.
     """
     try:
         log = PrivateFile(file, maxBytes=MOST_LOG_BYTES, backupCount=1)
@@ -97,8 +97,8 @@ def _flush() -> None:
 
 
 def _keep(reading: int, log: PrivateFile, told: Callable[[str], None]) -> None:
-    """Writes all lines that come until nobody can write any more. A full disk loses lines and stops nobody."""
-    logging.raiseExceptions = False  # Its report would go to the stream that is read here.
+    """Writes every line until no writer is left. If the disk is full, lines are lost, but nothing stops."""
+    logging.raiseExceptions = False  # Its report would go to the stream that this function reads.
     with os.fdopen(reading, encoding="utf-8", errors="replace") as stream:
         while line := stream.readline(MOST_LINE_CHARACTERS):
             text = line.rstrip("\n")

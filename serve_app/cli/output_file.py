@@ -1,4 +1,4 @@
-"""Writes the files that a command is asked for."""
+"""Writes the files that a command is asked to write."""
 
 import os
 from contextlib import suppress
@@ -10,7 +10,7 @@ from serve_app.errors import ConfigError
 def write_file(target: Path, text: str) -> None:
     """Writes a text file as a whole or not at all, so that a reader sees the old file or the new one.
 
-    A link is followed. Raises ConfigError where the file cannot be written, or is no regular file.
+    A link is followed. Raises ConfigError if the file cannot be written or is not a regular file.
     """
     file = target.resolve()
     if file.exists() and not file.is_file():

@@ -1,4 +1,4 @@
-"""`serve-app run` and `serve-app demo`: what `serve run` does, with Serve's settings set and a clean terminal."""
+"""`serve-app run` and `serve-app demo` do what `serve run` does, with Serve's settings set and a clean terminal."""
 
 import contextlib
 import os
@@ -32,15 +32,15 @@ from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.ray_serve import NAMESPACE, current_cluster_file
 
-# Seconds between two looks at Serve's status, until everything has come up and afterwards.
+# Serve's status is read at these intervals in seconds: the first until everything has come up, the second afterwards.
 START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0
-# A second signal within this time is the first one again: `timeout` and some shells send it twice.
+# A second signal within this many seconds counts as the first one, since `timeout` and some shells send it twice.
 SAME_SIGNAL_S = 1.0
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run: `address` is HOST:PORT of a running Ray, "local" for one of its own, None for what Ray would take."""
+    """How to run. `address` is HOST:PORT of a running Ray, "local" to start one, or None for what Ray would choose."""
 
     address: str | None = None
     log_file: Path | None = None
@@ -49,9 +49,9 @@ class RunOptions:
 
 
 def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None = None) -> int:
-    """Serves a config file until Ctrl-C or SIGTERM, and returns 0, or 1 where it cannot go on.
+    """Serves a config file until Ctrl-C or SIGTERM. Returns 0, or 1 if it cannot go on.
 
-    `http_options` replace those of the file.
+    `http_options` replaces options of the file.
 
     Raises ConfigError for a wrong file, an address without a cluster, and a port that is taken.
     """
@@ -65,12 +65,12 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
     environment = serve_environment(str(haproxy_command()))
     activate()
     notes = overrides(document, os.environ, environment)
-    # Before Ray is imported: Serve reads them then, and the processes of a Ray that is started here inherit them.
+    # This comes before the import of Ray: Serve reads them then, and the processes of a Ray started here inherit them.
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     notes += [*open_access(document, applications), *dangling_names(applications)]
     start = Start(file, document, applications, joins)
-    sys.path.insert(0, str(Path(options.app_dir).resolve()))  # Ray gives it to the workers.
+    sys.path.insert(0, str(Path(options.app_dir).resolve()))  # Ray passes the path on to the workers.
     with _terminal(options) as (view, log):
         view.line(f"Serving {file} with serve-app {__version__}")
         if log is not None:
@@ -81,14 +81,14 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
 
 
 def demo(options: RunOptions, host: str, port: int) -> int:
-    """Serves the two demo models in a Ray of their own, as `run`."""
+    """Serves the two demo models with a Ray of their own, as `run` does, and returns its exit code."""
     return run(CONFIG_FILE, options, {"host": host, "port": port})
 
 
 def activate() -> None:
-    """Sets what `activate` of an environment sets, for the processes that Ray starts.
+    """Sets what the script `activate` of this environment sets, for the processes that Ray starts.
 
-    Engines look there for their tools, and files name `${VIRTUAL_ENV}`.
+    Engines look for their tools on this path, and config files name `${VIRTUAL_ENV}`.
     """
     folder = str(Path(sys.executable).parent)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
@@ -97,9 +97,9 @@ def activate() -> None:
 
 
 def cluster_to_join(address: str | None) -> str | None:
-    """Where the Ray cluster is that is to be joined; None to start one. As `ray.init` decides.
+    """Returns the address of the Ray cluster to join, or None to start one, as `ray.init` decides it.
 
-    Raises ConfigError where no cluster answers.
+    Raises ConfigError if no cluster answers.
     """
     where = address or os.environ.get("RAY_ADDRESS") or ""
     if where == "local":
@@ -119,9 +119,9 @@ def cluster_to_join(address: str | None) -> str | None:
 
 
 def _http_options(document: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's, with an address that only this machine reaches where it names none.
+    """Returns the file's options, with an address that only this machine reaches if the file names none.
 
-    Serve's own default is 0.0.0.0 in a file, and 127.0.0.1 in a program. Raises ConfigError for what is no port.
+    Serve's own default is 0.0.0.0 in a file, and 127.0.0.1 in a program. Raises ConfigError for an invalid port.
     """
     given = document.get("http_options") or {}
     if not isinstance(given, Mapping):
@@ -140,7 +140,7 @@ def _require_free_port(port: int) -> None:
 
 @contextlib.contextmanager
 def _terminal(options: RunOptions) -> Iterator[tuple[StartView, Path | None]]:
-    """The view of the terminal, and the log that has the rest; None where all of it goes to the terminal."""
+    """Yields the view of the terminal, and the log with the rest or None if all of it goes to the terminal."""
     if options.verbose:
         view = StartView(os.fdopen(os.dup(1), "w", buffering=1), live=False)
         try:
@@ -148,7 +148,7 @@ def _terminal(options: RunOptions) -> Iterator[tuple[StartView, Path | None]]:
         finally:
             view.close()
         return
-    os.environ["RAY_COLOR_PREFIX"] = "0"  # So that the lines that workers mean for the terminal are recognised.
+    os.environ["RAY_COLOR_PREFIX"] = "0"  # Only then are the lines that workers mean for the terminal recognised.
     log = options.log_file or new_log_file()
     shown: list[StartView] = []
 
@@ -168,7 +168,7 @@ def _terminal(options: RunOptions) -> Iterator[tuple[StartView, Path | None]]:
 
 @dataclass(frozen=True)
 class Start:
-    """What is to be started: the config, its applications, and the address of the cluster to join."""
+    """What is to be started, that is the config, its applications, and the address of the cluster to join."""
 
     file: Path
     document: Mapping[str, Any]
@@ -177,22 +177,22 @@ class Start:
 
     @property
     def names(self) -> list[str]:
-        """The names of all applications."""
+        """Returns the names of all applications."""
         return [application.name for application in self.applications]
 
     @property
     def others(self) -> list[str]:
-        """The applications that are no models."""
+        """Returns the names of the applications that are not models."""
         return [application.name for application in self.applications if not application.is_model]
 
     @property
     def routers(self) -> list[str]:
-        """The applications that are routers."""
+        """Returns the names of the applications that are routers."""
         return [application.name for application in self.applications if application.is_router]
 
 
 class _Stop(KeyboardInterrupt):
-    """The first SIGINT or SIGTERM."""
+    """Is raised by the first SIGINT or SIGTERM."""
 
 
 @dataclass
@@ -218,7 +218,7 @@ class _Runner:
             import traceback
 
             traceback.print_exc()
-            self.view.event(f"has failed: {type(error).__name__}: {error}")
+            self.view.event(f"serve-app run has failed: {type(error).__name__}: {error}")
             code = 1
         finally:
             self._stop()
@@ -226,7 +226,7 @@ class _Runner:
 
     def _heed_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # A shell has SIGINT ignored by what runs in the background.
+            if signal.getsignal(number) != signal.SIG_IGN:  # A shell makes background jobs ignore SIGINT.
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
@@ -234,8 +234,8 @@ class _Runner:
             self._stopped_at = time.monotonic()
             raise _Stop
         if time.monotonic() - self._stopped_at > SAME_SIGNAL_S:
-            left = f"; Serve goes on at {self.start.joins}" if self.start.joins else ""
-            self.view.event(f"ends at once{left}")
+            left = f"; Serve keeps running at {self.start.joins}" if self.start.joins else ""
+            self.view.event(f"exiting immediately{left}")
             os._exit(INTERRUPTED)  # Ray's processes end with the one that started them.
 
     def _start_ray(self) -> None:
@@ -247,13 +247,13 @@ class _Runner:
             context = ray.init(address=self.start.joins or "local", namespace=NAMESPACE)
         except ConnectionError as error:
             raise ConfigError(
-                f"{self.start.joins or 'Ray'} does not let this program in: {error}. If the cluster uses tokens, "
-                "export RAY_AUTH_MODE=token."
+                f"{self.start.joins or 'Ray'} does not accept this program as a client: {error}. If the cluster uses "
+                "tokens, export RAY_AUTH_MODE=token."
             ) from None
         self._heed_signals()  # Ray has set its own handler of SIGTERM.
         dashboard = f" (dashboard http://{context.dashboard_url})" if context.dashboard_url else ""
         self.view.event(
-            f"Ray is up{dashboard}" if self.start.joins is None else f"joined the Ray at {self.start.joins}"
+            f"Ray is up{dashboard}" if self.start.joins is None else f"joined the Ray cluster at {self.start.joins}"
         )
 
     def _start_serve(self) -> None:
@@ -268,8 +268,8 @@ class _Runner:
         except ValueError:
             document = self._with_settings_of_nodes()
         else:
-            self.view.event("Serve runs there already: its http_options and controller_options stay as they are")
-        self._serves = True  # What is begun is to be ended.
+            self.view.event("Serve runs there already, so its http_options and controller_options stay as they are")
+        self._serves = True  # What has been started must be stopped.
         options = {name: document[name] for name in ("proxy_location", "grpc_options") if name in document}
         serve.start(
             http_options=document.get("http_options"), controller_options=document.get("controller_options"), **options
@@ -278,7 +278,7 @@ class _Runner:
         self.view.event("Serve is up")
 
     def _with_settings_of_nodes(self) -> Mapping[str, Any]:
-        """The config with the settings that the nodes of a joined cluster lack."""
+        """Returns the config with the settings that the nodes of a joined cluster lack."""
         if self.start.joins is None:
             return self.start.document
         from serve_app.deploy.node_env import node_environments
@@ -290,7 +290,7 @@ class _Runner:
         return with_environment(self.start.document, settings)
 
     def _watch(self) -> None:
-        """Tells how the applications come up, then what is new. Ends by a signal only."""
+        """Shows how the applications come up, and then each change. Only a signal ends it."""
         from serve_app.cli.start_watch import StartWatch
 
         watch = StartWatch(self.start.names, self.start.others, self.start.routers, self.view)
@@ -302,13 +302,13 @@ class _Runner:
             time.sleep(LATER_INTERVAL_S)
 
     def _stop(self) -> None:
-        """Ends Serve, and the Ray that was started here."""
+        """Stops Serve if it was started here, and leaves or stops Ray."""
         self._stopped_at = self._stopped_at or time.monotonic()
         self.view.close()
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             return
-        self.view.event("stops; Ctrl-C again ends it at once")
+        self.view.event("stopping; press Ctrl-C again to exit immediately")
         try:
             if self._serves:
                 from ray import serve
@@ -316,4 +316,4 @@ class _Runner:
                 serve.shutdown()
         finally:
             ray.shutdown()
-        self.view.event("has stopped")
+        self.view.event("serve-app run has stopped")

@@ -1,4 +1,4 @@
-"""The terminal during `serve-app run`: lines that stay and, where it is a terminal, a live line for what is awaited."""
+"""Shows `serve-app run` on the terminal: lines that stay and, on a real terminal, a live line for what is awaited."""
 
 import threading
 import time
@@ -10,15 +10,15 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-# Where nothing can be redrawn, a sign of life this often, in seconds, while nothing changes.
+# If nothing can be redrawn and nothing changes, a sign of life is printed at this interval in seconds.
 REMINDER_S = 30.0
 REFRESHES_PER_SECOND = 4
-# What a failure and a warning look like where there are colours.
+# These are the styles of a failure, a warning and a success if there are colours.
 STYLES = (("has failed", "bold red"), ("WARNING", "yellow"), ("is ready", "green"))
 
 
 class StartView:
-    """Prints what happens, with the seconds since the start. Safe to use from several threads."""
+    """Prints what happens, with the seconds since the start. It is safe to use from several threads."""
 
     def __init__(self, stream: TextIO, live: bool = True, clock: Callable[[], float] = time.monotonic):
         self._clock, self._started = clock, clock()
@@ -37,11 +37,11 @@ class StartView:
             self._live.start()
 
     def event(self, text: str) -> None:
-        """One line with the seconds before it."""
+        """Prints a line with the seconds since the start before it."""
         self.line(f"[{self._clock() - self._started:3.0f} s] {text}")
 
     def line(self, text: str) -> None:
-        """One line as it is."""
+        """Prints a line as it is."""
         with self._lock:
             self._spoke = self._clock()
             if self._console is None:
@@ -52,19 +52,19 @@ class StartView:
                 self._console.print(Text(text, style), soft_wrap=True)
 
     def wait_for(self, awaited: Sequence[str]) -> None:
-        """What is awaited now, each with the seconds that it has been awaited."""
+        """Shows what is awaited now, each with the seconds for which it has been awaited."""
         now = self._clock()
         with self._lock:
             self._awaited = {text: self._awaited.get(text, now) for text in awaited}
             live = self._live
             is_quiet = bool(awaited) and self._console is None and now - self._spoke > REMINDER_S
         if live is not None:
-            live.refresh()  # Lines that are printed next would otherwise stand over what was awaited before.
+            live.refresh()  # Lines that are printed next would otherwise stay above what was awaited before.
         if is_quiet:
             self.event(f"still waiting: {', '.join(awaited)}")
 
     def close(self) -> None:
-        """Takes the live lines away and gives the cursor back. What stays was printed."""
+        """Removes the live lines and gives the cursor back. Printed lines stay."""
         with self._lock:
             live, self._live = self._live, None
             self._awaited = {}
@@ -73,5 +73,5 @@ class StartView:
 
     def _render(self) -> Group:
         now = self._clock()
-        # The dictionary is replaced and never changed, so that drawing needs no lock.
+        # The dictionary is replaced and never changed, so drawing needs no lock.
         return Group(*(Spinner("line", Text(f"{text} {now - since:.0f} s")) for text, since in self._awaited.items()))

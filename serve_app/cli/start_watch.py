@@ -1,4 +1,4 @@
-"""Reads Serve's status again and again during `serve-app run`, and tells the terminal what is new."""
+"""Reads Serve's status again and again during `serve-app run`, and shows what is new on the terminal."""
 
 import http.client
 import time
@@ -24,14 +24,14 @@ from serve_app.replica.report import read_reports
 from serve_app.router.announcer import address
 
 STATUS_TIMEOUT_S = 30.0
-# Seconds that the address may take to answer after the models are there, and the replicas to tell their memory.
+# When the models are ready, the address may take this many seconds to answer, and the replicas to report their memory.
 ADDRESS_TIMEOUT_S = 15.0
 REPORTS_TIMEOUT_S = 3.0
 LOOK_AGAIN_S = 0.2
 
 
 class StartWatch:
-    """What was seen so far. `expected` are the names of the file's applications; `others` of them are no models."""
+    """Keeps what was seen so far. `expected` are the names of the file's applications; `others` are not models."""
 
     def __init__(self, expected: Collection[str], others: Collection[str], routers: Collection[str], view: StartView):
         self._expected, self._others, self._routers, self._view = expected, others, routers, view
@@ -41,7 +41,7 @@ class StartWatch:
         self.is_over = False
 
     def look(self) -> None:
-        """Tells what has changed, and once nothing is loading any more, what serves where."""
+        """Shows what has changed and, once nothing is loading any more, what serves where."""
         try:
             applications = serve_details(STATUS_TIMEOUT_S)["applications"]
         except (RayError, TimeoutError, ValueError) as error:  # The controller may be restarting.
@@ -67,7 +67,7 @@ class StartWatch:
         self._told |= {(report.application, report.replica) for report in reports}
 
     def _close(self) -> None:
-        """The end of a start, or of a later change."""
+        """Shows the result of a start or of a later change."""
         ready = {name for name, item in self._states.items() if item.is_model and item.state == "ready"}
         _until(lambda: ready <= self._reporting(), REPORTS_TIMEOUT_S)
         self._tell_memory()
@@ -87,7 +87,7 @@ class StartWatch:
 
 
 def _until(is_so: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether it became so in time."""
+    """Returns whether the condition became true in time."""
     ends = time.monotonic() + timeout_s
     while not is_so():
         if time.monotonic() > ends:
@@ -97,7 +97,7 @@ def _until(is_so: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Whether the router is reached at the address; it asks for no key there."""
+    """Returns whether the router answers at the address. Its path /health needs no key."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=2.0)
     try:
