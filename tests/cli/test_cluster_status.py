@@ -82,7 +82,9 @@ def test_a_lost_node_is_named_with_what_is_missing() -> None:
 def test_what_others_have_taken_is_told_with_what_is_left() -> None:
     """Ray has the GPU, and not enough of it now."""
     (found,) = seen(1, 2).models
-    assert found.missing.endswith("or others use these resources now. The nodes have this left: a: 8 CPUs, GPU 0: 4 GiB.")
+    assert found.missing.endswith(
+        "or others use these resources now. The nodes have this left: a: 8 CPUs, GPU 0: 4 GiB."
+    )
 
 
 @pytest.mark.parametrize(
