@@ -1,14 +1,14 @@
-"""What Ray Serve must find in its environment, with the reasons: the one place that holds these settings.
+"""Holds the settings that Ray Serve must find in its environment, with the reasons, in one place.
 
 Serve reads them when its modules are imported, so they must be in the environment of its controller, its proxies and
 its replicas before those start. There are three ways, and each takes the settings from here:
 
-- `serve-app run` sets them for the Ray that it starts. To a Ray that runs already, it hands those that the nodes lack
+- `serve-app run` sets them for the Ray that it starts. If a Ray runs already, it passes the ones that the nodes lack
   as `controller_options` of the config.
 - `serve-app node-env` prints them for `ray start`, so that `serve deploy` needs nothing in its file.
 - A file for plain `serve run` repeats them under `controller_options`, as deploy_configs/prod.yaml does.
 
-What a user's own file or environment sets wins.
+A value in the user's own file or environment wins.
 """
 
 import re
@@ -24,13 +24,13 @@ from serve_app.ray_serve import MIDDLEWARES_VARIABLE
 
 HAPROXY_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HAPROXY_COMMAND = "serve-app-haproxy"
-# How a file names the command without knowing the machine: Ray expands the variable.
+# A file names the command in this way without knowing the machine, and Ray expands the variable.
 HAPROXY_IN_FILES = f"${{VIRTUAL_ENV}}/bin/{HAPROXY_COMMAND}"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One environment variable of Ray Serve. An empty value stands for one that each machine has for itself."""
+    """One environment variable of Ray Serve. An empty value means that each machine has its own."""
 
     name: str
     value: str
@@ -67,21 +67,21 @@ NAMES = tuple(setting.name for setting in SETTINGS)
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """One node of a cluster: which of the settings Ray was started with there, and where its `serve-app-haproxy` is."""
+    """What a node reports: which of the settings Ray was started with there, and where its `serve-app-haproxy` is."""
 
     variables: Mapping[str, str]
     haproxy: str
 
 
 def serve_environment(haproxy: str) -> dict[str, str]:
-    """All settings, name to value, with the path of `serve-app-haproxy`."""
+    """Returns all settings by name, with the path of `serve-app-haproxy`."""
     return {setting.name: setting.value or haproxy for setting in SETTINGS}
 
 
 def haproxy_command() -> Path:
-    """Where `serve-app-haproxy` is on this machine: beside the interpreter, or among the scripts of its installation.
+    """Returns the path of `serve-app-haproxy`, beside the interpreter or among the scripts of its installation.
 
-    Raises ConfigError where it is in neither place.
+    Raises ConfigError if it is in neither place.
     """
     folders = [Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))]
     folders += [Path(sysconfig.get_path("scripts", scheme)) for scheme in ("posix_user",)]
@@ -89,24 +89,24 @@ def haproxy_command() -> Path:
         if (folder / HAPROXY_COMMAND).is_file():
             return folder / HAPROXY_COMMAND
     raise ConfigError(
-        f"{HAPROXY_COMMAND}: is not in {folders[0]}, where this Python is. Install serve-app again with this Python's "
-        "pip; a copied package has no commands."
+        f"{HAPROXY_COMMAND} is not in {folders[0]}, where this Python is. Install serve-app again with this Python's "
+        "pip, because a copied package has no commands."
     )
 
 
 def file_environment(document: Mapping[str, Any]) -> dict[str, str]:
-    """The variables that a config file sets for all of Serve, under `controller_options`."""
+    """Returns the variables that a config file sets for all of Serve under `controller_options`."""
     runtime_env = (document.get("controller_options") or {}).get("runtime_env") or {}
     return {str(name): str(value) for name, value in (runtime_env.get("env_vars") or {}).items()}
 
 
 def lacking(document: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
-    """The settings that neither the file nor this environment has."""
+    """Returns the settings that neither the file nor this environment has."""
     return [name for name in NAMES if name not in file_environment(document) and name not in environment]
 
 
 def overrides(document: Mapping[str, Any], environment: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """What the user's file, or else the environment, sets to another value than ours; one sentence for each."""
+    """Returns a sentence for each setting to which the user's file, or else the environment, gives another value."""
     notes = []
     in_file = file_environment(document)
     for name, value in ours.items():
@@ -119,14 +119,14 @@ def overrides(document: Mapping[str, Any], environment: Mapping[str, str], ours:
 
 
 def expanded(value: str, environment: Mapping[str, str]) -> str:
-    """A value of `env_vars` with `${NAME}` replaced as Ray replaces it."""
+    """Returns a value of `env_vars` with `${NAME}` replaced as Ray replaces it."""
     return re.sub(r"\$\{(\w+)\}", lambda found: environment.get(found[1], ""), value)
 
 
 def for_cluster(document: Mapping[str, Any], nodes: Mapping[str, NodeEnvironment]) -> dict[str, str]:
-    """The settings that some node was started without, and the file does not set: Serve gets them with the config.
+    """Returns the settings that some node and the file both lack, so that Serve gets them with the config.
 
-    Raises ConfigError where they cannot be the same for all nodes.
+    Raises ConfigError if they cannot be the same for all nodes.
     """
     in_file = file_environment(document)
     missing = [
@@ -136,15 +136,15 @@ def for_cluster(document: Mapping[str, Any], nodes: Mapping[str, NodeEnvironment
     if HAPROXY_BINARY in missing and (len(paths) > 1 or "" in paths):
         found = "; ".join(f"{name}: {node.haproxy or 'none'}" for name, node in sorted(nodes.items()))
         raise ConfigError(
-            f"{HAPROXY_COMMAND} is not at one path on all nodes ({found}), so its path cannot go with the config. "
-            'Install serve-app on every node, and start Ray there after: eval "$(serve-app node-env)".'
+            f"{HAPROXY_COMMAND} is not at the same path on all nodes ({found}), so the config cannot name its path. "
+            'Install serve-app on every node, and run eval "$(serve-app node-env)" there before you start Ray.'
         )
     ours = serve_environment(next(iter(paths), ""))
     return {name: ours[name] for name in missing}
 
 
 def with_environment(document: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
-    """The config with these variables under `controller_options`; what is there already stays."""
+    """Returns the config with these variables under `controller_options`. Variables that are there already stay."""
     options = dict(document.get("controller_options") or {})
     runtime_env = dict(options.get("runtime_env") or {})
     env_vars = {**variables, **(runtime_env.get("env_vars") or {})}

@@ -1,6 +1,6 @@
 """Keeps what a replica reports about itself in Ray's key-value store, where `serve-app status` reads it.
 
-A report that is older than `STALE_S`, or of a replica that Serve does not have any more, says nothing.
+A report that is older than `STALE_S`, or belongs to a replica that Serve does not have any more, is ignored.
 """
 
 import json
@@ -18,10 +18,10 @@ FORGOTTEN_S = 600.0
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What a replica was planned and measured to hold of one device, in bytes. Unknown figures are None.
+    """What a replica was planned and measured to hold of one device in bytes. Unknown figures are None.
 
-    `device` is the GPU's UUID or "cpu", `index` the GPU's number on its node. `held`, `peak`, `weights` and `kv_cache`
-    as in `RankMemory`.
+    `device` is the GPU's UUID or "cpu", and `index` is the GPU's number on its node. `held`, `peak`, `weights` and
+    `kv_cache` are as in `RankMemory`.
     """
 
     device: str
@@ -64,7 +64,7 @@ def forget_report(application: str, replica: str) -> None:
 def read_reports() -> list[ReplicaReport]:
     """Returns all reports that are stored. It skips those that another version has written.
 
-    A replica that was killed leaves its report behind: such ones are removed here once they are old.
+    A replica that was killed leaves its report behind, which is removed here once it is old.
     """
     found = []
     for key in stored_keys(PREFIX):
