@@ -45,17 +45,29 @@ SETTINGS = (
         "serve_app.access.door:middlewares",
         "API keys and limits hold in Serve's own proxies too",
     ),
-    Setting("RAY_SERVE_ENABLE_HA_PROXY", "1", "HAProxy takes the requests, and no Python stands before a replica"),
+    Setting("RAY_SERVE_ENABLE_HA_PROXY", "1", "HAProxy takes the requests, and no Python is in front of a replica"),
     Setting("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1", "replicas run on their main event loop and log in batches"),
     Setting(HAPROXY_BINARY, "", "this command becomes Ray's HAProxy and ends with Serve"),
     Setting("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "86400", "a stream may outlive a change of the routes by a day"),
-    Setting("RAY_SERVE_PORT_QUARANTINE_S", "3600", "of a replica's port, after its end; otherwise those 86400 s"),
     Setting(
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", "32700", "from 30000: 2700 starts of replicas for each node and hour"
+        "RAY_SERVE_PORT_QUARANTINE_S",
+        "3600",
+        "a replica's port rests this long after its end, and otherwise those 86400 s",
     ),
-    Setting("RAY_SERVE_HAPROXY_MAXCONN", "16384", "connections at once, with two open files each; 4096 are too few"),
-    Setting("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", "65536", "headers of up to 60 kB; at 16384 a header of 16 kB is a 400"),
-    Setting("RAY_SERVE_HAPROXY_METRICS_ENABLED", "0", "a datagram for each request that Ray parses; the router counts"),
+    Setting(
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT",
+        "32700",
+        "ports from 30000 on allow 2700 starts of replicas for each node and hour",
+    ),
+    Setting(
+        "RAY_SERVE_HAPROXY_MAXCONN", "16384", "so many connections may be open, with two files each; 4096 are too few"
+    ),
+    Setting(
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE", "65536", "headers may have up to 60 kB; at 16384 a header of 16 kB is a 400"
+    ),
+    Setting(
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED", "0", "Ray would parse a datagram for each request, but the router counts"
+    ),
     Setting(
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
         "2",

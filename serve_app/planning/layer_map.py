@@ -1,8 +1,8 @@
 """Decides which layers of a model go on which device, in order, with the KV cache that they bring along.
 
-The rule is accelerate's: blocks in the model's order fill one device after the other. What is added: each layer's KV
-cache counts where the layer is, and where layers are left over for the CPU or the disk, the first GPU keeps room for
-the largest of them, since that is where they are computed.
+The rule is accelerate's: blocks in the model's order fill one device after the other. This module adds that each
+layer's KV cache counts where the layer is. If layers are left over for the CPU or the disk, the first GPU keeps room
+for the largest of them, since they are computed there.
 """
 
 import re
@@ -20,7 +20,7 @@ _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$
 class Block:
     """A part that cannot be split: the embedding (number -1), a layer, or the norm and head (after the last layer).
 
-    `kv` and `state` are bytes of cache: for a token, and for a sequence.
+    `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence.
     """
 
     number: int
@@ -95,7 +95,7 @@ def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows
         return mapped
     if not spills:
         return None
-    while True:  # What is kept free on the first device makes more blocks left over: until nothing changes.
+    while True:  # Room kept on the first device may leave more blocks over, so it repeats until nothing changes.
         rest = mapped.rest
         kept = max(block.weights for block in rest.blocks) + rest.cache(tokens, rows)
         if kept > limits[0]:
