@@ -190,7 +190,7 @@ BODY_TIMEOUT_S = 60.0
 
 
 class ModelConfig(_Strict):
-    """A model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
+    """This is a model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
 
     `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
     `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
@@ -405,8 +405,8 @@ def _device_problem(config: ModelConfig) -> str | None:
 
 
 class RouterConfig(_Strict):
-    """The router: its names, limits and waiting. Sizes are in bytes and times in seconds, and all hold for each router
-    replica.
+    """This is the router: its names, limits and waiting. Sizes are in bytes and times in seconds, and all hold for each
+    router replica.
 
     `aliases` are other names of models, and `fallbacks` are the models that answer for one that is down or full.
     `first_byte_timeout_s` is a whole answer's time if it is not streamed. `max_retries` bounds how often a request is

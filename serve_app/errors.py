@@ -31,7 +31,7 @@ from typing import ClassVar
 
 
 class ServeAppError(Exception):
-    """An error with one message of one or two lines that says what, where and what to do."""
+    """This is an error with one message of one or two lines that says what, where and what to do."""
 
 
 class ConfigError(ServeAppError):
@@ -47,7 +47,7 @@ class EngineError(ServeAppError):
 
 
 class RequestError(ServeAppError):
-    """A refusal that the client sees as OpenAI's error object.
+    """This is a refusal that the client sees as OpenAI's error object.
 
     `param` names the field of the request that is to blame, and `retry_after_s` becomes the header `retry-after`.
     """

@@ -73,8 +73,8 @@ class Held:
 
 
 class NoBody(Held):
-    """The account of a request that needs no key. It may not bring a body, because without a key's name nothing would
-    bound what one client takes of the budget."""
+    """This is the account of a request that needs no key. It may not bring a body, because without a key's name nothing
+    would bound what one client takes of the budget."""
 
     def __init__(self) -> None:
         """Makes an account without a budget."""

@@ -35,7 +35,8 @@ FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Admission:
-    """One request that may go on. `headers` belong onto its response, and `key_name` is None if no key is needed.
+    """This is one request that may go on. `headers` belong onto its response, and `key_name` is None if no key is
+    needed.
 
     `counts_tokens` means that the key has a limit of tokens. `release` has to be called when the response has ended, in
     whatever way.
@@ -151,8 +152,8 @@ async def metered_for(admission: Admission, path: str, seen: Peek, body: Request
 
 
 class KeyedRouter:
-    """The router's application behind a gate. Everything but GET /health needs a key. What a request may use, and how
-    much, is decided later, when its model is known."""
+    """This is the router's application behind a gate. Everything but GET /health needs a key. What a request may use,
+    and how much, is decided later, when its model is known."""
 
     def __init__(self, app: ASGIApp, gate: Gate):
         self._app = app
@@ -171,7 +172,7 @@ class KeyedRouter:
 
 
 class KeyedApp:
-    """An application behind a gate. Every HTTP request but GET /health needs a key that may use `model_name`.
+    """This is an application behind a gate. Every HTTP request but GET /health needs a key that may use `model_name`.
 
     This includes paths that do not exist, documentation and metrics. Websockets are refused, because nothing would
     count them. The body is read within `limits` once the key is known. Its length and the limit of its answers give the

@@ -60,7 +60,8 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 
 
 class ApiKey(BaseModel):
-    """One key as it is known here. `models` is None for all models. Limits are per minute, and None means no limit."""
+    """This is one key as it is known here. `models` is None for all models. Limits are per minute, and None means no
+    limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -35,7 +35,7 @@ WORKER_LINE = re.compile(
 
 
 class PrivateFile(RotatingFileHandler):
-    """A bounded log that only its user can read."""
+    """This is a bounded log that only its user can read."""
 
     def _open(self) -> TextIOWrapper:
         file = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -17,7 +17,8 @@ Reports = Mapping[tuple[str, str], ReplicaReport]
 
 @dataclass(frozen=True)
 class ReplicaView:
-    """A replica as Serve knows it, with its report if there is one. `state` is the state that Serve gives it."""
+    """This is a replica as Serve knows it, with its report if there is one. `state` is the state that Serve gives
+    it."""
 
     replica: str
     state: str
@@ -28,8 +29,8 @@ class ReplicaView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A model and its replicas. `wanted` is the number of replicas that Serve aims at now, `missing` says why fewer
-    run, and `error` is the model's last error."""
+    """This is a model and its replicas. `wanted` is the number of replicas that Serve aims at now, `missing` says why
+    fewer run, and `error` is the model's last error."""
 
     name: str
     state: str

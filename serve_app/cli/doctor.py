@@ -50,7 +50,7 @@ OWN_PROCESSES = ("ray::", "VLLM::")
 
 @dataclass(frozen=True)
 class TakenPort:
-    """A port of 127.0.0.1 that cannot be bound. `holder` is empty if its process cannot be seen."""
+    """This is a port of 127.0.0.1 that cannot be bound. `holder` is empty if its process cannot be seen."""
 
     port: int
     holder: str = ""

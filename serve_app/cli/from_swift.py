@@ -39,7 +39,8 @@ BACKENDS = {"pt": "pt", "transformers": "pt", "vllm": "vllm", "sglang": "vllm", 
 
 @dataclass(frozen=True)
 class Translation:
-    """One model: its name for clients, its `args`, the address, and a note for each thing that did not carry over."""
+    """This is one model: its name for clients, its `args`, the address, and a note for each thing that did not carry
+    over."""
 
     name: str
     args: Mapping[str, Any]
@@ -279,7 +280,7 @@ def _address(draft: _Draft, parsed: SwiftCommand) -> tuple[str, int]:
 
 
 class _Inline(dict[Any, Any]):
-    """A mapping that is printed on one line."""
+    """This is a mapping that is printed on one line."""
 
 
 class _Dumper(yaml.SafeDumper):

@@ -28,7 +28,8 @@ MOST_FIXES = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """The answers and flags together. `gpus` is as in `serve-app plan --gpus`, or "cpu", or None for this machine."""
+    """These are the answers and flags together. `gpus` is as in `serve-app plan --gpus`, or "cpu", or None for this
+    machine."""
 
     model: str
     name: str
@@ -71,7 +72,7 @@ class Defaults:
         return default
 
     def agrees(self, question: str) -> bool:
-        """Yes."""
+        """Returns True."""
         return True
 
 
@@ -93,7 +94,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Given:
-    """The flags of the command. A value of None means that the question is asked."""
+    """These are the flags of the command. A value of None means that the question is asked."""
 
     model: str | None = None
     name: str | None = None

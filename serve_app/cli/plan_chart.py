@@ -39,7 +39,7 @@ LEAST_BAR = 1 / 6
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a bar: the memory of one kind, with the certainty of its figure."""
+    """This is a part of a bar: the memory of one kind, with the certainty of its figure."""
 
     kind: Kind
     figure: Figure
@@ -47,8 +47,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Occupant:
-    """A model on a device, or on each of several devices that are alike. `replicas` are the numbers of its replicas
-    there."""
+    """This is a model on a device, or on each of several devices that are alike. `replicas` are the numbers of its
+    replicas there."""
 
     name: str
     replicas: tuple[int, ...]
@@ -69,7 +69,7 @@ class Occupant:
 
 @dataclass(frozen=True)
 class Bar:
-    """A device, or several that are alike. `length` is its share of the longest bar, above 0 and at most 1."""
+    """This is a device, or several that are alike. `length` is its share of the longest bar, above 0 and at most 1."""
 
     devices: tuple[Device, ...]
     occupants: tuple[Occupant, ...]
@@ -101,7 +101,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class ModelNote:
-    """A heading and sentences that give the reasons for a model's place, and how many requests fit."""
+    """This is a heading and sentences that give the reasons for a model's place, and how many requests fit."""
 
     title: str
     lines: tuple[str, ...]
@@ -109,7 +109,7 @@ class ModelNote:
 
 @dataclass(frozen=True)
 class ProblemNote:
-    """A model that has no place. `fix` is the smallest change that helps, or empty if none was found."""
+    """This is a model that has no place. `fix` is the smallest change that helps, or empty if none was found."""
 
     model: str
     message: str

@@ -36,7 +36,7 @@ STYLES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Signs:
-    """The signs of a page. Each is one column wide."""
+    """These are the signs of a page. Each is one column wide."""
 
     blocks: dict[Kind, str]
     rule: str
@@ -197,7 +197,8 @@ def _table(plan: Plan, width: int) -> list[Text]:
 
 @dataclass(frozen=True)
 class _Form:
-    """The widths of the table's first columns. If the page is narrower than a row, figures go below their model."""
+    """These are the widths of the table's first columns. If the page is narrower than a row, figures go below their
+    model."""
 
     device: int
     model: int

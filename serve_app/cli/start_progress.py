@@ -20,7 +20,7 @@ STATES: Mapping[State, str] = {
 
 @dataclass(frozen=True)
 class ApplicationState:
-    """One application of Serve. `is_model` is false for the router and for applications that are not ours."""
+    """This is one application of Serve. `is_model` is false for the router and for applications that are not ours."""
 
     name: str
     state: State

@@ -30,7 +30,7 @@ HAPROXY_IN_FILES = f"${{VIRTUAL_ENV}}/bin/{HAPROXY_COMMAND}"
 
 @dataclass(frozen=True)
 class Setting:
-    """One environment variable of Ray Serve. An empty value means that each machine has its own."""
+    """This is one environment variable of Ray Serve. An empty value means that each machine has its own."""
 
     name: str
     value: str

@@ -11,7 +11,7 @@ from serve_app.planning.plan import ModelPlan
 
 
 class Engine(Protocol):
-    """One loaded model behind an ASGI application with OpenAI's endpoints.
+    """This is one loaded model behind an ASGI application with OpenAI's endpoints.
 
     First `start` is called once (it returns the application when requests can be answered), then `check_health` every
     few seconds, and then `stop` once. All three run on the replica's event loop.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Measured bytes of one process on one device. `device` is the GPU's UUID, or "cpu".
+    """These are the measured bytes of one process on one device. `device` is the GPU's UUID, or "cpu".
 
     `weights` and `kv_cache` are tensors that exist now, and `most_kv_cache` is the most that the cache may have taken
     so far. `held` is all that the process holds. On a GPU it comes from NVML, and is None if the driver does not report

@@ -26,7 +26,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a model. Sizes are in elements and lengths in tokens. `layers` has the kind of each layer's
+    """This is the shape of a model. Sizes are in elements and lengths in tokens. `layers` has the kind of each layer's
     memory, in order."""
 
     name: str

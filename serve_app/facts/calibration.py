@@ -16,7 +16,7 @@ FILE = "calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The least that one rank of an engine took beyond weights and KV cache, in bytes.
+    """This is the least that one rank of an engine took beyond weights and KV cache, in bytes.
 
     `activation_bytes` includes CUDA graphs and what the allocator keeps. `context_bytes` is what a process holds
     outside torch's allocator, or None if that could not be measured. `setting` says what was measured.

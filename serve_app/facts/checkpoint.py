@@ -57,7 +57,7 @@ def model_path(model: str) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The shape of a model, and the tensors of its files."""
+    """This is the shape of a model, and the tensors of its files."""
 
     architecture: Architecture
     tensors: tuple[Tensor, ...]

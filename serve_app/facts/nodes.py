@@ -13,7 +13,7 @@ _VRAM_PATTERN = re.compile(r"vram_mib_(\d+)")
 
 @dataclass(frozen=True)
 class Node:
-    """A node's total resources, as Ray counts them.
+    """This is a node's total resources, as Ray counts them.
 
     `accelerator_types` are Ray's names of its GPUs, at most that of the first one.
     `vram_gib` holds the memory in GiB of each GPU that the node advertises by index. Such a node is started with

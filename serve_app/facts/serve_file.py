@@ -11,7 +11,7 @@ from serve_app.errors import ConfigError
 
 
 class DeploymentSpec(BaseModel):
-    """The part of an application's `deployments:` that says how many replicas there are."""
+    """This is the part of an application's `deployments:` that says how many replicas there are."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,7 +30,7 @@ class DeploymentSpec(BaseModel):
 
 
 class ApplicationSpec(BaseModel):
-    """An application of a Serve config file, with the parts that this project reads."""
+    """This is an application of a Serve config file, with the parts that this project reads."""
 
     model_config = ConfigDict(frozen=True)
 

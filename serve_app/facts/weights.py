@@ -26,7 +26,7 @@ MOST_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as it is stored. `dtype` is safetensors' name."""
+    """This is a tensor as it is stored. `dtype` is safetensors' name."""
 
     name: str
     dtype: str

@@ -10,7 +10,7 @@ from serve_app.planning.fit import ModelRequest
 
 @dataclass(frozen=True)
 class Choice:
-    """A config without `auto`, and the reasons for it."""
+    """This is a config without `auto`, and the reasons for it."""
 
     config: ModelConfig
     reasons: tuple[str, ...]

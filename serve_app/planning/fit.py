@@ -31,7 +31,7 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """A model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
+    """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
 
     `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
@@ -110,7 +110,7 @@ class ModelRequest:
 
 @dataclass(frozen=True)
 class Shortage:
-    """The reason why a replica does not fit. `missing` is in bytes, on the device that lacks most."""
+    """This is the reason why a replica does not fit. `missing` is in bytes, on the device that lacks most."""
 
     code: str
     message: str

@@ -36,7 +36,7 @@ UTILIZATION = "gpu_memory_utilization"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A changed request, or a changed inventory, and the line that a user would write for it."""
+    """This is a changed request, or a changed inventory, and the line that a user would write for it."""
 
     field: str
     value: Any
@@ -63,7 +63,7 @@ def apply(fix: Fix, request: ModelRequest, inventory: Inventory) -> tuple[ModelR
 
 @dataclass
 class Budget:
-    """The number of plans that may still be made."""
+    """This is the number of plans that may still be made."""
 
     left: int
 

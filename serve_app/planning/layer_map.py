@@ -18,7 +18,8 @@ _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$
 
 @dataclass(frozen=True)
 class Block:
-    """A part that cannot be split: the embedding (number -1), a layer, or the norm and head (after the last layer).
+    """This is a part that cannot be split: the embedding (number -1), a layer, or the norm and head (after the last
+    layer).
 
     `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence.
     """
@@ -40,7 +41,7 @@ def block_number(name: str, architecture: Architecture) -> int:
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """The blocks that share a device."""
+    """Holds the blocks that share a device."""
 
     blocks: tuple[Block, ...]
 
@@ -78,7 +79,7 @@ def blocks_of(
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The blocks of each device, in the order of the given limits, and those that are left over."""
+    """These are the blocks of each device, in the order of the given limits, and those that are left over."""
 
     parts: tuple[BlockGroup, ...]
     rest: BlockGroup

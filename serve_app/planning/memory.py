@@ -49,7 +49,7 @@ VOCABULARY_PADDING = 64
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of bytes, and how well it is known."""
+    """This is a number of bytes, and how well it is known."""
 
     bytes: int
     certainty: Certainty = "exact"
@@ -188,8 +188,8 @@ def vllm_kv_bytes_per_request(
 
 
 class _Pages:
-    """The page of one layer on one rank: the tokens of a block, and its bytes. Hybrids have one page size for all
-    layers."""
+    """This is the page of one layer on one rank: the tokens of a block, and its bytes. Hybrids have one page size for
+    all layers."""
 
     def __init__(self, architecture: Architecture, tp: int, kv_element_bytes: int, element_bytes: int):
         if "mla" in architecture.layers:  # The compressed cache is the same on every rank.

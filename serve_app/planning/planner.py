@@ -23,7 +23,7 @@ Seats = Sequence[tuple[Device, int]]
 
 @dataclass(frozen=True)
 class Home:
-    """The place of a model's replicas: the indices of their GPUs, and their nodes."""
+    """This is the place of a model's replicas: the indices of their GPUs, and their nodes."""
 
     indices: tuple[int, ...] = ()
     nodes: frozenset[str] = frozenset()
@@ -71,7 +71,7 @@ class State:
 
 @dataclass(frozen=True)
 class Placed:
-    """A way to place a replica."""
+    """Describes a way to place a replica."""
 
     plan: ModelPlan
     state: State

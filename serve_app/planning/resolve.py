@@ -20,7 +20,7 @@ _GATE = "gpu_memory_utilization"
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config that says all that its replica needs, and what the replica asks of Ray."""
+    """This is a config that says all that its replica needs, and what the replica asks of Ray."""
 
     config: ModelConfig
     demand: Demand

@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Demand:
-    """The resources that one replica asks of one node.
+    """These are the resources that one replica asks of one node.
 
     `vram_gib` is memory in GiB by GPU index. With it, `gpus` is 0 and the replica is shown exactly those GPUs.
     """

@@ -37,7 +37,7 @@ LEAVE_TIMEOUT_S = 20.0
 
 
 class Model:
-    """The deployment class of every model. The model's name is the application's name."""
+    """This is the deployment class of every model. The model's name is the application's name."""
 
     async def __init__(self, config: ModelConfig, environment: Mapping[str, str]):  # type: ignore[misc]  # Serve awaits it
         """Loads the model. `environment` is set before the engine's libraries are imported, which read it then."""

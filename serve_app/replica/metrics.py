@@ -8,7 +8,7 @@ from serve_app.replica.report import DeviceReport
 
 
 class ReplicaMetrics:
-    """The gauges of one replica. Bytes are by device, which is a GPU's UUID or "cpu"."""
+    """These are the gauges of one replica. Bytes are by device, which is a GPU's UUID or "cpu"."""
 
     def __init__(self) -> None:
         device = ("device",)

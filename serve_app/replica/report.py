@@ -36,7 +36,7 @@ class DeviceReport:
 
 @dataclass(frozen=True)
 class ReplicaReport:
-    """The report of a replica at `written_at`, in seconds since 1970. `load` is as in `Engine.load`."""
+    """This is the report of a replica at `written_at`, in seconds since 1970. `load` is as in `Engine.load`."""
 
     application: str
     replica: str

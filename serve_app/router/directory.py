@@ -41,7 +41,8 @@ FRESH_ENOUGH_S = 0.5
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """One model as clients may see it. If it is not ready, `message` says why. `replicas` counts the running ones."""
+    """This is one model as clients may see it. If it is not ready, `message` says why. `replicas` counts the running
+    ones."""
 
     name: str
     state: State
@@ -55,7 +56,7 @@ class ModelStatus:
 
 
 class Directory(Protocol):
-    """The directory of models, as the parts that pass a request on see it."""
+    """This is the directory of models, as the parts that pass a request on see it."""
 
     async def find(self, name: str) -> ModelStatus:
         """Returns one model. Raises ModelNotFound for an unknown name."""

@@ -26,7 +26,7 @@ LAST_WORDS_TIMEOUT_S = 5.0
 
 
 class Downstream:
-    """The answer to one client, as far as it has been sent.
+    """This is the answer to one client, as far as it has been sent.
 
     `status` is 0 until the head is sent. `error_status` and `error_code` say what went wrong, even after the head.
     `pieces` counts the pieces of the body. `wants_comments` means that the client asked for comments while it waits,

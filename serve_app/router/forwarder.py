@@ -41,7 +41,8 @@ PROGRESS_HEADER = b"x-serve-app-progress"
 
 
 class Forwarder:
-    """The router's endpoint for everything that names a model in its body. `config` may be replaced while it runs."""
+    """This is the router's endpoint for everything that names a model in its body. `config` may be replaced while it
+    runs."""
 
     def __init__(
         self, config: RouterConfig, directory: Directory, upstream: Upstream, metrics: RouterMetrics, gate: Gate

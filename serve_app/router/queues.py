@@ -20,7 +20,7 @@ UNKNOWN_RETRY_S = 5.0
 
 
 class ModelQueue:
-    """The requests of one model that wait for their first byte, and the rate at which they are answered."""
+    """These are the requests of one model that wait for their first byte, and the rate at which they are answered."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic):
         self.name = name

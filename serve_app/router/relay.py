@@ -21,8 +21,8 @@ from serve_app.wire.openai_errors import error_object
 
 
 class Deadline:
-    """A timeout that every piece extends. Setting a timer costs as much as passing a piece on, so it is set anew once a
-    second at most, and the idle time is exact to a second."""
+    """This is a timeout that every piece extends. Setting a timer costs as much as passing a piece on, so it is set
+    anew once a second at most, and the idle time is exact to a second."""
 
     def __init__(self, ends: float, idle_s: float):
         self._ends = ends

@@ -55,7 +55,7 @@ MEMORY_TIMEOUT_S = 30.0
 
 
 class VllmEngine:
-    """vLLM's engine and server application for one model."""
+    """Runs vLLM's engine and server application for one model."""
 
     def __init__(self, config: ModelConfig, name: str):
         self._config = config

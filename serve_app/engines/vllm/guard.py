@@ -50,9 +50,9 @@ NOT_SERVED = {
 
 @dataclass(frozen=True)
 class Guard:
-    """The bounds of one model: tokens of its context, and characters of its longest token. `count_tokens` returns how
-    many tokens vLLM makes of a text alone. `reads_media` says whether its messages may have images or sound, which are
-    long but are not tokens."""
+    """These are the bounds of one model: tokens of its context, and characters of its longest token. `count_tokens`
+    returns how many tokens vLLM makes of a text alone. `reads_media` says whether its messages may have images or
+    sound, which are long but are not tokens."""
 
     max_model_len: int
     longest_token: int

@@ -95,7 +95,7 @@ class ReplicaAddress:
 
 
 class Lease:
-    """One request that runs at an address until `end` is called."""
+    """This is one request that runs at an address until `end` is called."""
 
     def __init__(self, address: ReplicaAddress):
         self.address = address

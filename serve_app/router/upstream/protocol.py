@@ -165,7 +165,7 @@ class HandleAnswer:
 
 
 class BegunAnswer:
-    """An answer whose first piece has been read already."""
+    """This is an answer whose first piece has been read already."""
 
     def __init__(self, answer: Answer, first: bytes | None, rest: AsyncIterator[bytes]):
         self.status = answer.status
