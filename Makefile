@@ -1,7 +1,7 @@
 # make serve   build .venv, then serve the two demo models on http://127.0.0.1:8000 (Ctrl-C stops it)
 # make test    build .venv, then run every check and test
 # make docs    build .venv, then build the documentation site in site/
-.PHONY: serve test lint docs install lock model upgrade-check
+.PHONY: serve test lint docs install lock model picture upgrade-check
 CONFIG ?= deploy_configs/local.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -36,3 +36,8 @@ upgrade-check: install
 # Trains the demo model again (a few minutes on two cores).
 model: install
 	.venv/bin/python -m serve_app.demo.train
+
+# Draws the plan in README.md again. An empty cache keeps this machine's calibrations out of it.
+picture: install
+	SERVE_APP_CACHE=$$(mktemp -d) .venv/bin/serve-app plan docs/images/plan.yaml --gpus RTX3090,RTX3090,RTX3080 \
+		--svg docs/images/plan.svg

@@ -95,25 +95,25 @@ class MessageReader(Protocol):
     needs_special_tokens: bool
 
     def feed(self, text: str) -> Delta:
-        """What is certain with this text."""
+        """Returns what is certain with this text."""
         ...
 
     def finish(self) -> Delta:
-        """The rest, when no text follows."""
+        """Returns the rest, when no text follows."""
         ...
 
 
 class PlainReader:
-    """All text is content."""
+    """Takes all text for content."""
 
     needs_special_tokens = False
 
     def feed(self, text: str) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return Delta(text)
 
     def finish(self) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return Delta()
 
 
@@ -135,11 +135,11 @@ class TemplateReader:
         self._failed = False
 
     def feed(self, text: str) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return self._read(text, lambda: self._parser.feed(text))
 
     def finish(self) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return self._read("", lambda: self._parser.finalize()[1])
 
     def _read(self, text: str, parse: Callable[[], list[dict[str, Any]]]) -> Delta:
@@ -183,13 +183,13 @@ class NamedCallReader:
         self._is_first = True
 
     def feed(self, text: str) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         call = ToolCall(0, self._id, self._name, text, self._is_first)
         self._is_first = False
         return Delta(calls=(call,))
 
     def finish(self) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return Delta()
 
 
@@ -210,7 +210,7 @@ class CallListReader:
         self._failed = False
 
     def feed(self, text: str) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         start, calls = 0, []
         for end in self._ends(text):
             self._pieces.append(text[start:end])
@@ -221,7 +221,7 @@ class CallListReader:
         return Delta(calls=tuple(calls))
 
     def finish(self) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         rest = "".join(self._pieces)
         return Delta(rest if rest.strip(BETWEEN_CALLS) else "")
 
@@ -314,7 +314,7 @@ def parameters_of(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def new_call_id() -> str:
-    """An id as OpenAI's look."""
+    """Returns a new id that looks like OpenAI's."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 

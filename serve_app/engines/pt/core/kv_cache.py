@@ -22,7 +22,7 @@ from serve_app.engines.pt.transformers_internals import (
     join_states,
     remove_state,
 )
-from serve_app.planning.pt_cache import SLACK, cells, row_capacity
+from serve_app.planning.pt_kv_buffers import SLACK, cells, row_capacity
 
 
 @dataclass

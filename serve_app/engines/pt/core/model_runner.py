@@ -17,7 +17,7 @@ from serve_app.engines.pt.core.embedding import Pool
 from serve_app.engines.pt.core.kv_cache import BatchCache
 from serve_app.engines.pt.core.scheduler import Step
 from serve_app.engines.pt.core.sequence import Sequence
-from serve_app.planning.pt_cache import cells
+from serve_app.planning.pt_kv_buffers import cells
 
 
 class Runner(Protocol):

@@ -1,4 +1,4 @@
-"""Log probabilities in OpenAI's two forms.
+"""Writes log probabilities in OpenAI's two forms.
 
 Law: the bytes of the tokens, joined, are those of the text, also where a character spans tokens. A token that is part
 of a character has no text of its own: decoded alone it is U+FFFD. As with OpenAI, its text is its bytes in hexadecimal.

@@ -16,7 +16,7 @@ from serve_app.engines.pt.core.sequence import Output, SamplingParams, Sequence
 from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.engines.pt.load.probe import probe
 from serve_app.engines.torch_internals import is_out_of_memory
-from serve_app.planning.pt_cache import cells
+from serve_app.planning.pt_kv_buffers import cells
 from tests.engines.pt.tiny_models import CONFIGS, JOINED, VOCABULARY, generate_one, tiny_model
 
 CPU = torch.device("cpu")
