@@ -33,8 +33,11 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_table_tells_shares_reasons_and_room(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_tells_shares_reasons_and_room(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reader sees what goes where, why, and for how many requests."""
+    monkeypatch.setenv("COLUMNS", "100")
     assert main(["plan", str(file), "--gpus", "8GiB,24GiB"]) == 0
     out = capsys.readouterr().out
     assert "n1:1       q                            14.19" in out
