@@ -111,7 +111,7 @@ class ServeRun:
                 models = {}
             if models and settled(models):
                 return models
-            time.sleep(1)
+            time.sleep(0.25)
         raise TimeoutError(f"not settled after {timeout_s} s: {models}\n{self.output()[-4000:]}")
 
     def output(self) -> str:

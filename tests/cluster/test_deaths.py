@@ -1,52 +1,20 @@
-"""The pt engine's thread dies in a replica that lives on, with a Serve and two replicas of its own (`faults.py`)."""
+"""The pt engine's thread dies in a replica that lives on (`faults.py`)."""
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import httpx
-import pytest
 
 from tests.cluster import faults
+from tests.cluster.contract import HEADERS
+from tests.cluster.mortal import MortalServe
 from tests.cluster.serve_run import ServeRun
-from tests.cluster.storm import Trouble, ask, body_of, config, serving_pids, storm
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the faults tell of themselves."""
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def serve(folder: Path) -> Iterator[ServeRun]:
-    """A router and two replicas of the demo model, which have the faults in them."""
-    run = ServeRun(config(variables=faults.environment(folder)), cpus=4)
-    try:
-        wait_for_both(run, folder)
-        yield run
-        assert not run.stop()
-    finally:
-        run.clean_up()
-
-
-def wait_for_both(run: ServeRun, folder: Path) -> None:
-    """Until two replicas serve whose engines live."""
-    run.wait_until(lambda models: models["mortal"]["replicas"] == 2)
-    deadline = time.monotonic() + 120
-    while len(set(serving_pids(run, "mortal")) - dead(folder)) < 2:
-        assert time.monotonic() < deadline, run.output()[-3000:]
-        time.sleep(1)
-
-
-def dead(folder: Path) -> set[int]:
-    """Processes whose engine's thread has died by a fault."""
-    return faults.happened(folder, "died")
+from tests.cluster.storm import Trouble, ask, body_of, storm
 
 
 @asynccontextmanager
@@ -61,41 +29,46 @@ async def streams(run: ServeRun, clients: int) -> AsyncIterator[list[dict[str, A
             seen.append(await ask(session, run.url, path, body))
             number += clients
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=HEADERS) as session:
         tasks = [asyncio.create_task(client(session, number)) for number in range(clients)]
         yield seen
         is_over.set()
         await asyncio.gather(*tasks)
 
 
-async def test_a_request_that_kills_its_replica_is_refused_and_nobody_else(serve: ServeRun, folder: Path) -> None:
+async def test_a_request_that_kills_its_replica_is_refused_and_nobody_else(mortal: MortalServe) -> None:
     """It takes two or three along, or all of its four tries where the machine is so busy that its rivals' turns run
     out (`suspicion.TURN_S`); then it is known. The exact law: `test_suspicion.py`. The streams beside it go on. The
     first test here: deaths in the minute before would speak for the request."""
-    before = dead(folder)
+    before = mortal.dead()
     poison = {"model": "mortal", "prompt": "What is Ray?", "seed": faults.POISON_SEED, "max_tokens": 8}
-    async with streams(serve, clients=8) as seen, httpx.AsyncClient(base_url=serve.url, timeout=240) as client:
+    async with (
+        streams(mortal, clients=8) as seen,
+        httpx.AsyncClient(base_url=mortal.url, timeout=240, headers=HEADERS) as client,
+    ):
         await asyncio.sleep(2)
         reply = await client.post("/v1/completions", json=poison)
     assert (reply.status_code, reply.json()["error"]["code"]) == (422, "request_may_be_harmful"), reply.text
-    assert 2 <= len(dead(folder) - before) <= 4
+    assert 2 <= len(mortal.dead() - before) <= 4
     assert not [answer for answer in seen if answer["error"] or answer["ends"] != 1]
 
 
-async def test_streams_survive_the_death_of_the_engine_in_a_living_replica(serve: ServeRun, folder: Path) -> None:
+async def test_streams_survive_the_death_of_the_engine_in_a_living_replica(mortal: MortalServe) -> None:
     """Every request completes, with the text, the one id and the one end of an undisturbed run."""
-    await asyncio.to_thread(wait_for_both, serve, folder)
-    told = await storm(serve, "mortal", requests=200, clients=32, trouble=Trouble(kill_every_s=6.0, deaths="thread"))
+    await asyncio.to_thread(mortal.wait_for_both)
+    before = mortal.dead()
+    trouble = Trouble(kill_every_s=6.0, deaths="thread")
+    told = await storm(mortal, "mortal", requests=200, clients=32, trouble=trouble, headers=HEADERS)
     assert told["outcomes"] == {"right": 200}
-    assert dead(folder)
+    assert mortal.dead() > before
 
 
-async def test_whole_answers_survive_it_too(serve: ServeRun, folder: Path) -> None:
+async def test_whole_answers_survive_it_too(mortal: MortalServe) -> None:
     """Asked again elsewhere; with every engine dead, once one has been replaced."""
-    await asyncio.to_thread(wait_for_both, serve, folder)
+    await asyncio.to_thread(mortal.wait_for_both)
     body = {"model": "mortal", "prompt": "What is Ray?", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
-    pids = set(serving_pids(serve, "mortal")) - dead(folder)
-    async with httpx.AsyncClient(base_url=serve.url, timeout=120) as client:
+    pids = mortal.living()
+    async with httpx.AsyncClient(base_url=mortal.url, timeout=120, headers=HEADERS) as client:
         expected = (await client.post("/v1/completions", json=body)).json()["choices"]
         asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(16)]
         await asyncio.sleep(0.2)
@@ -104,12 +77,15 @@ async def test_whole_answers_survive_it_too(serve: ServeRun, folder: Path) -> No
         replies = await asyncio.gather(*asking)
     assert [reply.status_code for reply in replies] == [200] * 16, replies[0].text
     assert all(reply.json()["choices"] == expected for reply in replies)
-    assert pids <= dead(folder)
+    assert pids <= mortal.dead()
 
 
-def test_a_long_redirect_is_an_answer(serve: ServeRun) -> None:
+def test_a_long_redirect_is_an_answer(mortal: MortalServe) -> None:
     """A slash too many; `location` has the query. A header of that size counted as a lost replica."""
+    mortal.wait_for_both()
     started = time.monotonic()
-    reply = httpx.post(f"{serve.url}/v1/completions/?{'x' * 9000}", json={"model": "mortal"}, timeout=60)
+    reply = httpx.post(
+        f"{mortal.url}/v1/completions/?{'x' * 9000}", json={"model": "mortal"}, headers=HEADERS, timeout=60
+    )
     assert (reply.status_code, len(reply.headers["location"]) > 9000) == (307, True), reply.text
     assert time.monotonic() - started < 2

@@ -1,9 +1,8 @@
-"""Traffic that goes wrong, on a Serve of its own with API keys: replicas die, clients vanish, keys are missing."""
+"""Traffic that goes wrong, on a Serve with API keys: replicas die, clients vanish, keys are missing."""
 
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterator
 
 import aiohttp
 import httpx
@@ -12,23 +11,19 @@ import pytest
 
 from tests.cluster import hostile
 from tests.cluster.contract import HEADERS, KEY, document_of, without_key
+from tests.cluster.mortal import MortalServe
 from tests.cluster.serve_run import ServeRun
-from tests.cluster.storm import Trouble, config, storm
+from tests.cluster.storm import Trouble, storm
 
 
-@pytest.fixture(scope="module")
-def serve() -> Iterator[ServeRun]:
-    """A router and two replicas of the demo model."""
-    run = ServeRun(config(), cpus=4, controller={"SERVE_APP_API_KEYS": KEY}, headers=HEADERS)
-    try:
-        run.wait_until(lambda models: models["mortal"]["replicas"] == 2)
-        yield run
-        assert not run.stop()
-    finally:
-        run.clean_up()
+@pytest.fixture
+def serve(mortal: MortalServe) -> MortalServe:
+    """With both replicas, whatever a test before has killed."""
+    mortal.wait_for_both()
+    return mortal
 
 
-def test_nothing_but_health_answers_without_a_key(serve: ServeRun) -> None:
+def test_nothing_but_health_answers_without_a_key(serve: MortalServe) -> None:
     """By name and by route, paths that do not exist too."""
     paths = ["/ready", "/v1/models", "/v1/models/mortal", "/docs", "/openapi.json", "/metrics", "/nothing"]
     paths += [f"/models/mortal{path}" for path in [*paths, "/tokenize", "/v1/chat/completions", "/load"]]
@@ -79,7 +74,7 @@ ROUTES = ("", "/models/mortal")
 PARTS = ("ServeReplica:router", "ServeReplica:mortal", "haproxy")
 
 
-async def test_hostile_clients_are_refused_and_hurt_nobody(serve: ServeRun) -> None:
+async def test_hostile_clients_are_refused_and_hurt_nobody(serve: MortalServe) -> None:
     """By name and by route: 200 that send a byte a second, 200 that read one, bodies of 100 MB, ten thousand headers.
     Each gets a clear error, others are answered meanwhile, and the memory stays where it was."""
     body = {"model": "mortal", "prompt": "Tell me", "max_tokens": 64, "ignore_eos": True, "temperature": 0}
@@ -112,7 +107,7 @@ async def test_hostile_clients_are_refused_and_hurt_nobody(serve: ServeRun) -> N
     assert all(after[part] < before[part] + 100 for part in PARTS), (before, after)
 
 
-async def test_clients_that_vanish_leave_nothing_behind(serve: ServeRun) -> None:
+async def test_clients_that_vanish_leave_nothing_behind(serve: MortalServe) -> None:
     """500, by name and by route, streaming and not, at random moments: afterwards no engine holds a row, nothing waits,
     and the memory is where it was."""
     draw = random.Random(1)
@@ -144,9 +139,9 @@ async def test_clients_that_vanish_leave_nothing_behind(serve: ServeRun) -> None
     assert all(after[part] < before[part] + max(50, 0.05 * before[part]) for part in PARTS), (before, after)
 
 
-def test_an_update_that_cannot_be_built_leaves_what_runs(serve: ServeRun) -> None:
+def test_an_update_that_cannot_be_built_leaves_what_runs(serve: MortalServe) -> None:
     """Serve's status then knows of no replica; they answer all the same, and the reason is told."""
-    wrong = config()
+    wrong = serve.config()
     wrong["applications"][1]["args"]["max_seqs"] = 8
     serve.deploy(wrong)
     told = serve.wait_until(lambda models: models["mortal"]["message"], timeout_s=60)["mortal"]
@@ -154,12 +149,12 @@ def test_an_update_that_cannot_be_built_leaves_what_runs(serve: ServeRun) -> Non
     body = {"model": "mortal", "prompt": "x", "max_tokens": 2}
     assert httpx.post(f"{serve.url}/v1/completions", json=body, headers=HEADERS, timeout=30).status_code == 200
     before = set(serve.processes())
-    serve.deploy(config())
+    serve.deploy(serve.config())
     serve.wait_until(lambda models: not models["mortal"]["message"], timeout_s=60)
     assert {pid for pid, command in serve.processes().items() if "ServeReplica" in command} <= before
 
 
-async def test_streams_survive_the_death_of_their_replicas(serve: ServeRun) -> None:
+async def test_streams_survive_the_death_of_their_replicas(serve: MortalServe) -> None:
     """Every request completes, with the text, the one id and the one end of an undisturbed run."""
     told = await storm(serve, "mortal", requests=400, clients=32, trouble=Trouble(kill_every_s=6.0), headers=HEADERS)
     assert told["outcomes"] == {"right": 400}

@@ -57,7 +57,7 @@ def run_all(runner: Runner, sequences: list[Sequence], rows: int = 8, pad: bool 
 
 def assert_greedy(model: PreTrainedModel, sequence: Sequence) -> None:
     """The output is what `generate` gives for the prompt alone; where it differs, there was a tie."""
-    expected = generate_one(model, list(sequence.prompt_ids), sequence.params.max_tokens)
+    expected = generate_one(model, tuple(sequence.prompt_ids), sequence.params.max_tokens)
     if sequence.output_ids == expected:
         return
     first = next(
