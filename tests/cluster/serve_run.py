@@ -21,6 +21,8 @@ BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
 MARK = "SERVE_APP_TEST_RUN"
+# For replicas of one cluster, each of which takes one that nobody had before.
+PORTS = 1000
 
 
 def free_port() -> int:
@@ -29,6 +31,23 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def claim_ports() -> tuple[socket.socket, int]:
+    """The first of PORTS ports that no other cluster of a test has on this machine, for as long as the socket is open.
+
+    Serve counts its replicas' ports from the same number in every cluster and sets SO_REUSEPORT, so two clusters would
+    answer each other's requests.
+    """
+    for first in range(10_000, 32_000, PORTS):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0serve-app-test-ports-{first}")  # An abstract name, which goes with this process.
+        except OSError:
+            claim.close()
+        else:
+            return claim, first
+    raise RuntimeError("22 clusters of tests run on this machine; end some of them")
 
 
 def shipped_environment() -> dict[str, str]:
@@ -54,16 +73,21 @@ class ServeRun:
         self.folder = Path(tempfile.mkdtemp(prefix="sa-", dir="/tmp"))
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._claim, first_port = claim_ports()
+        ports = {
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + PORTS - 1),
+        }
         self._mark = secrets.token_hex(8)
         self.log = self.folder / "serve-run.log"
         self._options = {
             "http_options": {"host": "127.0.0.1", "port": self.port},
-            "controller_options": {"runtime_env": {"env_vars": shipped_environment() | (controller or {})}},
+            "controller_options": {"runtime_env": {"env_vars": shipped_environment() | ports | (controller or {})}},
         }
         self.config_file = self.folder / "config.yaml"
         self._write(config)
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},  # Ray sets its own
             MARK: self._mark,
             "RAY_TMPDIR": str(self.folder),
             "SERVE_APP_CACHE": str(self.folder / "cache"),
@@ -192,3 +216,4 @@ class ServeRun:
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._claim.close()

@@ -14,6 +14,9 @@ from serve_app.facts.weights import tensors_without_weights
 from serve_app.planning.memory import vllm_buffers, vllm_kv_bytes_per_request, weights_per_rank
 from tests.planning.model_requests import CONFIGS, shape_of
 
+# One process asks vLLM for all of them.
+pytestmark = pytest.mark.xdist_group("vllm_reference")
+
 NAMES = ("qwen2-7b", "llama-3-70b", "deepseek-v2-lite", "gemma3", "qwen3-next")
 SIZES = (1, 2, 4, 8)
 # Without a usage context vLLM takes this many tokens a step.

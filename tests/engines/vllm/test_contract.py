@@ -13,8 +13,12 @@ from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, 
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config
 
-# It imports vLLM.
-pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+# It imports vLLM, in one of xdist's workers.
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.xdist_group("vllm"),
+]
 
 # What each task brings, and the pooling task that vLLM would choose.
 TASKS = {"generate": None, "embed": "embed", "classify": "classify", "token_embed": "token_embed", "plugin": "plugin",
