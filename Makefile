@@ -7,7 +7,7 @@ CONFIG ?= deploy_configs/local.yaml
 # Workers for tests. Each imports torch, and one may have a Ray beside it, so there are four at most.
 WORKERS ?= $(shell n=$$(nproc); echo $$(( n > 4 ? 4 : n )))
 # A worker that crashes fails the run. Tests start in the order of their collection: the longest ones come first.
-SPREAD = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --max-worker-restart=0
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 serve:

@@ -18,26 +18,22 @@ from tests.cluster.serve_run import ServeRun
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks everything here, and gives it time: the first test of a cluster waits for the start.
 
-    Tests of one cluster stay in one of xdist's workers, and one that ends its cluster comes last. The others here come
-    before all that needs no cluster, because they wait more than they compute. `run` comes after everything.
+    The tests here come before all that needs no cluster, because they wait more than they compute, and those that must
+    be alone come last of all. The longest file comes first.
     """
     for item in items:
         if Path(__file__).parent not in item.path.parents:
             continue
         item.add_marker(pytest.mark.cluster)
         item.add_marker(pytest.mark.timeout(600))
-        for name in {"run", "mortal"}.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(name))
-            if name == "run":
-                item.add_marker(pytest.mark.alone)
+        if "run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.alone)
     items.sort(key=_turn)
 
 
 def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
-    is_alone, is_in_cluster, is_last = (
-        item.get_closest_marker(name) is not None for name in ("alone", "cluster", "ends_its_cluster")
-    )
-    return is_alone, not is_in_cluster, is_last
+    is_alone, is_in_cluster = (item.get_closest_marker(name) is not None for name in ("alone", "cluster"))
+    return is_alone, not is_in_cluster, "mortal" not in getattr(item, "fixturenames", ())
 
 
 def model(name: str, **args: Any) -> dict[str, Any]:
@@ -94,7 +90,8 @@ def run(broken_folder: Path) -> Iterator[ServeRun]:
             scaling,
         ]
     }
-    serve = ServeRun(config, cpus=8)
+    # Serve would start the model that cannot load three times, each of which imports torch.
+    serve = ServeRun(config, cpus=8, controller={"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"})
     try:
         serve.wait_until(lambda models: all(m["status"] != "loading" for m in models.values()) and len(models) == 5)
         yield serve

@@ -1,19 +1,9 @@
-"""However `serve run` ends, nothing of it stays. Ctrl-C is what ends the cluster `run`."""
+"""However `serve run` ends, nothing of it stays. SIGTERM: the end of `test_traffic.py`. Ctrl-C: that of `run`."""
 
 import signal
 
-import pytest
-
 from tests.cluster.conftest import model
-from tests.cluster.mortal import MortalServe
 from tests.cluster.serve_run import ServeRun
-
-
-@pytest.mark.ends_its_cluster
-def test_a_terminated_serve_run_leaves_no_process_behind(mortal: MortalServe) -> None:
-    """Ray, its workers and the engines end too, whatever the tests before have done to them."""
-    assert len(mortal.processes()) > 5
-    assert mortal.stop(signal.SIGTERM) == {}
 
 
 def test_a_killed_serve_run_leaves_no_process_behind() -> None:

@@ -14,9 +14,6 @@ from serve_app.facts.weights import tensors_without_weights
 from serve_app.planning.memory import vllm_buffers, vllm_kv_bytes_per_request, weights_per_rank
 from tests.planning.model_requests import CONFIGS, shape_of
 
-# One process asks vLLM for all of them.
-pytestmark = pytest.mark.xdist_group("vllm_reference")
-
 NAMES = ("qwen2-7b", "llama-3-70b", "deepseek-v2-lite", "gemma3", "qwen3-next")
 SIZES = (1, 2, 4, 8)
 # Without a usage context vLLM takes this many tokens a step.
@@ -101,6 +98,7 @@ def reference(folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
@@ -120,6 +118,7 @@ def test_weights_and_kv_cache_equal_vllms(name: str, size: int, reference: dict[
         assert ours == reference[name, size, kv_dtype]["kv_bytes_in_groups"], kv_dtype
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", OTHERS)

@@ -13,11 +13,11 @@ from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, 
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config
 
-# It imports vLLM, in one of xdist's workers.
+# It imports vLLM.
 pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.xdist_group("vllm"),
+    pytest.mark.slow,
 ]
 
 # What each task brings, and the pooling task that vLLM would choose.

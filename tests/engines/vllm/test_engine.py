@@ -40,7 +40,7 @@ def test_engine_args_come_last() -> None:
 
 
 @pytest.mark.timeout(400)  # It imports vLLM.
-@pytest.mark.xdist_group("vllm")
+@pytest.mark.slow
 async def test_media_are_fetched_from_nowhere_unless_the_config_names_hosts() -> None:
     """Else a client could have the server fetch any address of the inner network. Held against vLLM's own check."""
     from vllm.multimodal.media import ImageMediaIO, MediaConnector
