@@ -1,5 +1,6 @@
 """Ray Serve's options for a model's deployment: what the config implies, unless the config file overrides it."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,13 +31,14 @@ HEAD_NODE = "node:__internal_head__"
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
 
 
-def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+def model_options(
+    config: ModelConfig, demand: Demand, runtime_env: Mapping[str, Any], inherited: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
     """Options for `Deployment.options`.
 
-    `runtime_env` is the application's own from the config file. Serve would drop it for a deployment that brings one,
-    so the two are merged here.
+    `runtime_env` is the application's own from the config file. `inherited` is what the processes of this cluster are
+    started with.
     """
-    variables = replica_environment(config, demand, runtime_env.get("env_vars") or {})
     return {
         "max_ongoing_requests": _max_ongoing_requests(config),
         "max_queued_requests": MAX_QUEUED_REQUESTS,
@@ -47,9 +49,20 @@ def model_options(config: ModelConfig, demand: Demand, runtime_env: Mapping[str,
             "num_cpus": demand.cpus,
             "num_gpus": demand.gpus,
             "resources": demand.resources,
-            "runtime_env": {**runtime_env, "env_vars": variables},
+            **_with_door(runtime_env, inherited),
         },
     }
+
+
+def _with_door(runtime_env: Mapping[str, Any], inherited: Mapping[str, str]) -> dict[str, Any]:
+    """The application's `runtime_env` with the door, which must be there before Serve is imported.
+
+    Serve would drop it for a deployment that brings one, so the two are merged here. Without any, Ray starts the
+    replica in the process that has built its application: a process less, and Serve's modules are there already.
+    """
+    if not runtime_env and OUTER_DOOR.items() <= inherited.items():
+        return {}
+    return {"runtime_env": {**runtime_env, "env_vars": {**OUTER_DOOR, **(runtime_env.get("env_vars") or {})}}}
 
 
 def _max_ongoing_requests(config: ModelConfig) -> int:
@@ -60,12 +73,13 @@ def _max_ongoing_requests(config: ModelConfig) -> int:
 
 
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables that must be set before the replica's process imports torch.
+    """Environment variables that the replica sets in its process before it imports torch.
 
-    Those of the user, `own`, win, but for the GPUs, which follow from the placement.
+    Those of the user, `own`, stay as they are, but for the GPUs, which follow from the placement.
     """
     threads = str(max(1, int(demand.cpus)))
-    variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **OUTER_DOOR, **own}
+    defaults = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    variables = {name: value for name, value in defaults.items() if name not in own}
     if config.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
         return variables
@@ -76,13 +90,12 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
     return variables
 
 
-def router_options(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
+def router_options(runtime_env: Mapping[str, Any], inherited: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Options for the router's deployment: no CPU of its own in Ray's books, so that it always finds a place.
 
     It runs on the head node, which the cluster cannot lose anyway: on another one, all streams would end with it.
-    `runtime_env` as in `model_options`.
+    `runtime_env` and `inherited` as in `model_options`.
     """
-    variables = {**OUTER_DOOR, **(runtime_env.get("env_vars") or {})}
     return {
         "max_ongoing_requests": ROUTER_MAX_ONGOING_REQUESTS,
         "max_queued_requests": ROUTER_MAX_QUEUED_REQUESTS,
@@ -92,6 +105,6 @@ def router_options(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
         "ray_actor_options": {
             "num_cpus": 0,
             "resources": {HEAD_NODE: 0.001},
-            "runtime_env": {**runtime_env, "env_vars": variables},
+            **_with_door(runtime_env, inherited),
         },
     }

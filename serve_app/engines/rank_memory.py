@@ -1,12 +1,9 @@
-"""What one rank of an engine holds of one device, read inside the rank's process."""
+"""What one rank of an engine holds of one device.
 
-import os
-from collections.abc import Iterable
+The builders and the reports import it, so it imports no torch: that costs two seconds of CPU in each process.
+"""
+
 from dataclasses import dataclass
-
-import torch
-
-from serve_app.facts.process_memory import gpu_bytes, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -35,34 +32,3 @@ class RankMemory:
         if self.peak is None or self.context is None:
             return None
         return max(0, self.peak - self.weights - self.most_kv_cache - self.context)
-
-
-def rank_memory(
-    device: torch.device, weights: int, kv_cache: int, libraries: int, most_kv_cache: int | None = None
-) -> RankMemory:
-    """Reads this process. `libraries` is what it held before the model was loaded, for the CPU; without
-    `most_kv_cache` the cache has always the same size."""
-    most = kv_cache if most_kv_cache is None else max(kv_cache, most_kv_cache)
-    if device.type != "cuda":
-        held = max(0, resident_bytes() - libraries)
-        return RankMemory("cpu", os.getpid(), weights, kv_cache, most, held, held, 0)
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    held_here = gpu_bytes(os.getpid()).get(uuid)
-    if held_here is None:
-        return RankMemory(uuid, os.getpid(), weights, kv_cache, most, None, None, None)
-    reserved = torch.cuda.memory_reserved(device)
-    peak = held_here + torch.cuda.max_memory_reserved(device) - reserved
-    return RankMemory(uuid, os.getpid(), weights, kv_cache, most, held_here, peak, max(0, held_here - reserved))
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> dict[torch.device, int]:
-    """Bytes by device, shared storages once; tensors without data ("meta") are left out."""
-    storages = {}
-    for tensor in tensors:
-        if tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
-            storages[tensor.device, storage.data_ptr()] = storage.nbytes()
-    sizes: dict[torch.device, int] = {}
-    for (device, _), size in storages.items():
-        sizes[device] = sizes.get(device, 0) + size
-    return sizes

@@ -5,8 +5,9 @@ by route, where Serve calls it directly, and by name, where the router calls `ht
 """
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import ray
 from ray import serve
@@ -38,7 +39,9 @@ LEAVE_TIMEOUT_S = 20.0
 class Model:
     """The deployment class of every model. The model's name is the application's name."""
 
-    async def __init__(self, config: ModelConfig):  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: ModelConfig, environment: Mapping[str, str]):  # type: ignore[misc]  # Serve awaits it
+        """`environment` is set before the engine's libraries are imported, which read it then."""
+        os.environ.update(environment)
         self.name = serve.get_replica_context().app_name
         self._config = config
         source = configured_keys()

@@ -113,3 +113,12 @@ def test_ray_looks_where_we_look(variables: dict[str, str], monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     assert str(cluster.current_cluster_file()) == utils.get_ray_address_file(None)
     assert cluster.NAMESPACE == SERVE_NAMESPACE
+
+
+@pytest.mark.parametrize("module", ["serve_app.app", "serve_app.replica.deployment", "serve_app.router.deployment"])
+def test_what_serve_imports_to_build_an_application_brings_no_engine(module: str) -> None:
+    """Serve builds each application in a process of its own, and starts the router in one: torch costs two seconds."""
+    program = f"import {module}, json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    packages = {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    assert not packages & {"torch", "transformers", "vllm", "accelerate", "xgrammar", "tokenizers"}

@@ -26,14 +26,26 @@ def test_whole_gpus_are_chosen_by_ray() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in replica_environment(model_config(), Demand(1, gpus=1), {})
 
 
+def test_the_users_own_variables_stay_but_not_over_the_placement() -> None:
+    """The replica sets what is missing, and the GPUs in any case."""
+    own = {"OMP_NUM_THREADS": "7", "A": "1", "CUDA_VISIBLE_DEVICES": "5"}
+    assert replica_environment(CPU, Demand(cpus=1), own) == {
+        "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""
+    }  # fmt: skip
+
+
 def test_the_applications_runtime_env_is_kept() -> None:
-    """Serve would drop it; the user's variables win over ours, but not over the placement."""
-    own = {"env_vars": {"OMP_NUM_THREADS": "7", "A": "1", "CUDA_VISIBLE_DEVICES": "5"}, "working_dir": "w"}
-    runtime_env = model_options(CPU, Demand(cpus=1), own)["ray_actor_options"]["runtime_env"]
+    """Serve would drop it."""
+    own = {"env_vars": {"OMP_NUM_THREADS": "7", "A": "1"}, "working_dir": "w"}
+    runtime_env = model_options(CPU, Demand(cpus=1), own, {})["ray_actor_options"]["runtime_env"]
     assert runtime_env["working_dir"] == "w"
-    assert runtime_env["env_vars"]["OMP_NUM_THREADS"] == "7"
-    assert runtime_env["env_vars"]["A"] == "1"
-    assert runtime_env["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert runtime_env["env_vars"].items() >= own["env_vars"].items()
+
+
+def test_a_replica_needs_no_process_of_its_own_where_the_node_has_the_door() -> None:
+    """Ray reuses the process that built the application only for an actor without a `runtime_env`."""
+    for options in (model_options(CPU, Demand(cpus=1), {}, OUTER_DOOR), router_options({}, OUTER_DOOR)):
+        assert "runtime_env" not in options["ray_actor_options"]
 
 
 def test_serve_lets_in_more_than_the_engine_takes() -> None:
@@ -53,7 +65,10 @@ def test_no_queue_of_serves_is_without_a_bound() -> None:
 def test_the_door_is_before_serve_in_every_replica() -> None:
     """Whatever the file's own variables are; the router keeps its application's runtime_env too."""
     own = {"env_vars": {"A": "1"}, "working_dir": "w"}
-    for options in (model_options(CPU, Demand(cpus=1), own), router_options(own)):
-        runtime_env = options["ray_actor_options"]["runtime_env"]
-        assert runtime_env["working_dir"] == "w"
-        assert runtime_env["env_vars"].items() >= {"A": "1", **OUTER_DOOR}.items()
+    for inherited in ({}, OUTER_DOOR):
+        for options in (model_options(CPU, Demand(cpus=1), own, inherited), router_options(own, inherited)):
+            runtime_env = options["ray_actor_options"]["runtime_env"]
+            assert runtime_env["working_dir"] == "w"
+            assert runtime_env["env_vars"].items() >= {"A": "1", **OUTER_DOOR}.items()
+    for options in (model_options(CPU, Demand(cpus=1), {}, {}), router_options({}, {})):
+        assert options["ray_actor_options"]["runtime_env"] == {"env_vars": OUTER_DOOR}

@@ -7,6 +7,7 @@ import torch
 from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
+from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.model_runner import Runner
 from serve_app.engines.pt.core.scheduler import Limits
@@ -15,7 +16,7 @@ from serve_app.engines.pt.load.cache_budget import cache_tokens
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe
-from serve_app.engines.rank_memory import RankMemory, rank_memory, tensor_bytes
+from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.fit import PT_MAX_NUM_SEQS

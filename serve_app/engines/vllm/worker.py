@@ -6,7 +6,7 @@ vLLM makes this class a base of its worker (`worker_extension_cls`), and the eng
 from dataclasses import asdict
 from typing import Any
 
-from serve_app.engines.rank_memory import rank_memory, tensor_bytes
+from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.facts.process_memory import resident_bytes
 
 # vLLM imports this file before it loads the model.

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
+from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import PtEngine, weight_bytes
-from serve_app.engines.rank_memory import RankMemory, rank_memory, tensor_bytes
+from serve_app.engines.rank_memory import RankMemory
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.replica.plan_here import plan_here
