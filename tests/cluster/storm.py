@@ -118,11 +118,11 @@ async def update_now_and_then(serve: ServeRun, trouble: "Trouble", every_s: floa
 
 @dataclass(frozen=True)
 class Trouble:
-    """What happens meanwhile: a replica is killed, or the model replaced, every so many seconds. A replica is killed as
-    well when `kill_after` requests have been answered, however fast that was."""
+    """What happens meanwhile: a replica is killed, or the model replaced, every so many seconds. One is killed as
+    well whenever so many requests have been answered as `kill_after` says, however fast that was."""
 
     kill_every_s: float | None = None
-    kill_after: int | None = None
+    kill_after: frozenset[int] = frozenset()
     update_every_s: float | None = None
     backend: str = "pt"
     deaths: str = "sigkill"
@@ -167,7 +167,7 @@ async def storm(
             async with gate:
                 seen = await ask(session, serve.url, path, body)
             outcomes[outcome_of(seen, expected[json.dumps(body)])] += 1
-            if outcomes.total() == trouble.kill_after:
+            if outcomes.total() in trouble.kill_after:
                 await kill_one(serve, model, kills, DEATHS[trouble.deaths])
 
         start = time.monotonic()
