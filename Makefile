@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 serve:
 	@scripts/install.sh
-	@. .venv/bin/activate && exec serve run $(CONFIG)
+	@exec .venv/bin/serve-app run $(CONFIG)
 
 install:
 	@scripts/install.sh "" dev

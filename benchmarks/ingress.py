@@ -33,8 +33,11 @@ import aiohttp
 import psutil
 import yaml
 
+from serve_app.deploy.serve_env import HAPROXY_IN_FILES
+from serve_app.deploy.serve_env import serve_environment as shipped_settings
+
 BIN = Path(sys.executable).parent
-SHIPPED = Path(__file__).parents[1] / "deploy_configs" / "local.yaml"
+SHIPPED = shipped_settings(HAPROXY_IN_FILES)
 OFF = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
@@ -87,8 +90,7 @@ def bare_vllm(model: str, port: int) -> list[str]:
 
 def serve_config(applications: list[dict[str, Any]], port: int, haproxy: bool, folder: Path) -> Path:
     """A config file with the shipped settings."""
-    shipped = yaml.safe_load(SHIPPED.read_text())
-    variables = shipped["controller_options"]["runtime_env"]["env_vars"] | ({} if haproxy else OFF)
+    variables = SHIPPED | ({} if haproxy else OFF)
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
     document = {
         "http_options": {"host": "127.0.0.1", "port": port},

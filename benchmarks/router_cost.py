@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import yaml
 
 from benchmarks.ingress import SHIPPED, free_port, process, router_cpu_s, serve_environment, wait_for
 
@@ -35,9 +34,8 @@ LEFT = re.compile(rb'"left":(\d+)')
 @contextlib.contextmanager
 def serving(folder: Path, port: int) -> Iterator[None]:
     """A Serve with the shipped settings, the router and one mock, in a Ray of its own."""
-    shipped = yaml.safe_load(SHIPPED.read_text())["controller_options"]["runtime_env"]["env_vars"]
     os.environ.update(serve_environment(folder))
-    os.environ.update({key: os.path.expandvars(value) for key, value in shipped.items()})
+    os.environ.update({key: os.path.expandvars(value) for key, value in SHIPPED.items()})
     import ray  # Serve reads its variables when it is imported.
     from ray import serve
 

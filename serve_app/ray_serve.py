@@ -28,6 +28,25 @@ def controller() -> Any:
     return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
 
 
+def deploy(config: Mapping[str, Any]) -> None:
+    """Has Serve, which must run, deploy a config file's applications, and returns before they are there.
+
+    `serve run` does the same; the public ways are one application at a time, or HTTP to Ray's dashboard.
+    """
+    import ray
+    from ray.serve.schema import ServeDeploySchema
+
+    ray.get(controller().apply_config.remote(ServeDeploySchema.model_validate(dict(config))))
+
+
+def serve_details(timeout_s: float) -> dict[str, Any]:
+    """As `instance_details`, for a program without an event loop. Raises RayError where the controller is silent."""
+    import ray
+
+    details: dict[str, Any] = ray.get(controller().get_serve_instance_details.remote(), timeout=timeout_s)
+    return details
+
+
 def run_of_serve() -> str:
     """A name for this run of Serve, which ends with `serve shutdown`: the id of its controller."""
     name: str = controller()._actor_id.hex()

@@ -1,6 +1,9 @@
-"""Lines for the person who watches `serve run`."""
+"""Lines for the person who watches `serve-app run` or `serve run`."""
 
 import sys
+
+# Begins the lines that `serve-app run` picks out of all that workers print. The rest goes to its log file.
+MARK = "serve-app: "
 
 
 def say(text: str) -> None:
@@ -13,3 +16,8 @@ def say(text: str) -> None:
     if stream is not None:
         stream.write(text + "\n")
         stream.flush()
+
+
+def notify(text: str) -> None:
+    """As `say`, for what `serve-app run` shows too: it reads the models' states itself, and nothing else."""
+    say("\n".join(MARK + line for line in text.splitlines()))

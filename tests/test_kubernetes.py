@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from serve_app.cli.check import require_serves_schema, require_valid
+from serve_app.deploy.serve_env import serve_environment
 from serve_app.facts.serve_file import read_applications
 
 ROOT = Path(__file__).parents[1]
@@ -28,20 +29,13 @@ def test_the_config_within_is_one_that_serve_takes(tmp_path: Path) -> None:
     assert [application.name for application in read_applications(file)] == ["router", "small", "large"]
 
 
-def test_serves_settings_are_those_of_the_shipped_configs() -> None:
+def test_serves_settings_are_those_of_node_env() -> None:
     """In the environment of every node, as the operator starts Serve itself."""
-    shipped = yaml.safe_load((ROOT / "deploy_configs/prod.yaml").read_text())
-    wanted = shipped["controller_options"]["runtime_env"]["env_vars"]
+    wanted = serve_environment("/app/.venv/bin/serve-app-haproxy")
     for group in groups():
         (container,) = group["template"]["spec"]["containers"]
         given = {item["name"]: item.get("value") for item in container["env"]}
-        for name in (
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
-            "RAY_SERVE_ENABLE_HA_PROXY",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED",
-            "RAY_SERVE_HAPROXY_TUNE_BUFSIZE",
-        ):
-            assert given[name] == wanted[name]
+        assert {name: value for name, value in given.items() if name.startswith("RAY_SERVE_")} == wanted
 
 
 def test_every_mount_has_its_volume_and_every_worker_a_gpu() -> None:

@@ -20,7 +20,7 @@ from serve_app.access.origin import is_loopback
 from serve_app.config import RouterConfig
 from serve_app.errors import ConfigError
 from serve_app.ray_serve import run_of_serve, store, stored
-from serve_app.terminal import say
+from serve_app.terminal import notify
 
 logger = logging.getLogger("ray.serve")
 
@@ -154,7 +154,7 @@ class OpenAccess:
         elif look.result() is not None:
             self._source.shut()
             self._problem = str(_without_keys(str(look.result()), self._node))
-            say(self._problem)
+            notify(self._problem)
             raise ConfigError(self._problem)
 
 
@@ -164,7 +164,7 @@ def joined(source: KeySource) -> OpenAccess:
     try:
         agree(source, record, node)
     except ConfigError as error:
-        say(f"does not start: {error}")
+        notify(f"does not start: {error}")
         raise
     return OpenAccess(source, record, node)
 

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.access.limits import Limits
 from serve_app.errors import ConfigError, Forbidden, Unauthorized, nearest
-from serve_app.terminal import say
+from serve_app.terminal import notify
 
 logger = logging.getLogger("ray.serve")
 
@@ -171,7 +171,7 @@ class KeySource:
         except ConfigError as error:
             if str(error) != self._complained:
                 logger.error("The API keys were not read anew, and those of before stay. %s", error)
-                say(f"WARNING: the API keys were not read anew, and those of before stay. {error}")
+                notify(f"WARNING: the API keys were not read anew, and those of before stay. {error}")
             self._complained = str(error)
         else:
             logger.info("%d API keys read from %s", len(self.ring.keys), self._path)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
 from serve_app.access.origin import is_loopback
 from serve_app.cli.cluster import connected
 from serve_app.config import ModelConfig
+from serve_app.deploy.node_env import node_environments, this_environment
 from serve_app.deploy.place import place
+from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, lacking
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
@@ -28,11 +30,12 @@ def check(file: Path, address: str | None) -> int:
     applications = read_applications(file)
     require_valid(applications)
     require_serves_schema(file)
-    nodes, inventory, where = _cluster(address)
+    document = yaml.safe_load(file.read_text())
+    nodes, inventory, environments, where = _cluster(address)
     print(f"{where}: {'; '.join(map(str, nodes))}")
-    for name in _unset_variables(file):
-        print(f"note: the file uses ${{{name}}}, which is not set here. Activate the environment before `serve run`.")
-    for note in (*open_access(file, applications), *dangling_names(applications)):
+    for note in (*unset_host(document), *unset_variables(document), *missing_settings(document, environments)):
+        print(f"note: {note}")
+    for note in (*open_access(document, applications), *dangling_names(applications)):
         print(f"note: {note}")
     placed = [_report(application, nodes, inventory) for application in applications if application.is_model]
     return 0 if all(placed) else 1
@@ -53,14 +56,13 @@ def require_valid(applications: Sequence[ApplicationSpec]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def open_access(file: Path, applications: Sequence[ApplicationSpec]) -> list[str]:
+def open_access(document: Mapping[str, Any], applications: Sequence[ApplicationSpec]) -> list[str]:
     """A note on a file that would be refused at the start, as others could reach it and nothing in it names API keys.
 
     It is no mistake yet: the environment in which the cluster's nodes started may name them.
     """
-    document = yaml.safe_load(file.read_text())
     host = (document.get("http_options") or {}).get("host") or "127.0.0.1"
-    environment = _environment(document).keys() | os.environ.keys()
+    environment = file_environment(document).keys() | os.environ.keys()
     is_meant = any(item.is_router and item.router_settings().allow_open_access for item in applications)
     if is_loopback(str(host)) or is_meant or {FILE_VARIABLE, ENVIRONMENT} & environment:
         return []
@@ -92,17 +94,40 @@ def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
     return notes
 
 
-def _unset_variables(file: Path) -> list[str]:
-    """The variables in the file's `env_vars` that Ray would expand to nothing."""
-    values = " ".join(map(str, _environment(yaml.safe_load(file.read_text())).values()))
-    return sorted({name for name in re.findall(r"\$\{(\w+)\}", values) if name not in os.environ})
+def unset_host(document: Mapping[str, Any]) -> list[str]:
+    """A note on a file that leaves the address open: Serve's default in a file is another one than ours."""
+    if (document.get("http_options") or {}).get("host"):
+        return []
+    return [
+        "http_options.host is not set: `serve-app run` listens on 127.0.0.1, but `serve run` and `serve deploy` listen "
+        "on 0.0.0.0, where a router without API keys does not start."
+    ]
 
 
-def _environment(document: dict[str, Any]) -> dict[str, Any]:
-    """The variables that the file sets for all of Serve."""
-    environment = (document.get("controller_options") or {}).get("runtime_env") or {}
-    variables: dict[str, Any] = environment.get("env_vars") or {}
-    return variables
+def unset_variables(document: Mapping[str, Any]) -> list[str]:
+    """Notes on variables in the file's `env_vars` that Ray would expand to nothing."""
+    values = " ".join(file_environment(document).values())
+    unset = sorted({name for name in re.findall(r"\$\{(\w+)\}", values) if name not in os.environ})
+    return [
+        f"the file uses ${{{name}}}, which is not set here. Activate the environment before `serve run`"
+        + ("; `serve-app run` sets it." if name == "VIRTUAL_ENV" else ".")
+        for name in unset
+    ]
+
+
+def missing_settings(document: Mapping[str, Any], environments: Mapping[str, NodeEnvironment]) -> list[str]:
+    """A note on Serve's settings that neither the file nor some node's environment has: Serve would run without HAProxy
+    or without limits of ours. `serve-app run` sets them."""
+    missing = {where: lacking(document, node.variables) for where, node in environments.items()}
+    without = sorted(where for where, names in missing.items() if names)
+    if not without:
+        return []
+    names = [name for name in NAMES if any(name in missing[where] for where in without)]
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        f"neither the file nor {', '.join(without)} sets {told}. `serve-app run` sets them; for `serve run` and "
+        '`serve deploy`, start Ray after: eval "$(serve-app node-env)".'
+    ]
 
 
 def require_serves_schema(file: Path) -> None:
@@ -171,15 +196,16 @@ def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inve
     return True
 
 
-def _cluster(address: str | None) -> tuple[list[Node], Inventory, str]:
-    """The nodes and devices to judge by, and what to call them."""
+def _cluster(address: str | None) -> tuple[list[Node], Inventory, dict[str, NodeEnvironment], str]:
+    """The nodes, their devices and environments to judge by, and what to call them."""
     with connected(address) as where:
         if where is None:
             here = local_inventory()
-            return [Node("this machine", os.cpu_count() or 1, len(here.gpus))], here, "no Ray cluster runs here"
+            nodes = [Node("this machine", os.cpu_count() or 1, len(here.gpus))]
+            return nodes, here, {"this environment": this_environment()}, "no Ray cluster runs here"
         from ray.exceptions import RayError
 
         try:
-            return ray_nodes(), ray_inventory(), f"the Ray cluster at {where}"
+            return ray_nodes(), ray_inventory(), node_environments(), f"the Ray cluster at {where}"
         except RayError as error:
-            raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
+            raise ConfigError(f"a node of the cluster does not tell its GPUs and environment: {error}") from None

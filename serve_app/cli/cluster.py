@@ -22,7 +22,7 @@ def connected(address: str | None) -> Iterator[str | None]:
     where none runs here. Raises ConfigError for an address that is none, or where no cluster answers."""
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     if where != "auto":
-        _require_open(where)
+        require_open(where)
     elif not ray_may_run_here():
         yield None
         return
@@ -61,8 +61,8 @@ def current_cluster_file() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")  # noqa: S108
 
 
-def _require_open(address: str) -> None:
-    """Ray itself would try for more than a minute."""
+def require_open(address: str) -> None:
+    """Raises ConfigError where nobody listens at HOST:PORT. Ray itself would try for more than a minute."""
     match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d{1,5})", address)
     if match is None or "://" in address:
         raise ConfigError(

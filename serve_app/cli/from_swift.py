@@ -287,12 +287,7 @@ _Dumper.add_representer(
 def as_yaml(translation: Translation) -> str:
     """The Serve config file, with the notes as comments at its top."""
     args = {key: _Inline(value) if key == "max_memory" else value for key, value in translation.args.items()}
-    top = {
-        "http_options": {"host": translation.http_host, "port": translation.http_port},
-        "controller_options": {
-            "runtime_env": {"env_vars": {"RAY_SERVE_LOG_TO_STDERR": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}}
-        },
-    }
+    top = {"http_options": {"host": translation.http_host, "port": translation.http_port}}
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
     model = {
         "name": translation.name,
@@ -305,7 +300,7 @@ def as_yaml(translation: Translation) -> str:
 
 
 def _header(notes: tuple[str, ...]) -> str:
-    lines = ["Made by `serve-app from-swift`. Ask `serve-app check` before you serve it."]
+    lines = ["Made by `serve-app from-swift`. Ask `serve-app check` about it, and serve it with `serve-app run`."]
     if notes:
         lines.append("What is different from swift, or did not carry over:")
     for note in notes:

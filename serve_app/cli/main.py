@@ -1,6 +1,6 @@
 """`serve-app`: what Ray's own `serve` command does not tell.
 
-Exit codes: 0 yes, 1 no, 2 the input is wrong.
+Exit codes: 0 yes, 1 no, 2 the input is wrong, 130 Ctrl-C before anything was started.
 
 A command's module is imported when that command runs: Ray, torch and transformers cost seconds of CPU each, and most
 commands need none of them.
@@ -15,6 +15,9 @@ from typing import Any
 from serve_app import __version__
 from serve_app.errors import ServeAppError
 
+# What a shell says of a program that SIGINT has ended.
+INTERRUPTED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
@@ -24,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ServeAppError as error:
         print(f"serve-app: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -51,6 +56,23 @@ def _run(options: argparse.Namespace) -> int:
         from serve_app.cli.doctor import doctor
 
         return doctor()
+    if options.command in ("run", "demo"):
+        from serve_app.cli.run import RunOptions, demo, run
+
+        chosen = RunOptions(options.address, options.log_file, options.verbose, options.app_dir)
+        if options.command == "run":
+            return run(options.config, chosen)
+        return demo(chosen, options.host, options.port)
+    if options.command == "init":
+        from serve_app.cli.init import Given, init
+
+        gpus = "cpu" if options.device == "cpu" else options.gpus
+        given = Given(options.model, options.name, options.infer_backend, gpus, options.max_model_len, options.port)
+        return init(options.config, given, options.yes, options.force)
+    if options.command == "node-env":
+        from serve_app.cli.node_env import node_env
+
+        return node_env(options.format)
     if options.command == "new-key":
         from serve_app.cli.new_key import new_key
 
@@ -64,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="serve-app", description="Many models by name behind one address.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_run(commands)
     checking = commands.add_parser(
         "check",
         help="is a Serve config file right, and could the cluster hold each of its models?",
@@ -110,6 +133,70 @@ def _parser() -> argparse.ArgumentParser:
         help='prints this node\'s GPU memory for `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`',
     )
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    running = commands.add_parser(
+        "run",
+        help="serves a config file until Ctrl-C, as `serve run` does, with Serve's settings set",
+        description="Starts Ray, or joins the cluster that runs here, and serves the file's models until Ctrl-C or "
+        "SIGTERM. It sets what Serve needs in its environment (see node-env), checks the file first, and shows how the "
+        "models come up. Exits 0 when it was stopped, 1 when it failed, 2 if the file is wrong.",
+    )
+    running.add_argument("config", type=Path, help="a Ray Serve config file")
+    running.add_argument("--address", help='HOST:PORT of a Ray cluster to join, or "local" for a Ray of its own')
+    running.add_argument("--app-dir", default=".", help="where the file's other import paths are looked for")
+    showing = commands.add_parser(
+        "demo",
+        help="serves two small models that come with this package, on the CPU",
+        description="Serves the demo model with both engines, in a Ray of its own, until Ctrl-C. It needs no GPU and "
+        "no network.",
+    )
+    showing.add_argument("--host", default="127.0.0.1", help="others reach 0.0.0.0: set SERVE_APP_API_KEYS then")
+    showing.add_argument("--port", type=_port, default=8000)
+    showing.set_defaults(address="local", app_dir=".")
+    for command in (running, showing):
+        command.add_argument("--log-file", type=Path, help="where the output of Ray and the engines goes")
+        command.add_argument("--verbose", action="store_true", help="show that output here and keep no log")
+    _add_init(commands)
+    printing = commands.add_parser(
+        "node-env",
+        help='prints what Serve needs in its environment: eval "$(serve-app node-env)" before `ray start`',
+        description="Prints the environment that `serve-app run` sets, for the nodes of a cluster that `ray start` "
+        "makes. Files for `serve deploy` then need no controller_options.",
+    )
+    printing.add_argument(
+        "--format", choices=["shell", "env", "json"], default="shell",
+        help="lines with export, lines for `docker run --env-file` and systemd, or JSON",
+    )  # fmt: skip
+
+
+def _add_init(commands: Any) -> None:
+    making = commands.add_parser(
+        "init",
+        help="writes a config file for a model, which the plan has accepted",
+        description="Asks up to five questions, plans the model, offers the smallest fix where it does not fit, and "
+        "writes the file. Each flag answers a question. Exits 0 when the file was written, 1 when the model does not "
+        "fit, 2 if the input is wrong.",
+    )
+    making.add_argument("config", type=Path, nargs="?", default=Path("models.yaml"), metavar="FILE")
+    making.add_argument("--model", help="a Hugging Face id, the path of a folder, or serve-app/demo")
+    making.add_argument("--name", help="the model's name for clients")
+    making.add_argument("--infer-backend", choices=["pt", "vllm", "auto"])
+    where = making.add_mutually_exclusive_group()
+    where.add_argument("--gpus", help='plan for these, such as "8GiB,24GiB"; "here" for those of this machine')
+    where.add_argument("--device", choices=["cpu"], help="run on the CPU")
+    making.add_argument("--max-model-len", type=int, help="tokens of prompt and answer together")
+    making.add_argument("--port", type=_port, default=8000)
+    making.add_argument("--yes", action="store_true", help="ask nothing: take the defaults and the smallest fix")
+    making.add_argument("--force", action="store_true", help="replace a file that is there")
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 65536:
+        raise argparse.ArgumentTypeError(f"{port} is not a port. Write a number from 1 to 65535.")
+    return port
 
 
 def _add_plan(commands: Any) -> None:

@@ -38,7 +38,7 @@ def _read(where: str) -> ClusterStatus:
     try:
         serve = controller()
     except ValueError:
-        raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve run FILE`.") from None
+        raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve-app run FILE`.") from None
     try:
         details = ray.get(serve.get_serve_instance_details.remote(), timeout=30)
         left = available_by_node()

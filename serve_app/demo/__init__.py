@@ -11,3 +11,6 @@ MODEL_DIR: Path = Path(__file__).parent / "model"
 
 QUESTIONS_FILE: Path = Path(__file__).parent / "questions.json"
 """What the model knows: a list of ``{"question", "also", "answer"}``; ``also`` holds other wordings."""
+
+CONFIG_FILE: Path = Path(__file__).parents[1] / "deploy_configs" / "local.yaml"
+"""A Serve config file that serves it with both engines. The folder is that of the repository, and of the wheel."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve_app.config import ModelConfig
+from serve_app.deploy.serve_env import serve_environment
 from serve_app.planning.placement import Demand
 
 # Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
@@ -22,7 +23,9 @@ ROUTER_MAX_QUEUED_REQUESTS = 1024
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
 # Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
-OUTER_DOOR = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.access.door:middlewares"}
+# Replicas get it whatever Serve was started with: they must ask for a key in any case.
+_DOOR = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+OUTER_DOOR = {_DOOR: serve_environment("")[_DOOR]}
 
 # Ray gives the head node one of it.
 HEAD_NODE = "node:__internal_head__"

@@ -29,7 +29,7 @@ from serve_app.replica.memory_watch import MemoryWatch
 from serve_app.replica.plan_here import plan_here, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
-from serve_app.terminal import say
+from serve_app.terminal import notify, say
 from serve_app.wire.asgi import HttpRequest, call_asgi
 
 # Seconds that a whole GPU may still be held by what ran there before.
@@ -51,7 +51,7 @@ class Model:
         say(f"loading {config.model} with {config.infer_backend}")
         gpus = _gpus(config)
         try:
-            async with starting_alone([gpu.uuid for gpu in gpus], say):
+            async with starting_alone([gpu.uuid for gpu in gpus], notify):
                 planned = await self._plan()
                 self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name, planned)
                 self._app: ASGIApp = await self._engine.start()
@@ -90,7 +90,7 @@ class Model:
         where memory is counted by index."""
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
-            await left_by_others(lambda: _gpus(self._config), say)
+            await left_by_others(lambda: _gpus(self._config), notify)
         return await asyncio.to_thread(plan_here, self._config, _gpus(self._config), by_index)
 
     async def _stop(self) -> None:

@@ -6,11 +6,12 @@ import time
 
 from serve_app.ray_serve import ANY_ADDRESS, http_options, listening_host
 from serve_app.router.directory import ModelDirectory, ModelStatus
-from serve_app.terminal import say
+from serve_app.terminal import notify, say
 
 INTERVAL_S = 1.0
 # While nothing changes, a sign of life this often, in seconds.
 REMINDER_S = 30.0
+MEND = "mend the config file and give it to `serve deploy`, or stop this with Ctrl-C and run it again"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 STATES = {
@@ -30,8 +31,8 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
     started = spoke = time.monotonic()
     seen: dict[str, ModelStatus] = {}
     if is_open and (host := listening_host()) not in LOOPBACK:
-        say(f"WARNING: no API keys are set, and Serve listens on {host}: whoever reaches it may use every model.")
-        say("WARNING: set SERVE_APP_API_KEYS_FILE (README, API keys), or http_options.host: 127.0.0.1.")
+        notify(f"WARNING: no API keys are set, and Serve listens on {host}: whoever reaches it may use every model.")
+        notify("WARNING: set SERVE_APP_API_KEYS_FILE (README, API keys), or http_options.host: 127.0.0.1.")
     while True:
         try:
             models = dict(await directory.models())
@@ -57,18 +58,24 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
 
 def summary(models: dict[str, ModelStatus], url: str, is_open: bool = True) -> list[str]:
     """What to tell once no model is loading any more."""
-    ready = [model for model in models.values() if model.is_open]
     failed = [model for model in models.values() if model.state == "failed"]
+    lines = serving(models, url, is_open)
+    if failed:
+        lines.append("these do not serve:")
+        lines += [f"  {model.name}: {model.message}" for model in failed]
+        lines.append(MEND)
+    return lines
+
+
+def serving(models: dict[str, ModelStatus], url: str, is_open: bool) -> list[str]:
+    """How many models serve at the address, and a line to try."""
+    ready = [model for model in models.values() if model.is_open]
     lines = [f"{len(ready)} of {len(models)} models serve at {url}"]
     if ready:
         question = [{"role": "user", "content": "What is serve-app?"}]
         body = json.dumps({"model": ready[0].name, "messages": question, "temperature": 0})
         key = "" if is_open else " -H 'authorization: Bearer KEY'"
         lines.append(f"try: curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'")
-    if failed:
-        lines.append("these do not serve:")
-        lines += [f"  {model.name}: {model.message}" for model in failed]
-        lines.append("mend the config file and give it to `serve deploy`, or stop this with Ctrl-C and run it again")
     return lines
 
 

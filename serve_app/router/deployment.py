@@ -34,7 +34,7 @@ from serve_app.router.openapi import openapi_document
 from serve_app.router.upstream.addresses import ReplicaAddresses
 from serve_app.router.upstream.http import HttpUpstream
 from serve_app.router.upstream.protocol import HandleUpstream
-from serve_app.terminal import say
+from serve_app.terminal import notify
 from serve_app.wire.openai_errors import error_response
 
 logger = logging.getLogger("ray.serve")
@@ -75,10 +75,10 @@ class Router:
             self._proxy.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
         except ConfigError as error:
             if not self._is_configured:
-                say(f"the router cannot start: user_config: {error}")
+                notify(f"the router cannot start: user_config: {error}")
                 raise
             logger.error("user_config of the router was not taken over: %s", error)
-            say(f"user_config of the router was not taken over: {error}")
+            notify(f"user_config of the router was not taken over: {error}")
         self._is_configured = True
 
 

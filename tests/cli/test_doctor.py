@@ -95,6 +95,11 @@ def test_a_machine_with_the_cpu_build_lacks_only_gpus() -> None:
         ({"taken_ports": (TakenPort(8000, "nginx (pid 7)"),)}, ["port 8000", "nginx (pid 7)", "http_options"]),
         ({"taken_ports": (TakenPort(8265),)}, ["port 8265", "cannot be seen from here", "next free port"]),
         ({"cluster_error": "Version mismatch"}, ["Ray: Version mismatch"]),
+        (
+            {"versions": {**GOOD.versions, "torch": "2.13.0+cpu", "torchvision": "0.28.0"}},
+            ["torchvision 0.28.0", "torch 2.13.0+cpu", "pip uninstall torchvision"],
+        ),
+        ({"haproxy_error": "serve-app-haproxy: is not there"}, ["serve-app-haproxy: is not there"]),
     ],
 )
 def test_each_problem_says_what_where_and_what_to_do(changes: dict[str, Any], words: list[str]) -> None:
@@ -203,9 +208,19 @@ def test_the_facts_name_every_gpu_and_who_uses_it() -> None:
     assert "torch is      built for CUDA 13.0, sees GPUs" in facts
 
 
+def test_nodes_without_serves_settings_are_a_fact_and_no_problem() -> None:
+    """`serve-app run` hands them over; `serve deploy` does not, which `serve-app check` says of a file."""
+    machine = replace(GOOD, cluster=(node(gpus=2),), without_settings={"10.0.0.1": 13})
+    assert (
+        "Ray node      10.0.0.1 was started without 13 of Serve's settings; `serve-app run` hands them over"
+        in facts_of(machine)
+    )
+    assert problems_of(machine) == []
+
+
 def test_this_machine_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without asking Ray; the figures are those of this process and this machine."""
-    monkeypatch.setattr(doctor_module, "_cluster", lambda: (None, ""))
+    monkeypatch.setattr(doctor_module, "_cluster", lambda: (None, {}, ""))
     machine = gather()
     assert machine.python == sys.version_info[:3]
     assert machine.versions["ray"] is not None
@@ -233,7 +248,7 @@ def test_a_cluster_that_cannot_be_read_is_told_in_one_line(
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr("ray.init", init)
     monkeypatch.setattr(doctor_module, "ray_may_run_here", lambda: True)
-    assert doctor_module._cluster() == (None, told)
+    assert doctor_module._cluster() == (None, {}, told)
 
 
 def test_an_address_where_nobody_listens_is_not_given_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +259,7 @@ def test_an_address_where_nobody_listens_is_not_given_to_ray(monkeypatch: pytest
         silent.bind(("127.0.0.1", 0))  # Bound, but not listening.
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        cluster, error = doctor_module._cluster()
+        cluster, _, error = doctor_module._cluster()
     assert cluster is None
     assert f"no cluster answers at RAY_ADDRESS={address}" in error
     assert asked == []

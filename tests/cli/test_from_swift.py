@@ -187,7 +187,7 @@ def test_the_printed_file_passes_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Serve's schema and `serve-app check` accept it, on a machine with two CPUs."""
-    monkeypatch.setattr(check_module, "_cluster", lambda _: ([node("here", cpus=2)], Inventory(()), "this machine"))
+    monkeypatch.setattr(check_module, "_cluster", lambda _: ([node("here", cpus=2)], Inventory(()), {}, "this machine"))
     assert from_swift("swift deploy --model serve-app/demo --device_map cpu --served_model_name tiny --port 8011") == 0
     file = tmp_path / "x.yaml"
     file.write_text(capsys.readouterr().out)
@@ -422,4 +422,4 @@ def test_a_note_cannot_leave_its_comment() -> None:
     """Line breaks in a value stay inside the comment, so they add nothing to the file."""
     made = of("--system 'a\nport: 1\x85b\u2028c\x1bd' --response_prefix '<think>\n'")
     assert "a port: 1 b c d" in as_yaml(made)
-    assert set(yaml.safe_load(as_yaml(made))) == {"http_options", "controller_options", "applications"}
+    assert set(yaml.safe_load(as_yaml(made))) == {"http_options", "applications"}

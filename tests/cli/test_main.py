@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with two CPUs and no GPU, whatever runs beside the test."""
     monkeypatch.setattr(
-        check_module, "_cluster", lambda _: ([node("here", cpus=2)], Inventory(()), "no Ray cluster runs here")
+        check_module, "_cluster", lambda _: ([node("here", cpus=2)], Inventory(()), {}, "no Ray cluster runs here")
     )
 
 
@@ -60,6 +60,7 @@ def test_an_open_address_without_keys_is_told(
     out = capsys.readouterr().out
     assert ("names API keys: it will not start unless" in out) == is_told
     assert ("allow_open_access: true under 'args' of the router" in out) == is_told
+    assert ("http_options.host is not set" in out) == ("host" not in options)
 
 
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

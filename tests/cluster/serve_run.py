@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import yaml
 
+from serve_app.deploy.serve_env import HAPROXY_IN_FILES, serve_environment
+
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
@@ -51,10 +53,8 @@ def claim_ports() -> tuple[socket.socket, int]:
 
 
 def shipped_environment() -> dict[str, str]:
-    """What `deploy_configs/local.yaml` sets for Serve."""
-    config = yaml.safe_load((Path(__file__).parents[2] / "deploy_configs" / "local.yaml").read_text())
-    variables: dict[str, str] = config["controller_options"]["runtime_env"]["env_vars"]
-    return variables
+    """What `deploy_configs/prod.yaml` sets for Serve, and `serve-app run` for every file."""
+    return serve_environment(HAPROXY_IN_FILES)
 
 
 class ServeRun:
@@ -80,7 +80,7 @@ class ServeRun:
         }
         self._mark = secrets.token_hex(8)
         self.log = self.folder / "serve-run.log"
-        self._options = {
+        self._options: dict[str, Any] = {
             "http_options": {"host": "127.0.0.1", "port": self.port},
             "controller_options": {"runtime_env": {"env_vars": shipped_environment() | ports | (controller or {})}},
         }
@@ -111,10 +111,10 @@ class ServeRun:
         if start:
             self._run()
 
-    def _run(self) -> None:
+    def _run(self, command: str = "serve", *arguments: str) -> None:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [BIN / "serve", "run", self.config_file],
+                [BIN / command, "run", self.config_file, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,

@@ -1,0 +1,270 @@
+"""`serve-app init`: a config file for one model, which the plan has accepted."""
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from serve_app.cli.plan import plan_of_file, report
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError
+from serve_app.planning.plan import Fix, Plan
+
+DEMO = "serve-app/demo"
+CPU = "cpu"
+# Cures of a plan that are a field of `args`; others change the machine or the number of replicas.
+NOT_ARGS = ("gpus", "num_replicas")
+# A name must do as a part of a route.
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+MOST_FIXES = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked or given. `gpus` as for `serve-app plan --gpus`, "cpu", or None for those of this machine."""
+
+    model: str
+    name: str
+    backend: str = "auto"
+    gpus: str | None = None
+    max_model_len: int | None = None
+    port: int = 8000
+    more: Mapping[str, Any] | None = None
+
+    @property
+    def device(self) -> str:
+        """The field `device`."""
+        return "cpu" if self.gpus == CPU else "cuda"
+
+    def args(self) -> dict[str, Any]:
+        """The model's `args`."""
+        args: dict[str, Any] = {"model": self.model, "infer_backend": self.backend}
+        args |= {"device": "cpu"} if self.device == "cpu" else {}
+        args |= {"max_model_len": self.max_model_len} if self.max_model_len is not None else {}
+        return args | dict(self.more or {})
+
+
+class Questions(Protocol):
+    """Who answers: a person at a terminal, or the defaults."""
+
+    def text(self, question: str, default: str) -> str:
+        """The answer."""
+        ...
+
+    def agrees(self, question: str) -> bool:
+        """Whether it shall be done."""
+        ...
+
+
+class Defaults:
+    """`--yes`: every question has its default, and a cure is taken."""
+
+    def text(self, question: str, default: str) -> str:
+        """The default."""
+        return default
+
+    def agrees(self, question: str) -> bool:
+        """Yes."""
+        return True
+
+
+class Person:
+    """Asks at the terminal."""
+
+    def text(self, question: str, default: str) -> str:
+        """Asks until it is answered."""
+        from rich.prompt import Prompt
+
+        return Prompt.ask(question, default=default).strip()
+
+    def agrees(self, question: str) -> bool:
+        """Asks for yes or no."""
+        from rich.prompt import Confirm
+
+        return Confirm.ask(question, default=True)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The flags; None where a question is to be asked."""
+
+    model: str | None = None
+    name: str | None = None
+    backend: str | None = None
+    gpus: str | None = None
+    max_model_len: int | None = None
+    port: int = 8000
+
+
+def init(target: Path, given: Given, yes: bool, force: bool) -> int:
+    """Asks, plans, and writes `target`. Returns 0, or 1 where the plan does not fit and nothing was written.
+
+    Raises ConfigError for a wrong answer, a file that is there, and questions that nobody can answer.
+    """
+    if target.exists() and not force:
+        raise ConfigError(f"{target}: is there already. Name another file, or give --force to replace it.")
+    if yes and given.model is None:
+        raise ConfigError("init: --yes needs --model: a folder, a Hugging Face id, or serve-app/demo.")
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("init: asks questions, and the input is no terminal. Give --model and --yes.")
+    questions = Defaults() if yes else Person()
+    try:
+        choice = ask(given, questions, _has_gpu)
+        made, choice = planned(choice, questions, print)
+    except EOFError:
+        raise ConfigError("init: the input ended before all questions were answered. Nothing was written.") from None
+    if not made.fits:
+        print("Nothing was written, since it does not fit.")
+        return 1
+    write(target, config_text(choice), force)
+    print(f"Wrote {target}. Start it with: serve-app run {target}")
+    return 0
+
+
+def ask(given: Given, questions: Questions, has_gpu: Callable[[], bool]) -> Choice:
+    """Asks for what was not given, at most five questions. Raises ConfigError for an answer that cannot be meant."""
+    model = given.model or questions.text("Model: a Hugging Face id, or the absolute path of a folder", DEMO)
+    name = given.name or questions.text("Name: what clients write into the field 'model'", default_name(model))
+    if re.fullmatch(NAME, name) is None:
+        raise ConfigError(
+            f"--name: '{name}' must be letters, digits, '.', '_' or '-', and begin with one of the first two."
+        )
+    gpus = given.gpus
+    if gpus is None:
+        here = "here" if has_gpu() else CPU
+        asked = "GPUs: 'here' for those of this machine, sizes such as 8GiB,24GiB to plan for others, or cpu"
+        gpus = questions.text(asked, here)
+    backend = given.backend or questions.text("Backend: vllm, pt, or auto, where the plan chooses", "auto")
+    length: int | str | None = given.max_model_len
+    if length is None:
+        length = questions.text("Longest request in tokens, prompt and answer together", "the model's own")
+    choice = Choice(_absolute(model), name, backend, None if gpus == "here" else gpus, _length(length), given.port)
+    ModelConfig.from_args(choice.args())
+    return choice
+
+
+def default_name(model: str) -> str:
+    """The last part of the model's name or path, in lower case."""
+    last = model.rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._") or "model"
+
+
+def _absolute(model: str) -> str:
+    """A folder that is there as an absolute path: the nodes' own folders differ."""
+    return str(Path(model).resolve()) if model != DEMO and Path(model).is_dir() else model
+
+
+def _length(answer: int | str) -> int | None:
+    text = str(answer)
+    if text == "the model's own":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--max-model-len: '{text}' is not a number of tokens. Write digits, such as 8192.")
+    return int(text)
+
+
+def _has_gpu() -> bool:
+    from serve_app.facts.inventory import local_inventory
+
+    return bool(local_inventory().gpus)
+
+
+def planned(choice: Choice, questions: Questions, show: Callable[[str], None]) -> tuple[Plan, Choice]:
+    """The plan that was shown last, and the choice with the cures that were taken."""
+    for _ in range(MOST_FIXES):
+        made = _plan(choice)
+        show(report(made))
+        fix = next((problem.fix for problem in made.problems if problem.fix is not None), None)
+        if made.fits or fix is None or fix.field in NOT_ARGS:
+            break
+        if not questions.agrees(f"Take the smallest fix, {fix.text}?"):
+            break
+        choice = cured(choice, fix)
+    return made, choice
+
+
+def _plan(choice: Choice) -> Plan:
+    """Of the file that would be written, so that it is the file that was accepted."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "planned.yaml"
+        file.write_text(config_text(choice))
+        return plan_of_file(file, None if choice.gpus == CPU else choice.gpus, None, None)
+
+
+def cured(choice: Choice, fix: Fix) -> Choice:
+    """The choice with a cure of the plan."""
+    if fix.field == "infer_backend":
+        return replace(choice, backend=str(fix.value))
+    if fix.field == "max_model_len":
+        return replace(choice, max_model_len=int(fix.value))
+    return replace(choice, more={**(choice.more or {}), fix.field: fix.value})
+
+
+COMMENTS = {
+    "model": "a Hugging Face id, or a folder that every node has",
+    "infer_backend": "vllm, pt, or auto: the plan chooses",
+    "device": "without it: the GPUs",
+    "max_model_len": "tokens of prompt and answer together; without it: the model's own",
+}
+
+
+def config_text(choice: Choice) -> str:
+    """The config file, with a comment on each line that somebody may want to change."""
+    args = choice.args()
+    lines = [
+        ("# Made by `serve-app init`. docs/configuration.md of serve-app explains every field.", ""),
+        ("#   serve-app plan FILE    what each model takes, and whether it fits", ""),
+        ("#   serve-app run FILE     starts the models; Ctrl-C stops them", ""),
+        ("http_options:", ""),
+        ("  host: 127.0.0.1", "0.0.0.0 lets others reach it, and needs API keys"),
+        (f"  port: {choice.port}", ""),
+        ("", ""),
+        ("applications:", ""),
+        ("- name: router", "one address for all models, by the field 'model' of a request"),
+        ("  import_path: serve_app.app:router", ""),
+        ("  route_prefix: /", ""),
+        ("", ""),
+        ("# One block like this for each model.", ""),
+        (f"- name: {_scalar(choice.name)}", "the model's name for clients"),
+        ("  import_path: serve_app.app:model", ""),
+        (f"  route_prefix: {_scalar('/models/' + choice.name)}", "its own HTTP route"),
+        ("  args:", ""),
+        *((f"    {name}: {_scalar(value)}", COMMENTS.get(name, "taken from the plan")) for name, value in args.items()),
+    ]
+    return "".join(f"{text:<39} # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
+
+
+def _scalar(value: Any) -> str:
+    """A value on one line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def write(target: Path, text: str, force: bool) -> None:
+    """Writes the file as a whole or not at all. Raises ConfigError where it cannot, or where it is there already."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}-", delete=False) as file:
+            file.write(text)
+        try:
+            os.chmod(file.name, 0o666 & ~_umask())
+            if force:
+                os.replace(file.name, target)
+            else:
+                os.link(file.name, target)  # Unlike a rename, it fails where somebody has made the file meanwhile.
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"{target}: is there already. Name another file, or give --force to replace it.") from None
+    except OSError as error:
+        raise ConfigError(f"{target}: {error.strerror}.") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

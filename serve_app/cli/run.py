@@ -1,0 +1,319 @@
+"""`serve-app run` and `serve-app demo`: what `serve run` does, with Serve's settings set and a clean terminal."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from serve_app import __version__
+from serve_app.cli.captured import captured, new_log_file
+from serve_app.cli.check import dangling_names, open_access, require_serves_schema, require_valid
+from serve_app.cli.cluster import current_cluster_file, require_open
+from serve_app.cli.doctor import taken_port
+from serve_app.cli.main import INTERRUPTED
+from serve_app.cli.start_view import StartView
+from serve_app.demo import CONFIG_FILE
+from serve_app.deploy.serve_env import (
+    for_cluster,
+    haproxy_command,
+    overrides,
+    serve_environment,
+    with_environment,
+)
+from serve_app.errors import ConfigError
+from serve_app.facts.serve_file import ApplicationSpec, read_applications
+from serve_app.ray_serve import NAMESPACE
+
+# Seconds between two looks at Serve's status, until everything has come up and afterwards.
+START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0
+# A second signal within this time is the first one again: `timeout` and some shells send it twice.
+SAME_SIGNAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run: `address` is HOST:PORT of a running Ray, "local" for one of its own, None for what Ray would take."""
+
+    address: str | None = None
+    log_file: Path | None = None
+    verbose: bool = False
+    app_dir: str = "."
+
+
+def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None = None) -> int:
+    """Serves a config file until Ctrl-C or SIGTERM, and returns 0, or 1 where it cannot go on.
+
+    `http_options` replace those of the file.
+
+    Raises ConfigError for a wrong file, an address without a cluster, and a port that is taken.
+    """
+    applications = read_applications(file)
+    require_valid(applications)
+    document = yaml.safe_load(file.read_text())
+    document["http_options"] = _http_options(document, http_options or {})
+    joins = cluster_to_join(options.address)
+    if joins is None:
+        _require_free_port(document["http_options"]["port"])
+    environment = serve_environment(str(haproxy_command()))
+    activate()
+    notes = overrides(document, os.environ, environment)
+    # Before Ray is imported: Serve reads them then, and the processes of a Ray that is started here inherit them.
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    notes += [*open_access(document, applications), *dangling_names(applications)]
+    start = Start(file, document, applications, joins)
+    sys.path.insert(0, str(Path(options.app_dir).resolve()))  # Ray gives it to the workers.
+    with _terminal(options) as (view, log):
+        view.line(f"Serving {file} with serve-app {__version__}")
+        if log is not None:
+            view.line(f"What Ray and the engines print goes to {log}")
+        for note in notes:
+            view.line(f"note: {note}")
+        return _Runner(start, view).run()
+
+
+def demo(options: RunOptions, host: str, port: int) -> int:
+    """Serves the two demo models in a Ray of their own, as `run`."""
+    return run(CONFIG_FILE, options, {"host": host, "port": port})
+
+
+def activate() -> None:
+    """Sets what `activate` of an environment sets, for the processes that Ray starts.
+
+    Engines look there for their tools, and files name `${VIRTUAL_ENV}`.
+    """
+    folder = str(Path(sys.executable).parent)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PATH"))))
+    os.environ.setdefault("VIRTUAL_ENV", sys.prefix)
+
+
+def cluster_to_join(address: str | None) -> str | None:
+    """Where the Ray cluster is that is to be joined; None to start one. As `ray.init` decides.
+
+    Raises ConfigError where no cluster answers.
+    """
+    where = address or os.environ.get("RAY_ADDRESS") or ""
+    if where == "local":
+        return None
+    file = current_cluster_file()
+    if where in ("", "auto") and file.exists():
+        where = file.read_text().strip()
+        try:
+            require_open(where)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error} {file} names it. Give --address local to start a Ray here, or run `ray stop` to forget it."
+            ) from None
+    elif where not in ("", "auto"):
+        require_open(where)
+    return where or None
+
+
+def _http_options(document: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's, with an address that only this machine reaches where it names none.
+
+    Serve's own default is 0.0.0.0 in a file, and 127.0.0.1 in a program. Raises ConfigError for what is no port.
+    """
+    given = document.get("http_options") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"http_options: expected a mapping such as {{host: 127.0.0.1, port: 8000}}, got {given!r}.")
+    options = {"host": "127.0.0.1", "port": 8000, **given, **instead}
+    if not isinstance(options["port"], int) or not 0 < options["port"] < 65536:
+        raise ConfigError(f"http_options.port: {options['port']!r} is not a port. Write a number from 1 to 65535.")
+    return options
+
+
+def _require_free_port(port: int) -> None:
+    if (taken := taken_port(port)) is not None:
+        holder = taken.holder or "a process that cannot be seen from here"
+        raise ConfigError(f"port {port} is held by {holder}. Stop it, or set another port under http_options.")
+
+
+@contextlib.contextmanager
+def _terminal(options: RunOptions) -> Iterator[tuple[StartView, Path | None]]:
+    """The view of the terminal, and the log that has the rest; None where all of it goes to the terminal."""
+    if options.verbose:
+        view = StartView(os.fdopen(os.dup(1), "w", buffering=1), live=False)
+        try:
+            yield view, None
+        finally:
+            view.close()
+        return
+    os.environ["RAY_COLOR_PREFIX"] = "0"  # So that the lines that workers mean for the terminal are recognised.
+    log = options.log_file or new_log_file()
+    shown: list[StartView] = []
+
+    def tell(text: str) -> None:
+        for view in shown:
+            view.event(text)
+
+    with captured(log, tell) as stream:
+        view = StartView(stream)
+        shown.append(view)
+        try:
+            yield view, log
+        finally:
+            shown.clear()
+            view.close()
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is to be started: the config, its applications, and the address of the cluster to join."""
+
+    file: Path
+    document: Mapping[str, Any]
+    applications: Sequence[ApplicationSpec]
+    joins: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all applications."""
+        return [application.name for application in self.applications]
+
+    @property
+    def others(self) -> list[str]:
+        """The applications that are no models."""
+        return [application.name for application in self.applications if not application.is_model]
+
+    @property
+    def routers(self) -> list[str]:
+        """The applications that are routers."""
+        return [application.name for application in self.applications if application.is_router]
+
+
+class _Stop(KeyboardInterrupt):
+    """The first SIGINT or SIGTERM."""
+
+
+@dataclass
+class _Runner:
+    start: Start
+    view: StartView
+    _serves: bool = field(default=False, init=False)
+    _stopped_at: float | None = field(default=None, init=False)
+
+    def run(self) -> int:
+        """Starts everything and watches it until a signal. Returns the exit code."""
+        code = 0
+        try:
+            self._heed_signals()
+            self._start_ray()
+            self._start_serve()
+            self._watch()
+        except (KeyboardInterrupt, SystemExit):
+            pass
+        except ConfigError:
+            raise
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            self.view.event(f"has failed: {type(error).__name__}: {error}")
+            code = 1
+        finally:
+            self._stop()
+        return code
+
+    def _heed_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # A shell has SIGINT ignored by what runs in the background.
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+            raise _Stop
+        if time.monotonic() - self._stopped_at > SAME_SIGNAL_S:
+            left = f"; Serve goes on at {self.start.joins}" if self.start.joins else ""
+            self.view.event(f"ends at once{left}")
+            os._exit(INTERRUPTED)  # Ray's processes end with the one that started them.
+
+    def _start_ray(self) -> None:
+        self.view.wait_for(["Ray is starting" if self.start.joins is None else f"connecting to {self.start.joins}"])
+        import ray
+
+        require_serves_schema(self.start.file)
+        try:
+            context = ray.init(address=self.start.joins or "local", namespace=NAMESPACE)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"{self.start.joins or 'Ray'} does not let this program in: {error}. If the cluster uses tokens, "
+                "export RAY_AUTH_MODE=token."
+            ) from None
+        self._heed_signals()  # Ray has set its own handler of SIGTERM.
+        dashboard = f" (dashboard http://{context.dashboard_url})" if context.dashboard_url else ""
+        self.view.event(
+            f"Ray is up{dashboard}" if self.start.joins is None else f"joined the Ray at {self.start.joins}"
+        )
+
+    def _start_serve(self) -> None:
+        self.view.wait_for(["Serve is starting"])
+        from ray import serve
+
+        from serve_app.ray_serve import controller, deploy
+
+        document = self.start.document
+        try:
+            controller()
+        except ValueError:
+            document = self._with_settings_of_nodes()
+        else:
+            self.view.event("Serve runs there already: its http_options and controller_options stay as they are")
+        self._serves = True  # What is begun is to be ended.
+        options = {name: document[name] for name in ("proxy_location", "grpc_options") if name in document}
+        serve.start(
+            http_options=document.get("http_options"), controller_options=document.get("controller_options"), **options
+        )
+        deploy(document)
+        self.view.event("Serve is up")
+
+    def _with_settings_of_nodes(self) -> Mapping[str, Any]:
+        """The config with the settings that the nodes of a joined cluster lack."""
+        if self.start.joins is None:
+            return self.start.document
+        from serve_app.deploy.node_env import node_environments
+
+        settings = for_cluster(self.start.document, node_environments())
+        if settings:
+            self.view.line(f"note: Ray was started without {len(settings)} of the settings of `serve-app node-env`; "
+                           "Serve gets them with this config")  # fmt: skip
+        return with_environment(self.start.document, settings)
+
+    def _watch(self) -> None:
+        """Tells how the applications come up, then what is new. Ends by a signal only."""
+        from serve_app.cli.start_watch import StartWatch
+
+        watch = StartWatch(self.start.names, self.start.others, self.start.routers, self.view)
+        while not watch.is_over:
+            watch.look()
+            time.sleep(START_INTERVAL_S)
+        while True:
+            watch.look()
+            time.sleep(LATER_INTERVAL_S)
+
+    def _stop(self) -> None:
+        """Ends Serve, and the Ray that was started here."""
+        self._stopped_at = self._stopped_at or time.monotonic()
+        self.view.close()
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return
+        self.view.event("stops; Ctrl-C again ends it at once")
+        try:
+            if self._serves:
+                from ray import serve
+
+                serve.shutdown()
+        finally:
+            ray.shutdown()
+        self.view.event("has stopped")

@@ -1,0 +1,119 @@
+"""What `serve-app run` tells of a start, as functions of Serve's statuses."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.planning.fit import gib
+from serve_app.replica.report import DeviceReport, ReplicaReport
+from serve_app.router.announcer import MEND, serving
+from serve_app.router.directory import ModelStatus, State, read_status, summarize
+
+STATES: Mapping[State, str] = {
+    "ready": "is ready",
+    "asleep": "is asleep",
+    "loading": "is loading",
+    "failed": "has failed",
+    "stopping": "is stopping",
+}
+
+
+@dataclass(frozen=True)
+class ApplicationState:
+    """One application of Serve. `is_model` is false for the router and for applications that are not ours."""
+
+    name: str
+    state: State
+    is_model: bool
+    message: str = ""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more happens to it without a cause."""
+        return self.state not in ("loading", "stopping")
+
+
+States = Mapping[str, ApplicationState]
+
+
+def read_states(applications: Mapping[str, Any], others: Collection[str]) -> dict[str, ApplicationState]:
+    """All applications by name; `applications` as `ServeInstanceDetails` has them, `others` are those that are no
+    models."""
+    models = read_status({name: item for name, item in applications.items() if name not in others}, "")
+    found = {name: ApplicationState(name, model.state, True, model.message) for name, model in sorted(models.items())}
+    return found | {name: _other(name, item) for name, item in applications.items() if name not in found}
+
+
+def _other(name: str, application: Any) -> ApplicationState:
+    status = str(getattr(application["status"], "value", application["status"]))
+    known: dict[str, State] = {"RUNNING": "ready", "DEPLOY_FAILED": "failed", "DELETING": "stopping"}
+    messages = [item["message"] for item in application["deployments"].values()] + [application["message"]]
+    return ApplicationState(name, known.get(status, "loading"), False, summarize(next(filter(None, messages), "")))
+
+
+def changes(before: States, now: States) -> list[str]:
+    """A line for each change: a state, the reason of one that fails, what a loading one waits for."""
+    lines = [_line(item) for name, item in now.items() if _is_news(before.get(name), item)]
+    return lines + [f"{name} is gone" for name in before if name not in now]
+
+
+def _is_news(before: ApplicationState | None, now: ApplicationState) -> bool:
+    if before is None:
+        return now.is_model or now.state != "loading"
+    if before.state != now.state:
+        return True
+    # Serve's figures in a message change all the time; its words say whether it is another one.
+    return now.state != "ready" and bool(now.message) and _gist(now.message) != _gist(before.message)
+
+
+def _gist(message: str) -> str:
+    return "".join(char for char in message if not char.isdigit())
+
+
+def _line(item: ApplicationState) -> str:
+    reason = f": {item.message}" if item.message and item.state != "ready" else ""
+    return f"{item.name} {STATES[item.state]}{reason}"
+
+
+def is_settled(states: States, expected: Collection[str]) -> bool:
+    """Whether each application of the file has come up or has failed."""
+    return all(name in states and states[name].is_settled for name in expected)
+
+
+def loading(states: States, expected: Collection[str]) -> list[str]:
+    """The applications that are being started, those first that Serve does not know yet."""
+    unknown = [name for name in expected if name not in states]
+    return unknown + [name for name, item in states.items() if not item.is_settled]
+
+
+def closing_lines(states: States, url: str, routers: Collection[str], is_open: bool) -> list[str]:
+    """What to tell once nothing is loading any more: what serves where, and a line to try; failures were told."""
+    models = {name: ModelStatus(name, item.state, 0) for name, item in states.items() if item.is_model}
+    if any(name in states and states[name].state == "ready" for name in routers):
+        lines = serving(models, url, is_open)
+    else:
+        ready = [model for model in models.values() if model.is_open]
+        lines = [f"{len(ready)} of {len(models)} models serve by their own routes; no router serves by name"]
+        lines += [f"{model.name}: {url}/models/{model.name}/v1" for model in ready]
+    return [*lines, MEND] if any(item.state == "failed" for item in states.values()) else lines
+
+
+def of_ready(reports: Sequence[ReplicaReport], states: States) -> list[ReplicaReport]:
+    """The reports of models that were seen to be ready: a report may come before Serve says so."""
+    return [item for item in reports if item.application in states and states[item.application].state == "ready"]
+
+
+def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, str]]) -> list[str]:
+    """Planned and measured memory of each device, of the replicas that were not told yet."""
+    return [
+        f"{report.application}: {_memory(device)}"
+        for report in reports
+        if (report.application, report.replica) not in told
+        for device in report.devices
+    ]
+
+
+def _memory(device: DeviceReport) -> str:
+    where = "memory" if device.index is None else f"GPU {device.index}"
+    planned = "not planned" if device.planned is None else f"planned {gib(device.planned)}"
+    return f"{where}: {planned}, {'nobody tells what it holds' if device.held is None else f'holds {gib(device.held)}'}"

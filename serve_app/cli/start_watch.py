@@ -1,0 +1,109 @@
+"""Reads Serve's status again and again during `serve-app run`, and tells the terminal what is new."""
+
+import http.client
+import time
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
+
+from ray.exceptions import RayError
+
+from serve_app.access.cluster_record import ClusterRecord
+from serve_app.cli.start_progress import (
+    ApplicationState,
+    changes,
+    closing_lines,
+    is_settled,
+    loading,
+    memory_lines,
+    of_ready,
+    read_states,
+)
+from serve_app.cli.start_view import StartView
+from serve_app.ray_serve import serve_details
+from serve_app.replica.report import read_reports
+from serve_app.router.announcer import address
+
+STATUS_TIMEOUT_S = 30.0
+# Seconds that the address may take to answer after the models are there, and the replicas to tell their memory.
+ADDRESS_TIMEOUT_S = 15.0
+REPORTS_TIMEOUT_S = 3.0
+LOOK_AGAIN_S = 0.2
+
+
+class StartWatch:
+    """What was seen so far. `expected` are the names of the file's applications; `others` of them are no models."""
+
+    def __init__(self, expected: Collection[str], others: Collection[str], routers: Collection[str], view: StartView):
+        self._expected, self._others, self._routers, self._view = expected, others, routers, view
+        self._states: dict[str, ApplicationState] = {}
+        self._told: set[tuple[str, str]] = set()
+        self._silent = False
+        self.is_over = False
+
+    def look(self) -> None:
+        """Tells what has changed, and once nothing is loading any more, what serves where."""
+        try:
+            applications = serve_details(STATUS_TIMEOUT_S)["applications"]
+        except (RayError, TimeoutError, ValueError) as error:  # The controller may be restarting.
+            if not self._silent:
+                self._view.event(f"Serve's controller does not answer: {' '.join(str(error).split())[:300]}")
+            self._silent = True
+            return
+        self._silent = False
+        states = read_states(applications, self._others)
+        news = changes(self._states, states)
+        for line in news:
+            self._view.event(line)
+        self._states = states
+        self._view.wait_for([f"{name} is loading" for name in loading(states, self._expected)])
+        self._tell_memory()
+        if is_settled(states, self._expected) and (news or not self.is_over):
+            self._close()
+
+    def _tell_memory(self) -> None:
+        reports = of_ready(read_reports(), self._states)
+        for line in memory_lines(reports, self._told):
+            self._view.event(line)
+        self._told |= {(report.application, report.replica) for report in reports}
+
+    def _close(self) -> None:
+        """The end of a start, or of a later change."""
+        ready = {name for name, item in self._states.items() if item.is_model and item.state == "ready"}
+        _until(lambda: ready <= self._reporting(), REPORTS_TIMEOUT_S)
+        self._tell_memory()
+        url = address()
+        has_router = any(self._states[name].state == "ready" for name in self._routers if name in self._states)
+        if has_router and not _until(lambda: _answers(url), ADDRESS_TIMEOUT_S):
+            self._view.event(f"WARNING: {url} does not answer yet")
+        is_open = ClusterRecord().required_by() is None
+        for line in closing_lines(self._states, url, self._routers, is_open):
+            self._view.line(line)
+        if not self.is_over:
+            self._view.line("Ctrl-C stops everything")
+        self.is_over = True
+
+    def _reporting(self) -> set[str]:
+        return {report.application for report in read_reports()}
+
+
+def _until(is_so: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether it became so in time."""
+    ends = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > ends:
+            return False
+        time.sleep(LOOK_AGAIN_S)
+    return True
+
+
+def _answers(url: str) -> bool:
+    """Whether the router is reached at the address; it asks for no key there."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=2.0)
+    try:
+        connection.request("GET", f"{parts.path}/health")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

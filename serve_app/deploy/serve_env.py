@@ -1,0 +1,152 @@
+"""What Ray Serve must find in its environment, with the reasons: the one place that holds these settings.
+
+Serve reads them when its modules are imported, so they must be in the environment of its controller, its proxies and
+its replicas before those start. There are three ways, and each takes the settings from here:
+
+- `serve-app run` sets them for the Ray that it starts. To a Ray that runs already, it hands those that the nodes lack
+  as `controller_options` of the config.
+- `serve-app node-env` prints them for `ray start`, so that `serve deploy` needs nothing in its file.
+- A file for plain `serve run` repeats them under `controller_options`, as deploy_configs/prod.yaml does.
+
+What a user's own file or environment sets wins.
+"""
+
+import re
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve_app.errors import ConfigError
+
+HAPROXY_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+HAPROXY_COMMAND = "serve-app-haproxy"
+# How a file names the command without knowing the machine: Ray expands the variable.
+HAPROXY_IN_FILES = f"${{VIRTUAL_ENV}}/bin/{HAPROXY_COMMAND}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable of Ray Serve. An empty value stands for one that each machine has for itself."""
+
+    name: str
+    value: str
+    reason: str
+
+
+SETTINGS = (
+    Setting("RAY_SERVE_LOG_TO_STDERR", "0", "Serve's own lines stay in its log files"),
+    Setting("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60", "a slow machine needs more than Serve's 5 s"),
+    Setting(
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
+        "serve_app.access.door:middlewares",
+        "API keys and limits hold in Serve's own proxies too",
+    ),
+    Setting("RAY_SERVE_ENABLE_HA_PROXY", "1", "HAProxy takes the requests, and no Python stands before a replica"),
+    Setting("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1", "replicas run on their main event loop and log in batches"),
+    Setting(HAPROXY_BINARY, "", "this command becomes Ray's HAProxy and ends with Serve"),
+    Setting("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "86400", "a stream may outlive a change of the routes by a day"),
+    Setting("RAY_SERVE_PORT_QUARANTINE_S", "3600", "of a replica's port, after its end; otherwise those 86400 s"),
+    Setting(
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", "32700", "from 30000: 2700 starts of replicas for each node and hour"
+    ),
+    Setting("RAY_SERVE_HAPROXY_MAXCONN", "16384", "connections at once, with two open files each; 4096 are too few"),
+    Setting("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", "65536", "headers of up to 60 kB; at 16384 a header of 16 kB is a 400"),
+    Setting("RAY_SERVE_HAPROXY_METRICS_ENABLED", "0", "a datagram for each request that Ray parses; the router counts"),
+    Setting(
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
+        "2",
+        "streams are waited for anyway, and 30 would make Ctrl-C take 30 s",
+    ),
+)
+NAMES = tuple(setting.name for setting in SETTINGS)
+
+
+@dataclass(frozen=True)
+class NodeEnvironment:
+    """One node of a cluster: which of the settings Ray was started with there, and where its `serve-app-haproxy` is."""
+
+    variables: Mapping[str, str]
+    haproxy: str
+
+
+def serve_environment(haproxy: str) -> dict[str, str]:
+    """All settings, name to value, with the path of `serve-app-haproxy`."""
+    return {setting.name: setting.value or haproxy for setting in SETTINGS}
+
+
+def haproxy_command() -> Path:
+    """Where `serve-app-haproxy` is on this machine: beside the interpreter, or among the scripts of its installation.
+
+    Raises ConfigError where it is in neither place.
+    """
+    folders = [Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))]
+    folders += [Path(sysconfig.get_path("scripts", scheme)) for scheme in ("posix_user",)]
+    for folder in folders:
+        if (folder / HAPROXY_COMMAND).is_file():
+            return folder / HAPROXY_COMMAND
+    raise ConfigError(
+        f"{HAPROXY_COMMAND}: is not in {folders[0]}, where this Python is. Install serve-app again with this Python's "
+        "pip; a copied package has no commands."
+    )
+
+
+def file_environment(document: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that a config file sets for all of Serve, under `controller_options`."""
+    runtime_env = (document.get("controller_options") or {}).get("runtime_env") or {}
+    return {str(name): str(value) for name, value in (runtime_env.get("env_vars") or {}).items()}
+
+
+def lacking(document: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
+    """The settings that neither the file nor this environment has."""
+    return [name for name in NAMES if name not in file_environment(document) and name not in environment]
+
+
+def overrides(document: Mapping[str, Any], environment: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
+    """What the user's file, or else the environment, sets to another value than ours; one sentence for each."""
+    notes = []
+    in_file = file_environment(document)
+    for name, value in ours.items():
+        for where, given in (("the file", in_file), ("the environment", environment)):
+            if name in given:
+                if expanded(given[name], environment) != value:
+                    notes.append(f"{where} sets {name}={given[name]}, which is used instead of {value}.")
+                break
+    return notes
+
+
+def expanded(value: str, environment: Mapping[str, str]) -> str:
+    """A value of `env_vars` with `${NAME}` replaced as Ray replaces it."""
+    return re.sub(r"\$\{(\w+)\}", lambda found: environment.get(found[1], ""), value)
+
+
+def for_cluster(document: Mapping[str, Any], nodes: Mapping[str, NodeEnvironment]) -> dict[str, str]:
+    """The settings that some node was started without, and the file does not set: Serve gets them with the config.
+
+    Raises ConfigError where they cannot be the same for all nodes.
+    """
+    in_file = file_environment(document)
+    missing = [
+        name for name in NAMES if name not in in_file and any(name not in node.variables for node in nodes.values())
+    ]
+    paths = {node.variables.get(HAPROXY_BINARY) or node.haproxy for node in nodes.values()}
+    if HAPROXY_BINARY in missing and (len(paths) > 1 or "" in paths):
+        found = "; ".join(f"{name}: {node.haproxy or 'none'}" for name, node in sorted(nodes.items()))
+        raise ConfigError(
+            f"{HAPROXY_COMMAND} is not at one path on all nodes ({found}), so its path cannot go with the config. "
+            'Install serve-app on every node, and start Ray there after: eval "$(serve-app node-env)".'
+        )
+    ours = serve_environment(next(iter(paths), ""))
+    return {name: ours[name] for name in missing}
+
+
+def with_environment(document: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+    """The config with these variables under `controller_options`; what is there already stays."""
+    options = dict(document.get("controller_options") or {})
+    runtime_env = dict(options.get("runtime_env") or {})
+    env_vars = {**variables, **(runtime_env.get("env_vars") or {})}
+    if not env_vars:
+        return dict(document)
+    return {**document, "controller_options": {**options, "runtime_env": {**runtime_env, "env_vars": env_vars}}}

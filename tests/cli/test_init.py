@@ -1,0 +1,161 @@
+"""`serve-app init`: a few questions, a plan that fits, and a file that appears whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serve_app.cli.check import require_valid
+from serve_app.cli.init import Choice, Defaults, Given, ask, config_text, cured, default_name, planned, write
+from serve_app.cli.main import main
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError
+from serve_app.facts.serve_file import read_applications
+from serve_app.planning.plan import Fix
+
+QWEN = str(Path(__file__).parents[1] / "planning/configs/qwen2-7b")
+
+
+class Scripted:
+    """Answers in order, and remembers what was asked."""
+
+    def __init__(self, *answers: str, agree: bool = True):
+        self.answers, self.agree = list(answers), agree
+        self.asked: list[str] = []
+
+    def text(self, question: str, default: str) -> str:
+        """The next answer; the default for an empty one."""
+        self.asked.append(question)
+        return self.answers.pop(0) or default
+
+    def agrees(self, question: str) -> bool:
+        """Always the same."""
+        self.asked.append(question)
+        return self.agree
+
+
+def test_at_most_five_questions_are_asked() -> None:
+    """The defaults are what most people want."""
+    questions = Scripted("", "", "", "", "")
+    choice = ask(Given(), questions, has_gpu=lambda: False)
+    assert len(questions.asked) == 5
+    assert choice == Choice("serve-app/demo", "demo", "auto", "cpu", None, 8000)
+
+
+def test_a_flag_answers_its_question() -> None:
+    """With all of them nothing is asked."""
+    given = Given("Qwen/Qwen2.5-7B-Instruct", "qwen", "vllm", "8GiB,24GiB", 8192, 9000)
+    choice = ask(given, Scripted(), has_gpu=lambda: True)
+    assert choice == Choice("Qwen/Qwen2.5-7B-Instruct", "qwen", "vllm", "8GiB,24GiB", 8192, 9000)
+    assert choice.args() == {"model": given.model, "infer_backend": "vllm", "max_model_len": 8192}
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        (("m", "a/b", "", "", ""), "--name: 'a/b'"),
+        (("m", "n", "", "", "many"), "--max-model-len: 'many'"),
+        (("m", "n", "", "tensorrt", ""), "infer_backend"),
+    ],
+)
+def test_an_answer_that_cannot_be_meant_is_refused(answers: tuple[str, ...], words: str) -> None:
+    """With the name of the flag or the field."""
+    with pytest.raises(ConfigError, match=words):
+        ask(Given(), Scripted(*answers), has_gpu=lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b-instruct"), ("/srv/My Model/", "my-model"), ("/", "model")],
+)
+def test_a_name_follows_from_the_model(model: str, name: str) -> None:
+    """It must do as a part of a route."""
+    assert default_name(model) == name
+
+
+def test_the_file_is_a_config_with_a_comment_for_each_field(tmp_path: Path) -> None:
+    """What YAML would read as another type stays a text, and a cure of the plan has its line."""
+    choice = Choice("org/1.5", "1.5", "pt", None, 4096, 8001, {"max_memory": {0: "3GB"}})
+    file = tmp_path / "x.yaml"
+    file.write_text(config_text(choice))
+    applications = read_applications(file)
+    require_valid(applications)
+    assert [application.name for application in applications] == ["router", "1.5"]
+    assert ModelConfig.from_args(applications[1].args).max_memory == {0: 3 * 10**9}
+    assert yaml.safe_load(file.read_text())["http_options"]["port"] == 8001
+    args = config_text(choice).split("  args:\n")[1].splitlines()
+    assert all(" # " in line for line in args)
+
+
+def test_the_smallest_fix_is_offered_and_taken() -> None:
+    """The shown plans: one that does not fit, then one that does."""
+    shown: list[str] = []
+    choice = Choice(QWEN, "qwen", "vllm", "16GiB", 32768)
+    questions = Scripted()
+    made, settled = planned(choice, questions, shown.append)
+    assert made.fits
+    assert settled != choice
+    assert questions.asked[0].startswith("Take the smallest fix, ")
+    assert "does not fit" in shown[0] or "PROBLEM" in shown[0]
+    made, settled = planned(choice, Scripted(agree=False), shown.append)
+    assert not made.fits
+    assert settled == choice
+
+
+def test_each_kind_of_cure_becomes_its_field() -> None:
+    """Of the backend, of the length, and any other."""
+    choice = Choice("m", "n", "vllm", None, 100)
+    assert cured(choice, Fix("infer_backend", "pt")).backend == "pt"
+    assert cured(choice, Fix("max_model_len", 64)).args()["max_model_len"] == 64
+    assert cured(choice, Fix("quantization", "fp8")).args()["quantization"] == "fp8"
+
+
+def test_without_a_terminal_nothing_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """pytest's stdin is none; the error says which flags answer."""
+    file = tmp_path / "models.yaml"
+    assert main(["init", str(file)]) == 2
+    assert "--model and --yes" in capsys.readouterr().err
+    assert main(["init", str(file), "--yes"]) == 2
+    assert "--yes needs --model" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_never_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--force replaces it."""
+    file = tmp_path / "models.yaml"
+    arguments = ["init", str(file), "--model", "serve-app/demo", "--device", "cpu", "--infer-backend", "pt", "--yes"]
+    assert main(arguments) == 0
+    assert "Everything fits." in capsys.readouterr().out
+    assert [item.name for item in tmp_path.iterdir()] == ["models.yaml"]
+    first = file.read_text()
+    assert main([*arguments, "--name", "other"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert file.read_text() == first
+    assert main([*arguments, "--name", "other", "--force"]) == 0
+    assert read_applications(file)[1].name == "other"
+
+
+def test_what_does_not_fit_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, with the plan's problem."""
+    file = tmp_path / "models.yaml"
+    assert main(["init", str(file), "--model", QWEN, "--gpus", "4GiB", "--infer-backend", "vllm", "--yes"]) == 1
+    assert "PROBLEM" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_race_for_the_name_is_lost_with_an_error(tmp_path: Path) -> None:
+    """The file that somebody made meanwhile stays, and no temporary one does."""
+    file = tmp_path / "x.yaml"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        write(file, "theirs", force=False)
+    assert file.read_text() == "mine"
+    with pytest.raises(ConfigError, match="No such file"):
+        write(tmp_path / "no" / "x.yaml", "a", force=False)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_defaults_take_the_default() -> None:
+    """And the cure."""
+    assert Defaults().text("?", "d") == "d"
+    assert Defaults().agrees("?")
