@@ -41,7 +41,7 @@ def claim_ports() -> tuple[socket.socket, int]:
     Serve counts its replicas' ports from the same number in every cluster and sets SO_REUSEPORT, so two clusters would
     answer each other's requests.
     """
-    for first in range(10_000, 32_000, PORTS):
+    for first in range(10_000, 30_000, PORTS):
         claim = socket.socket(socket.AF_UNIX)
         try:
             claim.bind(f"\0serve-app-test-ports-{first}")  # An abstract name, which goes with this process.
@@ -49,7 +49,7 @@ def claim_ports() -> tuple[socket.socket, int]:
             claim.close()
         else:
             return claim, first
-    raise RuntimeError("22 clusters of tests run on this machine; end some of them")
+    raise RuntimeError("20 clusters of tests run on this machine; end some of them")
 
 
 def shipped_environment() -> dict[str, str]:
