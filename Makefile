@@ -2,7 +2,7 @@
 # make test       build .venv, then run every check and test
 # make test-fast  build .venv, then run the tests that need neither Ray nor vLLM and compute little
 # make docs       build .venv, then build the documentation site in site/
-.PHONY: serve test test-fast lint docs install lock model
+.PHONY: serve test test-fast lint docs install lock model picture upgrade-check
 CONFIG ?= deploy_configs/local.yaml
 # Workers for tests. Each imports torch, and one may have a Ray beside it, so there are four at most.
 WORKERS ?= $(shell n=$$(nproc); echo $$(( n > 4 ? 4 : n )))
@@ -34,11 +34,20 @@ test: lint
 	.venv/bin/pytest -m alone
 
 test-fast: install
-	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster -m "not slow"
+	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster -m "not slow and not cluster"
 
 lock:
 	scripts/lock.sh
 
+# Tries the newest Ray, vLLM, transformers and accelerate, each in an environment of its own.
+upgrade-check: install
+	.venv/bin/python scripts/upgrade_check.py
+
 # Trains the demo model again (a few minutes on two cores).
 model: install
 	.venv/bin/python -m serve_app.demo.train
+
+# Draws the plan in README.md again. An empty cache keeps this machine's calibrations out of it.
+picture: install
+	SERVE_APP_CACHE=$$(mktemp -d) .venv/bin/serve-app plan docs/images/plan.yaml --gpus RTX3090,RTX3090,RTX3080 \
+		--svg docs/images/plan.svg

@@ -34,7 +34,7 @@ def measure(args: dict[str, Any], requests: int, pipe: Any) -> None:
     from serve_app.engines.pt.core.sequence import SamplingParams
     from serve_app.engines.pt.engine import PtEngine
     from serve_app.facts.gpus import local_gpus, visible_gpus
-    from serve_app.replica.plan_here import plan_here
+    from serve_app.replica.replica_plan import plan_replica
 
     torch.set_num_threads(2)
     torch.nn.Linear(64, 64)(torch.zeros(2, 64))
@@ -44,7 +44,7 @@ def measure(args: dict[str, Any], requests: int, pipe: Any) -> None:
     async def run() -> None:
         config = ModelConfig.from_args(args)
         gpus = [] if config.device == "cpu" else visible_gpus(local_gpus())
-        engine = PtEngine(config, "planned", plan_here(config, gpus))
+        engine = PtEngine(config, "planned", plan_replica(config, gpus))
         await engine.start()
         length = engine.generator.max_tokens_per_request
         params = SamplingParams(length - 8, temperature=0, ignore_eos=True)
@@ -69,12 +69,12 @@ def measure_vllm(args: dict[str, Any], requests: int, pipe: Any) -> None:
     from serve_app.config import ModelConfig
     from serve_app.engines.vllm.engine import VllmEngine
     from serve_app.facts.gpus import local_gpus, visible_gpus
-    from serve_app.replica.plan_here import plan_here, with_planned_memory
+    from serve_app.replica.replica_plan import plan_replica, with_planned_memory
 
     async def run() -> None:
         config = ModelConfig.from_args(args)
         gpus = [] if config.device == "cpu" else visible_gpus(local_gpus())[:1]
-        engine = VllmEngine(with_planned_memory(config, plan_here(config, gpus)), "planned")
+        engine = VllmEngine(with_planned_memory(config, plan_replica(config, gpus)), "planned")
         app = await engine.start()
         draw = random.Random(0)
         transport = httpx.ASGITransport(app=app)

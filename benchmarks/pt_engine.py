@@ -213,7 +213,7 @@ def load_runner(engine_folder: str, dtype: str, threads: int, chunk_tokens: int)
     from serve_app.engines.pt.load.model_loader import LoadedModel
     from serve_app.engines.pt.load.packed_linear import pack_linears
     from serve_app.engines.pt.load.probe import probe
-    from serve_app.planning.pt_cache import cells
+    from serve_app.planning.pt_kv_buffers import cells
 
     model = AutoModelForCausalLM.from_pretrained(engine_folder, dtype=getattr(torch, dtype)).eval()
     pack_linears(model, copy_tied=True)

@@ -19,7 +19,7 @@ from serve_app.access.cluster_record import ClusterRecord, agree_on_model, agree
 from serve_app.access.keys import configured_keys
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.deploy.options import model_options, replica_environment, router_options
-from serve_app.deploy.place import needs_devices, place
+from serve_app.deploy.resolve_model import needs_devices, resolve_model
 from serve_app.errors import PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
@@ -34,14 +34,16 @@ def model(args: dict[str, Any]) -> Application:
         config = ModelConfig.from_args(args)
         agree_on_model(configured_keys(), ClusterRecord(), this_node(), listening_host())
         inventory = _inventory(config)
-        settled = place(config, ray_nodes(), inventory, unclaimed(inventory) if inventory is not None else None)
+        resolved = resolve_model(
+            config, ray_nodes(), inventory, unclaimed(inventory) if inventory is not None else None
+        )
     except ServeAppError as error:
         raise RayServeException(str(error)) from None
     deployment = serve.deployment(serve.ingress()(Model), name=MODEL_DEPLOYMENT)
     runtime_env = _runtime_env()
-    environment = replica_environment(settled.config, settled.demand, runtime_env.get("env_vars") or {})
-    options = model_options(settled.config, settled.demand, runtime_env)
-    return deployment.options(**options).bind(settled.config, environment)
+    environment = replica_environment(resolved.config, resolved.demand, runtime_env.get("env_vars") or {})
+    options = model_options(resolved.config, resolved.demand, runtime_env)
+    return deployment.options(**options).bind(resolved.config, environment)
 
 
 def _inventory(config: ModelConfig) -> Inventory | None:
@@ -54,7 +56,7 @@ def _inventory(config: ModelConfig) -> Inventory | None:
         if config.infer_backend != "auto":
             return None
         raise PlacementError(
-            f"infer_backend: auto needs the GPUs of every node, and one does not tell: {error}"
+            f"infer_backend: auto needs to know the GPUs of every node, and one node did not report them: {error}"
         ) from None
 
 

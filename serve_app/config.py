@@ -1,4 +1,5 @@
-"""What a user writes: one `ModelConfig` per model, one `RouterConfig`, both as `args` in a Ray Serve config file.
+"""Defines what a user writes: one `ModelConfig` for each model and one `RouterConfig`, both as `args` in a Ray Serve
+config file.
 
 Field names are those of ms-swift, Hugging Face and vLLM. Nothing is accepted and then ignored: a field that the
 chosen backend cannot honour is refused here, with the reason and the field to use instead.
@@ -67,7 +68,7 @@ MaxMemoryKey = int | Literal["cpu", "disk"]
 
 
 def parse_bytes(value: object, where: str) -> int:
-    """Bytes of a size such as "3GB" (10⁹) or "3GiB" (2³⁰).
+    """Returns the bytes of a size such as "3GB" (10⁹) or "3GiB" (2³⁰).
 
     Raises ConfigError for a bare number, a negative size, bits ("gb") and unknown units, with the right spelling.
     """
@@ -89,7 +90,7 @@ def parse_bytes(value: object, where: str) -> int:
 
 
 def parse_max_memory(value: object) -> dict[MaxMemoryKey, int]:
-    """Bytes by device: GPU index, "cpu" or "disk".
+    """Returns the bytes for each device: a GPU's index, "cpu" or "disk".
 
     Takes a mapping, or a string of one as in `swift deploy --max_memory '{0: "3GB", 1: "10GB"}'`.
     """
@@ -97,7 +98,7 @@ def parse_max_memory(value: object) -> dict[MaxMemoryKey, int]:
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"max_memory: expected a mapping such as {{0: 3GB, 1: 10GB}}, got {value!r}.")
     if not mapping:
-        raise ConfigError("max_memory: is empty. Leave it out, or name a device, such as {0: 3GB}.")
+        raise ConfigError("max_memory is empty. Leave it out, or name a device, such as {0: 3GB}.")
     parsed: dict[MaxMemoryKey, int] = {}
     for key, size in mapping.items():
         device = _parse_device(key)
@@ -108,7 +109,7 @@ def parse_max_memory(value: object) -> dict[MaxMemoryKey, int]:
 
 
 def _read_mapping(text: str) -> object:
-    """The value of a Python, JSON or YAML literal; the text itself where it is none of them."""
+    """Returns the value of a Python, JSON or YAML literal, or the text itself if it is none of them."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
@@ -152,7 +153,7 @@ def _unknown_field(name: str, known: Mapping[str, object]) -> str:
 
 
 def explain(error: Any) -> str:
-    """One line for one of pydantic's errors (an item of `ValidationError.errors()`)."""
+    """Returns one line for one of pydantic's errors (an item of `ValidationError.errors()`)."""
     where = ".".join(str(part) for part in error["loc"] if "[" not in str(part))
     if error["type"] == "missing":
         return f"missing field '{where}'."
@@ -175,7 +176,7 @@ def _size_or_none(value: object) -> int | None:
     except ConfigError as error:
         raise ValueError(str(error)) from None
     if size == 0:
-        raise ValueError("kv_cache_memory_bytes: must be more than zero. Leave it out to have it planned.")
+        raise ValueError("kv_cache_memory_bytes must be more than zero. Leave it out, and the plan chooses it.")
     return size
 
 
@@ -188,7 +189,7 @@ BODY_TIMEOUT_S = 60.0
 
 
 class ModelConfig(_Strict):
-    """One model: what to load, with which engine, on which devices. Sizes in bytes, lengths in tokens.
+    """A model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
 
     `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
     `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
@@ -234,24 +235,24 @@ class ModelConfig(_Strict):
 
     @property
     def gpu_indices(self) -> tuple[int, ...]:
-        """The GPUs that `max_memory`, `gpu_ids` or a mapping in `device_map` names, in order."""
+        """Returns the GPUs that `max_memory`, `gpu_ids` or a mapping in `device_map` names, in order."""
         mapped = self.device_map.values() if isinstance(self.device_map, dict) else ()
         named = (*(self.max_memory or {}), *(self.gpu_ids or ()), *mapped)
         return tuple(sorted({device for device in named if isinstance(device, int)}))
 
     @property
     def share(self) -> float | None:
-        """The share of one GPU that `num_gpus` says; None where the replica has whole GPUs."""
+        """Returns the share of one GPU that `num_gpus` says, or None where the replica has whole GPUs."""
         return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None
 
     @property
     def vllm_args(self) -> dict[str, Any]:
-        """`engine_args` with underscores in their names; vLLM takes dashes as well."""
+        """Returns `engine_args` with underscores in their names, because vLLM takes dashes as well."""
         return {name.replace("-", "_"): value for name, value in self.engine_args.items()}
 
     @property
     def spill_tiers(self) -> frozenset[str]:
-        """The slower tiers, "cpu" and "disk", that the user opened by naming them."""
+        """Returns the slower tiers, "cpu" and "disk", that the user opened by naming them."""
         return frozenset(key for key in self.max_memory or {} if isinstance(key, str))
 
 
@@ -267,9 +268,12 @@ def _vllm_problem(config: ModelConfig) -> str | None:
             "or infer_backend: pt."
         )
     if config.max_queued_requests is not None:
-        return "max_queued_requests: vLLM's queue has no bound. Set Serve's own under 'deployments:' instead."
+        return "max_queued_requests: vLLM's queue cannot be bounded. Set Serve's own under 'deployments:' instead."
     if config.step_timeout_s is not None:
-        return "step_timeout_s: is pt's. vLLM has VLLM_ENGINE_ITERATION_TIMEOUT_S; set it under runtime_env instead."
+        return (
+            "step_timeout_s works with pt only. For vLLM, set VLLM_ENGINE_ITERATION_TIMEOUT_S under runtime_env "
+            "instead."
+        )
     if config.num_gpus is not None and (config.num_gpus >= 1 or (config.tensor_parallel_size or 1) > 1):
         return (
             "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set that instead; below 1, num_gpus is a share of "
@@ -277,27 +281,27 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         )
     if config.gpu_ids is not None and len(set(config.gpu_ids)) != (config.tensor_parallel_size or 1):
         return (
-            f"gpu_ids: names {len(set(config.gpu_ids))} GPUs, and tensor_parallel_size is "
+            f"gpu_ids names {len(set(config.gpu_ids))} GPUs, and tensor_parallel_size is "
             f"{config.tensor_parallel_size or 1}. The two must be equal."
         )
     if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:
-        return "tensor_parallel_size: must be 1 with device: cpu. Leave it out."
+        return "tensor_parallel_size must be 1 with device: cpu. Leave it out."
     if (problem := _vllm_number_problem(config.vllm_args)) is not None:
         return problem
     named = set(config.vllm_args)
     for field in sorted(named & UNPLACED):
-        return f"engine_args.{field}: changes the GPUs or processes that Ray counts. Use tensor_parallel_size."
+        return f"engine_args.{field} changes the GPUs or processes that Ray counts. Use tensor_parallel_size."
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
-            return f"engine_args.{field}: is of vLLM's own HTTP server, which does not run here. Leave it out."
+            return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
     for field in sorted(named & (ModelConfig.model_fields.keys() | {"served_model_name"})):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
-        return f"engine_args.{field}: {place}; set it there, not under engine_args."
+        return f"engine_args.{field} {place}. Set it there, not under engine_args."
     return None
 
 
 def _vllm_number_problem(arguments: Mapping[str, Any]) -> str | None:
-    """Why a number that the memory plan needs is none."""
+    """Returns why a number that the memory plan needs is not usable, or None if all are."""
     share = arguments.get("gpu_memory_utilization")
     if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
         return f"engine_args.gpu_memory_utilization: {share!r} must be a number above 0 and at most 1, such as 0.9."
@@ -310,12 +314,12 @@ def _vllm_number_problem(arguments: Mapping[str, Any]) -> str | None:
 
 
 def token_count(value: object) -> int:
-    """A number as vLLM reads it: 8192, "8k" (8000) or "8K" (8192). Raises ValueError."""
+    """Returns a number as vLLM reads it: 8192, "8k" (8000) or "8K" (8192). Raises ValueError."""
     factors = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", str(value))
     count = int(float(match[1]) * factors.get(match[2], 1)) if match else 0
     if count < 1:
-        raise ValueError(f"{value!r} is no number of tokens")
+        raise ValueError(f"{value!r} is not a number of tokens")
     return count
 
 
@@ -331,21 +335,22 @@ def _pt_problem(config: ModelConfig) -> str | None:
         return "gpu_ids: with pt, max_memory names the GPUs, such as {1: 10GB}. Write it there."
     if config.quantization is not None:
         return (
-            "quantization: pt takes it from the checkpoint's own config.json. Leave it out, or use infer_backend: vllm."
+            "quantization: pt reads it from the checkpoint's own config.json. Leave it out, or use infer_backend: vllm."
         )
     if config.engine_args:
-        return "engine_args: go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
+        return "engine_args go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
     return None
 
 
 def _auto_problem(config: ModelConfig) -> str | None:
-    """With `auto`, fields of one backend decide for it; fields of both contradict each other."""
+    """Returns why `auto` cannot choose. Fields of one backend decide for it, and fields of both contradict each
+    other."""
     only_vllm = [name for name in ONLY_VLLM if getattr(config, name)]
     only_pt = [name for name in ONLY_PT if getattr(config, name)]
     if only_vllm and only_pt:
         return (
-            f"{only_pt[0]}: is for pt, and {only_vllm[0]} for vllm; with infer_backend: auto name only one backend's "
-            "fields."
+            f"{only_pt[0]} works with pt only, and {only_vllm[0]} with vllm only. With infer_backend: auto, name only "
+            "one backend's fields."
         )
     return _vllm_problem(config) if only_vllm else _pt_problem(config)
 
@@ -354,7 +359,7 @@ def _device_map_problem(config: ModelConfig) -> str | None:
     if config.device_map is None:
         return None
     if config.device_map == {}:
-        return "device_map: is empty. Leave it out."
+        return "device_map is empty. Leave it out."
     if config.device_map == "cpu":
         return "device_map: unknown 'cpu'. Write device: cpu instead."
     if isinstance(config.device_map, str):
@@ -377,26 +382,30 @@ def _device_problem(config: ModelConfig) -> str | None:
     if config.device == "cpu":
         if config.gpu_indices:
             field = "max_memory" if config.max_memory else "gpu_ids" if config.gpu_ids else "device_map"
-            return f"{field}: names GPUs, but device is cpu. Remove them, or remove device: cpu."
+            return f"{field} names GPUs, but device is cpu. Remove them, or remove device: cpu."
         if config.num_gpus is not None:
-            return "num_gpus: is set, but device is cpu. Remove one of the two."
+            return "num_gpus is set, but device is cpu. Remove one of the two."
         if config.accelerator_type is not None:
-            return "accelerator_type: is set, but device is cpu. Remove one of the two."
+            return "accelerator_type is set, but device is cpu. Remove one of the two."
         return None
     if config.max_memory is not None and not config.gpu_indices:
-        return "max_memory: names no GPU. Add one, such as {0: 3GB, cpu: 20GB}, or set device: cpu."
+        return "max_memory names no GPU. Add one, such as {0: 3GB, cpu: 20GB}, or set device: cpu."
     if config.num_gpus is not None and config.num_gpus > 1 and config.num_gpus != int(config.num_gpus):
-        return f"num_gpus: above 1 it must be whole, and {config.num_gpus} is not. Ray cannot share several GPUs so."
+        return (
+            f"num_gpus must be whole where it is above 1, and {config.num_gpus} is not. Ray cannot give shares of "
+            "several GPUs."
+        )
     if config.num_gpus is not None and len(config.gpu_indices) > max(1, config.num_gpus):
         return (
-            f"num_gpus: is {config.num_gpus:g}, but max_memory or device_map names {len(config.gpu_indices)} GPUs. "
+            f"num_gpus is {config.num_gpus:g}, but max_memory or device_map names {len(config.gpu_indices)} GPUs. "
             "Leave num_gpus out, and it follows them."
         )
     return None
 
 
 class RouterConfig(_Strict):
-    """The router: names, limits and waiting. Sizes in bytes, times in seconds; all of it per router replica.
+    """The router: its names, limits and waiting. Sizes are in bytes and times in seconds, and all hold for each router
+    replica.
 
     `aliases` are other names of models, `fallbacks` the models that answer for one that is down or full.
     `first_byte_timeout_s` is a whole answer's time where it is not streamed. `max_retries` bounds how often a request
@@ -427,5 +436,5 @@ class RouterConfig(_Strict):
     def _names_lead_somewhere(self) -> Self:
         for alias, name in self.aliases.items():
             if name in self.aliases:
-                raise ValueError(f"aliases.{alias}: '{name}' is an alias itself. Name the model.")
+                raise ValueError(f"aliases.{alias}: '{name}' is itself an alias. Name the model.")
         return self

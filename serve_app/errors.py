@@ -1,4 +1,4 @@
-"""Every error that this project raises on purpose.
+"""Defines every error that this project raises on purpose.
 
 ServeAppError                 what went wrong, where, and what to do
 ├── ConfigError               the config file says something that cannot be meant
@@ -203,6 +203,6 @@ class TokensLimited(RateLimited):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known name nearest to `name`, or an empty string."""
+    """Returns ` Did you mean 'x'?` for the known name that is nearest to `name`, or an empty text."""
     match = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""

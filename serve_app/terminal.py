@@ -1,4 +1,4 @@
-"""Lines for the person who watches `serve-app run` or `serve run`."""
+"""Prints lines for the person who watches `serve run`."""
 
 import sys
 

@@ -103,7 +103,7 @@ def test_tiers_are_opened_by_naming_them() -> None:
         ({"infer_backend": "pt", "num_gpus": 1.5}, "must be whole"),
         ({"infer_backend": "pt", "num_gpus": 1, "max_memory": {0: "1GB", 1: "1GB"}}, "names 2 GPUs"),
         ({"infer_backend": "vllm", "device": "cpu", "tensor_parallel_size": 2}, "must be 1 with device: cpu"),
-        ({"infer_backend": "vllm", "engine_args": {"dtype": "auto"}}, "engine_args.dtype: has a field of its own"),
+        ({"infer_backend": "vllm", "engine_args": {"dtype": "auto"}}, "engine_args.dtype has a field of its own"),
         ({"infer_backend": "vllm", "engine_args": {"max-model-len": 5}}, "engine_args.max_model_len"),
         ({"infer_backend": "vllm", "engine_args": {"served_model_name": "x"}}, "application's name"),
     ],

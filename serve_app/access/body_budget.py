@@ -12,7 +12,10 @@ RETRY_S = 1.0
 
 
 class BodyBudget:
-    """At most `most()` bytes, and half of them for one owner, the name of an API key; None has no such share."""
+    """Lets bodies have `most()` bytes together at most, and those of one owner, the name of an API key, half of that.
+
+    The owner None has no such share.
+    """
 
     def __init__(self, most: Callable[[], int]):
         self._most = most
@@ -20,7 +23,7 @@ class BodyBudget:
         self.held = 0
 
     def hold(self, owner: str | None = None) -> "Held":
-        """For one body, which grows while it arrives."""
+        """Returns the account of one body, which grows while it arrives."""
         return Held(self, owner)
 
     def take(self, owner: str | None, count: int) -> None:
@@ -39,7 +42,7 @@ class BodyBudget:
         self.held += count
 
     def give_back(self, owner: str | None, count: int) -> None:
-        """The bytes are free again."""
+        """Makes these bytes free again."""
         self.held -= count
         self._held[owner] -= count
         if not self._held[owner]:
@@ -47,7 +50,7 @@ class BodyBudget:
 
 
 class Held:
-    """The bytes of one body."""
+    """Counts the bytes of one body while it is held."""
 
     def __init__(self, budget: BodyBudget, owner: str | None):
         self._budget = budget
@@ -56,7 +59,7 @@ class Held:
         self._charged = 0
 
     def grow(self, count: int) -> None:
-        """`count` more bytes have come. Raises Overloaded."""
+        """Counts `count` more bytes. Raises Overloaded where there is no room for them."""
         self._size += count
         more = max(0, self._size - FREE_BYTES) - self._charged
         if more:
@@ -64,22 +67,22 @@ class Held:
             self._charged += more
 
     def release(self) -> None:
-        """The body is not held any more."""
+        """Gives all bytes of the body back. A second call does nothing."""
         self._budget.give_back(self._owner, self._charged)
         self._size = self._charged = 0
 
 
 class NoBody(Held):
-    """Of a request that needs no key. It may bring no body: without a key's name, nothing would bound what one client
-    takes of the budget."""
+    """The account of a request that needs no key. It may bring no body: without a key's name, nothing would bound what
+    one client takes of the budget."""
 
     def __init__(self) -> None:
-        """It has no budget."""
+        """This account needs no budget."""
 
     def grow(self, count: int) -> None:
-        """Raises RequestTooLarge at the first byte."""
+        """Raises RequestTooLarge at the first byte of a body."""
         if count:
             raise RequestTooLarge("This address needs no API key and takes no body. Send the request without one.")
 
     def release(self) -> None:
-        """Nothing was held."""
+        """Does nothing, as nothing was held."""

@@ -40,19 +40,19 @@ class AccessRecord(Protocol):
     """What the processes of one run of Serve have told each other."""
 
     def require(self, where: str) -> None:
-        """A process on the node `where` has keys. That is final."""
+        """Records that a process on the node `where` has keys. That is final."""
         ...
 
     def required_by(self) -> str | None:
-        """The first node that has keys."""
+        """Returns the first node that has keys; None where no node has any."""
         ...
 
     def allow_open(self) -> None:
-        """The router's config says that nobody needs a key."""
+        """Records that the router's config allows access without a key."""
         ...
 
     def is_open_allowed(self) -> bool:
-        """Whether it does."""
+        """Says whether the router's config allows open access."""
         ...
 
 
@@ -65,20 +65,20 @@ class ClusterRecord:
         self._allowed = f"serve-app-open-allowed:{run}".encode()
 
     def require(self, where: str) -> None:
-        """As in `AccessRecord`."""
+        """Does what `AccessRecord` says."""
         store(self._required, where.encode(), overwrite=False)
 
     def required_by(self) -> str | None:
-        """As in `AccessRecord`."""
+        """Does what `AccessRecord` says."""
         where = stored(self._required)
         return None if where is None else where.decode()
 
     def allow_open(self) -> None:
-        """As in `AccessRecord`."""
+        """Does what `AccessRecord` says."""
         store(self._allowed, b"1", overwrite=True)
 
     def is_open_allowed(self) -> bool:
-        """As in `AccessRecord`."""
+        """Does what `AccessRecord` says."""
         return stored(self._allowed) is not None
 
 
@@ -129,7 +129,7 @@ def _open_by_mistake(host: str) -> ConfigError:
 
 
 class OpenAccess:
-    """The health of a process: whether it is still right that it has no keys."""
+    """Checks whether it is still right that this process has no keys."""
 
     def __init__(self, source: KeySource, record: AccessRecord, node: str):
         self._source = source

@@ -9,7 +9,9 @@ It has to be before Serve, since Serve
 - obeys headers of the client that switch its own cancellation and time limit off, or choose among its replicas;
 - answers 500 in plain text to a header that is not UTF-8.
 
-The gates behind it (`gate`) ask for the key all the same: a handle leads past this door.
+The key and the body that it has read go along in the scope (`identity`, `wire/arrival`), so that nothing behind looks
+the one up or reads the other again. The gates behind it (`gate`) ask for the key where the scope has none: a handle
+leads past this door.
 """
 
 import json
@@ -25,13 +27,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.access.body_budget import BodyBudget, Held, NoBody
 from serve_app.access.gate import Gate, is_admitted, refusal, websocket
+from serve_app.access.identity import with_identity
 from serve_app.access.keys import KeySource, configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
 from serve_app.errors import ClientGone, ConfigError, Forbidden, InvalidRequest, RequestError
 from serve_app.ray_serve import session_header
-from serve_app.wire.asgi import Headers, endpoint
-from serve_app.wire.body import MOST_ID_BYTES, declared_bytes, header, read_body, replayed
+from serve_app.wire.arrival import MOST_ID_BYTES, read_body, with_body
+from serve_app.wire.asgi import endpoint
+from serve_app.wire.body import RequestBody
+from serve_app.wire.headers import Headers, declared_bytes, header
 
 logger = logging.getLogger("ray.serve")
 
@@ -95,7 +100,7 @@ def _keys_of_proxy() -> KeySource:
 
 
 class OuterDoor:
-    """An ASGI application behind the door."""
+    """Puts the door in front of an ASGI application."""
 
     def __init__(self, app: ASGIApp, inside: Inside):
         self._app = app
@@ -103,7 +108,7 @@ class OuterDoor:
         self._budget = BodyBudget(lambda: getattr(inside.limits(), "max_bodies_bytes", MAX_BODIES_BYTES))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI call."""
         if scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -121,21 +126,21 @@ class OuterDoor:
         scope = {**scope, "headers": _passed_on(scope["headers"])}
         try:
             _require_readable(scope["headers"])
-            held = self._hold(scope)
+            scope, held = self._entered(scope)
         except RequestError as error:
             await self._refuse(error, scope, receive, send)
             return
         try:
-            whole = await self._read(scope, receive, send, held)
-            if whole is not None:
-                await self._app(scope, whole, send)
+            body = await self._read(scope, receive, send, held)
+            if body is not None:
+                await self._app(*with_body(scope, receive, body), send)
         finally:
             held.release()
 
-    async def _read(self, scope: Scope, receive: Receive, send: Send, held: Held) -> Receive | None:
-        """A `receive` that gives the whole body at once, and keeps it no longer; None where it was refused."""
+    async def _read(self, scope: Scope, receive: Receive, send: Send, held: Held) -> RequestBody | None:
+        """The whole body; None where it was refused, or its client has left."""
         try:
-            return replayed(await read_body(scope["headers"], receive, self._inside.limits(), held.grow), receive)
+            return await read_body(scope, receive, self._inside.limits(), held.grow)
         except ClientGone as error:
             self._inside.refused(error.status)
         except RequestError as error:
@@ -143,19 +148,22 @@ class OuterDoor:
             await self._refuse(error, scope, receive, send)
         return None
 
-    def _hold(self, scope: Scope) -> Held:
-        """For the request's body, in the name of its key. Raises Unauthorized, Forbidden and RequestTooLarge."""
+    def _entered(self, scope: Scope) -> tuple[Scope, Held]:
+        """The scope with the request's key, where it needs one, and room for its body in the name of that key.
+
+        Raises Unauthorized, Forbidden and RequestTooLarge.
+        """
         gate, path = self._inside.gate, endpoint(scope)
         if gate is None or is_admitted(scope):
-            return self._budget.hold()
+            return scope, self._budget.hold()
         # A model's health would wake it, so only the router's needs no key there. Elsewhere the gate knows which do.
         is_free = path == "/health" if self._inside.wakes else path.endswith("/health")
         if path in WITHOUT_KEY or (scope["method"] == "GET" and is_free):
             held = NoBody()
             held.grow(declared_bytes(scope["headers"]))
-            return held
+            return scope, held
         key = gate.identify(scope["headers"], self._inside.model)
-        return self._budget.hold(None if key is None else key.name)
+        return with_identity(scope, key), self._budget.hold(None if key is None else key.name)
 
     async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve gives an answer its request's id, and the router counts and logs; neither sees this one."""

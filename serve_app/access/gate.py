@@ -1,29 +1,28 @@
-"""The door: who may enter, how much, and what came of it.
+"""Who may enter, how much, and what came of it.
 
 `Gate` decides for one request; the router asks it by name. `KeyedApp` puts it around a model's own route.
 """
 
 import hmac
-from collections.abc import Iterable
 from functools import partial
-from typing import NoReturn
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.access.identity import known_identity
 from serve_app.access.keys import ApiKey, KeySource
 from serve_app.access.limiter import router_token
-from serve_app.access.limits import Limiter, Limits, Verdict, duration
+from serve_app.access.limits import KeyLimits, Limiter, Verdict, duration
 from serve_app.access.origin import require_own_page
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
+from serve_app.wire.arrival import read_or_refused, with_body
 from serve_app.wire.asgi import KEY_NAME_HEADER, endpoint, show_routes
-from serve_app.wire.body import Peek, peek, read_or_refused, replayed
+from serve_app.wire.body import Peek, RequestBody
 from serve_app.wire.body_threads import beside_loop
+from serve_app.wire.headers import Headers, header
 from serve_app.wire.openai_errors import error_response
 from serve_app.wire.usage import UsageMeter, estimate_tokens, metered
-
-Headers = Iterable[tuple[bytes, bytes]]
 
 # What the router shows to models' own routes.
 ROUTER_HEADER = b"x-serve-app-router"
@@ -65,41 +64,39 @@ class Admission:
 
 
 class Gate:
-    """Keys and their limits, for one process."""
+    """Checks keys and their limits, for one process."""
 
     def __init__(self, source: KeySource, limiter: Limiter):
         self.source = source
         self._limiter = limiter
 
     async def start(self) -> None:
-        """Gets the limiter ready where a key has limits. It may be left out: the first request does it else."""
+        """Gets the limiter ready where a key has limits. Without this call the first request does so."""
         if any(key.limits for key in self.source.ring.keys):
             await self._limiter.warm_up()
 
     def identify(self, headers: Headers, model: str | None = None) -> ApiKey | None:
-        """The key of a request, without a charge: for what makes no model work. None where nobody needs a key.
+        """Looks up the key of a request, without a charge. None where nobody needs a key.
 
-        Header names are lower-case. Raises Unauthorized, and Forbidden for a `model` that the key does not open; where
-        nobody needs a key, ForeignPage.
+        Raises Unauthorized, and Forbidden for a `model` that the key does not open; where nobody needs a key,
+        ForeignPage.
         """
         if self.source.is_open:
             require_own_page(headers)
             return None
         ring = self.source.refresh()
-        first: dict[bytes, bytes] = {}
-        for name, value in headers:
-            first.setdefault(name, value)
-        key = ring.find(first.get(b"authorization"), first.get(b"x-api-key"))
-        if model is not None:
-            ring.allows(key, model)
-        return key
+        return _opens(ring.find(header(headers, b"authorization"), header(headers, b"x-api-key")), model)
 
-    async def admit(self, headers: Headers, model: str | None, estimated_tokens: int) -> Admission:
-        """Lets one request in and charges it to its key.
+    def identity_of(self, scope: Scope, model: str | None = None) -> ApiKey | None:
+        """The key of a request: the one that the door of this process has found, and else as `identify`, which says
+        what it raises."""
+        identity = known_identity(scope)
+        if identity is None or (identity.key is None and not self.source.is_open):
+            return self.identify(scope["headers"], model)
+        return _opens(identity.key, model)
 
-        Raises Unauthorized, Forbidden, and RateLimited where the key has used up one of its limits.
-        """
-        key = self.identify(headers, model)
+    async def admit(self, key: ApiKey | None, estimated_tokens: int) -> Admission:
+        """Lets one request in and charges it to its key. Raises RateLimited where that has used up a limit."""
         if key is None:
             return Admission()
         limits = key.limits
@@ -107,11 +104,17 @@ class Gate:
             return Admission(key.name)
         verdict = await self._limiter.take(key.name, limits, estimated_tokens)
         if not verdict.allowed:
-            _refuse(key.name, limits, verdict)
+            raise _rate_limited(key.name, limits, verdict)
         return Admission(key.name, verdict, self._limiter, limits.tokens_per_minute is not None)
 
 
-def _refuse(key: str, limits: Limits, verdict: Verdict) -> NoReturn:
+def _opens(key: ApiKey | None, model: str | None) -> ApiKey | None:
+    if key is not None and model is not None:
+        key.require(model)
+    return key
+
+
+def _rate_limited(key: str, limits: KeyLimits, verdict: Verdict) -> RateLimited:
     wait_s = verdict.retry_after_s or 0.0
     what = {
         "requests": f"{limits.requests_per_minute} requests a minute",
@@ -119,7 +122,7 @@ def _refuse(key: str, limits: Limits, verdict: Verdict) -> NoReturn:
         "concurrent": f"{limits.max_concurrent_requests} requests at once",
     }[verdict.reason or "requests"]
     kind = TokensLimited if verdict.reason == "tokens" else RateLimited
-    raise kind(
+    return kind(
         f"Rate limit reached: the API key '{key}' has {what}. Try again in {duration(wait_s)}.",
         retry_after_s=wait_s,
         headers=[(name.decode(), value.decode()) for name, value in verdict.headers],
@@ -127,7 +130,8 @@ def _refuse(key: str, limits: Limits, verdict: Verdict) -> NoReturn:
 
 
 def refusal(error: RequestError) -> Response:
-    """OpenAI's error object with the headers that the error brings: www-authenticate, x-ratelimit-…, retry-after."""
+    """Returns OpenAI's error object with the headers that the error brings: www-authenticate, x-ratelimit-…,
+    retry-after."""
     response = error_response(error)
     if isinstance(error, Unauthorized | RateLimited):
         for name, value in error.headers:
@@ -135,11 +139,12 @@ def refusal(error: RequestError) -> Response:
     return response
 
 
-async def metered_for(admission: Admission, path: str, seen: Peek, body: bytes) -> tuple[bytes, UsageMeter]:
-    """As `metered`, beside the event loop. What ends here has used nothing of its key. Raises InvalidRequest."""
+async def metered_for(admission: Admission, path: str, seen: Peek, body: RequestBody) -> tuple[RequestBody, UsageMeter]:
+    """Does what `metered` does, beside the event loop. What ends here has used nothing of its key. Raises
+    InvalidRequest."""
     try:
-        return await beside_loop(len(body), partial(metered, path, seen, body))
-    except BaseException:  # A field's name that is no UTF-8, say, or the client has left.
+        return await beside_loop(len(body.content), partial(metered, path, seen, body))
+    except BaseException:  # A field may be nested too deep to be written, or the client have left.
         await admission.release(0)
         raise
 
@@ -154,10 +159,10 @@ class KeyedRouter:
         show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI call."""
         if scope["type"] == "http" and not _is_health(scope):
             try:
-                self._gate.identify(scope["headers"])
+                self._gate.identity_of(scope)
             except RequestError as error:
                 await refusal(error)(scope, receive, send)
                 return
@@ -180,7 +185,7 @@ class KeyedApp:
         show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI call."""
         if scope["type"] == "lifespan" or _is_health(scope) or is_admitted(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -192,7 +197,7 @@ class KeyedApp:
 
     async def _without_key(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            require_own_page(scope["headers"])
+            self._gate.identity_of(scope)
         except RequestError as error:
             await refusal(error)(scope, receive, send)
             return
@@ -201,19 +206,20 @@ class KeyedApp:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         meter, estimate = UsageMeter(), 0
         try:
-            key = self._gate.identify(scope["headers"], self._model_name)
+            key = self._gate.identity_of(scope, self._model_name)
             admission = Admission(None if key is None else key.name)
             if scope["method"] not in FREE_METHODS:
                 body = await read_or_refused(scope, receive, send, self._limits)
                 if body is None:
                     return
-                seen = await beside_loop(len(body), partial(_seen, body))
-                estimate = estimate_tokens(len(body), seen.token_limit, seen.answers)
-                admission = await self._gate.admit(scope["headers"], self._model_name, estimate)
+                size = len(body.content)
+                seen = await beside_loop(size, partial(_seen, body))
+                estimate = estimate_tokens(size, seen.token_limit, seen.answers)
+                admission = await self._gate.admit(key, estimate)
                 if admission.counts_tokens:
                     body, meter = await metered_for(admission, endpoint(scope), seen, body)
-                    scope = {**scope, "headers": _of_length(scope["headers"], len(body))}
-                receive = replayed(body, receive)
+                    scope = {**scope, "headers": _of_length(scope["headers"], len(body.content))}
+                scope, receive = with_body(scope, receive, body)
             scope = {**scope, "headers": with_key_name(scope["headers"], admission.key_name)}
         except RequestError as error:
             await refusal(error)(scope, receive, send)
@@ -242,9 +248,9 @@ def with_key_name(headers: Headers, name: str | None) -> list[tuple[bytes, bytes
     return kept if name is None else [*kept, (KEY_NAME_HEADER, name.encode())]
 
 
-def _seen(body: bytes) -> Peek:
+def _seen(body: RequestBody) -> Peek:
     try:
-        return peek(body)
+        return body.peek()
     except InvalidRequest:  # The engine says what is wrong with it.
         return Peek()
 
@@ -277,12 +283,12 @@ def is_admitted(scope: Scope) -> bool:
     """Whether the router has admitted the request already."""
     if scope["type"] != "http":
         return False
-    shown = next((value for name, value in scope["headers"] if name == ROUTER_HEADER), b"")
+    shown = header(scope["headers"], ROUTER_HEADER) or b""
     return bool(shown) and hmac.compare_digest(shown, router_token())
 
 
 def _is_health(scope: Scope) -> bool:
-    """GET /health, below the route's prefix. The path is whole under Serve's proxy, the prefix is `root_path`."""
+    """Says whether this is GET /health below the route's prefix, which is `root_path`. The path has the prefix too."""
     if scope["type"] != "http" or scope["method"] != "GET":
         return False
     return str(scope["path"]) == str(scope.get("root_path", "")) + "/health"

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serve_app.access.limits import Limits
+from serve_app.access.limits import KeyLimits
 from serve_app.errors import ConfigError, Forbidden, Unauthorized, nearest
 from serve_app.terminal import notify
 
@@ -72,17 +72,23 @@ class ApiKey(BaseModel):
     max_concurrent_requests: Positive | None = None
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> KeyLimits:
         """What the key may use; false where nothing is limited."""
-        return Limits(self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
+        return KeyLimits(self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
 
     def may_use(self, model: str) -> bool:
-        """Whether the key opens this model."""
+        """Says whether the key opens this model."""
         return self.models is None or model in self.models
+
+    def require(self, model: str) -> None:
+        """Raises Forbidden where the key does not open the model."""
+        if not self.may_use(model):
+            names = ", ".join(self.models or ())
+            raise Forbidden(f"The API key '{self.name}' may not use the model '{model}', only: {names}.", param="model")
 
 
 class KeyRing:
-    """All keys that are known at one time."""
+    """Holds all keys that are known at one time."""
 
     def __init__(self, keys: Sequence[ApiKey]):
         self.keys = tuple(keys)
@@ -106,15 +112,9 @@ class KeyRing:
             raise Unauthorized("The API key is not known here. Ask whoever runs this service for one.")
         return found
 
-    def allows(self, key: ApiKey, model: str) -> None:
-        """Raises Forbidden where the key does not open the model."""
-        if not key.may_use(model):
-            names = ", ".join(key.models or ())
-            raise Forbidden(f"The API key '{key.name}' may not use the model '{model}', only: {names}.", param="model")
-
 
 def _bearer(header: bytes | None) -> bytes:
-    """What follows `Bearer`, in any case (RFC 9110, 11.1); empty for another scheme."""
+    """Returns what follows `Bearer`, in any case (RFC 9110, 11.1); empty for another scheme."""
     scheme, _, token = (header or b"").strip().partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else b""
 
@@ -128,7 +128,7 @@ def configured_keys() -> "KeySource":
 
 
 class KeySource:
-    """The keys of a file and of the environment, read anew when the file changes.
+    """Holds the keys of a file and of the environment, and reads them anew when the file changes.
 
     It is open, and nobody needs a key, only where neither names keys. That is settled here for good: a file that
     names none, that breaks, or that vanishes later opens nothing. Raises ConfigError for what is wrong at the start, a
@@ -153,7 +153,8 @@ class KeySource:
         self.is_open = False
 
     def refresh(self) -> KeyRing:
-        """The keys of now. Looks at the file at most every `CHECK_EVERY_S` seconds; what is wrong with it is logged.
+        """Returns the keys of now. It looks at the file at most every `CHECK_EVERY_S` seconds; what is wrong with it is
+        logged.
 
         While the file is wrong or away, the keys that were read last stay.
         """
@@ -189,7 +190,7 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
 
 
 def read_keys(path: Path | None, environ: Mapping[str, str]) -> list[ApiKey]:
-    """The keys of the file and of `SERVE_APP_API_KEYS`. Raises ConfigError with one line per mistake."""
+    """Reads the keys of the file and of `SERVE_APP_API_KEYS`. Raises ConfigError with one line per mistake."""
     keys = [(f"{path}: keys[{number}]", key) for number, key in enumerate(_read_file(path) if path else ())]
     plain = _plain_keys(environ.get(ENVIRONMENT))
     hashed = [ApiKey(name=f"env:{number}", sha256=sha256_of(key)) for number, key in enumerate(plain)]
@@ -213,7 +214,7 @@ def sha256_of(key: str) -> str:
 
 
 def _plain_keys(text: str | None) -> list[str]:
-    """The keys in the environment variable. The messages tell places and not keys: they go to logs."""
+    """Returns the keys in the environment variable. The messages tell places and not keys: they go to logs."""
     if text is None:
         return []
     if not text.strip():
@@ -235,7 +236,7 @@ def _plain_keys(text: str | None) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of which the last of two equal fields would win in silence."""
+    """Loads YAML, and refuses two equal fields, of which the last one would win in silence."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -282,7 +283,7 @@ def _load(path: Path) -> object:
 
 
 def _entry_problems(entry: object, where: str) -> list[str]:
-    """One line for each mistake in one key's entry."""
+    """Returns one line for each mistake in one key's entry."""
     if not isinstance(entry, dict):
         return [f"{where}: must be a mapping such as {{name: team-a, sha256: …}}."]
     problems = []

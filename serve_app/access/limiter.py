@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from serve_app.access.limits import RENEW_S, Limits, Verdict, Windows
+from serve_app.access.limits import RENEW_S, KeyLimits, Verdict, Windows
 from serve_app.ray_serve import NAMESPACE, store, stored
 
 logger = logging.getLogger("ray.serve")
@@ -42,7 +42,8 @@ def router_token() -> bytes:
 
 
 class LimiterActor:
-    """`Windows` as an actor. Its methods are coroutines, so they run one after the other on the actor's event loop.
+    """Runs `Windows` as an actor. Its methods are coroutines, so they run one after the other on the actor's event
+    loop.
 
     A restart forgets what was used; see `Windows.renew`.
     """
@@ -50,21 +51,22 @@ class LimiterActor:
     def __init__(self) -> None:
         self._windows = Windows()
 
-    async def take(self, key: str, limits: Limits, estimated_tokens: int, lease: str) -> Verdict:
-        """As in `Windows`."""
+    async def take(self, key: str, limits: KeyLimits, estimated_tokens: int, lease: str) -> Verdict:
+        """Does what the method of `Windows` does."""
         return self._windows.take(key, limits, estimated_tokens, lease)
 
     async def settle(self, key: str, lease: str, tokens_used: int | None) -> None:
-        """As in `Windows`."""
+        """Does what the method of `Windows` does."""
         self._windows.settle(key, lease, tokens_used)
 
     async def renew(self, leases: list[tuple[str, str]]) -> None:
-        """As in `Windows`."""
+        """Does what the method of `Windows` does."""
         self._windows.renew(leases)
 
 
 def connect() -> Any:
-    """The actor's handle; makes the actor where there is none. Blocks for up to some seconds. Raises RayError.
+    """Returns the actor's handle, and makes the actor where there is none. Blocks for up to some seconds. Raises
+    RayError.
 
     It is detached, since every process may be the first to need it and any of them may go. "DEFAULT" keeps it out of
     the placement group of a replica, which would take it along.
@@ -85,7 +87,7 @@ def connect() -> Any:
 
 
 class ActorLimiter:
-    """The `Limiter` of one process. It reaches for the actor at the first request that has limits.
+    """This is the `Limiter` of one process. It reaches for the actor at the first request that has limits.
 
     It belongs to one event loop. The leases of this process's requests are renewed by one task, which lives while
     there are any.
@@ -112,7 +114,7 @@ class ActorLimiter:
         except Exception as error:  # As in `_ask`.
             self._failed(error)
 
-    async def take(self, key: str, limits: Limits, estimated_tokens: int) -> Verdict:
+    async def take(self, key: str, limits: KeyLimits, estimated_tokens: int) -> Verdict:
         """Asks the actor, for at most `TAKE_TIMEOUT_S` seconds. Without an answer the request is let through.
 
         Such a request holds a lease all the same, which the actor learns of at the next renewal.
@@ -132,7 +134,7 @@ class ActorLimiter:
         self._held.pop(lease, None)
         self._tell("settle", key, lease, tokens_used)
 
-    async def _ask(self, key: str, limits: Limits, estimated_tokens: int, lease: str) -> Verdict:
+    async def _ask(self, key: str, limits: KeyLimits, estimated_tokens: int, lease: str) -> Verdict:
         unlimited = Verdict(True, lease if limits.needs_lease else None)
         if self._clock() < self._paused_until:
             return unlimited
@@ -146,7 +148,7 @@ class ActorLimiter:
             return unlimited
 
     async def _handle(self) -> Any:
-        """The actor's handle. Several requests share one attempt, which goes on when one of them gives up."""
+        """Returns the actor's handle. Several requests share one attempt, which goes on when one of them gives up."""
         if self._actor is None:
             if self._connecting is None or self._connecting.done():
                 self._connecting = asyncio.ensure_future(asyncio.to_thread(self._connect))

@@ -31,7 +31,7 @@ Reason = Literal["requests", "tokens", "concurrent"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class KeyLimits:
     """What one key may use; None is without limit."""
 
     requests_per_minute: int | None = None
@@ -39,7 +39,7 @@ class Limits:
     max_concurrent_requests: int | None = None
 
     def __bool__(self) -> bool:
-        return self != Limits()
+        return self != KeyLimits()
 
     @property
     def needs_lease(self) -> bool:
@@ -49,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a request may go on.
+    """Says whether a request may go on.
 
     `retry_after_s` (seconds) and `reason` are set where it may not. `lease` is to be settled when the request ends;
     None where nothing is to be settled. `headers` are OpenAI's x-ratelimit-…, for the limits that the key has.
@@ -69,7 +69,7 @@ class Limiter(Protocol):
         """Gets ready before the first request. Raises nothing."""
         ...
 
-    async def take(self, key: str, limits: Limits, estimated_tokens: int) -> Verdict:
+    async def take(self, key: str, limits: KeyLimits, estimated_tokens: int) -> Verdict:
         """Charges a request to the key called `key`. Raises nothing: a limiter that is away lets requests through."""
         ...
 
@@ -80,7 +80,7 @@ class Limiter(Protocol):
 
 @dataclass
 class _Meter:
-    """A leaky bucket: `used` units at the time `at` (seconds), of which `per_minute` leak in a minute."""
+    """This is a leaky bucket: `used` units at the time `at` (seconds), of which `per_minute` leak in a minute."""
 
     per_minute: int
     used: float
@@ -93,12 +93,12 @@ class _Meter:
         self.per_minute = per_minute or self.per_minute
 
     def wait_s(self, amount: float) -> float:
-        """Seconds until `amount` more fits."""
+        """Returns the seconds until `amount` more fits."""
         over = self.used + amount - self.per_minute
         return 0.0 if over <= ROUNDING else over * 60 / self.per_minute
 
     def headers(self, unit: str) -> HeaderPairs:
-        """Limit, what is left of it, and the time until all of it is there again."""
+        """Returns headers with the limit, what is left of it, and the time until all of it is there again."""
         left = max(0, math.floor(self.per_minute - self.used + ROUNDING))
         values = (("limit", str(self.per_minute)), ("remaining", str(left)), ("reset", duration(self._reset_s())))
         return tuple((f"x-ratelimit-{name}-{unit}".encode(), value.encode()) for name, value in values)
@@ -126,7 +126,7 @@ class Windows:
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
 
-    def take(self, key: str, limits: Limits, estimated_tokens: int, lease: str) -> Verdict:
+    def take(self, key: str, limits: KeyLimits, estimated_tokens: int, lease: str) -> Verdict:
         """Charges one request to `key` under the name `lease`, or says when to come back. A refused one costs nothing.
 
         An estimate over the whole limit counts as the whole limit: it is a guess, and must not shut a request out for
@@ -178,7 +178,7 @@ class Windows:
             charged = held[lease][0] if lease in held else 0
             held[lease] = (charged, expires_at)
 
-    def _account(self, key: str, limits: Limits, now: float) -> _Account:
+    def _account(self, key: str, limits: KeyLimits, now: float) -> _Account:
         """The key's account at this time, under its limits of today, without the leases that have expired."""
         account = self._accounts.setdefault(key, _Account())
         account.requests = _metered(account.requests, limits.requests_per_minute, now)

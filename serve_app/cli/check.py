@@ -1,4 +1,4 @@
-"""`serve-app check`: is the file right, and could the cluster hold each model?"""
+"""`serve-app check` says whether the file is right and whether the cluster could hold each model."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from serve_app.access.origin import is_loopback
 from serve_app.cli.cluster import connected
 from serve_app.config import ModelConfig
 from serve_app.deploy.node_env import node_environments, this_environment
-from serve_app.deploy.place import place
+from serve_app.deploy.resolve_model import resolve_model
 from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, lacking
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
@@ -57,7 +57,8 @@ def require_valid(applications: Sequence[ApplicationSpec]) -> None:
 
 
 def open_access(document: Mapping[str, Any], applications: Sequence[ApplicationSpec]) -> list[str]:
-    """A note on a file that would be refused at the start, as others could reach it and nothing in it names API keys.
+    """Returns a note on a file that would be refused at the start, because others could reach the server and nothing in
+    the file names API keys.
 
     It is no mistake yet: the environment in which the cluster's nodes started may name them.
     """
@@ -67,14 +68,15 @@ def open_access(document: Mapping[str, Any], applications: Sequence[ApplicationS
     if is_loopback(str(host)) or is_meant or {FILE_VARIABLE, ENVIRONMENT} & environment:
         return []
     return [
-        f"http_options.host is {host}, and neither this file nor this environment names API keys: it will not start "
-        f"unless the environment of Ray's nodes does. Set {FILE_VARIABLE} under controller_options.runtime_env."
+        f"http_options.host is {host}, and neither this file nor this environment names API keys. Models will not "
+        f"start unless the environment of Ray's nodes names some. Set {FILE_VARIABLE} under "
+        "controller_options.runtime_env."
         "env_vars, or allow_open_access: true under 'args' of the router, if everyone who reaches it may use it."
     ]
 
 
 def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
-    """Notes on names in the router's config that lead to no model of the file."""
+    """Returns notes on names in the router's config that lead to no model of the file."""
     models = {application.name for application in applications if not application.is_router}
     notes = []
     for application in applications:
@@ -88,14 +90,14 @@ def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
             named.append(("default_model", config.default_model))
         for field, name in named:
             if name not in models | config.aliases.keys():
-                notes.append(f"{application.name}: {field}: no model of this file is called '{name}'.")
+                notes.append(f"{application.name}: {field}: this file has no model called '{name}'.")
         for alias in config.aliases.keys() & models:
             notes.append(f"{application.name}: aliases.{alias}: hides the model of that name.")
     return notes
 
 
 def unset_host(document: Mapping[str, Any]) -> list[str]:
-    """A note on a file that leaves the address open: Serve's default in a file is another one than ours."""
+    """Returns a note on a file that leaves the address open, because Serve's default differs from ours."""
     if (document.get("http_options") or {}).get("host"):
         return []
     return [
@@ -105,7 +107,7 @@ def unset_host(document: Mapping[str, Any]) -> list[str]:
 
 
 def unset_variables(document: Mapping[str, Any]) -> list[str]:
-    """Notes on variables in the file's `env_vars` that Ray would expand to nothing."""
+    """Returns notes on variables in the file's `env_vars` that Ray would expand to nothing."""
     values = " ".join(file_environment(document).values())
     unset = sorted({name for name in re.findall(r"\$\{(\w+)\}", values) if name not in os.environ})
     return [
@@ -116,8 +118,8 @@ def unset_variables(document: Mapping[str, Any]) -> list[str]:
 
 
 def missing_settings(document: Mapping[str, Any], environments: Mapping[str, NodeEnvironment]) -> list[str]:
-    """A note on Serve's settings that neither the file nor some node's environment has: Serve would run without HAProxy
-    or without limits of ours. `serve-app run` sets them."""
+    """Returns a note on Serve's settings that neither the file nor some node's environment has. Without them, Serve
+    would run without HAProxy or without our limits. `serve-app run` sets them."""
     missing = {where: lacking(document, node.variables) for where, node in environments.items()}
     without = sorted(where for where, names in missing.items() if names)
     if not without:
@@ -150,7 +152,8 @@ def require_serves_schema(file: Path) -> None:
 
 
 def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iterable[str]) -> list[str]:
-    """What Serve would drop in silence, one line each: keys and deployments that do not exist, and a wrong builder."""
+    """Returns what Serve would drop in silence: keys and deployments that do not exist, and a wrong builder. Each
+    has a line."""
     problems = [f"unknown key '{key}'.{nearest(key, top)}" for key in document if key not in top]
     for item in document["applications"]:
         name = item.get("name")
@@ -167,12 +170,15 @@ def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iter
             if deployment.get("name") != BUILDERS[path]:
                 problems.append(f"{name}: deployments: '{deployment.get('name')}' must be '{BUILDERS[path]}'.")
             if "ray_actor_options" in deployment and BUILDERS[path] == "Model":
-                problems.append(f"{name}: ray_actor_options would replace the GPUs and the environment set here.")
+                problems.append(
+                    f"{name}: ray_actor_options would replace the GPUs and the environment that serve-app "
+                    "sets. Leave it out."
+                )
     return problems
 
 
 def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set[str]) -> list[str]:
-    """What Serve would drop in silence under `deployments`, one line each."""
+    """Returns what Serve would drop in silence under `deployments`. Each option has a line."""
     problems = []
     for item in document["applications"]:
         for number, options in enumerate(item.get("deployments") or ()):
@@ -188,7 +194,7 @@ def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set
 
 def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory) -> bool:
     try:
-        demand = place(application.model_settings(), nodes, inventory).demand
+        demand = resolve_model(application.model_settings(), nodes, inventory).demand
     except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False
@@ -197,7 +203,8 @@ def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inve
 
 
 def _cluster(address: str | None) -> tuple[list[Node], Inventory, dict[str, NodeEnvironment], str]:
-    """The nodes, their devices and environments to judge by, and what to call them."""
+    """Returns the nodes, their devices and environments by which a file is judged, and a name for the place that has
+    them."""
     with connected(address) as where:
         if where is None:
             here = local_inventory()
@@ -208,4 +215,4 @@ def _cluster(address: str | None) -> tuple[list[Node], Inventory, dict[str, Node
         try:
             return ray_nodes(), ray_inventory(), node_environments(), f"the Ray cluster at {where}"
         except RayError as error:
-            raise ConfigError(f"a node of the cluster does not tell its GPUs and environment: {error}") from None
+            raise ConfigError(f"a node of the cluster did not report its GPUs and environment: {error}") from None

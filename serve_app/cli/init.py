@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from serve_app.cli.plan import plan_of_file, report
+from serve_app.cli.plan import plan_of_file
+from serve_app.cli.plan_text import print_plan
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.planning.plan import Fix, Plan
@@ -116,7 +117,7 @@ def init(target: Path, given: Given, yes: bool, force: bool) -> int:
     questions = Defaults() if yes else Person()
     try:
         choice = ask(given, questions, _has_gpu)
-        made, choice = planned(choice, questions, print)
+        made, choice = planned(choice, questions, print_plan)
     except EOFError:
         raise ConfigError("init: the input ended before all questions were answered. Nothing was written.") from None
     if not made.fits:
@@ -175,11 +176,11 @@ def _has_gpu() -> bool:
     return bool(local_inventory().gpus)
 
 
-def planned(choice: Choice, questions: Questions, show: Callable[[str], None]) -> tuple[Plan, Choice]:
+def planned(choice: Choice, questions: Questions, show: Callable[[Plan], None]) -> tuple[Plan, Choice]:
     """The plan that was shown last, and the choice with the cures that were taken."""
     for _ in range(MOST_FIXES):
         made = _plan(choice)
-        show(report(made))
+        show(made)
         fix = next((problem.fix for problem in made.problems if problem.fix is not None), None)
         if made.fits or fix is None or fix.field in NOT_ARGS:
             break

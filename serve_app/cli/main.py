@@ -211,7 +211,8 @@ def _add_plan(commands: Any) -> None:
     planning.add_argument(
         "--write", type=Path, metavar="OUT", help="write the file with what was chosen, comments kept"
     )
-    planning.add_argument("--json", action="store_true", help="print data instead of a table")
+    planning.add_argument("--svg", type=Path, metavar="FILE", help="also draw the plan, as an SVG picture")
+    planning.add_argument("--json", action="store_true", help="print data instead of bars and a table")
     one = planning.add_argument_group("one model without a file")
     one.add_argument("--model", help="a local folder or a Hugging Face id")
     one.add_argument("--infer-backend", choices=["pt", "vllm", "auto"], default="auto")

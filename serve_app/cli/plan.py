@@ -1,33 +1,39 @@
-"""`serve-app plan`: what each model takes of each device, before anything starts."""
+"""`serve-app plan` says what each model takes of each device, before anything starts."""
 
 import argparse
 import json
 from pathlib import Path
 
 from serve_app.cli.cluster import connected
+from serve_app.cli.output_file import write_file
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
 from serve_app.facts.serve_file import read_applications
-from serve_app.planning.fit import ModelRequest, gib
+from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
-from serve_app.planning.plan import ModelPlan, Plan, RankPlan
+from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
-
-BY_INDEX = 'nodes start with --num-gpus 0 --resources "$(serve-app node-resources)".'
-# The first letter of a certainty stands behind its figure.
-MARKS = {"exact": "", "calibrated": "c", "guessed": "~"}
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Prints the plan. Returns 0 if all fits, 1 if not. Raises ConfigError for wrong input."""
+    """Prints the plan. Returns 0 if everything fits, and 1 otherwise. Raises ConfigError for wrong input."""
     _require_one_way(options)
     if options.model:
         made = _planned([_request_of_options(options)], _inventory(options.gpus, options.inventory, options.address))
     else:
         made = plan_of_file(options.config, options.gpus, options.inventory, options.address)
-    print(json.dumps(made.to_json(), indent=1) if options.json else report(made))
+    if options.json:
+        print(json.dumps(made.to_json(), indent=1))
+    else:
+        from serve_app.cli.plan_text import print_plan
+
+        print_plan(made)
+    if options.svg is not None:
+        from serve_app.cli.plan_svg import plan_svg
+
+        write_file(options.svg, plan_svg(made))
     if options.write is not None:
         if options.config is None:
             raise ConfigError("plan: --write needs a config file to copy.")
@@ -38,7 +44,8 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
-    """The plan of a Serve config file for these GPUs, or those of the cluster or machine. Raises ConfigError."""
+    """Returns the plan of a Serve config file for these GPUs, or for those of the cluster or this machine. Raises
+    ConfigError."""
     requests = _requests_of_file(path)
     return _planned(requests, _inventory(gpus, inventory, address))
 
@@ -66,7 +73,9 @@ def _requests_of_file(path: Path | None) -> list[ModelRequest]:
         raise ConfigError("plan: name a Serve config file, or a model with --model.")
     applications = [application for application in read_applications(path) if application.is_model]
     if not applications:
-        raise ConfigError(f"{path}: it has no model of serve_app.app:model.")
+        raise ConfigError(
+            f"{path}: it has no application with import_path serve_app.app:model, so there is nothing to plan."
+        )
     requests, problems = [], []
     for application in applications:
         try:
@@ -89,7 +98,7 @@ def _request_of_options(options: argparse.Namespace) -> ModelRequest:
 
 
 def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
-    """A model with the facts of its checkpoint. Raises ConfigError."""
+    """Returns a model with the facts of its checkpoint. Raises ConfigError."""
     checkpoint = read_checkpoint(config.model, config.revision)
     return ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
 
@@ -105,7 +114,8 @@ def _inventory(gpus: str | None, file: Path | None, address: str | None) -> Inve
 
 
 def _running_inventory(address: str | None) -> Inventory:
-    """Of the Ray cluster that runs here or at the address; of this machine where none runs."""
+    """Returns the devices of the Ray cluster that runs here or at the address, or those of this machine if none
+    runs."""
     with connected(address) as where:
         if where is None:
             return local_inventory()
@@ -114,66 +124,4 @@ def _running_inventory(address: str | None) -> Inventory:
         try:
             return ray_inventory()
         except RayError as error:
-            raise ConfigError(f"a node of the cluster does not tell its GPUs: {error}") from None
-
-
-def report(made: Plan) -> str:
-    """The plan as text: devices with their shares, models with their reasons, problems with their cures."""
-    lines = ["Sizes in GiB. ~ marks a guess with its margin, c a calibrated figure; the others are exact.", ""]
-    if any(device.by_index for device in made.devices):
-        lines[1:1] = ["Ray counts GPU memory by index here: " + BY_INDEX]
-    row = "{:<10} {:<24} {:>9} {:>9} {:>10} {:>9} {:>9} {:>9}"
-    lines.append(row.format("device", "model", "weights", "KV cache", "activation", "graphs", "context", "share"))
-    for device in made.devices:
-        ranks = [(model, rank) for model in made.models for rank in model.ranks if rank.device.id == device.id]
-        if not ranks and not device.is_gpu:
-            continue
-        lines += [row.format(device.id, *_cells(model, rank)).rstrip() for model, rank in ranks]
-        spare = device.free_bytes - made.planned(device)
-        of = f"of {gib(device.total_bytes)}" + (
-            f", {gib(device.total_bytes - device.free_bytes)} held by others"
-            if device.free_bytes < device.total_bytes
-            else ""
-        )
-        lines.append(f"{device.id:<10} spare {gib(spare)} {of} ({device.name})")
-    lines += [f"NOTE {note}" for note in made.notes]
-    for model in made.models:
-        lines += ["", *_describe(model)]
-    for problem in made.problems:
-        lines += ["", f"PROBLEM {problem.model}: {problem.message}"]
-        if problem.fix is not None:
-            lines.append(f"    smallest fix: {problem.fix.text}")
-    lines += ["", "Everything fits." if made.fits else f"{len(made.problems)} of the models do not fit."]
-    return "\n".join(lines)
-
-
-def _cells(model: ModelPlan, rank: RankPlan) -> list[str]:
-    figures = (rank.weights, rank.kv_cache, rank.activation, rank.graph, rank.context, rank.share)
-    name = model.name if model.replica == 0 else f"{model.name} #{model.replica}"
-    return [name, *(f"{MARKS[figure.certainty]}{figure.bytes / 2**30:.2f}" for figure in figures)]
-
-
-def _describe(model: ModelPlan) -> list[str]:
-    title = model.name if model.replica == 0 else f"{model.name} #{model.replica}"
-    tp = f", tensor_parallel_size {model.tensor_parallel_size}" if model.backend == "vllm" else ""
-    lines = [
-        f"{title}: {model.backend}{tp} on {', '.join(rank.device.id for rank in model.ranks)}",
-        f"    because {'; '.join(model.reasons)}",
-        f"    KV cache: {model.kv_tokens} tokens; {model.max_full_length_requests} requests of "
-        f"{model.max_model_len} tokens at once, {gib(model.kv_bytes_per_request)} each on a rank",
-    ]
-    for rank in model.ranks:
-        if rank.layers is not None:
-            lines.append(f"    {rank.device.id}: {_layer_range(rank.layers, model)}")
-    lines += [f"    {tier}: {gib(size)} of weights (slow)" for tier, size in model.spilled.items()]
-    return lines
-
-
-def _layer_range(layers: tuple[int, int], model: ModelPlan) -> str:
-    first, last = layers
-    top = max(rank.layers[1] for rank in model.ranks if rank.layers is not None)
-    ends_with_head = last == top and not model.spilled
-    parts = ["embedding"] if first < 0 else []
-    low, high = max(first, 0), last - 1 if ends_with_head else last
-    parts += [f"layers {low} to {high}"] if high >= low else []
-    return ", ".join([*parts, "norm and head"] if ends_with_head else parts)
+            raise ConfigError(f"a node of the cluster did not report its GPUs: {error}") from None

@@ -16,7 +16,7 @@ import yaml
 from serve_app import __version__
 from serve_app.cli.captured import captured, new_log_file
 from serve_app.cli.check import dangling_names, open_access, require_serves_schema, require_valid
-from serve_app.cli.cluster import current_cluster_file, require_open
+from serve_app.cli.cluster import require_open
 from serve_app.cli.doctor import taken_port
 from serve_app.cli.main import INTERRUPTED
 from serve_app.cli.start_view import StartView
@@ -30,7 +30,7 @@ from serve_app.deploy.serve_env import (
 )
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
-from serve_app.ray_serve import NAMESPACE
+from serve_app.ray_serve import NAMESPACE, current_cluster_file
 
 # Seconds between two looks at Serve's status, until everything has come up and afterwards.
 START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0

@@ -1,4 +1,4 @@
-"""`serve-app status`: what runs, what each replica was planned and measured to hold, and what is missing."""
+"""`serve-app status` says what runs, what each replica was planned and measured to hold, and what is missing."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.fit import gib
-from serve_app.ray_serve import available_by_node, controller
+from serve_app.ray_serve import available_by_node, serve_details
 from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
 
 if TYPE_CHECKING:  # It brings Ray Serve, which only a cluster that runs needs.
     from serve_app.cli.cluster_status import ClusterStatus, ModelView, ReplicaView
 
+# Seconds that the controller has to answer.
+STATUS_TIMEOUT_S = 30.0
 ROW = "{:<22} {:<20} {:<9} {:>9} {:>9} {:>9} {:>8}"
 
 
 def status(address: str | None, as_json: bool) -> int:
-    """Prints it. Returns 0 if every model has its replicas, 1 if not. Raises ConfigError where no Serve runs."""
+    """Prints the status. Returns 0 if every model has its replicas, and 1 otherwise. Raises ConfigError if no Serve
+    runs."""
     with connected(address) as where:
         if where is None:
             raise ConfigError("no Ray cluster runs here.")
@@ -36,19 +39,17 @@ def _read(where: str) -> ClusterStatus:
     from serve_app.cli.cluster_status import cluster_status
 
     try:
-        serve = controller()
+        applications = serve_details(STATUS_TIMEOUT_S)["applications"]
+        nodes, left, reports = ray.nodes(), available_by_node(), read_reports()
     except ValueError:
         raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve-app run FILE`.") from None
-    try:
-        details = ray.get(serve.get_serve_instance_details.remote(), timeout=30)
-        left = available_by_node()
-        return cluster_status(details["applications"], ray.nodes(), left, read_reports(), time.time())
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
+    return cluster_status(applications, nodes, left, reports, time.time())
 
 
 def report(seen: ClusterStatus) -> str:
-    """The status as text."""
+    """Returns the status as text."""
     lines = [f"{len(seen.nodes)} node{'' if len(seen.nodes) == 1 else 's'}: {'; '.join(map(str, seen.nodes))}"]
     lines += [f"gone: {node}" for node in seen.gone]
     row = "{:<20} {:<9} {:>8} {:>6}  {}"
@@ -61,8 +62,11 @@ def report(seen: ClusterStatus) -> str:
     lines += ["", *_devices(seen)]
     silent = [f"{model.name} {view.replica}" for model in seen.models for view in model.replicas if _is_silent(view)]
     if silent:
-        lines.append(f"No report yet, or an old one, of: {', '.join(silent)}.")
-    lines += ["", "Every model has its replicas." if seen.is_whole else "Not every model has its replicas."]
+        lines.append(f"These replicas have not reported for a minute or more: {', '.join(silent)}.")
+    lines += [
+        "",
+        "Every model has its replicas." if seen.is_whole else "Some models have fewer replicas than they should.",
+    ]
     return "\n".join(lines)
 
 
@@ -71,15 +75,15 @@ def _is_silent(view: ReplicaView) -> bool:
 
 
 def _devices(seen: ClusterStatus) -> list[str]:
-    """A line for each replica on each device, and the sum of each GPU."""
+    """Returns a line for each replica on each device, and one for the sum of each GPU."""
     found = sorted(
         ((_place(report, device), model, report, device) for model, report, device in _reported(seen)),
         key=lambda item: (item[0], item[1].name, item[2].replica),
     )
     if not found:
-        return ["No replica has told what it holds."]
+        return ["No replica has reported its memory yet."]
     lines = [
-        "Sizes in GiB; on the CPU beyond the libraries. ! where more was held than planned.",
+        "Sizes are in GiB. On the CPU they leave out the libraries. ! marks a replica that held more than planned.",
         ROW.format("device", "model", "replica", "planned", "holds", "peak", "of plan"),
     ]
     for place, model, replica, device in found:
@@ -88,12 +92,12 @@ def _devices(seen: ClusterStatus) -> list[str]:
     for place in dict.fromkeys(item[0] for item in found if item[3].index is not None):
         devices = [item[3] for item in found if item[0] == place]
         planned, held = _sum([device.planned for device in devices]), _sum([device.held for device in devices])
-        lines.append(f"{place:<22} together planned {planned}, holds {held}")
+        lines.append(f"{place:<22} in total planned {planned}, held {held}")
     return lines
 
 
 def _sum(sizes: Sequence[int | None]) -> str:
-    """What nobody knows of one is unknown of all."""
+    """Returns the sum of the sizes, or a question mark if one of them is unknown."""
     return "?" if None in sizes else gib(sum(size or 0 for size in sizes))
 
 

@@ -1,4 +1,4 @@
-"""`serve-app plan --write`: a copy of the config file with what the plan chose, comments kept."""
+"""`serve-app plan --write` copies the config file, with its comments, and adds what the plan chose."""
 
 from io import StringIO
 from pathlib import Path
@@ -7,25 +7,27 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
+from serve_app.cli.output_file import write_file
 from serve_app.errors import ConfigError
 from serve_app.planning.plan import Plan
-from serve_app.planning.settle import pinned
+from serve_app.planning.resolve import pinned
 
 
 def write_plan(made: Plan, source: Path, target: Path) -> None:
-    """Writes `target`. Raises ConfigError when the plan does not fit, or the file cannot be written."""
+    """Writes `target`. Raises ConfigError if the plan does not fit or the file cannot be written."""
     if not made.fits:
-        raise ConfigError("plan: nothing is written, since not everything fits.")
+        raise ConfigError("plan: nothing was written, because not everything fits.")
     if source.resolve() == target.resolve():
-        raise ConfigError(f"plan: --write {target} is the file that was read. Name another one.")
+        raise ConfigError(f"plan: --write {target} would overwrite the file that was read. Name another file.")
     try:
-        target.write_text(pinned_text(made, source.read_text()))
+        text = source.read_text()
     except OSError as error:
-        raise ConfigError(f"{target}: {error.strerror}.") from None
+        raise ConfigError(f"{source}: {error.strerror}.") from None
+    write_file(target, pinned_text(made, text))
 
 
 def pinned_text(made: Plan, text: str) -> str:
-    """The config file with the chosen fields in each model's `args`."""
+    """Returns the config file with the chosen fields in each model's `args`."""
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1000

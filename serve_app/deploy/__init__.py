@@ -1,1 +1,1 @@
-"""From a config to an application of Serve: where a model is placed, and with which options."""
+"""Turns a config into an application of Serve: it decides where a model is placed and with which options."""

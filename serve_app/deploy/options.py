@@ -1,4 +1,4 @@
-"""Ray Serve's options for a model's deployment: what the config implies, unless the config file overrides it."""
+"""Makes Ray Serve's options for a model's deployment from its config. The config file may override them."""
 
 import os
 from collections.abc import Mapping
@@ -6,7 +6,8 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.deploy.serve_env import serve_environment
-from serve_app.planning.placement import Demand
+from serve_app.planning.resource_demand import Demand
+from serve_app.ray_serve import HEAD_NODE, MIDDLEWARES_VARIABLE
 
 # Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
 # Serve's default of 5 would starve a batching engine.
@@ -24,11 +25,7 @@ HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
 # Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
 # Replicas get it whatever Serve was started with: they must ask for a key in any case.
-_DOOR = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-OUTER_DOOR = {_DOOR: serve_environment("")[_DOOR]}
-
-# Ray gives the head node one of it.
-HEAD_NODE = "node:__internal_head__"
+OUTER_DOOR = {MIDDLEWARES_VARIABLE: serve_environment("")[MIDDLEWARES_VARIABLE]}
 
 # A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
@@ -37,7 +34,7 @@ GRACEFUL_SHUTDOWN_TIMEOUT_S = 120.0
 def model_options(
     config: ModelConfig, demand: Demand, runtime_env: Mapping[str, Any], inherited: Mapping[str, str] = os.environ
 ) -> dict[str, Any]:
-    """Options for `Deployment.options`.
+    """Returns the options for `Deployment.options`.
 
     `runtime_env` is the application's own from the config file. `inherited` is what the processes of this cluster are
     started with.
@@ -69,14 +66,15 @@ def _with_door(runtime_env: Mapping[str, Any], inherited: Mapping[str, str]) -> 
 
 
 def _max_ongoing_requests(config: ModelConfig) -> int:
-    """More than the engine takes, so that a full queue is refused by the engine, which knows its rate."""
+    """Returns more requests than the engine takes, so that the engine, which knows its rate, refuses when its queue
+    is full."""
     default = VLLM_MOST_ROWS if config.infer_backend == "vllm" and config.device == "cuda" else 0
     rows = config.max_num_seqs or default
     return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS
 
 
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables that the replica sets in its process before it imports torch.
+    """Returns the environment variables that must be set before the replica's process imports torch.
 
     Those of the user, `own`, stay as they are, but for the GPUs, which follow from the placement.
     """
@@ -94,7 +92,7 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
 
 
 def router_options(runtime_env: Mapping[str, Any], inherited: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Options for the router's deployment: no CPU of its own in Ray's books, so that it always finds a place.
+    """Returns the options for the router's deployment. It takes no CPU in Ray's books, so it always finds a place.
 
     It runs on the head node, which the cluster cannot lose anyway: on another one, all streams would end with it.
     `runtime_env` and `inherited` as in `model_options`.

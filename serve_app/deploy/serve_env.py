@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ConfigError
+from serve_app.ray_serve import MIDDLEWARES_VARIABLE
 
 HAPROXY_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HAPROXY_COMMAND = "serve-app-haproxy"
@@ -40,7 +41,7 @@ SETTINGS = (
     Setting("RAY_SERVE_LOG_TO_STDERR", "0", "Serve's own lines stay in its log files"),
     Setting("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60", "a slow machine needs more than Serve's 5 s"),
     Setting(
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
+        MIDDLEWARES_VARIABLE,
         "serve_app.access.door:middlewares",
         "API keys and limits hold in Serve's own proxies too",
     ),

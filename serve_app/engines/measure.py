@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.engines.torch_internals import gpu_uuid
 from serve_app.facts.process_memory import gpu_bytes, resident_bytes
 
 
@@ -18,7 +19,7 @@ def rank_memory(
     if device.type != "cuda":
         held = max(0, resident_bytes() - libraries)
         return RankMemory("cpu", os.getpid(), weights, kv_cache, most, held, held, 0)
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    uuid = gpu_uuid(device)
     held_here = gpu_bytes(os.getpid()).get(uuid)
     if held_here is None:
         return RankMemory(uuid, os.getpid(), weights, kv_cache, most, None, None, None)

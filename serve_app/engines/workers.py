@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Two lanes of threads, one for small requests and one for large ones. Used on one event loop."""
+    """Has two lanes of threads, one for small requests and one for large ones. Used on one event loop."""
 
     def __init__(self) -> None:
         self._small = _Lane("small", SMALL_THREADS, MOST_WAITING_SMALL)
         self._large = _Lane("large", LARGE_THREADS, MOST_WAITING_LARGE)
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
-        """`work()`, of a request of `size` bytes. Raises what it raises, and Overloaded where too much waits."""
+        """Runs `work()`, of a request of `size` bytes. Raises what it raises, and Overloaded where too much waits."""
         return await (self._small if size <= SMALL_BYTES else self._large).run(work)
 
 
@@ -43,7 +43,7 @@ class _Lane:
     async def run(self, work: Callable[[], T]) -> T:
         if self._unfinished >= self._most:
             raise Overloaded(
-                f"{self._unfinished} requests are being read already, as many as may be at once. Try again.",
+                f"{self._unfinished} requests are being read already, which is the limit. Try again.",
                 retry_after_s=1.0,
             )
         self._unfinished += 1

@@ -1,1 +1,1 @@
-"""Reads the world, returns frozen values."""
+"""Reads the world and returns frozen values. Nothing here writes."""

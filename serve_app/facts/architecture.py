@@ -1,4 +1,4 @@
-"""What a model's config.json says of its shape, as far as memory depends on it.
+"""Reads from a model's config.json what memory depends on: the model's shape.
 
 Read from the JSON alone, without transformers: a plan must not wait seconds for imports. An architecture that is not
 known here is refused by name, because a guess of its KV cache would be a number out of thin air.
@@ -26,7 +26,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes in elements, lengths in tokens. `layers` is the kind of each layer's memory, in order."""
+    """The shape of a model. Sizes are in elements and lengths in tokens. `layers` has the kind of each layer's
+    memory, in order."""
 
     name: str
     model_type: str
@@ -62,15 +63,16 @@ class Architecture:
 
     @property
     def is_known_to_vllm(self) -> bool:
-        """Whether there are formulas for vLLM here."""
+        """Returns whether there are formulas for vLLM here."""
         return self.model_type in STANDARD | MLA | HYBRID
 
     def valid_tensor_parallel_sizes(self, most: int = 16) -> list[int]:
-        """The sizes that vLLM takes: they divide the heads, the feed-forward width and the KV heads, or a multiple."""
+        """Returns the sizes that vLLM takes. They divide the heads and the feed-forward width, and divide the KV
+        heads or are a multiple of them."""
         return [size for size in range(1, most + 1) if not self.tensor_parallel_problem(size)]
 
     def tensor_parallel_problem(self, size: int) -> str:
-        """Why vLLM refuses the size; empty where it takes it."""
+        """Returns why vLLM refuses the size, or an empty text if it takes it."""
         for what, count in (self.shardable or {}).items():
             if count % size:
                 return f"{count} {what} cannot be divided by {size}"
@@ -80,24 +82,29 @@ class Architecture:
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """The shape that a decoded config.json describes. Raises ConfigError that names `where` and what is missing."""
+    """Returns the shape that a decoded config.json describes. Raises ConfigError that names `where` and what is
+    missing."""
     if config.get("vision_config") or config.get("audio_config"):
-        raise ConfigError(f"{where}: the plan knows text models only; this one has an encoder for images or sound.")
+        raise ConfigError(
+            f"{where}: the plan covers text models only, and this model has an encoder for images or sound."
+        )
     text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
     assert isinstance(text, Mapping)
     model_type = str(text.get("model_type", ""))
     if model_type not in STANDARD | MLA | HYBRID | PT_ONLY:
         known = ", ".join(sorted(STANDARD | MLA | HYBRID | PT_ONLY))
         raise ConfigError(
-            f"{where}: the plan does not know the architecture '{model_type or 'without model_type'}', and will not "
-            f"guess its KV cache. Known: {known}."
+            f"{where}: the plan does not know the architecture '{model_type or 'without model_type'}', and does "
+            f"not guess its KV cache. It knows {known}."
         )
     try:
         architecture = _read(config, text, model_type)
     except KeyError as error:
         raise ConfigError(f"{where}: config.json has no {error}, which a {model_type} model needs.") from None
     if architecture.dtype not in DTYPE_BYTES:
-        raise ConfigError(f"{where}: unknown dtype '{architecture.dtype}'. Known: {', '.join(DTYPE_BYTES)}.")
+        raise ConfigError(
+            f"{where}: the dtype '{architecture.dtype}' is unknown. The known ones are {', '.join(DTYPE_BYTES)}."
+        )
     return architecture
 
 
@@ -187,7 +194,7 @@ def _layers(text: Mapping[str, Any], model_type: str, count: int) -> tuple[Layer
 
 
 def _kind(text: Mapping[str, Any], model_type: str, number: int) -> LayerKind:
-    """The kind of layer `number`, for a config of the time before `layer_types`."""
+    """Returns the kind of layer `number`, for a config that is older than `layer_types`."""
     if model_type in HYBRID:
         return "linear" if (number + 1) % text.get("full_attention_interval", 4) else "full"
     if not text.get("sliding_window"):
@@ -203,7 +210,8 @@ def _kind(text: Mapping[str, Any], model_type: str, number: int) -> LayerKind:
 
 
 def _rotary_elements(text: Mapping[str, Any], model_type: str, head_size: int) -> int:
-    """One table for each distinct kind of rotary embedding; linear scaling multiplies its positions."""
+    """Returns the elements of one table for each distinct kind of rotary embedding. Linear scaling multiplies its
+    positions."""
     if model_type in PT_ONLY:
         return 0
     positions = text.get("max_position_embeddings") or 0

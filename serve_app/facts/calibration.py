@@ -1,26 +1,22 @@
-"""Measured memory of engines, kept in a small file of this machine, which the next plan reads.
+"""Reads engines' measured memory from a small file of this machine. Plans use it, and replicas write it
+(`replica/calibration_writer.py`).
 
 The file is JSON: what a measured setting is called, by the setting's key, and the bytes. Its folder is
 SERVE_APP_CACHE, else $XDG_CACHE_HOME/serve-app, else ~/.cache/serve-app. Deleting it forgets; nothing else is lost.
 """
 
-import fcntl
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FILE = "calibration.json"
-# Seconds that a process waits for another one that writes.
-LOCK_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one rank of an engine took beyond weights and KV cache, at least, in bytes.
+    """The least that one rank of an engine took beyond weights and KV cache, in bytes.
 
     `activation_bytes` holds CUDA graphs and what the allocator keeps too; `context_bytes` is what a process holds
     outside torch's allocator, None where that could not be measured. `setting` says what was measured.
@@ -31,7 +27,7 @@ class Calibration:
     context_bytes: int | None = None
 
     def joined(self, other: "Calibration") -> "Calibration":
-        """The larger of both figures each: a calibration only grows, until its file is deleted."""
+        """Returns the larger of both figures each. A calibration only grows until its file is deleted."""
         contexts = [size for size in (self.context_bytes, other.context_bytes) if size is not None]
         return replace(
             self,
@@ -44,12 +40,12 @@ Calibrations = Mapping[str, Calibration]
 
 
 def setting_key(setting: Mapping[str, object]) -> str:
-    """One line that is the same for the same setting."""
+    """Returns one line that is the same for the same setting."""
     return json.dumps(setting, sort_keys=True)
 
 
 def calibration_file() -> Path:
-    """Where this machine's figures are."""
+    """Returns the path of this machine's file."""
     if own := os.environ.get("SERVE_APP_CACHE"):
         return Path(own) / FILE
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # Which Path refuses without a home.
@@ -57,7 +53,7 @@ def calibration_file() -> Path:
 
 
 def read_calibrations(file: Path | None = None) -> dict[str, Calibration]:
-    """All figures by key. A file that is not there, or is damaged, has none: they are only a help."""
+    """Returns all figures by key. A file that is missing or damaged has none, because figures are only a help."""
     try:
         return _from_json((file or calibration_file()).read_text())
     except (OSError, ValueError, TypeError, KeyError):
@@ -65,56 +61,18 @@ def read_calibrations(file: Path | None = None) -> dict[str, Calibration]:
 
 
 def joined(one: Calibrations, other: Calibrations) -> dict[str, Calibration]:
-    """Both, with the larger figures where a setting is in both."""
+    """Returns the figures of both, and the larger ones of a setting that is in both."""
     both = {key: one[key].joined(other[key]) for key in one.keys() & other.keys()}
     return {**one, **other, **both}
 
 
-def write_calibrations(found: Calibrations, file: Path | None = None) -> bool:
-    """Adds figures to the file, and says whether they changed it. Raises OSError where it cannot be written.
-
-    Processes write one after the other, and a reader sees the old file or the new one.
-    """
-    target = file or calibration_file()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(target.with_suffix(".lock")):
-        before = read_calibrations(target)
-        after = joined(before, found)
-        if after == before:
-            return False
-        new = target.with_suffix(".new")
-        new.write_text(_as_json(after))
-        new.replace(target)
-        return True
-
-
-def _as_json(found: Calibrations) -> str:
-    return json.dumps([asdict(found[key]) for key in sorted(found)], indent=1) + "\n"
-
-
 def _from_json(text: str | bytes) -> dict[str, Calibration]:
-    """Raises ValueError, TypeError or KeyError for text that is none of ours."""
+    """Returns the figures of a file. Raises ValueError, TypeError or KeyError for text of another form."""
     found = [
         Calibration(item["setting"], int(item["activation_bytes"]), _size(item["context_bytes"]))
         for item in json.loads(text)
     ]
     return {setting_key(calibration.setting): calibration for calibration in found}
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Raises TimeoutError, an OSError, where another process does not end."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    with lock.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{lock} is held by another process") from None
-                time.sleep(0.01)
-        yield
 
 
 def _size(value: object) -> int | None:

@@ -1,22 +1,30 @@
-"""Where a model's files are, and what they say of its shape and size. Weights are never read."""
+"""Finds a model's files and reads its shape and size from them. It never reads weights."""
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.architecture import Architecture, read_architecture
 from serve_app.facts.weights import Tensor, hub_tensors, local_tensors, tensors_without_weights
 
+# A hub that takes no connection in this time, in seconds, is not there.
+HUB_TIMEOUT_S = 5.0
+# Letters of the hub client's own words that a message repeats.
+MOST_REASON = 300
 # The id of the model that ships with this package.
 DEMO_MODEL = "serve-app/demo"
 
 
 def with_absolute_paths(config: ModelConfig) -> ModelConfig:
-    """The config with its local paths made absolute: replicas may run in another folder. Raises ConfigError."""
+    """Returns the config with absolute local paths, because replicas may run in another folder. Raises ConfigError."""
     template = config.chat_template
     if template is not None:
         file = Path(template).expanduser()
@@ -27,7 +35,7 @@ def with_absolute_paths(config: ModelConfig) -> ModelConfig:
 
 
 def model_path(model: str) -> str:
-    """The folder of a local model, absolute, or the Hugging Face id as it stands.
+    """Returns the absolute folder of a local model, or the Hugging Face id as it stands.
 
     Raises ConfigError for what can only be meant as a folder and is none with a config.json.
     """
@@ -73,12 +81,13 @@ def _local_config(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: cannot read {folder / 'config.json'}: {error}.") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"model: {folder / 'config.json'} is no JSON object.")
+        raise ConfigError(f"model: {folder / 'config.json'} is not a JSON object.")
     return config
 
 
 def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list[Tensor]]:
-    """From the local cache where the whole model is there, else by the hub's metadata calls."""
+    """Returns config.json and tensors from the local cache if it has the whole model, and else by the hub's metadata
+    calls."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -88,9 +97,33 @@ def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list
             return _local_config(file.parent), tensors
     except (LocalEntryNotFoundError, ConfigError):
         pass  # Not there, or not all of it.
+    _require_hub(model)
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision))
         return _local_config(file.parent), hub_tensors(model, revision)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), MOST_REASON, placeholder=" …")
         raise ConfigError(f"model: cannot read {model} from the Hugging Face hub: {reason}") from None
+
+
+def _require_hub(model: str) -> None:
+    """Raises ConfigError if the hub cannot be reached, because its own client would try for half a minute.
+
+    A client that is offline by its settings, or that uses a proxy, finds out by itself.
+    """
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    proxies = getproxies()
+    uses_proxy = bool(proxies.get(address.scheme) or proxies.get("all"))
+    if constants.HF_HUB_OFFLINE or address.hostname is None or uses_proxy:
+        return
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), HUB_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"model: {model} is neither a local folder nor in the hub's cache, and the Hugging Face hub "
+            f"({constants.ENDPOINT}) cannot be reached: {error.strerror or error}. Write the path of a folder, or "
+            f"download the model on a machine that reaches the hub: hf download {model}"
+        ) from None

@@ -1,11 +1,11 @@
-"""Which processes hold memory on the GPUs of this machine, from NVML."""
+"""Asks NVML which processes hold memory on the GPUs of this machine."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """One process on one GPU.
+    """A process that uses a GPU.
 
     `name` is empty for a process that cannot be seen from here, such as one of another container or user.
     `used_bytes` is None where the driver does not tell.
@@ -18,7 +18,8 @@ class GpuProcess:
 
 
 def gpu_processes() -> list[GpuProcess]:
-    """The compute processes on all GPUs, by GPU and then pid; none where NVML is not there or does not tell."""
+    """Returns the compute processes on all GPUs, ordered by GPU and then pid. It is empty if NVML is missing or does
+    not answer."""
     import pynvml
 
     try:

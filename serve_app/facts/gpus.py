@@ -1,4 +1,4 @@
-"""The GPUs of this machine, from NVML."""
+"""Asks NVML for the GPUs of this machine."""
 
 import os
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. `index` is NVML's, in PCI order; sizes in bytes, `free_bytes` at the moment of reading."""
+    """A GPU. `index` is NVML's, in PCI order. Sizes are in bytes, and `free_bytes` was free when it was read."""
 
     index: int
     uuid: str
@@ -17,7 +17,7 @@ class Gpu:
 
 
 def local_gpus() -> list[Gpu]:
-    """The GPUs that NVML sees here; none where there is no NVIDIA driver."""
+    """Returns the GPUs that NVML sees here. It is empty if there is no NVIDIA driver."""
     import pynvml
 
     try:
@@ -35,7 +35,7 @@ def local_gpus() -> list[Gpu]:
 
 
 def visible_gpus(gpus: Sequence[Gpu]) -> list[Gpu]:
-    """Of the machine's GPUs those that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order."""
+    """Returns those of the machine's GPUs that CUDA_VISIBLE_DEVICES names by number or UUID, in its order."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return list(gpus)

@@ -1,4 +1,4 @@
-"""The devices that a plan may use: GPUs and host memory, by node."""
+"""Finds the devices that a plan may use: GPUs and host memory, by node."""
 
 import re
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from serve_app.config import parse_bytes
 from serve_app.errors import ConfigError, nearest
 from serve_app.facts.calibration import Calibrations, joined, read_calibrations
 from serve_app.facts.nodes import node_from_resources
+from serve_app.facts.packages import engine_versions
 from serve_app.ray_serve import available_by_node
 
 GIB = 2**30
@@ -26,7 +27,7 @@ KNOWN_GPUS = {
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, or the memory of a host (`index` None). Sizes in bytes; `id` is "n1:0" or "n1:cpu".
+    """A GPU, or the memory of a host (`index` is None). Sizes are in bytes, and `id` is "n1:0" or "n1:cpu".
 
     `by_index` says how Ray counts it: bytes by the GPU's index, or whole GPUs and fractions (False). None where the
     inventory does not come from a running Ray; the plan then takes the kind that its models need.
@@ -41,29 +42,33 @@ class Device:
 
     @property
     def id(self) -> str:
-        """How the plan names it."""
+        """Returns the device's name in a plan."""
         return f"{self.node}:{'cpu' if self.index is None else self.index}"
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is a GPU."""
+        """Returns whether the device is a GPU."""
         return self.index is not None
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """All devices, GPUs in the order of their nodes and numbers, and what engines were measured to take on them."""
+    """All devices, with GPUs in the order of their nodes and numbers, and what engines were measured to take on them.
+
+    `engine_versions` names the installed packages of each backend, since a measurement holds for one version.
+    """
 
     devices: tuple[Device, ...]
     calibrations: Calibrations = field(default_factory=dict)
+    engine_versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def gpus(self) -> list[Device]:
-        """The GPUs."""
+        """Returns the devices that are GPUs."""
         return [device for device in self.devices if device.is_gpu]
 
     def node_gpus(self) -> dict[str, list[Device]]:
-        """The GPUs of each node that has any."""
+        """Returns the GPUs of each node that has any."""
         nodes: dict[str, list[Device]] = {}
         for device in self.gpus:
             nodes.setdefault(device.node, []).append(device)
@@ -71,7 +76,7 @@ class Inventory:
 
 
 def parse_gpus(text: str) -> Inventory:
-    """Reads "8GiB,24GiB", "2x24GiB", "2xA100-80GB,RTX3090"; nodes are separated by ";" and called n1, n2, …
+    """Reads "8GiB,24GiB", "2x24GiB" or "2xA100-80GB,RTX3090". A ";" separates nodes, which are called n1, n2 and so on.
 
     A card that is named by its size has that much free. Raises ConfigError that names the wrong part.
     """
@@ -90,11 +95,11 @@ def parse_gpus(text: str) -> Inventory:
                 index += 1
     if not devices:
         raise ConfigError(f"--gpus: '{text}' names no GPU. Write sizes or names, such as 8GiB,24GiB or 2xA100-80GB.")
-    return Inventory(tuple(devices), read_calibrations())
+    return Inventory(tuple(devices), read_calibrations(), engine_versions())
 
 
 def card_model(name: str) -> str:
-    """A card's model as people and NVML write it, made one: "NVIDIA A100-SXM4-80GB" and "A100-80GB" are "A100"."""
+    """Returns a card's model in one form, however it is written: "NVIDIA A100-SXM4-80GB" and "A100-80GB" are "A100"."""
     words = _words(name)
     number = next((place for place, word in enumerate(words, 1) if re.search(r"\d", word)), len(words))
     return "".join(words[:number])
@@ -105,7 +110,7 @@ def _words(name: str) -> list[str]:
 
 
 def is_accelerator_type(name: str, wanted: str) -> bool:
-    """Whether a card is of a type as Ray names it: "NVIDIA A100-SXM4-80GB" is "A100", and no "A10"."""
+    """Returns whether a card is of a type that Ray names: "NVIDIA A100-SXM4-80GB" is an "A100" and not an "A10"."""
     words, asked = _words(name), _words(wanted)
     return any(words[:count] and "".join(words[:count]) == "".join(asked) for count in range(1, len(words) + 1))
 
@@ -132,29 +137,29 @@ def read_inventory(path: Path) -> Inventory:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: the file is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, Mapping) or not isinstance(document.get("nodes"), list) or not document["nodes"]:
-        raise ConfigError(f"{path}: no list of 'nodes'.")
+        raise ConfigError(f"{path}: the file has no list of 'nodes'.")
     devices: list[Device] = []
     for number, node in enumerate(document["nodes"], 1):
         devices += _read_node(node, number, f"{path}: nodes[{number - 1}]")
     ids = [device.id for device in devices]
     if twice := sorted({device for device in ids if ids.count(device) > 1}):
-        raise ConfigError(f"{path}: '{twice[0]}' is there twice. Nodes need names of their own.")
-    return Inventory(tuple(devices), read_calibrations())
+        raise ConfigError(f"{path}: '{twice[0]}' appears twice. Each node needs a name of its own.")
+    return Inventory(tuple(devices), read_calibrations(), engine_versions())
 
 
 def _read_node(node: Any, number: int, where: str) -> list[Device]:
     if not isinstance(node, Mapping) or set(node) - {"name", "memory", "memory_free", "gpus"}:
-        raise ConfigError(f"{where}: expected name, memory, memory_free and gpus.")
+        raise ConfigError(f"{where}: a node may have only name, memory, memory_free and gpus.")
     name = str(node.get("name") or f"n{number}")
     devices = []
     if not isinstance(node.get("gpus") or [], list):
-        raise ConfigError(f"{where}.gpus: expected a list of cards.")
+        raise ConfigError(f"{where}.gpus: this must be a list of cards.")
     for index, gpu in enumerate(node.get("gpus") or []):
         place = f"{where}.gpus[{index}]"
         if not isinstance(gpu, Mapping) or set(gpu) - {"name", "total", "free"}:
-            raise ConfigError(f"{place}: expected name, total and free.")
+            raise ConfigError(f"{place}: a card may have only name, total and free.")
         card = str(gpu.get("name") or "GPU")
         total = parse_bytes(gpu["total"], f"{place}.total") if "total" in gpu else _card(card)[0]
         free = parse_bytes(gpu["free"], f"{place}.free") if "free" in gpu else total
@@ -169,18 +174,20 @@ def _read_node(node: Any, number: int, where: str) -> list[Device]:
 
 
 def local_inventory(node: str = "n1") -> Inventory:
-    """This machine, by NVML and psutil. A Ray that starts here without more counts whole GPUs."""
+    """Returns this machine's devices by NVML and psutil. A Ray that starts here with no more options counts whole
+    GPUs."""
     import psutil
 
     from serve_app.facts.gpus import local_gpus
 
     memory = psutil.virtual_memory()
     gpus = [Device(node, gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes, False) for gpu in local_gpus()]
-    return Inventory((*gpus, Device(node, None, "memory", memory.total, memory.available)), read_calibrations())
+    host = Device(node, None, "memory", memory.total, memory.available)
+    return Inventory((*gpus, host), read_calibrations(), engine_versions())
 
 
 def ray_inventory() -> Inventory:
-    """All living nodes of the cluster that this process is connected to, each asked by a task of its own.
+    """Returns the devices of all living nodes of the cluster that this process is connected to. A task asks each node.
 
     A node that advertises its memory by index has as much of each GPU as it says, and no more is free than NVML sees.
     """
@@ -205,11 +212,12 @@ def ray_inventory() -> Inventory:
         else:
             count = node["Resources"].get("GPU", 0.0)  # Fewer than NVML sees where Ray was started so.
             devices += [device for device in seen.devices if device.index is None or device.index < count]
-    return Inventory(tuple(devices), calibrations)
+    return Inventory(tuple(devices), calibrations, engine_versions())
 
 
 def unclaimed(inventory: Inventory) -> Inventory:
-    """The inventory of `ray_inventory`, where of a GPU that is counted by index only what Ray has left is free."""
+    """Returns the inventory of `ray_inventory`, in which a GPU that is counted by index has free only what Ray has
+    left."""
     left = available_by_node()
     gib = {
         name: node_from_resources(name, left.get(node["NodeID"], {})).vram_gib for name, node in _living_nodes().items()
@@ -224,7 +232,8 @@ def unclaimed(inventory: Inventory) -> Inventory:
 
 
 def _living_nodes() -> dict[str, Any]:
-    """What Ray says of each node, by the name that a plan gives it: always the same for the same nodes."""
+    """Returns what Ray says of each node, by the name that a plan gives it, which is always the same for the same
+    nodes."""
     import ray
 
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
@@ -238,6 +247,7 @@ def _advertised(node: str, index: int, gib: float, seen: Device | None) -> Devic
 
 
 def as_empty(inventory: Inventory) -> Inventory:
-    """The same devices with nothing on them: what runs there now may be what is about to be replaced."""
+    """Returns the same devices with nothing on them, because what runs there now may be what is about to be
+    replaced."""
     devices = tuple(replace(device, free_bytes=device.total_bytes) for device in inventory.devices)
     return replace(inventory, devices=devices)

@@ -1,19 +1,19 @@
-"""What the nodes of a Ray cluster offer."""
+"""Reads what the nodes of a Ray cluster offer."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve_app.ray_serve import TYPE_RESOURCE
+
 # In MiB: `ray start --resources` takes whole numbers only, and few cards have whole GiB.
 VRAM_RESOURCE = "vram_mib_{index}"
-# Ray gives a node 1 of it, for the kind of its first GPU.
-TYPE_RESOURCE = "accelerator_type:{name}"
 _VRAM_PATTERN = re.compile(r"vram_mib_(\d+)")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node's total resources, as Ray counts them.
+    """A node's total resources, as Ray counts them.
 
     `accelerator_types` are Ray's names of its GPUs, the first one's at most.
     `vram_gib` holds the memory in GiB of each GPU that the node advertises by index. Such a node is started with
@@ -33,7 +33,7 @@ class Node:
 
 
 def node_from_resources(name: str, resources: Mapping[str, float]) -> Node:
-    """The node that Ray describes by `resources`, name to amount."""
+    """Returns the node that Ray describes by `resources`, name to amount."""
     matches = [(_VRAM_PATTERN.fullmatch(key), amount) for key, amount in resources.items()]
     by_index = {int(match[1]): amount / 1024 for match, amount in matches if match is not None}
     prefix = TYPE_RESOURCE.format(name="")
@@ -42,7 +42,7 @@ def node_from_resources(name: str, resources: Mapping[str, float]) -> Node:
 
 
 def ray_nodes() -> list[Node]:
-    """The living nodes of the cluster that this process is connected to."""
+    """Returns the living nodes of the cluster that this process is connected to."""
     import ray
 
     return [node_from_resources(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]

@@ -1,4 +1,4 @@
-"""What processes of this machine hold: resident memory, and memory of GPUs by NVML."""
+"""Measures what processes of this machine hold: resident memory, and memory of GPUs by NVML."""
 
 import os
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ GIB = 2**30
 
 
 def resident_bytes(pid: int | None = None) -> int:
-    """Resident memory of one process, this one by default, in bytes."""
+    """Returns the resident memory of a process in bytes, by default of this one."""
     size: int = psutil.Process(pid).memory_info().rss
     return size
 
 
 def gpu_bytes(pid: int) -> dict[str, int]:
-    """Bytes that a process holds of each GPU, by UUID. Empty where NVML does not tell: without a driver, or in a
-    container, where it counts pids of the host."""
+    """Returns the bytes that a process holds of each GPU, by UUID. It is empty if NVML cannot say: without a driver,
+    or in a container, where NVML counts pids of the host."""
     import pynvml
 
     try:
@@ -36,7 +36,7 @@ def gpu_bytes(pid: int) -> dict[str, int]:
 
 
 def held_by_others(gpus: Sequence[Gpu]) -> str:
-    """Who else holds memory of these GPUs, as a sentence for each; empty where nobody does.
+    """Returns a sentence for each of these GPUs of which others hold memory. It is empty if nobody does.
 
     "Other" are processes that this one has not started: replicas of other models are among them.
     """
@@ -52,12 +52,14 @@ def held_by_others(gpus: Sequence[Gpu]) -> str:
         )
         held = gpu.total_bytes - gpu.free_bytes
         if listed:
-            sentences.append(f"On GPU {gpu.index} ({gpu.uuid}): {listed}.")
+            sentences.append(f"These processes hold memory of GPU {gpu.index} ({gpu.uuid}): {listed}.")
         elif is_held(gpu):
-            sentences.append(f"On GPU {gpu.index} ({gpu.uuid}) {held / GIB:.2f} GiB are held, by whom cannot be seen.")
+            sentences.append(
+                f"On GPU {gpu.index} ({gpu.uuid}), processes that cannot be seen from here hold {held / GIB:.2f} GiB."
+            )
     return " ".join(sentences)
 
 
 def is_held(gpu: Gpu) -> bool:
-    """Whether more is held than a driver and a desktop take."""
+    """Returns whether more is held than a driver and a desktop take."""
     return gpu.total_bytes - gpu.free_bytes > max(GIB, gpu.total_bytes // 20)

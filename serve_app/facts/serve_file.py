@@ -1,4 +1,4 @@
-"""A Ray Serve config file, as far as this project reads it: which applications are models, and how many replicas."""
+"""Reads from a Ray Serve config file which applications are models, and how many replicas they have."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,12 +25,12 @@ class DeploymentSpec(BaseModel):
         if isinstance(self.autoscaling_config, dict):
             least = self.autoscaling_config.get("min_replicas", 1)
             if not isinstance(least, int) or isinstance(least, bool) or not 0 <= least <= 100_000:
-                raise ValueError(f"autoscaling_config.min_replicas: {least!r} is no number of replicas.")
+                raise ValueError(f"autoscaling_config.min_replicas: {least!r} is not a number of replicas.")
         return self
 
 
 class ApplicationSpec(BaseModel):
-    """One application of a Serve config file, as far as this project reads it."""
+    """An application of a Serve config file, as far as this project reads it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,7 +41,7 @@ class ApplicationSpec(BaseModel):
 
     @property
     def least_replicas(self) -> int:
-        """The replicas that are there at the least: `num_replicas`, or `min_replicas`; one is planned for zero too."""
+        """Returns the least number of replicas, which is `num_replicas` or `min_replicas`. Zero counts as one."""
         for deployment in self.deployments:
             if isinstance(deployment.num_replicas, int):
                 return max(1, deployment.num_replicas)
@@ -51,21 +51,21 @@ class ApplicationSpec(BaseModel):
 
     @property
     def is_model(self) -> bool:
-        """Whether the application serves a model of ours."""
+        """Returns whether the application serves a model of ours."""
         return self.import_path == "serve_app.app:model"
 
     @property
     def is_router(self) -> bool:
-        """Whether the application is our router."""
+        """Returns whether the application is our router."""
         return self.import_path == "serve_app.app:router"
 
     def router_settings(self) -> RouterConfig:
-        """The router's config, with what `user_config` replaces. Raises ConfigError."""
+        """Returns the router's config, with what `user_config` replaces. Raises ConfigError."""
         changed = {name: value for item in self.deployments for name, value in (item.user_config or {}).items()}
         return RouterConfig.from_args(self.args | changed)
 
     def model_settings(self) -> ModelConfig:
-        """The model's config. Raises ConfigError that names the application."""
+        """Returns the model's config. Raises ConfigError that names the application."""
         try:
             return ModelConfig.from_args(self.args)
         except ConfigError as error:
@@ -73,17 +73,17 @@ class ApplicationSpec(BaseModel):
 
 
 def read_applications(path: Path) -> list[ApplicationSpec]:
-    """The applications of a Ray Serve config file. Raises ConfigError when it cannot be read."""
+    """Returns the applications of a Ray Serve config file. Raises ConfigError when it cannot be read."""
     try:
         document = yaml.safe_load(path.read_text())
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file in UTF-8.") from None
+        raise ConfigError(f"{path}: the file is not UTF-8 text.") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: the file is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
-        raise ConfigError(f"{path}: not a Ray Serve config file: it has no list of 'applications'.")
+        raise ConfigError(f"{path}: the file is not a Ray Serve config file, because it has no list of 'applications'.")
     try:
         applications = [ApplicationSpec.model_validate(item) for item in document["applications"]]
     except ValidationError as error:
@@ -91,5 +91,5 @@ def read_applications(path: Path) -> list[ApplicationSpec]:
         raise ConfigError("\n".join(lines)) from None
     names = [application.name for application in applications]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"{path}: the name '{twice[0]}' is there twice. Every application needs its own.")
+        raise ConfigError(f"{path}: the name '{twice[0]}' appears twice. Each application needs a name of its own.")
     return applications

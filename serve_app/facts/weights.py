@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, from its headers: nothing is loaded.
+"""Reads the tensors of a checkpoint from its headers, and loads nothing.
 
 A safetensors file begins with eight bytes (the header's length, little-endian) and a JSON header with the type, the
 shape and the place of each tensor. https://github.com/huggingface/safetensors#format
@@ -26,7 +26,7 @@ MOST_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor as it is stored. `dtype` is safetensors' name."""
+    """A tensor as it is stored. `dtype` is safetensors' name."""
 
     name: str
     dtype: str
@@ -34,17 +34,19 @@ class Tensor:
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """Returns how many numbers the tensor has."""
         return prod(self.shape)
 
     def bytes_as(self, dtype_bytes: int | None) -> int:
-        """Bytes in memory: floats are loaded in the model's type, `dtype_bytes` each; None keeps the stored type."""
+        """Returns the bytes in memory. Floats are loaded in the model's type, which takes `dtype_bytes` each; None
+        keeps the stored type."""
         size = dtype_bytes if dtype_bytes is not None and self.dtype in FLOATS else SIZES[self.dtype]
         return self.elements * size
 
 
 def local_tensors(folder: Path) -> list[Tensor]:
-    """All tensors of a folder's safetensors files; an index decides which files count. Empty where there are none.
+    """Returns all tensors of a folder's safetensors files. An index decides which files count. It is empty if there are
+    none.
 
     Raises ConfigError for a file that is no safetensors file.
     """
@@ -67,13 +69,13 @@ def _read_header(file: Path) -> list[Tensor]:
             header = json.loads(stream.read(length))
         return tensors_of_header(header)
     except FileNotFoundError:
-        raise ConfigError(f"model: {file} is named by the index and is not there.") from None
+        raise ConfigError(f"model: {file} is listed in the index, but it is missing.") from None
     except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
-        raise ConfigError(f"model: {file} is no safetensors file: {error}.") from None
+        raise ConfigError(f"model: {file} is not a safetensors file: {error}.") from None
 
 
 def tensors_of_header(header: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that a decoded header lists. Raises KeyError for an unknown type."""
+    """Returns the tensors that a decoded header lists. Raises KeyError for an unknown type."""
     tensors = []
     for name, entry in header.items():
         if name != "__metadata__":
@@ -84,7 +86,8 @@ def tensors_of_header(header: Mapping[str, Any]) -> list[Tensor]:
 
 
 def hub_tensors(model: str, revision: str | None) -> list[Tensor]:
-    """The tensors of a model on the Hugging Face hub, by its metadata calls: a few kilobytes. Empty without any."""
+    """Returns the tensors of a model on the Hugging Face hub, by metadata calls of a few kilobytes. It is empty if
+    the hub has no safetensors of it."""
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import NotASafetensorsRepoError
 
@@ -100,7 +103,8 @@ def hub_tensors(model: str, revision: str | None) -> list[Tensor]:
 
 
 def tensors_without_weights(config: Mapping[str, Any], where: str) -> list[Tensor]:
-    """The tensors that a model of this config.json would have, made on the meta device. Takes seconds (imports)."""
+    """Returns the tensors that a model of this config.json would have, made on the meta device. The imports take
+    seconds."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -111,7 +115,9 @@ def tensors_without_weights(config: Mapping[str, Any], where: str) -> list[Tenso
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{where}: there are no weights, and its config.json makes no model: {reason}") from None
+        raise ConfigError(
+            f"{where}: there are no weights, and no model can be built from its config.json: {reason}"
+        ) from None
     return [
         Tensor(name, names.get(parameter.dtype, "F32"), tuple(parameter.shape))
         for name, parameter in model.named_parameters()

@@ -1,1 +1,1 @@
-"""Decisions about memory and placement: pure functions of values. No I/O, no logging, no torch, ray or vllm."""
+"""Decides about memory and placement by pure functions of values, without I/O, a clock, logging, torch, ray or vllm."""

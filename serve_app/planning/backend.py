@@ -1,4 +1,4 @@
-"""What `infer_backend: auto` becomes: ways to run a model, the best first, each with its reasons."""
+"""Decides what `infer_backend: auto` becomes: ways to run a model, the best first, each with its reasons."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from serve_app.planning.fit import ModelRequest
 
 @dataclass(frozen=True)
 class Choice:
-    """A config without `auto`, and why."""
+    """A config without `auto`, and the reasons for it."""
 
     config: ModelConfig
     reasons: tuple[str, ...]
 
 
 def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
-    """The ways to run a model, to be tried in this order."""
+    """Yields the ways to run a model, in the order in which they are tried."""
     config = request.config
     if config.infer_backend != "auto":
         yield Choice(config, (f"infer_backend: {config.infer_backend} is set",))
@@ -29,13 +29,13 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
         yield Choice(vllm, (f"{needs_vllm} is set, which only vllm honours",))
         return
     if config.device == "cpu":
-        yield _pt(config, "device: cpu: pt starts sooner there, and is as fast")
+        yield _pt(config, "pt starts sooner than vLLM on the CPU and is as fast there")
         return
     if needs_pt:
         yield _pt(config, f"{needs_pt} is set, which pt honours")
         return
     if not request.architecture.is_known_to_vllm and not needs_vllm:
-        reason = f"vLLM does not serve {request.architecture.name} here"
+        reason = f"the plan has no formulas for {request.architecture.name} in vLLM"
     else:
         for size in _sizes(request, inventory):
             gpus = "one GPU" if size == 1 else f"{size} equal GPUs"
@@ -60,7 +60,7 @@ def _pt(config: ModelConfig, reason: str) -> Choice:
 
 
 def _sizes(request: ModelRequest, inventory: Inventory) -> Sequence[int]:
-    """Valid tensor parallel sizes for which some node has as many GPUs of one size, the smallest first."""
+    """Returns the valid tensor parallel sizes for which some node has as many GPUs of one size, the smallest first."""
     if request.config.tensor_parallel_size is not None or request.config.gpu_ids is not None:
         return [request.config.tensor_parallel_size or len(request.config.gpu_ids or ())]
     most = 0

@@ -1,4 +1,4 @@
-"""Does one replica fit on these devices, and what does it take of each? Pure arithmetic on one choice of devices."""
+"""Decides whether one replica fits on given devices, and what it takes of each, by arithmetic alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,11 +9,11 @@ from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
-from serve_app.planning.layer_map import LayerMap, Part, blocks_of, map_layers
+from serve_app.planning.calibration_setting import calibration_setting
+from serve_app.planning.layer_map import BlockGroup, LayerMap, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
-from serve_app.planning.pt_cache import cells, full_length_requests
-from serve_app.planning.setting import setting_of
+from serve_app.planning.pt_kv_buffers import cells, full_length_requests
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
@@ -31,10 +31,10 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """One model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
+    """A model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
 
-    `memo` keeps sums over the tensors: they are the same for every device and every replica. `calibrations` are
-    those of the inventory that it is planned for.
+    `memo` keeps sums over the tensors: they are the same for every device and every replica. `calibrations` and
+    `engine_versions` are those of the inventory that it is planned for.
     """
 
     name: str
@@ -44,58 +44,62 @@ class ModelRequest:
     replicas: int = 1
     memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
+    engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of a weight; quantised tensors keep their own. vLLM loads float32 as 16 bits unless `dtype` says so."""
+        """Returns the bytes of a weight. Quantised tensors keep their own. vLLM loads float32 as 16 bits unless
+        `dtype` says otherwise."""
         if self.config.infer_backend == "vllm" and self.config.dtype == "auto" and self.architecture.dtype == "float32":
             return 2
         return memory.dtype_bytes(self.architecture, self.config.dtype)
 
     @property
     def kv_element_bytes(self) -> int:
-        """Bytes of an element of KV cache: 1 with fp8."""
+        """Returns the bytes of an element of KV cache, which is 1 with fp8."""
         return 1 if str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8") else self.element_bytes
 
     @property
     def unplanned(self) -> str:
-        """Why the plan cannot say what this model takes; empty where it can. Never a number out of thin air."""
+        """Returns why the plan cannot say what this model takes, or an empty text if it can. It never makes up a
+        number."""
         config = self.config
         if isinstance(config.device_map, dict):
-            return "device_map: a mapping places each module itself, and the plan does not follow it. Use max_memory."
+            return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
         for name in sorted(UNPLANNED & config.vllm_args.keys()):
-            return f"engine_args.{name}: the plan does not know what it takes."
+            return f"engine_args.{name}: the plan does not know how much memory it takes."
         kind = str(config.vllm_args.get("kv_cache_dtype", "auto"))
         if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
-            return f"engine_args.kv_cache_dtype: the plan does not know {kind}."
+            return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
         if config.quantization not in (None, "fp8", self.architecture.quantization):
-            return f"quantization: the plan does not know what {config.quantization} makes of these weights."
+            return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         return ""
 
     def measured(self, device: Device, rank: int, ranks: int) -> Calibration | None:
-        """What this setting was measured to take on such a device; None where it never ran."""
+        """Returns what this setting was measured to take on such a device, or None if it never ran."""
         if not self.calibrations:
             return None
-        setting = setting_of(self.config, self.architecture, self.max_model_len, device, rank, ranks)
+        engine = self.engine_versions.get(self.config.infer_backend, "")
+        setting = calibration_setting(self.config, self.architecture, self.max_model_len, engine, device, rank, ranks)
         return self.calibrations.get(setting_key(setting))
 
     @property
     def is_quantizable(self) -> bool:
-        """Whether vLLM can round its weights to fp8 while it loads them."""
+        """Returns whether vLLM can round its weights to fp8 while it loads them."""
         return self.config.quantization is None and self.architecture.quantization is None
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of the longest request."""
+        """Returns the tokens of the longest request."""
         return self.config.max_model_len or self.architecture.max_model_len
 
     @property
     def weights(self) -> int:
-        """Bytes of all weights, on one device."""
+        """Returns the bytes of all weights on one device."""
         return self.rank_weights(1).bytes
 
     def rank_weights(self, tp: int) -> Figure:
-        """Bytes of the weights on one of `tp` ranks of vLLM."""
+        """Returns the bytes of the weights on one of `tp` ranks of vLLM."""
         rounds = self.config.quantization == "fp8" and self.architecture.quantization is None
         key = (tp, self.element_bytes, rounds)
         if key not in self.memo:
@@ -106,7 +110,7 @@ class ModelRequest:
 
 @dataclass(frozen=True)
 class Shortage:
-    """Why it does not fit. `missing` is in bytes, on the device that lacks most."""
+    """The reason why a replica does not fit. `missing` is in bytes, on the device that lacks most."""
 
     code: str
     message: str
@@ -114,14 +118,15 @@ class Shortage:
 
 
 def available(device: Device, free: int) -> int:
-    """Bytes that may be planned on a device with `free` bytes left: GPUs keep a reserve."""
+    """Returns the bytes that may be planned on a device with `free` bytes left. GPUs keep a reserve."""
     return free - (memory.reserve(device.total_bytes) if device.is_gpu else 0)
 
 
 def fit_vllm(
     request: ModelRequest, devices: Sequence[tuple[Device, int]], reasons: Sequence[str]
 ) -> ModelPlan | Shortage:
-    """One replica of vLLM over `devices`, each with its free bytes: as many as the tensor parallel size."""
+    """Returns one replica of vLLM over `devices`, each with its free bytes. There are as many as the tensor parallel
+    size."""
     architecture, tp = request.architecture, len(devices)
     device, free = min(devices, key=lambda pair: available(*pair))
     on_gpu = device.is_gpu
@@ -166,8 +171,11 @@ def fit_vllm(
     )
     full = cache // per_request
     return ModelPlan(
-        request.name, request.config, 0, "vllm", tuple(reasons), tp, request.max_model_len, per_request,
-        kv_tokens=full * request.max_model_len, max_full_length_requests=full, ranks=ranks,
+        request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
+        kv_bytes_per_request=per_request,
+        kv_tokens=full * request.max_model_len,
+        max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
+        ranks=ranks,
     )  # fmt: skip
 
 
@@ -184,7 +192,8 @@ def _small_cache(request: ModelRequest, per_request: int) -> Shortage:
 def _utilization_problem(
     request: ModelRequest, utilization: float, device: Device, most: int, context: Figure
 ) -> Shortage | None:
-    """vLLM refuses to start when less than its share of the card is free, and does not count the context in it."""
+    """Returns why vLLM would refuse to start: less than its share of the card is free. Its share does not count the
+    context."""
     share = int(utilization * device.total_bytes)
     missing = share + context.bytes - most
     if missing <= 0:
@@ -202,7 +211,8 @@ def _utilization_problem(
 def fit_pt(
     request: ModelRequest, devices: Sequence[tuple[Device, int]], limits: Sequence[int], reasons: Sequence[str]
 ) -> ModelPlan | Shortage:
-    """One replica of pt over `devices`; of each it takes at most its limit in bytes, and no more than is free."""
+    """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
+    free."""
     rows = request.config.max_num_seqs or PT_MAX_NUM_SEQS
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, copies_tied=on_cpu)
@@ -219,18 +229,18 @@ def fit_pt(
 
     least = cells(1, request.max_model_len)
     if request.config.kv_cache_memory_bytes is not None:  # The engine then takes requests as long as that allows.
-        per_token = max(1, Part(tuple(blocks)).cache(1, 0))
+        per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
         least = max(cells(1, 1), min(least, request.config.kv_cache_memory_bytes // per_token))
     mapped = at(least)
     if mapped is None:
-        return _pt_shortage(request, devices, overheads, rooms, Part(tuple(blocks)), spills)
+        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), spills)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
         more = at(tokens)
         return more is not None and len(more.rest.blocks) <= left
 
-    tokens = _most_tokens(request, keeps, least, rows, devices[0], Part(tuple(blocks)))
+    tokens = _most_tokens(request, keeps, least, rows, devices[0], BlockGroup(tuple(blocks)))
     mapped = at(tokens) or mapped
     if (problem := _tier_problem(request, mapped)) is not None:
         return problem
@@ -238,7 +248,7 @@ def fit_pt(
 
 
 def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:
-    """The disk takes what the CPU's limit leaves, only where it is named."""
+    """Returns a shortage if the GPUs and the CPU's limit leave weights over and the disk is not named."""
     memory = request.config.max_memory or {}
     missing = mapped.rest.weights - memory.get("cpu", 0)
     if missing <= 0 or "disk" in memory or "cpu" not in memory or request.config.device == "cpu":
@@ -256,15 +266,15 @@ def _pt_shortage(
     devices: Sequence[tuple[Device, int]],
     overheads: Sequence[tuple[Figure, Figure]],
     rooms: Sequence[int],
-    whole: Part,
+    whole: BlockGroup,
     spills: bool,
 ) -> Shortage:
     device, first = devices[0][0], whole.blocks[0].weights
     if not spills and rooms[0] < first:
         return Shortage(
             "over_commit",
-            f"{device.id} has less room ({gib(rooms[0])} after context and activations) than its first block takes "
-            f"({gib(first)}).",
+            f"The model's first block takes {gib(first)}, and {device.id} has {gib(max(0, rooms[0]))} left after "
+            "context and activations.",
             first - rooms[0],
         )
     cache = whole.cache(cells(1, request.max_model_len), request.config.max_num_seqs or PT_MAX_NUM_SEQS)
@@ -273,7 +283,7 @@ def _pt_shortage(
     short = _shortage(request, devices[0], fixed, cache, max(missing, 1), len(devices))
     if spills or not device.is_gpu:
         return short
-    tiers = " To put a part on the CPU or the disk, which is slow, name cpu or disk in max_memory."
+    tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
     return replace(short, message=short.message + tiers)
 
 
@@ -283,9 +293,10 @@ def _most_tokens(
     least: int,
     rows: int,
     first: tuple[Device, int],
-    whole: Part,
+    whole: BlockGroup,
 ) -> int:
-    """The largest budget of KV cache, up to all rows at full length: by bisection, since more tokens need more room."""
+    """Returns the largest budget of KV cache, up to all rows at full length. It is found by bisection, since more
+    tokens need more room."""
     most = 2 * cells(rows, request.max_model_len)
     explicit = request.config.kv_cache_memory_bytes
     per_token = max(1, whole.cache(1, 0))
@@ -301,7 +312,7 @@ def _most_tokens(
 
 
 def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, rows: int) -> tuple[Figure, Figure]:
-    """Activations and context of pt on one device, the `rank`-th of `ranks`."""
+    """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`."""
     peaks = memory.pt_activation(
         request.architecture, request.element_bytes, rows, PT_CHUNK_TOKENS, min(request.max_model_len, 4096)
     )
@@ -334,9 +345,9 @@ def _pt_plan(
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
         ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers, seat))
-    whole = Part(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
+    whole = BlockGroup(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
     return ModelPlan(
-        request.name, request.config, 0, "pt", tuple(reasons), 1, request.max_model_len,
+        request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
         kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
         kv_tokens=tokens,
         max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),
@@ -346,7 +357,7 @@ def _pt_plan(
 
 
 def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
-    """Bytes on the slower tiers: the CPU first, up to its limit, then the disk."""
+    """Returns the bytes on the slower tiers: the CPU takes them first, up to its limit, and then the disk."""
     left = mapped.rest.weights
     if not left:
         return {}
@@ -364,16 +375,21 @@ def _shortage(
     others += f" Models placed before take {gib(planned)} of it." if planned > 0 else ""
     if "mla" in request.architecture.layers and request.config.infer_backend == "vllm":
         others += " Its KV cache (MLA) is the same on every rank, so a larger tensor_parallel_size does not shrink it."
-    others += " A part was measured in earlier runs (calibration.json)." if fixed.certainty == "calibrated" else ""
+    others += (
+        " Some of these figures were measured in earlier runs (calibration.json)."
+        if fixed.certainty == "calibrated"
+        else ""
+    )
     where = device.id if devices == 1 else f"{devices} devices from {device.id}"
     return Shortage(
         "over_commit",
-        f"needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for one request "
+        f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
+        "one request "
         f"of {request.max_model_len} tokens on {where}, which is {gib(missing)} too much.{others}",
         missing,
     )
 
 
 def gib(size: float) -> str:
-    """Bytes as people read them: 1.25 GiB, 120 MiB."""
+    """Returns bytes as people read them: 1.25 GiB or 120 MiB."""
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB else f"{size / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""Cures for what does not fit, found by solving again: the smallest change first.
+"""Finds fixes for what does not fit by planning again, the smallest change first.
 
 A cure is offered only when the plan with it places the model and breaks no other. Lowering the tensor parallel size is
 never offered: it raises what each GPU must hold.
@@ -35,8 +35,8 @@ UTILIZATION = "gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
-class Change:
-    """A changed request, or a changed inventory, and how it is written."""
+class Candidate:
+    """A changed request, or a changed inventory, and the line that a user would write for it."""
 
     field: str
     value: Any
@@ -45,7 +45,7 @@ class Change:
 
 
 def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
-    """The plan with a cure for each problem that has one."""
+    """Returns the plan with a fix for each problem that has one."""
     units = sum(max(1, request.replicas) for request in requests)
     budget = Budget(min(MOST_PLANS, MOST_WORK // (units * max(1, len(inventory.devices)))))
     problems = tuple(_with_fix(problem, plan, requests, inventory, budget) for problem in plan.problems)
@@ -53,7 +53,7 @@ def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventor
 
 
 def apply(fix: Fix, request: ModelRequest, inventory: Inventory) -> tuple[ModelRequest, Inventory]:
-    """The request and the inventory with a cure: what a user who writes its line would have."""
+    """Returns the request and the inventory with a fix, as a user who writes its line would have them."""
     if fix.field == "gpus":
         return request, _with_gpu(inventory, int(float(fix.value.removesuffix("GiB")) * GIB))
     if fix.field == "num_replicas":
@@ -63,7 +63,7 @@ def apply(fix: Fix, request: ModelRequest, inventory: Inventory) -> tuple[ModelR
 
 @dataclass
 class Budget:
-    """Plans that may still be made."""
+    """The number of plans that may still be made."""
 
     left: int
 
@@ -74,34 +74,35 @@ def _with_fix(
     request = next(request for request in requests if request.name == problem.model)
     others = {other.model for other in plan.problems if other.model != problem.model}
 
-    def helps(change: Change) -> bool:
+    def helps(candidate: Candidate) -> bool:
         budget.left -= 1
         if budget.left < 0:
             return False
-        changed = [change.request if item.name == request.name else item for item in requests]
-        after = make_plan(changed, change.inventory, MOST_TRIES)
+        changed = [candidate.request if item.name == request.name else item for item in requests]
+        after = make_plan(changed, candidate.inventory, MOST_TRIES)
         return {item.model for item in after.problems} <= others
 
-    for change in _changes(problem, request, inventory, helps):
-        if helps(change):
-            return replace(problem, fix=Fix(change.field, change.value, _saved(request, change, problem)))
+    for candidate in _candidates(problem, request, inventory, helps):
+        if helps(candidate):
+            return replace(problem, fix=Fix(candidate.field, candidate.value, _saved(request, candidate, problem)))
     return problem
 
 
-def _saved(request: ModelRequest, change: Change, problem: Problem) -> int:
-    """Bytes that a change takes off the fullest rank: all of them for quantised weights, else at least what lacked."""
-    if change.field == "quantization":
+def _saved(request: ModelRequest, candidate: Candidate, problem: Problem) -> int:
+    """Returns the bytes that a change takes off the fullest rank: all of them for quantised weights, and else at
+    least what was missing."""
+    if candidate.field == "quantization":
         tp = request.config.tensor_parallel_size or 1
-        return request.rank_weights(tp).bytes - change.request.rank_weights(tp).bytes
+        return request.rank_weights(tp).bytes - candidate.request.rank_weights(tp).bytes
     return problem.missing_bytes
 
 
-def _changes(problem: Problem, request: ModelRequest, inventory: Inventory, helps: Any) -> Iterator[Change]:
-    """Candidates in the order of how much they take away from the user."""
+def _candidates(problem: Problem, request: ModelRequest, inventory: Inventory, helps: Any) -> Iterator[Candidate]:
+    """Yields candidates, those first that take least away from the user."""
     config = request.config
 
-    def change(field: str, value: Any) -> Change:
-        return Change(field, value, _changed(request, field, value), inventory)
+    def change(field: str, value: Any) -> Candidate:
+        return Candidate(field, value, _changed(request, field, value), inventory)
 
     if problem.code == "tensor_parallel":
         valid = request.architecture.valid_tensor_parallel_sizes()
@@ -124,14 +125,14 @@ def _changes(problem: Problem, request: ModelRequest, inventory: Inventory, help
         yield from _smaller(request, inventory, change, helps)
     if request.replicas > 1:
         for count in range(request.replicas - 1, 0, -1):
-            yield Change("num_replicas", count, replace(request, replicas=count), inventory)
+            yield Candidate("num_replicas", count, replace(request, replicas=count), inventory)
     if config.device == "cuda" and inventory.gpus:
         sizes = {gpu.total_bytes for gpu in inventory.gpus} | {size * GIB for size in GPU_SIZES}
         for size in sorted(sizes):
-            yield Change("gpus", f"{size / GIB:g}GiB", request, _with_gpu(inventory, size))
+            yield Candidate("gpus", f"{size / GIB:g}GiB", request, _with_gpu(inventory, size))
 
 
-def _smaller(request: ModelRequest, inventory: Inventory, change: Any, helps: Any) -> Iterator[Change]:
+def _smaller(request: ModelRequest, inventory: Inventory, change: Any, helps: Any) -> Iterator[Candidate]:
     config = request.config
     length = _longest(request, lambda tokens: helps(change("max_model_len", tokens)))
     if length is not None:
@@ -160,13 +161,13 @@ def _smaller(request: ModelRequest, inventory: Inventory, change: Any, helps: An
 
 
 def _with_utilization(config: ModelConfig, share: float) -> dict[str, Any]:
-    """vLLM's arguments with another share of the card."""
+    """Returns vLLM's arguments with another share of the card."""
     others = {name: item for name, item in config.engine_args.items() if name.replace("-", "_") != UTILIZATION}
     return {**others, UTILIZATION: share}
 
 
 def _longest(request: ModelRequest, works: Any) -> int | None:
-    """The largest `max_model_len` below the present one that works, in steps of 256; None where none does."""
+    """Returns the largest `max_model_len` below the present one that works, in steps of 256, or None if none does."""
     low, high = LEAST_MODEL_LEN // MODEL_LEN_STEP, (request.max_model_len - 1) // MODEL_LEN_STEP
     if low > high or not works(low * MODEL_LEN_STEP):
         return None
@@ -177,7 +178,7 @@ def _longest(request: ModelRequest, works: Any) -> int | None:
 
 
 def _higher_caps(request: ModelRequest, inventory: Inventory, works: Any) -> Iterator[dict[Any, str]]:
-    """The limits with more on as few GPUs as will do, those with most to give first, in steps of half a GB."""
+    """Yields the limits with more on as few GPUs as will do, those with most to give first, in steps of half a GB."""
     caps = dict(request.config.max_memory or {})
     for gpus in inventory.node_gpus().values():
         free = {gpu.index: gpu.free_bytes for gpu in gpus}
@@ -198,7 +199,7 @@ def _higher_caps(request: ModelRequest, inventory: Inventory, works: Any) -> Ite
 
 
 def _lower_caps(request: ModelRequest, inventory: Inventory) -> Iterator[dict[Any, str]]:
-    """Limits that a node has."""
+    """Yields limits that a node has."""
     for gpus in inventory.node_gpus().values():
         most: dict[Any, int] = {gpu.index: int(gpu.free_bytes * CAP_SHARE) // CAP_STEP * CAP_STEP for gpu in gpus}
         caps = {key: min(size, most.get(key, size)) for key, size in (request.config.max_memory or {}).items()}
@@ -226,7 +227,7 @@ def _changed(request: ModelRequest, field: str, value: Any) -> ModelRequest:
 
 
 def _with_gpu(inventory: Inventory, size: int) -> Inventory:
-    """One more GPU of so many bytes on each node that has any."""
+    """Returns the inventory with one more GPU of so many bytes on each node that has any."""
     more = [
         Device(node, max(gpu.index or 0 for gpu in gpus) + 1, "GPU", size, size, gpus[0].by_index)
         for node, gpus in inventory.node_gpus().items()

@@ -1,4 +1,4 @@
-"""Which layers of a model go on which device, in order, with the KV cache that they bring along.
+"""Decides which layers of a model go on which device, in order, with the KV cache that they bring along.
 
 The rule is accelerate's: blocks in the model's order fill one device after the other. What is added: each layer's KV
 cache counts where the layer is, and where layers are left over for the CPU or the disk, the first GPU keeps room for
@@ -18,7 +18,7 @@ _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$
 
 @dataclass(frozen=True)
 class Block:
-    """What cannot be split: the embedding (number -1), a layer, or the norm and head (after the last layer).
+    """A part that cannot be split: the embedding (number -1), a layer, or the norm and head (after the last layer).
 
     `kv` and `state` are bytes of cache: for a token, and for a sequence.
     """
@@ -30,7 +30,7 @@ class Block:
 
 
 def block_number(name: str, architecture: Architecture) -> int:
-    """The block of a parameter or module, by its name. A tied head lies with the embedding."""
+    """Returns the block of a parameter or module, by its name. A tied head lies with the embedding."""
     match = LAYER.search(f"{name}.")
     if match:
         return int(match[1])
@@ -39,23 +39,23 @@ def block_number(name: str, architecture: Architecture) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The blocks of one device."""
+class BlockGroup:
+    """The blocks that share a device."""
 
     blocks: tuple[Block, ...]
 
     @property
     def weights(self) -> int:
-        """Bytes of weights."""
+        """Returns the bytes of the blocks' weights."""
         return sum(block.weights for block in self.blocks)
 
     def cache(self, tokens: int, rows: int) -> int:
-        """Bytes of cache, with the copy of one layer while its buffers are moved."""
+        """Returns the bytes of cache, with the copy of one layer while its buffers are moved."""
         return cache_bytes(self.blocks, tokens, rows)
 
 
 def cache_bytes(blocks: Iterable[Block], tokens: int, rows: int) -> int:
-    """See Part.cache."""
+    """Returns what `BlockGroup.cache` does, for any blocks."""
     blocks = tuple(blocks)
     largest = max((block.kv for block in blocks), default=0)
     return tokens * (sum(block.kv for block in blocks) + largest) + rows * sum(block.state for block in blocks)
@@ -64,7 +64,8 @@ def cache_bytes(blocks: Iterable[Block], tokens: int, rows: int) -> int:
 def blocks_of(
     tensors: Iterable[Tensor], architecture: Architecture, element_bytes: int, copies_tied: bool = False
 ) -> list[Block]:
-    """The blocks of a model in their order. A tied head lies with the embedding, or, with `copies_tied`, is a copy."""
+    """Returns the blocks of a model in their order. A tied head lies with the embedding, or, with `copies_tied`, is a
+    copy."""
     weights = dict.fromkeys(range(-1, len(architecture.layers) + 1), 0)
     for tensor in loaded(tensors, architecture):
         weights[block_number(tensor.name, architecture)] += tensor.bytes_as(element_bytes)
@@ -77,10 +78,10 @@ def blocks_of(
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The blocks of each device, in the order of the limits that were given, and those that are left over."""
+    """The blocks of each device, in the order of the given limits, and those that are left over."""
 
-    parts: tuple[Part, ...]
-    rest: Part
+    parts: tuple[BlockGroup, ...]
+    rest: BlockGroup
 
 
 def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int, spills: bool) -> LayerMap | None:
@@ -114,7 +115,7 @@ def _fill(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int
             position += 1
         else:
             device += 1
-    return LayerMap(tuple(Part(tuple(part)) for part in parts), Part(tuple(blocks[position:])))
+    return LayerMap(tuple(BlockGroup(tuple(part)) for part in parts), BlockGroup(tuple(blocks[position:])))
 
 
 def _size(blocks: Iterable[Block], tokens: int, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""What a model takes of each device, in bytes: pure arithmetic on its shape and its tensors.
+"""Computes what a model takes of each device, in bytes, from its shape and its tensors.
 
 Sources: vLLM 0.32's layers and KV cache specs for tensor parallelism (compared in tests/planning/test_vllm_memory.py),
 this project's own cache for pt. Every figure has a certainty: *exact* figures follow from the checkpoint and the
@@ -48,13 +48,13 @@ VOCABULARY_PADDING = 64
 
 @dataclass(frozen=True)
 class Figure:
-    """Bytes, and how well they are known."""
+    """A number of bytes, and how well it is known."""
 
     bytes: int
     certainty: Certainty = "exact"
 
     def __add__(self, other: "Figure") -> "Figure":
-        """The sum is as uncertain as its least certain part."""
+        """Returns the sum, which is as uncertain as its least certain part."""
         order: Sequence[Certainty] = ("exact", "calibrated", "guessed")
         return Figure(self.bytes + other.bytes, max(self.certainty, other.certainty, key=order.index))
 
@@ -63,12 +63,12 @@ ZERO = Figure(0)
 
 
 def guessed(size: float) -> Figure:
-    """A guess, with its margin."""
+    """Returns a guess with its margin."""
     return Figure(int(size * (1 + MARGIN)), "guessed")
 
 
 def dtype_bytes(architecture: Architecture, dtype: str) -> int:
-    """Bytes of a weight in the type that the model is loaded in; `auto` is the checkpoint's own."""
+    """Returns the bytes of a weight in the type that the model is loaded in. `auto` is the checkpoint's own type."""
     return DTYPE_BYTES[architecture.dtype if dtype == "auto" else dtype]
 
 
@@ -90,7 +90,7 @@ _NOT_LOADED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$"
 
 
 def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_bytes: int | None) -> int:
-    """Bytes of a tensor on one of `tp` ranks; `element_bytes` as for `Tensor.bytes_as`."""
+    """Returns the bytes of a tensor on one of `tp` ranks. `element_bytes` is as for `Tensor.bytes_as`."""
     stem = _ENDING.sub("", tensor.name)
     size = tensor.bytes_as(4 if _FLOAT32.search(stem) else element_bytes)
     if _VOCABULARY.search(stem):
@@ -108,7 +108,7 @@ def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_byte
 def weights_per_rank_in_fp8(
     tensors: Iterable[Tensor], architecture: Architecture, tp: int, element_bytes: int | None
 ) -> Figure:
-    """`weights_per_rank` where vLLM rounds a checkpoint to fp8 while it loads (`quantization: fp8`).
+    """Returns `weights_per_rank` for a checkpoint that vLLM rounds to fp8 while it loads (`quantization: fp8`).
 
     A byte for each element of the linear layers; embeddings, head, norms and biases stay as they are. It happens after
     vLLM's layers are built, so it is not compared with vLLM's own figures: a guess.
@@ -124,20 +124,20 @@ def weights_per_rank_in_fp8(
 
 
 def padded_vocabulary(rows: int) -> int:
-    """vLLM pads to whole 64s."""
+    """Returns the rows of a vocabulary, which vLLM pads to whole 64s."""
     return -(-rows // VOCABULARY_PADDING) * VOCABULARY_PADDING
 
 
 def weights_per_rank(
     tensors: Iterable[Tensor], architecture: Architecture, tp: int, element_bytes: int | None
 ) -> Figure:
-    """Bytes of all parameters on one rank of vLLM."""
+    """Returns the bytes of all parameters on one rank of vLLM."""
     return Figure(sum(rank_bytes(tensor, architecture, tp, element_bytes) for tensor in loaded(tensors, architecture)))
 
 
 def loaded(tensors: Iterable[Tensor], architecture: Architecture) -> list[Tensor]:
-    """The tensors that an engine keeps: no stored buffers, no head that is the embedding, and no layers beyond the last
-    one (DeepSeek-V3's checkpoint has one more, for predicting several tokens)."""
+    """Returns the tensors that an engine keeps: no stored buffers, no head that is the embedding, and no layers beyond
+    the last one (DeepSeek-V3's checkpoint has one more, for predicting several tokens)."""
     count = len(architecture.layers)
     return [
         tensor
@@ -149,7 +149,8 @@ def loaded(tensors: Iterable[Tensor], architecture: Architecture) -> list[Tensor
 
 
 def vllm_defaults(total_bytes: int, name: str) -> tuple[int, int]:
-    """vLLM's defaults of `max_num_batched_tokens` and `max_num_seqs` under `vllm serve`, by the card; 0 bytes: the CPU.
+    """Returns vLLM's defaults of `max_num_batched_tokens` and `max_num_seqs` under `vllm serve`, by the card. 0 bytes
+    mean the CPU.
 
     Source: `EngineArgs.get_batch_defaults` in vLLM 0.32.
     """
@@ -163,7 +164,7 @@ def vllm_defaults(total_bytes: int, name: str) -> tuple[int, int]:
 def vllm_kv_bytes_per_request(
     architecture: Architecture, tp: int, tokens: int, kv_element_bytes: int, batched: int, element_bytes: int
 ) -> int:
-    """Bytes of KV cache on one rank for one sequence of `tokens` tokens, as vLLM checks it at its start.
+    """Returns the bytes of KV cache on one rank for one sequence of `tokens` tokens, as vLLM checks it at its start.
 
     In whole pages. Where there are two kinds of layers, all pages have one size and layers are kept in groups of one
     size, which may be padded (`kv_cache_utils` in vLLM 0.32).
@@ -186,7 +187,8 @@ def vllm_kv_bytes_per_request(
 
 
 class _Pages:
-    """The page of one layer on one rank: tokens of a block, and its bytes. Hybrids have one page for all layers."""
+    """The page of one layer on one rank: the tokens of a block, and its bytes. Hybrids have one page size for all
+    layers."""
 
     def __init__(self, architecture: Architecture, tp: int, kv_element_bytes: int, element_bytes: int):
         if "mla" in architecture.layers:  # The compressed cache is the same on every rank.
@@ -203,7 +205,7 @@ class _Pages:
 
 
 def linear_state_bytes(architecture: Architecture, tp: int, element_bytes: int) -> int:
-    """Bytes of one linear attention layer's states for one sequence, on one rank."""
+    """Returns the bytes of one linear attention layer's states for one sequence, on one rank."""
     key = architecture.linear_key_heads * architecture.linear_key_size
     value = architecture.linear_value_heads * architecture.linear_value_size
     convolution = (2 * key + value) // tp * (architecture.linear_kernel - 1)
@@ -212,31 +214,33 @@ def linear_state_bytes(architecture: Architecture, tp: int, element_bytes: int) 
 
 
 def vllm_activation(architecture: Architecture, tp: int, element_bytes: int, max_num_seqs: int, batched: int) -> Figure:
-    """The peak of a profiling pass: the feed-forward block of a whole batch, and the logits in float32, twice."""
+    """Returns the peak of a profiling pass: the feed-forward block of a whole batch, and twice the logits in
+    float32."""
     width = 2 * architecture.hidden_size + 3 * architecture.intermediate_size // tp
     logits = 2 * max_num_seqs * architecture.vocabulary * 4
     return guessed(batched * width * element_bytes + logits)
 
 
 def vllm_buffers(architecture: Architecture, element_bytes: int) -> Figure:
-    """The tables of rotary embeddings: on every rank, for all positions of the model, and not among the weights."""
+    """Returns the tables of rotary embeddings. They are on every rank, for all positions, and not among the weights."""
     return Figure(architecture.rotary_elements * element_bytes)
 
 
 def vllm_graphs(architecture: Architecture, eager: bool) -> Figure:
-    """What captured CUDA graphs take; nothing with `enforce_eager`."""
+    """Returns what captured CUDA graphs take, which is nothing with `enforce_eager`."""
     return ZERO if eager else guessed(GRAPH_BASE_BYTES + GRAPH_BYTES_PER_LAYER * len(architecture.layers))
 
 
 def context(device: str, tp: int = 1) -> Figure:
-    """The CUDA context, and NCCL's buffers where ranks talk. The CPU has none."""
+    """Returns the CUDA context, with NCCL's buffers if ranks talk. The CPU has none."""
     return ZERO if device == "cpu" else guessed(CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0))
 
 
 def calibrated(
     measured: Calibration, activation: Figure, graph: Figure, context: Figure
 ) -> tuple[Figure, Figure, Figure]:
-    """Guesses of activations, graphs and context, raised by what was measured; graphs are among the activations then.
+    """Returns guesses of activations, graphs and context, raised by what was measured. The activations include graphs
+    then.
 
     Never lowered: a peak that was seen is the least that the next one may be, and it is not known whether the heaviest
     requests have come. So a replica that knows the guesses only accepts what was planned with more.
@@ -249,12 +253,12 @@ def calibrated(
 
 
 def reserve(total_bytes: int) -> int:
-    """Bytes of a device that are never planned."""
+    """Returns the bytes of a device that are never planned."""
     return int(total_bytes * RESERVE_SHARE)
 
 
 def pt_kv_bytes_per_token(architecture: Architecture, element_bytes: int) -> dict[int, int]:
-    """Bytes that one token adds in each layer, by the layer's number, in transformers' cache classes.
+    """Returns the bytes that one token adds in each layer, by the layer's number, in transformers' cache classes.
 
     Sliding-window layers keep all tokens here, and MLA keeps its expanded keys and values, as `transformers` does.
     """
@@ -265,7 +269,8 @@ def pt_kv_bytes_per_token(architecture: Architecture, element_bytes: int) -> dic
 
 
 def pt_state_bytes(architecture: Architecture, element_bytes: int) -> dict[int, int]:
-    """Bytes of each layer's states for one sequence, by the layer's number: linear attention only."""
+    """Returns the bytes of each layer's states for one sequence, by the layer's number. Only linear attention has
+    any."""
     size = linear_state_bytes(architecture, 1, element_bytes) if "linear" in architecture.layers else 0
     return {number: size for number, kind in enumerate(architecture.layers) if kind == "linear"}
 
@@ -273,7 +278,7 @@ def pt_state_bytes(architecture: Architecture, element_bytes: int) -> dict[int, 
 def pt_activation(
     architecture: Architecture, element_bytes: int, rows: int, chunk: int, tokens: int
 ) -> Mapping[str, Figure]:
-    """The peak of a step, by what causes it: `layer` on every device, `head` where the logits are made."""
+    """Returns the peak of a step by its cause: `layer` on every device, and `head` where the logits are made."""
     width = 6 * architecture.hidden_size + 3 * architecture.intermediate_size
     # Keys and values repeated to all heads, and the mask, for one layer at a time.
     attention = 2 * tokens * architecture.heads * max(architecture.head_size, architecture.key_size) * element_bytes

@@ -1,10 +1,11 @@
-"""What a plan says: shares of devices, models with their reasons, and problems with their cures."""
+"""Holds what a plan says: shares of devices, models with their reasons, and problems with their fixes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.config import ModelConfig
+from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device
 from serve_app.planning.memory import ZERO, Figure
 
@@ -13,10 +14,10 @@ TERMS = ("weights", "kv_cache", "activation", "graph", "context")
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one model takes of one device.
+    """A model's share of one device.
 
     `layers` are the numbers of its first and last layer there (pt). `seat` is its place among so many devices, as
-    `setting_of` counts them: all ranks of vLLM are alike, and have the first.
+    `calibration_setting` counts them: all ranks of vLLM are alike, and have the first.
     """
 
     device: Device
@@ -30,11 +31,11 @@ class RankPlan:
 
     @property
     def share(self) -> Figure:
-        """All terms together."""
+        """Returns the sum of all terms."""
         return self.weights + self.kv_cache + self.activation + self.graph + self.context
 
     def to_json(self) -> dict[str, Any]:
-        """As `serve-app plan --json` prints it."""
+        """Returns it as `serve-app plan --json` prints it."""
         figures = {name: getattr(self, name) for name in TERMS} | {"share": self.share}
         numbers = {f"{name}_bytes": figure.bytes for name, figure in figures.items()}
         certainty = {name: figure.certainty for name, figure in figures.items()}
@@ -44,13 +45,14 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One replica of one model, placed. `kv_bytes_per_request` is for one request of `max_model_len`, per rank.
+    """A replica of a model in its place. `kv_bytes_per_request` is for one request of `max_model_len`, per rank.
 
-    `config` is the model's, with the backend that was chosen.
+    `config` is the model's, with the backend that was chosen, and `architecture` is its shape.
     """
 
     name: str
     config: ModelConfig
+    architecture: Architecture
     replica: int
     backend: str
     reasons: tuple[str, ...]
@@ -63,7 +65,7 @@ class ModelPlan:
     spilled: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As `serve-app plan --json` prints it."""
+        """Returns it as `serve-app plan --json` prints it."""
         plain = {name: getattr(self, name) for name in _MODEL_FIELDS}
         spilled = {"spilled_bytes": dict(self.spilled)} if self.spilled else {}
         return {**plain, "reasons": list(self.reasons), **spilled, "ranks": [rank.to_json() for rank in self.ranks]}
@@ -83,7 +85,7 @@ _MODEL_FIELDS = (
 
 @dataclass(frozen=True)
 class Fix:
-    """The smallest change that was found to help, tried by solving again. `saves_bytes` is of the fullest rank."""
+    """The smallest change that was found to help, tried by planning again. `saves_bytes` is of the fullest rank."""
 
     field: str
     value: Any
@@ -91,7 +93,7 @@ class Fix:
 
     @property
     def text(self) -> str:
-        """The line to write into the model's `args`, or what to do where it is no line."""
+        """Returns the line to write into the model's `args`, or what to do if it is not a line."""
         if self.field == "gpus":
             return f"one more GPU of {self.value} on each node"
         if self.field == "infer_backend":
@@ -111,7 +113,8 @@ def _yaml(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a model cannot be placed, and what would help. `missing_bytes` are on the devices that came nearest."""
+    """The reason why a model cannot be placed, and what would help. `missing_bytes` are on the devices that came
+    nearest."""
 
     code: str
     model: str
@@ -120,7 +123,7 @@ class Problem:
     fix: Fix | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As `serve-app plan --json` prints it."""
+        """Returns it as `serve-app plan --json` prints it."""
         fix = None
         if self.fix is not None:
             fix = {"field": self.fix.field, "value": self.fix.value, "saves_bytes": self.fix.saves_bytes}
@@ -130,7 +133,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """All models on all devices."""
+    """The plan of all models on all devices."""
 
     devices: tuple[Device, ...]
     models: tuple[ModelPlan, ...]
@@ -138,12 +141,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every model has its place."""
+        """Returns whether every model has its place."""
         return not self.problems
 
     @property
     def notes(self) -> list[str]:
-        """What holds for the whole plan. Ray gives any free GPU of a node, and does not look at sizes."""
+        """Returns what holds for the whole plan. Ray gives any free GPU of a node, and does not look at sizes."""
         totals: dict[str, set[int]] = {}
         for device in self.devices:
             if device.is_gpu and not device.by_index:
@@ -155,21 +158,21 @@ class Plan:
             return []
         where = f"on {', '.join(mixed)}" if mixed else "on different nodes"
         return [
-            f"GPUs {where} have different sizes, and Ray, counting whole GPUs, gives any that is free. To have models "
-            "where this plan puts them, set accelerator_type, where nodes differ in kind, or let Ray count memory by "
-            "index (README, Memory by index)."
+            f"GPUs {where} have different sizes. Ray counts whole GPUs and gives a model any GPU that is free. To keep "
+            "models where this plan puts them, set accelerator_type if the nodes have different kinds of GPU, or let "
+            "Ray count memory by index (docs/mixed_gpus.md)."
         ]
 
     def planned(self, device: Device) -> int:
-        """Bytes that are planned on a device."""
+        """Returns the bytes that are planned on a device."""
         return sum(rank.share.bytes for rank in self.ranks_on(device))
 
     def ranks_on(self, device: Device) -> Iterable[RankPlan]:
-        """The shares of a device."""
+        """Returns the shares of a device."""
         return (rank for model in self.models for rank in model.ranks if rank.device.id == device.id)
 
     def to_json(self) -> dict[str, Any]:
-        """As `serve-app plan --json` prints it."""
+        """Returns it as `serve-app plan --json` prints it."""
         devices = [
             {
                 "id": device.id,

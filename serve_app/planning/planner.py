@@ -1,4 +1,4 @@
-"""Models × replicas onto devices: largest first, best fit, with a bounded search back; then cures for what is left.
+"""Places models × replicas on devices: the largest first, by best fit, with a bounded search back.
 
 Laws: no device is planned beyond what is free now less its reserve; a GPU is used whole by one replica, or shared by
 pt replicas that say so; the same input gives the same plan.
@@ -12,8 +12,8 @@ from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
 from serve_app.planning.memory import GIB
-from serve_app.planning.placement import native_share
 from serve_app.planning.plan import ModelPlan, Plan, Problem
+from serve_app.planning.resource_demand import native_share
 
 # Placements that are tried before the search gives up and places each model where it can.
 MOST_TRIES = 300
@@ -23,7 +23,7 @@ Seats = Sequence[tuple[Device, int]]
 
 @dataclass(frozen=True)
 class Home:
-    """Where replicas of one model are: the indices of their GPUs, and the nodes."""
+    """The place of a model's replicas: the indices of their GPUs, and their nodes."""
 
     indices: tuple[int, ...] = ()
     nodes: frozenset[str] = frozenset()
@@ -39,20 +39,20 @@ class State:
     homes: Mapping[str, Home] = field(default_factory=dict)
 
     def may_host(self, name: str, gpus: Sequence[Device]) -> bool:
-        """Whether a node may have a replica of this model. By index all replicas ask for the same GPUs of a node, so
-        that a node has one."""
+        """Returns whether a node may have a replica of this model. By index, all replicas ask for the same GPUs of a
+        node, so a node has one."""
         return not gpus[0].by_index or gpus[0].node not in self.homes.get(name, Home()).nodes
 
     def free(self, device: Device) -> int:
-        """Bytes that are left."""
+        """Returns the bytes that are left on a device."""
         return device.free_bytes - self.used.get(device.id, 0)
 
     def is_untouched(self, device: Device) -> bool:
-        """Whether no replica has a part of it."""
+        """Returns whether no replica has a part of the device."""
         return device.id not in self.used
 
     def with_plan(self, plan: ModelPlan, devices: Sequence[Device], share: float | None) -> "State":
-        """The state with one more replica; `share` is its fraction of a GPU, None for whole devices."""
+        """Returns the state with one more replica. `share` is its fraction of a GPU, or None for whole devices."""
         used, shares = dict(self.used), dict(self.shares)
         for device in devices:
             used.setdefault(device.id, 0)
@@ -71,16 +71,19 @@ class State:
 
 @dataclass(frozen=True)
 class Placed:
-    """One way to place a replica."""
+    """A way to place a replica."""
 
     plan: ModelPlan
     state: State
 
 
 def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int = MOST_TRIES) -> Plan:
-    """Places all replicas. What finds no place is a problem, without a cure yet (`fixes.with_fixes`)."""
+    """Places all replicas. What finds no place is a problem, which has no fix yet (`fixes.with_fixes`)."""
     inventory = with_accounting(requests, inventory)
-    calibrated = (replace(request, calibrations=inventory.calibrations) for request in requests)
+    calibrated = (
+        replace(request, calibrations=inventory.calibrations, engine_versions=inventory.engine_versions)
+        for request in requests
+    )
     units = sorted(
         (replace(request, replicas=number) for request in calibrated for number in range(max(1, request.replicas))),
         key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),
@@ -101,7 +104,8 @@ def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int
 
 
 def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> Inventory:
-    """The inventory with Ray's kind of accounting, where it is still open: by index if a model names a GPU."""
+    """Returns the inventory with Ray's kind of accounting. If it is still open, it is by index if a model names a
+    GPU."""
     by_index = any(request.config.gpu_indices for request in requests)
     devices = (
         replace(device, by_index=by_index) if device.is_gpu and device.by_index is None else device
@@ -111,7 +115,7 @@ def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> I
 
 
 def _is_unbounded(unit: ModelRequest) -> bool:
-    """Whether it takes all memory that it finds, so that it comes last where GPUs are shared by bytes."""
+    """Returns whether the model takes all memory that it finds, so that it comes last if GPUs are shared by bytes."""
     config = unit.config
     bounds = (config.kv_cache_memory_bytes, config.num_gpus, config.vllm_args.get("gpu_memory_utilization"))
     return config.infer_backend != "pt" and all(bound is None for bound in bounds)
@@ -123,7 +127,8 @@ def _plan(models: Sequence[ModelPlan], problems: Sequence[Problem], inventory: I
 
 
 def _search(units: Sequence[ModelRequest], inventory: Inventory, tries: int) -> list[ModelPlan] | None:
-    """Depth first over the ways to place each unit; None when the tries are used up or there is no way."""
+    """Searches depth first over the ways to place each unit. Returns None if there is no way or the tries are used
+    up."""
     ways: list[Iterator[Placed]] = []
     placed: list[Placed] = []
     for _ in range(tries + len(units)):
@@ -158,7 +163,7 @@ def _ways(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Pl
 
 
 def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Placed | Shortage]:
-    """All ways to place a unit, the best first, and why the others fail."""
+    """Yields all ways to place a unit, the best first, and the reasons why the others fail."""
     is_auto = unit.config.infer_backend == "auto"
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
@@ -178,7 +183,8 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterato
 
 
 def _leftover(placed: Placed) -> tuple[int, str]:
-    """Best fit: the least memory of the devices that is left. Ties by name, so that a plan is always the same."""
+    """Returns the memory of the devices that is left, of which best fit wants the least. Names break ties, so a plan
+    is always the same."""
     devices = [rank.device for rank in placed.plan.ranks]
     return sum(placed.state.free(device) for device in devices), devices[0].id
 
@@ -203,7 +209,7 @@ def _attempt(
 
 
 def _is_unused(seats: Seats, state: State) -> bool:
-    """Whether nothing else has a part of these GPUs; a driver and a desktop hold less than the limit here."""
+    """Returns whether nothing else has a part of these GPUs. A driver and a desktop hold less than the limit here."""
     return all(
         state.is_untouched(gpu) and gpu.total_bytes - gpu.free_bytes <= max(GIB, gpu.total_bytes // 20)
         for gpu, _ in seats
@@ -211,7 +217,7 @@ def _is_unused(seats: Seats, state: State) -> bool:
 
 
 def _cap_problem(request: ModelRequest, seats: Seats) -> Shortage | None:
-    """By index Ray is asked for the limits as they are, so that each must be there."""
+    """Returns a shortage if a limit is more than a GPU has left. By index, Ray is asked for the limits as they are."""
     for device, free in seats:
         cap = (request.config.max_memory or {}).get(device.index or 0, 0) if device.by_index else 0
         if cap > available(device, free):
@@ -225,7 +231,8 @@ def _cap_problem(request: ModelRequest, seats: Seats) -> Shortage | None:
 
 
 def _host_problem(fit: ModelPlan, inventory: Inventory) -> Shortage | None:
-    """What goes to the CPU must be free there, where the inventory says what is."""
+    """Returns a shortage if the host has less memory free than would go to its CPU. Some inventories do not say what
+    is free."""
     node = fit.ranks[0].device.node
     host = next((device for device in inventory.devices if device.node == node and not device.is_gpu), None)
     spilled = fit.spilled.get("cpu", 0)
@@ -271,11 +278,13 @@ def _tensor_parallel_problem(request: ModelRequest) -> Shortage | None:
     if not problem:
         return None
     valid = ", ".join(map(str, architecture.valid_tensor_parallel_sizes()))
-    return Shortage("tensor_parallel", f"tensor_parallel_size: {size} is not valid: {problem}. Valid: {valid}.", 0)
+    return Shortage(
+        "tensor_parallel", f"tensor_parallel_size: {size} is not valid, because {problem}. Valid sizes are {valid}.", 0
+    )
 
 
 def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterator[Seats]:
-    """The sets of devices that a replica could have. Of nodes that are alike only the first is offered."""
+    """Yields the sets of devices that a replica could have. Of nodes that are alike it offers only the first."""
     config = request.config
     if config.device == "cpu":
         hosts = (device for device in inventory.devices if not device.is_gpu)
@@ -295,13 +304,13 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
 
 
 def _is_of_type(request: ModelRequest, gpus: Sequence[Device]) -> bool:
-    """Whether a node's GPUs are of the type that the config names. Ray knows a node by its first GPU."""
+    """Returns whether a node's GPUs are of the type that the config names. Ray knows a node by its first GPU."""
     wanted = request.config.accelerator_type
     return wanted is None or is_accelerator_type(gpus[0].name, wanted)
 
 
 def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventory, state: State) -> Iterator[Seats]:
-    """The sets of GPUs of one node. By index every GPU may be shared; else only by fractions of Ray's."""
+    """Yields the sets of GPUs of one node. By index, every GPU may be shared; otherwise only by Ray's fractions."""
     config = request.config
     by_index = bool(gpus[0].by_index)
     share = None if by_index else native_share(config, inventory)
@@ -334,7 +343,8 @@ def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventor
 
 
 def _equal(usable: Seats, size: int) -> Iterator[Seats]:
-    """Sets of `size` equal GPUs: for each size of card those with most memory free; of single ones, all that differ."""
+    """Yields sets of `size` equal GPUs: for each size of card those with most memory free, and every different one
+    if `size` is 1."""
     if size == 1:
         yield from ([pair] for pair in {(gpu.total_bytes, free): (gpu, free) for gpu, free in usable[::-1]}.values())
         return
@@ -347,27 +357,29 @@ def _equal(usable: Seats, size: int) -> Iterator[Seats]:
 def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     config = unit.config
     if config.device == "cpu":
-        return "device: cpu: the inventory names no host memory."
+        return "device: cpu needs host memory, and the inventory names none."
     if not inventory.gpus:
         return "there is no GPU. Set device: cpu to run it on the CPU."
     if not any(_is_of_type(unit, gpus) for gpus in inventory.node_gpus().values()):
         names = sorted({gpus[0].name for gpus in inventory.node_gpus().values()})
-        return f"accelerator_type: {config.accelerator_type}: no node's first GPU is one. There are {', '.join(names)}."
+        return (
+            f"accelerator_type: no node has {config.accelerator_type} as its first GPU. The nodes have "
+            f"{', '.join(names)}."
+        )
     if unit.replicas and any(gpu.by_index for gpu in inventory.gpus):
         return "all replicas of a model ask for the same GPUs by index, so each needs a node of its own."
     if config.gpu_indices:
         return _no_index(config, inventory)
     if config.share is not None:
         return (
-            f"num_gpus: {config.share:g}: no GPU has that share left beside the others. Shares on one GPU must not "
-            "add up to more than 1."
+            f"num_gpus: no GPU has a share of {config.share:g} left. Shares on one GPU must not add up to more than 1."
         )
     size = config.tensor_parallel_size or 1
     count = max(size, int(config.num_gpus or 1))
     most = max(len(gpus) for gpus in inventory.node_gpus().values())
     if count > most:
         field = "tensor_parallel_size" if size > 1 else "num_gpus"
-        return f"{field}: {count}: no node has so many GPUs (at most {most})."
+        return f"{field}: no node has {count} GPUs. The largest node has {most}."
     if config.infer_backend == "vllm" and size > 1:
         return _unequal(size, inventory)
     return "every GPU is in use by a model that was placed before."
@@ -379,15 +391,15 @@ def _no_index(config: ModelConfig, inventory: Inventory) -> str:
     most = max(len(gpus) for gpus in inventory.node_gpus().values())
     if any(gpu.by_index for gpu in inventory.gpus):
         equal = " as equal GPUs" if config.gpu_ids and len(config.gpu_ids) > 1 else ""
-        return f"{field} names GPU {last}, and no node has that GPU{equal} (at most {most} GPUs on a node)."
+        return f"{field} names GPU {last}, and no node has that GPU{equal}. The largest node has {most}."
     if config.gpu_ids or config.gpu_indices != tuple(range(len(config.gpu_indices))):
         return (
             f"{field} names GPU {last}, but with whole GPUs the replica counts its own from 0. Start Ray with "
             '--num-gpus 0 --resources "$(serve-app node-resources)" to pick GPUs by index.'
         )
     return (
-        f"{field} names {len(config.gpu_indices)} GPUs, which Ray gives whole here, and no node has so many that "
-        f"nothing else uses (at most {most} GPUs on a node)."
+        f"{field} names {len(config.gpu_indices)} GPUs, which Ray gives as whole GPUs here, and no node has "
+        f"that many unused ones. The largest node has {most}."
     )
 
 
@@ -402,4 +414,4 @@ def _unequal(size: int, inventory: Inventory) -> str:
                     f"tensor_parallel_size: {size} needs equal GPUs. On {node} it would waste {wasted / 2**30:.1f} GiB "
                     "of the larger ones. Use infer_backend: pt, which places layers by each GPU's size."
                 )
-    return f"tensor_parallel_size: {size}: no node has {size} equal GPUs that nothing else uses."
+    return f"tensor_parallel_size: no node has {size} equal GPUs that nothing else uses."

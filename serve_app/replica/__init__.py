@@ -1,1 +1,1 @@
-"""The deployment of one model: its plan on the devices that it sees, its start, its report."""
+"""Holds the deployment of one model: its plan on the devices that it sees, its start, and its report."""

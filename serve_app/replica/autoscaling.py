@@ -1,4 +1,4 @@
-"""Serve's autoscaling by what engines can hold, instead of by a number of requests that a user must know.
+"""Scales by what engines can hold, so that nobody has to know how many requests one replica takes.
 
     autoscaling_config:
       min_replicas: 0
@@ -20,7 +20,7 @@ TARGET_LOAD = 0.75
 
 
 def by_engine_load(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Replicas that are wanted. Where no replica has reported yet, as many as are wanted already."""
+    """Returns how many replicas are wanted. If no replica has reported yet, it is as many as are wanted already."""
     loads = (context.aggregated_metrics or {}).get(ENGINE_LOAD) or {}
     if not loads:
         return context.target_num_replicas, {}

@@ -1,4 +1,4 @@
-"""One replica of one model: an engine inside a Ray Serve deployment.
+"""Runs one replica of one model: an engine inside a Ray Serve deployment.
 
 The engine's ASGI application is reached in two ways, and answers the same in both:
 by route, where Serve calls it directly, and by name, where the router calls `http` through a handle.
@@ -26,7 +26,7 @@ from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
-from serve_app.replica.plan_here import plan_here, with_planned_memory
+from serve_app.replica.replica_plan import plan_replica, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
 from serve_app.terminal import notify, say
@@ -72,26 +72,26 @@ class Model:
         return KeyedApp(self._own_route, self._gate, self.name, self._config)
 
     async def http(self, request: HttpRequest) -> AsyncIterator[bytes]:
-        """Answers one request: the head first, then the body in pieces."""
+        """Answers one request: it yields the head first, and then the body in pieces."""
         async for item in call_asgi(self._own_route, request):
             yield item
 
     async def check_health(self) -> None:
-        """Called by Serve; an exception makes it replace the replica."""
+        """Raises an exception if the replica is not well. Serve calls it and then replaces the replica."""
         await self._access.check()
         await self._engine.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve, for `autoscaling.by_engine_load`."""
+        """Returns the engine's load, which Serve passes to `autoscaling.by_engine_load`."""
         return {ENGINE_LOAD: self._engine.load()}
 
     async def _plan(self) -> ModelPlan | None:
-        """By what is free at this moment, which no engine changes while the start lock is held. Ray gives no GPU itself
-        where memory is counted by index."""
+        """Plans by what is free at this moment, which no engine changes while the start lock is held. Ray gives no
+        GPU itself if memory is counted by index."""
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
             await left_by_others(lambda: _gpus(self._config), notify)
-        return await asyncio.to_thread(plan_here, self._config, _gpus(self._config), by_index)
+        return await asyncio.to_thread(plan_replica, self._config, _gpus(self._config), by_index)
 
     async def _stop(self) -> None:
         if hasattr(self, "_engine"):
@@ -104,14 +104,14 @@ class Model:
 
 
 def _gpus(config: ModelConfig) -> list[Gpu]:
-    """The GPUs of this process; none on the CPU."""
+    """Returns the GPUs of this process. The CPU has none."""
     return [] if config.device == "cpu" else visible_gpus(local_gpus())
 
 
 async def left_by_others(
     gpus: Callable[[], Sequence[Gpu]], tell: Callable[[str], None], timeout_s: float = LEAVE_TIMEOUT_S
 ) -> None:
-    """Waits a while until nobody holds memory of GPUs that are this replica's alone.
+    """Waits a while until nobody else holds memory of GPUs that belong to this replica alone.
 
     After a SIGKILL the predecessor's engine, a process of its own, may take some seconds to end: a KV cache that is
     planned meanwhile would be small for good. Who does not leave is told, and the plan goes by what is free.
@@ -119,6 +119,9 @@ async def left_by_others(
     deadline = time.monotonic() + timeout_s
     while others := [gpu for gpu in await asyncio.to_thread(gpus) if is_held(gpu)]:
         if time.monotonic() > deadline:
-            tell(f"plans beside others, who hold memory of a whole GPU: {held_by_others(others)}")
+            tell(
+                "other processes still hold memory of this replica's GPU, so the plan leaves it out. "
+                f"{held_by_others(others)}"
+            )
             return
         await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Planned against measured: what a replica holds, told at its start, as gauges, to `serve-app status`, to next plans.
+"""Compares planned and measured memory: at the start, as gauges, in `serve-app status`, and for later plans.
 
 A difference is told, and nothing is stopped for it: pt's own limits are enforced by torch's allocator, vLLM's by the
 bytes that it was given.
@@ -19,13 +19,13 @@ from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
-from serve_app.facts.architecture import Architecture
-from serve_app.facts.calibration import Calibration, setting_key, write_calibrations
-from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.calibration import Calibration, setting_key
 from serve_app.facts.gpus import Gpu
+from serve_app.facts.packages import engine_versions
+from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import ModelPlan, RankPlan
-from serve_app.planning.setting import setting_of
+from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (
     REPORT_EVERY_S,
@@ -44,7 +44,7 @@ FORGET_TIMEOUT_S = 2.0
 
 
 class MemoryWatch:
-    """Watches one engine from when it is ready. `gpus` are those of the replica, in its own order."""
+    """Watches one engine from the moment when it is ready. `gpus` are those of the replica, in its own order."""
 
     def __init__(self, config: ModelConfig, engine: Engine, planned: ModelPlan | None, gpus: Sequence[Gpu]):
         self._config, self._engine, self._planned, self._gpus = config, engine, planned, gpus
@@ -54,7 +54,6 @@ class MemoryWatch:
         self._peaks: dict[str, int] = {}
         self._written: dict[str, Calibration] = {}
         self._warned: set[str] = set()
-        self._architecture: Architecture | None = None
         self._ready_after_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._metrics = ReplicaMetrics()
@@ -62,7 +61,7 @@ class MemoryWatch:
         self._telling, self._is_over = threading.Lock(), False
 
     async def start(self, ready_after_s: float) -> None:
-        """Measures once, and goes on in the background.
+        """Measures once, and then goes on in the background.
 
         Raises EngineError when the engine runs on a GPU of somebody else's; whatever else fails is told in the log.
         """
@@ -75,7 +74,7 @@ class MemoryWatch:
             self._task = asyncio.create_task(self._keep(ranks))
 
     async def stop(self) -> None:
-        """Ends it, and takes its report back, if Ray's head answers. No report is written afterwards."""
+        """Ends the watch, and takes its report back if Ray's head answers. It writes no report afterwards."""
         self._is_over = True
         if self._task is None:
             return
@@ -86,16 +85,19 @@ class MemoryWatch:
 
     async def _keep(self, ranks: Sequence[RankMemory]) -> None:
         while True:
-            for what, work in (("told to `serve-app status`", self._report), ("kept for next plans", self._calibrate)):
+            for what, work in (
+                ("reported to `serve-app status`", self._report),
+                ("kept for later plans", self._calibrate),
+            ):
                 try:
                     await asyncio.to_thread(work, ranks)
                 except Exception as error:  # Ray's head may be restarting, a disk be full; the replica serves on.
-                    self._warn(f"What was measured is not {what}: {error}")
+                    self._warn(f"The measured memory is not {what}: {error}")
             await asyncio.sleep(REPORT_EVERY_S)
             ranks = await self._measured()
 
     async def _measured(self) -> Sequence[RankMemory]:
-        """What the engine says, with the largest of the peaks so far; nothing where it cannot say."""
+        """Returns what the engine says, with the largest of the peaks so far. It is empty if the engine cannot say."""
         try:
             ranks = await self._engine.memory()
         except Exception as error:
@@ -106,13 +108,13 @@ class MemoryWatch:
         return ranks
 
     def _warn(self, text: str) -> None:
-        """Once for each text: it would come again every few seconds."""
+        """Logs each text only once, because it would come again every few seconds."""
         if text not in self._warned:
             self._warned.add(text)
             logger.warning("%s", text)
 
     def _devices(self, ranks: Sequence[RankMemory]) -> list[DeviceReport]:
-        """Each device that is held, with what was planned."""
+        """Returns each device that the engine holds, with what was planned there."""
         planned = planned_by_device(self._planned, self._gpus)
         indices = {gpu.uuid: gpu.index for gpu in self._gpus}
         return [_device_report(rank, planned.get(rank.device), indices, self._peaks) for rank in ranks]
@@ -135,9 +137,8 @@ class MemoryWatch:
     def _calibrate(self, ranks: Sequence[RankMemory]) -> None:
         if self._planned is None:
             return
-        if self._architecture is None:
-            self._architecture = read_checkpoint(self._config.model, self._config.revision).architecture
-        measured = calibrations_of(self._config, self._architecture, self._planned, ranks, self._gpus)
+        engine = engine_versions().get(self._config.infer_backend, "")
+        measured = calibrations_of(self._config, self._planned, ranks, self._gpus, engine)
         found = {
             key: calibration
             for key, calibration in measured.items()
@@ -149,26 +150,27 @@ class MemoryWatch:
 
 
 def planned_by_device(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, RankPlan]:
-    """The plan's ranks by the GPU's UUID, or "cpu". The plan counts the GPUs as this process does."""
+    """Returns the plan's ranks by the GPU's UUID, or "cpu". The plan counts the GPUs as this process does."""
     ranks = () if planned is None else planned.ranks
     return {"cpu" if rank.device.index is None else gpus[rank.device.index].uuid: rank for rank in ranks}
 
 
 def calibrations_of(
-    config: ModelConfig,
-    architecture: Architecture,
-    planned: ModelPlan,
-    ranks: Sequence[RankMemory],
-    gpus: Sequence[Gpu],
+    config: ModelConfig, planned: ModelPlan, ranks: Sequence[RankMemory], gpus: Sequence[Gpu], engine: str
 ) -> dict[str, Calibration]:
-    """What was measured, for the next plan of the same setting."""
+    """Returns what was measured, by the key of its setting, for the next plan of the same setting.
+
+    `engine` names the engine's packages with their versions.
+    """
     by_device = planned_by_device(planned, gpus)
     found: dict[str, Calibration] = {}
     for rank in ranks:
         plan = by_device.get(rank.device)
         if rank.rest is None or plan is None:
             continue
-        setting = setting_of(config, architecture, planned.max_model_len, plan.device, *plan.seat)
+        setting = calibration_setting(
+            config, planned.architecture, planned.max_model_len, engine, plan.device, *plan.seat
+        )
         measured = Calibration(
             setting, max(0, rank.rest - hidden_weights(rank, plan)), rank.context if plan.device.is_gpu else None
         )
@@ -178,18 +180,18 @@ def calibrations_of(
 
 
 def hidden_weights(rank: RankMemory, planned: RankPlan) -> int:
-    """On the CPU oneDNN's order of weights hides them from vLLM's list of parameters: the plan's figure stands in."""
+    """Returns the weights that oneDNN's order hides from vLLM's list of parameters on the CPU, by the plan's figure."""
     return 0 if planned.device.is_gpu else max(0, planned.weights.bytes - rank.weights)
 
 
 def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu]) -> None:
-    """Raises EngineError when a rank is on a GPU that this replica was not given, where NVML shows any."""
+    """Raises EngineError if a rank is on a GPU that this replica was not given. Without NVML's GPUs it cannot tell."""
     own = {gpu.uuid for gpu in gpus}
     for rank in ranks if own else ():
         if rank.device != "cpu" and rank.device not in own:
             raise EngineError(
-                f"the engine runs on {rank.device}, and was given {', '.join(sorted(own))}. "
-                "CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES was changed on its way; leave both to Ray and this program."
+                f"the engine runs on {rank.device}, but Ray gave it {', '.join(sorted(own))}. "
+                "Something changed CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES. Leave both to Ray and serve-app."
             )
 
 
@@ -211,8 +213,9 @@ def _is_more(new: Calibration, old: Calibration) -> bool:
 
 
 def _line(device: DeviceReport) -> str:
-    """What the terminal shows when a replica is ready."""
+    """Returns what the terminal shows when a replica is ready."""
     where = "memory" if device.device == "cpu" else f"GPU {device.index}"
-    planned = "is not planned" if device.planned is None else f"was planned {gib(device.planned)}"
-    holds = "nobody tells what it holds" if device.held is None else f"holds {gib(device.held)}"
-    return f"{where}: {planned}, {holds}"
+    planned = "the plan has no figure" if device.planned is None else f"the plan has {gib(device.planned)}"
+    if device.held is None:
+        return f"{where}: {planned}, and what the engine holds cannot be measured here"
+    return f"{where}: {planned}, and the engine holds {gib(device.held)}"

@@ -1,4 +1,4 @@
-"""A model replica's metrics, through Ray's own exporter, which adds the application and the replica."""
+"""Exports a model replica's metrics through Ray's own exporter, which adds the application and the replica."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from serve_app.replica.report import DeviceReport
 
 
 class ReplicaMetrics:
-    """One set for each replica. Bytes by device: a GPU's UUID, or "cpu"."""
+    """The gauges of one replica. Bytes are by device, which is a GPU's UUID or "cpu"."""
 
     def __init__(self) -> None:
         device = ("device",)
@@ -18,7 +18,7 @@ class ReplicaMetrics:
         self._load = metrics.Gauge("serve_app_engine_load", "1 is a full batch, or a full KV cache; above 1 some wait.")
 
     def told(self, devices: Sequence[DeviceReport], load: float) -> None:
-        """What was measured last. What nobody knows is no zero, and is left out."""
+        """Sets the gauges to what was measured last. It leaves out what is unknown, because that is not zero."""
         self._load.set(load)
         for device in devices:
             tags = {"device": device.device}

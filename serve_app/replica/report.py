@@ -1,4 +1,4 @@
-"""What a replica tells about itself, in Ray's key-value store, where `serve-app status` reads it.
+"""Keeps what a replica reports about itself in Ray's key-value store, where `serve-app status` reads it.
 
 A report that is older than `STALE_S`, or of a replica that Serve does not have any more, says nothing.
 """
@@ -18,7 +18,7 @@ FORGOTTEN_S = 600.0
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """One replica on one device: planned and measured bytes, None where nobody knows them.
+    """What a replica was planned and measured to hold of one device, in bytes. Unknown figures are None.
 
     `device` is the GPU's UUID or "cpu", `index` the GPU's number on its node. `held`, `peak`, `weights` and `kv_cache`
     as in `RankMemory`.
@@ -36,7 +36,7 @@ class DeviceReport:
 
 @dataclass(frozen=True)
 class ReplicaReport:
-    """One replica, at `written_at` (seconds since 1970). `load` as in `Engine.load`."""
+    """The report of a replica at `written_at`, in seconds since 1970. `load` is as in `Engine.load`."""
 
     application: str
     replica: str
@@ -51,17 +51,18 @@ class ReplicaReport:
 
 
 def write_report(report: ReplicaReport) -> None:
-    """Tells it. Blocks for a moment. Raises RayError or RuntimeError while Ray's head does not answer."""
+    """Stores a report, for which it blocks for a moment. Raises RayError or RuntimeError while Ray's head does not
+    answer."""
     store(_key(report.application, report.replica), json.dumps(asdict(report)).encode())
 
 
 def forget_report(application: str, replica: str) -> None:
-    """The replica stops."""
+    """Deletes the report of a replica that stops."""
     delete_stored(_key(application, replica))
 
 
 def read_reports() -> list[ReplicaReport]:
-    """All that were told and not forgotten. What another version has written is skipped.
+    """Returns all reports that are stored. It skips those that another version has written.
 
     A replica that was killed leaves its report behind: such ones are removed here once they are old.
     """
@@ -76,7 +77,7 @@ def read_reports() -> list[ReplicaReport]:
 
 
 def parsed_report(text: bytes) -> ReplicaReport | None:
-    """None for what is no report of this version."""
+    """Returns the report that a text holds, or None if it is not one of this version."""
     try:
         item = json.loads(text)
         devices = tuple(DeviceReport(**device) for device in item.pop("devices"))

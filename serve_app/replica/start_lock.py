@@ -1,4 +1,4 @@
-"""One engine at a time starts on a GPU: what is free is read, compared and taken, and must not move meanwhile.
+"""Lets one engine at a time start on a GPU. What is free is read, compared and taken, and must not move meanwhile.
 
 A lock is `flock` on a file per GPU of the machine. The kernel frees it when its holder dies, however it dies, and no
 program that the holder starts inherits it. Containers that share a GPU share no lock, unless they share the folder.
@@ -33,7 +33,8 @@ async def starting_alone(
     timeout_s: float = TIMEOUT_S,
     folder: Path = FOLDER,
 ) -> AsyncIterator[None]:
-    """Holds the locks of these GPUs, by UUID or whatever names them on this machine. `tell` reports a wait.
+    """Holds the locks of these GPUs, which are named by UUID or by any other name on this machine. `tell` reports a
+    wait.
 
     Raises EngineError after `timeout_s` seconds, which names who holds the lock; Serve then tries the start again.
     """
@@ -58,7 +59,7 @@ async def _lock(file: int, gpu: str, tell: Callable[[str], None], ends: float, t
             holder = os.pread(file, 100, 0).decode(errors="replace") or "another engine"
         now = time.monotonic()
         if now > ends:
-            raise EngineError(f"{holder} has been starting on GPU {gpu} for {timeout_s:g} s. Stop it, or wait.")
+            raise EngineError(f"{holder} has held the start lock of GPU {gpu} for {timeout_s:g} s. Stop it, or wait.")
         if now - told > TELL_EVERY_S:
             told = now
             tell(f"waits for another engine that starts on GPU {gpu} ({holder})")
@@ -66,7 +67,7 @@ async def _lock(file: int, gpu: str, tell: Callable[[str], None], ends: float, t
 
 
 def _open(folder: Path, gpu: str) -> int:
-    """The lock file. Raises EngineError where another user could have put something else in its place."""
+    """Returns the lock file. Raises EngineError if another user could have put something else in its place."""
     path = folder / (PREFIX + "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in gpu))
     try:
         inside = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -87,7 +88,7 @@ def _open(folder: Path, gpu: str) -> int:
 
 
 def _require_safe(inside: int, folder: Path) -> None:
-    """Raises EngineError for a folder in which another user may replace files of ours."""
+    """Raises EngineError for a folder in which another user may replace our files."""
     status = os.fstat(inside)
     if status.st_uid not in (0, os.getuid()):
         raise EngineError(
@@ -102,7 +103,7 @@ def _require_safe(inside: int, folder: Path) -> None:
 
 
 def _open_or_create(name: str, folder: int) -> int:
-    """The file `name` in the open `folder`; a link in its place is not followed.
+    """Returns the file `name` in the open `folder`. It does not follow a link in its place.
 
     Not O_CREAT alone: for a file of another user in such a folder the kernel refuses that (fs.protected_regular).
     """

@@ -1,16 +1,17 @@
-"""A model's own route takes a body only when it is whole, small enough and in time: engines read without a limit."""
+"""Takes a body by a model's own route only if it is whole, small enough and in time, since engines read without a
+limit."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
+from serve_app.wire.arrival import read_or_refused, with_body
 from serve_app.wire.asgi import show_routes
-from serve_app.wire.body import read_or_refused, replayed
 
-METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+METHODS_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class WholeBody:
-    """An application behind the limits of `config`. It gets the body in one piece."""
+    """Puts the limits of `config` in front of an application. That gets the body in one piece, and in the scope."""
 
     def __init__(self, app: ASGIApp, config: ModelConfig):
         self._app = app
@@ -18,10 +19,10 @@ class WholeBody:
         show_routes(self, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http" or scope["method"] not in METHODS_WITH_BODY:
+        """Handles one ASGI connection."""
+        if scope["type"] != "http" or scope["method"] in METHODS_WITHOUT_BODY:
             await self._app(scope, receive, send)
             return
         body = await read_or_refused(scope, receive, send, self._config)
         if body is not None:
-            await self._app(scope, replayed(body, receive), send)
+            await self._app(*with_body(scope, receive, body), send)

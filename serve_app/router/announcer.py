@@ -80,7 +80,7 @@ def serving(models: dict[str, ModelStatus], url: str, is_open: bool) -> list[str
 
 
 def address() -> str:
-    """The address of this Serve instance's HTTP proxy."""
+    """Returns the address of this Serve instance's HTTP proxy."""
     options = http_options()
     host = "127.0.0.1" if options.host in (None, "", ANY_ADDRESS) else options.host
     return f"http://{host}:{options.port}{(options.root_path or '').rstrip('/')}"

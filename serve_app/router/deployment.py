@@ -28,7 +28,7 @@ from serve_app.errors import ConfigError, InvalidRequest, RequestError
 from serve_app.ray_serve import replicas_listen_for_http
 from serve_app.router.announcer import announce
 from serve_app.router.directory import ModelDirectory, ModelStatus
-from serve_app.router.forward import Proxy
+from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
 from serve_app.router.openapi import openapi_document
 from serve_app.router.upstream.addresses import ReplicaAddresses
@@ -41,7 +41,8 @@ logger = logging.getLogger("ray.serve")
 
 
 class Router:
-    """The deployment class of the router application. Its `user_config` changes what a RouterConfig holds, live."""
+    """This is the deployment class of the router application. Its `user_config` changes what a RouterConfig holds,
+    live."""
 
     def __init__(self, config: RouterConfig):
         source = configured_keys()
@@ -56,11 +57,11 @@ class Router:
         self._gate = Gate(source, ActorLimiter())
         over_http = HttpUpstream(directory, handles, self._gate, ReplicaAddresses())
         upstream = over_http if replicas_listen_for_http() else handles
-        self._proxy = Proxy(config, directory, upstream, metrics, self._gate)
-        stand_behind(Inside(self._gate, lambda: self._proxy.config, refused=metrics.refused))
+        self._forwarder = Forwarder(config, directory, upstream, metrics, self._gate)
+        stand_behind(Inside(self._gate, lambda: self._forwarder.config, refused=metrics.refused))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return KeyedRouter(build_app(self._proxy, self._directory, self._gate), self._gate)
+        return KeyedRouter(build_app(self._forwarder, self._directory, self._gate), self._gate)
 
     async def check_health(self) -> None:
         """Called by Serve; an exception makes it replace the replica."""
@@ -72,7 +73,7 @@ class Router:
         What is wrong at the start fails it. Later it is logged and changes nothing: Serve would stop the router.
         """
         try:
-            self._proxy.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
+            self._forwarder.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
         except ConfigError as error:
             if not self._is_configured:
                 notify(f"the router cannot start: user_config: {error}")
@@ -82,13 +83,13 @@ class Router:
         self._is_configured = True
 
 
-def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:
-    """The router's application. Its lifespan tells the terminal how the models come up."""
+def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate) -> Starlette:
+    """Builds the router's application. Its lifespan tells the terminal how the models come up."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await gate.start()
-        await proxy.start()
+        await forwarder.start()
         tasks = [
             asyncio.create_task(directory.keep_fresh()),
             asyncio.create_task(announce(directory, gate.source.is_open)),
@@ -96,9 +97,9 @@ def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:
         yield
         for task in tasks:
             task.cancel()
-        await proxy.close()
+        await forwarder.close()
 
-    endpoints = _Endpoints(proxy, directory)
+    endpoints = _Endpoints(forwarder, directory)
     return Starlette(
         routes=[
             Route("/health", endpoints.health),
@@ -106,25 +107,25 @@ def build_app(proxy: Proxy, directory: ModelDirectory, gate: Gate) -> Starlette:
             Route("/openapi.json", endpoints.openapi),
             Route("/v1/models", endpoints.list_models),
             Route("/v1/models/{name:path}", endpoints.show_model),
-            Route("/{path:path}", proxy, methods=["POST"]),
+            Route("/{path:path}", forwarder, methods=["POST"]),
         ],
-        exception_handlers={RequestError: _refuse, HTTPException: _no_such_route, Exception: _unexpected},
+        exception_handlers={RequestError: _refused, HTTPException: _no_such_route, Exception: _unexpected},
         lifespan=lifespan,
     )
 
 
 class _Endpoints:
-    def __init__(self, proxy: Proxy, directory: ModelDirectory):
-        self._proxy = proxy
+    def __init__(self, forwarder: Forwarder, directory: ModelDirectory):
+        self._forwarder = forwarder
         self._directory = directory
         self._created = int(time.time())
 
     async def health(self, _: Request) -> Response:
-        """The process is up."""
+        """GET /health answers 200 while the process is up."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Which models serve, and what waits for each in this router.
+        """GET /ready tells which models serve, and what waits for each of them in this router.
 
         200 as soon as one serves, so that one broken model does not take the others away.
         """
@@ -137,7 +138,7 @@ class _Endpoints:
                     "status": model.state,
                     "replicas": model.replicas,
                     "message": model.message,
-                    **self._proxy.queued(model.name),
+                    **self._forwarder.queued(model.name),
                 }
                 for model in map(self._directory.seen_from_outside, models.values())
             },
@@ -145,23 +146,23 @@ class _Endpoints:
         return JSONResponse(body, status_code=200 if ready else 503)
 
     async def openapi(self, _: Request) -> Response:
-        """The OpenAPI document, with the models that are there now."""
-        config = self._proxy.config
+        """GET /openapi.json answers with the OpenAPI document, which names the models that are there now."""
+        config = self._forwarder.config
         names = {*await self._directory.models(), *config.aliases}
         return JSONResponse(openapi_document(names, needs_model=config.default_model is None))
 
     async def list_models(self, _: Request) -> Response:
-        """OpenAI's list; `status` is ours."""
+        """GET /v1/models answers with OpenAI's list. The field `status` is our own."""
         models = await self._directory.models()
         data = [self._model_object(model) for model in models.values()]
-        aliases = self._proxy.config.aliases
+        aliases = self._forwarder.config.aliases
         data += [self._model_object(models[name], alias) for alias, name in aliases.items() if name in models]
         return JSONResponse({"object": "list", "data": data})
 
     async def show_model(self, request: Request) -> Response:
-        """One entry of OpenAI's list."""
+        """GET /v1/models/NAME answers with one entry of OpenAI's list."""
         name = request.path_params["name"]
-        model = await self._directory.find(self._proxy.config.aliases.get(name, name))
+        model = await self._directory.find(self._forwarder.config.aliases.get(name, name))
         return JSONResponse(self._model_object(model, name))
 
     def _model_object(self, model: ModelStatus, name: str | None = None) -> dict[str, Any]:
@@ -176,7 +177,7 @@ class _Endpoints:
         }
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return error_response(error)
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ray import serve
 from ray.exceptions import RayError
@@ -54,8 +54,36 @@ class ModelStatus:
         return self.state in ("ready", "asleep")
 
 
+class Directory(Protocol):
+    """What the way of a request asks of the directory of models."""
+
+    async def find(self, name: str) -> ModelStatus:
+        """Returns one model. Raises ModelNotFound for an unknown name."""
+        ...
+
+    def require_hope(self, model: ModelStatus) -> None:
+        """Raises ModelUnavailable for a model that will not answer who waits; one that loads or restarts will."""
+        ...
+
+    def unavailable(self, model: ModelStatus) -> ModelUnavailable:
+        """Why a model cannot answer now, with the time that its last load took where it is loading."""
+        ...
+
+    def load_time_s(self, name: str) -> float:
+        """Seconds that are left of a load like the last one; a guess where none was seen."""
+        ...
+
+    def waking(self, name: str) -> None:
+        """A request has asked for a model that is asleep."""
+        ...
+
+    def woke(self, name: str) -> None:
+        """The model has answered. The time since the first request is what the next ones are told to wait."""
+        ...
+
+
 class ModelDirectory:
-    """The models of this Serve instance, read in the background every `interval_s` seconds.
+    """Holds the models of this Serve instance, which it reads in the background every `interval_s` seconds.
 
     Requests are answered from what was read last, so a slow or restarting controller stops nobody: replicas and
     handles work without it. Only a request for a model that is not known as ready waits for a new reading.
@@ -86,13 +114,13 @@ class ModelDirectory:
             await asyncio.sleep(self._interval_s)
 
     async def models(self) -> Mapping[str, ModelStatus]:
-        """All models by name, as read last."""
+        """Returns all models by name, as they were read last."""
         if self._read_at == float("-inf"):
             await self._refresh(FRESH_ENOUGH_S)
         return self._models
 
     async def find(self, name: str) -> ModelStatus:
-        """One model. Raises ModelNotFound for an unknown name."""
+        """Returns one model. Raises ModelNotFound for an unknown name."""
         model = (await self.models()).get(name)
         if model is None or model.state != "ready":
             await self._refresh(FRESH_ENOUGH_S)  # It may have come, or become ready, since.

@@ -11,7 +11,7 @@ SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 
 class RouterMetrics:
-    """One set for each router replica."""
+    """Holds the metrics of one router replica."""
 
     def __init__(self) -> None:
         model = ("model",)
@@ -34,37 +34,37 @@ class RouterMetrics:
         self._queue = metrics.Histogram("serve_app_queue_time_seconds", "Time held in the router.", SECONDS, model)
 
     def finished(self, model: str, code: int) -> None:
-        """A request has its answer, or has none."""
+        """Counts a request that is over, with or without an answer."""
         self._requests.inc(tags={"model": model, "code": str(code)})
 
     def key_refused(self, code: int) -> None:
-        """A request had no right to be answered."""
+        """Counts a request that its key, or the lack of one, kept out."""
         self._refusals.inc(tags={"code": str(code)})
 
     def refused(self, code: int) -> None:
-        """A request did not come as far as its body: it has no model yet."""
+        """Counts a request that was refused before its body was read, so that its model is not known."""
         self.finished("unknown", code)
         if code in (401, 403):
             self.key_refused(code)
 
     def retried(self, model: str) -> None:
-        """A request was sent again."""
+        """Counts a request that is sent again."""
         self._retries.inc(tags={"model": model})
 
     def resumed(self, model: str) -> None:
-        """A stream was taken up again."""
+        """Counts a stream that is taken up again."""
         self._resumes.inc(tags={"model": model})
 
     def waiting(self, model: str, count: int) -> None:
-        """How many wait now."""
+        """Sets how many requests wait for the model now."""
         self._waiting.set(count, tags={"model": model})
 
     def loaded(self, model: str, seconds: float) -> None:
-        """A model has become ready, or has woken."""
+        """Sets how long the model's last load or wake-up took."""
         self._loads.set(seconds, tags={"model": model})
 
     def timed(self, model: str, queue_s: float, first_s: float, between_s: float | None) -> None:
-        """Times of one answered request, in seconds."""
+        """Records the times of one answered request, in seconds."""
         tags = {"model": model}
         self._queue.observe(queue_s, tags=tags)
         self._first.observe(first_s, tags=tags)
@@ -72,7 +72,7 @@ class RouterMetrics:
             self._between.observe(between_s, tags=tags)
 
     def used(self, model: str, usage: Usage) -> None:
-        """Tokens, as far as the answer tells them."""
+        """Counts tokens, as far as the answer tells them."""
         for count, counter in ((usage.prompt, self._tokens_in), (usage.completion, self._tokens_out)):
             if count:
                 counter.inc(count, tags={"model": model})

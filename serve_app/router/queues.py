@@ -31,10 +31,10 @@ class ModelQueue:
 
     @contextmanager
     def place(self, config: RouterConfig) -> Iterator[None]:
-        """A place in the queue. Raises Overloaded when all are taken."""
+        """Takes a place in the queue. Raises Overloaded when all are taken."""
         if self.waiting >= config.max_waiting_requests:
             raise Overloaded(
-                f"{self.waiting} requests wait for '{self.name}', as many as may. Try again later.",
+                f"{self.waiting} requests wait for '{self.name}' already, which is the limit. Try again later.",
                 retry_after_s=self.retry_after_s(),
             )
         self.waiting += 1
@@ -45,7 +45,7 @@ class ModelQueue:
 
     @contextmanager
     def hold(self, config: RouterConfig, retry_after_s: float) -> Iterator[None]:
-        """A place among the requests that wait for a model to load. Raises Overloaded when all are taken."""
+        """Takes a place among the requests that wait for a model to load. Raises Overloaded when all are taken."""
         if self.held >= config.max_held_requests:
             raise Overloaded(
                 f"The model '{self.name}' is loading, and {self.held} requests wait for it already.",
@@ -58,7 +58,7 @@ class ModelQueue:
             self.held -= 1
 
     def answered(self) -> None:
-        """One request has its first byte."""
+        """Notes that one request has its first byte."""
         self._answered.append(self._clock())
 
     def rate(self) -> float | None:
@@ -78,7 +78,7 @@ class ModelQueue:
 
 
 class Queues(dict[str, ModelQueue]):
-    """The queues of all models. One is made when it is asked for, so only a name that is known should be."""
+    """Holds the queues of all models. One is made when it is asked for, so only a name that is known should be."""
 
     def __missing__(self, name: str) -> ModelQueue:
         self[name] = ModelQueue(name)

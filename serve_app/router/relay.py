@@ -2,59 +2,22 @@
 
 import asyncio
 import json
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import msgspec
 
 from serve_app.config import RouterConfig
-from serve_app.errors import DeadlineExceeded, HarmfulRequest, ModelUnavailable, RequestError, UnreadableAnswer
+from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
+from serve_app.router.dispatcher import Dispatcher
 from serve_app.router.engine_loss import is_lost_event
 from serve_app.router.exchange import Exchange
-from serve_app.router.metrics import RouterMetrics
-from serve_app.router.resume import Resumed, resume
-from serve_app.router.suspicion import Suspicion
-from serve_app.router.transcript import CannotResume, Transcript, WholeEvents, may_resume
-from serve_app.router.upstream.protocol import Answer, EngineGone, NotOpen, Patience, ReplicaLost, Upstream
+from serve_app.router.resume import Resumed
+from serve_app.router.transcript import Transcript, WholeEvents, may_resume
+from serve_app.router.upstream.protocol import Answer, ReplicaLost, is_stream
 from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.openai_errors import error_object
-
-logger = logging.getLogger("ray.serve")
-
-# Seconds before the repeats. The first is for another replica, which answers at once; where there is none, Serve needs
-# two or three seconds to know that the last one has died, and then the request waits as for any model that loads.
-BACKOFF_S = (0.1, 0.5, 2.0)
-# Seconds in which a client must take the last of its answer.
-LAST_WORDS_TIMEOUT_S = 5.0
-
-
-async def backoff(repeats: int) -> None:
-    """Waits before the next try."""
-    await asyncio.sleep(BACKOFF_S[min(repeats, len(BACKOFF_S)) - 1])
-
-
-async def last_words(*sends: Coroutine[Any, Any, None]) -> None:
-    """The end of an answer. Raises DeadlineExceeded, which breaks the connection, for a reader that stands still."""
-    try:
-        async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
-            for send in sends:
-                await send
-    except TimeoutError:
-        raise DeadlineExceeded("The client did not take the end of its answer.") from None
-    finally:
-        for send in sends:
-            send.close()
-
-
-def _has_more_than(before: int, transcript: Transcript | None) -> bool:
-    """Whether a stream has got any text since it had so many characters. A stream that is not read counts as such."""
-    if transcript is None:
-        return True
-    transcript.read()
-    return len(transcript.text) > before
 
 
 class Deadline:
@@ -69,7 +32,7 @@ class Deadline:
         self.timeout = asyncio.timeout_at(min(ends, self._set_at + idle_s))
 
     def moved(self) -> None:
-        """A piece has come."""
+        """Notes that a piece has come, and moves the timeout on."""
         now = self._loop.time()
         if now - self._set_at > min(1.0, self._idle_s / 4):
             self._set_at = now
@@ -80,53 +43,52 @@ class Relay:
     """Passes one answer on. `ends` is the loop's time at which it must be over."""
 
     def __init__(
-        self,
-        exchange: Exchange,
-        request: HttpRequest,
-        config: RouterConfig,
-        ends: float,
-        loaded: Callable[[Exchange, str, RouterConfig], Awaitable[None]],
-        suspicion: Suspicion,
+        self, exchange: Exchange, request: HttpRequest, config: RouterConfig, ends: float, dispatcher: Dispatcher
     ):
         self._exchange = exchange
-        self._suspicion = suspicion
-        self._loaded = loaded
+        self._downstream = exchange.downstream
         self._request = request
         self._config = config
         self._ends = ends
+        self._dispatcher = dispatcher
 
-    async def plain(self, answer: Answer) -> None:
+    async def pass_back(self, answer: Answer) -> None:
+        """Passes the whole answer to its client. Raises RequestError where it breaks and the client must see that."""
+        if not self._downstream.is_early:
+            await self._downstream.begin(answer.status, answer.headers)
+        self._exchange.timing.was_answered()
+        if is_stream(answer):
+            await self._events(answer)
+        elif self._downstream.is_early:
+            await self._refusal(answer)
+        else:
+            await self._plain(answer)
+
+    async def _plain(self, answer: Answer) -> None:
         """An answer that is no stream of events. One that breaks raises, so that the client sees a broken answer."""
-        try:
-            async with self._in_time() as deadline:
-                async for piece in answer.pieces():
-                    deadline.moved()
-                    self._exchange.suspect.cleared()
-                    await self._exchange.pass_on(piece)
-        except ReplicaLost as error:
-            raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
-        await last_words(self._exchange.end())
+        async with self._whole() as deadline:
+            async for piece in answer.pieces():
+                deadline.moved()
+                self._exchange.suspect.cleared()
+                await self._downstream.pass_on(piece)
+        await self._downstream.end()
 
-    async def refusal(self, answer: Answer) -> None:
+    async def _refusal(self, answer: Answer) -> None:
         """An answer that is no stream, for a client whose stream has begun with comments: it becomes its last event."""
         pieces = []
-        try:
-            async with self._in_time() as deadline:
-                async for piece in answer.pieces():
-                    deadline.moved()
-                    pieces.append(piece)
-        except ReplicaLost as error:
-            raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
+        async with self._whole() as deadline:
+            async for piece in answer.pieces():
+                deadline.moved()
+                pieces.append(piece)
         body = b"".join(pieces)
         try:
             event = await beside_loop(len(body), lambda: msgspec.json.format(body, indent=0))
         except ValueError:
             text = f"HTTP {answer.status}: {body[:500].decode(errors='replace')}"
             event = json.dumps(error_object(RequestError(text))).encode()
-        self._exchange.error_status = answer.status
-        await last_words(self._exchange.pass_on(b"data: %s\n\n" % event), self._exchange.end())
+        await self._downstream.end_with_refusal(answer.status, event)
 
-    async def events(self, answer: Answer, upstream: Upstream, metrics: RouterMetrics) -> None:
+    async def _events(self, answer: Answer) -> None:
         """A stream of events, which ends with one that says why where it cannot go on."""
         transcript = Transcript() if may_resume(self._request.path) and answer.status == 200 else None
         current: Resumed | None = Resumed(answer, None)
@@ -137,16 +99,14 @@ class Relay:
                     break
                 except ReplicaLost as error:
                     await current.answer.close()
-                    current = await self._resumed(upstream, transcript, error, metrics)
+                    current = await self._resumed(transcript, error)
         except RequestError as error:
-            await last_words(self._exchange.tell(error), self._exchange.end())  # Its reader may be what stands still.
+            await self._downstream.end_with_error(error)  # Its reader may be what stands still.
             return
         finally:
             if current is not None and current.answer is not None:
                 await current.answer.close()
-        rest = b"" if current is None else current.last
-        end = self._exchange.end(f": server-timing {self._exchange.timing()}\n\n".encode())
-        await last_words(self._exchange.pass_on(rest), end)
+        await self._downstream.end_stream(b"" if current is None else current.last)
 
     async def _events_of(self, current: Resumed, transcript: Transcript | None) -> None:
         """Raises ReplicaLost where the stream breaks, DeadlineExceeded where it stands still."""
@@ -165,78 +125,45 @@ class Relay:
                     transcript.add(events)
                 if suspect.was_lost and _has_more_than(before, transcript):
                     suspect.cleared()
-                await self._exchange.pass_on(events)
-        await self._exchange.pass_on(whole.rest())
+                await self._downstream.pass_on(events)
+        await self._downstream.pass_on(whole.rest())
+
+    async def _resumed(self, transcript: Transcript | None, error: ReplicaLost) -> Resumed | None:
+        """Goes on as `Dispatcher.go_on` does. Raises DeadlineExceeded where the time of the whole answer is over."""
+        try:
+            async with asyncio.timeout_at(self._ends):
+                return await self._dispatcher.go_on(self._exchange, self._config, self._request, transcript, error)
+        except TimeoutError:
+            raise self._cut("total_timeout_s") from None
 
     @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator["Deadline"]:
+    async def _in_time(self) -> AsyncIterator[Deadline]:
         """Raises DeadlineExceeded for what stands still for too long, or takes too long in all."""
         deadline = Deadline(self._ends, self._config.idle_timeout_s)
         try:
             async with deadline.timeout:
                 yield deadline
         except TimeoutError:
-            raise self._cut("total_timeout_s" if self._is_over() else "idle_timeout_s") from None
+            is_over = asyncio.get_running_loop().time() >= self._ends
+            raise self._cut("total_timeout_s" if is_over else "idle_timeout_s") from None
 
-    def _is_over(self) -> bool:
-        return asyncio.get_running_loop().time() >= self._ends
+    @asynccontextmanager
+    async def _whole(self) -> AsyncIterator[Deadline]:
+        """As `_in_time`, for an answer that nothing can continue: ModelUnavailable where its replica is lost."""
+        try:
+            async with self._in_time() as deadline:
+                yield deadline
+        except ReplicaLost as error:
+            raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
 
     def _cut(self, field: str) -> DeadlineExceeded:
         seconds = getattr(self._config, field)
-        return DeadlineExceeded(f"The answer was cut after {seconds:g} s. The router's {field} says so.")
+        return DeadlineExceeded(f"The answer was cut off after {seconds:g} s, as the router's {field} says.")
 
-    async def _resumed(
-        self, upstream: Upstream, transcript: Transcript | None, error: ReplicaLost, metrics: RouterMetrics
-    ) -> Resumed | None:
-        """How a lost stream goes on; None where it cannot, and the client was told.
 
-        All losses of a stream count together: it may be what kills the replicas. Raises HarmfulRequest,
-        and DeadlineExceeded.
-        """
-        exchange, reason, patience = self._exchange, str(error), Patience()
-        self._suspicion.lost(exchange.model, exchange.suspect, error.death)
-        while transcript is not None and exchange.resumes < self._config.max_retries:
-            exchange.resumes += 1
-            metrics.resumed(exchange.model)
-            await backoff(exchange.resumes)
-            try:
-                return await self._resume(upstream, transcript)
-            except (DeadlineExceeded, HarmfulRequest):
-                raise
-            except NotOpen as closed:  # Nothing was tried: back into the waiting room.
-                if not (isinstance(closed, EngineGone) and patience.has_ended()):
-                    exchange.resumes -= 1
-                reason = str(closed)
-            except CannotResume as refusal:
-                reason = f"{error}; it was not taken up again: {refusal}"
-                break
-            except (ReplicaLost, TimeoutError, RequestError) as again:
-                if isinstance(again, ReplicaLost):
-                    self._suspicion.lost(exchange.model, exchange.suspect, again.death)
-                reason = str(again) or type(again).__name__
-                if isinstance(again, UnreadableAnswer):
-                    break
-            except Exception as unexpected:  # The client has half a stream, and must be told whatever it is.
-                logger.exception("a stream could not be taken up again")
-                reason = f"{error}; {type(unexpected).__name__}: {unexpected}"
-                break
-        if transcript is not None and transcript.done:
-            return None
-        lost = ModelUnavailable(f"The model's replica was lost in the stream: {reason}.", retry_after_s=1.0)
-        await last_words(exchange.tell(lost))
-        return None
-
-    async def _resume(self, upstream: Upstream, transcript: Transcript) -> Resumed:
-        """One try with another replica. Raises DeadlineExceeded where the time of the whole answer is over, and
-        TimeoutError where the replica gives no byte in time."""
-        name = self._exchange.model
-        try:
-            async with asyncio.timeout_at(self._ends):
-                await self._loaded(self._exchange, name, self._config)
-                await self._suspicion.before_next_try(name, self._exchange.suspect)
-                async with asyncio.timeout(self._config.first_byte_timeout_s):
-                    return await resume(upstream, name, self._request, transcript)
-        except TimeoutError:
-            if self._is_over():
-                raise self._cut("total_timeout_s") from None
-            raise
+def _has_more_than(before: int, transcript: Transcript | None) -> bool:
+    """Whether a stream has got any text since it had so many characters. A stream that is not read counts as such."""
+    if transcript is None:
+        return True
+    transcript.read()
+    return len(transcript.text) > before

@@ -69,7 +69,7 @@ def _asked(request: HttpRequest) -> tuple[Kind, Mapping[str, Any]]:
 async def _ids(
     caller: "_Caller", prompt: Mapping[str, Any] | None, asked: Mapping[str, Any], text: str
 ) -> tuple[list[int], list[int], int]:
-    """Ids of the prompt and of the text, and the model's length in tokens.
+    """Asks for the ids of the prompt and of the text, and the model's length in tokens.
 
     Some tokenizers put a space before a text, or join it with what stands before: then the ids together do not say
     prompt and text, and the stream is not taken up.
@@ -102,7 +102,7 @@ class _Caller:
         self._headers = [*JSON_HEADERS, *ids]
 
     async def call(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The decoded answer. Raises CannotResume where the model refuses, ReplicaLost where it is lost."""
+        """Returns the decoded answer. Raises CannotResume where the model refuses, ReplicaLost where it is lost."""
         content = await beside_loop(self._size, partial(msgspec.json.encode, body))
         answer = await _accepted(self._upstream, self._name, HttpRequest("POST", path, b"", self._headers, content))
         try:
@@ -112,7 +112,7 @@ class _Caller:
             await answer.close()
 
     async def stream(self, path: str, body: bytes) -> Answer:
-        """An answer that streams."""
+        """Sends a request whose answer streams. Raises what `call` raises."""
         return await _accepted(self._upstream, self._name, HttpRequest("POST", path, b"", self._headers, body))
 
 

@@ -53,7 +53,8 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of one request: the replicas that died at the same place of its answer, and how many of them took others along.
+    """This is what was seen of one request: the replicas that died at the same place of its answer, and how many of
+    them took others along.
 
     `companions` are other requests that were lost in all of these deaths, `rivals` those of them that got nothing new
     since, and `unrelated` recent deaths in which it was not.
@@ -67,7 +68,7 @@ class Evidence:
 
 
 def verdict(seen: Evidence) -> Verdict:
-    """The law of this module."""
+    """Judges by the law of this module."""
     needed = (2 if seen.with_others >= 2 and not seen.companions else 3) + seen.unrelated
     if seen.deaths >= needed and not seen.rivals:
         return Verdict.REFUSED
@@ -78,7 +79,7 @@ def verdict(seen: Evidence) -> Verdict:
 
 @dataclass(eq=False)
 class Death:
-    """The end of one replica, at `at` (monotonic, seconds), while it had `present` requests of this router.
+    """This is the end of one replica, at `at` (monotonic, seconds), while it had `present` requests of this router.
 
     `is_told`: the replica said itself that its engine is lost. Its process lives on then, and answers what needs no
     engine, such as the tokenizing of streams that are taken up again.
@@ -97,7 +98,7 @@ class Death:
 
 
 class Suspect:
-    """One request: the deaths since it last got something new."""
+    """This is one request with the deaths since it last got something new."""
 
     def __init__(self) -> None:
         self._deaths: list[Death] = []
@@ -106,23 +107,23 @@ class Suspect:
 
     @property
     def was_lost(self) -> bool:
-        """Whether it has been lost since it last got something new."""
+        """Says whether the request has been lost since it last got something new."""
         return bool(self._deaths)
 
     @property
     def deaths(self) -> list[Death]:
-        """Those that count."""
+        """The deaths that count as such."""
         return [death for death in self._deaths if death.counts]
 
     def lost(self, death: Death) -> None:
-        """It was lost in this one."""
+        """Notes that the request was lost in this death."""
         self.end_turn()
         death.victims.add(self)
         if death not in self._deaths:
             self._deaths.append(death)
 
     def cleared(self) -> None:
-        """It got something new, or is over."""
+        """Forgets the deaths so far: the request got something new, or is over."""
         self.end_turn()
         self._deaths.clear()
 
@@ -132,7 +133,7 @@ class Suspect:
         self._turn_ends = asyncio.get_running_loop().call_later(TURN_S, self.end_turn)
 
     def end_turn(self) -> None:
-        """The next may be tried."""
+        """Lets the next suspect be tried."""
         if self._turn is not None and self._turn_ends is not None:
             self._turn_ends.cancel()
             self._turn.release()
@@ -140,7 +141,7 @@ class Suspect:
 
 
 class Suspicion:
-    """Of one router, over all models."""
+    """Remembers the deaths that one router has seen, over all models."""
 
     def __init__(self) -> None:
         self._deaths: defaultdict[str, deque[Death]] = defaultdict(lambda: deque(maxlen=MOST_DEATHS))
@@ -156,7 +157,7 @@ class Suspicion:
             self._deaths[model].append(death)
 
     def evidence(self, model: str, suspect: Suspect) -> Evidence:
-        """What speaks against the request, and for it."""
+        """Gathers what speaks against the request, and for it."""
         deaths = suspect.deaths
         if not deaths:
             return Evidence(0)
@@ -202,7 +203,7 @@ class Suspicion:
                 death.is_explained = True
             raise HarmfulRequest(
                 f"{count} replicas of '{model}' died one after the other while they worked on this request, and no "
-                "other request was there each time. It is not sent to another one. Change the request, or tell the "
-                "operator its x-request-id."
+                "other request was there each time. So it is not sent to another replica. Change the request, or tell "
+                "the operator its x-request-id."
             )
         return found

@@ -54,7 +54,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class CannotResume(Exception):
-    """The stream cannot be taken up again. The message says why."""
+    """Says that the stream cannot be taken up again. The message says why."""
 
 
 def may_resume(path: str) -> bool:
@@ -93,7 +93,7 @@ class WholeEvents:
         self._tail = b""
 
     def feed(self, piece: bytes) -> bytes:
-        """The whole events up to here. Most pieces are whole events themselves, and pass as they are."""
+        """Returns the whole events up to here. Most pieces are whole events themselves, and pass as they are."""
         if self._tail:
             piece, self._tail = self._tail + piece, b""
         if piece.endswith(b"\n\n") or piece.endswith(b"\r\n\r\n"):
@@ -103,7 +103,7 @@ class WholeEvents:
         return piece
 
     def rest(self) -> bytes:
-        """What came after the last whole event."""
+        """Returns what came after the last whole event."""
         tail, self._tail = self._tail, b""
         return tail
 
@@ -187,7 +187,7 @@ class Continuation:
     body: bytes
 
     def rewrite(self, piece: bytes) -> bytes:
-        """Whole events of the continuation as the client expects them."""
+        """Rewrites whole events of the continuation as the client expects them."""
         return b"".join(self._rewrite(event) for event in events(piece))
 
     def _rewrite(self, event: Any) -> bytes:
@@ -214,7 +214,7 @@ def _chat_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_event(event: Any) -> bytes:
-    """One server-sent event."""
+    """Writes one server-sent event."""
     text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
     return f"data: {text}\n\n".encode()
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager, suppress
 
 from serve_app.config import RouterConfig
 from serve_app.errors import ModelUnavailable
-from serve_app.router.directory import ControllerSilent, ModelDirectory
-from serve_app.router.exchange import Exchange
+from serve_app.router.directory import ControllerSilent, Directory, ModelStatus
+from serve_app.router.downstream import Downstream
 from serve_app.router.queues import Queues
 from serve_app.router.upstream.protocol import ReplicaLost, Upstream
 from serve_app.wire.asgi import HttpRequest
@@ -24,21 +24,22 @@ WAKE_CALL = HttpRequest("GET", "/health", b"", [(b"accept", b"*/*")], b"")
 
 
 class WaitingRoom:
-    """Of one router replica, for all models."""
+    """Holds the requests of one router replica that wait for models, of all of them."""
 
-    def __init__(self, directory: ModelDirectory, upstream: Upstream, queues: Queues):
+    def __init__(self, directory: Directory, upstream: Upstream, queues: Queues):
         self._directory = directory
         self._queues = queues
         self._upstream = upstream
         self._calls: dict[str, asyncio.Task[bool]] = {}
 
-    async def pass_through(self, exchange: Exchange, name: str, config: RouterConfig, patient: bool = True) -> None:
+    async def pass_through(
+        self, model: ModelStatus, downstream: Downstream, config: RouterConfig, patient: bool = True
+    ) -> None:
         """Returns when the model is ready. The impatient wait for none that loads; one that sleeps is not down.
 
         Raises ModelNotFound, ModelUnavailable with the measured load time, or Overloaded when too many wait.
         """
-        model = await self._directory.find(name)
-        exchange.model = name
+        name = model.name
         if model.state == "ready":
             return
         self._directory.require_hope(model)
@@ -48,7 +49,7 @@ class WaitingRoom:
             raise self._directory.unavailable(model)
         with self._queues[name].hold(config, self._directory.load_time_s(name)):
             try:
-                async with asyncio.timeout(config.hold_timeout_s), self._comments(exchange, name):
+                async with asyncio.timeout(config.hold_timeout_s), self._comments(downstream, name):
                     await self._until_ready(name)
             except TimeoutError:
                 raise self._directory.unavailable(await self._directory.find(name)) from None
@@ -98,9 +99,9 @@ class WaitingRoom:
             logger.warning("A model could not be woken: %s: %s", type(error).__name__, error)
 
     @asynccontextmanager
-    async def _comments(self, exchange: Exchange, name: str) -> AsyncIterator[None]:
+    async def _comments(self, downstream: Downstream, name: str) -> AsyncIterator[None]:
         """Tells the client, where it asked for that, how long it still has to wait."""
-        telling = asyncio.create_task(self._tell(exchange, name)) if exchange.wants_progress else None
+        telling = asyncio.create_task(self._tell(downstream, name)) if downstream.wants_comments else None
         try:
             yield
         finally:
@@ -108,7 +109,7 @@ class WaitingRoom:
                 telling.cancel()
                 await asyncio.wait({telling})  # Not awaited itself: that would swallow a cancellation of this task.
 
-    async def _tell(self, exchange: Exchange, name: str) -> None:
+    async def _tell(self, downstream: Downstream, name: str) -> None:
         while True:
-            await exchange.comment(f"loading '{name}', about {self._directory.load_time_s(name):.0f} s left")
+            await downstream.comment(f"loading '{name}', about {self._directory.load_time_s(name):.0f} s left")
             await asyncio.sleep(COMMENT_EVERY_S)

@@ -7,7 +7,7 @@ The first item is the head (`encode_head`), every other item is a piece of the b
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope
 
 from serve_app.errors import ClientGone, RequestError
+from serve_app.wire.arrival import with_body
+from serve_app.wire.body import RequestBody
+from serve_app.wire.headers import Headers
 from serve_app.wire.openai_errors import error_object
 
 logger = logging.getLogger("ray.serve")
 
 Messages = asyncio.Queue[Message | None]
-Headers = list[tuple[bytes, bytes]]
 
 # The name of the key that a request came with, for engines, which share what they have between keys. The gates set it,
 # and a client's own goes no further; where nobody needs a key there is none.
@@ -32,7 +34,7 @@ SEND_AHEAD = 64
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A request with its whole body. Header names are lower-case; `path` is decoded, `query` is not."""
+    """This is a request with its whole body. Header names are lower-case; `path` is decoded, `query` is not."""
 
     method: str
     path: str
@@ -41,14 +43,14 @@ class HttpRequest:
     body: bytes
 
 
-def encode_head(status: int, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """The first item of a response: status and headers as JSON, latin-1 as in HTTP."""
+def encode_head(status: int, headers: Headers) -> bytes:
+    """Returns the first item of a response: status and headers as JSON, latin-1 as in HTTP."""
     pairs = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in headers]
     return json.dumps([status, pairs]).encode()
 
 
 def decode_head(item: bytes) -> tuple[int, Headers]:
-    """Status and headers from the first item of a response."""
+    """Reads status and headers from the first item of a response."""
     status, pairs = json.loads(item)
     return status, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
@@ -89,13 +91,8 @@ async def call_asgi(app: ASGIApp, request: HttpRequest) -> AsyncIterator[bytes]:
 async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asyncio.Event) -> None:
     """Runs the application, puts what it sends into `messages`, then None."""
     started = False
-    body_read = False
 
-    async def receive() -> Message:
-        nonlocal body_read
-        if not body_read:
-            body_read = True
-            return {"type": "http.request", "body": request.body, "more_body": False}
+    async def disconnected() -> Message:
         await gone.wait()
         return {"type": "http.disconnect"}
 
@@ -105,7 +102,7 @@ async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asy
         await messages.put(message)
 
     try:
-        await app(_scope(request), receive, send)
+        await app(*with_body(_scope(request), disconnected, RequestBody(request.body)), send)
     except Exception as error:
         if started:
             raise
@@ -120,7 +117,7 @@ async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asy
 
 
 def endpoint(scope: Scope) -> str:
-    """The path below the prefix of the route, or of Serve itself (`root_path` of its `http_options`)."""
+    """Returns the path below the prefix of the route, or of Serve itself (`root_path` of its `http_options`)."""
     return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
 
 

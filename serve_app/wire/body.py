@@ -1,36 +1,35 @@
-"""What is read of a request before an engine reads it: its body within limits, and of the body a few fields.
+"""The body of a request: its bytes, its fields, and the few of them that matter before an engine reads it.
 
-The rest of the body is checked to be JSON and passed on as bytes: building a document of ten megabytes would cost
-more than everything else that the router does.
+The body is split into its fields once in a process, and their values stay bytes: building a document of ten megabytes
+would cost more than everything else that the router does.
 """
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
 import msgspec
 from pydantic import TypeAdapter, ValidationError
-from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.config import ModelConfig, RouterConfig
-from serve_app.errors import ClientGone, HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, RequestTooLarge
-from serve_app.wire.census import census, require_countable
-from serve_app.wire.openai_errors import TOO_DEEP, error_response
+from serve_app.errors import InvalidRequest
+from serve_app.wire.census import Census, census, require_countable
+from serve_app.wire.openai_errors import TOO_DEEP
+from serve_app.wire.process_local import ProcessLocal
 
-Headers = Sequence[tuple[bytes, bytes]]
-T = TypeVar("T")
+Fields = Mapping[str, msgspec.Raw]
 
 # Bytes of JSON of a model's name; of a number, or of a word such as "true": what is written longer is none.
 MOST_NAME_BYTES = 1024
 MOST_WORD_BYTES = 100
-# Bytes of a client's own `x-request-id`: it stands in answers and in logs.
-MOST_ID_BYTES = 128
+# The fields of a body are kept as long as the request lasts, at some 200 bytes each. Requests have a few dozen; a body
+# with more of them is split again when they are needed.
+MOST_KEPT_FIELDS = 256
 
 
 @dataclass(frozen=True)
 class Peek:
-    """The fields that matter before the engine. `model` is None where the body has none.
+    """Holds the fields that matter before the engine. `model` is None where the body has none.
 
     `token_limit` are the tokens that one answer may have at most, 0 where the request does not say. `answers` is how
     many there will be: `n` for each of the prompts.
@@ -44,48 +43,88 @@ class Peek:
 
 
 _NULL = msgspec.Raw(b"null")
-
-
-class _Fields(msgspec.Struct):
-    """The same fields as JSON: whatever stands in them is not built before its size is known."""
-
-    model: msgspec.Raw = _NULL
-    stream: msgspec.Raw = _NULL
-    stream_options: msgspec.Raw = _NULL
-    max_tokens: msgspec.Raw = _NULL
-    max_completion_tokens: msgspec.Raw = _NULL
-    max_output_tokens: msgspec.Raw = _NULL
-    n: msgspec.Raw = _NULL
-    prompt: msgspec.Raw = _NULL
-
-
-_PEEK = msgspec.json.Decoder(_Fields)
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _WHOLE = TypeAdapter(int)
 
 
-def peek(body: bytes) -> Peek:
-    """Reads these fields of a JSON object, and counts all others without building them.
+class RequestBody(ProcessLocal):
+    """Holds the whole body of one request, which all layers of a process share (`wire/arrival.py`).
 
-    Takes time with a large body: not for the event loop. Raises InvalidRequest with what is wrong.
+    What is read of it is read once. That takes time with a large body, so it is not for the event loop.
     """
-    require_countable(body)
-    found = _fields(_PEEK, body)
-    try:
-        return Peek(
-            model=_name(found.model),
-            stream=_word(found.stream),
-            stream_options=msgspec.json.decode(found.stream_options),
-            # Engines differ in which of the two fields they follow, so the larger one counts.
-            token_limit=max(map(_whole, (found.max_tokens, found.max_completion_tokens, found.max_output_tokens))),
-            answers=max(1, _whole(found.n)) * _prompts(found.prompt),
-        )
-    except ValueError as error:  # Of a number that is too large, or of text that is no UTF-8.
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+    def __init__(self, content: bytes, fields: Fields | None = None):
+        self.content = content
+        self._fields = fields
+        self._peek: Peek | None = None
+
+    @cached_property
+    def census(self) -> Census:
+        """What the body holds, counted without building it."""
+        return census(self.content)
+
+    def require_countable(self, **bounds: Any) -> None:
+        """Raises InvalidRequest for a body with more values than may be built; as `census.require_countable`."""
+        require_countable(self.content, counted=lambda: self.census, **bounds)
+
+    @property
+    def fields(self) -> Fields:
+        """Returns the fields of the JSON object as they stand in the body. Of two equal names the last one counts.
+
+        Raises InvalidRequest with what is wrong.
+        """
+        if self._fields is not None:
+            return self._fields
+        fields = self._split()
+        if len(fields) <= MOST_KEPT_FIELDS:
+            self._fields = fields
+        return fields
+
+    def _split(self) -> Fields:
+        self.require_countable()
+        try:
+            fields: Fields = _OBJECT.decode(self.content)
+            return fields
+        except msgspec.ValidationError:
+            raise InvalidRequest("The body must be a JSON object.") from None
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+    def peek(self) -> Peek:
+        """Returns the fields that matter before the engine. Raises InvalidRequest with what is wrong."""
+        if self._peek is None:
+            self._peek = self._looked_at(self.fields)
+        return self._peek
+
+    def _looked_at(self, fields: Fields) -> Peek:
+        limits = (fields.get(name, _NULL) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
+        try:
+            return Peek(
+                model=_name(fields.get("model", _NULL)),
+                stream=_word(fields.get("stream", _NULL)),
+                stream_options=msgspec.json.decode(fields.get("stream_options", _NULL)),
+                # Engines differ in which of the fields they follow, so the largest one counts.
+                token_limit=max(map(_whole, limits)),
+                answers=max(1, _whole(fields.get("n", _NULL))) * _prompts(fields.get("prompt", _NULL)),
+            )
+        except (ValueError, RecursionError) as error:  # A number may be too large, or text not be UTF-8.
+            raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+    def with_fields(self, **values: Any) -> "RequestBody":
+        """Returns the body with these fields in place of its own; the others stay the bytes that they are.
+
+        Raises InvalidRequest.
+        """
+        try:
+            written = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in values.items()}
+        except RecursionError:  # What stands in a field was read, and can be nested deeper than it is written.
+            raise InvalidRequest(f"The body is not valid JSON: {TOO_DEEP}.") from None
+        fields = {**self.fields, **written}
+        return RequestBody(msgspec.json.encode(fields), fields)
 
 
 def is_true(value: object) -> bool:
-    """As pydantic reads it, which vLLM's requests are."""
+    """Reads a boolean as pydantic does, with which vLLM reads its requests."""
     return value in (True, 1) or (isinstance(value, str) and value.lower() in {"1", "on", "t", "true", "y", "yes"})
 
 
@@ -100,7 +139,7 @@ def _name(model: msgspec.Raw) -> str | None:
 
 
 def _word(value: msgspec.Raw) -> object:
-    """A short value; None for a longer one."""
+    """Decodes a short value; None stands for a longer one."""
     return msgspec.json.decode(value) if len(bytes(value)) <= MOST_WORD_BYTES else None
 
 
@@ -118,125 +157,3 @@ def _prompts(prompt: msgspec.Raw) -> int:
     if not text.startswith(b"["):
         return 1
     return census(text).items + 1 if b'"' in text else max(1, text.count(b"[") - 1)
-
-
-def with_model(body: bytes, name: str) -> bytes:
-    """The body with another model in it: an engine refuses a name that is not its own. Raises InvalidRequest."""
-    return with_fields(body, model=name)
-
-
-def with_fields(body: bytes, **fields: Any) -> bytes:
-    """The body of a request that was peeked at, with these fields in place of its own; the others stay the bytes that
-    they are. Takes time with a large body: not for the event loop. Raises InvalidRequest."""
-    read: dict[str, msgspec.Raw] = _fields(_OBJECT, body)
-    try:
-        return msgspec.json.encode({**read, **fields})
-    except RecursionError:  # What stands in one of the fields was read, and can be nested deeper than it is written.
-        raise InvalidRequest(f"The body is not valid JSON: {TOO_DEEP}.") from None
-
-
-def _fields(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError:
-        raise InvalidRequest("The body must be a JSON object.") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-
-
-def header(headers: Headers, name: bytes) -> bytes | None:
-    """The value of the first header of that name, lower-case."""
-    return next((value for key, value in headers if key == name), None)
-
-
-def declared_bytes(headers: Headers) -> int:
-    """What the headers say of the body's length; 0 where they say nothing."""
-    declared = header(headers, b"content-length") or b""
-    return int(declared) if declared.isdigit() else 0
-
-
-def require_small_headers(headers: Headers, config: RouterConfig) -> None:
-    """Raises HeadersTooLarge. The HTTP server in front has a limit of its own, which may be lower."""
-    size = sum(len(name) + len(value) + 4 for name, value in headers)  # ": " and the line's end
-    if size > config.max_header_bytes:
-        raise HeadersTooLarge(
-            f"The headers have {size} bytes, over the limit of {config.max_header_bytes}. "
-            "The router's max_header_bytes sets it."
-        )
-
-
-def require_plain_path(path: str) -> None:
-    """Raises InvalidRequest for a path that climbs: behind a model's prefix it would lead to another's route."""
-    if {".", ".."} & set(path.replace("\\", "/").split("/")):
-        raise InvalidRequest("The path has a segment '.' or '..'. Write it without.")
-
-
-async def read_body(
-    headers: Headers, receive: Receive, config: RouterConfig | ModelConfig, grow: Callable[[int], None] | None = None
-) -> bytes:
-    """The whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds.
-
-    `grow` hears the bytes of each piece before it is kept, and may raise. Raises RequestTooLarge as soon as the body is
-    known to be larger, RequestTimeout, and ClientGone.
-    """
-    if declared_bytes(headers) > config.max_body_bytes:
-        raise _too_large(config)
-    try:
-        async with asyncio.timeout(config.body_timeout_s):
-            return await _read(receive, config, grow)
-    except TimeoutError:
-        raise RequestTimeout(
-            f"The body did not arrive within {config.body_timeout_s:g} s. {_whose(config)} body_timeout_s sets it."
-        ) from None
-
-
-async def read_or_refused(
-    scope: Scope, receive: Receive, send: Send, config: RouterConfig | ModelConfig
-) -> bytes | None:
-    """The whole body, as `read_body` has it; None where the client has left, or was told here what is wrong."""
-    try:
-        return await read_body(scope["headers"], receive, config)
-    except ClientGone:
-        return None
-    except RequestError as error:
-        await error_response(error)(scope, receive, send)
-        return None
-
-
-def replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` for an application, with a body that was read already; then what comes after it."""
-    unread = [body]
-
-    async def replay() -> Message:
-        if unread:
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
-        return await receive()
-
-    return replay
-
-
-async def _read(receive: Receive, config: RouterConfig | ModelConfig, grow: Callable[[int], None] | None) -> bytes:
-    pieces, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone("The client left before its body was read.")
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > config.max_body_bytes:
-            raise _too_large(config)
-        if grow is not None:
-            grow(len(piece))
-        pieces.append(piece)
-        if not message.get("more_body", False):
-            return b"".join(pieces)
-
-
-def _too_large(config: RouterConfig | ModelConfig) -> RequestTooLarge:
-    return RequestTooLarge(
-        f"The body is over the limit of {config.max_body_bytes} bytes. {_whose(config)} max_body_bytes sets it."
-    )
-
-
-def _whose(config: RouterConfig | ModelConfig) -> str:
-    return "The router's" if isinstance(config, RouterConfig) else "The model's"

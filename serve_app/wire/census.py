@@ -4,6 +4,7 @@ No thread of Python runs while a body is decoded, so its values have a bound. Th
 others run. With these bounds no step takes longer than some 20 ms, whatever the body's size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -31,9 +32,12 @@ class Census:
     items: int
 
 
-def decode_body(body: bytes) -> object:
-    """The decoded JSON. Raises InvalidRequest for what is none, and for what holds too many values. Takes time."""
-    require_countable(body)
+def decode_body(body: bytes, counted: Callable[[], Census] | None = None) -> object:
+    """Decodes the JSON. `counted` gives the body's census where that is known.
+
+    Raises InvalidRequest for what is no JSON, and for what holds too many values. It takes time with a large body.
+    """
+    require_countable(body, counted=counted)
     try:
         return decode_counted(body)
     except ValueError as error:
@@ -41,7 +45,7 @@ def decode_body(body: bytes) -> object:
 
 
 def decode_counted(text: bytes) -> object:
-    """The decoded JSON of a text that was counted. Raises ValueError for what is none, or is nested too deep."""
+    """Decodes the JSON of a text that was counted. Raises ValueError for what is none, or is nested too deep."""
     try:
         document = msgspec.json.decode(text)
     except RecursionError:
@@ -51,12 +55,17 @@ def decode_counted(text: bytes) -> object:
 
 
 def require_countable(
-    body: bytes, most_parts: int = MOST_PARTS, what: str = "The body", param: str | None = None
+    body: bytes,
+    most_parts: int = MOST_PARTS,
+    what: str = "The body",
+    param: str | None = None,
+    counted: Callable[[], Census] | None = None,
 ) -> None:
-    """Raises InvalidRequest for a JSON text with more parts or items than may be built. `what` names the text."""
+    """Raises InvalidRequest for a JSON text with more parts or items than may be built. `what` names the text, and
+    `counted` gives its census where that is known."""
     if len(body) <= UNCOUNTED_BYTES:
         return
-    found = census(body)
+    found = census(body) if counted is None else counted()
     if found.parts > most_parts or found.items > MOST_ITEMS:
         raise InvalidRequest(
             f"{what} has {found.parts} lists, objects and keys, and {found.items} values in lists; at most "

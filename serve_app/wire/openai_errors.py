@@ -15,12 +15,12 @@ TOO_DEEP = f"it is nested more than {MOST_LEVELS} levels deep"
 
 
 def error_object(error: RequestError) -> dict[str, Any]:
-    """The body: `{"error": {"message", "type", "param", "code"}}`."""
+    """Returns the body: `{"error": {"message", "type", "param", "code"}}`."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def read_json(text: bytes | str) -> Any:
-    """The decoded JSON. Raises ValueError for what is none, is nested too deep, or holds half a character.
+    """Decodes the JSON. Raises ValueError for what is none, is nested too deep, or holds half a character.
 
     JSON can spell a lone surrogate, which no later step could encode again.
     """
@@ -42,7 +42,7 @@ def require_shallow(document: Any, body: bytes) -> None:
 
 
 def _is_too_deep(document: Any) -> bool:
-    """Goes level by level, without recursion."""
+    """Says whether it is nested too deep. This goes level by level, without recursion."""
     level = [document] if isinstance(document, (list, dict)) else []
     for _ in range(MOST_LEVELS):
         level = [
@@ -57,6 +57,6 @@ def _is_too_deep(document: Any) -> bool:
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """The whole answer, with `retry-after` in whole seconds where it is known."""
+    """Returns the whole answer, with `retry-after` in whole seconds where it is known."""
     headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     return JSONResponse(error_object(error), status_code=error.status, headers=headers)

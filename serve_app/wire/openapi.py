@@ -31,7 +31,8 @@ EVENT: Schema = {"type": "object", "required": ["data"], "properties": {"data": 
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path. `body` is a JSON schema, None where it takes none; `streams` where it may stream."""
+    """Describes one method of one path. `body` is a JSON schema, None where it takes none; `streams` where it may
+    stream."""
 
     method: str
     path: str
@@ -41,7 +42,8 @@ class Operation:
 
 
 def document(title: str, description: str, operations: Iterable[Operation], schemas: Mapping[str, Schema]) -> Schema:
-    """An OpenAPI 3.1 document. Bodies may refer to `schemas` by `reference`. Paths are relative to where it is read."""
+    """Returns an OpenAPI 3.1 document. Bodies may refer to `schemas` by `reference`. Paths are relative to where it is
+    read."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _entry(operation)
@@ -59,7 +61,7 @@ def document(title: str, description: str, operations: Iterable[Operation], sche
 
 
 def reference(name: str) -> Schema:
-    """One of the document's schemas."""
+    """Refers to one of the document's schemas."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from serve_app.wire.body import Peek, is_true, with_fields
+from serve_app.wire.body import Peek, RequestBody, is_true
 
 # Bytes of a token on the average, for an estimate before the request; English is at four to five.
 BYTES_PER_TOKEN = 4
@@ -42,7 +42,7 @@ def estimate_tokens(body_bytes: int, max_tokens: int | None = None, answers: int
     return body_bytes // BYTES_PER_TOKEN + max(0, max_tokens or 0) * answers
 
 
-def asking(path: str, seen: Peek, body: bytes) -> bytes | None:
+def asking(path: str, seen: Peek, body: RequestBody) -> RequestBody | None:
     """The body, asking for the stream's usage; None where it does so itself, or cannot. `path` is the endpoint's.
 
     Raises InvalidRequest for a body that is no JSON object.
@@ -55,7 +55,7 @@ def asking(path: str, seen: Peek, body: bytes) -> bytes | None:
         return None
     # vLLM tells usage in every event where both are set, and here the client gets none.
     options.pop("continuous_usage_stats", None)
-    return with_fields(body, stream_options={**options, "include_usage": True})
+    return body.with_fields(stream_options={**options, "include_usage": True})
 
 
 def without_usage(events: bytes) -> bytes:
@@ -132,7 +132,7 @@ class UsageMeter:
         return self._shown(piece) if self._is_hidden else piece
 
     def rest(self) -> bytes:
-        """What came after the last whole event, at the end."""
+        """Returns what came after the last whole event, at the end."""
         self._has_ended = True
         half = bytes(self._half)
         self._half.clear()
@@ -162,7 +162,7 @@ class UsageMeter:
         return without_usage(whole)
 
 
-def metered(path: str, seen: Peek, body: bytes) -> tuple[bytes, UsageMeter]:
+def metered(path: str, seen: Peek, body: RequestBody) -> tuple[RequestBody, UsageMeter]:
     """The body to send on, and what looks at its answer. Raises InvalidRequest."""
     asked = asking(path, seen, body)
-    return (body if asked is None else asked), UsageMeter(estimate_tokens(len(body)), asked is not None)
+    return (body if asked is None else asked), UsageMeter(estimate_tokens(len(body.content)), asked is not None)

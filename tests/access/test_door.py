@@ -13,11 +13,12 @@ from serve_app.access import door as outer_door
 from serve_app.access.body_budget import FREE_BYTES, BodyBudget
 from serve_app.access.door import Inside, OuterDoor
 from serve_app.access.gate import Gate
-from serve_app.access.keys import KeySource
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.deploy.options import OUTER_DOOR
 from serve_app.errors import Overloaded
-from tests.access.test_gate import AUTH, OUTSIDE, LocalLimiter, make_gate
+from tests.fakes import AUTH, OUTSIDE, make_gate, open_gate
+
+USES_VIRTUAL_CLOCK = True
 
 MB = 2**20
 
@@ -50,11 +51,6 @@ def client(serve: Serve, gate: Gate, limits: RouterConfig | ModelConfig | None =
     """Of `serve` behind the door."""
     door = OuterDoor(serve, Inside(gate, lambda: limits or RouterConfig(), **of))
     return httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://here")
-
-
-def open_gate() -> Gate:
-    """Nobody needs a key."""
-    return Gate(KeySource(None, {}), LocalLimiter())
 
 
 async def endless() -> AsyncIterator[bytes]:

@@ -10,56 +10,19 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers as SentHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.access.gate import Gate, KeyedApp, KeyedRouter, refusal
-from serve_app.access.keys import KeySource, sha256_of
-from serve_app.access.limits import Limits, Verdict, Windows
-from serve_app.errors import Forbidden, RateLimited, TokensLimited, Unauthorized
+from serve_app.access.gate import Admission, Gate, KeyedApp, KeyedRouter, refusal
+from serve_app.access.keys import KeySource
+from serve_app.errors import Forbidden, InvalidRequest, RateLimited, TokensLimited, Unauthorized
+from serve_app.wire.body import RequestBody
+from serve_app.wire.headers import Headers
 from serve_app.wire.usage import estimate_tokens
-
-KEY = [(b"authorization", b"Bearer sk-a")]
-AUTH = {"authorization": "Bearer sk-a"}
-OUTSIDE = {"x-api-key": "sk-outside"}
-
-
-class LocalLimiter:
-    """A limiter of one process. Its time stands still, so only what is settled comes back."""
-
-    def __init__(self) -> None:
-        self.windows = Windows(lambda: 0.0)
-        self.takes = 0
-        self.is_warm = False
-        self.settled: list[int | None] = []
-
-    async def warm_up(self) -> None:
-        """Remembers it."""
-        self.is_warm = True
-
-    async def take(self, key: str, limits: Limits, estimated_tokens: int) -> Verdict:
-        """Charges at once."""
-        self.takes += 1
-        return self.windows.take(key, limits, estimated_tokens, str(self.takes))
-
-    def settle(self, key: str, lease: str, tokens_used: int | None) -> None:
-        """Settles at once, and remembers it."""
-        self.settled.append(tokens_used)
-        self.windows.settle(key, lease, tokens_used)
-
-
-def make_gate(folder: Path, limits: str = "") -> tuple[Gate, LocalLimiter]:
-    """A gate with the key `sk-a` for the model `m` under these limits, and `sk-outside` for another model."""
-    file = folder / "keys.yaml"
-    file.write_text(
-        f"keys:\n- {{name: a, sha256: {sha256_of('sk-a')}, models: [m]{limits and ', ' + limits}}}\n"
-        f"- {{name: outside, sha256: {sha256_of('sk-outside')}, models: [other]}}\n"
-    )
-    limiter = LocalLimiter()
-    return Gate(KeySource(file, {}), limiter), limiter
+from tests.fakes import AUTH, KEY, OUTSIDE, LocalLimiter, make_gate
 
 
 async def answer(_: Request) -> Response:
@@ -106,10 +69,15 @@ def client(app: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, root_path="/models/m"), base_url="http://here/models/m")
 
 
+async def admit(gate: Gate, headers: Headers, model: str | None, estimate: int) -> Admission:
+    """As the router does."""
+    return await gate.admit(gate.identify(headers, model), estimate)
+
+
 async def test_an_open_gate_asks_for_nothing() -> None:
     """No key, no name, no header, and the limiter is never asked."""
     limiter = LocalLimiter()
-    admission = await Gate(KeySource(None, {}), limiter).admit([], "m", 5)
+    admission = await admit(Gate(KeySource(None, {}), limiter), [], "m", 5)
     await admission.release(5)
     assert (admission.key_name, admission.headers, limiter.takes) == (None, [], 0)
 
@@ -117,7 +85,7 @@ async def test_an_open_gate_asks_for_nothing() -> None:
 async def test_keys_without_limits_cost_the_limiter_nothing(tmp_path: Path) -> None:
     """The name is told all the same."""
     gate, limiter = make_gate(tmp_path)
-    admission = await gate.admit(KEY, "m", 5)
+    admission = await admit(gate, KEY, "m", 5)
     await admission.release(5)
     assert (admission.key_name, admission.headers, limiter.takes, limiter.settled) == ("a", [], 0, [])
 
@@ -134,11 +102,11 @@ async def test_wrong_keys_and_models_are_refused_before_the_limiter(tmp_path: Pa
     """They cost a key nothing; without a model only the key counts."""
     gate, limiter = make_gate(tmp_path, "requests_per_minute: 1")
     with pytest.raises(Unauthorized):
-        await gate.admit([(b"authorization", b"Bearer sk-b")], "m", 0)
+        await admit(gate, [(b"authorization", b"Bearer sk-b")], "m", 0)
     with pytest.raises(Forbidden):
-        await gate.admit(KEY, "other", 0)
+        await admit(gate, KEY, "other", 0)
     assert limiter.takes == 0
-    assert (await gate.admit(KEY, None, 0)).key_name == "a"
+    assert (await admit(gate, KEY, None, 0)).key_name == "a"
 
 
 @pytest.mark.parametrize(
@@ -154,9 +122,9 @@ async def test_a_used_up_key_gets_openais_429(
 ) -> None:
     """With the code that clients know, the time to wait, and what is left."""
     gate, _ = make_gate(tmp_path, limits)
-    await gate.admit(KEY, "m", 10)
+    await admit(gate, KEY, "m", 10)
     with pytest.raises(RateLimited, match=words) as caught:
-        await gate.admit(KEY, "m", 10)
+        await admit(gate, KEY, "m", 10)
     assert type(caught.value) is kind
     response = refusal(caught.value)
     error = json.loads(bytes(response.body))["error"]
@@ -168,7 +136,7 @@ async def test_a_used_up_key_gets_openais_429(
 async def test_a_release_counts_once(tmp_path: Path) -> None:
     """A second one would free another request's place."""
     gate, limiter = make_gate(tmp_path, "tokens_per_minute: 10")
-    admission = await gate.admit(KEY, "m", 4)
+    admission = await admit(gate, KEY, "m", 4)
     await admission.release(2)
     await admission.release(None)
     assert limiter.settled == [2]
@@ -210,7 +178,7 @@ async def test_an_engine_hears_the_name_of_the_key_from_the_gate_alone(tmp_path:
     heard: list[list[str]] = []
 
     async def engine(scope: Scope, receive: Receive, send: Send) -> None:
-        heard.append(Headers(scope=scope).getlist("x-serve-app-key-name"))
+        heard.append(SentHeaders(scope=scope).getlist("x-serve-app-key-name"))
         await Response()(scope, receive, send)
 
     async with client(KeyedApp(engine, make_gate(tmp_path)[0], "m")) as http:
@@ -300,7 +268,7 @@ async def test_a_place_is_given_back_however_the_request_ends(tmp_path: Path, en
     await entered.wait()
     assert limiter.settled == []
     with pytest.raises(RateLimited):
-        await gate.admit(KEY, "m", 0)
+        await admit(gate, KEY, "m", 0)
     if end == "cancelled":
         task.cancel()
     else:
@@ -308,14 +276,21 @@ async def test_a_place_is_given_back_however_the_request_ends(tmp_path: Path, en
     with suppress(asyncio.CancelledError, ValueError, OSError):
         await task
     assert limiter.settled == [None]
-    assert (await gate.admit(KEY, "m", 0)).key_name == "a"
+    assert (await admit(gate, KEY, "m", 0)).key_name == "a"
 
 
-async def test_a_body_that_metering_refuses_gives_its_place_back(tmp_path: Path) -> None:
+async def test_a_body_that_metering_refuses_gives_its_place_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its key would be locked out: the lease of a request that never ran was renewed for ever."""
+
+    def refuse(*_: object, **__: object) -> RequestBody:
+        raise InvalidRequest("nested too deep to be written")
+
+    monkeypatch.setattr(RequestBody, "with_fields", refuse)
     gate, limiter = make_gate(tmp_path, "tokens_per_minute: 1000")
     async with client(KeyedApp(ENGINE, gate, "m")) as http:
-        body = b'{"model": "m", "stream": true, "\xff": 1}'
+        body = b'{"model": "m", "stream": true}'
         reply = await http.post("/v1/chat/completions", content=body, headers=dict(KEY))
     assert (reply.status_code, limiter.takes, limiter.settled) == (400, 1, [0])
 

@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.access import keys as keys_module
 from serve_app.access.keys import ApiKey, KeyRing, KeySource, configured_keys, read_keys, sha256_of
-from serve_app.access.limits import Limits
+from serve_app.access.limits import KeyLimits
 from serve_app.errors import ConfigError, Forbidden, Unauthorized
 
 
@@ -55,7 +55,7 @@ def test_a_file_is_read_with_all_its_fields(tmp_path: Path) -> None:
         f"- {{name: team-b, sha256: {sha256_of('sk-2').upper()}}}\n"
     )
     first, second = read_keys(keys_file(tmp_path, text), {})
-    assert (first.name, first.models, first.limits) == ("team-a", ("a", "b"), Limits(60, 10000, 4))
+    assert (first.name, first.models, first.limits) == ("team-a", ("a", "b"), KeyLimits(60, 10000, 4))
     assert (second.models, bool(second.limits)) == (None, False)
     assert KeyRing([first, second]).find(b"Bearer sk-2") is second
 
@@ -132,10 +132,10 @@ def test_a_key_opens_only_its_models() -> None:
     """403 with the field to blame; without a list it opens all."""
     some = ring(a=("x", "y"), b=None)
     first, second = some.keys
-    some.allows(first, "y")
-    some.allows(second, "z")
+    first.require("y")
+    second.require("z")
     with pytest.raises(Forbidden, match="'a' may not use the model 'z', only: x, y") as caught:
-        some.allows(first, "z")
+        first.require("z")
     error = caught.value
     assert (error.status, error.code, error.param) == (403, "model_not_allowed", "model")
 

@@ -12,7 +12,9 @@ from ray.exceptions import RayActorError
 
 from serve_app.access import limiter as limiter_actor
 from serve_app.access.limiter import ActorLimiter
-from serve_app.access.limits import EXPIRE_S, Limits, Verdict, Windows, duration
+from serve_app.access.limits import EXPIRE_S, KeyLimits, Verdict, Windows, duration
+
+USES_VIRTUAL_CLOCK = True
 
 
 class Clock:
@@ -35,7 +37,7 @@ def test_requests_are_refused_over_the_limit_until_the_time_that_is_told() -> No
     """Two a minute: the third waits 30 s, not a moment longer, and a refused one costs nothing."""
     clock = Clock()
     windows = Windows(clock)
-    limits = Limits(requests_per_minute=2)
+    limits = KeyLimits(requests_per_minute=2)
     assert [windows.take("a", limits, 0, "").allowed for _ in range(3)] == [True, True, False]
     refused = windows.take("a", limits, 0, "")
     assert (refused.reason, refused.retry_after_s) == ("requests", pytest.approx(30))
@@ -48,7 +50,7 @@ def test_requests_are_refused_over_the_limit_until_the_time_that_is_told() -> No
 def test_keys_do_not_share() -> None:
     """One key's use leaves another's alone."""
     windows = Windows(Clock())
-    limits = Limits(requests_per_minute=1)
+    limits = KeyLimits(requests_per_minute=1)
     assert windows.take("a", limits, 0, "").allowed
     assert windows.take("b", limits, 0, "").allowed
 
@@ -64,7 +66,7 @@ def test_no_minute_passes_more_than_twice_the_limit(limit: int, gaps: list[float
     passed = []
     for gap in gaps:
         clock.now += gap
-        if windows.take("a", Limits(requests_per_minute=limit), 0, "").allowed:
+        if windows.take("a", KeyLimits(requests_per_minute=limit), 0, "").allowed:
             passed.append(clock.now)
     for start in passed:
         assert sum(start <= time < start + 60 for time in passed) <= 2 * limit
@@ -75,7 +77,7 @@ def test_who_waits_as_told_is_let_in(limit: int, used: list[int]) -> None:
     """Rounding does not make a waiting time too short."""
     clock = Clock()
     windows = Windows(clock)
-    limits = Limits(tokens_per_minute=limit)
+    limits = KeyLimits(tokens_per_minute=limit)
     for number, tokens in enumerate(used):
         verdict = windows.take("a", limits, tokens, str(number))
         clock.now += verdict.retry_after_s or 0.0
@@ -86,7 +88,7 @@ def test_headers_tell_what_is_left() -> None:
     """OpenAI's six, for the limits that the key has; full again after a minute."""
     clock = Clock()
     windows = Windows(clock)
-    both = Limits(requests_per_minute=60, tokens_per_minute=6000)
+    both = KeyLimits(requests_per_minute=60, tokens_per_minute=6000)
     assert headers(windows.take("a", both, 120, "x")) == {
         "limit-requests": "60",
         "remaining-requests": "59",
@@ -95,7 +97,7 @@ def test_headers_tell_what_is_left() -> None:
         "remaining-tokens": "5880",
         "reset-tokens": "1.2s",
     }
-    assert windows.take("b", Limits(max_concurrent_requests=1), 0, "x").headers == ()
+    assert windows.take("b", KeyLimits(max_concurrent_requests=1), 0, "x").headers == ()
     clock.now += 60
     assert headers(windows.take("a", both, 0, "y"))["remaining-requests"] == "59"
 
@@ -103,7 +105,7 @@ def test_headers_tell_what_is_left() -> None:
 def test_the_estimate_is_corrected_by_what_was_used() -> None:
     """Less gives back, more makes a debt, None keeps the estimate, and a second settlement does nothing."""
     windows = Windows(Clock())
-    limits = Limits(tokens_per_minute=100)
+    limits = KeyLimits(tokens_per_minute=100)
 
     def left(estimate: int, used: int | None, lease: str) -> str:
         assert windows.take("a", limits, estimate, lease).allowed
@@ -123,7 +125,7 @@ def test_an_estimate_over_the_whole_limit_waits_and_is_not_shut_out() -> None:
     """It counts as the whole limit."""
     clock = Clock()
     windows = Windows(clock)
-    limits = Limits(tokens_per_minute=100)
+    limits = KeyLimits(tokens_per_minute=100)
     assert windows.take("a", limits, 40, "1").allowed
     refused = windows.take("a", limits, 10**6, "2")
     assert refused.retry_after_s == pytest.approx(24)
@@ -134,7 +136,7 @@ def test_an_estimate_over_the_whole_limit_waits_and_is_not_shut_out() -> None:
 def test_an_unknown_estimate_does_not_pass_a_full_meter() -> None:
     """Nothing known counts as one token."""
     windows = Windows(Clock())
-    limits = Limits(tokens_per_minute=100)
+    limits = KeyLimits(tokens_per_minute=100)
     assert windows.take("a", limits, 100, "1").allowed
     assert not windows.take("a", limits, 0, "2").allowed
 
@@ -142,7 +144,7 @@ def test_an_unknown_estimate_does_not_pass_a_full_meter() -> None:
 def test_requests_at_once_are_counted_by_leases() -> None:
     """A settled lease is free at once."""
     windows = Windows(Clock())
-    limits = Limits(max_concurrent_requests=2)
+    limits = KeyLimits(max_concurrent_requests=2)
     verdicts = [windows.take("a", limits, 0, str(number)) for number in range(3)]
     assert [verdict.lease for verdict in verdicts] == ["0", "1", None]
     assert (verdicts[2].reason, verdicts[2].retry_after_s) == ("concurrent", 1.0)
@@ -154,7 +156,7 @@ def test_a_lease_that_nobody_renews_expires() -> None:
     """A process that died holds nothing after `EXPIRE_S`; one that renews holds on."""
     clock = Clock()
     windows = Windows(clock)
-    limits = Limits(max_concurrent_requests=2)
+    limits = KeyLimits(max_concurrent_requests=2)
     windows.take("a", limits, 0, "dead")
     windows.take("a", limits, 0, "alive")
     clock.now += EXPIRE_S / 2
@@ -168,7 +170,7 @@ def test_a_lease_that_nobody_renews_expires() -> None:
 def test_a_limiter_started_anew_learns_of_running_requests() -> None:
     """A renewal makes the lease, and its tokens are charged in full at the end."""
     windows = Windows(Clock())
-    limits = Limits(tokens_per_minute=100, max_concurrent_requests=1)
+    limits = KeyLimits(tokens_per_minute=100, max_concurrent_requests=1)
     windows.renew([("a", "old")])
     assert windows.take("a", limits, 1, "x").reason == "concurrent"
     windows.settle("a", "old", 70)
@@ -178,7 +180,7 @@ def test_a_limiter_started_anew_learns_of_running_requests() -> None:
 def test_a_refusal_by_one_limit_charges_no_other() -> None:
     """Requests that wait for tokens keep their requests."""
     windows = Windows(Clock())
-    limits = Limits(requests_per_minute=2, tokens_per_minute=100)
+    limits = KeyLimits(requests_per_minute=2, tokens_per_minute=100)
     windows.take("a", limits, 100, "1")
     for _ in range(5):
         assert windows.take("a", limits, 100, "2").reason == "tokens"
@@ -189,10 +191,10 @@ def test_a_limit_may_change_and_go() -> None:
     """What was used stays, measured by the new limit."""
     windows = Windows(Clock())
     for _ in range(4):
-        windows.take("a", Limits(requests_per_minute=5), 0, "")
-    assert not windows.take("a", Limits(requests_per_minute=3), 0, "").allowed
-    assert headers(windows.take("a", Limits(requests_per_minute=10), 0, ""))["remaining-requests"] == "5"
-    assert windows.take("a", Limits(), 0, "") == Verdict(True)
+        windows.take("a", KeyLimits(requests_per_minute=5), 0, "")
+    assert not windows.take("a", KeyLimits(requests_per_minute=3), 0, "").allowed
+    assert headers(windows.take("a", KeyLimits(requests_per_minute=10), 0, ""))["remaining-requests"] == "5"
+    assert windows.take("a", KeyLimits(), 0, "") == Verdict(True)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ class Actor:
         return NEVER if self.fails == "hangs" else verdict
 
 
-ONE = Limits(max_concurrent_requests=1)
+ONE = KeyLimits(max_concurrent_requests=1)
 
 
 async def test_a_process_reaches_for_the_actor_at_the_first_request() -> None:
@@ -261,7 +263,7 @@ async def test_a_process_reaches_for_the_actor_at_the_first_request() -> None:
 
     limiter = ActorLimiter(connect, clock)
     assert attempts == []
-    verdicts = await asyncio.gather(*(limiter.take("a", Limits(requests_per_minute=2), 0) for _ in range(3)))
+    verdicts = await asyncio.gather(*(limiter.take("a", KeyLimits(requests_per_minute=2), 0) for _ in range(3)))
     assert sorted(verdict.allowed for verdict in verdicts) == [False, True, True]
     assert len(attempts) == 1
 
@@ -288,7 +290,7 @@ async def test_without_an_answer_the_request_goes_on(
     actor = Actor(clock)
     limiter = ActorLimiter(lambda: actor, clock)
     actor.fails = fails
-    limits = Limits(requests_per_minute=1)
+    limits = KeyLimits(requests_per_minute=1)
     assert [(await limiter.take("a", limits, 0)).allowed for _ in range(3)] == [True] * 3
     assert (actor.calls, len(caplog.messages)) == (1, 1)
     assert "API keys have no limits for now" in caplog.messages[0]

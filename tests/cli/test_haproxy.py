@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from serve_app.cli.haproxy import fitting, looseness, tightened
+from serve_app.cli.haproxy import fitting, tightened
 from tests.cluster.serve_run import free_port
 
 CONFIG = """global
@@ -155,18 +155,3 @@ def _wait(reached: object) -> None:
     while not reached():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_the_config_of_this_ray_is_the_one_that_is_known() -> None:
-    """An update of Ray that names things otherwise must not open them in silence."""
-    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
-
-    assert looseness(HAPROXY_CONFIG_TEMPLATE) == "metrics or statistics would be open on all addresses"
-    assert looseness(tightened(HAPROXY_CONFIG_TEMPLATE)) == ""
-    assert looseness("defaults\n  mode tcp\n") == "headers would have no time limit"
-    renamed = HAPROXY_CONFIG_TEMPLATE.replace("frontend http_frontend", "frontend other")
-    assert looseness(tightened(renamed)) == "clients could steer Serve by its own headers"
-    spliced = tightened(HAPROXY_CONFIG_TEMPLATE) + "    option splice-auto\n"
-    assert looseness(spliced) == "clients that leave would not be noticed"
-    named = tightened(HAPROXY_CONFIG_TEMPLATE) + "    acl is_http-splicebert path /models/splicebert\n"
-    assert looseness(named) == ""

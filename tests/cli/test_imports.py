@@ -9,12 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
-from ray._private import services, utils
-from ray.serve._private.constants import SERVE_NAMESPACE
-
-from serve_app.cli import cluster
 
 HEAVY = frozenset({"ray", "torch", "transformers", "vllm", "accelerate", "xgrammar", "numpy", "tokenizers"})
 # No raylet is seen, whatever runs beside the test; the folder without an address file comes by RAY_TMPDIR.
@@ -75,44 +70,6 @@ def test_the_other_commands_import_no_engine(tmp_path: Path, words: list[str], c
     found, modules, _ = run(tmp_path, *words)
     assert found == code
     assert not modules & HEAVY
-
-
-def test_a_cluster_that_may_run_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the file that `ray start` leaves, or by a raylet's command line; without either Ray is not imported."""
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    running = [["/opt/ray/raylet/raylet", "--gcs-address=127.0.0.1:6379"]]
-    lines: list[list[str] | None] = [None, [], ["python", "raylet.py"]]
-
-    def process_iter(_: list[str]) -> list[psutil.Process]:
-        found = []
-        for line in lines:
-            process = psutil.Process()
-            process.info = {"cmdline": line}
-            found.append(process)
-        return found
-
-    monkeypatch.setattr(psutil, "process_iter", process_iter)
-    assert not cluster.ray_may_run_here()
-    assert services.find_gcs_addresses() == frozenset()
-    lines += running
-    assert cluster.ray_may_run_here()
-    assert services.find_gcs_addresses() == {"127.0.0.1:6379"}
-    services.find_gcs_addresses.cache_clear()
-    lines.pop()
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
-    assert cluster.ray_may_run_here()
-
-
-@pytest.mark.parametrize("variables", [{}, {"TMPDIR": "/a"}, {"TMPDIR": "/a", "RAY_TMPDIR": "/b"}])
-def test_ray_looks_where_we_look(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The contract with Ray's private functions: the file of the current cluster, and Serve's namespace."""
-    for name in ("TMPDIR", "RAY_TMPDIR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert str(cluster.current_cluster_file()) == utils.get_ray_address_file(None)
-    assert cluster.NAMESPACE == SERVE_NAMESPACE
 
 
 @pytest.mark.parametrize("module", ["serve_app.app", "serve_app.replica.deployment", "serve_app.router.deployment"])

@@ -32,7 +32,7 @@ def test_the_production_config_says_what_is_missing(capsys: pytest.CaptureFixtur
     assert main(["check", str(ROOT / "deploy_configs/prod.yaml")]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NO")]
     assert len(lines) == 3
-    assert "emo-7b: needs 2 GPUs" in lines[0]
+    assert "emo-7b: A replica needs 2 GPUs" in lines[0]
     assert all("here: 2 CPUs, 0 GPUs" in line for line in lines)
 
 
@@ -58,7 +58,7 @@ def test_an_open_address_without_keys_is_told(
     )
     assert main(["check", str(file)]) == 0
     out = capsys.readouterr().out
-    assert ("names API keys: it will not start unless" in out) == is_told
+    assert ("names API keys. Models will not start unless" in out) == is_told
     assert ("allow_open_access: true under 'args' of the router" in out) == is_told
     assert ("http_options.host is not set" in out) == ("host" not in options)
 
@@ -168,9 +168,9 @@ def test_the_routers_user_config_is_checked_too(tmp_path: Path, capsys: pytest.C
     assert main(["check", str(file)]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: router: ")]
     assert notes == [
-        "note: router: aliases.a: no model of this file is called 'b'.",
-        "note: router: fallbacks.a: no model of this file is called 'none'.",
-        "note: router: default_model: no model of this file is called 'ghost'.",
+        "note: router: aliases.a: this file has no model called 'b'.",
+        "note: router: fallbacks.a: this file has no model called 'none'.",
+        "note: router: default_model: this file has no model called 'ghost'.",
         "note: router: aliases.a: hides the model of that name.",
     ]
 

@@ -145,5 +145,5 @@ def test_memory_is_told_for_each_device_once() -> None:
     told = memory_lines([report("1", gpu, cpu), report("2", cpu)], {("a", "2")})
     assert told == [
         "a: GPU 1: planned 3.00 GiB, holds 2.00 GiB",
-        "a: memory: not planned, nobody tells what it holds",
+        "a: memory: not planned, and its memory cannot be measured",
     ]

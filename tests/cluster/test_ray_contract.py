@@ -43,7 +43,8 @@ def test_the_run_of_serve_has_a_name(told: dict[str, Any]) -> None:
 def test_the_details_name_the_applications(told: dict[str, Any], run: ServeRun) -> None:
     """Those that loaded, those that failed, and the port of `http_options`."""
     assert {"router", "tiny-pt", "tiny-vllm", "broken", "homeless"} <= set(told["instance_details"])
-    assert told["http_options"] == run.port
+    assert told["serve_details"] == told["instance_details"]
+    assert told["http_options"] == told["http_options_of_controller"] == run.port
 
 
 def test_the_controller_tells_where_replicas_listen(told: dict[str, Any]) -> None:

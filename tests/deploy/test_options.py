@@ -2,7 +2,7 @@
 
 from serve_app.deploy.options import OUTER_DOOR, model_options, replica_environment, router_options
 from serve_app.engines.pt.engine import DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_QUEUED_REQUESTS
-from serve_app.planning.placement import Demand
+from serve_app.planning.resource_demand import Demand
 from tests.builders import model_config
 
 CPU = model_config(device="cpu")

@@ -42,13 +42,6 @@ def test_the_command_is_found_beside_the_interpreter() -> None:
     assert haproxy_command().is_file()
 
 
-def test_serve_knows_every_setting() -> None:
-    """A name that Serve does not read any more would be set for nothing."""
-    constants = (Path(pytest.importorskip("ray.serve").__file__).parent / "_private/constants.py").read_text()
-    haproxy = (Path(pytest.importorskip("ray.serve").__file__).parent / "_private/haproxy.py").read_text()
-    assert [name for name in NAMES if f'"{name}"' not in constants + haproxy] == []
-
-
 def test_the_production_config_repeats_the_settings() -> None:
     """Plain `serve run` and `serve deploy` take them from there; beside them stands only the file of API keys."""
     given = file_environment(yaml.safe_load((ROOT / "deploy_configs/prod.yaml").read_text()))

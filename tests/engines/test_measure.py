@@ -12,7 +12,7 @@ from serve_app.engines.pt.engine import PtEngine, weight_bytes
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.facts.process_memory import resident_bytes
-from serve_app.replica.plan_here import plan_here
+from serve_app.replica.replica_plan import plan_replica
 from tests.builders import model_config
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_the_rest_is_what_is_no_weight_cache_or_context() -> None:
 async def test_pt_tells_its_weights_to_the_byte_and_its_cache_while_requests_run() -> None:
     """Also where they are in oneDNN's order, as they are on the CPU."""
     config = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_model_len=256)
-    planned = plan_here(config, [])
+    planned = plan_replica(config, [])
     assert planned is not None
     engine = PtEngine(config, "m")
     await engine.start()

@@ -43,7 +43,7 @@ def test_an_index_decides_which_files_count(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert [tensor.name for tensor in local_tensors(tmp_path)] == ["a.weight", "b.weight"]
     (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(ConfigError, match="named by the index and is not there"):
+    with pytest.raises(ConfigError, match="listed in the index, but it is missing"):
         local_tensors(tmp_path)
 
 
@@ -51,7 +51,7 @@ def test_an_index_decides_which_files_count(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
     """Instead of a traceback."""
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is no safetensors file"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not a safetensors file"):
         local_tensors(tmp_path)
 
 
@@ -73,6 +73,29 @@ def test_a_cached_model_is_read_without_the_hub(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     checkpoint = read_checkpoint("org/name")
     assert [tensor.shape for tensor in checkpoint.tensors] == [(10, 8)]
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client is not asked: it would try for half a minute. With a proxy it is asked, since it finds its way."""
+    import huggingface_hub
+
+    calls: list[bool] = []
+
+    def download(*_: object, local_files_only: bool = False, **__: object) -> str:
+        calls.append(local_files_only)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection " * 100)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"\(http://127\.0\.0\.1:1\) cannot be reached: .*hf download org/name"):
+        read_checkpoint("org/name")
+    assert calls == [True]
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"connection no …$"):
+        read_checkpoint("org/name")
+    assert calls == [True, True, False]
 
 
 def test_quantised_tensors_keep_their_bytes(tmp_path: Path) -> None:
@@ -107,7 +130,7 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
     for change, words in (
         ({"vision_config": {"a": 1}}, "text models only"),
         ({"layer_types": ["chunked_attention"] * 2}, "layers of the type 'chunked_attention'"),
-        ({"torch_dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"torch_dtype": "float8"}, "the dtype 'float8' is unknown"),
     ):
         with pytest.raises(ConfigError, match=words):
             read_architecture(QWEN | change, "model: x")

@@ -58,7 +58,7 @@ def test_a_file_says_what_is_free(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("nodes: []", "no list of 'nodes'"),
-        ("nodes: [{gpu: []}]", r"nodes\[0\]: expected name"),
+        ("nodes: [{gpu: []}]", r"nodes\[0\]: a node may have only name"),
         ("nodes: [{gpus: [{total: 8GiB, free: 9GiB}]}]", r"gpus\[0\]: free is more than total"),
         ("nodes: [{gpus: [{total: 8gb}]}]", "Write 8GB"),
         ("a: [", "not valid YAML"),

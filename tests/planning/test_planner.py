@@ -15,9 +15,9 @@ from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.memory import reserve
-from serve_app.planning.placement import planned_demand
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
+from serve_app.planning.resource_demand import planned_demand
 from tests.planning.model_requests import CONFIGS, request
 
 GIB = 2**30
@@ -72,6 +72,16 @@ def test_qwen2_7b_on_6_and_16_gib_has_room_for_requests_and_a_valid_map() -> Non
     assert model.ranks[0].weights.bytes + model.ranks[1].weights.bytes == sum(
         parameter.numel() * 2 for parameter in meta.parameters()
     )
+
+
+def test_vllm_runs_no_more_requests_at_once_than_max_num_seqs() -> None:
+    """However many the KV cache could hold."""
+    asked = {"infer_backend": "vllm", "max_model_len": 256}
+    (few,) = solved([request(max_num_seqs=32, **asked)], "80GiB").models
+    (many,) = solved([request(max_num_seqs=4096, **asked)], "80GiB").models
+    assert few.max_full_length_requests == 32
+    assert few.kv_tokens > 32 * 256
+    assert many.max_full_length_requests > 32
 
 
 def test_a_tier_takes_what_is_left_only_when_it_is_named() -> None:
@@ -174,7 +184,7 @@ MESSAGES = [
         [request(infer_backend="vllm", max_model_len=32768)],
         "16GiB",
         "over_commit",
-        "needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
+        "It needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
         "tokens on n1:0, which is 1.98 GiB too much.",
         "quantization: fp8, which saves 5.47 GiB of weights",
     ),
@@ -182,7 +192,7 @@ MESSAGES = [
         [request(infer_backend="vllm", max_model_len=32768)],
         "17GiB",
         "over_commit",
-        "needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
+        "It needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
         "tokens on n1:0, which is 1.47 GiB too much.",
         "max_model_len: 5120",
     ),
@@ -190,7 +200,8 @@ MESSAGES = [
         [request(infer_backend="vllm", max_model_len=4096)],
         Inventory((Device("n1", 0, "A10", 24 * GIB, 12 * GIB),)),
         "over_commit",
-        "needs 15.91 GiB for weights, activations and context and 224.0 MiB of KV cache for one request of 4096 tokens "
+        "It needs 15.91 GiB for weights, activations and context and 224.0 MiB of KV cache for one request "
+        "of 4096 tokens "
         "on n1:0, which is 4.61 GiB too much. Other processes hold 12.00 GiB there now.",
         None,
     ),
@@ -198,15 +209,17 @@ MESSAGES = [
         [request(infer_backend="pt", max_memory={0: "600MB"}, max_model_len=2048)],
         "24GiB",
         "over_commit",
-        "n1:0 has less room (-172.5 MiB after context and activations) than its first block takes (1.02 GiB).",
+        "The model's first block takes 1.02 GiB, and n1:0 has 0.0 MiB left after context and activations.",
         "max_memory: {0: 16.5GB}",
     ),
     (
         [request(infer_backend="pt", max_memory={0: "6GB"}, max_model_len=2048)],
         "24GiB",
         "over_commit",
-        "needs 14.91 GiB for weights, activations and context and 123.2 MiB of KV cache for one request of 2048 tokens "
-        "on n1:0, which is 9.44 GiB too much. To put a part on the CPU or the disk, which is slow, name cpu or disk in "
+        "It needs 14.91 GiB for weights, activations and context and 123.2 MiB of KV cache for one request "
+        "of 2048 tokens "
+        "on n1:0, which is 9.44 GiB too much. To put a part of it on the CPU or the disk, which is slow, "
+        "name cpu or disk in "
         "max_memory.",
         "max_memory: {0: 16.5GB}",
     ),
@@ -217,15 +230,15 @@ MESSAGES = [
         ],
         "80GiB",
         "no_device",
-        "num_gpus: 0.5: no GPU has that share left beside the others. Shares on one GPU must not add up to more than "
-        "1.",
+        "num_gpus: no GPU has a share of 0.5 left. Shares on one GPU must not add up to more than 1.",
         None,
     ),
     (
         [request("llama-3-70b", infer_backend="vllm", tensor_parallel_size=3)],
         "8xH100",
         "tensor_parallel",
-        "tensor_parallel_size: 3 is not valid: 64 attention heads cannot be divided by 3. Valid: 1, 2, 4, 8, 16.",
+        "tensor_parallel_size: 3 is not valid, because 64 attention heads cannot be divided by 3. Valid "
+        "sizes are 1, 2, 4, 8, 16.",
         "tensor_parallel_size: 4",
     ),
     (
@@ -240,7 +253,7 @@ MESSAGES = [
         [request(infer_backend="pt", max_memory={2: "9GB"})],
         "2x24GiB",
         "no_device",
-        "max_memory names GPU 2, and no node has that GPU (at most 2 GPUs on a node).",
+        "max_memory names GPU 2, and no node has that GPU. The largest node has 2.",
         None,
     ),
     (
@@ -268,7 +281,7 @@ MESSAGES = [
         [request("deepseek-v2-lite", infer_backend="vllm", tensor_parallel_size=2, max_model_len=16384)],
         "2x16GiB",
         "over_commit",
-        "needs 16.37 GiB for weights, activations and context and 486.0 MiB of KV cache for one request of 16384 "
+        "It needs 16.37 GiB for weights, activations and context and 486.0 MiB of KV cache for one request of 16384 "
         "tokens on n1:0, which is 1.17 GiB too much. Its KV cache (MLA) is the same on every rank, so a larger "
         "tensor_parallel_size does not shrink it.",
         "quantization: fp8, which saves 6.39 GiB of weights",
@@ -484,9 +497,9 @@ def test_one_limit_is_a_share_of_the_smallest_gpu_that_ray_could_give() -> None:
     ("config", "part"),
     [
         ({"infer_backend": "vllm", "engine_args": {"speculative_config": {}}}, "speculative_config"),
-        ({"infer_backend": "vllm", "quantization": "awq"}, "what awq makes of these weights"),
-        ({"infer_backend": "vllm", "engine_args": {"kv-cache-dtype": "int8"}}, "does not know int8"),
-        ({"infer_backend": "pt", "device_map": {"model": 0, "lm_head": 1}}, "a mapping places each module itself"),
+        ({"infer_backend": "vllm", "quantization": "awq"}, "how large these weights become with awq"),
+        ({"infer_backend": "vllm", "engine_args": {"kv-cache-dtype": "int8"}}, "does not know the type int8"),
+        ({"infer_backend": "pt", "device_map": {"model": 0, "lm_head": 1}}, "does not cover a mapping"),
     ],
 )
 def test_what_the_plan_cannot_count_it_does_not_count(config: dict[str, Any], part: str) -> None:
@@ -538,4 +551,4 @@ def test_a_type_of_gpu_is_kept_and_then_nothing_is_left_to_chance() -> None:
     assert planned("A100").notes == []
     assert "accelerator_type" in planned(None).notes[0]
     (problem,) = planned("A10").problems
-    assert problem.message == "accelerator_type: A10: no node's first GPU is one. There are A100-80GB, L4."
+    assert problem.message == "accelerator_type: no node has A10 as its first GPU. The nodes have A100-80GB, L4."

@@ -12,7 +12,7 @@ import pytest
 from serve_app.config import ModelConfig
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
-from serve_app.facts.calibration import Calibrations, calibration_file, write_calibrations
+from serve_app.facts.calibration import Calibrations, calibration_file
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
@@ -20,13 +20,15 @@ from serve_app.planning.fit import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.replica import memory_watch
+from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.deployment import left_by_others
 from serve_app.replica.memory_watch import MemoryWatch, calibrations_of, planned_by_device, require_own_gpus
-from serve_app.replica.plan_here import plan_here
+from serve_app.replica.replica_plan import plan_replica
 from serve_app.replica.report import ReplicaReport, parsed_report
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
+VERSIONS = {"vllm": "vllm 1.0", "pt": "torch 2.0, transformers 5.0"}
 GPUS = [Gpu(3, "GPU-a", "NVIDIA GeForce RTX 3090", 24 * GIB, 24 * GIB)]
 
 
@@ -38,18 +40,18 @@ def config(backend: str = "vllm", **fields: object) -> ModelConfig:
 
 def planned(asked: ModelConfig, calibrations: Calibrations | None = None, card: str = "RTX3090") -> ModelPlan:
     """Its plan on such a card of 24 GiB."""
-    found = Inventory((Device("n1", 0, card, 24 * GIB, 24 * GIB, False),), calibrations or {})
+    found = Inventory((Device("n1", 0, card, 24 * GIB, 24 * GIB, False),), calibrations or {}, VERSIONS)
     checkpoint = read_checkpoint(asked.model, None)
     unit = ModelRequest("m", asked, checkpoint.architecture, checkpoint.tensors)
     (plan,) = make_plan([unit], found).models
     return plan
 
 
-def measured(asked: ModelConfig, *ranks: RankMemory) -> Calibrations:
+def measured(asked: ModelConfig, *ranks: RankMemory, engine: str | None = None) -> Calibrations:
     """What the watch keeps of it, on GPUS."""
-    plan = plan_here(asked, GPUS)
+    plan = plan_replica(asked, GPUS)
     assert plan is not None
-    return calibrations_of(asked, read_checkpoint(asked.model, None).architecture, plan, ranks, GPUS)
+    return calibrations_of(asked, plan, ranks, GPUS, VERSIONS[asked.infer_backend] if engine is None else engine)
 
 
 def rank(rest: int, context: int, device: str = "GPU-a", cache_now: int = 0) -> RankMemory:
@@ -73,9 +75,9 @@ def test_the_next_plan_is_raised_by_what_was_measured_and_never_lowered(backend:
 def test_a_replica_accepts_what_was_accepted_before_it_was_measured() -> None:
     """Its limits were chosen by guesses: a raised figure must not stop the next start of the same config."""
     asked = config(kv_cache_memory_bytes="2GiB")
-    before = plan_here(asked, GPUS)
+    before = plan_replica(asked, GPUS)
     write_calibrations(measured(asked, rank(20 * GIB, GIB)))
-    assert plan_here(asked, GPUS) == before
+    assert plan_replica(asked, GPUS) == before
     calibration_file().unlink()
 
 
@@ -94,6 +96,14 @@ def test_another_setting_or_card_has_figures_of_its_own(fields: dict[str, object
     assert found.ranks[0].activation.certainty == expected
 
 
+def test_a_measurement_holds_for_one_version_of_the_engine() -> None:
+    """A plan for another version of vLLM goes by its guesses."""
+    asked = config()
+    assert planned(asked, measured(asked, rank(3 * GIB, 0))).ranks[0].activation.certainty == "calibrated"
+    other = measured(asked, rank(3 * GIB, 0), engine="vllm 0.9")
+    assert planned(asked, other).ranks[0].activation.certainty == "guessed"
+
+
 def test_where_the_driver_does_not_tell_nothing_is_calibrated() -> None:
     """As in a container, whose pids NVML does not know."""
     assert measured(config(), RankMemory("GPU-a", 1, 1, 1, 1, None, None, None)) == {}
@@ -101,8 +111,8 @@ def test_where_the_driver_does_not_tell_nothing_is_calibrated() -> None:
 
 def test_a_plan_by_index_means_the_machines_number_and_else_the_replicas_own() -> None:
     """The one card is number 3 of the machine and 0 of the replica."""
-    by_index = plan_here(config(gpu_ids=[3]), GPUS, by_index=True)
-    for plan in (plan_here(config(), GPUS), by_index):
+    by_index = plan_replica(config(gpu_ids=[3]), GPUS, by_index=True)
+    for plan in (plan_replica(config(), GPUS), by_index):
         assert list(planned_by_device(plan, GPUS)) == ["GPU-a"]
 
 
@@ -110,7 +120,7 @@ def test_an_engine_on_somebody_elses_gpu_is_refused() -> None:
     """With both named."""
     require_own_gpus([rank(1, 1)], GPUS)
     require_own_gpus([rank(1, 1, "cpu"), rank(1, 1)], [])
-    with pytest.raises(EngineError, match=r"runs on GPU-b, and was given GPU-a\. CUDA_DEVICE_ORDER"):
+    with pytest.raises(EngineError, match=r"runs on GPU-b, but Ray gave it GPU-a\. Something changed CUDA_"):
         require_own_gpus([rank(1, 1, "GPU-b")], GPUS)
 
 
@@ -149,7 +159,7 @@ class StubbornEngine:
 async def test_the_watch_goes_on_whatever_fails(serve_context: list[ReplicaReport]) -> None:
     """And takes its report back at the end."""
     engine = StubbornEngine()
-    watch = MemoryWatch(config(), engine, plan_here(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    watch = MemoryWatch(config(), engine, plan_replica(config(), GPUS), GPUS)  # type: ignore[arg-type]
     await watch.start(ready_after_s=3.0)
     for _ in range(1000):
         if engine.calls >= 6:
@@ -179,7 +189,7 @@ class SlowEngine(StubbornEngine):
 async def test_no_report_is_written_after_the_end(serve_context: list[ReplicaReport]) -> None:
     """A thread that is about to write one goes on when its task is cancelled."""
     engine, has_ended = SlowEngine(), threading.Event()
-    watch = MemoryWatch(config(), engine, plan_here(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    watch = MemoryWatch(config(), engine, plan_replica(config(), GPUS), GPUS)  # type: ignore[arg-type]
     report = watch._report
 
     def told(ranks: Sequence[RankMemory]) -> None:
@@ -211,4 +221,4 @@ async def test_a_whole_gpu_is_waited_for_but_not_for_ever() -> None:
     await left_by_others(lambda: looks.pop(0), told.append)
     assert (looks, told) == ([], [])
     await left_by_others(lambda: held, told.append, timeout_s=0.1)
-    assert "14.00 GiB are held" in told[0]
+    assert "hold 14.00 GiB" in told[0]

@@ -13,18 +13,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serve_app.access.gate import Gate
-from serve_app.access.keys import KeySource
-from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
-from serve_app.errors import InvalidRequest, ModelNotFound, ModelUnavailable
-from serve_app.router.deployment import build_app
+from serve_app.errors import InvalidRequest, ModelUnavailable
 from serve_app.router.directory import ModelStatus
-from serve_app.router.forward import Proxy
-from serve_app.router.metrics import RouterMetrics
 from serve_app.router.upstream.protocol import HandleUpstream
 from serve_app.wire.asgi import HttpRequest, call_asgi
-from serve_app.wire.body import peek, with_model
+from serve_app.wire.body import RequestBody
+from tests.fakes import ModelsFake, router_app
+
+USES_VIRTUAL_CLOCK = True
 
 
 class Items:
@@ -49,26 +46,15 @@ class Items:
         self.cancelled = True
 
 
-class Directory:
-    """A directory over applications in this process."""
+class Directory(ModelsFake):
+    """One ready model and one that loads, over applications in this process; a handle's call breaks after so many
+    items. `gone`: the model is being removed while a request waits for it."""
 
     def __init__(self, fail_after: int | None = None, gone: bool = False):
+        super().__init__(a="ready", b="loading")
         self.fail_after = fail_after
         self.gone = gone
         self.items: list[Items] = []
-
-    async def keep_fresh(self) -> None:
-        """Nothing changes."""
-
-    async def models(self) -> dict[str, ModelStatus]:
-        """One ready model and one that loads."""
-        return {"a": ModelStatus("a", "ready", 1), "b": ModelStatus("b", "loading", 0)}
-
-    async def find(self, name: str) -> ModelStatus:
-        """As in the real one."""
-        if name not in await self.models():
-            raise ModelNotFound("no such model", param="model")
-        return (await self.models())[name]
 
     def require_hope(self, model: ModelStatus) -> None:
         """As in the real one."""
@@ -78,14 +64,6 @@ class Directory:
     def unavailable(self, model: ModelStatus) -> ModelUnavailable:
         """As in the real one."""
         return ModelUnavailable("loading", retry_after_s=9.2)
-
-    def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
-        """As it is."""
-        return model
-
-    def load_time_s(self, name: str) -> float:
-        """As in the real one."""
-        return 9.2
 
     async def handle(self, name: str) -> Any:
         """An object whose `remote` calls the model."""
@@ -130,11 +108,8 @@ MODEL = Starlette(
 
 def client(directory: Directory, **config: Any) -> httpx.AsyncClient:
     """A client of the router."""
-    settings = RouterConfig(**config)
-    upstream = HandleUpstream(directory, settings.discovery_interval_s)  # type: ignore[arg-type]
-    gate = Gate(KeySource(None, {}), ActorLimiter())
-    proxy = Proxy(settings, directory, upstream, RouterMetrics(), gate)  # type: ignore[arg-type]
-    app = build_app(proxy, directory, gate)  # type: ignore[arg-type]
+    upstream = HandleUpstream(directory, RouterConfig(**config).discovery_interval_s)  # type: ignore[arg-type]
+    _, app = router_app(directory, upstream, **config)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
 
 
@@ -238,12 +213,13 @@ async def test_other_methods_lead_to_the_models_route() -> None:
 
 def test_the_model_is_read_from_any_json_object() -> None:
     """Wherever it stands."""
-    assert peek('{"messages": [{"model": "inner"}], "model": "ünder/x"}'.encode()).model == "ünder/x"
+    assert RequestBody('{"messages": [{"model": "inner"}], "model": "ünder/x"}'.encode()).peek().model == "ünder/x"
 
 
 def test_another_model_is_put_into_a_body_that_stays_as_it_is() -> None:
     """The other fields are not read, so a large body costs little, and numbers keep their digits."""
     body = b'{"a": 1.10, "model": "x", "b": [1e2, {"model": "x"}], "c": "\\u00fc"}'
-    assert with_model(body, "y") == b'{"a":1.10,"model":"y","b":[1e2, {"model": "x"}],"c":"\\u00fc"}'
+    renamed = RequestBody(body).with_fields(model="y").content
+    assert renamed == b'{"a":1.10,"model":"y","b":[1e2, {"model": "x"}],"c":"\\u00fc"}'
     with pytest.raises(InvalidRequest):
-        with_model(b"[", "y")
+        RequestBody(b"[").with_fields(model="y")

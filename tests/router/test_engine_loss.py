@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from serve_app.engines.pt.api.openai_api import _request_error
+from serve_app.engines.pt.api.request_error import request_error
 from serve_app.errors import EngineError, InvalidRequest, OutOfDeviceMemory
 from serve_app.router.engine_loss import is_lost_event, is_lost_status
 from serve_app.wire.openai_errors import error_object
@@ -26,7 +26,7 @@ def event(document: object) -> bytes:
 )
 def test_what_pt_writes_into_a_stream(error: Exception, is_lost: bool) -> None:
     """By the very function that writes it."""
-    assert is_lost_event(event(error_object(_request_error(error)))) is is_lost
+    assert is_lost_event(event(error_object(request_error(error)))) is is_lost
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of vLLM's own imports

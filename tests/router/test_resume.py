@@ -12,22 +12,16 @@ import pytest
 import pytest_asyncio
 from starlette.types import ASGIApp
 
-from serve_app.access.gate import Gate
-from serve_app.access.keys import KeySource
-from serve_app.access.limiter import ActorLimiter
-from serve_app.config import ModelConfig, RouterConfig
+from serve_app.config import ModelConfig
 from serve_app.engines.pt.engine import PtEngine
-from serve_app.router import relay, suspicion
+from serve_app.router import dispatcher, suspicion
 from serve_app.router import resume as resume_module
-from serve_app.router.deployment import build_app
-from serve_app.router.directory import ModelStatus
-from serve_app.router.forward import Proxy
-from serve_app.router.metrics import RouterMetrics
 from serve_app.router.suspicion import Death, Suspect
 from serve_app.router.transcript import CannotResume, Transcript, WholeEvents, kind_of
 from serve_app.router.upstream.protocol import ReplicaLost
 from serve_app.wire.asgi import Headers, HttpRequest, call_asgi, decode_head
 from serve_app.wire.census import UNCOUNTED_BYTES
+from tests.fakes import ModelsFake, router_app
 
 PROMPT = "What is max_memory?"
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "stream": True}
@@ -94,6 +88,12 @@ class Replicas:
         self._half = half
         self.paths: list[str] = []
 
+    async def start(self) -> None:
+        """As in `Upstream`."""
+
+    async def close(self) -> None:
+        """As in `Upstream`."""
+
     async def send(self, name: str, request: HttpRequest) -> CutAnswer:
         """As in `Upstream`. Only streams are cut."""
         self.paths.append(request.path)
@@ -102,12 +102,10 @@ class Replicas:
         return await CutAnswer(self._app, request, left, self._half, self._died).open()
 
 
-class Directory:
-    """One model, always ready."""
-
-    async def find(self, name: str) -> ModelStatus:
-        """As in the real one."""
-        return ModelStatus(name, "ready", 1)
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody needs time to see that a replica has died."""
+    monkeypatch.setattr(dispatcher, "BACKOFF_S", (0.0,))
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -124,10 +122,8 @@ async def engine() -> AsyncIterator[ASGIApp]:
 
 async def stream(replicas: Replicas, path: str, body: dict[str, Any], **config: Any) -> list[Any]:
     """The events that a client gets."""
-    gate = Gate(KeySource(None, {}), ActorLimiter())
-    settings = RouterConfig(**{"max_retries": 5, **config})
-    proxy = Proxy(settings, Directory(), replicas, RouterMetrics(), gate)  # type: ignore[arg-type]
-    transport = httpx.ASGITransport(app=build_app(proxy, Directory(), gate))  # type: ignore[arg-type]
+    _, app = router_app(ModelsFake(demo="ready"), replicas, **{"max_retries": 5, **config})
+    transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as session:
         reply = await session.post(path, json=body)
     blocks = [block for block in reply.text.split("\n\n") if block.startswith("data: ")]
@@ -215,8 +211,8 @@ async def test_the_end_of_all_time_is_a_timeout_in_a_resume_too(
     async def never(*_: Any) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(relay, "resume", never)
-    events = await stream(Replicas(engine, [1]), "/v1/completions", TEXT, total_timeout_s=2)
+    monkeypatch.setattr(dispatcher, "resume", never)
+    events = await stream(Replicas(engine, [1]), "/v1/completions", TEXT, total_timeout_s=0.5)
     assert events[-1]["error"]["code"] == "timeout"
     assert "total_timeout_s" in events[-1]["error"]["message"]
 

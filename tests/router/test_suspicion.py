@@ -10,6 +10,8 @@ from serve_app.errors import HarmfulRequest
 from serve_app.router import suspicion
 from serve_app.router.suspicion import Death, Evidence, Suspect, Suspicion, Verdict, verdict
 
+USES_VIRTUAL_CLOCK = True
+
 
 @pytest.mark.parametrize(
     ("seen", "expected"),

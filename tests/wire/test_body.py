@@ -9,17 +9,12 @@ import pytest
 
 from serve_app.access import gate as gate_module
 from serve_app.access.gate import KeyedApp, KeyedRouter
-from serve_app.config import RouterConfig
 from serve_app.errors import InvalidRequest
-from serve_app.router import forward
-from serve_app.router.deployment import build_app
-from serve_app.router.forward import Proxy
-from serve_app.router.metrics import RouterMetrics
 from serve_app.wire import body as body_module
-from serve_app.wire.body import MOST_NAME_BYTES, peek, with_fields
+from serve_app.wire.body import MOST_NAME_BYTES, RequestBody
 from serve_app.wire.census import UNCOUNTED_BYTES
-from tests.access.test_gate import AUTH, ENGINE, client, make_gate
-from tests.router.test_forward import Models, says
+from tests.access.test_gate import ENGINE, client
+from tests.fakes import AUTH, Models, make_gate, router_app, says
 
 CHAT = "/v1/chat/completions"
 
@@ -27,10 +22,10 @@ CHAT = "/v1/chat/completions"
 @pytest.mark.parametrize("field", [b'"prompt": ["",%s""]', b'"n": [[],%s[]]', b'"unknown": [{},%s{}]'])
 def test_a_body_of_too_many_values_is_refused_before_it_is_read(field: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever they stand: no other thread of Python runs while they are built."""
-    monkeypatch.setattr(body_module, "_PEEK", None)
+    monkeypatch.setattr(body_module, "_OBJECT", None)
     (item,) = {field[field.index(b"[") + 1 : field.index(b",") + 1]}
     with pytest.raises(InvalidRequest, match="Send several requests"):
-        peek(b'{"model": "m", ' + field % (item * 300_000) + b"}")
+        RequestBody(b'{"model": "m", ' + field % (item * 300_000) + b"}").peek()
 
 
 @pytest.mark.parametrize("value", [b"[" + b"[]," * 20_000 + b"[]]", b"1" * 200, b'"' + b"1" * 200 + b'"', b"1e999"])
@@ -44,7 +39,8 @@ def test_what_is_too_long_for_a_number_is_not_built(value: bytes, monkeypatch: p
         return real(text)
 
     monkeypatch.setattr(body_module.msgspec.json, "decode", watched)
-    seen = peek(b'{"model": "m", "stream": true, "max_tokens": 5, "n": %s, "max_output_tokens": %s}' % (value, value))
+    body = b'{"model": "m", "stream": true, "max_tokens": 5, "n": %s, "max_output_tokens": %s}' % (value, value)
+    seen = RequestBody(body).peek()
     assert (seen.model, seen.stream, seen.token_limit, seen.answers) == ("m", True, 5, 1)
     assert max(decoded) <= 100
 
@@ -64,7 +60,7 @@ def test_what_is_too_long_for_a_number_is_not_built(value: bytes, monkeypatch: p
 def test_what_cannot_be_read_says_why(body: bytes, words: str) -> None:
     """No engine would take it either."""
     with pytest.raises(InvalidRequest, match=words):
-        peek(body)
+        RequestBody(body).peek()
 
 
 def test_a_field_nested_too_deep_to_be_written_is_refused() -> None:
@@ -73,7 +69,7 @@ def test_a_field_nested_too_deep_to_be_written_is_refused() -> None:
     for _ in range(10_000):
         nested = [nested]
     with pytest.raises(InvalidRequest, match="nested more than"):
-        with_fields(b"{}", stream_options={"x": nested})
+        RequestBody(b"{}").with_fields(stream_options={"x": nested})
 
 
 @pytest.mark.parametrize("way", ["by name", "by route"])
@@ -83,21 +79,20 @@ async def test_large_bodies_are_read_and_written_beside_the_event_loop(
     """Looking at them, asking for their usage, and giving them another model's name; small ones stay on it."""
     loop_thread, seen = threading.get_ident(), set()
     gate, _ = make_gate(tmp_path, "tokens_per_minute: 10_000_000")
-    by_name, by_route = [(forward, "peek"), (forward, "with_model")], [(gate_module, "_seen")]
-    watched_functions = [*(by_name if way == "by name" else by_route), (gate_module, "metered")]
+    on_bodies = ["peek", "with_fields"] if way == "by name" else ["peek"]
+    watched_functions = [(gate_module, "metered"), *((RequestBody, name) for name in on_bodies)]
     for owner, name in watched_functions:
         real = getattr(owner, name)
 
-        def watched(*args: Any, name: str = name, real: Any = real) -> Any:
-            large = len(next(arg for arg in args if isinstance(arg, bytes))) > UNCOUNTED_BYTES
+        def watched(*args: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            large = len(next(arg for arg in args if isinstance(arg, RequestBody)).content) > UNCOUNTED_BYTES
             seen.add((name, large, threading.get_ident() == loop_thread))
-            return real(*args)
+            return real(*args, **options)
 
         monkeypatch.setattr(owner, name, watched)
     if way == "by name":
         models = Models(m=says(b"{}"))
-        proxy = Proxy(RouterConfig(aliases={"other": "m"}), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-        app: Any = KeyedRouter(build_app(proxy, models, gate), gate)  # type: ignore[arg-type]
+        app: Any = KeyedRouter(router_app(models, models, gate, aliases={"other": "m"})[1], gate)
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
     else:
         http = client(KeyedApp(ENGINE, gate, "m"))

@@ -13,16 +13,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from serve_app.access.gate import KeyedApp, KeyedRouter
-from serve_app.config import RouterConfig
-from serve_app.router.deployment import build_app
-from serve_app.router.forward import Proxy
 from serve_app.router.metrics import RouterMetrics
 from serve_app.wire import usage as usage_module
 from serve_app.wire.asgi import HttpRequest
-from serve_app.wire.body import peek
+from serve_app.wire.body import RequestBody
 from serve_app.wire.usage import UsageMeter, asking, estimate_tokens, without_usage
-from tests.access.test_gate import AUTH, client, make_gate
-from tests.router.test_forward import Models
+from tests.access.test_gate import client
+from tests.fakes import AUTH, Models, make_gate, router_app
 
 CHAT = "/v1/chat/completions"
 USAGE = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":2,"total_tokens":9,"completion_tokens":7}}\n\n'
@@ -32,7 +29,7 @@ DONE = b"data: [DONE]\n\n"
 
 def estimate(**fields: Any) -> int:
     """Without the body's own length."""
-    seen = peek(json.dumps({"model": "m", **fields}).encode())
+    seen = RequestBody(json.dumps({"model": "m", **fields}).encode()).peek()
     return estimate_tokens(0, seen.token_limit, seen.answers)
 
 
@@ -80,14 +77,14 @@ def test_what_may_be_generated_is_estimated_as_engines_read_it(fields: dict[str,
 )
 def test_a_stream_is_asked_for_its_usage(fields: dict[str, Any], options: dict[str, Any] | None) -> None:
     """Once, and not what cannot be asked; all other fields stay what they are."""
-    body = json.dumps({"model": "m", "prompt": "a b", "top_p": 0.10, **fields}).encode()
-    asked = asking(CHAT, peek(body), body)
-    assert asking("/v1/embeddings", peek(body), body) is None
+    body = RequestBody(json.dumps({"model": "m", "prompt": "a b", "top_p": 0.10, **fields}).encode())
+    asked = asking(CHAT, body.peek(), body)
+    assert asking("/v1/embeddings", body.peek(), body) is None
     if options is None:
         assert asked is None
     else:
         assert asked is not None
-        assert json.loads(asked) == {**json.loads(body), "stream_options": options}
+        assert json.loads(asked.content) == {**json.loads(body.content), "stream_options": options}
 
 
 def test_the_event_that_was_not_asked_for_is_taken_out() -> None:
@@ -209,8 +206,7 @@ async def test_a_long_field_behind_the_usage_makes_no_answer_free(
         http = client(KeyedApp(Starlette(routes=[Route(CHAT, engine, methods=["POST"])]), gate, "m"))
     else:
         models = Models(m=lambda _: (200, [LONG]))
-        proxy = Proxy(RouterConfig(), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-        app = KeyedRouter(build_app(proxy, models, gate), gate)  # type: ignore[arg-type]
+        app = KeyedRouter(router_app(models, models, gate)[1], gate)
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
     async with http:
         assert (await http.post(CHAT, json={"model": "m"}, headers=AUTH)).content == LONG
@@ -229,8 +225,7 @@ async def test_a_stream_by_name_is_charged_by_what_it_used(tmp_path: Path, cut: 
 
     gate, limiter = make_gate(tmp_path, "tokens_per_minute: 1000")
     models = Models(m=reply)
-    proxy = Proxy(RouterConfig(), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-    app = KeyedRouter(build_app(proxy, models, gate), gate)  # type: ignore[arg-type]
+    app = KeyedRouter(router_app(models, models, gate)[1], gate)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router", headers=AUTH) as http:
         plain = await http.post(CHAT, json={"model": "m", "stream": True})
         wanted = await http.post(CHAT, json={"model": "m", "stream": True, "stream_options": {"include_usage": True}})

@@ -21,7 +21,7 @@ from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.fit import PT_MAX_NUM_SEQS
 from serve_app.planning.plan import ModelPlan
-from serve_app.planning.pt_cache import cells
+from serve_app.planning.pt_kv_buffers import cells
 
 DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
 DEFAULT_MAX_QUEUED_REQUESTS = 192

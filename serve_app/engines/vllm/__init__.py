@@ -1,1 +1,1 @@
-"""vLLM as an engine."""
+"""This package runs vLLM as an engine."""

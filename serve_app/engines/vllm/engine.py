@@ -1,4 +1,4 @@
-"""vLLM: its own ASGI application around its own async engine. The only file that imports vllm.
+"""vLLM: its own ASGI application around its own async engine.
 
 The endpoints of vLLM's server that `endpoints.py` names are served unchanged. What vLLM calls its command line
 arguments is the interface here: they are written to a YAML file and read by vLLM's own parser, so `engine_args` means
@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.bounds import MOST_CHOICES
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
@@ -73,28 +74,20 @@ class VllmEngine:
             raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
 
     async def _build(self, args: Namespace) -> ASGIApp:
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-        from vllm.entrypoints.launchers.app import build_app
-        from vllm.exceptions import GenerationError
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        self._client = await self._stack.enter_async_context(build_async_engine_client(args))
-        tasks = await self._client.get_supported_tasks()
-        app = build_app(args, tasks, self._client.model_config)
-        app.state.server = self._server  # vLLM's handler of a dead engine asks it to exit.
-        app.add_exception_handler(EngineDeadError, self._engine_died)  # vLLM says 500, as of a bad request.
-        if args.kv_transfer_config is None and args.ec_transfer_config is None:
-            app.add_exception_handler(GenerationError, _format_ended)
-        app.add_exception_handler(StarletteHTTPException, _no_such_route)  # vLLM handles FastAPI's only.
-        app.add_exception_handler(RecursionError, _too_deep)
-        app.middleware_stack = app.build_middleware_stack()  # `build_app` has built it already, without that.
-        await init_app_state(self._client, app.state, args, tasks)
+        self._client = await self._stack.enter_async_context(vllm_internals.running_engine(args))
+        handlers: dict[type[Exception], vllm_internals.Handler] = {
+            vllm_internals.engine_dead_error(): self._engine_died,  # vLLM says 500, as of a bad request.
+            StarletteHTTPException: _no_such_route,  # vLLM handles FastAPI's only.
+            RecursionError: _too_deep,
+        }
+        if not vllm_internals.transfers_caches(args):
+            handlers[vllm_internals.generation_error()] = _format_ended
+        app = await vllm_internals.server_application(args, self._client, self._server, handlers)
         return disconnect_before_cancel(guarded(app, self._guard()))
 
     def _guard(self) -> Guard:
-        model = self._client.model_config
-        tokenizer = self._client.get_tokenizer()
+        model = vllm_internals.model_config(self._client)
+        tokenizer = vllm_internals.tokenizer(self._client)
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         return Guard(model.max_model_len, longest, token_counter(tokenizer), reads_media=model.is_multimodal_model)
 
@@ -108,25 +101,21 @@ class VllmEngine:
         if self._server.should_exit:
             raise EngineError("vLLM's engine has died. The replica will be replaced.")
         try:
-            await self._client.check_health()
+            await vllm_internals.require_alive(self._client)
         except Exception as error:
             raise EngineError(f"vLLM's engine is dead: {error}. The replica will be replaced.") from error
 
     def load(self) -> float:
         """Requests that run or wait, to `max_num_seqs`; or the KV cache's use, if that is more. From vLLM's gauges."""
-        from prometheus_client import REGISTRY
-
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-        found = {family.name: family.samples for family in REGISTRY.collect() if family.name in names}
-        running, waiting, cache = (sum(sample.value for sample in found.get(name, ())) for name in names)
-        most: int = self._client.vllm_config.scheduler_config.max_num_seqs
-        return max((running + waiting) / most, cache)
+        now = vllm_internals.gauges()
+        requests = now[vllm_internals.RUNNING] + now[vllm_internals.WAITING]
+        return max(requests / vllm_internals.most_rows(self._client), now[vllm_internals.CACHE_USE])
 
     async def memory(self) -> list[RankMemory]:
         """Asks every rank's process."""
         try:
             async with asyncio.timeout(MEMORY_TIMEOUT_S):
-                answers = await self._client.collective_rpc("serve_app_memory")
+                answers = await vllm_internals.ask_ranks(self._client, "serve_app_memory")
         except Exception as error:
             raise EngineError(f"vLLM does not say what it holds: {_reason(error)}") from error
         return [RankMemory(**answer) for answer in answers]
@@ -267,19 +256,15 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return " ".join(str(item["msg"]) for item in error.errors())
     text = " ".join(str(error).split())
-    if "root cause above" in text:
+    if vllm_internals.names_cause_above(text):
         text += " The cause is in the log of the replica (serve logs are in /tmp/ray/session_latest/logs)."
     return f"{type(error).__name__}: {text}"
 
 
 def _parse(arguments: dict[str, Any]) -> Namespace:
     """vLLM's own reading of its arguments. Raises ConfigError with vLLM's words for an unknown or wrong one."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
-    # argparse would take the beginning of a name for the whole.
-    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    parser = vllm_internals.argument_parser()
+    known = vllm_internals.option_names(parser)  # argparse would take the beginning of a name for the whole.
     for name in arguments.keys() - known:
         raise ConfigError(f"engine_args: vLLM has no argument '{name}'.{nearest(name, known)}")
     complaint = io.StringIO()
@@ -289,10 +274,10 @@ def _parse(arguments: dict[str, Any]) -> Namespace:
         try:
             with contextlib.redirect_stderr(complaint):
                 args = parser.parse_args(["--config", str(file)])
-            validate_parsed_serve_args(args)
+            vllm_internals.require_consistent(args)
         except SystemExit:
             lines = complaint.getvalue().strip().splitlines()
             raise ConfigError(f"engine_args: {lines[-1] if lines else 'vLLM refused them'}") from None
         except (TypeError, ValueError) as error:
             raise ConfigError(f"engine_args: {' '.join(str(error).split())}") from None
-    return args  # type: ignore[no-any-return]
+    return args

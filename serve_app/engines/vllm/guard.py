@@ -7,19 +7,20 @@ What is in them goes to vLLM as it came.
 
 import codecs
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import msgspec
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.engines.vllm.bounds import MOST_NUMBER_BYTES, require_bounded_numbers
 from serve_app.engines.vllm.endpoints import READING, require_served
 from serve_app.engines.workers import Workers
 from serve_app.errors import ContextTooLong, InvalidRequest, RequestError
+from serve_app.wire.arrival import known_body
 from serve_app.wire.asgi import endpoint
-from serve_app.wire.census import require_countable
+from serve_app.wire.body import Fields, RequestBody
 from serve_app.wire.openai_errors import error_response
 
 # Lists, objects and keys. Of messages vLLM's own reading takes some 0.2 ms each.
@@ -35,9 +36,6 @@ MOST_BAD_WORDS, MOST_BAD_WORDS_BYTES, MOST_BAD_WORDS_TOKENS = 128, 2**14, 1024
 # The end of an answer tells its usage. What it repeats of the request behind that may not push it out of sight.
 MOST_USER_BYTES = 1024
 
-Fields = Mapping[str, msgspec.Raw]
-
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _TEXTS = msgspec.json.Decoder(list[str])
 # Fields that hold one prompt or several, and fields that become part of one.
@@ -61,9 +59,9 @@ class Guard:
     count_tokens: Callable[[str], int] = len
     reads_media: bool = False
 
-    def check(self, body: bytes) -> None:
+    def check(self, body: RequestBody) -> None:
         """Raises InvalidRequest that names the field. Takes time with a large body: not for the event loop."""
-        require_countable(body, MOST_PARTS)
+        body.require_countable(most_parts=MOST_PARTS)
         fields = _fields(body)
         require_bounded_numbers(fields)
         choices = _choices(fields)
@@ -130,19 +128,17 @@ class Guard:
         )
 
 
-def _fields(body: bytes) -> Fields:
-    """The fields of a JSON object as they stand there; none of a body that vLLM refuses in its own words."""
+def _fields(body: RequestBody) -> Fields:
+    """Returns the fields of a JSON object as they stand there; none of a body that vLLM refuses in its own words."""
     try:
-        return _FIELDS.decode(body)
-    except msgspec.ValidationError:  # No object.
-        return {}
-    except (ValueError, RecursionError) as error:
-        if body.startswith(codecs.BOM_UTF8) or b"\0" in body[:4]:  # Python's json reads these, and so does vLLM.
+        return body.fields
+    except InvalidRequest:
+        content = body.content
+        if content.startswith(codecs.BOM_UTF8) or b"\0" in content[:4]:  # Python's json reads these, and so does vLLM.
             raise InvalidRequest("The body must be JSON in UTF-8, without a byte order mark.") from None
-        if not body.lstrip().startswith(b"{"):  # A form, say, or no body.
+        if not content.lstrip().startswith(b"{"):  # A form, say, a list, or no body.
             return {}
-        # vLLM would read NaN, which is no JSON, and so go past the checks.
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+        raise  # vLLM would read NaN, which is no JSON, and so go past the checks.
 
 
 def _bytes(fields: Fields, name: str) -> bytes:
@@ -150,7 +146,7 @@ def _bytes(fields: Fields, name: str) -> bytes:
 
 
 def _choices(fields: Fields) -> int:
-    """`n`; vLLM would read "128" and 128.0 too."""
+    """Reads `n`; vLLM would read "128" and 128.0 too."""
     text = _bytes(fields, "n")
     try:
         choices = msgspec.json.decode(text, type=int | None) if len(text) <= MOST_NUMBER_BYTES else text
@@ -166,7 +162,7 @@ SEVERAL = re.compile(rb"\[\s*[\"\[{]")
 
 
 def _prompts(prompts: msgspec.Raw) -> list[bytes]:
-    """The JSON of each prompt. A list of numbers is one."""
+    """Returns the JSON of each prompt. A list of numbers is one."""
     text = bytes(prompts)
     if SEVERAL.match(text):
         return [bytes(item) for item in _LIST.decode(text)]
@@ -174,8 +170,8 @@ def _prompts(prompts: msgspec.Raw) -> list[bytes]:
 
 
 def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
-    """The application behind the guard. The body is in memory already, within the bound of its bytes. What is not
-    served is answered with 404, as vLLM answers what it does not have."""
+    """Puts the guard in front of the application. It stands behind `replica/whole_body.py`: that has read the body.
+    What is not served is answered with 404, as vLLM answers what it does not have."""
     workers = Workers()
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
@@ -189,28 +185,13 @@ def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
             response.status_code = 404
             await response(scope, receive, send)
             return
-        body, read = await _body(receive)
+        body = known_body(scope)
+        assert body is not None, "what vLLM serves has a method with a body, and that was read"
         try:
-            await workers.run(len(body), partial(guard.check, body))
+            await workers.run(len(body.content), partial(guard.check, body))
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
-        await app(scope, read, send)
+        await app(scope, receive, send)
 
     return wrapped
-
-
-async def _body(receive: Receive) -> tuple[bytes, Receive]:
-    """The whole body, and a `receive` that gives it again and then what comes after it."""
-    messages: list[Message] = []
-    more = True
-    while more:
-        message = await receive()
-        messages.append(message)
-        more = message["type"] == "http.request" and message.get("more_body", False)
-    again: Callable[[], Message] = partial(messages.pop, 0)
-
-    async def replay() -> Message:
-        return again() if messages else await receive()
-
-    return b"".join(message.get("body", b"") for message in messages), replay

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from serve_app.engines.measure import rank_memory, tensor_bytes
+from serve_app.engines.vllm.vllm_internals import worker_device, worker_tensors
 from serve_app.facts.process_memory import resident_bytes
 
 # vLLM imports this file before it loads the model.
@@ -16,15 +17,11 @@ LIBRARIES = resident_bytes()
 class MemoryReport:
     """Its one name must be none of the worker's own."""
 
-    model_runner: Any
-    device: Any
     _tensors: tuple[int, int] | None = None
 
     def serve_app_memory(self) -> dict[str, Any]:
         """A `RankMemory` of this rank, as plain values. It runs between two steps, so it is short."""
         if self._tensors is None:  # Neither changes after the start.
-            weights = sum(tensor_bytes(self.model_runner.model.parameters()).values())
-            caches = getattr(self.model_runner, "kv_caches", ())
-            cache = sum(tensor_bytes(item for item in caches if hasattr(item, "untyped_storage")).values())
+            weights, cache = (sum(tensor_bytes(tensors).values()) for tensors in worker_tensors(self))
             self._tensors = weights, cache
-        return asdict(rank_memory(self.device, *self._tensors, LIBRARIES))
+        return asdict(rank_memory(worker_device(self), *self._tensors, LIBRARIES))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ray
 from ray.serve.schema import TargetGroup
 
-from serve_app.ray_serve import controller, is_http, watch_targets
+from serve_app.ray_serve import http_options_of_controller, is_http, watch_targets
 from serve_app.router.suspicion import TOGETHER_S, Death
 
 logger = logging.getLogger("ray.serve")
@@ -31,7 +31,8 @@ ANY_HOST = frozenset({"0.0.0.0", "::", "localhost"})  # noqa: S104
 
 @dataclass
 class ReplicaAddress:
-    """One replica's HTTP server. `url` ends with the model's route prefix; `running` are requests of this router."""
+    """This is one replica's HTTP server. `url` ends with the model's route prefix; `running` are requests of this
+    router."""
 
     host: str
     url: str
@@ -45,7 +46,7 @@ class ReplicaAddress:
 
     @property
     def is_out(self) -> bool:
-        """Whether it is not to be asked now."""
+        """Says whether this replica is not to be asked now."""
         return time.monotonic() < self.out_until
 
     def begin(self) -> "Lease":
@@ -56,15 +57,15 @@ class ReplicaAddress:
         return Lease(self)
 
     def refused(self) -> None:
-        """It took no connection. Requests that tried it together are one refusal."""
+        """Notes that it took no connection. Requests that tried it together are one refusal."""
         now = time.monotonic()
         if now - self.refused_at > REFUSED_S:
             self.refusals, self.refused_at = self.refusals + 1, now
         self.out_until = now + min(MOST_REFUSED_S, REFUSED_S * 2 ** (self.refusals - 1))
 
     def lost(self) -> Death:
-        """It lost a request. Those that are lost within a moment are lost in one death, and so are all that notice it
-        later at a replica whose engine is known to be gone: it dies once."""
+        """Notes that it lost a request. Those that are lost within a moment are lost in one death, and so are all that
+        notice it later at a replica whose engine is known to be gone: it dies once."""
         now = time.monotonic()
         self.doubted_until = now + DOUBTED_S
         if self.death is None or (now - self.death.at > TOGETHER_S and not self.is_gone):
@@ -79,13 +80,13 @@ class ReplicaAddress:
         return death
 
     def answered(self) -> None:
-        """It took a connection and gave an answer."""
+        """Notes that it took a connection and gave an answer."""
         self.refusals = 0
         if not self.is_gone:
             self.out_until = float("-inf")
 
     def well(self) -> None:
-        """It has said that its engine lives, so that nothing has died."""
+        """Notes that it has said that its engine lives, so that nothing has died."""
         self.is_gone, self.out_until = False, float("-inf")
         if self.death is not None:
             self.death.is_explained = True
@@ -100,14 +101,15 @@ class Lease:
         self._is_over = False
 
     def end(self) -> None:
-        """The request runs no more."""
+        """Counts the request as over. A second call does nothing."""
         if not self._is_over:
             self._is_over = True
             self.address.running -= 1
 
 
 class ReplicaAddresses:
-    """Of all models. Kept by Serve's controller, which tells of every change within a tenth of a second."""
+    """Holds the addresses of all models' replicas. Serve's controller tells of every change within a tenth of a
+    second."""
 
     def __init__(self) -> None:
         self.keep_alive_s = 90.0
@@ -117,14 +119,14 @@ class ReplicaAddresses:
 
     async def watch(self) -> None:
         """Begins to listen to the controller. The running event loop gets the changes."""
-        config = await controller().get_http_config.remote()
+        config = await http_options_of_controller()
         self.keep_alive_s = float(config.keep_alive_timeout_s)
         self._local_host = "127.0.0.1" if config.host in ANY_HOST else config.host
         self._own_ip = ray.util.get_node_ip_address()
         self._stop = watch_targets(self._told)
 
     def stop(self) -> None:
-        """Listens no more."""
+        """Stops listening to the controller."""
         self._stop()
 
     def update(self, groups: Iterable[TargetGroup]) -> None:
@@ -160,7 +162,8 @@ class ReplicaAddresses:
                     address.refused()
 
     def _told(self, groups: Iterable[TargetGroup]) -> None:
-        """An exception here would end Serve's long poll, and the addresses would be those of this moment for ever."""
+        """Takes what the controller tells. An exception here would end Serve's long poll, and the addresses would be
+        those of this moment for ever."""
         try:
             self.update(groups)
         except Exception:

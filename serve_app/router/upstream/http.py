@@ -29,7 +29,8 @@ from serve_app.router.upstream.protocol import (
     ReplicaLost,
     require_open,
 )
-from serve_app.wire.asgi import Headers, HttpRequest
+from serve_app.wire.asgi import HttpRequest
+from serve_app.wire.headers import Headers
 
 logger = logging.getLogger("ray.serve")
 
@@ -75,7 +76,7 @@ class HttpUpstream:
         self._warned_at = float("-inf")
 
     async def start(self) -> None:
-        """As in `Upstream`."""
+        """Does what `Upstream` says."""
         await self._addresses.watch()
         keep_alive_s = KEEP_ALIVE_SHARE * self._addresses.keep_alive_s
         self._session = aiohttp.ClientSession(
@@ -90,7 +91,7 @@ class HttpUpstream:
         )
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
-        """As in `Upstream`. What a replica has no room or no connection for goes to the next."""
+        """Does what `Upstream` says. What a replica has no room or no connection for goes to the next."""
         await require_open(self._directory, name)
         refusals: list[HttpAnswer] = []  # Two at most: when all are full, asking all of them would double their load.
         full: Overloaded | None = None
@@ -204,7 +205,7 @@ class HttpUpstream:
 
 
 class HttpAnswer:
-    """An answer over HTTP. Reading it slowly slows the replica down: TCP holds it back."""
+    """This is an answer over HTTP. Reading it slowly slows the replica down: TCP holds it back."""
 
     def __init__(self, reply: aiohttp.ClientResponse, lease: Lease):
         self.status = reply.status

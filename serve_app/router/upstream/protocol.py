@@ -1,7 +1,6 @@
 """The way from the router to a model's replicas: one request there, one answer as pieces of bytes back."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -9,10 +8,11 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.errors import Overloaded
-from serve_app.router.directory import ModelDirectory
+from serve_app.router.directory import Directory, ModelDirectory
 from serve_app.router.engine_loss import is_lost_event
 from serve_app.router.suspicion import Death
-from serve_app.wire.asgi import Headers, HttpRequest, decode_head
+from serve_app.wire.asgi import HttpRequest, decode_head
+from serve_app.wire.headers import Headers
 
 # Seconds that a client is told to wait when Serve's own queue is full.
 FULL_RETRY_S = 1.0
@@ -48,12 +48,12 @@ class Patience:
 
     def has_ended(self) -> bool:
         """Asked each time that it has to wait. The first time begins it."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         self._until = self._until or now + REPLACED_WITHIN_S
         return now > self._until
 
 
-async def require_open(directory: ModelDirectory, name: str) -> None:
+async def require_open(directory: Directory, name: str) -> None:
     """Raises NotOpen for a model that loads, ModelUnavailable for one that has failed, ModelNotFound."""
     model = await directory.find(name)
     if not model.is_open:
@@ -62,13 +62,13 @@ async def require_open(directory: ModelDirectory, name: str) -> None:
 
 
 class Answer(Protocol):
-    """A response on its way. `pieces` raises ReplicaLost where it breaks; `close` ends the work for it."""
+    """This is a response on its way. `pieces` raises ReplicaLost where it breaks; `close` ends the work for it."""
 
     status: int
     headers: Headers
 
     def pieces(self) -> AsyncIterator[bytes]:
-        """The body, as it comes."""
+        """Yields the body, as it comes."""
         ...
 
     def lost(self, message: str) -> ReplicaLost:
@@ -76,7 +76,7 @@ class Answer(Protocol):
         ...
 
     async def close(self) -> None:
-        """The reader is done, or has left."""
+        """Ends the work for the answer: its reader is done, or has left."""
         ...
 
 
@@ -84,18 +84,18 @@ class Upstream(Protocol):
     """Sends requests to models by name."""
 
     async def start(self) -> None:
-        """Called once, in the event loop that sends."""
+        """Gets ready. This is called once, in the event loop that sends."""
         ...
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
-        """Waits for the head.
+        """Sends the request and waits for the head of its answer.
 
         Raises ReplicaLost (NotOpen, EngineGone), UnreadableAnswer, Overloaded, ModelNotFound or ModelUnavailable.
         """
         ...
 
     async def close(self) -> None:
-        """The router ends."""
+        """Closes what is open when the router ends."""
         ...
 
 
@@ -107,10 +107,10 @@ class HandleUpstream:
         self._look_again_s = look_again_s
 
     async def start(self) -> None:
-        """Handles are made when they are needed."""
+        """Does nothing: handles are made when they are needed."""
 
     async def send(self, name: str, request: HttpRequest) -> "HandleAnswer":
-        """As in `Upstream`. A handle waits for a replica for ever, so the model is looked at meanwhile."""
+        """Does what `Upstream` says. A handle waits for a replica for ever, so the model is looked at meanwhile."""
         await require_open(self._directory, name)
         handle = await self._directory.handle(name)
         items = handle.remote(request)
@@ -126,7 +126,7 @@ class HandleUpstream:
         return HandleAnswer(status, headers, items)
 
     async def close(self) -> None:
-        """Handles hold nothing open."""
+        """Does nothing: handles hold nothing open."""
 
     async def _first(self, items: Any, name: str) -> bytes:
         first = asyncio.ensure_future(anext(items))
@@ -140,7 +140,7 @@ class HandleUpstream:
 
 
 class HandleAnswer:
-    """An answer over a handle."""
+    """This is an answer that comes over a handle."""
 
     def __init__(self, status: int, headers: Headers, items: Any):
         self.status = status
@@ -148,7 +148,7 @@ class HandleAnswer:
         self._items = items
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body, as it comes."""
+        """Yields the body, as it comes."""
         try:
             async for piece in self._items:
                 yield piece
@@ -156,7 +156,7 @@ class HandleAnswer:
             raise ReplicaLost(_last_line(error)) from error
 
     def lost(self, message: str) -> ReplicaLost:
-        """As of an answer. Ray has chosen the replica, so nobody knows who else was there."""
+        """Returns the error to raise. Ray has chosen the replica, so nobody knows who else was there."""
         return ReplicaLost(message)
 
     async def close(self) -> None:
@@ -175,18 +175,18 @@ class BegunAnswer:
         self._rest = rest
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body, the first piece too."""
+        """Yields the body, the first piece too."""
         if self._first is not None:
             yield self._first
             async for piece in self._rest:
                 yield piece
 
     def lost(self, message: str) -> ReplicaLost:
-        """As of the answer."""
+        """Does what the answer itself does."""
         return self._answer.lost(message)
 
     async def close(self) -> None:
-        """As of the answer."""
+        """Does what the answer itself does."""
         await self._answer.close()
 
 

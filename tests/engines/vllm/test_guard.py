@@ -10,8 +10,12 @@ from starlette.testclient import TestClient
 
 from serve_app.engines.vllm.guard import Guard, guarded
 from serve_app.errors import RequestError
+from serve_app.replica.whole_body import WholeBody
+from serve_app.wire.body import RequestBody
+from tests.builders import model_config
 
 GUARD = Guard(max_model_len=100, longest_token=10)
+CONFIG = model_config()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ GUARD = Guard(max_model_len=100, longest_token=10)
 def test_what_would_hold_others_up_is_refused_by_name(body: dict[str, Any], param: str | None) -> None:
     """Before vLLM sees it."""
     with pytest.raises(RequestError) as refused:
-        GUARD.check(json.dumps(body).encode())
+        GUARD.check(RequestBody(json.dumps(body).encode()))
     assert refused.value.status == 400
     assert refused.value.param == param
 
@@ -93,7 +97,7 @@ def test_what_would_hold_others_up_is_refused_by_name(body: dict[str, Any], para
 )
 def test_the_rest_is_for_vllm_to_judge(body: bytes) -> None:
     """What is usual, and what is wrong in a way that costs nothing."""
-    GUARD.check(body)
+    GUARD.check(RequestBody(body))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +111,13 @@ def test_the_rest_is_for_vllm_to_judge(body: bytes) -> None:
 def test_what_only_python_takes_for_json_does_not_pass_the_checks(body: bytes, said: str) -> None:
     """vLLM reads NaN, and infinity for what is too large."""
     with pytest.raises(RequestError, match=said):
-        GUARD.check(body)
+        GUARD.check(RequestBody(body))
 
 
 def test_media_are_long() -> None:
     """Where the model reads them."""
     body = json.dumps({"messages": [{"role": "user", "content": [{"image_url": "data:" + "x" * 100_000}]}]}).encode()
-    Guard(100, 10, reads_media=True).check(body)
+    Guard(100, 10, reads_media=True).check(RequestBody(body))
 
 
 def test_the_application_gets_the_body_as_it_came() -> None:
@@ -123,7 +127,7 @@ def test_the_application_gets_the_body_as_it_came() -> None:
         body = await Request(scope, receive).body()
         await JSONResponse({"bytes": len(body)})(scope, receive, send)
 
-    client = TestClient(guarded(echo, GUARD))
+    client = TestClient(WholeBody(guarded(echo, GUARD), CONFIG))
     assert client.post("/v1/completions", content=b'{"prompt": "x"}').json() == {"bytes": 15}
     assert client.get("/health").json() == {"bytes": 0}
     refused = client.post("/v1/completions", json={"prompt": "x", "n": 5000})
@@ -149,7 +153,7 @@ def test_endpoints_whose_bodies_nobody_knows_are_not_served(method: str, path: s
     async def engine(scope: Any, receive: Any, send: Any) -> None:
         await JSONResponse({})(scope, receive, send)
 
-    reply = TestClient(guarded(engine, GUARD), root_path=root).request(method, path, content=b"{}")
+    reply = TestClient(WholeBody(guarded(engine, GUARD), CONFIG), root_path=root).request(method, path, content=b"{}")
     assert reply.status_code == status
     if status == 404:
         assert f"{method} {path.removeprefix(root)} is not served" in reply.json()["error"]["message"]
@@ -159,11 +163,11 @@ def test_spaces_hide_no_prompts() -> None:
     """However many stand before the first."""
     prompts = ",".join(['"a"'] * 10_000)
     with pytest.raises(RequestError, match="1280000 sequences"):
-        GUARD.check(f'{{"n": 128, "prompt": [{" " * 70}{prompts}]}}'.encode())
+        GUARD.check(RequestBody(f'{{"n": 128, "prompt": [{" " * 70}{prompts}]}}'.encode()))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32-be"])
 def test_json_that_only_python_reads_is_refused(encoding: str) -> None:
     """vLLM's `json.loads` detects these encodings, so they would go past every bound."""
     with pytest.raises(RequestError, match="UTF-8"):
-        GUARD.check('{"prompt": "x", "n": 100000}'.encode(encoding))
+        GUARD.check(RequestBody('{"prompt": "x", "n": 100000}'.encode(encoding)))

@@ -9,7 +9,8 @@ SHOWN_CHARACTERS = 64
 
 
 class Closed(BaseModel):
-    """An object without further fields. The first unknown one is told, and no other: a client may send thousands."""
+    """This is an object without further fields. The first unknown one is told, and no other: a client may send
+    thousands."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,14 +59,14 @@ CheckedIds = Annotated[list[int], PlainValidator(check_ids, json_schema_input_ty
 
 
 class StreamOptions(Closed):
-    """`stream_options`."""
+    """This is the field `stream_options`."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class JsonSchema(Closed):
-    """`response_format.json_schema`."""
+    """This is the field `response_format.json_schema`."""
 
     model_config = ConfigDict(serialize_by_alias=True)
     name: str = ""
@@ -75,7 +76,7 @@ class JsonSchema(Closed):
 
 
 class ResponseFormat(Closed):
-    """`response_format`."""
+    """This is the field `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -104,7 +105,7 @@ class StructuredOutputs(Closed):
 
 
 class Function(BaseModel):
-    """The function of a tool. Further fields go to the chat template as they are."""
+    """This is the function of a tool. Further fields go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow")
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -113,7 +114,7 @@ class Function(BaseModel):
 
 
 class Tool(Closed):
-    """One of `tools`."""
+    """This is one entry of the field `tools`."""
 
     type: Literal["function"]
     function: Function
@@ -121,13 +122,13 @@ class Tool(Closed):
 
 
 class FunctionName(Closed):
-    """`tool_choice.function`."""
+    """This is the field `tool_choice.function`."""
 
     name: str
 
 
 class NamedTool(Closed):
-    """`tool_choice` that names a function."""
+    """This is a `tool_choice` that names a function."""
 
     type: Literal["function"]
     function: FunctionName

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 from serve_app.engines.pt.api.protocol import ChatRequest, CompletionRequest
 from serve_app.engines.pt.api.tool_calls import Delta, MessageReader
@@ -40,12 +40,12 @@ class Job:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts together."""
+        """Counts the tokens of all prompts together."""
         return sum(map(len, self.prompts))
 
     @cached_property
     def choices(self) -> list[tuple[list[int], SamplingParams]]:
-        """Prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
+        """Returns prompt and sampling of each choice. With a seed, each choice of a prompt has a seed of its own."""
         n, seed = self.request.choices, self.params.seed
         return [
             (prompt, self.params if seed is None or number == 0 else replace(self.params, seed=seed + number))
@@ -54,26 +54,12 @@ class Job:
         ]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of one choice, and what its text means."""
-
-    piece: Piece
-    delta: Delta
-
-    @classmethod
-    def read(cls, piece: Piece, reader: MessageReader) -> Self:
-        """The part; with the last piece comes all that the reader has kept."""
-        delta = reader.feed(piece.text)
-        return cls(piece, delta if piece.finish_reason is None else delta + reader.finish())
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to tell yet: the reader waits for the end of a call."""
-        return self.delta == Delta() and self.piece.finish_reason is None and not self.piece.logprobs
+def is_nothing(piece: Piece, delta: Delta) -> bool:
+    """Whether there is nothing to tell yet of a piece that means `delta`: its reader waits for the end of a call."""
+    return delta == Delta() and piece.finish_reason is None and not piece.logprobs
 
 
-class Progress:
+class ChoiceProgress:
     """How far one choice is. Keeps nothing that grows with it."""
 
     def __init__(self) -> None:
@@ -82,12 +68,12 @@ class Progress:
         self._has_calls = False
         self._reason: FinishReason | None = None
 
-    def add(self, part: Part) -> None:
-        """Takes the next part."""
-        self.tokens = part.piece.tokens
-        self.characters += len(part.delta.content)
-        self._has_calls = self._has_calls or bool(part.delta.calls)
-        self._reason = part.piece.finish_reason
+    def add(self, piece: Piece, delta: Delta) -> None:
+        """Takes the next piece of the choice, and what its text means."""
+        self.tokens = piece.tokens
+        self.characters += len(delta.content)
+        self._has_calls = self._has_calls or bool(delta.calls)
+        self._reason = piece.finish_reason
 
     def finish_reason(self, job: Job) -> str | None:
         """OpenAI's: `tool_calls` where the model chose to call; a named function just stops."""
@@ -95,8 +81,8 @@ class Progress:
         return "tool_calls" if self._reason == "stop" and self._has_calls and not named else self._reason
 
 
-class Answer(Progress):
-    """All parts of one choice, which are joined once."""
+class WholeChoice(ChoiceProgress):
+    """Gathers one choice as a whole. Its pieces are joined once."""
 
     def __init__(self, opening: str = ""):
         super().__init__()
@@ -104,12 +90,12 @@ class Answer(Progress):
         self._length = len(opening)
         self.logprobs: list[Logprobs] = []
 
-    def add(self, part: Part) -> None:
-        """Takes the next part."""
-        super().add(part)
-        self._deltas.append(part.delta)
-        self._length += len(part.piece.text)
-        self.logprobs += part.piece.logprobs
+    def add(self, piece: Piece, delta: Delta) -> None:
+        """Takes the next piece of the choice, and what its text means."""
+        super().add(piece, delta)
+        self._deltas.append(delta)
+        self._length += len(piece.text)
+        self.logprobs += piece.logprobs
 
     @property
     def size(self) -> int:
@@ -119,7 +105,7 @@ class Answer(Progress):
 
     @property
     def delta(self) -> Delta:
-        """The whole answer. The work grows with it."""
+        """Joins the whole answer. The work grows with it."""
         return Delta.join(self._deltas)
 
 

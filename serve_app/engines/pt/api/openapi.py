@@ -37,7 +37,7 @@ OPERATIONS = (
 
 @cache
 def openapi_document() -> dict[str, Any]:
-    """The same for every pt model."""
+    """Returns the document, which is the same for every pt model."""
     schemas: dict[str, Schema] = {}
     for body in BODIES:
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")

@@ -28,7 +28,7 @@ class Prompts:
         self._generator = generator
 
     def of_chat(self, asked: ChatRequest) -> list[int]:
-        """The token ids of a conversation, through the model's chat template."""
+        """Returns the token ids of a conversation, through the model's chat template."""
         tokenizer = self._generator.loaded.tokenizer
         for name in asked.chat_template_kwargs:
             if name in TEMPLATE_METHOD_ARGUMENTS:
@@ -59,7 +59,7 @@ class Prompts:
         return ids
 
     def of_texts(self, asked: CompletionRequest | EmbeddingRequest) -> list[list[int]]:
-        """The token ids of each text. All that can be counted before is counted before."""
+        """Returns the token ids of each text. All that can be counted before is counted before."""
         name, items = asked.prompt_field, asked.prompts()
         if not items or not all(items):
             raise InvalidRequest(f"'{name}' is empty.", param=name)
@@ -76,19 +76,19 @@ class Prompts:
         return prompts
 
     def of_text(self, asked: TokenizeRequest) -> list[int]:
-        """The token ids of one text, for /tokenize."""
+        """Returns the token ids of one text, for /tokenize."""
         self._check_characters(len(asked.prompt), "prompt")
         return self.encode(asked.prompt, asked.add_special_tokens)
 
     def text_of(self, asked: DetokenizeRequest) -> str:
-        """The text of token ids, for /detokenize."""
+        """Returns the text of token ids, for /detokenize."""
         self._check_total(len(asked.tokens), "tokens")
         self.check_ids(asked.tokens, "tokens")
         text: str = self._generator.loaded.tokenizer.decode(asked.tokens)
         return text
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text."""
+        """Returns the token ids of a text."""
         ids: list[int] = self._generator.loaded.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
@@ -134,7 +134,7 @@ class Prompts:
 
 
 def _characters(value: object) -> int:
-    """Characters of all texts, keys and numbers in a JSON value."""
+    """Counts the characters of all texts, keys and numbers in a JSON value."""
     total, left = 0, [value]
     while left:
         item = left.pop()

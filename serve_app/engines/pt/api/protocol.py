@@ -63,7 +63,7 @@ def _few(biases: object) -> object:
 
 
 class Body(BaseModel):
-    """The body of a request."""
+    """Checks the body of a request. The classes below add the fields of each endpoint."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -201,7 +201,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(_Request):
-    """POST /v1/chat/completions."""
+    """This is the body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -270,7 +270,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """POST /v1/completions."""
+    """This is the body of POST /v1/completions."""
 
     prompt: CheckedPrompts
     echo: bool = False
@@ -300,7 +300,7 @@ class CompletionRequest(_Request):
 
 
 class EmbeddingRequest(Body):
-    """POST /v1/embeddings."""
+    """This is the body of POST /v1/embeddings."""
 
     input: CheckedPrompts
     encoding_format: Literal["float", "base64"] = "float"
@@ -324,14 +324,14 @@ class EmbeddingRequest(Body):
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize of a text."""
+    """This is the body of POST /tokenize for a text."""
 
     prompt: str
     add_special_tokens: bool = True
 
 
 class DetokenizeRequest(Body):
-    """POST /detokenize."""
+    """This is the body of POST /detokenize."""
 
     tokens: CheckedIds
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.engines.pt.transformers_internals import own_response_template, response_parser
 from serve_app.errors import InvalidRequest
 
 # Hermes' and Qwen's way, as a transformers response template. Space before a call is left out, up to a bound: all of it
@@ -94,25 +95,25 @@ class MessageReader(Protocol):
     needs_special_tokens: bool
 
     def feed(self, text: str) -> Delta:
-        """What is certain with this text."""
+        """Returns what is certain with this text."""
         ...
 
     def finish(self) -> Delta:
-        """The rest, when no text follows."""
+        """Returns the rest, when no text follows."""
         ...
 
 
 class PlainReader:
-    """All text is content."""
+    """Takes all text for content."""
 
     needs_special_tokens = False
 
     def feed(self, text: str) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return Delta(text)
 
     def finish(self) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return Delta()
 
 
@@ -127,18 +128,18 @@ class TemplateReader:
     ):
         self.needs_special_tokens = template is not HERMES
         prefix = prompt if self.needs_special_tokens else ""
-        self._parser = tokenizer.get_response_parser(dict(template), prefix=prefix, tools=tools)
+        self._parser = response_parser(tokenizer, template, prefix, tools)
         self._most = None if parallel else 1
         self._calls = 0
         self._unread = ""  # Text that has not come out yet: it must not be lost when the parser fails.
         self._failed = False
 
     def feed(self, text: str) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return self._read(text, lambda: self._parser.feed(text))
 
     def finish(self) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return self._read("", lambda: self._parser.finalize()[1])
 
     def _read(self, text: str, parse: Callable[[], list[dict[str, Any]]]) -> Delta:
@@ -182,13 +183,13 @@ class NamedCallReader:
         self._is_first = True
 
     def feed(self, text: str) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         call = ToolCall(0, self._id, self._name, text, self._is_first)
         self._is_first = False
         return Delta(calls=(call,))
 
     def finish(self) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         return Delta()
 
 
@@ -209,7 +210,7 @@ class CallListReader:
         self._failed = False
 
     def feed(self, text: str) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         start, calls = 0, []
         for end in self._ends(text):
             self._pieces.append(text[start:end])
@@ -220,7 +221,7 @@ class CallListReader:
         return Delta(calls=tuple(calls))
 
     def finish(self) -> Delta:
-        """See MessageReader."""
+        """Does what `MessageReader` says."""
         rest = "".join(self._pieces)
         return Delta(rest if rest.strip(BETWEEN_CALLS) else "")
 
@@ -258,8 +259,7 @@ class CallListReader:
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:
     """How this model writes calls, or None where that is not known."""
-    own: Mapping[str, Any] | None = getattr(tokenizer, "response_template", None)
-    if own is not None:
+    if (own := own_response_template(tokenizer)) is not None:
         return own
     template = str(tokenizer.chat_template or "")
     return HERMES if "<tool_call>" in template and "<function=" not in template else None
@@ -314,7 +314,7 @@ def parameters_of(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def new_call_id() -> str:
-    """An id as OpenAI's look."""
+    """Returns a new id that looks like OpenAI's."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 

@@ -17,10 +17,11 @@ from collections.abc import Sequence as ReadOnlySequence
 
 import torch
 
-from serve_app.engines.pt.core.model_runner import Runner, is_out_of_memory, trim_heap
+from serve_app.engines.pt.core.model_runner import Runner, trim_heap
 from serve_app.engines.pt.core.sampler import Sampled, Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler, Step
 from serve_app.engines.pt.core.sequence import Output, Sequence
+from serve_app.engines.torch_internals import is_out_of_memory
 from serve_app.errors import EngineError, OutOfDeviceMemory
 
 logger = logging.getLogger("ray.serve")

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
 
-from serve_app.planning.pt_cache import SLACK, cells, row_capacity
+from serve_app.engines.pt.transformers_internals import (
+    GrowingLayer,
+    cache_with,
+    has_only_state,
+    has_state,
+    join_states,
+    remove_state,
+)
+from serve_app.planning.pt_kv_buffers import SLACK, cells, row_capacity
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Window:
         return self.end - self.start
 
 
-class RectangleLayer(DynamicLayer):  # type: ignore[misc]
+class RectangleLayer(GrowingLayer):
     """Keys and values of one layer, shape (row_capacity, heads, column_capacity, head size).
 
     Also stands in for sliding-window layers: it keeps all tokens, and the model's mask hides those outside the window.
@@ -50,13 +52,12 @@ class RectangleLayer(DynamicLayer):  # type: ignore[misc]
         self.window = window
         self.key_buffer: torch.Tensor | None = None
         self.value_buffer: torch.Tensor | None = None
-        self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Writes the new tokens behind the window, and returns the window with them."""
         window = self.window
         if self.key_buffer is None or self.value_buffer is None:
-            self.key_buffer, self.value_buffer = self._allocate(key_states), self._allocate(value_states)
+            self.key_buffer, self.value_buffer = self.allocate(key_states), self.allocate(value_states)
         end = window.end + key_states.shape[-2]
         self.key_buffer[: window.rows, :, window.end : end] = key_states
         self.value_buffer[: window.rows, :, window.end : end] = value_states
@@ -77,7 +78,8 @@ class RectangleLayer(DynamicLayer):  # type: ignore[misc]
         """The allocated buffers."""
         return (buffer for buffer in (self.key_buffer, self.value_buffer) if buffer is not None)
 
-    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+    def allocate(self, states: torch.Tensor) -> torch.Tensor:
+        """A buffer of the window's capacity for states of shape (rows, heads, tokens, size)."""
         # Zeros, not empty: a masked column has weight 0, and 0 times a stray NaN would be NaN.
         _, heads, _, size = states.shape
         return states.new_zeros(self.window.row_capacity, heads, self.window.column_capacity, size)
@@ -99,17 +101,13 @@ class BatchCache:
 
     def __init__(self, config: Any):
         self.window = Window()
-        self.cache = DynamicCache(config=config)
-        self.cache.layers = [
-            RectangleLayer(self.window) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
-            for layer in self.cache.layers
-        ]
-        self.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache.layers)
+        self.cache = cache_with(config, lambda: RectangleLayer(self.window))
+        self.has_states = any(map(has_state, self.cache.layers))
 
     @property
     def is_joinable(self) -> bool:
         """Whether every layer is of a kind that is known here."""
-        return all(isinstance(layer, RectangleLayer) or _is_pure_state(layer) for layer in self.cache.layers)
+        return all(isinstance(layer, RectangleLayer) or has_only_state(layer) for layer in self.cache.layers)
 
     @property
     def bytes_by_device(self) -> dict[torch.device, int]:
@@ -171,7 +169,7 @@ class BatchCache:
             if isinstance(mine, RectangleLayer):
                 _copy_rows(mine, theirs, rows, columns)
             else:
-                _join_states(mine, theirs)
+                join_states(mine, theirs)
         window.rows = rows.stop
         window.start = min(window.start, columns.start)
 
@@ -186,7 +184,7 @@ class BatchCache:
                         columns = slice(window.start, window.end)
                         buffer[row, :, columns] = buffer[last, :, columns]
             else:
-                _remove_state(layer, row, last)
+                remove_state(layer, row, last)
         window.rows = last
         if last == 0:
             self._free()
@@ -206,7 +204,7 @@ class BatchCache:
             if isinstance(mine, RectangleLayer):
                 mine.key_buffer, mine.value_buffer = theirs.key_buffer, theirs.value_buffer
             else:
-                _join_states(mine, theirs)
+                join_states(mine, theirs)
         vars(self.window).update(vars(other.window))
 
     def _free(self) -> None:
@@ -218,42 +216,11 @@ class BatchCache:
         return (layer for layer in self.cache.layers if isinstance(layer, RectangleLayer))
 
 
-def _is_pure_state(layer: Any) -> bool:
-    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, DynamicLayer)
-
-
 def _copy_rows(mine: RectangleLayer, theirs: RectangleLayer, rows: slice, columns: slice) -> None:
     source = theirs.window
     if theirs.key_buffer is None or theirs.value_buffer is None:
         return
     if mine.key_buffer is None or mine.value_buffer is None:
-        mine.key_buffer, mine.value_buffer = mine._allocate(theirs.key_buffer), mine._allocate(theirs.value_buffer)
+        mine.key_buffer, mine.value_buffer = mine.allocate(theirs.key_buffer), mine.allocate(theirs.value_buffer)
     for target, buffer in ((mine.key_buffer, theirs.key_buffer), (mine.value_buffer, theirs.value_buffer)):
         target[rows, :, columns] = buffer[: source.rows, :, source.start : source.end]
-
-
-# Layers of hybrids keep a state per row that does not grow: dictionaries of tensors with rows first.
-STATES = ("conv_states", "recurrent_states")
-FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
-
-
-def _join_states(mine: Any, theirs: Any) -> None:
-    for name in STATES:
-        states = getattr(mine, name)
-        for index, state in getattr(theirs, name).items():
-            if state is not None:
-                own = states[index]
-                states[index] = state.clone() if own is None or own.shape[0] == 0 else torch.cat([own, state])
-    for name in FLAGS:
-        setattr(mine, name, dict(getattr(theirs, name)))
-    mine.dtype, mine.device = theirs.dtype, theirs.device
-
-
-def _remove_state(layer: Any, row: int, last: int) -> None:
-    for name in STATES:
-        states = getattr(layer, name)
-        for index, state in states.items():
-            if state is not None:
-                if row != last:
-                    state[row] = state[last]
-                states[index] = state[:last]

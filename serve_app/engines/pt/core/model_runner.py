@@ -17,7 +17,7 @@ from serve_app.engines.pt.core.embedding import Pool
 from serve_app.engines.pt.core.kv_cache import BatchCache
 from serve_app.engines.pt.core.scheduler import Step
 from serve_app.engines.pt.core.sequence import Sequence
-from serve_app.planning.pt_cache import cells
+from serve_app.planning.pt_kv_buffers import cells
 
 
 class Runner(Protocol):
@@ -299,13 +299,3 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error is CUDA's or the CPU allocator's: the latter raises a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in text or "DefaultCPUAllocator: not enough memory" in text
-    )

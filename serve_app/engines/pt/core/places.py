@@ -59,7 +59,7 @@ class Places:
 
 
 class Reservation:
-    """Places of one request."""
+    """Holds the places of one request."""
 
     def __init__(self, places: Places, count: int):
         self._places = places

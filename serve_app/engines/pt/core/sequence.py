@@ -63,7 +63,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens so far, prompt and output."""
+        """Counts the tokens so far, prompt and output."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
@@ -73,7 +73,7 @@ class Sequence:
 
     @property
     def token_ids(self) -> list[int]:
-        """Prompt and output."""
+        """The ids of prompt and output."""
         return [*self.prompt_ids, *self.output_ids]
 
 
@@ -93,7 +93,7 @@ class Output:
 
     @property
     def is_last(self) -> bool:
-        """Whether nothing follows."""
+        """Says whether nothing follows."""
         return self.finish_reason is not None or self.error is not None or self.vector is not None
 
 

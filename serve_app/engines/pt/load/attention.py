@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from serve_app.engines.pt.transformers_internals import replace_attention, stock_attention
 
 
 def use_grouped_attention() -> None:
     """Puts `grouped_sdpa` in the place of transformers' `sdpa`, for every model of this process."""
-    AttentionInterface.register("sdpa", grouped_sdpa)
+    replace_attention(grouped_sdpa)
 
 
 def grouped_sdpa(
@@ -34,10 +34,7 @@ def grouped_sdpa(
     """
     is_grouped = query.device.type == "cpu" and query.shape[1] != key.shape[1]
     if not is_grouped or attention_mask is None or options.get("position_bias") is not None or options.get("cache"):
-        answer: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
-        return answer
+        return stock_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )

@@ -1,4 +1,4 @@
-"""Loads a model and its tokenizer onto the devices that the config allows. The only file that imports accelerate.
+"""Loads a model and its tokenizer onto the devices that the config allows.
 
 Law: nothing lands on the cpu or on disk unless the user named that tier in `max_memory` (or put it into an explicit
 `device_map`). accelerate itself spills in silence.
@@ -15,19 +15,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from serve_app.config import ModelConfig
+from serve_app.engines.pt.accelerate_internals import balanced_limits, execution_device, inferred_map, no_weights
 from serve_app.engines.pt.load.attention import use_grouped_attention
+from serve_app.engines.pt.load.device_map import DeviceName, device_map_of, known_architecture
 from serve_app.engines.pt.load.packed_linear import pack_linears
-from serve_app.engines.pt.load.planned_map import device_map_of, known_architecture
+from serve_app.engines.pt.transformers_internals import loaded_device_map, unsplit_blocks
 from serve_app.errors import ConfigError, EngineError
 from serve_app.planning.memory import context
 from serve_app.planning.plan import ModelPlan
 
 logger = logging.getLogger("ray.serve")
 
-Device = int | str
 # Of a GPU without a limit: the rest is for the KV cache, activations and the CUDA context.
 FREE_SHARE = 0.8
-DeviceMap = Mapping[str, Device]
+DeviceMap = Mapping[str, DeviceName]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def load_model(config: ModelConfig, planned: ModelPlan | None = None) -> LoadedM
     offload = TemporaryDirectory(prefix="serve-app-offload-") if uses_disk else None
     options = placement | common | {"offload_folder": None if offload is None else offload.name}
     model = _read_weights(config, options)
-    device_map = getattr(model, "hf_device_map", {"": str(model.device)})
+    device_map = loaded_device_map(model)
     _require_opened(config, device_map, {})
     if config.device == "cpu":
         use_grouped_attention()
@@ -124,7 +125,7 @@ def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -
     return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}, None
 
 
-def _planned_map(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> dict[str, Device] | None:
+def _planned_map(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> dict[str, DeviceName] | None:
     """The plan's map; None where accelerate places alone: no plan, an unknown model, or a named way to spread."""
     architecture = known_architecture(hf_config)
     if planned is None or config.device == "cpu" or config.device_map not in (None, "auto") or architecture is None:
@@ -132,7 +133,7 @@ def _planned_map(config: ModelConfig, hf_config: Any, planned: ModelPlan | None)
     return device_map_of(planned, architecture, _without_weights(config, hf_config))
 
 
-def _cap_allocators(limits: Mapping[Device, int]) -> None:
+def _cap_allocators(limits: Mapping[DeviceName, int]) -> None:
     """Lets torch's allocator take no more than each limit, less the planned CUDA context, which it does not count."""
     for index, limit in limits.items():
         if isinstance(index, int) and torch.cuda.is_available():
@@ -141,10 +142,8 @@ def _cap_allocators(limits: Mapping[Device, int]) -> None:
 
 
 def _without_weights(config: ModelConfig, hf_config: Any) -> PreTrainedModel:
-    from accelerate import init_empty_weights
-
     dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    with init_empty_weights():
+    with no_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             hf_config, trust_remote_code=config.trust_remote_code, dtype=dtype or torch.float32
         )
@@ -208,7 +207,7 @@ def _unopened(config: ModelConfig, device_map: DeviceMap) -> set[str]:
     return ({str(device) for device in device_map.values()} & {"cpu", "disk"}) - opened
 
 
-def _require_opened(config: ModelConfig, device_map: DeviceMap, limits: Mapping[Device, int]) -> None:
+def _require_opened(config: ModelConfig, device_map: DeviceMap, limits: Mapping[DeviceName, int]) -> None:
     unopened = _unopened(config, device_map)
     if unopened:
         sizes = ", ".join(
@@ -222,11 +221,11 @@ def _require_opened(config: ModelConfig, device_map: DeviceMap, limits: Mapping[
         )
 
 
-def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[Device, int]:
+def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[DeviceName, int]:
     """Bytes that accelerate may place on each device: the user's cap, but never more than is free."""
     memory = config.max_memory or {}
     if not config.gpu_indices:
-        limits: dict[Device, int] = {index: int(FREE_SHARE * size) for index, size in free_bytes.items()}
+        limits: dict[DeviceName, int] = {index: int(FREE_SHARE * size) for index, size in free_bytes.items()}
     elif len(config.gpu_indices) > len(free_bytes):
         raise EngineError(
             f"max_memory names {len(config.gpu_indices)} GPUs, but this replica sees {len(free_bytes)}. "
@@ -237,19 +236,14 @@ def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[De
     return limits | {tier: memory[tier] for tier in ("cpu", "disk") if tier in memory}
 
 
-def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[Device, int], balanced: bool) -> DeviceMap:
+def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[DeviceName, int], balanced: bool) -> DeviceMap:
     """accelerate's own map, made on a model without weights. A tier that is not in `limits` can still be chosen."""
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
     model = _without_weights(config, hf_config)
     dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    options = {"no_split_module_classes": list(model._no_split_modules or []), "dtype": dtype or torch.float32}
-    memory = dict(limits)
+    blocks, dtype = unsplit_blocks(model), dtype or torch.float32
     if balanced:
-        memory = get_balanced_memory(model, memory, low_zero=config.device_map == "balanced_low_0", **options)
-    inferred: dict[str, Device] = infer_auto_device_map(model, max_memory=memory, **options)
-    return inferred
+        limits = balanced_limits(model, limits, blocks, dtype, low_zero=config.device_map == "balanced_low_0")
+    return inferred_map(model, limits, blocks, dtype)
 
 
 def _max_model_len(config: ModelConfig, hf_config: Any) -> int:
@@ -272,11 +266,8 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _input_device(model: PreTrainedModel) -> torch.device:
     """Where input ids have to be. An offloaded embedding has its weight on "meta" and runs on its hook's device."""
     embedding = model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)
-    if embedding.weight.device.type == "meta" and hook is not None:
-        return torch.device(hook.execution_device)
     device: torch.device = embedding.weight.device
-    return device
+    return execution_device(embedding) or device if device.type == "meta" else device
 
 
 def _read_template(path: str) -> str:

@@ -10,6 +10,9 @@ that is tied to the input embedding becomes a copy.
 import torch
 from torch import nn
 
+from serve_app.engines.pt.accelerate_internals import has_hook, set_hooked_forward
+from serve_app.engines.torch_internals import in_onednn_order, multiplies_with_onednn, onednn_linear
+
 # oneDNN chooses the order for this many rows. Any number works with any order; an order for one row is slow for many.
 ROWS = 32
 
@@ -31,8 +34,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         """See the class."""
         if x.numel() == 0:  # An expert that no token chose.
             return x.new_empty(*x.shape[:-1], self.out_features)
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return y
+        return onednn_linear(x, self._packed, self.bias)
 
     @property
     def packed_bytes(self) -> int:
@@ -52,11 +54,10 @@ class PlainLinear(nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `nn.Linear` has it."""
-        if x.numel() == 0 or not _is_supported(self.weight):
+        if x.numel() == 0 or not multiplies_with_onednn(self.weight):
             y: torch.Tensor = super().forward(x)
             return y
-        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+        return onednn_linear(x, self.weight, self.bias)
 
 
 def pack_linears(model: nn.Module, copy_tied: bool) -> int:
@@ -76,11 +77,11 @@ def pack_linears(model: nn.Module, copy_tied: bool) -> int:
             if not _is_plain(child):
                 continue
             key = id(child.weight)
-            if not _is_supported(child.weight) or _has_hook(child) or (key in shared and not copy_tied):
+            if not multiplies_with_onednn(child.weight) or has_hook(child) or (key in shared and not copy_tied):
                 _turn_plain(child)
                 continue
             if key not in packed:
-                packed[key] = torch.ops.mkldnn._reorder_linear_weight(child.weight.detach(), ROWS)
+                packed[key] = in_onednn_order(child.weight.detach(), ROWS)
             setattr(parent, name, PackedLinear(child, packed[key]))
             replaced += 1
     if replaced:
@@ -97,8 +98,8 @@ def _leave_the_file(model: nn.Module) -> None:
 
 def _turn_plain(linear: nn.Linear) -> None:
     linear.__class__ = PlainLinear
-    if _has_hook(linear):  # The hook keeps the layer's own forward here, and calls it when the weight is there.
-        linear._old_forward = linear.__class__.forward.__get__(linear)
+    if has_hook(linear):  # It has kept the forward of `nn.Linear`.
+        set_hooked_forward(linear, linear.__class__.forward.__get__(linear))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -107,15 +108,3 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
-
-
-def _has_hook(module: nn.Module) -> bool:
-    return hasattr(module, "_hf_hook")
-
-
-def _is_supported(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(weight.dtype == torch.float32)

@@ -1,4 +1,4 @@
-"""Log probabilities in OpenAI's two forms.
+"""Writes log probabilities in OpenAI's two forms.
 
 Law: the bytes of the tokens, joined, are those of the text, also where a character spans tokens. A token that is part
 of a character has no text of its own: decoded alone it is U+FFFD. As with OpenAI, its text is its bytes in hexadecimal.
@@ -11,16 +11,16 @@ from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from serve_app.engines.pt.core.sequence import Logprobs
 from serve_app.engines.pt.text.text_stream import REPLACEMENT
+from serve_app.engines.pt.transformers_internals import byte_of_character
 
 # The last argument is the characters of text that came before.
 LogprobsWriter = Callable[[list[Logprobs], PreTrainedTokenizerBase, int], dict[str, Any]]
 
 # How byte-level tokenizers write each byte as a character, and how SentencePiece writes one for which it has no token.
-BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
+BYTE_OF_CHARACTER = byte_of_character()
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # OpenAI's text completions have no list of bytes, and mark such a text.
 BYTES_PREFIX = "bytes:"

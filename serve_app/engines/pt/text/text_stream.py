@@ -22,7 +22,7 @@ ALL_TEXT = TokenKinds()
 
 
 class TextStream:
-    """The text of one sequence. `decode` turns ids into text without the tokens that `kinds` calls silent."""
+    """Makes the text of one sequence. `decode` turns ids into text without the tokens that `kinds` calls silent."""
 
     def __init__(self, decode: Decode, stop: Sequence[str] = (), kinds: TokenKinds = ALL_TEXT):
         self._decode = decode
@@ -46,7 +46,7 @@ class TextStream:
         return self._release(self._certain(token_id), [])
 
     def finish(self) -> str:
-        """The rest, once no token follows."""
+        """Returns the rest, once no token follows."""
         if self.stopped:
             return ""
         self._take([])

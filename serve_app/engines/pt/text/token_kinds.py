@@ -7,6 +7,8 @@ from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.engines.pt.transformers_internals import decodes_byte_pieces, special_ids
+
 # SentencePiece writes a byte that no piece of the vocabulary covers so.
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -36,13 +38,8 @@ class TokenKinds:
     def of(cls, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Self:
         """Those of `tokenizer`. Takes as long as a walk through the vocabulary, up to 0.1 s."""
         vocabulary = tokenizer.get_vocab()
-        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        silent = _NotText(frozenset(vocabulary.values()), frozenset(special if skip_special_tokens else ()))
+        silent = _NotText(
+            frozenset(vocabulary.values()), special_ids(tokenizer) if skip_special_tokens else frozenset()
+        )
         fallback = {number for token, number in vocabulary.items() if BYTE_PIECE.fullmatch(token)}
-        return cls(silent, frozenset(fallback) if _falls_back(tokenizer) else frozenset())
-
-
-def _falls_back(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the decoder reads byte pieces. A tokenizer without one of the library's decoders may: to wait is safe."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is None or "ByteFallback" in repr(backend.decoder)
+        return cls(silent, frozenset(fallback) if decodes_byte_pieces(tokenizer) else frozenset())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from serve_app.engines.pt.api import tool_calls
-from serve_app.engines.pt.api.job import Answer, Part
+from serve_app.engines.pt.api.job import WholeChoice
 from serve_app.engines.pt.api.tool_calls import (
     HERMES,
     CallListReader,
@@ -173,9 +173,9 @@ def test_an_answer_is_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return join(cls, deltas)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Delta, "join", classmethod(counting))
-    reader, answer = NamedCallReader("f"), Answer("opening ")
+    reader, answer = NamedCallReader("f"), WholeChoice("opening ")
     for number in range(1000):
-        answer.add(Part(Piece("a", number), reader.feed("a")))
+        answer.add(Piece("a", number), reader.feed("a"))
     assert joined == 0
     (call,) = answer.delta.calls
     assert (call.arguments, call.is_first, answer.delta.content) == ("a" * 1000, True, "opening ")

@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from serve_app.engines.pt.core.engine_loop import EngineLoop
-from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, SerialRunner, is_out_of_memory
+from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, SerialRunner
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler, Step
 from serve_app.engines.pt.core.sequence import Output, SamplingParams, Sequence
 from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.engines.pt.load.probe import probe
-from serve_app.planning.pt_cache import cells
+from serve_app.engines.torch_internals import is_out_of_memory
+from serve_app.planning.pt_kv_buffers import cells
 from tests.engines.pt.tiny_models import CONFIGS, JOINED, VOCABULARY, generate_one, tiny_model
 
 CPU = torch.device("cpu")

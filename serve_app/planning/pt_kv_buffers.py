@@ -1,4 +1,5 @@
-"""How much room the buffers of pt's KV cache take, in tokens. The engine allocates by it, and the plan counts by it."""
+"""Computes how much room the buffers of pt's KV cache take, in tokens. The engine allocates by it, and the plan
+counts by it."""
 
 # Columns of room that a buffer has beyond what its rows need.
 SLACK = 128
@@ -7,17 +8,18 @@ ROW_STEP = 4
 
 
 def cells(rows: int, tokens: int) -> int:
-    """The most tokens for which buffers of `rows` rows have room, when the longest row has `tokens` tokens."""
+    """Returns the most tokens for which buffers of `rows` rows have room, when the longest row has `tokens` tokens."""
     return row_capacity(rows) * (tokens + SLACK)
 
 
 def row_capacity(rows: int) -> int:
-    """Rows of a buffer for so many sequences."""
+    """Returns how many rows a buffer for so many sequences has."""
     return rows if rows <= 2 else -(-rows // ROW_STEP) * ROW_STEP
 
 
 def full_length_requests(budget: int, tokens: int) -> int:
-    """How many sequences of `tokens` tokens run at once in a budget: beside the others, one prompt has its buffers."""
+    """Returns how many sequences of `tokens` tokens run at once in a budget. One prompt has its own buffers beside
+    the others."""
     if budget < cells(1, tokens):
         return 0
     most = 1

@@ -5,7 +5,7 @@ import pytest
 from serve_app.errors import PlacementError
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.planning.planner import make_plan
-from serve_app.planning.settle import pinned, settle
+from serve_app.planning.resolve import pinned, resolve
 from tests.planning.model_requests import request
 
 GIB = 2**30
@@ -13,22 +13,22 @@ GIB = 2**30
 
 def test_auto_becomes_a_backend() -> None:
     """With the fields that the engine needs."""
-    config = settle(request(max_model_len=4096), parse_gpus("2x12GiB")).config
+    config = resolve(request(max_model_len=4096), parse_gpus("2x12GiB")).config
     assert (config.infer_backend, config.tensor_parallel_size) == ("vllm", 2)
-    config = settle(request(max_model_len=4096), parse_gpus("8GiB,12GiB")).config
+    config = resolve(request(max_model_len=4096), parse_gpus("8GiB,12GiB")).config
     assert (config.infer_backend, config.num_gpus) == ("pt", 2)
 
 
 def test_what_can_never_fit_is_refused_with_the_cure() -> None:
     """In the plan's words."""
     with pytest.raises(PlacementError, match=r"7\.34 GiB too much\..* Smallest fix: one more GPU of 16GiB"):
-        settle(request(max_model_len=4096), parse_gpus("8GiB"))
+        resolve(request(max_model_len=4096), parse_gpus("8GiB"))
 
 
 def test_memory_that_is_used_now_may_be_the_old_replicas() -> None:
     """So a start is judged by empty devices; a plan by what is free."""
     used = Inventory((Device("n1", 0, "A10", 24 * GIB, 1 * GIB),))
-    assert settle(request(infer_backend="vllm", max_model_len=4096), used).config.infer_backend == "vllm"
+    assert resolve(request(infer_backend="vllm", max_model_len=4096), used).config.infer_backend == "vllm"
     assert not make_plan([request(infer_backend="vllm", max_model_len=4096)], used).fits
 
 

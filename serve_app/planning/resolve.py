@@ -1,4 +1,4 @@
-"""From a plan to the config of a replica: what was chosen is written down, and what cannot fit is refused."""
+"""Turns a plan into the config of a replica: it writes down what was chosen, and refuses what cannot fit."""
 
 from dataclasses import dataclass, replace
 from math import floor
@@ -10,25 +10,26 @@ from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import MIB
-from serve_app.planning.placement import Demand, planned_demand
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
+from serve_app.planning.resource_demand import Demand, planned_demand
 
 # vLLM refuses to start when less than this share of the card is free.
 _GATE = "gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """A config that says all that its replica needs, and what the replica asks of Ray."""
 
     config: ModelConfig
     demand: Demand
 
 
-def settle(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | None = None) -> Settled:
-    """The config with its backend chosen, judged by the devices as if they were empty: what runs there now may be what
-    is about to be replaced. Where Ray counts memory by index, its GPUs are chosen among those that are `unclaimed`.
+def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | None = None) -> Resolved:
+    """Returns the config with its backend chosen. It is judged by the devices as if they were empty, because what runs
+    there now may be what is about to be replaced. If Ray counts memory by index, its GPUs are chosen among those that
+    are `unclaimed`.
 
     Raises PlacementError with the plan's words, and its cure, for a model that no device can hold.
     """
@@ -40,18 +41,18 @@ def settle(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | N
     if unclaimed is not None and model.ranks[0].device.by_index:
         beside = make_plan([replace(request, config=model.config)], unclaimed)
         model = beside.models[0] if beside.fits else model
-    return Settled(_with_gpus(model), planned_demand(model, empty))
+    return Resolved(_with_gpus(model), planned_demand(model, empty))
 
 
 def _with_gpus(model: ModelPlan) -> ModelConfig:
-    """The config with the GPUs and bytes that were chosen, where Ray counts them by index."""
+    """Returns the config with the GPUs and bytes that were chosen, if Ray counts them by index."""
     if not model.ranks[0].device.by_index or model.config.max_memory:
         return model.config
     return model.config.model_copy(update=_shares(model))
 
 
 def _shares(model: ModelPlan) -> dict[str, Any]:
-    """The fields that hold a replica to its share of each GPU."""
+    """Returns the fields that hold a replica to its share of each GPU."""
     if model.backend == "pt":
         caps = {rank.device.index: rank.share.bytes for rank in model.ranks}
         return {"max_memory": caps, "num_gpus": None}
@@ -61,8 +62,8 @@ def _shares(model: ModelPlan) -> dict[str, Any]:
 
 
 def vllm_memory(model: ModelPlan) -> dict[str, Any]:
-    """Explicit bytes of KV cache, so that vLLM measures nothing beside others, and the share of the card that it wants
-    to find free at its start, without the CUDA context."""
+    """Returns the bytes of KV cache, so that vLLM measures nothing beside others, and the share of the card that it
+    wants to find free at its start, without the CUDA context."""
     rank = model.ranks[0]
     fields: dict[str, Any] = {"kv_cache_memory_bytes": _cache_bytes(model)}
     if rank.device.is_gpu:
@@ -77,14 +78,14 @@ def _without_gate(config: ModelConfig) -> dict[str, Any]:
 
 
 def _cache_bytes(model: ModelPlan) -> int:
-    """Whole MiB, unless one request of full length would no longer fit."""
+    """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit."""
     cache = model.ranks[0].kv_cache.bytes
     rounded = cache // MIB * MIB
     return rounded if rounded >= model.kv_bytes_per_request else cache
 
 
 def problem_text(plan: Plan) -> str:
-    """The problems of a plan with their cures, one line each."""
+    """Returns the problems of a plan with their fixes. Each has a line."""
     lines = []
     for problem in plan.problems:
         cure = f" Smallest fix: {problem.fix.text}." if problem.fix is not None else ""
@@ -93,7 +94,7 @@ def problem_text(plan: Plan) -> str:
 
 
 def pinned(model: ModelPlan) -> dict[str, Any]:
-    """The fields that a plan chose, as YAML has them: with them a start does exactly what was planned."""
+    """Returns the fields that a plan chose, as YAML has them. With them, a start does exactly what was planned."""
     config = model.config
     fields: dict[str, Any] = {"infer_backend": model.backend, "max_model_len": model.max_model_len}
     device = model.ranks[0].device
@@ -114,5 +115,5 @@ def pinned(model: ModelPlan) -> dict[str, Any]:
 
 
 def _size(size: int) -> str:
-    """As the config reads it: whole MiB, or KB with three places, which are bytes."""
+    """Returns a size as the config reads it: whole MiB, or KB with three places, which are bytes."""
     return f"{size // MIB}MiB" if size % MIB == 0 else f"{size / 1000:.3f}KB"

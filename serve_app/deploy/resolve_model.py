@@ -1,4 +1,4 @@
-"""One model's place in a cluster: its config with all that the plan chose, and what its replica asks of Ray."""
+"""Resolves one model in a cluster: its config with all that the plan chose, and what its replica asks of Ray."""
 
 from collections.abc import Sequence
 
@@ -8,30 +8,30 @@ from serve_app.facts.checkpoint import read_checkpoint, with_absolute_paths
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
 from serve_app.planning.fit import ModelRequest
-from serve_app.planning.placement import require_room
-from serve_app.planning.settle import Settled, settle
+from serve_app.planning.resolve import Resolved, resolve
+from serve_app.planning.resource_demand import require_room
 
 
 def needs_devices(config: ModelConfig) -> bool:
-    """Whether the model's place depends on the sizes of GPUs."""
+    """Returns whether the model's place depends on the sizes of GPUs."""
     return config.device != "cpu" or config.infer_backend == "auto"
 
 
-def place(
+def resolve_model(
     config: ModelConfig, nodes: Sequence[Node], inventory: Inventory | None, unclaimed: Inventory | None = None
-) -> Settled:
-    """Settles a model by the plan, and by Ray's own books.
+) -> Resolved:
+    """Resolves a model by the plan and by Ray's own books.
 
     Where the plan cannot tell (no `inventory`, an architecture that it does not know, GPUs that NVML does not see), a
     config that names its backend goes on as it stands; the engine then finds out. Raises ConfigError or PlacementError.
     """
-    settled = _planned(config, inventory, unclaimed)
-    chosen = config if settled is None else settled.config
-    demand = require_room(chosen, nodes, None if settled is None else settled.demand)
-    return Settled(with_absolute_paths(chosen), demand)
+    resolved = _planned(config, inventory, unclaimed)
+    chosen = config if resolved is None else resolved.config
+    demand = require_room(chosen, nodes, None if resolved is None else resolved.demand)
+    return Resolved(with_absolute_paths(chosen), demand)
 
 
-def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Inventory | None) -> Settled | None:
+def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Inventory | None) -> Resolved | None:
     is_auto = config.infer_backend == "auto"
     if inventory is None or not needs_devices(config) or not (inventory.gpus or is_auto):
         return None
@@ -44,4 +44,4 @@ def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Invent
     request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
     if request.unplanned and not is_auto:
         return None
-    return settle(request, inventory, unclaimed)
+    return resolve(request, inventory, unclaimed)

@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -13,122 +12,23 @@ import pytest
 from starlette.types import Message
 
 from serve_app.access.gate import Admission, Gate
-from serve_app.access.keys import KeySource
-from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
-from serve_app.errors import DeadlineExceeded, ModelNotFound, ModelUnavailable, UnreadableAnswer
-from serve_app.router import relay, suspicion
-from serve_app.router.deployment import build_app
+from serve_app.errors import DeadlineExceeded, UnreadableAnswer
+from serve_app.router import dispatcher, downstream, relay, suspicion
 from serve_app.router.directory import ControllerSilent, ModelStatus
-from serve_app.router.forward import Proxy
-from serve_app.router.metrics import RouterMetrics
 from serve_app.router.queues import ModelQueue
 from serve_app.router.suspicion import Death, Suspect
 from serve_app.router.upstream import protocol as upstream
 from serve_app.router.upstream.protocol import EngineGone, NotOpen, ReplicaLost
 from serve_app.wire.asgi import HttpRequest
+from tests.fakes import Models, Reply, Said, forwarder_of, router_app, says
 
-Reply = Callable[[HttpRequest], "tuple[int, list[bytes | float | Exception]]"]
-
-
-class Said:
-    """An answer of these pieces; a number is a pause in seconds, an exception is raised."""
-
-    def __init__(self, status: int, pieces: list[Any]):
-        self.status = status
-        self.headers = [(b"content-type", b"text/event-stream" if len(pieces) > 1 else b"application/json")]
-        self._pieces = pieces
-        self.closed = False
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """One after the other."""
-        for piece in self._pieces:
-            if isinstance(piece, Exception):
-                raise piece
-            if isinstance(piece, float):
-                await asyncio.sleep(piece)
-            else:
-                yield piece
-
-    def lost(self, message: str) -> ReplicaLost:
-        """As of an answer over a handle."""
-        return ReplicaLost(message)
-
-    async def close(self) -> None:
-        """Remembers it."""
-        self.closed = True
-
-
-class Models:
-    """Upstream and directory in one: a reply for each model, or its state where it is not ready."""
-
-    def __init__(self, **replies: Reply | str):
-        self.replies = replies
-        self.asked: list[str] = []
-        self.calls = 0
-        self.woken: list[str] = []
-        self.wakes_after_s = 0.2
-
-    def waking(self, name: str) -> None:
-        """As in the real directory."""
-
-    def woke(self, name: str) -> None:
-        """As in the real directory."""
-        self.woken.append(name)
-
-    async def find(self, name: str) -> ModelStatus:
-        """As in the real directory."""
-        if name not in self.replies:
-            raise ModelNotFound(f"no {name}", param="model")
-        reply = self.replies[name]
-        return ModelStatus(name, reply if isinstance(reply, str) else "ready", 1)  # type: ignore[arg-type]
-
-    def require_hope(self, model: ModelStatus) -> None:
-        """As in the real directory."""
-        if model.state == "failed":
-            raise self.unavailable(model)
-
-    def unavailable(self, model: ModelStatus) -> ModelUnavailable:
-        """As in the real directory."""
-        return ModelUnavailable(f"{model.name} is {model.state}", retry_after_s=7.0)
-
-    def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
-        """As it is."""
-        return model
-
-    def load_time_s(self, name: str) -> float:
-        """As in the real directory."""
-        return 7.0
-
-    async def send(self, name: str, request: HttpRequest) -> Said:
-        """As in the real upstream. A call for the health of a model that sleeps wakes it after a moment."""
-        if request.method == "GET":
-            self.calls += 1
-            await asyncio.sleep(self.wakes_after_s)
-            self.replies[name] = says(b"data: 1\n\n", b"data: [DONE]\n\n")
-            return Said(200, [b"ok"])
-        self.asked.append(json.loads(request.body).get("model"))
-        reply = self.replies[name]
-        assert callable(reply)
-        return Said(*reply(request))
-
-
-def says(*pieces: Any, status: int = 200) -> Reply:
-    """Always the same."""
-    return lambda _: (status, list(pieces))
-
-
-def proxy_of(models: Models, **config: Any) -> tuple[Proxy, httpx.AsyncClient]:
-    """A router before them, and a client."""
-    gate = Gate(KeySource(None, {}), ActorLimiter())
-    proxy = Proxy(RouterConfig(**config), models, models, RouterMetrics(), gate)  # type: ignore[arg-type]
-    app = build_app(proxy, models, gate)  # type: ignore[arg-type]
-    return proxy, httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router")
+USES_VIRTUAL_CLOCK = True
 
 
 async def ask(models: Models, body: dict[str, Any], path: str = "/v1/x", **config: Any) -> httpx.Response:
     """One request."""
-    _, client = proxy_of(models, **config)
+    _, client = forwarder_of(models, **config)
     async with client:
         return await client.post(path, json=body)
 
@@ -152,10 +52,10 @@ async def test_a_stand_in_answers_for_a_model_that_is_down_or_full(first: Reply 
 
 async def test_names_change_while_requests_run() -> None:
     """What `user_config` replaces is read for each request."""
-    proxy, client = proxy_of(Models(real=says(b"{}")))
+    forwarder, client = forwarder_of(Models(real=says(b"{}")))
     async with client:
         assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 404
-        proxy.config = RouterConfig(aliases={"gpt": "real"})
+        forwarder.config = RouterConfig(aliases={"gpt": "real"})
         assert (await client.post("/v1/x", json={"model": "gpt"})).status_code == 200
 
 
@@ -185,7 +85,7 @@ async def test_what_a_request_used_of_its_key(
         told.append(tokens)
 
     monkeypatch.setattr(Admission, "release", release)
-    _, client = proxy_of(Models(a=replies), max_retries=0)
+    _, client = forwarder_of(Models(a=replies), max_retries=0)
     async with client:
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
@@ -215,6 +115,25 @@ async def test_an_engine_that_worked_until_a_deadline_was_not_free(
     assert (told, "timeout" in reply.text) == ([None], True)
 
 
+async def test_a_request_that_was_never_sent_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model stopped being ready as it was to be sent, and its client leaves while it waits for the model."""
+    told: list[int | None] = []
+
+    async def release(_: Admission, tokens: int | None) -> None:
+        told.append(tokens)
+
+    def closed(_: HttpRequest) -> tuple[int, list[Any]]:
+        models.replies["a"] = "loading"
+        return 200, [NotOpen("loading")]
+
+    monkeypatch.setattr(Admission, "release", release)
+    models = Models(a=closed)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5):
+            await ask(models, {"model": "a", "max_tokens": 5})
+    assert (models.asked, told) == (["a"], [0])
+
+
 USED = b'{"usage": {"total_tokens": 9}}'
 
 
@@ -223,7 +142,7 @@ async def test_an_answer_that_its_client_never_takes_is_not_free(
     pieces: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it is a stream or not. It ends with the first deadline, and costs what the engine has made of it."""
-    monkeypatch.setattr(relay, "LAST_WORDS_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(downstream, "LAST_WORDS_TIMEOUT_S", 0.1)
     told: list[int | None] = []
 
     async def release(_: Admission, tokens: int | None) -> None:
@@ -241,10 +160,10 @@ async def test_an_answer_that_its_client_never_takes_is_not_free(
             await asyncio.Event().wait()
 
     monkeypatch.setattr(Admission, "release", release)
-    proxy, read = proxy_of(Models(a=says(*pieces)), idle_timeout_s=0.1)[0], list[bool]()
+    forwarder, read = forwarder_of(Models(a=says(*pieces)), idle_timeout_s=0.1)[0], list[bool]()
     scope = {"type": "http", "method": "POST", "path": "/v1/x", "query_string": b"", "headers": []}
     with suppress(DeadlineExceeded):
-        await proxy(scope, receive, send)
+        await forwarder(scope, receive, send)
     assert told == [9]
 
 
@@ -263,7 +182,7 @@ async def test_a_model_hears_the_name_of_the_key_from_the_router_alone(
         return Admission(key)
 
     monkeypatch.setattr(Gate, "admit", admit)
-    _, client = proxy_of(Models(a=reply))
+    _, client = forwarder_of(Models(a=reply))
     headers = {"x-serve-app-key-name": "another", "connection": "x-serve-app-key-name"}
     async with client:
         for sent in ({}, headers, {"x-serve-app-key-name": "another"}):
@@ -274,8 +193,7 @@ async def test_a_model_hears_the_name_of_the_key_from_the_router_alone(
 async def test_a_path_is_told_without_serves_root_path() -> None:
     """Replicas add their own."""
     models = Models(a=says(b"{}"))
-    proxy, _ = proxy_of(models)
-    app = build_app(proxy, models, Gate(KeySource(None, {}), ActorLimiter()))  # type: ignore[arg-type]
+    _, app = router_app(models, models)
     seen: list[str] = []
     send = models.send
 
@@ -299,23 +217,23 @@ async def test_a_request_waits_for_a_model_that_loads() -> None:
     assert (await waiting).status_code == 200
     late = await ask(Models(a="loading"), {"model": "a"}, hold_timeout_s=0.1)
     assert (late.status_code, late.headers["retry-after"]) == (503, "7")
-    proxy, client = proxy_of(Models(a="loading"), hold_timeout_s=1, max_held_requests=1)
+    forwarder, client = forwarder_of(Models(a="loading"), hold_timeout_s=1, max_held_requests=1)
     async with client:
         replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
     assert sorted(reply.status_code for reply in replies) == [429, 429, 503]
-    assert not any(queue.held or queue.waiting for queue in proxy._queues.values())
+    assert not any(queue.held or queue.waiting for queue in forwarder._dispatcher.queues.values())
 
 
 async def test_a_model_that_is_asleep_is_woken_and_its_requests_wait() -> None:
     """Each makes a call of its own, by which Serve counts them; one that may not wait makes one and is refused."""
     models = Models(a="asleep")
-    _, client = proxy_of(models)
+    _, client = forwarder_of(models)
     async with client:
         replies = await asyncio.gather(*(client.post("/v1/x", json={"model": "a"}) for _ in range(3)))
     assert [reply.status_code for reply in replies] == [200, 200, 200]
     assert (models.calls, models.woken) == (3, ["a", "a", "a"])
     models = Models(a="asleep")
-    _, client = proxy_of(models, max_held_requests=0)
+    _, client = forwarder_of(models, max_held_requests=0)
     async with client:
         refused = [await client.post("/v1/x", json={"model": "a"}) for _ in range(2)]
         assert [(reply.status_code, reply.headers["retry-after"]) for reply in refused] == [(503, "7"), (503, "7")]
@@ -340,16 +258,16 @@ PROGRESS = {"x-serve-app-progress": "1"}
 
 async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytest.LogCaptureFixture) -> None:
     """In comments before the answer, which readers of events skip. What fails then is an event, and is counted."""
-    _, client = proxy_of(Models(a="asleep"))
+    _, client = forwarder_of(Models(a="asleep"))
     async with client:
         told = await client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS)
         assert told.text.startswith(": loading 'a', about 7 s left\n\ndata: 1\n\ndata: [DONE]\n\n")
         assert (told.status_code, told.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-    _, client = proxy_of(Models(a="asleep"))
+    _, client = forwarder_of(Models(a="asleep"))
     async with client:
         whole = await client.post("/v1/x", json={"model": "a"}, headers=PROGRESS)
         assert not whole.text.startswith(":")
-    _, client = proxy_of(Models(a="loading"), hold_timeout_s=0.1)
+    _, client = forwarder_of(Models(a="loading"), hold_timeout_s=0.1)
     async with client:
         late = await client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS)
     _, event, _ = late.text.split("\n\n")
@@ -357,7 +275,7 @@ async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytes
     logged = [json.loads(record.getMessage()) for record in caplog.records if record.getMessage().startswith("{")]
     assert logged[-1]["error_code"] == "model_unavailable"
     models = Models(a="loading")
-    _, client = proxy_of(models)
+    _, client = forwarder_of(models)
     async with client:
         asking = asyncio.create_task(client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS))
         await asyncio.sleep(0.1)
@@ -370,7 +288,7 @@ async def test_a_refusal_that_is_no_json_or_breaks_is_an_event_too() -> None:
     """For a client whose stream has begun with comments."""
     for reply in (says(b"bad gateway", status=404), says(ReplicaLost("died"), status=404)):
         models = Models(a="loading")
-        _, client = proxy_of(models, max_retries=0)
+        _, client = forwarder_of(models, max_retries=0)
         async with client:
             body = {"model": "a", "stream": True}
             asking = asyncio.create_task(client.post("/v1/x", json=body, headers=PROGRESS))
@@ -391,7 +309,7 @@ async def test_a_large_answer_becomes_an_event_beside_the_event_loop(monkeypatch
 
     monkeypatch.setattr(relay.msgspec.json, "format", watched)
     models = Models(a="loading")
-    _, client = proxy_of(models)
+    _, client = forwarder_of(models)
     async with client:
         asking = asyncio.create_task(client.post("/v1/x", json={"model": "a", "stream": True}, headers=PROGRESS))
         await asyncio.sleep(0.1)
@@ -444,8 +362,8 @@ async def test_a_model_that_stops_being_ready_in_between_is_waited_for() -> None
 
 async def test_a_reader_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be told either, and must not hold its place for ever."""
-    monkeypatch.setattr(relay, "LAST_WORDS_TIMEOUT_S", 0.2)
-    proxy, _ = proxy_of(Models(a=says(*[b"data: 1\n\n"] * 3)), total_timeout_s=0.3)
+    monkeypatch.setattr(downstream, "LAST_WORDS_TIMEOUT_S", 0.2)
+    forwarder, _ = forwarder_of(Models(a=says(*[b"data: 1\n\n"] * 3)), total_timeout_s=0.3)
     body = [{"type": "http.request", "body": b'{"model": "a"}', "more_body": False}]
 
     async def receive() -> Any:
@@ -458,7 +376,7 @@ async def test_a_reader_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyP
     scope = {"type": "http", "method": "POST", "path": "/v1/x", "query_string": b"", "headers": []}
     async with asyncio.timeout(5):
         with pytest.raises(DeadlineExceeded):
-            await proxy(scope, receive, send)
+            await forwarder(scope, receive, send)
 
 
 async def test_a_lost_request_is_sent_again_before_its_first_byte() -> None:
@@ -512,7 +430,7 @@ async def test_a_request_that_kills_replicas_is_refused(monkeypatch: pytest.Monk
 async def test_a_request_that_is_lost_alone_is_sent_as_often_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others that were there went on, so that no replica has died."""
     monkeypatch.setattr(suspicion, "SETTLE_S", 0.01)
-    monkeypatch.setattr(relay, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(dispatcher, "BACKOFF_S", (0.01,))
     models = Models(a=lambda _: (200, [ReplicaLost("reset", Death(time.monotonic(), present=4))]))
     reply = await ask(models, {"model": "a"}, max_retries=4)
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_unavailable")
@@ -532,7 +450,7 @@ async def test_engines_that_are_gone_are_waited_for_a_while(monkeypatch: pytest.
 async def test_a_full_queue_is_a_429_with_the_time_that_it_needs() -> None:
     """One model's flood leaves the others alone."""
     models = Models(slow=says(0.5, b"{}"), other=says(b"{}"))
-    proxy, client = proxy_of(models, max_waiting_requests=2)
+    forwarder, client = forwarder_of(models, max_waiting_requests=2)
     async with client:
         flood = [asyncio.create_task(client.post("/v1/x", json={"model": "slow"})) for _ in range(4)]
         await asyncio.sleep(0.1)
@@ -540,7 +458,7 @@ async def test_a_full_queue_is_a_429_with_the_time_that_it_needs() -> None:
         replies = await asyncio.gather(*flood)
     assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429]
     assert all(reply.headers["retry-after"] for reply in replies if reply.status_code == 429)
-    assert proxy._queues["slow"].waiting == 0
+    assert forwarder._dispatcher.queues["slow"].waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -566,7 +484,7 @@ async def test_no_first_byte_in_time_is_a_504() -> None:
 async def test_large_headers_and_climbing_paths_are_refused() -> None:
     """Before anything is sent."""
     models = Models(a=says(b"{}"))
-    _, client = proxy_of(models)
+    _, client = forwarder_of(models)
     async with client:
         large = await client.post("/v1/x", json={"model": "a"}, headers={"x-big": "x" * 40_000})
         climbing = await client.post("/%2e%2e/other/v1/x", json={"model": "a"})
@@ -576,11 +494,11 @@ async def test_large_headers_and_climbing_paths_are_refused() -> None:
 
 async def test_a_name_that_nobody_has_leaves_nothing_behind() -> None:
     """Clients cannot fill the router's memory with names."""
-    proxy, client = proxy_of(Models(a=says(b"{}")))
+    forwarder, client = forwarder_of(Models(a=says(b"{}")))
     async with client:
         for number in range(20):
             assert (await client.post("/v1/x", json={"model": f"made-up-{number}"})).status_code == 404
-    assert proxy._queues == {}
+    assert forwarder._dispatcher.queues == {}
 
 
 def test_the_time_to_wait_follows_the_measured_rate() -> None:

@@ -5,7 +5,7 @@ import pytest
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
 from serve_app.facts.nodes import Node, node_from_resources
-from serve_app.planning.placement import Demand, demands_of, require_room
+from serve_app.planning.resource_demand import Demand, demands_of, require_room
 from tests.builders import model_config, node
 
 

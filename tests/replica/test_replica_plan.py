@@ -12,7 +12,7 @@ from serve_app.facts import process_memory
 from serve_app.facts.gpu_processes import GpuProcess
 from serve_app.facts.gpus import Gpu, visible_gpus
 from serve_app.replica.memory_watch import planned_by_device
-from serve_app.replica.plan_here import plan_here, with_planned_memory
+from serve_app.replica.replica_plan import plan_replica, with_planned_memory
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
@@ -32,7 +32,7 @@ def config(**fields: object) -> ModelConfig:
 
 def told_for(asked: ModelConfig, *gpus: Gpu) -> ModelConfig:
     """What the engine is given on these cards."""
-    return with_planned_memory(asked, plan_here(asked, gpus))
+    return with_planned_memory(asked, plan_replica(asked, gpus))
 
 
 def test_the_cache_is_told_in_bytes_and_the_share_leaves_the_context_out() -> None:
@@ -94,16 +94,18 @@ def test_who_holds_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(process_memory, "gpu_processes", lambda: processes)
     with pytest.raises(EngineError) as refused:
-        plan_here(config(), [gpu(0, 24, 6)])
-    assert str(refused.value).endswith("On GPU 0 (GPU-0): pid 4711 python 17.00 GiB; pid 4712 (not visible from here).")
+        plan_replica(config(), [gpu(0, 24, 6)])
+    assert str(refused.value).endswith(
+        "These processes hold memory of GPU 0 (GPU-0): pid 4711 python 17.00 GiB; pid 4712 (not visible from here)."
+    )
     monkeypatch.setattr(process_memory, "gpu_processes", list)
-    with pytest.raises(EngineError, match=r"On GPU 0 \(GPU-0\) 18\.00 GiB are held, by whom cannot be seen\."):
-        plan_here(config(), [gpu(0, 24, 6)])
+    with pytest.raises(EngineError, match=r"processes that cannot be seen from here hold 18\.00 GiB\."):
+        plan_replica(config(), [gpu(0, 24, 6)])
 
 
 def test_the_type_of_gpu_is_rays_to_keep() -> None:
     """It knows a node by its first GPU, and may give a replica another one."""
-    assert plan_here(config(accelerator_type="L4"), [gpu(1, 24)]) is not None
+    assert plan_replica(config(accelerator_type="L4"), [gpu(1, 24)]) is not None
 
 
 @pytest.mark.parametrize("by_index", [False, True])
@@ -117,7 +119,7 @@ def test_pt_places_by_the_plan_that_is_reported(monkeypatch: pytest.MonkeyPatch,
         }
     )  # fmt: skip
     gpus = [gpu(small, 12), gpu(large, 24)]
-    planned = plan_here(asked, gpus, by_index)
+    planned = plan_replica(asked, gpus, by_index)
     assert planned is not None
     monkeypatch.setattr(model_loader, "gpu_memory", lambda _: {0: 10 * GIB, 1: 21 * GIB})  # The context is there now.
     options, tokens = model_loader._placement(asked, AutoConfig.from_pretrained(asked.model), planned)

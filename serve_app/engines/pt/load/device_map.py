@@ -11,7 +11,7 @@ from serve_app.facts.architecture import Architecture, read_architecture
 from serve_app.planning.layer_map import block_number
 from serve_app.planning.plan import ModelPlan
 
-Place = int | str
+DeviceName = int | str
 
 
 def known_architecture(hf_config: Any) -> Architecture | None:
@@ -22,12 +22,12 @@ def known_architecture(hf_config: Any) -> Architecture | None:
         return None
 
 
-def device_map_of(planned: ModelPlan, architecture: Architecture, model: PreTrainedModel) -> dict[str, Place]:
+def device_map_of(planned: ModelPlan, architecture: Architecture, model: PreTrainedModel) -> dict[str, DeviceName]:
     """The device of each module: GPUs by the plan's layers, and the slower tiers for what is left over.
 
     `model` has no weights, and the dtype that it will have; the plan's devices have the numbers of this process.
     """
-    places: dict[int, Place] = {}
+    places: dict[int, DeviceName] = {}
     for rank in planned.ranks:
         if rank.layers is not None:
             assert rank.device.index is not None
@@ -36,8 +36,8 @@ def device_map_of(planned: ModelPlan, architecture: Architecture, model: PreTrai
 
 
 def _left_over(
-    planned: ModelPlan, architecture: Architecture, model: PreTrainedModel, on_gpus: Mapping[int, Place]
-) -> dict[int, Place]:
+    planned: ModelPlan, architecture: Architecture, model: PreTrainedModel, on_gpus: Mapping[int, DeviceName]
+) -> dict[int, DeviceName]:
     """Blocks that no GPU takes, in their order: on the CPU up to what the plan spills there, then on disk."""
     sizes: dict[int, int] = {}
     for name, parameter in model.named_parameters():
@@ -45,15 +45,17 @@ def _left_over(
         sizes[number] = sizes.get(number, 0) + parameter.numel() * parameter.element_size()
     if "disk" not in planned.spilled:
         return dict.fromkeys(sizes.keys() - on_gpus.keys(), "cpu")
-    room, found = planned.spilled.get("cpu", 0), dict[int, Place]()
+    room, found = planned.spilled.get("cpu", 0), dict[int, DeviceName]()
     for number in sorted(sizes.keys() - on_gpus.keys()):
         found[number] = "cpu" if sizes[number] <= room else "disk"
         room -= sizes[number] if found[number] == "cpu" else room
     return found
 
 
-def _by_module(model: PreTrainedModel, architecture: Architecture, places: Mapping[int, Place]) -> dict[str, Place]:
-    device_map: dict[str, Place] = {}
+def _by_module(
+    model: PreTrainedModel, architecture: Architecture, places: Mapping[int, DeviceName]
+) -> dict[str, DeviceName]:
+    device_map: dict[str, DeviceName] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         layer = re.match(r"(.*?\.(?:layers|h|blocks)\.\d+)\.", name)
         device_map[layer[1] if layer else name.rpartition(".")[0]] = places[block_number(name, architecture)]

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import check_device_map
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from serve_app.engines.pt.load.planned_map import device_map_of, known_architecture
+from serve_app.engines.pt.load.device_map import device_map_of, known_architecture
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest, Shortage, fit_pt

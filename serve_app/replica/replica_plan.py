@@ -1,4 +1,4 @@
-"""The one plan of a replica, for the devices that its process sees, by what is free on them now.
+"""Makes the one plan of a replica, for the devices that its process sees and by what is free on them now.
 
 It is made once: the engine places the model by it, and what the engine holds is compared with it.
 
@@ -22,14 +22,15 @@ from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import reserve
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.settle import vllm_memory
+from serve_app.planning.resolve import vllm_memory
 
 logger = logging.getLogger("ray.serve")
 NODE = "here"
 
 
-def plan_here(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) -> ModelPlan | None:
-    """The plan for these GPUs, or for the CPU; None where the plan does not know the model, or NVML shows no GPU.
+def plan_replica(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) -> ModelPlan | None:
+    """Returns the plan for these GPUs or for the CPU. It is None if the plan does not know the model, or NVML shows no
+    GPU.
 
     Its devices have the numbers that they have in this process: their places in `gpus`. `by_index`: the config names
     GPUs by the numbers of the machine; else it counts those of `gpus` from 0. Raises
@@ -95,7 +96,8 @@ def _request(config: ModelConfig) -> ModelRequest | None:
 
 
 def with_planned_memory(config: ModelConfig, planned: ModelPlan | None) -> ModelConfig:
-    """vLLM's config with explicit bytes of KV cache and its share of the card, so that it measures nothing itself.
+    """Returns vLLM's config with explicit bytes of KV cache and its share of the card, so that vLLM measures nothing
+    itself.
 
     Its own profiling looks at the whole card, and is wrong beside another process that grows or shrinks meanwhile.
     Unchanged for pt, on the CPU, for a model that is not planned, and where the config says all of it already.

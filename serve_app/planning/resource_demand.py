@@ -1,4 +1,4 @@
-"""What one replica asks of Ray, and whether any node can ever give it.
+"""Decides what one replica asks of Ray, and whether any node can ever give it.
 
 Two kinds of accounting for GPUs, never both on one node:
 
@@ -14,15 +14,16 @@ from math import ceil
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
 from serve_app.facts.inventory import Inventory
-from serve_app.facts.nodes import TYPE_RESOURCE, VRAM_RESOURCE, Node
+from serve_app.facts.nodes import VRAM_RESOURCE, Node
 from serve_app.planning.plan import ModelPlan
+from serve_app.ray_serve import TYPE_RESOURCE
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one replica asks of one node.
+    """The resources that one replica asks of one node.
 
     `vram_gib` is memory in GiB by GPU index; with it, `gpus` is 0 and the replica is shown exactly those GPUs.
     """
@@ -34,14 +35,14 @@ class Demand:
 
     @property
     def resources(self) -> dict[str, float]:
-        """Ray's custom resources, in whole MiB: rounded up, for what the node advertises is whole."""
+        """Returns Ray's custom resources in whole MiB. They are rounded up, since what a node advertises is whole."""
         asked = {VRAM_RESOURCE.format(index=index): float(ceil(size * 1024)) for index, size in self.vram_gib.items()}
         if self.accelerator_type is not None:  # As little as Ray's own option asks for: it only ties.
             asked[TYPE_RESOURCE.format(name=self.accelerator_type)] = 0.001
         return asked
 
     def fits(self, node: Node) -> bool:
-        """Whether the node could hold the replica if nothing else ran there."""
+        """Returns whether the node could hold the replica if nothing else ran there."""
         return (
             self.cpus <= node.cpus
             and self.gpus <= node.gpus
@@ -57,7 +58,7 @@ class Demand:
 
 
 def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
-    """What one replica may ask for in this cluster, the better way first.
+    """Returns what one replica may ask for in this cluster, the better way first.
 
     Raises PlacementError when the GPUs that the config names can only be meant by index, and no node has them so.
     """
@@ -65,7 +66,7 @@ def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
         return [Demand(config.num_cpus)]
     if config.gpu_ids is not None:
         raise PlacementError(
-            "gpu_ids: names GPUs by index, which needs nodes that advertise their memory by index "
+            "gpu_ids names GPUs by index, which needs nodes that advertise their memory by index "
             '(ray start --num-gpus 0 --resources "$(serve-app node-resources)") and a model that the plan knows.'
         )
     if config.infer_backend == "vllm":
@@ -87,7 +88,8 @@ def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
 
 
 def planned_demand(model: ModelPlan, inventory: Inventory) -> Demand:
-    """What one replica asks for, as it was planned: the bytes of each GPU's share, or Ray's own GPUs and fractions."""
+    """Returns what one replica asks for, as it was planned: the bytes of each GPU's share, or Ray's own GPUs and
+    fractions."""
     config = model.config
     devices = [rank.device for rank in model.ranks if rank.device.is_gpu]
     if not devices:
@@ -104,7 +106,7 @@ def planned_demand(model: ModelPlan, inventory: Inventory) -> Demand:
 
 
 def native_share(config: ModelConfig, inventory: Inventory) -> float | None:
-    """The fraction of a GPU that Ray is asked for; None for whole GPUs.
+    """Returns the fraction of a GPU that Ray is asked for, or None for whole GPUs.
 
     `num_gpus` below 1, or, for one GPU in `max_memory`, its bytes of the smallest GPU that Ray could give: Ray does not
     look at sizes. Where one is smaller than that, a whole GPU, as no fraction would be right everywhere.
@@ -119,7 +121,7 @@ def native_share(config: ModelConfig, inventory: Inventory) -> float | None:
 
 
 def require_room(config: ModelConfig, nodes: Sequence[Node], planned: Demand | None = None) -> Demand:
-    """The demand of one replica, the planned one where there is one.
+    """Returns the demand of one replica, which is the planned one if there is one.
 
     Raises PlacementError when no node could hold it even if it were empty.
     """
@@ -136,7 +138,7 @@ def require_room(config: ModelConfig, nodes: Sequence[Node], planned: Demand | N
     elif demand.gpus and any(node.vram_gib for node in nodes):
         cure = " GPU memory by index is given only to models that the plan knows."
     raise PlacementError(
-        f"needs {demand} on one node ({_why(config, demand)}), and no node has that. "
+        f"A replica needs {demand} on one node ({_why(config, demand)}), and no node has that. "
         f"The cluster has {'; '.join(map(str, nodes)) or 'no nodes'}.{cure}"
     )
 

@@ -1,0 +1,69 @@
+"""Makes a job of a checked request: all that can be prepared without running the model."""
+
+from collections.abc import Callable
+
+from serve_app.engines.pt.api.job import Job, Shape
+from serve_app.engines.pt.api.prompts import Prompts
+from serve_app.engines.pt.api.protocol import ChatRequest, CompletionRequest
+from serve_app.engines.pt.api.tool_calls import (
+    CallListReader,
+    MessageReader,
+    NamedCallReader,
+    PlainReader,
+    TemplateReader,
+    response_template,
+)
+from serve_app.engines.pt.generator import Generator
+from serve_app.errors import InvalidRequest
+
+
+class JobBuilder:
+    """Builds jobs for one model. Its work takes time, so it is not for the event loop."""
+
+    def __init__(self, generator: Generator, prompts: Prompts):
+        self._generator = generator
+        self._prompts = prompts
+
+    def build(
+        self,
+        asked: ChatRequest | CompletionRequest,
+        shape: Shape,
+        default_tokens: int | None,
+        tokenize: Callable[[], list[list[int]]],
+    ) -> Job:
+        """Builds the job of a request. `tokenize` gives its prompts, and `default_tokens` is what is generated where
+        the request does not say; None is all that the context has room for. Raises InvalidRequest."""
+        prompts = tokenize()
+        max_tokens = self._prompts.max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
+        self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
+        params = asked.sampling(max_tokens, self._generator.loaded.model.generation_config)
+        readers = [reader for prompt in prompts for reader in self._readers(asked, prompt)]
+        return Job(asked, prompts, params, shape, readers, self._openings(asked, prompts))
+
+    def _openings(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[str]:
+        """The text that each choice begins with: the prompt, where it is to be echoed."""
+        if not (isinstance(asked, CompletionRequest) and asked.echo):
+            return [""] * asked.sequences
+        decode = self._generator.loaded.tokenizer.decode
+        texts = [decode(prompt, skip_special_tokens=True) for prompt in prompts]
+        return [text for text in texts for _ in range(asked.choices)]
+
+    def _readers(self, asked: ChatRequest | CompletionRequest, prompt: list[int]) -> list[MessageReader]:
+        """What tells tool calls from text, for each choice of a prompt. Raises InvalidRequest where nothing can."""
+        choices = range(asked.choices)
+        if not isinstance(asked, ChatRequest) or not asked.offered_tools:
+            return [PlainReader() for _ in choices]
+        if asked.named_tool is not None:
+            return [NamedCallReader(asked.named_tool) for _ in choices]
+        if asked.tool_choice == "required":
+            return [CallListReader() for _ in choices]
+        tokenizer = self._generator.loaded.tokenizer
+        template = response_template(tokenizer)
+        if template is None:
+            raise InvalidRequest(
+                "tool_choice 'auto' needs a model whose tokenizer has a response_template, or a chat template with "
+                "<tool_call>. With 'required' or a named function, or with 'none', this model can be used.",
+                param="tool_choice",
+            )
+        text = tokenizer.decode(prompt)
+        return [TemplateReader(tokenizer, template, text, asked.offered_tools, asked.parallel) for _ in choices]

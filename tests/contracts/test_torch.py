@@ -1,0 +1,96 @@
+"""What this project uses of torch beyond its documentation."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from serve_app.engines import torch_internals
+from serve_app.engines.torch_internals import (
+    gpu_uuid,
+    in_onednn_order,
+    is_out_of_memory,
+    multiplies_with_onednn,
+    onednn_linear,
+)
+from tests.contracts.contract import as_imported_with, contract, untested
+
+ROWS = 32
+
+
+def test_each_part_has_a_test() -> None:
+    """So that an upgrade shows what breaks."""
+    assert untested(torch_internals) == []
+
+
+@contract("torch", "which types oneDNN multiplies with", multiplies_with_onednn)
+def test_onednn_is_asked_for_by_type_and_device() -> None:
+    """float32 always, bfloat16 where the processor can, and nothing that is not on the CPU."""
+    assert multiplies_with_onednn(torch.empty(2, 2)) == torch.backends.mkldnn.is_available()
+    assert isinstance(multiplies_with_onednn(torch.empty(2, 2, dtype=torch.bfloat16)), bool)
+    assert not multiplies_with_onednn(torch.empty(2, 2, dtype=torch.float64))
+    assert not multiplies_with_onednn(torch.empty(2, 2, device="meta"))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@contract("torch", "torch.ops.mkldnn._linear_pointwise", onednn_linear)
+@torch.inference_mode()
+def test_onednn_multiplies_with_a_plain_weight(bias: bool) -> None:
+    """As `linear` does, for inputs of two and of three dimensions."""
+    linear = nn.Linear(24, 40, bias=bias)
+    for shape in ((5, 24), (3, 7, 24)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(onednn_linear(x, linear.weight, linear.bias), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@contract("torch", "torch.ops.mkldnn._reorder_linear_weight", in_onednn_order)
+@torch.inference_mode()
+def test_a_weight_is_ordered_once_for_any_number_of_rows() -> None:
+    """The ordered weight hides its data from `parameters()`, so that its bytes are counted from its shape."""
+    linear = nn.Linear(24, 40)
+    ordered = in_onednn_order(linear.weight.detach(), ROWS)
+    assert ordered.is_mkldnn
+    assert ordered.element_size() == 4
+    for rows in (1, ROWS, 100):
+        x = torch.randn(rows, 24)
+        torch.testing.assert_close(onednn_linear(x, ordered, linear.bias), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@contract("torch", "what its allocator on the CPU says where there is no memory", is_out_of_memory)
+def test_too_little_memory_is_known_by_its_text() -> None:
+    """A request that asks for too much must not count as a broken engine."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value), str(caught.value).splitlines()[0]
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+
+
+@contract("torch", "the property uuid of a CUDA device", gpu_uuid)
+def test_a_cuda_device_has_a_uuid() -> None:
+    """Read from torch's own description of its C++ classes, since a machine without a GPU has no such device."""
+    described = ast.parse((Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text())
+    properties = next(
+        node for node in described.body if isinstance(node, ast.ClassDef) and node.name == "_CudaDeviceProperties"
+    )
+    fields = {node.target.id for node in properties.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+    assert "uuid" in fields
+    if torch.cuda.is_available():
+        import pynvml
+
+        pynvml.nvmlInit()
+        known = {
+            str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
+            for index in range(pynvml.nvmlDeviceGetCount())
+        }
+        assert gpu_uuid(torch.device("cuda", 0)) in known
+
+
+@contract("torch", "the environment variable TORCH_COMPILE_DISABLE", "serve_app/engines/vllm/engine.py")
+def test_compiling_can_be_switched_off() -> None:
+    """vLLM would compile functions of its sampler for seconds in which nobody gets a token."""
+    import torch._dynamo.config as config
+
+    assert as_imported_with(config, {"TORCH_COMPILE_DISABLE": "1"}).disable is True
+    assert as_imported_with(config, {"TORCH_COMPILE_DISABLE": "0"}).disable is False
