@@ -12,7 +12,7 @@ from tests.cluster.storm import config, serving_pids
 NAME = "mortal"
 REPLICAS = 2
 SETTLE_TIMEOUT_S = 120.0
-# Serve looks for replicas whose engine has died so often; its usual ten seconds are only waited for.
+# Three failures of it end a replica whose engine has died. The usual two seconds are only waited for.
 HEALTH_CHECK_PERIOD_S = 1.0
 
 
