@@ -91,7 +91,7 @@ def run(broken_folder: Path) -> Iterator[ServeRun]:
         ]
     }
     # Serve would start the model that cannot load three times, each of which imports torch.
-    serve = ServeRun(config, cpus=8, controller={"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"})
+    serve = ServeRun(config, cpus=8, controller={"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}, is_set_before_ray=True)
     try:
         serve.wait_until(lambda models: all(m["status"] != "loading" for m in models.values()) and len(models) == 5)
         yield serve

@@ -67,7 +67,10 @@ class ServeRun:
         controller: dict[str, str] | None = None,
         headers: dict[str, str] | None = None,
         start: bool = True,
+        is_set_before_ray: bool = False,
     ):
+        """`is_set_before_ray`: Ray's processes have Serve's settings too, as on nodes that were prepared. Replicas then
+        start in the processes that built their applications."""
         self._headers = headers
         # Short, because Ray puts sockets below it and their paths have 107 characters at most.
         self.folder = Path(tempfile.mkdtemp(prefix="sa-", dir="/tmp"))
@@ -108,6 +111,8 @@ class ServeRun:
             },
             "HF_HUB_OFFLINE": "1",
         }
+        if is_set_before_ray:
+            self.environment |= serve_environment(f"{BIN}/serve-app-haproxy") | ports
         if start:
             self._run()
 
