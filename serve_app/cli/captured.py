@@ -86,7 +86,8 @@ def captured(file: Path, told: Callable[[str], None]) -> Iterator[TextIO]:
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         os.close(saved[1])
-        terminal.close()
+        with contextlib.suppress(OSError):  # It may hold text for a reader that has gone away.
+            terminal.close()
         thread.join(LAST_LINES_S)  # A process that Ray has left behind may hold the pipe open.
 
 
@@ -104,5 +105,6 @@ def _keep(reading: int, log: PrivateFile, told: Callable[[str], None]) -> None:
             text = line.rstrip("\n")
             log.handle(logging.makeLogRecord({"msg": text}))
             if (found := WORKER_LINE.match(text)) is not None:
-                told(f"{found['application']}: {found['text']}" if found["application"] else found["text"])
+                with contextlib.suppress(Exception):  # If this thread ended, every later write would be an EPIPE.
+                    told(f"{found['application']}: {found['text']}" if found["application"] else found["text"])
     log.close()

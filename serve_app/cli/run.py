@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import yaml
@@ -210,19 +210,29 @@ class _Runner:
             self._start_ray()
             self._start_serve()
             self._watch()
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             pass
+        except SystemExit as error:
+            code = self._code_of(error)
         except ConfigError:
             raise
         except Exception as error:
             import traceback
 
-            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             self.view.event(f"has failed: {type(error).__name__}: {error}")
             code = 1
         finally:
             self._stop()
         return code
+
+    def _code_of(self, error: SystemExit) -> int:
+        """Returns 0 where a signal ended the start, and otherwise the code that a library has ended it with."""
+        if self._stopped_at is not None or error.code == signal.SIGTERM:  # Ray's own handler exits with the number.
+            return 0
+        self.view.event(f"has failed: a library has ended it: SystemExit: {error.code}")
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
 
     def _heed_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -235,7 +245,7 @@ class _Runner:
             raise _Stop
         if time.monotonic() - self._stopped_at > SAME_SIGNAL_S:
             left = f"; Serve goes on at {self.start.joins}" if self.start.joins else ""
-            self.view.event(f"ends at once{left}")
+            self.view.last_words(f"ends at once{left}")
             os._exit(INTERRUPTED)  # Ray's processes end with the one that started them.
 
     def _start_ray(self) -> None:
@@ -304,11 +314,18 @@ class _Runner:
     def _stop(self) -> None:
         """Ends Serve, and the Ray that was started here."""
         self._stopped_at = self._stopped_at or time.monotonic()
-        self.view.close()
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
+            self.view.close()
             return
-        self.view.event("stops; Ctrl-C again ends it at once")
+        try:
+            self.view.close()
+            self.view.event("stops; Ctrl-C again ends it at once")
+        finally:  # Whatever becomes of the terminal.
+            self._shut_down(ray)
+        self.view.event("has stopped")
+
+    def _shut_down(self, ray: ModuleType) -> None:
         try:
             if self._serves:
                 from ray import serve
@@ -316,4 +333,3 @@ class _Runner:
                 serve.shutdown()
         finally:
             ray.shutdown()
-        self.view.event("has stopped")
