@@ -1,6 +1,5 @@
 """Whatever is printed during `serve-app run` goes to a private, bounded file; the terminal stays with ourselves."""
 
-import os
 import stat
 import subprocess
 import sys

@@ -1,7 +1,9 @@
 """How `serve-app run` starts and ends: what it returns, and what it stops, with Ray and Serve replaced by records."""
 
 import io
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +18,11 @@ from ray import serve
 from serve_app import ray_serve
 from serve_app.cli import run as run_module
 from serve_app.cli import start_watch
-from serve_app.cli.run import Start, _Runner, _Stop
+from serve_app.cli.run import RunOptions, Start, _Runner, _Stop
 from serve_app.cli.start_view import StartView
+from serve_app.deploy import node_env
+from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, serve_environment
+from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import ApplicationSpec
 
 ADDRESS = "10.0.0.1:6379"
@@ -34,6 +39,9 @@ class World:
         # Called in the place of the step of that name.
         self.instead: dict[str, Callable[[], None]] = {}
         self.deployed: dict[str, Any] = {}
+        self.nodes: dict[str, NodeEnvironment] = {}
+        # What `run` prints, where it makes the view itself.
+        self.told = io.StringIO()
         monkeypatch.setattr(ray, "init", self._init)
         monkeypatch.setattr(ray, "is_initialized", lambda: self.is_up)
         monkeypatch.setattr(ray, "shutdown", lambda: self._note("ray.shutdown"))
@@ -44,7 +52,9 @@ class World:
         monkeypatch.setattr(ray_serve, "deploy", self._deploy)
         monkeypatch.setattr(run_module, "require_serves_schema", lambda _: None)
         monkeypatch.setattr(start_watch, "StartWatch", self._watch)
+        monkeypatch.setattr(node_env, "node_environments", lambda: self.nodes)
         monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setattr(sys, "path", list(sys.path))
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
@@ -80,9 +90,10 @@ def application(name: str) -> ApplicationSpec:
     return ApplicationSpec(name=name, import_path="serve_app.app:model")
 
 
-def runner(view: StartView | None = None, joins: str | None = None) -> _Runner:
+def runner(view: StartView | None = None, joins: str | None = None, replace: bool = False) -> _Runner:
     """A run of a file with the applications a and b."""
-    start = Start(Path("x.yaml"), {"applications": []}, [application("a"), application("b")], joins)
+    applications = [application("a"), application("b")]
+    start = Start(Path("x.yaml"), {"applications": []}, applications, joins, Path("/where"), replace)
     return _Runner(start, view or StartView(io.StringIO()))
 
 
@@ -170,3 +181,97 @@ def test_a_second_signal_ends_at_once_while_a_line_is_being_printed(
         handler.join(5)
         assert codes == [run_module.INTERRUPTED]
     assert world.calls == []
+
+
+def test_a_failed_start_stops_no_serve_that_was_there(world: World) -> None:
+    """Neither does a signal before the file was deployed."""
+    for error, code in ((RuntimeError("refused"), 1), (_Stop(), 0)):
+        stream = io.StringIO()
+        world.applications, world.calls = {"a": {"status": "RUNNING"}}, []
+        world.instead["deploy"] = failing(error)
+        assert runner(StartView(stream), ADDRESS).run() == code
+        assert world.calls == ["ray.init", "serve.start", "deploy", "ray.shutdown"]
+        assert f"leaves the Serve at {ADDRESS} running" in stream.getvalue()
+
+
+def test_a_serve_that_was_taken_over_ends_with_the_run(world: World) -> None:
+    """As with plain `serve run`; the terminal names what is taken over before it happens."""
+    stream = io.StringIO()
+    world.applications = {"b": {"status": "RUNNING"}, "old": {"status": "DELETING"}}
+    assert runner(StartView(stream), ADDRESS).run() == 0
+    assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
+    assert "takes over b: " in stream.getvalue()
+
+
+def test_applications_that_the_file_lacks_are_not_ended_unasked(world: World) -> None:
+    """Serve would remove them in silence. --replace names them and goes on."""
+    world.applications = {"b": {"status": "RUNNING"}, "theirs": {"status": "RUNNING"}}
+    with pytest.raises(ConfigError, match="its applications theirs: .*--replace"):
+        runner(joins=ADDRESS).run()
+    assert world.calls == ["ray.init", "ray.shutdown"]
+    stream = io.StringIO()
+    assert runner(StartView(stream), ADDRESS, replace=True).run() == 0
+    assert "these end with this run or before: theirs" in stream.getvalue()
+    assert "serve.shutdown" in world.calls
+
+
+def test_a_joined_cluster_is_judged_by_its_nodes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this shell sets is not used there, and not said to be; what a node sets goes to all of them."""
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "7")
+    stream = io.StringIO()
+    own = NodeEnvironment({"RAY_SERVE_LOG_TO_STDERR": "1"}, "/h")
+    world.nodes = {"n1": own, "n2": NodeEnvironment({}, "/h")}
+    assert runner(StartView(stream), ADDRESS).run() == 0
+    assert "the environment of n1 sets RAY_SERVE_LOG_TO_STDERR=1, which is used instead of 0." in stream.getvalue()
+    assert "MAXCONN=7" not in stream.getvalue()
+    assert file_environment(world.deployed) == serve_environment("/h") | {"RAY_SERVE_LOG_TO_STDERR": "1"}
+
+
+@pytest.fixture(name="as_run")
+def _as_run(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The world for `run` itself, which changes the environment of its process."""
+    monkeypatch.setattr(run_module, "_require_free_port", lambda _: None)
+    monkeypatch.setattr(run_module, "require_open", lambda _: None)
+    monkeypatch.setattr(run_module, "StartView", lambda *_, **__: StartView(world.told))
+    for name in (*NAMES, "RAY_COLOR_PREFIX", "VIRTUAL_ENV", "PATH", "SERVE_APP_API_KEYS", "SERVE_APP_API_KEYS_FILE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # So that it is restored.
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
+    return world
+
+
+def test_the_folder_of_the_imports_hides_no_library(
+    as_run: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It comes onto the path after Ray was imported: a ray.py in the current folder is somebody's script."""
+    found: list[bool] = []
+    file = tmp_path / "x.yaml"
+    file.write_text("applications: []")
+    as_run.instead["ray.init"] = lambda: found.append(sys.path[0] == str(tmp_path))
+    started = run_module._Runner.run
+
+    def run(self: _Runner) -> int:
+        found.append(str(tmp_path) in sys.path)
+        return started(self)
+
+    monkeypatch.setattr(run_module._Runner, "run", run)
+    options = RunOptions("local", tmp_path / "x.log", app_dir=str(tmp_path))
+    assert run_module.run(file, options) == 0
+    assert found == [False, True]
+
+
+@pytest.mark.parametrize("address", ["local", ADDRESS])
+def test_keys_of_this_shell_count_for_a_ray_of_its_own_only(
+    as_run: World, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A cluster that runs already does not get them: that is said, and that models may not start."""
+    monkeypatch.setenv("SERVE_APP_API_KEYS", "sk-0123456789abcdef")
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "7")
+    file = tmp_path / "x.yaml"
+    file.write_text("http_options: {host: 0.0.0.0}\napplications: []")
+    assert run_module.run(file, RunOptions(address, tmp_path / "x.log")) == 0
+    told = as_run.told.getvalue()
+    is_joined = address == ADDRESS
+    assert ("SERVE_APP_API_KEYS of this environment does not reach the cluster" in told) == is_joined
+    assert ("nothing in this file names API keys. Models will not start" in told) == is_joined
+    assert ("the environment sets RAY_SERVE_HAPROXY_MAXCONN=7" in told) != is_joined
