@@ -5,9 +5,11 @@ their file descriptors become a pipe. A thread reads it line by line into a file
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
+import stat
 import sys
 import threading
 import time
@@ -35,10 +37,13 @@ WORKER_LINE = re.compile(
 
 
 class PrivateFile(RotatingFileHandler):
-    """A bounded log that only its user can read."""
+    """A bounded log that only its user can read, even where a file of that name was there before."""
 
     def _open(self) -> TextIOWrapper:
-        file = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # No link is followed: another user may have made it, in a folder such as /tmp.
+        file = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        if stat.S_ISREG(os.fstat(file).st_mode):  # /dev/null is everybody's.
+            os.fchmod(file, 0o600)
         return os.fdopen(file, "a", encoding="utf-8", errors="replace")
 
 
@@ -68,7 +73,8 @@ def captured(file: Path, told: Callable[[str], None]) -> Iterator[TextIO]:
     try:
         log = PrivateFile(file, maxBytes=MOST_LOG_BYTES, backupCount=1)
     except OSError as error:
-        raise ConfigError(f"--log-file: {file}: {error.strerror}.") from None
+        reason = "is a link; name the file itself" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(f"--log-file: {file}: {reason}.") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     _flush()
     saved = os.dup(1), os.dup(2)

@@ -1,5 +1,6 @@
 """Whatever is printed during `serve-app run` goes to a private, bounded file; the terminal stays with ourselves."""
 
+import os
 import stat
 import subprocess
 import sys
@@ -49,6 +50,28 @@ def test_all_output_goes_to_the_file_and_nothing_else_to_the_terminal(tmp_path: 
     for words in ("by Python", "to stderr", "by C++", "by a child", "100% of %s"):
         assert words in text
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_a_log_that_was_there_becomes_private(tmp_path: Path) -> None:
+    """Others would read on in a file that they could open before."""
+    log = tmp_path / "x.log"
+    log.touch(mode=0o644)
+    log.chmod(0o644)
+    run(log)
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_a_link_is_no_log(tmp_path: Path) -> None:
+    """Somebody else may have made it. A device is one, and keeps its mode."""
+    other, link = tmp_path / "other", tmp_path / "link"
+    other.touch(mode=0o644)
+    link.symlink_to(other)
+    with pytest.raises(ConfigError, match="is a link"), captured_module.captured(link, print):
+        pass
+    assert other.read_text() == ""
+    before = os.stat("/dev/null").st_mode
+    run(Path("/dev/null"))
+    assert os.stat("/dev/null").st_mode == before
 
 
 def test_the_file_is_bounded(tmp_path: Path) -> None:
