@@ -32,7 +32,8 @@ class StartView:
         self._clock, self._started = clock, clock()
         self._spoke = self._started
         self._lock = threading.Lock()
-        self._awaited: dict[str, float] = {}
+        # What is awaited, since when, and its spinner: a new one for each frame would always show its first.
+        self._awaited: dict[str, tuple[float, Spinner]] = {}
         self._stream = stream
         self._is_gone = False
         self._console: Console | None = None
@@ -67,7 +68,7 @@ class StartView:
         """What is awaited now, each with the seconds that it has been awaited."""
         now = self._clock()
         with self._lock:
-            self._awaited = {text: self._awaited.get(text, now) for text in awaited}
+            self._awaited = {text: self._awaited.get(text) or (now, Spinner("line")) for text in awaited}
             live = self._live
             is_quiet = bool(awaited) and self._console is None and now - self._spoke > REMINDER_S
         if live is not None:
@@ -107,4 +108,7 @@ class StartView:
     def _render(self) -> Group:
         now = self._clock()
         # The dictionary is replaced and never changed, so that drawing needs no lock.
-        return Group(*(Spinner("line", Text(f"{text} {now - since:.0f} s")) for text, since in self._awaited.items()))
+        awaited = self._awaited
+        for text, (since, spinner) in awaited.items():
+            spinner.update(text=Text(f"{text} {now - since:.0f} s"))
+        return Group(*(spinner for _, spinner in awaited.values()))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 import select
 import time
 
@@ -61,6 +62,8 @@ def test_a_terminal_shows_what_is_awaited_and_keeps_lines_whole(monkeypatch: pyt
             shown += os.read(master, 65536)
     os.close(master)
     assert b"a is loading 7 s" in shown
+    frames = set(re.findall(rb"[-\\|/](?= a is loading)", shown))
+    assert len(frames) > 1, "it turns"
     assert long.encode() in shown
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l"), "the cursor is back"
 
