@@ -20,9 +20,9 @@ from serve_app.cli.start_progress import (
     read_states,
 )
 from serve_app.cli.start_view import StartView
-from serve_app.ray_serve import serve_details
+from serve_app.ray_serve import http_options, serve_details
 from serve_app.replica.report import read_reports
-from serve_app.router.announcer import address
+from serve_app.router.status_lines import http_address
 
 STATUS_TIMEOUT_S = 30.0
 # Seconds that the address may take to answer after the models are there, and the replicas to tell their memory.
@@ -82,7 +82,7 @@ class StartWatch:
         ready = {name for name, item in self._states.items() if item.is_model and item.state == "ready"}
         _until(lambda: ready <= self._reporting(), REPORTS_TIMEOUT_S)
         self._tell_memory()
-        url = address()
+        url = http_address(http_options())
         has_router = any(self._states[name].state == "ready" for name in self._routers if name in self._states)
         if has_router and not _until(lambda: _answers(url), ADDRESS_TIMEOUT_S):
             self._view.event(f"WARNING: {url} does not answer yet")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import HTTPOptionsSchema
 
 from serve_app.cli import start_watch
 from serve_app.cli.start_view import StartView
@@ -43,10 +44,10 @@ class Cluster:
         self._may_fail("reports")
         return [REPORT]
 
-    def address(self) -> str:
-        """As `address`."""
-        self._may_fail("address")
-        return "http://127.0.0.1:1"
+    def options(self) -> HTTPOptionsSchema:
+        """As `http_options`."""
+        self._may_fail("options")
+        return HTTPOptionsSchema(host="127.0.0.1", port=1)
 
     def required_by(self) -> str | None:
         """As `ClusterRecord.required_by`."""
@@ -59,7 +60,7 @@ def _cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster = Cluster()
     monkeypatch.setattr(start_watch, "serve_details", cluster.details)
     monkeypatch.setattr(start_watch, "read_reports", cluster.reports)
-    monkeypatch.setattr(start_watch, "address", cluster.address)
+    monkeypatch.setattr(start_watch, "http_options", cluster.options)
     monkeypatch.setattr(start_watch, "ClusterRecord", lambda: cluster)
     monkeypatch.setattr(start_watch, "_answers", lambda _: True)
     monkeypatch.setattr(start_watch, "REPORTS_TIMEOUT_S", 0.0)
@@ -79,7 +80,7 @@ def watched() -> tuple[StartWatch, io.StringIO]:
         ("status", RayError("the head is away")),
         ("reports", RuntimeError("the head is away")),
         ("reports", RayError("the head is away")),
-        ("address", RayServeException("the head is away")),
+        ("options", RayServeException("the head is away")),
         ("record", ValueError("the head is away")),
     ],
 )
