@@ -24,7 +24,7 @@ ROUTER_MAX_QUEUED_REQUESTS = 1024
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
 # Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
-# Replicas get it whatever Serve was started with: they must ask for a key in any case.
+# Replicas have it whatever Serve was started with: they must ask for a key in any case.
 OUTER_DOOR = {MIDDLEWARES_VARIABLE: serve_environment("")[MIDDLEWARES_VARIABLE]}
 
 # A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
@@ -57,8 +57,9 @@ def model_options(
 def _with_door(runtime_env: Mapping[str, Any], inherited: Mapping[str, str]) -> dict[str, Any]:
     """The application's `runtime_env` with the door, which must be there before Serve is imported.
 
-    Serve would drop it for a deployment that brings one, so the two are merged here. Without any, Ray starts the
-    replica in the process that has built its application: a process less, and Serve's modules are there already.
+    Serve would drop it for a deployment that brings one, so the two are merged here. Where the processes have the door
+    already, none is given: Ray makes a process for each `runtime_env`, and has others waiting for those without.
+    A node that was started differently is found by the replica itself (`require_door`).
     """
     if not runtime_env and OUTER_DOOR.items() <= inherited.items():
         return {}
