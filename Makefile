@@ -1,8 +1,13 @@
-# make serve   build .venv, then serve the two demo models on http://127.0.0.1:8000 (Ctrl-C stops it)
-# make test    build .venv, then run every check and test
-# make docs    build .venv, then build the documentation site in site/
-.PHONY: serve test lint docs install lock model picture upgrade-check
+# make serve      build .venv, then serve the two demo models on http://127.0.0.1:8000 (Ctrl-C stops it)
+# make test       build .venv, then run every check and test
+# make test-fast  build .venv, then run the tests that need neither Ray nor vLLM and compute little
+# make docs       build .venv, then build the documentation site in site/
+.PHONY: serve test test-fast lint docs install lock model picture upgrade-check
 CONFIG ?= deploy_configs/local.yaml
+# Workers for tests. Each imports torch, and one may have a Ray beside it, so there are four at most.
+WORKERS ?= $(shell n=$$(nproc); echo $$(( n > 4 ? 4 : n )))
+# A worker that crashes fails the run. Tests start in the order of their collection: the longest ones come first.
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 serve:
@@ -23,8 +28,13 @@ lint: install docs
 	.venv/bin/lint-imports
 	.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 
+# What measures a client's time runs after the others, with nothing beside it.
 test: lint
-	.venv/bin/pytest
+	.venv/bin/pytest $(SPREAD) -m "not alone"
+	.venv/bin/pytest -m alone
+
+test-fast: install
+	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster -m "not slow and not cluster"
 
 lock:
 	scripts/lock.sh

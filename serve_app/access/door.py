@@ -17,8 +17,9 @@ this door.
 
 import json
 import logging
+import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ray import serve
@@ -33,7 +34,7 @@ from serve_app.access.keys import KeySource, configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
 from serve_app.errors import ClientGone, ConfigError, Forbidden, InvalidRequest, RequestError
-from serve_app.ray_serve import session_header
+from serve_app.ray_serve import MIDDLEWARES_VARIABLE, session_header
 from serve_app.wire.arrival import MOST_ID_BYTES, read_body, with_body
 from serve_app.wire.asgi import endpoint
 from serve_app.wire.body import RequestBody
@@ -74,6 +75,19 @@ def stand_behind(inside: Inside) -> None:
     """Is called by the replica of this process before Serve starts its HTTP server."""
     global _of_this_process
     _of_this_process = inside
+
+
+def require_door(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises ConfigError in a replica whose process does not name the door to Serve, as its HTTP server would have
+    none.
+
+    An application without a `runtime_env` runs in whatever environment its node's Ray was started with.
+    """
+    if not environment.get(MIDDLEWARES_VARIABLE):
+        raise ConfigError(
+            f"{MIDDLEWARES_VARIABLE} is not set on this node, though it is where the application was built. Restart "
+            'Ray on this node with Serve\'s settings: eval "$(serve-app node-env)", then `ray start`.'
+        )
 
 
 def middlewares() -> list[Middleware]:

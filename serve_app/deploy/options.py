@@ -24,7 +24,7 @@ ROUTER_MAX_QUEUED_REQUESTS = 1024
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
 # Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
-# Replicas get it whatever Serve was started with, because they must check keys in any case.
+# Replicas have it whatever Serve was started with, because they must check keys in any case.
 OUTER_DOOR = {MIDDLEWARES_VARIABLE: serve_environment("")[MIDDLEWARES_VARIABLE]}
 
 # A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
@@ -57,8 +57,9 @@ def model_options(
 def _with_door(runtime_env: Mapping[str, Any], inherited: Mapping[str, str]) -> dict[str, Any]:
     """Returns the application's `runtime_env` with the door, which must be set before Serve is imported.
 
-    Serve would drop it if a deployment has its own, so the two are merged here. If there is none, Ray starts the
-    replica in the process that has built its application, which saves a process and has imported Serve's modules.
+    Serve would drop it if a deployment has its own, so the two are merged here. If the processes have the door already,
+    none is given, because Ray makes a process for each `runtime_env`, and has others waiting for those without. The
+    replica itself finds a node that was started differently (`require_door`).
     """
     if not runtime_env and OUTER_DOOR.items() <= inherited.items():
         return {}

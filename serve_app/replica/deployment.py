@@ -14,7 +14,7 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from serve_app.access.cluster_record import joined
-from serve_app.access.door import Inside, stand_behind
+from serve_app.access.door import Inside, require_door, stand_behind
 from serve_app.access.gate import Gate, KeyedApp
 from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
@@ -41,6 +41,7 @@ class Model:
 
     async def __init__(self, config: ModelConfig, environment: Mapping[str, str]):  # type: ignore[misc]  # Serve awaits it
         """Loads the model. `environment` is set before the engine's libraries are imported, which read it then."""
+        require_door()
         os.environ.update(environment)
         self.name = serve.get_replica_context().app_name
         self._config = config

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from serve_app.access.cluster_record import joined
-from serve_app.access.door import Inside, stand_behind
+from serve_app.access.door import Inside, require_door, stand_behind
 from serve_app.access.gate import Gate, KeyedRouter
 from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
@@ -45,6 +45,7 @@ class Router:
     while it runs."""
 
     def __init__(self, config: RouterConfig):
+        require_door()
         source = configured_keys()
         self._access = joined(source)
         metrics = RouterMetrics()

@@ -11,11 +11,11 @@ from starlette.middleware import Middleware
 
 from serve_app.access import door as outer_door
 from serve_app.access.body_budget import FREE_BYTES, BodyBudget
-from serve_app.access.door import Inside, OuterDoor
+from serve_app.access.door import Inside, OuterDoor, require_door
 from serve_app.access.gate import Gate
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.deploy.options import OUTER_DOOR
-from serve_app.errors import Overloaded
+from serve_app.errors import ConfigError, Overloaded
 from tests.fakes import AUTH, OUTSIDE, make_gate, open_gate
 
 USES_VIRTUAL_CLOCK = True
@@ -221,6 +221,13 @@ def test_one_key_has_half_of_the_budget() -> None:
     first.release()
     second.release()
     assert budget.held == 5 * MB - FREE_BYTES
+
+
+def test_a_replica_without_the_door_does_not_start() -> None:
+    """On a node whose Ray was started otherwise, Serve would read bodies without a bound and before any key."""
+    require_door({"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.access.door:middlewares"})
+    with pytest.raises(ConfigError, match="serve-app node-env"):
+        require_door({})
 
 
 def test_serve_finds_the_door_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,22 +33,25 @@ MODELS: dict[str, dict[str, Any]] = {
 class Replica:
     """Holds what a replica would, and tells what it sees."""
 
+    def __init__(self, environment: dict[str, str]):
+        os.environ.update(environment)  # As a model's replica does before it imports torch.
+
     def ready(self) -> str:
         """The GPUs that CUDA would show it."""
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def built(args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the builder of one application asks of Ray, and the config that it gives to the engine."""
+def built(args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """What the builder of one application asks of Ray, and the environment and config that it gives to the replica."""
     deployment = model({"model": GEMMA, **args})._bound_deployment
-    config = deployment.init_args[0]
+    config, environment = deployment.init_args
     told = config.model_dump(include={"max_memory", "gpu_ids", "kv_cache_memory_bytes", "engine_args", "num_gpus"})
-    return deployment.ray_actor_options, told
+    return deployment.ray_actor_options, environment, told
 
 
-def start(options: dict[str, Any]) -> ray.actor.ActorHandle:
+def start(options: dict[str, Any], environment: dict[str, str]) -> ray.actor.ActorHandle:
     """A replica with these options; the CPUs of this machine are not what is tested."""
-    return Replica.options(**{**options, "num_cpus": 0}).remote()
+    return Replica.options(**{**options, "num_cpus": 0}).remote(environment)
 
 
 def main() -> None:
@@ -72,8 +75,8 @@ def main() -> None:
     options, answer["told"] = {}, {}
     replicas = []
     for name, args in MODELS.items():  # One after the other: each builder sees what Ray has left.
-        options[name], answer["told"][name] = built(args)
-        replicas.append(start(options[name]))
+        options[name], environment, answer["told"][name] = built(args)
+        replicas.append(start(options[name], environment))
         ray.get(replicas[-1].ready.remote(), timeout=60)
     answer["resources"] = {name: option["resources"] for name, option in options.items()}
     answer["sees"] = ray.get([replica.ready.remote() for replica in replicas], timeout=60)
@@ -82,7 +85,7 @@ def main() -> None:
     four = [*three, replace(three[1], name="fourth")]
     answer["fourth"] = [problem.message for problem in make_plan(four, inventory).problems]
     answer["beside"] = make_plan(four[-1:], unclaimed(inventory)).fits
-    pending = start(built(MODELS["vllm"])[0])
+    pending = start(*built(MODELS["vllm"])[:2])
     _, waiting = ray.wait([pending.ready.remote()], timeout=3)
     answer["fourth_waits"] = len(waiting) == 1
     try:

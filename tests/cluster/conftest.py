@@ -1,4 +1,8 @@
-"""One cluster for all tests here: both engines, a model that cannot load, one without room, one that scales."""
+"""Two clusters for the tests here.
+
+`run` has both engines, a model that cannot load, one without room and one that scales. Its tests measure what a client
+waits for, so nothing runs beside them. `mortal` has API keys, and two replicas that the tests kill.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,20 +10,30 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.mortal import MortalServe
 from tests.cluster.serve_run import ServeRun
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks everything here, and gives it time: the first test waits for the start.
+    """Marks everything here, and gives it time: the first test of a cluster waits for the start.
 
-    Tests of the shared cluster come last of all, since it takes its part of the processors until the end of the
-    session, and tests with a Serve of their own would wait for it.
+    The tests here come before all that needs no cluster, because they wait more than they compute, and those that must
+    be alone come last of all. The longest file comes first.
     """
-    items.sort(key=lambda item: "run" in getattr(item, "fixturenames", ()))
     for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(600))
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.cluster)
+        item.add_marker(pytest.mark.timeout(600))
+        if "run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.alone)
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+    is_alone, is_in_cluster = (item.get_closest_marker(name) is not None for name in ("alone", "cluster"))
+    return is_alone, not is_in_cluster, "mortal" not in getattr(item, "fixturenames", ())
 
 
 def model(name: str, **args: Any) -> dict[str, Any]:
@@ -76,9 +90,23 @@ def run(broken_folder: Path) -> Iterator[ServeRun]:
             scaling,
         ]
     }
-    serve = ServeRun(config, cpus=8)
+    # Serve would start the model that cannot load three times, each of which imports torch.
+    serve = ServeRun(config, cpus=8, controller={"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"}, is_set_before_ray=True)
     try:
         serve.wait_until(lambda models: all(m["status"] != "loading" for m in models.values()) and len(models) == 5)
+        yield serve
+        left = serve.stop()
+        assert not left, f"`serve run` left processes behind: {left}"
+    finally:
+        serve.clean_up()
+
+
+@pytest.fixture(scope="session")
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MortalServe]:
+    """The running cluster, once both replicas serve. Its last test ends it."""
+    serve = MortalServe(tmp_path_factory.mktemp("faults"))
+    try:
+        serve.wait_for_both()
         yield serve
         left = serve.stop()
         assert not left, f"`serve run` left processes behind: {left}"

@@ -23,6 +23,8 @@ BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
 MARK = "SERVE_APP_TEST_RUN"
+# For replicas of one cluster, each of which takes one that nobody had before.
+PORTS = 1000
 
 
 def free_port() -> int:
@@ -31,6 +33,23 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def claim_ports() -> tuple[socket.socket, int]:
+    """The first of PORTS ports that no other cluster of a test has on this machine, for as long as the socket is open.
+
+    Serve counts its replicas' ports from the same number in every cluster and sets SO_REUSEPORT, so two clusters would
+    answer each other's requests.
+    """
+    for first in range(10_000, 30_000, PORTS):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0serve-app-test-ports-{first}")  # An abstract name, which goes with this process.
+        except OSError:
+            claim.close()
+        else:
+            return claim, first
+    raise RuntimeError("20 clusters of tests run on this machine; end some of them")
 
 
 def shipped_environment() -> dict[str, str]:
@@ -48,22 +67,30 @@ class ServeRun:
         controller: dict[str, str] | None = None,
         headers: dict[str, str] | None = None,
         start: bool = True,
+        is_set_before_ray: bool = False,
     ):
+        """`is_set_before_ray`: Ray's processes have Serve's settings too, as on nodes that were prepared. Replicas then
+        start in the processes that built their applications."""
         self._headers = headers
         # Short, because Ray puts sockets below it and their paths have 107 characters at most.
         self.folder = Path(tempfile.mkdtemp(prefix="sa-", dir="/tmp"))
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._claim, first_port = claim_ports()
+        ports = {
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + PORTS - 1),
+        }
         self._mark = secrets.token_hex(8)
         self.log = self.folder / "serve-run.log"
         self._options: dict[str, Any] = {
             "http_options": {"host": "127.0.0.1", "port": self.port},
-            "controller_options": {"runtime_env": {"env_vars": shipped_environment() | (controller or {})}},
+            "controller_options": {"runtime_env": {"env_vars": shipped_environment() | ports | (controller or {})}},
         }
         self.config_file = self.folder / "config.yaml"
         self._write(config)
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},  # Ray sets its own
             MARK: self._mark,
             "RAY_TMPDIR": str(self.folder),
             "SERVE_APP_CACHE": str(self.folder / "cache"),
@@ -84,6 +111,8 @@ class ServeRun:
             },
             "HF_HUB_OFFLINE": "1",
         }
+        if is_set_before_ray:
+            self.environment |= serve_environment(f"{BIN}/serve-app-haproxy") | ports
         if start:
             self._run()
 
@@ -111,7 +140,7 @@ class ServeRun:
                 models = {}
             if models and settled(models):
                 return models
-            time.sleep(1)
+            time.sleep(0.25)
         raise TimeoutError(f"not settled after {timeout_s} s: {models}\n{self.output()[-4000:]}")
 
     def output(self) -> str:
@@ -192,3 +221,4 @@ class ServeRun:
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._claim.close()

@@ -96,11 +96,16 @@ async def kill_now_and_then(
     while True:
         moment = draw.uniform(0, every_s)
         await asyncio.sleep(moment)
-        pids = await asyncio.to_thread(serving_pids, serve, name)
-        if pids := [pid for pid in pids if pid not in kills]:  # One whose thread has died is still there.
-            kills.append(pids[len(kills) % len(pids)])
-            os.kill(kills[-1], signals[len(kills) % len(signals)])
+        await kill_one(serve, name, kills, signals)
         await asyncio.sleep(every_s - moment)
+
+
+async def kill_one(serve: ServeRun, name: str, kills: list[int], signals: Sequence[signal.Signals]) -> None:
+    """A replica that serves, if there is one that has not been killed."""
+    pids = await asyncio.to_thread(serving_pids, serve, name)
+    if pids := [pid for pid in pids if pid not in kills]:  # One whose thread has died is still there.
+        kills.append(pids[len(kills) % len(pids)])
+        os.kill(kills[-1], signals[len(kills) % len(signals)])
 
 
 async def update_now_and_then(serve: ServeRun, trouble: "Trouble", every_s: float, updates: list[int]) -> None:
@@ -113,9 +118,11 @@ async def update_now_and_then(serve: ServeRun, trouble: "Trouble", every_s: floa
 
 @dataclass(frozen=True)
 class Trouble:
-    """What happens meanwhile: a replica is killed, or the model replaced, every so many seconds."""
+    """What happens meanwhile: a replica is killed, or the model replaced, every so many seconds. One is killed as
+    well whenever so many requests have been answered as `kill_after` says, however fast that was."""
 
     kill_every_s: float | None = None
+    kill_after: frozenset[int] = frozenset()
     update_every_s: float | None = None
     backend: str = "pt"
     deaths: str = "sigkill"
@@ -160,6 +167,8 @@ async def storm(
             async with gate:
                 seen = await ask(session, serve.url, path, body)
             outcomes[outcome_of(seen, expected[json.dumps(body)])] += 1
+            if outcomes.total() in trouble.kill_after:
+                await kill_one(serve, model, kills, DEATHS[trouble.deaths])
 
         start = time.monotonic()
         await asyncio.gather(*(one(number) for number in range(requests)))

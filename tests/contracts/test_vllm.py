@@ -28,7 +28,11 @@ ENGINE, GUARD = "serve_app/engines/vllm/engine.py", "serve_app/engines/vllm/guar
 BOUNDS, ENDPOINTS = "serve_app/engines/vllm/bounds.py", "serve_app/engines/vllm/endpoints.py"
 
 # It imports vLLM.
-pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.slow,
+]
 
 # What each task brings, and the pooling task that vLLM would choose.
 TASKS = {"generate": None, "embed": "embed", "classify": "classify", "token_embed": "token_embed", "plugin": "plugin",

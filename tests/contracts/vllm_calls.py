@@ -18,6 +18,7 @@ from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.engine import VllmEngine
 from serve_app.errors import EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from serve_app.replica.whole_body import WholeBody
 from tests.builders import model_config
 
 ROWS = 4
@@ -67,7 +68,7 @@ async def calls() -> dict[str, Any]:
         model=model_path(DEMO_MODEL), infer_backend="vllm", device="cpu", dtype="float32", max_num_seqs=ROWS
     )
     engine = VllmEngine(config, "demo")
-    app = await engine.start()
+    app = WholeBody(await engine.start(), config)  # As the replica has it: the guard expects a body that was read.
     client = engine._client
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://vllm", timeout=TIMEOUT_S)
 

@@ -43,7 +43,7 @@ def test_the_applications_runtime_env_is_kept() -> None:
 
 
 def test_a_replica_needs_no_process_of_its_own_where_the_node_has_the_door() -> None:
-    """Ray reuses the process that built the application only for an actor without a `runtime_env`."""
+    """Ray has started processes in advance, which only an actor without a `runtime_env` can take."""
     for options in (model_options(CPU, Demand(cpus=1), {}, OUTER_DOOR), router_options({}, OUTER_DOOR)):
         assert "runtime_env" not in options["ray_actor_options"]
 

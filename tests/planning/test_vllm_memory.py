@@ -98,6 +98,7 @@ def reference(folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
@@ -117,6 +118,7 @@ def test_weights_and_kv_cache_equal_vllms(name: str, size: int, reference: dict[
         assert ours == reference[name, size, kv_dtype]["kv_bytes_in_groups"], kv_dtype
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", OTHERS)

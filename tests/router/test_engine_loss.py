@@ -41,6 +41,7 @@ def test_what_pt_writes_into_a_stream(error: Exception, is_lost: bool) -> None:
         ("builtins.IndexError", False),
     ],
 )
+@pytest.mark.slow  # It imports vLLM.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
 def test_what_vllm_writes_into_a_stream(name: str, is_lost: bool) -> None:
     """By vLLM's own function, so that another wording in another version is noticed."""

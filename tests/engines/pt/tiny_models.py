@@ -1,5 +1,6 @@
 """Tiny models with random weights, one for each kind of attention that the engine has to get right."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -106,8 +107,9 @@ def tiny_model(name: str) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def generate_one(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
-    """What `generate` gives for one prompt alone, greedy, without an end token."""
+@lru_cache(maxsize=256)
+def generate_one(model: PreTrainedModel, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """What `generate` gives for one prompt alone, greedy, without an end token. A model is asked once for it."""
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         output = model.generate(
