@@ -191,7 +191,7 @@ def test_a_failed_start_stops_no_serve_that_was_there(world: World) -> None:
         world.instead["deploy"] = failing(error)
         assert runner(StartView(stream), ADDRESS).run() == code
         assert world.calls == ["ray.init", "serve.start", "deploy", "ray.shutdown"]
-        assert f"leaves the Serve at {ADDRESS} running" in stream.getvalue()
+        assert f"leaving the Serve at {ADDRESS} running" in stream.getvalue()
 
 
 def test_a_serve_that_was_taken_over_ends_with_the_run(world: World) -> None:
