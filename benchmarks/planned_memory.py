@@ -183,7 +183,7 @@ def model_folder(options: argparse.Namespace, folder: Path) -> str:
 
 def main() -> None:
     """Plans, measures, and prints one line of JSON."""
-    from serve_app.cli.plan import request_of
+    from serve_app.cli.plan.plan import request_of
     from serve_app.config import ModelConfig
     from serve_app.facts.inventory import local_inventory
     from serve_app.planning.planner import make_plan

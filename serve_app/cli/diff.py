@@ -7,7 +7,7 @@ import yaml
 
 from serve_app.cli.changes import Change, changes, for_all, not_applied
 from serve_app.cli.check import dangling_names, require_serves_schema, require_valid
-from serve_app.cli.plan import plan_of_file
+from serve_app.cli.plan.plan import plan_of_file
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import read_applications
 

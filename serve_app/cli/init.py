@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import yaml
 
 from serve_app.cli.output_file import write_file
-from serve_app.cli.plan import plan_of_file
-from serve_app.cli.plan_text import print_plan
+from serve_app.cli.plan.plan import plan_of_file
+from serve_app.cli.plan.text import print_plan
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.planning.plan import Fix, Plan

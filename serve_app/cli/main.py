@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from serve_app import __version__
+from serve_app.cli.exit_codes import INTERRUPTED
 from serve_app.errors import ServeAppError
-
-# The exit code that a shell reports of a program that SIGINT has ended.
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +35,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return check(options.config, options.address)
     if options.command == "plan":
-        from serve_app.cli.plan import plan
+        from serve_app.cli.plan.plan import plan
 
         return plan(options)
     if options.command == "diff":
@@ -45,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return diff(options.old, options.new, options.gpus, options.inventory, options.address)
     if options.command == "from-swift":
-        from serve_app.cli.from_swift import from_swift
+        from serve_app.cli.swift.from_swift import from_swift
 
         return from_swift(options.swift_command)
     if options.command == "status":
@@ -57,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return doctor()
     if options.command in ("run", "demo"):
-        from serve_app.cli.run import RunOptions, demo, run
+        from serve_app.cli.start.run import RunOptions, demo, run
 
         chosen = RunOptions(options.address, options.log_file, options.verbose, options.app_dir, options.replace)
         if options.command == "run":

@@ -15,8 +15,8 @@ from ray.serve.schema import ServeDeploySchema, Target, TargetGroup
 
 from serve_app import ray_serve
 from serve_app.access.door import SERVES_OWN, WITHOUT_KEY
-from serve_app.cli.captured import WORKER_LINE
 from serve_app.cli.haproxy import looseness, tightened
+from serve_app.cli.start.captured import WORKER_LINE
 from serve_app.deploy.serve_env import NAMES, file_environment, serve_environment
 from serve_app.replica.deployment import Model
 from serve_app.terminal import MARK
@@ -190,7 +190,9 @@ def test_a_cluster_that_may_run_is_found_where_ray_finds_it(tmp_path: Path, monk
     assert ray_serve.ray_may_run_here()
 
 
-@contract("ray", "how it shows the lines of its workers", "serve_app/cli/captured.py", "serve_app/cli/run.py")
+@contract(
+    "ray", "how it shows the lines of its workers", "serve_app/cli/start/captured.py", "serve_app/cli/start/run.py"
+)
 def test_a_workers_line_is_known_by_what_ray_puts_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without colours; the name of a replica's actor has its application in it."""
     from ray._private import worker

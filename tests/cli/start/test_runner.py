@@ -16,10 +16,12 @@ import ray
 from ray import serve
 
 from serve_app import ray_serve
-from serve_app.cli import run as run_module
-from serve_app.cli import start_watch
-from serve_app.cli.run import RunOptions, Start, _Runner, _Stop
-from serve_app.cli.start_view import StartView
+from serve_app.cli.start import run as run_module
+from serve_app.cli.start import runner as runner_module
+from serve_app.cli.start import watch as start_watch
+from serve_app.cli.start.run import RunOptions
+from serve_app.cli.start.runner import Runner, Start, _Stop
+from serve_app.cli.start.view import StartView
 from serve_app.deploy import node_env
 from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, serve_environment
 from serve_app.errors import ConfigError
@@ -50,7 +52,7 @@ class World:
         monkeypatch.setattr(ray_serve, "controller", self._controller)
         monkeypatch.setattr(ray_serve, "serve_details", lambda _: {"applications": self.applications or {}})
         monkeypatch.setattr(ray_serve, "deploy", self._deploy)
-        monkeypatch.setattr(run_module, "require_serves_schema", lambda _: None)
+        monkeypatch.setattr(runner_module, "require_serves_schema", lambda _: None)
         monkeypatch.setattr(start_watch, "StartWatch", self._watch)
         monkeypatch.setattr(node_env, "node_environments", lambda: self.nodes)
         monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -90,11 +92,11 @@ def application(name: str) -> ApplicationSpec:
     return ApplicationSpec(name=name, import_path="serve_app.app:model")
 
 
-def runner(view: StartView | None = None, joins: str | None = None, replace: bool = False) -> _Runner:
+def runner(view: StartView | None = None, joins: str | None = None, replace: bool = False) -> Runner:
     """A run of a file with the applications a and b."""
     applications = [application("a"), application("b")]
     start = Start(Path("x.yaml"), {"applications": []}, applications, joins, Path("/where"), replace)
-    return _Runner(start, view or StartView(io.StringIO()))
+    return Runner(start, view or StartView(io.StringIO()))
 
 
 def failing(error: BaseException) -> Callable[[], None]:
@@ -172,14 +174,14 @@ def test_a_second_signal_ends_at_once_while_a_line_is_being_printed(
 ) -> None:
     """It may have interrupted the thread that holds the view's lock, so the handler must not wait for it."""
     codes: list[int] = []
-    monkeypatch.setattr(run_module.os, "_exit", codes.append)
+    monkeypatch.setattr(runner_module.os, "_exit", codes.append)
     made = runner(joins=ADDRESS)
-    made._stopped_at = time.monotonic() - 2 * run_module.SAME_SIGNAL_S
+    made._stopped_at = time.monotonic() - 2 * runner_module.SAME_SIGNAL_S
     with made.view._lock:
         handler = threading.Thread(target=made._on_signal, args=(signal.SIGINT, None), daemon=True)
         handler.start()
         handler.join(5)
-        assert codes == [run_module.INTERRUPTED]
+        assert codes == [runner_module.INTERRUPTED]
     assert world.calls == []
 
 
@@ -248,13 +250,13 @@ def test_the_folder_of_the_imports_hides_no_library(
     file = tmp_path / "x.yaml"
     file.write_text("applications: []")
     as_run.instead["ray.init"] = lambda: found.append(sys.path[0] == str(tmp_path))
-    started = run_module._Runner.run
+    started = runner_module.Runner.run
 
-    def run(self: _Runner) -> int:
+    def run(self: Runner) -> int:
         found.append(str(tmp_path) in sys.path)
         return started(self)
 
-    monkeypatch.setattr(run_module._Runner, "run", run)
+    monkeypatch.setattr(runner_module.Runner, "run", run)
     options = RunOptions("local", tmp_path / "x.log", app_dir=str(tmp_path))
     assert run_module.run(file, options) == 0
     assert found == [False, True]

@@ -9,9 +9,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import HTTPOptionsSchema
 
-from serve_app.cli import start_watch
-from serve_app.cli.start_view import StartView
-from serve_app.cli.start_watch import StartWatch
+from serve_app.cli.start import watch as start_watch
+from serve_app.cli.start.view import StartView
+from serve_app.cli.start.watch import StartWatch
 from serve_app.replica.report import DeviceReport, ReplicaReport
 
 REPORT = ReplicaReport("a", "1", "n", 1, "m", "pt", 0.0, 1.0, 0.0, (DeviceReport("cpu", None, 1, "", 1, None, 0, 0),))

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from serve_app.cli import plan_text
 from serve_app.cli.main import main
-from serve_app.cli.plan_chart import LABELS, cells, chart_of, ranges
-from serve_app.cli.plan_svg import INNER, plan_svg
-from serve_app.cli.plan_text import ASCII, UNICODE, page, print_plan
+from serve_app.cli.plan import text as plan_text
+from serve_app.cli.plan.chart import LABELS, cells, chart_of, ranges
+from serve_app.cli.plan.svg import INNER, plan_svg
+from serve_app.cli.plan.text import ASCII, UNICODE, page, print_plan
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
@@ -26,7 +26,7 @@ from serve_app.planning.planner import make_plan
 from tests.planning.model_requests import request
 
 GIB = 2**30
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SVG = "{http://www.w3.org/2000/svg}"
 BLOCK_SIGNS = "".join(UNICODE.blocks.values())
 

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from html import escape
 
-from serve_app.cli.plan_chart import CERTAINTIES, LABELS, Bar, Block, Chart, Kind, ProblemNote, cells, chart_of, marked
+from serve_app.cli.plan.chart import CERTAINTIES, LABELS, Bar, Block, Chart, Kind, ProblemNote, cells, chart_of, marked
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import Plan
 

@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from serve_app.access.cluster_record import ClusterRecord
-from serve_app.cli.start_progress import (
+from serve_app.cli.start.progress import (
     ApplicationState,
     changes,
     closing_lines,
@@ -19,7 +19,7 @@ from serve_app.cli.start_progress import (
     of_ready,
     read_states,
 )
-from serve_app.cli.start_view import StartView
+from serve_app.cli.start.view import StartView
 from serve_app.ray_serve import http_options, serve_details
 from serve_app.replica.report import read_reports
 from serve_app.router.status_lines import http_address

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from serve_app.cli.main import main
-from serve_app.cli.run import activate, cluster_to_join
+from serve_app.cli.start.run import activate, cluster_to_join
 from serve_app.demo import CONFIG_FILE
 from serve_app.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = "- {name: a, import_path: 'serve_app.app:model', route_prefix: /models/a, args: {model: serve-app/demo, "
 MODEL += "infer_backend: pt, device: cpu}}\n"
 

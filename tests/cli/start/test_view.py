@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from serve_app.cli.start_view import REFRESHES_PER_SECOND, REMINDER_S, StartView
+from serve_app.cli.start.view import REFRESHES_PER_SECOND, REMINDER_S, StartView
 
 
 class Clock:

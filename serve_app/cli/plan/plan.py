@@ -27,17 +27,17 @@ def plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(made.to_json(), indent=1))
     else:
-        from serve_app.cli.plan_text import print_plan
+        from serve_app.cli.plan.text import print_plan
 
         print_plan(made)
     if options.svg is not None:
-        from serve_app.cli.plan_svg import plan_svg
+        from serve_app.cli.plan.svg import plan_svg
 
         write_file(options.svg, plan_svg(made))
     if options.write is not None:
         if options.config is None:
             raise ConfigError("plan: --write needs a config file to copy.")
-        from serve_app.cli.write_plan import write_plan
+        from serve_app.cli.plan.write import write_plan
 
         write_plan(made, options.config, options.write)
     return 0 if made.fits else 1

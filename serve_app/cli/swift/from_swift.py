@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.cli.swift_command import (
+from serve_app.cli.swift.command import (
     HANDLED,
     KNOWN,
     MORE,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.cli.start_progress import (
+from serve_app.cli.start.progress import (
     ApplicationState,
     changes,
     closing_lines,

@@ -14,7 +14,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from serve_app.cli.plan_chart import CERTAINTIES, LABELS, Bar, Chart, Kind, cells, chart_of, marked, printable, title_of
+from serve_app.cli.plan.chart import CERTAINTIES, LABELS, Bar, Chart, Kind, cells, chart_of, marked, printable, title_of
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
 

@@ -10,8 +10,8 @@ import yaml
 
 from serve_app.cli import check as check_module
 from serve_app.cli.check import check
-from serve_app.cli.from_swift import BACKENDS, DEFAULT_HOST, Translation, as_yaml, from_swift, translate
-from serve_app.cli.swift_command import HANDLED, KNOWN
+from serve_app.cli.swift.command import HANDLED, KNOWN
+from serve_app.cli.swift.from_swift import BACKENDS, DEFAULT_HOST, Translation, as_yaml, from_swift, translate
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory

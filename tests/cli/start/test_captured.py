@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.cli import captured as captured_module
-from serve_app.cli.captured import MOST_LOGS, WORKER_LINE, new_log_file
+from serve_app.cli.start import captured as captured_module
+from serve_app.cli.start.captured import MOST_LOGS, WORKER_LINE, new_log_file
 from serve_app.errors import ConfigError
 
 # Streams of the process itself are moved, so each case has one of its own.
 PROGRAM = """
 import os, subprocess, sys
 from pathlib import Path
-from serve_app.cli import captured
+from serve_app.cli.start import captured
 captured.MOST_LOG_BYTES = 20_000
 told = []
 with captured.captured(Path(sys.argv[1]), told.append) as terminal:
@@ -136,7 +136,7 @@ def test_rays_prefix_is_what_ray_writes(capsys: pytest.CaptureFixture[str], monk
 FAILING = """
 import os, sys
 from pathlib import Path
-from serve_app.cli import captured
+from serve_app.cli.start import captured
 
 def fail(text):
     raise KeyError(text)

@@ -1,0 +1,1 @@
+"""The commands `serve-app run` and `serve-app demo`."""

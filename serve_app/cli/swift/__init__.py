@@ -1,0 +1,1 @@
+"""The command `serve-app from-swift`."""
