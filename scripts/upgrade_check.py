@@ -11,6 +11,7 @@ exits with 1 where a test failed or a trial could not be made.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -264,14 +265,17 @@ def test(trial: Trial, folder: Path, is_fast: bool) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the tests as Ctrl-C does, so that they stop their cluster, and then by force."""
+    """Ends the tests as Ctrl-C does, so that they stop their cluster, and then by force. What they have left behind in
+    their group of processes ends too, also where they ended by themselves."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
             process.wait(CLEAN_UP_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
+    with contextlib.suppress(ProcessLookupError):  # Nothing is left.
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_report(xml: str) -> tuple[int, list[str]]:

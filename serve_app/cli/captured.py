@@ -5,9 +5,11 @@ their file descriptors become a pipe. A thread reads it line by line into a file
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
+import stat
 import sys
 import threading
 import time
@@ -35,10 +37,13 @@ WORKER_LINE = re.compile(
 
 
 class PrivateFile(RotatingFileHandler):
-    """A bounded log that only its user can read."""
+    """A bounded log that only its user can read, even where a file of that name was there before."""
 
     def _open(self) -> TextIOWrapper:
-        file = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # No link is followed: another user may have made it, in a folder such as /tmp.
+        file = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        if stat.S_ISREG(os.fstat(file).st_mode):  # /dev/null is everybody's.
+            os.fchmod(file, 0o600)
         return os.fdopen(file, "a", encoding="utf-8", errors="replace")
 
 
@@ -68,7 +73,8 @@ def captured(file: Path, told: Callable[[str], None]) -> Iterator[TextIO]:
     try:
         log = PrivateFile(file, maxBytes=MOST_LOG_BYTES, backupCount=1)
     except OSError as error:
-        raise ConfigError(f"--log-file: {file}: {error.strerror}.") from None
+        reason = "is a link; name the file itself" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(f"--log-file: {file}: {reason}.") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     _flush()
     saved = os.dup(1), os.dup(2)
@@ -86,7 +92,8 @@ def captured(file: Path, told: Callable[[str], None]) -> Iterator[TextIO]:
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         os.close(saved[1])
-        terminal.close()
+        with contextlib.suppress(OSError):  # It may hold text for a reader that has gone away.
+            terminal.close()
         thread.join(LAST_LINES_S)  # A process that Ray has left behind may hold the pipe open.
 
 
@@ -104,5 +111,6 @@ def _keep(reading: int, log: PrivateFile, told: Callable[[str], None]) -> None:
             text = line.rstrip("\n")
             log.handle(logging.makeLogRecord({"msg": text}))
             if (found := WORKER_LINE.match(text)) is not None:
-                told(f"{found['application']}: {found['text']}" if found["application"] else found["text"])
+                with contextlib.suppress(Exception):  # If this thread ended, every later write would be an EPIPE.
+                    told(f"{found['application']}: {found['text']}" if found["application"] else found["text"])
     log.close()

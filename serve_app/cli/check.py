@@ -21,6 +21,8 @@ from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 
+# Where no cluster runs: the name of the environment by which a file is judged.
+HERE = "this environment"
 # What an application may name, and its deployment.
 BUILDERS = {"serve_app.app:model": "Model", "serve_app.app:router": "Router"}
 
@@ -32,10 +34,13 @@ def check(file: Path, address: str | None) -> int:
     require_serves_schema(file)
     document = yaml.safe_load(file.read_text())
     nodes, inventory, environments, where = _cluster(address)
+    is_here = HERE in environments
     print(f"{where}: {'; '.join(map(str, nodes))}")
     for note in (*unset_host(document), *unset_variables(document), *missing_settings(document, environments)):
         print(f"note: {note}")
-    for note in (*open_access(document, applications), *dangling_names(applications)):
+    for note in (*open_access(document, applications, os.environ if is_here else None), *dangling_names(applications)):
+        print(f"note: {note}")
+    for note in () if is_here else unheard_keys(document, os.environ):
         print(f"note: {note}")
     placed = [_report(application, nodes, inventory) for application in applications if application.is_model]
     return 0 if all(placed) else 1
@@ -56,22 +61,36 @@ def require_valid(applications: Sequence[ApplicationSpec]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def open_access(document: Mapping[str, Any], applications: Sequence[ApplicationSpec]) -> list[str]:
+def open_access(
+    document: Mapping[str, Any], applications: Sequence[ApplicationSpec], own: Mapping[str, str] | None
+) -> list[str]:
     """Returns a note on a file that would be refused at the start, because others could reach the server and nothing in
     the file names API keys.
 
-    It is no mistake yet: the environment in which the cluster's nodes started may name them.
+    `own` is the environment that Serve would be started with; None for a cluster that runs already, which does not get
+    that of this process. It is no mistake yet: the environment in which the cluster's nodes started may name them.
     """
     host = (document.get("http_options") or {}).get("host") or "127.0.0.1"
-    environment = file_environment(document).keys() | os.environ.keys()
+    environment = file_environment(document).keys() | (own or {}).keys()
     is_meant = any(item.is_router and item.router_settings().allow_open_access for item in applications)
     if is_loopback(str(host)) or is_meant or {FILE_VARIABLE, ENVIRONMENT} & environment:
         return []
+    nobody = "nothing in this file" if own is None else "neither this file nor this environment"
     return [
-        f"http_options.host is {host}, and neither this file nor this environment names API keys. Models will not "
+        f"http_options.host is {host}, and {nobody} names API keys. Models will not "
         f"start unless the environment of Ray's nodes names some. Set {FILE_VARIABLE} under "
         "controller_options.runtime_env."
         "env_vars, or allow_open_access: true under 'args' of the router, if everyone who reaches it may use it."
+    ]
+
+
+def unheard_keys(document: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
+    """Returns notes on API keys that this environment names and that a cluster that runs already does not get."""
+    return [
+        f"{name} of this environment does not reach the cluster, which was started before. Set it where Ray starts on "
+        "each node, or under controller_options.runtime_env.env_vars of the file."
+        for name in (FILE_VARIABLE, ENVIRONMENT)
+        if name in environment and name not in file_environment(document)
     ]
 
 
@@ -209,7 +228,7 @@ def _cluster(address: str | None) -> tuple[list[Node], Inventory, dict[str, Node
         if where is None:
             here = local_inventory()
             nodes = [Node("this machine", os.cpu_count() or 1, len(here.gpus))]
-            return nodes, here, {"this environment": this_environment()}, "no Ray cluster runs here"
+            return nodes, here, {HERE: this_environment()}, "no Ray cluster runs here"
         from ray.exceptions import RayError
 
         try:

@@ -1,6 +1,5 @@
 """`serve-app init`: a config file for one model, which the plan has accepted."""
 
-import os
 import re
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from serve_app.cli.output_file import write_file
 from serve_app.cli.plan import plan_of_file
 from serve_app.cli.plan_text import print_plan
 from serve_app.config import ModelConfig
@@ -19,6 +19,7 @@ from serve_app.planning.plan import Fix, Plan
 
 DEMO = "serve-app/demo"
 CPU = "cpu"
+ROUTER = "router"
 # Cures of a plan that are a field of `args`; others change the machine or the number of replicas.
 NOT_ARGS = ("gpus", "num_replicas")
 # A name must do as a part of a route.
@@ -123,7 +124,7 @@ def init(target: Path, given: Given, yes: bool, force: bool) -> int:
     if not made.fits:
         print("Nothing was written, since it does not fit.")
         return 1
-    write(target, config_text(choice), force)
+    write_file(target, config_text(choice), replace=force)
     print(f"Wrote {target}. Start it with: serve-app run {target}")
     return 0
 
@@ -136,6 +137,8 @@ def ask(given: Given, questions: Questions, has_gpu: Callable[[], bool]) -> Choi
         raise ConfigError(
             f"--name: '{name}' must be letters, digits, '.', '_' or '-', and begin with one of the first two."
         )
+    if name == ROUTER:
+        raise ConfigError(f"--name: '{name}' is the name of the router in the file. Choose another one for the model.")
     gpus = given.gpus
     if gpus is None:
         here = "here" if has_gpu() else CPU
@@ -165,7 +168,7 @@ def _length(answer: int | str) -> int | None:
     text = str(answer)
     if text == "the model's own":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if re.fullmatch(r"[0-9]{1,12}", text) is None or int(text) < 1:
         raise ConfigError(f"--max-model-len: '{text}' is not a number of tokens. Write digits, such as 8192.")
     return int(text)
 
@@ -195,7 +198,10 @@ def _plan(choice: Choice) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "planned.yaml"
         file.write_text(config_text(choice))
-        return plan_of_file(file, None if choice.gpus == CPU else choice.gpus, None, None)
+        try:
+            return plan_of_file(file, None if choice.gpus == CPU else choice.gpus, None, None)
+        except ConfigError as error:  # Nobody knows the file, which is gone by now.
+            raise ConfigError(str(error).replace(f"{file}: ", "").replace(str(file), "the new file")) from None
 
 
 def cured(choice: Choice, fix: Fix) -> Choice:
@@ -227,7 +233,7 @@ def config_text(choice: Choice) -> str:
         (f"  port: {choice.port}", ""),
         ("", ""),
         ("applications:", ""),
-        ("- name: router", "one address for all models, by the field 'model' of a request"),
+        (f"- name: {ROUTER}", "one address for all models, by the field 'model' of a request"),
         ("  import_path: serve_app.app:router", ""),
         ("  route_prefix: /", ""),
         ("", ""),
@@ -244,28 +250,3 @@ def config_text(choice: Choice) -> str:
 def _scalar(value: Any) -> str:
     """A value on one line of YAML."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-
-
-def write(target: Path, text: str, force: bool) -> None:
-    """Writes the file as a whole or not at all. Raises ConfigError where it cannot, or where it is there already."""
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}-", delete=False) as file:
-            file.write(text)
-        try:
-            os.chmod(file.name, 0o666 & ~_umask())
-            if force:
-                os.replace(file.name, target)
-            else:
-                os.link(file.name, target)  # Unlike a rename, it fails where somebody has made the file meanwhile.
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-    except FileExistsError:
-        raise ConfigError(f"{target}: is there already. Name another file, or give --force to replace it.") from None
-    except OSError as error:
-        raise ConfigError(f"{target}: {error.strerror}.") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

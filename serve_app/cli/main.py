@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command in ("run", "demo"):
         from serve_app.cli.run import RunOptions, demo, run
 
-        chosen = RunOptions(options.address, options.log_file, options.verbose, options.app_dir)
+        chosen = RunOptions(options.address, options.log_file, options.verbose, options.app_dir, options.replace)
         if options.command == "run":
             return run(options.config, chosen)
         return demo(chosen, options.host, options.port)
@@ -146,6 +146,9 @@ def _add_run(commands: Any) -> None:
     running.add_argument("config", type=Path, help="a Ray Serve config file")
     running.add_argument("--address", help='HOST:PORT of a Ray cluster to join, or "local" for a Ray of its own')
     running.add_argument("--app-dir", default=".", help="where the file's other import paths are looked for")
+    running.add_argument(
+        "--replace", action="store_true", help="end the applications that a running Serve has and the file has not"
+    )
     showing = commands.add_parser(
         "demo",
         help="serves two small models that come with this package, on the CPU",
@@ -154,7 +157,7 @@ def _add_run(commands: Any) -> None:
     )
     showing.add_argument("--host", default="127.0.0.1", help="others reach 0.0.0.0: set SERVE_APP_API_KEYS then")
     showing.add_argument("--port", type=_port, default=8000)
-    showing.set_defaults(address="local", app_dir=".")
+    showing.set_defaults(address="local", app_dir=".", replace=False)
     for command in (running, showing):
         command.add_argument("--log-file", type=Path, help="where the output of Ray and the engines goes")
         command.add_argument("--verbose", action="store_true", help="show that output here and keep no log")

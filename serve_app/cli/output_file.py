@@ -1,25 +1,38 @@
 """Writes the files that a command is asked for."""
 
 import os
-from contextlib import suppress
+import secrets
+import stat
 from pathlib import Path
 
 from serve_app.errors import ConfigError
 
 
-def write_file(target: Path, text: str) -> None:
+def write_file(target: Path, text: str, replace: bool = True) -> None:
     """Writes a text file as a whole or not at all, so that a reader sees the old file or the new one.
 
-    A link is followed. Raises ConfigError where the file cannot be written, or is no regular file.
+    A link is followed, and the file that it replaces keeps its mode. Raises ConfigError where the file cannot be
+    written, is no regular file, or is there already without `replace`.
     """
-    file = target.resolve()
-    if file.exists() and not file.is_file():
-        raise ConfigError(f"{target}: it is not a regular file. Name another one.")
-    new = file.with_name(f".{file.name}.{os.getpid()}.new")
     try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            new.unlink()
-        raise ConfigError(f"{target}: {error.strerror}.") from None
+        file = target.resolve() if replace else target
+        mode = stat.S_IMODE(file.stat().st_mode) if replace and file.exists() else None
+        if mode is not None and not file.is_file():
+            raise ConfigError(f"{target}: it is not a regular file. Name another one.")
+        # Others may write into the folder: the name cannot be guessed, and "x" follows no link.
+        new = file.with_name(f".{file.name[:100]}.{secrets.token_hex(8)}.new")
+        try:
+            with new.open("x", encoding="utf-8") as stream:
+                if mode is not None:
+                    os.fchmod(stream.fileno(), mode)
+                stream.write(text)
+            if replace:
+                new.replace(file)
+            else:
+                os.link(new, file)  # Unlike a rename, it fails where somebody has made the file meanwhile.
+        finally:
+            new.unlink(missing_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"{target}: is there already. Name another file, or give --force to replace it.") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle.
+        raise ConfigError(f"{target}: {getattr(error, 'strerror', None) or error}.") from None

@@ -8,14 +8,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import yaml
 
 from serve_app import __version__
 from serve_app.cli.captured import captured, new_log_file
-from serve_app.cli.check import dangling_names, open_access, require_serves_schema, require_valid
+from serve_app.cli.check import (
+    dangling_names,
+    open_access,
+    require_serves_schema,
+    require_valid,
+    unheard_keys,
+)
 from serve_app.cli.cluster import require_open
 from serve_app.cli.doctor import taken_port
 from serve_app.cli.main import INTERRUPTED
@@ -23,6 +29,7 @@ from serve_app.cli.start_view import StartView
 from serve_app.demo import CONFIG_FILE
 from serve_app.deploy.serve_env import (
     for_cluster,
+    found_on_nodes,
     haproxy_command,
     overrides,
     serve_environment,
@@ -36,16 +43,22 @@ from serve_app.ray_serve import NAMESPACE, current_cluster_file
 START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0
 # A second signal within this time is the first one again: `timeout` and some shells send it twice.
 SAME_SIGNAL_S = 1.0
+# Seconds that the controller of a Serve that runs already may take to tell its applications.
+STATUS_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run: `address` is HOST:PORT of a running Ray, "local" for one of its own, None for what Ray would take."""
+    """How to run: `address` is HOST:PORT of a running Ray, "local" for one of its own, None for what Ray would take.
+
+    `replace`: a Serve that runs there already may lose the applications that the file does not have.
+    """
 
     address: str | None = None
     log_file: Path | None = None
     verbose: bool = False
     app_dir: str = "."
+    replace: bool = False
 
 
 def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None = None) -> int:
@@ -64,13 +77,16 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
         _require_free_port(document["http_options"]["port"])
     environment = serve_environment(str(haproxy_command()))
     activate()
-    notes = overrides(document, os.environ, environment)
     # Before Ray is imported: Serve reads them then, and the processes of a Ray that is started here inherit them.
     for name, value in environment.items():
         os.environ.setdefault(name, value)
-    notes += [*open_access(document, applications), *dangling_names(applications)]
-    start = Start(file, document, applications, joins)
-    sys.path.insert(0, str(Path(options.app_dir).resolve()))  # Ray gives it to the workers.
+    if joins is None:
+        notes = overrides(document, os.environ, environment)
+        notes += open_access(document, applications, os.environ)
+    else:  # What its nodes were started with is told when they were asked.
+        notes = open_access(document, applications, None) + unheard_keys(document, os.environ)
+    notes += dangling_names(applications)
+    start = Start(file, document, applications, joins, Path(options.app_dir).resolve(), options.replace)
     with _terminal(options) as (view, log):
         view.line(f"Serving {file} with serve-app {__version__}")
         if log is not None:
@@ -127,7 +143,7 @@ def _http_options(document: Mapping[str, Any], instead: Mapping[str, Any]) -> di
     if not isinstance(given, Mapping):
         raise ConfigError(f"http_options: expected a mapping such as {{host: 127.0.0.1, port: 8000}}, got {given!r}.")
     options = {"host": "127.0.0.1", "port": 8000, **given, **instead}
-    if not isinstance(options["port"], int) or not 0 < options["port"] < 65536:
+    if not isinstance(options["port"], int) or isinstance(options["port"], bool) or not 0 < options["port"] < 65536:
         raise ConfigError(f"http_options.port: {options['port']!r} is not a port. Write a number from 1 to 65535.")
     return options
 
@@ -166,14 +182,25 @@ def _terminal(options: RunOptions) -> Iterator[tuple[StartView, Path | None]]:
             view.close()
 
 
+def living(applications: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the applications that Serve has and does not delete; as `ServeInstanceDetails` has them."""
+    status = {name: getattr(item["status"], "value", item["status"]) for name, item in applications.items()}
+    return {name for name, value in status.items() if value != "DELETING"}
+
+
 @dataclass(frozen=True)
 class Start:
-    """What is to be started: the config, its applications, and the address of the cluster to join."""
+    """What is to be started: the config, its applications, and the address of the cluster to join.
+
+    `app_dir` is where other import paths are looked for; `replace` as in `RunOptions`.
+    """
 
     file: Path
     document: Mapping[str, Any]
     applications: Sequence[ApplicationSpec]
     joins: str | None
+    app_dir: Path
+    replace: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -199,7 +226,9 @@ class _Stop(KeyboardInterrupt):
 class _Runner:
     start: Start
     view: StartView
+    # Whether the end of this run is the end of Serve, and whether Serve was there before it.
     _serves: bool = field(default=False, init=False)
+    _found_serve: bool = field(default=False, init=False)
     _stopped_at: float | None = field(default=None, init=False)
 
     def run(self) -> int:
@@ -210,19 +239,29 @@ class _Runner:
             self._start_ray()
             self._start_serve()
             self._watch()
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             pass
+        except SystemExit as error:
+            code = self._code_of(error)
         except ConfigError:
             raise
         except Exception as error:
             import traceback
 
-            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             self.view.event(f"has failed: {type(error).__name__}: {error}")
             code = 1
         finally:
             self._stop()
         return code
+
+    def _code_of(self, error: SystemExit) -> int:
+        """Returns 0 where a signal ended the start, and otherwise the code that a library has ended it with."""
+        if self._stopped_at is not None or error.code == signal.SIGTERM:  # Ray's own handler exits with the number.
+            return 0
+        self.view.event(f"has failed: a library has ended it: SystemExit: {error.code}")
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
 
     def _heed_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -235,13 +274,15 @@ class _Runner:
             raise _Stop
         if time.monotonic() - self._stopped_at > SAME_SIGNAL_S:
             left = f"; Serve goes on at {self.start.joins}" if self.start.joins else ""
-            self.view.event(f"ends at once{left}")
+            self.view.last_words(f"ends at once{left}")
             os._exit(INTERRUPTED)  # Ray's processes end with the one that started them.
 
     def _start_ray(self) -> None:
         self.view.wait_for(["Ray is starting" if self.start.joins is None else f"connecting to {self.start.joins}"])
-        import ray
+        import ray.serve
 
+        # After the libraries, so that a ray.py in it is not taken for Ray. Workers get the current folder by Ray.
+        sys.path.insert(0, str(self.start.app_dir))
         require_serves_schema(self.start.file)
         try:
             context = ray.init(address=self.start.joins or "local", namespace=NAMESPACE)
@@ -267,15 +308,35 @@ class _Runner:
             controller()
         except ValueError:
             document = self._with_settings_of_nodes()
+            self._serves = True  # What is begun is to be ended.
         else:
-            self.view.event("Serve runs there already: its http_options and controller_options stay as they are")
-        self._serves = True  # What is begun is to be ended.
+            self._take_over()
         options = {name: document[name] for name in ("proxy_location", "grpc_options") if name in document}
         serve.start(
             http_options=document.get("http_options"), controller_options=document.get("controller_options"), **options
         )
         deploy(document)
+        self._serves = True
         self.view.event("Serve is up")
+
+    def _take_over(self) -> None:
+        """Looks at the Serve that runs already. Raises ConfigError where it would lose applications unasked."""
+        from serve_app.ray_serve import serve_details
+
+        self._found_serve = True
+        running = living(serve_details(STATUS_TIMEOUT_S)["applications"])
+        lost = sorted(running - set(self.start.names))
+        if lost and not self.start.replace:
+            raise ConfigError(
+                f"Serve runs already at {self.start.joins}, and {self.start.file} does not have its applications "
+                f"{', '.join(lost)}: they would end. Add them to the file, start a Ray of its own with --address "
+                "local, or give --replace to let them end."
+            )
+        self.view.event("Serve runs there already: its http_options and controller_options stay as they are")
+        if lost:
+            self.view.event(f"--replace: these end with this run or before: {', '.join(lost)}")
+        if kept := sorted(running & set(self.start.names)):
+            self.view.event(f"takes over {', '.join(kept)}: each becomes what the file says, and ends with this run")
 
     def _with_settings_of_nodes(self) -> Mapping[str, Any]:
         """The config with the settings that the nodes of a joined cluster lack."""
@@ -283,7 +344,10 @@ class _Runner:
             return self.start.document
         from serve_app.deploy.node_env import node_environments
 
-        settings = for_cluster(self.start.document, node_environments())
+        nodes = node_environments()
+        for note in found_on_nodes(self.start.document, os.environ, nodes):
+            self.view.line(f"note: {note}")
+        settings = for_cluster(self.start.document, nodes)
         if settings:
             self.view.line(f"note: Ray was started without {len(settings)} of the settings of `serve-app node-env`; "
                            "Serve gets them with this config")  # fmt: skip
@@ -304,11 +368,21 @@ class _Runner:
     def _stop(self) -> None:
         """Ends Serve, and the Ray that was started here."""
         self._stopped_at = self._stopped_at or time.monotonic()
-        self.view.close()
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
+            self.view.close()
             return
-        self.view.event("stops; Ctrl-C again ends it at once")
+        try:
+            self.view.close()
+            if self._found_serve and not self._serves:
+                self.view.event(f"leaves the Serve at {self.start.joins} running, which it has not taken over")
+            else:
+                self.view.event("stops; Ctrl-C again ends it at once")
+        finally:  # Whatever becomes of the terminal.
+            self._shut_down(ray)
+        self.view.event("has stopped")
+
+    def _shut_down(self, ray: ModuleType) -> None:
         try:
             if self._serves:
                 from ray import serve
@@ -316,4 +390,3 @@ class _Runner:
                 serve.shutdown()
         finally:
             ray.shutdown()
-        self.view.event("has stopped")

@@ -6,16 +6,8 @@ from typing import Any
 
 from serve_app.planning.fit import gib
 from serve_app.replica.report import DeviceReport, ReplicaReport
-from serve_app.router.announcer import MEND, serving
 from serve_app.router.directory import ModelStatus, State, read_status, summarize
-
-STATES: Mapping[State, str] = {
-    "ready": "is ready",
-    "asleep": "is asleep",
-    "loading": "is loading",
-    "failed": "has failed",
-    "stopping": "is stopping",
-}
+from serve_app.router.status_lines import MEND, serving, state_line
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,9 @@ def _other(name: str, application: Any) -> ApplicationState:
 
 def changes(before: States, now: States) -> list[str]:
     """A line for each change: a state, the reason of one that fails, what a loading one waits for."""
-    lines = [_line(item) for name, item in now.items() if _is_news(before.get(name), item)]
+    lines = [
+        state_line(name, item.state, item.message) for name, item in now.items() if _is_news(before.get(name), item)
+    ]
     return lines + [f"{name} is gone" for name in before if name not in now]
 
 
@@ -68,11 +62,6 @@ def _is_news(before: ApplicationState | None, now: ApplicationState) -> bool:
 
 def _gist(message: str) -> str:
     return "".join(char for char in message if not char.isdigit())
-
-
-def _line(item: ApplicationState) -> str:
-    reason = f": {item.message}" if item.message and item.state != "ready" else ""
-    return f"{item.name} {STATES[item.state]}{reason}"
 
 
 def is_settled(states: States, expected: Collection[str]) -> bool:

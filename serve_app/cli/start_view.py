@@ -1,8 +1,12 @@
 """The terminal during `serve-app run`: lines that stay and, where it is a terminal, a live line for what is awaited."""
 
+import contextlib
+import os
+import select
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TextIO
 
 from rich.console import Console, Group
@@ -18,14 +22,20 @@ STYLES = (("has failed", "bold red"), ("WARNING", "yellow"), ("is ready", "green
 
 
 class StartView:
-    """Prints what happens, with the seconds since the start. Safe to use from several threads."""
+    """Prints what happens, with the seconds since the start. Safe to use from several threads.
+
+    When the reader of the stream has gone away, nothing more is printed and nothing is raised: what is served does not
+    depend on who watches.
+    """
 
     def __init__(self, stream: TextIO, live: bool = True, clock: Callable[[], float] = time.monotonic):
         self._clock, self._started = clock, clock()
         self._spoke = self._started
         self._lock = threading.Lock()
-        self._awaited: dict[str, float] = {}
+        # What is awaited, since when, and its spinner: a new one for each frame would always show its first.
+        self._awaited: dict[str, tuple[float, Spinner]] = {}
         self._stream = stream
+        self._is_gone = False
         self._console: Console | None = None
         self._live: Live | None = None
         if live and stream.isatty():
@@ -44,22 +54,25 @@ class StartView:
         """One line as it is."""
         with self._lock:
             self._spoke = self._clock()
-            if self._console is None:
-                self._stream.write(text + "\n")
-                self._stream.flush()
-            else:
-                style = next((style for words, style in STYLES if words in text), "")
-                self._console.print(Text(text, style), soft_wrap=True)
+            self._attempt(partial(self._print, text))
+
+    def _print(self, text: str) -> None:
+        if self._console is None:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        else:
+            style = next((style for words, style in STYLES if words in text), "")
+            self._console.print(Text(text, style), soft_wrap=True)
 
     def wait_for(self, awaited: Sequence[str]) -> None:
         """What is awaited now, each with the seconds that it has been awaited."""
         now = self._clock()
         with self._lock:
-            self._awaited = {text: self._awaited.get(text, now) for text in awaited}
+            self._awaited = {text: self._awaited.get(text) or (now, Spinner("line")) for text in awaited}
             live = self._live
             is_quiet = bool(awaited) and self._console is None and now - self._spoke > REMINDER_S
         if live is not None:
-            live.refresh()  # Lines that are printed next would otherwise stand over what was awaited before.
+            self._attempt(live.refresh)  # Lines that are printed next would otherwise stand over the old live lines.
         if is_quiet:
             self.event(f"still waiting: {', '.join(awaited)}")
 
@@ -69,9 +82,33 @@ class StartView:
             live, self._live = self._live, None
             self._awaited = {}
         if live is not None:
-            live.stop()
+            with contextlib.suppress(OSError, ValueError):
+                live.stop()
+
+    def last_words(self, text: str) -> None:
+        """Prints one line for a signal handler that ends the process: it takes no lock and waits for nobody.
+
+        The handler may have interrupted the thread that holds the lock. Where the stream takes nothing now, the line is
+        lost.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            number = self._stream.fileno()
+            if select.select([], [number], [], 0)[1]:
+                os.write(number, f"[{self._clock() - self._started:3.0f} s] {text}\n".encode())
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Writes to the stream, unless a write has failed before."""
+        if self._is_gone:
+            return
+        try:
+            write()
+        except (OSError, ValueError):  # A broken pipe, a terminal that was closed, a closed file.
+            self._is_gone = True
 
     def _render(self) -> Group:
         now = self._clock()
         # The dictionary is replaced and never changed, so that drawing needs no lock.
-        return Group(*(Spinner("line", Text(f"{text} {now - since:.0f} s")) for text, since in self._awaited.items()))
+        awaited = self._awaited
+        for text, (since, spinner) in awaited.items():
+            spinner.update(text=Text(f"{text} {now - since:.0f} s"))
+        return Group(*(spinner for _, spinner in awaited.values()))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from serve_app.access.cluster_record import ClusterRecord
 from serve_app.cli.start_progress import (
@@ -19,15 +20,17 @@ from serve_app.cli.start_progress import (
     read_states,
 )
 from serve_app.cli.start_view import StartView
-from serve_app.ray_serve import serve_details
+from serve_app.ray_serve import http_options, serve_details
 from serve_app.replica.report import read_reports
-from serve_app.router.announcer import address
+from serve_app.router.status_lines import http_address
 
 STATUS_TIMEOUT_S = 30.0
 # Seconds that the address may take to answer after the models are there, and the replicas to tell their memory.
 ADDRESS_TIMEOUT_S = 15.0
 REPORTS_TIMEOUT_S = 3.0
 LOOK_AGAIN_S = 0.2
+# What is raised while Ray's head or Serve's controller restarts, by whichever of their calls comes first.
+UNREACHABLE = (RayError, RayServeException, RuntimeError, TimeoutError, ValueError)
 
 
 class StartWatch:
@@ -38,26 +41,34 @@ class StartWatch:
         self._states: dict[str, ApplicationState] = {}
         self._told: set[tuple[str, str]] = set()
         self._silent = False
+        # Whether the closing lines are still to be printed, for the start or for a later change.
+        self._is_due = True
         self.is_over = False
 
     def look(self) -> None:
-        """Tells what has changed, and once nothing is loading any more, what serves where."""
+        """Tells what has changed, and once nothing is loading any more, what serves where.
+
+        While Ray's head or Serve's controller does not answer, it says so once. The next look tells the rest.
+        """
         try:
-            applications = serve_details(STATUS_TIMEOUT_S)["applications"]
-        except (RayError, TimeoutError, ValueError) as error:  # The controller may be restarting.
+            self._tell_news()
+        except UNREACHABLE as error:
             if not self._silent:
                 self._view.event(f"Serve's controller does not answer: {' '.join(str(error).split())[:300]}")
             self._silent = True
-            return
-        self._silent = False
-        states = read_states(applications, self._others)
+        else:
+            self._silent = False
+
+    def _tell_news(self) -> None:
+        states = read_states(serve_details(STATUS_TIMEOUT_S)["applications"], self._others)
         news = changes(self._states, states)
         for line in news:
             self._view.event(line)
         self._states = states
+        self._is_due = self._is_due or bool(news)
         self._view.wait_for([f"{name} is loading" for name in loading(states, self._expected)])
         self._tell_memory()
-        if is_settled(states, self._expected) and (news or not self.is_over):
+        if self._is_due and is_settled(states, self._expected):
             self._close()
 
     def _tell_memory(self) -> None:
@@ -71,7 +82,7 @@ class StartWatch:
         ready = {name for name, item in self._states.items() if item.is_model and item.state == "ready"}
         _until(lambda: ready <= self._reporting(), REPORTS_TIMEOUT_S)
         self._tell_memory()
-        url = address()
+        url = http_address(http_options())
         has_router = any(self._states[name].state == "ready" for name in self._routers if name in self._states)
         if has_router and not _until(lambda: _answers(url), ADDRESS_TIMEOUT_S):
             self._view.event(f"WARNING: {url} does not answer yet")
@@ -80,7 +91,7 @@ class StartWatch:
             self._view.line(line)
         if not self.is_over:
             self._view.line("Ctrl-C stops everything")
-        self.is_over = True
+        self.is_over, self._is_due = True, False
 
     def _reporting(self) -> set[str]:
         return {report.application for report in read_reports()}

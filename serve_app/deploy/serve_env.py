@@ -118,6 +118,29 @@ def overrides(document: Mapping[str, Any], environment: Mapping[str, str], ours:
     return notes
 
 
+def found_on_nodes(
+    document: Mapping[str, Any], environment: Mapping[str, str], nodes: Mapping[str, NodeEnvironment]
+) -> list[str]:
+    """As `overrides`, for a cluster that runs already: the environments of its nodes count, and not `environment`, the
+    one here, which only expands the file's variables. One sentence for each value of the file, and of some nodes."""
+    in_file = file_environment(document)
+    here = {name: value for name, value in environment.items() if name not in NAMES}
+    haproxy = next((node.haproxy for node in nodes.values() if node.haproxy), expanded(HAPROXY_IN_FILES, here))
+    notes = overrides(document, here, serve_environment(haproxy))
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for where, node in sorted(nodes.items()):
+        for name, ours in serve_environment(node.haproxy).items():
+            given = node.variables.get(name, ours)
+            if name not in in_file and given != ours:
+                places.setdefault((name, given, ours), []).append(where)
+    for (name, given, ours), found in places.items():
+        more = f" and {len(found) - 2} more nodes" if len(found) > 2 else ""
+        notes.append(
+            f"the environment of {', '.join(found[:2])}{more} sets {name}={given}, which is used instead of {ours}."
+        )
+    return notes
+
+
 def expanded(value: str, environment: Mapping[str, str]) -> str:
     """A value of `env_vars` with `${NAME}` replaced as Ray replaces it."""
     return re.sub(r"\$\{(\w+)\}", lambda found: environment.get(found[1], ""), value)
@@ -126,7 +149,8 @@ def expanded(value: str, environment: Mapping[str, str]) -> str:
 def for_cluster(document: Mapping[str, Any], nodes: Mapping[str, NodeEnvironment]) -> dict[str, str]:
     """The settings that some node was started without, and the file does not set: Serve gets them with the config.
 
-    Raises ConfigError where they cannot be the same for all nodes.
+    A value that other nodes were started with is taken in the place of ours. Raises ConfigError where they cannot be
+    the same for all nodes.
     """
     in_file = file_environment(document)
     missing = [
@@ -140,7 +164,21 @@ def for_cluster(document: Mapping[str, Any], nodes: Mapping[str, NodeEnvironment
             'Install serve-app on every node, and start Ray there after: eval "$(serve-app node-env)".'
         )
     ours = serve_environment(next(iter(paths), ""))
-    return {name: ours[name] for name in missing}
+    agreed = {name: _agreed(name, nodes) for name in missing}
+    return {name: ours[name] if value is None else value for name, value in agreed.items()}
+
+
+def _agreed(name: str, nodes: Mapping[str, NodeEnvironment]) -> str | None:
+    """The value of those nodes that have one; None where there are none. Raises ConfigError where they differ."""
+    given = {where: node.variables[name] for where, node in nodes.items() if name in node.variables}
+    values = {value: where for where, value in sorted(given.items(), reverse=True)}  # The first node of each value.
+    if len(values) > 1:
+        found = "; ".join(sorted(f"{where}: {value}" for value, where in values.items()))
+        raise ConfigError(
+            f"{name} differs between nodes ({found}), and another node has none. Set it under "
+            "controller_options.runtime_env.env_vars of the file, or start Ray with the same value on every node."
+        )
+    return next(iter(values), None)
 
 
 def with_environment(document: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:

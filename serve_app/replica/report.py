@@ -64,16 +64,28 @@ def forget_report(application: str, replica: str) -> None:
 def read_reports() -> list[ReplicaReport]:
     """Returns all reports that are stored. It skips those that another version has written.
 
-    A replica that was killed leaves its report behind: such ones are removed here once they are old.
+    A replica that was killed leaves its report behind: such ones are removed here once they are old, those of another
+    version too. What does not tell its time stays: its replica may be alive.
     """
     found = []
     for key in stored_keys(PREFIX):
-        report = parsed_report(stored(key) or b"")
-        if report is None or time.time() - report.written_at > FORGOTTEN_S:
+        text = stored(key) or b""
+        written_at = _written_at(text)
+        if written_at is not None and time.time() - written_at > FORGOTTEN_S:
             delete_stored(key)
-        else:
+        elif (report := parsed_report(text)) is not None:
             found.append(report)
     return found
+
+
+def _written_at(text: bytes) -> float | None:
+    """The time of a report of this version or another, in seconds since 1970. None where it has none."""
+    try:
+        item = json.loads(text)
+    except ValueError:
+        return None
+    written_at = item.get("written_at") if isinstance(item, dict) else None
+    return float(written_at) if isinstance(written_at, int | float) else None
 
 
 def parsed_report(text: bytes) -> ReplicaReport | None:

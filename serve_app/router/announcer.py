@@ -1,26 +1,17 @@
 """Tells the terminal of `serve run` how the models come up: each change once, then the address and a line to try."""
 
 import asyncio
-import json
 import time
 
-from serve_app.ray_serve import ANY_ADDRESS, http_options, listening_host
+from serve_app.ray_serve import http_options, listening_host
 from serve_app.router.directory import ModelDirectory, ModelStatus
+from serve_app.router.status_lines import MEND, http_address, serving, state_line
 from serve_app.terminal import notify, say
 
 INTERVAL_S = 1.0
 # While nothing changes, a sign of life this often, in seconds.
 REMINDER_S = 30.0
-MEND = "mend the config file and give it to `serve deploy`, or stop this with Ctrl-C and run it again"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-
-STATES = {
-    "ready": "is ready",
-    "asleep": "is asleep",
-    "loading": "is loading",
-    "failed": "has failed",
-    "stopping": "is stopping",
-}
 
 
 async def announce(directory: ModelDirectory, is_open: bool) -> None:
@@ -41,10 +32,10 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
             models = seen
         changed = [model for name, model in models.items() if _differs(seen.get(name), model)]
         for model in changed:
-            say(_line(model, time.monotonic() - started))
+            say(f"[{time.monotonic() - started:4.0f} s] {state_line(model.name, model.state, model.message)}")
         is_news = any(model.name not in seen or not (model.is_open and seen[model.name].is_open) for model in changed)
         if is_news and all(model.is_open or model.state == "failed" for model in models.values()):
-            for line in summary(models, address(), is_open):
+            for line in summary(models, http_address(http_options()), is_open):
                 say(line)
         waiting = [model.name for model in models.values() if model.state == "loading"]
         if changed:
@@ -65,30 +56,6 @@ def summary(models: dict[str, ModelStatus], url: str, is_open: bool = True) -> l
         lines += [f"  {model.name}: {model.message}" for model in failed]
         lines.append(MEND)
     return lines
-
-
-def serving(models: dict[str, ModelStatus], url: str, is_open: bool) -> list[str]:
-    """How many models serve at the address, and a line to try."""
-    ready = [model for model in models.values() if model.is_open]
-    lines = [f"{len(ready)} of {len(models)} models serve at {url}"]
-    if ready:
-        question = [{"role": "user", "content": "What is serve-app?"}]
-        body = json.dumps({"model": ready[0].name, "messages": question, "temperature": 0})
-        key = "" if is_open else " -H 'authorization: Bearer KEY'"
-        lines.append(f"try: curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'")
-    return lines
-
-
-def address() -> str:
-    """Returns the address of this Serve instance's HTTP proxy."""
-    options = http_options()
-    host = "127.0.0.1" if options.host in (None, "", ANY_ADDRESS) else options.host
-    return f"http://{host}:{options.port}{(options.root_path or '').rstrip('/')}"
-
-
-def _line(model: ModelStatus, seconds: float) -> str:
-    reason = f": {model.message}" if model.state != "ready" and model.message else ""
-    return f"[{seconds:4.0f} s] {model.name} {STATES[model.state]}{reason}"
 
 
 def _differs(before: ModelStatus | None, now: ModelStatus) -> bool:

@@ -52,6 +52,28 @@ def test_all_output_goes_to_the_file_and_nothing_else_to_the_terminal(tmp_path: 
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
+def test_a_log_that_was_there_becomes_private(tmp_path: Path) -> None:
+    """Others would read on in a file that they could open before."""
+    log = tmp_path / "x.log"
+    log.touch(mode=0o644)
+    log.chmod(0o644)
+    run(log)
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_a_link_is_no_log(tmp_path: Path) -> None:
+    """Somebody else may have made it. A device is one, and keeps its mode."""
+    other, link = tmp_path / "other", tmp_path / "link"
+    other.touch(mode=0o644)
+    link.symlink_to(other)
+    with pytest.raises(ConfigError, match="is a link"), captured_module.captured(link, print):
+        pass
+    assert other.read_text() == ""
+    before = os.stat("/dev/null").st_mode
+    run(Path("/dev/null"))
+    assert os.stat("/dev/null").st_mode == before
+
+
 def test_the_file_is_bounded(tmp_path: Path) -> None:
     """The last lines are kept, and one file before them."""
     log = tmp_path / "x.log"
@@ -111,6 +133,41 @@ def test_rays_prefix_is_what_ray_writes(capsys: pytest.CaptureFixture[str], monk
     assert (found["application"], found["text"]) == ("tiny", "x")
 
 
-def test_this_process_keeps_its_streams() -> None:
-    """Tests of this file run in processes of their own."""
-    assert os.fstat(1)
+FAILING = """
+import os, sys
+from pathlib import Path
+from serve_app.cli import captured
+
+def fail(text):
+    raise KeyError(text)
+
+with captured.captured(Path(sys.argv[1]), fail) as terminal:
+    for number in range(3):
+        os.write(1, b"(ServeReplica:tiny:Model pid=7) serve-app: line %d\\n" % number)
+    os.write(2, b"x" * 200_000 + b"\\n")  # More than a pipe holds: somebody must read it.
+    os.write(2, b"the last line\\n")
+    {last}
+"""
+
+
+def test_a_failing_receiver_stops_no_writer(tmp_path: Path) -> None:
+    """The thread that reads goes on. Otherwise each later write of the process would be an error."""
+    log = tmp_path / "x.log"
+    program = FAILING.format(last="pass")
+    subprocess.run([sys.executable, "-c", program, log], capture_output=True, check=True, timeout=30)
+    text = log.read_text()
+    assert all(f"line {number}" in text for number in range(3))
+    assert "the last line" in text
+
+
+def test_a_terminal_that_was_closed_is_no_error_at_the_end(tmp_path: Path) -> None:
+    """Its reader may have left with text that was not written yet."""
+    program = FAILING.format(last="terminal.reconfigure(line_buffering=False); print('for nobody', file=terminal)")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "x.log"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(30) == 0

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from serve_app.cli import init as init_module
 from serve_app.cli.check import require_valid
-from serve_app.cli.init import Choice, Defaults, Given, ask, config_text, cured, default_name, planned, write
+from serve_app.cli.init import Choice, Defaults, Given, ask, config_text, cured, default_name, planned
 from serve_app.cli.main import main
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
@@ -14,6 +15,11 @@ from serve_app.facts.serve_file import read_applications
 from serve_app.planning.plan import Fix, Plan
 
 QWEN = str(Path(__file__).parents[1] / "planning/configs/qwen2-7b")
+
+
+def refuse(message: str) -> Plan:
+    """Says what is wrong with a file."""
+    raise ConfigError(message)
 
 
 class Scripted:
@@ -54,7 +60,10 @@ def test_a_flag_answers_its_question() -> None:
     ("answers", "words"),
     [
         (("m", "a/b", "", "", ""), "--name: 'a/b'"),
+        (("m", "router"), "--name: 'router'"),
         (("m", "n", "", "", "many"), "--max-model-len: 'many'"),
+        (("m", "n", "", "", "²"), "--max-model-len: '²'"),
+        (("m", "n", "", "", "9" * 5000), "--max-model-len: '999"),
         (("m", "n", "", "tensorrt", ""), "infer_backend"),
     ],
 )
@@ -143,16 +152,16 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path, capsys: pytest.Capture
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_race_for_the_name_is_lost_with_an_error(tmp_path: Path) -> None:
-    """The file that somebody made meanwhile stays, and no temporary one does."""
-    file = tmp_path / "x.yaml"
-    file.write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
-        write(file, "theirs", force=False)
-    assert file.read_text() == "mine"
-    with pytest.raises(ConfigError, match="No such file"):
-        write(tmp_path / "no" / "x.yaml", "a", force=False)
-    assert list(tmp_path.iterdir()) == [file]
+def test_no_error_names_a_file_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan is made of a temporary file. What is wrong is wrong with an answer."""
+    arguments = ["init", str(tmp_path / "x.yaml"), "--model", str(tmp_path / "no"), "--device", "cpu", "--yes"]
+    assert main([*arguments, "--infer-backend", "pt"]) in (1, 2)
+    found = capsys.readouterr()
+    assert "planned.yaml" not in found.out + found.err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(init_module, "plan_of_file", lambda file, *_: refuse(f"{file}: wrong. See {file}."))
+        with pytest.raises(ConfigError, match=r"^wrong\. See the new file\.$"):
+            init_module.planned(Choice("serve-app/demo", "demo"), Defaults(), print)
 
 
 def test_defaults_take_the_default() -> None:

@@ -72,7 +72,7 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert all(f"port {port} is held by " in line for line in errors)
 
 
-@pytest.mark.parametrize("options", ["{port: many}", "{port: 0}", "[8000]", "8000"])
+@pytest.mark.parametrize("options", ["{port: many}", "{port: 0}", "{port: true}", "[8000]", "8000"])
 def test_wrong_http_options_are_refused(options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2, and what to write."""
     file = tmp_path / "x.yaml"

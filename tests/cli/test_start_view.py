@@ -1,8 +1,10 @@
 """The terminal of `serve-app run`: plain lines in a pipe, a live line on a terminal."""
 
+import contextlib
 import io
 import os
 import pty
+import re
 import select
 import time
 
@@ -60,5 +62,38 @@ def test_a_terminal_shows_what_is_awaited_and_keeps_lines_whole(monkeypatch: pyt
             shown += os.read(master, 65536)
     os.close(master)
     assert b"a is loading 7 s" in shown
+    frames = set(re.findall(rb"[-\\|/](?= a is loading)", shown))
+    assert len(frames) > 1, "it turns"
     assert long.encode() in shown
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l"), "the cursor is back"
+
+
+def test_a_reader_that_has_gone_away_is_not_an_error() -> None:
+    """Of a pipe and of a terminal: what is served does not depend on who watches."""
+    for reading, writing in (os.pipe(), pty.openpty()):
+        stream = os.fdopen(writing, "w", buffering=1)
+        view = StartView(stream)
+        os.close(reading)
+        for _ in range(2):
+            view.event("Ray is up")
+            view.wait_for(["a is loading"])
+        view.last_words("ends at once")
+        view.close()
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def test_last_words_wait_for_nobody() -> None:
+    """Neither for the lock nor for a reader that does not read."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w", buffering=1) as stream:
+        view = StartView(stream)
+        with view._lock:
+            view.last_words("ends at once")
+        assert os.read(reader.fileno(), 100).endswith(b"s] ends at once\n")
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * 65536)
+        os.set_blocking(writing, True)
+        view.last_words("is lost")

@@ -1,5 +1,6 @@
 """`serve-app run` and plain `serve run`: both serve a file of models alone, and a clean terminal is left behind."""
 
+import os
 import re
 import signal
 import subprocess
@@ -119,10 +120,15 @@ def test_a_start_can_be_stopped_at_any_time(how: str) -> None:
             assert run.stop(signal.SIGTERM) == {}
             assert run.process.returncode == 0
         else:
+            (controller,) = [pid for pid, command in run.processes().items() if "ServeController" in command]
+            os.kill(controller, signal.SIGSTOP)  # So that Serve cannot have stopped before the second one.
             run.process.send_signal(signal.SIGINT)
             time.sleep(1.2)
-            assert run.stop(signal.SIGINT) == {}
-            assert run.process.returncode in (0, 130)
+            run.process.send_signal(signal.SIGINT)
+            assert run.process.wait(20) == 130
+            os.kill(controller, signal.SIGCONT)
+            assert run.stop() == {}
+            assert "ends at once" in run.output()
         assert "Traceback" not in run.output()
     finally:
         run.clean_up()

@@ -1,4 +1,4 @@
-"""What a contract test says when it fails: which library has changed, in what, and which file of ours depends on it."""
+"""What a contract test says when it fails: of which library, what does not pass, and which file of ours uses it."""
 
 import functools
 import importlib.util
@@ -38,7 +38,7 @@ def contract(library: str, what: str, *parts: object) -> Callable[[Callable[P, N
                 reason = (str(error).strip() or "it is not so").splitlines()[0]
                 used_by = ", ".join(sorted({_place(part) for part in parts}))
                 raise Changed(
-                    f"{library} {_version(library)} has changed {what}. It is used by {used_by}. "
+                    f"the test of {what} does not pass with {library} {_version(library)}. It is used by {used_by}. "
                     f"{type(error).__name__}: {reason}"
                 ) from error
 

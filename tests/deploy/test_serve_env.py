@@ -18,6 +18,7 @@ from serve_app.deploy.serve_env import (
     NodeEnvironment,
     file_environment,
     for_cluster,
+    found_on_nodes,
     haproxy_command,
     lacking,
     overrides,
@@ -105,6 +106,30 @@ def test_a_cluster_gets_only_what_its_nodes_lack() -> None:
     assert for_cluster(config(**OURS), {"a": bare}) == {}
     own = NodeEnvironment({name: "own" for name in NAMES if name != "RAY_SERVE_LOG_TO_STDERR"}, HAPROXY)
     assert for_cluster(config(), {"a": own}) == {"RAY_SERVE_LOG_TO_STDERR": "0"}
+
+
+def test_a_nodes_own_value_goes_to_the_nodes_without_one() -> None:
+    """It is not overwritten with ours. Where nodes differ, nobody knows what is meant for the one without."""
+    one, two = (NodeEnvironment({"RAY_SERVE_HAPROXY_MAXCONN": value}, HAPROXY) for value in ("7", "8"))
+    bare = NodeEnvironment({}, HAPROXY)
+    assert for_cluster(config(), {"a": one, "b": bare, "c": one}) == OURS | {"RAY_SERVE_HAPROXY_MAXCONN": "7"}
+    with pytest.raises(ConfigError, match=r"RAY_SERVE_HAPROXY_MAXCONN differs between nodes \(a: 7; b: 8\)"):
+        for_cluster(config(), {"a": one, "b": two, "c": bare})
+    assert for_cluster(config(RAY_SERVE_HAPROXY_MAXCONN="9"), {"a": one, "b": two, "c": bare})
+    whole = [NodeEnvironment(OURS | {"RAY_SERVE_HAPROXY_MAXCONN": value}, HAPROXY) for value in ("7", "8")]
+    assert for_cluster(config(), {"a": whole[0], "b": whole[1]}) == {}
+
+
+def test_what_nodes_set_is_said_with_their_names() -> None:
+    """And what the file sets, as for a Ray of one's own. What this process has is said of no node."""
+    own = NodeEnvironment({"RAY_SERVE_HAPROXY_MAXCONN": "7", "RAY_SERVE_LOG_TO_STDERR": "0"}, HAPROXY)
+    nodes = dict.fromkeys("abcd", own) | {"e": NodeEnvironment({}, HAPROXY)}
+    here = {"RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "1", "VIRTUAL_ENV": "/venv"}
+    document = config(RAY_SERVE_ENABLE_HA_PROXY="0", **{HAPROXY_BINARY: HAPROXY_IN_FILES})
+    assert found_on_nodes(document, here, nodes) == [
+        "the file sets RAY_SERVE_ENABLE_HA_PROXY=0, which is used instead of 1.",
+        "the environment of a, b and 2 more nodes sets RAY_SERVE_HAPROXY_MAXCONN=7, which is used instead of 16384.",
+    ]
 
 
 @pytest.mark.parametrize("paths", [("/a/h", "/b/h"), ("/a/h", "")])

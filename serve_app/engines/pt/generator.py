@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ReadOnlySequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from functools import cached_property, partial
 
 from serve_app.engines.pt.core.engine_loop import EngineLoop
@@ -111,11 +111,11 @@ class Generator:
         places: Reservation | None = None,
     ) -> AsyncGenerator[Piece]:
         """Yields the text of one sequence, as `generate_all` does. Without `places`, one is taken at the beginning."""
-        places = places or self.reserve(1)
-        everything = self.generate_all([(prompt_ids, params)], stop, skip_special_tokens, places)
-        async with aclosing(everything):
-            async for _, piece in everything:
-                yield piece
+        with self.reserve(1) if places is None else nullcontext(places) as held:
+            everything = self.generate_all([(prompt_ids, params)], stop, skip_special_tokens, held)
+            async with aclosing(everything):
+                async for _, piece in everything:
+                    yield piece
 
     async def generate_all(
         self,

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
+from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import SLOW_STEP_TIMEOUT_S, STEP_TIMEOUT_S, PtEngine, step_timeout_s
 from serve_app.errors import EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
@@ -59,6 +60,9 @@ async def test_a_hang_is_noticed_in_its_time(
     with pytest.raises(EngineError, match="step_timeout_s"):
         await engine.check_health()
     assert engine.generator.in_flight == 0
+    with pytest.raises(EngineError):
+        await anext(engine.generator.generate([1], SamplingParams(1)))
+    assert engine.generator.in_flight == 0, "a place that was taken for nothing is given back"
 
 
 def test_steps_that_read_from_slower_places_may_take_longer() -> None:

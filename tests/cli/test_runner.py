@@ -1,0 +1,277 @@
+"""How `serve-app run` starts and ends: what it returns, and what it stops, with Ray and Serve replaced by records."""
+
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from serve_app import ray_serve
+from serve_app.cli import run as run_module
+from serve_app.cli import start_watch
+from serve_app.cli.run import RunOptions, Start, _Runner, _Stop
+from serve_app.cli.start_view import StartView
+from serve_app.deploy import node_env
+from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, serve_environment
+from serve_app.errors import ConfigError
+from serve_app.facts.serve_file import ApplicationSpec
+
+ADDRESS = "10.0.0.1:6379"
+
+
+class World:
+    """Ray and Serve, as far as a run calls them. `calls` are those that change something, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.calls: list[str] = []
+        self.is_up = False
+        # What Serve runs; None where no Serve runs.
+        self.applications: dict[str, Any] | None = None
+        # Called in the place of the step of that name.
+        self.instead: dict[str, Callable[[], None]] = {}
+        self.deployed: dict[str, Any] = {}
+        self.nodes: dict[str, NodeEnvironment] = {}
+        # What `run` prints, where it makes the view itself.
+        self.told = io.StringIO()
+        monkeypatch.setattr(ray, "init", self._init)
+        monkeypatch.setattr(ray, "is_initialized", lambda: self.is_up)
+        monkeypatch.setattr(ray, "shutdown", lambda: self._note("ray.shutdown"))
+        monkeypatch.setattr(serve, "start", lambda **_: self._note("serve.start"))
+        monkeypatch.setattr(serve, "shutdown", lambda: self._note("serve.shutdown"))
+        monkeypatch.setattr(ray_serve, "controller", self._controller)
+        monkeypatch.setattr(ray_serve, "serve_details", lambda _: {"applications": self.applications or {}})
+        monkeypatch.setattr(ray_serve, "deploy", self._deploy)
+        monkeypatch.setattr(run_module, "require_serves_schema", lambda _: None)
+        monkeypatch.setattr(start_watch, "StartWatch", self._watch)
+        monkeypatch.setattr(node_env, "node_environments", lambda: self.nodes)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        self.instead.get(call, lambda: None)()
+
+    def _init(self, **_: Any) -> Any:
+        self.is_up = True
+        self._note("ray.init")
+        return SimpleNamespace(dashboard_url="")
+
+    def _controller(self) -> Any:
+        if self.applications is None:
+            raise ValueError("no Serve")
+        return object()
+
+    def _deploy(self, document: dict[str, Any]) -> None:
+        self.deployed = document
+        self._note("deploy")
+
+    def _watch(self, *_: Any) -> Any:
+        raise self.ending
+
+    ending: BaseException = _Stop()
+
+
+@pytest.fixture(name="world")
+def _world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def application(name: str) -> ApplicationSpec:
+    """A model of the file."""
+    return ApplicationSpec(name=name, import_path="serve_app.app:model")
+
+
+def runner(view: StartView | None = None, joins: str | None = None, replace: bool = False) -> _Runner:
+    """A run of a file with the applications a and b."""
+    applications = [application("a"), application("b")]
+    start = Start(Path("x.yaml"), {"applications": []}, applications, joins, Path("/where"), replace)
+    return _Runner(start, view or StartView(io.StringIO()))
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    """Raises it."""
+
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def test_a_signal_ends_everything_with_code_0(world: World) -> None:
+    """Serve before Ray."""
+    assert runner().run() == 0
+    assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
+
+
+def test_a_failure_is_told_and_ends_everything_with_code_1(world: World) -> None:
+    """What was begun is ended."""
+    stream = io.StringIO()
+    world.instead["serve.start"] = failing(RuntimeError("no proxies"))
+    assert runner(StartView(stream)).run() == 1
+    assert "has failed: RuntimeError: no proxies" in stream.getvalue()
+    assert world.calls[-2:] == ["serve.shutdown", "ray.shutdown"]
+
+
+@pytest.mark.parametrize(("given", "code"), [(1, 1), (3, 3), ("words", 1), (None, 0), (signal.SIGTERM, 0)])
+def test_a_library_that_exits_keeps_its_code(world: World, given: Any, code: int) -> None:
+    """Ray's own handler of SIGTERM exits with the signal's number, which is a stop like ours."""
+    stream = io.StringIO()
+    world.instead["ray.init"] = failing(SystemExit(given))
+    assert runner(StartView(stream)).run() == code
+    assert ("SystemExit" in stream.getvalue()) == (given != signal.SIGTERM)
+    assert world.calls[-1] == "ray.shutdown"
+
+
+def test_an_exit_after_a_signal_is_a_stop(world: World) -> None:
+    """Libraries turn a KeyboardInterrupt into an exit of their own."""
+    made = runner()
+
+    def interrupted() -> None:
+        with pytest.raises(_Stop):
+            made._on_signal(signal.SIGINT, None)
+        raise SystemExit(1)
+
+    world.instead["ray.init"] = interrupted
+    assert made.run() == 0
+
+
+class GoneReader(io.StringIO):
+    """A pipe whose reader has left."""
+
+    def write(self, text: str) -> int:
+        """As the system says it."""
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_that_leaves_ends_nothing(world: World) -> None:
+    """The run goes on until its signal, and then stops what it has started, in a joined cluster too."""
+    assert runner(StartView(GoneReader())).run() == 0
+    assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
+
+
+def test_a_view_that_fails_otherwise_does_not_keep_serve_alive(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stops Serve depends on no output."""
+    view = StartView(io.StringIO())
+    monkeypatch.setattr(view, "close", failing(KeyError("x")))
+    with pytest.raises(KeyError):
+        runner(view).run()
+    assert world.calls[-2:] == ["serve.shutdown", "ray.shutdown"]
+
+
+def test_a_second_signal_ends_at_once_while_a_line_is_being_printed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have interrupted the thread that holds the view's lock, so the handler must not wait for it."""
+    codes: list[int] = []
+    monkeypatch.setattr(run_module.os, "_exit", codes.append)
+    made = runner(joins=ADDRESS)
+    made._stopped_at = time.monotonic() - 2 * run_module.SAME_SIGNAL_S
+    with made.view._lock:
+        handler = threading.Thread(target=made._on_signal, args=(signal.SIGINT, None), daemon=True)
+        handler.start()
+        handler.join(5)
+        assert codes == [run_module.INTERRUPTED]
+    assert world.calls == []
+
+
+def test_a_failed_start_stops_no_serve_that_was_there(world: World) -> None:
+    """Neither does a signal before the file was deployed."""
+    for error, code in ((RuntimeError("refused"), 1), (_Stop(), 0)):
+        stream = io.StringIO()
+        world.applications, world.calls = {"a": {"status": "RUNNING"}}, []
+        world.instead["deploy"] = failing(error)
+        assert runner(StartView(stream), ADDRESS).run() == code
+        assert world.calls == ["ray.init", "serve.start", "deploy", "ray.shutdown"]
+        assert f"leaves the Serve at {ADDRESS} running" in stream.getvalue()
+
+
+def test_a_serve_that_was_taken_over_ends_with_the_run(world: World) -> None:
+    """As with plain `serve run`; the terminal names what is taken over before it happens."""
+    stream = io.StringIO()
+    world.applications = {"b": {"status": "RUNNING"}, "old": {"status": "DELETING"}}
+    assert runner(StartView(stream), ADDRESS).run() == 0
+    assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
+    assert "takes over b: " in stream.getvalue()
+
+
+def test_applications_that_the_file_lacks_are_not_ended_unasked(world: World) -> None:
+    """Serve would remove them in silence. --replace names them and goes on."""
+    world.applications = {"b": {"status": "RUNNING"}, "theirs": {"status": "RUNNING"}}
+    with pytest.raises(ConfigError, match="its applications theirs: .*--replace"):
+        runner(joins=ADDRESS).run()
+    assert world.calls == ["ray.init", "ray.shutdown"]
+    stream = io.StringIO()
+    assert runner(StartView(stream), ADDRESS, replace=True).run() == 0
+    assert "these end with this run or before: theirs" in stream.getvalue()
+    assert "serve.shutdown" in world.calls
+
+
+def test_a_joined_cluster_is_judged_by_its_nodes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this shell sets is not used there, and not said to be; what a node sets goes to all of them."""
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "7")
+    stream = io.StringIO()
+    own = NodeEnvironment({"RAY_SERVE_LOG_TO_STDERR": "1"}, "/h")
+    world.nodes = {"n1": own, "n2": NodeEnvironment({}, "/h")}
+    assert runner(StartView(stream), ADDRESS).run() == 0
+    assert "the environment of n1 sets RAY_SERVE_LOG_TO_STDERR=1, which is used instead of 0." in stream.getvalue()
+    assert "MAXCONN=7" not in stream.getvalue()
+    assert file_environment(world.deployed) == serve_environment("/h") | {"RAY_SERVE_LOG_TO_STDERR": "1"}
+
+
+@pytest.fixture(name="as_run")
+def _as_run(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The world for `run` itself, which changes the environment of its process."""
+    monkeypatch.setattr(run_module, "_require_free_port", lambda _: None)
+    monkeypatch.setattr(run_module, "require_open", lambda _: None)
+    monkeypatch.setattr(run_module, "StartView", lambda *_, **__: StartView(world.told))
+    for name in (*NAMES, "RAY_COLOR_PREFIX", "VIRTUAL_ENV", "PATH", "SERVE_APP_API_KEYS", "SERVE_APP_API_KEYS_FILE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # So that it is restored.
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
+    return world
+
+
+def test_the_folder_of_the_imports_hides_no_library(
+    as_run: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It comes onto the path after Ray was imported: a ray.py in the current folder is somebody's script."""
+    found: list[bool] = []
+    file = tmp_path / "x.yaml"
+    file.write_text("applications: []")
+    as_run.instead["ray.init"] = lambda: found.append(sys.path[0] == str(tmp_path))
+    started = run_module._Runner.run
+
+    def run(self: _Runner) -> int:
+        found.append(str(tmp_path) in sys.path)
+        return started(self)
+
+    monkeypatch.setattr(run_module._Runner, "run", run)
+    options = RunOptions("local", tmp_path / "x.log", app_dir=str(tmp_path))
+    assert run_module.run(file, options) == 0
+    assert found == [False, True]
+
+
+@pytest.mark.parametrize("address", ["local", ADDRESS])
+def test_keys_of_this_shell_count_for_a_ray_of_its_own_only(
+    as_run: World, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A cluster that runs already does not get them: that is said, and that models may not start."""
+    monkeypatch.setenv("SERVE_APP_API_KEYS", "sk-0123456789abcdef")
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "7")
+    file = tmp_path / "x.yaml"
+    file.write_text("http_options: {host: 0.0.0.0}\napplications: []")
+    assert run_module.run(file, RunOptions(address, tmp_path / "x.log")) == 0
+    told = as_run.told.getvalue()
+    is_joined = address == ADDRESS
+    assert ("SERVE_APP_API_KEYS of this environment does not reach the cluster" in told) == is_joined
+    assert ("nothing in this file names API keys. Models will not start" in told) == is_joined
+    assert ("the environment sets RAY_SERVE_HAPROXY_MAXCONN=7" in told) != is_joined
