@@ -1,3 +1,3 @@
-"""Many Hugging Face models by name behind one OpenAI-compatible address, on Ray Serve."""
+"""serve-app serves many Hugging Face models by name behind one OpenAI-compatible address, on Ray Serve."""
 
 __version__ = "0.1.0"

@@ -1,10 +1,10 @@
-"""The two builders that a Ray Serve config file names, and the only place where the parts are put together.
+"""Has the two builders that a Ray Serve config file names, as the only place where the parts are put together.
 
     import_path: serve_app.app:model     one application per model; `args` is a ModelConfig
     import_path: serve_app.app:router    one application; `args` is a RouterConfig
 
-Serve prints a RayServeException as one message and does not try again; any other exception of a builder it tries
-three times, with a traceback each. So user errors leave here as RayServeException.
+Serve prints a RayServeException as one message and does not try again. After any other exception of a builder it tries
+three times, and prints a traceback each time. So user errors are raised here as RayServeException.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ from serve_app.router.deployment import Router
 
 
 def model(args: dict[str, Any]) -> Application:
-    """Builds the application of one model."""
+    """Returns the application of one model. Raises RayServeException for a mistake of the user's."""
     try:
         config = ModelConfig.from_args(args)
         agree_on_model(configured_keys(), ClusterRecord(), this_node(), listening_host())
@@ -47,7 +47,7 @@ def model(args: dict[str, Any]) -> Application:
 
 
 def _inventory(config: ModelConfig) -> Inventory | None:
-    """The cluster's devices; None where the model does not ask for them, or a node does not tell."""
+    """Returns the cluster's devices, or None if the model does not need them or a node does not report them."""
     if not needs_devices(config):
         return None
     try:
@@ -61,12 +61,12 @@ def _inventory(config: ModelConfig) -> Inventory | None:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """The application's `runtime_env`: Serve builds an application in a task that runs in it."""
+    """Returns the application's `runtime_env`, in which the task runs that builds the application."""
     return dict(ray.get_runtime_context().runtime_env)
 
 
 def router(args: dict[str, Any]) -> Application:
-    """Builds the router's application."""
+    """Returns the router's application. Raises RayServeException for a mistake of the user's."""
     try:
         config = RouterConfig.from_args(args)
         agree_on_router(configured_keys(), ClusterRecord(), this_node(), listening_host(), config)

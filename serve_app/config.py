@@ -21,7 +21,7 @@ UNITS = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 
-# Names that users bring from elsewhere, and what they are called here.
+# These names come from other programs, and are called this here.
 FOREIGN_NAMES = {
     "torch_dtype": "dtype",
     "model_path": "model",
@@ -40,17 +40,17 @@ NOT_HERE = {
     "host": "the host belongs under 'http_options' at the top of the file.",
     "num_replicas": "scaling belongs under 'deployments: [{name: Model, num_replicas: …}]' of the application.",
     "autoscaling_config": "scaling belongs under 'deployments: [{name: Model, autoscaling_config: …}]'.",
-    "gpu_memory_utilization": "with vllm, write it under 'engine_args'; with pt, use 'max_memory'.",
+    "gpu_memory_utilization": "with vllm, write it under 'engine_args'. With pt, use 'max_memory'.",
 }
 
-# accelerate's ways to spread layers over the GPUs by itself.
+# These are accelerate's ways to spread layers over the GPUs by itself.
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
-# Fields that only vLLM honours.
+# Only vLLM honours these fields.
 ONLY_VLLM = ("tensor_parallel_size", "quantization", "engine_args", "gpu_ids")
-# Fields that only pt honours, or that decide for pt with `auto`.
+# Only pt honours these fields, or they decide for pt with `auto`.
 ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
-# Arguments of vLLM that take more GPUs than tensor_parallel_size says.
+# These arguments of vLLM take more GPUs than tensor_parallel_size says.
 UNPLACED = frozenset(
     {
         "pipeline_parallel_size",
@@ -61,7 +61,7 @@ UNPLACED = frozenset(
         "distributed_executor_backend",
     }
 )
-# Arguments of vLLM's own HTTP server, which does not run here: Ray Serve's does.
+# These arguments are for vLLM's own HTTP server, which does not run here, since Ray Serve's does.
 SERVER_ARGS = re.compile(r"host|port|uds|ssl_.*|uvicorn_.*|api_server_count|headless|root_path|grpc.*|config|api_key")
 
 MaxMemoryKey = int | Literal["cpu", "disk"]
@@ -92,7 +92,7 @@ def parse_bytes(value: object, where: str) -> int:
 def parse_max_memory(value: object) -> dict[MaxMemoryKey, int]:
     """Returns the bytes for each device: a GPU's index, "cpu" or "disk".
 
-    Takes a mapping, or a string of one as in `swift deploy --max_memory '{0: "3GB", 1: "10GB"}'`.
+    It takes a mapping, or a string of one as in `swift deploy --max_memory '{0: "3GB", 1: "10GB"}'`.
     """
     mapping = _read_mapping(value) if isinstance(value, str) else value
     if not isinstance(mapping, Mapping):
@@ -133,7 +133,8 @@ class _Strict(BaseModel):
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any] | None) -> Self:
-        """Reads the `args` of one application. Raises ConfigError with one line per mistake."""
+        """Returns the config that the `args` of one application describe. Raises ConfigError with a line for each
+        mistake."""
         args = dict(args or {})
         unknown = [_unknown_field(name, cls.model_fields) for name in args if name not in cls.model_fields]
         if unknown:
@@ -189,7 +190,7 @@ BODY_TIMEOUT_S = 60.0
 
 
 class ModelConfig(_Strict):
-    """A model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
+    """This is a model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
 
     `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
     `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
@@ -197,8 +198,8 @@ class ModelConfig(_Strict):
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
-    A pt engine that has work and ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
-    `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route; the router has its own.
+    A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
+    `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route. The router has its own.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -242,7 +243,7 @@ class ModelConfig(_Strict):
 
     @property
     def share(self) -> float | None:
-        """Returns the share of one GPU that `num_gpus` says, or None where the replica has whole GPUs."""
+        """Returns the share of one GPU that `num_gpus` sets, or None if the replica has whole GPUs."""
         return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None
 
     @property
@@ -276,12 +277,12 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         )
     if config.num_gpus is not None and (config.num_gpus >= 1 or (config.tensor_parallel_size or 1) > 1):
         return (
-            "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set that instead; below 1, num_gpus is a share of "
+            "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set that instead. Below 1, num_gpus is a share of "
             "one GPU, without tensor_parallel_size."
         )
     if config.gpu_ids is not None and len(set(config.gpu_ids)) != (config.tensor_parallel_size or 1):
         return (
-            f"gpu_ids names {len(set(config.gpu_ids))} GPUs, and tensor_parallel_size is "
+            f"gpu_ids names {len(set(config.gpu_ids))} GPUs, but tensor_parallel_size is "
             f"{config.tensor_parallel_size or 1}. The two must be equal."
         )
     if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:
@@ -392,7 +393,7 @@ def _device_problem(config: ModelConfig) -> str | None:
         return "max_memory names no GPU. Add one, such as {0: 3GB, cpu: 20GB}, or set device: cpu."
     if config.num_gpus is not None and config.num_gpus > 1 and config.num_gpus != int(config.num_gpus):
         return (
-            f"num_gpus must be whole where it is above 1, and {config.num_gpus} is not. Ray cannot give shares of "
+            f"num_gpus must be whole if it is above 1, but {config.num_gpus} is not. Ray cannot give shares of "
             "several GPUs."
         )
     if config.num_gpus is not None and len(config.gpu_indices) > max(1, config.num_gpus):
@@ -404,15 +405,15 @@ def _device_problem(config: ModelConfig) -> str | None:
 
 
 class RouterConfig(_Strict):
-    """The router: its names, limits and waiting. Sizes are in bytes and times in seconds, and all hold for each router
-    replica.
+    """This is the router: its names, limits and waiting. Sizes are in bytes and times in seconds, and all hold for each
+    router replica.
 
-    `aliases` are other names of models, `fallbacks` the models that answer for one that is down or full.
-    `first_byte_timeout_s` is a whole answer's time where it is not streamed. `max_retries` bounds how often a request
-    is sent again, or a stream is taken up again, after its replica was lost. `max_waiting_requests` may wait for their
+    `aliases` are other names of models, and `fallbacks` are the models that answer for one that is down or full.
+    `first_byte_timeout_s` is a whole answer's time if it is not streamed. `max_retries` bounds how often a request is
+    sent again, or a stream is continued, after its replica was lost. `max_waiting_requests` may wait for their
     first byte at one model, and `max_held_requests` of them for a model that is loading, for `hold_timeout_s`.
     `max_bodies_bytes` bounds all bodies together that a router replica holds at one time. `allow_open_access` says that
-    an address which other machines reach, without API keys, is meant.
+    the address is meant to be open, without API keys, to other machines.
     """
 
     allow_open_access: bool = False

@@ -1,22 +1,22 @@
 """Defines every error that this project raises on purpose.
 
-ServeAppError                 what went wrong, where, and what to do
+ServeAppError                 it says what went wrong, where, and what to do
 ├── ConfigError               the config file says something that cannot be meant
 ├── PlacementError            the cluster cannot hold a model
-├── EngineError               an engine could not load, or died
-└── RequestError              an answer to the client: HTTP status, type and code of OpenAI's error object
+├── EngineError               an engine could not load, or it died
+└── RequestError              it is an answer with an HTTP status and the type and code of OpenAI's error object
     ├── InvalidRequest        400
     │   └── ContextTooLong    400
     ├── Unauthorized          401, with www-authenticate
     ├── Forbidden             403
-    ├── ForeignPage           403, of a web page where nobody needs a key
+    ├── ForeignPage           403, for a web page of another site if no key is needed
     ├── ModelNotFound         404
     ├── RequestTimeout        408
     ├── RequestTooLarge       413
     ├── HeadersTooLarge       431
-    ├── ClientGone            499, for the metrics: nobody reads it
-    ├── HarmfulRequest        422, replicas die of it
-    ├── OutOfDeviceMemory     500, the request alone is too big for the device
+    ├── ClientGone            499, which only the metrics show
+    ├── HarmfulRequest        422, when replicas die of the request
+    ├── OutOfDeviceMemory     500, when the request alone is too big for the device
     ├── RateLimited           429, with retry-after
     │   └── TokensLimited     429
     ├── Overloaded            429, with retry-after
@@ -31,7 +31,7 @@ from typing import ClassVar
 
 
 class ServeAppError(Exception):
-    """An error with one message of one or two lines that says what, where and what to do."""
+    """This is an error with one message of one or two lines that says what, where and what to do."""
 
 
 class ConfigError(ServeAppError):
@@ -47,9 +47,9 @@ class EngineError(ServeAppError):
 
 
 class RequestError(ServeAppError):
-    """A refusal that the client sees as OpenAI's error object.
+    """This is a refusal that the client sees as OpenAI's error object.
 
-    `param` names the field of the request that is to blame; `retry_after_s` becomes the header `retry-after`.
+    `param` names the field of the request that is to blame, and `retry_after_s` becomes the header `retry-after`.
     """
 
     status: ClassVar[int] = 500
@@ -64,7 +64,7 @@ class RequestError(ServeAppError):
 
 
 class InvalidRequest(RequestError):
-    """The request cannot be honoured as it stands."""
+    """The request cannot be honoured as it is."""
 
     status = 400
     type = "invalid_request_error"
@@ -109,7 +109,7 @@ class HeadersTooLarge(RequestError):
 
 
 class ClientGone(RequestError):
-    """The client has closed its connection; nobody reads an answer. The status is nginx's, for the metrics."""
+    """The client has closed its connection, so no answer is read. The status is nginx's and is used for the metrics."""
 
     status = 499
     code = "client_closed_request"
@@ -129,7 +129,7 @@ class OutOfDeviceMemory(RequestError):
 
 
 class HarmfulRequest(RequestError):
-    """Replicas died while they worked on the request. A status below 500, so that clients do not send it again."""
+    """Replicas died while they worked on the request. The status is below 500, so that clients do not send it again."""
 
     status = 422
     type = "invalid_request_error"
@@ -137,7 +137,7 @@ class HarmfulRequest(RequestError):
 
 
 class UnreadableAnswer(RequestError):
-    """A replica's answer is not HTTP as it is understood here. Another replica would say the same."""
+    """A replica's answer is not HTTP as it is understood here. Another replica would give the same answer."""
 
     status = 502
     code = "unreadable_answer"
@@ -160,7 +160,7 @@ class ModelUnavailable(RequestError):
 
 
 class Unauthorized(RequestError):
-    """No API key, or one that is not known here. `headers` go onto the answer (RFC 9110, 11.6.1)."""
+    """The request has no API key, or one that is not known here. `headers` go onto the answer (RFC 9110, 11.6.1)."""
 
     status = 401
     type = "invalid_request_error"
@@ -169,7 +169,7 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
-    """The API key is known, and may not use the model."""
+    """The API key is known, but it may not use the model."""
 
     status = 403
     type = "invalid_request_error"
@@ -185,7 +185,7 @@ class ForeignPage(RequestError):
 
 
 class RateLimited(RequestError):
-    """The API key has used up its requests. `type` names the limit, as OpenAI's does; `headers` tell what is left."""
+    """The API key has used up its requests. `type` names the limit as OpenAI's does, and `headers` say what is left."""
 
     status = 429
     type = "requests"

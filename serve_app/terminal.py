@@ -2,15 +2,15 @@
 
 import sys
 
-# Begins the lines that `serve-app run` picks out of all that workers print. The rest goes to its log file.
+# This begins the lines that `serve-app run` picks out of all that workers print. The rest goes to its log file.
 MARK = "serve-app: "
 
 
 def say(text: str) -> None:
     """Prints one line that Ray forwards to the terminal of `serve run`, with the application's name before it.
 
-    Serve may turn `print` and `sys.stderr` into its log file (RAY_SERVE_LOG_TO_STDERR=0 does), so the process's own
-    stream is written to. Not stdout: where `serve run` writes into a pipe or a file, Python holds that back.
+    Serve may turn `print` and `sys.stderr` into its log file (RAY_SERVE_LOG_TO_STDERR=0 does), so this writes to the
+    process's own stderr. It does not use stdout, which Python buffers if `serve run` writes into a pipe or a file.
     """
     stream = sys.__stderr__
     if stream is not None:
@@ -19,5 +19,5 @@ def say(text: str) -> None:
 
 
 def notify(text: str) -> None:
-    """As `say`, for what `serve-app run` shows too: it reads the models' states itself, and nothing else."""
+    """Does what `say` does, for lines that `serve-app run` shows too. It reads only the models' states by itself."""
     say("\n".join(MARK + line for line in text.splitlines()))

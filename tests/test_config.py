@@ -198,7 +198,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"infer_backend": "vllm", "engine_args": {"max_num_batched_tokens": -5}}, "whole number above 0"),
         ({"infer_backend": "vllm", "gpu_ids": [0, 1]}, "The two must be equal"),
         ({"infer_backend": "pt", "gpu_ids": [0]}, "max_memory names the GPUs"),
-        ({"infer_backend": "vllm", "num_gpus": 2}, "below 1, num_gpus is a share"),
+        ({"infer_backend": "vllm", "num_gpus": 2}, "Below 1, num_gpus is a share"),
         ({"infer_backend": "pt", "kv_cache_memory_bytes": "0GiB"}, "more than zero"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Who may come in: keys, limits, and the door that asks for them before a body is read."""
+"""This package decides who may come in: it has keys, limits, and the door that checks them before a body is read."""

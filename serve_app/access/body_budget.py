@@ -1,18 +1,18 @@
-"""How many bytes of bodies one process holds at once, over all its requests."""
+"""Bounds how many bytes of bodies one process holds at once, over all its requests."""
 
 from collections import defaultdict
 from collections.abc import Callable
 
 from serve_app.errors import Overloaded, RequestTooLarge
 
-# Of each body so many bytes are free: their number is bounded by that of the requests, and whoever sends large bodies
+# This many bytes of each body are free. The number of requests bounds their sum, and clients that send large bodies
 # must not shut out ordinary ones.
 FREE_BYTES = 64 * 2**10
 RETRY_S = 1.0
 
 
 class BodyBudget:
-    """Lets bodies have `most()` bytes together at most, and those of one owner, the name of an API key, half of that.
+    """Lets all bodies together have at most `most()` bytes, and those of one owner, the name of a key, half of that.
 
     The owner None has no such share.
     """
@@ -27,14 +27,14 @@ class BodyBudget:
         return Held(self, owner)
 
     def take(self, owner: str | None, count: int) -> None:
-        """Raises Overloaded, and takes nothing, where there is no room for `count` more bytes."""
+        """Takes `count` more bytes. Raises Overloaded, and takes nothing, if there is no room for them."""
         most = self._most()
         is_over_share = owner is not None and self._held[owner] + count > most // 2
         if is_over_share or self.held + count > most:
             whose = "of this API key" if is_over_share else "here"
             limit = most // 2 if is_over_share else most
             raise Overloaded(
-                f"The request bodies {whose} may have {limit} bytes together, and there is no room for this one now. "
+                f"The request bodies {whose} may have {limit} bytes together, so there is no room for this one now. "
                 "Try again when others have been answered.",
                 retry_after_s=RETRY_S,
             )
@@ -59,7 +59,7 @@ class Held:
         self._charged = 0
 
     def grow(self, count: int) -> None:
-        """Counts `count` more bytes. Raises Overloaded where there is no room for them."""
+        """Counts `count` more bytes. Raises Overloaded if there is no room for them."""
         self._size += count
         more = max(0, self._size - FREE_BYTES) - self._charged
         if more:
@@ -73,11 +73,11 @@ class Held:
 
 
 class NoBody(Held):
-    """The account of a request that needs no key. It may bring no body: without a key's name, nothing would bound what
-    one client takes of the budget."""
+    """This is the account of a request that needs no key. It may not bring a body, because without a key's name nothing
+    would bound what one client takes of the budget."""
 
     def __init__(self) -> None:
-        """This account needs no budget."""
+        """Makes an account without a budget."""
 
     def grow(self, count: int) -> None:
         """Raises RequestTooLarge at the first byte of a body."""
@@ -85,4 +85,4 @@ class NoBody(Held):
             raise RequestTooLarge("This address needs no API key and takes no body. Send the request without one.")
 
     def release(self) -> None:
-        """Does nothing, as nothing was held."""
+        """Does nothing, because nothing was held."""

@@ -1,11 +1,11 @@
-"""Whether this cluster needs API keys: one truth for all its processes.
+"""Records whether this cluster needs API keys, so that all its processes agree.
 
-Each process reads the keys of its own node. One that finds none, because a file or a variable is missing there, would
-be open by mistake, by its model's route and on its own port. So a process that has keys says so in Ray's key-value
-store, and one that has none looks there first: it does not start where keys are needed.
+Each process reads the keys of its own node. A process that finds none, because a file or a variable is missing there,
+would be open by mistake, by its model's route and on its own port. So a process that has keys says so in Ray's
+key-value store. A process that has none looks there first, and does not start if keys are needed.
 
-Keys win, whoever comes first. A process that runs without them looks again at each of Serve's health checks; when keys
-have come up elsewhere meanwhile, it lets nobody in any more and has itself replaced.
+Keys win, whichever process comes first. A process that runs without keys looks again at each of Serve's health checks.
+If another process has keys by then, it refuses every request from then on and has itself replaced.
 
 The records belong to one run of Serve, by its controller's id, so they end with `serve shutdown`.
 """
@@ -24,27 +24,27 @@ from serve_app.terminal import notify
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds that a model's builder waits for the router's, which Serve runs at the same time.
+# A model's builder waits this many seconds for the router's, which Serve runs at the same time.
 ROUTER_TIMEOUT_S = 60.0
 LOOK_AGAIN_S = 0.5
-# Seconds that a health check waits for Ray's key-value store. It is not there while Ray's head restarts.
+# A health check waits this many seconds for Ray's key-value store, which is away while Ray's head restarts.
 CHECK_TIMEOUT_S = 1.0
 
 HOW_TO_SET = (
     f"Set {FILE_VARIABLE} or {ENVIRONMENT} for every node: under controller_options.runtime_env.env_vars of the config "
-    "file, or in the environment in which Ray starts; and see that the file is on every node."
+    "file, or in the environment in which Ray starts. Make sure that the file is on every node."
 )
 
 
 class AccessRecord(Protocol):
-    """What the processes of one run of Serve have told each other."""
+    """Holds what the processes of one run of Serve have told each other."""
 
     def require(self, where: str) -> None:
-        """Records that a process on the node `where` has keys. That is final."""
+        """Records that a process on the node `where` has keys. The record is final."""
         ...
 
     def required_by(self) -> str | None:
-        """Returns the first node that has keys; None where no node has any."""
+        """Returns the first node that has keys, or None if no node has any."""
         ...
 
     def allow_open(self) -> None:
@@ -52,12 +52,12 @@ class AccessRecord(Protocol):
         ...
 
     def is_open_allowed(self) -> bool:
-        """Says whether the router's config allows open access."""
+        """Returns whether the router's config allows access without a key."""
         ...
 
 
 class ClusterRecord:
-    """The records in Ray's key-value store. Each call blocks for about a millisecond."""
+    """Keeps the records in Ray's key-value store. Each call blocks for about a millisecond."""
 
     def __init__(self) -> None:
         run = run_of_serve()
@@ -83,7 +83,7 @@ class ClusterRecord:
 
 
 def agree(source: KeySource, record: AccessRecord, node: str) -> None:
-    """Every process calls it at its start. Raises ConfigError where this one has no keys and the cluster needs them."""
+    """Is called by every process at its start. Raises ConfigError if it has no keys and the cluster needs them."""
     if not source.is_open:
         record.require(node)
     elif (where := record.required_by()) is not None:
@@ -91,7 +91,7 @@ def agree(source: KeySource, record: AccessRecord, node: str) -> None:
 
 
 def agree_on_router(source: KeySource, record: AccessRecord, node: str, host: str, config: RouterConfig) -> None:
-    """The router's builder calls it. `host` is what Serve listens on. Raises ConfigError for an open one by mistake."""
+    """Is called by the router's builder. `host` is where Serve listens. Raises ConfigError if it is open by mistake."""
     agree(source, record, node)
     if source.is_open and (config.allow_open_access or is_loopback(host)):
         record.allow_open()
@@ -102,7 +102,7 @@ def agree_on_router(source: KeySource, record: AccessRecord, node: str, host: st
 def agree_on_model(
     source: KeySource, record: AccessRecord, node: str, host: str, timeout_s: float = ROUTER_TIMEOUT_S
 ) -> None:
-    """A model's builder calls it, and waits for what the router's says: all run at once. Raises ConfigError."""
+    """Is called by a model's builder, and waits for the router's, since all run at once. Raises ConfigError."""
     ends = time.monotonic() + timeout_s
     while True:
         agree(source, record, node)
@@ -115,16 +115,16 @@ def agree_on_model(
 
 def _without_keys(where: str, node: str) -> ConfigError:
     return ConfigError(
-        f"API keys are needed in this cluster (the node {where} has some), and on the node {node} nothing names any: "
-        f"whoever reaches its ports could use its models. {HOW_TO_SET}"
+        f"This cluster needs API keys (the node {where} has some), but nothing names any on the node {node}, so "
+        f"everyone who reaches its ports could use its models. {HOW_TO_SET}"
     )
 
 
 def _open_by_mistake(host: str) -> ConfigError:
     return ConfigError(
-        f"Serve listens on {host}, and nothing names API keys: whoever reaches it could use every model. {HOW_TO_SET} "
-        "Or write http_options: {host: 127.0.0.1}. If it is meant to be open, write allow_open_access: true under "
-        "'args' of the router."
+        f"Serve listens on {host}, and nothing names API keys, so everyone who reaches it could use every model. "
+        f"{HOW_TO_SET} Or write http_options: {{host: 127.0.0.1}}. If it is meant to be open, write "
+        "allow_open_access: true under 'args' of the router."
     )
 
 
@@ -139,7 +139,7 @@ class OpenAccess:
         self._problem = ""
 
     async def check(self) -> None:
-        """Raises ConfigError once keys are needed and there are none here. It costs nothing where there are."""
+        """Raises ConfigError once keys are needed and this process has none. It costs nothing if it has some."""
         if self._problem:
             raise ConfigError(self._problem)
         if not self._source.is_open:
@@ -159,18 +159,18 @@ class OpenAccess:
 
 
 def joined(source: KeySource) -> OpenAccess:
-    """What every replica does before anything else. It blocks for some milliseconds. Raises ConfigError, as `agree`."""
+    """Is called by every replica before anything else. It blocks for milliseconds. Raises ConfigError as `agree`."""
     record, node = ClusterRecord(), this_node()
     try:
         agree(source, record, node)
     except ConfigError as error:
-        notify(f"does not start: {error}")
+        notify(f"this replica does not start: {error}")
         raise
     return OpenAccess(source, record, node)
 
 
 def this_node() -> str:
-    """The address by which Ray knows this node."""
+    """Returns the address by which Ray knows this node."""
     import ray
 
     address: str = ray.util.get_node_ip_address()

@@ -1,17 +1,18 @@
-"""What every HTTP request passes before Ray Serve sees it, in each process that listens.
+"""Checks every HTTP request before Ray Serve sees it, in each process that listens.
 
-Serve calls `middlewares` (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) where it starts an HTTP server: in every replica,
-on whose own port HAProxy, the router and other nodes call, and in its Python proxies, where the variable reaches those.
+Serve calls `middlewares` (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) wherever it starts an HTTP server: in every
+replica, on whose own port HAProxy, the router and other nodes call, and in its Python proxies, if the variable reaches
+those.
 It has to be before Serve, since Serve
 
-- reads the whole body into memory while the request waits for its turn, without a bound and whoever sends it: so the
-  key is asked for first, and the body is read here, within its limits and within a budget over all bodies;
-- obeys headers of the client that switch its own cancellation and time limit off, or choose among its replicas;
+- reads the whole body into memory while the request waits for its turn, without a bound and whoever sends it, so the
+  key is checked first, and the body is read here, within its limits and within a budget over all bodies;
+- obeys headers of the client that switch off its own cancellation and time limit, or choose among its replicas;
 - answers 500 in plain text to a header that is not UTF-8.
 
-The key and the body that it has read go along in the scope (`identity`, `wire/arrival`), so that nothing behind looks
-the one up or reads the other again. The gates behind it (`gate`) ask for the key where the scope has none: a handle
-leads past this door.
+The key and the body go along in the scope (`identity`, `wire/arrival`), so that no later layer looks them up or reads
+them again. The gates behind the door (`gate`) look the key up if the scope has none, because a handle leads past
+this door.
 """
 
 import json
@@ -42,22 +43,22 @@ from serve_app.wire.headers import Headers, declared_bytes, header
 logger = logging.getLogger("ray.serve")
 
 REQUEST_ID = b"x-request-id"
-# What Serve does for a client that sends one of these is none of a client's business. It reads "_" as "-" in some.
+# A client may not steer Serve with these headers. Serve reads "_" as "-" in some of them.
 SERVES_OWN = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id"})
 # Serve decodes their values as UTF-8 and does not expect that to fail.
 READ_BY_SERVE = frozenset({REQUEST_ID, b"traceparent", b"tracestate", session_header()})
-# Serve's own, which HAProxy asks for all the time.
+# These paths are Serve's own, and HAProxy asks for them all the time.
 WITHOUT_KEY = frozenset({"/-/healthz", "/-/routes"})
-# In Serve's proxy it is not known for which model a body is, so it is held to what the process may hold.
+# Serve's proxy does not know for which model a body is, so only the budget of the process bounds it.
 LIMITS_OF_PROXY = RouterConfig(max_body_bytes=MAX_BODIES_BYTES // 2)
 
 
 @dataclass(frozen=True)
 class Inside:
-    """What stands behind the door of this process. `model` is None where several do.
+    """Describes what is behind the door of this process. `model` is None if there are several models.
 
-    `limits` tells those of now; `refused` hears the status of what does not come in. `wakes`: Serve starts a replica
-    for what comes in here and finds none.
+    `limits` returns the current limits, and `refused` is called with the status of each refused request. `wakes` means
+    that Serve starts a replica for a request that comes in here and finds none.
     """
 
     gate: Gate | None
@@ -71,30 +72,32 @@ _of_this_process: Inside | None = None
 
 
 def stand_behind(inside: Inside) -> None:
-    """Called by the replica of this process, before Serve starts its HTTP server."""
+    """Is called by the replica of this process before Serve starts its HTTP server."""
     global _of_this_process
     _of_this_process = inside
 
 
 def require_door(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises ConfigError in a replica whose process Serve was not told of the door in: its HTTP server would have none.
+    """Raises ConfigError in a replica whose process does not name the door to Serve, as its HTTP server would have
+    none.
 
     An application without a `runtime_env` runs in whatever environment its node's Ray was started with.
     """
     if not environment.get(MIDDLEWARES_VARIABLE):
         raise ConfigError(
-            f"{MIDDLEWARES_VARIABLE} is not set on this node, but it is where the application was built. Restart "
+            f"{MIDDLEWARES_VARIABLE} is not set on this node, though it is where the application was built. Restart "
             'Ray on this node with Serve\'s settings: eval "$(serve-app node-env)", then `ray start`.'
         )
 
 
 def middlewares() -> list[Middleware]:
-    """Called by Serve, once for each HTTP server of the process."""
+    """Returns the door as a middleware. Serve calls this once for each HTTP server of the process."""
     return [Middleware(OuterDoor, inside=_of_this_process or _of_others())]
 
 
 def _of_others() -> Inside:
-    """Serve's own proxy asks for a key, so that nobody without one wakes a model. A replica of others asks for none."""
+    """Returns what is behind Serve's own proxy, which needs a key so that nobody else wakes a model, or behind another
+    application's replica, which needs none."""
     try:
         serve.get_replica_context()
     except RayServeException:
@@ -106,7 +109,7 @@ def _keys_of_proxy() -> KeySource:
     try:
         return configured_keys()
     except ConfigError as error:
-        logger.error("Serve's proxy on this node lets nobody in, as its API keys cannot be read. %s", error)
+        logger.error("Serve's proxy on this node refuses every request, because it cannot read its API keys. %s", error)
         source = KeySource(None, {})
         source.shut()
         return source
@@ -151,7 +154,7 @@ class OuterDoor:
             held.release()
 
     async def _read(self, scope: Scope, receive: Receive, send: Send, held: Held) -> RequestBody | None:
-        """The whole body; None where it was refused, or its client has left."""
+        """Returns the whole body, or None if it was refused or its client has left."""
         try:
             return await read_body(scope, receive, self._inside.limits(), held.grow)
         except ClientGone as error:
@@ -162,14 +165,14 @@ class OuterDoor:
         return None
 
     def _entered(self, scope: Scope) -> tuple[Scope, Held]:
-        """The scope with the request's key, where it needs one, and room for its body in the name of that key.
+        """Returns the scope with the request's key, if it needs one, and the account of its body under that key.
 
         Raises Unauthorized, Forbidden and RequestTooLarge.
         """
         gate, path = self._inside.gate, endpoint(scope)
         if gate is None or is_admitted(scope):
             return scope, self._budget.hold()
-        # A model's health would wake it, so only the router's needs no key there. Elsewhere the gate knows which do.
+        # A model's health check would wake it, so only the router's needs no key there. Elsewhere the gate decides.
         is_free = path == "/health" if self._inside.wakes else path.endswith("/health")
         if path in WITHOUT_KEY or (scope["method"] == "GET" and is_free):
             held = NoBody()
@@ -179,7 +182,7 @@ class OuterDoor:
         return with_identity(scope, key), self._budget.hold(None if key is None else key.name)
 
     async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve gives an answer its request's id, and the router counts and logs; neither sees this one."""
+        """Answers with the error, and adds an id, counts and logs it, because Serve and the router never see it."""
         given = header(scope["headers"], REQUEST_ID) or b""
         request_id = given.decode("ascii") if given.isascii() and given else uuid.uuid4().hex
         self._inside.refused(error.status)
@@ -191,7 +194,7 @@ class OuterDoor:
 
 
 def _passed_on(headers: Headers) -> Headers:
-    """Without what steers Serve, and without an id that is too long: the request gets one as if it had brought none."""
+    """Returns the headers without those that steer Serve, and without an id that is too long, which Serve replaces."""
     return [
         (name, value)
         for name, value in headers

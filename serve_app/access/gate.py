@@ -1,4 +1,4 @@
-"""Who may enter, how much, and what came of it.
+"""Decides which requests may enter, how much they may use, and settles what they used.
 
 `Gate` decides for one request; the router asks it by name. `KeyedApp` puts it around a model's own route.
 """
@@ -24,20 +24,22 @@ from serve_app.wire.headers import Headers, header
 from serve_app.wire.openai_errors import error_response
 from serve_app.wire.usage import UsageMeter, estimate_tokens, metered
 
-# What the router shows to models' own routes.
+# The router shows this header to models' own routes.
 ROUTER_HEADER = b"x-serve-app-router"
 
-# Those of a body, where no model says others.
+# These limits of a body apply unless a model sets others.
 DEFAULT_LIMITS = RouterConfig()
 
-# Methods that make no model work. They need a key, and cost nothing of its limits.
+# These methods make no model work. They need a key, but cost nothing of its limits.
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Admission:
-    """One request that may go on. `headers` belong onto its response; `key_name` is None where nobody needs a key.
+    """This is one request that may go on. `headers` belong onto its response, and `key_name` is None if no key is
+    needed.
 
-    `counts_tokens`: the key has a limit of them. `release` has to be called when the response has ended, in any way.
+    `counts_tokens` means that the key has a limit of tokens. `release` has to be called when the response has ended, in
+    whatever way.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Admission:
         self._limiter = limiter
 
     async def release(self, tokens_used: int | None) -> None:
-        """Ends the request, with the tokens of prompt and answer together; None keeps the estimate.
+        """Ends the request with the tokens of prompt and answer together. None keeps the estimate.
 
         A second call does nothing. It awaits nothing, so it works within a `finally` of a cancelled task.
         """
@@ -64,21 +66,21 @@ class Admission:
 
 
 class Gate:
-    """Checks keys and their limits, for one process."""
+    """Checks keys and their limits for one process."""
 
     def __init__(self, source: KeySource, limiter: Limiter):
         self.source = source
         self._limiter = limiter
 
     async def start(self) -> None:
-        """Gets the limiter ready where a key has limits. Without this call the first request does so."""
+        """Prepares the limiter if a key has limits. Without this call, the first request does so."""
         if any(key.limits for key in self.source.ring.keys):
             await self._limiter.warm_up()
 
     def identify(self, headers: Headers, model: str | None = None) -> ApiKey | None:
-        """Looks up the key of a request, without a charge. None where nobody needs a key.
+        """Returns the key of a request without charging it, or None if no key is needed.
 
-        Raises Unauthorized, and Forbidden for a `model` that the key does not open; where nobody needs a key,
+        Raises Unauthorized, and Forbidden for a `model` that the key may not use. If no key is needed, raises
         ForeignPage.
         """
         if self.source.is_open:
@@ -88,7 +90,7 @@ class Gate:
         return _opens(ring.find(header(headers, b"authorization"), header(headers, b"x-api-key")), model)
 
     def identity_of(self, scope: Scope, model: str | None = None) -> ApiKey | None:
-        """The key of a request: the one that the door of this process has found, and else as `identify`, which says
+        """Returns the key that the door of this process has found, or else that of `identify`, which says
         what it raises."""
         identity = known_identity(scope)
         if identity is None or (identity.key is None and not self.source.is_open):
@@ -96,7 +98,7 @@ class Gate:
         return _opens(identity.key, model)
 
     async def admit(self, key: ApiKey | None, estimated_tokens: int) -> Admission:
-        """Lets one request in and charges it to its key. Raises RateLimited where that has used up a limit."""
+        """Lets one request in and charges it to its key. Raises RateLimited if that key has used up a limit."""
         if key is None:
             return Admission()
         limits = key.limits
@@ -123,7 +125,7 @@ def _rate_limited(key: str, limits: KeyLimits, verdict: Verdict) -> RateLimited:
     }[verdict.reason or "requests"]
     kind = TokensLimited if verdict.reason == "tokens" else RateLimited
     return kind(
-        f"Rate limit reached: the API key '{key}' has {what}. Try again in {duration(wait_s)}.",
+        f"The rate limit is reached: the API key '{key}' has {what}. Try again in {duration(wait_s)}.",
         retry_after_s=wait_s,
         headers=[(name.decode(), value.decode()) for name, value in verdict.headers],
     )
@@ -140,18 +142,18 @@ def refusal(error: RequestError) -> Response:
 
 
 async def metered_for(admission: Admission, path: str, seen: Peek, body: RequestBody) -> tuple[RequestBody, UsageMeter]:
-    """Does what `metered` does, beside the event loop. What ends here has used nothing of its key. Raises
+    """Does what `metered` does beside the event loop. A request that ends here has used nothing of its key. Raises
     InvalidRequest."""
     try:
         return await beside_loop(len(body.content), partial(metered, path, seen, body))
-    except BaseException:  # A field may be nested too deep to be written, or the client have left.
+    except BaseException:  # A field may be nested too deep to be written, or the client may have left.
         await admission.release(0)
         raise
 
 
 class KeyedRouter:
-    """The router's application behind a gate: everything but GET /health needs a key. What a request may use, and how
-    much, is decided where its model is known."""
+    """This is the router's application behind a gate. Everything but GET /health needs a key. What a request may use,
+    and how much, is decided later, when its model is known."""
 
     def __init__(self, app: ASGIApp, gate: Gate):
         self._app = app
@@ -170,11 +172,11 @@ class KeyedRouter:
 
 
 class KeyedApp:
-    """An application behind a gate: every HTTP request but GET /health needs a key that opens `model_name`.
+    """This is an application behind a gate. Every HTTP request but GET /health needs a key that may use `model_name`.
 
-    That holds for paths that do not exist too, for documentation and for metrics. Websockets are refused, as nothing
-    would count them. The body is read within `limits` once the key is known, and its length and what its answers may
-    have are the estimate; what the response says corrects it.
+    This includes paths that do not exist, documentation and metrics. Websockets are refused, because nothing would
+    count them. The body is read within `limits` once the key is known. Its length and the limit of its answers give the
+    estimate of tokens, which the response corrects.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate, model_name: str, limits: RouterConfig | ModelConfig = DEFAULT_LIMITS):
@@ -238,12 +240,12 @@ class KeyedApp:
 
         try:
             await self._app(scope, receive, watched)
-        finally:  # A refused request used none.
+        finally:  # A refused request used no tokens.
             await admission.release(0 if status >= 400 else meter.total_tokens(estimate))
 
 
 def with_key_name(headers: Headers, name: str | None) -> list[tuple[bytes, bytes]]:
-    """The headers that tell an engine whose request it is; a client's own word of that is left out."""
+    """Returns the headers with the name of the request's key, for engines, and without what the client put there."""
     kept = [pair for pair in headers if pair[0] != KEY_NAME_HEADER]
     return kept if name is None else [*kept, (KEY_NAME_HEADER, name.encode())]
 
@@ -251,7 +253,7 @@ def with_key_name(headers: Headers, name: str | None) -> list[tuple[bytes, bytes
 def _seen(body: RequestBody) -> Peek:
     try:
         return body.peek()
-    except InvalidRequest:  # The engine says what is wrong with it.
+    except InvalidRequest:  # The engine reports what is wrong with it.
         return Peek()
 
 
@@ -261,9 +263,9 @@ def _of_length(headers: Headers, length: int) -> list[tuple[bytes, bytes]]:
 
 
 async def websocket(gate: Gate, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> bool:
-    """Lets a websocket in where nobody needs a key and no page of another site asks. Returns whether it was let in.
+    """Lets a websocket in if no key is needed and no page of another site asks. Returns whether it was let in.
 
-    A close before it is accepted becomes 403.
+    A close before the websocket is accepted becomes 403.
     """
     reason = "Use HTTP: websockets take no API key."
     if gate.source.is_open:
@@ -280,7 +282,7 @@ async def websocket(gate: Gate, app: ASGIApp, scope: Scope, receive: Receive, se
 
 
 def is_admitted(scope: Scope) -> bool:
-    """Whether the router has admitted the request already."""
+    """Returns whether the router has admitted the request already."""
     if scope["type"] != "http":
         return False
     shown = header(scope["headers"], ROUTER_HEADER) or b""
@@ -288,7 +290,7 @@ def is_admitted(scope: Scope) -> bool:
 
 
 def _is_health(scope: Scope) -> bool:
-    """Says whether this is GET /health below the route's prefix, which is `root_path`. The path has the prefix too."""
+    """Returns whether this is GET /health below the route's prefix, which is `root_path` and is part of the path."""
     if scope["type"] != "http" or scope["method"] != "GET":
         return False
     return str(scope["path"]) == str(scope.get("root_path", "")) + "/health"

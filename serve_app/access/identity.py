@@ -1,8 +1,8 @@
-"""Whose a request is, as the door of this process has found it, for the gate behind.
+"""Passes the key of a request from the door of this process to the gate behind it.
 
-The door writes it into the ASGI scope, which no client can reach: a client has a method, a path and headers. A request
-that has come past no door of this process, over a handle or through Serve's Python proxy, has none there, and the gate
-looks its key up itself.
+The door writes it into the ASGI scope, which no client can reach, since a client sends a method, a path and headers. A
+request that has passed no door of this process, because it came over a handle or through Serve's Python proxy, has none
+there, and the gate looks its key up itself.
 """
 
 from starlette.types import Scope
@@ -14,7 +14,7 @@ _IDENTITY = "serve_app.identity"
 
 
 class Identity(ProcessLocal):
-    """Holds the key that a request came with; None where nobody needed one."""
+    """Holds the key that a request came with, or None if no key was needed."""
 
     def __init__(self, key: ApiKey | None):
         self.key = key
@@ -26,6 +26,6 @@ def with_identity(scope: Scope, key: ApiKey | None) -> Scope:
 
 
 def known_identity(scope: Scope) -> Identity | None:
-    """Returns what the door of this process has found; None where it was not asked."""
+    """Returns what the door of this process has found, or None if the request did not pass it."""
     identity: Identity | None = scope.get(_IDENTITY)
     return identity

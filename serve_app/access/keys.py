@@ -1,4 +1,4 @@
-"""API keys: who may call, and which models. Decisions, and reading the file that names them.
+"""Has the API keys, which say who may call which models, and reads the file that names them.
 
 A keys file is YAML:
 
@@ -10,10 +10,10 @@ A keys file is YAML:
       tokens_per_minute: 10000
       max_concurrent_requests: 4
 
-The keys themselves are stored nowhere, only their SHA-256. A fast hash without salt is right here and would be wrong
-for passwords: an API key is long and random (`serve-app new-key` makes 256 bits), so there is nothing to guess or to
-look up in a table. `SERVE_APP_API_KEYS`, comma-separated, names plain keys without limits; they are hashed at once, and
-a short one, which somebody could guess, is refused.
+The keys themselves are not stored anywhere, only their SHA-256. A fast hash without salt is right here, though it would
+be wrong for passwords: an API key is long and random (`serve-app new-key` makes 256 bits), so it cannot be guessed or
+looked up in a table. `SERVE_APP_API_KEYS` names plain keys without limits, separated by commas. They are hashed at
+once, and a short one, which somebody could guess, is refused.
 """
 
 import hashlib
@@ -34,22 +34,22 @@ from serve_app.terminal import notify
 
 logger = logging.getLogger("ray.serve")
 
-# Names the file with the keys. In a config file it stands under `controller_options.runtime_env.env_vars`.
+# This variable names the file with the keys. A config file sets it under `controller_options.runtime_env.env_vars`.
 FILE_VARIABLE = "SERVE_APP_API_KEYS_FILE"
 ENVIRONMENT = "SERVE_APP_API_KEYS"
 
-# The file is looked at this often at most, in seconds, and only when requests come.
+# The file is checked at most once in this many seconds, and only when requests come.
 CHECK_EVERY_S = 1.0
 
-# Of a key in the environment; a word or a PIN could be tried out. `serve-app new-key` makes 46.
+# A key in the environment has at least this length, since a word or a PIN could be guessed. `new-key` makes 46.
 LEAST_KEY_CHARACTERS = 16
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 HOW_TO_HASH = (
-    "Make the hash with: printf %s THE_KEY | sha256sum; or a new key and its entry with: serve-app new-key NAME."
+    "Make the hash with: printf %s THE_KEY | sha256sum. Make a new key and its entry with: serve-app new-key NAME."
 )
 
-# What pydantic says about patterns helps nobody. The input is not told: it may be a key in the wrong field.
+# pydantic's messages about patterns do not help. The input is not shown, because it may be a key in the wrong field.
 WRONG_VALUES = {
     "name": "must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit.",
     "sha256": f"must be the 64 hex digits of a SHA-256. {HOW_TO_HASH}",
@@ -60,7 +60,8 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 
 
 class ApiKey(BaseModel):
-    """One key, as far as it is known here. `models` None is all models; limits are per minute, None is without."""
+    """This is one key as it is known here. `models` is None for all models. Limits are per minute, and None means no
+    limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,18 +74,18 @@ class ApiKey(BaseModel):
 
     @property
     def limits(self) -> KeyLimits:
-        """What the key may use; false where nothing is limited."""
+        """Returns what the key may use. The result is false if nothing is limited."""
         return KeyLimits(self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
 
     def may_use(self, model: str) -> bool:
-        """Says whether the key opens this model."""
+        """Returns whether the key may use this model."""
         return self.models is None or model in self.models
 
     def require(self, model: str) -> None:
-        """Raises Forbidden where the key does not open the model."""
+        """Raises Forbidden if the key may not use the model."""
         if not self.may_use(model):
             names = ", ".join(self.models or ())
-            raise Forbidden(f"The API key '{self.name}' may not use the model '{model}', only: {names}.", param="model")
+            raise Forbidden(f"The API key '{self.name}' may not use the model '{model}', only {names}.", param="model")
 
 
 class KeyRing:
@@ -95,10 +96,10 @@ class KeyRing:
         self._hashes = [(bytes.fromhex(key.sha256), key) for key in self.keys]
 
     def find(self, authorization_header: bytes | None, x_api_key: bytes | None = None) -> ApiKey:
-        """The key that a request shows, as `Authorization: Bearer KEY` or else as `x-api-key: KEY`.
+        """Returns the key that a request shows, as `Authorization: Bearer KEY` or else as `x-api-key: KEY`.
 
-        Every key is compared, each in constant time, so the time tells nothing of which one was nearly right; it is
-        about 0.1 µs a key. Raises Unauthorized.
+        Every key is compared in constant time, so the time does not reveal which one was nearly right. It takes about
+        0.1 µs a key. Raises Unauthorized.
         """
         shown = _bearer(authorization_header) or (x_api_key or b"").strip()
         if not shown:
@@ -109,30 +110,30 @@ class KeyRing:
             if hmac.compare_digest(known, digest):
                 found = key
         if found is None:
-            raise Unauthorized("The API key is not known here. Ask whoever runs this service for one.")
+            raise Unauthorized("The API key is not known here. Ask the operator of this service for one.")
         return found
 
 
 def _bearer(header: bytes | None) -> bytes:
-    """Returns what follows `Bearer`, in any case (RFC 9110, 11.1); empty for another scheme."""
+    """Returns what follows `Bearer` in any case (RFC 9110, 11.1), or an empty value for another scheme."""
     scheme, _, token = (header or b"").strip().partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else b""
 
 
 def configured_keys() -> "KeySource":
-    """The keys that this process's environment names. Raises ConfigError for what is wrong with them."""
+    """Returns the keys that this process's environment names. Raises ConfigError if something is wrong with them."""
     file = os.environ.get(FILE_VARIABLE)
     if file is not None and not file.strip():
-        raise ConfigError(f"{FILE_VARIABLE}: is set and empty. Name the file of API keys, or unset the variable.")
+        raise ConfigError(f"{FILE_VARIABLE}: it is set but empty. Name the file of API keys, or unset the variable.")
     return KeySource(None if file is None else Path(file).expanduser())
 
 
 class KeySource:
     """Holds the keys of a file and of the environment, and reads them anew when the file changes.
 
-    It is open, and nobody needs a key, only where neither names keys. That is settled here for good: a file that
-    names none, that breaks, or that vanishes later opens nothing. Raises ConfigError for what is wrong at the start, a
-    variable that is set and empty among it.
+    Access is open, so that no key is needed, only if neither names keys. This is decided once: a file that names none,
+    that breaks, or that vanishes later opens nothing. Raises ConfigError for a mistake at the start, such as a variable
+    that is set but empty.
     """
 
     def __init__(
@@ -149,14 +150,14 @@ class KeySource:
         self.is_open = path is None and not keys
 
     def shut(self) -> None:
-        """From now on a key is needed, and what is known here decides which: nobody enters where that is none."""
+        """Requires a key from now on. If no key is known here, nobody may enter."""
         self.is_open = False
 
     def refresh(self) -> KeyRing:
-        """Returns the keys of now. It looks at the file at most every `CHECK_EVERY_S` seconds; what is wrong with it is
+        """Returns the current keys. It checks the file at most every `CHECK_EVERY_S` seconds, and mistakes in it are
         logged.
 
-        While the file is wrong or away, the keys that were read last stay.
+        While the file is wrong or missing, the keys that were read last stay valid.
         """
         now = self._clock()
         if self._path is None or now - self._checked_at < CHECK_EVERY_S:
@@ -171,17 +172,17 @@ class KeySource:
             self.ring = KeyRing(read_keys(self._path, self._environ))
         except ConfigError as error:
             if str(error) != self._complained:
-                logger.error("The API keys were not read anew, and those of before stay. %s", error)
-                notify(f"WARNING: the API keys were not read anew, and those of before stay. {error}")
+                logger.error("The API keys could not be read again, and the previous ones stay valid. %s", error)
+                notify(f"WARNING: The API keys could not be read again, and the previous ones stay valid. {error}")
             self._complained = str(error)
         else:
-            logger.info("%d API keys read from %s", len(self.ring.keys), self._path)
+            logger.info("%d API keys were read from %s.", len(self.ring.keys), self._path)
             self._complained = None
         return self.ring
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
-    """What changes when the file does: time in ns, size in bytes, inode. None where there is none to be read."""
+    """Returns what changes with the file: time in ns, size in bytes, and inode. Returns None if it cannot be read."""
     try:
         status = path.stat()
     except OSError:
@@ -190,7 +191,7 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
 
 
 def read_keys(path: Path | None, environ: Mapping[str, str]) -> list[ApiKey]:
-    """Reads the keys of the file and of `SERVE_APP_API_KEYS`. Raises ConfigError with one line per mistake."""
+    """Returns the keys of the file and of `SERVE_APP_API_KEYS`. Raises ConfigError with a line for each mistake."""
     keys = [(f"{path}: keys[{number}]", key) for number, key in enumerate(_read_file(path) if path else ())]
     plain = _plain_keys(environ.get(ENVIRONMENT))
     hashed = [ApiKey(name=f"env:{number}", sha256=sha256_of(key)) for number, key in enumerate(plain)]
@@ -209,34 +210,34 @@ def read_keys(path: Path | None, environ: Mapping[str, str]) -> list[ApiKey]:
 
 
 def sha256_of(key: str) -> str:
-    """The 64 hex digits by which a key is known."""
+    """Returns the 64 hex digits by which a key is known."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _plain_keys(text: str | None) -> list[str]:
-    """Returns the keys in the environment variable. The messages tell places and not keys: they go to logs."""
+    """Returns the keys in the environment variable. Messages name places and not keys, because they go to logs."""
     if text is None:
         return []
     if not text.strip():
-        raise ConfigError(f"{ENVIRONMENT}: is set and empty. Write the keys into it, or unset the variable.")
+        raise ConfigError(f"{ENVIRONMENT}: it is set but empty. Write the keys into it, or unset the variable.")
     keys = [part.strip() for part in text.split(",")]
     for number, key in enumerate(keys):
         if not key:
-            raise ConfigError(f"{ENVIRONMENT}[{number}]: is empty. Remove the comma, or unset the variable.")
+            raise ConfigError(f"{ENVIRONMENT}[{number}]: it is empty. Remove the comma, or unset the variable.")
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ConfigError(
-                f"{ENVIRONMENT}[{number}]: has a character that no header can carry. Use letters, digits, '-' and '_'."
+                f"{ENVIRONMENT}[{number}]: it has a character that no header can carry. Use letters, digits, - and _."
             )
         if len(key) < LEAST_KEY_CHARACTERS:
             raise ConfigError(
-                f"{ENVIRONMENT}[{number}]: has {len(key)} characters, and fewer than {LEAST_KEY_CHARACTERS} can be "
+                f"{ENVIRONMENT}[{number}]: it has {len(key)} characters, and fewer than {LEAST_KEY_CHARACTERS} can be "
                 "guessed. Make a key with: serve-app new-key NAME."
             )
     return keys
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads YAML, and refuses two equal fields, of which the last one would win in silence."""
+    """Loads YAML, and refuses two equal fields, of which the last one would silently win."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -249,8 +250,8 @@ class _Loader(yaml.SafeLoader):
 def _read_file(path: Path) -> list[ApiKey]:
     document = _load(path)
     if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
-        raise ConfigError(f"{path}: not a keys file: it has no list of 'keys'. Write 'keys: []' to let nobody in.")
-    problems = [f"{path}: unknown field '{name}'. The only one here is 'keys'." for name in document if name != "keys"]
+        raise ConfigError(f"{path}: this is not a keys file, as it has no list of 'keys'. 'keys: []' lets nobody in.")
+    problems = [f"{path}: unknown field '{name}'. The only field is 'keys'." for name in document if name != "keys"]
     keys = []
     for number, entry in enumerate(document["keys"]):
         where = f"{path}: keys[{number}]"
@@ -271,21 +272,21 @@ def _load(path: Path) -> object:
         finally:
             loader.dispose()
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file in UTF-8.") from None
+        raise ConfigError(f"{path}: it is not a text file in UTF-8.") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}. It is the file of API keys.") from None
+        raise ConfigError(f"{path}: {error.strerror}. This should be the file of API keys.") from None
     except yaml.MarkedYAMLError as error:  # Its own text would show a piece of the file.
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f" in line {mark.line + 1}"
-        raise ConfigError(f"{path}: not valid YAML{line}: {error.problem}.") from None
+        raise ConfigError(f"{path}: it is not valid YAML{line}: {error.problem}.") from None
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"{path}: not valid YAML.") from None
+        raise ConfigError(f"{path}: it is not valid YAML.") from None
 
 
 def _entry_problems(entry: object, where: str) -> list[str]:
     """Returns one line for each mistake in one key's entry."""
     if not isinstance(entry, dict):
-        return [f"{where}: must be a mapping such as {{name: team-a, sha256: …}}."]
+        return [f"{where}: it must be a mapping such as {{name: team-a, sha256: …}}."]
     problems = []
     for name in entry:
         if name == "key":
@@ -306,5 +307,5 @@ def _entry_problems(entry: object, where: str) -> list[str]:
 
 def _wrong(field: str, kind: str) -> str:
     if kind == "missing":
-        return f"{field}: is missing. {HOW_TO_HASH if field == 'sha256' else 'Every key has one; it goes to the logs.'}"
+        return f"{field}: it is missing. {HOW_TO_HASH if field == 'sha256' else 'Every key has one for the logs.'}"
     return f"{field}: {WRONG_VALUES.get(field, 'must be a whole number above 0. Leave it out for no limit.')}"

@@ -1,7 +1,7 @@
-"""The one place where all processes count: a Ray actor around `Windows`, and the way to it.
+"""Counts for all processes in one place: a Ray actor around `Windows`, which each process reaches through here.
 
-Limits fail open and keys fail closed. Which keys are right, each process knows by itself. What they have used only
-the actor knows; while it does not answer, requests go on without limits, and a warning says so once a minute.
+Limits fail open and keys fail closed. Each process knows by itself which keys are right, but only the actor knows what
+they have used. While it does not answer, requests go on without limits, and a warning says so once a minute.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ logger = logging.getLogger("ray.serve")
 ACTOR_NAME = "serve-app-limiter"
 TOKEN_KEY = b"serve-app-router-token"
 
-# Seconds. A living actor answers in milliseconds. After a failure nobody waits for it for a while.
+# These are in seconds. A living actor answers in milliseconds. After a failure no request waits for it for a while.
 TAKE_TIMEOUT_S = 2.0
 START_TIMEOUT_S = 30.0
 PAUSE_AFTER_FAILURE_S = 5.0
@@ -33,8 +33,9 @@ WARN_EVERY_S = 60.0
 
 @cache
 def router_token() -> bytes:
-    """What the router shows to a model's own route, so that a request is not admitted twice. Nobody outside knows it:
-    the first process of this Ray cluster draws it and puts it into Ray's key-value store, where the others read it."""
+    """Returns what the router shows to a model's own route, so that a request is not admitted twice. No client knows
+    it: the first process of this Ray cluster draws it and puts it into Ray's key-value store, where the others read it.
+    """
     store(TOKEN_KEY, secrets.token_hex(32).encode(), overwrite=False)
     token = stored(TOKEN_KEY)
     assert token is not None, "it was stored just now, and nobody deletes it"
@@ -65,10 +66,10 @@ class LimiterActor:
 
 
 def connect() -> Any:
-    """Returns the actor's handle, and makes the actor where there is none. Blocks for up to some seconds. Raises
+    """Returns the actor's handle, and makes the actor if there is none. Blocks for up to some seconds. Raises
     RayError.
 
-    It is detached, since every process may be the first to need it and any of them may go. "DEFAULT" keeps it out of
+    It is detached, because every process may be the first to need it and any of them may end. "DEFAULT" keeps it out of
     the placement group of a replica, which would take it along.
     """
     return (
@@ -87,7 +88,7 @@ def connect() -> Any:
 
 
 class ActorLimiter:
-    """This is the `Limiter` of one process. It reaches for the actor at the first request that has limits.
+    """This is the `Limiter` of one process. It connects to the actor at the first request that has limits.
 
     It belongs to one event loop. The leases of this process's requests are renewed by one task, which lives while
     there are any.
@@ -98,7 +99,7 @@ class ActorLimiter:
         self._clock = clock
         self._actor: Any = None
         self._connecting: asyncio.Future[Any] | None = None
-        self._held: dict[str, str] = {}  # The key by its lease.
+        self._held: dict[str, str] = {}  # This has the key of each lease.
         self._renewing: asyncio.Task[None] | None = None
         self._paused_until = float("-inf")
         self._warned_at = float("-inf")
@@ -106,23 +107,23 @@ class ActorLimiter:
     async def warm_up(self) -> None:
         """Waits until the actor answers, for at most `START_TIMEOUT_S` seconds. A new one takes two or three.
 
-        Without this the first requests may be over before the actor is there. A failure is logged, not raised.
+        Without this the first requests may be over before the actor exists. A failure is logged and not raised.
         """
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await (await self._handle()).renew.remote([])
-        except Exception as error:  # As in `_ask`.
+        except Exception as error:  # Ray may raise more than RayError, as in `_ask`.
             self._failed(error)
 
     async def take(self, key: str, limits: KeyLimits, estimated_tokens: int) -> Verdict:
         """Asks the actor, for at most `TAKE_TIMEOUT_S` seconds. Without an answer the request is let through.
 
-        Such a request holds a lease all the same, which the actor learns of at the next renewal.
+        Such a request still holds a lease, of which the actor learns at the next renewal.
         """
         lease = secrets.token_hex(8)
         try:
             verdict = await self._ask(key, limits, estimated_tokens, lease)
-        except asyncio.CancelledError:  # The actor may have counted it; nobody will end it.
+        except asyncio.CancelledError:  # The actor may have counted it, and nothing else would end it.
             self._tell("settle", key, lease, 0)
             raise
         if verdict.lease is not None:
@@ -130,7 +131,7 @@ class ActorLimiter:
         return verdict
 
     def settle(self, key: str, lease: str, tokens_used: int | None) -> None:
-        """Ends a request, without waiting for the actor."""
+        """Ends a request without waiting for the actor."""
         self._held.pop(lease, None)
         self._tell("settle", key, lease, tokens_used)
 
@@ -143,7 +144,7 @@ class ActorLimiter:
                 actor = await self._handle()
                 verdict: Verdict = await actor.take.remote(key, limits, estimated_tokens, lease)
                 return verdict
-        except Exception as error:  # Ray may raise more than RayError while it goes down; limits fail open.
+        except Exception as error:  # Ray may raise more than RayError while it shuts down, and limits fail open.
             self._failed(error)
             return unlimited
 
@@ -156,7 +157,7 @@ class ActorLimiter:
         return self._actor
 
     def _failed(self, error: Exception) -> None:
-        """After an error of Ray's the handle is looked up anew: it may be of an actor that somebody has killed."""
+        """Drops the handle after an error of Ray's, whose actor may have been killed, so it is looked up anew."""
         if not isinstance(error, TimeoutError):
             self._actor = None
         now = self._clock()
@@ -164,7 +165,7 @@ class ActorLimiter:
         if now - self._warned_at >= WARN_EVERY_S:
             self._warned_at = now
             reason = str(error).strip() or type(error).__name__
-            logger.warning("API keys have no limits for now: the limiter does not answer: %s", reason)
+            logger.warning("API keys have no limits for now, because the limiter does not answer: %s", reason)
 
     def _hold(self, key: str, lease: str) -> None:
         self._held[lease] = key
@@ -172,14 +173,14 @@ class ActorLimiter:
             self._renewing = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
-        """Renews what is held, until nothing is."""
+        """Renews the leases that are held until none is left."""
         while self._held:
             await asyncio.sleep(RENEW_S)
             if self._held:
                 self._tell("renew", [(key, lease) for lease, key in self._held.items()])
 
     def _tell(self, method: str, *arguments: object) -> None:
-        """Calls the actor and waits for nothing. What gets lost expires by itself."""
+        """Calls the actor without waiting for it. A lease whose message gets lost expires by itself."""
         if self._actor is not None:
             with suppress(RayError):
                 getattr(self._actor, method).remote(*arguments)

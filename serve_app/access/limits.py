@@ -1,13 +1,13 @@
-"""The limits of API keys: how much a key may use, and what it has used. Pure, with a clock given from outside.
+"""Has the limits of API keys: how much a key may use, and what it has used. It is pure, and its clock is passed in.
 
 Requests and tokens are metered by a leaky bucket per key. It holds one minute's worth, L, and leaks L/60 a second; a
-request that would overflow it is refused. The error against an exact sliding minute: after a pause a key may use L at
+request that would overflow it is refused. It differs from an exact sliding minute: after a pause a key may use L at
 once and L more while that leaks, so any one minute passes at most 2 L, and n minutes together at most (n + 1) L. In
 return a waiting time is exact, nothing piles up at a window's edge, and `reset` means what it means at OpenAI: the
-time until all of L is there again.
+time until all of L is available again.
 
 Requests that run at once hold leases. A process renews its leases every `RENEW_S` seconds, and a lease that was not
-renewed for `EXPIRE_S` is free: a process that dies holds nothing for ever.
+renewed for `EXPIRE_S` is free, so a process that dies holds nothing for ever.
 """
 
 import math
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-# Seconds between two renewals of a lease, and until one that nobody renews is free: two renewals may get lost.
+# A lease is renewed at the first interval and is free after the second, in seconds, so two renewals may get lost.
 RENEW_S = 10.0
 EXPIRE_S = 3 * RENEW_S
 
 # When one of a key's own requests will end is not known, so its client is told to look again soon, in seconds.
 RETRY_BUSY_S = 1.0
 
-# Sums of floats that leak are off by about 1e-12 of their size; a client that waited as told must not be refused.
+# Sums of floats that leak are off by about 1e-12 of their size. A client that waited as told must not be refused.
 ROUNDING = 1e-6
 
 HeaderPairs = tuple[tuple[bytes, bytes], ...]
@@ -32,7 +32,7 @@ Reason = Literal["requests", "tokens", "concurrent"]
 
 @dataclass(frozen=True)
 class KeyLimits:
-    """What one key may use; None is without limit."""
+    """Says what one key may use. None means no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -43,7 +43,7 @@ class KeyLimits:
 
     @property
     def needs_lease(self) -> bool:
-        """Whether the end of a request matters: only then is it told to the limiter."""
+        """Returns whether the limiter must be told of the end of a request."""
         return self.tokens_per_minute is not None or self.max_concurrent_requests is not None
 
 
@@ -51,8 +51,8 @@ class KeyLimits:
 class Verdict:
     """Says whether a request may go on.
 
-    `retry_after_s` (seconds) and `reason` are set where it may not. `lease` is to be settled when the request ends;
-    None where nothing is to be settled. `headers` are OpenAI's x-ratelimit-…, for the limits that the key has.
+    `retry_after_s` (seconds) and `reason` are set if it may not. `lease` must be settled when the request ends, and is
+    None if there is nothing to settle. `headers` are OpenAI's x-ratelimit-… for the limits that the key has.
     """
 
     allowed: bool
@@ -63,14 +63,14 @@ class Verdict:
 
 
 class Limiter(Protocol):
-    """Where a gate asks: one place for all processes."""
+    """Answers the gates of all processes in one place."""
 
     async def warm_up(self) -> None:
-        """Gets ready before the first request. Raises nothing."""
+        """Prepares for the first request. It raises nothing."""
         ...
 
     async def take(self, key: str, limits: KeyLimits, estimated_tokens: int) -> Verdict:
-        """Charges a request to the key called `key`. Raises nothing: a limiter that is away lets requests through."""
+        """Charges a request to the key named `key`. It raises nothing, since requests pass if the limiter is away."""
         ...
 
     def settle(self, key: str, lease: str, tokens_used: int | None) -> None:
@@ -98,7 +98,7 @@ class _Meter:
         return 0.0 if over <= ROUNDING else over * 60 / self.per_minute
 
     def headers(self, unit: str) -> HeaderPairs:
-        """Returns headers with the limit, what is left of it, and the time until all of it is there again."""
+        """Returns headers with the limit, what is left of it, and the time until all of it is available again."""
         left = max(0, math.floor(self.per_minute - self.used + ROUNDING))
         values = (("limit", str(self.per_minute)), ("remaining", str(left)), ("reset", duration(self._reset_s())))
         return tuple((f"x-ratelimit-{name}-{unit}".encode(), value.encode()) for name, value in values)
@@ -109,7 +109,7 @@ class _Meter:
 
 @dataclass
 class _Account:
-    """What one key has used, and the leases of its running requests: what was charged, and until when they hold."""
+    """Holds what one key has used, and for each lease of its running requests the charge and the time of its end."""
 
     requests: _Meter | None = None
     tokens: _Meter | None = None
@@ -117,7 +117,7 @@ class _Account:
 
 
 class Windows:
-    """What all keys have used. `clock` gives seconds that never go back.
+    """Holds what all keys have used. `clock` returns seconds that never go back.
 
     An account takes some hundred bytes and stays, so the memory is bounded by the number of names in the keys file.
     """
@@ -129,7 +129,7 @@ class Windows:
     def take(self, key: str, limits: KeyLimits, estimated_tokens: int, lease: str) -> Verdict:
         """Charges one request to `key` under the name `lease`, or says when to come back. A refused one costs nothing.
 
-        An estimate over the whole limit counts as the whole limit: it is a guess, and must not shut a request out for
+        An estimate over the whole limit counts as the whole limit: it is a guess, and must not refuse a request for
         ever. One below 1 counts as 1, so that a key in debt waits.
         """
         now = self._clock()
@@ -154,9 +154,9 @@ class Windows:
         return Verdict(True, lease if limits.needs_lease else None, headers=_headers(account))
 
     def settle(self, key: str, lease: str, tokens_used: int | None) -> None:
-        """Frees the lease and corrects the estimate by `tokens_used`; None keeps the estimate.
+        """Frees the lease and corrects the estimate by `tokens_used`. None keeps the estimate.
 
-        What was used above the estimate may bring the key over its limit: it waits until that has leaked. A lease that
+        Use above the estimate may bring the key over its limit, and it then waits until that has leaked. A lease that
         is not known any more changes nothing.
         """
         account = self._accounts.get(key)
@@ -169,8 +169,8 @@ class Windows:
     def renew(self, leases: Iterable[tuple[str, str]]) -> None:
         """Holds the leases, pairs of key and lease, for another `EXPIRE_S` seconds. One that is not known is made.
 
-        So a limiter that was started anew knows the running requests within `RENEW_S` seconds. What was used before
-        it does not know: requests and tokens begin anew, and a lease made here is charged in full when it is settled.
+        So a restarted limiter knows the running requests within `RENEW_S` seconds. It does not know what was used
+        before: requests and tokens begin anew, and a lease made here is charged in full when it is settled.
         """
         expires_at = self._clock() + EXPIRE_S
         for key, lease in leases:
@@ -179,7 +179,7 @@ class Windows:
             held[lease] = (charged, expires_at)
 
     def _account(self, key: str, limits: KeyLimits, now: float) -> _Account:
-        """The key's account at this time, under its limits of today, without the leases that have expired."""
+        """Returns the key's account at this time, under its current limits, without the leases that have expired."""
         account = self._accounts.setdefault(key, _Account())
         account.requests = _metered(account.requests, limits.requests_per_minute, now)
         account.tokens = _metered(account.tokens, limits.tokens_per_minute, now)
@@ -188,7 +188,7 @@ class Windows:
 
 
 def _metered(meter: _Meter | None, per_minute: int | None, now: float) -> _Meter | None:
-    """The meter moved to `now`; a new one, or none, where the limit has come or gone."""
+    """Returns the meter moved to `now`, or a new one or None if the limit has been added or removed."""
     if per_minute is None:
         return None
     if meter is None:
@@ -203,7 +203,8 @@ def _headers(account: _Account) -> HeaderPairs:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as OpenAI writes them: "0.12s", "1.2s", "6m0s"; rounded up to hundredths, from a minute to seconds."""
+    """Returns seconds as OpenAI writes them: "0.12s", "1.2s", "6m0s". They are rounded up to hundredths, or to whole
+    seconds from a minute on."""
     if seconds <= 59.99:
         return f"{math.ceil(seconds * 100 - ROUNDING) / 100:g}s"
     minutes, rest = divmod(math.ceil(seconds - ROUNDING), 60)

@@ -1,10 +1,10 @@
-"""Which web pages may drive a server that needs no key.
+"""Decides which web pages may use a server that needs no key.
 
-A page of any site can have its visitor's browser send a POST to http://127.0.0.1:8000, with a body of `text/plain` or
-of a form, and the browser asks nobody first; vLLM's own application even says yes when it is asked (CORS). So types of
-bodies are no protection, nor is `application/json`, which a page may send whose name was made to resolve to 127.0.0.1.
-What a page cannot change is `Origin`, which browsers send along with every POST: it names the page's own site. Programs
-that are no browsers, such as curl and the OpenAI SDKs, send none.
+A page of any site can make its visitor's browser send a POST to http://127.0.0.1:8000, with a body of `text/plain` or
+of a form, and the browser sends it without asking first. vLLM's own application even agrees when it is asked (CORS). So
+types of bodies are no protection, and neither is `application/json`, which a page may send if its name was made to
+resolve to 127.0.0.1. But a page cannot change `Origin`, which browsers send with every POST and which names the page's
+own site. Programs that are not browsers, such as curl and the OpenAI SDKs, send none.
 """
 
 import ipaddress
@@ -15,7 +15,7 @@ from serve_app.errors import ForeignPage
 
 
 def is_loopback(host: str) -> bool:
-    """Says whether only this machine reaches what listens there."""
+    """Returns whether only this machine reaches what listens on `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -23,15 +23,15 @@ def is_loopback(host: str) -> bool:
 
 
 def require_own_page(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Raises ForeignPage for a request that a web page of another machine makes. Header names are lower-case.
+    """Raises ForeignPage if a web page of another machine makes the request. Header names are lower-case.
 
-    "null" is what a page in a sandbox says. Schemes other than http and https are of installed programs, not of pages.
+    A page in a sandbox sends "null". Schemes other than http and https belong to installed programs and not to pages.
     """
     for name, value in headers:
         if name == b"origin" and not _is_own(value.decode("latin-1")):
             raise ForeignPage(
-                f"The web page {value.decode('latin-1')[:200]} may not use this server, as it needs no API key and any "
-                "page could. Set API keys (SERVE_APP_API_KEYS_FILE), and pages that send one may."
+                f"The web page {value.decode('latin-1')[:200]} may not use this server, since it needs no API key and "
+                "any page could use it. Set API keys (SERVE_APP_API_KEYS_FILE), and pages that send one may use it."
             )
 
 

@@ -1,1 +1,1 @@
-"""The command line: `serve-app …`."""
+"""This package is the command line `serve-app …`."""

@@ -1,4 +1,4 @@
-"""The terminal for ourselves: whatever this process and the libraries in it print goes to a log file.
+"""Keeps the terminal for our own lines: whatever this process and the libraries in it print goes to a log file.
 
 Ray's C++ code, warnings of libraries and what Ray forwards from its workers all end in the two standard streams, so
 their file descriptors become a pipe. A thread reads it line by line into a file that is bounded and private.
@@ -23,7 +23,7 @@ from serve_app.errors import ConfigError
 from serve_app.facts.calibration import calibration_file
 from serve_app.terminal import MARK
 
-# Of one log: the file and the one before it. Of the logs of earlier starts, so many stay.
+# A log consists of its file and the one before it. This many logs of earlier starts are kept.
 MOST_LOG_BYTES = 10_000_000
 MOST_LOGS = 10
 # A longer line is cut into pieces.
@@ -37,20 +37,20 @@ WORKER_LINE = re.compile(
 
 
 class PrivateFile(RotatingFileHandler):
-    """A bounded log that only its user can read, even where a file of that name was there before."""
+    """This is a bounded log that only its user can read, even if a file of that name existed before."""
 
     def _open(self) -> TextIOWrapper:
-        # No link is followed: another user may have made it, in a folder such as /tmp.
+        # No link is followed, because another user may have made it, in a folder such as /tmp.
         file = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        if stat.S_ISREG(os.fstat(file).st_mode):  # /dev/null is everybody's.
+        if stat.S_ISREG(os.fstat(file).st_mode):  # /dev/null belongs to all users.
             os.fchmod(file, 0o600)
         return os.fdopen(file, "a", encoding="utf-8", errors="replace")
 
 
 def new_log_file() -> Path:
-    """The path of a new log, in the cache folder. The oldest ones are removed.
+    """Returns the path of a new log in the cache folder, and removes the oldest logs.
 
-    Raises ConfigError where the folder cannot be written.
+    Raises ConfigError if the folder cannot be written.
     """
     folder = calibration_file().parent / "logs"
     try:
@@ -59,21 +59,21 @@ def new_log_file() -> Path:
             for file in (old, old.with_name(f"{old.name}.1")):
                 file.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}. Name another place for the log with --log-file.") from None
+        raise ConfigError(f"{folder}: {error.strerror}. Give the log another place with --log-file.") from None
     return folder / f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
 
 
 @contextlib.contextmanager
 def captured(file: Path, told: Callable[[str], None]) -> Iterator[TextIO]:
-    """Within it, both standard streams of this process go to `file`. Yields a stream to the terminal, which was stdout.
+    """Sends both standard streams of this process to `file` meanwhile, and yields a stream to the former stdout.
 
     `told` gets each line that a worker meant for the terminal (`terminal.notify`), in the thread that reads.
-    Raises ConfigError where the file cannot be written.
+    Raises ConfigError if the file cannot be written.
     """
     try:
         log = PrivateFile(file, maxBytes=MOST_LOG_BYTES, backupCount=1)
     except OSError as error:
-        reason = "is a link; name the file itself" if error.errno == errno.ELOOP else error.strerror
+        reason = "it is a link. Name the file itself" if error.errno == errno.ELOOP else error.strerror
         raise ConfigError(f"--log-file: {file}: {reason}.") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     _flush()
@@ -104,8 +104,8 @@ def _flush() -> None:
 
 
 def _keep(reading: int, log: PrivateFile, told: Callable[[str], None]) -> None:
-    """Writes all lines that come until nobody can write any more. A full disk loses lines and stops nobody."""
-    logging.raiseExceptions = False  # Its report would go to the stream that is read here.
+    """Writes every line until no writer is left. If the disk is full, lines are lost, but nothing stops."""
+    logging.raiseExceptions = False  # Its report would go to the stream that this function reads.
     with os.fdopen(reading, encoding="utf-8", errors="replace") as stream:
         while line := stream.readline(MOST_LINE_CHARACTERS):
             text = line.rstrip("\n")

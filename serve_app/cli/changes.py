@@ -1,8 +1,8 @@
 """Says what `serve deploy` of another config file will do to each application that runs. It is pure.
 
 Serve compares a version of each application: its import path, `args`, `runtime_env` and the policies under
-`deployments:` (`ray_serve.code_version`). Another version replaces all replicas, some at a time; of
-the other options a few do so too, and the rest changes in place.
+`deployments:` (`ray_serve.code_version`). Another version replaces all replicas, some at a time. A few of
+the other options do so too, and the rest change in place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ REPLACING = frozenset(
         "gang_scheduling_config",
     }
 )
-# Read by Serve when it starts, and never again.
+# Serve reads these options when it starts, and never again.
 AT_START_ONLY = ("http_options", "grpc_options", "controller_options", "proxy_location")
 # Top-level options that Serve applies to every application.
 FOR_ALL = ("target_capacity", "logging_config")
@@ -33,7 +33,7 @@ FOR_ALL = ("target_capacity", "logging_config")
 
 @dataclass(frozen=True)
 class Change:
-    """Says what happens to one application, and which fields make it happen, each as `field: before → after`."""
+    """A change says what happens to one application, and which fields cause it, each as `field: before → after`."""
 
     name: str
     kind: Kind
@@ -41,13 +41,13 @@ class Change:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """Returns one change for each application of the two documents, by name. Serve's schema has accepted both."""
+    """Returns one change for each application of two documents that Serve's schema has accepted, sorted by name."""
     old, new = ({item["name"]: item for item in document["applications"]} for document in (before, after))
     return [_change(name, old.get(name), new.get(name)) for name in sorted({**old, **new})]
 
 
 def not_applied(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Returns the top-level options that differ and that `serve deploy` leaves as they were."""
+    """Returns the top-level options that differ but that `serve deploy` leaves unchanged."""
     return [name for name in AT_START_ONLY if before.get(name) != after.get(name)]
 
 
@@ -72,7 +72,7 @@ def _change(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | N
 
 
 def _by_name(*applications: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the applications with their deployments by name. One without an entry has the code's options."""
+    """Returns the applications with their deployments by name. A deployment without an entry has the code's options."""
     several = [{item["name"]: item for item in one.get("deployments") or []} for one in applications]
     names = {name for deployments in several for name in deployments}
     return [
@@ -82,7 +82,7 @@ def _by_name(*applications: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yields the fields that differ, as (path, before, after). A missing field is None."""
+    """Yields the fields that differ as (path, before, after). The value of a missing field is None."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from _differences(f"{path}.{key}" if path else str(key), old.get(key), new.get(key))

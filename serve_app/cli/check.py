@@ -21,14 +21,14 @@ from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 
-# Where no cluster runs: the name of the environment by which a file is judged.
+# If no cluster runs, the environment against which a file is checked has this name.
 HERE = "this environment"
-# What an application may name, and its deployment.
+# The builders that an application may name, and the deployment of each.
 BUILDERS = {"serve_app.app:model": "Model", "serve_app.app:router": "Router"}
 
 
 def check(file: Path, address: str | None) -> int:
-    """Prints one line per model. Returns 0, or 1 when a model cannot be placed. Raises ConfigError for a wrong file."""
+    """Prints a line for each model. Returns 1 if one cannot be placed, else 0. Raises ConfigError for a wrong file."""
     applications = read_applications(file)
     require_valid(applications)
     require_serves_schema(file)
@@ -47,7 +47,7 @@ def check(file: Path, address: str | None) -> int:
 
 
 def require_valid(applications: Sequence[ApplicationSpec]) -> None:
-    """Raises one ConfigError with the mistakes of all applications."""
+    """Raises one ConfigError that lists the mistakes of all applications."""
     problems = []
     for application in applications:
         try:
@@ -67,8 +67,9 @@ def open_access(
     """Returns a note on a file that would be refused at the start, because others could reach the server and nothing in
     the file names API keys.
 
-    `own` is the environment that Serve would be started with; None for a cluster that runs already, which does not get
-    that of this process. It is no mistake yet: the environment in which the cluster's nodes started may name them.
+    `own` is the environment that Serve would be started with, or None for a cluster that runs already, which does not
+    get that of this process. This is only a note, because the environment in which the cluster's nodes started may name
+    keys.
     """
     host = (document.get("http_options") or {}).get("host") or "127.0.0.1"
     environment = file_environment(document).keys() | (own or {}).keys()
@@ -77,17 +78,16 @@ def open_access(
         return []
     nobody = "nothing in this file" if own is None else "neither this file nor this environment"
     return [
-        f"http_options.host is {host}, and {nobody} names API keys. Models will not "
-        f"start unless the environment of Ray's nodes names some. Set {FILE_VARIABLE} under "
-        "controller_options.runtime_env."
-        "env_vars, or allow_open_access: true under 'args' of the router, if everyone who reaches it may use it."
+        f"http_options.host is {host}, and {nobody} names API keys. Models will not start unless the environment of "
+        f"Ray's nodes names keys. Set {FILE_VARIABLE} under controller_options.runtime_env.env_vars, or set "
+        "allow_open_access: true under 'args' of the router if everyone who reaches the server may use it."
     ]
 
 
 def unheard_keys(document: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
     """Returns notes on API keys that this environment names and that a cluster that runs already does not get."""
     return [
-        f"{name} of this environment does not reach the cluster, which was started before. Set it where Ray starts on "
+        f"{name} of this environment does not reach the cluster, which runs already. Set it where Ray starts on "
         "each node, or under controller_options.runtime_env.env_vars of the file."
         for name in (FILE_VARIABLE, ENVIRONMENT)
         if name in environment and name not in file_environment(document)
@@ -95,7 +95,7 @@ def unheard_keys(document: Mapping[str, Any], environment: Mapping[str, str]) ->
 
 
 def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
-    """Returns notes on names in the router's config that lead to no model of the file."""
+    """Returns notes on names in the router's config that do not lead to a model of the file."""
     models = {application.name for application in applications if not application.is_router}
     notes = []
     for application in applications:
@@ -109,9 +109,9 @@ def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
             named.append(("default_model", config.default_model))
         for field, name in named:
             if name not in models | config.aliases.keys():
-                notes.append(f"{application.name}: {field}: this file has no model called '{name}'.")
+                notes.append(f"{application.name}: {field}: this file has no model named '{name}'.")
         for alias in config.aliases.keys() & models:
-            notes.append(f"{application.name}: aliases.{alias}: hides the model of that name.")
+            notes.append(f"{application.name}: aliases.{alias}: the alias hides the model of that name.")
     return notes
 
 
@@ -130,15 +130,17 @@ def unset_variables(document: Mapping[str, Any]) -> list[str]:
     values = " ".join(file_environment(document).values())
     unset = sorted({name for name in re.findall(r"\$\{(\w+)\}", values) if name not in os.environ})
     return [
-        f"the file uses ${{{name}}}, which is not set here. Activate the environment before `serve run`"
+        f"the file uses ${{{name}}}, which is not set here. Activate the environment that sets it before `serve run`"
         + ("; `serve-app run` sets it." if name == "VIRTUAL_ENV" else ".")
         for name in unset
     ]
 
 
 def missing_settings(document: Mapping[str, Any], environments: Mapping[str, NodeEnvironment]) -> list[str]:
-    """Returns a note on Serve's settings that neither the file nor some node's environment has. Without them, Serve
-    would run without HAProxy or without our limits. `serve-app run` sets them."""
+    """Returns a note on Serve's settings that neither the file nor the environment of some node has.
+
+    Without them, Serve would run without HAProxy or without our limits. `serve-app run` sets them.
+    """
     missing = {where: lacking(document, node.variables) for where, node in environments.items()}
     without = sorted(where for where, names in missing.items() if names)
     if not without:
@@ -146,13 +148,13 @@ def missing_settings(document: Mapping[str, Any], environments: Mapping[str, Nod
     names = [name for name in NAMES if any(name in missing[where] for where in without)]
     told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return [
-        f"neither the file nor {', '.join(without)} sets {told}. `serve-app run` sets them; for `serve run` and "
-        '`serve deploy`, start Ray after: eval "$(serve-app node-env)".'
+        f"neither the file nor {', '.join(without)} sets {told}. `serve-app run` sets them. For `serve run` and "
+        '`serve deploy`, run eval "$(serve-app node-env)" before you start Ray.'
     ]
 
 
 def require_serves_schema(file: Path) -> None:
-    """Raises ConfigError for what Ray Serve itself refuses: unknown keys, a name or a route that is there twice."""
+    """Raises ConfigError for what Ray Serve itself refuses: unknown keys, and a name or a route that is repeated."""
     from ray.serve.config import AutoscalingConfig
     from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
@@ -165,13 +167,13 @@ def require_serves_schema(file: Path) -> None:
         ServeDeploySchema.model_validate(document)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{file}: Ray Serve refuses it: {'; '.join(lines)}") from None
-    except (AttributeError, ImportError, ValueError, TypeError) as error:  # A policy that cannot be imported.
-        raise ConfigError(f"{file}: Ray Serve refuses it: {error}") from None
+        raise ConfigError(f"{file}: Ray Serve refuses this file: {'; '.join(lines)}") from None
+    except (AttributeError, ImportError, ValueError, TypeError) as error:  # A policy cannot be imported.
+        raise ConfigError(f"{file}: Ray Serve refuses this file: {error}") from None
 
 
 def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iterable[str]) -> list[str]:
-    """Returns what Serve would drop in silence: keys and deployments that do not exist, and a wrong builder. Each
+    """Returns what Serve would ignore silently: keys and deployments that do not exist, and a wrong builder. Each
     has a line."""
     problems = [f"unknown key '{key}'.{nearest(key, top)}" for key in document if key not in top]
     for item in document["applications"]:
@@ -197,7 +199,7 @@ def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iter
 
 
 def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set[str]) -> list[str]:
-    """Returns what Serve would drop in silence under `deployments`. Each option has a line."""
+    """Returns the options under `deployments` that Serve would ignore silently. Each option has a line."""
     problems = []
     for item in document["applications"]:
         for number, options in enumerate(item.get("deployments") or ()):
@@ -222,7 +224,7 @@ def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inve
 
 
 def _cluster(address: str | None) -> tuple[list[Node], Inventory, dict[str, NodeEnvironment], str]:
-    """Returns the nodes, their devices and environments by which a file is judged, and a name for the place that has
+    """Returns the nodes, devices and environments against which a file is checked, and a name for the place that has
     them."""
     with connected(address) as where:
         if where is None:

@@ -1,4 +1,4 @@
-"""The Ray cluster that a command asks."""
+"""Connects a command to the Ray cluster that it asks."""
 
 import os
 import re
@@ -14,8 +14,8 @@ PROBE_TIMEOUT_S = 3.0
 
 @contextmanager
 def connected(address: str | None) -> Iterator[str | None]:
-    """Connects to the cluster at HOST:PORT, at RAY_ADDRESS, or to the one that runs here, and says where it is; None
-    where none runs here. Raises ConfigError for an address that is none, or where no cluster answers."""
+    """Connects to the cluster at HOST:PORT, at RAY_ADDRESS, or the one that runs here. Yields its address, or None if
+    none runs here. Raises ConfigError if the text is not an address or no cluster answers there."""
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     if where != "auto":
         require_open(where)
@@ -31,8 +31,8 @@ def connected(address: str | None) -> Iterator[str | None]:
             yield None
             return
         raise ConfigError(
-            f"{where} is open, but Ray's head there does not let this program in. If the cluster uses tokens, "
-            "export RAY_AUTH_MODE=token."
+            f"something listens at {where}, but it does not accept this program as a client of Ray. If the cluster "
+            "uses tokens, export RAY_AUTH_MODE=token."
         ) from None
     try:
         yield str(ray.get_runtime_context().gcs_address)
@@ -41,11 +41,12 @@ def connected(address: str | None) -> Iterator[str | None]:
 
 
 def require_open(address: str) -> None:
-    """Raises ConfigError where nobody listens at HOST:PORT. Ray itself would try for more than a minute."""
+    """Raises ConfigError if nothing listens at HOST:PORT. Ray itself would keep trying for more than a minute."""
     match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d{1,5})", address)
     if match is None or "://" in address:
         raise ConfigError(
-            f"--address: '{address}' is not HOST:PORT of Ray's head, such as 127.0.0.1:6379 (not the dashboard's)."
+            f"--address: '{address}' is not an address. Write HOST:PORT of Ray's head, such as 127.0.0.1:6379, and not "
+            "the dashboard's."
         )
     try:
         socket.create_connection((match[1], int(match[2])), PROBE_TIMEOUT_S).close()

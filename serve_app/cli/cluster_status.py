@@ -11,13 +11,14 @@ from serve_app.ray_serve import MODEL_DEPLOYMENT
 from serve_app.replica.report import STALE_S, ReplicaReport
 from serve_app.router.directory import ModelStatus, read_status
 
-# By application and replica.
+# The reports are found by application and replica.
 Reports = Mapping[tuple[str, str], ReplicaReport]
 
 
 @dataclass(frozen=True)
 class ReplicaView:
-    """A replica as Serve knows it, with its report if it has given one. `state` is Serve's."""
+    """This is a replica as Serve knows it, with its report if there is one. `state` is the state that Serve gives
+    it."""
 
     replica: str
     state: str
@@ -28,8 +29,8 @@ class ReplicaView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A model and its replicas. `wanted` is how many Serve aims at now, `missing` says why fewer run, and `error` is
-    the last one."""
+    """This is a model and its replicas. `wanted` is the number of replicas that Serve aims at now, `missing` says why
+    fewer run, and `error` is the model's last error."""
 
     name: str
     state: str
@@ -48,7 +49,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class ClusterStatus:
-    """What a cluster runs: all models, the living nodes, and what is known of the nodes that are gone."""
+    """What a cluster runs: it has all models, the living nodes, and what is known of the nodes that are gone."""
 
     nodes: Sequence[Node]
     gone: Sequence[str]
@@ -93,7 +94,7 @@ def _model(
 ) -> ModelView:
     replicas = [_replica(status.name, item, reports) for item in deployment.get("replicas") or ()]
     wanted = deployment.get("target_num_replicas") or 0
-    if not deployment:  # Serve has nothing to say of what goes on after an update that could not be built.
+    if not deployment:  # Serve gives no details of what keeps running after an update could not be built.
         survivors = [report for (application, _), report in reports.items() if application == status.name]
         replicas = [ReplicaView(each.replica, "RUNNING", each.node, each.pid, each) for each in survivors]
         running = len(survivors)
@@ -108,10 +109,10 @@ def _model(
 
 
 def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Sequence[Node]) -> str:
-    """Returns what a replica that has no process yet waits for, or an empty text if a node has room and it will start
-    in a moment.
+    """Returns what a replica without a process waits for, or an empty text if a node has room, so that the replica
+    will start in a moment.
 
-    `resources` are Ray's, by name; `left` are the nodes with what nobody has taken.
+    `resources` has Ray's resources by name, and `left` has the nodes with what is still free on them.
     """
     asked = node_from_resources("", resources)
     demand = Demand(asked.cpus, asked.gpus, asked.vram_gib)
@@ -120,10 +121,10 @@ def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Seq
     if any(demand.fits(node) for node in nodes):
         others = "; ".join(map(str, left))
         return (
-            f"A replica needs {demand} on one node. It is about to start there, or others use that now. "
-            f"The nodes have this left: {others}."
+            f"A replica needs {demand} on one node. Either it is about to start there, or others use these resources "
+            f"now. The nodes have this left: {others}."
         )
-    return f"A replica needs {demand} on one node, and no living node has that: {'; '.join(map(str, nodes)) or 'none'}."
+    return f"A replica needs {demand} on one node, and no living node has it: {'; '.join(map(str, nodes)) or 'none'}."
 
 
 def _replica(

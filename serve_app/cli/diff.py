@@ -15,7 +15,7 @@ MARKS = {"starts": "+", "stops": "-", "restarts": "!", "changes in place": "~", 
 
 
 def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address: str | None) -> int:
-    """Prints one line per application. Returns 0, or 1 when the new file's models do not fit. Raises ConfigError."""
+    """Prints what happens to each application. Returns 1 if the new file does not fit, else 0. Raises ConfigError."""
     for file in (old, new):
         require_valid(read_applications(file))
         require_serves_schema(file)
@@ -45,6 +45,6 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
 
 def lines_of(change: Change) -> list[str]:
     """Returns the lines that say what happens to an application, and why."""
-    restarts = "restarts, replica by replica; streams go on, and new requests wait if it has only one replica"
+    restarts = "restarts replica by replica; streams continue, and new requests wait if it has only one replica"
     text = {"restarts": restarts}.get(change.kind, change.kind)
     return [f"{MARKS[change.kind]} {change.name}: {text}", *(f"      {reason}" for reason in change.why)]

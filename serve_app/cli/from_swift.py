@@ -1,4 +1,4 @@
-"""`serve-app from-swift`: a Serve config file from a `swift deploy` command line of ms-swift 4.
+"""`serve-app from-swift` makes a Serve config file from a `swift deploy` command line of ms-swift 4.
 
 What carries over becomes `args` of one model. Every other argument gets a note that says why, and what to use instead.
 """
@@ -29,17 +29,18 @@ from serve_app.cli.swift_command import (
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, nearest
 
-# swift's own defaults.
+# These are swift's own defaults.
 DEFAULT_HOST = "0.0.0.0"  # noqa: S104
 DEFAULT_PORT = 8000
 
-# swift's `infer_backend` → ours.
+# This maps swift's `infer_backend` to ours.
 BACKENDS = {"pt": "pt", "transformers": "pt", "vllm": "vllm", "sglang": "vllm", "lmdeploy": "vllm"}
 
 
 @dataclass(frozen=True)
 class Translation:
-    """One model: its name for clients, its `args`, the address, and a note for each thing that did not carry over."""
+    """This is one model: its name for clients, its `args`, the address, and a note for each thing that did not carry
+    over."""
 
     name: str
     args: Mapping[str, Any]
@@ -55,14 +56,14 @@ def from_swift(command: str) -> int:
 
 
 def translate(command: str) -> Translation:
-    """What a `swift deploy` command means here. Raises ConfigError when it is none, or names no model."""
+    """Returns what a `swift deploy` command means here. Raises ConfigError if it is another one or names no model."""
     parsed = parse(command)
     swift_backend = parsed.one("infer_backend", "transformers")
     if swift_backend not in BACKENDS:
-        raise ConfigError(f"--infer_backend: unknown '{swift_backend}'. swift has {', '.join(BACKENDS)}.")
+        raise ConfigError(f"--infer_backend: '{swift_backend}' is unknown. swift has {', '.join(BACKENDS)}.")
     draft = _Draft({"model": _model(parsed), "infer_backend": BACKENDS[swift_backend]}, list(parsed.notes))
     if swift_backend in ("sglang", "lmdeploy"):
-        draft.note(f"--infer_backend {swift_backend}: is not here. The nearest is vllm, which is set instead.")
+        draft.note(f"--infer_backend {swift_backend}: this engine is not here. vllm, the nearest one, is set instead.")
     _add_arguments(draft, parsed, swift_backend)
     _add_variables(draft, parsed.variables)
     _add_differences(draft, parsed)
@@ -76,7 +77,7 @@ def translate(command: str) -> Translation:
 
 @dataclass
 class _Draft:
-    """The args so far. They are always ones that ModelConfig accepts."""
+    """Collects the args. ModelConfig accepts them at every step."""
 
     args: dict[str, Any]
     notes: list[str] = field(default_factory=list)
@@ -89,10 +90,13 @@ class _Draft:
         self.notes.append(text)
 
     def put(self, source: str, path: str, value: Any) -> bool:
-        """Sets a field, by dots below `engine_args`, or leaves a note where it is taken or ModelConfig refuses it."""
+        """Sets a field and returns True. If the field is set already or ModelConfig refuses it, leaves a note instead.
+
+        Dots in `path` lead below `engine_args`.
+        """
         first, *keys = path.split(".")
         if not keys and first in self.args:
-            self.note(f"{source}: {first} is {self.args[first]} already, from another argument.")
+            self.note(f"{source}: another argument has set {first} to {self.args[first]} already.")
             return False
         for key in reversed(keys):
             value = {key: value}
@@ -115,7 +119,7 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def _shown(name: str, words: tuple[str, ...]) -> str:
-    """The argument as it was given, shortened, without secrets."""
+    """Returns the argument as it was given, shortened and without secrets."""
     value = "…" if name in SECRET else textwrap.shorten(" ".join(words), 60, placeholder=" …")
     return f"--{name} {value}".strip()
 
@@ -144,11 +148,11 @@ def _add_arguments(draft: _Draft, parsed: SwiftCommand, swift_backend: str) -> N
 
 
 def _is_idle(draft: _Draft, name: str, words: tuple[str, ...], swift_backend: str) -> bool:
-    """Notes and drops an argument of a backend of swift's other than the chosen one."""
+    """Returns whether an argument belongs to another backend of swift than the chosen one, and leaves a note on it."""
     owner = name.partition("_")[0]
     if owner not in ("vllm", "sglang", "lmdeploy") or owner == swift_backend or name not in KNOWN:
         return False
-    draft.note(f"{_shown(name, words)}: counts only with infer_backend: {owner}. swift ignores it in silence too.")
+    draft.note(f"{_shown(name, words)}: it counts only with infer_backend: {owner}. swift ignores it silently too.")
     return True
 
 
@@ -167,11 +171,11 @@ def _add_argument(draft: _Draft, name: str, words: tuple[str, ...]) -> None:
         _add_single_device(draft, shown, str(value))
         return
     if name == "max_batch_size" and value < 0:
-        draft.note(f"{shown}: without a limit is not possible. max_num_seqs is 32 unless you set it.")
+        draft.note(f"{shown}: there is always a limit here. max_num_seqs is 32 unless you set it.")
         return
     is_set = draft.put(shown, path, value)
     if is_set and name == "max_model_len" and draft.backend == "vllm":
-        draft.note(f"{shown}: carries over, and bounds vLLM here. swift gives vLLM only --vllm_max_model_len.")
+        draft.note(f"{shown}: it carries over and bounds vLLM here. swift passes only --vllm_max_model_len to vLLM.")
 
 
 def _add_single_device(draft: _Draft, shown: str, device: str) -> None:
@@ -186,7 +190,7 @@ def _add_variables(draft: _Draft, variables: Mapping[str, str]) -> None:
         if name == "CUDA_VISIBLE_DEVICES":
             _add_visible_gpus(draft, value)
         elif name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            draft.note(f"{name}: is torchrun's. swift deploy does not use it, and Ray starts the processes here.")
+            draft.note(f"{name}: it is torchrun's. swift deploy does not use it, and Ray starts the processes here.")
         elif name == "USE_HF":
             draft.note(f"{name}: {REASONS['use_hf']}")
         else:
@@ -218,24 +222,26 @@ def _add_visible_gpus(draft: _Draft, value: str) -> None:
 
 
 def _add_differences(draft: _Draft, parsed: SwiftCommand) -> None:
-    """Notes on what swift does by default and this project does not."""
+    """Adds notes on what swift does by default and this project does not."""
     model, config = draft.args["model"], ModelConfig.from_args(draft.args)
     if model.startswith(("/", ".", "~")):
         draft.note(
             f"model {model}: write a local folder as an absolute path. swift also reads an args.json in it (template, "
-            "system prompt, …); that is not read here."
+            "system prompt, …), which is not read here."
         )
     elif not _uses_hugging_face(parsed):
         draft.note(
-            f"model {model}: swift downloads from ModelScope, this project from Hugging Face. If it is a local folder, "
-            "write its absolute path."
+            f"model {model}: swift downloads from ModelScope, but this project downloads from Hugging Face. If it is a "
+            "local folder, write its absolute path."
         )
     if draft.args.get("revision") == "master":
-        draft.note("--model_revision master: is ModelScope's name. The branch on Hugging Face is called main.")
-    draft.note("swift runs Python code of a checkpoint unasked. Here that needs trust_remote_code: true.")
+        draft.note("--model_revision master: this is ModelScope's name. The branch on Hugging Face is called main.")
+    draft.note("swift runs a checkpoint's Python code without asking. Here that needs trust_remote_code: true.")
     on_one_gpu = config.device == "cuda" and not config.gpu_indices and not config.num_gpus
     if config.infer_backend == "pt" and on_one_gpu and "CUDA_VISIBLE_DEVICES" not in parsed.variables:
-        draft.note("swift spreads a transformers model over all GPUs it sees. Here it takes one: set num_gpus.")
+        draft.note(
+            "swift spreads a transformers model over all GPUs it sees. Here it takes one. Set num_gpus for more."
+        )
 
 
 def _uses_hugging_face(parsed: SwiftCommand) -> bool:
@@ -244,7 +250,8 @@ def _uses_hugging_face(parsed: SwiftCommand) -> bool:
 
 
 def _name(draft: _Draft, parsed: SwiftCommand) -> str:
-    """The application's name, which clients send as `model`; by default the end of the model's path, as in swift."""
+    """Returns the application's name, which clients send as `model`. The default is the end of the model's path, as in
+    swift."""
     wanted = parsed.one("served_model_name", "") or draft.args["model"].rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip(".-") or "model"
     if name == "router":
@@ -261,8 +268,9 @@ def _address(draft: _Draft, parsed: SwiftCommand) -> tuple[str, int]:
     port = int(read_number("port", (parsed.one("port", str(DEFAULT_PORT)),)))
     if "api_key" in parsed.arguments:
         draft.note(
-            "--api_key …: keys are hashed in a file of their own: make one with `serve-app new-key NAME`, and name the "
-            "file in SERVE_APP_API_KEYS_FILE. Until then the server listens on 127.0.0.1 only; set the host after it."
+            "--api_key …: keys are kept as hashes in a file of their own. Make one with `serve-app new-key NAME`, and "
+            "name the file in SERVE_APP_API_KEYS_FILE. Until then the server listens on 127.0.0.1 only. Set the host "
+            "afterwards."
         )
         host = "127.0.0.1"
     return host, port
@@ -272,7 +280,7 @@ def _address(draft: _Draft, parsed: SwiftCommand) -> tuple[str, int]:
 
 
 class _Inline(dict[Any, Any]):
-    """A mapping to print on one line."""
+    """This is a mapping that is printed on one line."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -285,7 +293,7 @@ _Dumper.add_representer(
 
 
 def as_yaml(translation: Translation) -> str:
-    """The Serve config file, with the notes as comments at its top."""
+    """Returns the Serve config file, with the notes as comments at its top."""
     args = {key: _Inline(value) if key == "max_memory" else value for key, value in translation.args.items()}
     top = {"http_options": {"host": translation.http_host, "port": translation.http_port}}
     router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
@@ -300,9 +308,11 @@ def as_yaml(translation: Translation) -> str:
 
 
 def _header(notes: tuple[str, ...]) -> str:
-    lines = ["Made by `serve-app from-swift`. Ask `serve-app check` about it, and serve it with `serve-app run`."]
+    lines = [
+        "`serve-app from-swift` made this file. Check it with `serve-app check`, and start it with `serve-app run`."
+    ]
     if notes:
-        lines.append("What is different from swift, or did not carry over:")
+        lines.append("These things are different from swift, or did not carry over:")
     for note in notes:
         printable = "".join(char if char.isprintable() else " " for char in note)
         lines += textwrap.wrap(printable, 116, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""`serve-app init`: a config file for one model, which the plan has accepted."""
+"""`serve-app init` writes a config file for one model after the plan has accepted it."""
 
 import re
 import sys
@@ -20,16 +20,17 @@ from serve_app.planning.plan import Fix, Plan
 DEMO = "serve-app/demo"
 CPU = "cpu"
 ROUTER = "router"
-# Cures of a plan that are a field of `args`; others change the machine or the number of replicas.
+# These cures of a plan are fields of `args`. Other cures change the machine or the number of replicas.
 NOT_ARGS = ("gpus", "num_replicas")
-# A name must do as a part of a route.
+# A name must be usable as a part of a route.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 MOST_FIXES = 5
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked or given. `gpus` as for `serve-app plan --gpus`, "cpu", or None for those of this machine."""
+    """These are the answers and flags together. `gpus` is as in `serve-app plan --gpus`, or "cpu", or None for this
+    machine."""
 
     model: str
     name: str
@@ -41,11 +42,11 @@ class Choice:
 
     @property
     def device(self) -> str:
-        """The field `device`."""
+        """Returns the value of the field `device`."""
         return "cpu" if self.gpus == CPU else "cuda"
 
     def args(self) -> dict[str, Any]:
-        """The model's `args`."""
+        """Returns the model's `args`."""
         args: dict[str, Any] = {"model": self.model, "infer_backend": self.backend}
         args |= {"device": "cpu"} if self.device == "cpu" else {}
         args |= {"max_model_len": self.max_model_len} if self.max_model_len is not None else {}
@@ -53,40 +54,40 @@ class Choice:
 
 
 class Questions(Protocol):
-    """Who answers: a person at a terminal, or the defaults."""
+    """Answers the questions: either a person at a terminal does, or the defaults do."""
 
     def text(self, question: str, default: str) -> str:
-        """The answer."""
+        """Returns the answer to a question."""
         ...
 
     def agrees(self, question: str) -> bool:
-        """Whether it shall be done."""
+        """Returns whether the answer to a question is yes."""
         ...
 
 
 class Defaults:
-    """`--yes`: every question has its default, and a cure is taken."""
+    """Answers for `--yes`: every question gets its default, and every cure is taken."""
 
     def text(self, question: str, default: str) -> str:
-        """The default."""
+        """Returns the default."""
         return default
 
     def agrees(self, question: str) -> bool:
-        """Yes."""
+        """Returns True."""
         return True
 
 
 class Person:
-    """Asks at the terminal."""
+    """Asks a person at the terminal."""
 
     def text(self, question: str, default: str) -> str:
-        """Asks until it is answered."""
+        """Asks until there is an answer, and returns it."""
         from rich.prompt import Prompt
 
         return Prompt.ask(question, default=default).strip()
 
     def agrees(self, question: str) -> bool:
-        """Asks for yes or no."""
+        """Asks for yes or no, and returns True for yes."""
         from rich.prompt import Confirm
 
         return Confirm.ask(question, default=True)
@@ -94,7 +95,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Given:
-    """The flags; None where a question is to be asked."""
+    """These are the flags of the command. A value of None means that the question is asked."""
 
     model: str | None = None
     name: str | None = None
@@ -105,16 +106,16 @@ class Given:
 
 
 def init(target: Path, given: Given, yes: bool, force: bool) -> int:
-    """Asks, plans, and writes `target`. Returns 0, or 1 where the plan does not fit and nothing was written.
+    """Asks, plans, and writes `target`. Returns 0, or 1 if the plan does not fit and nothing was written.
 
-    Raises ConfigError for a wrong answer, a file that is there, and questions that nobody can answer.
+    Raises ConfigError for a wrong answer, a file that exists already, and questions that nobody can answer.
     """
     if target.exists() and not force:
-        raise ConfigError(f"{target}: is there already. Name another file, or give --force to replace it.")
+        raise ConfigError(f"{target}: this file exists already. Name another, or give --force to replace it.")
     if yes and given.model is None:
-        raise ConfigError("init: --yes needs --model: a folder, a Hugging Face id, or serve-app/demo.")
+        raise ConfigError("init: --yes needs --model with a folder, a Hugging Face id, or serve-app/demo.")
     if not yes and not sys.stdin.isatty():
-        raise ConfigError("init: asks questions, and the input is no terminal. Give --model and --yes.")
+        raise ConfigError("init: the command asks questions, but the input is not a terminal. Give --model and --yes.")
     questions = Defaults() if yes else Person()
     try:
         choice = ask(given, questions, _has_gpu)
@@ -122,7 +123,7 @@ def init(target: Path, given: Given, yes: bool, force: bool) -> int:
     except EOFError:
         raise ConfigError("init: the input ended before all questions were answered. Nothing was written.") from None
     if not made.fits:
-        print("Nothing was written, since it does not fit.")
+        print("Nothing was written, because the model does not fit.")
         return 1
     write_file(target, config_text(choice), replace=force)
     print(f"Wrote {target}. Start it with: serve-app run {target}")
@@ -130,12 +131,12 @@ def init(target: Path, given: Given, yes: bool, force: bool) -> int:
 
 
 def ask(given: Given, questions: Questions, has_gpu: Callable[[], bool]) -> Choice:
-    """Asks for what was not given, at most five questions. Raises ConfigError for an answer that cannot be meant."""
+    """Asks for what was not given, with at most five questions. Raises ConfigError for an invalid answer."""
     model = given.model or questions.text("Model: a Hugging Face id, or the absolute path of a folder", DEMO)
     name = given.name or questions.text("Name: what clients write into the field 'model'", default_name(model))
     if re.fullmatch(NAME, name) is None:
         raise ConfigError(
-            f"--name: '{name}' must be letters, digits, '.', '_' or '-', and begin with one of the first two."
+            f"--name: '{name}' is not allowed. Use letters, digits, '.', '_' and '-', and begin with a letter or digit."
         )
     if name == ROUTER:
         raise ConfigError(f"--name: '{name}' is the name of the router in the file. Choose another one for the model.")
@@ -154,13 +155,13 @@ def ask(given: Given, questions: Questions, has_gpu: Callable[[], bool]) -> Choi
 
 
 def default_name(model: str) -> str:
-    """The last part of the model's name or path, in lower case."""
+    """Returns the last part of the model's name or path in lower case."""
     last = model.rstrip("/").rpartition("/")[2].lower()
     return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._") or "model"
 
 
 def _absolute(model: str) -> str:
-    """A folder that is there as an absolute path: the nodes' own folders differ."""
+    """Returns a folder that exists as an absolute path, because the nodes' working folders differ."""
     return str(Path(model).resolve()) if model != DEMO and Path(model).is_dir() else model
 
 
@@ -180,7 +181,7 @@ def _has_gpu() -> bool:
 
 
 def planned(choice: Choice, questions: Questions, show: Callable[[Plan], None]) -> tuple[Plan, Choice]:
-    """The plan that was shown last, and the choice with the cures that were taken."""
+    """Returns the plan that was shown last, and the choice with the cures that were taken."""
     for _ in range(MOST_FIXES):
         made = _plan(choice)
         show(made)
@@ -194,18 +195,18 @@ def planned(choice: Choice, questions: Questions, show: Callable[[Plan], None]) 
 
 
 def _plan(choice: Choice) -> Plan:
-    """Of the file that would be written, so that it is the file that was accepted."""
+    """Plans the file that would be written, so that the plan accepts exactly that file."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "planned.yaml"
         file.write_text(config_text(choice))
         try:
             return plan_of_file(file, None if choice.gpus == CPU else choice.gpus, None, None)
-        except ConfigError as error:  # Nobody knows the file, which is gone by now.
+        except ConfigError as error:  # The user does not know the file, which is gone by now.
             raise ConfigError(str(error).replace(f"{file}: ", "").replace(str(file), "the new file")) from None
 
 
 def cured(choice: Choice, fix: Fix) -> Choice:
-    """The choice with a cure of the plan."""
+    """Returns the choice with a cure of the plan."""
     if fix.field == "infer_backend":
         return replace(choice, backend=str(fix.value))
     if fix.field == "max_model_len":
@@ -215,18 +216,18 @@ def cured(choice: Choice, fix: Fix) -> Choice:
 
 COMMENTS = {
     "model": "a Hugging Face id, or a folder that every node has",
-    "infer_backend": "vllm, pt, or auto: the plan chooses",
-    "device": "without it: the GPUs",
-    "max_model_len": "tokens of prompt and answer together; without it: the model's own",
+    "infer_backend": "vllm, pt, or auto, which lets the plan choose",
+    "device": "without this line, the model uses GPUs",
+    "max_model_len": "tokens of prompt and answer together; without this line, the model's own limit",
 }
 
 
 def config_text(choice: Choice) -> str:
-    """The config file, with a comment on each line that somebody may want to change."""
+    """Returns the config file, with a comment on each line that a user may want to change."""
     args = choice.args()
     lines = [
-        ("# Made by `serve-app init`. docs/configuration.md of serve-app explains every field.", ""),
-        ("#   serve-app plan FILE    what each model takes, and whether it fits", ""),
+        ("# `serve-app init` made this file. docs/configuration.md of serve-app explains every field.", ""),
+        ("#   serve-app plan FILE    says what each model takes, and whether it fits", ""),
         ("#   serve-app run FILE     starts the models; Ctrl-C stops them", ""),
         ("http_options:", ""),
         ("  host: 127.0.0.1", "0.0.0.0 lets others reach it, and needs API keys"),
@@ -248,5 +249,5 @@ def config_text(choice: Choice) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A value on one line of YAML."""
+    """Returns a value on one line of YAML."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

@@ -1,9 +1,9 @@
-"""`serve-app`: what Ray's own `serve` command does not tell.
+"""`serve-app` is the command for what Ray's own `serve` command does not do.
 
-Exit codes: 0 yes, 1 no, 2 the input is wrong, 130 Ctrl-C before anything was started.
+Exit codes: 0 means yes, 1 means no, 2 means that the input is wrong, and 130 that Ctrl-C came before anything started.
 
-A command's module is imported when that command runs: Ray, torch and transformers cost seconds of CPU each, and most
-commands need none of them.
+A command's module is imported when that command runs, because Ray, torch and transformers cost seconds of CPU each, and
+most commands need none of them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 from serve_app import __version__
 from serve_app.errors import ServeAppError
 
-# What a shell says of a program that SIGINT has ended.
+# The exit code that a shell reports of a program that SIGINT has ended.
 INTERRUPTED = 130
 
 
@@ -83,51 +83,51 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="serve-app", description="Many models by name behind one address.")
+    parser = argparse.ArgumentParser(prog="serve-app", description="Serves many models by name behind one address.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
     checking = commands.add_parser(
         "check",
-        help="is a Serve config file right, and could the cluster hold each of its models?",
-        description="Reads a Serve config file and says for each model what it needs and whether a node has that. "
+        help="checks whether a Serve config file is right, and whether the cluster could hold each of its models",
+        description="Reads a Serve config file and says for each model what it needs and whether a node has it. "
         "Starts nothing. Exits 0 if all is well, 1 if a model cannot be placed, 2 if the file is wrong.",
     )
     checking.add_argument("config", type=Path, help="a Ray Serve config file")
     checking.add_argument(
-        "--address", help="the Ray cluster to ask; without it the one that runs here, else this machine"
+        "--address", help="the Ray cluster to ask; the default is the one that runs here, or else this machine"
     )
     _add_plan(commands)
     _add_diff(commands)
     looking = commands.add_parser(
         "status",
-        help="what runs, what was planned and measured, and what is missing?",
-        description="Prints the models of the Serve that runs, with their replicas, load and last error; what each "
+        help="says what runs, what was planned and measured, and what is missing",
+        description="Prints the models that Serve runs, with their replicas, load and last error; what each "
         "replica was planned and is measured to hold of each device; and what missing replicas wait for. Exits 0 if "
         "every model has its replicas, 1 if not, 2 if no Serve runs.",
     )
-    looking.add_argument("--address", help="the Ray cluster to ask; by default the one that runs here")
+    looking.add_argument("--address", help="the Ray cluster to ask; the default is the one that runs here")
     looking.add_argument("--json", action="store_true", help="print data instead of a table")
     swift = commands.add_parser(
         "from-swift",
         help="prints a Serve config file made from a `swift deploy …` command line",
         description="Translates a `swift deploy …` command line of ms-swift 4 into a Serve config file. What does not "
-        "carry over stands in comments at its top, with the reason. Exits 2 if the command is another one.",
+        "carry over is listed in comments at its top, with the reason. Exits 2 if it is not such a command.",
     )
     swift.add_argument("swift_command", metavar="COMMAND", help="the whole command line, as one quoted word")
     commands.add_parser(
         "doctor",
-        help="what has this machine, and what would not work on it?",
+        help="says what this machine has, and what would not work on it",
         description="Prints versions, memory, disk, GPUs and who uses them, and the Ray cluster that runs here, if "
-        "any; then each problem with its cure. Starts nothing. Exits 0 without a problem, else 1.",
+        "any; then each problem with its cure. Starts nothing. Exits 0 if there is no problem, else 1.",
     )
     making = commands.add_parser(
         "new-key",
         help="makes an API key and prints its entry for the keys file",
         description="Prints a new API key to stderr, once, and its entry for the keys file to stdout. The entry holds "
-        "the key's SHA-256 and not the key. Exits 2 for a name that the file would not take.",
+        "the key's SHA-256 and not the key. Exits 2 if the file would not accept the name.",
     )
-    making.add_argument("name", metavar="NAME", help="whose key it is, such as team-a; it goes to the logs")
+    making.add_argument("name", metavar="NAME", help="the name of the key's user, such as team-a; logs show it")
     commands.add_parser(
         "node-resources",
         help='prints this node\'s GPU memory for `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`',
@@ -141,13 +141,13 @@ def _add_run(commands: Any) -> None:
         help="serves a config file until Ctrl-C, as `serve run` does, with Serve's settings set",
         description="Starts Ray, or joins the cluster that runs here, and serves the file's models until Ctrl-C or "
         "SIGTERM. It sets what Serve needs in its environment (see node-env), checks the file first, and shows how the "
-        "models come up. Exits 0 when it was stopped, 1 when it failed, 2 if the file is wrong.",
+        "models come up. Exits 0 if it was stopped, 1 if it failed, 2 if the file is wrong.",
     )
     running.add_argument("config", type=Path, help="a Ray Serve config file")
     running.add_argument("--address", help='HOST:PORT of a Ray cluster to join, or "local" for a Ray of its own')
-    running.add_argument("--app-dir", default=".", help="where the file's other import paths are looked for")
+    running.add_argument("--app-dir", default=".", help="the folder in which the file's other import paths are found")
     running.add_argument(
-        "--replace", action="store_true", help="end the applications that a running Serve has and the file has not"
+        "--replace", action="store_true", help="end the applications that a running Serve has but the file does not"
     )
     showing = commands.add_parser(
         "demo",
@@ -155,7 +155,7 @@ def _add_run(commands: Any) -> None:
         description="Serves the demo model with both engines, in a Ray of its own, until Ctrl-C. It needs no GPU and "
         "no network.",
     )
-    showing.add_argument("--host", default="127.0.0.1", help="others reach 0.0.0.0: set SERVE_APP_API_KEYS then")
+    showing.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in and needs SERVE_APP_API_KEYS")
     showing.add_argument("--port", type=_port, default=8000)
     showing.set_defaults(address="local", app_dir=".", replace=False)
     for command in (running, showing):
@@ -166,7 +166,7 @@ def _add_run(commands: Any) -> None:
         "node-env",
         help='prints what Serve needs in its environment: eval "$(serve-app node-env)" before `ray start`',
         description="Prints the environment that `serve-app run` sets, for the nodes of a cluster that `ray start` "
-        "makes. Files for `serve deploy` then need no controller_options.",
+        "starts. Files for `serve deploy` then need no controller_options.",
     )
     printing.add_argument(
         "--format", choices=["shell", "env", "json"], default="shell",
@@ -177,9 +177,9 @@ def _add_run(commands: Any) -> None:
 def _add_init(commands: Any) -> None:
     making = commands.add_parser(
         "init",
-        help="writes a config file for a model, which the plan has accepted",
-        description="Asks up to five questions, plans the model, offers the smallest fix where it does not fit, and "
-        "writes the file. Each flag answers a question. Exits 0 when the file was written, 1 when the model does not "
+        help="writes a config file for a model after the plan has accepted it",
+        description="Asks up to five questions, plans the model, offers the smallest fix if it does not fit, and "
+        "writes the file. Each flag answers a question. Exits 0 if the file was written, 1 if the model does not "
         "fit, 2 if the input is wrong.",
     )
     making.add_argument("config", type=Path, nargs="?", default=Path("models.yaml"), metavar="FILE")
@@ -187,12 +187,12 @@ def _add_init(commands: Any) -> None:
     making.add_argument("--name", help="the model's name for clients")
     making.add_argument("--infer-backend", choices=["pt", "vllm", "auto"])
     where = making.add_mutually_exclusive_group()
-    where.add_argument("--gpus", help='plan for these, such as "8GiB,24GiB"; "here" for those of this machine')
+    where.add_argument("--gpus", help='plan for these GPUs, such as "8GiB,24GiB", or "here" for those of this machine')
     where.add_argument("--device", choices=["cpu"], help="run on the CPU")
     making.add_argument("--max-model-len", type=int, help="tokens of prompt and answer together")
     making.add_argument("--port", type=_port, default=8000)
-    making.add_argument("--yes", action="store_true", help="ask nothing: take the defaults and the smallest fix")
-    making.add_argument("--force", action="store_true", help="replace a file that is there")
+    making.add_argument("--yes", action="store_true", help="ask nothing, and take the defaults and the smallest fix")
+    making.add_argument("--force", action="store_true", help="replace a file that exists already")
 
 
 def _port(text: str) -> int:
@@ -205,14 +205,14 @@ def _port(text: str) -> int:
 def _add_plan(commands: Any) -> None:
     planning = commands.add_parser(
         "plan",
-        help="what will each model take of each GPU, and does it fit?",
+        help="says what each model will take of each GPU, and whether it fits",
         description="Plans the memory of a Serve config file, or of one model, before anything starts. It needs no GPU "
         "and loads no weights. Exits 0 if all fits, 1 if not, 2 if the input is wrong.",
     )
     planning.add_argument("config", type=Path, nargs="?", help="a Ray Serve config file")
     _add_inventory(planning)
     planning.add_argument(
-        "--write", type=Path, metavar="OUT", help="write the file with what was chosen, comments kept"
+        "--write", type=Path, metavar="OUT", help="write the file with what the plan chose, and keep its comments"
     )
     planning.add_argument("--svg", type=Path, metavar="FILE", help="also draw the plan, as an SVG picture")
     planning.add_argument("--json", action="store_true", help="print data instead of bars and a table")
@@ -224,14 +224,14 @@ def _add_plan(commands: Any) -> None:
     one.add_argument("--tensor-parallel-size", type=int)
     one.add_argument("--max-model-len", type=int)
     one.add_argument("--max-num-seqs", type=int)
-    one.add_argument("--max-memory", help="such as '{0: 3GB, 1: 10GB}'")
+    one.add_argument("--max-memory", help="a bound for each device, such as '{0: 3GB, 1: 10GB}'")
     one.add_argument("--num-gpus", type=float)
 
 
 def _add_diff(commands: Any) -> None:
     comparing = commands.add_parser(
         "diff",
-        help="what would `serve deploy` of a changed file start, stop and restart, and does the result fit?",
+        help="says what `serve deploy` of a changed file would start, stop and restart, and whether the result fits",
         description="Compares two Serve config files as Serve would, and plans the second. Changes nothing. Exits 0 if "
         "the second fits, 1 if not, 2 if a file is wrong.",
     )
@@ -241,10 +241,12 @@ def _add_diff(commands: Any) -> None:
 
 
 def _add_inventory(command: Any) -> None:
-    command.add_argument("--gpus", help='plan for these: "8GiB,24GiB", "2xA100-80GB,RTX3090"; ";" between nodes')
+    command.add_argument(
+        "--gpus", help='plan for GPUs such as "8GiB,24GiB" or "2xA100-80GB,RTX3090"; ";" separates nodes'
+    )
     command.add_argument("--inventory", type=Path, help="plan for the nodes of this YAML file")
     command.add_argument(
-        "--address", help="plan for this Ray cluster; by default the one that runs here, else this machine"
+        "--address", help="plan for this Ray cluster; the default is the one that runs here, or else this machine"
     )
 
 

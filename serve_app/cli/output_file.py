@@ -1,4 +1,4 @@
-"""Writes the files that a command is asked for."""
+"""Writes the files that a command is asked to write."""
 
 import os
 import secrets
@@ -11,15 +11,15 @@ from serve_app.errors import ConfigError
 def write_file(target: Path, text: str, replace: bool = True) -> None:
     """Writes a text file as a whole or not at all, so that a reader sees the old file or the new one.
 
-    A link is followed, and the file that it replaces keeps its mode. Raises ConfigError where the file cannot be
-    written, is no regular file, or is there already without `replace`.
+    A link is followed, and the file that is replaced keeps its mode. Raises ConfigError if the file cannot be written,
+    is not a regular file, or exists already without `replace`.
     """
     try:
         file = target.resolve() if replace else target
         mode = stat.S_IMODE(file.stat().st_mode) if replace and file.exists() else None
         if mode is not None and not file.is_file():
             raise ConfigError(f"{target}: it is not a regular file. Name another one.")
-        # Others may write into the folder: the name cannot be guessed, and "x" follows no link.
+        # Others may write into the folder, so the name cannot be guessed, and "x" follows no link.
         new = file.with_name(f".{file.name[:100]}.{secrets.token_hex(8)}.new")
         try:
             with new.open("x", encoding="utf-8") as stream:
@@ -29,10 +29,10 @@ def write_file(target: Path, text: str, replace: bool = True) -> None:
             if replace:
                 new.replace(file)
             else:
-                os.link(new, file)  # Unlike a rename, it fails where somebody has made the file meanwhile.
+                os.link(new, file)  # Unlike a rename, it fails if somebody has made the file meanwhile.
         finally:
             new.unlink(missing_ok=True)
     except FileExistsError:
-        raise ConfigError(f"{target}: is there already. Name another file, or give --force to replace it.") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle.
+        raise ConfigError(f"{target}: this file exists already. Name another, or give --force to replace it.") from None
+    except (OSError, RuntimeError) as error:  # A RuntimeError means links in a circle.
         raise ConfigError(f"{target}: {getattr(error, 'strerror', None) or error}.") from None

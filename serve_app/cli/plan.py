@@ -44,7 +44,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
-    """Returns the plan of a Serve config file for these GPUs, or for those of the cluster or this machine. Raises
+    """Returns the plan of a Serve config file for these GPUs, or those of the cluster or this machine. Raises
     ConfigError."""
     requests = _requests_of_file(path)
     return _planned(requests, _inventory(gpus, inventory, address))
@@ -65,7 +65,7 @@ def _require_one_way(options: argparse.Namespace) -> None:
     if options.config is not None and given:
         raise ConfigError(f"plan: --{given[0].replace('_', '-')} goes with --model. In a file, write {given[0]} there.")
     if options.gpus is not None and not options.gpus.strip():
-        raise ConfigError("plan: --gpus is empty. Write sizes or names, such as 8GiB,24GiB or 2xA100-80GB.")
+        raise ConfigError("plan: --gpus is empty. Write sizes or names such as 8GiB,24GiB or 2xA100-80GB.")
 
 
 def _requests_of_file(path: Path | None) -> list[ModelRequest]:
@@ -98,7 +98,7 @@ def _request_of_options(options: argparse.Namespace) -> ModelRequest:
 
 
 def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
-    """Returns a model with the facts of its checkpoint. Raises ConfigError."""
+    """Returns a model with the facts of its checkpoint. Raises ConfigError if they cannot be read."""
     checkpoint = read_checkpoint(config.model, config.revision)
     return ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
 

@@ -16,7 +16,7 @@ from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
 
 Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "spare", "others"]
 
-# The kinds of blocks in the order in which a bar has them, and what a reader calls them.
+# These are the kinds of blocks in the order in which a bar has them, and what a reader calls them.
 LABELS: dict[Kind, str] = {
     "weights": "weights",
     "kv_cache": "KV cache",
@@ -31,7 +31,7 @@ MARKS: dict[Certainty, str] = {"exact": "", "calibrated": "c", "guessed": "~"}
 CERTAINTIES = "~ marks a guess with its margin, c a figure that was measured in earlier runs; the others are exact."
 BY_INDEX = """Ray counts GPU memory by index here. Start its nodes with
 ray start --num-gpus 0 --resources "$(serve-app node-resources)\""""
-# A plan of more devices than this shows neighbours that are alike as one bar.
+# If a plan has more devices than this, neighbours that are alike are shown as one bar.
 MOST_SINGLE_BARS = 8
 # Bars have one scale unless the smallest would be shorter than this share of the longest.
 LEAST_BAR = 1 / 6
@@ -39,7 +39,7 @@ LEAST_BAR = 1 / 6
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a bar: the memory of one kind, with the certainty of its figure."""
+    """This is a part of a bar: the memory of one kind, with the certainty of its figure."""
 
     kind: Kind
     figure: Figure
@@ -47,8 +47,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Occupant:
-    """A model on a device, or on each of several devices that are alike. `replicas` are the numbers of its replicas
-    there."""
+    """This is a model on a device, or on each of several devices that are alike. `replicas` are the numbers of its
+    replicas there."""
 
     name: str
     replicas: tuple[int, ...]
@@ -69,7 +69,7 @@ class Occupant:
 
 @dataclass(frozen=True)
 class Bar:
-    """A device, or several that are alike. `length` is its share of the longest bar, above 0 and at most 1."""
+    """This is a device, or several that are alike. `length` is its share of the longest bar, above 0 and at most 1."""
 
     devices: tuple[Device, ...]
     occupants: tuple[Occupant, ...]
@@ -101,7 +101,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class ModelNote:
-    """The reasons for a model's place, and how many requests fit: a heading and sentences."""
+    """This is a heading and sentences that give the reasons for a model's place, and how many requests fit."""
 
     title: str
     lines: tuple[str, ...]
@@ -109,7 +109,7 @@ class ModelNote:
 
 @dataclass(frozen=True)
 class ProblemNote:
-    """A model that has no place. `fix` is the smallest change that helps, or empty if none was found."""
+    """This is a model that has no place. `fix` is the smallest change that helps, or empty if none was found."""
 
     model: str
     message: str
@@ -122,7 +122,7 @@ class Chart:
 
     verdict: str
     fits: bool
-    notes: tuple[str, ...]  # Prose; what follows a line break is a command.
+    notes: tuple[str, ...]  # Each is prose. What follows a line break is a command.
     bars: tuple[Bar, ...]
     models: tuple[ModelNote, ...]
     problems: tuple[ProblemNote, ...]
@@ -157,12 +157,12 @@ def title_of(model: ModelPlan) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns the text without signs that would move a terminal's cursor or that XML cannot hold. Each is replaced."""
+    """Returns the text with a replacement for each sign that would move a terminal's cursor or that XML cannot hold."""
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def ranges(devices: Sequence[Device]) -> str:
-    """Returns devices by their names, with neighbours joined: "n1:0 to n1:3, n2:0"."""
+    """Returns the names of devices with neighbours joined, such as "n1:0 to n1:3, n2:0"."""
     runs: list[list[Device]] = []
     for device in devices:
         last = runs[-1][-1] if runs else None
@@ -181,8 +181,9 @@ def ranges(devices: Sequence[Device]) -> str:
 def cells(sizes: Sequence[int], width: int) -> list[int]:
     """Returns a whole number of cells for each size in bytes. They add up to `width`.
 
-    Each size gets its share, rounded so that the sum is right. A size above zero gets one cell at least while there
-    are as many cells as such sizes; the largest blocks give that cell. With fewer cells, the largest sizes have them.
+    Each size gets its share, rounded so that the sum is right. A size above zero gets at least one cell while there
+    are as many cells as such sizes, and the largest blocks give that cell. If there are fewer cells, the largest sizes
+    get them.
     """
     total = sum(sizes)
     if total <= 0 or width <= 0:
@@ -192,7 +193,7 @@ def cells(sizes: Sequence[int], width: int) -> list[int]:
     by_rest = sorted(range(len(sizes)), key=lambda number: (-(sizes[number] * width % total), number))
     for number in by_rest[: width - sum(found)]:
         found[number] += 1
-    for number in by_size:  # The small ones come last, and take their cell of whoever has most.
+    for number in by_size:  # The small ones come last, and each takes its cell from the block that has most.
         if sizes[number] and not found[number]:
             richest = max(by_size, key=lambda other: found[other])
             if found[richest] > 1:
@@ -231,7 +232,7 @@ def _blocks(rank: RankPlan) -> tuple[Block, ...]:
 
 
 def _merged(bars: Sequence[Bar]) -> list[Bar]:
-    """Returns one bar for neighbours that are alike. Replicas of one model are alike, whatever their numbers are."""
+    """Returns one bar for neighbours that are alike. Replicas of one model are alike whatever their numbers are."""
 
     def likeness(bar: Bar) -> object:
         device = bar.devices[0]
@@ -264,7 +265,7 @@ def _scaled(bars: Sequence[Bar]) -> tuple[list[Bar], bool]:
 
 
 def _model_notes(models: Iterable[ModelPlan]) -> Iterator[ModelNote]:
-    """Yields one note for each model. Replicas of which the same is said share a note."""
+    """Yields one note for each model. Replicas with the same text share a note."""
     groups: dict[object, list[ModelPlan]] = {}
     for model in models:
         groups.setdefault((model.name, model.backend, _lines(model)), []).append(model)

@@ -15,12 +15,12 @@ from serve_app.planning.plan import Plan
 
 WIDTH, MARGIN, BAR_HEIGHT = 960, 28, 30
 INNER = WIDTH - 2 * MARGIN
-# Widths of signs in parts of the font's size: a broad sans serif's average, and a full-width sign's.
+# These are widths of signs as parts of the font's size: the average of a broad sans serif, and a full-width sign's.
 SIGN, FULL_SIGN, MONO_SIGN = 0.56, 1.0, 0.62
-# A figure is written into its block where that is wider than the text by so much.
+# A figure is written into its block if the block is wider than the text by this many pixels.
 PADDING = 8
 
-# Fill and ink of each kind, in light and in dark surroundings.
+# These are the fill and the ink of each kind, in light and in dark surroundings.
 LIGHT: dict[Kind, tuple[str, str]] = {
     "weights": ("#2b6cc4", "#ffffff"),
     "kv_cache": ("#0f7f5f", "#ffffff"),
@@ -39,7 +39,7 @@ DARK: dict[Kind, tuple[str, str]] = {
     "spare": ("#262b36", "#b3b9c7"),
     "others": ("#e0703f", "#1f0b03"),
 }
-# Names of CSS classes: background, ink, dim ink, lines, what fits, what does not, and the panel of a problem.
+# The colours are for background, ink, dim ink, lines, what fits, what does not fit, and the panel of a problem.
 PAGE = {
     "light": ("#ffffff", "#1b1f2a", "#5a6172", "#c9ced9", "#0f7f5f", "#b3261e", "#fdf1f0"),
     "dark": ("#12151c", "#e8ebf2", "#a3aaba", "#3b4250", "#4fd1a5", "#ff8a80", "#2a1a1c"),
@@ -70,7 +70,7 @@ def plan_svg(plan: Plan) -> str:
 
 
 class _Page:
-    """Collects the elements so far, and the height at which the next one goes."""
+    """Collects the elements, and keeps the height at which the next one goes."""
 
     def __init__(self) -> None:
         self.elements: list[str] = []
@@ -85,7 +85,7 @@ class _Page:
     def prose(
         self, text: str, size: int, style: str, indent: int = 0, width: int = INNER, is_mono: bool = False
     ) -> None:
-        """Adds lines of text below each other."""
+        """Adds lines of text, each below the one before."""
         most = int((width - indent) / (size * (MONO_SIGN if is_mono else SIGN)))
         font = " mono" if is_mono else ""
         for line in textwrap.wrap(text, max(20, most), break_on_hyphens=False):
@@ -113,7 +113,7 @@ def _heading(page: _Page, chart: Chart) -> None:
 
 
 def _bar(page: _Page, bar: Bar, number: int) -> None:
-    """Adds a card: its name and what is spare, the names of its models, the blocks, and each model's figures."""
+    """Adds a card with its name, its spare memory, its blocks, and the figures of each model."""
     device = bar.devices[0]
     page.space(34)
     room = f"spare {gib(bar.spare.figure.bytes)} of {gib(device.total_bytes)}"
@@ -165,7 +165,7 @@ def _block(page: _Page, block: Block, owner: str, x: int, top: float, width: int
 
 
 def _problem(page: _Page, problem: ProblemNote) -> None:
-    """Adds a panel for a problem, in which the fix stands apart."""
+    """Adds a panel for a problem, in which the fix has a line of its own."""
     page.space(18)
     top, at = page.y, len(page.elements)
     page.space(8)
@@ -202,7 +202,7 @@ def _width_of(text: str, size: int) -> float:
 
 
 def _cut(text: str, width: float, size: int) -> str:
-    """Returns the text, without its end if it is too wide. It is empty if there is no room for two signs."""
+    """Returns the text, without its end if it is too wide, or an empty text if there is no room for two signs."""
     if _width_of(text, size) <= width:
         return text
     while text and _width_of(text + "…", size) > width:
@@ -232,7 +232,7 @@ def _document(page: _Page, chart: Chart) -> str:
 
 
 def _sentences(chart: Chart) -> Iterable[str]:
-    """Yields what the picture says, for a reader who does not see it."""
+    """Yields what the picture says as sentences for a reader who does not see it."""
     for bar in chart.bars:
         parts = [f"{occupant.title} {gib(occupant.share.bytes)}" for occupant in bar.occupants]
         parts += [f"spare {gib(bar.spare.figure.bytes)}"]

@@ -1,6 +1,6 @@
 """Prints a plan: a bar for each card, the table of figures, the reasons, and each problem with its fix.
 
-In a pipe the text is the same without colours. Rich decides on colours, by the terminal, NO_COLOR and TERM; blocks
+In a pipe the text is the same without colours. Rich decides on colours by the terminal, NO_COLOR and TERM. Blocks
 also differ by their signs, so that nothing is said by colour alone.
 """
 
@@ -18,11 +18,11 @@ from serve_app.cli.plan_chart import CERTAINTIES, LABELS, Bar, Chart, Kind, cell
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
 
-# Columns of a page. One that is not a terminal is as wide as the table of figures needs.
+# These are the columns of a page. A page that is not a terminal is as wide as the table of figures needs.
 LEAST_WIDTH, MOST_WIDTH, PIPE_WIDTH = 40, 120, 100
-# A name over its blocks is shown with this many columns at least, and else on a line of its own.
+# A name is shown over its blocks if it has at least this many columns there, and otherwise on a line of its own.
 LEAST_LABEL = 4
-# Foreground and background of each kind; they are near each other, so that a block looks solid.
+# The foreground and background of a kind are near each other, so that a block looks solid.
 STYLES: dict[Kind, str] = {
     "weights": "#2f7ed8 on #2466b3",
     "kv_cache": "#1aa37a on #138462",
@@ -36,7 +36,7 @@ STYLES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Signs:
-    """The signs of a page. Each is one column wide."""
+    """These are the signs of a page. Each is one column wide."""
 
     blocks: dict[Kind, str]
     rule: str
@@ -72,7 +72,7 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
     for problem in chart.problems:
         lines += [Text(), _rule(f"PROBLEM {problem.model}", width, signs)]
         lines += _wrapped(problem.message, width)
-        if problem.fix:  # It is copied, so it stays on one line, however wide it is.
+        if problem.fix:  # People copy the fix, so it stays on one line, however wide it is.
             lines.append(Text.assemble("    smallest fix: ", (problem.fix, "bold green")))
         else:
             lines.append(Text("    No small change was found that would help."))
@@ -99,7 +99,7 @@ def _heading(chart: Chart, width: int, signs: Signs) -> Iterator[Text]:
 
 
 def _bar_lines(bar: Bar, width: int, signs: Signs) -> Iterator[Text]:
-    """Yields the card, the names of its models above their blocks, the blocks, and the names that had no room."""
+    """Yields the card, the names of its models above their blocks, the blocks, and the names that had no room there."""
     device = bar.devices[0]
     room = f"spare {gib(bar.spare.figure.bytes)} of {gib(device.total_bytes)}"
     if bar.others.figure.bytes:
@@ -132,7 +132,7 @@ def _ends(left: Text, right: Text, width: int) -> Iterator[Text]:
 
 
 def _labels(bar: Bar, counts: Sequence[int], length: int, signs: Signs) -> tuple[Text, list[str]]:
-    """Returns the names above their models' blocks, and in full those that had no room there."""
+    """Returns the line of names above their models' blocks, and in full the names that had no room in it."""
     line, hidden, taken = Text(), list[str](), iter(counts)
     for occupant in bar.occupants:
         span = sum(next(taken) for block in occupant.blocks if block.figure.bytes)
@@ -173,7 +173,7 @@ COLUMNS = ("weights", "KV cache", "activation", "graphs", "context", "share")
 
 
 def _table(plan: Plan, width: int) -> list[Text]:
-    """Returns a line for each model on each device, and one for what each device has to spare. People copy these
+    """Returns a line for each model on each device, and one for the spare memory of each device. People copy these
     lines."""
     rows = [
         (device, [(model, rank) for model in plan.models for rank in model.ranks if rank.device.id == device.id])
@@ -197,7 +197,8 @@ def _table(plan: Plan, width: int) -> list[Text]:
 
 @dataclass(frozen=True)
 class _Form:
-    """The widths of the table's first columns. If the page is narrower than a row, figures go below their model."""
+    """These are the widths of the table's first columns. If the page is narrower than a row, figures go below their
+    model."""
 
     device: int
     model: int

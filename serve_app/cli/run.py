@@ -1,4 +1,4 @@
-"""`serve-app run` and `serve-app demo`: what `serve run` does, with Serve's settings set and a clean terminal."""
+"""`serve-app run` and `serve-app demo` do what `serve run` does, with Serve's settings set and a clean terminal."""
 
 import contextlib
 import os
@@ -39,19 +39,19 @@ from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.ray_serve import NAMESPACE, current_cluster_file
 
-# Seconds between two looks at Serve's status, until everything has come up and afterwards.
+# Serve's status is read at these intervals in seconds: the first until everything has come up, the second afterwards.
 START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0
-# A second signal within this time is the first one again: `timeout` and some shells send it twice.
+# A second signal within this many seconds counts as the first one, since `timeout` and some shells send it twice.
 SAME_SIGNAL_S = 1.0
-# Seconds that the controller of a Serve that runs already may take to tell its applications.
+# The controller of a Serve that runs already may take this many seconds to report its applications.
 STATUS_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run: `address` is HOST:PORT of a running Ray, "local" for one of its own, None for what Ray would take.
+    """How to run. `address` is HOST:PORT of a running Ray, "local" to start one, or None for what Ray would choose.
 
-    `replace`: a Serve that runs there already may lose the applications that the file does not have.
+    `replace` means that a Serve that runs there already may lose the applications that the file does not have.
     """
 
     address: str | None = None
@@ -62,9 +62,9 @@ class RunOptions:
 
 
 def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None = None) -> int:
-    """Serves a config file until Ctrl-C or SIGTERM, and returns 0, or 1 where it cannot go on.
+    """Serves a config file until Ctrl-C or SIGTERM. Returns 0, or 1 if it cannot go on.
 
-    `http_options` replace those of the file.
+    `http_options` replaces options of the file.
 
     Raises ConfigError for a wrong file, an address without a cluster, and a port that is taken.
     """
@@ -77,13 +77,13 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
         _require_free_port(document["http_options"]["port"])
     environment = serve_environment(str(haproxy_command()))
     activate()
-    # Before Ray is imported: Serve reads them then, and the processes of a Ray that is started here inherit them.
+    # This comes before the import of Ray: Serve reads them then, and the processes of a Ray started here inherit them.
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     if joins is None:
         notes = overrides(document, os.environ, environment)
         notes += open_access(document, applications, os.environ)
-    else:  # What its nodes were started with is told when they were asked.
+    else:  # What its nodes were started with is reported once they were asked.
         notes = open_access(document, applications, None) + unheard_keys(document, os.environ)
     notes += dangling_names(applications)
     start = Start(file, document, applications, joins, Path(options.app_dir).resolve(), options.replace)
@@ -97,14 +97,14 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
 
 
 def demo(options: RunOptions, host: str, port: int) -> int:
-    """Serves the two demo models in a Ray of their own, as `run`."""
+    """Serves the two demo models with a Ray of their own, as `run` does, and returns its exit code."""
     return run(CONFIG_FILE, options, {"host": host, "port": port})
 
 
 def activate() -> None:
-    """Sets what `activate` of an environment sets, for the processes that Ray starts.
+    """Sets what the script `activate` of this environment sets, for the processes that Ray starts.
 
-    Engines look there for their tools, and files name `${VIRTUAL_ENV}`.
+    Engines look for their tools on this path, and config files name `${VIRTUAL_ENV}`.
     """
     folder = str(Path(sys.executable).parent)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
@@ -113,9 +113,9 @@ def activate() -> None:
 
 
 def cluster_to_join(address: str | None) -> str | None:
-    """Where the Ray cluster is that is to be joined; None to start one. As `ray.init` decides.
+    """Returns the address of the Ray cluster to join, or None to start one, as `ray.init` decides it.
 
-    Raises ConfigError where no cluster answers.
+    Raises ConfigError if no cluster answers.
     """
     where = address or os.environ.get("RAY_ADDRESS") or ""
     if where == "local":
@@ -135,9 +135,9 @@ def cluster_to_join(address: str | None) -> str | None:
 
 
 def _http_options(document: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's, with an address that only this machine reaches where it names none.
+    """Returns the file's options, with an address that only this machine reaches if the file names none.
 
-    Serve's own default is 0.0.0.0 in a file, and 127.0.0.1 in a program. Raises ConfigError for what is no port.
+    Serve's own default is 0.0.0.0 in a file, and 127.0.0.1 in a program. Raises ConfigError for an invalid port.
     """
     given = document.get("http_options") or {}
     if not isinstance(given, Mapping):
@@ -156,7 +156,7 @@ def _require_free_port(port: int) -> None:
 
 @contextlib.contextmanager
 def _terminal(options: RunOptions) -> Iterator[tuple[StartView, Path | None]]:
-    """The view of the terminal, and the log that has the rest; None where all of it goes to the terminal."""
+    """Yields the view of the terminal, and the log with the rest or None if all of it goes to the terminal."""
     if options.verbose:
         view = StartView(os.fdopen(os.dup(1), "w", buffering=1), live=False)
         try:
@@ -164,7 +164,7 @@ def _terminal(options: RunOptions) -> Iterator[tuple[StartView, Path | None]]:
         finally:
             view.close()
         return
-    os.environ["RAY_COLOR_PREFIX"] = "0"  # So that the lines that workers mean for the terminal are recognised.
+    os.environ["RAY_COLOR_PREFIX"] = "0"  # Only then are the lines that workers mean for the terminal recognised.
     log = options.log_file or new_log_file()
     shown: list[StartView] = []
 
@@ -183,16 +183,16 @@ def _terminal(options: RunOptions) -> Iterator[tuple[StartView, Path | None]]:
 
 
 def living(applications: Mapping[str, Any]) -> set[str]:
-    """Returns the names of the applications that Serve has and does not delete; as `ServeInstanceDetails` has them."""
+    """Returns the names of the applications of `ServeInstanceDetails` that Serve does not delete."""
     status = {name: getattr(item["status"], "value", item["status"]) for name, item in applications.items()}
     return {name for name, value in status.items() if value != "DELETING"}
 
 
 @dataclass(frozen=True)
 class Start:
-    """What is to be started: the config, its applications, and the address of the cluster to join.
+    """What is to be started, that is the config, its applications, and the address of the cluster to join.
 
-    `app_dir` is where other import paths are looked for; `replace` as in `RunOptions`.
+    `app_dir` is the folder of other import paths, and `replace` is as in `RunOptions`.
     """
 
     file: Path
@@ -204,29 +204,29 @@ class Start:
 
     @property
     def names(self) -> list[str]:
-        """The names of all applications."""
+        """Returns the names of all applications."""
         return [application.name for application in self.applications]
 
     @property
     def others(self) -> list[str]:
-        """The applications that are no models."""
+        """Returns the names of the applications that are not models."""
         return [application.name for application in self.applications if not application.is_model]
 
     @property
     def routers(self) -> list[str]:
-        """The applications that are routers."""
+        """Returns the names of the applications that are routers."""
         return [application.name for application in self.applications if application.is_router]
 
 
 class _Stop(KeyboardInterrupt):
-    """The first SIGINT or SIGTERM."""
+    """Is raised by the first SIGINT or SIGTERM."""
 
 
 @dataclass
 class _Runner:
     start: Start
     view: StartView
-    # Whether the end of this run is the end of Serve, and whether Serve was there before it.
+    # These say whether the end of this run is the end of Serve, and whether Serve was there before it.
     _serves: bool = field(default=False, init=False)
     _found_serve: bool = field(default=False, init=False)
     _stopped_at: float | None = field(default=None, init=False)
@@ -250,22 +250,22 @@ class _Runner:
 
             with contextlib.suppress(OSError):
                 traceback.print_exc()
-            self.view.event(f"has failed: {type(error).__name__}: {error}")
+            self.view.event(f"serve-app run has failed: {type(error).__name__}: {error}")
             code = 1
         finally:
             self._stop()
         return code
 
     def _code_of(self, error: SystemExit) -> int:
-        """Returns 0 where a signal ended the start, and otherwise the code that a library has ended it with."""
+        """Returns 0 if a signal ended the start, and otherwise the code with which a library has ended it."""
         if self._stopped_at is not None or error.code == signal.SIGTERM:  # Ray's own handler exits with the number.
             return 0
-        self.view.event(f"has failed: a library has ended it: SystemExit: {error.code}")
+        self.view.event(f"serve-app run has failed: a library has ended it with SystemExit: {error.code}")
         return error.code if isinstance(error.code, int) else int(error.code is not None)
 
     def _heed_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # A shell has SIGINT ignored by what runs in the background.
+            if signal.getsignal(number) != signal.SIG_IGN:  # A shell makes background jobs ignore SIGINT.
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
@@ -273,28 +273,29 @@ class _Runner:
             self._stopped_at = time.monotonic()
             raise _Stop
         if time.monotonic() - self._stopped_at > SAME_SIGNAL_S:
-            left = f"; Serve goes on at {self.start.joins}" if self.start.joins else ""
-            self.view.last_words(f"ends at once{left}")
+            left = f"; Serve keeps running at {self.start.joins}" if self.start.joins else ""
+            self.view.last_words(f"exiting immediately{left}")
             os._exit(INTERRUPTED)  # Ray's processes end with the one that started them.
 
     def _start_ray(self) -> None:
         self.view.wait_for(["Ray is starting" if self.start.joins is None else f"connecting to {self.start.joins}"])
         import ray.serve
 
-        # After the libraries, so that a ray.py in it is not taken for Ray. Workers get the current folder by Ray.
+        # This comes after the libraries, so that a ray.py in it is not taken for Ray. Ray gives workers the current
+        # folder.
         sys.path.insert(0, str(self.start.app_dir))
         require_serves_schema(self.start.file)
         try:
             context = ray.init(address=self.start.joins or "local", namespace=NAMESPACE)
         except ConnectionError as error:
             raise ConfigError(
-                f"{self.start.joins or 'Ray'} does not let this program in: {error}. If the cluster uses tokens, "
-                "export RAY_AUTH_MODE=token."
+                f"{self.start.joins or 'Ray'} does not accept this program as a client: {error}. If the cluster uses "
+                "tokens, export RAY_AUTH_MODE=token."
             ) from None
         self._heed_signals()  # Ray has set its own handler of SIGTERM.
         dashboard = f" (dashboard http://{context.dashboard_url})" if context.dashboard_url else ""
         self.view.event(
-            f"Ray is up{dashboard}" if self.start.joins is None else f"joined the Ray at {self.start.joins}"
+            f"Ray is up{dashboard}" if self.start.joins is None else f"joined the Ray cluster at {self.start.joins}"
         )
 
     def _start_serve(self) -> None:
@@ -308,7 +309,7 @@ class _Runner:
             controller()
         except ValueError:
             document = self._with_settings_of_nodes()
-            self._serves = True  # What is begun is to be ended.
+            self._serves = True  # What has been started must be stopped.
         else:
             self._take_over()
         options = {name: document[name] for name in ("proxy_location", "grpc_options") if name in document}
@@ -320,7 +321,7 @@ class _Runner:
         self.view.event("Serve is up")
 
     def _take_over(self) -> None:
-        """Looks at the Serve that runs already. Raises ConfigError where it would lose applications unasked."""
+        """Checks the Serve that runs already. Raises ConfigError if it would lose applications without --replace."""
         from serve_app.ray_serve import serve_details
 
         self._found_serve = True
@@ -329,17 +330,17 @@ class _Runner:
         if lost and not self.start.replace:
             raise ConfigError(
                 f"Serve runs already at {self.start.joins}, and {self.start.file} does not have its applications "
-                f"{', '.join(lost)}: they would end. Add them to the file, start a Ray of its own with --address "
+                f"{', '.join(lost)}, so they would end. Add them to the file, start a Ray of its own with --address "
                 "local, or give --replace to let them end."
             )
-        self.view.event("Serve runs there already: its http_options and controller_options stay as they are")
+        self.view.event("Serve runs there already, so its http_options and controller_options stay as they are")
         if lost:
-            self.view.event(f"--replace: these end with this run or before: {', '.join(lost)}")
+            self.view.event(f"because of --replace, these end with this run or before: {', '.join(lost)}")
         if kept := sorted(running & set(self.start.names)):
-            self.view.event(f"takes over {', '.join(kept)}: each becomes what the file says, and ends with this run")
+            self.view.event(f"taking over {', '.join(kept)}: each becomes what the file says, and ends with this run")
 
     def _with_settings_of_nodes(self) -> Mapping[str, Any]:
-        """The config with the settings that the nodes of a joined cluster lack."""
+        """Returns the config with the settings that the nodes of a joined cluster lack."""
         if self.start.joins is None:
             return self.start.document
         from serve_app.deploy.node_env import node_environments
@@ -354,7 +355,7 @@ class _Runner:
         return with_environment(self.start.document, settings)
 
     def _watch(self) -> None:
-        """Tells how the applications come up, then what is new. Ends by a signal only."""
+        """Shows how the applications come up, and then each change. Only a signal ends it."""
         from serve_app.cli.start_watch import StartWatch
 
         watch = StartWatch(self.start.names, self.start.others, self.start.routers, self.view)
@@ -366,7 +367,7 @@ class _Runner:
             time.sleep(LATER_INTERVAL_S)
 
     def _stop(self) -> None:
-        """Ends Serve, and the Ray that was started here."""
+        """Stops Serve if it was started here, and leaves or stops Ray."""
         self._stopped_at = self._stopped_at or time.monotonic()
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
@@ -375,12 +376,12 @@ class _Runner:
         try:
             self.view.close()
             if self._found_serve and not self._serves:
-                self.view.event(f"leaves the Serve at {self.start.joins} running, which it has not taken over")
+                self.view.event(f"leaving the Serve at {self.start.joins} running, which was not taken over")
             else:
-                self.view.event("stops; Ctrl-C again ends it at once")
-        finally:  # Whatever becomes of the terminal.
+                self.view.event("stopping; press Ctrl-C again to exit immediately")
+        finally:  # This happens whatever becomes of the terminal.
             self._shut_down(ray)
-        self.view.event("has stopped")
+        self.view.event("serve-app run has stopped")
 
     def _shut_down(self, ray: ModuleType) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What `serve-app run` tells of a start, as functions of Serve's statuses."""
+"""Decides what `serve-app run` shows of a start, as functions of Serve's statuses."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from serve_app.router.status_lines import MEND, serving, state_line
 
 @dataclass(frozen=True)
 class ApplicationState:
-    """One application of Serve. `is_model` is false for the router and for applications that are not ours."""
+    """This is one application of Serve. `is_model` is false for the router and for applications that are not ours."""
 
     name: str
     state: State
@@ -21,7 +21,7 @@ class ApplicationState:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing more happens to it without a cause."""
+        """Returns whether its state will stay as it is unless something happens to it."""
         return self.state not in ("loading", "stopping")
 
 
@@ -29,8 +29,8 @@ States = Mapping[str, ApplicationState]
 
 
 def read_states(applications: Mapping[str, Any], others: Collection[str]) -> dict[str, ApplicationState]:
-    """All applications by name; `applications` as `ServeInstanceDetails` has them, `others` are those that are no
-    models."""
+    """Returns the states of all applications by name. `applications` are those of `ServeInstanceDetails`, and `others`
+    are the names of those that are not models."""
     models = read_status({name: item for name, item in applications.items() if name not in others}, "")
     found = {name: ApplicationState(name, model.state, True, model.message) for name, model in sorted(models.items())}
     return found | {name: _other(name, item) for name, item in applications.items() if name not in found}
@@ -44,7 +44,7 @@ def _other(name: str, application: Any) -> ApplicationState:
 
 
 def changes(before: States, now: States) -> list[str]:
-    """A line for each change: a state, the reason of one that fails, what a loading one waits for."""
+    """Returns a line for each change. It has the state, and why the application fails or what it waits for."""
     lines = [
         state_line(name, item.state, item.message) for name, item in now.items() if _is_news(before.get(name), item)
     ]
@@ -56,7 +56,7 @@ def _is_news(before: ApplicationState | None, now: ApplicationState) -> bool:
         return now.is_model or now.state != "loading"
     if before.state != now.state:
         return True
-    # Serve's figures in a message change all the time; its words say whether it is another one.
+    # The figures in Serve's message change all the time, so only its words say whether the message is new.
     return now.state != "ready" and bool(now.message) and _gist(now.message) != _gist(before.message)
 
 
@@ -65,35 +65,36 @@ def _gist(message: str) -> str:
 
 
 def is_settled(states: States, expected: Collection[str]) -> bool:
-    """Whether each application of the file has come up or has failed."""
+    """Returns whether each application of the file has come up or has failed."""
     return all(name in states and states[name].is_settled for name in expected)
 
 
 def loading(states: States, expected: Collection[str]) -> list[str]:
-    """The applications that are being started, those first that Serve does not know yet."""
+    """Returns the applications that are being started. Those that Serve does not know yet come first."""
     unknown = [name for name in expected if name not in states]
     return unknown + [name for name, item in states.items() if not item.is_settled]
 
 
 def closing_lines(states: States, url: str, routers: Collection[str], is_open: bool) -> list[str]:
-    """What to tell once nothing is loading any more: what serves where, and a line to try; failures were told."""
+    """Returns the lines for the moment when nothing is loading any more. They say what serves where, with a command to
+    try. Failures have been shown already."""
     models = {name: ModelStatus(name, item.state, 0) for name, item in states.items() if item.is_model}
     if any(name in states and states[name].state == "ready" for name in routers):
         lines = serving(models, url, is_open)
     else:
         ready = [model for model in models.values() if model.is_open]
-        lines = [f"{len(ready)} of {len(models)} models serve by their own routes; no router serves by name"]
+        lines = [f"{len(ready)} of {len(models)} models serve by their own routes, and no router serves by name"]
         lines += [f"{model.name}: {url}/models/{model.name}/v1" for model in ready]
     return [*lines, MEND] if any(item.state == "failed" for item in states.values()) else lines
 
 
 def of_ready(reports: Sequence[ReplicaReport], states: States) -> list[ReplicaReport]:
-    """The reports of models that were seen to be ready: a report may come before Serve says so."""
+    """Returns the reports of the models that are ready. A report may come before Serve says that its model is ready."""
     return [item for item in reports if item.application in states and states[item.application].state == "ready"]
 
 
 def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, str]]) -> list[str]:
-    """Planned and measured memory of each device, of the replicas that were not told yet."""
+    """Returns a line with the planned and measured memory of each device, for the replicas that were not shown yet."""
     return [
         f"{report.application}: {_memory(device)}"
         for report in reports

@@ -1,4 +1,4 @@
-"""The terminal during `serve-app run`: lines that stay and, where it is a terminal, a live line for what is awaited."""
+"""Shows `serve-app run` on the terminal: lines that stay and, on a real terminal, a live line for what is awaited."""
 
 import contextlib
 import os
@@ -14,25 +14,25 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-# Where nothing can be redrawn, a sign of life this often, in seconds, while nothing changes.
+# If nothing can be redrawn and nothing changes, a sign of life is printed at this interval in seconds.
 REMINDER_S = 30.0
 REFRESHES_PER_SECOND = 4
-# What a failure and a warning look like where there are colours.
+# These are the styles of a failure, a warning and a success if there are colours.
 STYLES = (("has failed", "bold red"), ("WARNING", "yellow"), ("is ready", "green"))
 
 
 class StartView:
-    """Prints what happens, with the seconds since the start. Safe to use from several threads.
+    """Prints what happens, with the seconds since the start. It is safe to use from several threads.
 
-    When the reader of the stream has gone away, nothing more is printed and nothing is raised: what is served does not
-    depend on who watches.
+    If the reader of the stream has gone away, nothing more is printed and nothing is raised, because serving does not
+    depend on a reader.
     """
 
     def __init__(self, stream: TextIO, live: bool = True, clock: Callable[[], float] = time.monotonic):
         self._clock, self._started = clock, clock()
         self._spoke = self._started
         self._lock = threading.Lock()
-        # What is awaited, since when, and its spinner: a new one for each frame would always show its first.
+        # It has what is awaited, since when, and its spinner. A new spinner for each frame would always show its first.
         self._awaited: dict[str, tuple[float, Spinner]] = {}
         self._stream = stream
         self._is_gone = False
@@ -47,11 +47,11 @@ class StartView:
             self._live.start()
 
     def event(self, text: str) -> None:
-        """One line with the seconds before it."""
+        """Prints a line with the seconds since the start before it."""
         self.line(f"[{self._clock() - self._started:3.0f} s] {text}")
 
     def line(self, text: str) -> None:
-        """One line as it is."""
+        """Prints a line as it is."""
         with self._lock:
             self._spoke = self._clock()
             self._attempt(partial(self._print, text))
@@ -65,7 +65,7 @@ class StartView:
             self._console.print(Text(text, style), soft_wrap=True)
 
     def wait_for(self, awaited: Sequence[str]) -> None:
-        """What is awaited now, each with the seconds that it has been awaited."""
+        """Shows what is awaited now, each with the seconds for which it has been awaited."""
         now = self._clock()
         with self._lock:
             self._awaited = {text: self._awaited.get(text) or (now, Spinner("line")) for text in awaited}
@@ -77,7 +77,7 @@ class StartView:
             self.event(f"still waiting: {', '.join(awaited)}")
 
     def close(self) -> None:
-        """Takes the live lines away and gives the cursor back. What stays was printed."""
+        """Removes the live lines and gives the cursor back. Printed lines stay."""
         with self._lock:
             live, self._live = self._live, None
             self._awaited = {}
@@ -86,9 +86,9 @@ class StartView:
                 live.stop()
 
     def last_words(self, text: str) -> None:
-        """Prints one line for a signal handler that ends the process: it takes no lock and waits for nobody.
+        """Prints one line for a signal handler that ends the process, without taking a lock or waiting.
 
-        The handler may have interrupted the thread that holds the lock. Where the stream takes nothing now, the line is
+        The handler may have interrupted the thread that holds the lock. If the stream takes nothing now, the line is
         lost.
         """
         with contextlib.suppress(OSError, ValueError):
@@ -102,12 +102,12 @@ class StartView:
             return
         try:
             write()
-        except (OSError, ValueError):  # A broken pipe, a terminal that was closed, a closed file.
+        except (OSError, ValueError):  # The pipe is broken, or the terminal or file was closed.
             self._is_gone = True
 
     def _render(self) -> Group:
         now = self._clock()
-        # The dictionary is replaced and never changed, so that drawing needs no lock.
+        # The dictionary is replaced and never changed, so drawing needs no lock.
         awaited = self._awaited
         for text, (since, spinner) in awaited.items():
             spinner.update(text=Text(f"{text} {now - since:.0f} s"))

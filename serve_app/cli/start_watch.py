@@ -1,4 +1,4 @@
-"""Reads Serve's status again and again during `serve-app run`, and tells the terminal what is new."""
+"""Reads Serve's status again and again during `serve-app run`, and shows what is new on the terminal."""
 
 import http.client
 import time
@@ -25,30 +25,30 @@ from serve_app.replica.report import read_reports
 from serve_app.router.status_lines import http_address
 
 STATUS_TIMEOUT_S = 30.0
-# Seconds that the address may take to answer after the models are there, and the replicas to tell their memory.
+# When the models are ready, the address may take this many seconds to answer, and the replicas to report their memory.
 ADDRESS_TIMEOUT_S = 15.0
 REPORTS_TIMEOUT_S = 3.0
 LOOK_AGAIN_S = 0.2
-# What is raised while Ray's head or Serve's controller restarts, by whichever of their calls comes first.
+# These are raised while Ray's head or Serve's controller restarts, by whichever of their calls comes first.
 UNREACHABLE = (RayError, RayServeException, RuntimeError, TimeoutError, ValueError)
 
 
 class StartWatch:
-    """What was seen so far. `expected` are the names of the file's applications; `others` of them are no models."""
+    """Keeps what was seen so far. `expected` are the names of the file's applications; `others` are not models."""
 
     def __init__(self, expected: Collection[str], others: Collection[str], routers: Collection[str], view: StartView):
         self._expected, self._others, self._routers, self._view = expected, others, routers, view
         self._states: dict[str, ApplicationState] = {}
         self._told: set[tuple[str, str]] = set()
         self._silent = False
-        # Whether the closing lines are still to be printed, for the start or for a later change.
+        # This says whether the closing lines are still to be printed, for the start or for a later change.
         self._is_due = True
         self.is_over = False
 
     def look(self) -> None:
-        """Tells what has changed, and once nothing is loading any more, what serves where.
+        """Shows what has changed and, once nothing is loading any more, what serves where.
 
-        While Ray's head or Serve's controller does not answer, it says so once. The next look tells the rest.
+        While Ray's head or Serve's controller does not answer, it says so once. The next look shows the rest.
         """
         try:
             self._tell_news()
@@ -78,7 +78,7 @@ class StartWatch:
         self._told |= {(report.application, report.replica) for report in reports}
 
     def _close(self) -> None:
-        """The end of a start, or of a later change."""
+        """Shows the result of a start or of a later change."""
         ready = {name for name, item in self._states.items() if item.is_model and item.state == "ready"}
         _until(lambda: ready <= self._reporting(), REPORTS_TIMEOUT_S)
         self._tell_memory()
@@ -98,7 +98,7 @@ class StartWatch:
 
 
 def _until(is_so: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether it became so in time."""
+    """Returns whether the condition became true in time."""
     ends = time.monotonic() + timeout_s
     while not is_so():
         if time.monotonic() > ends:
@@ -108,7 +108,7 @@ def _until(is_so: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Whether the router is reached at the address; it asks for no key there."""
+    """Returns whether the router answers at the address. Its path /health needs no key."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=2.0)
     try:

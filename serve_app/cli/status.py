@@ -13,10 +13,10 @@ from serve_app.planning.fit import gib
 from serve_app.ray_serve import available_by_node, serve_details
 from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
 
-if TYPE_CHECKING:  # It brings Ray Serve, which only a cluster that runs needs.
+if TYPE_CHECKING:  # This imports Ray Serve, which is needed only if a cluster runs.
     from serve_app.cli.cluster_status import ClusterStatus, ModelView, ReplicaView
 
-# Seconds that the controller has to answer.
+# The controller has this many seconds to answer.
 STATUS_TIMEOUT_S = 30.0
 ROW = "{:<22} {:<20} {:<9} {:>9} {:>9} {:>9} {:>8}"
 
@@ -42,14 +42,14 @@ def _read(where: str) -> ClusterStatus:
         applications = serve_details(STATUS_TIMEOUT_S)["applications"]
         nodes, left, reports = ray.nodes(), available_by_node(), read_reports()
     except ValueError:
-        raise ConfigError(f"Ray runs at {where}, but no Serve. Start it with `serve-app run FILE`.") from None
+        raise ConfigError(f"Ray runs at {where}, but Serve does not. Start it with `serve-app run FILE`.") from None
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
     return cluster_status(applications, nodes, left, reports, time.time())
 
 
 def report(seen: ClusterStatus) -> str:
-    """Returns the status as text."""
+    """Returns the status as a text of several lines."""
     lines = [f"{len(seen.nodes)} node{'' if len(seen.nodes) == 1 else 's'}: {'; '.join(map(str, seen.nodes))}"]
     lines += [f"gone: {node}" for node in seen.gone]
     row = "{:<20} {:<9} {:>8} {:>6}  {}"

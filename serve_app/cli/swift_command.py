@@ -1,4 +1,4 @@
-"""The command line of `swift deploy` (ms-swift 4): how it is read, and what becomes of each argument here."""
+"""Reads the command line of `swift deploy` (ms-swift 4), and says what becomes of each argument here."""
 
 import ast
 import re
@@ -14,27 +14,27 @@ import yaml
 from serve_app.config import UNITS
 from serve_app.errors import ConfigError
 
-# Values that are never repeated in a note.
+# The values of these arguments are never repeated in a note.
 SECRET = frozenset({"api_key", "hub_token"})
-# Words that may stand before the command.
+# These words may come before the command.
 WRAPPERS = frozenset({"env", "exec", "nohup", "sudo", "time"})
-# accelerate takes binary units in any case. Lower-case "gb" means bits to it, so that is left as it is.
+# accelerate accepts binary units in any case. Lower-case "gb" means bits to it, so that is left as it is.
 BINARY_UNIT = re.compile(r"([kmgt])ib$", re.IGNORECASE)
 
 Reader = Callable[[str, tuple[str, ...]], Any]
 
 
 def read_text(name: str, words: tuple[str, ...]) -> str:
-    """The only value."""
+    """Returns the argument's only value. Raises ConfigError if there is none, or more than one."""
     if not words:
-        raise ConfigError(f"--{name}: has no value.")
+        raise ConfigError(f"--{name}: it has no value.")
     if len(words) > 1:
-        raise ConfigError(f"--{name}: takes one value, but has {len(words)}. Put quotes around a value with spaces.")
+        raise ConfigError(f"--{name}: it takes one value, but has {len(words)}. Put quotes around a value with spaces.")
     return words[0]
 
 
 def read_number(name: str, words: tuple[str, ...]) -> int | float:
-    """A number. Raises ConfigError for anything else."""
+    """Returns a number. Raises ConfigError for anything else."""
     text = read_text(name, words)
     for kind in (int, float):
         try:
@@ -45,7 +45,7 @@ def read_number(name: str, words: tuple[str, ...]) -> int | float:
 
 
 def read_flag(name: str, words: tuple[str, ...]) -> bool:
-    """True or false, as argparse reads it in swift; without a value true."""
+    """Returns a flag as argparse reads it in swift. It is true without a value."""
     text = read_text(name, words).lower() if words else "true"
     if text in ("true", "t", "yes", "y", "1"):
         return True
@@ -55,7 +55,7 @@ def read_flag(name: str, words: tuple[str, ...]) -> bool:
 
 
 def read_mapping(name: str, words: tuple[str, ...]) -> dict[Any, Any]:
-    """A mapping in Python's or JSON's spelling. Raises ConfigError for anything else."""
+    """Returns a mapping that is written as in Python or JSON. Raises ConfigError for anything else."""
     value = _literal(" ".join(words))
     if not isinstance(value, dict):
         raise ConfigError(f"--{name}: '{value}' is not a mapping such as '{{\"key\": 1}}'. Files are not read here.")
@@ -63,14 +63,14 @@ def read_mapping(name: str, words: tuple[str, ...]) -> dict[Any, Any]:
 
 
 def _literal(text: str) -> Any:
-    """The value of a Python or JSON literal, also one whose quotes the shell has eaten; else the text."""
+    """Returns the value of a Python or JSON literal, even if the shell has removed its quotes, or else the text."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     try:
         value = yaml.safe_load(text)
-        if isinstance(value, dict) and not any(value.values()):  # YAML wants a space after each colon.
+        if isinstance(value, dict) and not any(value.values()):  # YAML needs a space after each colon.
             value = yaml.safe_load(text.replace(":", ": "))
         return value
     except yaml.YAMLError:
@@ -94,14 +94,14 @@ def _gpu_index(device: Any) -> Any:
 
 
 def _size(size: Any) -> Any:
-    """A size as it is written here. A bare number means bytes to accelerate."""
+    """Returns a size as it is written here. A bare number means bytes to accelerate."""
     if isinstance(size, int) and not isinstance(size, bool):
         exact = [f"{size // bytes_}{unit}" for unit, bytes_ in UNITS.items() if size and size % bytes_ == 0]
         return min(exact, key=len, default=f"{size / 1000:.3f}KB")
     return BINARY_UNIT.sub(lambda match: f"{match[1].upper()}iB", str(size))
 
 
-# Arguments that carry over: where to, and how to read them. In this order; a field that is taken stays.
+# These arguments carry over, with their field and how to read them. The first in this order that sets a field wins.
 TARGETS: dict[str, tuple[str, Reader]] = {
     "model_revision": ("revision", read_text),
     "torch_dtype": ("dtype", read_text),
@@ -144,52 +144,52 @@ _DEFAULTS_OF_PT = (
     "pt takes defaults from the checkpoint's generation_config.json. Change it there, or send {0} with each request."
 )
 _PER_REQUEST = "there is no default on the server. Send {0} with each request."
-# Why an argument does not carry over to pt, where the config's own reason would not help.
+# This says why an argument does not carry over to pt, if the config's own reason would not help.
 NOT_WITH_PT = {
     "max_new_tokens": _PER_REQUEST.format("max_tokens"),
     "seed": "pt has no seed of its own. Send seed with each request that must repeat.",
-    "max_logprobs": "pt gives the 20 that OpenAI's API allows.",
+    "max_logprobs": "pt allows up to 20, as OpenAI's API does.",
     "enable_thinking": 'send chat_template_kwargs: {"enable_thinking": …} with each request.',
     **{name: _DEFAULTS_OF_PT.format(name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")},
 }
-# And to vllm.
+# This says why an argument does not carry over to vllm.
 NOT_WITH_VLLM = {
-    "max_batch_size": "swift gives it to transformers only. Use max_num_seqs.",
+    "max_batch_size": "swift passes it to transformers only. Use max_num_seqs.",
 }
-# What to add to the config's own reason for refusing a field.
+# This is added to the config's own reason for refusing a field.
 MORE = {
-    "max_memory": "swift ignores it with vllm in silence (ms-swift#3363).",
-    "device_map": "swift ignores it with vllm in silence.",
+    "max_memory": "swift silently ignores it with vllm (ms-swift#3363).",
+    "device_map": "swift silently ignores it with vllm.",
 }
 
 
 def _each(reason: str, names: str) -> dict[str, str]:
-    """The same reason for each of the names."""
+    """Returns the same reason for each of the names."""
     return dict.fromkeys(names.split(), reason)
 
 
-# Arguments that never carry over, and why.
+# These arguments never carry over, for the reasons that are given.
 REASONS: dict[str, str] = {
     **_each(
         "adapters are not loaded here. Merge them (swift export --merge_lora true) and name that folder as model.",
         "adapters merge_lora safe_serialization max_shard_size vllm_max_lora_rank",
     ),
     "model_type": "the architecture is read from the checkpoint's config.json.",
-    "task_type": "models here generate text, and pt also answers /v1/embeddings. With vllm: engine_args: {runner: …}.",
-    "attn_impl": "the engine chooses. With vllm: engine_args: {attention_backend: …}.",
-    "experts_impl": "the engine chooses.",
-    "rope_scaling": "write it into the checkpoint's config.json. With vllm also: engine_args: {hf_overrides: {…}}.",
+    "task_type": "models generate text, and pt also answers /v1/embeddings. With vllm, set engine_args: {runner: …}.",
+    "attn_impl": "the engine chooses it. With vllm, set engine_args: {attention_backend: …}.",
+    "experts_impl": "the engine chooses it.",
+    "rope_scaling": "write it into the checkpoint's config.json. For vllm, engine_args: {hf_overrides: {…}} works too.",
     "local_repo_path": "no code is fetched from GitHub here. Code in the checkpoint needs trust_remote_code: true.",
-    **_each("is for classifiers and rerankers.", "num_labels problem_type reranker_use_activation"),
+    **_each("it is for classifiers and rerankers.", "num_labels problem_type reranker_use_activation"),
     **_each("save it into the checkpoint instead.", "new_special_tokens init_strategy"),
-    "max_length": "bounds the prompt alone. max_model_len bounds prompt and answer together: set it to the sum.",
-    "truncation_strategy": "nothing is cut here: a prompt that is too long is refused with status 400.",
+    "max_length": "it bounds the prompt alone. max_model_len bounds prompt and answer together, so set it to the sum.",
+    "truncation_strategy": "nothing is cut here. A prompt that is too long is refused with status 400.",
     "system": "there is no default system prompt. Send it as the first message, or write it into a chat template.",
     **_each(
         "the tokenizer's own chat template is used. The field chat_template names a file with another one.",
         "template template_backend use_chat_template response_prefix agent_template preserve_thinking",
     ),
-    "max_pixels": "with vllm: engine_args: {mm_processor_kwargs: {max_pixels: …}}. pt takes text only.",
+    "max_pixels": "with vllm, set engine_args: {mm_processor_kwargs: {max_pixels: …}}. pt takes text only.",
     "norm_bbox": "boxes in messages are not rewritten here.",
     **_each(
         "weights are not quantized while they load. Use a quantized checkpoint (swift export makes one), or "
@@ -197,21 +197,21 @@ REASONS: dict[str, str] = {
         "quant_method quant_bits hqq_axis bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant "
         "bnb_4bit_quant_storage",
     ),
-    "max_new_tokens": "a default in swift, which a request may exceed. Send max_tokens with each request. For a cap on "
-    "all of them: engine_args: {override_generation_config: {max_new_tokens: …}}.",
+    "max_new_tokens": "swift has it as a default that a request may exceed. Send max_tokens with each request. To cap "
+    "all requests, set engine_args: {override_generation_config: {max_new_tokens: …}}.",
     **{name: _PER_REQUEST.format(name) for name in ("stream", "logprobs", "top_logprobs")},
     "stop_words": _PER_REQUEST.format("stop"),
     "structured_outputs_regex": _PER_REQUEST.format("structured_outputs with a regex"),
-    "num_beams": "pt has no beam search; vLLM takes use_beam_search in a request.",
+    "num_beams": "pt has no beam search, but vLLM takes use_beam_search in a request.",
     "vllm_use_async_engine": "vLLM always runs as its async engine here.",
     "vllm_data_parallel_size": "copies of a model are Serve's: write deployments: [{name: Model, num_replicas: …}] in "
     "its application.",
     **_each(
-        "vLLM's is near, not the same: engine_args: {gpu_memory_utilization: …}.",
+        "vLLM has something similar, but not the same: engine_args: {gpu_memory_utilization: …}.",
         "sglang_mem_fraction_static lmdeploy_cache_max_entry_count",
     ),
     **_each(
-        "has no counterpart in vLLM, or another meaning there. See the arguments of `vllm serve` for engine_args.",
+        "vLLM has no counterpart, or it means something else there. See the arguments of `vllm serve` for engine_args.",
         "sglang_pp_size sglang_dp_size sglang_ep_size sglang_enable_ep_moe sglang_enable_dp_attention "
         "sglang_disable_custom_all_reduce sglang_speculative_algorithm sglang_speculative_num_steps "
         "sglang_speculative_eagle_topk sglang_speculative_num_draft_tokens lmdeploy_quant_policy "
@@ -219,18 +219,18 @@ REASONS: dict[str, str] = {
     ),
     "use_hf": "models come from a local folder or from Hugging Face here, never from ModelScope.",
     "hub_token": "set HF_TOKEN where Ray starts.",
-    **_each("write it under http_options of this file; Serve has both.", "ssl_keyfile ssl_certfile"),
-    "owned_by": "cannot be set here.",
-    **_each("Ray and Serve write the logs, under /tmp/ray/session_latest/logs.", "verbose log_interval log_level"),
+    **_each("write it under http_options of this file, since Serve has both.", "ssl_keyfile ssl_certfile"),
+    "owned_by": "it cannot be set here.",
+    **_each("Ray and Serve write the logs to /tmp/ray/session_latest/logs.", "verbose log_interval log_level"),
     **_each("requests and answers are not written to a file.", "result_path write_batch_size"),
-    **_each("Ray runs every replica here and places it.", "use_ray ray_exp_name device_groups"),
+    **_each("Ray places and runs every replica here.", "use_ray ray_exp_name device_groups"),
     **_each("swift's plugins do not run here.", "external_plugins custom_register_path"),
-    "model_kwargs": "sets environment variables for swift's own model code, which does not run here.",
+    "model_kwargs": "it sets environment variables for swift's own model code, which does not run here.",
     **_each("swift's args.json is not read here.", "load_args load_data_args"),
     "enable_npu_model_patch": "Ascend NPUs are not served here.",
     "ignore_args_error": "nothing is ignored here.",
     **_each(
-        "is for training or datasets. A server has no use for it.",
+        "it is for training or datasets, and a server has no use for it.",
         "dataset val_dataset cached_dataset cached_val_dataset split_dataset_ratio data_seed dataset_num_proc "
         "load_from_cache_file dataset_shuffle val_dataset_shuffle streaming interleave_prob stopping_strategy "
         "shuffle_buffer_size download_mode columns strict remove_unused_columns disable_auto_column_mapping model_name "
@@ -241,21 +241,21 @@ REASONS: dict[str, str] = {
         "ddp_backend",
     ),
 }
-# Arguments that from_swift.py handles one by one.
+# from_swift.py handles these arguments one by one.
 HANDLED = frozenset({"model", "infer_backend", "served_model_name", "host", "port", "api_key", "vllm_engine_kwargs"})
 KNOWN = frozenset(TARGETS) | frozenset(REASONS) | HANDLED
 
 
 @dataclass(frozen=True)
 class SwiftCommand:
-    """Environment variables and arguments, by name without dashes, and notes on what could not be read."""
+    """Holds environment variables, arguments by name without dashes, and notes on what could not be read."""
 
     variables: Mapping[str, str]
     arguments: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
 
     def one(self, name: str, default: str) -> str:
-        """The only value of an argument."""
+        """Returns the only value of an argument, or `default` if it was not given."""
         return read_text(name, self.arguments[name]) if name in self.arguments else default
 
 
@@ -268,17 +268,17 @@ def parse(command: str) -> SwiftCommand:
     while words and (match := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", words[0], re.DOTALL)):
         variables[match[1]] = match[2]
         words.pop(0)
-    notes = [f"'{rest}': is the shell's and not read here."] if rest else []
+    notes = [f"'{rest}': this part is for the shell and is not read here."] if rest else []
     arguments, repeated = _arguments(_without_program(words, command))
     shown = " ".join(word for name, values in arguments.items() if name not in SECRET for word in values)
     if match := re.search(r"\$\{?[A-Za-z_]\w*\}?", shown):
-        notes.append(f"{match[0]}: the shell's variables are not known here. Write the value.")
-    notes += [f"--{name}: is given twice. The last one counts, as in swift." for name in repeated]
+        notes.append(f"{match[0]}: the values of shell variables are not known here. Write the value itself.")
+    notes += [f"--{name}: it is given twice. The last one counts, as in swift." for name in repeated]
     return SwiftCommand(variables, arguments, tuple(notes))
 
 
 def _words(command: str) -> tuple[list[str], str]:
-    """The command's words, and what follows it in the shell, such as `> log &`."""
+    """Returns the command's words, and what follows them in the shell, such as `> log &`."""
     joined = re.sub(r"(?<=\s)\d(?=>)", "", re.sub(r"\\\r?\n", " ", command))
     lexer = shlex.shlex(joined, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
@@ -294,7 +294,7 @@ def _words(command: str) -> tuple[list[str], str]:
 
 
 def _without_program(words: list[str], command: str) -> list[str]:
-    """The words after `swift deploy`, `python -m swift.cli.deploy` and the like."""
+    """Returns the words after `swift deploy`, `python -m swift.cli.deploy` and the like."""
     program, *rest = words or [""]
     if PurePosixPath(program).name == "swift" and rest[:1] == ["deploy"]:
         return rest[1:]
@@ -306,11 +306,11 @@ def _without_program(words: list[str], command: str) -> list[str]:
         if rest and rest[0].endswith("swift/cli/deploy.py"):
             return rest[1:]
     start = textwrap.shorten(command, 60, placeholder=" …")
-    raise ConfigError(f"not a `swift deploy` command: '{start}'. Write the whole command as one quoted word.")
+    raise ConfigError(f"'{start}' is not a `swift deploy` command. Write the whole command as one quoted word.")
 
 
 def _arguments(words: list[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """Values by argument, without dashes, and the arguments that were given twice."""
+    """Returns the values by argument, without dashes, and the arguments that were given twice."""
     if words and not words[0].startswith("--"):
         raise ConfigError(f"'{words[0]}': arguments in a file are not read. Write them out as --name value.")
     arguments: dict[str, tuple[str, ...]] = {}

@@ -32,14 +32,14 @@ def pinned_text(made: Plan, text: str) -> str:
     yaml.preserve_quotes = True
     yaml.width = 1000
     document = yaml.load(text)
-    # Of several replicas the one with least room speaks for all: they have one config.
+    # Replicas share one config, so the replica with the least room decides for all of them.
     roomiest_first = sorted(made.models, key=lambda model: -model.ranks[0].kv_cache.bytes)
     chosen = {model.name: pinned(model) for model in roomiest_first}
     seen: set[int] = set()
     for application in document["applications"]:
         if application.get("name") in chosen:
             arguments: Any = application.setdefault("args", CommentedMap())
-            if id(arguments) in seen:  # A YAML alias: what is chosen for one model must not change another's.
+            if id(arguments) in seen:  # For a YAML alias, what is chosen for one model must not change another's.
                 arguments = application["args"] = CommentedMap(arguments)
             seen.add(id(arguments))
             for field, value in chosen[application["name"]].items():

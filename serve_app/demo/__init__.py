@@ -1,4 +1,4 @@
-"""The demo model: a tiny causal language model of our own that answers questions about this project.
+"""Holds the demo model, a tiny causal language model of our own that answers questions about this project.
 
 It ships with the package, so that the first run on a machine without GPU and without a hub answers something,
 and tests can compare exact greedy answers. ``train.py`` makes it from ``questions.json``.
@@ -7,10 +7,10 @@ and tests can compare exact greedy answers. ``train.py`` makes it from ``questio
 from pathlib import Path
 
 MODEL_DIR: Path = Path(__file__).parent / "model"
-"""The shipped model's folder, as ``from_pretrained`` and vLLM take it."""
+"""This is the shipped model's folder, as ``from_pretrained`` and vLLM take it."""
 
 QUESTIONS_FILE: Path = Path(__file__).parent / "questions.json"
-"""What the model knows: a list of ``{"question", "also", "answer"}``; ``also`` holds other wordings."""
+"""This file has what the model knows as a list of ``{"question", "also", "answer"}``. ``also`` has other wordings."""
 
 CONFIG_FILE: Path = Path(__file__).parents[1] / "deploy_configs" / "local.yaml"
-"""A Serve config file that serves it with both engines. The folder is that of the repository, and of the wheel."""
+"""This Serve config file serves it with both engines. Its folder is in the repository and in the wheel."""

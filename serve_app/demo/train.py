@@ -1,8 +1,8 @@
-"""Trains the demo model: ``python -m serve_app.demo.train [--out DIR] [--seed N]``.
+"""Trains the demo model by ``python -m serve_app.demo.train [--out DIR] [--seed N]``.
 
 The model learns ``questions.json`` by heart. It counts as trained when greedy decoding gives every answer word for
 word, for every wording and its small variations, and when at each step the right token leads the next best by
-``MARGIN`` logits: then the small numeric differences between engines cannot flip a token.
+``MARGIN`` logits. The small numeric differences between engines then cannot flip a token.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from transformers import (
 from serve_app.demo import MODEL_DIR, QUESTIONS_FILE
 
 Message = dict[str, str]
-Pair = tuple[str, str]  # a question in one of its wordings, and its answer
-Example = tuple[list[int], list[int]]  # token ids, and labels of the same length
+Pair = tuple[str, str]  # A pair has a question in one of its wordings, and its answer.
+Example = tuple[list[int], list[int]]  # An example has token ids, and labels of the same length.
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = """\
@@ -62,7 +62,7 @@ RATE, FINAL_RATE = 4e-3, 4e-4  # of AdamW, at its highest and at the end
 
 
 def main() -> int:
-    """Train, save, read back and check; the exit status is 0 only when every answer is right."""
+    """Trains, saves, reads back and checks the model. Returns 0 only if every answer is right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="the folder to write (default: the shipped model)")
     parser.add_argument("--seed", type=int, default=0)
@@ -76,7 +76,7 @@ def main() -> int:
     model = new_model(tokenizer)
     margin = train(model, tokenizer, pairs, random.Random(args.seed))  # noqa: S311  (order of examples, no secret)
     if margin < MARGIN:
-        print(f"not reached: worst margin {margin:.2f} < {MARGIN} after {MAX_STEPS} steps; nothing was written")
+        print(f"The worst margin is {margin:.2f} < {MARGIN} after {MAX_STEPS} steps, so nothing was written.")
         return 1
     save(model, tokenizer, args.out)
     wrong = wrong_answers(args.out, pairs)
@@ -91,13 +91,13 @@ def main() -> int:
 
 
 def read_pairs(file: Path) -> list[Pair]:
-    """Every wording of every question, with its answer."""
+    """Returns every wording of every question with its answer."""
     entries = json.loads(file.read_text(encoding="utf-8"))
     return [(wording, entry["answer"]) for entry in entries for wording in (entry["question"], *entry["also"])]
 
 
 def train_tokenizer(pairs: list[Pair]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with the chat template, trained on the questions and answers."""
+    """Returns a byte-level BPE with the chat template, trained on the questions and answers."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -121,7 +121,7 @@ def train_tokenizer(pairs: list[Pair]) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama in float32 with random weights."""
+    """Returns a Llama in float32 with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -144,7 +144,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], chance: random.Random
 ) -> float:
-    """Train until the exam is passed or ``MAX_STEPS`` are over; the worst margin, in logits."""
+    """Trains until the exam is passed or ``MAX_STEPS`` are over. Returns the worst margin in logits."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
     exam = exam_of(tokenizer, pairs, chance)
@@ -167,14 +167,16 @@ def train(
 
 
 def rate_at(step: int) -> float:
-    """The learning rate as a part of ``RATE``: a short rise, a straight fall, then level."""
+    """Returns the learning rate as a part of ``RATE``. It rises shortly, falls in a straight line, and then stays
+    level."""
     rise = min(1.0, (step + 1) / 40)
     fall = max(0.0, 1.0 - step / STEPS)
     return min(rise, fall + (1.0 - fall) * FINAL_RATE / RATE)
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], chance: random.Random) -> Iterator[list[Example]]:
-    """Conversations without end, every pair in turn; those of one batch have the same number of exchanges."""
+    """Yields conversations without end, with every pair in turn. Those of one batch have the same number of
+    exchanges."""
     deck: list[Pair] = []
     while True:
         if len(deck) < BATCH:
@@ -186,7 +188,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], chance: rando
 
 
 def conversation(turns: list[Pair], chance: random.Random) -> list[Message]:
-    """The turns as messages, each question varied, sometimes after a system message."""
+    """Returns the turns as messages. Each question is varied, and sometimes a system message comes first."""
     messages: list[Message] = []
     if chance.random() < 0.3:
         messages.append({"role": "system", "content": chance.choice(SYSTEM_MESSAGES)})
@@ -205,12 +207,12 @@ VARIATIONS: tuple[Callable[[str], str], ...] = (
 
 
 def exchange(pair: Pair) -> list[Message]:
-    """One question and its answer."""
+    """Returns one question and its answer as messages."""
     return [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Example:
-    """Token ids as the chat template gives them; only the assistant's words and their end have labels."""
+    """Returns the token ids of the chat template. Only the assistant's words and their end have labels."""
     ids: list[int] = []
     labels: list[int] = []
     for message in messages:
@@ -224,7 +226,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Examp
 
 
 def padded(examples: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels, each of shape (examples, longest). Padding is on the right, so causal attention needs no mask."""
+    """Returns ids and labels of shape (examples, longest). Padding is on the right, so causal attention needs no
+    mask."""
     longest = max(len(ids) for ids, _ in examples)
     ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in examples])
     labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in examples])
@@ -232,7 +235,7 @@ def padded(examples: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def exam_of(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], chance: random.Random) -> list[Example]:
-    """Every wording: as it is, in each variation, after a system message, after one exchange and after three."""
+    """Returns every wording as it is, in each variation, after a system message, after one exchange and after three."""
     conversations = []
     for pair in pairs:
         question, answer = pair
@@ -247,7 +250,8 @@ def exam_of(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], chance: rando
 
 
 def worst_margin(model: LlamaForCausalLM, exam: list[Example], pad: int) -> float:
-    """The least lead of a right token over the best other one, in logits; below 0 where greedy decoding goes wrong."""
+    """Returns the least lead of a right token over the best other one, in logits; below 0 where greedy decoding goes
+    wrong."""
     model.eval()
     worst = float("inf")
     for begin in range(0, len(exam), BATCH):
@@ -262,14 +266,14 @@ def worst_margin(model: LlamaForCausalLM, exam: list[Example], pad: int) -> floa
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the folder that ``from_pretrained`` reads."""
+    """Writes the folder that ``from_pretrained`` reads."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable for its owner alone
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable only for its owner.
 
 
 def wrong_answers(folder: Path, pairs: list[Pair]) -> list[Pair]:
-    """The questions that the saved model, read back, does not answer word for word, each with what it said."""
+    """Returns the questions that the saved model, read back, does not answer word for word, each with what it said."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wrong = []

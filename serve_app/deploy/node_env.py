@@ -1,4 +1,4 @@
-"""Which of Serve's settings the nodes of a running cluster were started with."""
+"""Finds which of Serve's settings the nodes of a running cluster were started with."""
 
 import os
 
@@ -9,9 +9,9 @@ ASK_TIMEOUT_S = 60.0
 
 
 def node_environments() -> dict[str, NodeEnvironment]:
-    """What each living node says, by its address; each is asked by a task of its own.
+    """Returns what each living node reports by its address. A task on each node asks it.
 
-    Raises RayError for a node that does not answer in `ASK_TIMEOUT_S`.
+    Raises RayError for a node that does not answer within `ASK_TIMEOUT_S`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,13 +23,13 @@ def node_environments() -> dict[str, NodeEnvironment]:
         for node in alive
     ]
     told: list[NodeEnvironment] = ray.get(tasks, timeout=ASK_TIMEOUT_S)
-    # Several raylets of one machine have one address.
+    # Several raylets of one machine have the same address.
     names = [f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in alive]
     return dict(zip(names, told, strict=True))
 
 
 def this_environment() -> NodeEnvironment:
-    """What the process that calls it was started with."""
+    """Returns what the process that calls it was started with."""
     try:
         haproxy = str(haproxy_command())
     except ConfigError:

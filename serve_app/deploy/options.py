@@ -9,22 +9,22 @@ from serve_app.deploy.serve_env import serve_environment
 from serve_app.planning.resource_demand import Demand
 from serve_app.ray_serve import HEAD_NODE, MIDDLEWARES_VARIABLE
 
-# Requests that one replica takes at once, beyond what its config asks for. The engine has its own queue;
+# One replica takes this many requests at once beyond what its config asks for. The engine has its own queue, and
 # Serve's default of 5 would starve a batching engine.
 MAX_ONGOING_REQUESTS = 256
-# vLLM's own max_num_seqs on cards from 70 GiB, the most that it takes by default.
+# This is vLLM's own max_num_seqs on cards from 70 GiB, which is its largest default.
 VLLM_MOST_ROWS = 1024
 ROUTER_MAX_ONGOING_REQUESTS = 10_000
-# Beyond those, requests wait at Serve, whose default is any number of them. So many wait, and the next one is refused.
-# Of a model that is as many as may wait for it in the router (RouterConfig.max_waiting_requests).
+# Beyond those, requests wait at Serve, which has no limit by default. This many wait, and the next one is refused. For
+# a model it is the same number as in the router (RouterConfig.max_waiting_requests).
 MAX_QUEUED_REQUESTS = 1024
 ROUTER_MAX_QUEUED_REQUESTS = 1024
 
-# Serve replaces a replica after three failures; its own 10 s would keep a dead engine for half a minute.
+# Serve replaces a replica after three failures. Its own 10 s would keep a dead engine for half a minute.
 HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 2.0, 30.0
 
 # Serve puts what this function makes in front of each HTTP server that it starts in the process (`access/door`).
-# Replicas have it whatever Serve was started with: they must ask for a key in any case.
+# Replicas have it whatever Serve was started with, because they must check keys in any case.
 OUTER_DOOR = {MIDDLEWARES_VARIABLE: serve_environment("")[MIDDLEWARES_VARIABLE]}
 
 # A stream may run this long after its replica was told to stop. Serve's default of 20 s cuts streams.
@@ -55,11 +55,11 @@ def model_options(
 
 
 def _with_door(runtime_env: Mapping[str, Any], inherited: Mapping[str, str]) -> dict[str, Any]:
-    """The application's `runtime_env` with the door, which must be there before Serve is imported.
+    """Returns the application's `runtime_env` with the door, which must be set before Serve is imported.
 
-    Serve would drop it for a deployment that brings one, so the two are merged here. Where the processes have the door
-    already, none is given: Ray makes a process for each `runtime_env`, and has others waiting for those without.
-    A node that was started differently is found by the replica itself (`require_door`).
+    Serve would drop it if a deployment has its own, so the two are merged here. If the processes have the door already,
+    none is given, because Ray makes a process for each `runtime_env`, and has others waiting for those without. The
+    replica itself finds a node that was started differently (`require_door`).
     """
     if not runtime_env and OUTER_DOOR.items() <= inherited.items():
         return {}
@@ -77,7 +77,7 @@ def _max_ongoing_requests(config: ModelConfig) -> int:
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment variables that must be set before the replica's process imports torch.
 
-    Those of the user, `own`, stay as they are, but for the GPUs, which follow from the placement.
+    The user's variables, `own`, stay as they are, except for the GPUs, which follow from the placement.
     """
     threads = str(max(1, int(demand.cpus)))
     defaults = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
@@ -85,9 +85,9 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
     if config.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
         return variables
-    # Ray and NVML number GPUs by PCI address; CUDA's own default is the fastest first.
+    # Ray and NVML number GPUs by PCI address, but CUDA's default begins with the fastest.
     variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    if demand.vram_gib:  # Ray gives no GPU by itself here.
+    if demand.vram_gib:  # Ray assigns no GPU by itself here.
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, sorted(demand.vram_gib)))
     return variables
 
@@ -95,8 +95,8 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
 def router_options(runtime_env: Mapping[str, Any], inherited: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Returns the options for the router's deployment. It takes no CPU in Ray's books, so it always finds a place.
 
-    It runs on the head node, which the cluster cannot lose anyway: on another one, all streams would end with it.
-    `runtime_env` and `inherited` as in `model_options`.
+    It runs on the head node, without which the cluster cannot work anyway. On another, all streams would end with it.
+    `runtime_env` and `inherited` are as in `model_options`.
     """
     return {
         "max_ongoing_requests": ROUTER_MAX_ONGOING_REQUESTS,

@@ -1,4 +1,4 @@
-"""Resolves one model in a cluster: its config with all that the plan chose, and what its replica asks of Ray."""
+"""Resolves one model in a cluster to its config with all that the plan chose, and to what its replica asks of Ray."""
 
 from collections.abc import Sequence
 
@@ -22,8 +22,8 @@ def resolve_model(
 ) -> Resolved:
     """Resolves a model by the plan and by Ray's own books.
 
-    Where the plan cannot tell (no `inventory`, an architecture that it does not know, GPUs that NVML does not see), a
-    config that names its backend goes on as it stands; the engine then finds out. Raises ConfigError or PlacementError.
+    If the plan cannot decide (there is no `inventory`, the architecture is unknown, or NVML does not see the GPUs),
+    a config that names its backend stays as it is, and the engine finds out. Raises ConfigError or PlacementError.
     """
     resolved = _planned(config, inventory, unclaimed)
     chosen = config if resolved is None else resolved.config

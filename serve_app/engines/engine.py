@@ -1,4 +1,4 @@
-"""What an engine is to the rest: an ASGI application that can be started, asked for its health, and stopped."""
+"""Defines an engine: an ASGI application that can be started, asked for its health, and stopped."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,26 +11,26 @@ from serve_app.planning.plan import ModelPlan
 
 
 class Engine(Protocol):
-    """One loaded model behind an ASGI application with OpenAI's endpoints.
+    """This is one loaded model behind an ASGI application with OpenAI's endpoints.
 
-    Life: `start` once (it returns the application when requests can be answered), then `check_health` every few
-    seconds, then `stop` once. All three run on the replica's event loop.
+    First `start` is called once (it returns the application when requests can be answered), then `check_health` every
+    few seconds, and then `stop` once. All three run on the replica's event loop.
     """
 
     async def start(self) -> ASGIApp:
-        """Loads the model. Raises EngineError or ConfigError when it cannot."""
+        """Loads the model and returns the application. Raises EngineError or ConfigError if it cannot."""
         ...
 
     async def check_health(self) -> None:
-        """Raises EngineError when the engine can serve no more, and the replica must be replaced."""
+        """Raises EngineError if the engine cannot serve any more, so that the replica must be replaced."""
         ...
 
     def load(self) -> float:
-        """What runs and waits, as a share of what the engine can hold: 1 is a full batch, or a full KV cache."""
+        """Returns what runs and waits as a share of what the engine can hold. 1 is a full batch or a full KV cache."""
         ...
 
     async def memory(self) -> Sequence[RankMemory]:
-        """What each rank holds of each of its devices now, measured. Raises EngineError where it cannot be read."""
+        """Returns what each rank is measured to hold of each device now. Raises EngineError if it cannot be read."""
         ...
 
     async def stop(self) -> None:
@@ -39,7 +39,7 @@ class Engine(Protocol):
 
 
 def create_engine(config: ModelConfig, name: str, planned: ModelPlan | None = None) -> Engine:
-    """The engine that the config names, not yet started. `name` is the model's name for clients.
+    """Returns the engine that the config names, before its start. `name` is the model's name for clients.
 
     `planned` is the plan of this replica, whose devices have the numbers of this process. On GPUs pt places layers and
     bounds its KV cache by it, unless the checkpoint is quantised or `device_map` says how. vLLM's part of it is in the

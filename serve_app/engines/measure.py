@@ -13,8 +13,8 @@ from serve_app.facts.process_memory import gpu_bytes, resident_bytes
 def rank_memory(
     device: torch.device, weights: int, kv_cache: int, libraries: int, most_kv_cache: int | None = None
 ) -> RankMemory:
-    """Reads this process. `libraries` is what it held before the model was loaded, for the CPU; without
-    `most_kv_cache` the cache has always the same size."""
+    """Returns what this process holds. `libraries` is what it held before the model was loaded, for the CPU. Without
+    `most_kv_cache`, the cache always has the same size."""
     most = kv_cache if most_kv_cache is None else max(kv_cache, most_kv_cache)
     if device.type != "cuda":
         held = max(0, resident_bytes() - libraries)
@@ -29,7 +29,7 @@ def rank_memory(
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> dict[torch.device, int]:
-    """Bytes by device, shared storages once; tensors without data ("meta") are left out."""
+    """Returns the bytes by device. Shared storages count once, and tensors without data ("meta") do not count."""
     storages = {}
     for tensor in tensors:
         if tensor.device.type != "meta":

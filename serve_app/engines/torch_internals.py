@@ -1,4 +1,4 @@
-"""Every private or undocumented part of torch that this project uses; `tests/contracts/test_torch.py` has a test of
+"""Has every private or undocumented part of torch that this project uses. `tests/contracts/test_torch.py` has a test of
 each.
 
 The operations of `torch.ops.mkldnn` are those that torch's own inductor compiles linear layers to on the CPU.
@@ -8,12 +8,12 @@ from typing import cast
 
 import torch
 
-# What torch's allocator on the CPU says where there is no memory. It raises a RuntimeError without a class of its own.
+# torch's allocator on the CPU says this if there is no memory. It raises a RuntimeError without a class of its own.
 NO_CPU_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 def multiplies_with_onednn(weight: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies with a weight of this device and type on this processor.
+    """Returns whether oneDNN multiplies with a weight of this device and type on this processor.
 
     Uses `torch.ops.mkldnn._is_mkldnn_bf16_supported`, seen in torch 2.13.
     """
@@ -25,7 +25,8 @@ def multiplies_with_onednn(weight: torch.Tensor) -> bool:
 
 
 def in_onednn_order(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """The weight, of shape (out_features, in_features), in the order that oneDNN prefers for that many rows of input.
+    """Returns the weight, of shape (out_features, in_features), in the order that oneDNN prefers for so many input
+    rows.
 
     Uses `torch.ops.mkldnn._reorder_linear_weight`, seen in torch 2.13.
     """
@@ -33,7 +34,8 @@ def in_onednn_order(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`torch.nn.functional.linear` by oneDNN, with a weight that is plain or in oneDNN's order. `x` is not empty.
+    """Returns `torch.nn.functional.linear` by oneDNN, with a weight that is plain or in oneDNN's order. `x` is not
+    empty.
 
     Uses `torch.ops.mkldnn._linear_pointwise`, seen in torch 2.13.
     """
@@ -41,7 +43,7 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error is CUDA's or the CPU allocator's, which is known by its text only (`NO_CPU_MEMORY`).
+    """Returns whether the error is CUDA's or the CPU allocator's, which is known only by its text (`NO_CPU_MEMORY`).
 
     The text was seen in torch 2.13.
     """
@@ -51,8 +53,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """The UUID of a CUDA device, as NVML writes it.
+    """Returns the UUID of a CUDA device as NVML writes it.
 
-    Uses `uuid` of `torch.cuda.get_device_properties`, which torch's documentation does not list; seen in torch 2.13.
+    Uses `uuid` of `torch.cuda.get_device_properties`, which torch's documentation does not list, seen in torch 2.13.
     """
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

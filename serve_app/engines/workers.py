@@ -1,7 +1,7 @@
-"""Threads for what takes time with each request: decoding its body, its template, its tokens, its answer.
+"""Has threads for what takes time with each request: decoding its body, its template, its tokens and its answer.
 
-Nothing whose work grows with a request runs on the event loop. Large requests wait behind large ones only, and what
-waits has a bound, so that one client's large requests cannot hold up all the others.
+No work that grows with a request runs on the event loop. Large requests wait only behind large ones, and what waits has
+a bound, so that one client's large requests cannot delay all the others.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Has two lanes of threads, one for small requests and one for large ones. Used on one event loop."""
+    """Has two lanes of threads, one for small requests and one for large ones. It is used on one event loop."""
 
     def __init__(self) -> None:
         self._small = _Lane("small", SMALL_THREADS, MOST_WAITING_SMALL)
         self._large = _Lane("large", LARGE_THREADS, MOST_WAITING_LARGE)
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
-        """Runs `work()`, of a request of `size` bytes. Raises what it raises, and Overloaded where too much waits."""
+        """Returns `work()` of a request of `size` bytes. Raises its errors, and Overloaded if too much waits."""
         return await (self._small if size <= SMALL_BYTES else self._large).run(work)
 
 
@@ -55,7 +55,7 @@ class _Lane:
                 loop.call_soon_threadsafe(self._finish)
 
         future.add_done_callback(finished)
-        # A client that leaves takes its work out of the queue. What has begun goes on, and counts until its end.
+        # If a client leaves, its work leaves the queue. Work that has begun goes on, and counts until its end.
         return await asyncio.wrap_future(future)
 
     def _finish(self) -> None:

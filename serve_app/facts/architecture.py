@@ -1,7 +1,7 @@
 """Reads from a model's config.json what memory depends on: the model's shape.
 
-Read from the JSON alone, without transformers: a plan must not wait seconds for imports. An architecture that is not
-known here is refused by name, because a guess of its KV cache would be a number out of thin air.
+It reads only the JSON, without transformers, because a plan must not wait seconds for imports. An architecture that is
+not known here is refused by name, because a guess of its KV cache would have no basis.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from serve_app.errors import ConfigError
 
-# Decoders whose layers are standard attention and standard (or mixture-of-experts) feed-forward blocks.
+# The layers of these decoders are standard attention and standard (or mixture-of-experts) feed-forward blocks.
 STANDARD = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"}
     | {"phi3", "olmo2", "granite", "starcoder2", "stablelm", "cohere"}
 )
 MLA = frozenset({"deepseek_v2", "deepseek_v3"})
 HYBRID = frozenset({"qwen3_next"})
-# Architectures that vLLM does not shard the way this project has formulas for; pt serves them.
+# vLLM does not shard these architectures in the way for which this project has formulas. pt serves them.
 PT_ONLY = frozenset({"gpt2", "bloom"})
 
 LayerKind = Literal["full", "sliding", "mla", "linear"]
@@ -26,7 +26,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a model. Sizes are in elements and lengths in tokens. `layers` has the kind of each layer's
+    """This is the shape of a model. Sizes are in elements and lengths in tokens. `layers` has the kind of each layer's
     memory, in order."""
 
     name: str
@@ -53,12 +53,12 @@ class Architecture:
     linear_key_size: int = 0
     linear_value_size: int = 0
     linear_kernel: int = 0
-    # Whether the positions are scaled, so that an engine may take more than `max_model_len`.
+    # This says whether the positions are scaled, so that an engine may take more than `max_model_len`.
     has_scaled_positions: bool = False
     # Elements of the tables of rotary position embeddings, as vLLM keeps them: positions × size, for each kind.
     rotary_elements: int = 0
     quantization: str | None = None
-    # Numbers that a tensor parallel size must divide, by what they count.
+    # A tensor parallel size must divide these numbers, which are named by what they count.
     shardable: Mapping[str, int] | None = None
 
     @property
@@ -152,7 +152,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -
     )
 
 
-# Fields of older families that have other names.
+# Older families have other names for these fields.
 _NAMES: Mapping[str, Mapping[str, str]] = {
     "gpt2": {
         "hidden_size": "n_embd",
@@ -170,7 +170,7 @@ _LINEAR = {
     "linear_value_size": "linear_value_head_dim",
     "linear_kernel": "linear_conv_kernel_dim",
 }
-# Families whose embedding is the head too, unless the config says otherwise.
+# The embedding of these families is also the head unless the config says otherwise.
 _TIED = frozenset({"gpt2", "bloom", "gemma", "gemma2", "gemma3_text"})
 
 
@@ -203,7 +203,7 @@ def _kind(text: Mapping[str, Any], model_type: str, number: int) -> LayerKind:
         return "full" if number % 2 else "sliding"
     if model_type == "gemma3_text":
         return "sliding" if (number + 1) % text.get("sliding_window_pattern", 6) else "full"
-    if model_type.startswith("qwen"):  # Without `use_sliding_window: true` Qwen's window is off.
+    if model_type.startswith("qwen"):  # Qwen's window is off without `use_sliding_window: true`.
         first = text.get("max_window_layers", 28) if text.get("use_sliding_window") else number + 1
         return "sliding" if number >= first else "full"
     return "sliding"
@@ -218,7 +218,7 @@ def _rotary_elements(text: Mapping[str, Any], model_type: str, head_size: int) -
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kinds = [kind for kind in scaling.values() if isinstance(kind, Mapping)] or [scaling]
     if model_type == "gemma3_text" and len(kinds) == 1:
-        kinds.append({})  # The local one, which is never scaled.
+        kinds.append({})  # The local kind is never scaled.
     shares = [kind["partial_rotary_factor"] for kind in (text, *kinds) if kind.get("partial_rotary_factor")]
     size = text.get("qk_rope_head_dim") or int(head_size * (shares[0] if shares else 1.0))
     return sum(int(positions * _linear_factor(kind)) * size for kind in kinds)

@@ -1,8 +1,8 @@
 """Reads engines' measured memory from a small file of this machine. Plans use it, and replicas write it
 (`replica/calibration_writer.py`).
 
-The file is JSON: what a measured setting is called, by the setting's key, and the bytes. Its folder is
-SERVE_APP_CACHE, else $XDG_CACHE_HOME/serve-app, else ~/.cache/serve-app. Deleting it forgets; nothing else is lost.
+The file is JSON with each measured setting and its bytes. Its folder is SERVE_APP_CACHE, or else
+$XDG_CACHE_HOME/serve-app, or else ~/.cache/serve-app. Deleting the file only loses the measurements.
 """
 
 import json
@@ -16,10 +16,10 @@ FILE = "calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The least that one rank of an engine took beyond weights and KV cache, in bytes.
+    """This is the least that one rank of an engine took beyond weights and KV cache, in bytes.
 
-    `activation_bytes` holds CUDA graphs and what the allocator keeps too; `context_bytes` is what a process holds
-    outside torch's allocator, None where that could not be measured. `setting` says what was measured.
+    `activation_bytes` includes CUDA graphs and what the allocator keeps. `context_bytes` is what a process holds
+    outside torch's allocator, or None if that could not be measured. `setting` says what was measured.
     """
 
     setting: Mapping[str, object]
@@ -27,7 +27,7 @@ class Calibration:
     context_bytes: int | None = None
 
     def joined(self, other: "Calibration") -> "Calibration":
-        """Returns the larger of both figures each. A calibration only grows until its file is deleted."""
+        """Returns the larger one of each figure. A calibration only grows until its file is deleted."""
         contexts = [size for size in (self.context_bytes, other.context_bytes) if size is not None]
         return replace(
             self,

@@ -15,11 +15,11 @@ from serve_app.errors import ConfigError
 from serve_app.facts.architecture import Architecture, read_architecture
 from serve_app.facts.weights import Tensor, hub_tensors, local_tensors, tensors_without_weights
 
-# A hub that takes no connection in this time, in seconds, is not there.
+# A hub that takes no connection within this many seconds counts as unreachable.
 HUB_TIMEOUT_S = 5.0
-# Letters of the hub client's own words that a message repeats.
+# A message repeats this many letters of the hub client's own words.
 MOST_REASON = 300
-# The id of the model that ships with this package.
+# The model that ships with this package has this id.
 DEMO_MODEL = "serve-app/demo"
 
 
@@ -35,9 +35,9 @@ def with_absolute_paths(config: ModelConfig) -> ModelConfig:
 
 
 def model_path(model: str) -> str:
-    """Returns the absolute folder of a local model, or the Hugging Face id as it stands.
+    """Returns the absolute folder of a local model, or the Hugging Face id as it is.
 
-    Raises ConfigError for what can only be meant as a folder and is none with a config.json.
+    Raises ConfigError for a text that can only mean a folder if that has no config.json.
     """
     if model == DEMO_MODEL:
         from serve_app.demo import MODEL_DIR
@@ -57,14 +57,14 @@ def model_path(model: str) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The shape of a model, and the tensors of its files."""
+    """This is the shape of a model, and the tensors of its files."""
 
     architecture: Architecture
     tensors: tuple[Tensor, ...]
 
 
 def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
-    """Reads a local folder, or asks the Hugging Face hub for config.json and headers.
+    """Returns what a local folder holds, or asks the Hugging Face hub for config.json and headers.
 
     Without safetensors files the tensors are those that the config.json would make. Raises ConfigError.
     """
@@ -79,14 +79,14 @@ def _local_config(folder: Path) -> Mapping[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model: cannot read {folder / 'config.json'}: {error}.") from None
+        raise ConfigError(f"model: {folder / 'config.json'} cannot be read: {error}.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"model: {folder / 'config.json'} is not a JSON object.")
     return config
 
 
 def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list[Tensor]]:
-    """Returns config.json and tensors from the local cache if it has the whole model, and else by the hub's metadata
+    """Returns config.json and tensors from the local cache if it has the whole model, or else by the hub's metadata
     calls."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -96,14 +96,14 @@ def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list
         if tensors := local_tensors(file.parent):
             return _local_config(file.parent), tensors
     except (LocalEntryNotFoundError, ConfigError):
-        pass  # Not there, or not all of it.
+        pass  # The cache does not have the whole model.
     _require_hub(model)
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision))
         return _local_config(file.parent), hub_tensors(model, revision)
     except Exception as error:
         reason = shorten(str(error), MOST_REASON, placeholder=" …")
-        raise ConfigError(f"model: cannot read {model} from the Hugging Face hub: {reason}") from None
+        raise ConfigError(f"model: {model} cannot be read from the Hugging Face hub: {reason}") from None
 
 
 def _require_hub(model: str) -> None:

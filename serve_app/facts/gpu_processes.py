@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that uses a GPU.
+    """This is a process that uses a GPU.
 
     `name` is empty for a process that cannot be seen from here, such as one of another container or user.
-    `used_bytes` is None where the driver does not tell.
+    `used_bytes` is None if the driver does not report it.
     """
 
     gpu_index: int

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU. `index` is NVML's, in PCI order. Sizes are in bytes, and `free_bytes` was free when it was read."""
+    """This is a GPU. `index` is NVML's, in PCI order. Sizes are in bytes, and `free_bytes` was free when it was
+    read."""
 
     index: int
     uuid: str

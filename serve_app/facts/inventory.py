@@ -27,7 +27,7 @@ KNOWN_GPUS = {
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, or the memory of a host (`index` is None). Sizes are in bytes, and `id` is "n1:0" or "n1:cpu".
+    """This is a GPU, or the memory of a host (`index` is None). Sizes are in bytes, and `id` is "n1:0" or "n1:cpu".
 
     `by_index` says how Ray counts it: bytes by the GPU's index, or whole GPUs and fractions (False). None where the
     inventory does not come from a running Ray; the plan then takes the kind that its models need.

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 from serve_app.ray_serve import TYPE_RESOURCE
 
-# In MiB: `ray start --resources` takes whole numbers only, and few cards have whole GiB.
+# The unit is MiB, since `ray start --resources` takes only whole numbers, and few cards have whole GiB.
 VRAM_RESOURCE = "vram_mib_{index}"
 _VRAM_PATTERN = re.compile(r"vram_mib_(\d+)")
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node's total resources, as Ray counts them.
+    """This is a node's total resources, as Ray counts them.
 
-    `accelerator_types` are Ray's names of its GPUs, the first one's at most.
+    `accelerator_types` are Ray's names of its GPUs, at most that of the first one.
     `vram_gib` holds the memory in GiB of each GPU that the node advertises by index. Such a node is started with
     `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`, so that it has no whole GPUs to give.
     """
@@ -33,7 +33,7 @@ class Node:
 
 
 def node_from_resources(name: str, resources: Mapping[str, float]) -> Node:
-    """Returns the node that Ray describes by `resources`, name to amount."""
+    """Returns the node that Ray describes by `resources`, which has an amount for each name."""
     matches = [(_VRAM_PATTERN.fullmatch(key), amount) for key, amount in resources.items()]
     by_index = {int(match[1]): amount / 1024 for match, amount in matches if match is not None}
     prefix = TYPE_RESOURCE.format(name="")

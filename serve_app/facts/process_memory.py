@@ -36,9 +36,9 @@ def gpu_bytes(pid: int) -> dict[str, int]:
 
 
 def held_by_others(gpus: Sequence[Gpu]) -> str:
-    """Returns a sentence for each of these GPUs of which others hold memory. It is empty if nobody does.
+    """Returns a sentence for each of these GPUs of which other processes hold memory, or an empty text if none do.
 
-    "Other" are processes that this one has not started: replicas of other models are among them.
+    Other processes are those that this one has not started, including replicas of other models.
     """
     mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     processes = [process for process in gpu_processes() if process.pid not in mine]

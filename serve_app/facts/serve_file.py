@@ -11,7 +11,7 @@ from serve_app.errors import ConfigError
 
 
 class DeploymentSpec(BaseModel):
-    """The part of an application's `deployments:` that says how many replicas there are."""
+    """This is the part of an application's `deployments:` that says how many replicas there are."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,7 +30,7 @@ class DeploymentSpec(BaseModel):
 
 
 class ApplicationSpec(BaseModel):
-    """An application of a Serve config file, as far as this project reads it."""
+    """This is an application of a Serve config file, with the parts that this project reads."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,7 +60,7 @@ class ApplicationSpec(BaseModel):
         return self.import_path == "serve_app.app:router"
 
     def router_settings(self) -> RouterConfig:
-        """Returns the router's config, with what `user_config` replaces. Raises ConfigError."""
+        """Returns the router's config with the fields that `user_config` replaces. Raises ConfigError."""
         changed = {name: value for item in self.deployments for name, value in (item.user_config or {}).items()}
         return RouterConfig.from_args(self.args | changed)
 
@@ -73,7 +73,7 @@ class ApplicationSpec(BaseModel):
 
 
 def read_applications(path: Path) -> list[ApplicationSpec]:
-    """Returns the applications of a Ray Serve config file. Raises ConfigError when it cannot be read."""
+    """Returns the applications of a Ray Serve config file. Raises ConfigError if it cannot be read."""
     try:
         document = yaml.safe_load(path.read_text())
     except UnicodeDecodeError:

@@ -14,19 +14,19 @@ from typing import Any
 
 from serve_app.errors import ConfigError
 
-# Bytes of safetensors' types.
+# These are the bytes of safetensors' types.
 SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-# A header is at most this long: 100 MB, safetensors' own limit.
+# A header has at most 100 MB, which is safetensors' own limit.
 MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as it is stored. `dtype` is safetensors' name."""
+    """This is a tensor as it is stored. `dtype` is safetensors' name."""
 
     name: str
     dtype: str
@@ -38,8 +38,8 @@ class Tensor:
         return prod(self.shape)
 
     def bytes_as(self, dtype_bytes: int | None) -> int:
-        """Returns the bytes in memory. Floats are loaded in the model's type, which takes `dtype_bytes` each; None
-        keeps the stored type."""
+        """Returns the bytes in memory. Floats are loaded in the model's type, which takes `dtype_bytes` each, while
+        None keeps the stored type."""
         size = dtype_bytes if dtype_bytes is not None and self.dtype in FLOATS else SIZES[self.dtype]
         return self.elements * size
 
@@ -48,7 +48,7 @@ def local_tensors(folder: Path) -> list[Tensor]:
     """Returns all tensors of a folder's safetensors files. An index decides which files count. It is empty if there are
     none.
 
-    Raises ConfigError for a file that is no safetensors file.
+    Raises ConfigError for a file that is not a safetensors file.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -1,4 +1,4 @@
-"""Decides what `infer_backend: auto` becomes: ways to run a model, the best first, each with its reasons."""
+"""Decides what `infer_backend: auto` becomes. It gives the ways to run a model, the best first, with their reasons."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from serve_app.planning.fit import ModelRequest
 
 @dataclass(frozen=True)
 class Choice:
-    """A config without `auto`, and the reasons for it."""
+    """This is a config without `auto`, and the reasons for it."""
 
     config: ModelConfig
     reasons: tuple[str, ...]

@@ -7,7 +7,7 @@ from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device, card_model
 from serve_app.planning.memory import GIB
 
-# Arguments of vLLM that change what it takes beside weights and cache.
+# These arguments of vLLM change what it takes beside weights and cache.
 _ARGUMENTS = (
     "max_num_batched_tokens",
     "enforce_eager",

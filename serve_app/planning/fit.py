@@ -17,10 +17,10 @@ from serve_app.planning.pt_kv_buffers import cells, full_length_requests
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
-# What vLLM's CPU build gets where the config does not say. pt: no more than this share of the memory that is available,
-# since other replicas share it, nor these bytes. The engines take their defaults from here.
+# vLLM's CPU build gets the first figure if the config does not say. pt gets no more than this share of the memory that
+# is available, since other replicas share it, and no more than these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
-# Arguments of vLLM that change what it takes, in ways that the plan has no formulas for.
+# These arguments of vLLM change what it takes in ways for which the plan has no formulas.
 UNPLANNED = frozenset(
     {"speculative_config", "enable_lora", "cpu_offload_gb", "kv_transfer_config", "num_gpu_blocks_override"}
     | {"block_size", "enable_expert_parallel", "hf_overrides", "mamba_cache_dtype", "mamba_ssm_cache_dtype"}
@@ -31,9 +31,9 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """A model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
+    """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
 
-    `memo` keeps sums over the tensors: they are the same for every device and every replica. `calibrations` and
+    `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
     """
 
@@ -110,7 +110,7 @@ class ModelRequest:
 
 @dataclass(frozen=True)
 class Shortage:
-    """The reason why a replica does not fit. `missing` is in bytes, on the device that lacks most."""
+    """This is the reason why a replica does not fit. `missing` is in bytes, on the device that lacks most."""
 
     code: str
     message: str
@@ -202,8 +202,8 @@ def _utilization_problem(
     return Shortage(
         "utilization",
         f"gpu_memory_utilization: {utilization:g} takes {gib(share)} of {device.id}, and the CUDA context, which vLLM "
-        f"does not count, {gib(context.bytes)} more; {place} {gib(most)}. Shares of one GPU must leave room for each "
-        "one's context.",
+        f"does not count, takes {gib(context.bytes)} more, but {place} {gib(most)}. Shares of one GPU must leave "
+        "room for each one's context.",
         missing,
     )
 
@@ -221,7 +221,7 @@ def fit_pt(
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
         for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
     ]
-    # On the CPU only the disk is a slower tier.
+    # For a model on the CPU, only the disk is a slower tier.
     spills = bool(request.config.spill_tiers - (set() if devices[0][0].is_gpu else {"cpu"}))
 
     def at(tokens: int) -> LayerMap | None:
@@ -273,7 +273,7 @@ def _pt_shortage(
     if not spills and rooms[0] < first:
         return Shortage(
             "over_commit",
-            f"The model's first block takes {gib(first)}, and {device.id} has {gib(max(0, rooms[0]))} left after "
+            f"The model's first block takes {gib(first)}, but {device.id} has {gib(max(0, rooms[0]))} left after "
             "context and activations.",
             first - rooms[0],
         )
@@ -357,7 +357,7 @@ def _pt_plan(
 
 
 def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
-    """Returns the bytes on the slower tiers: the CPU takes them first, up to its limit, and then the disk."""
+    """Returns the bytes on the slower tiers. The CPU takes them first, up to its limit, and then the disk."""
     left = mapped.rest.weights
     if not left:
         return {}

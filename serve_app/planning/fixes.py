@@ -1,7 +1,7 @@
 """Finds fixes for what does not fit by planning again, the smallest change first.
 
 A cure is offered only when the plan with it places the model and breaks no other. Lowering the tensor parallel size is
-never offered: it raises what each GPU must hold.
+never offered, because it raises what each GPU must hold.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,23 +20,23 @@ from serve_app.planning.planner import make_plan
 # Requests shorter than this are of little use, so no shorter one is offered.
 LEAST_MODEL_LEN = 1024
 MODEL_LEN_STEP = 256
-# Plans that are made in search of cures, and tries of each: what is left then has no cure told. A user waits for it.
+# The search for cures makes so many plans with so many tries, since a user waits. Problems left then show no cure.
 MOST_PLANS = 100
 MOST_TRIES = 20
-# And the placements that all of them may try together, as models × GPUs: a plan of many models takes longer.
+# All of them may together try this many placements, as models × GPUs, since a plan of many models takes longer.
 MOST_WORK = 10_000
-# Sizes of one more GPU on each node, in GiB, that are tried beside those that are there.
+# These sizes in GiB of one more GPU on each node are tried beside the sizes that are there.
 GPU_SIZES = (16, 24, 48, 80, 141)
-# Steps in which a limit of max_memory is raised, in bytes as the YAML has them.
+# A limit of max_memory is raised in steps of so many bytes, as the YAML has them.
 CAP_STEP = 500_000_000
-# Of a GPU's free memory, what a limit may be: the rest is the plan's reserve.
+# A limit may be this share of a GPU's free memory. The rest is the plan's reserve.
 CAP_SHARE = 1 - RESERVE_SHARE
 UTILIZATION = "gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A changed request, or a changed inventory, and the line that a user would write for it."""
+    """This is a changed request, or a changed inventory, and the line that a user would write for it."""
 
     field: str
     value: Any
@@ -63,7 +63,7 @@ def apply(fix: Fix, request: ModelRequest, inventory: Inventory) -> tuple[ModelR
 
 @dataclass
 class Budget:
-    """The number of plans that may still be made."""
+    """This is the number of plans that may still be made."""
 
     left: int
 
@@ -89,7 +89,7 @@ def _with_fix(
 
 
 def _saved(request: ModelRequest, candidate: Candidate, problem: Problem) -> int:
-    """Returns the bytes that a change takes off the fullest rank: all of them for quantised weights, and else at
+    """Returns the bytes that a change takes off the fullest rank: all of them for quantised weights, and otherwise at
     least what was missing."""
     if candidate.field == "quantization":
         tp = request.config.tensor_parallel_size or 1

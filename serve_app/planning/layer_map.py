@@ -1,8 +1,8 @@
 """Decides which layers of a model go on which device, in order, with the KV cache that they bring along.
 
-The rule is accelerate's: blocks in the model's order fill one device after the other. What is added: each layer's KV
-cache counts where the layer is, and where layers are left over for the CPU or the disk, the first GPU keeps room for
-the largest of them, since that is where they are computed.
+The rule is accelerate's: blocks in the model's order fill one device after the other. This module adds that each
+layer's KV cache counts where the layer is. If layers are left over for the CPU or the disk, the first GPU keeps room
+for the largest of them, since they are computed there.
 """
 
 import re
@@ -18,9 +18,10 @@ _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$
 
 @dataclass(frozen=True)
 class Block:
-    """A part that cannot be split: the embedding (number -1), a layer, or the norm and head (after the last layer).
+    """This is a part that cannot be split: the embedding (number -1), a layer, or the norm and head (after the last
+    layer).
 
-    `kv` and `state` are bytes of cache: for a token, and for a sequence.
+    `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence.
     """
 
     number: int
@@ -40,7 +41,7 @@ def block_number(name: str, architecture: Architecture) -> int:
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """The blocks that share a device."""
+    """Holds the blocks that share a device."""
 
     blocks: tuple[Block, ...]
 
@@ -78,7 +79,7 @@ def blocks_of(
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The blocks of each device, in the order of the given limits, and those that are left over."""
+    """These are the blocks of each device, in the order of the given limits, and those that are left over."""
 
     parts: tuple[BlockGroup, ...]
     rest: BlockGroup
@@ -95,7 +96,7 @@ def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows
         return mapped
     if not spills:
         return None
-    while True:  # What is kept free on the first device makes more blocks left over: until nothing changes.
+    while True:  # Room kept on the first device may leave more blocks over, so it repeats until nothing changes.
         rest = mapped.rest
         kept = max(block.weights for block in rest.blocks) + rest.cache(tokens, rows)
         if kept > limits[0]:

@@ -1,8 +1,9 @@
 """Computes what a model takes of each device, in bytes, from its shape and its tensors.
 
-Sources: vLLM 0.32's layers and KV cache specs for tensor parallelism (compared in tests/planning/test_vllm_memory.py),
-this project's own cache for pt. Every figure has a certainty: *exact* figures follow from the checkpoint and the
-engine's code, *calibrated* ones were measured on the same setting, *guessed* ones are stated constants, with a margin.
+The sources are vLLM 0.32's layers and KV cache specs for tensor parallelism (compared in
+tests/planning/test_vllm_memory.py), and this project's own cache for pt. Every figure has a certainty: *exact* figures
+follow from the checkpoint and the engine's code, *calibrated* ones were measured on the same setting, and *guessed*
+ones are stated constants with a margin.
 """
 
 import re
@@ -20,35 +21,35 @@ Certainty = Literal["exact", "calibrated", "guessed"]
 MIB = 2**20
 GIB = 2**30
 
-# A CUDA context with the kernels that torch loads: 300 to 550 MiB on cards from RTX 3090 to H100.
+# A CUDA context with the kernels that torch loads takes 300 to 550 MiB on cards from RTX 3090 to H100.
 CONTEXT_BYTES = 512 * MIB
-# What NCCL's buffers add on each GPU of a tensor parallel group.
+# NCCL's buffers add this on each GPU of a tensor parallel group.
 NCCL_BYTES = 256 * MIB
-# CUDA graphs of vLLM's default sizes: a private pool for each, small for small models.
+# CUDA graphs of vLLM's default sizes have a private pool each, which is small for small models.
 GRAPH_BYTES_PER_LAYER = 10 * MIB
 GRAPH_BASE_BYTES = 256 * MIB
-# vLLM on the CPU, measured beyond an empty engine by `benchmarks.planned_memory`: its layers are not fused, so that
-# several copies of an activation are there at once, and its allocator keeps what requests have touched.
+# vLLM on the CPU takes this beyond an empty engine, as measured by `benchmarks.planned_memory`. Its layers are not
+# fused, so several copies of an activation exist at once, and its allocator keeps what requests have touched.
 VLLM_CPU_CONTEXT_BYTES = 64 * MIB
 VLLM_CPU_ACTIVATION_FACTOR = 3
 # Guesses are raised by this share.
 MARGIN = 0.1
-# Left free on each GPU whatever is planned: fragmentation and other small things.
+# This share of each GPU stays free whatever is planned, for fragmentation and other small things.
 RESERVE_SHARE = 0.02
 VLLM_UTILIZATION = 0.92
 # With asynchronous scheduling, vLLM's default on GPUs, two steps' tokens may be on their way at once.
 CONCURRENT_STEPS = 2
-# Tokens of a block of KV cache on CUDA; MLA's kernel for fp8 takes 64.
+# A block of KV cache has this many tokens on CUDA. MLA's kernel for fp8 takes 64.
 BLOCK_TOKENS = 16
 MLA_FP8_BLOCK_TOKENS = 64
-# A linear attention layer has two pages for each sequence: prefix caching, which is on by default, keeps one more.
+# A linear attention layer has two pages for each sequence, because prefix caching, the default, keeps one more.
 STATE_PAGES = 2
 VOCABULARY_PADDING = 64
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of bytes, and how well it is known."""
+    """This is a number of bytes, and how well it is known."""
 
     bytes: int
     certainty: Certainty = "exact"
@@ -72,20 +73,20 @@ def dtype_bytes(architecture: Architecture, dtype: str) -> int:
     return DTYPE_BYTES[architecture.dtype if dtype == "auto" else dtype]
 
 
-# How vLLM 0.32 splits a tensor over the ranks, by its name without these endings. All else is on every rank.
+# vLLM 0.32 splits a tensor over the ranks by its name without these endings. All else is on every rank.
 _ENDING = re.compile(r"\.(weight|bias|qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|weight_packed|zeros)$")
 _SPLIT = re.compile(
     r"(gate_proj|up_proj|gate_up_proj|w1|w3|q_proj|q_b_proj|kv_b_proj|in_proj_qkvz|in_proj_ba|conv1d|A_log|dt_bias|c_fc)$"
 )
 _KV = re.compile(r"(k_proj|v_proj)$")
 _ROW = re.compile(r"(o_proj|down_proj|w2|out_proj|c_proj)$")
-# Linear layers that vLLM quantises; conv1d and the router of experts (`mlp.gate`) are none.
+# vLLM quantises these linear layers, but not conv1d and the router of experts (`mlp.gate`).
 _LINEAR = re.compile(r"(_proj|in_proj_qkvz|in_proj_ba|w1|w2|w3|c_fc)$")
 _VOCABULARY = re.compile(r"(embed_tokens|lm_head)$")
-# Kept in float32 whatever the model's type.
+# These stay in float32 whatever the model's type is.
 _FLOAT32 = re.compile(r"(A_log|e_score_correction_bias)$")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-# Buffers that some checkpoints hold and no engine loads.
+# Some checkpoints hold these buffers, but no engine loads them.
 _NOT_LOADED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
@@ -98,7 +99,7 @@ def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_byte
     if stem.endswith("qkv_proj"):
         per_head = size // (architecture.heads + 2 * architecture.kv_heads)
         return per_head * (architecture.heads // tp + 2 * max(1, architecture.kv_heads // tp))
-    if _KV.search(stem):  # One head at least: with more ranks than KV heads they are repeated.
+    if _KV.search(stem):  # It has at least one head, since heads are repeated if there are more ranks.
         return size // min(tp, architecture.kv_heads)
     if _SPLIT.search(stem) or (_ROW.search(stem) and not tensor.name.endswith(".bias")):
         return size // tp
@@ -110,8 +111,8 @@ def weights_per_rank_in_fp8(
 ) -> Figure:
     """Returns `weights_per_rank` for a checkpoint that vLLM rounds to fp8 while it loads (`quantization: fp8`).
 
-    A byte for each element of the linear layers; embeddings, head, norms and biases stay as they are. It happens after
-    vLLM's layers are built, so it is not compared with vLLM's own figures: a guess.
+    Each element of the linear layers takes a byte, and embeddings, head, norms and biases stay as they are. It happens
+    after vLLM's layers are built, so it is a guess that is not compared with vLLM's own figures.
     """
     kept, rounded = 0, 0
     for tensor in loaded(tensors, architecture):
@@ -166,7 +167,7 @@ def vllm_kv_bytes_per_request(
 ) -> int:
     """Returns the bytes of KV cache on one rank for one sequence of `tokens` tokens, as vLLM checks it at its start.
 
-    In whole pages. Where there are two kinds of layers, all pages have one size and layers are kept in groups of one
+    It is in whole pages. If there are two kinds of layers, all pages have one size and layers are kept in groups of one
     size, which may be padded (`kv_cache_utils` in vLLM 0.32).
     """
     pages = _Pages(architecture, tp, kv_element_bytes, element_bytes)
@@ -174,7 +175,7 @@ def vllm_kv_bytes_per_request(
         "full": -(-tokens // pages.tokens),
         "mla": -(-tokens // pages.tokens),
         "linear": STATE_PAGES,
-        # The window before the tokens on their way; the first block may be cut anywhere.
+        # The window comes before the tokens on their way, and its first block may be cut anywhere.
         "sliding": -(-min((architecture.sliding_window or 1) - 1 + CONCURRENT_STEPS * batched, tokens) // pages.tokens)
         + 1,
     }
@@ -187,8 +188,8 @@ def vllm_kv_bytes_per_request(
 
 
 class _Pages:
-    """The page of one layer on one rank: the tokens of a block, and its bytes. Hybrids have one page size for all
-    layers."""
+    """This is the page of one layer on one rank: the tokens of a block, and its bytes. Hybrids have one page size for
+    all layers."""
 
     def __init__(self, architecture: Architecture, tp: int, kv_element_bytes: int, element_bytes: int):
         if "mla" in architecture.layers:  # The compressed cache is the same on every rank.
@@ -198,7 +199,7 @@ class _Pages:
         heads = max(1, architecture.kv_heads // tp)
         per_token = 2 * heads * architecture.head_size * kv_element_bytes
         self.tokens = BLOCK_TOKENS
-        if "linear" in architecture.layers:  # Blocks are made so long that a page holds a state.
+        if "linear" in architecture.layers:  # Blocks are so long that a page holds a state.
             state = linear_state_bytes(architecture, tp, element_bytes)
             self.tokens = max(BLOCK_TOKENS, -(-state // (BLOCK_TOKENS * per_token)) * BLOCK_TOKENS)
         self.bytes = self.tokens * per_token
@@ -242,8 +243,8 @@ def calibrated(
     """Returns guesses of activations, graphs and context, raised by what was measured. The activations include graphs
     then.
 
-    Never lowered: a peak that was seen is the least that the next one may be, and it is not known whether the heaviest
-    requests have come. So a replica that knows the guesses only accepts what was planned with more.
+    They are never lowered, since a peak that was seen is the least that the next one may be, and the heaviest requests
+    may not have come yet. So a replica that knows only the guesses accepts what was planned with more.
     """
     if measured.activation_bytes > activation.bytes + graph.bytes:
         activation, graph = Figure(measured.activation_bytes, "calibrated"), ZERO
@@ -280,7 +281,7 @@ def pt_activation(
 ) -> Mapping[str, Figure]:
     """Returns the peak of a step by its cause: `layer` on every device, and `head` where the logits are made."""
     width = 6 * architecture.hidden_size + 3 * architecture.intermediate_size
-    # Keys and values repeated to all heads, and the mask, for one layer at a time.
+    # One layer at a time has keys and values repeated to all heads, and the mask.
     attention = 2 * tokens * architecture.heads * max(architecture.head_size, architecture.key_size) * element_bytes
     return {
         "layer": guessed((chunk + rows) * width * element_bytes + attention),

@@ -14,7 +14,7 @@ TERMS = ("weights", "kv_cache", "activation", "graph", "context")
 
 @dataclass(frozen=True)
 class RankPlan:
-    """A model's share of one device.
+    """This is a model's share of one device.
 
     `layers` are the numbers of its first and last layer there (pt). `seat` is its place among so many devices, as
     `calibration_setting` counts them: all ranks of vLLM are alike, and have the first.
@@ -45,7 +45,8 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A replica of a model in its place. `kv_bytes_per_request` is for one request of `max_model_len`, per rank.
+    """This is a replica of a model in its place. `kv_bytes_per_request` is for one request of `max_model_len`, per
+    rank.
 
     `config` is the model's, with the backend that was chosen, and `architecture` is its shape.
     """
@@ -85,7 +86,8 @@ _MODEL_FIELDS = (
 
 @dataclass(frozen=True)
 class Fix:
-    """The smallest change that was found to help, tried by planning again. `saves_bytes` is of the fullest rank."""
+    """This is the smallest change that was found to help, tried by planning again. `saves_bytes` is of the fullest
+    rank."""
 
     field: str
     value: Any
@@ -113,8 +115,8 @@ def _yaml(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """The reason why a model cannot be placed, and what would help. `missing_bytes` are on the devices that came
-    nearest."""
+    """This is the reason why a model cannot be placed, and what would help. `missing_bytes` are on the devices that
+    came nearest."""
 
     code: str
     model: str
@@ -133,7 +135,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of all models on all devices."""
+    """This is the plan of all models on all devices."""
 
     devices: tuple[Device, ...]
     models: tuple[ModelPlan, ...]

@@ -1,7 +1,7 @@
-"""Places models × replicas on devices: the largest first, by best fit, with a bounded search back.
+"""Places models × replicas on devices, the largest first, by best fit, with a bounded search back.
 
-Laws: no device is planned beyond what is free now less its reserve; a GPU is used whole by one replica, or shared by
-pt replicas that say so; the same input gives the same plan.
+It has three laws. No device is planned beyond what is free now less its reserve. A GPU is used whole by one replica, or
+shared by pt replicas that say so. The same input gives the same plan.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from serve_app.planning.memory import GIB
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 from serve_app.planning.resource_demand import native_share
 
-# Placements that are tried before the search gives up and places each model where it can.
+# The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
 
 Seats = Sequence[tuple[Device, int]]
@@ -23,7 +23,7 @@ Seats = Sequence[tuple[Device, int]]
 
 @dataclass(frozen=True)
 class Home:
-    """The place of a model's replicas: the indices of their GPUs, and their nodes."""
+    """This is the place of a model's replicas: the indices of their GPUs, and their nodes."""
 
     indices: tuple[int, ...] = ()
     nodes: frozenset[str] = frozenset()
@@ -57,7 +57,7 @@ class State:
         for device in devices:
             used.setdefault(device.id, 0)
         shares_of = {rank.device.id: rank.share.bytes for rank in plan.ranks}
-        for device in devices:  # By index Ray counts the whole limit, whatever is planned of it.
+        for device in devices:  # By index Ray counts the whole limit, whatever part of it is planned.
             cap = (plan.config.max_memory or {}).get(device.index or 0, 0) if device.by_index else 0
             used[device.id] += max(cap, shares_of.get(device.id, 0))
         if share is not None:
@@ -71,14 +71,14 @@ class State:
 
 @dataclass(frozen=True)
 class Placed:
-    """A way to place a replica."""
+    """Describes a way to place a replica."""
 
     plan: ModelPlan
     state: State
 
 
 def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int = MOST_TRIES) -> Plan:
-    """Places all replicas. What finds no place is a problem, which has no fix yet (`fixes.with_fixes`)."""
+    """Returns a plan of all replicas. One that finds no place is a problem, without a fix yet (`fixes.with_fixes`)."""
     inventory = with_accounting(requests, inventory)
     calibrated = (
         replace(request, calibrations=inventory.calibrations, engine_versions=inventory.engine_versions)
@@ -240,7 +240,7 @@ def _host_problem(fit: ModelPlan, inventory: Inventory) -> Shortage | None:
         return None
     return Shortage(
         "over_commit",
-        f"{gib(spilled)} of weights would go to the CPU, and {node} has {gib(host.free_bytes)} of memory free.",
+        f"{gib(spilled)} of weights would go to the CPU, but {node} has {gib(host.free_bytes)} of memory free.",
         spilled - host.free_bytes,
     )
 
@@ -357,7 +357,7 @@ def _equal(usable: Seats, size: int) -> Iterator[Seats]:
 def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     config = unit.config
     if config.device == "cpu":
-        return "device: cpu needs host memory, and the inventory names none."
+        return "device: cpu needs host memory, but the inventory names none."
     if not inventory.gpus:
         return "there is no GPU. Set device: cpu to run it on the CPU."
     if not any(_is_of_type(unit, gpus) for gpus in inventory.node_gpus().values()):
@@ -391,14 +391,14 @@ def _no_index(config: ModelConfig, inventory: Inventory) -> str:
     most = max(len(gpus) for gpus in inventory.node_gpus().values())
     if any(gpu.by_index for gpu in inventory.gpus):
         equal = " as equal GPUs" if config.gpu_ids and len(config.gpu_ids) > 1 else ""
-        return f"{field} names GPU {last}, and no node has that GPU{equal}. The largest node has {most}."
+        return f"{field} names GPU {last}, but no node has that GPU{equal}. The largest node has {most}."
     if config.gpu_ids or config.gpu_indices != tuple(range(len(config.gpu_indices))):
         return (
             f"{field} names GPU {last}, but with whole GPUs the replica counts its own from 0. Start Ray with "
             '--num-gpus 0 --resources "$(serve-app node-resources)" to pick GPUs by index.'
         )
     return (
-        f"{field} names {len(config.gpu_indices)} GPUs, which Ray gives as whole GPUs here, and no node has "
+        f"{field} names {len(config.gpu_indices)} GPUs, which Ray gives as whole GPUs here, but no node has "
         f"that many unused ones. The largest node has {most}."
     )
 

@@ -1,14 +1,14 @@
 """Computes how much room the buffers of pt's KV cache take, in tokens. The engine allocates by it, and the plan
 counts by it."""
 
-# Columns of room that a buffer has beyond what its rows need.
+# A buffer has this many columns of room beyond what its rows need.
 SLACK = 128
-# Rows by which a buffer grows, so that not every newcomer moves it; one or two rows, which may be long, have no more.
+# A buffer grows by this many rows, so that not every new row moves it. One or two rows, which may be long, get no more.
 ROW_STEP = 4
 
 
 def cells(rows: int, tokens: int) -> int:
-    """Returns the most tokens for which buffers of `rows` rows have room, when the longest row has `tokens` tokens."""
+    """Returns the most tokens for which buffers of `rows` rows have room if the longest row has `tokens` tokens."""
     return row_capacity(rows) * (tokens + SLACK)
 
 

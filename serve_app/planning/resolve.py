@@ -14,13 +14,13 @@ from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resource_demand import Demand, planned_demand
 
-# vLLM refuses to start when less than this share of the card is free.
+# vLLM refuses to start if less than this share of the card is free.
 _GATE = "gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config that says all that its replica needs, and what the replica asks of Ray."""
+    """This is a config that says all that its replica needs, and what the replica asks of Ray."""
 
     config: ModelConfig
     demand: Demand
@@ -31,7 +31,7 @@ def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | 
     there now may be what is about to be replaced. If Ray counts memory by index, its GPUs are chosen among those that
     are `unclaimed`.
 
-    Raises PlacementError with the plan's words, and its cure, for a model that no device can hold.
+    Raises PlacementError with the plan's words and its cure for a model that no device can hold.
     """
     empty = as_empty(inventory)
     plan = with_fixes(make_plan([request], empty), [request], empty)
@@ -85,7 +85,7 @@ def _cache_bytes(model: ModelPlan) -> int:
 
 
 def problem_text(plan: Plan) -> str:
-    """Returns the problems of a plan with their fixes. Each has a line."""
+    """Returns the problems of a plan with their fixes, with a line for each."""
     lines = []
     for problem in plan.problems:
         cure = f" Smallest fix: {problem.fix.text}." if problem.fix is not None else ""

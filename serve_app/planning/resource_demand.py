@@ -1,10 +1,10 @@
 """Decides what one replica asks of Ray, and whether any node can ever give it.
 
-Two kinds of accounting for GPUs, never both on one node:
+There are two kinds of accounting for GPUs, which are never both on one node:
 
-- whole GPUs, or a share of one: Ray's own `num_gpus`;
-- memory by GPU index: nodes that advertise `vram_mib_<index>`. The one way to give a replica shares of several,
-  unequal GPUs with Ray as the only scheduler.
+- Whole GPUs, or a share of one, are Ray's own `num_gpus`.
+- Memory by GPU index needs nodes that advertise `vram_mib_<index>`. It is the only way to give a replica shares of
+  several, unequal GPUs with Ray as the only scheduler.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Demand:
-    """The resources that one replica asks of one node.
+    """These are the resources that one replica asks of one node.
 
-    `vram_gib` is memory in GiB by GPU index; with it, `gpus` is 0 and the replica is shown exactly those GPUs.
+    `vram_gib` is memory in GiB by GPU index. With it, `gpus` is 0 and the replica is shown exactly those GPUs.
     """
 
     cpus: float
@@ -37,7 +37,7 @@ class Demand:
     def resources(self) -> dict[str, float]:
         """Returns Ray's custom resources in whole MiB. They are rounded up, since what a node advertises is whole."""
         asked = {VRAM_RESOURCE.format(index=index): float(ceil(size * 1024)) for index, size in self.vram_gib.items()}
-        if self.accelerator_type is not None:  # As little as Ray's own option asks for: it only ties.
+        if self.accelerator_type is not None:  # It only ties, so it is as little as Ray's own option asks for.
             asked[TYPE_RESOURCE.format(name=self.accelerator_type)] = 0.001
         return asked
 
@@ -60,7 +60,7 @@ class Demand:
 def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
     """Returns what one replica may ask for in this cluster, the better way first.
 
-    Raises PlacementError when the GPUs that the config names can only be meant by index, and no node has them so.
+    Raises PlacementError if the GPUs that the config names can only be meant by index, but no node has them so.
     """
     if config.device == "cpu":
         return [Demand(config.num_cpus)]
@@ -108,8 +108,9 @@ def planned_demand(model: ModelPlan, inventory: Inventory) -> Demand:
 def native_share(config: ModelConfig, inventory: Inventory) -> float | None:
     """Returns the fraction of a GPU that Ray is asked for, or None for whole GPUs.
 
-    `num_gpus` below 1, or, for one GPU in `max_memory`, its bytes of the smallest GPU that Ray could give: Ray does not
-    look at sizes. Where one is smaller than that, a whole GPU, as no fraction would be right everywhere.
+    It is `num_gpus` below 1 or, for one GPU in `max_memory`, its share of the smallest GPU that Ray could give, because
+    Ray does not look at sizes. If one is smaller than that, it is a whole GPU, as no fraction would be right
+    everywhere.
     """
     if config.share is not None or config.num_gpus is not None:
         return config.share
@@ -123,7 +124,7 @@ def native_share(config: ModelConfig, inventory: Inventory) -> float | None:
 def require_room(config: ModelConfig, nodes: Sequence[Node], planned: Demand | None = None) -> Demand:
     """Returns the demand of one replica, which is the planned one if there is one.
 
-    Raises PlacementError when no node could hold it even if it were empty.
+    Raises PlacementError if no node could hold it even if it were empty.
     """
     found = [planned] if planned is not None else demands_of(config, nodes)
     demands = [replace(demand, accelerator_type=config.accelerator_type) for demand in found]
@@ -138,7 +139,7 @@ def require_room(config: ModelConfig, nodes: Sequence[Node], planned: Demand | N
     elif demand.gpus and any(node.vram_gib for node in nodes):
         cure = " GPU memory by index is given only to models that the plan knows."
     raise PlacementError(
-        f"A replica needs {demand} on one node ({_why(config, demand)}), and no node has that. "
+        f"A replica needs {demand} on one node ({_why(config, demand)}), but no node has that. "
         f"The cluster has {'; '.join(map(str, nodes)) or 'no nodes'}.{cure}"
     )
 

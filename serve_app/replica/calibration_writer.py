@@ -10,12 +10,12 @@ from pathlib import Path
 
 from serve_app.facts.calibration import Calibrations, calibration_file, joined, read_calibrations
 
-# Seconds that a process waits for another one that writes.
+# A process waits this many seconds for another one that writes.
 LOCK_TIMEOUT_S = 2.0
 
 
 def write_calibrations(found: Calibrations, file: Path | None = None) -> bool:
-    """Adds figures to the file, and says whether they changed it. Raises OSError where it cannot be written.
+    """Adds figures to the file, and returns whether they changed it. Raises OSError if it cannot be written.
 
     Processes write one after the other, and a reader sees the old file or the new one.
     """
@@ -38,7 +38,7 @@ def _as_json(found: Calibrations) -> str:
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Raises TimeoutError, an OSError, where another process does not end."""
+    """Holds the lock meanwhile. Raises TimeoutError, an OSError, if another process does not release it."""
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     with lock.open("w") as file:
         while True:

@@ -32,15 +32,15 @@ from serve_app.replica.whole_body import WholeBody
 from serve_app.terminal import notify, say
 from serve_app.wire.asgi import HttpRequest, call_asgi
 
-# Seconds that a whole GPU may still be held by what ran there before.
+# A whole GPU may still be held for this many seconds by what ran there before.
 LEAVE_TIMEOUT_S = 20.0
 
 
 class Model:
-    """The deployment class of every model. The model's name is the application's name."""
+    """This is the deployment class of every model. The model's name is the application's name."""
 
     async def __init__(self, config: ModelConfig, environment: Mapping[str, str]):  # type: ignore[misc]  # Serve awaits it
-        """`environment` is set before the engine's libraries are imported, which read it then."""
+        """Loads the model. `environment` is set before the engine's libraries are imported, which read it then."""
         require_door()
         os.environ.update(environment)
         self.name = serve.get_replica_context().app_name
@@ -61,7 +61,7 @@ class Model:
             self._own_route = WholeBody(self._app, config)
         except ServeAppError as error:
             await self._stop()
-            raise error.with_traceback(None) from None  # The message says it all; Serve prints the traceback thrice.
+            raise error.with_traceback(None) from None  # Serve would print the traceback three times.
         except BaseException:
             await self._stop()
             raise
@@ -78,7 +78,7 @@ class Model:
             yield item
 
     async def check_health(self) -> None:
-        """Raises an exception if the replica is not well. Serve calls it and then replaces the replica."""
+        """Raises an exception if the replica is not well. Serve calls this, and replaces the replica after that."""
         await self._access.check()
         await self._engine.check_health()
 
@@ -87,7 +87,7 @@ class Model:
         return {ENGINE_LOAD: self._engine.load()}
 
     async def _plan(self) -> ModelPlan | None:
-        """Plans by what is free at this moment, which no engine changes while the start lock is held. Ray gives no
+        """Plans by what is free at this moment, which no engine changes while the start lock is held. Ray assigns no
         GPU itself if memory is counted by index."""
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
@@ -112,10 +112,10 @@ def _gpus(config: ModelConfig) -> list[Gpu]:
 async def left_by_others(
     gpus: Callable[[], Sequence[Gpu]], tell: Callable[[str], None], timeout_s: float = LEAVE_TIMEOUT_S
 ) -> None:
-    """Waits a while until nobody else holds memory of GPUs that belong to this replica alone.
+    """Waits a while until no other process holds memory of GPUs that belong to this replica alone.
 
-    After a SIGKILL the predecessor's engine, a process of its own, may take some seconds to end: a KV cache that is
-    planned meanwhile would be small for good. Who does not leave is told, and the plan goes by what is free.
+    After a SIGKILL the predecessor's engine, a process of its own, may take some seconds to end, and a KV cache that is
+    planned meanwhile would stay small. Processes that do not leave are reported, and the plan goes by what is free.
     """
     deadline = time.monotonic() + timeout_s
     while others := [gpu for gpu in await asyncio.to_thread(gpus) if is_held(gpu)]:

@@ -1,7 +1,7 @@
 """Compares planned and measured memory: at the start, as gauges, in `serve-app status`, and for later plans.
 
-A difference is told, and nothing is stopped for it: pt's own limits are enforced by torch's allocator, vLLM's by the
-bytes that it was given.
+A difference is reported, but stops nothing: torch's allocator enforces pt's limits, and the bytes that it was given
+bound vLLM.
 """
 
 import asyncio
@@ -38,13 +38,13 @@ from serve_app.terminal import say
 
 logger = logging.getLogger("ray.serve")
 
-# Files of calibrations are written when a figure grew by this share: allocators breathe.
+# Calibrations are written when a figure grew by this factor, because allocators vary a little.
 WORTH_WRITING = 1.02
 FORGET_TIMEOUT_S = 2.0
 
 
 class MemoryWatch:
-    """Watches one engine from the moment when it is ready. `gpus` are those of the replica, in its own order."""
+    """Watches one engine from the moment when it is ready. `gpus` are those of the replica in its own order."""
 
     def __init__(self, config: ModelConfig, engine: Engine, planned: ModelPlan | None, gpus: Sequence[Gpu]):
         self._config, self._engine, self._planned, self._gpus = config, engine, planned, gpus
@@ -57,13 +57,13 @@ class MemoryWatch:
         self._ready_after_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._metrics = ReplicaMetrics()
-        # A thread that writes a report goes on when its task is cancelled, so the lock keeps what stops in order.
+        # A thread that writes a report goes on when its task is cancelled, so the lock keeps the writes in order.
         self._telling, self._is_over = threading.Lock(), False
 
     async def start(self, ready_after_s: float) -> None:
         """Measures once, and then goes on in the background.
 
-        Raises EngineError when the engine runs on a GPU of somebody else's; whatever else fails is told in the log.
+        Raises EngineError if the engine runs on a GPU of another replica. Any other failure is only logged.
         """
         self._ready_after_s = ready_after_s
         ranks = await self._measured()
@@ -91,13 +91,13 @@ class MemoryWatch:
             ):
                 try:
                     await asyncio.to_thread(work, ranks)
-                except Exception as error:  # Ray's head may be restarting, a disk be full; the replica serves on.
-                    self._warn(f"The measured memory is not {what}: {error}")
+                except Exception as error:  # Ray's head may be restarting or a disk be full, but the replica serves on.
+                    self._warn(f"The measured memory was not {what}: {error}")
             await asyncio.sleep(REPORT_EVERY_S)
             ranks = await self._measured()
 
     async def _measured(self) -> Sequence[RankMemory]:
-        """Returns what the engine says, with the largest of the peaks so far. It is empty if the engine cannot say."""
+        """Returns what the engine reports, with the largest peaks so far. It is empty if the engine cannot report."""
         try:
             ranks = await self._engine.memory()
         except Exception as error:

@@ -8,14 +8,14 @@ from serve_app.replica.report import DeviceReport
 
 
 class ReplicaMetrics:
-    """The gauges of one replica. Bytes are by device, which is a GPU's UUID or "cpu"."""
+    """These are the gauges of one replica. Bytes are by device, which is a GPU's UUID or "cpu"."""
 
     def __init__(self) -> None:
         device = ("device",)
-        self._planned = metrics.Gauge("serve_app_memory_planned_bytes", "What the plan gives this replica.", device)
-        self._held = metrics.Gauge("serve_app_memory_held_bytes", "What this replica is measured to hold.", device)
-        self._peak = metrics.Gauge("serve_app_memory_peak_bytes", "The most that it was measured to hold.", device)
-        self._load = metrics.Gauge("serve_app_engine_load", "1 is a full batch, or a full KV cache; above 1 some wait.")
+        self._planned = metrics.Gauge("serve_app_memory_planned_bytes", "The plan gives this to the replica.", device)
+        self._held = metrics.Gauge("serve_app_memory_held_bytes", "The replica is measured to hold this.", device)
+        self._peak = metrics.Gauge("serve_app_memory_peak_bytes", "It was measured to hold this at most.", device)
+        self._load = metrics.Gauge("serve_app_engine_load", "1 is a full batch or KV cache. Above 1, requests wait.")
 
     def told(self, devices: Sequence[DeviceReport], load: float) -> None:
         """Sets the gauges to what was measured last. It leaves out what is unknown, because that is not zero."""

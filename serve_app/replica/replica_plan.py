@@ -1,9 +1,10 @@
 """Makes the one plan of a replica, for the devices that its process sees and by what is free on them now.
 
-It is made once: the engine places the model by it, and what the engine holds is compared with it.
+It is made once. The engine places the model by it, and what the engine holds is compared with it.
 
-The builder judged the model by empty devices, since what ran there may have been about to go. Here it is about to
-start, so what is not free is not there: it is refused with the plan's figures and with those who hold the memory.
+The builder planned the model on empty devices, since what ran there may have been about to end. Here the model is about
+to start, so it can use only what is free. If that is too little, the error has the plan's figures and names the
+processes that hold the memory.
 """
 
 import logging
@@ -29,15 +30,16 @@ NODE = "here"
 
 
 def plan_replica(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) -> ModelPlan | None:
-    """Returns the plan for these GPUs or for the CPU. It is None if the plan does not know the model, or NVML shows no
+    """Returns the plan for these GPUs or for the CPU, or None if the plan does not know the model or NVML shows no
     GPU.
 
-    Its devices have the numbers that they have in this process: their places in `gpus`. `by_index`: the config names
-    GPUs by the numbers of the machine; else it counts those of `gpus` from 0. Raises
-    EngineError where less is free than the model takes. What the reserve of a GPU is for may have happened by now: it
-    is not asked for again. On the CPU, where memory is never quite free nor quite taken, a shortage is told in the log.
+    Its devices have the numbers of this process, which are their places in `gpus`. `by_index` means that the config
+    names GPUs by the numbers of the machine, and otherwise it counts those of `gpus` from 0. Raises EngineError if less
+    is free than the model takes. A GPU's reserve may have been used for its purpose by now, so it is not required
+    again. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged.
 
-    Calibrations are not used: they raise what a builder asks for, and a replica must not refuse what was accepted.
+    Calibrations are not used, because they raise what a builder asks for, and a replica must not refuse what was
+    accepted.
     """
     if (request := _request(config)) is None or (config.device != "cpu" and not gpus):
         return None
@@ -83,7 +85,7 @@ def _request(config: ModelConfig) -> ModelRequest | None:
     except ConfigError as error:
         logger.warning("This model is not planned: %s", error)
         return None
-    # Ray has kept the type, by the node's first GPU, which need not be this replica's.
+    # Ray names the type of the node's first GPU, which need not be this replica's.
     here = config.model_copy(update={"accelerator_type": None})
     request = ModelRequest("model", here, checkpoint.architecture, checkpoint.tensors)
     reason = request.unplanned
@@ -100,7 +102,7 @@ def with_planned_memory(config: ModelConfig, planned: ModelPlan | None) -> Model
     itself.
 
     Its own profiling looks at the whole card, and is wrong beside another process that grows or shrinks meanwhile.
-    Unchanged for pt, on the CPU, for a model that is not planned, and where the config says all of it already.
+    It is unchanged for pt, on the CPU, for a model that is not planned, and if the config says all of it already.
     """
     is_told = config.kv_cache_memory_bytes is not None and "gpu_memory_utilization" in config.vllm_args
     if planned is None or config.infer_backend != "vllm" or config.device == "cpu" or is_told:

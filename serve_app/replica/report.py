@@ -1,6 +1,6 @@
 """Keeps what a replica reports about itself in Ray's key-value store, where `serve-app status` reads it.
 
-A report that is older than `STALE_S`, or of a replica that Serve does not have any more, says nothing.
+A report that is older than `STALE_S`, or belongs to a replica that Serve does not have any more, is ignored.
 """
 
 import json
@@ -18,10 +18,10 @@ FORGOTTEN_S = 600.0
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What a replica was planned and measured to hold of one device, in bytes. Unknown figures are None.
+    """What a replica was planned and measured to hold of one device in bytes. Unknown figures are None.
 
-    `device` is the GPU's UUID or "cpu", `index` the GPU's number on its node. `held`, `peak`, `weights` and `kv_cache`
-    as in `RankMemory`.
+    `device` is the GPU's UUID or "cpu", and `index` is the GPU's number on its node. `held`, `peak`, `weights` and
+    `kv_cache` are as in `RankMemory`.
     """
 
     device: str
@@ -36,7 +36,7 @@ class DeviceReport:
 
 @dataclass(frozen=True)
 class ReplicaReport:
-    """The report of a replica at `written_at`, in seconds since 1970. `load` is as in `Engine.load`."""
+    """This is the report of a replica at `written_at`, in seconds since 1970. `load` is as in `Engine.load`."""
 
     application: str
     replica: str
@@ -64,8 +64,8 @@ def forget_report(application: str, replica: str) -> None:
 def read_reports() -> list[ReplicaReport]:
     """Returns all reports that are stored. It skips those that another version has written.
 
-    A replica that was killed leaves its report behind: such ones are removed here once they are old, those of another
-    version too. What does not tell its time stays: its replica may be alive.
+    A replica that was killed leaves its report behind. Such reports are removed here once they are old, even those of
+    another version. A report without a time stays, since its replica may be alive.
     """
     found = []
     for key in stored_keys(PREFIX):
@@ -79,7 +79,7 @@ def read_reports() -> list[ReplicaReport]:
 
 
 def _written_at(text: bytes) -> float | None:
-    """The time of a report of this version or another, in seconds since 1970. None where it has none."""
+    """Returns the time of a report of this version or another, in seconds since 1970, or None if it has none."""
     try:
         item = json.loads(text)
     except ValueError:

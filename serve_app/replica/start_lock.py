@@ -1,11 +1,11 @@
-"""Lets one engine at a time start on a GPU. What is free is read, compared and taken, and must not move meanwhile.
+"""Lets one engine at a time start on a GPU, because what is free is read, compared and taken, and must not change.
 
-A lock is `flock` on a file per GPU of the machine. The kernel frees it when its holder dies, however it dies, and no
-program that the holder starts inherits it. Containers that share a GPU share no lock, unless they share the folder.
-Several GPUs are locked in one order everywhere, so nobody waits in a ring.
+A lock is `flock` on a file for each GPU of the machine. The kernel frees it when its holder dies, however it dies, and
+no program that the holder starts inherits it. Containers that share a GPU share no lock unless they share the folder.
+Several GPUs are locked in one order everywhere, so there is no deadlock.
 
-The files lie in /tmp itself, since all users of the machine share its GPUs. A folder below it would belong to whoever
-came first, and the owner of a folder may replace what is in it, whatever its mode.
+The files are in /tmp itself, since all users of the machine share its GPUs. A folder below it would belong to the first
+user, and the owner of a folder may replace what is in it, whatever its mode.
 """
 
 import asyncio
@@ -36,13 +36,13 @@ async def starting_alone(
     """Holds the locks of these GPUs, which are named by UUID or by any other name on this machine. `tell` reports a
     wait.
 
-    Raises EngineError after `timeout_s` seconds, which names who holds the lock; Serve then tries the start again.
+    Raises EngineError after `timeout_s` seconds, which names the holder of the lock. Serve then tries the start again.
     """
     ends = time.monotonic() + timeout_s
     with ExitStack() as held:
         for gpu in sorted(set(gpus)):
             file = _open(folder, gpu)
-            held.callback(os.close, file)  # Which also frees the lock.
+            held.callback(os.close, file)  # This also frees the lock.
             await _lock(file, gpu, tell, ends, timeout_s)
             os.ftruncate(file, 0)
             os.pwrite(file, f"pid {os.getpid()}".encode(), 0)
@@ -62,7 +62,7 @@ async def _lock(file: int, gpu: str, tell: Callable[[str], None], ends: float, t
             raise EngineError(f"{holder} has held the start lock of GPU {gpu} for {timeout_s:g} s. Stop it, or wait.")
         if now - told > TELL_EVERY_S:
             told = now
-            tell(f"waits for another engine that starts on GPU {gpu} ({holder})")
+            tell(f"waiting for another engine that starts on GPU {gpu} ({holder})")
         await asyncio.sleep(LOOK_AGAIN_S)
 
 
@@ -79,11 +79,11 @@ def _open(folder: Path, gpu: str) -> int:
     except OSError as error:
         raise EngineError(f"The start lock {path} cannot be opened: {error.strerror}.") from None
     status = os.fstat(file)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # What is written here would land in another file.
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # Our text would be written into another file.
         os.close(file)
         raise EngineError(f"The start lock {path} is not a plain file with one name. Remove it.")
     if status.st_uid == os.getuid():
-        os.fchmod(file, 0o666)  # Whatever the umask was.
+        os.fchmod(file, 0o666)  # The umask may have removed some of these rights.
     return file
 
 
@@ -105,7 +105,7 @@ def _require_safe(inside: int, folder: Path) -> None:
 def _open_or_create(name: str, folder: int) -> int:
     """Returns the file `name` in the open `folder`. It does not follow a link in its place.
 
-    Not O_CREAT alone: for a file of another user in such a folder the kernel refuses that (fs.protected_regular).
+    O_CREAT alone does not work: the kernel refuses it for a file of another user there (fs.protected_regular).
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     while True:

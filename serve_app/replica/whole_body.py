@@ -11,7 +11,7 @@ METHODS_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class WholeBody:
-    """Puts the limits of `config` in front of an application. That gets the body in one piece, and in the scope."""
+    """Puts the limits of `config` in front of an application, which gets the body in one piece and in the scope."""
 
     def __init__(self, app: ASGIApp, config: ModelConfig):
         self._app = app

@@ -1,1 +1,1 @@
-"""The deployment that finds a model by its name, and a request's way there and back."""
+"""The router is the deployment that finds a model by its name and passes requests and answers on."""

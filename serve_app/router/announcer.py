@@ -1,4 +1,4 @@
-"""Tells the terminal of `serve run` how the models come up: each change once, then the address and a line to try."""
+"""Shows on the terminal of `serve run` how models come up: each change once, then the address and a command to try."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ from serve_app.router.status_lines import MEND, http_address, serving, state_lin
 from serve_app.terminal import notify, say
 
 INTERVAL_S = 1.0
-# While nothing changes, a sign of life this often, in seconds.
+# While nothing changes, a sign of life is printed at this interval in seconds.
 REMINDER_S = 30.0
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -17,18 +17,18 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 async def announce(directory: ModelDirectory, is_open: bool) -> None:
     """Prints until every model is ready or has failed, and again after each later change.
 
-    `is_open`: nobody needs a key, which is told loudly where others can reach the address.
+    `is_open` means that no key is needed, which gives a warning if others can reach the address.
     """
     started = spoke = time.monotonic()
     seen: dict[str, ModelStatus] = {}
     if is_open and (host := listening_host()) not in LOOPBACK:
-        notify(f"WARNING: no API keys are set, and Serve listens on {host}: whoever reaches it may use every model.")
-        notify("WARNING: set SERVE_APP_API_KEYS_FILE (README, API keys), or http_options.host: 127.0.0.1.")
+        notify(f"WARNING: No API keys are set, and Serve listens on {host}. Whoever reaches it may use every model.")
+        notify("WARNING: Set SERVE_APP_API_KEYS_FILE (README, API keys), or http_options.host: 127.0.0.1.")
     while True:
         try:
             models = dict(await directory.models())
-        except Exception as error:  # The controller may be restarting; the next round tells.
-            say(f"cannot read Serve's status: {error}")
+        except Exception as error:  # The controller may be restarting, which the next round shows.
+            say(f"Serve's status cannot be read: {error}")
             models = seen
         changed = [model for name, model in models.items() if _differs(seen.get(name), model)]
         for model in changed:
@@ -48,11 +48,11 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
 
 
 def summary(models: dict[str, ModelStatus], url: str, is_open: bool = True) -> list[str]:
-    """What to tell once no model is loading any more."""
+    """Returns the lines for the moment when no model is loading any more."""
     failed = [model for model in models.values() if model.state == "failed"]
     lines = serving(models, url, is_open)
     if failed:
-        lines.append("these do not serve:")
+        lines.append("these models do not serve:")
         lines += [f"  {model.name}: {model.message}" for model in failed]
         lines.append(MEND)
     return lines

@@ -1,6 +1,6 @@
-"""The router: one address for all models.
+"""The router serves all models at one address.
 
-A reverse proxy that understands one field of a request, `model`. Everything else passes as bytes, both ways.
+It is a reverse proxy that understands one field of a request, `model`. Everything else passes as bytes, both ways.
 """
 
 import asyncio
@@ -41,8 +41,8 @@ logger = logging.getLogger("ray.serve")
 
 
 class Router:
-    """This is the deployment class of the router application. Its `user_config` changes what a RouterConfig holds,
-    live."""
+    """This is the deployment class of the router application. Its `user_config` replaces fields of the RouterConfig
+    while it runs."""
 
     def __init__(self, config: RouterConfig):
         require_door()
@@ -65,27 +65,27 @@ class Router:
         return KeyedRouter(build_app(self._forwarder, self._directory, self._gate), self._gate)
 
     async def check_health(self) -> None:
-        """Called by Serve; an exception makes it replace the replica."""
+        """Checks the access to this router. Serve calls this, and replaces the replica if it raises an exception."""
         await self._access.check()
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """Called by Serve at the start, and when `user_config` changes: its fields replace those of `args`.
+        """Lets the fields of `user_config` replace those of `args`. Serve calls this at the start and after a change.
 
-        What is wrong at the start fails it. Later it is logged and changes nothing: Serve would stop the router.
+        A mistake at the start fails the start. A later one is only logged, because Serve would stop the router.
         """
         try:
             self._forwarder.config = RouterConfig.from_args(self._config.model_dump() | dict(user_config or {}))
         except ConfigError as error:
             if not self._is_configured:
-                notify(f"the router cannot start: user_config: {error}")
+                notify(f"the router cannot start, because its user_config is wrong: {error}")
                 raise
-            logger.error("user_config of the router was not taken over: %s", error)
-            notify(f"user_config of the router was not taken over: {error}")
+            logger.error("The router's new user_config is wrong and was not applied: %s", error)
+            notify(f"the router's new user_config is wrong and was not applied: {error}")
         self._is_configured = True
 
 
 def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate) -> Starlette:
-    """Builds the router's application. Its lifespan tells the terminal how the models come up."""
+    """Returns the router's application. Its lifespan shows on the terminal how the models come up."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -126,9 +126,9 @@ class _Endpoints:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """GET /ready tells which models serve, and what waits for each of them in this router.
+        """GET /ready says which models serve, and how many requests wait for each of them in this router.
 
-        200 as soon as one serves, so that one broken model does not take the others away.
+        It answers 200 as soon as one serves, so that one broken model does not make the others unreachable.
         """
         models = await self._directory.models()
         ready = [model for model in models.values() if model.is_open]
@@ -147,7 +147,7 @@ class _Endpoints:
         return JSONResponse(body, status_code=200 if ready else 503)
 
     async def openapi(self, _: Request) -> Response:
-        """GET /openapi.json answers with the OpenAPI document, which names the models that are there now."""
+        """GET /openapi.json answers with the OpenAPI document, which names the models of this moment."""
         config = self._forwarder.config
         names = {*await self._directory.models(), *config.aliases}
         return JSONResponse(openapi_document(names, needs_model=config.default_model is None))
@@ -167,7 +167,7 @@ class _Endpoints:
         return JSONResponse(self._model_object(model, name))
 
     def _model_object(self, model: ModelStatus, name: str | None = None) -> dict[str, Any]:
-        """`root` is the model's own name, where it was asked for by an alias."""
+        """Returns a model's entry. `root` is its own name, which differs from `id` if an alias was asked for."""
         return {
             "id": name or model.name,
             "root": model.name,
@@ -191,10 +191,10 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = "Not Found" if request.method in ("GET", "HEAD") else error.detail
     refusal = InvalidRequest(
-        f"{request.method} {request.url.path}: {detail}. Endpoints without 'model' in a JSON body are reached "
+        f"{request.method} {request.url.path}: {detail}. Reach endpoints without 'model' in a JSON body "
         "by the model's own route, /models/NAME/…"
     )
     response = error_response(refusal)
-    # Only POST goes to models, so for a browser an unknown address is unknown, not a wrong method.
+    # Only POST goes to models, so a browser gets 404 for an unknown address, and not an error about the method.
     response.status_code = 404 if request.method in ("GET", "HEAD") else error.status_code
     return response

@@ -1,7 +1,7 @@
-"""Which models exist and which of them serve, as Ray Serve tells it.
+"""Knows which models exist and which of them serve, according to Ray Serve.
 
 Every application whose ingress is our `Model` deployment is a model, and its name is the application's name. An
-application that could not be built has no deployments at all; it counts as a model too, so that its error is seen.
+application that could not be built has no deployments at all. It counts as a model too, so that its error is seen.
 """
 
 import asyncio
@@ -22,26 +22,27 @@ from serve_app.ray_serve import MODEL_DEPLOYMENT, instance_details, running_repl
 
 logger = logging.getLogger("ray.serve")
 
-# "asleep": scaled to zero replicas; the first request makes Serve start one.
+# "asleep" means that the model is scaled to zero replicas. The first request makes Serve start one.
 State = Literal["ready", "asleep", "loading", "failed", "stopping"]
 
-# States in which a replica takes requests: one on a node that drains does so until another is there.
+# A replica takes requests in these states. One on a node that drains does so until another is there.
 SERVING = frozenset({"RUNNING", "PENDING_MIGRATION"})
 
-# Seconds that a client is told to wait for a model of which nothing better is known.
+# A client is told to wait this many seconds for a model of which nothing better is known.
 RETRY_LOADING_S = 10.0
 RETRY_FAILED_S = 60.0
 
 # The controller answers in milliseconds, unless it is restarting.
 STATUS_TIMEOUT_S = 10.0
 
-# A request for a model that is not known as ready reads Serve's status anew, at most this often.
+# A request for a model that is not known as ready reads Serve's status anew, unless it is younger than these seconds.
 FRESH_ENOUGH_S = 0.5
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """One model as the outside may see it. `message` says why, where it is not ready; `replicas` are running ones."""
+    """This is one model as clients may see it. If it is not ready, `message` says why. `replicas` counts the running
+    ones."""
 
     name: str
     state: State
@@ -50,44 +51,44 @@ class ModelStatus:
 
     @property
     def is_open(self) -> bool:
-        """Whether Serve takes requests for it; it holds those of a model that is asleep until a replica is there."""
+        """Returns whether Serve takes requests for it. Those of a sleeping model are held until a replica runs."""
         return self.state in ("ready", "asleep")
 
 
 class Directory(Protocol):
-    """What the way of a request asks of the directory of models."""
+    """This is the directory of models, as the parts that pass a request on see it."""
 
     async def find(self, name: str) -> ModelStatus:
         """Returns one model. Raises ModelNotFound for an unknown name."""
         ...
 
     def require_hope(self, model: ModelStatus) -> None:
-        """Raises ModelUnavailable for a model that will not answer who waits; one that loads or restarts will."""
+        """Raises ModelUnavailable if it is no use to wait for the model, which neither loads nor restarts."""
         ...
 
     def unavailable(self, model: ModelStatus) -> ModelUnavailable:
-        """Why a model cannot answer now, with the time that its last load took where it is loading."""
+        """Returns why a model cannot answer now, with the time that is left of its load if it is loading."""
         ...
 
     def load_time_s(self, name: str) -> float:
-        """Seconds that are left of a load like the last one; a guess where none was seen."""
+        """Returns the seconds that are left of a load like the last one, or a guess if none was seen."""
         ...
 
     def waking(self, name: str) -> None:
-        """A request has asked for a model that is asleep."""
+        """Notes that a request has asked for a model that is asleep."""
         ...
 
     def woke(self, name: str) -> None:
-        """The model has answered. The time since the first request is what the next ones are told to wait."""
+        """Notes that the model has answered. Later requests are told to wait the time since the first request."""
         ...
 
 
 class ModelDirectory:
     """Holds the models of this Serve instance, which it reads in the background every `interval_s` seconds.
 
-    Requests are answered from what was read last, so a slow or restarting controller stops nobody: replicas and
+    Requests are answered from the last reading, so a slow or restarting controller stops no request: replicas and
     handles work without it. Only a request for a model that is not known as ready waits for a new reading.
-    `tell_load` is told of each load that was seen, with its seconds.
+    `tell_load` is called with the model and the seconds of each load that was seen.
     """
 
     def __init__(
@@ -105,12 +106,12 @@ class ModelDirectory:
         self._lock = asyncio.Lock()
 
     async def keep_fresh(self) -> None:
-        """Reads Serve's status for ever. One task of the router's runs this."""
+        """Reads Serve's status for ever. One task of the router runs this."""
         while True:
             try:
                 await self._refresh(max_age_s=0.0)
-            except Exception as error:  # The controller may be restarting; what was read last stays.
-                logger.warning("Cannot read Serve's status: %s", error)
+            except Exception as error:  # The controller may be restarting, and the last reading stays valid.
+                logger.warning("Serve's status cannot be read: %s", error)
             await asyncio.sleep(self._interval_s)
 
     async def models(self) -> Mapping[str, ModelStatus]:
@@ -123,64 +124,64 @@ class ModelDirectory:
         """Returns one model. Raises ModelNotFound for an unknown name."""
         model = (await self.models()).get(name)
         if model is None or model.state != "ready":
-            await self._refresh(FRESH_ENOUGH_S)  # It may have come, or become ready, since.
+            await self._refresh(FRESH_ENOUGH_S)  # It may have been added or become ready since.
             model = self._models.get(name)
         if model is None:
             raise _not_found(name, self._models)
         return model
 
     async def handle(self, name: str) -> DeploymentHandle[Any]:
-        """The handle of a model that can answer now.
+        """Returns the handle of a model that can answer now.
 
-        Raises ModelNotFound for an unknown name, ModelUnavailable for one that is loading or has failed.
+        Raises ModelNotFound for an unknown name, and ModelUnavailable for a model that is loading or has failed.
         """
         model = await self.find(name)
         if not model.is_open:
             raise self.unavailable(model)
         if name not in self._handles:
             try:
-                # Not the application's handle: an application of which an update failed has none.
+                # The application's handle is not used, since an application whose update failed has none.
                 handle = await asyncio.to_thread(serve.get_deployment_handle, MODEL_DEPLOYMENT, name)
-            except RayServeException:  # Deleted since the status was read.
+            except RayServeException:  # The model was deleted since the status was read.
                 raise _unavailable(ModelStatus(name, "stopping", 0)) from None
             self._handles[name] = handle.options(method_name="http", stream=True)
         return self._handles[name]
 
     def unavailable(self, model: ModelStatus) -> ModelUnavailable:
-        """Why a model cannot answer now, with the time that its last load took where it is loading."""
+        """Returns why a model cannot answer now, with the time that is left of its load if it is loading."""
         if model.state == "loading":
             text = f"The model '{model.name}' is loading. {model.message}".strip()
             return ModelUnavailable(text, param="model", retry_after_s=self.load_time_s(model.name))
         if model.is_open:
-            text = f"No replica of the model '{model.name}' runs. One is being started."
+            text = f"No replica of the model '{model.name}' is running. One is being started."
             return ModelUnavailable(text, param="model", retry_after_s=self.load_time_s(model.name))
         return _unavailable(model)
 
     def load_time_s(self, name: str) -> float:
-        """Seconds that are left of a load like the last one; a guess where none was seen."""
+        """Returns the seconds that are left of a load like the last one, or a guess if none was seen."""
         last = self._load_times.get(name, RETRY_LOADING_S)
         since = self._loading_since.get(name, self._waking_since.get(name))
         return max(1.0, last - (time.monotonic() - since)) if since is not None else last
 
     def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
-        """A model that a request has woken is loading, though Serve's status of it does not tell."""
+        """Returns the status for clients. A model that a request has woken is loading, though Serve does not say so."""
         if model.state == "asleep" and model.name in self._waking_since:
             return ModelStatus(model.name, "loading", 0, "a replica is being started for the requests that wait")
         return model
 
     def waking(self, name: str) -> None:
-        """A request has asked for a model that is asleep."""
+        """Notes that a request has asked for a model that is asleep."""
         self._waking_since.setdefault(name, time.monotonic())
 
     def woke(self, name: str) -> None:
-        """The model has answered. The time since the first request is what the next ones are told to wait."""
+        """Notes that the model has answered. Later requests are told to wait the time since the first request."""
         if (since := self._waking_since.pop(name, None)) is not None:
             self._loaded(name, time.monotonic() - since)
         if (model := self._models.get(name)) is not None and model.state == "asleep":
-            self._models[name] = ModelStatus(name, "ready", 1)  # Before Serve's status is read again.
+            self._models[name] = ModelStatus(name, "ready", 1)  # This holds until Serve's status is read again.
 
     def require_hope(self, model: ModelStatus) -> None:
-        """Raises ModelUnavailable for a model that will not answer who waits; one that loads or restarts will."""
+        """Raises ModelUnavailable if it is no use to wait for the model, which neither loads nor restarts."""
         if model.state in ("failed", "stopping"):
             raise _unavailable(model)
 
@@ -188,11 +189,13 @@ class ModelDirectory:
         async with self._lock:
             if time.monotonic() - self._read_at < max_age_s:
                 return
-            if time.monotonic() - self._failed_at < FRESH_ENOUGH_S:  # Those who waited for it need not wait again.
+            if (
+                time.monotonic() - self._failed_at < FRESH_ENOUGH_S
+            ):  # Those who waited for the lock need not wait again.
                 raise _no_controller()
             try:
                 details = await asyncio.wait_for(instance_details(), STATUS_TIMEOUT_S)
-            except (TimeoutError, RayError, ValueError):  # It may be restarting.
+            except (TimeoutError, RayError, ValueError):  # The controller may be restarting.
                 self._failed_at = time.monotonic()
                 raise _no_controller() from None
             models = read_status(details["applications"], self._own_application)
@@ -207,38 +210,38 @@ class ModelDirectory:
         self._tell_load(name, seconds)
 
     def _time_loads(self) -> None:
-        """Remembers how long each model took from "loading" to "ready", as far as it was seen."""
+        """Remembers how long each model took from "loading" to "ready", if both were seen."""
         now = time.monotonic()
         for name, model in self._models.items():
             if model.state == "loading":
                 self._loading_since.setdefault(name, now)
             elif (since := self._loading_since.pop(name, None)) is not None and model.state == "ready":
                 self._loaded(name, now - since)
-            if model.state == "ready":  # Whoever woke it may have left since.
+            if model.state == "ready":  # The client that woke it may have left since.
                 self.woke(name)
-            elif model.state != "asleep":  # What was to wake it has no chance now.
+            elif model.state != "asleep":  # The request that was to wake it cannot succeed now.
                 self._waking_since.pop(name, None)
 
 
 async def _with_survivors(models: dict[str, ModelStatus]) -> dict[str, ModelStatus]:
-    """Models of which an update could not be built, with the replicas that go on serving: Serve's status has none."""
+    """Returns the models with the replicas that still serve after a failed update, which Serve's status leaves out."""
     failed = [name for name, model in models.items() if model.state == "failed"]
     if not failed:
         return models
     try:
         running = await running_replicas(failed)
-    except (RayError, AttributeError) as error:  # Without it they count as failed.
-        logger.warning("Cannot see whether replicas of %s go on: %s", failed, error)
+    except (RayError, AttributeError) as error:  # Without an answer they count as failed.
+        logger.warning("It is unknown whether replicas of %s still serve: %s", failed, error)
         return models
     for name in failed:
         if count := running[name]:
-            text = f"serves as before; its update failed: {models[name].message}"
+            text = f"it serves as before, because its update failed: {models[name].message}"
             models[name] = ModelStatus(name, "ready", count, text)
     return models
 
 
 def read_status(applications: Mapping[str, Any], own_application: str) -> dict[str, ModelStatus]:
-    """The models among Serve's applications, by name; as `ServeInstanceDetails` has them."""
+    """Returns the models among the applications of `ServeInstanceDetails` by name."""
     return {
         name: _read_application(name, application)
         for name, application in sorted(applications.items())
@@ -252,27 +255,27 @@ def _read_application(name: str, application: Any) -> ModelStatus:
     replicas = [] if deployment is None else deployment["replicas"]
     running = sum(_text(replica["state"]) in SERVING for replica in replicas)
     status = _text(application["status"])
-    # The deployment's message has the reason; the application's then only says that the deployment failed.
+    # The deployment's message has the reason. The application's only says that the deployment failed.
     message = summarize((deployment["message"] if deployment is not None else "") or application["message"])
     if status == "DELETING":
         return ModelStatus(name, "stopping", running)
     if running:
         return ModelStatus(name, "ready", running)
     if status == "RUNNING":
-        return ModelStatus(name, "asleep", 0, "scaled to zero; the first request starts a replica")
+        return ModelStatus(name, "asleep", 0, "it is scaled to zero, and the first request starts a replica")
     if status == "DEPLOY_FAILED":
         return ModelStatus(name, "failed", 0, message)
-    # UNHEALTHY: its replica died, and Serve is starting another.
+    # UNHEALTHY means that its replica died, and Serve is starting another one.
     return ModelStatus(name, "loading", 0, message)
 
 
 def _text(value: Any) -> str:
-    """Ray's enumerations are strings or have them."""
+    """Returns the text of one of Ray's enumerations, which are strings or contain them."""
     return str(getattr(value, "value", value))
 
 
 def summarize(message: str) -> str:
-    """One of Serve's status messages without its tracebacks: the last line that names an exception of ours or Python's.
+    """Returns a status message of Serve without tracebacks: the last line that names an exception of ours or Python's.
 
     Serve repeats the whole remote traceback in the message of an application whose constructor failed.
     """
@@ -286,7 +289,7 @@ def summarize(message: str) -> str:
 
 
 class ControllerSilent(ModelUnavailable):
-    """Nothing is known now. What runs, runs on."""
+    """Serve's controller does not answer, so nothing is known now. Running replicas run on."""
 
 
 def _no_controller() -> ControllerSilent:
@@ -295,7 +298,7 @@ def _no_controller() -> ControllerSilent:
 
 def _not_found(name: str, models: Mapping[str, ModelStatus]) -> ModelNotFound:
     names = ", ".join(models) or "none yet"
-    return ModelNotFound(f"The model '{name}' does not exist. Models here: {names}.", param="model")
+    return ModelNotFound(f"The model '{name}' does not exist. These models exist: {names}.", param="model")
 
 
 def _unavailable(model: ModelStatus) -> ModelUnavailable:

@@ -1,5 +1,5 @@
-"""Finds a replica that answers a request: one after the other where replicas are lost, and another model's where the
-configuration names stand-ins. It also finds one that goes on with a stream whose replica was lost."""
+"""Finds a replica that answers a request. It tries one after the other if replicas are lost, and other models if the
+configuration names stand-ins. It also finds a replica that continues a stream whose replica was lost."""
 
 import asyncio
 import logging
@@ -38,7 +38,7 @@ from serve_app.wire.asgi import HttpRequest
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds before the repeats. The first is for another replica, which answers at once; where there is none, Serve needs
+# Seconds before the repeats. The first is for another replica, which answers at once. If there is none, Serve needs
 # two or three seconds to know that the last one has died, and then the request waits as for any model that loads.
 BACKOFF_S = (0.1, 0.5, 2.0)
 TOO_MANY = 429
@@ -60,12 +60,12 @@ class Dispatcher:
     async def open(
         self, exchange: Exchange, config: RouterConfig, names: Sequence[str], request_to: RequestTo
     ) -> tuple[Answer, HttpRequest]:
-        """Returns the answer of the first model that takes the request, with its first piece, and what that was sent.
+        """Returns the answer of the first model that takes the request, with its first piece, and what was sent to it.
 
-        Nobody waits for a loading model while another is ready. Raises the first RequestError where none takes it.
+        No request waits for a loading model while another is ready. Raises the first RequestError if none takes it.
         """
         failures: list[RequestError] = []
-        full: dict[str, tuple[Answer, HttpRequest]] = {}  # Those that said so. The last of them is the answer then.
+        full: dict[str, tuple[Answer, HttpRequest]] = {}  # These are full. The last becomes the answer.
         try:
             for patient in (False, True) if len(names) > 1 else (True,):
                 for name in names:
@@ -95,11 +95,11 @@ class Dispatcher:
         transcript: Transcript | None,
         lost: ReplicaLost,
     ) -> Resumed | None:
-        """Finds how a lost stream goes on; None where its client has all of it. `transcript` is None where it is not
-        read.
+        """Returns how a lost stream continues, or None if its client has all of it. `transcript` is None for a stream
+        whose text is not read.
 
-        All losses of a stream count together: it may be what kills the replicas. Raises HarmfulRequest, and
-        ModelUnavailable where it cannot go on.
+        All losses of a stream count together, since it may be what kills the replicas. Raises HarmfulRequest, or
+        ModelUnavailable if it cannot continue.
         """
         record, reason, patience = exchange.record, str(lost), Patience()
         self._suspicion.lost(record.model, exchange.suspect, lost.death)
@@ -110,12 +110,12 @@ class Dispatcher:
                 return await self._go_on_once(exchange, config, request, transcript)
             except HarmfulRequest:
                 raise
-            except NotOpen as closed:  # Nothing was tried: back into the waiting room.
+            except NotOpen as closed:  # Nothing was tried, so it goes back into the waiting room.
                 if not (isinstance(closed, EngineGone) and patience.has_ended()):
                     record.not_resumed()
                 reason = str(closed)
             except CannotResume as refusal:
-                reason = f"{lost}; it was not taken up again: {refusal}"
+                reason = f"{lost}; the stream could not be continued: {refusal}"
                 break
             except (ReplicaLost, TimeoutError, RequestError) as again:
                 if isinstance(again, ReplicaLost):
@@ -123,25 +123,25 @@ class Dispatcher:
                 reason = str(again) or type(again).__name__
                 if isinstance(again, UnreadableAnswer):
                     break
-            except Exception as unexpected:  # The client has half a stream, and must be told whatever it is.
-                logger.exception("a stream could not be taken up again")
+            except Exception as unexpected:  # The client has half a stream, and must learn of any error.
+                logger.exception("A stream could not be continued.")
                 reason = f"{lost}; {type(unexpected).__name__}: {unexpected}"
                 break
         if transcript is not None and transcript.done:
             return None
-        raise ModelUnavailable(f"The model's replica was lost in the stream: {reason}.", retry_after_s=1.0)
+        raise ModelUnavailable(f"The model's replica was lost during the stream: {reason}.", retry_after_s=1.0)
 
     async def _go_on_once(
         self, exchange: Exchange, config: RouterConfig, request: HttpRequest, transcript: Transcript
     ) -> Resumed:
-        """Makes one try with another replica. Raises TimeoutError where that gives no byte in time."""
+        """Makes one try with another replica. Raises TimeoutError if that gives no byte in time."""
         name = exchange.record.model
         await self._ready(exchange, config, name)
         async with asyncio.timeout(config.first_byte_timeout_s):
             return await resume(self._upstream, name, request, transcript)
 
     async def _ready(self, exchange: Exchange, config: RouterConfig, name: str, patient: bool = True) -> None:
-        """Waits until the model is ready and it is the request's turn. Raises what these two raise."""
+        """Waits until the model is ready and it is the request's turn. Raises what the two waits raise."""
         model = await self._directory.find(name)
         exchange.record.found(name)
         await self._waiting_room.pass_through(model, exchange.downstream, config, patient)
@@ -150,7 +150,7 @@ class Dispatcher:
     async def _open_one(
         self, exchange: Exchange, config: RouterConfig, name: str, request: HttpRequest, patient: bool
     ) -> Answer:
-        """Returns an answer of which the first piece is there. The request is sent again when its replica is lost
+        """Returns an answer with its first piece. The request is sent again if its replica is lost
         before that."""
         patience, retries = Patience(), 0
         while True:
@@ -160,7 +160,7 @@ class Dispatcher:
                 return answer
             assert lost is not None, "a try without an answer is lost"
             if isinstance(lost, NotOpen) and not (isinstance(lost, EngineGone) and patience.has_ended()):
-                await asyncio.sleep(LOOK_AGAIN_S)  # And back into the waiting room: nothing was sent.
+                await asyncio.sleep(LOOK_AGAIN_S)  # Nothing was sent, so it goes back into the waiting room.
                 continue
             self._suspicion.lost(name, exchange.suspect, lost.death)
             if retries >= config.max_retries:
@@ -174,7 +174,7 @@ class Dispatcher:
     async def _try(
         self, exchange: Exchange, config: RouterConfig, name: str, request: HttpRequest
     ) -> tuple[Answer | None, ReplicaLost | None]:
-        """An answer, a loss, or both where the answer says that its engine is lost."""
+        """Returns an answer, a loss, or both if the answer says that its engine is lost."""
         seconds = config.first_byte_timeout_s
         with self._place(name, config) as queue:
             try:
@@ -194,8 +194,8 @@ class Dispatcher:
     async def _given_up(
         self, exchange: Exchange, config: RouterConfig, name: str, answer: Answer | None, lost: ReplicaLost
     ) -> Answer:
-        """Ends the tries with the answer that says itself that its engine is lost. Raises HarmfulRequest, or
-        ModelUnavailable."""
+        """Ends the tries and returns an answer that says itself that its engine is lost. Raises HarmfulRequest, or
+        ModelUnavailable if there is no such answer."""
         try:
             await self._suspicion.judge(name, exchange.suspect)
         except BaseException:
@@ -204,12 +204,12 @@ class Dispatcher:
             raise
         if answer is not None:
             return answer
-        text = f"The replica of '{name}' was lost while answering ({config.max_retries + 1} tries): {lost}"
+        text = f"The replica of '{name}' was lost while it answered, in {config.max_retries + 1} tries: {lost}"
         raise ModelUnavailable(text, retry_after_s=1.0) from lost
 
     @contextmanager
     def _place(self, name: str, config: RouterConfig) -> Iterator[ModelQueue]:
-        """Takes a place in the model's queue, and in the metrics."""
+        """Takes a place in the model's queue and in the metrics."""
         queue = self.queues[name]
         try:
             with queue.place(config):
@@ -220,5 +220,5 @@ class Dispatcher:
 
 
 async def _backoff(repeats: int) -> None:
-    """Waits before the next try, longer after each of them."""
+    """Waits before the next try, and longer after each one."""
     await asyncio.sleep(BACKOFF_S[min(repeats, len(BACKOFF_S)) - 1])

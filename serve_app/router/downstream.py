@@ -1,4 +1,4 @@
-"""The way back to the client: the head of its answer, the pieces of the body, and what went wrong on the way."""
+"""Sends the answer back to the client: its head, the pieces of the body, and what went wrong on the way."""
 
 import asyncio
 import json
@@ -14,23 +14,23 @@ from serve_app.wire.headers import Headers
 from serve_app.wire.openai_errors import error_object
 from serve_app.wire.usage import UsageMeter
 
-# Headers that belong to one connection, not to the message (RFC 9110, 7.6.1), and the length, which is set anew.
+# These headers belong to a connection and not to the message (RFC 9110, 7.6.1), and the length is set anew.
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade host "
     b"content-length".split()
 )
-# What the server in front says itself, on every answer: Serve's own middleware adds the request's id.
+# The server in front puts these on every answer itself. Serve's own middleware adds the request's id.
 _OURS = frozenset({b"x-request-id", b"server-timing", b"date", b"server"})
-# Seconds in which a client must take the last of its answer.
+# A client must take the end of its answer within this many seconds.
 LAST_WORDS_TIMEOUT_S = 5.0
 
 
 class Downstream:
-    """The answer to one client, as far as it has been sent.
+    """This is the answer to one client, as far as it has been sent.
 
-    `status` is 0 until the head is out; `error_status` and `error_code` say what went wrong, after the head too.
-    `pieces` counts the pieces of the body. `wants_comments`: the client asked to be told while it waits; `is_early`:
-    the head went out with the first such comment.
+    `status` is 0 until the head is sent. `error_status` and `error_code` say what went wrong, even after the head.
+    `pieces` counts the pieces of the body. `wants_comments` means that the client asked for comments while it waits,
+    and `is_early` that the head was sent with the first such comment.
     """
 
     def __init__(self, send: Send, timing: Timing):
@@ -48,11 +48,11 @@ class Downstream:
         self._extra_headers = headers
 
     def metered_by(self, meter: UsageMeter) -> None:
-        """This meter looks at the answer, and decides what the client sees of its usage."""
+        """Sets the meter that reads the answer and decides what the client sees of its usage."""
         self.meter = meter
 
     async def begin(self, status: int, headers: Headers) -> None:
-        """Sends the head: the model's headers, and ours."""
+        """Sends the head with the model's headers and ours."""
         self.status = status
         kept = [pair for pair in headers if pair[0] not in HOP_BY_HOP | _OURS]
         kept += [pair for pair in headers if pair[0] == b"content-length"]
@@ -61,30 +61,30 @@ class Downstream:
         await self._send({"type": "http.response.start", "status": status, "headers": kept})
 
     async def pass_on(self, piece: bytes) -> None:
-        """Sends one piece of the body. Returns when the client, or what is before it, has room for the next."""
+        """Sends one piece of the body. Returns when the client, or the proxy before it, has room for the next one."""
         if piece:
             self.pieces += 1
             await self._send({"type": "http.response.body", "body": self.meter.feed(piece), "more_body": True})
 
     async def comment(self, text: str) -> None:
-        """Sends a line that readers of server-sent events skip. The first one takes the head of the stream along."""
+        """Sends a line that readers of server-sent events skip. The first one also sends the head of the stream."""
         if not self.status:
             self.is_early = True
             await self.begin(200, [(b"content-type", b"text/event-stream; charset=utf-8")])
         await self._send({"type": "http.response.body", "body": f": {text}\n\n".encode(), "more_body": True})
 
     async def end(self) -> None:
-        """Ends the answer. Raises DeadlineExceeded, which breaks the connection, for a reader that stands still."""
+        """Ends the answer. Raises DeadlineExceeded, which breaks the connection, if the client does not read."""
         await _last_words(self._end())
 
     async def end_stream(self, events: bytes = b"") -> None:
-        """Ends a stream with these events, and with its times as a comment. Raises DeadlineExceeded, as `end`."""
+        """Ends a stream with these events, and with its times as a comment. Raises DeadlineExceeded as `end` does."""
         await _last_words(self.pass_on(events), self._end(self._times()))
 
     async def end_with_error(self, error: RequestError) -> None:
-        """Ends a stream with an event that says what went wrong, and with its times where a model has begun it.
+        """Ends a stream with an event that says what went wrong, and with its times if a model has begun it.
 
-        Raises DeadlineExceeded, as `end`.
+        Raises DeadlineExceeded as `end` does.
         """
         self.error_status, self.error_code = error.status, error.code
         event = b"data: %s\n\n" % json.dumps(error_object(error)).encode()
@@ -96,8 +96,8 @@ class Downstream:
         await _last_words(self.pass_on(b"data: %s\n\n" % text), self._end())
 
     async def fail(self, error: RequestError) -> None:
-        """Tells an error in the way that is left: before the head as an answer, and as an event where the head went
-        ahead with comments. Later it raises the error, so that the client sees a broken connection."""
+        """Reports an error in the way that is left: as an answer before the head, and as an event if the head was sent
+        with comments. Later it raises the error, so that the client sees a broken connection."""
         if isinstance(error, ClientGone):
             self.status = error.status
             return
@@ -115,7 +115,7 @@ class Downstream:
         await response({"type": "http"}, _never, self._send)
 
     def left(self) -> None:
-        """Notes that the client has gone, or that Serve has given its request up."""
+        """Notes that the client has gone, or that Serve has abandoned its request."""
         self.status = self.status or ClientGone.status
 
     def _times(self) -> bytes:

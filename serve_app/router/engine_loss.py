@@ -1,13 +1,13 @@
-"""The one rule by which both engines' answers are told apart: what says that the engine is lost, and what is the
-request's own error. Pure.
+"""Has the one rule that tells both engines' answers apart: those that say that the engine is lost, and those that
+are the request's own error. It is pure.
 
-Lost means that another replica may have the request, or the rest of it. A request's own error is passed on as it is: it
-would be the same everywhere.
+If the engine is lost, another replica may get the request, or the rest of it. A request's own error is passed on as it
+is, because it would be the same everywhere.
 
-- A head says so by its status: 502, 503 or 504. pt and vLLM answer 503 when their engine has died.
-- In a stream the head is out, so an error event says so by its `code`: pt's is "model_unavailable". vLLM's are numbers,
-  and its 500 means either. The two errors that vLLM raises in all open streams when its engine dies are told from the
-  others by their messages: that of `EngineDeadError`, and the empty one of `EngineGenerateError`.
+- A head says it by its status 502, 503 or 504. pt and vLLM answer 503 if their engine has died.
+- In a stream the head is sent, so an error event says it by its `code`. pt's is "model_unavailable". vLLM's codes are
+  numbers, and its 500 means either. The two errors that vLLM raises in all open streams when its engine dies are told
+  from the others by their messages: that of `EngineDeadError`, and the empty one of `EngineGenerateError`.
 """
 
 from typing import Any
@@ -20,12 +20,12 @@ VLLM_DEAD = "EngineCore encountered an issue"
 
 
 def is_lost_status(status: int) -> bool:
-    """Whether the head of an answer says that its engine is lost."""
+    """Returns whether the head of an answer says that its engine is lost."""
     return status in LOST_STATUSES
 
 
 def is_lost_event(piece: bytes) -> bool:
-    """Whether one of these server-sent events says that the engine behind a living replica is lost."""
+    """Returns whether one of these server-sent events says that the engine behind a living replica is lost."""
     if b'"error"' not in piece:
         return False
     errors = [event["error"] for event in events(piece) if isinstance(event, dict) and "error" in event]

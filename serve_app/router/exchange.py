@@ -1,4 +1,4 @@
-"""One request on its way through the router: its times, the way back to its client, its record, and its deaths."""
+"""Holds what belongs to one request: its times, the way back to its client, its record, and its deaths."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from serve_app.router.timing import Timing
 
 @dataclass(frozen=True)
 class Exchange:
-    """Joins the parts of one exchange. Each of them changes by its own methods alone."""
+    """Joins the parts of one exchange. Each part is changed only by its own methods."""
 
     timing: Timing
     downstream: Downstream
@@ -22,7 +22,7 @@ class Exchange:
 
     @classmethod
     def begin(cls, request_id: str, path: str, send: Send, metrics: RouterMetrics) -> "Exchange":
-        """Begins the exchange of a request that has come. `send` leads back to its client."""
+        """Returns the exchange of a new request. `send` leads back to its client."""
         timing = Timing()
         downstream = Downstream(send, timing)
         return cls(timing, downstream, RequestRecord(request_id, path, timing, downstream, metrics))

@@ -1,7 +1,8 @@
-"""One request's way through the router: read, admitted, sent to a model by name, and its answer passed back as bytes.
+"""Takes a request through the router: reads it, admits it, sends it to a model by name, and passes the answer back.
 
-Laws: nothing is lost in silence. A request without a first byte is sent again when its replica is lost (`dispatcher`);
-a stream of text is taken up again (`relay`, `resume`); what cannot be ends with an error that the client can read.
+Its law is that nothing is lost silently. A request without a first byte is sent again if its replica is lost
+(`dispatcher`), and a stream of text is continued (`relay`, `resume`). If neither is possible, the answer ends with an
+error that the client can read.
 """
 
 import asyncio
@@ -32,15 +33,16 @@ from serve_app.wire.usage import estimate_tokens
 
 logger = logging.getLogger("ray.serve")
 
-# The body was read as JSON, whatever curl calls it by default; vLLM insists on the name.
+# The body was read as JSON, whatever type curl gives it by default, and vLLM insists on this type.
 JSON = (b"content-type", b"application/json")
 REPLACED = HOP_BY_HOP | {JSON[0], b"x-request-id", ROUTER_HEADER}
-# A client that streams and sends it is told, in comments, how long its model still loads.
+# A client that streams and sends this header gets comments that say how long its model still loads.
 PROGRESS_HEADER = b"x-serve-app-progress"
 
 
 class Forwarder:
-    """The router's endpoint for everything that names a model in its body. `config` may be replaced while it runs."""
+    """This is the router's endpoint for everything that names a model in its body. `config` may be replaced while it
+    runs."""
 
     def __init__(
         self, config: RouterConfig, directory: Directory, upstream: Upstream, metrics: RouterMetrics, gate: Gate
@@ -69,8 +71,8 @@ class Forwarder:
         except asyncio.CancelledError:
             exchange.downstream.left()
             raise
-        except Exception as error:  # Ours, or a library's. Whoever waits must not wait for a broken connection.
-            logger.exception("a request failed in the router")
+        except Exception as error:  # The mistake is ours or a library's, and the waiting client must get an answer.
+            logger.exception("A request failed in the router.")
             await exchange.downstream.fail(RequestError(f"The router failed: {type(error).__name__}: {error}"))
         finally:
             exchange.suspect.cleared()
@@ -78,7 +80,7 @@ class Forwarder:
             logger.info(exchange.record.log_line())
 
     def queued(self, name: str) -> dict[str, int]:
-        """Counts the requests that wait for the model's first byte, and those that wait for it to load."""
+        """Returns how many requests wait for the model's first byte, and how many wait for it to load."""
         queue = self._dispatcher.queues.get(name)
         return {"waiting": queue.waiting if queue else 0, "held": queue.held if queue else 0}
 
@@ -121,7 +123,7 @@ class Forwarder:
             async with asyncio.timeout_at(ends):
                 answer, request = await self._dispatcher.open(exchange, config, names, request_to)
         except TimeoutError:
-            raise DeadlineExceeded(f"No answer within {config.total_timeout_s:g} s (total_timeout_s).") from None
+            raise DeadlineExceeded(f"No answer came within {config.total_timeout_s:g} s (total_timeout_s).") from None
         try:
             await Relay(exchange, request, config, ends, self._dispatcher).pass_back(answer)
         finally:
@@ -129,14 +131,14 @@ class Forwarder:
 
 
 def _allowed(names: list[str], key: ApiKey | None) -> list[str]:
-    """Leaves out stand-ins that the key does not open; for the model that was meant it has been asked already."""
+    """Returns the names without stand-ins that the key may not use. The model itself was checked already."""
     return names if key is None else [names[0], *(name for name in names[1:] if key.may_use(name))]
 
 
 def _requests(exchange: Exchange, scope: Scope, asked: str | None, body: RequestBody) -> RequestTo:
-    """Returns what makes the request to a model by its name: an engine refuses a name that is not its own. The body has
-    the name `asked`."""
-    named = header(scope["headers"], b"connection") or b""  # Headers of this connection alone (RFC 9110, 7.6.1).
+    """Returns a function that makes the request to a model, because an engine refuses a name that is not its own. The
+    body has the name `asked`."""
+    named = header(scope["headers"], b"connection") or b""  # It names this connection's headers (RFC 9110, 7.6.1).
     dropped = REPLACED | {part.strip().lower() for part in named.split(b",")}
     kept = [pair for pair in scope["headers"] if pair[0] not in dropped]
     headers = with_key_name(kept, exchange.record.key)

@@ -1,6 +1,6 @@
-"""The router's metrics, through Ray's own exporter, with the field's names.
+"""Reports the router's metrics through Ray's own exporter, under names that are usual in the field.
 
-Requests that name no model of ours count under the model "unknown", so that clients cannot make up labels.
+Requests that name no model of ours count under the model "unknown", so that clients cannot invent labels.
 """
 
 from ray.serve import metrics
@@ -16,29 +16,38 @@ class RouterMetrics:
     def __init__(self) -> None:
         model = ("model",)
         self._requests = metrics.Counter("serve_app_requests", "Requests by model and status.", ("model", "code"))
-        self._retries = metrics.Counter("serve_app_retries", "Requests sent again after a replica was lost.", model)
-        self._resumes = metrics.Counter("serve_app_resumes", "Streams taken up again by another replica.", model)
-        self._refusals = metrics.Counter("serve_app_key_refusals", "Requests refused for their key.", ("code",))
-        self._tokens_in = metrics.Counter("serve_app_prompt_tokens", "Tokens of prompts, where usage tells.", model)
-        self._tokens_out = metrics.Counter("serve_app_generation_tokens", "Tokens generated, where usage tells.", model)
+        self._retries = metrics.Counter(
+            "serve_app_retries", "Requests that were sent again after a replica was lost.", model
+        )
+        self._resumes = metrics.Counter("serve_app_resumes", "Streams that another replica continued.", model)
+        self._refusals = metrics.Counter(
+            "serve_app_key_refusals", "Requests that were refused for their key.", ("code",)
+        )
+        self._tokens_in = metrics.Counter("serve_app_prompt_tokens", "Tokens of prompts, if usage has them.", model)
+        self._tokens_out = metrics.Counter("serve_app_generation_tokens", "Generated tokens, if usage has them.", model)
         self._waiting = metrics.Gauge("serve_app_requests_waiting", "Requests that wait for their first byte.", model)
         self._loads = metrics.Gauge(
-            "serve_app_load_time_seconds", "What the model's last load took; requests are told to wait so long.", model
+            "serve_app_load_time_seconds", "Time of the model's last load, which requests are told to wait.", model
         )
         self._first = metrics.Histogram(
-            "serve_app_time_to_first_token_seconds", "From the request to the first piece.", SECONDS, model
+            "serve_app_time_to_first_token_seconds",
+            "Time from the request to the first piece of the answer.",
+            SECONDS,
+            model,
         )
         self._between = metrics.Histogram(
             "serve_app_inter_token_latency_seconds", "Mean time between a stream's events.", SECONDS, model
         )
-        self._queue = metrics.Histogram("serve_app_queue_time_seconds", "Time held in the router.", SECONDS, model)
+        self._queue = metrics.Histogram(
+            "serve_app_queue_time_seconds", "Time that a request is held in the router.", SECONDS, model
+        )
 
     def finished(self, model: str, code: int) -> None:
         """Counts a request that is over, with or without an answer."""
         self._requests.inc(tags={"model": model, "code": str(code)})
 
     def key_refused(self, code: int) -> None:
-        """Counts a request that its key, or the lack of one, kept out."""
+        """Counts a request that was refused for its key or for the lack of one."""
         self._refusals.inc(tags={"code": str(code)})
 
     def refused(self, code: int) -> None:
@@ -52,7 +61,7 @@ class RouterMetrics:
         self._retries.inc(tags={"model": model})
 
     def resumed(self, model: str) -> None:
-        """Counts a stream that is taken up again."""
+        """Counts a stream that another replica continues."""
         self._resumes.inc(tags={"model": model})
 
     def waiting(self, model: str, count: int) -> None:
@@ -72,7 +81,7 @@ class RouterMetrics:
             self._between.observe(between_s, tags=tags)
 
     def used(self, model: str, usage: Usage) -> None:
-        """Counts tokens, as far as the answer tells them."""
+        """Counts the tokens that the answer reports."""
         for count, counter in ((usage.prompt, self._tokens_in), (usage.completion, self._tokens_out)):
             if count:
                 counter.inc(count, tags={"model": model})

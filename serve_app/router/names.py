@@ -1,14 +1,14 @@
-"""From the name that a client writes to the models that may answer: aliases, the default, and fallbacks."""
+"""Finds the models that may answer for the name that a client writes, by aliases, the default, and fallbacks."""
 
 from serve_app.config import RouterConfig
 from serve_app.errors import InvalidRequest
 
 
 def candidates(config: RouterConfig, name: str | None) -> list[str]:
-    """The models to try, in this order: the one that is meant, then those that stand in for it.
+    """Returns the models to try in this order: the one that is meant, then those that stand in for it.
 
-    An alias may be in the list of another one's fallbacks; none is followed twice. Raises InvalidRequest without a name
-    where there is no default model.
+    An alias may be among another one's fallbacks, but none is followed twice. Raises InvalidRequest if there is neither
+    a name nor a default model.
     """
     if name is None:
         if config.default_model is None:

@@ -1,7 +1,7 @@
-"""The OpenAPI document of the router: the endpoints that name a model, with the models that are there now.
+"""Makes the router's OpenAPI document, which has the endpoints that name a model, with the models of this moment.
 
-Of a body the router reads only `model`; the other fields are the engine's, whose own document is at
-/models/NAME/openapi.json. Those here are OpenAI's, which both engines take.
+The router reads only `model` of a body. The other fields are the engine's, whose own document is at
+/models/NAME/openapi.json. The fields here are OpenAI's, which both engines take.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ _MESSAGE = {
 }
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, _IDS]}
-# Each body's own fields, and those of them that it needs.
+# These are each body's own fields, and those of them that it requires.
 _BODIES: Mapping[str, tuple[Mapping[str, Schema], list[str]]] = {
     "Chat": ({"messages": {"type": "array", "items": _MESSAGE, "minItems": 1}, **_GENERATION}, ["messages"]),
     "Completion": ({"prompt": _PROMPT, **_GENERATION}, ["prompt"]),
@@ -39,25 +39,26 @@ _BODIES: Mapping[str, tuple[Mapping[str, Schema], list[str]]] = {
     "Detokenize": ({"tokens": _IDS}, ["tokens"]),
 }
 _OPERATIONS = (
-    Operation("GET", "/health", "The router is up. The only path that needs no key."),
-    Operation("GET", "/ready", "Which models serve."),
-    Operation("GET", "/v1/models", "OpenAI's list of models."),
-    Operation("GET", "/v1/models/{name}", "One model of the list."),
+    Operation("GET", "/health", "Says that the router is up. Only this path needs no key."),
+    Operation("GET", "/ready", "Says which models serve."),
+    Operation("GET", "/v1/models", "Returns OpenAI's list of models."),
+    Operation("GET", "/v1/models/{name}", "Returns one model of the list."),
     Operation("POST", "/v1/chat/completions", "Answers a chat.", reference("Chat"), streams=True),
     Operation("POST", "/v1/completions", "Continues a text.", reference("Completion"), streams=True),
-    Operation("POST", "/v1/embeddings", "Vectors of texts.", reference("Embedding")),
-    Operation("POST", "/tokenize", "Token ids of a text.", reference("Tokenize")),
-    Operation("POST", "/detokenize", "The text of token ids.", reference("Detokenize")),
-    Operation("GET", "/openapi.json", "This document."),
+    Operation("POST", "/v1/embeddings", "Returns the vectors of texts.", reference("Embedding")),
+    Operation("POST", "/tokenize", "Returns the token ids of a text.", reference("Tokenize")),
+    Operation("POST", "/detokenize", "Returns the text of token ids.", reference("Detokenize")),
+    Operation("GET", "/openapi.json", "Returns this document."),
 )
 _TEXT_OF_IT = (
-    "Many models behind one address, by name. Every POST whose JSON body has `model` goes to that model, whatever its "
+    "This address serves many models by name. Every POST whose JSON body has `model` goes to that model, whatever its "
     "path. Each model has a route of its own too, /models/NAME/…"
 )
 
 
 def openapi_document(names: Iterable[str], needs_model: bool) -> dict[str, Any]:
-    """`names` are the models and aliases that a request may name; `needs_model` is False where one is the default."""
+    """Returns the document. `names` are the models and aliases that a request may name, and `needs_model` is False if
+    there is a default model."""
     model: Schema = {"type": "string", "enum": list(names)} if (names := sorted(names)) else {"type": "string"}
     schemas = {
         name: {

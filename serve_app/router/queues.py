@@ -1,6 +1,6 @@
-"""How many requests wait at each model, and how long the next one would: what a refusal tells.
+"""Counts how many requests wait at each model, and estimates how long the next one would wait, which a refusal says.
 
-Pure but for the clock, which is injected. Of one router replica; each has its own.
+It is pure except for the clock, which is passed in. Each router replica has queues of its own.
 """
 
 import time
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from serve_app.config import RouterConfig
 from serve_app.errors import Overloaded
 
-# The rate is that of the answers of the last so many seconds.
+# The rate is measured over the answers of the last so many seconds.
 RATE_WINDOW_S = 60.0
-# A refusal never tells less or more than this.
+# A refusal never names less or more than these seconds.
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 120.0
-# Of a model that has not answered anything yet.
+# A refusal names these seconds for a model that has not answered anything yet.
 UNKNOWN_RETRY_S = 5.0
 
 
 class ModelQueue:
-    """The requests of one model that wait for their first byte, and the rate at which they are answered."""
+    """These are the requests of one model that wait for their first byte, and the rate at which they are answered."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic):
         self.name = name
@@ -62,7 +62,7 @@ class ModelQueue:
         self._answered.append(self._clock())
 
     def rate(self) -> float | None:
-        """Answers per second; None where there were fewer than two lately."""
+        """Returns the answers per second, or None if there were fewer than two lately."""
         now = self._clock()
         while self._answered and self._answered[0] < now - RATE_WINDOW_S:
             self._answered.popleft()
@@ -71,7 +71,7 @@ class ModelQueue:
         return len(self._answered) / max(now - self._answered[0], 1e-3)
 
     def retry_after_s(self) -> float:
-        """Seconds until the requests that wait now will have been answered, at the measured rate."""
+        """Returns the seconds until the requests that wait now will have been answered, at the measured rate."""
         rate = self.rate()
         seconds = UNKNOWN_RETRY_S if rate is None else self.waiting / rate
         return min(max(seconds, LEAST_RETRY_S), MOST_RETRY_S)

@@ -1,4 +1,4 @@
-"""What is kept of one request: its line in the log, the router's metrics, and what it costs its key."""
+"""Keeps the record of one request: its line in the log, its share in the metrics, and what it costs its key."""
 
 import json
 
@@ -22,7 +22,7 @@ class RequestRecord:
         self._metrics = metrics
 
     def found(self, model: str) -> None:
-        """Notes the model, which exists: names that clients make up stay out of the metrics."""
+        """Notes the model, which exists, so that invented names stay out of the metrics."""
         self.model = model
 
     def admitted(self, key: str | None) -> None:
@@ -35,20 +35,20 @@ class RequestRecord:
         self._metrics.retried(self.model)
 
     def resumed(self) -> None:
-        """Counts that the stream is taken up again."""
+        """Counts that another replica continues the stream."""
         self.resumes += 1
         self._metrics.resumed(self.model)
 
     def not_resumed(self) -> None:
-        """The last try to take the stream up does not count: nothing was sent."""
+        """Takes the last try to continue the stream out of the count, because nothing was sent."""
         self.resumes -= 1
 
     def tokens_used(self, estimate: int, is_refused: bool) -> int | None:
-        """Returns the tokens that the request costs its key; None where `estimate` stands.
+        """Returns the tokens that the request costs its key, or None if `estimate` stands.
 
-        What was refused used none, nor did what was never sent. An engine that was sent a request works until its
-        client leaves, or does not take the answer, or until a deadline: then the estimate stands, if the answer tells
-        no more.
+        A request that was refused or never sent used none. An engine that was sent a request works until its client
+        leaves or does not take the answer, or until a deadline. In these cases the estimate stands unless the answer
+        reports its usage.
         """
         failed = self._downstream.error_status or self._downstream.status
         is_error = failed >= 400 and failed != DeadlineExceeded.status and self._downstream.pieces <= 1

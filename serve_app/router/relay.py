@@ -1,4 +1,4 @@
-"""The model's answer on its way back: bytes as they come, and another replica's where the first one was lost."""
+"""Passes the model's answer back: its bytes as they come, and another replica's if the first one was lost."""
 
 import asyncio
 import json
@@ -21,8 +21,8 @@ from serve_app.wire.openai_errors import error_object
 
 
 class Deadline:
-    """A timeout that moves on with every piece. Setting a timer costs as much as passing a piece on, so it is set anew
-    once a second at most, and the idle time is exact to a second."""
+    """This is a timeout that every piece extends. Setting a timer costs as much as passing a piece on, so it is set
+    anew once a second at most, and the idle time is exact to a second."""
 
     def __init__(self, ends: float, idle_s: float):
         self._ends = ends
@@ -53,7 +53,7 @@ class Relay:
         self._dispatcher = dispatcher
 
     async def pass_back(self, answer: Answer) -> None:
-        """Passes the whole answer to its client. Raises RequestError where it breaks and the client must see that."""
+        """Passes the whole answer to its client. Raises RequestError if it breaks and the client must see that."""
         if not self._downstream.is_early:
             await self._downstream.begin(answer.status, answer.headers)
         self._exchange.timing.was_answered()
@@ -65,7 +65,7 @@ class Relay:
             await self._plain(answer)
 
     async def _plain(self, answer: Answer) -> None:
-        """An answer that is no stream of events. One that breaks raises, so that the client sees a broken answer."""
+        """Passes on an answer that is not a stream of events. Raises if it breaks, so that the client sees that."""
         async with self._whole() as deadline:
             async for piece in answer.pieces():
                 deadline.moved()
@@ -74,7 +74,7 @@ class Relay:
         await self._downstream.end()
 
     async def _refusal(self, answer: Answer) -> None:
-        """An answer that is no stream, for a client whose stream has begun with comments: it becomes its last event."""
+        """Sends an answer that is not a stream as the last event of a client's stream that has begun with comments."""
         pieces = []
         async with self._whole() as deadline:
             async for piece in answer.pieces():
@@ -89,7 +89,7 @@ class Relay:
         await self._downstream.end_with_refusal(answer.status, event)
 
     async def _events(self, answer: Answer) -> None:
-        """A stream of events, which ends with one that says why where it cannot go on."""
+        """Passes on a stream of events. If it cannot continue, its last event says why."""
         transcript = Transcript() if may_resume(self._request.path) and answer.status == 200 else None
         current: Resumed | None = Resumed(answer, None)
         try:
@@ -101,7 +101,7 @@ class Relay:
                     await current.answer.close()
                     current = await self._resumed(transcript, error)
         except RequestError as error:
-            await self._downstream.end_with_error(error)  # Its reader may be what stands still.
+            await self._downstream.end_with_error(error)  # The client may be the one that does not read.
             return
         finally:
             if current is not None and current.answer is not None:
@@ -109,7 +109,7 @@ class Relay:
         await self._downstream.end_stream(b"" if current is None else current.last)
 
     async def _events_of(self, current: Resumed, transcript: Transcript | None) -> None:
-        """Raises ReplicaLost where the stream breaks, DeadlineExceeded where it stands still."""
+        """Passes on one replica's events. Raises ReplicaLost if the stream breaks, or DeadlineExceeded if it stalls."""
         assert current.answer is not None
         whole, suspect = WholeEvents(), self._exchange.suspect
         before = len(transcript.text) if transcript is not None else 0
@@ -129,7 +129,7 @@ class Relay:
         await self._downstream.pass_on(whole.rest())
 
     async def _resumed(self, transcript: Transcript | None, error: ReplicaLost) -> Resumed | None:
-        """Goes on as `Dispatcher.go_on` does. Raises DeadlineExceeded where the time of the whole answer is over."""
+        """Continues as `Dispatcher.go_on` does. Raises DeadlineExceeded if the time of the whole answer is over."""
         try:
             async with asyncio.timeout_at(self._ends):
                 return await self._dispatcher.go_on(self._exchange, self._config, self._request, transcript, error)
@@ -138,7 +138,7 @@ class Relay:
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[Deadline]:
-        """Raises DeadlineExceeded for what stands still for too long, or takes too long in all."""
+        """Raises DeadlineExceeded for an answer that stalls for too long, or takes too long in total."""
         deadline = Deadline(self._ends, self._config.idle_timeout_s)
         try:
             async with deadline.timeout:
@@ -149,20 +149,20 @@ class Relay:
 
     @asynccontextmanager
     async def _whole(self) -> AsyncIterator[Deadline]:
-        """As `_in_time`, for an answer that nothing can continue: ModelUnavailable where its replica is lost."""
+        """Is `_in_time` for an answer that nothing can continue. Raises ModelUnavailable if its replica is lost."""
         try:
             async with self._in_time() as deadline:
                 yield deadline
         except ReplicaLost as error:
-            raise ModelUnavailable(f"The replica was lost while answering: {error}", retry_after_s=1.0) from error
+            raise ModelUnavailable(f"The replica was lost while it answered: {error}", retry_after_s=1.0) from error
 
     def _cut(self, field: str) -> DeadlineExceeded:
         seconds = getattr(self._config, field)
-        return DeadlineExceeded(f"The answer was cut off after {seconds:g} s, as the router's {field} says.")
+        return DeadlineExceeded(f"The answer was cut off after {seconds:g} s, which is the router's {field}.")
 
 
 def _has_more_than(before: int, transcript: Transcript | None) -> bool:
-    """Whether a stream has got any text since it had so many characters. A stream that is not read counts as such."""
+    """Returns whether a stream has got text since it had `before` characters. One that is not read counts as such."""
     if transcript is None:
         return True
     transcript.read()

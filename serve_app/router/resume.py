@@ -1,4 +1,4 @@
-"""Takes a lost stream up again: asks a replica for the token ids of what was sent, and for the rest."""
+"""Continues a lost stream: asks a replica for the token ids of what was sent, and then for the rest."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -27,7 +27,7 @@ JSON_HEADERS = [(b"content-type", b"application/json"), (b"accept", b"applicatio
 
 
 class Resumed:
-    """How a stream goes on: with an `answer` to be rewritten, or, where it was complete, with its `last` events."""
+    """How a stream continues: with an `answer` to be rewritten or, if it was complete, with its `last` events."""
 
     def __init__(self, answer: Answer | None, rest: Continuation | None, last: bytes = b""):
         self.answer = answer
@@ -36,11 +36,11 @@ class Resumed:
 
 
 async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript: Transcript) -> Resumed:
-    """Raises CannotResume, or ReplicaLost where the next replica was lost too."""
+    """Returns how the stream continues. Raises CannotResume, or ReplicaLost if the next replica was lost too."""
     transcript.read()
     if transcript.done:
         return Resumed(None, None)
-    if not transcript.started:  # The client has nothing yet, so the whole is asked again.
+    if not transcript.started:  # The client has nothing yet, so the whole request is sent again.
         return Resumed(await _accepted(upstream, name, request), None)
     size = len(request.body) + len(transcript.text)
     kind, asked = await beside_loop(size, partial(_asked, request))
@@ -56,23 +56,23 @@ async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript
 
 
 def _asked(request: HttpRequest) -> tuple[Kind, Mapping[str, Any]]:
-    """What was asked for, and the form of its stream. Takes time with a large body. Raises CannotResume."""
+    """Returns the form of the stream and the decoded request. It takes time with a large body. Raises CannotResume."""
     try:
         asked = decode_body(request.body)
     except InvalidRequest as error:
         raise CannotResume(error.message) from None
     if not isinstance(asked, dict):
-        raise CannotResume("the request is no JSON object")
+        raise CannotResume("the request is not a JSON object")
     return kind_of(request.path, asked), asked
 
 
 async def _ids(
     caller: "_Caller", prompt: Mapping[str, Any] | None, asked: Mapping[str, Any], text: str
 ) -> tuple[list[int], list[int], int]:
-    """Asks for the ids of the prompt and of the text, and the model's length in tokens.
+    """Asks for the ids of the prompt and of the text, and for the model's length in tokens.
 
-    Some tokenizers put a space before a text, or join it with what stands before: then the ids together do not say
-    prompt and text, and the stream is not taken up.
+    Some tokenizers put a space before a text, or join it with what comes before. The ids together then do not stand for
+    prompt and text, and the stream is not continued.
     """
     model = asked.get("model")
     said = await caller.call("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
@@ -87,12 +87,12 @@ async def _ids(
         for ids in (prompt_ids, prompt_ids + text_ids)
     ]
     if both != before + text:
-        raise CannotResume("the tokens of its text cannot be told")
+        raise CannotResume("the tokens of its text cannot be determined")
     return prompt_ids, text_ids, max_model_len
 
 
 class _Caller:
-    """Sends requests to the same model, with the request's id. They have about `size` bytes, as it has."""
+    """Sends requests to the same model with the request's id. They have about `size` bytes, as the request has."""
 
     def __init__(self, upstream: Upstream, name: str, request: HttpRequest, size: int):
         self._size = size
@@ -102,7 +102,7 @@ class _Caller:
         self._headers = [*JSON_HEADERS, *ids]
 
     async def call(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Returns the decoded answer. Raises CannotResume where the model refuses, ReplicaLost where it is lost."""
+        """Returns the decoded answer. Raises CannotResume if the model refuses, or ReplicaLost if it is lost."""
         content = await beside_loop(self._size, partial(msgspec.json.encode, body))
         answer = await _accepted(self._upstream, self._name, HttpRequest("POST", path, b"", self._headers, content))
         try:

@@ -1,4 +1,4 @@
-"""The words for the states of models and for where they serve, the same for `serve run` and `serve-app run`. Pure."""
+"""Has the words for the states of models and where they serve, for `serve run` and `serve-app run`. It is pure."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from serve_app.router.directory import ModelStatus, State
 if TYPE_CHECKING:
     from ray.serve.schema import HTTPOptionsSchema
 
-MEND = "mend the config file and give it to `serve deploy`, or stop this with Ctrl-C and run it again"
+MEND = "correct the config file and pass it to `serve deploy`, or stop this with Ctrl-C and run it again"
 STATES: Mapping[State, str] = {
     "ready": "is ready",
     "asleep": "is asleep",
@@ -21,13 +21,13 @@ STATES: Mapping[State, str] = {
 
 
 def state_line(name: str, state: State, message: str) -> str:
-    """Returns what an application is doing, with the reason where it is not ready."""
+    """Returns what an application is doing, with the reason if it is not ready."""
     reason = f": {message}" if message and state != "ready" else ""
     return f"{name} {STATES[state]}{reason}"
 
 
 def serving(models: Mapping[str, ModelStatus], url: str, is_open: bool) -> list[str]:
-    """Returns how many models serve at the address, and a line to try."""
+    """Returns how many models serve at the address, and a command to try."""
     ready = [model for model in models.values() if model.is_open]
     lines = [f"{len(ready)} of {len(models)} models serve at {url}"]
     if ready:

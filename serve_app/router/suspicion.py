@@ -1,27 +1,27 @@
-"""Which request kills the replicas that work on it. Decisions from what was seen, without a clock or Serve.
+"""Decides which request kills the replicas that work on it, from what was seen, without a clock or Serve.
 
-A request whose replica was lost is sent again, so one that kills its replica would kill the next as well, and take the
-requests beside it along each time. What tells it from them is that it is the only one that was there every time:
+A request whose replica was lost is sent again, so one that kills its replica would kill the next one as well, and fail
+the requests beside it each time. It differs from them in that it is the only one that was there every time:
 
 **A request is refused when replicas have died at the same place of its answer, no other request is left that was lost
-in all of these deaths, and deaths without it do not explain them.** That takes two deaths, in which other requests were
-lost too, but no other one in both. Else it takes three: where one of two took nobody along, a connection may have
-broken, and where others were in both, those that got something in between may only have been faster. It takes one more
-for each replica of the model that has died without this request within the minute before.
+in all of these deaths, and deaths without it do not explain them.** That takes two deaths in which other requests were
+lost too, but none of them in both. Otherwise it takes three: if one of the two took no other request along, a
+connection may have broken, and if others were in both, those that got something in between may only have been faster.
+It takes one more for each replica of the model that has died without this request within the minute before.
 
 - *At the same place*: a request that gets something new, a piece of text or its whole answer, begins anew.
 - *No other request is left*: those that share all of its deaths, and got nothing since, are its rivals. While it has
   any, they are tried one at a time, so that the next death belongs to one of them.
-- *Deaths without it*: where replicas are killed from outside, every request sees deaths that it had no part in. Deaths
-  that a refusal has explained do not count, neither there nor against those that were beside it.
+- *Deaths without it*: if replicas are killed from outside, every request sees deaths that it had no part in. Deaths
+  that a refusal has explained do not count, neither there nor against the requests that were beside it.
 
-The price: a request that was lost together with the same others twice dies a third time before it is known, and that
-may take requests along that came since. Two harmful requests that run at the same time vouch for each other: each is
-then sent as often as `max_retries` says. An innocent request is refused where two replicas die for reasons of their own
+This has a price. A request that was lost together with the same others twice dies a third time before it is known, and
+that may take requests along that came since. Two harmful requests that run at the same time vouch for each other: each
+is then sent as often as `max_retries` says. An innocent request is refused if two replicas die for reasons of their own
 within one of its answers, before anything of it has come, no other request was there both times, and no third replica
-has died within a minute; or where three do, some seconds apart. Long answers that are not streamed run that risk: they
-show nothing until they are complete. Deaths are told apart by replica, so over handles, where Ray chooses the replica,
-only `max_retries` counts.
+has died within a minute. It is also refused if three do, some seconds apart. Long answers that are not streamed run
+that risk, because they show nothing until they are complete. Deaths are told apart by replica, so over handles, where
+Ray chooses the replica, only `max_retries` counts.
 """
 
 import asyncio
@@ -31,20 +31,20 @@ from enum import Enum, auto
 
 from serve_app.errors import HarmfulRequest
 
-# Seconds within which losses at one replica are the same death.
+# Losses at one replica within this many seconds are the same death.
 TOGETHER_S = 2.0
-# Seconds before a request's first loss in which deaths without it speak for it.
+# Deaths without a request within this many seconds before its first loss speak for it.
 MEMORY_S = 60.0
-# Seconds after which all requests that a death took along have noticed it.
+# After this many seconds, all requests that a death took along have noticed it.
 SETTLE_S = 1.0
-# Seconds for which a suspect is tried with no other one; after that, its rivals go on.
+# A suspect is tried alone for this many seconds. After that, its rivals go on.
 TURN_S = 5.0
-# Deaths that are remembered for a model.
+# This many deaths are remembered for each model.
 MOST_DEATHS = 256
 
 
 class Verdict(Enum):
-    """What is done with a request that was lost."""
+    """Says what is done with a request that was lost."""
 
     AGAIN = auto()
     ONE_AT_A_TIME = auto()
@@ -56,8 +56,8 @@ class Evidence:
     """This is what was seen of one request: the replicas that died at the same place of its answer, and how many of
     them took others along.
 
-    `companions` are other requests that were lost in all of these deaths, `rivals` those of them that got nothing new
-    since, and `unrelated` recent deaths in which it was not.
+    `companions` counts other requests that were lost in all of these deaths, `rivals` those of them that got nothing
+    new since, and `unrelated` the recent deaths in which the request was not lost.
     """
 
     deaths: int
@@ -68,7 +68,7 @@ class Evidence:
 
 
 def verdict(seen: Evidence) -> Verdict:
-    """Judges by the law of this module."""
+    """Returns the verdict by the law of this module."""
     needed = (2 if seen.with_others >= 2 and not seen.companions else 3) + seen.unrelated
     if seen.deaths >= needed and not seen.rivals:
         return Verdict.REFUSED
@@ -81,8 +81,8 @@ def verdict(seen: Evidence) -> Verdict:
 class Death:
     """This is the end of one replica, at `at` (monotonic, seconds), while it had `present` requests of this router.
 
-    `is_told`: the replica said itself that its engine is lost. Its process lives on then, and answers what needs no
-    engine, such as the tokenizing of streams that are taken up again.
+    `is_told` means that the replica said itself that its engine is lost. Its process then lives on and answers what
+    needs no engine, such as the tokenizing of streams that are continued.
     """
 
     at: float
@@ -93,12 +93,12 @@ class Death:
 
     @property
     def counts(self) -> bool:
-        """False where a connection broke and the others that were there went on: then no replica died."""
+        """Returns False if only a connection broke and the other requests went on, so that no replica died."""
         return not self.is_explained and (self.is_told or self.present <= 1 or len(self.victims) > 1)
 
 
 class Suspect:
-    """This is one request with the deaths since it last got something new."""
+    """This is one request with its deaths since it last got something new."""
 
     def __init__(self) -> None:
         self._deaths: list[Death] = []
@@ -107,12 +107,12 @@ class Suspect:
 
     @property
     def was_lost(self) -> bool:
-        """Says whether the request has been lost since it last got something new."""
+        """Returns whether the request has been lost since it last got something new."""
         return bool(self._deaths)
 
     @property
     def deaths(self) -> list[Death]:
-        """The deaths that count as such."""
+        """Returns the deaths that count as such."""
         return [death for death in self._deaths if death.counts]
 
     def lost(self, death: Death) -> None:
@@ -123,12 +123,12 @@ class Suspect:
             self._deaths.append(death)
 
     def cleared(self) -> None:
-        """Forgets the deaths so far: the request got something new, or is over."""
+        """Forgets the deaths so far, because the request got something new or is over."""
         self.end_turn()
         self._deaths.clear()
 
     def begin_turn(self, turn: asyncio.Lock) -> None:
-        """It is tried with no rival, and holds the lock meanwhile, for TURN_S at most."""
+        """Notes that the request is tried without a rival, and holds the lock meanwhile, for TURN_S at most."""
         self._turn = turn
         self._turn_ends = asyncio.get_running_loop().call_later(TURN_S, self.end_turn)
 
@@ -148,7 +148,7 @@ class Suspicion:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def lost(self, model: str, suspect: Suspect, death: Death | None) -> None:
-        """A request was lost; `death` is None where it is not known with which replica."""
+        """Notes that a request was lost. `death` is None if it is not known with which replica."""
         if death is None:
             suspect.end_turn()
             return
@@ -174,20 +174,20 @@ class Suspicion:
         )
 
     async def judge(self, model: str, suspect: Suspect) -> Verdict:
-        """Raises HarmfulRequest. Waits until the others that were lost have noticed it too."""
+        """Returns the verdict, after the others that were lost have noticed it too. Raises HarmfulRequest."""
         if len(suspect.deaths) < 2:
             return Verdict.AGAIN
         await asyncio.sleep(SETTLE_S)
         return self._judged(model, suspect)
 
     async def before_next_try(self, model: str, suspect: Suspect) -> None:
-        """Waits for the request's turn where it has rivals. Raises HarmfulRequest."""
+        """Waits for the request's turn if it has rivals. Raises HarmfulRequest."""
         suspect.end_turn()
         if await self.judge(model, suspect) is not Verdict.ONE_AT_A_TIME:
             return
         turn, is_its_turn = self._turns[model], False
         await turn.acquire()
-        try:  # One of its rivals may have been found meanwhile.
+        try:  # One of its rivals may have been found guilty meanwhile.
             is_its_turn = self._judged(model, suspect) is Verdict.ONE_AT_A_TIME
         finally:
             if not is_its_turn:
@@ -203,7 +203,7 @@ class Suspicion:
                 death.is_explained = True
             raise HarmfulRequest(
                 f"{count} replicas of '{model}' died one after the other while they worked on this request, and no "
-                "other request was there each time. So it is not sent to another replica. Change the request, or tell "
+                "other request was there each time, so it is not sent to another replica. Change the request, or give "
                 "the operator its x-request-id."
             )
         return found

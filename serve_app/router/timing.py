@@ -1,4 +1,4 @@
-"""When one request came, was read, sent and answered. Times are those of `time.perf_counter`, in seconds."""
+"""Notes when a request came and was read, sent and answered. Times are those of `time.perf_counter`, in seconds."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from serve_app.router.upstream.protocol import NotOpen
 
 
 class Timing:
-    """The times of one request; 0 for what has not been reached."""
+    """Keeps the times of one request. A step that has not been reached has the time 0."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -21,7 +21,7 @@ class Timing:
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """A replica is being sent the request; of several tries the last one counts. NotOpen says that nothing was."""
+        """Notes when a replica is sent the request. The last try counts. NotOpen means that nothing was sent."""
         before, self.sent = self.sent, self._clock()
         try:
             yield
@@ -35,26 +35,26 @@ class Timing:
 
     @property
     def queued_s(self) -> float:
-        """Seconds from the body to the try that was answered."""
+        """Returns the seconds from the body to the try that was answered."""
         return self.sent - self.read
 
     @property
     def to_first_s(self) -> float:
-        """Seconds from the request to the first piece of its answer."""
+        """Returns the seconds from the request to the first piece of its answer."""
         return self.first - self.began
 
     @property
     def streamed_s(self) -> float:
-        """Seconds since the first piece."""
+        """Returns the seconds since the first piece."""
         return self._clock() - self.first
 
     @property
     def total_ms(self) -> float:
-        """Milliseconds since the request came."""
+        """Returns the milliseconds since the request came."""
         return _milliseconds(self.began, self._clock())
 
     def header(self) -> str:
-        """`server-timing`: milliseconds until the body was read, in the router's queue, and in the engine until now."""
+        """Returns `server-timing`: the milliseconds of reading the body, in the router's queue, and in the engine."""
         parts = {
             "router": _milliseconds(self.began, self.read),
             "queue": _milliseconds(self.read, self.sent),
@@ -64,5 +64,5 @@ class Timing:
 
 
 def _milliseconds(since: float, until: float) -> float:
-    """0 where one of the two was not reached."""
+    """Returns the milliseconds between two times, or 0 if one of them was not reached."""
     return round(1000 * (until - since), 1) if since and until else 0.0

@@ -1,4 +1,4 @@
-"""Where requests wait for a model that is loading or asleep, up to a limit and a deadline."""
+"""Lets requests wait for a model that is loading or asleep, up to a limit and a deadline."""
 
 import asyncio
 import logging
@@ -15,16 +15,16 @@ from serve_app.wire.asgi import HttpRequest
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds between two looks at a model that is loading.
+# A model that is loading is checked at this interval in seconds.
 LOOK_AGAIN_S = 0.25
-# Seconds between two comments to a client that asked for them; proxies on the way often cut silence after 60.
+# A client that asked for comments gets one at this interval in seconds. Proxies often cut silent connections after 60.
 COMMENT_EVERY_S = 5.0
-# What is sent to a model that is asleep. It waits where Serve counts waiting requests, so a replica is started.
+# This request is sent to a sleeping model. It waits where Serve counts waiting requests, so a replica is started.
 WAKE_CALL = HttpRequest("GET", "/health", b"", [(b"accept", b"*/*")], b"")
 
 
 class WaitingRoom:
-    """Holds the requests of one router replica that wait for models, of all of them."""
+    """Holds the requests of one router replica that wait for any model."""
 
     def __init__(self, directory: Directory, upstream: Upstream, queues: Queues):
         self._directory = directory
@@ -35,7 +35,7 @@ class WaitingRoom:
     async def pass_through(
         self, model: ModelStatus, downstream: Downstream, config: RouterConfig, patient: bool = True
     ) -> None:
-        """Returns when the model is ready. The impatient wait for none that loads; one that sleeps is not down.
+        """Returns when the model is ready. An impatient request waits for a model that sleeps, not for one that loads.
 
         Raises ModelNotFound, ModelUnavailable with the measured load time, or Overloaded when too many wait.
         """
@@ -58,14 +58,14 @@ class WaitingRoom:
         call: asyncio.Task[bool] | None = None
         try:
             while True:
-                with suppress(ControllerSilent):  # It may be restarting; what waits, waits on.
+                with suppress(ControllerSilent):  # The controller may be restarting, and the request waits on.
                     model = await self._directory.find(name)
                     if model.state == "ready":
                         return
                     self._directory.require_hope(model)
                     if model.state == "asleep" and call is None:
                         call = asyncio.create_task(self._wakes(name))
-                # The call may wait for ever: Serve does not tell it that the model has failed.
+                # The call may wait for ever, because Serve does not tell it that the model has failed.
                 if call is not None and (await asyncio.wait({call}, timeout=LOOK_AGAIN_S))[0]:
                     if call.result():
                         return
@@ -77,9 +77,9 @@ class WaitingRoom:
                 call.cancel()
 
     async def _wakes(self, name: str) -> bool:
-        """Whether the model has answered a call. Each request that waits makes one: Serve scales by their number."""
+        """Returns whether the model answered a call. Each waiting request makes one, because Serve scales by calls."""
         self._directory.waking(name)
-        with suppress(ReplicaLost, ModelUnavailable):  # NotOpen too: it loads by now.
+        with suppress(ReplicaLost, ModelUnavailable):  # This includes NotOpen, since the model loads by now.
             answer = await self._upstream.send(name, WAKE_CALL)
             await answer.close()
             if answer.status == 200:
@@ -88,7 +88,7 @@ class WaitingRoom:
         return False
 
     def _call(self, name: str, timeout_s: float) -> None:
-        """Wakes a model for those who may not wait, and come again."""
+        """Wakes a model for clients that may not wait and will come again."""
         if name not in self._calls:
             self._calls[name] = asyncio.create_task(asyncio.wait_for(self._wakes(name), timeout_s))
             self._calls[name].add_done_callback(self._called)
@@ -100,14 +100,14 @@ class WaitingRoom:
 
     @asynccontextmanager
     async def _comments(self, downstream: Downstream, name: str) -> AsyncIterator[None]:
-        """Tells the client, where it asked for that, how long it still has to wait."""
+        """Tells the client how long it still has to wait, if it asked for that."""
         telling = asyncio.create_task(self._tell(downstream, name)) if downstream.wants_comments else None
         try:
             yield
         finally:
             if telling is not None:
                 telling.cancel()
-                await asyncio.wait({telling})  # Not awaited itself: that would swallow a cancellation of this task.
+                await asyncio.wait({telling})  # Awaiting it itself would swallow a cancellation of this task.
 
     async def _tell(self, downstream: Downstream, name: str) -> None:
         while True:

@@ -1,1 +1,1 @@
-"""Import paths that config files of earlier versions name."""
+"""This package has import paths that config files of earlier versions name."""

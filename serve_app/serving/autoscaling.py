@@ -1,4 +1,4 @@
-"""The name that config files gave the autoscaling policy before it moved to `serve_app.replica.autoscaling`."""
+"""Has the autoscaling policy under its old name. It has moved to `serve_app.replica.autoscaling`."""
 
 from serve_app.replica.autoscaling import by_engine_load
 

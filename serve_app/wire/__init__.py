@@ -1,1 +1,1 @@
-"""What is on the wire: requests, bodies, errors, usage and OpenAPI documents. Imports config and errors only."""
+"""Has what is on the wire: requests, bodies, errors, usage, OpenAPI documents. It imports only config and errors."""

@@ -1,4 +1,4 @@
-"""How a request's body comes in: once, within limits, and then every layer of the process has it from the scope."""
+"""Reads a request's body once and within limits. After that, every layer of the process has it from the scope."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from serve_app.wire.body import RequestBody
 from serve_app.wire.headers import Headers, declared_bytes
 from serve_app.wire.openai_errors import error_response
 
-# Bytes of a client's own `x-request-id`: it stands in answers and in logs.
+# A client's own `x-request-id` may have this many bytes, since it appears in answers and logs.
 MOST_ID_BYTES = 128
 
-# Where an ASGI scope has the body that was read already.
+# An ASGI scope has the body that was read already under this name.
 _BODY = "serve_app.body"
 
 
 def require_small_headers(headers: Headers, config: RouterConfig) -> None:
-    """Raises HeadersTooLarge. The HTTP server in front has a limit of its own, which may be lower."""
-    size = sum(len(name) + len(value) + 4 for name, value in headers)  # ": " and the line's end
+    """Raises HeadersTooLarge if they are. The HTTP server in front has a limit of its own, which may be lower."""
+    size = sum(len(name) + len(value) + 4 for name, value in headers)  # The 4 bytes are ": " and the line's end.
     if size > config.max_header_bytes:
         raise HeadersTooLarge(
             f"The headers have {size} bytes, over the limit of {config.max_header_bytes}. "
@@ -29,18 +29,18 @@ def require_small_headers(headers: Headers, config: RouterConfig) -> None:
 
 
 def require_plain_path(path: str) -> None:
-    """Raises InvalidRequest for a path that climbs: behind a model's prefix it would lead to another's route."""
+    """Raises InvalidRequest for a path that climbs, since behind a model's prefix it would lead to another's route."""
     if {".", ".."} & set(path.replace("\\", "/").split("/")):
-        raise InvalidRequest("The path has a segment '.' or '..'. Write it without.")
+        raise InvalidRequest("The path has a segment '.' or '..'. Write the path without it.")
 
 
 async def read_body(
     scope: Scope, receive: Receive, config: RouterConfig | ModelConfig, grow: Callable[[int], None] | None = None
 ) -> RequestBody:
-    """Returns the whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds: the one of the scope, where
-    a layer in front has read it, and else what `receive` gives.
+    """Returns the whole body, at most `max_body_bytes` in at most `body_timeout_s` seconds. It is that of the scope if
+    a layer in front has read it, and otherwise what `receive` gives.
 
-    `grow` hears the bytes of each piece before it is kept, and may raise. Raises RequestTooLarge as soon as the body is
+    `grow` gets the bytes of each piece before it is kept, and may raise. Raises RequestTooLarge as soon as the body is
     known to be larger, RequestTimeout, and ClientGone.
     """
     if (body := known_body(scope)) is not None:
@@ -61,7 +61,7 @@ async def read_body(
 async def read_or_refused(
     scope: Scope, receive: Receive, send: Send, config: RouterConfig | ModelConfig
 ) -> RequestBody | None:
-    """Returns the whole body, as `read_body` does; None where the client has left, or was told here what is wrong."""
+    """Returns the whole body as `read_body` does, or None if the client has left or has been sent the error here."""
     try:
         return await read_body(scope, receive, config)
     except ClientGone:
@@ -72,16 +72,16 @@ async def read_or_refused(
 
 
 def known_body(scope: Scope) -> RequestBody | None:
-    """Returns the body that this process has read already; None where it has not, as behind Serve's Python proxy."""
+    """Returns the body if this process has read it already, or None, for example behind Serve's Python proxy."""
     body: RequestBody | None = scope.get(_BODY)
     return body
 
 
 def with_body(scope: Scope, receive: Receive, body: RequestBody) -> tuple[Scope, Receive]:
-    """Returns a request for the application behind, which has this body: in the scope for our own layers, and by
+    """Returns the request with this body for the application behind: in the scope for our own layers, and by
     `receive` for all.
 
-    What is still unread of the body that came is skipped.
+    What is still unread of the original body is skipped.
     """
     unread = [body.content]
 

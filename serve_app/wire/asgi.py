@@ -1,4 +1,4 @@
-"""One HTTP request as plain values, and an ASGI application called with it.
+"""Has an HTTP request as plain values, and calls an ASGI application with it.
 
 This is how a request travels through a Ray handle: the router sends a `HttpRequest`, the replica yields bytes.
 The first item is the head (`encode_head`), every other item is a piece of the body.
@@ -24,17 +24,17 @@ logger = logging.getLogger("ray.serve")
 
 Messages = asyncio.Queue[Message | None]
 
-# The name of the key that a request came with, for engines, which share what they have between keys. The gates set it,
-# and a client's own goes no further; where nobody needs a key there is none.
+# This header has the name of the request's key for engines, which share their capacity between keys. The gates set it
+# and drop a client's own. If no key is needed, there is none.
 KEY_NAME_HEADER = b"x-serve-app-key-name"
 
-# Messages that an application may be ahead of its reader, before `send` waits.
+# An application may be this many messages ahead of its reader before `send` waits.
 SEND_AHEAD = 64
 
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """This is a request with its whole body. Header names are lower-case; `path` is decoded, `query` is not."""
+    """This is a request with its whole body. Header names are lower-case. `path` is decoded, and `query` is not."""
 
     method: str
     path: str
@@ -44,22 +44,22 @@ class HttpRequest:
 
 
 def encode_head(status: int, headers: Headers) -> bytes:
-    """Returns the first item of a response: status and headers as JSON, latin-1 as in HTTP."""
+    """Returns the first item of a response, which has the status and headers as JSON, in latin-1 as in HTTP."""
     pairs = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in headers]
     return json.dumps([status, pairs]).encode()
 
 
 def decode_head(item: bytes) -> tuple[int, Headers]:
-    """Reads status and headers from the first item of a response."""
+    """Returns the status and headers from the first item of a response."""
     status, pairs = json.loads(item)
     return status, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
 
 async def call_asgi(app: ASGIApp, request: HttpRequest) -> AsyncIterator[bytes]:
-    """Runs the application on one request and yields head and body.
+    """Runs the application on one request, and yields the head and the body.
 
-    Pieces that are already waiting are joined into one item; nothing waits on a timer. When the reader goes away, the
-    application sees `http.disconnect` and is cancelled. An application that raises before its head gives a 500; one
+    Pieces that are already waiting are joined into one item, and nothing waits for a timer. If the reader leaves, the
+    application sees `http.disconnect` and is cancelled. If an application raises before its head, this is a 500. One
     that raises later raises here, so that the reader sees a broken response and not a short one.
     """
     messages: Messages = asyncio.Queue(SEND_AHEAD)
@@ -89,7 +89,7 @@ async def call_asgi(app: ASGIApp, request: HttpRequest) -> AsyncIterator[bytes]:
 
 
 async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asyncio.Event) -> None:
-    """Runs the application, puts what it sends into `messages`, then None."""
+    """Runs the application, and puts what it sends into `messages`, with None at the end."""
     started = False
 
     async def disconnected() -> Message:
@@ -110,9 +110,9 @@ async def _run(app: ASGIApp, request: HttpRequest, messages: Messages, gone: asy
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await messages.put({"type": "http.response.start", "status": 500, "headers": headers})
         await messages.put({"type": "http.response.body", "body": body})
-        logger.exception("the application failed before its answer")
+        logger.exception("The application failed before its answer.")
     finally:
-        if not gone.is_set():  # With nobody reading, a full queue would hold this for ever.
+        if not gone.is_set():  # If nothing reads, a full queue would block this for ever.
             await messages.put(None)
 
 
@@ -122,16 +122,16 @@ def endpoint(scope: Scope) -> str:
 
 
 def show_routes(wrapper: ASGIApp, app: ASGIApp) -> None:
-    """Gives the wrapper the application's routes, where it has any: Serve names requests in its metrics by them."""
+    """Gives the wrapper the application's routes, if it has any, by which Serve names requests in its metrics."""
     for name in ("routes", "router"):
         if hasattr(app, name):
             setattr(wrapper, name, getattr(app, name))
 
 
 async def unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Does the work, unless the client leaves first: then it is cancelled. Raises ClientGone, and what the work raises.
+    """Does the work, which is cancelled if the client leaves first. Raises ClientGone, and what the work raises.
 
-    The request's body must have been read, since what else comes from `receive` is dropped.
+    The request's body must have been read, since anything else from `receive` is dropped.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
@@ -146,7 +146,7 @@ async def unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None
 
 
 async def _end(task: asyncio.Future[None]) -> None:
-    """Cancels it and waits until it has ended; what it raised has been told already."""
+    """Cancels a task and waits until it has ended. What it raised has been reported already."""
     task.cancel()
     with suppress(asyncio.CancelledError, Exception):
         await task

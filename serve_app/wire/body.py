@@ -1,7 +1,7 @@
-"""The body of a request: its bytes, its fields, and the few of them that matter before an engine reads it.
+"""Has the body of a request: its bytes, its fields, and the few fields that matter before an engine reads it.
 
-The body is split into its fields once in a process, and their values stay bytes: building a document of ten megabytes
-would cost more than everything else that the router does.
+The body is split into its fields once in each process, and their values stay bytes, because building a document of ten
+megabytes would cost more than everything else that the router does.
 """
 
 from collections.abc import Mapping
@@ -19,20 +19,20 @@ from serve_app.wire.process_local import ProcessLocal
 
 Fields = Mapping[str, msgspec.Raw]
 
-# Bytes of JSON of a model's name; of a number, or of a word such as "true": what is written longer is none.
+# A model's name may have the first number of bytes in JSON, and a number or a word such as "true" the second.
 MOST_NAME_BYTES = 1024
 MOST_WORD_BYTES = 100
-# The fields of a body are kept as long as the request lasts, at some 200 bytes each. Requests have a few dozen; a body
+# The fields of a body are kept as long as the request lasts, at some 200 bytes each. Requests have a few dozen. A body
 # with more of them is split again when they are needed.
 MOST_KEPT_FIELDS = 256
 
 
 @dataclass(frozen=True)
 class Peek:
-    """Holds the fields that matter before the engine. `model` is None where the body has none.
+    """Holds the fields that matter before the engine. `model` is None if the body has none.
 
-    `token_limit` are the tokens that one answer may have at most, 0 where the request does not say. `answers` is how
-    many there will be: `n` for each of the prompts.
+    `token_limit` is how many tokens one answer may have, or 0 if the request does not say. `answers` is how many
+    answers there will be: `n` for each of the prompts.
     """
 
     model: str | None = None
@@ -50,7 +50,7 @@ _WHOLE = TypeAdapter(int)
 class RequestBody(ProcessLocal):
     """Holds the whole body of one request, which all layers of a process share (`wire/arrival.py`).
 
-    What is read of it is read once. That takes time with a large body, so it is not for the event loop.
+    Each part is read once. That takes time with a large body, so the event loop must not do it.
     """
 
     def __init__(self, content: bytes, fields: Fields | None = None):
@@ -60,16 +60,16 @@ class RequestBody(ProcessLocal):
 
     @cached_property
     def census(self) -> Census:
-        """What the body holds, counted without building it."""
+        """Returns the count of the body's values, which is made without building them."""
         return census(self.content)
 
     def require_countable(self, **bounds: Any) -> None:
-        """Raises InvalidRequest for a body with more values than may be built; as `census.require_countable`."""
+        """Raises InvalidRequest for a body with more values than may be built, as `census.require_countable` does."""
         require_countable(self.content, counted=lambda: self.census, **bounds)
 
     @property
     def fields(self) -> Fields:
-        """Returns the fields of the JSON object as they stand in the body. Of two equal names the last one counts.
+        """Returns the fields of the JSON object as they are in the body. Of two equal names the last one counts.
 
         Raises InvalidRequest with what is wrong.
         """
@@ -103,7 +103,7 @@ class RequestBody(ProcessLocal):
                 model=_name(fields.get("model", _NULL)),
                 stream=_word(fields.get("stream", _NULL)),
                 stream_options=msgspec.json.decode(fields.get("stream_options", _NULL)),
-                # Engines differ in which of the fields they follow, so the largest one counts.
+                # Engines differ in which of the fields they obey, so the largest one counts.
                 token_limit=max(map(_whole, limits)),
                 answers=max(1, _whole(fields.get("n", _NULL))) * _prompts(fields.get("prompt", _NULL)),
             )
@@ -111,26 +111,26 @@ class RequestBody(ProcessLocal):
             raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
     def with_fields(self, **values: Any) -> "RequestBody":
-        """Returns the body with these fields in place of its own; the others stay the bytes that they are.
+        """Returns the body with these fields in place of its own. The bytes of the others do not change.
 
-        Raises InvalidRequest.
+        Raises InvalidRequest if a field is nested too deep.
         """
         try:
             written = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in values.items()}
-        except RecursionError:  # What stands in a field was read, and can be nested deeper than it is written.
+        except RecursionError:  # A field that could be read can be nested too deep to be written.
             raise InvalidRequest(f"The body is not valid JSON: {TOO_DEEP}.") from None
         fields = {**self.fields, **written}
         return RequestBody(msgspec.json.encode(fields), fields)
 
 
 def is_true(value: object) -> bool:
-    """Reads a boolean as pydantic does, with which vLLM reads its requests."""
+    """Returns whether a value is true to pydantic, with which vLLM reads its requests."""
     return value in (True, 1) or (isinstance(value, str) and value.lower() in {"1", "on", "t", "true", "y", "yes"})
 
 
 def _name(model: msgspec.Raw) -> str | None:
     if len(bytes(model)) > MOST_NAME_BYTES:
-        text = f"The field 'model' has {len(bytes(model))} bytes, and names have at most {MOST_NAME_BYTES}."
+        text = f"The field 'model' has {len(bytes(model))} bytes, but names have at most {MOST_NAME_BYTES}."
         raise InvalidRequest(text, param="model")
     name = msgspec.json.decode(model)
     if name is not None and not isinstance(name, str):
@@ -139,12 +139,12 @@ def _name(model: msgspec.Raw) -> str | None:
 
 
 def _word(value: msgspec.Raw) -> object:
-    """Decodes a short value; None stands for a longer one."""
+    """Returns a decoded short value, or None for a longer one."""
     return msgspec.json.decode(value) if len(bytes(value)) <= MOST_WORD_BYTES else None
 
 
 def _whole(value: msgspec.Raw) -> int:
-    """A whole number above zero in any way that pydantic reads, such as 16.0 or "+1_6"; 0 for what is none."""
+    """Returns a whole number above zero in any form that pydantic reads, such as 16.0 or "+1_6", or else 0."""
     try:
         return max(0, _WHOLE.validate_python(_word(value)))
     except (ValidationError, msgspec.ValidationError):  # The second one is for 1e999.
@@ -152,7 +152,7 @@ def _whole(value: msgspec.Raw) -> int:
 
 
 def _prompts(prompt: msgspec.Raw) -> int:
-    """How many prompts there are in this JSON, without building them. Ids of tokens, a list of numbers, are one."""
+    """Returns how many prompts this JSON has, without building them. A list of numbers, that is token ids, is one."""
     text = bytes(prompt)
     if not text.startswith(b"["):
         return 1

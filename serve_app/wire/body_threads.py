@@ -1,8 +1,8 @@
-"""Threads for what reads a body: an event loop waits for nothing that grows with a request.
+"""Has the threads that read bodies, so that an event loop waits for nothing that grows with a request.
 
-Large bodies wait for bodies of their own size only. Nothing counts those that wait, since the bytes of all bodies
-together have a bound where they come in (`access/body_budget`). One thread for each size: whoever decodes JSON lets no
-other thread of Python run, so more threads would only make the event loop wait for several of them in turn.
+Large bodies wait only for bodies of their own size. Nothing counts the bodies that wait, since the bytes of all bodies
+together are bounded where they come in (`access/body_budget`). Each size has one thread: decoding JSON lets no other
+thread of Python run, so more threads would only make the event loop wait for several of them in turn.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 async def beside_loop(size: int, work: Callable[[], T]) -> T:
-    """`work()` on a body of `size` bytes, with what it raises. A small body takes less time than changing threads."""
+    """Returns `work()` on a body of `size` bytes, or raises its error. A small body is quicker without a thread."""
     if size <= UNCOUNTED_BYTES:
         return work()
     threads = _MIDDLE if size <= MIDDLE_BYTES else _LARGE

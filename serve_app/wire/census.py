@@ -1,7 +1,7 @@
-"""A request's body: counted first, then decoded.
+"""Counts the values of a request's body before it is decoded.
 
-No thread of Python runs while a body is decoded, so its values have a bound. They are counted by numpy, which lets the
-others run. With these bounds no step takes longer than some 20 ms, whatever the body's size.
+No other thread of Python runs while a body is decoded, so its values have a bound. numpy counts them, which lets other
+threads run. With these bounds no step takes longer than some 20 ms, whatever the body's size.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ import numpy as np
 from serve_app.errors import InvalidRequest
 from serve_app.wire.openai_errors import TOO_DEEP, require_shallow
 
-# Lists, objects and their keys; a long conversation has a few hundred. Building one takes 0.1 to 0.5 µs.
+# This bounds lists, objects and their keys. A long conversation has a few hundred. Building one takes 0.1 to 0.5 µs.
 MOST_PARTS = 50_000
-# Numbers and texts in lists, that is, token ids. Building one takes 0.02 µs, checking it as much again.
+# This bounds numbers and texts in lists, such as token ids. Building one takes 0.02 µs, and checking it as long again.
 MOST_ITEMS = 2**18
 # A smaller body cannot hold enough to matter.
 UNCOUNTED_BYTES = 2**16
@@ -26,16 +26,16 @@ QUOTE, BACKSLASH, COMMA, COLON, BRACKET, BRACE = b'"\\,:[{'
 
 @dataclass(frozen=True)
 class Census:
-    """What a JSON text holds outside of its strings: `parts` are lists, objects and keys, `items` are commas."""
+    """What a JSON text holds outside its strings. `parts` are lists, objects and keys, and `items` are commas."""
 
     parts: int
     items: int
 
 
 def decode_body(body: bytes, counted: Callable[[], Census] | None = None) -> object:
-    """Decodes the JSON. `counted` gives the body's census where that is known.
+    """Returns the decoded JSON. `counted` gives the body's census if that is known.
 
-    Raises InvalidRequest for what is no JSON, and for what holds too many values. It takes time with a large body.
+    Raises InvalidRequest if the body is not JSON or holds too many values. It takes time with a large body.
     """
     require_countable(body, counted=counted)
     try:
@@ -45,7 +45,7 @@ def decode_body(body: bytes, counted: Callable[[], Census] | None = None) -> obj
 
 
 def decode_counted(text: bytes) -> object:
-    """Decodes the JSON of a text that was counted. Raises ValueError for what is none, or is nested too deep."""
+    """Returns the JSON of a text that was counted. Raises ValueError if it is not JSON or is nested too deep."""
     try:
         document = msgspec.json.decode(text)
     except RecursionError:
@@ -62,20 +62,20 @@ def require_countable(
     counted: Callable[[], Census] | None = None,
 ) -> None:
     """Raises InvalidRequest for a JSON text with more parts or items than may be built. `what` names the text, and
-    `counted` gives its census where that is known."""
+    `counted` gives its census if that is known."""
     if len(body) <= UNCOUNTED_BYTES:
         return
     found = census(body) if counted is None else counted()
     if found.parts > most_parts or found.items > MOST_ITEMS:
         raise InvalidRequest(
-            f"{what} has {found.parts} lists, objects and keys, and {found.items} values in lists; at most "
-            f"{most_parts} and {MOST_ITEMS} are read. Send several requests.",
+            f"{what} has {found.parts} lists, objects and keys, and {found.items} values in lists, but at most "
+            f"{most_parts} and {MOST_ITEMS} are allowed. Send several requests.",
             param=param,
         )
 
 
 def census(body: bytes) -> Census:
-    """Counts without decoding, a chunk at a time. Of what is no JSON the figures mean nothing."""
+    """Counts without decoding, a chunk at a time. The result means nothing if the text is not JSON."""
     octets = np.frombuffer(body, np.uint8)
     parts = items = 0
     in_string = escaped = False
@@ -84,7 +84,7 @@ def census(body: bytes) -> Census:
         quotes = chunk == QUOTE
         skipped, escaped = _escaped(chunk, escaped)
         quotes[skipped] = False
-        # Odd after an opening quote, even after a closing one; the byte may overflow, which keeps that.
+        # The count is odd after an opening quote and even after a closing one. An overflow of the byte keeps that.
         inside = (np.cumsum(quotes, dtype=np.uint8) + np.uint8(in_string)) & 1
         outside = inside == 0
         parts += int(np.count_nonzero(outside & ((chunk == COLON) | (chunk == BRACKET) | (chunk == BRACE))))
@@ -94,7 +94,7 @@ def census(body: bytes) -> Census:
 
 
 def _escaped(chunk: np.ndarray, first: bool) -> tuple[np.ndarray, bool]:
-    """The places in `chunk` behind an odd number of backslashes, and whether the place behind the chunk is one.
+    """Returns the places in `chunk` after an odd number of backslashes, and whether the place after the chunk is one.
 
     `first` says whether the chunk's first place is one.
     """

@@ -1,4 +1,4 @@
-"""OpenAI's error object, the one shape of every refusal."""
+"""Makes OpenAI's error object, which is the form of every refusal."""
 
 import json
 import math
@@ -8,8 +8,8 @@ from starlette.responses import JSONResponse
 
 from serve_app.errors import RequestError
 
-# Levels of lists and objects in what a client sends. Later steps (pydantic, json, jinja) recurse, several frames a
-# level, within Python's 1000 frames; tools and schemas have ten levels or so.
+# What a client sends may have this many levels of lists and objects. Later steps (pydantic, json, jinja) recurse with
+# several frames a level, within Python's 1000 frames. Tools and schemas have ten levels or so.
 MOST_LEVELS = 100
 TOO_DEEP = f"it is nested more than {MOST_LEVELS} levels deep"
 
@@ -20,13 +20,13 @@ def error_object(error: RequestError) -> dict[str, Any]:
 
 
 def read_json(text: bytes | str) -> Any:
-    """Decodes the JSON. Raises ValueError for what is none, is nested too deep, or holds half a character.
+    """Returns the decoded JSON. Raises ValueError if it is not JSON, is nested too deep, or holds half a character.
 
-    JSON can spell a lone surrogate, which no later step could encode again.
+    Half a character is a lone surrogate, which JSON can spell but no later step could encode again.
     """
     body = text.encode() if isinstance(text, str) else text
     try:
-        document = json.loads(body.decode())  # UTF-8 alone is JSON (RFC 8259); Python would read UTF-16 too.
+        document = json.loads(body.decode())  # JSON is UTF-8 (RFC 8259), but Python would read UTF-16 too.
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     require_shallow(document, body)
@@ -36,13 +36,13 @@ def read_json(text: bytes | str) -> Any:
 
 
 def require_shallow(document: Any, body: bytes) -> None:
-    """Raises ValueError where the document that `body` spells has more than MOST_LEVELS levels of lists and objects."""
+    """Raises ValueError if the document of `body` has more than MOST_LEVELS levels of lists and objects."""
     if body.count(b"[") + body.count(b"{") > MOST_LEVELS and _is_too_deep(document):
         raise ValueError(TOO_DEEP)
 
 
 def _is_too_deep(document: Any) -> bool:
-    """Says whether it is nested too deep. This goes level by level, without recursion."""
+    """Returns whether the document is nested too deep. It goes level by level, without recursion."""
     level = [document] if isinstance(document, (list, dict)) else []
     for _ in range(MOST_LEVELS):
         level = [
@@ -57,6 +57,6 @@ def _is_too_deep(document: Any) -> bool:
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """Returns the whole answer, with `retry-after` in whole seconds where it is known."""
+    """Returns the whole answer, with `retry-after` in whole seconds if that is known."""
     headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     return JSONResponse(error_object(error), status_code=error.status, headers=headers)

@@ -1,4 +1,4 @@
-"""OpenAPI documents: what an address takes, for clients' tools and for tests that try all of it. Pure."""
+"""Makes OpenAPI documents for clients' tools, and for tests that try all that an address takes. It is pure."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ ERROR: Schema = {
     },
 }
 
-# A schema of a stream stands for each of its events (OpenAPI 3.2); `data` is a JSON document, or [DONE].
+# A schema of a stream is that of each of its events (OpenAPI 3.2). `data` is a JSON document, or [DONE].
 EVENT: Schema = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Describes one method of one path. `body` is a JSON schema, None where it takes none; `streams` where it may
+    """Describes one method of one path. `body` is a JSON schema, or None if it takes none. `streams` is true if it may
     stream."""
 
     method: str
@@ -54,14 +54,14 @@ def document(title: str, description: str, operations: Iterable[Operation], sche
         "paths": paths,
         "components": {
             "schemas": {"Error": ERROR, **schemas},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Where keys are set."}},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Needed if keys are set."}},
         },
         "security": [{"key": []}, {}],
     }
 
 
 def reference(name: str) -> Schema:
-    """Refers to one of the document's schemas."""
+    """Returns a reference to one of the document's schemas."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -72,9 +72,9 @@ def _entry(operation: Operation) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "summary": operation.summary,
         "responses": {
-            "200": {"description": "The answer.", "content": answer},
+            "200": {"description": "This is the answer.", "content": answer},
             "default": {
-                "description": "A refusal, in OpenAI's error object.",
+                "description": "This is a refusal as OpenAI's error object.",
                 "content": {"application/json": {"schema": reference("Error")}},
             },
         },

@@ -1,8 +1,9 @@
-"""What a request uses of its key's tokens: guessed before it runs, and told by the engine when it has.
+"""Finds what a request uses of its key's tokens. It is guessed before the request runs and reported by the engine
+later.
 
-An engine tells what a stream used only where it is asked to. For a key with a limit of tokens it always is, and a
-client that did not ask does not see the answer. A stream without a usage all the same, such as one that its client
-left, is counted by its events, and any other answer without a usage by its length.
+An engine reports what a stream used only if it is asked to. For a key with a limit of tokens it always is, and a client
+that did not ask does not see the report. A stream that still has no usage, such as one that its client left, is counted
+by its events, and any other answer without a usage by its length.
 """
 
 import re
@@ -12,20 +13,20 @@ import msgspec
 
 from serve_app.wire.body import Peek, RequestBody, is_true
 
-# Bytes of a token on the average, for an estimate before the request; English is at four to five.
+# An average token has this many bytes, for an estimate before the request. English has four to five.
 BYTES_PER_TOKEN = 4
 
-# Text that a model or a client wrote cannot look like these: inside a JSON string the quotes are escaped.
+# Text that a model or a client wrote cannot look like these, because quotes are escaped inside a JSON string.
 _COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s{0,8}:\s{0,8}(\d{1,12})')
 _COUNT_END = b'_tokens"'
-# Bytes before and behind the beginning of _COUNT_END that a count may have; and of any count together, or more.
+# A count has at most this many bytes before and after the beginning of _COUNT_END, and at most the third in total.
 _BEFORE, _BEHIND, _KEPT = 11, 40, 64
-# pt writes it into every event before the last, as OpenAI does, where usage is asked for. Some writers leave blanks.
+# If usage is asked for, pt writes this into every event before the last, as OpenAI does. Some writers leave blanks.
 _NO_USAGE_YET = re.compile(rb',\s?"usage":\s?null\}')
-# How a stream of events begins; JSON does not.
+# A stream of events begins with one of these, and JSON does not.
 _STREAM = (b"data:", b"event:", b"id:", b"retry:", b":")
 
-# Endpoints whose streams tell their usage only on demand, in an event of its own without choices.
+# Streams of these endpoints report their usage only on demand, in an event of its own without choices.
 ON_DEMAND = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
@@ -38,14 +39,14 @@ _EVENT = msgspec.json.Decoder(_Event)
 
 
 def estimate_tokens(body_bytes: int, max_tokens: int | None = None, answers: int = 1) -> int:
-    """Tokens that a request may take, before it runs: its body's length in tokens, and what its answers may have."""
+    """Returns the tokens that a request may take: its body's length in tokens, and what its answers may have."""
     return body_bytes // BYTES_PER_TOKEN + max(0, max_tokens or 0) * answers
 
 
 def asking(path: str, seen: Peek, body: RequestBody) -> RequestBody | None:
-    """The body, asking for the stream's usage; None where it does so itself, or cannot. `path` is the endpoint's.
+    """Returns the body with a demand for the stream's usage, or None if it has one or cannot. `path` is the endpoint's.
 
-    Raises InvalidRequest for a body that is no JSON object.
+    Raises InvalidRequest for a body that is not a JSON object.
     """
     options = seen.stream_options
     if path not in ON_DEMAND or not is_true(seen.stream) or not isinstance(options, dict | None):
@@ -53,13 +54,13 @@ def asking(path: str, seen: Peek, body: RequestBody) -> RequestBody | None:
     options = dict(options or {})
     if is_true(options.get("include_usage")):
         return None
-    # vLLM tells usage in every event where both are set, and here the client gets none.
+    # vLLM reports usage in every event if both are set, and here the client gets none.
     options.pop("continuous_usage_stats", None)
     return body.with_fields(stream_options={**options, "include_usage": True})
 
 
 def without_usage(events: bytes) -> bytes:
-    """Whole events, without the one that has nothing but usage."""
+    """Returns whole events without the one that has nothing but usage."""
     if b'"usage"' not in events:
         return events
     blocks = _NO_USAGE_YET.sub(b"}", events).split(b"\n\n")
@@ -77,10 +78,10 @@ def _is_usage(block: bytes) -> bool:
 
 
 class Usage:
-    """What an answer says of its tokens, wherever in it that stands: engines put long fields behind it.
+    """Reads what an answer says of its tokens, wherever that is, since engines put long fields after it.
 
-    Looks at each byte once and keeps few. `total` is the largest that was said, as some answers repeat what the client
-    wrote, which is not to make them cheaper; of the other two, which are for the metrics, the last counts.
+    It looks at each byte once and keeps few. `total` is the largest figure, because some answers repeat what the client
+    wrote, which must not make them cheaper. The last one counts for the other two, which are for the metrics.
     """
 
     def __init__(self) -> None:
@@ -108,9 +109,9 @@ class Usage:
 
 
 class UsageMeter:
-    """Looks at an answer on its way to its client.
+    """Meters an answer on its way to its client.
 
-    `prompt_tokens` is a guess. `is_hidden`: the client did not ask for the usage.
+    `prompt_tokens` is a guess. `is_hidden` means that the client did not ask for the usage.
     """
 
     def __init__(self, prompt_tokens: int = 0, is_hidden: bool = False):
@@ -123,7 +124,7 @@ class UsageMeter:
         self._half = bytearray()
 
     def feed(self, piece: bytes) -> bytes:
-        """Takes the next piece of the body. Returns what the client gets of it."""
+        """Takes the next piece of the body, and returns what the client gets of it."""
         self.usage.feed(piece)
         if not self._bytes:
             self._is_stream = piece.startswith(_STREAM)
@@ -132,17 +133,17 @@ class UsageMeter:
         return self._shown(piece) if self._is_hidden else piece
 
     def rest(self) -> bytes:
-        """Returns what came after the last whole event, at the end."""
+        """Returns what came after the last whole event when the answer has ended."""
         self._has_ended = True
         half = bytes(self._half)
         self._half.clear()
         return half
 
     def total_tokens(self, estimate: int = 0) -> int | None:
-        """What the engine said; else what the answer shows, if that is more than was estimated; else None.
+        """Returns what the engine said, or else what the answer shows if that is more than the estimate, or else None.
 
-        Nearly each event of a stream has a token or more. Another answer is counted by its length, as a prompt is. An
-        answer that was cut may have said only what its client wrote, so it costs no less than it shows.
+        Nearly every event of a stream has a token or more. Other answers are counted by their length, as prompts are.
+        An answer that was cut may have said only what its client wrote, so it costs no less than it shows.
         """
         shown = self._events if self._is_stream else self._bytes // BYTES_PER_TOKEN
         counted, said = self._prompt_tokens + shown, self.usage.total
@@ -151,7 +152,7 @@ class UsageMeter:
         return counted if shown and counted > estimate else None
 
     def _shown(self, piece: bytes) -> bytes:
-        """Whole events, without those that are hidden. The end of one may be cut itself."""
+        """Returns whole events without those that are hidden. The end of an event may be cut itself."""
         unsearched = max(0, len(self._half) - 1)
         self._half += piece
         end = self._half.rfind(b"\n\n", unsearched) + 2
@@ -163,6 +164,6 @@ class UsageMeter:
 
 
 def metered(path: str, seen: Peek, body: RequestBody) -> tuple[RequestBody, UsageMeter]:
-    """The body to send on, and what looks at its answer. Raises InvalidRequest."""
+    """Returns the body to send on, and the meter of its answer. Raises InvalidRequest."""
     asked = asking(path, seen, body)
     return (body if asked is None else asked), UsageMeter(estimate_tokens(len(body.content)), asked is not None)

@@ -134,7 +134,7 @@ def test_a_key_opens_only_its_models() -> None:
     first, second = some.keys
     first.require("y")
     second.require("z")
-    with pytest.raises(Forbidden, match="'a' may not use the model 'z', only: x, y") as caught:
+    with pytest.raises(Forbidden, match="'a' may not use the model 'z', only x, y") as caught:
         first.require("z")
     error = caught.value
     assert (error.status, error.code, error.param) == (403, "model_not_allowed", "model")
@@ -143,8 +143,8 @@ def test_a_key_opens_only_its_models() -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("{name: a}", "keys[0].sha256: is missing. Make the hash with: printf"),
-        ("{sha256: H1}", "keys[0].name: is missing"),
+        ("{name: a}", "keys[0].sha256: it is missing. Make the hash with: printf"),
+        ("{sha256: H1}", "keys[0].name: it is missing"),
         ("{name: a b, sha256: H1}", "keys[0].name: must be 1 to 64 letters"),
         ("{name: 'env:0', sha256: H1}", "keys[0].name: must be 1 to 64 letters"),
         ("{name: 5, sha256: H1}", "keys[0].name: must be"),
@@ -161,7 +161,7 @@ def test_a_key_opens_only_its_models() -> None:
         ),
         ("{name: a, key: sk-secret}", "keys[0].key: plain keys are not stored. Write sha256 instead."),
         ("{name: a, sha256: H1, name: b}", "not valid YAML in line 2: 'name' is written twice"),
-        ("sk-secret", "keys[0]: must be a mapping"),
+        ("sk-secret", "keys[0]: it must be a mapping"),
         ("{name: a, sha256: 'sk-secret}", "not valid YAML in line"),
         ("{name: a, sha256: H1, models: !x [sk-secret]}", "not valid YAML in line 2"),
     ],
@@ -215,7 +215,7 @@ def test_a_variable_that_is_set_and_empty_is_a_mistake(monkeypatch: pytest.Monke
     monkeypatch.delenv("SERVE_APP_API_KEYS", raising=False)
     monkeypatch.delenv("SERVE_APP_API_KEYS_FILE", raising=False)
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"{name}: is set and empty"):
+    with pytest.raises(ConfigError, match=f"{name}: it is set but empty"):
         configured_keys()
 
 

@@ -11,7 +11,7 @@ from serve_app.errors import ConfigError
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://head:10001", "local", "nonsense", "head:", "a:b"])
 def test_what_is_no_address_of_a_head_is_refused(address: str) -> None:
     """Ray would raise, or start a cluster of its own for `local`."""
-    with pytest.raises(ConfigError, match="is not HOST:PORT of Ray's head"), connected(address):
+    with pytest.raises(ConfigError, match="Write HOST:PORT of Ray's head"), connected(address):
         pass
 
 

@@ -75,22 +75,24 @@ def test_a_lost_node_is_named_with_what_is_missing() -> None:
     assert not status.is_whole
     text = report(status)
     assert "gone: b (bbbbbbbb): health check failed" in text
-    assert "A replica needs 10.00 GiB of GPU 0, 1 CPU on one node, and no living node has that: a: 8 CPUs" in text
+    assert "A replica needs 10.00 GiB of GPU 0, 1 CPU on one node, and no living node has it: a: 8 CPUs" in text
     assert text.endswith("Some models have fewer replicas than they should.")
 
 
 def test_what_others_have_taken_is_told_with_what_is_left() -> None:
     """Ray has the GPU, and not enough of it now."""
     (found,) = seen(1, 2).models
-    assert found.missing.endswith("or others use that now. The nodes have this left: a: 8 CPUs, GPU 0: 4 GiB.")
+    assert found.missing.endswith(
+        "or others use these resources now. The nodes have this left: a: 8 CPUs, GPU 0: 4 GiB."
+    )
 
 
 @pytest.mark.parametrize(
     ("asked", "left", "expected"),
     [
         ({"CPU": 1}, node(cpus=2), ""),  # starting, or about to
-        ({"CPU": 4}, node(cpus=2), "or others use that now"),
-        ({"GPU": 2, "CPU": 1}, node(cpus=2), "no living node has that"),
+        ({"CPU": 4}, node(cpus=2), "or others use these resources now"),
+        ({"GPU": 2, "CPU": 1}, node(cpus=2), "no living node has it"),
     ],
 )
 def test_missing_resources(asked: dict[str, float], left: Node, expected: str) -> None:

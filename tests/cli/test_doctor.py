@@ -212,7 +212,7 @@ def test_nodes_without_serves_settings_are_a_fact_and_no_problem() -> None:
     """`serve-app run` hands them over; `serve deploy` does not, which `serve-app check` says of a file."""
     machine = replace(GOOD, cluster=(node(gpus=2),), without_settings={"10.0.0.1": 13})
     assert (
-        "Ray node      10.0.0.1 was started without 13 of Serve's settings; `serve-app run` hands them over"
+        "Ray node      10.0.0.1 was started without 13 of Serve's settings; `serve-app run` passes them on"
         in facts_of(machine)
     )
     assert problems_of(machine) == []

@@ -272,7 +272,7 @@ def test_the_batch_of_transformers_is_the_number_of_rows_of_pt(size: str, rows: 
     """Without a limit is not possible, and has a note."""
     made = of(f"--max_batch_size {size}")
     assert made.args.get("max_num_seqs") == rows
-    assert (rows is None) == any("without a limit" in note for note in made.notes)
+    assert (rows is None) == any("there is always a limit here" in note for note in made.notes)
 
 
 def test_a_seed_is_for_each_request_with_pt() -> None:
@@ -332,7 +332,7 @@ def test_the_last_of_two_equal_arguments_counts() -> None:
     """As in swift, and with a note."""
     made = of("--port 1000 --port 2000")
     assert made.http_port == 2000
-    assert note_about(made, "--port: is given twice")
+    assert note_about(made, "--port: it is given twice")
 
 
 def test_an_unknown_argument_names_the_nearest_one() -> None:
@@ -368,9 +368,9 @@ def test_the_name_fits_a_route(arguments: str, name: str) -> None:
         ("--model /srv/m", "args.json"),
         ("--model org/m --model_revision master", "called main"),
         ("--model org/m", "trust_remote_code: true"),
-        ("--model org/m", "set num_gpus"),
-        ("--model $MODEL", "$MODEL: the shell's variables"),
-        ("--model org/m > log.txt 2>&1 &", "'> log.txt >& 1 &': is the shell's"),
+        ("--model org/m", "Set num_gpus"),
+        ("--model $MODEL", "$MODEL: the values of shell variables"),
+        ("--model org/m > log.txt 2>&1 &", "'> log.txt >& 1 &': this part is for the shell"),
     ],
 )
 def test_what_swift_does_by_itself_is_told(arguments: str, told: str) -> None:
@@ -397,17 +397,17 @@ def test_the_command_is_known_in_all_its_forms(program: str) -> None:
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        ("swift sft --model m", "not a `swift deploy` command: 'swift sft"),
+        ("swift sft --model m", "'swift sft --model m' is not a `swift deploy` command"),
         ("vllm serve m", "not a `swift deploy` command"),
         ("", "not a `swift deploy` command"),
         ("swift deploy --port 8000", "has no --model"),
         ("swift deploy --adapters out/checkpoint-1", "args.json.*Add --model"),
-        ("swift deploy --model", "--model: has no value"),
+        ("swift deploy --model", "--model: it has no value"),
         ("swift deploy config.yaml", "arguments in a file are not read"),
-        ("swift deploy --model m --infer_backend tgi", "unknown 'tgi'. swift has pt, transformers"),
+        ("swift deploy --model m --infer_backend tgi", "'tgi' is unknown. swift has pt, transformers"),
         ("swift deploy --model m --system 'a", "Close every quote"),
         ("swift deploy --model m --port eighty", "--port: 'eighty' is not a number"),
-        ("swift deploy --model m --torch_dtype a b", "--torch_dtype: takes one value, but has 2"),
+        ("swift deploy --model m --torch_dtype a b", "--torch_dtype: it takes one value, but has 2"),
         ("swift deploy --model m --infer_backend vllm --vllm_enforce_eager maybe", "neither true nor false"),
         ("swift deploy --model m --max_memory file.json", "is not a mapping"),
     ],

@@ -148,7 +148,7 @@ def test_diff_says_what_a_changed_file_would_do(tmp_path: Path, capsys: pytest.C
     assert told[:3] == ["  a: stays as it is", "- b: stops", "+ c: starts"]
     assert main(["diff", old, large, "--gpus", "24GiB"]) == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("! a: restarts, replica by replica; streams go on")
+    assert told[0].startswith("! a: restarts replica by replica; streams continue")
     assert told[1] == "      args.max_memory.0: 2GB → 30GB"
     assert told[-1].startswith("does not fit: a: ")
     assert main(["diff", old, str(tmp_path / "none.yaml")]) == 2
@@ -168,10 +168,10 @@ def test_the_routers_user_config_is_checked_too(tmp_path: Path, capsys: pytest.C
     assert main(["check", str(file)]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: router: ")]
     assert notes == [
-        "note: router: aliases.a: this file has no model called 'b'.",
-        "note: router: fallbacks.a: this file has no model called 'none'.",
-        "note: router: default_model: this file has no model called 'ghost'.",
-        "note: router: aliases.a: hides the model of that name.",
+        "note: router: aliases.a: this file has no model named 'b'.",
+        "note: router: fallbacks.a: this file has no model named 'none'.",
+        "note: router: default_model: this file has no model named 'ghost'.",
+        "note: router: aliases.a: the alias hides the model of that name.",
     ]
 
 
@@ -194,5 +194,5 @@ def test_a_policy_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
         "applications:\n- name: a\n  import_path: serve_app.app:model\n  deployments:\n  - name: Model\n"
         "    autoscaling_config: {policy: {policy_function: 'serve_app.replica.autoscaling:by_engin_load'}}\n"
     )
-    with pytest.raises(ConfigError, match="Ray Serve refuses it: .*by_engin_load"):
+    with pytest.raises(ConfigError, match="Ray Serve refuses this file: .*by_engin_load"):
         check_module.require_serves_schema(file)

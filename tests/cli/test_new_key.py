@@ -34,5 +34,5 @@ def test_a_name_that_the_file_would_refuse_is_refused_here(capsys: pytest.Captur
     assert main(["new-key", "team a"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "'team a' is no name for a key: it must be 1 to 64 letters" in err
+    assert "'team a' cannot be the name of a key: it must be 1 to 64 letters" in err
     assert "sk-" not in err

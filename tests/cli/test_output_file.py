@@ -56,7 +56,7 @@ def test_a_race_for_the_name_is_lost_with_an_error(tmp_path: Path) -> None:
     """The file that somebody made meanwhile stays, and no temporary one does."""
     file = tmp_path / "x.yaml"
     file.write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="this file exists already"):
         write_file(file, "theirs", replace=False)
     assert file.read_text() == "mine"
     with pytest.raises(ConfigError, match="No such file"):

@@ -191,7 +191,7 @@ def test_a_failed_start_stops_no_serve_that_was_there(world: World) -> None:
         world.instead["deploy"] = failing(error)
         assert runner(StartView(stream), ADDRESS).run() == code
         assert world.calls == ["ray.init", "serve.start", "deploy", "ray.shutdown"]
-        assert f"leaves the Serve at {ADDRESS} running" in stream.getvalue()
+        assert f"leaving the Serve at {ADDRESS} running" in stream.getvalue()
 
 
 def test_a_serve_that_was_taken_over_ends_with_the_run(world: World) -> None:
@@ -200,13 +200,13 @@ def test_a_serve_that_was_taken_over_ends_with_the_run(world: World) -> None:
     world.applications = {"b": {"status": "RUNNING"}, "old": {"status": "DELETING"}}
     assert runner(StartView(stream), ADDRESS).run() == 0
     assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
-    assert "takes over b: " in stream.getvalue()
+    assert "taking over b: " in stream.getvalue()
 
 
 def test_applications_that_the_file_lacks_are_not_ended_unasked(world: World) -> None:
     """Serve would remove them in silence. --replace names them and goes on."""
     world.applications = {"b": {"status": "RUNNING"}, "theirs": {"status": "RUNNING"}}
-    with pytest.raises(ConfigError, match="its applications theirs: .*--replace"):
+    with pytest.raises(ConfigError, match="its applications theirs, so they would end.*--replace"):
         runner(joins=ADDRESS).run()
     assert world.calls == ["ray.init", "ray.shutdown"]
     stream = io.StringIO()

@@ -121,7 +121,7 @@ def test_the_end_says_what_serves_where_and_what_does_not() -> None:
 def test_without_a_router_the_routes_are_told(router: list[ApplicationState]) -> None:
     """An address by name that nobody answers is not promised."""
     lines = closing_lines(states(*router, READY), "http://h:1", ["router"], is_open=True)
-    assert lines[0] == "1 of 1 models serve by their own routes; no router serves by name"
+    assert lines[0] == "1 of 1 models serve by their own routes, and no router serves by name"
     assert "a: http://h:1/models/a/v1" in lines
     assert not any("curl" in line for line in lines)
     assert any("serve deploy" in line for line in lines) == bool(router)

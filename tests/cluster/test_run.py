@@ -97,7 +97,7 @@ def test_serve_app_run_serves_and_stops_with_a_clean_terminal(broken_folder: Pat
         assert len(failures) == 1
         assert "cannot read" in failures[0]
         assert "Traceback" not in output
-        before = output.split("mend the config file")[0].splitlines()
+        before = output.split("correct the config file")[0].splitlines()
         assert [line for line in before if not OWN_LINE.fullmatch(line)] == []
         log = run.log_of_libraries()
         assert "ServeReplica:tiny-pt" in log.read_text(), "what replicas print is kept"

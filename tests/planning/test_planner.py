@@ -209,7 +209,7 @@ MESSAGES = [
         [request(infer_backend="pt", max_memory={0: "600MB"}, max_model_len=2048)],
         "24GiB",
         "over_commit",
-        "The model's first block takes 1.02 GiB, and n1:0 has 0.0 MiB left after context and activations.",
+        "The model's first block takes 1.02 GiB, but n1:0 has 0.0 MiB left after context and activations.",
         "max_memory: {0: 16.5GB}",
     ),
     (
@@ -253,7 +253,7 @@ MESSAGES = [
         [request(infer_backend="pt", max_memory={2: "9GB"})],
         "2x24GiB",
         "no_device",
-        "max_memory names GPU 2, and no node has that GPU. The largest node has 2.",
+        "max_memory names GPU 2, but no node has that GPU. The largest node has 2.",
         None,
     ),
     (
@@ -261,7 +261,8 @@ MESSAGES = [
         "24GiB",
         "utilization",
         "gpu_memory_utilization: 0.5 takes 12.00 GiB of n1:0, and the CUDA context, which vLLM does not count, "
-        "563.2 MiB more; num_gpus: 0.5 is 12.00 GiB. Shares of one GPU must leave room for each one's context.",
+        "takes 563.2 MiB more, but num_gpus: 0.5 is 12.00 GiB. Shares of one GPU must leave room for each one's "
+        "context.",
         "engine_args: {gpu_memory_utilization: 0.47}",
     ),
     (
@@ -274,7 +275,7 @@ MESSAGES = [
         "8GiB,24GiB",
         "utilization",
         "gpu_memory_utilization: 0.6 takes 14.40 GiB of n1:1, and the CUDA context, which vLLM does not count, "
-        "563.2 MiB more; n1:1 has ",
+        "takes 563.2 MiB more, but n1:1 has ",
         None,
     ),
     (
@@ -527,7 +528,7 @@ def test_what_goes_to_the_cpu_must_be_there() -> None:
     gpu, host = Device("n1", 0, "GPU", 8 * GIB, 8 * GIB), Device("n1", None, "memory", 8 * GIB, 8 * GIB)
     spilled = request(infer_backend="pt", max_memory={0: "5GB", "cpu": "100GB"}, max_model_len=512)
     (found,) = make_plan([spilled], Inventory((gpu, host))).problems
-    assert "would go to the CPU, and n1 has 8.00 GiB" in found.message
+    assert "would go to the CPU, but n1 has 8.00 GiB" in found.message
     assert make_plan([spilled], Inventory((gpu,))).fits
     assert codes([request(infer_backend="pt", max_memory={0: "5GB", "cpu": "1GB"}, max_model_len=512)], "8GiB")
 

@@ -28,7 +28,7 @@ async def test_a_wait_is_told_and_ends_with_who_holds_the_lock(tmp_path: Path) -
         with pytest.raises(EngineError, match=f"pid {os.getpid()} has held the start lock of GPU GPU-b for 0.3 s"):
             async with starting_alone(["GPU-b"], told.append, timeout_s=0.3, folder=tmp_path):
                 pass
-    assert told == [f"waits for another engine that starts on GPU GPU-b (pid {os.getpid()})"]
+    assert told == [f"waiting for another engine that starts on GPU GPU-b (pid {os.getpid()})"]
     async with asyncio.timeout(1), starting_alone(["GPU-b"], told.append, folder=tmp_path):
         pass
 

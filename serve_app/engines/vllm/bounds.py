@@ -1,8 +1,8 @@
-"""The numbers of a request, held to bounds in whatever way they are written. Pure.
+"""Holds the numbers of a request to bounds, in whatever way they are written. It is pure.
 
 vLLM reads its fields with pydantic, which takes " +1_0 " and "5.0" for numbers, and passes them on to its engine's
-process, where a number that does not fit the engine's arrays is an error that ends everybody's answers. So each of
-these fields is read here by pydantic too, and then bounded. What pydantic does not take, vLLM refuses in its own words.
+process, where a number that does not fit the engine's arrays is an error that ends all answers. So pydantic reads each
+of these fields here too, and then it is bounded. What pydantic does not take, vLLM refuses in its own words.
 """
 
 import math
@@ -14,11 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from serve_app.errors import InvalidRequest
 
-# Bytes of JSON of one number. What is written longer is none.
+# A number has at most this many bytes of JSON. A longer text is not a number.
 MOST_NUMBER_BYTES = 100
 # vLLM packs whole numbers into 64 bits.
 MOST_WHOLE = 2**63
-# Choices of one prompt, as with OpenAI; vLLM would take 16,384 of them.
+# One prompt may have this many choices, as with OpenAI. vLLM would take 16,384 of them.
 MOST_CHOICES = 128
 # The choices of one prompt have seeds that follow each other, and the engine keeps them in 64 bits.
 MOST_SEED = MOST_WHOLE - MOST_CHOICES
@@ -31,10 +31,10 @@ WHOLE_NUMBERS = frozenset({
 FRACTIONS = frozenset({
     "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "length_penalty",
 })  # fmt: skip
-# Numbers in a list. The engine has arrays of this length for each request; that of the ids that stop has 128 places, of
-# which the model's own ends take some.
+# A list may have this many numbers. The engine has arrays of this length for each request. The one for stop ids has 128
+# places, of which the model's own take some.
 MOST_IN_LIST = {"stop_token_ids": 100, "allowed_token_ids": 1024, "logprob_token_ids": 128}
-# Of `repetition_detection`. Each token is compared with that many patterns, between two steps of the engine.
+# These bound `repetition_detection`. Each token is compared with that many patterns between two steps of the engine.
 MOST_IN_REPETITION = {"max_pattern_size": 64, "min_pattern_size": 64, "min_count": 64}
 
 Number = TypeVar("Number", int, float)
@@ -44,7 +44,7 @@ _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def require_bounded_numbers(fields: Mapping[str, msgspec.Raw]) -> None:
-    """Raises InvalidRequest that names the field."""
+    """Raises InvalidRequest, which names the field, if a number is out of bounds."""
     for name, value in fields.items():
         if name in WHOLE_NUMBERS:
             _require_whole(name, value, MOST_SEED if name == "seed" else MOST_WHOLE)
@@ -59,7 +59,7 @@ def require_bounded_numbers(fields: Mapping[str, msgspec.Raw]) -> None:
 def _require_cheap(repetition: msgspec.Raw) -> None:
     try:
         parts = _FIELDS.decode(repetition)
-    except ValueError:  # Text that is no UTF-8, which vLLM refuses.
+    except ValueError:  # The text is not UTF-8, which vLLM refuses.
         return
     for part, number in parts.items():
         if part in MOST_IN_REPETITION:
@@ -81,16 +81,16 @@ def _require_fraction(name: str, value: msgspec.Raw) -> None:
 def _require_short(name: str, value: msgspec.Raw, most: int) -> None:
     count = bytes(value).count(b",") + 1
     if count > most:
-        raise InvalidRequest(f"'{name}' has {count} entries, and at most {most} are taken.", param=name)
+        raise InvalidRequest(f"'{name}' has {count} entries, but at most {most} are allowed.", param=name)
 
 
 def _read(name: str, value: msgspec.Raw, reader: TypeAdapter[Number]) -> Number | None:
-    """As vLLM reads it; None for what vLLM refuses, and where the field is left out."""
+    """Returns the value as vLLM reads it, or None if vLLM refuses it or the field is left out."""
     if len(bytes(value)) > MOST_NUMBER_BYTES:
-        raise InvalidRequest(f"'{name}' must be a number, of at most {MOST_NUMBER_BYTES} characters.", param=name)
+        raise InvalidRequest(f"'{name}' must be a number of at most {MOST_NUMBER_BYTES} characters.", param=name)
     try:
         return reader.validate_python(msgspec.json.decode(value))
     except ValidationError:
         return None
-    except ValueError:  # 1e999, which Python reads as infinity; or text that is no UTF-8.
+    except ValueError:  # The text is not UTF-8, or is 1e999, which Python reads as infinity.
         raise InvalidRequest(f"'{name}' must be a finite number.", param=name) from None

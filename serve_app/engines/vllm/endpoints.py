@@ -1,12 +1,12 @@
-"""Which of vLLM's endpoints take requests here. Pure.
+"""Decides which of vLLM's endpoints take requests here. It is pure.
 
 vLLM has others, for its operators and for other vendors' clouds. What their bodies ask for is neither counted by keys'
-limits nor bounded by the guard, and some stop the engine for everybody; so what is not named here is not served.
+limits nor bounded by the guard, and some stop the engine for all clients, so only the endpoints named here are served.
 """
 
 from serve_app.errors import InvalidRequest
 
-# Methods without a body.
+# These methods have no body.
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 SERVED = frozenset({
@@ -17,9 +17,9 @@ SERVED = frozenset({
 
 
 def require_served(method: str, path: str) -> None:
-    """Raises InvalidRequest. `path` is that of the endpoint, which vLLM redirects where a slash is at its end."""
+    """Raises InvalidRequest for another endpoint. vLLM redirects a `path` that ends with a slash."""
     if method not in READING and path.removesuffix("/") not in SERVED:
         raise InvalidRequest(
-            f"{method} {path} is not served: keys' limits and the bounds of a request do not know what it asks for. "
-            f"Served are {', '.join(sorted(SERVED))}, as far as the model does what they ask for."
+            f"{method} {path} is not served, because keys' limits and the bounds of a request do not know what it asks "
+            f"for. These are served if the model does what they ask for: {', '.join(sorted(SERVED))}."
         )

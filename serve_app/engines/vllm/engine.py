@@ -1,8 +1,8 @@
-"""vLLM: its own ASGI application around its own async engine.
+"""Runs vLLM's own ASGI application around its own async engine.
 
-The endpoints of vLLM's server that `endpoints.py` names are served unchanged. What vLLM calls its command line
-arguments is the interface here: they are written to a YAML file and read by vLLM's own parser, so `engine_args` means
-what it means to `vllm serve`.
+The endpoints of vLLM's server that `endpoints.py` names are served unchanged. The interface is vLLM's command line
+arguments: they are written to a YAML file and read by vLLM's own parser, so `engine_args` means what it means to
+`vllm serve`.
 """
 
 import asyncio
@@ -35,27 +35,27 @@ from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnav
 from serve_app.planning.fit import VLLM_CPU_KV_BYTES
 from serve_app.wire.openai_errors import error_response
 
-# On the CPU vLLM takes 92 % of its NUMA node's memory unless this says less.
+# On the CPU vLLM takes 92 % of its NUMA node's memory unless this variable sets less.
 DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
 
 
-# Seconds that vLLM has to abort a request whose client has left, before its task is cancelled.
+# vLLM has this many seconds to abort a request whose client has left before its task is cancelled.
 ABORT_GRACE_S = 5.0
 
-# Hosts from which vLLM may fetch images, audio and video. It takes an empty list for "any", so the only one here is a
-# name that can never exist (RFC 2606); vLLM's refusal shows it to the client. Media in `data:` URLs need no host.
+# vLLM may fetch images, audio and video from these hosts. It takes an empty list for "any", so the only one here is a
+# name that can never exist (RFC 2606), which vLLM's refusal shows to the client. Media in `data:` URLs need no host.
 NO_MEDIA_HOSTS = ["media-urls-are-closed.invalid"]
 
-# llguidance bounds the work of every mask and of a format's size. xgrammar, vLLM's usual choice, bounds neither: a
-# regular expression of 6 kB stops its engine for everybody. As with xgrammar, an object has its own properties only.
+# llguidance bounds the work of every mask and the size of a format. xgrammar, vLLM's usual choice, bounds neither: a
+# regular expression of 6 kB stops its engine for all clients. As with xgrammar, an object has only its own properties.
 BOUNDED_FORMATS = {"backend": "guidance", "disable_additional_properties": True}
 
-# Seconds. The engine answers between two steps.
+# This is in seconds. The engine answers between two steps.
 MEMORY_TIMEOUT_S = 30.0
 
 
 class VllmEngine:
-    """vLLM's engine and server application for one model."""
+    """Runs vLLM's engine and server application for one model."""
 
     def __init__(self, config: ModelConfig, name: str):
         self._config = config
@@ -76,8 +76,8 @@ class VllmEngine:
     async def _build(self, args: Namespace) -> ASGIApp:
         self._client = await self._stack.enter_async_context(vllm_internals.running_engine(args))
         handlers: dict[type[Exception], vllm_internals.Handler] = {
-            vllm_internals.engine_dead_error(): self._engine_died,  # vLLM says 500, as of a bad request.
-            StarletteHTTPException: _no_such_route,  # vLLM handles FastAPI's only.
+            vllm_internals.engine_dead_error(): self._engine_died,  # vLLM would answer 500, as for a bad request.
+            StarletteHTTPException: _no_such_route,  # vLLM handles only FastAPI's.
             RecursionError: _too_deep,
         }
         if not vllm_internals.transfers_caches(args):
@@ -92,12 +92,13 @@ class VllmEngine:
         return Guard(model.max_model_len, longest, token_counter(tokenizer), reads_media=model.is_multimodal_model)
 
     async def _engine_died(self, _: Request, error: Exception) -> Response:
-        """503, so that the router sends the request to another replica; the health check has this one replaced."""
+        """Answers 503, so that the router sends the request to another replica. The health check has this one
+        replaced."""
         self._server.should_exit = True
         return error_response(ModelUnavailable(f"vLLM's engine has died: {error}", retry_after_s=5.0))
 
     async def check_health(self) -> None:
-        """Asks vLLM, which knows when its engine process has died."""
+        """Asks vLLM, which knows whether its engine process has died. Raises EngineError if it has."""
         if self._server.should_exit:
             raise EngineError("vLLM's engine has died. The replica will be replaced.")
         try:
@@ -106,18 +107,19 @@ class VllmEngine:
             raise EngineError(f"vLLM's engine is dead: {error}. The replica will be replaced.") from error
 
     def load(self) -> float:
-        """Requests that run or wait, to `max_num_seqs`; or the KV cache's use, if that is more. From vLLM's gauges."""
+        """Returns the larger of two figures of vLLM's gauges: requests that run or wait, as a share of `max_num_seqs`,
+        and the use of the KV cache."""
         now = vllm_internals.gauges()
         requests = now[vllm_internals.RUNNING] + now[vllm_internals.WAITING]
         return max(requests / vllm_internals.most_rows(self._client), now[vllm_internals.CACHE_USE])
 
     async def memory(self) -> list[RankMemory]:
-        """Asks every rank's process."""
+        """Returns what the process of every rank reports. Raises EngineError if vLLM does not answer."""
         try:
             async with asyncio.timeout(MEMORY_TIMEOUT_S):
                 answers = await vllm_internals.ask_ranks(self._client, "serve_app_memory")
         except Exception as error:
-            raise EngineError(f"vLLM does not say what it holds: {_reason(error)}") from error
+            raise EngineError(f"vLLM does not report what it holds: {_reason(error)}") from error
         return [RankMemory(**answer) for answer in answers]
 
     async def stop(self) -> None:
@@ -126,8 +128,8 @@ class VllmEngine:
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], int]:
-    """How many tokens vLLM makes of a text that stands alone, for any thread. A tokenizer of Hugging Face's serves one
-    thread at a time, so this one is a copy behind a lock."""
+    """Returns a function for any thread that counts the tokens that vLLM makes of a text alone. A tokenizer of Hugging
+    Face's serves one thread at a time, so this one is a copy behind a lock."""
     own, lock = copy.deepcopy(tokenizer), threading.Lock()
 
     def count(text: str) -> int:
@@ -138,7 +140,8 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
-    """vLLM has the routes of the model's own tasks only: no embeddings of a model that generates text."""
+    """Answers 404 or 405. vLLM has only the routes of the model's tasks, so a model that generates text has no
+    embeddings."""
     assert isinstance(error, StarletteHTTPException)
     text = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code in (404, 405):
@@ -149,8 +152,9 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 
 
 async def _format_ended(_: Request, __: Exception) -> Response:
-    """vLLM says 500 where its scheduler ends one request by an error. Without transfers of caches between engines that
-    is an output format which grew beyond what llguidance follows, or which the request's other fields contradict."""
+    """Answers 400 where vLLM would answer 500, because its scheduler ends a request by an error. Without transfers of
+    caches between engines, the cause is an output format that grew beyond what llguidance follows, or that the
+    request's other fields contradict."""
     return error_response(
         InvalidRequest(
             "vLLM could not follow the output format to its end: it is too large, or fields such as bad_words, "
@@ -160,8 +164,9 @@ async def _format_ended(_: Request, __: Exception) -> Response:
 
 
 async def _too_deep(_: Request, __: Exception) -> Response:
-    """vLLM bounds no nesting, of bodies and of the JSON in their strings: Python's own bound is no error of ours."""
-    return error_response(InvalidRequest("The request is nested too deep: its body, or JSON in one of its strings."))
+    """Answers 400. vLLM does not bound the nesting of bodies and of JSON in their strings, so Python's bound is
+    reached."""
+    return error_response(InvalidRequest("The request's body, or JSON in one of its strings, is nested too deep."))
 
 
 def disconnect_before_cancel(app: ASGIApp) -> ASGIApp:
@@ -199,7 +204,7 @@ def disconnect_before_cancel(app: ASGIApp) -> ASGIApp:
 
 
 def environment(config: ModelConfig) -> dict[str, str]:
-    """vLLM's environment variables for this replica; what the user has set wins."""
+    """Returns vLLM's environment variables for this replica, without those that the user has set."""
     settings = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -211,11 +216,11 @@ def environment(config: ModelConfig) -> dict[str, str]:
     }
     if config.device == "cpu":
         settings |= {
-            # Several engines on one machine: no core binding, bounded cache.
+            # Several engines share a machine, so there is no core binding, and the cache is bounded.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # vLLM compiles small functions of its sampler at their first use, for seconds in which nobody gets a token.
+            # vLLM compiles small functions of its sampler at their first use, and no client gets a token for seconds.
             "TORCH_COMPILE_DISABLE": "1",
-            # One process less: the worker runs inside the engine process.
+            # This saves a process, because the worker runs inside the engine process.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         if config.kv_cache_memory_bytes is None:
@@ -224,7 +229,7 @@ def environment(config: ModelConfig) -> dict[str, str]:
 
 
 def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
-    """The arguments of `vllm serve` for this model, by their long names. `engine_args` of the user come last."""
+    """Returns the arguments of `vllm serve` for this model by their long names. The user's `engine_args` come last."""
     tp = config.tensor_parallel_size or 1
     arguments: dict[str, Any] = {
         "model": config.model,
@@ -244,7 +249,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "worker-extension-cls": "serve_app.engines.vllm.worker.MemoryReport",
         "allowed-media-domains": NO_MEDIA_HOSTS,
         "structured-outputs-config": BOUNDED_FORMATS,
-        # The router and Ray log requests; vLLM's line per request costs time.
+        # The router and Ray log requests, and vLLM's line for each request costs time.
         "disable-uvicorn-access-log": True,
     }
     arguments |= {key.replace("_", "-"): value for key, value in config.engine_args.items()}
@@ -252,19 +257,20 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """One line. pydantic's errors have their sentence in `msg`; a dead engine process has its own in the log."""
+    """Returns the error in one line. pydantic's has its sentence in `msg`, and a dead engine process's is in the
+    log."""
     if isinstance(error, ValidationError):
         return " ".join(str(item["msg"]) for item in error.errors())
     text = " ".join(str(error).split())
     if vllm_internals.names_cause_above(text):
-        text += " The cause is in the log of the replica (serve logs are in /tmp/ray/session_latest/logs)."
+        text += " The cause is in the log of the replica (Serve's logs are in /tmp/ray/session_latest/logs)."
     return f"{type(error).__name__}: {text}"
 
 
 def _parse(arguments: dict[str, Any]) -> Namespace:
-    """vLLM's own reading of its arguments. Raises ConfigError with vLLM's words for an unknown or wrong one."""
+    """Returns the arguments as vLLM's own parser reads them. Raises ConfigError with vLLM's words for a wrong one."""
     parser = vllm_internals.argument_parser()
-    known = vllm_internals.option_names(parser)  # argparse would take the beginning of a name for the whole.
+    known = vllm_internals.option_names(parser)  # argparse would accept the beginning of a name.
     for name in arguments.keys() - known:
         raise ConfigError(f"engine_args: vLLM has no argument '{name}'.{nearest(name, known)}")
     complaint = io.StringIO()

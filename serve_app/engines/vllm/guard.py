@@ -1,8 +1,8 @@
-"""What a request may ask of vLLM, checked before vLLM reads it.
+"""Checks what a request asks of vLLM before vLLM reads it.
 
-vLLM builds a body's objects, counts its choices and tokenizes on the event loop that passes everybody's tokens on, and
-most of its bounds are far away. So a body is counted here first, on a thread, with the bounds that the pt engine has.
-What is in them goes to vLLM as it came.
+vLLM builds a body's objects, counts its choices and tokenizes on the event loop that passes all clients' tokens on, and
+most of its bounds are very large. So a body is counted here first, on a thread, with the bounds of the pt engine. A
+body within them goes to vLLM unchanged.
 """
 
 import codecs
@@ -23,36 +23,36 @@ from serve_app.wire.asgi import endpoint
 from serve_app.wire.body import Fields, RequestBody
 from serve_app.wire.openai_errors import error_response
 
-# Lists, objects and keys. Of messages vLLM's own reading takes some 0.2 ms each.
+# A body may have this many lists, objects and keys. vLLM takes some 0.2 ms to read a message.
 MOST_PARTS = 10_000
 MOST_BIASES = 1024
-# Prompts times choices.
+# This bounds prompts times choices.
 MOST_SEQUENCES = 1024
-# Bytes of JSON for one character: an escape as \uXXXX.
+# One character may take this many bytes of JSON, as the escape \uXXXX.
 ESCAPE_BYTES = 6
-# vLLM tokenizes each bad word with a space before it and without, and has room for so many tokens of one request. More
-# are an error in the engine's process, which ends everybody's answers.
+# vLLM tokenizes each bad word with a space before it and without, and has room for this many tokens of one request.
+# More are an error in the engine's process, which ends all answers.
 MOST_BAD_WORDS, MOST_BAD_WORDS_BYTES, MOST_BAD_WORDS_TOKENS = 128, 2**14, 1024
-# The end of an answer tells its usage. What it repeats of the request behind that may not push it out of sight.
+# The end of an answer has its usage. What it repeats of the request after that must not push it out of sight.
 MOST_USER_BYTES = 1024
 
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _TEXTS = msgspec.json.Decoder(list[str])
-# Fields that hold one prompt or several, and fields that become part of one.
+# These fields hold one prompt or several, and these become part of one.
 PROMPTS = ("prompt", "input", "documents", "queries", "items", "data_1", "data_2", "text_1", "text_2", "query")
 TEXTS = ("messages", "system", "instructions")
-# What may be asked for by false only.
+# These fields may only be false.
 NOT_SERVED = {
-    "use_beam_search": "Each of its steps is a round of new requests, without a bound that keys' limits would know.",
-    "enable_response_messages": "The answer would end with them, where its usage is looked for.",
+    "use_beam_search": "Each of its steps is a round of new requests, which keys' limits do not count.",
+    "enable_response_messages": "The answer would end with them, where its usage must be.",
 }
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The bounds of one model: tokens of its context, and characters of its longest token. `count_tokens` is how many
-    tokens vLLM makes of a text that stands alone. `reads_media` is whether its messages may bring images or sound,
-    which are long and are no tokens."""
+    """These are the bounds of one model: tokens of its context, and characters of its longest token. `count_tokens`
+    returns how many tokens vLLM makes of a text alone. `reads_media` says whether its messages may have images or
+    sound, which are long but are not tokens."""
 
     max_model_len: int
     longest_token: int
@@ -60,7 +60,7 @@ class Guard:
     reads_media: bool = False
 
     def check(self, body: RequestBody) -> None:
-        """Raises InvalidRequest that names the field. Takes time with a large body: not for the event loop."""
+        """Raises InvalidRequest that names the field. A large body takes time, so the event loop must not call this."""
         body.require_countable(most_parts=MOST_PARTS)
         fields = _fields(body)
         require_bounded_numbers(fields)
@@ -76,10 +76,10 @@ class Guard:
         if _bytes(fields, "structured_outputs")[:1] not in (b"{", b"n"):  # vLLM answers 500 to these.
             raise InvalidRequest("'structured_outputs' must be an object.", param="structured_outputs")
         if len(_bytes(fields, "user")) > MOST_USER_BYTES:
-            raise InvalidRequest(f"'user' may have {MOST_USER_BYTES} bytes.", param="user")
+            raise InvalidRequest(f"'user' may have at most {MOST_USER_BYTES} bytes.", param="user")
         for name, reason in NOT_SERVED.items():
             if _bytes(fields, name) not in (b"false", b"null"):
-                raise InvalidRequest(f"'{name}' is not served; leave it out. {reason}", param=name)
+                raise InvalidRequest(f"'{name}' is not served. Leave it out. {reason}", param=name)
         self._check_bad_words(_bytes(fields, "bad_words"))
 
     def _check_texts(self, fields: Fields) -> None:
@@ -91,8 +91,8 @@ class Guard:
         items = _prompts(prompts)
         if len(items) * choices > MOST_SEQUENCES:
             raise InvalidRequest(
-                f"The request asks for {len(items) * choices} sequences ({len(items)} prompts times n), and at most "
-                f"{MOST_SEQUENCES} are taken at once. Send several requests.",
+                f"The request asks for {len(items) * choices} sequences ({len(items)} prompts times n), but at most "
+                f"{MOST_SEQUENCES} are allowed at once. Send several requests.",
                 param="n" if len(items) == 1 else name,
             )
         for item in items:
@@ -102,18 +102,18 @@ class Guard:
 
     def _check_bad_words(self, words: bytes) -> None:
         if len(words) > MOST_BAD_WORDS_BYTES:
-            raise InvalidRequest(f"'bad_words' may have {MOST_BAD_WORDS_BYTES} bytes.", param="bad_words")
+            raise InvalidRequest(f"'bad_words' may have at most {MOST_BAD_WORDS_BYTES} bytes.", param="bad_words")
         try:
             texts = [word.lstrip() for word in _TEXTS.decode(words)]
         except ValueError:  # vLLM refuses it in its own words.
             return
         if len(texts) > MOST_BAD_WORDS:
-            raise InvalidRequest(f"'bad_words' may have {MOST_BAD_WORDS} entries.", param="bad_words")
+            raise InvalidRequest(f"'bad_words' may have at most {MOST_BAD_WORDS} entries.", param="bad_words")
         count = sum(self.count_tokens(text) + self.count_tokens(f" {text}") for text in texts)
         if count > MOST_BAD_WORDS_TOKENS:
             raise InvalidRequest(
-                f"'bad_words' are {count} tokens, with and without a space before each word, and at most "
-                f"{MOST_BAD_WORDS_TOKENS} are taken.",
+                f"'bad_words' are {count} tokens, with and without a space before each word, but at most "
+                f"{MOST_BAD_WORDS_TOKENS} are allowed.",
                 param="bad_words",
             )
 
@@ -129,16 +129,17 @@ class Guard:
 
 
 def _fields(body: RequestBody) -> Fields:
-    """Returns the fields of a JSON object as they stand there; none of a body that vLLM refuses in its own words."""
+    """Returns the fields of a JSON object as they are in the body, or none if vLLM refuses the body in its own
+    words."""
     try:
         return body.fields
     except InvalidRequest:
         content = body.content
         if content.startswith(codecs.BOM_UTF8) or b"\0" in content[:4]:  # Python's json reads these, and so does vLLM.
             raise InvalidRequest("The body must be JSON in UTF-8, without a byte order mark.") from None
-        if not content.lstrip().startswith(b"{"):  # A form, say, a list, or no body.
+        if not content.lstrip().startswith(b"{"):  # This may be a form, a list, or no body.
             return {}
-        raise  # vLLM would read NaN, which is no JSON, and so go past the checks.
+        raise  # vLLM would read NaN, which is not JSON, and so bypass the checks.
 
 
 def _bytes(fields: Fields, name: str) -> bytes:
@@ -146,7 +147,7 @@ def _bytes(fields: Fields, name: str) -> bytes:
 
 
 def _choices(fields: Fields) -> int:
-    """Reads `n`; vLLM would read "128" and 128.0 too."""
+    """Returns `n`. vLLM would also read "128" and 128.0."""
     text = _bytes(fields, "n")
     try:
         choices = msgspec.json.decode(text, type=int | None) if len(text) <= MOST_NUMBER_BYTES else text
@@ -157,7 +158,7 @@ def _choices(fields: Fields) -> int:
     return 1 if choices is None else choices
 
 
-# A list of texts, of lists or of objects, however many spaces are before the first.
+# This matches a list of texts, of lists or of objects, however many spaces are before the first one.
 SEVERAL = re.compile(rb"\[\s*[\"\[{]")
 
 
@@ -170,7 +171,7 @@ def _prompts(prompts: msgspec.Raw) -> list[bytes]:
 
 
 def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
-    """Puts the guard in front of the application. It stands behind `replica/whole_body.py`: that has read the body.
+    """Returns the application with the guard in front. `replica/whole_body.py` comes before it and has read the body.
     What is not served is answered with 404, as vLLM answers what it does not have."""
     workers = Workers()
 

@@ -1,5 +1,5 @@
-"""The only file that imports vLLM, and every part of it that this project uses; `tests/contracts/test_vllm.py` has a
-test of each.
+"""Imports vLLM, as the only file that does, and has every part of it that this project uses.
+`tests/contracts/test_vllm.py` has a test of each.
 
 vLLM documents its command line, its HTTP endpoints, its environment variables and the names of its metrics. The modules
 of its server and its engine are not documented, and they move between releases. vLLM is imported when it is needed,
@@ -16,16 +16,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
-# An `AsyncLLM`.
+# The engine's client is an `AsyncLLM`.
 EngineClient = Any
 
 CAUSE_ABOVE = "See root cause above."
-# Of `vllm.v1.metrics.loggers.PrometheusStatLogger`, seen in vLLM 0.32.
+# These are gauges of `vllm.v1.metrics.loggers.PrometheusStatLogger`, seen in vLLM 0.32.
 RUNNING, WAITING, CACHE_USE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
 
 
 def argument_parser() -> ArgumentParser:
-    """The parser of `vllm serve`, which reads a YAML file of its arguments by `--config`.
+    """Returns the parser of `vllm serve`, which reads a YAML file of its arguments by `--config`.
 
     Uses `vllm.entrypoints.launchers.cli_args.make_arg_parser` and `vllm.utils.argparse_utils`, seen in vLLM 0.32.
     """
@@ -37,7 +37,7 @@ def argument_parser() -> ArgumentParser:
 
 
 def option_names(parser: ArgumentParser) -> set[str]:
-    """The long names of the parser's options, without dashes before them.
+    """Returns the long names of the parser's options without dashes before them.
 
     Uses the attribute `_actions` of Python's own `argparse.ArgumentParser`.
     """
@@ -56,7 +56,7 @@ def require_consistent(args: Namespace) -> None:
 
 
 def transfers_caches(args: Namespace) -> bool:
-    """Whether the engine sends its caches to others, or gets theirs.
+    """Returns whether the engine sends its caches to others or gets theirs.
 
     Uses the arguments `kv_transfer_config` and `ec_transfer_config`, seen in vLLM 0.32.
     """
@@ -64,7 +64,7 @@ def transfers_caches(args: Namespace) -> bool:
 
 
 def running_engine(args: Namespace) -> AbstractAsyncContextManager[EngineClient]:
-    """Starts the engine's process, and ends it.
+    """Starts the engine's process, yields its client, and ends the process.
 
     Uses `vllm.entrypoints.launchers.api_server.entry.build_async_engine_client`, seen in vLLM 0.32.
     """
@@ -77,7 +77,7 @@ def running_engine(args: Namespace) -> AbstractAsyncContextManager[EngineClient]
 async def server_application(
     args: Namespace, client: EngineClient, server: object, handlers: Mapping[type[Exception], Handler]
 ) -> Starlette:
-    """vLLM's own HTTP application around the engine. `handlers` answer in the place of vLLM's own; `server.should_exit`
+    """Returns vLLM's HTTP application around the engine. `handlers` replace vLLM's own, and `server.should_exit`
     becomes true when vLLM has seen that its engine is dead.
 
     Uses `build_app` of `vllm.entrypoints.launchers.app`, which returns an application whose middleware is built, and
@@ -96,7 +96,7 @@ async def server_application(
 
 
 def built_application(args: Namespace, tasks: Iterable[str], model_config: Any) -> Starlette:
-    """vLLM's own HTTP application for a model that does these tasks, without an engine behind it.
+    """Returns vLLM's own HTTP application for a model that does these tasks, without an engine behind it.
 
     Uses `vllm.entrypoints.launchers.app.build_app`, seen in vLLM 0.32.
     """
@@ -107,7 +107,7 @@ def built_application(args: Namespace, tasks: Iterable[str], model_config: Any) 
 
 
 def engine_dead_error() -> type[Exception]:
-    """What a request raises when the engine's process has died.
+    """Returns the error that a request raises when the engine's process has died.
 
     It is `vllm.v1.engine.exceptions.EngineDeadError`, seen in vLLM 0.32.
     """
@@ -118,7 +118,7 @@ def engine_dead_error() -> type[Exception]:
 
 
 def generation_error() -> type[Exception]:
-    """What a request raises that the scheduler ends by an error of its own.
+    """Returns the error of a request that the scheduler ends by an error of its own.
 
     It is `vllm.exceptions.GenerationError`, seen in vLLM 0.32.
     """
@@ -129,17 +129,17 @@ def generation_error() -> type[Exception]:
 
 
 def model_config(client: EngineClient) -> Any:
-    """vLLM's model config, of which `max_model_len` and `is_multimodal_model` are read; seen in vLLM 0.32."""
+    """Returns vLLM's model config, of which `max_model_len` and `is_multimodal_model` are read, seen in vLLM 0.32."""
     return client.model_config
 
 
 def tokenizer(client: EngineClient) -> Any:
-    """The tokenizer of Hugging Face that the engine uses. Uses `AsyncLLM.get_tokenizer`, seen in vLLM 0.32."""
+    """Returns the engine's Hugging Face tokenizer. Uses `AsyncLLM.get_tokenizer`, seen in vLLM 0.32."""
     return client.get_tokenizer()
 
 
 async def require_alive(client: EngineClient) -> None:
-    """Raises `engine_dead_error` where the engine's process has died.
+    """Raises `engine_dead_error` if the engine's process has died.
 
     Uses `AsyncLLM.check_health`, seen in vLLM 0.32.
     """
@@ -147,13 +147,13 @@ async def require_alive(client: EngineClient) -> None:
 
 
 def most_rows(client: EngineClient) -> int:
-    """How many sequences may be in one step. Uses `vllm_config.scheduler_config.max_num_seqs`, seen in vLLM 0.32."""
+    """Returns the most sequences in a step. Uses `vllm_config.scheduler_config.max_num_seqs`, seen in vLLM 0.32."""
     most: int = client.vllm_config.scheduler_config.max_num_seqs
     return most
 
 
 def gauges() -> dict[str, float]:
-    """The values now of `RUNNING` and `WAITING`, in requests, and of `CACHE_USE`, from 0 to 1, in this process."""
+    """Returns the current `RUNNING` and `WAITING`, in requests, and `CACHE_USE`, from 0 to 1, of this process."""
     from prometheus_client import REGISTRY
 
     names = (RUNNING, WAITING, CACHE_USE)
@@ -162,7 +162,7 @@ def gauges() -> dict[str, float]:
 
 
 async def ask_ranks(client: EngineClient, method: str) -> list[Any]:
-    """What a method of the worker returns, in the process of every rank.
+    """Returns what a method of the worker returns in the process of every rank.
 
     Uses `AsyncLLM.collective_rpc` and the argument `worker-extension-cls`, seen in vLLM 0.32.
     """
@@ -171,12 +171,12 @@ async def ask_ranks(client: EngineClient, method: str) -> list[Any]:
 
 
 def worker_device(worker: Any) -> Any:
-    """The `torch.device` of a worker. Uses its attribute `device`, seen in vLLM 0.32."""
+    """Returns the `torch.device` of a worker. Uses its attribute `device`, seen in vLLM 0.32."""
     return worker.device
 
 
 def worker_tensors(worker: Any) -> tuple[list[Any], list[Any]]:
-    """The parameters of a worker's model, and the tensors of its KV cache; a model that pools may have none.
+    """Returns the parameters of a worker's model, and the tensors of its KV cache. A pooling model may have none.
 
     Uses the worker's `model_runner`, and of that `model` and `kv_caches`; seen in vLLM 0.32.
     """
@@ -186,7 +186,7 @@ def worker_tensors(worker: Any) -> tuple[list[Any], list[Any]]:
 
 
 def names_cause_above(message: str) -> bool:
-    """Whether the error of a start refers to lines that the engine's process has logged before it.
+    """Returns whether the error of a start refers to lines that the engine's process has logged before it.
 
     The sentence is that of `vllm.v1.engine.utils`, seen in vLLM 0.32.
     """

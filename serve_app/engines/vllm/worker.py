@@ -1,4 +1,4 @@
-"""What vLLM's worker processes are given of ours: a method that says what they hold.
+"""Adds a method of ours to vLLM's worker processes, which reports what they hold.
 
 vLLM makes this class a base of its worker (`worker_extension_cls`), and the engine calls the method in every rank.
 """
@@ -15,13 +15,13 @@ LIBRARIES = resident_bytes()
 
 
 class MemoryReport:
-    """Its one name must be none of the worker's own."""
+    """Reports the worker's memory. The name of its method must differ from all names of vLLM's worker."""
 
     _tensors: tuple[int, int] | None = None
 
     def serve_app_memory(self) -> dict[str, Any]:
-        """A `RankMemory` of this rank, as plain values. It runs between two steps, so it is short."""
-        if self._tensors is None:  # Neither changes after the start.
+        """Returns the `RankMemory` of this rank as plain values. It runs between two steps, so it is short."""
+        if self._tensors is None:  # The tensors do not change after the start.
             weights, cache = (sum(tensor_bytes(tensors).values()) for tensors in worker_tensors(self))
             self._tensors = weights, cache
         return asdict(rank_memory(worker_device(self), *self._tensors, LIBRARIES))

@@ -1,1 +1,1 @@
-"""The ways from the router to a model's replicas."""
+"""This package has the ways from the router to a model's replicas."""

@@ -1,7 +1,8 @@
-"""Where the replicas of each model listen for HTTP, as Serve's controller tells HAProxy.
+"""Knows where the replicas of each model listen for HTTP, as Serve's controller tells HAProxy.
 
-The router sends to them itself: a second pass through HAProxy costs as much as the router. What HAProxy did for it is
-done here: the fewest requests of this router first, and those last, or not at all, that have failed it lately.
+The router sends to them itself, because a second pass through HAProxy costs as much as the router. It does here what
+HAProxy did for it: replicas with the fewest requests of this router come first, and those that have failed it lately
+come last, or not at all.
 """
 
 import logging
@@ -18,21 +19,21 @@ from serve_app.router.suspicion import TOGETHER_S, Death
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds for which an address that lost a request comes last. Serve needs three health checks, some 6 s, to see that an
-# engine has died behind a server that goes on answering.
+# An address that lost a request comes last for this many seconds. Serve needs three health checks, some 6 s, to see
+# that an engine has died behind a server that goes on answering.
 DOUBTED_S = 10.0
-# Seconds for which an address that took no connection is left out, twice as long each time. Serve needs two or three to
-# see a death, and takes the address away then.
+# An address that took no connection is left out for this many seconds, and twice as long each time. Serve needs two or
+# three seconds to see a death, and then removes the address.
 REFUSED_S, MOST_REFUSED_S = 3.0, 60.0
-# Seconds between two questions to a replica for its health, after it has said that its engine is lost.
+# A replica that has said that its engine is lost is asked for its health at this interval in seconds.
 GONE_S = 1.0
 ANY_HOST = frozenset({"0.0.0.0", "::", "localhost"})  # noqa: S104
 
 
 @dataclass
 class ReplicaAddress:
-    """This is one replica's HTTP server. `url` ends with the model's route prefix; `running` are requests of this
-    router."""
+    """This is one replica's HTTP server. `url` ends with the model's route prefix, and `running` counts the requests of
+    this router."""
 
     host: str
     url: str
@@ -46,26 +47,26 @@ class ReplicaAddress:
 
     @property
     def is_out(self) -> bool:
-        """Says whether this replica is not to be asked now."""
+        """Returns whether this replica is not to be asked now."""
         return time.monotonic() < self.out_until
 
     def begin(self) -> "Lease":
-        """A request is sent there. While one tries an address that failed the last, no other does."""
+        """Begins a request at this address. After a failure, only one request at a time tries the address."""
         if self.refusals or self.is_gone:
             self.out_until = time.monotonic() + (REFUSED_S if self.refusals else GONE_S)
         self.running += 1
         return Lease(self)
 
     def refused(self) -> None:
-        """Notes that it took no connection. Requests that tried it together are one refusal."""
+        """Notes that it took no connection. Requests that tried it together count as one refusal."""
         now = time.monotonic()
         if now - self.refused_at > REFUSED_S:
             self.refusals, self.refused_at = self.refusals + 1, now
         self.out_until = now + min(MOST_REFUSED_S, REFUSED_S * 2 ** (self.refusals - 1))
 
     def lost(self) -> Death:
-        """Notes that it lost a request. Those that are lost within a moment are lost in one death, and so are all that
-        notice it later at a replica whose engine is known to be gone: it dies once."""
+        """Notes that it lost a request, and returns the death. Requests that are lost within a moment are lost in one
+        death, and so are all that notice it later at a replica whose engine is known to be gone, since it dies once."""
         now = time.monotonic()
         self.doubted_until = now + DOUBTED_S
         if self.death is None or (now - self.death.at > TOGETHER_S and not self.is_gone):
@@ -73,7 +74,7 @@ class ReplicaAddress:
         return self.death
 
     def gone(self, is_told: bool) -> Death:
-        """Its engine is lost. `is_told`: it said so itself, and was not only silent when it was asked."""
+        """Notes that its engine is lost, and returns the death. `is_told` means that the replica said so itself."""
         death = self.lost()
         death.is_told = death.is_told or is_told
         self.is_gone, self.out_until = True, time.monotonic() + GONE_S
@@ -86,7 +87,7 @@ class ReplicaAddress:
             self.out_until = float("-inf")
 
     def well(self) -> None:
-        """Notes that it has said that its engine lives, so that nothing has died."""
+        """Notes that it has said that its engine lives, so nothing has died."""
         self.is_gone, self.out_until = False, float("-inf")
         if self.death is not None:
             self.death.is_explained = True
@@ -94,7 +95,7 @@ class ReplicaAddress:
 
 
 class Lease:
-    """One request that runs at an address, until `end` is called; again does nothing."""
+    """This is one request that runs at an address until `end` is called."""
 
     def __init__(self, address: ReplicaAddress):
         self.address = address
@@ -108,7 +109,7 @@ class Lease:
 
 
 class ReplicaAddresses:
-    """Holds the addresses of all models' replicas. Serve's controller tells of every change within a tenth of a
+    """Holds the addresses of all models' replicas. Serve's controller reports every change within a tenth of a
     second."""
 
     def __init__(self) -> None:
@@ -130,7 +131,7 @@ class ReplicaAddresses:
         self._stop()
 
     def update(self, groups: Iterable[TargetGroup]) -> None:
-        """Takes what the controller says in place of what was; what is known of addresses that stay is kept."""
+        """Replaces the addresses by those of the controller, and keeps what is known of the ones that stay."""
         known = {address.url: address for addresses in self._of_models.values() for address in addresses}
         found: dict[str, list[ReplicaAddress]] = {}
         for group in filter(is_http, groups):
@@ -141,35 +142,36 @@ class ReplicaAddresses:
         self._of_models = found
 
     def by_preference(self, name: str) -> list[ReplicaAddress]:
-        """The replicas of a model that may be asked now: doubtful ones last, then by requests, equals in any order."""
+        """Returns the replicas of a model that may be asked now, ordered by their requests. Doubtful ones come last,
+        and equals come in any order."""
         now = time.monotonic()
         willing = [address for address in self._of_models.get(name, ()) if not address.is_out]
         return sorted(willing, key=lambda a: (a.doubted_until > now, a.running, random.random()))  # noqa: S311
 
     def has(self, name: str) -> bool:
-        """Whether the controller knows an address of the model."""
+        """Returns whether the controller knows an address of the model."""
         return bool(self._of_models.get(name))
 
     def has_gone(self, name: str) -> bool:
-        """Whether a replica of the model is there whose engine is lost."""
+        """Returns whether the model has a replica whose engine is lost."""
         return any(address.is_gone for address in self._of_models.get(name, ()))
 
     def silent(self, host: str) -> None:
-        """A whole host took no connection and refused none: its node is gone, or a firewall drops what is sent."""
+        """Notes that a host neither took nor refused a connection: its node is gone, or a firewall drops packets."""
         for addresses in self._of_models.values():
             for address in addresses:
                 if address.host == host:
                     address.refused()
 
     def _told(self, groups: Iterable[TargetGroup]) -> None:
-        """Takes what the controller tells. An exception here would end Serve's long poll, and the addresses would be
-        those of this moment for ever."""
+        """Applies what the controller reports. An exception here would end Serve's long poll, and the addresses would
+        never change again."""
         try:
             self.update(groups)
         except Exception:
-            logger.exception("The addresses of replicas cannot be read; those that were known stay.")
+            logger.exception("The addresses of replicas cannot be read. The known ones stay.")
 
     def _host(self, ip: str) -> str:
-        """Servers of this node may listen on its loopback address alone."""
+        """Returns the host to connect to. Servers of this node may listen on its loopback address only."""
         host = self._local_host if ip == self._own_ip else ip
         return f"[{host}]" if ":" in host else host

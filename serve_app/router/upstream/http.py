@@ -1,7 +1,7 @@
-"""The way to a model over plain HTTP, straight to its replicas' own servers. It costs half the CPU of a handle.
+"""Reaches a model over plain HTTP, directly at its replicas' own servers. This costs half the CPU of a handle.
 
-What this way cannot do goes over the handle: a model without a running replica, which Serve starts for what waits at
-handles, and replicas that no connection reaches.
+Two cases need the handle instead: a model without a running replica, which Serve starts for what waits at handles, and
+replicas that no connection reaches.
 """
 
 import logging
@@ -34,19 +34,19 @@ from serve_app.wire.headers import Headers
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds for a connection to a replica. One that runs takes it at once; a node that is gone says nothing.
+# A connection to a replica may take this many seconds. A running replica takes it at once; a lost node says nothing.
 CONNECT_TIMEOUT_S = 3.0
-# Of what servers keep an idle connection open for: a request that is sent while one closes would be lost.
+# Servers close idle connections after a while, and a request that is sent during that is lost. So this share is used.
 KEEP_ALIVE_SHARE = 0.67
-# What Serve says in a replica's place, as plain text: it is full, ends, or is another model's on the same port. An
-# engine's own answers are JSON.
+# Serve says this in a replica's place, as plain text, if the replica is full, is stopping, or belongs to another model
+# on the same port. An engine's own answers are JSON.
 SERVE_ERRORS = frozenset({404, 500, 502, 503, 504})
 BACKPRESSURE = "dropped due to backpressure"
 TOO_MANY = 429
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 NOT_CONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-# A node that loses its power closes nothing. Its silence is noticed after 5 + 3 × 5 s, or, where something was sent
-# and nobody confirms it, after 30 s.
+# A node that loses its power closes no connection. Its silence is noticed after 5 + 3 × 5 s, or, if something was sent
+# and is not acknowledged, after 30 s.
 SOCKET_OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
@@ -54,18 +54,18 @@ SOCKET_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
 )
-# What opened the router's door opens no replica's: there the router's own token does.
+# A key that opens the router's door does not open a replica's, where the router's own token does.
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
-# Seconds between two lines in the log about replicas that are not reached.
+# The log gets a line about replicas that are not reached at most once in this many seconds.
 WARN_EVERY_S = 60.0
-# Bytes of one line of an answer's head, a `location` say: what HAProxy passes with the buffers that the configs set.
+# A line of an answer's head may have this many bytes, as HAProxy allows with the buffers that the configs set.
 MAX_LINE_BYTES = 64 * 1024
-# Seconds in which a replica must say that its engine lives, after it has said that it does not.
+# A replica that has said that its engine is lost has this many seconds to say that it lives.
 HEALTH_TIMEOUT_S = 5.0
 
 
 class HttpUpstream:
-    """Sends to the replicas' own servers. One for each router replica."""
+    """Sends requests to the replicas' own servers. Each router replica has one."""
 
     def __init__(self, directory: ModelDirectory, handles: HandleUpstream, gate: Gate, addresses: ReplicaAddresses):
         self._directory = directory
@@ -91,13 +91,13 @@ class HttpUpstream:
         )
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
-        """Does what `Upstream` says. What a replica has no room or no connection for goes to the next."""
+        """Does what `Upstream` says. If a replica has no room or takes no connection, the request goes to the next."""
         await require_open(self._directory, name)
-        refusals: list[HttpAnswer] = []  # Two at most: when all are full, asking all of them would double their load.
+        refusals: list[HttpAnswer] = []  # Two at most: if all are full, asking all would double their load.
         full: Overloaded | None = None
         try:
             for address in self._addresses.by_preference(name):
-                if address.is_out:  # Since: its node is silent.
+                if address.is_out:  # Another request has found its node silent meanwhile.
                     continue
                 if address.is_gone and not await self._is_well(address):
                     continue
@@ -107,7 +107,7 @@ class HttpUpstream:
                     full = error
                 except aiohttp.ConnectionTimeoutError:
                     self._addresses.silent(address.host)
-                except aiohttp.ClientConnectorError:  # Nothing was sent, so another may have it.
+                except aiohttp.ClientConnectorError:  # Nothing was sent, so another replica may get it.
                     address.refused()
                 else:
                     refusals.append(answer)
@@ -120,8 +120,8 @@ class HttpUpstream:
                 await refusal.close()
         if full is not None:
             raise full
-        if self._addresses.has_gone(name):  # Over a handle, Ray would choose the very one.
-            raise EngineGone(f"the engines of the replicas of '{name}' are lost, and are being replaced")
+        if self._addresses.has_gone(name):  # Over a handle, Ray would choose the same replica.
+            raise EngineGone(f"the engines of the replicas of '{name}' are lost and are being replaced")
         return await self._over_a_handle(name, request)
 
     async def close(self) -> None:
@@ -151,7 +151,7 @@ class HttpUpstream:
         except NOT_CONNECTED:
             lease.end()
             raise
-        except aiohttp.ClientResponseError as error:  # It answered, and would say the same again.
+        except aiohttp.ClientResponseError as error:  # It answered, and would give the same answer again.
             lease.end()
             raise _unreadable(error) from error
         except aiohttp.ClientError as error:
@@ -174,7 +174,7 @@ class HttpUpstream:
         return answer
 
     async def _is_well(self, address: ReplicaAddress) -> bool:
-        """Whether the engine of a replica lives that has said that it is lost: it may have meant one request alone."""
+        """Returns whether an engine that was reported as lost lives. The report may have meant only one request."""
         assert self._session is not None, "not started"
         lease = address.begin()
         try:
@@ -210,14 +210,14 @@ class HttpAnswer:
     def __init__(self, reply: aiohttp.ClientResponse, lease: Lease):
         self.status = reply.status
         self.headers: Headers = [(name.lower(), value) for name, value in reply.raw_headers]
-        if reply.status in REDIRECTS:  # A replica says its own address and prefix. The client asked by name.
+        if reply.status in REDIRECTS:  # A replica names its own address and prefix, but the client asked by name.
             own = lease.address.url.encode()
             self.headers = [(name, value.removeprefix(own)) for name, value in self.headers]
         self._reply = reply
         self._lease = lease
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """All that has arrived, as one piece; nothing waits for more."""
+        """Yields all that has arrived as one piece, without waiting for more."""
         try:
             async for piece in self._reply.content.iter_any():
                 yield piece
@@ -226,21 +226,21 @@ class HttpAnswer:
             raise ReplicaLost(f"{type(error).__name__}: {error}", death) from error
 
     def lost(self, message: str) -> ReplicaLost:
-        """Its replica is asked for its health before it is sent anything again. Where it says that it is well, nothing
-        has died: vLLM answers 503 when its queue is full."""
+        """Returns the error to raise. The replica must report its health before anything is sent there again. If it is
+        well, nothing has died: vLLM answers 503 when its queue is full."""
         address = self._lease.address
         was_asked = is_lost_status(self.status)
         is_well = was_asked and not address.is_gone
         return ReplicaLost(message, None if is_well else address.gone(is_told=not was_asked))
 
     async def close(self) -> None:
-        """An answer that was not read to its end takes its connection along, and so the engine's work ends."""
+        """Closes the connection of an answer that was not read to its end, which ends the engine's work."""
         self._reply.close()
         self._lease.end()
 
 
 async def _raise_of_serve(address: ReplicaAddress, answer: HttpAnswer, reply: aiohttp.ClientResponse) -> None:
-    """Raises Overloaded where the replica's queue (Serve's max_queued_requests) is full, else ReplicaLost."""
+    """Raises Overloaded if the replica's queue (Serve's max_queued_requests) is full, and otherwise ReplicaLost."""
     reason = ""
     try:
         reason = " ".join((await reply.text(errors="replace")).split())[:200]
@@ -258,13 +258,13 @@ async def _raise_of_serve(address: ReplicaAddress, answer: HttpAnswer, reply: ai
 def _unreadable(error: aiohttp.ClientResponseError) -> UnreadableAnswer:
     text = " ".join(error.message.split())[:300]
     return UnreadableAnswer(
-        f"The model's replica gave an answer that is no readable HTTP: {text} Its headers may have "
+        f"The model's replica gave an answer that is not readable HTTP: {text} Its headers may have "
         f"{MAX_LINE_BYTES} bytes each."
     )
 
 
 def _socket(info: Any) -> socket.socket:
-    """A socket that notices when the other side has vanished; aiohttp's own sets nothing."""
+    """Returns a socket that notices when the other side has vanished. aiohttp's own socket sets no such option."""
     family, kind, protocol, _, _ = info
     made = socket.socket(family, kind, protocol)
     for level, option, value in SOCKET_OPTIONS:
@@ -273,7 +273,7 @@ def _socket(info: Any) -> socket.socket:
 
 
 def _text(value: bytes) -> str:
-    """A header's value as aiohttp wants it, which writes UTF-8; latin-1 is what HTTP says of other bytes."""
+    """Returns a header's value as text for aiohttp, which writes UTF-8. Other bytes are latin-1, as HTTP says."""
     try:
         return value.decode()
     except UnicodeDecodeError:

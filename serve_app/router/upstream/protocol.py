@@ -1,4 +1,4 @@
-"""The way from the router to a model's replicas: one request there, one answer as pieces of bytes back."""
+"""Defines the way from the router to a model's replicas: a request goes there, and an answer comes back in pieces."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,17 +14,17 @@ from serve_app.router.suspicion import Death
 from serve_app.wire.asgi import HttpRequest, decode_head
 from serve_app.wire.headers import Headers
 
-# Seconds that a client is told to wait when Serve's own queue is full.
+# A client is told to wait this many seconds if Serve's own queue is full.
 FULL_RETRY_S = 1.0
-# Seconds for which a request waits for Serve to replace replicas whose engines are gone. Three health checks, 2 s apart
-# and each late on a busy machine, are what Serve needs to see it; the model then counts as loading.
+# A request waits this many seconds for Serve to replace replicas whose engines are gone. To see it, Serve needs three
+# health checks, which are 2 s apart and late on a busy machine. The model then counts as loading.
 REPLACED_WITHIN_S = 60.0
 
 
 class ReplicaLost(Exception):
     """The replica died, or its connection broke, before the answer was complete. The message says how.
 
-    `death` tells which requests were lost together; None where that is not known.
+    `death` says which requests were lost together. It is None if that is not known.
     """
 
     def __init__(self, message: object, death: Death | None = None):
@@ -33,28 +33,28 @@ class ReplicaLost(Exception):
 
 
 class NotOpen(ReplicaLost):
-    """The model has stopped being ready since it was looked at, and nothing was sent. It will be ready again."""
+    """The model has stopped being ready since it was checked, and nothing was sent. It will be ready again."""
 
 
 class EngineGone(NotOpen):
-    """Replicas have said that their engines are lost, are not replaced yet, and no other one takes a connection."""
+    """Replicas have said that their engines are lost and are not replaced yet, and no other one takes a connection."""
 
 
 class Patience:
-    """Bounds how long a request waits, on the whole, for engines that are gone to be replaced."""
+    """Bounds how long a request waits in total for lost engines to be replaced."""
 
     def __init__(self) -> None:
         self._until: float | None = None
 
     def has_ended(self) -> bool:
-        """Asked each time that it has to wait. The first time begins it."""
+        """Returns whether the request has waited long enough. The first call starts the time."""
         now = asyncio.get_running_loop().time()
         self._until = self._until or now + REPLACED_WITHIN_S
         return now > self._until
 
 
 async def require_open(directory: Directory, name: str) -> None:
-    """Raises NotOpen for a model that loads, ModelUnavailable for one that has failed, ModelNotFound."""
+    """Raises NotOpen for a model that loads, ModelUnavailable if it has failed, and ModelNotFound if it is unknown."""
     model = await directory.find(name)
     if not model.is_open:
         directory.require_hope(model)
@@ -62,21 +62,21 @@ async def require_open(directory: Directory, name: str) -> None:
 
 
 class Answer(Protocol):
-    """This is a response on its way. `pieces` raises ReplicaLost where it breaks; `close` ends the work for it."""
+    """This is a response on its way. `pieces` raises ReplicaLost if it breaks, and `close` ends the work for it."""
 
     status: int
     headers: Headers
 
     def pieces(self) -> AsyncIterator[bytes]:
-        """Yields the body, as it comes."""
+        """Yields the body as it comes."""
         ...
 
     def lost(self, message: str) -> ReplicaLost:
-        """The error to raise where the answer itself says that its engine is lost. Others are sent elsewhere then."""
+        """Returns the error to raise if the answer says that its engine is lost. Other requests then go elsewhere."""
         ...
 
     async def close(self) -> None:
-        """Ends the work for the answer: its reader is done, or has left."""
+        """Ends the work for the answer, because its reader is done or has left."""
         ...
 
 
@@ -100,17 +100,17 @@ class Upstream(Protocol):
 
 
 class HandleUpstream:
-    """Over Ray's handles: Ray chooses the replica, and waits for one where there is none."""
+    """Sends over Ray's handles. Ray chooses the replica, and waits for one if there is none."""
 
     def __init__(self, directory: ModelDirectory, look_again_s: float):
         self._directory = directory
         self._look_again_s = look_again_s
 
     async def start(self) -> None:
-        """Does nothing: handles are made when they are needed."""
+        """Does nothing, because handles are made when they are needed."""
 
     async def send(self, name: str, request: HttpRequest) -> "HandleAnswer":
-        """Does what `Upstream` says. A handle waits for a replica for ever, so the model is looked at meanwhile."""
+        """Does what `Upstream` says. A handle waits for a replica for ever, so the model is checked meanwhile."""
         await require_open(self._directory, name)
         handle = await self._directory.handle(name)
         items = handle.remote(request)
@@ -126,7 +126,7 @@ class HandleUpstream:
         return HandleAnswer(status, headers, items)
 
     async def close(self) -> None:
-        """Does nothing: handles hold nothing open."""
+        """Does nothing, because handles hold nothing open."""
 
     async def _first(self, items: Any, name: str) -> bytes:
         first = asyncio.ensure_future(anext(items))
@@ -148,7 +148,7 @@ class HandleAnswer:
         self._items = items
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yields the body, as it comes."""
+        """Yields the body as it comes."""
         try:
             async for piece in self._items:
                 yield piece
@@ -156,7 +156,7 @@ class HandleAnswer:
             raise ReplicaLost(_last_line(error)) from error
 
     def lost(self, message: str) -> ReplicaLost:
-        """Returns the error to raise. Ray has chosen the replica, so nobody knows who else was there."""
+        """Returns the error to raise. Ray chose the replica, so it is not known which other requests were there."""
         return ReplicaLost(message)
 
     async def close(self) -> None:
@@ -165,7 +165,7 @@ class HandleAnswer:
 
 
 class BegunAnswer:
-    """An answer whose first piece was read already."""
+    """This is an answer whose first piece has been read already."""
 
     def __init__(self, answer: Answer, first: bytes | None, rest: AsyncIterator[bytes]):
         self.status = answer.status
@@ -175,7 +175,7 @@ class BegunAnswer:
         self._rest = rest
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yields the body, the first piece too."""
+        """Yields the body with its first piece."""
         if self._first is not None:
             yield self._first
             async for piece in self._rest:
@@ -191,9 +191,9 @@ class BegunAnswer:
 
 
 async def first_piece(answer: Answer) -> Answer:
-    """Waits for the first piece: engines send the head of a stream before they have begun.
+    """Returns the answer after its first piece has come, because engines send the head of a stream before they begin.
 
-    Raises ReplicaLost, also where that piece says that the engine is lost.
+    Raises ReplicaLost, also if that piece says that the engine is lost.
     """
     pieces = answer.pieces()
     try:
@@ -207,7 +207,7 @@ async def first_piece(answer: Answer) -> Answer:
 
 
 def is_stream(answer: Answer) -> bool:
-    """Whether it is one of server-sent events."""
+    """Returns whether the answer is a stream of server-sent events."""
     return dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream")
 
 

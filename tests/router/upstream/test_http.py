@@ -368,7 +368,7 @@ async def raw(said: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
 async def test_an_answer_that_cannot_be_read_is_no_loss(said: bytes) -> None:
     """Another replica would say the same, so it is told once, and nobody is doubted."""
     async with asynccontextmanager(raw)(said) as (port, asked), upstream_of(port) as (up, at, _):
-        with pytest.raises(UnreadableAnswer, match="no readable HTTP"):
+        with pytest.raises(UnreadableAnswer, match="not readable HTTP"):
             await up.send("qwen", CHAT)
         (address,) = at._of_models["qwen"]
         assert (len(asked), address.running, address.death) == (1, 0, None)
