@@ -4,9 +4,9 @@
 # make docs       build .venv, then build the documentation site in site/
 .PHONY: serve test test-fast lint docs install lock model picture upgrade-check
 CONFIG ?= deploy_configs/local.yaml
-# Workers for tests. Each imports torch, and one may have a Ray beside it, so there are four at most.
+# Workers for tests. Each imports torch or has a Ray beside it, so there are four at most.
 WORKERS ?= $(shell n=$$(nproc); echo $$(( n > 4 ? 4 : n )))
-# A worker that crashes fails the run. Tests start in the order of their collection: the longest ones come first.
+# The tests of a file stay in one worker, in the order of collection. A worker that crashes fails the run.
 SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -28,10 +28,11 @@ lint: install docs
 	.venv/bin/lint-imports
 	.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 
-# What measures a client's time runs after the others, with nothing beside it.
+# Without a cluster, then clusters beside each other, then one alone, in which a client's time is measured.
 test: lint
-	.venv/bin/pytest $(SPREAD) -m "not alone"
-	.venv/bin/pytest -m alone
+	.venv/bin/pytest $(SPREAD) -m "not cluster"
+	.venv/bin/pytest $(SPREAD) -m "cluster and not alone"
+	.venv/bin/pytest tests/cluster -m alone
 
 test-fast: install
 	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster -m "not slow and not cluster"

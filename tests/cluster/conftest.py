@@ -18,8 +18,7 @@ from tests.cluster.serve_run import ServeRun
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks everything here, and gives it time: the first test of a cluster waits for the start.
 
-    The tests here come before all that needs no cluster, because they wait more than they compute, and those that must
-    be alone come last of all. The longest file comes first.
+    The longest file comes first, so that no worker is left alone with it. Tests that must be alone come last of all.
     """
     for item in items:
         if Path(__file__).parent not in item.path.parents:
@@ -31,9 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
 
 
-def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
-    is_alone, is_in_cluster = (item.get_closest_marker(name) is not None for name in ("alone", "cluster"))
-    return is_alone, not is_in_cluster, "mortal" not in getattr(item, "fixturenames", ())
+def _turn(item: pytest.Item) -> tuple[bool, bool]:
+    return item.get_closest_marker("alone") is not None, "mortal" not in getattr(item, "fixturenames", ())
 
 
 def model(name: str, **args: Any) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_the_terminal_tells_a_line_to_try(run: ServeRun) -> None:
     output = run.output()
     assert f"3 of 5 models serve at {run.url}" in output
     assert f"try: curl {run.url}/v1/chat/completions" in output
-    assert "homeless: needs 2 GPUs" in output
+    assert "homeless: A replica needs 2 GPUs" in output
     builder = [line for line in output.splitlines() if "build_homeless" in line or "(build_serve_application" in line]
     assert not any("Traceback" in line for line in builder)
     assert sum("Importing application 'homeless'" in line for line in output.splitlines()) <= 1, "one attempt"

@@ -17,7 +17,8 @@ from collections.abc import Sequence as ReadOnlySequence
 
 import torch
 
-from serve_app.engines.pt.core.model_runner import Runner, trim_heap
+from serve_app.engines.pt.core.heap import trim_heap
+from serve_app.engines.pt.core.model_runner import Runner
 from serve_app.engines.pt.core.sampler import Sampled, Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler, Step
 from serve_app.engines.pt.core.sequence import Output, Sequence

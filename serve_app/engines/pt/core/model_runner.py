@@ -4,7 +4,6 @@
 slow, and right for every model; it is the way out where the probe finds that joining changes the answers.
 """
 
-import ctypes
 import gc
 import inspect
 from collections.abc import Sequence as ReadOnlySequence
@@ -287,15 +286,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def trim_heap() -> None:
-    """Gives what Python and the C library keep back to the system.
-
-    glibc keeps pages that are free: after hundreds of requests at once 20 to 60 MB, which grow slowly and look like a
-    leak. Other C libraries have no `malloc_trim`.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
