@@ -1,1 +1,1 @@
-"""The pt engine: transformers and accelerate, for any causal LM on any device map."""
+"""This package is the pt engine, which runs any causal LM on any device map with transformers and accelerate."""

@@ -1,4 +1,4 @@
-"""The only file that imports accelerate, and every private part of accelerate that this project uses;
+"""Imports accelerate, as the only file that does, and has every private part of it that this project uses.
 `tests/contracts/test_accelerate.py` has a test of each.
 
 accelerate is imported when it is needed, since a model on one device is loaded without it.
@@ -15,7 +15,7 @@ Device = int | str
 
 
 def no_weights() -> AbstractContextManager[None]:
-    """In it, the parameters of a model that is made are on "meta"; its buffers are not.
+    """Returns a context in which a new model's parameters are on "meta", but not its buffers.
 
     Uses `accelerate.init_empty_weights`, which is public; seen in accelerate 1.15.
     """
@@ -28,7 +28,8 @@ def no_weights() -> AbstractContextManager[None]:
 def balanced_limits(
     model: nn.Module, limits: Mapping[Device, int], blocks: Iterable[str], dtype: torch.dtype, low_zero: bool
 ) -> dict[Device, int]:
-    """The limits in bytes, lowered so that the GPUs get equal parts of the model; the first gets less with `low_zero`.
+    """Returns the limits in bytes, lowered so that the GPUs get equal parts of the model. With `low_zero` the first
+    gets less.
 
     `blocks` are the classes of modules that stay on one device. Uses `accelerate.utils.get_balanced_memory`, seen in
     accelerate 1.15.
@@ -44,8 +45,8 @@ def balanced_limits(
 def inferred_map(
     model: nn.Module, limits: Mapping[Device, int], blocks: Iterable[str], dtype: torch.dtype
 ) -> dict[str, Device]:
-    """accelerate's own device of each module. What does not fit into `limits`, in bytes, goes to "cpu" or "disk"
-    without an error, also where these are not in `limits`.
+    """Returns accelerate's own device of each module. What does not fit into `limits`, in bytes, goes to "cpu" or
+    "disk" without an error, even if these are not in `limits`.
 
     Uses `accelerate.infer_auto_device_map`, seen in accelerate 1.15.
     """
@@ -58,7 +59,7 @@ def inferred_map(
 
 
 def has_hook(module: nn.Module) -> bool:
-    """Whether accelerate brings the module's weights, or its inputs, to a device at every pass.
+    """Returns whether accelerate brings the module's weights, or its inputs, to a device at every pass.
 
     Uses the attribute `_hf_hook` of `accelerate.hooks.add_hook_to_module`, seen in accelerate 1.15.
     """
@@ -66,7 +67,7 @@ def has_hook(module: nn.Module) -> bool:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where a module with a hook computes; None for a module without one.
+    """Returns where a module with a hook computes, or None for a module without one.
 
     Uses `execution_device` of `accelerate.hooks.AlignDevicesHook`, seen in accelerate 1.15.
     """

@@ -1,4 +1,4 @@
-"""The pt engine as the replica sees it: loads a model, serves it, and frees it."""
+"""Is the pt engine as the replica sees it, which loads a model, serves it, and frees it."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ SLOW_STEP_TIMEOUT_S = 600.0
 
 
 class PtEngine:
-    """One model with transformers and accelerate in this process."""
+    """Runs one model with transformers and accelerate in this process."""
 
     def __init__(self, config: ModelConfig, name: str, planned: ModelPlan | None = None):
         self.name = name
@@ -57,15 +57,15 @@ class PtEngine:
         return app
 
     async def check_health(self) -> None:
-        """Raises when the engine's thread has ended, or hangs."""
+        """Raises EngineError if the engine's thread has ended or hangs."""
         self.generator.require_alive()
 
     def load(self) -> float:
-        """Sequences that run or wait, to those that may run at once."""
+        """Returns the sequences that run or wait as a share of those that may run at once."""
         return self.generator.in_flight / self.generator.limits.max_num_seqs
 
     async def memory(self) -> list[RankMemory]:
-        """Reads this process, for each device that holds a part of the model."""
+        """Returns what this process holds of each device that holds a part of the model."""
         return await asyncio.to_thread(self._memory)
 
     async def stop(self) -> None:
@@ -79,13 +79,13 @@ class PtEngine:
 
     @property
     def generator(self) -> Generator:
-        """The running model. Raises EngineError before `start`."""
+        """Returns the running model. Raises EngineError before `start`."""
         if self._generator is None:
             raise EngineError("the pt engine has not been started")
         return self._generator
 
     def _memory(self) -> list[RankMemory]:
-        if not self._weights:  # They do not change.
+        if not self._weights:  # The weights do not change.
             self._weights = weight_bytes(self.generator.loaded.model)
         now, most = (getattr(self._runner, name, {}) for name in ("cache_bytes", "most_cache_bytes"))
         kind = "cpu" if self._config.device == "cpu" else "cuda"
@@ -103,10 +103,10 @@ class PtEngine:
         if probed.reason:
             return Limits(max_num_seqs=1, max_cache_tokens=loaded.max_model_len)
         rows = self._config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-        # At most what all rows take at full length, and as much for the prompts that are being computed.
+        # It is at most what all rows take at full length, and as much for the prompts that are being computed.
         most = 2 * cells(rows, loaded.max_model_len)
         if loaded.cache_tokens is not None and self._config.device == "cuda":
-            tokens = loaded.cache_tokens  # The plan counted what is beside it, so nothing is guessed from what is free.
+            tokens = loaded.cache_tokens  # The plan counted everything beside it, so no guess is needed.
         else:
             tokens = cache_tokens(self._config, probed.bytes_per_token, least=cells(1, 1), most=most)
             tokens = min(tokens, loaded.cache_tokens or tokens)
@@ -115,15 +115,15 @@ class PtEngine:
 
 
 def step_timeout_s(config: ModelConfig) -> float:
-    """Seconds after which a step that has not ended counts as a hang: ten times longer where weights come from the
-    host's memory or disk in every step, or where the processor computes."""
+    """Returns the seconds after which a step that has not ended counts as a hang. They are ten times longer if weights
+    come from the host's memory or disk in every step, or if the processor computes."""
     if config.step_timeout_s is not None:
         return config.step_timeout_s
     return SLOW_STEP_TIMEOUT_S if config.device == "cpu" or config.spill_tiers else STEP_TIMEOUT_S
 
 
 def weight_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
-    """Bytes of all weights by device, also of those in oneDNN's order, which are no parameters."""
+    """Returns the bytes of all weights by device, including those in oneDNN's order, which are not parameters."""
     sizes = tensor_bytes(model.parameters())
     for module in model.modules():
         if isinstance(module, PackedLinear):

@@ -1,4 +1,4 @@
-"""Generation as the HTTP application sees it: prompts in, text out, on the event loop."""
+"""Generates for the HTTP application, which passes prompts in and gets text out on the event loop."""
 
 import asyncio
 import logging
@@ -22,17 +22,18 @@ from serve_app.errors import EngineError
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds between two looks at whether the engine's thread still ends its steps.
+# Whether the engine's thread still ends its steps is checked at this interval in seconds.
 WATCH_EVERY_S = 1.0
-# Outputs of one request that are decoded before others get the event loop, at some 30 µs each.
+# This many outputs of one request are decoded, at some 30 µs each, before others get the event loop.
 MOST_AT_ONCE = 16
 
 
 class Generator:
-    """One loaded model and the thread that runs it. Made and used on one event loop.
+    """This is one loaded model and the thread that runs it. It is made and used on one event loop.
 
-    `serial_reason` says why the model runs one request at a time; empty where requests are joined. A thread that has
-    work and ends no pass for `step_timeout_s` seconds counts as dead: what waits for it ends with an EngineError.
+    `serial_reason` says why the model runs one request at a time, and is empty if requests are joined. A thread that
+    has work but ends no pass for `step_timeout_s` seconds counts as dead, and what waits for it ends with an
+    EngineError.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class Generator:
         self._watch = asyncio.create_task(self._watch_the_thread())
 
     def require_alive(self) -> None:
-        """Raises EngineError when the thread has ended, or hangs."""
+        """Raises EngineError if the thread has ended or hangs."""
         if self._hang:
             raise EngineError(self._hang)
         if self._loop.has_ended:
             raise EngineError("the pt engine's thread has ended. The replica will be replaced.")
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the thread; blocks for at most `timeout_s` seconds. For another thread than the event loop's."""
+        """Ends the thread, and blocks for at most `timeout_s` seconds. The event loop's thread must not call it."""
         self._asyncio_loop.call_soon_threadsafe(self._watch.cancel)
         self._loop.stop(timeout_s)
         if "grammars" in vars(self):
@@ -74,28 +75,28 @@ class Generator:
 
     @property
     def max_tokens_per_request(self) -> int:
-        """The most tokens of prompt and output together: the model's context, or what the cache can hold."""
+        """Returns the most tokens of prompt and output together, which the model's context or the cache bounds."""
         return min(self.loaded.max_model_len, self.limits.longest)
 
     @cached_property
     def vocabulary(self) -> int:
-        """Token ids that the model knows: the width of its logits."""
+        """Returns how many token ids the model knows, which is the width of its logits."""
         size: int = self.loaded.model.get_input_embeddings().num_embeddings
         return size
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """Compiles output formats. Made at the first use, which takes a fraction of a second."""
+        """Returns the compiler of output formats. It is made at the first use, which takes a fraction of a second."""
         return GrammarCompiler(self.loaded.tokenizer, self.vocabulary, self.loaded.eos_ids)
 
     @cached_property
     def longest_token(self) -> int:
-        """Counts the characters of the vocabulary's longest token."""
+        """Returns the number of characters of the vocabulary's longest token."""
         return max(map(len, self.loaded.tokenizer.get_vocab()), default=1)
 
     @property
     def in_flight(self) -> int:
-        """Sequences that run or wait, or are being prepared."""
+        """Returns how many sequences run, wait, or are being prepared."""
         return self._places.taken
 
     def reserve(self, count: int) -> Reservation:
@@ -151,7 +152,7 @@ class Generator:
                     await asyncio.sleep(0)
                 output = await outputs.get()
                 text = texts.get(output.sequence)
-                if text is None:  # It has met a stop string; what the engine has made since is no part of it.
+                if text is None:  # It has met a stop string, and later output of the engine is not part of it.
                     continue
                 piece = None if output.error is not None else text.add(output)
                 if output.is_last or (piece is not None and piece.finish_reason is not None):
@@ -192,7 +193,7 @@ class Generator:
         return output.vector
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        # To clean up spaces would change what the model wrote, and text that is out already.
+        # Cleaning up spaces would change what the model wrote, and text that has been sent already.
         text: str = self.loaded.tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -202,25 +203,25 @@ class Generator:
         while self._loop.stuck_s < self._step_timeout_s:  # noqa: ASYNC110  a thread that hangs sets no event
             await asyncio.sleep(min(WATCH_EVERY_S, self._step_timeout_s / 4))
         self._hang = (
-            f"the pt engine has work and has ended no step for {self._step_timeout_s:g} s (step_timeout_s). The "
+            f"the pt engine has work but has ended no step for {self._step_timeout_s:g} s (step_timeout_s). The "
             "replica will be replaced."
         )
         logger.error("%s %d sequences end.", self._hang, len(self._outputs))
         self._dispatch([Output(sequence, error=EngineError(self._hang)) for sequence in self._outputs])
 
     def _deliver(self, outputs: list[Output]) -> None:
-        """Called on the engine's thread, once a step."""
+        """Passes outputs to the event loop. The engine's thread calls it once in each step."""
         self._asyncio_loop.call_soon_threadsafe(self._dispatch, outputs)
 
     def _dispatch(self, outputs: list[Output]) -> None:
         for output in outputs:
             queue = self._outputs.get(output.sequence)
-            if queue is not None:  # None: the reader has left, and its cancel is on the way.
+            if queue is not None:  # If it is None, the reader has left, and its cancel is on the way.
                 queue.put_nowait(output)
 
 
 class _Text:
-    """The text of one sequence as it grows; `number` is the sequence's among those of its request."""
+    """This is the text of one sequence as it grows. `number` is the sequence's number within its request."""
 
     def __init__(self, number: int, min_tokens: int, text: TextStream):
         self.number = number
@@ -230,14 +231,14 @@ class _Text:
         self._logprobs: list[Logprobs] = []
 
     def add(self, output: Output) -> Piece | None:
-        """The new text with this output; None where nothing is certain yet."""
+        """Returns the new text with this output, or None if nothing is certain yet."""
         assert output.token_id is not None, "an output without an error has a token"
         text = self._text
         self._tokens += 1
         if output.logprobs is not None:
             self._logprobs.append(output.logprobs)
         push = text.push if self._tokens > self._min_tokens else text.push_unstoppable
-        # The token that ends a text is no text, whatever it decodes to.
+        # The token that ends a text is not part of it, whatever it decodes to.
         new = push(output.token_id) if output.finish_reason != "stop" else ""
         if output.finish_reason is not None and not text.stopped:
             new += text.finish()

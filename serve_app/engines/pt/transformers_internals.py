@@ -1,5 +1,6 @@
-"""Every private or undocumented part of transformers that this project uses; `tests/contracts/test_transformers.py` has
-a test of each. What transformers documents, such as the Auto classes, is used where it is needed.
+"""Has every private or undocumented part of transformers that this project uses.
+`tests/contracts/test_transformers.py` has a test of each. What transformers documents, such as the Auto classes, is
+used where it is needed.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,15 +16,16 @@ from transformers.cache_utils import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# Layers of hybrids keep a state per row that does not grow: dictionaries of tensors with rows first, and dictionaries
-# of what is known of them. Attributes of `transformers.cache_utils.LinearAttentionCacheLayerMixin`.
+# Layers of hybrids keep a state for each row that does not grow: dictionaries of tensors with rows first, and
+# dictionaries of what is known of them. They are attributes of
+# `transformers.cache_utils.LinearAttentionCacheLayerMixin`.
 STATES = ("conv_states", "recurrent_states")
 FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """The base of a cache layer that keeps its keys and values itself: `update`, `get_seq_length` and `get_mask_sizes`
-    are all that a model's forward pass asks of it.
+    """This is the base of a cache layer that keeps its keys and values itself. A model's forward pass uses only
+    `update`, `get_seq_length` and `get_mask_sizes`.
 
     Uses `transformers.cache_utils.DynamicLayer`, seen in transformers 5.19.
     """
@@ -37,17 +39,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         raise NotImplementedError
 
     def get_seq_length(self) -> int:
-        """Tokens that are kept, before those of the running forward pass."""
+        """Returns the number of kept tokens before those of the running forward pass."""
         raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what `update` will return for that many new tokens."""
+        """Returns the length and offset of what `update` will return for that many new tokens."""
         raise NotImplementedError
 
 
 def cache_with(config: Any, layer: Callable[[], GrowingLayer]) -> DynamicCache:
-    """A stock cache for a model of this config, in which new layers of ours stand for those that keep keys and values,
-    all of them or a sliding window of them. The other layers stay.
+    """Returns a stock cache for a model of this config, in which new layers of ours stand for those that keep keys and
+    values, all of them or a sliding window of them. The other layers stay.
 
     Uses `layers` of `DynamicCache`, and the exact classes `DynamicLayer` and `DynamicSlidingWindowLayer` of
     `transformers.cache_utils`; seen in transformers 5.19.
@@ -60,7 +62,7 @@ def cache_with(config: Any, layer: Callable[[], GrowingLayer]) -> DynamicCache:
 
 
 def has_state(layer: Any) -> bool:
-    """Whether the cache layer keeps a state for each row, perhaps beside keys and values.
+    """Returns whether the cache layer keeps a state for each row, perhaps beside keys and values.
 
     Uses `transformers.cache_utils.LinearAttentionCacheLayerMixin`, seen in transformers 5.19.
     """
@@ -68,7 +70,7 @@ def has_state(layer: Any) -> bool:
 
 
 def has_only_state(layer: Any) -> bool:
-    """Whether the cache layer keeps a state for each row, and no keys and values.
+    """Returns whether the cache layer keeps a state for each row, and no keys and values.
 
     Uses the classes of `has_state` and `GrowingLayer`; seen in transformers 5.19.
     """
@@ -76,7 +78,7 @@ def has_only_state(layer: Any) -> bool:
 
 
 def join_states(mine: Any, theirs: Any) -> None:
-    """Appends the rows of one layer's state to those of another of the same model, which may have none.
+    """Appends the rows of one layer's state to those of another layer of the same model, which may have none.
 
     Uses the attributes `STATES` and `FLAGS`, and `dtype` and `device`; seen in transformers 5.19.
     """
@@ -92,7 +94,7 @@ def join_states(mine: Any, theirs: Any) -> None:
 
 
 def remove_state(layer: Any, row: int, last: int) -> None:
-    """Takes one row out of a layer's state; the last row, of number `last`, takes its number.
+    """Removes one row of a layer's state. The last row, whose number is `last`, takes its number.
 
     Uses the attributes `STATES`; seen in transformers 5.19.
     """
@@ -106,7 +108,7 @@ def remove_state(layer: Any, row: int, last: int) -> None:
 
 
 def stock_attention(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    """transformers' own attention function of the name "sdpa".
+    """Returns what transformers' own attention function of the name "sdpa" returns.
 
     Uses `transformers.integrations.sdpa_attention.sdpa_attention_forward`, seen in transformers 5.19.
     """
@@ -115,16 +117,16 @@ def stock_attention(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None
 
 
 def replace_attention(function: Callable[..., Any]) -> None:
-    """Puts the function in the place of "sdpa", for every model of this process. The masks stay those of "sdpa".
+    """Puts the function in the place of "sdpa" for every model of this process. The masks stay those of "sdpa".
 
-    Uses `transformers.AttentionInterface.register` with a name that is taken, which its documentation does not speak
-    of; seen in transformers 5.19.
+    Uses `transformers.AttentionInterface.register` with a name that is taken, which its documentation does not mention,
+    seen in transformers 5.19.
     """
     AttentionInterface.register("sdpa", function)
 
 
 def unsplit_blocks(model: PreTrainedModel) -> list[str]:
-    """The classes of modules that have to be on one device as a whole.
+    """Returns the classes of modules that have to be on one device as a whole.
 
     Uses the attribute `_no_split_modules` of a model, seen in transformers 5.19.
     """
@@ -132,7 +134,7 @@ def unsplit_blocks(model: PreTrainedModel) -> list[str]:
 
 
 def loaded_device_map(model: PreTrainedModel) -> dict[str, int | str]:
-    """The device of each module of a loaded model, by its name; of all of it under the name "".
+    """Returns the device of each module of a loaded model by its name. The name "" stands for the whole model.
 
     Uses the attribute `hf_device_map` of a loaded model, seen in transformers 5.19.
     """
@@ -141,7 +143,7 @@ def loaded_device_map(model: PreTrainedModel) -> dict[str, int | str]:
 
 
 def byte_of_character() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for.
+    """Returns the byte that each character of a byte-level vocabulary stands for.
 
     Uses `transformers.convert_slow_tokenizer.bytes_to_unicode`, seen in transformers 5.19.
     """
@@ -149,8 +151,8 @@ def byte_of_character() -> dict[str, int]:
 
 
 def decodes_byte_pieces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the decoder joins pieces such as <0xE2> to characters. A tokenizer without one of the library's decoders
-    may, so that the answer for it is true.
+    """Returns whether the decoder joins pieces such as <0xE2> to characters. It is true for a tokenizer without one of
+    the library's decoders, which may do so.
 
     Uses the attribute `backend_tokenizer` and the text of its decoder in the library tokenizers; seen in transformers
     5.19 with tokenizers 0.23.
@@ -160,7 +162,7 @@ def decodes_byte_pieces(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of tokens that `skip_special_tokens` leaves out.
+    """Returns the ids of tokens that `skip_special_tokens` leaves out.
 
     Uses the attribute `added_tokens_decoder`, seen in transformers 5.19.
     """
@@ -168,7 +170,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def own_response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:
-    """How the model of this tokenizer writes tool calls, where its files say so.
+    """Returns how the model of this tokenizer writes tool calls, or None if its files do not say.
 
     Uses the attribute `response_template`, seen in transformers 5.19.
     """
@@ -177,9 +179,9 @@ def own_response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, An
 
 
 def response_parser(tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], prefix: str, tools: Any) -> Any:
-    """What reads a message as it comes: `feed(text)` returns a list of events, and `finalize()` the message and the
-    last events. An event has a `type`: "region_close" has `field` and `value`, and "region_chunk" has `field` and
-    `text` and may be `dirty`.
+    """Returns a parser that reads a message as it comes: `feed(text)` returns a list of events, and `finalize()`
+    returns the message and the last events. An event has a `type`: "region_close" has `field` and `value`, and
+    "region_chunk" has `field` and `text` and may be `dirty`.
 
     Uses `get_response_parser` and its parser's events, seen in transformers 5.19.
     """

@@ -1,1 +1,1 @@
-"""pt's OpenAI API: requests are checked, become sequences, and their outputs become answers."""
+"""This package is pt's OpenAI API: requests are checked and become sequences, and their outputs become answers."""

@@ -1,4 +1,4 @@
-"""Writes the answers of chat and text completions: whole, or as a stream of events."""
+"""Writes the answers of chat and text completions, either whole or as a stream of events."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ from serve_app.wire.openai_errors import error_object
 
 
 class AnswerWriter:
-    """Has jobs generated, and writes what comes of them."""
+    """Has jobs generated, and writes their results as answers."""
 
     def __init__(self, generator: Generator, builder: JobBuilder, workers: Workers):
         self._generator = generator
@@ -45,7 +45,7 @@ class AnswerWriter:
     ) -> Response:
         """Answers a request with `key`, the name of its API key. The other arguments are those of `JobBuilder.build`.
 
-        Takes the places first: nothing is built for sequences that the model cannot take. Raises
+        It takes the places first, so nothing is built for sequences that the model cannot take. Raises
         RequestError.
         """
         with ExitStack() as stack:
@@ -69,7 +69,7 @@ class AnswerWriter:
         return json_response(await self._workers.run(SMALL_BYTES + 1, partial(self._write, job, answers)))
 
     def _write(self, job: Job, answers: Sequence[WholeChoice]) -> bytes:
-        """The whole answer as JSON, one choice after the other, so that no step is long."""
+        """Returns the whole answer as JSON, one choice after the other, so that no step is long."""
         choices = [
             msgspec.json.encode(
                 {
@@ -111,11 +111,11 @@ class AnswerWriter:
                 yield _event(head | {"choices": [], "usage": _usage(job, answers)})
             yield b"data: [DONE]\n\n"
         except Exception as error:
-            # The head is out, so the status can tell nothing any more: an error event ends the stream.
+            # The head is sent with its status, so an error event ends the stream.
             yield _event(error_object(request_error(error)))
 
     async def _pieces(self, job: Job, places: Reservation) -> AsyncGenerator[tuple[int, Piece, Delta]]:
-        """The pieces of all choices as they come, each with its choice's index and with what its text means."""
+        """Yields the pieces of all choices as they come, each with its choice's index and the meaning of its text."""
         generated = self._generator.generate_all(
             job.choices, job.request.stop_strings, not job.readers[0].needs_special_tokens, places
         )
@@ -144,7 +144,7 @@ class AnswerWriter:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events that holds `places` until it has ended, or was given up, whichever way."""
+    """This is a stream of events that holds `places` until it has ended or was abandoned in any way."""
 
     def __init__(self, events: AsyncGenerator[bytes], places: AbstractContextManager[Any]):
         super().__init__(events, media_type="text/event-stream")
@@ -152,7 +152,7 @@ class EventStream(StreamingResponse):
         self._places = places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the stream, and gives the places back when it is over."""
+        """Sends the stream, and gives the places back at its end."""
         with self._places:
             async with aclosing(self._events):
                 await super().__call__(scope, receive, send)

@@ -1,4 +1,5 @@
-"""The messages of a chat as its template reads them: parts of text joined, and the arguments of calls as objects."""
+"""Turns the messages of a chat into what its template reads, with joined parts of text and decoded arguments of
+calls."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,19 +9,19 @@ from serve_app.wire.census import decode_counted, require_countable
 
 
 def with_joined_text(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with lists of text parts as one text. Raises InvalidRequest for images and the like."""
+    """Returns the messages with lists of text parts as one text. Raises InvalidRequest for images and the like."""
     return [_joined(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
 def with_read_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the arguments of tool calls decoded, which chat templates expect.
+    """Returns the messages with the arguments of tool calls decoded, which chat templates expect.
 
-    They are JSON in strings of the body, so what they hold was not counted with the body: it is counted here, over all
-    calls together, before any of it is built. Raises InvalidRequest.
+    They are JSON in strings of the body, so their contents were not counted with the body. They are counted here, over
+    all calls together, before any of them is built. Raises InvalidRequest.
     """
     calls = [_calls(message, f"messages[{index}]") for index, message in enumerate(messages)]
     texts = [text for of_message in calls for call in of_message if isinstance(text := _arguments(call), str)]
-    # One that is no JSON may hide what follows from the count. It is refused before that is read.
+    # Arguments that are not JSON may hide what follows from the count. They are refused before that is read.
     require_countable("\n".join(texts).encode(), what="The JSON of all arguments of tool calls", param="messages")
     return [
         message | {"tool_calls": [_decoded(call, f"messages[{index}]") for call in calls[index]]}
@@ -37,21 +38,21 @@ def _joined(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     for part in content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise InvalidRequest(
-                f"{where}: content of type '{part.get('type')}' is not supported; this model reads text.",
+                f"{where}: content of type '{part.get('type')}' is not supported, since this model reads only text.",
                 param="messages",
             )
     return {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 def _calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """The message's tool calls. Raises InvalidRequest unless each is a function with arguments."""
+    """Returns the message's tool calls. Raises InvalidRequest unless each is a function with arguments."""
     try:
         calls = list(message.get("tool_calls") or ())
         for call in calls:
             _arguments(call)
     except (TypeError, KeyError):
         raise InvalidRequest(
-            f"{where}.tool_calls: each needs a function with a name, and arguments as JSON.", param="messages"
+            f"{where}.tool_calls: each call needs a function with a name, and arguments as JSON.", param="messages"
         ) from None
     return calls
 

@@ -1,15 +1,16 @@
-"""The compound fields of a request: how to stream, which form the answer must have, which tools there are."""
+"""Defines the compound fields of a request: how to stream, which form the answer must have, and which tools there
+are."""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-# Characters of a client's own name that an error repeats.
+# An error repeats this many characters of a client's own name.
 SHOWN_CHARACTERS = 64
 
 
 class Closed(BaseModel):
-    """This is an object without further fields. The first unknown one is told, and no other: a client may send
+    """This is an object without further fields. Only the first unknown one is reported, since a client may send
     thousands."""
 
     model_config = ConfigDict(extra="forbid")
@@ -24,9 +25,10 @@ class Closed(BaseModel):
 
 
 def check_prompts(value: object) -> object:
-    """Raises ValueError unless this is a text, or a list of texts, of token ids, or of lists of token ids.
+    """Returns `value`. Raises ValueError unless it is a text, or a list of texts, of token ids, or of lists of token
+    ids.
 
-    One pass that ends at the first error: of a union pydantic would list all errors of all members.
+    It ends at the first error, whereas pydantic would list all errors of all members of a union.
     """
     if isinstance(value, str):
         return value
@@ -44,7 +46,7 @@ def check_prompts(value: object) -> object:
 
 
 def check_ids(value: object, where: str = "") -> object:
-    """Raises ValueError at the first item that is no integer."""
+    """Returns `value`. Raises ValueError at the first item that is not an integer."""
     if not isinstance(value, list):
         raise ValueError(f"{where} must be a list of token ids".lstrip())
     wrong = next((index for index, item in enumerate(value) if type(item) is not int), None)
@@ -84,12 +86,12 @@ class ResponseFormat(Closed):
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema: comes with type 'json_schema', and only with it")
+            raise ValueError("json_schema: it must come with type 'json_schema', and only with it")
         return self
 
 
 class StructuredOutputs(Closed):
-    """`structured_outputs`, as vLLM has it: exactly one of these."""
+    """This is the field `structured_outputs` as in vLLM, with exactly one of these."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     json_object: Literal[True] | None = None

@@ -1,4 +1,4 @@
-"""One checked request, and how its answer is written: the two shapes of OpenAI's objects."""
+"""Describes a checked request and how its answer is written, in the two shapes of OpenAI's objects."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +13,8 @@ from serve_app.engines.pt.text.logprobs import LogprobsWriter, chat_logprobs, te
 
 @dataclass(frozen=True)
 class Shape:
-    """How one endpoint writes its objects. `whole` and `delta` make what holds a choice's text and calls."""
+    """Says how one endpoint writes its objects. `whole` and `delta` make the part that holds a choice's text and
+    calls."""
 
     id_prefix: str
     whole_object: str
@@ -26,7 +27,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Job:
-    """One checked request: what to generate, and how its answer is written. `n` choices follow each prompt.
+    """One checked request says what to generate, and how its answer is written. `n` choices follow each prompt.
 
     Each choice has one of `readers`, and of `openings`, the texts that the choices begin with.
     """
@@ -40,7 +41,7 @@ class Job:
 
     @property
     def prompt_tokens(self) -> int:
-        """Counts the tokens of all prompts together."""
+        """Returns the number of tokens of all prompts together."""
         return sum(map(len, self.prompts))
 
     @cached_property
@@ -55,12 +56,13 @@ class Job:
 
 
 def is_nothing(piece: Piece, delta: Delta) -> bool:
-    """Whether there is nothing to tell yet of a piece that means `delta`: its reader waits for the end of a call."""
+    """Returns whether a piece that means `delta` has nothing to send yet, because its reader waits for the end of a
+    call."""
     return delta == Delta() and piece.finish_reason is None and not piece.logprobs
 
 
 class ChoiceProgress:
-    """How far one choice is. Keeps nothing that grows with it."""
+    """Keeps how far one choice is, and nothing that grows with it."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -69,14 +71,15 @@ class ChoiceProgress:
         self._reason: FinishReason | None = None
 
     def add(self, piece: Piece, delta: Delta) -> None:
-        """Takes the next piece of the choice, and what its text means."""
+        """Takes the next piece of the choice, and the meaning of its text."""
         self.tokens = piece.tokens
         self.characters += len(delta.content)
         self._has_calls = self._has_calls or bool(delta.calls)
         self._reason = piece.finish_reason
 
     def finish_reason(self, job: Job) -> str | None:
-        """OpenAI's: `tool_calls` where the model chose to call; a named function just stops."""
+        """Returns OpenAI's reason: `tool_calls` if the model chose to call. A call that was demanded by name just
+        stops."""
         named = isinstance(job.request, ChatRequest) and job.request.named_tool is not None
         return "tool_calls" if self._reason == "stop" and self._has_calls and not named else self._reason
 
@@ -91,7 +94,7 @@ class WholeChoice(ChoiceProgress):
         self.logprobs: list[Logprobs] = []
 
     def add(self, piece: Piece, delta: Delta) -> None:
-        """Takes the next piece of the choice, and what its text means."""
+        """Takes the next piece of the choice, and the meaning of its text."""
         super().add(piece, delta)
         self._deltas.append(delta)
         self._length += len(piece.text)
@@ -99,7 +102,7 @@ class WholeChoice(ChoiceProgress):
 
     @property
     def size(self) -> int:
-        """About how many bytes its JSON has; an entry of log probabilities has some 64."""
+        """Returns about how many bytes its JSON has. An entry of log probabilities has some 64."""
         alternatives = sum(1 + len(item.top) for item in self.logprobs)
         return self._length + 64 * alternatives
 

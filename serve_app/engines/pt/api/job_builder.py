@@ -1,4 +1,4 @@
-"""Makes a job of a checked request: all that can be prepared without running the model."""
+"""Turns a checked request into a job, with all that can be prepared without running the model."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ from serve_app.errors import InvalidRequest
 
 
 class JobBuilder:
-    """Builds jobs for one model. Its work takes time, so it is not for the event loop."""
+    """Builds jobs for one model. Its work takes time, so it must not run on the event loop."""
 
     def __init__(self, generator: Generator, prompts: Prompts):
         self._generator = generator
@@ -31,8 +31,9 @@ class JobBuilder:
         default_tokens: int | None,
         tokenize: Callable[[], list[list[int]]],
     ) -> Job:
-        """Builds the job of a request. `tokenize` gives its prompts, and `default_tokens` is what is generated where
-        the request does not say; None is all that the context has room for. Raises InvalidRequest."""
+        """Returns the job of a request. `tokenize` gives its prompts, and `default_tokens` is how many tokens are
+        generated if the request does not say, where None means all that the context has room for. Raises
+        InvalidRequest."""
         prompts = tokenize()
         max_tokens = self._prompts.max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
@@ -41,7 +42,7 @@ class JobBuilder:
         return Job(asked, prompts, params, shape, readers, self._openings(asked, prompts))
 
     def _openings(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[str]:
-        """The text that each choice begins with: the prompt, where it is to be echoed."""
+        """Returns the text that each choice begins with, which is the prompt if it is to be echoed."""
         if not (isinstance(asked, CompletionRequest) and asked.echo):
             return [""] * asked.sequences
         decode = self._generator.loaded.tokenizer.decode
@@ -49,7 +50,7 @@ class JobBuilder:
         return [text for text in texts for _ in range(asked.choices)]
 
     def _readers(self, asked: ChatRequest | CompletionRequest, prompt: list[int]) -> list[MessageReader]:
-        """What tells tool calls from text, for each choice of a prompt. Raises InvalidRequest where nothing can."""
+        """Returns what tells tool calls from text for each choice of a prompt. Raises InvalidRequest if nothing can."""
         choices = range(asked.choices)
         if not isinstance(asked, ChatRequest) or not asked.offered_tools:
             return [PlainReader() for _ in choices]
@@ -62,7 +63,7 @@ class JobBuilder:
         if template is None:
             raise InvalidRequest(
                 "tool_choice 'auto' needs a model whose tokenizer has a response_template, or a chat template with "
-                "<tool_call>. With 'required' or a named function, or with 'none', this model can be used.",
+                "<tool_call>. Use this model with 'required', with a named function, or with 'none'.",
                 param="tool_choice",
             )
         text = tokenizer.decode(prompt)

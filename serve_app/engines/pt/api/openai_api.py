@@ -1,4 +1,4 @@
-"""The pt engine's ASGI application: its endpoints, which are OpenAI's and some of vLLM's."""
+"""Builds the pt engine's ASGI application, whose endpoints are OpenAI's and some of vLLM's."""
 
 import asyncio
 import logging
@@ -45,12 +45,12 @@ logger = logging.getLogger("ray.serve")
 Endpoint = Callable[[Request], Awaitable[Response]]
 Asked = TypeVar("Asked", bound=Body)
 
-# What OpenAI's completions endpoint generates when the request does not say.
+# OpenAI's completions endpoint generates this many tokens if the request does not say.
 DEFAULT_COMPLETION_TOKENS = 16
 
 
 def build_app(generator: Generator) -> Starlette:
-    """Builds the application around a running model."""
+    """Returns the application around a running model."""
     endpoints = _Endpoints(generator)
     return Starlette(
         routes=[
@@ -106,7 +106,7 @@ class _Endpoints:
         return json_response(await self._workers.run(size, lambda: self._write_vectors(asked, prompts, vectors)))
 
     async def _vectors(self, prompts: list[list[int]], places: Reservation) -> list[list[float]]:
-        """Computes the vectors of all prompts, or raises the first error; then the others end too."""
+        """Returns the vectors of all prompts, or raises the first error, which ends the others too."""
         owner = object()
         try:
             async with asyncio.TaskGroup() as group:
@@ -177,7 +177,8 @@ class _Endpoints:
             raise ModelUnavailable(str(error), retry_after_s=5.0) from None
 
     async def _read(self, request: Request, read: Callable[[object], Asked]) -> tuple[int, Asked]:
-        """The body's bytes, and what `read` makes of it, on a thread. Raises InvalidRequest and ModelNotFound."""
+        """Returns the body's bytes, and what `read` makes of it, on a thread. Raises InvalidRequest and
+        ModelNotFound."""
         body = known_body(request.scope) or RequestBody(await request.body())
         size = len(body.content)
         asked = await self._workers.run(size, lambda: read(decode_body(body.content, lambda: body.census)))
@@ -215,7 +216,8 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
-    """As JSON: plain text is what Serve says in a replica's place, and the router would ask another one."""
+    """Answers in JSON. Serve answers in plain text in a replica's place, and the router would then ask another
+    replica."""
     return error_response(RequestError(f"The pt engine failed: {type(error).__name__}: {error}"))
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document of a pt model's own route, from the classes that check its requests."""
+"""Makes the OpenAPI document of a pt model's own route from the classes that check its requests."""
 
 from functools import cache
 from typing import Any
@@ -25,13 +25,13 @@ TOKENIZE: Schema = {"anyOf": [reference("TokenizeRequest"), reference("ChatReque
 OPERATIONS = (
     Operation("POST", "/v1/chat/completions", "Answers a chat.", reference("ChatRequest"), streams=True),
     Operation("POST", "/v1/completions", "Continues a text.", reference("CompletionRequest"), streams=True),
-    Operation("POST", "/v1/embeddings", "The mean of the last hidden states.", reference("EmbeddingRequest")),
-    Operation("POST", "/tokenize", "Token ids of a text or a chat.", TOKENIZE),
-    Operation("POST", "/detokenize", "The text of token ids.", reference("DetokenizeRequest")),
-    Operation("GET", "/v1/models", "The model, with its length in tokens."),
-    Operation("GET", "/health", "200 while the engine can answer."),
-    Operation("GET", "/load", "Requests that run or wait."),
-    Operation("GET", "/openapi.json", "This document."),
+    Operation("POST", "/v1/embeddings", "Returns the mean of the last hidden states.", reference("EmbeddingRequest")),
+    Operation("POST", "/tokenize", "Returns the token ids of a text or a chat.", TOKENIZE),
+    Operation("POST", "/detokenize", "Returns the text of token ids.", reference("DetokenizeRequest")),
+    Operation("GET", "/v1/models", "Returns the model with its length in tokens."),
+    Operation("GET", "/health", "Answers 200 while the engine can answer."),
+    Operation("GET", "/load", "Counts the sequences that run or wait."),
+    Operation("GET", "/openapi.json", "Returns this document."),
 )
 
 
@@ -43,5 +43,5 @@ def openapi_document() -> dict[str, Any]:
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[body.__name__] = schema
-    text = "A model on transformers. Fields that it does not know are refused by name."
+    text = "This model runs on transformers. It refuses unknown fields by name."
     return dict(document("serve-app: pt", text, OPERATIONS, schemas))

@@ -1,4 +1,4 @@
-"""Prompts: from messages or text to token ids that fit the model."""
+"""Turns messages or text into prompts of token ids that fit the model."""
 
 import inspect
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from serve_app.engines.pt.api.protocol import (
 from serve_app.engines.pt.generator import Generator
 from serve_app.errors import ContextTooLong, InvalidRequest
 
-# Arguments of `apply_chat_template` itself, which a client must not reach through the template's variables.
+# These are arguments of `apply_chat_template` itself, which a client must not reach through the template's variables.
 TEMPLATE_METHOD_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 class Prompts:
-    """Reads prompts for one model. Tokenising takes time: not for the event loop."""
+    """Reads prompts for one model. Tokenising takes time, so it must not run on the event loop."""
 
     def __init__(self, generator: Generator):
         self._generator = generator
@@ -59,7 +59,7 @@ class Prompts:
         return ids
 
     def of_texts(self, asked: CompletionRequest | EmbeddingRequest) -> list[list[int]]:
-        """Returns the token ids of each text. All that can be counted before is counted before."""
+        """Returns the token ids of each text. It first checks all that can be counted before tokenising."""
         name, items = asked.prompt_field, asked.prompts()
         if not items or not all(items):
             raise InvalidRequest(f"'{name}' is empty.", param=name)
@@ -93,7 +93,7 @@ class Prompts:
         return ids
 
     def _check_total(self, tokens: int, name: str) -> None:
-        """Refuses a request of more tokens than the model can hold at once, each sequence at its longest."""
+        """Raises ContextTooLong for more tokens than the model can hold at once with each sequence at its longest."""
         longest, rows = self._generator.max_tokens_per_request, self._generator.limits.max_num_seqs
         if tokens > longest * rows:
             raise ContextTooLong(
@@ -107,7 +107,7 @@ class Prompts:
         most = self._generator.max_tokens_per_request * self._generator.longest_token
         if count > most:
             raise ContextTooLong(
-                f"'{name}' has {count} characters; this model's maximum context length, "
+                f"'{name}' has {count} characters, but this model's maximum context length, "
                 f"{self._generator.max_tokens_per_request} tokens, holds at most {most}.",
                 param=name,
             )
@@ -120,7 +120,7 @@ class Prompts:
             raise InvalidRequest(f"'{name}': token id {wrong} is outside the vocabulary of {vocabulary}.", param=name)
 
     def max_tokens(self, asked: int | None, prompt_tokens: int, default: int | None) -> int:
-        """How many tokens to generate. Raises ContextTooLong when prompt and output do not fit."""
+        """Returns how many tokens to generate. Raises ContextTooLong if prompt and output do not fit."""
         context = self._generator.max_tokens_per_request
         room = context - prompt_tokens
         wanted = asked if asked is not None else min(default, max(1, room)) if default is not None else max(1, room)
@@ -134,7 +134,7 @@ class Prompts:
 
 
 def _characters(value: object) -> int:
-    """Counts the characters of all texts, keys and numbers in a JSON value."""
+    """Returns the number of characters of all texts, keys and numbers in a JSON value."""
     total, left = 0, [value]
     while left:
         item = left.pop()

@@ -1,7 +1,7 @@
-"""What a client may ask: OpenAI's chat and completion requests, checked before anything reaches the batch.
+"""Defines what a client may ask: OpenAI's chat and completion requests, checked before anything reaches the batch.
 
-Law: nothing is dropped in silence. A field is honoured, or it changes nothing by its meaning (`user`, `store`), or it
-has its neutral value (`n: 1`), or the request is refused by that field's name.
+Its law is that nothing is dropped silently. A field is honoured, or it changes nothing by its meaning (`user`,
+`store`), or it has its neutral value (`n: 1`), or the request is refused with that field's name.
 """
 
 import base64
@@ -29,12 +29,12 @@ from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.grammar.spec import GrammarSpec, require_small_schema
 from serve_app.errors import InvalidRequest, nearest
 
-# Fields for bookkeeping on OpenAI's side: they do not change what is generated.
+# These fields are for bookkeeping on OpenAI's side and do not change what is generated.
 WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"}
 )
 
-# Fields that this engine does not honour yet, each with the values that ask for nothing.
+# This engine does not honour these fields yet. Each has the values that ask for nothing.
 NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "prompt_logprobs": (None,),
@@ -45,20 +45,20 @@ NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": (None,),
 }
 
-# With fail_fast pydantic stops at the first wrong item of a list, and does not list thousands of errors.
+# With fail_fast pydantic stops at the first wrong item of a list instead of listing thousands of errors.
 Text = str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
-# Each entry costs the sampler time, for every sequence.
+# Each entry costs the sampler time for every sequence.
 MOST_BIASED_TOKENS = 1024
-# pydantic takes up to 10 µs for each, and lets no other thread run meanwhile.
+# pydantic takes up to 10 µs for each, and no other thread runs meanwhile.
 MOST_MESSAGES = 4096
 StopText = Annotated[str, Field(max_length=1024)]
 
 
 def _few(biases: object) -> object:
-    """Raises ValueError for too many entries, before each of them is checked."""
+    """Returns the entries. Raises ValueError for too many of them before each is checked."""
     if isinstance(biases, dict) and len(biases) > MOST_BIASED_TOKENS:
-        raise ValueError(f"has {len(biases)} entries, and at most {MOST_BIASED_TOKENS} are taken")
+        raise ValueError(f"it has {len(biases)} entries, but at most {MOST_BIASED_TOKENS} are allowed")
     return biases
 
 
@@ -71,7 +71,7 @@ class Body(BaseModel):
 
     @classmethod
     def read(cls, body: object) -> Self:
-        """Checks a decoded JSON body. Raises InvalidRequest that names the field."""
+        """Returns a decoded JSON body after checking it. Raises InvalidRequest that names the field."""
         if not isinstance(body, dict):
             raise InvalidRequest("The body must be a JSON object.")
         fields = {name: value for name, value in body.items() if name not in WITHOUT_EFFECT}
@@ -116,35 +116,35 @@ class _Request(Body):
         if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
             raise ValueError(f"min_tokens: {self.min_tokens} is over max_tokens, {self.limit}")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream: true")
+            raise ValueError("stream_options: it is allowed only with stream: true")
         return self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, without empty strings."""
+        """Returns `stop` as a tuple without empty strings."""
         listed = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in listed if text)
 
     @property
     def include_usage(self) -> bool:
-        """Whether the stream ends with a usage chunk."""
+        """Returns whether the stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def limit(self) -> int | None:
-        """The most tokens to generate, where the client says it."""
+        """Returns the most tokens to generate, or None if the client does not say."""
         return self.max_tokens
 
     @cached_property
     def grammar(self) -> GrammarSpec | None:
-        """What the output must follow, where the client says it. Raises ValueError when it says two things, and
-        InvalidRequest where it is too large."""
+        """Returns what the output must follow, or None if the client does not say. Raises ValueError for two formats,
+        and InvalidRequest for one that is too large."""
         return self._grammar()
 
     def _grammar(self) -> GrammarSpec | None:
         asked = self.response_format if self.response_format and self.response_format.type != "text" else None
         if asked is not None and self.structured_outputs is not None:
-            raise ValueError("structured_outputs: comes beside response_format; give one of them")
+            raise ValueError("structured_outputs: response_format is given too. Give only one of them")
         if self.structured_outputs is not None:
             return _structured(self.structured_outputs)
         if asked is None:
@@ -154,21 +154,21 @@ class _Request(Body):
 
     @property
     def choices(self) -> int:
-        """`n`, the choices for each prompt."""
+        """Returns `n`, the number of choices for each prompt."""
         return self.n or 1
 
     @property
     def sequences(self) -> int:
-        """How many texts are to be generated."""
+        """Returns how many texts are to be generated."""
         return self.choices
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """How many alternatives to report for each token; None for no log probabilities."""
+        """Returns how many alternatives to report for each token, or None for no log probabilities."""
         raise NotImplementedError
 
     def sampling(self, max_tokens: int, defaults: Any) -> SamplingParams:
-        """The sampling parameters. `defaults` is the model's generation config, whose values fill the gaps."""
+        """Returns the sampling parameters. `defaults` is the model's generation config, whose values fill the gaps."""
 
         def choose(name: str, neutral: Any) -> Any:
             own = getattr(self, name)
@@ -193,7 +193,7 @@ class _Request(Body):
 
 
 class Message(BaseModel):
-    """One message of a conversation. Further fields go to the chat template as they are."""
+    """This is one message of a conversation. Further fields go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -217,7 +217,7 @@ class ChatRequest(_Request):
     @model_validator(mode="after")
     def _logprobs_combine(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: only with logprobs: true")
+            raise ValueError("top_logprobs: it is allowed only with logprobs: true")
         return self
 
     @model_validator(mode="after")
@@ -228,28 +228,28 @@ class ChatRequest(_Request):
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice: there is no tool '{self.tool_choice.function.name}'")
         if self.offered_tools and (self.response_format or self.structured_outputs) and super()._grammar() is not None:
-            raise ValueError("response_format: cannot be combined with tools; set tool_choice to 'none'")
+            raise ValueError("response_format: it cannot be combined with tools. Set tool_choice to 'none'")
         return self
 
     @cached_property
     def offered_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model may call, for the chat template; none with `tool_choice: none`."""
+        """Returns the tools that the model may call for the chat template. There are none with `tool_choice: none`."""
         if self.tool_choice == "none":
             return []
         return [tool.model_dump(exclude_none=True) for tool in self.tools or []]
 
     @property
     def named_tool(self) -> str | None:
-        """The function that must be called, where `tool_choice` names one."""
+        """Returns the function that must be called, or None if `tool_choice` names none."""
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
     def parallel(self) -> bool:
-        """Whether the model may call more than one tool."""
+        """Returns whether the model may call more than one tool."""
         return self.parallel_tool_calls is not False
 
     def _grammar(self) -> GrammarSpec | None:
-        # The output format, or that of the calls that `tool_choice` forces.
+        # This is the output format, or that of the calls that `tool_choice` forces.
         if self.named_tool is not None:
             named = [tool for tool in self.offered_tools if tool["function"]["name"] == self.named_tool]
             return GrammarSpec.of_schema(parameters_of(named[0]), "tools") if named else None
@@ -260,12 +260,12 @@ class ChatRequest(_Request):
 
     @property
     def limit(self) -> int | None:
-        """`max_completion_tokens`, or its older name."""
+        """Returns `max_completion_tokens`, or else the value of its older name `max_tokens`."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """`top_logprobs`, where `logprobs` is true."""
+        """Returns `top_logprobs` if `logprobs` is true, or else None."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -279,23 +279,23 @@ class CompletionRequest(_Request):
     @model_validator(mode="after")
     def _echo_combines(self) -> Self:
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo: not together with logprobs, which are of the generated tokens only")
+            raise ValueError("echo: it cannot be combined with logprobs, which are only for the generated tokens")
         return self
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """`logprobs`, a number here."""
+        """Returns `logprobs`, which is a number here."""
         return self.logprobs
 
     prompt_field: ClassVar[str] = "prompt"
 
     @property
     def sequences(self) -> int:
-        """How many texts are to be generated."""
+        """Returns how many texts are to be generated."""
         return self.choices * _count(self.prompt)
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each one text or token ids."""
+        """Returns the prompts. Each is a text or a list of token ids."""
         return _as_list(self.prompt)
 
 
@@ -309,15 +309,15 @@ class EmbeddingRequest(Body):
 
     @property
     def sequences(self) -> int:
-        """How many vectors are to be computed."""
+        """Returns how many vectors are to be computed."""
         return _count(self.input)
 
     def prompts(self) -> list[str | list[int]]:
-        """The texts, each one text or token ids."""
+        """Returns the inputs. Each is a text or a list of token ids."""
         return _as_list(self.input)
 
     def encode(self, vector: list[float]) -> list[float] | str:
-        """The vector as a list, or as base64 of little-endian float32 values."""
+        """Returns the vector as a list, or as base64 of little-endian float32 values."""
         if self.encoding_format == "float":
             return vector
         return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
@@ -337,17 +337,17 @@ class DetokenizeRequest(Body):
 
 
 def read_tokenize(body: object) -> ChatRequest | TokenizeRequest:
-    """The body of POST /tokenize, which is that of a chat where it has messages."""
+    """Returns the body of POST /tokenize, which is that of a chat if it has messages."""
     return (ChatRequest if isinstance(body, dict) and "messages" in body else TokenizeRequest).read(body)
 
 
 def _sampling_temperature(temperature: float) -> float:
-    """0 for what is so small that dividing logits by it would overflow."""
+    """Returns the temperature, or 0 if it is so small that dividing logits by it would overflow."""
     return float(temperature) if temperature >= 1e-5 else 0.0
 
 
 def _count(prompts: Prompts) -> int:
-    """How many prompts there are, without building them."""
+    """Returns how many prompts there are, without building them."""
     is_one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
     return 1 if is_one else len(prompts)
 
@@ -361,7 +361,7 @@ def _as_list(prompts: Prompts) -> list[str | list[int]]:
 
 
 def _refusal(error: Any, fields: Container[str]) -> InvalidRequest:
-    """pydantic's error in our words. A check of several fields begins with the first one's name."""
+    """Returns pydantic's error in our words. A check of several fields begins with the first one's name."""
     text = str(error["msg"]).removeprefix("Value error, ")
     if error["loc"]:
         return InvalidRequest(f"'{_path(error['loc'])}': {text}.", param=str(error["loc"][0]))
@@ -370,7 +370,7 @@ def _refusal(error: Any, fields: Container[str]) -> InvalidRequest:
 
 
 def _path(location: Iterable[int | str]) -> str:
-    """A pydantic location as `messages[0].role`, without the names of its types."""
+    """Returns a pydantic location as `messages[0].role`, without the names of its types."""
     parts = [part for part in location if isinstance(part, int) or re.fullmatch(r"[a-z_]+", part)]
     named = [part for number, part in enumerate(parts) if number == 0 or part not in ("str", "int", "float", "dict")]
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).removeprefix(".")

@@ -1,10 +1,10 @@
-"""What a client is told of an error in the engine."""
+"""Decides what a client sees of an error in the engine."""
 
 from serve_app.errors import EngineError, ModelUnavailable, RequestError
 
 
 def request_error(error: Exception) -> RequestError:
-    """The error that a client sees: its own as it is, and 503 for an engine that has ended."""
+    """Returns the error that a client sees. A RequestError stays as it is, and an engine that has ended gives 503."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, EngineError):

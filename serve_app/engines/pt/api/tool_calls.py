@@ -1,8 +1,8 @@
-"""Tool calls: told from the text by transformers' response parser, or forced by a grammar.
+"""Reads tool calls, which transformers' response parser finds in the text or a grammar forces.
 
 With `tool_choice: auto` the model writes calls in its own way, and the tokenizer's `response_template` (or Hermes'
-way, where the chat template shows it) tells them from text. With `required` or a named function a JSON schema forces
-the output, which works for every model.
+way, if the chat template shows it) tells them from text. With `required` or a named function, a JSON schema forces the
+output, which works for every model.
 """
 
 import json
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from serve_app.engines.pt.transformers_internals import own_response_template, response_parser
 from serve_app.errors import InvalidRequest
 
-# Hermes' and Qwen's way, as a transformers response template. Space before a call is left out, up to a bound: all of it
-# is held back and looked at again with every token, until it is known what follows.
+# This is Hermes' and Qwen's way as a transformers response template. Space before a call is left out, up to a bound,
+# since all of it is held back and read again with every token until it is known what follows.
 HERMES = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|im_start|>assistant\n",
@@ -35,14 +35,15 @@ HERMES = {
     },
 }
 
-# What may stand between the calls of a list, and what tells where an object of JSON ends.
+# These may be between the calls of a list, and these show where an object of JSON ends.
 BETWEEN_CALLS = "[], \t\r\n"
 JSON_MARKS = re.compile(r'["\\{}]')
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call, or the next part of its arguments. `index` counts the calls of a message; `arguments` is JSON."""
+    """This is one call, or the next part of its arguments. `index` counts the calls of a message; `arguments` is
+    JSON."""
 
     index: int
     id: str
@@ -51,11 +52,11 @@ class ToolCall:
     is_first: bool = True
 
     def write(self) -> dict[str, Any]:
-        """As OpenAI has it in a message."""
+        """Returns the call as OpenAI has it in a message."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
     def write_delta(self) -> dict[str, Any]:
-        """As OpenAI has it in a stream: id and name come once."""
+        """Returns the call as OpenAI has it in a stream, where id and name come once."""
         if self.is_first:
             return {"index": self.index, **self.write()}
         return {"index": self.index, "function": {"arguments": self.arguments}}
@@ -63,19 +64,19 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Delta:
-    """What new text means: text of the answer, text of the thinking before it, and calls."""
+    """This is the meaning of new text: text of the answer, text of the thinking before it, and calls."""
 
     content: str = ""
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
 
     def __add__(self, other: "Delta") -> "Delta":
-        """Both, in order. Parts of one call become one."""
+        """Returns both in order. Parts of one call become one."""
         return Delta.join((self, other))
 
     @classmethod
     def join(cls, deltas: Iterable["Delta"]) -> Self:
-        """All of them, in order. Parts of one call become one. The work grows with their length."""
+        """Returns all deltas as one, in order. Parts of one call become one. The work grows with their length."""
         deltas = tuple(deltas)
         calls: dict[int, list[ToolCall]] = {}
         for delta in deltas:
@@ -99,12 +100,12 @@ class MessageReader(Protocol):
         ...
 
     def finish(self) -> Delta:
-        """Returns the rest, when no text follows."""
+        """Returns the rest after the end of the text."""
         ...
 
 
 class PlainReader:
-    """Takes all text for content."""
+    """Reads all text as content."""
 
     needs_special_tokens = False
 
@@ -118,7 +119,7 @@ class PlainReader:
 
 
 class TemplateReader:
-    """Calls in the model's own way, by transformers' parser. A call that the parser cannot read comes out as content.
+    """Reads calls in the model's own way with transformers' parser. A call that the parser cannot read becomes content.
 
     With `parallel` false, calls after the first are left out.
     """
@@ -131,7 +132,7 @@ class TemplateReader:
         self._parser = response_parser(tokenizer, template, prefix, tools)
         self._most = None if parallel else 1
         self._calls = 0
-        self._unread = ""  # Text that has not come out yet: it must not be lost when the parser fails.
+        self._unread = ""  # This text has not come out yet, and must not be lost if the parser fails.
         self._failed = False
 
     def feed(self, text: str) -> Delta:
@@ -149,7 +150,7 @@ class TemplateReader:
         unread = self._unread
         try:
             return self._translate(parse())
-        except Exception:  # Whatever a model writes, it is an answer.
+        except Exception:  # Whatever a model writes is an answer.
             self._failed = True
             return Delta(unread)
 
@@ -173,7 +174,7 @@ class TemplateReader:
 
 
 class NamedCallReader:
-    """The whole text is the arguments of one function."""
+    """Reads the whole text as the arguments of one function."""
 
     needs_special_tokens = False
 
@@ -194,18 +195,19 @@ class NamedCallReader:
 
 
 class CallListReader:
-    """The whole text is a JSON list of calls. Each comes out when it is complete; a rest that is cut is content.
+    """Reads the whole text as a JSON list of calls. Each comes out when it is complete, and a rest that is cut is
+    content.
 
-    Looks at each character once, to know where a call ends; only a whole call is parsed.
+    It looks at each character once to find where a call ends, and parses only whole calls.
     """
 
     needs_special_tokens = False
 
     def __init__(self) -> None:
-        self._pieces: list[str] = []  # Of the call that is being written.
+        self._pieces: list[str] = []  # These belong to the call that is being written.
         self._depth = 0
         self._in_string = False
-        self._escaped = -1  # The place of a character that a backslash has made plain, in the next piece at 0.
+        self._escaped = -1  # This is the place of a character that a backslash has escaped, in the next piece at 0.
         self._calls = 0
         self._failed = False
 
@@ -226,7 +228,7 @@ class CallListReader:
         return Delta(rest if rest.strip(BETWEEN_CALLS) else "")
 
     def _ends(self, text: str) -> Iterator[int]:
-        """The places in `text` behind the last brace of an object at the top."""
+        """Yields the places in `text` after the last brace of an object at the top."""
         for found in JSON_MARKS.finditer(text):
             at, mark = found.start(), found.group()
             if at == self._escaped:
@@ -245,7 +247,7 @@ class CallListReader:
         self._escaped -= len(text)
 
     def _read_call(self) -> ToolCall | None:
-        """The call that has been completed. What is none stays, with all that follows, and comes out at the end."""
+        """Returns the completed call. If it is not a call, it stays with all that follows, and comes out at the end."""
         text = "".join(self._pieces)
         try:
             call = _call(self._calls, json.loads(text.lstrip(BETWEEN_CALLS)))
@@ -258,7 +260,7 @@ class CallListReader:
 
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:
-    """How this model writes calls, or None where that is not known."""
+    """Returns how this model writes calls, or None if that is not known."""
     if (own := own_response_template(tokenizer)) is not None:
         return own
     template = str(tokenizer.chat_template or "")
@@ -266,10 +268,10 @@ def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] |
 
 
 def call_list_schema(tools: ReadOnlySequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """The JSON schema of one call to these tools, or of several where `parallel`.
+    """Returns the JSON schema of one call to these tools, or of several if `parallel`.
 
     Definitions of the tools' schemas move to the root, where their references look for them. Raises InvalidRequest
-    where they are no object.
+    if they are not an object.
     """
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
@@ -295,7 +297,7 @@ def call_list_schema(tools: ReadOnlySequence[Mapping[str, Any]], parallel: bool)
 
 
 def _with_prefix(schema: Any, prefix: str) -> Any:
-    """The schema with references to the definitions at its root renamed."""
+    """Returns the schema with references to the definitions at its root renamed."""
     if isinstance(schema, list):
         return [_with_prefix(item, prefix) for item in schema]
     if not isinstance(schema, Mapping):
@@ -308,7 +310,7 @@ def _with_prefix(schema: Any, prefix: str) -> Any:
 
 
 def parameters_of(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a tool's arguments: an object, where the tool does not say."""
+    """Returns the JSON schema of a tool's arguments, which is an object if the tool does not say."""
     parameters: dict[str, Any] | None = tool["function"].get("parameters")
     return parameters or {"type": "object"}
 

@@ -1,1 +1,1 @@
-"""pt's generation: which sequences run in a step, how a step runs, and what it keeps."""
+"""This package generates: it decides which sequences run in a step, runs the step, and keeps its cache."""

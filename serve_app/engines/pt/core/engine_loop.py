@@ -1,10 +1,10 @@
-"""The thread that generates: one loop over schedule → run → sample → deliver.
+"""Runs the thread that generates, which is one loop over schedule → run → sample → deliver.
 
 Laws:
-- the loop dies only with its device;
-- one sequence's error ends that sequence and no other: a pass that fails is tried again in smaller parts until the one
-  that fails is alone, from the tokens that they have. Running out of memory is such a failure;
-- no sequence waits for another one's output format.
+- The loop dies only with its device.
+- One sequence's error ends that sequence and no other. A pass that fails is tried again in smaller parts, from the
+  tokens so far, until the sequence that fails is alone. Running out of memory is such a failure.
+- No sequence waits for another one's output format.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from serve_app.errors import EngineError, OutOfDeviceMemory
 
 logger = logging.getLogger("ray.serve")
 
-# Seconds without work, after which the C heap gives back what it keeps. That takes some 15 ms.
+# After this many seconds without work, the C heap gives back what it keeps, which takes some 15 ms.
 IDLE_S = 2.0
 
-# Seconds that a step waits for the masks of output formats; later ones are parked. A mask is computed beside the
-# forward pass and is there before its end, unless its format is far slower than usual.
+# A step waits this many seconds for the masks of output formats, and sequences with later ones are parked. A mask is
+# computed beside the forward pass and is ready before its end, unless its format is far slower than usual.
 PATIENCE_S = 0.005
-# Seconds between two looks at the parked ones, where nothing else is to do.
+# Parked sequences are checked at this interval in seconds if there is nothing else to do.
 PARKED_POLL_S = 0.002
 
-# What a step did, in the order of its sequences. Called on the engine's thread.
+# This gets what a step did, in the order of its sequences. It is called on the engine's thread.
 Deliver = Callable[[list[Output]], None]
 
 
@@ -57,18 +57,18 @@ class EngineLoop(threading.Thread):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it generates no more. True before any sequence is told so: whoever hears of the end and asks for the
-        engine's health at once, as the router does, must not find a thread that is about to end."""
+        """Returns whether it has stopped generating. It is true before any sequence is told so, because a client of the
+        end may ask for the engine's health at once, as the router does, and must not find a thread about to end."""
         return self._closed or not self.is_alive()
 
     @property
     def stuck_s(self) -> float:
-        """Seconds since the loop, which has work, has ended a pass or begun; 0 while it has none."""
+        """Returns the seconds since a loop with work has ended a pass or begun, or 0 while it has no work."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     def submit(self, sequence: Sequence) -> None:
-        """Starts generating; the outputs come through `deliver`. Raises EngineError once the loop has ended."""
+        """Starts generating. The outputs come through `deliver`. Raises EngineError once the loop has ended."""
         self._put(lambda: self._scheduler.add(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
@@ -76,7 +76,7 @@ class EngineLoop(threading.Thread):
         self._inbox.put(lambda: self._drop([sequence]))
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the loop; every sequence left gets an error. Waits at most `timeout_s` seconds."""
+        """Ends the loop, so that every remaining sequence gets an error. Waits at most `timeout_s` seconds."""
 
         def end() -> None:
             self._stopping = True
@@ -86,7 +86,7 @@ class EngineLoop(threading.Thread):
             self.join(timeout_s)
 
     def run(self) -> None:
-        """The loop. Sleeps while there is nothing to generate."""
+        """Runs the loop, which sleeps while there is nothing to generate."""
         try:
             with torch.inference_mode():
                 while not self._stopping:
@@ -94,7 +94,7 @@ class EngineLoop(threading.Thread):
                     self._look_at_parked()
                     self._step()
         except Exception:
-            logger.exception("The pt engine's thread has ended; its replica has to be replaced.")
+            logger.exception("The pt engine's thread has ended, so its replica has to be replaced.")
         finally:
             self._abandon()
 
@@ -118,7 +118,7 @@ class EngineLoop(threading.Thread):
                 return
 
     def _next_work(self) -> Callable[[], None] | None:
-        """Waits for it. None where it is time to look at the parked sequences."""
+        """Waits for the next work and returns it, or None if it is time to check the parked sequences."""
         if self._scheduler.parked:
             try:
                 return self._inbox.get(timeout=PARKED_POLL_S)
@@ -142,14 +142,14 @@ class EngineLoop(threading.Thread):
         ready = [sequence for sequence in parked if sequence not in late]
         problems = {sequence: problem for sequence in ready if (problem := self._sampler.problem(sequence))}
         self._settle([Output(sequence, error=problem) for sequence, problem in problems.items()])
-        for is_slow in (True, False):  # The last that are put back first come first of all.
+        for is_slow in (True, False):  # The last ones that are put back come first of all.
             back = [item for item in ready if item not in problems and self._sampler.is_slow(item) is is_slow]
             self._scheduler.unpark(back, first=not is_slow)
 
     def _step(self) -> None:
         out_of_memory = False
         try:
-            step = self._scheduler.schedule()  # Prompts first: a first token is waited for more than a next one.
+            step = self._scheduler.schedule()  # Prompts come first, since a first token is more urgent.
             self._settle(self._prefill(step))
             self._settle(self._decode(self._scheduler.decoding))
         except Exception as error:
@@ -157,17 +157,17 @@ class EngineLoop(threading.Thread):
                 raise
             logger.warning("Out of memory with %d sequences: %s", self._scheduler.running, error)
             out_of_memory = True
-        if out_of_memory:  # Outside of `except`, whose traceback still holds the tensors.
+        if out_of_memory:  # This is outside `except`, whose traceback still holds the tensors.
             self._settle(self._recover())
 
     def _settle(self, outputs: list[Output]) -> None:
-        """Frees the places of those that have ended, and hands the outputs out."""
+        """Frees the places of sequences that have ended, and delivers the outputs."""
         self._drop([output.sequence for output in outputs if output.is_last])
         if outputs:
             self._deliver(outputs)
 
     def _prefill(self, step: Step) -> list[Output]:
-        """One chunk of prompts. Raises when out of memory, and when the device is broken."""
+        """Computes one chunk of prompts and returns the outputs. Raises if memory runs out or the device is broken."""
         if not step.prefill:
             self._scheduler.complete(step)
             return []
@@ -189,7 +189,7 @@ class EngineLoop(threading.Thread):
         return self._advance(step.prefill, result)
 
     def _decode(self, sequences: ReadOnlySequence[Sequence]) -> list[Output]:
-        """One token for each. Raises when out of memory, and when the device is broken."""
+        """Returns a token for each sequence. Raises if memory runs out or the device is broken."""
         if not sequences:
             return []
         try:
@@ -227,7 +227,7 @@ class EngineLoop(threading.Thread):
             self._runner.drop(sequence)
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled | Exception]:
-        """The next tokens; where that fails, of each row by itself, so that only the row at fault has an error."""
+        """Returns the next tokens. If that fails, it samples row by row, so that only the row at fault has an error."""
         if not sequences:
             return []
         try:
@@ -266,14 +266,14 @@ class EngineLoop(threading.Thread):
         with self._closing:
             self._closed = True
         while not self._inbox.empty():
-            with contextlib.suppress(Exception):  # On a broken device even freeing fails; all must hear of the end.
+            with contextlib.suppress(Exception):  # Even freeing fails on a broken device, but all must end.
                 self._inbox.get_nowait()()
         error = EngineError("the pt engine has stopped")
         self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])
 
 
 def _raise_if_fatal(error: Exception) -> None:
-    """Raises what no smaller pass mends by itself: `_step` recovers from too little memory, and after an
-    AcceleratorError every CUDA call fails, so the thread has to end and the replica to be replaced."""
+    """Raises the errors that no smaller pass can cure: `_step` recovers from too little memory, and after an
+    AcceleratorError every CUDA call fails, so the thread has to end and the replica has to be replaced."""
     if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
         raise error

@@ -1,7 +1,7 @@
-"""Who is admitted next: the owners of waiting sequences take turns, and each owner's own wait in order.
+"""Decides who is admitted next: the owners of waiting sequences take turns, and each owner's own wait in order.
 
-Law: between two sequences of one owner, every other owner that waits is served once. So a request of a hundred choices
-delays a request of one by one turn, not by a hundred.
+Its law is that between two sequences of one owner, every other owner that waits is served once. So a request of a
+hundred choices delays a request of one choice by one turn and not by a hundred.
 """
 
 from collections import OrderedDict, deque
@@ -11,7 +11,7 @@ from serve_app.engines.pt.core.sequence import Sequence
 
 
 class FairQueue:
-    """Sequences that wait, in the order in which they will be admitted."""
+    """Holds sequences that wait, in the order in which they will be admitted."""
 
     def __init__(self) -> None:
         self._lines: OrderedDict[object, deque[Sequence]] = OrderedDict()  # The owner whose turn it is comes first.
@@ -21,8 +21,8 @@ class FairQueue:
         self._lines.setdefault(sequence.owner, deque()).append(sequence)
 
     def put_back(self, sequences: Collection[Sequence], *, first: bool) -> None:
-        """Puts sequences, in order, at the head of their owners' lines. Their turns come before all others' where they
-        are `first`; else their owners keep their turns, or take the last ones as new owners do."""
+        """Puts sequences, in order, at the head of their owners' lines. If they are `first`, their turns come before
+        all others'. Otherwise their owners keep their turns, or take the last ones as new owners do."""
         for sequence in sequences:
             self._lines.setdefault(sequence.owner, deque())
         for sequence in reversed(list(sequences)):
@@ -31,18 +31,18 @@ class FairQueue:
                 self._lines.move_to_end(sequence.owner, last=False)
 
     def head(self, skipped: Collection[object] = ()) -> Sequence | None:
-        """The next one of owners that are not `skipped`; None where nobody waits."""
+        """Returns the next sequence of owners that are not `skipped`, or None if none waits."""
         return next((line[0] for owner, line in self._lines.items() if owner not in skipped), None)
 
     def take(self, sequence: Sequence) -> None:
-        """Takes out the first of its owner's line, whose next turn comes after everybody else's."""
+        """Removes the first of its owner's line, whose next turn then comes after all others'."""
         line = self._lines.pop(sequence.owner)
         line.popleft()
         if line:
             self._lines[sequence.owner] = line
 
     def remove(self, gone: Collection[Sequence]) -> None:
-        """Takes sequences out; those that do not wait here are left alone."""
+        """Removes sequences, and ignores those that do not wait here."""
         for owner in {sequence.owner for sequence in gone} & self._lines.keys():
             line = deque(sequence for sequence in self._lines[owner] if sequence not in gone)
             if line:

@@ -1,11 +1,11 @@
-"""The KV cache of a batch whose rows come and go at every step.
+"""Keeps the KV cache of a batch whose rows come and go at every step.
 
-One rectangle for all rows: row r, column c. Every row ends at the same column and starts where its length says, so
-shorter rows are padded on the left. New tokens are written at `end`; a row that leaves is replaced by the last one; a
-row that joins is written so that it ends at `end`. So nothing is copied but the rows that come and go, except when the
-window reaches the edge of its buffers: at most once in `SLACK` steps.
+All rows share one rectangle of rows r and columns c. Every row ends at the same column and starts where its length
+says, so shorter rows are padded on the left. New tokens are written at `end`, a row that leaves is replaced by the last
+one, and a row that joins is written so that it ends at `end`. So only the rows that come and go are copied, except when
+the window reaches the edge of its buffers, which is at most once in `SLACK` steps.
 
-The layers stand in a stock `DynamicCache`, so every model and every device map that works with that works with this.
+The layers are part of a stock `DynamicCache`, so every model and every device map that works with it works with this.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,8 @@ from serve_app.planning.pt_kv_buffers import SLACK, cells, row_capacity
 
 @dataclass
 class Window:
-    """The part of the buffers in use: the first `rows` rows, columns `start` to `end`. Shared by all layers."""
+    """This is the part of the buffers in use, which is the first `rows` rows and columns `start` to `end`. All layers
+    share it."""
 
     rows: int = 0
     start: int = 0
@@ -37,14 +38,14 @@ class Window:
 
     @property
     def width(self) -> int:
-        """Tokens of the longest row."""
+        """Returns the number of tokens of the longest row."""
         return self.end - self.start
 
 
 class RectangleLayer(GrowingLayer):
     """Keys and values of one layer, shape (row_capacity, heads, column_capacity, head size).
 
-    Also stands in for sliding-window layers: it keeps all tokens, and the model's mask hides those outside the window.
+    It also replaces sliding-window layers: it keeps all tokens, and the model's mask hides those outside the window.
     """
 
     def __init__(self, window: Window):
@@ -54,7 +55,7 @@ class RectangleLayer(GrowingLayer):
         self.value_buffer: torch.Tensor | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Writes the new tokens behind the window, and returns the window with them."""
+        """Writes the new tokens after the window, and returns the window with them."""
         window = self.window
         if self.key_buffer is None or self.value_buffer is None:
             self.key_buffer, self.value_buffer = self.allocate(key_states), self.allocate(value_states)
@@ -67,20 +68,20 @@ class RectangleLayer(GrowingLayer):
         )
 
     def get_seq_length(self) -> int:
-        """Columns in use, before the tokens of the running forward pass."""
+        """Returns the columns in use before the tokens of the running forward pass."""
         return self.window.width
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what `update` will return."""
+        """Returns the length and offset of what `update` will return."""
         return self.window.width + query_length, 0
 
     def buffers(self) -> Iterator[torch.Tensor]:
-        """The allocated buffers."""
+        """Returns the allocated buffers."""
         return (buffer for buffer in (self.key_buffer, self.value_buffer) if buffer is not None)
 
     def allocate(self, states: torch.Tensor) -> torch.Tensor:
-        """A buffer of the window's capacity for states of shape (rows, heads, tokens, size)."""
-        # Zeros, not empty: a masked column has weight 0, and 0 times a stray NaN would be NaN.
+        """Returns a buffer of the window's capacity for states of shape (rows, heads, tokens, size)."""
+        # The buffer must be zeros, since a masked column has weight 0, and 0 times a stray NaN would be NaN.
         _, heads, _, size = states.shape
         return states.new_zeros(self.window.row_capacity, heads, self.window.column_capacity, size)
 
@@ -97,7 +98,7 @@ class RectangleLayer(GrowingLayer):
 
 
 class BatchCache:
-    """A `DynamicCache` whose rows can be joined, removed and extended."""
+    """This is a `DynamicCache` whose rows can be joined, removed and extended."""
 
     def __init__(self, config: Any):
         self.window = Window()
@@ -106,12 +107,12 @@ class BatchCache:
 
     @property
     def is_joinable(self) -> bool:
-        """Whether every layer is of a kind that is known here."""
+        """Returns whether every layer is of a kind that is known here."""
         return all(isinstance(layer, RectangleLayer) or has_only_state(layer) for layer in self.cache.layers)
 
     @property
     def bytes_by_device(self) -> dict[torch.device, int]:
-        """Bytes of all key and value buffers, by device."""
+        """Returns the bytes of all key and value buffers by device."""
         sizes: dict[torch.device, int] = {}
         for layer in self._rectangles():
             for buffer in layer.buffers():
@@ -120,7 +121,7 @@ class BatchCache:
 
     @property
     def largest_layer_bytes(self) -> dict[torch.device, int]:
-        """Bytes of the largest layer's buffers, by device."""
+        """Returns the bytes of the largest layer's buffers by device."""
         sizes: dict[torch.device, int] = {}
         for layer in self._rectangles():
             for device, size in ((buffer.device, 2 * buffer.nbytes) for buffer in layer.buffers()):
@@ -142,18 +143,18 @@ class BatchCache:
 
     @property
     def cells(self) -> int:
-        """Tokens for which the buffers have room."""
+        """Returns the number of tokens for which the buffers have room."""
         return self.window.row_capacity * self.window.column_capacity
 
     def compact(self) -> None:
-        """Gives back what the buffers have beyond their rows: earlier rows may have been more, or longer."""
+        """Gives back what the buffers have beyond their rows, since there may have been more or longer rows before."""
         window = self.window
         if cells(window.rows, window.width) < self.cells:
             capacity = window.width + SLACK
             self._move(Window(window.rows, 0, window.width, row_capacity(window.rows), capacity))
 
     def advance(self, columns: int) -> None:
-        """Takes what the last forward pass wrote into the window."""
+        """Extends the window by what the last forward pass wrote."""
         self.window.end += columns
 
     def join(self, other: "BatchCache") -> None:
@@ -174,7 +175,7 @@ class BatchCache:
         window.start = min(window.start, columns.start)
 
     def remove(self, row: int) -> None:
-        """Takes one row out; the last row takes its number."""
+        """Removes one row. The last row takes its number."""
         window = self.window
         last = window.rows - 1
         for layer in self.cache.layers:
@@ -190,11 +191,11 @@ class BatchCache:
             self._free()
 
     def shrink(self, width: int) -> None:
-        """Forgets the columns on the left that no row uses any more; `width` is the longest row's length."""
+        """Forgets the columns on the left that no row uses any more. `width` is the longest row's length."""
         self.window.start = self.window.end - width
 
     def _move(self, target: Window) -> None:
-        """Layer by layer, so that old and new buffers stand side by side for one layer only."""
+        """Moves layer by layer, so that old and new buffers exist together for one layer only."""
         for layer in self._rectangles():
             layer.move(target)
         vars(self.window).update(vars(target))

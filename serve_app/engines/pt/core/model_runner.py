@@ -1,7 +1,7 @@
-"""Forward passes: prompts in chunks, and one token for each running sequence.
+"""Runs forward passes: prompts in chunks, and one token for each running sequence.
 
-`BatchRunner` joins all sequences in one pass. `SerialRunner` computes one sequence from its first token each time:
-slow, and right for every model; it is the way out where the probe finds that joining changes the answers.
+`BatchRunner` joins all sequences in one pass. `SerialRunner` computes one sequence from its first token each time,
+which is slow but right for every model. It is used if the probe finds that joining changes the answers.
 """
 
 import gc
@@ -20,17 +20,18 @@ from serve_app.planning.pt_kv_buffers import cells
 
 
 class Runner(Protocol):
-    """Computes logits; knows which sequences are in its cache.
+    """Computes logits, and knows which sequences are in its cache.
 
-    `max_cells` is how many tokens its buffers may have room for; None for no limit.
+    `max_cells` is how many tokens its buffers may have room for, or None for no limit.
     """
 
     max_cells: int | None
 
     def prefill(self, step: Step) -> torch.Tensor | None:
-        """One chunk of the prompts; None unless it was the last.
+        """Computes one chunk of the prompts, and returns None unless it was the last.
 
-        Then logits of shape (sequences, vocabulary), or vectors of shape (sequences, hidden size) where they pool.
+        After the last it returns logits of shape (sequences, vocabulary), or vectors of shape (sequences, hidden size)
+        for prompts that pool.
         """
         ...
 
@@ -39,7 +40,7 @@ class Runner(Protocol):
         ...
 
     def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
-        """Logits for the next token of each sequence, shape (sequences, vocabulary)."""
+        """Returns the logits for the next token of each sequence, of shape (sequences, vocabulary)."""
         ...
 
     def drop(self, sequence: Sequence) -> None:
@@ -52,9 +53,10 @@ class Runner(Protocol):
 
 
 class BatchRunner:
-    """All sequences in one pass. Works with every device map: hooks move activations, layers keep their own cache.
+    """Computes all sequences in one pass, with every device map: hooks move activations, and layers keep their own
+    cache.
 
-    The scheduler admits no more than `max_cells`; what earlier sequences have left behind in the buffers is given back
+    The scheduler admits no more than `max_cells`. What earlier sequences have left behind in the buffers is given back
     before it would be too much.
     """
 
@@ -74,29 +76,30 @@ class BatchRunner:
 
     @property
     def is_joinable(self) -> bool:
-        """Whether the model's cache has only layers that can be joined."""
+        """Returns whether the model's cache has only layers that can be joined."""
         return self._batch.is_joinable
 
     @property
     def pad_prompts(self) -> bool:
-        """Whether prompts of different lengths may share a pass."""
+        """Returns whether prompts of different lengths may share a pass."""
         return not self._batch.has_states
 
     @property
     def bytes_per_cell(self) -> dict[torch.device, float]:
-        """Bytes of the running sequences' cache for one token, by device, at the moment when a layer is moved."""
+        """Returns the bytes of the running sequences' cache for one token by device, at the moment when a layer is
+        moved."""
         largest = self._batch.largest_layer_bytes
         sizes = self._batch.bytes_by_device
         return {device: (size + largest[device]) / max(1, self._batch.cells) for device, size in sizes.items()}
 
     @property
     def cache_bytes(self) -> dict[torch.device, int]:
-        """Bytes of all buffers, by device."""
+        """Returns the bytes of all buffers by device."""
         running, group = self._batch.bytes_by_device, self._group.bytes_by_device
         return {device: running.get(device, 0) + group.get(device, 0) for device in {*running, *group}}
 
     def prefill(self, step: Step) -> torch.Tensor | None:
-        """See Runner."""
+        """Does what `Runner` says."""
         if step.begin == 0:
             self._begin(step)
         group, rows, longest = self._group, self._group_rows, step.longest
@@ -139,11 +142,11 @@ class BatchRunner:
         self._group.reserve(len(step.prefill), step.longest)
 
     def drop_prompts(self) -> None:
-        """See Runner."""
+        """Does what `Runner` says."""
         self._group, self._group_rows, self._pool = BatchCache(self._model.config), [], Pool()
 
     def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
-        """See Runner. The sequences are those in the cache, in any order."""
+        """Does what `Runner` says. The sequences are those in the cache, in any order."""
         batch, rows = self._batch, self._rows
         batch.shrink(max(sequence.cached for sequence in rows))
         batch.reserve(len(rows), columns=1)
@@ -160,8 +163,8 @@ class BatchRunner:
         return _in_order(logits, rows, sequences)
 
     def _note_cache(self) -> None:
-        """Keeps in `most_cache_bytes` the most that the cache may have held so far, moments of moving included: a group
-        is there twice while it is joined, and one layer twice while it is moved."""
+        """Keeps in `most_cache_bytes` the most that the cache may have held so far. This includes moments of moving: a
+        group exists twice while it is joined, and one layer exists twice while it is moved."""
         if (room := self._batch.cells + self._group.cells) <= self._most_cells:
             return
         self._most_cells = room
@@ -172,7 +175,7 @@ class BatchRunner:
             self.most_cache_bytes[device] = max(size, self.most_cache_bytes.get(device, 0))
 
     def drop(self, sequence: Sequence) -> None:
-        """See Runner."""
+        """Does what `Runner` says."""
         for rows, cache in ((self._rows, self._batch), (self._group_rows, self._group)):
             if sequence in rows:
                 row = rows.index(sequence)
@@ -184,7 +187,7 @@ class BatchRunner:
         sequence.cached = 0
 
     def reset(self) -> None:
-        """See Runner."""
+        """Does what `Runner` says."""
         for sequence in (*self._rows, *self._group_rows):
             sequence.cached = 0
         self._rows, self._group_rows = [], []
@@ -194,7 +197,7 @@ class BatchRunner:
     def _logits(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
     ) -> torch.Tensor:
-        """Logits of the last column, shape (rows, vocabulary)."""
+        """Returns the logits of the last column, of shape (rows, vocabulary)."""
         inputs = self._inputs(ids, positions, mask, cache) | {"logits_to_keep": 1}
         if "logits_to_keep" not in self._takes:
             del inputs["logits_to_keep"]
@@ -205,7 +208,7 @@ class BatchRunner:
     def _hidden(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
     ) -> torch.Tensor:
-        """Last hidden states, shape (rows, columns, hidden size)."""
+        """Returns the last hidden states, of shape (rows, columns, hidden size)."""
         states: torch.Tensor = self._model.get_decoder()(**self._inputs(ids, positions, mask, cache)).last_hidden_state
         cache.advance(ids.shape[1])
         return states
@@ -228,7 +231,7 @@ class BatchRunner:
 def _in_order(
     logits: torch.Tensor, rows: ReadOnlySequence[Sequence], wanted: ReadOnlySequence[Sequence]
 ) -> torch.Tensor:
-    """The rows of `logits` in the order of `wanted`: rows change places when one leaves the cache."""
+    """Returns the rows of `logits` in the order of `wanted`, since rows change places when one leaves the cache."""
     if list(rows) == list(wanted):
         return logits
     place = {sequence: row for row, sequence in enumerate(rows)}
@@ -236,7 +239,7 @@ def _in_order(
 
 
 class SerialRunner:
-    """One sequence at a time, without a cache: each token costs a pass over the whole text."""
+    """Computes one sequence at a time without a cache, so each token costs a pass over the whole text."""
 
     max_cells: int | None = None
 
@@ -245,7 +248,7 @@ class SerialRunner:
         self._device = input_device
 
     def prefill(self, step: Step) -> torch.Tensor | None:
-        """See Runner."""
+        """Does what `Runner` says."""
         if not step.completes_prefill:
             return None
         return (
@@ -255,17 +258,17 @@ class SerialRunner:
         )
 
     def drop_prompts(self) -> None:
-        """See Runner. There is no cache."""
+        """Does nothing, because there is no cache."""
 
     def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
-        """See Runner."""
+        """Does what `Runner` says."""
         return torch.cat([self._pass(sequence) for sequence in sequences])
 
     def drop(self, sequence: Sequence) -> None:
-        """See Runner. There is no cache."""
+        """Does nothing, because there is no cache."""
 
     def reset(self) -> None:
-        """See Runner."""
+        """Does what `Runner` says."""
         free_memory()
 
     def _pass(self, sequence: Sequence) -> torch.Tensor:
@@ -282,7 +285,7 @@ class SerialRunner:
 
 
 def free_memory() -> None:
-    """Gives what is not referenced any more back to the device."""
+    """Gives memory that is not referenced any more back to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Places of one model: how many sequences may run or wait at once, and who holds them.
+"""Counts the places of one model: how many sequences may run or wait at once, and who holds them.
 
 A request takes its places before anything is built for it, and all at once. So requests that arrive together cannot
-pass the bound together. Used on one event loop.
+pass the bound together. All of this is used on one event loop.
 """
 
 import time
@@ -11,12 +11,12 @@ from typing import Self
 
 from serve_app.errors import InvalidRequest, Overloaded
 
-# Places that were given back, whose times tell the rate.
+# The times of this many returned places give the rate.
 RATE_WINDOW = 32
 
 
 class Places:
-    """All places of the model `name`; `most` is their number. `clock` gives seconds."""
+    """All places of the model `name`. `most` is their number, and `clock` returns seconds."""
 
     def __init__(self, name: str, most: int, clock: Callable[[], float] = time.monotonic):
         self._name = name
@@ -26,20 +26,20 @@ class Places:
         self._returns: deque[float] = deque(maxlen=RATE_WINDOW)
 
     def reserve(self, count: int) -> "Reservation":
-        """Takes `count` places. Use the reservation as a context manager: its end gives back what is left of it.
+        """Takes `count` places. Use the reservation as a context manager, whose end gives back what is left of it.
 
-        Raises Overloaded, with the time that the queue needs at the measured rate, where so many are not free now, and
-        InvalidRequest where they could never be.
+        Raises Overloaded, with the time that the queue needs at the measured rate, if so many are not free now, and
+        InvalidRequest if they can never be.
         """
         if count > self.most:
             raise InvalidRequest(
-                f"The request asks for {count} sequences (prompts times n), and the model takes at most {self.most} at "
+                f"The request asks for {count} sequences (prompts times n), but the model takes at most {self.most} at "
                 "once. Send several requests."
             )
         over = self.taken + count - self.most
         if over > 0:
             raise Overloaded(
-                f"The model '{self._name}' has {self.taken} sequences already and takes {self.most}.",
+                f"The model '{self._name}' has {self.taken} sequences already and takes at most {self.most}.",
                 retry_after_s=self._seconds_per_place() * over,
             )
         self.taken += count
@@ -50,7 +50,7 @@ class Places:
         self.taken -= count
         self._returns += [self._clock()] * min(count, RATE_WINDOW)
         if not self.taken:
-            self._returns.clear()  # The rate is that of the busy time; idle time says nothing of it.
+            self._returns.clear()  # The rate is measured while busy, and idle time does not count.
 
     def _seconds_per_place(self) -> float:
         if len(self._returns) < 2:
@@ -66,7 +66,7 @@ class Reservation:
         self._left = count
 
     def release(self, count: int = 1) -> None:
-        """Gives `count` places back, for sequences that have ended before the others; no more than are left."""
+        """Gives `count` places back for sequences that have ended before the others, but no more than are left."""
         count = min(count, self._left)
         if count:
             self._left -= count

@@ -1,9 +1,9 @@
 """Chooses the next token of every row of a batch, each row in its own way.
 
-The order is vLLM's: log probabilities of the raw logits; what is allowed (grammar, min_tokens) and logit_bias;
-penalties; temperature; min_p, top_k and top_p. A row that asks for nothing costs nothing.
+The order is vLLM's: first log probabilities of the raw logits, then what is allowed (grammar, min_tokens) and
+logit_bias, then penalties, then temperature, then min_p, top_k and top_p. A row that asks for nothing costs nothing.
 
-A sequence draws from a random generator of its own, one number a token, so that a seed gives the same text whatever
+A sequence draws one number for each token from its own random generator, so that a seed gives the same text whatever
 else is in the batch.
 """
 
@@ -24,7 +24,8 @@ from serve_app.errors import RequestError
 
 @dataclass
 class SamplingState:
-    """What the sampler remembers of a sequence. Counts have shape (vocabulary,); None where no penalty needs them."""
+    """Keeps what the sampler remembers of a sequence. Counts have shape (vocabulary,), or are None without a
+    penalty."""
 
     random: random.Random
     prompt_seen: torch.Tensor | None = None
@@ -34,7 +35,7 @@ class SamplingState:
 
 
 class Sampled(NamedTuple):
-    """One row's next token, or why its output format allows none."""
+    """This is one row's next token, or the reason why its output format allows none."""
 
     token_id: int
     logprobs: Logprobs | None = None
@@ -43,40 +44,41 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """`eos_ids` end a text; they are forbidden until `min_tokens`."""
+    """Samples the next tokens. `eos_ids` end a text, and are forbidden until `min_tokens`."""
 
     eos_ids: frozenset[int] = field(default_factory=frozenset)
 
     def late(self, sequences: ReadOnlySequence[Sequence], wait_s: float) -> list[Sequence]:
-        """Those whose masks are not there, once all of them together were waited for at most `wait_s` seconds."""
+        """Returns the sequences whose masks are not ready after waiting at most `wait_s` seconds for all of them
+        together."""
         until = time.monotonic() + wait_s
         matchers = [(sequence, matcher) for sequence in sequences if (matcher := _matcher(sequence)) is not None]
         return [sequence for sequence, matcher in matchers if not matcher.is_ready(until)]
 
     def problem(self, sequence: Sequence) -> RequestError | None:
-        """Why the sequence's format cannot be followed any more; None where it can."""
+        """Returns why the sequence's format cannot be followed any more, or None if it can."""
         matcher = _matcher(sequence)
         return None if matcher is None else matcher.problem
 
     def finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        """Why the text ends with `token`, which comes next; None where it goes on."""
+        """Returns why the text ends with `token`, which comes next, or None if it goes on."""
         if token in self.eos_ids and not sequence.params.ignore_eos:
             return "stop"
         return "length" if len(sequence.output_ids) + 1 >= sequence.params.max_tokens else None
 
     def is_slow(self, sequence: Sequence) -> bool:
-        """Whether the mask before the one that the sequence waits for was late too."""
+        """Returns whether the mask before the one that the sequence waits for was late too."""
         matcher = _matcher(sequence)
         return matcher is not None and matcher.was_late
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended."""
+        """Forgets a sequence that has ended."""
         if (matcher := _matcher(sequence)) is not None:
             matcher.close()
         sequence.sampling = None
 
     def sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled]:
-        """The next token of each row of `logits`, shape (sequences, vocabulary), and its log probabilities.
+        """Returns the next token and log probabilities of each row of `logits`, of shape (sequences, vocabulary).
 
         No sequence may be `late`.
         """
@@ -92,7 +94,7 @@ class Sampler:
                 state.output_counts[token] += 1
         problems = [state.matcher.problem if state.matcher else None for state in states]
         for sequence, state, token in zip(sequences, states, tokens, strict=True):
-            # No mask is asked for that nobody would read.
+            # A mask that nothing would read is not asked for.
             if state.matcher and not state.matcher.problem and not self.finish_reason(sequence, token):
                 state.matcher.accept(token)
         return list(map(Sampled, tokens, reports, problems))
@@ -119,7 +121,7 @@ def _matcher(sequence: Sequence) -> Matcher | None:
 
 
 def _is_plain(params: SamplingParams) -> bool:
-    """Whether the row is greedy and asks for nothing else."""
+    """Returns whether the row is greedy and asks for nothing else."""
     return (
         params.temperature == 0
         and params.logprobs is None
@@ -158,7 +160,8 @@ def _counts(ids: list[int], vocabulary: int, device: torch.device) -> torch.Tens
 
 
 def _penalize(scores: torch.Tensor, params: SamplingParams, prompt_seen: torch.Tensor, counts: torch.Tensor) -> None:
-    """Repetition (Keskar et al. 2019) for prompt and output; presence and frequency, as OpenAI has them, for output."""
+    """Applies the repetition penalty (Keskar et al. 2019) for prompt and output, and OpenAI's presence and frequency
+    penalties for the output."""
     if params.repetition_penalty != 1:
         seen = prompt_seen | (counts > 0)
         penalty = params.repetition_penalty
@@ -175,7 +178,7 @@ def _choose(sequences: list[Sequence], states: list[SamplingState], scores: torc
     column = _columns(params, scores.device)
     scaled = scores[rows] / column(lambda item: item.temperature)
     probabilities = _truncate(scaled, params, column).softmax(-1)
-    # Inverse transform: the first token whose cumulated probability is over the number that was drawn.
+    # By inverse transform, it takes the first token whose cumulated probability is over the number that was drawn.
     cumulated = probabilities.double().cumsum(-1)
     drawn = torch.tensor([[states[row].random.random()] for row in rows], dtype=torch.double, device=scores.device)
     chosen = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True)[:, 0]
@@ -185,7 +188,7 @@ def _choose(sequences: list[Sequence], states: list[SamplingState], scores: torc
 
 
 def _columns(params: list[SamplingParams], device: torch.device) -> Callable[[Callable[[SamplingParams], float]], Any]:
-    """Turns one value per row into a column tensor, shape (rows, 1)."""
+    """Returns a function that turns one value for each row into a column tensor of shape (rows, 1)."""
 
     def column(value: Callable[[SamplingParams], float]) -> torch.Tensor:
         return torch.tensor([[value(item)] for item in params], device=device)

@@ -1,6 +1,6 @@
-"""What the next step computes: one chunk of prompts, then one token for each running sequence.
+"""Decides what the next step computes: one chunk of prompts, then one token for each running sequence.
 
-Pure bookkeeping: no torch, no threads, no clock.
+This is pure bookkeeping without torch, threads or a clock.
 
 Laws:
 - requests take turns (`FairQueue`), and nobody is admitted before the one whose turn it is, though it would fit;
@@ -27,37 +27,38 @@ from dataclasses import dataclass
 from serve_app.engines.pt.core.fair_queue import FairQueue
 from serve_app.engines.pt.core.sequence import Sequence
 
-# Steps without running out of memory after which one more sequence is tried.
+# After this many steps without running out of memory, one more sequence is tried.
 STEPS_TO_GROW = 32
-# Steps that the prompts of one group may take.
+# The prompts of one group may take this many steps.
 GROUP_STEPS = 4
-# Of so many rows, one is not for an owner who holds all others.
+# One of so many rows is not for an owner that holds all the others.
 ROWS_PER_SPARE = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine may hold: sequences, tokens of cache, and tokens of prompts a step."""
+    """Bounds what the engine may hold: sequences, tokens of cache, and tokens of prompts in a step."""
 
     max_num_seqs: int
     max_cache_tokens: int
     chunk_tokens: int = 512
-    # Those of prompts that pool, while others get tokens: about as long as a token takes.
+    # These are for prompts that pool while others get tokens. They take about as long as a token.
     beside_tokens: int = 64
-    # Whether prompts of different lengths may be computed together; states of hybrids do not know padding.
+    # This says whether prompts of different lengths may be computed together. States of hybrids do not know padding.
     pad_prompts: bool = True
-    # Tokens of cache that buffers take for so many rows of so many tokens.
+    # This returns the tokens of cache that buffers take for so many rows of so many tokens.
     cells: Callable[[int, int], int] = operator.mul
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that fits when it is alone."""
+        """Returns the number of tokens of the longest sequence that fits when it is alone."""
         return self.max_cache_tokens - self.cells(1, 0)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One chunk: columns `begin` to `end` of the prompts in `prefill`; none where nobody waits or may be admitted.
+    """This is one chunk: columns `begin` to `end` of the prompts in `prefill`, which is empty if none waits or may be
+    admitted.
 
     The prompts end at column `longest`, and shorter ones are padded on the left.
     """
@@ -69,17 +70,18 @@ class Step:
 
     @property
     def completes_prefill(self) -> bool:
-        """Whether the prompts are computed to their last token."""
+        """Returns whether the prompts are computed to their last token."""
         return bool(self.prefill) and self.end == self.longest
 
     @property
     def pools(self) -> bool:
-        """Whether the prompts' vectors are asked for, and not their next tokens."""
+        """Returns whether the prompts' vectors are asked for, and not their next tokens."""
         return bool(self.prefill) and self.prefill[0].pools
 
 
 class Scheduler:
-    """The waiting, those whose prompts are being computed, the running, and the parked."""
+    """Keeps the sequences that wait, those whose prompts are being computed, those that run, and those that are
+    parked."""
 
     def __init__(self, limits: Limits):
         self._limits = limits
@@ -99,7 +101,7 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def schedule(self) -> Step:
-        """The chunk of prompts that comes next; after it, all `decoding` sequences get a token."""
+        """Returns the chunk of prompts that comes next. After it, all `decoding` sequences get a token."""
         if not self._prefilling:
             self._prefilling, self._position = self._admit(), 0
             self._longest = max((sequence.length for sequence in self._prefilling), default=0)
@@ -122,9 +124,9 @@ class Scheduler:
             self._batch_limit, self._calm_steps = self._batch_limit + 1, 0
 
     def retreat(self) -> list[Sequence]:
-        """Puts everybody back at the head of the queue and halves the batch, since a pass failed.
+        """Puts all sequences back at the head of the queue and halves the batch, because a pass failed.
 
-        Returns the sequence that was alone and failed for the second time, which must be given up; else nothing.
+        Returns the sequence that was alone and failed for the second time, which must be given up, or else nothing.
         """
         live = [*self._running, *self._prefilling]
         self._running, self._prefilling, self._position = [], [], 0
@@ -139,7 +141,7 @@ class Scheduler:
     def separate(self) -> list[Sequence]:
         """Puts the prompts that are being computed back into their owners' lines, each to be computed by itself.
 
-        Returns the one that was by itself already, which must be given up; else nothing.
+        Returns the one that was by itself already, which must be given up, or else nothing.
         """
         group, self._prefilling, self._position = self._prefilling, [], 0
         if len(group) == 1:
@@ -155,14 +157,14 @@ class Scheduler:
         self._running = [sequence for sequence in self._running if sequence not in gone]
 
     def unpark(self, sequences: Iterable[Sequence], *, first: bool) -> None:
-        """Puts parked sequences back into their owners' lines; their texts so far are computed again. Those that are
+        """Puts parked sequences back into their owners' lines. Their texts so far are computed again. Those that are
         `first` come before all that wait, the others at their owners' turns."""
         back = [sequence for sequence in sequences if sequence in self._parked]
         self._parked = [sequence for sequence in self._parked if sequence not in back]
         self._waiting.put_back(back, first=first)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
-        """Takes sequences out, wherever they are; those that are not here are left alone."""
+        """Removes sequences, wherever they are, and ignores those that are not here."""
         gone = set(sequences)
         self._failed_alone -= gone
         self._apart -= gone
@@ -173,32 +175,32 @@ class Scheduler:
 
     @property
     def decoding(self) -> tuple[Sequence, ...]:
-        """Those whose prompts are computed: each gets one token a step."""
+        """Returns the sequences whose prompts are computed. Each gets one token in a step."""
         return tuple(self._running)
 
     @property
     def sequences(self) -> list[Sequence]:
-        """All of them: running, then prefilling, then waiting, then parked."""
+        """Returns all sequences: first running, then prefilling, then waiting, then parked ones."""
         return [*self._running, *self._prefilling, *self._waiting, *self._parked]
 
     @property
     def parked(self) -> tuple[Sequence, ...]:
-        """Those that wait for their output format."""
+        """Returns the sequences that wait for their output format."""
         return tuple(self._parked)
 
     @property
     def running(self) -> int:
-        """How many have a place in the batch."""
+        """Returns how many sequences have a place in the batch."""
         return len(self._running) + len(self._prefilling)
 
     @property
     def waiting(self) -> int:
-        """How many have none yet."""
+        """Returns how many sequences have no place in the batch yet."""
         return len(self._waiting)
 
     @property
     def batch_limit(self) -> int:
-        """How many may have a place now."""
+        """Returns how many sequences may have a place in the batch now."""
         return self._batch_limit
 
     def _admit(self) -> list[Sequence]:
@@ -215,10 +217,10 @@ class Scheduler:
         return group
 
     def _spare(self, group: list[Sequence], candidate: Sequence) -> int:
-        """Rows that must be left to other owners; none where the candidate's owner has none yet.
+        """Returns how many rows must be left to other owners, which is 0 if the candidate's owner has none yet.
 
-        One of ROWS_PER_SPARE rows that fit, by the cache too: with room for fewer, a request's choices still run
-        together.
+        It is one of ROWS_PER_SPARE rows that fit, also into the cache. With room for fewer, a request's choices still
+        run together.
         """
         present = [*self._running, *group]
         others = sum(sequence.owner != candidate.owner for sequence in present)
@@ -230,13 +232,13 @@ class Scheduler:
         present = [*self._running, *group]
         rows, need = len(present) + 1 + spare, max(sequence.need for sequence in (*present, candidate))
         total = self._limits.cells(rows, need)
-        if self._running:  # The prompts have buffers of their own until they join; the first ones just stay in theirs.
+        if self._running:  # The prompts have their own buffers until they join, and the first ones stay in theirs.
             prompts = [*group, candidate]
             total += self._limits.cells(len(prompts), max(sequence.length for sequence in prompts))
         return rows <= self._batch_limit and (rows == 1 or total <= self._limits.max_cache_tokens)
 
     def _joins(self, group: list[Sequence], candidate: Sequence) -> bool:
-        """Whether the candidate may share the group's pass."""
+        """Returns whether the candidate may share the group's pass."""
         if not group:
             return True
         if candidate.pools != group[0].pools or candidate in self._apart or group[0] in self._apart:
@@ -251,5 +253,5 @@ class Scheduler:
         return GROUP_STEPS * self._step_tokens(candidate)
 
     def _step_tokens(self, sequence: Sequence) -> int:
-        """Tokens of prompts like this one that a step may compute."""
+        """Returns how many tokens of prompts like this one a step may compute."""
         return self._limits.beside_tokens if sequence.pools and self._running else self._limits.chunk_tokens

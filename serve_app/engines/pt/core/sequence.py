@@ -1,4 +1,4 @@
-"""The engine's vocabulary: how to sample, one text being generated, and what the engine reports of it."""
+"""Defines the engine's vocabulary: how to sample, a text that is being generated, and what the engine reports of it."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as ReadOnlySequence
@@ -12,11 +12,11 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose the next token, and when to stop.
+    """Says how to choose the next token, and when to stop.
 
-    `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` is how many alternatives to report beside the
-    chosen token, None for no log probabilities at all; `logit_bias` is added to the logits, by token id; `grammar` says
-    which tokens may come next.
+    `temperature` 0 is greedy. `top_k` 0 means all tokens. `logprobs` is how many alternatives to report beside the
+    chosen token, or None for no log probabilities at all. `logit_bias` is added to the logits by token id. `grammar`
+    says which tokens may come next.
     """
 
     max_tokens: int
@@ -37,7 +37,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Natural logarithms of probabilities before any penalty or temperature: of the chosen token, and of the best."""
+    """These are natural logarithms of the probabilities of the chosen token and the best ones, before any penalty or
+    temperature."""
 
     token_id: int
     logprob: float
@@ -46,7 +47,7 @@ class Logprobs:
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt and what was generated for it. Belongs to the engine's thread once it is submitted.
+    """This is one prompt and what was generated for it. It belongs to the engine's thread once it is submitted.
 
     Sequences of one `owner`, the request that they came with, wait in one line (`FairQueue`). A sequence that `pools`
     generates nothing: its prompt's vector is its only output. `cached` counts the tokens whose keys and values are in
@@ -63,17 +64,17 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Counts the tokens so far, prompt and output."""
+        """Returns the number of tokens of prompt and output so far."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def need(self) -> int:
-        """Tokens at its longest: what the cache must have room for."""
+        """Returns its tokens at its longest, for which the cache must have room."""
         return len(self.prompt_ids) + self.params.max_tokens
 
     @property
     def token_ids(self) -> list[int]:
-        """The ids of prompt and output."""
+        """Returns the ids of prompt and output."""
         return [*self.prompt_ids, *self.output_ids]
 
 
@@ -93,7 +94,7 @@ class Output:
 
     @property
     def is_last(self) -> bool:
-        """Says whether nothing follows."""
+        """Returns whether nothing follows."""
         return self.finish_reason is not None or self.error is not None or self.vector is not None
 
 

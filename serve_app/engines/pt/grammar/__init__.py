@@ -1,1 +1,1 @@
-"""Output formats: checked, compiled and followed in processes that can be ended."""
+"""This package checks, compiles and follows output formats in processes that can be ended."""

@@ -1,8 +1,8 @@
-"""Output that follows a JSON schema, a regular expression or a grammar: xgrammar says which tokens may come next.
+"""Makes output follow a JSON schema, a regular expression or a grammar. xgrammar says which tokens may come next.
 
-xgrammar, because it costs least. Measured on a vocabulary of 60 000 with a nested schema: 21 µs a token at the mean and
-120 µs at most, 14 ms to compile; llguidance 89 µs and 3 ms, 3 ms to compile; outlines-core 53 ms to compile, and it
-knows no recursive JSON.
+xgrammar is used because it costs least. These figures were measured on a vocabulary of 60 000 with a nested schema.
+xgrammar takes 21 µs a token at the mean and 120 µs at most, and 14 ms to compile. llguidance takes 89 µs and 3 ms, and
+3 ms to compile. outlines-core takes 53 ms to compile, and does not know recursive JSON.
 """
 
 import asyncio
@@ -23,22 +23,22 @@ from serve_app.errors import InvalidRequest, Overloaded
 from serve_app.wire.openai_errors import read_json
 
 MOST_LEVELS = 64
-# Formats that compile at once, formats that wait for that, and seconds until a format in line has its turn and is done.
+# So many formats compile at once, so many wait for that, and a format has so many seconds to get its turn and be done.
 MOST_COMPILING = 2
 MOST_WAITING = 16
 COMPILE_WAIT_S = 30.0
-# Formats that are kept for the next request with the same one, and formats that are in use at once. Each has a process
-# of some 10 MB, and at most worker.MEMORY_BYTES, and worker.BYTES_PER_TOKEN for each token that it follows.
+# So many formats are kept for the next request with the same one, and so many are in use at once. Each has a process of
+# some 10 MB, and at most worker.MEMORY_BYTES, and worker.BYTES_PER_TOKEN for each token that it follows.
 MOST_KEPT = 16
 MOST_LIVE = 32
-# Formats of which is known that they cannot be followed.
+# So many formats are remembered that cannot be followed.
 MOST_REFUSED = 256
 
 
 class GrammarCompiler:
-    """Compiles for one tokenizer. `vocabulary` is the width of the logits; `eos_ids` end a text.
+    """Compiles for one tokenizer. `vocabulary` is the width of the logits, and `eos_ids` end a text.
 
-    Used on one event loop; making it takes a fraction of a second.
+    It is used on one event loop, and making it takes a fraction of a second.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos_ids: Iterable[int]):
@@ -49,15 +49,15 @@ class GrammarCompiler:
         self._compiling: dict[GrammarSpec, tuple[str | None, asyncio.Task[Grammar]]] = {}
         self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
         self._refused: OrderedDict[GrammarSpec, str] = OrderedDict()
-        # Those that are in use or kept, and the key that each was made for.
+        # These formats are in use or kept, with the key that each was made for.
         self._live: weakref.WeakKeyDictionary[Grammar, str | None] = weakref.WeakKeyDictionary()
 
     async def compile_soon(self, spec: GrammarSpec, key: str | None = None) -> Grammar:
-        """A process that follows the format, for a client of the API key of that name. One key may hold half of the
-        places, so that another's format finds one; None has no such share.
+        """Returns a process that follows the format for a client of the API key of that name. One key may hold half of
+        the places, so that another key's format finds one. None has no such share.
 
-        As with vLLM, an object with `properties` has no others, unless `additionalProperties` says so. Raises
-        InvalidRequest that names the field, and Overloaded where too many formats are compiled or in use, or where the
+        As with vLLM, an object with `properties` has no others unless `additionalProperties` says so. Raises
+        InvalidRequest that names the field, and Overloaded if too many formats are compiled or in use, or if the
         processes are killed from outside.
         """
         self._check(spec)
@@ -70,7 +70,7 @@ class GrammarCompiler:
             self._compiling[spec] = key, task
             task.add_done_callback(lambda _: self._compiling.pop(spec))
         try:
-            return await asyncio.shield(self._compiling[spec][1])  # Others may wait for the same one.
+            return await asyncio.shield(self._compiling[spec][1])  # Other requests may wait for the same one.
         except GrammarError as error:
             raise InvalidRequest(_refusal(spec, str(error)), param=spec.param) from None
         except GrammarLostError:
@@ -89,7 +89,7 @@ class GrammarCompiler:
     def _check(self, spec: GrammarSpec) -> None:
         if not self._stop_ids:
             raise InvalidRequest(
-                f"'{spec.param}' needs a model with an end token; this one has none.", param=spec.param
+                f"'{spec.param}' needs a model with an end token, and this one has none.", param=spec.param
             )
         if (known := self._refused.get(spec)) is not None:
             raise InvalidRequest(_refusal(spec, known), param=spec.param)
@@ -97,13 +97,14 @@ class GrammarCompiler:
     def _require_place(self, key: str | None) -> None:
         compiling = [other for other, _ in self._compiling.values()]
         if problem := _shortage(compiling, MOST_COMPILING + MOST_WAITING, key):
-            raise Overloaded(f"{problem} wait to be compiled. Try again.", retry_after_s=1.0)
+            raise Overloaded(f"{problem} wait to be compiled, which is the limit. Try again.", retry_after_s=1.0)
         while problem := _shortage([*self._live.values(), *compiling], MOST_LIVE, key):
             if not self._give_up_one(key if len(self._live) + len(compiling) < MOST_LIVE else None):
-                raise Overloaded(f"{problem} are in use, and no more can be. Try again.", retry_after_s=1.0)
+                raise Overloaded(f"{problem} are in use, which is the limit. Try again.", retry_after_s=1.0)
 
     def _give_up_one(self, key: str | None) -> bool:
-        """Keeps the format no more that was not asked for the longest: of that key, or of any. False: there is none."""
+        """Gives up the kept format that was unused for the longest time, of that key or of any. Returns False without
+        one."""
         for spec, grammar in self._kept.items():
             if key is None or self._live[grammar] == key:
                 del self._kept[spec]
@@ -129,12 +130,12 @@ class GrammarCompiler:
             require_supported(_read_json(spec), spec.param)
         try:
             return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
-        except GrammarLostError:  # Nothing is known of the format, so it is tried once more.
+        except GrammarLostError:  # This says nothing about the format, so it is tried once more.
             return self._server.open(spec.kind, spec.source, COMPILE_WAIT_S)
 
 
 def _shortage(holders: Collection[str | None], most: int, key: str | None) -> str:
-    """Which formats, and how many, leave no place for one of `key`; empty where there is one."""
+    """Returns which formats, and how many, leave no place for one of `key`, or an empty text if there is a place."""
     own = sum(holder == key for holder in holders)
     if key is not None and own >= max(1, most // 2):
         return f"{own} output formats of this API key"
@@ -149,12 +150,12 @@ def _read_json(spec: GrammarSpec) -> object:
     try:
         schema: object = read_json(spec.source)
     except ValueError as error:
-        raise InvalidRequest(f"'{spec.param}' is no JSON: {error}.", param=spec.param) from None
+        raise InvalidRequest(f"'{spec.param}' is not JSON: {error}.", param=spec.param) from None
     return schema
 
 
 def constrain(scores: torch.Tensor, masks: Mapping[int, bytes]) -> None:
-    """Sets to minus infinity what each row's mask forbids. Scores of shape (rows, vocabulary), float32, in place."""
+    """Sets what each row's mask forbids to minus infinity, in place. Scores are float32 of shape (rows, vocabulary)."""
     rows = list(masks)
     words = [torch.frombuffer(bytearray(mask), dtype=xgrammar.bitmask_dtype) for mask in masks.values()]
     chosen = scores[rows]
@@ -162,8 +163,8 @@ def constrain(scores: torch.Tensor, masks: Mapping[int, bytes]) -> None:
     scores[rows] = chosen
 
 
-# What xgrammar follows, checked against its output: which keywords may stand beside which. It reads past all others
-# without a word (https://github.com/mlc-ai/xgrammar/issues/968 and others), so they are refused.
+# xgrammar follows these keywords beside these others, which was checked against its output. It silently ignores all
+# others (https://github.com/mlc-ai/xgrammar/issues/968 and others), so they are refused.
 FOLLOWED: Mapping[str, frozenset[str]] = {
     "object": frozenset(
         {"properties", "required", "additionalProperties", "patternProperties", "propertyNames"}
@@ -176,19 +177,19 @@ FOLLOWED: Mapping[str, frozenset[str]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
-# Each of these says all by itself: only annotations may stand beside it.
+# Each of these says everything by itself, so only annotations may be beside it.
 ALONE = ("$ref", "anyOf", "oneOf", "allOf")
 FORMATS = frozenset(
     {"email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference"}
     | {"uri-template", "json-pointer", "relative-json-pointer"}
 )
-# Say nothing of what a value must be.
+# These say nothing of what a value must be.
 ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment"}
     | {"$defs", "definitions", "$schema", "$id", "$anchor", "discriminator"}
 )
 MOST_INTEGER = 10**15
-# Their values are schemas by name, or data.
+# The values of these are schemas by name, or data.
 NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 DATA = frozenset({"enum", "const", "default", "examples", "example", "required"})
 
@@ -213,7 +214,8 @@ def require_supported(schema: object, param: str, levels: int = MOST_LEVELS) -> 
 
 
 def _unsupported(schema: Mapping[str, Any]) -> str:
-    """What of one schema, without those inside it, the output would not follow; empty where it follows all."""
+    """Returns what of one schema, without those inside it, the output would not follow. It is empty if it follows
+    all."""
     asked = {key for key in schema if key not in ANNOTATIONS and schema[key] is not False}
     form = next((keyword for keyword in ALONE if keyword in asked), None)
     if form is not None:
@@ -233,7 +235,7 @@ def _unsupported(schema: Mapping[str, Any]) -> str:
 
 
 def _types(schema: Mapping[str, Any]) -> list[str]:
-    """The types that a schema names, or shows by its keywords."""
+    """Returns the types that a schema names or shows by its keywords."""
     named = schema.get("type")
     if named is None:
         shown = {"properties": "object", "patternProperties": "object", "items": "array", "prefixItems": "array"}

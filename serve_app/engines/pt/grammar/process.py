@@ -1,6 +1,6 @@
-"""The engine's side of the processes in which formats are compiled and followed (`worker`).
+"""Is the engine's side of the processes in which formats are compiled and followed (`worker`).
 
-One process a format: what a format takes, in time and memory, is taken from those who ask for the same one.
+Each format has a process, so what it takes in time and memory is taken only from those who ask for the same one.
 """
 
 import itertools
@@ -19,27 +19,27 @@ from serve_app.engines.pt.grammar import worker
 from serve_app.engines.pt.grammar.worker import DEATH, END, FIRST, MASK, PACKET_BYTES, REFUSED, REPLY, REQUEST
 from serve_app.errors import InvalidRequest, Overloaded, RequestError
 
-# Seconds until Python and xgrammar have started, on a machine that is busy.
+# Python and xgrammar may take this many seconds to start on a busy machine.
 START_SECONDS = 120.0
-# Seconds after which a client may ask again for a format whose process was lost: another one takes less to compile it.
+# After this many seconds, a client may ask again for a format whose process was lost. Compiling it again takes less.
 LOST_RETRY_S = 1.0
 
 LOST = "The process that followed this output format has ended before the text was complete. Try again."
 
 
 class GrammarError(Exception):
-    """A format that cannot be followed; the text is a sentence for the client."""
+    """The format cannot be followed. The text is a sentence for the client."""
 
 
 class GrammarLostError(Exception):
-    """A format whose process has died, and not of its work: the format may be as good as any other."""
+    """The format's process has died, but not of its work, so the format may be as good as any other."""
 
 
 class Grammar:
-    """One compiled format and its process, which ends when nobody holds this any more.
+    """This is one compiled format and its process, which ends when nothing holds this object any more.
 
-    Only `GrammarServer` makes it. The matchers belong to one thread, the engine's, and nothing that they do blocks it:
-    what the process has no room for is sent later.
+    Only `GrammarServer` makes it. The matchers belong to one thread, the engine's, and nothing that they do blocks it.
+    What the process has no room for is sent later.
     """
 
     def __init__(self, connection: socket.socket, first_mask: bytes):
@@ -50,26 +50,26 @@ class Grammar:
         self._numbers = itertools.count(FIRST + 1)
         self._matchers: weakref.WeakValueDictionary[int, Matcher] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
-        self._unsent: deque[tuple[int, int]] = deque()  # At most a token and an end for each sequence.
-        self._asked: deque[int] = deque()  # The sequences that an answer is due to, in its order.
+        self._unsent: deque[tuple[int, int]] = deque()  # It has at most a token and an end for each sequence.
+        self._asked: deque[int] = deque()  # It has the sequences that wait for an answer, in order.
         self._cause = ""
 
     @property
     def has_ended(self) -> bool:
-        """Whether its process has ended, seen or not. May be asked on any thread."""
+        """Returns whether its process has ended, even if that was not noticed yet. Any thread may call it."""
         poll = select.poll()
-        poll.register(self._connection, 0)  # The other side's end is always told.
+        poll.register(self._connection, 0)  # The other side's end is always reported.
         return bool(poll.poll(0))
 
     def matcher(self) -> "Matcher":
-        """Follows the format for one sequence. Call its `close` at the end."""
+        """Returns a matcher that follows the format for one sequence. Call its `close` at the end."""
         with self._lock:
             matcher = Matcher(self, next(self._numbers))
             self._matchers[matcher.number] = matcher
         return matcher
 
     def forget(self, number: int) -> None:
-        """A sequence has ended."""
+        """Forgets a sequence that has ended."""
         self._matchers.pop(number, None)
         self._send(number, END)
 
@@ -78,7 +78,7 @@ class Grammar:
         self._send(number, token)
 
     def collect(self, wait_s: float) -> None:
-        """Hands out the masks that have come, and sends what there was no room for; waits at most `wait_s` seconds
+        """Hands out the masks that have come, and sends what there was no room for. It waits at most `wait_s` seconds
         for either."""
         poll = select.poll()
         poll.register(self._connection, select.POLLIN | (select.POLLOUT if self._unsent else 0))
@@ -88,7 +88,7 @@ class Grammar:
 
     def _send(self, number: int, token: int) -> None:
         self._unsent.append((number, token))
-        self.collect(0)  # First what has come, also for sequences that have ended: it takes the process's room.
+        self.collect(0)  # Even masks for ended sequences take the process's room.
 
     def _flush(self) -> None:
         while self._unsent:
@@ -98,7 +98,7 @@ class Grammar:
             except BlockingIOError:
                 return
             except OSError:
-                self._unsent.clear()  # It has ended, which is read as well.
+                self._unsent.clear()  # The process has ended, which is read as well.
                 return
             self._unsent.popleft()
             if token != END:
@@ -110,7 +110,7 @@ class Grammar:
                 packet = self._connection.recv(PACKET_BYTES)
             except BlockingIOError:
                 return
-            except ConnectionResetError:  # Told once where the process has not read all; what it sent comes after it.
+            except ConnectionResetError:  # It comes once, before what was sent, if not all was read.
                 continue
             if not packet:
                 self._end()
@@ -125,17 +125,17 @@ class Grammar:
                 matcher.receive(kind, content)
 
     def _end(self) -> None:
-        """Tells all sequences. To blame is only the one that the process was working for, if it died of its work."""
+        """Tells all sequences. If the process died of its work, only the sequence that it worked for is to blame."""
         culprit = self._asked[0] if self._cause and self._asked else None
         for number, matcher in list(self._matchers.items()):
             matcher.problem = InvalidRequest(self._cause) if number == culprit else _try_again(LOST)
 
 
 class Matcher:
-    """Which tokens may come next in one sequence. `problem` is what the client hears once there is no way on.
+    """Knows which tokens may come next in one sequence. `problem` is the client's error once none may come.
 
-    `mask` is a bit for each token, in int32 words as xgrammar has them; None while it is being computed. `was_late`
-    says that the mask before this one was not there when it was needed.
+    `mask` has a bit for each token, in int32 words as in xgrammar. It is None while it is being computed. `was_late`
+    says that the mask before this one was not ready when it was needed.
     """
 
     def __init__(self, grammar: Grammar, number: int):
@@ -147,13 +147,13 @@ class Matcher:
         self._grammar = grammar
 
     def accept(self, token: int) -> None:
-        """Takes the next token; its mask comes later."""
+        """Takes the next token, whose mask comes later."""
         self.was_late, self._is_late = self._is_late, False
         self.mask = None
         self._grammar.accept(self.number, token)
 
     def is_ready(self, until: float) -> bool:
-        """Whether there is a mask or a problem. Waits for it until that time (`time.monotonic`).
+        """Returns whether there is a mask or a problem, and waits for it until that time (`time.monotonic`).
 
         A sequence whose mask was late is not waited for again until one of its masks was in time.
         """
@@ -167,7 +167,7 @@ class Matcher:
         return True
 
     def receive(self, kind: int, content: bytes) -> None:
-        """The process has answered."""
+        """Takes an answer of the process."""
         if kind == MASK:
             self.mask = content
         elif kind == REFUSED:
@@ -176,14 +176,14 @@ class Matcher:
             self.problem = _try_again(content.decode())
 
     def close(self) -> None:
-        """The sequence has ended."""
+        """Ends the sequence."""
         self._grammar.forget(self.number)
 
 
 class GrammarServer:
-    """The process that forks one for each format. `tokenizer` is xgrammar's `TokenizerInfo` as JSON.
+    """Runs the process that forks one for each format. `tokenizer` is xgrammar's `TokenizerInfo` as JSON.
 
-    Starting it takes seconds, so it is not for the event loop. Its methods may be called from any thread.
+    Starting it takes seconds, so the event loop must not do it. Any thread may call its methods.
     """
 
     def __init__(self, tokenizer: str):
@@ -193,9 +193,9 @@ class GrammarServer:
         self._control: socket.socket | None = None
 
     def open(self, kind: str, source: str, wait_s: float) -> Grammar:
-        """Compiles a format.
+        """Compiles a format and returns it with its process.
 
-        Raises GrammarError, GrammarLostError where its process was killed, and TimeoutError where there was no time
+        Raises GrammarError, GrammarLostError if its process was killed, and TimeoutError if there was no time
         for it in `wait_s`.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -209,7 +209,7 @@ class GrammarServer:
             raise
 
     def close(self) -> None:
-        """Ends the process. Those of the formats end when nobody holds them."""
+        """Ends the process. The processes of the formats end when nothing holds them."""
         with self._lock:
             self._end()
 
@@ -230,7 +230,7 @@ class GrammarServer:
                 try:
                     socket.send_fds(self._control, [b"f"], [connection.fileno()])
                     return
-                except OSError as error:  # Somebody has killed it.
+                except OSError as error:  # The process was killed.
                     self._end()
                     if is_last:
                         raise GrammarLostError(str(error)) from None
@@ -245,7 +245,7 @@ class GrammarServer:
                 "-P",
                 worker.__file__,
                 str(theirs.fileno()),
-            ]  # -P: not its folder's modules
+            ]  # -P keeps its folder's modules out.
             environment = {
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
@@ -259,7 +259,7 @@ class GrammarServer:
         self._control = control
         if control.recv(16) != b"ready":
             self._end()
-            raise RuntimeError("the process for output formats did not start; its error is in this replica's log")
+            raise RuntimeError("the process for output formats did not start, and its error is in this replica's log")
         control.settimeout(None)
 
 
@@ -279,5 +279,5 @@ def _first_mask(connection: socket.socket, kind: str, source: str) -> bytes:
 
 
 def _try_again(reason: str) -> Overloaded:
-    """Not Overloaded: the router would take the whole replica for lost, and everybody else would wait for it."""
+    """Returns Overloaded, since with ModelUnavailable the router would count the whole replica as lost."""
     return Overloaded(reason, retry_after_s=LOST_RETRY_S)

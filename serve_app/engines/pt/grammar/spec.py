@@ -1,4 +1,4 @@
-"""What a client asks for as an output format. None is made that is larger than what is compiled."""
+"""Describes what a client asks for as an output format, which is never larger than what can be compiled."""
 
 import json
 from collections.abc import Iterable
@@ -9,15 +9,15 @@ from serve_app.errors import InvalidRequest
 
 Kind = Literal["json_schema", "regex", "grammar"]
 
-# Compiling takes longer than in proportion to these; beyond them it takes seconds.
+# The time of compiling grows faster than these sizes, and beyond them it takes seconds.
 MOST_BYTES = {"json_schema": 65_536, "regex": 8192, "grammar": 8192}
 
 
 @dataclass(frozen=True)
 class GrammarSpec:
-    """A JSON schema as JSON, a regular expression, or an EBNF grammar. `param` is its field.
+    """This is a JSON schema as JSON, a regular expression, or an EBNF grammar. `param` is its field.
 
-    Making one raises InvalidRequest where it is too large, or no text.
+    Making one raises InvalidRequest if it is too large or not text.
     """
 
     kind: Kind
@@ -25,7 +25,7 @@ class GrammarSpec:
     param: str
 
     def __post_init__(self) -> None:
-        _require_small(len(self.source), self.kind, self.param)  # It has at least a byte a character.
+        _require_small(len(self.source), self.kind, self.param)  # Each character has at least one byte.
         try:
             size = len(self.source.encode())
         except UnicodeEncodeError:
@@ -34,13 +34,13 @@ class GrammarSpec:
 
     @classmethod
     def of_schema(cls, schema: object, param: str) -> Self:
-        """A decoded JSON schema."""
+        """Returns the format of a decoded JSON schema."""
         require_small_schema(schema, param)
         return cls("json_schema", json.dumps(schema), param)
 
     @classmethod
     def of_choices(cls, choices: Iterable[str], param: str) -> Self:
-        """The EBNF grammar of exactly these texts."""
+        """Returns the EBNF grammar of exactly these texts."""
         choices = list(choices)
         _require_small(sum(map(len, choices)), "grammar", param)
         source = "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
@@ -48,9 +48,9 @@ class GrammarSpec:
 
 
 def require_small_schema(schema: object, param: str) -> None:
-    """Raises InvalidRequest for what cannot be compiled, as JSON, for its size.
+    """Raises InvalidRequest for a schema whose JSON is too large to be compiled.
 
-    It is counted, until it is too much: to write it would stop every thread of Python meanwhile.
+    It is only counted until it is too much, because writing it would stop every thread of Python meanwhile.
     """
     size, left = 0, [schema]
     while left:
@@ -65,6 +65,6 @@ def require_small_schema(schema: object, param: str) -> None:
 def _require_small(size: int, kind: Kind, param: str) -> None:
     if size > MOST_BYTES[kind]:
         raise InvalidRequest(
-            f"'{param}' has {size} bytes or more; at most {MOST_BYTES[kind]} are taken for a {kind.replace('_', ' ')}.",
+            f"'{param}' has {size} bytes or more, but a {kind.replace('_', ' ')} may have at most {MOST_BYTES[kind]}.",
             param=param,
         )

@@ -1,1 +1,1 @@
-"""A model on its devices: its map, its weights, and what it can do."""
+"""This package puts a model on its devices: it makes its map, loads its weights, and finds out what it can do."""

@@ -1,8 +1,8 @@
-"""Attention on the CPU with fewer key heads than query heads, without copies.
+"""Computes attention on the CPU with fewer key heads than query heads, without copies.
 
 transformers' `sdpa` repeats keys and values to the number of query heads whenever there is a mask, because CUDA's fast
-kernels ask for it. The CPU kernel takes groups as they are. In a batch there is nearly always a mask, and the copies
-cost more than the attention: 0.6 against 0.24 ms a layer with 32 rows of 100 tokens, 22 against 0.9 ms with 400.
+kernels need it. The CPU kernel takes groups as they are. In a batch there is nearly always a mask, and the copies cost
+more than the attention: 0.6 instead of 0.24 ms a layer with 32 rows of 100 tokens, and 22 instead of 0.9 ms with 400.
 """
 
 from typing import Any
@@ -28,9 +28,10 @@ def grouped_sdpa(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function. Query (rows, heads, tokens, size) to (rows, tokens, heads, size).
+    """Returns what transformers' attention function returns: (rows, tokens, heads, size) for a query of (rows, heads,
+    tokens, size).
 
-    What it does not do better than the stock function, it leaves to that.
+    It leaves what it does not do better to the stock function.
     """
     is_grouped = query.device.type == "cpu" and query.shape[1] != key.shape[1]
     if not is_grouped or attention_mask is None or options.get("position_bias") is not None or options.get("cache"):

@@ -1,4 +1,4 @@
-"""How many tokens the KV cache may hold."""
+"""Decides how many tokens the KV cache may hold."""
 
 from collections.abc import Mapping
 
@@ -10,15 +10,17 @@ from serve_app.errors import EngineError
 from serve_app.planning.fit import PT_CPU_KV_BYTES, PT_CPU_KV_SHARE
 from serve_app.planning.memory import CONTEXT_BYTES
 
-# On a GPU, what is free once the weights are there, less activations and the moment when a buffer is moved.
+# The cache may take this share of what is free on a GPU after the weights. The rest is for activations and moved
+# buffers.
 GPU_SHARE = 0.7
 
 
 def cache_tokens(config: ModelConfig, bytes_per_token: Mapping[torch.device, float], least: int, most: int) -> int:
-    """Tokens that fit on every device that holds a part of the cache, at most `most`.
+    """Returns how many tokens fit on every device that holds a part of the cache, at most `most`.
 
-    `bytes_per_token` was measured at load, on the buffers of a small batch, with one more layer's: when buffers are
-    moved, one layer has both. Raises EngineError when fewer than `least` fit, the buffers of a single token.
+    `bytes_per_token` was measured at load on the buffers of a small batch. It includes one more layer's, since one
+    layer has both buffers while they are moved. Raises EngineError if fewer than `least` fit, the buffers of a single
+    token.
     """
     if config.kv_cache_memory_bytes is not None:
         tokens = config.kv_cache_memory_bytes / max(1e-9, sum(bytes_per_token.values()))
@@ -27,8 +29,8 @@ def cache_tokens(config: ModelConfig, bytes_per_token: Mapping[torch.device, flo
     if tokens < least:
         needed = int(least * sum(bytes_per_token.values()))
         raise EngineError(
-            f"kv_cache_memory_bytes: {needed} bytes are the least for the KV cache of one sequence, and there is room "
-            "for less. Raise it, or give the weights less of the device."
+            f"kv_cache_memory_bytes: the KV cache of one sequence needs at least {needed} bytes, and there is room for "
+            "less. Raise it, or give the weights less of the device."
         )
     return min(most, int(tokens))
 

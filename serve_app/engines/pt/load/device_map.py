@@ -1,4 +1,4 @@
-"""The replica's plan as accelerate's device map."""
+"""Turns the replica's plan into accelerate's device map."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ DeviceName = int | str
 
 
 def known_architecture(hf_config: Any) -> Architecture | None:
-    """The shape of the model, or None where the plan does not know its architecture."""
+    """Returns the shape of the model, or None if the plan does not know its architecture."""
     try:
         return read_architecture(hf_config.to_dict(), "model")
     except ConfigError:
@@ -23,9 +23,9 @@ def known_architecture(hf_config: Any) -> Architecture | None:
 
 
 def device_map_of(planned: ModelPlan, architecture: Architecture, model: PreTrainedModel) -> dict[str, DeviceName]:
-    """The device of each module: GPUs by the plan's layers, and the slower tiers for what is left over.
+    """Returns the device of each module, which is a GPU by the plan's layers, and a slower tier for what is left over.
 
-    `model` has no weights, and the dtype that it will have; the plan's devices have the numbers of this process.
+    `model` has no weights, but its final dtype. The plan's devices have the numbers of this process.
     """
     places: dict[int, DeviceName] = {}
     for rank in planned.ranks:
@@ -38,7 +38,8 @@ def device_map_of(planned: ModelPlan, architecture: Architecture, model: PreTrai
 def _left_over(
     planned: ModelPlan, architecture: Architecture, model: PreTrainedModel, on_gpus: Mapping[int, DeviceName]
 ) -> dict[int, DeviceName]:
-    """Blocks that no GPU takes, in their order: on the CPU up to what the plan spills there, then on disk."""
+    """Returns the places of blocks that no GPU takes, in order: the CPU up to what the plan spills there, then the
+    disk."""
     sizes: dict[int, int] = {}
     for name, parameter in model.named_parameters():
         number = block_number(name, architecture)

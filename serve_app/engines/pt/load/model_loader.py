@@ -1,7 +1,7 @@
 """Loads a model and its tokenizer onto the devices that the config allows.
 
-Law: nothing lands on the cpu or on disk unless the user named that tier in `max_memory` (or put it into an explicit
-`device_map`). accelerate itself spills in silence.
+Its law is that nothing goes to the CPU or to disk unless the user named that tier in `max_memory` (or in an explicit
+`device_map`). accelerate itself spills silently.
 """
 
 import logging
@@ -26,17 +26,17 @@ from serve_app.planning.plan import ModelPlan
 
 logger = logging.getLogger("ray.serve")
 
-# Of a GPU without a limit: the rest is for the KV cache, activations and the CUDA context.
+# Weights may take this share of a GPU without a limit. The rest is for the KV cache, activations and the CUDA context.
 FREE_SHARE = 0.8
 DeviceMap = Mapping[str, DeviceName]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run.
+    """This is a model ready to run.
 
-    `max_model_len` is in tokens, prompt and output together; `offload` holds the modules that are on disk;
-    `cache_tokens` is the KV cache that the plan of its GPUs has room for, None where there is no plan.
+    `max_model_len` is in tokens of prompt and output together. `offload` holds the modules that are on disk.
+    `cache_tokens` is the KV cache that the plan of its GPUs has room for, or None if there is no plan.
     """
 
     model: PreTrainedModel
@@ -50,17 +50,17 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig, planned: ModelPlan | None = None) -> LoadedModel:
-    """Loads weights and tokenizer. `planned` says which layers are on which GPU; where it is None, on the CPU,
-    for a quantised checkpoint and with a `device_map` of the user's, transformers and accelerate place them.
+    """Returns the model with its weights and tokenizer. `planned` says which layers are on which GPU. If it is None, on
+    the CPU, for a quantised checkpoint, and with a `device_map` of the user's, transformers and accelerate place them.
 
-    Raises ConfigError or EngineError with one message when it cannot.
+    Raises ConfigError or EngineError with one message if it cannot.
     """
     common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         hf_config = AutoConfig.from_pretrained(config.model, **common)
         tokenizer = AutoTokenizer.from_pretrained(config.model, **common)
     except Exception as error:
-        raise EngineError(f"model: cannot read {config.model}: {_one_line(error)}") from error
+        raise EngineError(f"model: {config.model} cannot be read: {_one_line(error)}") from error
     if config.chat_template is not None:
         tokenizer.chat_template = _read_template(config.chat_template)
     max_model_len = _max_model_len(config, hf_config)
@@ -74,8 +74,8 @@ def load_model(config: ModelConfig, planned: ModelPlan | None = None) -> LoadedM
     if config.device == "cpu":
         use_grouped_attention()
         pack_linears(model, copy_tied=config.max_memory is None)
-        if not _can_run(model):  # Its code reads a linear layer's weight behind the layer's back.
-            del model  # Before the second one is there.
+        if not _can_run(model):  # Its code reads a linear layer's weight without calling the layer.
+            del model  # It is freed before the second one is loaded.
             model = _read_weights(config, options)
     eos_ids = _eos_ids(model, tokenizer)
     return LoadedModel(
@@ -88,7 +88,7 @@ def _read_weights(config: ModelConfig, options: Mapping[str, Any]) -> PreTrained
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **options)
     except Exception as error:
-        raise EngineError(f"model: cannot load {config.model}: {_one_line(error)}") from error
+        raise EngineError(f"model: {config.model} cannot be loaded: {_one_line(error)}") from error
     return model.eval()
 
 
@@ -103,7 +103,7 @@ def _can_run(model: PreTrainedModel) -> bool:
 
 
 def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> tuple[dict[str, Any], int | None]:
-    """What `from_pretrained` is told about devices, and the tokens of KV cache that the plan has room for.
+    """Returns the options of `from_pretrained` for devices, and the tokens of KV cache that the plan has room for.
 
     A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules.
     """
@@ -119,14 +119,15 @@ def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -
         except (EngineError, ConfigError):
             raise
         except Exception as error:
-            raise EngineError(f"device_map: cannot plan {config.model}: {_one_line(error)}") from error
+            raise EngineError(f"device_map: {config.model} cannot be planned: {_one_line(error)}") from error
     if config.device == "cpu":
         return {"device_map": {"": "cpu"}}, None
     return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}, None
 
 
 def _planned_map(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> dict[str, DeviceName] | None:
-    """The plan's map; None where accelerate places alone: no plan, an unknown model, or a named way to spread."""
+    """Returns the plan's map, or None if accelerate decides alone: without a plan, for an unknown model, or with a
+    named way to spread."""
     architecture = known_architecture(hf_config)
     if planned is None or config.device == "cpu" or config.device_map not in (None, "auto") or architecture is None:
         return None
@@ -152,10 +153,11 @@ def _without_weights(config: ModelConfig, hf_config: Any) -> PreTrainedModel:
 
 
 def gpu_memory(config: ModelConfig) -> dict[int, int]:
-    """Bytes that this process may take of each GPU that it sees, by the GPU's number here; empty for the CPU.
+    """Returns the bytes that this process may take of each GPU that it sees, by the GPU's number here. It is empty on
+    the CPU.
 
-    What is free now, and with a share of a GPU (`num_gpus` below 1) no more than that share of the whole. The share is
-    enforced too: torch's allocator raises out-of-memory beyond it.
+    It is what is free now, and with a share of a GPU (`num_gpus` below 1) at most that share of the whole. torch's
+    allocator enforces the share and raises out-of-memory beyond it.
     """
     if config.device == "cpu":
         return {}
@@ -172,10 +174,10 @@ def gpu_memory(config: ModelConfig) -> dict[int, int]:
 
 
 def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int]) -> DeviceMap:
-    """The device of each module, by its name.
+    """Returns the device of each module by its name.
 
-    `free_bytes` is what each visible GPU has. `max_memory` caps it: its GPU indices, in order, are the GPUs that the
-    replica sees. Raises EngineError when the model needs a tier that the user did not open.
+    `free_bytes` is what each visible GPU has, and `max_memory` caps it. Its GPU indices, in order, are the GPUs that
+    the replica sees. Raises EngineError if the model needs a tier that the user did not allow.
     """
     if isinstance(config.device_map, dict):
         return config.device_map
@@ -186,7 +188,7 @@ def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[i
     for balanced in (True, False) if _may_balance(config) else (False,):
         device_map = _infer(config, hf_config, limits, balanced)
         if not _unopened(config, device_map):
-            break  # A balanced map may need a tier where a plain one fits: it halves the model, not the GPUs.
+            break  # A balanced map may need a tier where a plain one fits, because it halves the model.
     _require_opened(config, device_map, limits)
     return device_map
 
@@ -200,7 +202,7 @@ def _may_balance(config: ModelConfig) -> bool:
 
 
 def _unopened(config: ModelConfig, device_map: DeviceMap) -> set[str]:
-    """The slower tiers that the map uses and the user did not open."""
+    """Returns the slower tiers that the map uses and the user did not allow."""
     opened = set(config.spill_tiers) | ({"cpu"} if config.device == "cpu" else set())
     if isinstance(config.device_map, dict):
         opened |= {device for device in config.device_map.values() if isinstance(device, str)}
@@ -215,14 +217,14 @@ def _require_opened(config: ModelConfig, device_map: DeviceMap, limits: Mapping[
             for device, size in limits.items()
         )
         raise EngineError(
-            f"max_memory: the model does not fit in {sizes or 'the GPUs'}; part of it would go to "
+            f"max_memory: the model does not fit in {sizes or 'the GPUs'}, so part of it would go to "
             f"{' and '.join(sorted(unopened))}. Raise the limits, add a GPU, or name cpu (slow) or disk (very slow) in "
             "max_memory to allow it."
         )
 
 
 def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[DeviceName, int]:
-    """Bytes that accelerate may place on each device: the user's cap, but never more than is free."""
+    """Returns the bytes that accelerate may place on each device: the user's cap, but never more than is free."""
     memory = config.max_memory or {}
     if not config.gpu_indices:
         limits: dict[DeviceName, int] = {index: int(FREE_SHARE * size) for index, size in free_bytes.items()}
@@ -237,7 +239,7 @@ def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[De
 
 
 def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[DeviceName, int], balanced: bool) -> DeviceMap:
-    """accelerate's own map, made on a model without weights. A tier that is not in `limits` can still be chosen."""
+    """Returns accelerate's own map of a model without weights. It may choose a tier that is not in `limits`."""
     model = _without_weights(config, hf_config)
     dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     blocks, dtype = unsplit_blocks(model), dtype or torch.float32
@@ -250,7 +252,7 @@ def _max_model_len(config: ModelConfig, hf_config: Any) -> int:
     known = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     if config.max_model_len is None:
         if known is None:
-            raise ConfigError("max_model_len: the model's config.json does not say its context length; set it.")
+            raise ConfigError("max_model_len: the model's config.json does not say its context length, so set it.")
         return int(known)
     if known is not None and config.max_model_len > known:
         raise ConfigError(f"max_model_len: {config.max_model_len} is over the model's own context of {known} tokens.")
@@ -264,7 +266,8 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:
-    """Where input ids have to be. An offloaded embedding has its weight on "meta" and runs on its hook's device."""
+    """Returns the device for input ids. An offloaded embedding has its weight on "meta" and runs on its hook's
+    device."""
     embedding = model.get_input_embeddings()
     device: torch.device = embedding.weight.device
     return execution_device(embedding) or device if device.type == "meta" else device
@@ -274,7 +277,7 @@ def _read_template(path: str) -> str:
     try:
         return Path(path).expanduser().read_text()
     except OSError as error:
-        raise ConfigError(f"chat_template: cannot read {path}: {error.strerror}.") from None
+        raise ConfigError(f"chat_template: {path} cannot be read: {error.strerror}.") from None
 
 
 def _one_line(error: Exception) -> str:

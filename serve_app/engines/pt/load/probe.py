@@ -17,16 +17,16 @@ from serve_app.engines.pt.load.model_loader import LoadedModel
 logger = logging.getLogger("ray.serve")
 
 STEPS = 4
-# Logits may differ by rounding: this share of their spread, by the bits of the type.
+# Logits may differ by rounding, up to this share of their spread, by the bits of the type.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 class ProbeResult(NamedTuple):
-    """The runner to use, and what was found out about the model.
+    """Has the runner to use, and what was found out about the model.
 
-    `reason` says why it is not the batching runner, and is empty if it is; `bytes_per_token` is the cache's, by
-    device, with the copy of a layer while it is moved; `pad_prompts` is whether prompts of different lengths may be
-    computed together.
+    `reason` says why it is not the batching runner, and is empty if it is. `bytes_per_token` is the cache's by device,
+    with the copy of a layer while it is moved. `pad_prompts` says whether prompts of different lengths may be computed
+    together.
     """
 
     runner: Runner
@@ -36,7 +36,7 @@ class ProbeResult(NamedTuple):
 
 
 def probe(loaded: LoadedModel) -> ProbeResult:
-    """Chooses the runner for a model."""
+    """Returns the runner for a model and what was found out about it."""
     serial = SerialRunner(loaded.model, loaded.input_device)
     batched = BatchRunner(loaded.model, loaded.input_device)
     if not batched.is_joinable:
@@ -61,7 +61,7 @@ def _fall_back(serial: SerialRunner, reason: str) -> ProbeResult:
 def _compare(
     batched: BatchRunner, serial: SerialRunner, loaded: LoadedModel
 ) -> tuple[float, dict[torch.device, float]]:
-    """The largest difference between joined and single logits, in spreads, and the cache's bytes per token."""
+    """Returns the largest difference between joined and single logits, in spreads, and the cache's bytes per token."""
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     params = SamplingParams(max_tokens=STEPS)
     first, second = (

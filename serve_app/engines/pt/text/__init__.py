@@ -1,1 +1,1 @@
-"""From tokens to text that is certain."""
+"""This package turns tokens into text that is certain."""

@@ -1,7 +1,8 @@
 """Writes log probabilities in OpenAI's two forms.
 
-Law: the bytes of the tokens, joined, are those of the text, also where a character spans tokens. A token that is part
-of a character has no text of its own: decoded alone it is U+FFFD. As with OpenAI, its text is its bytes in hexadecimal.
+Its law is that the joined bytes of the tokens are those of the text, even if a character spans tokens. A token that is
+part of a character has no text of its own, since decoded alone it is U+FFFD. As with OpenAI, its text is its bytes in
+hexadecimal.
 """
 
 import codecs
@@ -16,21 +17,21 @@ from serve_app.engines.pt.core.sequence import Logprobs
 from serve_app.engines.pt.text.text_stream import REPLACEMENT
 from serve_app.engines.pt.transformers_internals import byte_of_character
 
-# The last argument is the characters of text that came before.
+# The last argument counts the characters of text that came before.
 LogprobsWriter = Callable[[list[Logprobs], PreTrainedTokenizerBase, int], dict[str, Any]]
 
-# How byte-level tokenizers write each byte as a character, and how SentencePiece writes one for which it has no token.
+# Byte-level tokenizers write each byte as a character, and SentencePiece writes a byte without a token in this form.
 BYTE_OF_CHARACTER = byte_of_character()
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # OpenAI's text completions have no list of bytes, and mark such a text.
 BYTES_PREFIX = "bytes:"
-# Tokens whose spelling is kept, some 300 bytes each. Decoding one takes 60 µs, on the event loop, and a step may report
-# 21 for each of its rows.
+# The spelling of this many tokens is kept, with some 300 bytes each. Decoding one takes 60 µs on the event loop, and a
+# step may report 21 for each of its rows.
 MOST_SPELLED = 65_536
 
 
 def chat_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase, _: int = 0) -> dict[str, Any]:
-    """`choices[].logprobs` of a chat completion: one entry per token."""
+    """Returns `choices[].logprobs` of a chat completion, with one entry for each token."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text, content = spelled(token_id, tokenizer)
@@ -43,7 +44,7 @@ def chat_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase, 
 
 
 def text_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase, start: int = 0) -> dict[str, Any]:
-    """`choices[].logprobs` of a text completion: parallel lists. Offsets are in characters of the text."""
+    """Returns `choices[].logprobs` of a text completion as parallel lists. Offsets are in characters of the text."""
     tokens, offsets, position = [], [], start
     character = codecs.getincrementaldecoder("utf-8")("replace")
     for item in logprobs:
@@ -67,7 +68,8 @@ def text_logprobs(logprobs: list[Logprobs], tokenizer: PreTrainedTokenizerBase, 
 
 @lru_cache(maxsize=MOST_SPELLED)
 def spelled(token_id: int, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> tuple[str, bytes]:
-    r"""The token's text and its bytes. Of part of a character the text is `prefix` and, say, `\xf0\x9f`."""
+    r"""Returns the token's text and its bytes. For part of a character the text is `prefix` and, for example,
+    `\xf0\x9f`."""
     text: str = tokenizer.decode([token_id])
     if REPLACEMENT not in text:
         return text, text.encode()
@@ -79,8 +81,8 @@ def spelled(token_id: int, tokenizer: PreTrainedTokenizerBase, prefix: str = "")
 
 
 def _bytes_of(token: Any) -> bytes | None:
-    """What a token of a vocabulary stands for; None for one that is not written in bytes."""
-    if isinstance(token, bytes):  # A tokenizer with code of its own, after tiktoken.
+    """Returns the bytes that a token of a vocabulary stands for, or None if it is not written in bytes."""
+    if isinstance(token, bytes):  # The tokenizer has code of its own, after tiktoken.
         return token
     if match := BYTE_TOKEN.fullmatch(str(token)):
         return bytes([int(match[1], 16)])

@@ -1,8 +1,8 @@
-"""Tokens in, text out: decodes a sequence as it grows and cuts it at the first stop string.
+"""Turns tokens into text: decodes a sequence as it grows, and cuts it at the first stop string.
 
-Three laws. A piece of text is given out only when later tokens cannot change it: a character may span tokens, and a
-stop string may too. What is given out, joined, is exactly the decoded text up to the first stop string. Each token is
-decoded a bounded number of times, whatever the tokens are.
+It has three laws. A piece of text comes out only when later tokens cannot change it, since a character or a stop string
+may span tokens. The joined pieces are exactly the decoded text up to the first stop string. Each token is decoded a
+bounded number of times, whatever the tokens are.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from functools import lru_cache
 from serve_app.engines.pt.text.token_kinds import TokenKinds
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character of UTF-8 has at most this many bytes, and a token that is text at least one.
+# A character of UTF-8 has at most this many bytes, and a token that is text has at least one.
 CHARACTER_TOKENS = 4
 # The window is cut to its last CHARACTER_TOKENS once it has this many tokens.
 WINDOW_TOKENS = 12
@@ -31,22 +31,23 @@ class TextStream:
         # space, a character in several tokens. The first `_given` characters of the window's text are out already.
         self._window: list[int] = []
         self._given = 0
-        # Bytes whose text depends on those that follow: no text is certain before the run has ended.
+        # The text of these bytes depends on those that follow, so no text is certain before the run has ended.
         self._bytes: list[int] = []
         self._stops = [_Stop(text) for text in stop]
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Adds one token and returns the text that is certain now; sets `stopped` at a stop string."""
+        """Adds one token and returns the text that is certain now. It sets `stopped` at a stop string."""
         return self._release(self._certain(token_id), self._stops)
 
     def push_unstoppable(self, token_id: int) -> str:
-        """Adds one token of those before `min_tokens`, which no stop string cuts."""
+        """Adds one of the tokens before `min_tokens`, which no stop string cuts, and returns the text that is
+        certain."""
         return self._release(self._certain(token_id), [])
 
     def finish(self) -> str:
-        """Returns the rest, once no token follows."""
+        """Returns the rest after the last token."""
         if self.stopped:
             return ""
         self._take([])
@@ -56,7 +57,7 @@ class TextStream:
         return released + held
 
     def _certain(self, token_id: int) -> str:
-        """New text that no later token can change."""
+        """Returns new text that no later token can change."""
         if token_id in self._kinds.silent:
             return ""
         if token_id in self._kinds.fallback_bytes:
@@ -78,7 +79,7 @@ class TextStream:
         self._bytes.clear()
 
     def _release(self, new: str, stops: "list[_Stop]") -> str:
-        """What of `new`, and of the text that is held back, no stop string can begin in."""
+        """Returns the part of the text held back and of `new` in which no stop string can begin."""
         if self.stopped or not new:
             return ""
         text = self._held + new
@@ -92,20 +93,22 @@ class TextStream:
 
 
 class _Stop:
-    """One stop string, looked for in a text that comes in pieces (Knuth, Morris and Pratt: each character once)."""
+    """Finds one stop string in a text that comes in pieces, by Knuth, Morris and Pratt, who read each character
+    once."""
 
     def __init__(self, text: str):
         self._text = text
         self._borders = _borders(text)
-        # How many characters at the end of the text so far are the stop string's beginning.
+        # This many characters at the end of the text so far are the stop string's beginning.
         self.matched = 0
 
     def find(self, piece: str) -> int | None:
-        """Where in `piece` the first occurrence begins, below 0 in an earlier piece; None where there is none yet."""
+        """Returns where the first occurrence begins in `piece`, below 0 for an earlier piece, or None if there is none
+        yet."""
         text, borders, matched = self._text, self._borders, self.matched
         at = 0
         while at < len(piece):
-            if matched == 0:  # Most often: nothing of the stop string is here.
+            if matched == 0:  # This is the usual case, without anything of the stop string.
                 at = piece.find(text[0], at)
                 if at < 0:
                     break
@@ -121,7 +124,7 @@ class _Stop:
 
 @lru_cache(maxsize=64)
 def _borders(text: str) -> tuple[int, ...]:
-    """For each beginning of `text`, the length of its longest end that is a shorter beginning too."""
+    """Returns, for each beginning of `text`, the length of its longest end that is also a shorter beginning."""
     borders, length = [0] * len(text), 0
     for at in range(1, len(text)):
         while length and text[at] != text[length]:
@@ -132,5 +135,5 @@ def _borders(text: str) -> tuple[int, ...]:
 
 
 def _settled(text: str) -> int:
-    """How many characters stay as they are: a replacement at the end may be the begin of a character."""
+    """Returns how many characters are final, since a replacement at the end may be the beginning of a character."""
     return len(text) - text.endswith(REPLACEMENT)

@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary are no text of their own, so that a stream of tokens need not decode them to know."""
+"""Knows which tokens of a vocabulary are not text of their own, so that a stream need not decode them to find out."""
 
 import re
 from collections.abc import Container
@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.pt.transformers_internals import decodes_byte_pieces, special_ids
 
-# SentencePiece writes a byte that no piece of the vocabulary covers so.
+# SentencePiece writes a byte that no piece of the vocabulary covers in this form.
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class _NotText:
-    """The ids that decode to nothing: no token has them, or `skipped` does. Membership takes one look-up."""
+    """These are the ids that decode to nothing, because no token has them or `skipped` has them. Membership takes one
+    look-up."""
 
     def __init__(self, known: frozenset[int], skipped: frozenset[int]):
         self._text = known - skipped
@@ -25,10 +26,11 @@ class _NotText:
 
 @dataclass(frozen=True)
 class TokenKinds:
-    """`silent` ids decode to nothing. The text of a run of `fallback_bytes` is certain at its end only.
+    """These are the kinds of ids. `silent` ones decode to nothing. The text of a run of `fallback_bytes` is certain
+    only at its end.
 
-    SentencePiece's byte fallback decodes a run as a whole: one byte that does not fit makes all of it replacements.
-    Other ids are text, at least one byte of it.
+    SentencePiece's byte fallback decodes a run as a whole, so one byte that does not fit makes all of it replacements.
+    Other ids are text of at least one byte.
     """
 
     silent: Container[int] = frozenset()
@@ -36,7 +38,7 @@ class TokenKinds:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Self:
-        """Those of `tokenizer`. Takes as long as a walk through the vocabulary, up to 0.1 s."""
+        """Returns the kinds of `tokenizer`. It takes as long as a walk through the vocabulary, up to 0.1 s."""
         vocabulary = tokenizer.get_vocab()
         silent = _NotText(
             frozenset(vocabulary.values()), special_ids(tokenizer) if skip_special_tokens else frozenset()

@@ -98,7 +98,7 @@ async def test_text_parts_are_joined(client: httpx.AsyncClient) -> None:
         ("chat/completions", chat(stop=[1]), "stop", "valid string"),
         ("chat/completions", chat(tools=[{"type": "function"}]), "tools", "'tools[0].function': Field required"),
         ("chat/completions", chat(top_logprobs=2), "top_logprobs", "only with logprobs: true"),
-        ("completions", {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "not together with logprobs"),
+        ("completions", {"prompt": "a", "echo": True, "logprobs": 1}, "echo", "it cannot be combined with logprobs"),
         ("chat/completions", chat(temprature=1), "temprature", "Did you mean 'temperature'"),
         ("chat/completions", chat(top_p=0), "top_p", "greater than 0"),
         ("chat/completions", chat(max_tokens=0), "max_tokens", "greater than or equal to 1"),

@@ -90,7 +90,7 @@ async def test_the_completions_endpoint_takes_them_too(client: httpx.AsyncClient
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"response_format": {"type": "json_schema"}}, "response_format", "comes with type 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "it must come with type 'json_schema'"),
         ({"response_format": {"type": "yaml"}}, "response_format", "json_object"),
         ({"response_format": schema_format({"type": "foo"})}, "response_format", 'Unsupported type "foo"'),
         (
@@ -105,10 +105,10 @@ async def test_the_completions_endpoint_takes_them_too(client: httpx.AsyncClient
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             "structured_outputs",
-            "give one of them",
+            "Give only one of them",
         ),
         ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs", "at most 8192"),
-        ({"structured_outputs": {"json": "{bad"}}, "structured_outputs", "is no JSON"),
+        ({"structured_outputs": {"json": "{bad"}}, "structured_outputs", "is not JSON"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos", "says where the text ends"),
         (
             {"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
