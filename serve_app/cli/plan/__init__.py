@@ -1,1 +1,1 @@
-"""The command `serve-app plan`."""
+"""This package is the command `serve-app plan`."""

@@ -1,1 +1,1 @@
-"""The commands `serve-app run` and `serve-app demo`."""
+"""This package has the commands `serve-app run` and `serve-app demo`."""

@@ -1,4 +1,4 @@
-"""The run of one config file: Ray, Serve and the applications are started, watched, and ended by a signal."""
+"""Runs one config file: Ray, Serve and the applications are started, watched, and ended by a signal."""
 
 import contextlib
 import os

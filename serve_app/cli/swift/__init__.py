@@ -1,1 +1,1 @@
-"""The command `serve-app from-swift`."""
+"""This package is the command `serve-app from-swift`."""
