@@ -128,7 +128,7 @@ def test_a_start_can_be_stopped_at_any_time(how: str) -> None:
             assert run.process.wait(20) == 130
             os.kill(controller, signal.SIGCONT)
             assert run.stop() == {}
-            assert "ends at once" in run.output()
+            assert "exiting immediately" in run.output()
         assert "Traceback" not in run.output()
     finally:
         run.clean_up()
