@@ -18,7 +18,7 @@ def test_what_is_reserved_counts_at_once() -> None:
     places = Places("m", 4)
     with places.reserve(3):
         assert places.taken == 3
-        with pytest.raises(Overloaded, match="has 3 sequences already and takes 4"):
+        with pytest.raises(Overloaded, match="has 3 sequences already and takes at most 4"):
             places.reserve(2)
     assert places.taken == 0
 
