@@ -42,7 +42,7 @@ def test_unequal_limits_are_kept() -> None:
 
 def test_a_model_that_does_not_fit_is_refused_and_not_spilled() -> None:
     """accelerate would put the rest on disk without an error."""
-    with pytest.raises(EngineError, match=r"does not fit in GPU 0: 0.015 GB, GPU 1: 0.01 GB, so part of it would go to"):
+    with pytest.raises(EngineError, match=r"not fit in GPU 0: 0.015 GB, GPU 1: 0.01 GB, so part of it would go to"):
         devices(max_memory={0: "15MB", 1: "10MB"})
 
 
