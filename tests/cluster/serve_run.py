@@ -23,7 +23,9 @@ BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
 MARK = "SERVE_APP_TEST_RUN"
-# For replicas of one cluster, each of which takes one that nobody had before.
+# Of one cluster: the first is Serve's address, the second its fallback proxy, and the others are for replicas, each of
+# which takes one that nobody had before. They lie below the system's own range, from which Ray's processes and every
+# connection take ports, also between the choice of one here and the start of HAProxy half a minute later.
 PORTS = 1000
 
 
@@ -70,16 +72,15 @@ class ServeRun:
         is_set_before_ray: bool = False,
     ):
         """`is_set_before_ray`: Ray's processes have Serve's settings too, as on nodes that were prepared. Replicas then
-        start in the processes that built their applications."""
+        need no `runtime_env`."""
         self._headers = headers
         # Short, because Ray puts sockets below it and their paths have 107 characters at most.
         self.folder = Path(tempfile.mkdtemp(prefix="sa-", dir="/tmp"))
-        self.port = free_port()
+        self._claim, self.port = claim_ports()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._claim, first_port = claim_ports()
         ports = {
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + PORTS - 1),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(self.port + 2),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self.port + PORTS - 1),
         }
         self._mark = secrets.token_hex(8)
         self.log = self.folder / "serve-run.log"
@@ -99,7 +100,7 @@ class ServeRun:
             "RAY_AUTH_MODE": "disabled",  # a token would be written into the home folder
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
             "VIRTUAL_ENV": str(BIN.parent),  # as an activated environment has it; the config names a command there
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(self.port + 1),
             **{
                 f"RAY_SERVE_HAPROXY_{name}": f"{self.folder}/h/{file}"
                 for name, file in (
