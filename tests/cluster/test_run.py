@@ -95,7 +95,7 @@ def test_serve_app_run_serves_and_stops_with_a_clean_terminal(broken_folder: Pat
         assert re.search(r"tiny-pt: memory: planned .* [GM]iB, holds .* [GM]iB", output)
         failures = [line for line in output.splitlines() if "broken has failed" in line]
         assert len(failures) == 1
-        assert "cannot read" in failures[0]
+        assert "cannot be read" in failures[0]
         assert "Traceback" not in output
         before = output.split("correct the config file")[0].splitlines()
         assert [line for line in before if not OWN_LINE.fullmatch(line)] == []
