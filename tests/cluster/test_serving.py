@@ -143,11 +143,11 @@ def test_a_broken_model_leaves_the_others_serving_and_says_why(run: ServeRun) ->
     assert ready.status_code == 200
     assert ready.json()["status"] == "degraded"
     models = ready.json()["models"]
-    assert "cannot read" in models["broken"]["message"]
+    assert "cannot be read" in models["broken"]["message"]
     assert "needs 2 GPUs" in models["homeless"]["message"]
     assert "8 CPUs, 0 GPUs" in models["homeless"]["message"]
     status = run.status()
-    assert "cannot read" in status
+    assert "cannot be read" in status
     assert "needs 2 GPUs" in status
 
 
@@ -166,7 +166,7 @@ def test_the_terminal_tells_a_line_to_try(run: ServeRun) -> None:
     ("body", "status", "code", "words"),
     [
         (b'{"model": "nobody"}', 404, "model_not_found", "broken, homeless, scaling, tiny-pt, tiny-vllm"),
-        (b'{"model": "broken"}', 503, "model_unavailable", "cannot read"),
+        (b'{"model": "broken"}', 503, "model_unavailable", "cannot be read"),
         (b'{"model": ', 400, None, "not valid JSON"),
         (b'{"messages": []}', 400, None, "'model' is missing"),
         (b'{"model": 5}', 400, None, "must be a string"),
