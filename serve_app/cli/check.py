@@ -156,10 +156,11 @@ def missing_settings(document: Mapping[str, Any], environments: Mapping[str, Nod
 def require_serves_schema(file: Path) -> None:
     """Raises ConfigError for what Ray Serve itself refuses: unknown keys, and a name or a route that is repeated."""
     from ray.serve.config import AutoscalingConfig
-    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
     document = yaml.safe_load(file.read_text())
     problems = unknown_keys(document, ServeDeploySchema.model_fields, ServeApplicationSchema.model_fields)
+    problems += wrong_http_options(document, HTTPOptionsSchema.model_fields)
     problems += unknown_options(document, set(DeploymentSchema.model_fields), set(AutoscalingConfig.model_fields))
     if problems:
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
@@ -170,6 +171,18 @@ def require_serves_schema(file: Path) -> None:
         raise ConfigError(f"{file}: Ray Serve refuses this file: {'; '.join(lines)}") from None
     except (AttributeError, ImportError, ValueError, TypeError) as error:  # A policy cannot be imported.
         raise ConfigError(f"{file}: Ray Serve refuses this file: {error}") from None
+
+
+def wrong_http_options(document: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """Returns a line for each option that Serve would ignore silently, and for a port that is none."""
+    options = document.get("http_options") or {}
+    if not isinstance(options, Mapping):
+        return []  # Serve's own schema refuses it.
+    problems = [f"http_options: unknown key '{key}'.{nearest(key, known)}" for key in options if key not in known]
+    port = options.get("port", 8000)
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+        problems.append(f"http_options.port: {port!r} is not a port. Write a number from 1 to 65535.")
+    return problems
 
 
 def unknown_keys(document: dict[str, Any], top: Iterable[str], application: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The command line's answers and exit codes, on this machine, which has no GPU."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -195,4 +196,17 @@ def test_a_policy_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
         "    autoscaling_config: {policy: {policy_function: 'serve_app.replica.autoscaling:by_engin_load'}}\n"
     )
     with pytest.raises(ConfigError, match="Ray Serve refuses this file: .*by_engin_load"):
+        check_module.require_serves_schema(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [("{prot: 8000}", "unknown key 'prot'. Did you mean 'port'"), ("{port: 80000}", "80000 is not a port"),
+     ("{port: true}", "True is not a port")],
+)  # fmt: skip
+def test_http_options_that_serve_would_ignore_are_refused(tmp_path: Path, options: str, words: str) -> None:
+    """Serve's own schema drops unknown ones and takes any number."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"http_options: {options}\napplications:\n- name: a\n  import_path: serve_app.app:model\n")
+    with pytest.raises(ConfigError, match=re.escape(words)):
         check_module.require_serves_schema(file)

@@ -137,7 +137,10 @@ def _http_options(document: Mapping[str, Any], instead: Mapping[str, Any]) -> di
 def _require_free_port(port: int) -> None:
     if (taken := taken_port(port)) is not None:
         holder = taken.holder or "a process that cannot be seen from here"
-        raise ConfigError(f"port {port} is held by {holder}. Stop it, or set another port under http_options.")
+        raise ConfigError(
+            f"port {port} is held by {holder}. Stop it, or choose another port: http_options.port in a file, --port of "
+            "`serve-app demo`."
+        )
 
 
 @contextlib.contextmanager
