@@ -15,6 +15,7 @@ from serve_app.cli.plan.plan import plan_of_file
 from serve_app.cli.plan.text import print_plan
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
+from serve_app.facts.serve_file import NAME
 from serve_app.planning.plan import Fix, Plan
 
 DEMO = "serve-app/demo"
@@ -22,8 +23,6 @@ CPU = "cpu"
 ROUTER = "router"
 # These cures of a plan are fields of `args`. Other cures change the machine or the number of replicas.
 NOT_ARGS = ("gpus", "num_replicas")
-# A name must be usable as a part of a route.
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 MOST_FIXES = 5
 
 
@@ -134,7 +133,7 @@ def ask(given: Given, questions: Questions, has_gpu: Callable[[], bool]) -> Choi
     """Asks for what was not given, with at most five questions. Raises ConfigError for an invalid answer."""
     model = given.model or questions.text("Model: a Hugging Face id, or the absolute path of a folder", DEMO)
     name = given.name or questions.text("Name: what clients write into the field 'model'", default_name(model))
-    if re.fullmatch(NAME, name) is None:
+    if NAME.fullmatch(name) is None:
         raise ConfigError(
             f"--name: '{name}' is not allowed. Use letters, digits, '.', '_' and '-', and begin with a letter or digit."
         )

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from serve_app.cli.cluster import connected
+from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.cli.output_file import write_file
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
@@ -84,8 +86,11 @@ def _requests_of_file(path: Path | None) -> list[ModelRequest]:
         except ConfigError as error:
             text = str(error)
             problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
+        problems += [f"{application.name}: {line}" for line in wrong_engine_args(application)]
     if problems:
         raise ConfigError("\n".join(problems))
+    for note in doubtful_engine_args(applications):  # stdout is for the plan, which may be JSON.
+        print(f"note: {note}", file=sys.stderr)
     return requests
 
 

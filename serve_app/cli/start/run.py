@@ -19,6 +19,7 @@ from serve_app.cli.check import (
 )
 from serve_app.cli.cluster import require_open
 from serve_app.cli.doctor import taken_port
+from serve_app.cli.engine_args import doubtful_engine_args
 from serve_app.cli.start.captured import captured, new_log_file
 from serve_app.cli.start.runner import Runner, Start
 from serve_app.cli.start.view import StartView
@@ -71,7 +72,7 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
         notes += open_access(document, applications, os.environ)
     else:  # What its nodes were started with is reported once they were asked.
         notes = open_access(document, applications, None) + unheard_keys(document, os.environ)
-    notes += dangling_names(applications)
+    notes += dangling_names(applications) + doubtful_engine_args(applications)
     start = Start(file, document, applications, joins, Path(options.app_dir).resolve(), options.replace)
     with _terminal(options) as (view, log):
         view.line(f"Serving {file} with serve-app {__version__}")
