@@ -15,7 +15,7 @@ from serve_app.cli.cluster import connected
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.config import ModelConfig
 from serve_app.deploy.node_env import node_environments, this_environment
-from serve_app.deploy.resolve_model import resolve_model
+from serve_app.deploy.resolve_model import require_all_replicas, resolve_model
 from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, lacking
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
@@ -231,12 +231,15 @@ def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set
 
 
 def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory) -> bool:
+    count = application.least_replicas
     try:
-        demand = resolve_model(application.model_settings(), nodes, inventory).demand
+        resolved = resolve_model(application.model_settings(), nodes, inventory)
+        require_all_replicas(resolved.config, count, resolved.demand, nodes, inventory)
     except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False
-    print(f"ok  {application.name}: a replica takes {demand}")
+    takes = "a replica takes" if count == 1 else f"each of {count} replicas takes"
+    print(f"ok  {application.name}: {takes} {resolved.demand}")
     return True
 
 
