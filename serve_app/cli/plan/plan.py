@@ -7,7 +7,7 @@ from pathlib import Path
 
 from serve_app.cli.cluster import connected
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
-from serve_app.cli.output_file import write_file
+from serve_app.cli.output_file import require_folder, write_file
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
@@ -22,6 +22,8 @@ from serve_app.planning.planner import make_plan
 def plan(options: argparse.Namespace) -> int:
     """Prints the plan. Returns 0 if everything fits, and 1 otherwise. Raises ConfigError for wrong input."""
     _require_one_way(options)
+    for target in filter(None, (options.svg, options.write)):
+        require_folder(target)
     if options.model:
         made = _planned([_request_of_options(options)], _inventory(options.gpus, options.inventory, options.address))
     else:
@@ -36,6 +38,7 @@ def plan(options: argparse.Namespace) -> int:
         from serve_app.cli.plan.svg import plan_svg
 
         write_file(options.svg, plan_svg(made))
+        print(f"The picture is in {options.svg}.", file=sys.stderr)  # stdout is for the plan.
     if options.write is not None:
         if options.config is None:
             raise ConfigError("plan: --write needs a config file to copy.")
