@@ -220,6 +220,9 @@ def _add_plan(commands: Any) -> None:
         help="print a table of the ways to run each model alone: backend, GPUs, the longest "
         "request, and how many of those run at once",
     )
+    planning.add_argument(
+        "--explain", metavar="NAME", help="print every term of a model's plan with its formula and its source"
+    )
     planning.add_argument("--compare", type=Path, metavar="FILE", help="print the plan beside that of another file")
     one = planning.add_argument_group("models without a file")
     one.add_argument("--model", action="append", help="a local folder or a Hugging Face id; may be given several times")
