@@ -214,8 +214,18 @@ def _add_plan(commands: Any) -> None:
     )
     planning.add_argument("--svg", type=Path, metavar="FILE", help="also draw the plan, as an SVG picture")
     planning.add_argument("--json", action="store_true", help="print data instead of bars and a table")
-    one = planning.add_argument_group("one model without a file")
-    one.add_argument("--model", help="a local folder or a Hugging Face id")
+    planning.add_argument(
+        "--what",
+        choices=["fits"],
+        help="print a table of the ways to run each model alone: backend, GPUs, the longest "
+        "request, and how many of those run at once",
+    )
+    planning.add_argument(
+        "--explain", metavar="NAME", help="print every term of a model's plan with its formula and its source"
+    )
+    planning.add_argument("--compare", type=Path, metavar="FILE", help="print the plan beside that of another file")
+    one = planning.add_argument_group("models without a file")
+    one.add_argument("--model", action="append", help="a local folder or a Hugging Face id; may be given several times")
     one.add_argument("--infer-backend", choices=["pt", "vllm", "auto"], default="auto")
     one.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")

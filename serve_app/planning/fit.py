@@ -14,6 +14,7 @@ from serve_app.planning.layer_map import BlockGroup, LayerMap, blocks_of, map_la
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import cells, full_length_requests
+from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
@@ -135,12 +136,11 @@ def fit_vllm(
     batched = token_count(arguments.get("max_num_batched_tokens") or default_batched)
     rows = request.config.max_num_seqs or default_rows
     weights = request.rank_weights(tp)
-    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched)
-    if not on_gpu:
-        activation = Figure(memory.VLLM_CPU_ACTIVATION_FACTOR * activation.bytes, activation.certainty)
+    copies = 1 if on_gpu else VLLM_CPU_ACTIVATION_FACTOR
+    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched, copies)
     activation += memory.vllm_buffers(architecture, request.element_bytes)
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
-    context = memory.context("cuda", tp) if on_gpu else memory.guessed(memory.VLLM_CPU_CONTEXT_BYTES)
+    context = memory.context("cuda", tp) if on_gpu else memory.vllm_cpu_context()
     if (measured := request.measured(device, 0, tp)) is not None:
         activation, graph, context = memory.calibrated(measured, activation, graph, context)
     per_request = memory.vllm_kv_bytes_per_request(
@@ -340,7 +340,8 @@ def _pt_plan(
         numbers = [block.number for block in part.blocks]
         activation, context = overheads[number]
         if number == 0 and mapped.rest.blocks:
-            activation += Figure(max(block.weights for block in mapped.rest.blocks))
+            room = left_over_layer(max(block.weights for block in mapped.rest.blocks))
+            activation += Figure(room.bytes, terms=(room,))
         cache = Figure(part.cache(tokens, rows) + kept)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
