@@ -40,7 +40,7 @@ def test_qwen2_7b_on_3_and_10_gb_is_refused_with_a_limit_that_works() -> None:
     small = request(infer_backend="pt", max_memory={0: "3GB", 1: "10GB"}, max_model_len=4096)
     code, message, fix = problem([small], "8GiB,24GiB")
     assert code == "over_commit"
-    assert "3.77 GiB too much" in message
+    assert "3.77 GiB too much. max_memory allows 2.79 GiB of n1:0 and 9.31 GiB of n1:1, context and" in message
     assert fix == "max_memory: {0: 3GB, 1: 14.5GB}"
     larger = request(infer_backend="pt", max_memory={0: "3GB", 1: "14.5GB"}, max_model_len=4096)
     assert solved([larger], "8GiB,24GiB").fits
@@ -185,7 +185,7 @@ MESSAGES = [
         "16GiB",
         "over_commit",
         "It needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
-        "tokens on n1:0, which is 1.98 GiB too much.",
+        "tokens on n1:0, which is 1.98 GiB too much. The plan keeps 2 % of each card free.",
         "quantization: fp8, which saves 5.47 GiB of weights",
     ),
     (
@@ -193,7 +193,7 @@ MESSAGES = [
         "17GiB",
         "over_commit",
         "It needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
-        "tokens on n1:0, which is 1.47 GiB too much.",
+        "tokens on n1:0, which is 1.47 GiB too much. The plan keeps 2 % of each card free.",
         "max_model_len: 5120",
     ),
     (
@@ -202,14 +202,16 @@ MESSAGES = [
         "over_commit",
         "It needs 15.91 GiB for weights, activations and context and 224.0 MiB of KV cache for one request "
         "of 4096 tokens "
-        "on n1:0, which is 4.61 GiB too much. Other processes hold 12.00 GiB there now.",
+        "on n1:0, which is 4.61 GiB too much. The plan keeps 2 % of each card free. "
+        "Other processes hold 12.00 GiB there now.",
         None,
     ),
     (
         [request(infer_backend="pt", max_memory={0: "600MB"}, max_model_len=2048)],
         "24GiB",
         "over_commit",
-        "The model's first block takes 1.02 GiB, but n1:0 has 0.0 MiB left after context and activations.",
+        "The model's first block takes 1.02 GiB, but n1:0 has 0.0 MiB left after context and activations. "
+        "max_memory allows 572.2 MiB of n1:0, context and activations included.",
         "max_memory: {0: 16.5GB}",
     ),
     (
@@ -218,7 +220,8 @@ MESSAGES = [
         "over_commit",
         "It needs 14.91 GiB for weights, activations and context and 123.2 MiB of KV cache for one request "
         "of 2048 tokens "
-        "on n1:0, which is 9.44 GiB too much. To put a part of it on the CPU or the disk, which is slow, "
+        "on n1:0, which is 9.44 GiB too much. max_memory allows 5.59 GiB of n1:0, context and activations included. "
+        "To put a part of it on the CPU or the disk, which is slow, "
         "name cpu or disk in "
         "max_memory.",
         "max_memory: {0: 16.5GB}",
@@ -283,7 +286,8 @@ MESSAGES = [
         "2x16GiB",
         "over_commit",
         "It needs 16.37 GiB for weights, activations and context and 486.0 MiB of KV cache for one request of 16384 "
-        "tokens on n1:0, which is 1.17 GiB too much. Its KV cache (MLA) is the same on every rank, so a larger "
+        "tokens on n1:0, which is 1.17 GiB too much. The plan keeps 2 % of each card free. "
+        "Its KV cache (MLA) is the same on every rank, so a larger "
         "tensor_parallel_size does not shrink it.",
         "quantization: fp8, which saves 6.39 GiB of weights",
     ),

@@ -74,7 +74,7 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
         lines += _wrapped(problem.message, width)
         if problem.fix:  # People copy the fix, so it stays on one line, however wide it is.
             lines.append(Text.assemble("    smallest fix: ", (problem.fix, "bold green")))
-        else:
+        elif not problem.names_cure:
             lines.append(Text("    No small change was found that would help."))
     return [*lines, Text(), Text(chart.verdict, "bold green" if chart.fits else "bold red")]
 
