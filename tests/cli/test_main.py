@@ -1,6 +1,9 @@
 """The command line's answers and exit codes, on this machine, which has no GPU."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,6 +137,31 @@ def test_a_model_that_is_not_there_is_told_before_anything_starts(
     )
     assert main(["check", str(file)]) == 1
     assert "NO  b: model: there is no folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "abc", "8000.5", "²"])
+def test_what_is_no_port_is_told(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In words, and not with the name of a function."""
+    with pytest.raises(SystemExit):
+        main(["demo", f"--port={port}"])
+    assert f"'{port}' is not a port. Write a number from 1 to 65535." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "words",
+    [["plan", "--model", "serve-app/demo", "--gpus", "8GiB"], ["node-env"],
+     ["plan", "--json", "--model", "serve-app/demo", "--gpus", "8GiB"]],
+)  # fmt: skip
+def test_a_reader_that_goes_away_ends_a_command_quietly(words: list[str], unbuffered: str) -> None:
+    """As with other tools in front of `head`: the exit code is that of SIGPIPE, and nothing is printed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "serve_app.cli.main", *words]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_what_serve_refuses_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
