@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from serve_app.cli.cluster import connected
@@ -10,7 +11,7 @@ from serve_app.cli.output_file import require_folder, write_file
 from serve_app.cli.plan.requests import MODEL_OPTIONS, requests_of_file, requests_of_options
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.fit import AtOnce, ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
@@ -23,12 +24,15 @@ def plan(options: argparse.Namespace) -> int:
     for target in filter(None, (options.svg, options.write)):
         require_folder(target)
     requests = requests_of_options(options) if options.model else requests_of_file(options.config)
+    if options.at_once is not None:
+        requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
     inventory = _inventory(options.gpus, options.inventory, options.address)
     if options.what == "fits":
         return _what_fits(requests, inventory, options.json)
     made = _planned(requests, inventory)
     if options.compare is not None:
-        other = _planned(requests_of_file(options.compare), inventory)
+        others = [replace(request, at_once=requests[0].at_once) for request in requests_of_file(options.compare)]
+        other = _planned(others, inventory)
         return _compare(made, other, (str(options.config or "the models"), str(options.compare)), options.json)
     if options.explain is not None:
         return _explain(made, options.explain, options.json)
