@@ -188,8 +188,10 @@ def fit_vllm(
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return _small_cache(request, least)
     if cache < least or cache > room:
-        bounds = _bounds(request, [(device, free)], [limit])
-        return _shortage(request, (device, free), fixed, needed, needed - min(room, max(cache, 0)), bounds)
+        return _shortage(
+            request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
+            _bounds(request, [(device, free)], [limit]),
+        )  # fmt: skip
     ranks = tuple(
         RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
     )
