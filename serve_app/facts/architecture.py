@@ -86,15 +86,17 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     """Returns the shape that a decoded config.json describes. Raises ConfigError that names `where`, the field, what
     was found there and what is needed."""
     file = f"{where}: config.json"
-    if config.get("vision_config") or config.get("audio_config"):
+    if encoder := next((name for name in ("vision_config", "audio_config") if config.get(name)), None):
         raise ConfigError(
-            f"{where}: the plan covers text models only, and this model has an encoder for images or sound."
+            f"{file} has {encoder}: the plan covers text models only, and this model has an encoder for images or "
+            "sound."
         )
     text = check_outline(config, file)
     model_type = text.get("model_type") or ""
+    inside = "" if text is config else "text_config."
     if model_type not in STANDARD | MLA | HYBRID | PT_ONLY:
-        raise _unknown_type(model_type, where)
-    check_shape(text, file, "" if text is config else "text_config.")
+        raise _unknown_type(model_type, f"{file}: {inside}model_type")
+    check_shape(text, file, inside)
     try:
         architecture = _read(config, text, model_type, file)
     except KeyError as error:
@@ -232,7 +234,7 @@ def _layers(text: Mapping[str, Any], model_type: str, count: int, file: str) -> 
         )
     if len(named) != count:
         raise ConfigError(
-            f"{file}: layer_types has {len(named)} items, and the model has {count} layers; one item for each layer is "
+            f"{file}: layer_types has {len(named)} items, and num_hidden_layers is {count}; one item for each layer is "
             "needed."
         )
     if "sliding_attention" in named and not text.get("sliding_window"):

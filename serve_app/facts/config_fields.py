@@ -10,8 +10,8 @@ from typing import Any
 from serve_app.errors import ConfigError
 from serve_app.facts.field_kind import FLAG, OBJECT, FieldKind, check_fields, list_of, number, shown, text, whole
 
-# The deepest public models have 315 layers. The plan looks at each layer many times.
-MOST_LAYERS = 1024
+# The deepest public models, which are merged ones, have some 300 layers. The plan looks at each layer many times.
+MOST_LAYERS = 512
 # The widest public models have 18,432 channels, and 262,144 words.
 MOST_WIDTH = 2**24
 MOST_HEADS = 2**16

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve_app.errors import ConfigError
+from serve_app.facts.field_kind import shown
 
 # A whole number with more digits than this is read as a float, because Python's own conversion has a limit (4300) whose
 # error does not name the field. The checks of fields refuse such a number.
@@ -36,9 +37,10 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         raise FileMissing(f"model: {file} does not exist.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    with os.fdopen(number, "rb", closefd=True) as stream:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise ConfigError(f"model: {file} is {_kind(os.fstat(number).st_mode)}; a regular file is needed.")
+    if not stat.S_ISREG(mode := os.fstat(number).st_mode):
+        os.close(number)
+        raise ConfigError(f"model: {file} is {_kind(mode)}; a regular file is needed.")
+    with os.fdopen(number, "rb") as stream:
         try:
             yield stream
         except OSError as error:
@@ -62,14 +64,10 @@ def read_bytes(file: Path, most: int) -> bytes:
 
 def read_object(file: Path, most: int) -> Mapping[str, Any]:
     """Returns the JSON object in a file of at most `most` bytes. Raises ConfigError that names the file and the
-    place.
-
-    `NaN` and `Infinity` are read as Python writes them, because files of working models have them in fields that do not
-    matter here. A key that an object has twice is refused, unless both values are equal.
-    """
+    place."""
     content = read_bytes(file, most)
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_int=_whole)
+        found = decode_json(content)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"model: {file} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}."
@@ -79,8 +77,17 @@ def read_object(file: Path, most: int) -> Mapping[str, Any]:
     except ValueError as error:
         raise ConfigError(f"model: {file} is not readable JSON: {error}.") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"model: {file} holds {type(found).__name__}; a JSON object is needed.")
+        raise ConfigError(f"model: {file} holds {shown(found)}; a JSON object is needed.")
     return found
+
+
+def decode_json(content: bytes) -> Any:
+    """Returns what JSON says. Raises ValueError or RecursionError, which means that it is nested too deep.
+
+    `NaN` and `Infinity` are read as Python writes them, because files of working models have them in fields that do not
+    matter here. A key that an object has twice is refused, unless both values are equal.
+    """
+    return json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_int=_whole)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

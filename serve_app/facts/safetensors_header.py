@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from serve_app.errors import ConfigError
 from serve_app.facts.field_kind import FieldKind, check_fields, list_of, one_of, shown, whole
-from serve_app.facts.foreign_file import opened
+from serve_app.facts.foreign_file import decode_json, opened
 
 # These are the bytes of safetensors' types.
 SIZES = {
@@ -30,6 +30,8 @@ SIZES = {
 MOST_HEADER_BYTES = 100_000_000
 # DeepSeek-V3 has 91,991 tensors in 163 files. Models with more experts have some 300,000.
 MOST_TENSORS = 1_000_000
+# What is wrong in a longer header is said without the tensor's field.
+MOST_DIAGNOSED_BYTES = 8 * 2**20
 MOST_DIMENSIONS = 64
 MOST_SIZE = 2**53
 MOST_NAME = 1000
@@ -89,13 +91,18 @@ def _broken(file: Path, reason: str) -> ConfigError:
 def _entries(content: bytes, file: str, most: int) -> dict[str, Entry]:
     try:
         found = _decode_header(content)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _broken(Path(file), f"its header is not a JSON object: {error}.") from None
+    except RecursionError:
+        raise _broken(Path(file), "the lists and objects of its header are nested too deep.") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        problem = _header_problem(content, file)
+        raise (
+            ConfigError(problem) if problem else _broken(Path(file), f"its header is not a JSON object: {error}.")
+        ) from None
     if (metadata := found.pop(METADATA, None)) is not None:
         try:
             _decode_metadata(metadata)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise _broken(Path(file), f"{METADATA} must be an object of texts: {error}.") from None
+            raise _broken(Path(file), f"{METADATA} must be an object of texts in UTF-8: {error}.") from None
     if len(found) > most:
         raise _broken(Path(file), f"its header has {len(found)} tensors; at most {most} are read.")
     return {name: _entry(name, raw, file) for name, raw in found.items()}
@@ -106,7 +113,7 @@ def _entry(name: str, raw: msgspec.Raw, file: str) -> Entry:
         entry = _decode_entry(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         where = _where(name, file)
-        raise ConfigError(_entry_problem(raw, where) or f"{where}: {error}.") from None
+        raise ConfigError(_raw_problem(raw, where) or f"{where}: {error}.") from None
     return checked_entry(name, entry, file)
 
 
@@ -132,20 +139,50 @@ def _where(name: str, file: str) -> str:
     return f"model: {file} is not a safetensors file: tensor {_quoted(name)}"
 
 
-def _entry_problem(raw: msgspec.Raw, where: str) -> str:
-    """Returns which field of an entry that cannot be decoded is wrong, or an empty text if it is none in particular."""
+def _header_problem(content: bytes, file: str) -> str:
+    """Returns which tensor makes a header unreadable, such as one with NaN, which is JSON for Python alone. It is empty
+    if it is none in particular, or if the header is too long for a second reading."""
     try:
-        found = json.loads(bytes(raw))
+        found = decode_json(content) if len(content) <= MOST_DIAGNOSED_BYTES else None
     except (ValueError, RecursionError):
         return ""
     if not isinstance(found, dict):
-        return f"{where} is {shown(found)}; an object is needed."
+        return ""
+    if METADATA in found and not _is_metadata(found[METADATA]):
+        return str(_broken(Path(file), f"{METADATA} must be an object of texts in UTF-8."))
+    problems = (_entry_problem(entry, _where(name, file)) for name, entry in found.items() if name != METADATA)
+    return next(filter(None, problems), "")
+
+
+def _is_metadata(value: Any) -> bool:
     try:
-        check_fields(found, _KINDS, where)
+        return isinstance(msgspec.convert(value, dict[str, str]), dict) and bool(msgspec.json.encode(value))
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        return False
+
+
+def _entry_problem(entry: Any, where: str) -> str:
+    """Returns which field of a tensor is wrong, or an empty text if none is."""
+    if not isinstance(entry, dict):
+        return f"{where} is {shown(entry)}; an object is needed."
+    try:
+        check_fields(entry, _KINDS, where)
     except ConfigError as error:
         return str(error)
-    missing = [name for name in _KINDS if found.get(name) is None]
-    return f"{where}: {missing[0]} is missing." if missing else f"{where}: data_offsets need two numbers."
+    if missing := [name for name in _KINDS if entry.get(name) is None]:
+        return f"{where}: {missing[0]} is missing."
+    return (
+        ""
+        if len(entry["data_offsets"]) == 2
+        else f"{where}: data_offsets is {shown(entry['data_offsets'])}; two numbers are needed."
+    )
+
+
+def _raw_problem(raw: msgspec.Raw, where: str) -> str:
+    try:
+        return _entry_problem(decode_json(bytes(raw)), where) if len(bytes(raw)) <= MOST_DIAGNOSED_BYTES else ""
+    except (ValueError, RecursionError):
+        return ""
 
 
 def _check_places(entries: Mapping[str, Entry], content: bytes, size: int, file: Path) -> None:

@@ -104,24 +104,28 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = content["weight_map"]
     if not 0 < len(weight_map) <= MOST_TENSORS:
         raise ConfigError(f"{where}: weight_map has {len(weight_map)} tensors; 1 to {MOST_TENSORS} are allowed.")
-    names: set[str] = set()
+    tensor_of: dict[str, str] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name not in names:
-            names.add(_checked_name(name, f"{where}: weight_map.{_field(tensor)}"))
-    if len(names) > MOST_FILES:
-        raise ConfigError(f"{where}: weight_map names {len(names)} files; at most {MOST_FILES} are read.")
-    files = [index.parent / name for name in sorted(names)]
-    for file in files:
-        if not os.path.lexists(file):
-            raise FileMissing(f"model: {file} is listed in the index, but it is missing.")
-    return files
+        if not isinstance(name, str) or name not in tensor_of:
+            tensor_of[_checked_name(name, f"{where}: weight_map.{_field(tensor)}")] = tensor
+    if len(tensor_of) > MOST_FILES:
+        raise ConfigError(f"{where}: weight_map names {len(tensor_of)} files; at most {MOST_FILES} are read.")
+    for name, tensor in tensor_of.items():
+        if not os.path.lexists(index.parent / name):
+            raise FileMissing(
+                f"model: {index.parent / name} is listed in the index, but it is missing. {INDEX} has it at "
+                f"weight_map.{_field(tensor)}. Download it, or correct the index."
+            )
+    return [index.parent / name for name in sorted(tensor_of)]
 
 
 def _checked_name(name: Any, where: str) -> str:
     if needed := _FILE_NAME.problem(name):
         raise ConfigError(f"{where} is {shown(name)}; {needed}.")
-    if "/" in name and (name.startswith("/") or ".." in PurePosixPath(name).parts):
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise ConfigError(f"{where} is {shown(name)}; the name of a file in the index's own folder is needed.")
+    if not name.endswith(".safetensors"):
+        raise ConfigError(f"{where} is {shown(name)}; the name of a .safetensors file is needed.")
     return str(name)
 
 
