@@ -91,16 +91,18 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             f"{file} has {encoder}: the plan covers text models only, and this model has an encoder for images or "
             "sound."
         )
-    text = check_outline(config, file)
+    text = {name: value for name, value in check_outline(config, file).items() if value is not None}
     model_type = text.get("model_type") or ""
-    inside = "" if text is config else "text_config."
+    inside = "" if config.get("text_config") is None else "text_config."
     if model_type not in STANDARD | MLA | HYBRID | PT_ONLY:
         raise _unknown_type(model_type, f"{file}: {inside}model_type")
     check_shape(text, file, inside)
     try:
         architecture = _read(config, text, model_type, file)
     except KeyError as error:
-        raise ConfigError(f"{where}: config.json has no {error}, which a {model_type} model needs.") from None
+        raise ConfigError(
+            f"{where}: config.json has no {error}, which a model of the model_type {model_type} needs."
+        ) from None
     if architecture.dtype not in DTYPE_BYTES:
         raise ConfigError(
             f"{file}: the dtype '{architecture.dtype}' is unknown. The known ones are {', '.join(DTYPE_BYTES)}."
@@ -283,7 +285,7 @@ def _has_scaled_positions(text: Mapping[str, Any]) -> bool:
 
 def _linear_factor(kind: Mapping[str, Any]) -> float:
     is_linear = (kind.get("rope_type") or kind.get("type")) == "linear"
-    return float(kind.get("factor", 1.0)) if is_linear else 1.0
+    return float(kind.get("factor") or 1.0) if is_linear else 1.0
 
 
 def _shardable(text: Mapping[str, Any], heads: int, intermediate: int, defaults: Mapping[str, int]) -> dict[str, int]:

@@ -120,6 +120,8 @@ def _change(random: Random, config: dict[str, Any], case: Case, raw: list[str]) 
     case.what.append(f"{name} by way {way}")
     if way == 0:
         config.pop(name, None)
+        if random.random() < 0.5:
+            config[name] = None
     elif way == 1 and isinstance(found, (int, float)):
         config[name] = random.choice(
             (-found, found + 1, found * 1000, str(found), [found], float(found) + 0.5, found * 10**15)

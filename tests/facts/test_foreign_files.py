@@ -18,7 +18,6 @@ from tests.facts.broken_checkpoints import BASES, CONFIGS, INDEX, SINGLE
 from tests.facts.fuzz_checkpoints import Result, judge
 
 QWEN: dict[str, Any] = json.loads((CONFIGS / "qwen2-7b" / "config.json").read_text())
-GEMMA = QWEN | {"model_type": "gemma3_text", "num_hidden_layers": 2, "sliding_window": 16}
 TENSOR = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 
@@ -139,6 +138,22 @@ def test_every_number_of_the_table_has_a_bound() -> None:
     for name, kind in SHAPE.items():
         for value in (10**18, -1, float("inf"), float("nan"), "1" * 1000, [1] * 10**5, object()):
             assert kind.problem(value), f"{name} takes {value}"
+
+
+def test_null_is_as_good_as_nothing() -> None:
+    """Engines take their default for both."""
+    for model_type, name in (
+        ("qwen3_next", "full_attention_interval"),
+        ("gemma3_text", "sliding_window_pattern"),
+        ("gemma3_text", "tie_word_embeddings"),
+        ("qwen2", "max_window_layers"),
+        ("qwen2", "architectures"),
+    ):
+        config = {key: value for key, value in QWEN.items() if key != name} | {"model_type": model_type}
+        config |= {"sliding_window": 16, "use_sliding_window": True}
+        assert read_architecture(config | {name: None}, "m") == read_architecture(config, "m")
+    scaled = QWEN | {"rope_scaling": {"type": "linear", "factor": None}}
+    assert read_architecture(scaled, "m").rotary_elements == read_architecture(QWEN, "m").rotary_elements
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "qwen3_next"])
