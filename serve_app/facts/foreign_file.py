@@ -19,6 +19,8 @@ from serve_app.facts.field_kind import shown
 # A whole number with more digits than this is read as a float, because Python's own conversion has a limit (4300) whose
 # error does not name the field. The checks of fields refuse such a number.
 MOST_DIGITS = 64
+# In a longer file, what is wrong may be said without the field, because naming it takes a second, slower reading.
+MOST_DIAGNOSED_BYTES = 8 * 2**20
 
 
 class FileMissing(ConfigError):
@@ -65,7 +67,11 @@ def read_bytes(file: Path, most: int) -> bytes:
 def read_object(file: Path, most: int) -> Mapping[str, Any]:
     """Returns the JSON object in a file of at most `most` bytes. Raises ConfigError that names the file and the
     place."""
-    content = read_bytes(file, most)
+    return object_of(read_bytes(file, most), file)
+
+
+def object_of(content: bytes, file: Path) -> Mapping[str, Any]:
+    """Returns the JSON object that a file's bytes are. Raises ConfigError as `read_object` does."""
     try:
         found = decode_json(content)
     except UnicodeDecodeError as error:

@@ -19,7 +19,7 @@ import msgspec
 
 from serve_app.errors import ConfigError
 from serve_app.facts.field_kind import FieldKind, check_fields, list_of, one_of, shown, whole
-from serve_app.facts.foreign_file import decode_json, opened
+from serve_app.facts.foreign_file import MOST_DIAGNOSED_BYTES, decode_json, opened
 
 # These are the bytes of safetensors' types.
 SIZES = {
@@ -28,10 +28,10 @@ SIZES = {
 }  # fmt: skip
 # A header has at most 100 MB, which is safetensors' own limit.
 MOST_HEADER_BYTES = 100_000_000
-# DeepSeek-V3 has 91,991 tensors in 163 files. Models with more experts have some 300,000.
-MOST_TENSORS = 1_000_000
-# What is wrong in a longer header is said without the tensor's field.
-MOST_DIAGNOSED_BYTES = 8 * 2**20
+# DeepSeek-V3 has some 92,000 tensors in 163 files. Models with more experts have some 200,000.
+MOST_TENSORS = 400_000
+# Longer metadata is not looked at. Nothing here depends on it.
+MOST_METADATA_BYTES = 2**20
 MOST_DIMENSIONS = 64
 MOST_SIZE = 2**53
 MOST_NAME = 1000
@@ -98,7 +98,8 @@ def _entries(content: bytes, file: str, most: int) -> dict[str, Entry]:
         raise (
             ConfigError(problem) if problem else _broken(Path(file), f"its header is not a JSON object: {error}.")
         ) from None
-    if (metadata := found.pop(METADATA, None)) is not None:
+    metadata = found.pop(METADATA, None)
+    if metadata is not None and len(bytes(metadata)) <= MOST_METADATA_BYTES:
         try:
             _decode_metadata(metadata)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -17,10 +17,17 @@ import msgspec
 
 from serve_app.errors import ConfigError
 from serve_app.facts.field_kind import OBJECT, check_fields, shown, text
-from serve_app.facts.foreign_file import FileMissing, read_object
+from serve_app.facts.foreign_file import MOST_DIAGNOSED_BYTES, FileMissing, object_of, read_bytes
 from serve_app.facts.safetensors_header import MOST_NAME, MOST_TENSORS, SIZES, Entry, checked_entry, read_header
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+_decode_index = msgspec.json.Decoder(_Index).decode
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # DeepSeek-V3's index has 9 MB and 163 files.
@@ -96,12 +103,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     """Returns the files that an index lists, in the order of their names. All of them are in the index's folder."""
-    where = f"model: {index}"
-    content = read_object(index, MOST_INDEX_BYTES)
-    if content.get("weight_map") is None:
-        raise ConfigError(f"{where}: weight_map is missing.")
-    check_fields(content, {"weight_map": OBJECT, "metadata": OBJECT}, where)
-    weight_map = content["weight_map"]
+    where, weight_map = f"model: {index}", _weight_map(index)
     if not 0 < len(weight_map) <= MOST_TENSORS:
         raise ConfigError(f"{where}: weight_map has {len(weight_map)} tensors; 1 to {MOST_TENSORS} are allowed.")
     tensor_of: dict[str, str] = {}
@@ -117,6 +119,22 @@ def _indexed_files(index: Path) -> list[Path]:
                 f"weight_map.{_field(tensor)}. Download it, or correct the index."
             )
     return [index.parent / name for name in sorted(tensor_of)]
+
+
+def _weight_map(index: Path) -> Mapping[str, Any]:
+    """Returns what an index says: the name of the file of each tensor, which is not checked yet."""
+    content = read_bytes(index, MOST_INDEX_BYTES)
+    if len(content) > MOST_DIAGNOSED_BYTES:
+        try:
+            return _decode_index(content).weight_map
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ConfigError(f"model: {index} is not an index of safetensors files: {error}.") from None
+    found = object_of(content, index)
+    if found.get("weight_map") is None:
+        raise ConfigError(f"model: {index}: weight_map is missing.")
+    check_fields(found, {"weight_map": OBJECT, "metadata": OBJECT}, f"model: {index}")
+    weight_map: Mapping[str, Any] = found["weight_map"]
+    return weight_map
 
 
 def _checked_name(name: Any, where: str) -> str:

@@ -318,6 +318,19 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path, index: bytes, wo
     assert words in str(caught.value)
 
 
+def test_a_long_index_is_read_too(tmp_path: Path) -> None:
+    """Those of models with many experts have more than 8 MiB, and are decoded without their other fields."""
+    names = {f"{'x' * 900}{number}": "a.safetensors" for number in range(10_000)}
+    index = {"metadata": {"total_size": 24}, "weight_map": names}
+    safetensors(tmp_path / "a.safetensors", {"a": TENSOR})
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert [tensor.name for tensor in local_tensors(tmp_path)] == ["a"]
+    for wrong in (3, ["a.safetensors"]):
+        (tmp_path / INDEX).write_text(json.dumps(index | {"weight_map": names | {"z": wrong}}))
+        with pytest.raises(ConfigError, match=r"index\.json is not an index of safetensors files: .*weight_map"):
+            local_tensors(tmp_path)
+
+
 def test_a_tensor_is_in_one_file(tmp_path: Path) -> None:
     """Otherwise it would be counted twice."""
     for name in ("x", "y"):
