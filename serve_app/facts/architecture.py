@@ -86,6 +86,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     """Returns the shape that a decoded config.json describes. Raises ConfigError that names `where`, the field, what
     was found there and what is needed."""
     file = f"{where}: config.json"
+    config = {name: value for name, value in config.items() if value is not None}  # Engines take a default for null.
     if encoder := next((name for name in ("vision_config", "audio_config") if config.get(name)), None):
         raise ConfigError(
             f"{file} has {encoder}: the plan covers text models only, and this model has an encoder for images or "
@@ -93,7 +94,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
         )
     text = {name: value for name, value in check_outline(config, file).items() if value is not None}
     model_type = text.get("model_type") or ""
-    inside = "" if config.get("text_config") is None else "text_config."
+    inside = "text_config." if "text_config" in config else ""
     if model_type not in STANDARD | MLA | HYBRID | PT_ONLY:
         raise _unknown_type(model_type, f"{file}: {inside}model_type")
     check_shape(text, file, inside)
