@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from serve_app.facts.config_fields import MOST_LAYERS, MOST_TOKENS
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest
@@ -319,6 +320,26 @@ def test_layers_beyond_the_models_are_not_counted() -> None:
     model = request()
     extra = Tensor("model.layers.28.mlp.up_proj.weight", "BF16", (1000, 1000))
     assert replace(model, tensors=(*model.tensors, extra), memo={}).weights == model.weights
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_tensors_without_rows_are_planned(quantization: str | None) -> None:
+    """A quantised head has one scale for all words, and a file may list a tensor of no elements."""
+    model = request(infer_backend="vllm", quantization=quantization)
+    scale = Tensor("lm_head.weight_scale", "F32", ())
+    empty = (Tensor("model.embed_tokens.weight", "BF16", (0, 8)), Tensor("x.up_proj.weight", "BF16", (0, 8)))
+    more = replace(model, tensors=(*model.tensors, scale, *empty), memo={})
+    assert more.rank_weights(2).bytes == model.rank_weights(2).bytes + more.element_bytes
+
+
+def test_a_model_of_the_most_layers_is_planned_in_a_bounded_time() -> None:
+    """Every way to share it among eight GPUs is tried, with every length of its cache."""
+    model = request(infer_backend="pt", num_gpus=8)
+    layers = model.architecture.layers[:1] * MOST_LAYERS
+    deep = replace(model.architecture, layers=layers, max_model_len=MOST_TOKENS)
+    start = time.process_time()
+    assert solved([replace(model, architecture=deep)], "8x80GiB").problems
+    assert time.process_time() - start < 2
 
 
 def test_many_models_that_do_not_fit_are_told_in_a_bounded_time() -> None:
