@@ -101,11 +101,7 @@ def reason_of(error: Exception) -> str:
 def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
     """Returns what one of the equal ranks holds. Raises what vLLM raises, and ValueError where the plan's rule of the
     cache does not give vLLM's own figure."""
-    arguments = {name: job[name] for name in SETTINGS if job.get(name) is not None}
-    config = vllm.engine_config(
-        {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size} | arguments | job.get("engine_args", {})
-    )
-    model = vllm.model_without_storage(config, tensor_parallel_size)
+    model, config = _model(job, tensor_parallel_size)
     specs = vllm.cache_specs(config)
     groups = vllm.cache_groups(config, specs) if specs else []
     parts = Parts.of(model, config, specs)
@@ -120,6 +116,21 @@ def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
     )
     require_equal(facts, config, groups)
     return facts
+
+
+def _model(job: Mapping[str, Any], tensor_parallel_size: int) -> tuple[Any, Any]:
+    """Returns the model without storage, and vLLM's configuration of it. A model that reads numbers from its own tables
+    is built again with these tables."""
+    arguments = {name: job[name] for name in SETTINGS if job.get(name) is not None}
+    arguments |= {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size} | job.get("engine_args", {})
+    config = vllm.engine_config(arguments)
+    try:
+        return vllm.model_without_storage(config, tensor_parallel_size), config
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+    config = vllm.engine_config(arguments)
+    return vllm.model_without_storage(config, tensor_parallel_size, has_real_tables=True), config
 
 
 def cache_layers(specs: Mapping[str, Any], config: Any, numbers: Mapping[str, int]) -> tuple[CacheLayer, ...]:

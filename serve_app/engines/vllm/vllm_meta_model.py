@@ -27,12 +27,13 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_DISABLE_LOG_LOGO": "1",
 }  # fmt: skip
 HOPPER, HOPPER_NAME, HOPPER_BYTES, HOPPER_UNITS = (9, 0), "NVIDIA H100 80GB HBM3", 80 * 2**30, 132
-# These modules are compiled for CUDA. Only their import must succeed.
+# These modules are compiled for CUDA, or are needed only to prepare images. Only their import must succeed.
 COMPILED = frozenset(
     {"vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch", "vllm.cumem_allocator"}
     | {"vllm.vllm_flash_attn._vllm_fa2_C", "vllm.vllm_flash_attn._vllm_fa3_C", "vllm._flashmla_C"}
-    | {"vllm._flashmla_extension_C"}
+    | {"vllm._flashmla_extension_C", "vllm.third_party.flashmla.flash_mla_interface", "vllm.third_party.deep_gemm"}
 )
+OPTIONAL = ("torchvision", "torchaudio")
 # These are the namespaces of vLLM's compiled operations, and the operations that say what the card can do.
 OPERATIONS = ("_C", "_moe_C", "_C_cache_ops", "_C_custom_ar", "_flashmla_C", "_vllm_fa2_C", "_vllm_fa3_C")
 ABILITIES = {
@@ -48,25 +49,48 @@ KINDS = (
 )  # fmt: skip
 
 
+class _Absent(type):
+    """A class of which every attribute is a class of the same kind, so that it can stand for whatever is imported."""
+
+    def __getattr__(cls, name: str) -> "_Absent":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent(name, (), {})
+
+
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports an empty module in the place of one that is compiled for CUDA."""
+    """Imports an empty module in the place of one that is not installed."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name in COMPILED else None
+        is_wanted = name in COMPILED or name.partition(".")[0] in OPTIONAL
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_wanted else None
 
     def create_module(self, spec: object) -> None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        return None
+        def __getattr__(name: str) -> _Absent:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return _Absent(name, (), {})
+
+        vars(module)["__getattr__"] = __getattr__
+
+
+def _absent(*_: object, **__: object) -> None:
+    raise RuntimeError("This operation is a stand-in: a model without storage computes nothing.")
+
+
+vars(_absent)["default"] = _absent
 
 
 def prepare(rules: str) -> None:
     """Makes this process ready to build models by the rules of "cuda" or "cpu". It is called once, before vLLM is
     imported.
 
-    Uses `vllm.model_executor.models.registry._run_in_subprocess`, seen in vLLM 0.32: vLLM looks at each model class in
-    a process of its own, which takes 18 s, to keep CUDA out of the calling one.
+    Uses `_run_in_subprocess` and `_try_inspect_model_cls` of `vllm.model_executor.models.registry`, seen in vLLM 0.32:
+    vLLM looks at each model class in a process of its own, which takes 18 s, to keep CUDA out of the calling one, and
+    it logs why a class cannot be imported instead of raising it.
     """
     os.environ.update(ENVIRONMENT)
     if rules == "cuda":
@@ -76,7 +100,11 @@ def prepare(rules: str) -> None:
     def inspect(look: Callable[[], Any]) -> Any:
         return look()
 
+    def inspect_or_raise(architecture: str, model: Any) -> Any:
+        return model.inspect_model_cls()
+
     registry._run_in_subprocess = inspect
+    registry._try_inspect_model_cls = inspect_or_raise
 
 
 def pretend_hopper() -> None:
@@ -85,7 +113,7 @@ def pretend_hopper() -> None:
     Uses `vllm.platforms._current_platform` and `vllm_version_matches_substr`, `vllm.platforms.cuda.CudaPlatformBase`,
     and the namespaces of `torch.ops`; seen in vLLM 0.32 and torch 2.13.
     """
-    sys.meta_path.insert(0, _StandIns())
+    sys.meta_path.append(_StandIns())  # Modules that are installed come before.
     import vllm.platforms
 
     # A build for the CPU would switch Triton off, whose kernels some layers name.
@@ -101,12 +129,9 @@ def _pretend_operations() -> None:
     """Lets every compiled operation exist. Layers keep a reference to theirs and call it only when they compute."""
     import torch
 
-    def absent(*_: object, **__: object) -> None:
-        raise RuntimeError("This operation is a stand-in: a model without storage computes nothing.")
-
     for name in OPERATIONS:
         namespace = getattr(torch.ops, name)
-        pretended = type("PretendedNamespace", (type(namespace),), {"__getattr__": lambda self, name: absent})
+        pretended = type("PretendedNamespace", (type(namespace),), {"__getattr__": lambda self, name: _absent})
         vars(torch.ops)[name] = pretended(name)
     for name, is_able in ABILITIES.items():
         setattr(torch.ops._C, name, lambda *_, is_able=is_able: is_able)
@@ -180,8 +205,11 @@ def engine_config(arguments: Mapping[str, Any]) -> VllmConfig:
     return config
 
 
-def model_without_storage(config: VllmConfig, tensor_parallel_size: int) -> Model:
+def model_without_storage(config: VllmConfig, tensor_parallel_size: int, has_real_tables: bool = False) -> Model:
     """Returns the model of rank 0, whose tensors have shapes and types and no memory.
+
+    With `has_real_tables`, small tables that are computed from nothing (`torch.arange` and its like) are real, for
+    models that read numbers from theirs. Without it, those raise NotImplementedError or RuntimeError.
 
     Nothing communicates while a model is built, so a group of one can say that it has any size. Uses
     `vllm.model_executor.model_loader.utils.initialize_model`, `vllm.distributed.parallel_state.get_tp_group` and
@@ -198,20 +226,25 @@ def model_without_storage(config: VllmConfig, tensor_parallel_size: int) -> Mode
         set_current_vllm_config(config),
         set_default_torch_dtype(config.model_config.dtype),
         torch.device("meta"),
-        _on_meta(),
+        _on_meta(has_real_tables),
     ):
         return initialize_model(config)
 
 
-def _on_meta() -> Any:
+def _on_meta(has_real_tables: bool) -> Any:
     """Returns a mode in which tensors that name the GPU have no storage either."""
+    import torch
     from torch.overrides import TorchFunctionMode
+
+    tables = {torch.arange, torch.linspace, torch.tensor, torch.full, torch.eye} if has_real_tables else set()
 
     class OnMeta(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = dict(kwargs or {})
             device = kwargs.get("device")
-            if isinstance(device, int) or str(device).startswith("cuda"):
+            if device is None and function in tables:
+                kwargs["device"] = "cpu"
+            elif isinstance(device, int) or str(device).startswith("cuda"):
                 kwargs["device"] = "meta"
             return function(*args, **kwargs)
 
