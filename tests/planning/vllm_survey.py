@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.engines.vllm import model_facts, vllm_meta_model
-from tests.planning.small_configs import BY_HAND, EXTRAS, LAYERS, Configs
+from tests.planning.vllm_configs import BY_HAND, EXTRAS, LAYERS, Configs
 
 SIZES = (1, 2, 4, 8)
 TIMEOUT_S = 120.0

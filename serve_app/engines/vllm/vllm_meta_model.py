@@ -34,6 +34,7 @@ COMPILED = frozenset(
     | {"vllm._flashmla_extension_C", "vllm.third_party.flashmla.flash_mla_interface", "vllm.third_party.deep_gemm"}
 )
 OPTIONAL = ("torchvision", "torchaudio")
+STAND_IN_VERSION = "0.28.0"
 # These are the namespaces of vLLM's compiled operations, and the operations that say what the card can do.
 OPERATIONS = ("_C", "_moe_C", "_C_cache_ops", "_C_custom_ar", "_flashmla_C", "_vllm_fa2_C", "_vllm_fa3_C")
 ABILITIES = {
@@ -74,7 +75,7 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                 raise AttributeError(name)
             return _Absent(name, (), {})
 
-        vars(module)["__getattr__"] = __getattr__
+        vars(module).update(__getattr__=__getattr__, __version__=STAND_IN_VERSION)
 
 
 def _absent(*_: object, **__: object) -> None:
