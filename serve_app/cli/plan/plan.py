@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from serve_app.cli.cluster import connected
@@ -9,7 +10,7 @@ from serve_app.cli.output_file import write_file
 from serve_app.cli.plan.requests import MODEL_OPTIONS, requests_of_file, requests_of_options
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.fit import AtOnce, ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
@@ -20,13 +21,18 @@ def plan(options: argparse.Namespace) -> int:
     """Prints the plan. Returns 0 if everything fits, and 1 otherwise. Raises ConfigError for wrong input."""
     _require_one_way(options)
     requests = requests_of_options(options) if options.model else requests_of_file(options.config)
+    if options.at_once is not None:
+        requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
     inventory = _inventory(options.gpus, options.inventory, options.address)
     if options.what == "fits":
         return _what_fits(requests, inventory, options.json)
     made = _planned(requests, inventory)
     if options.compare is not None:
-        other = _planned(requests_of_file(options.compare), inventory)
+        others = [replace(request, at_once=requests[0].at_once) for request in requests_of_file(options.compare)]
+        other = _planned(others, inventory)
         return _compare(made, other, (str(options.config or "the models"), str(options.compare)), options.json)
+    if options.explain is not None:
+        return _explain(made, options.explain, options.json)
     _show(made, options)
     return 0 if made.fits else 1
 
@@ -52,6 +58,18 @@ def _compare(one: Plan, other: Plan, names: tuple[str, str], as_json: bool) -> i
 
         print_table(comparison_table(one, other, names))
     return 0 if other.fits else 1
+
+
+def _explain(made: Plan, name: str, as_json: bool) -> int:
+    """Prints each term of a model's plan. Returns 0 if everything fits, and 1 otherwise."""
+    from serve_app.cli.plan import explain
+
+    models = explain.explained(made, name)
+    if as_json:
+        print(json.dumps([explain.to_json(model) for model in models], indent=1))
+    else:
+        print("\n".join(line for model in models for line in explain.lines(model)))
+    return 0 if made.fits else 1
 
 
 def _show(made: Plan, options: argparse.Namespace) -> None:
@@ -90,11 +108,13 @@ def _require_one_way(options: argparse.Namespace) -> None:
         raise ConfigError(f"plan: --{given[0].replace('_', '-')} goes with --model. In a file, write {given[0]} there.")
     if options.write is not None and options.config is None:
         raise ConfigError("plan: --write needs a config file to copy.")
-    tables = {"--what": options.what, "--compare": options.compare}
+    tables = {"--what": options.what, "--compare": options.compare, "--explain": options.explain}
     pictures = {"--svg": options.svg, "--write": options.write}
     shown = [name for name, value in {**tables, **pictures}.items() if value is not None]
     if len(shown) > 1 and shown[0] in tables:
-        raise ConfigError(f"plan: {shown[0]} prints a table alone, so {shown[1]} has no place beside it.")
+        raise ConfigError(
+            f"plan: {shown[0]} prints something else than the plan, so {shown[1]} has no place beside it."
+        )
     if options.gpus is not None and not options.gpus.strip():
         raise ConfigError("plan: --gpus is empty. Write sizes or names such as 8GiB,24GiB or 2xA100-80GB.")
 

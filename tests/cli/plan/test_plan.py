@@ -141,3 +141,20 @@ def test_compare_shows_two_files_beside_each_other(
     assert main([*arguments[:-1], str(file), "--json"]) == 0
     one, two = json.loads(capsys.readouterr().out)
     assert one == two
+
+
+def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its factors, as text and as data that adds up; a name that is not there is answered by those that are."""
+    assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "logits and their copy = copies (2) × max_num_seqs (256) × vocabulary (152,064) × bytes of a float32 (4)" in out
+    )
+    assert "(2%) are never planned" in out
+    assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--json"]) == 0
+    ((rank,),) = [model["ranks"] for model in json.loads(capsys.readouterr().out)]
+    for kind in ("activation", "graph", "context"):
+        assert sum(term["bytes"] for term in rank["terms"][kind]) == rank[f"{kind}_bytes"]
+    assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "nobody"]) == 2
+    assert "there is no such model. The plan has q." in capsys.readouterr().err
+    assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--what", "fits"]) == 2
