@@ -27,8 +27,8 @@ class CacheLayer:
     """This is the KV cache of one layer of vLLM on one rank: pages of `page_bytes`, each for `block_tokens` tokens.
 
     `layer` is the number of the layer in the model. `window` is in tokens, and 0 where the layer has none. A layer of
-    the kind "state" or "ring" has `pages` pages for each sequence, whatever its length. Layers of one `form` whose pages
-    are equal can share a group. A page begins at a multiple of `alignment` bytes.
+    the kind "state" or "ring" has `pages` pages for each sequence, whatever its length. Layers of one `form` whose
+    pages are equal can share a group. A page begins at a multiple of `alignment` bytes.
     """
 
     layer: int
@@ -46,8 +46,8 @@ class RankFacts:
     """This is one of the equal ranks of a tensor parallel group that holds all layers. Sizes are in bytes.
 
     `before` is what the first stage of a pipeline has beside its layers (embeddings and encoders), and `after` is what
-    the last one has (norm and head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be on
-    their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block.
+    the last one has (norm and head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be
+    on their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block.
     """
 
     layers: tuple[int, ...]

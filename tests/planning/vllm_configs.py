@@ -130,7 +130,9 @@ class Configs:
             config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig"}
         return {**config, "model_type": name, "architectures": [architecture], "dtype": "bfloat16"}
 
-    def write(self, architecture: str, folder: Path, most: int = LAYERS, extras: Mapping[str, Any] | None = None) -> Path:
+    def write(
+        self, architecture: str, folder: Path, most: int = LAYERS, extras: Mapping[str, Any] | None = None
+    ) -> Path:
         """A folder with its config.json, and with a config class if the libraries have none."""
         config = with_few_layers(self.of(architecture, extras or {}), most)
         folder.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ def survey(architectures: list[str], folder: Path) -> dict[str, dict[str, Any]]:
         reasons = [outcome.get("no_config", ""), *outcome.get("refusals", {}).values()]
         reason = next((reason for reason in reasons if reason), "")
         print(
-            f"{outcomes[architecture]['verdict']:10} {architecture:50} TP {','.join(map(str, outcome.get('ranks', {})))}"
+            f"{verdict(outcome):10} {architecture:50} TP {','.join(map(str, outcome.get('ranks', {})))}"
             f" {' '.join(outcome.get('kinds', []))} {reason[:200]}",
             flush=True,
         )

@@ -3,8 +3,8 @@
     python -m serve_app.engines.vllm.model_facts JOBS.json ANSWERS.json
 
 JOBS.json is a list. A job has `folder` (with a config.json), `tensor_parallel_sizes`, and `dtype`, `kv_cache_dtype`,
-`quantization` and `trust_remote_code` as vLLM has them, which may be missing. `rules` is "cuda" for what vLLM does on an
-H100 (the default) or "cpu" for what its CPU build does on this machine. `engine_args` may have further arguments of
+`quantization` and `trust_remote_code` as vLLM has them, which may be missing. `rules` is "cuda" for what vLLM does on
+an H100 (the default) or "cpu" for what its CPU build does on this machine. `engine_args` may have further arguments of
 vLLM. ANSWERS.json becomes a list with one object for each job: `facts`, as `facts_to_json` writes `VllmFacts`, or
 `error`. Each tensor parallel size that vLLM refuses is among the facts, with vLLM's reason.
 

@@ -7,14 +7,13 @@ it would choose there. The compiled kernels are empty stand-ins, since nothing i
 vLLM 0.32, and for a process that does nothing else.
 """
 
-import importlib.abc
-import importlib.machinery
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from serve_app.engines.stand_ins import StandIns, absent
 
 # vLLM's configuration, a model of torch, and the specification of a layer's cache have no types here.
 VllmConfig = Any
@@ -34,7 +33,6 @@ COMPILED = frozenset(
     | {"vllm._flashmla_extension_C", "vllm.third_party.flashmla.flash_mla_interface", "vllm.third_party.deep_gemm"}
 )
 OPTIONAL = ("torchvision", "torchaudio")
-STAND_IN_VERSION = "0.28.0"
 # These are the namespaces of vLLM's compiled operations, and the operations that say what the card can do.
 OPERATIONS = ("_C", "_moe_C", "_C_cache_ops", "_C_custom_ar", "_flashmla_C", "_vllm_fa2_C", "_vllm_fa3_C")
 ABILITIES = {
@@ -48,41 +46,6 @@ KINDS = (
     ("SlidingWindowSpec", "sliding"), ("ChunkedLocalAttentionSpec", "chunked"), ("MambaSpec", "state"),
     ("CircularBufferSpec", "ring"), ("CrossAttentionSpec", "cross"), ("EncoderOnlyAttentionSpec", "encoder"),
 )  # fmt: skip
-
-
-class _Absent(type):
-    """A class of which every attribute is a class of the same kind, so that it can stand for whatever is imported."""
-
-    def __getattr__(cls, name: str) -> "_Absent":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Absent(name, (), {})
-
-
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports an empty module in the place of one that is not installed."""
-
-    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        is_wanted = name in COMPILED or name.partition(".")[0] in OPTIONAL
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_wanted else None
-
-    def create_module(self, spec: object) -> None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        def __getattr__(name: str) -> _Absent:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return _Absent(name, (), {})
-
-        vars(module).update(__getattr__=__getattr__, __version__=STAND_IN_VERSION)
-
-
-def _absent(*_: object, **__: object) -> None:
-    raise RuntimeError("This operation is a stand-in: a model without storage computes nothing.")
-
-
-vars(_absent)["default"] = _absent
 
 
 def prepare(rules: str) -> None:
@@ -111,10 +74,12 @@ def prepare(rules: str) -> None:
 def pretend_hopper() -> None:
     """Puts a platform with an H100 in the place of the detected one.
 
-    Uses `vllm.platforms._current_platform` and `vllm_version_matches_substr`, `vllm.platforms.cuda.CudaPlatformBase`,
-    and the namespaces of `torch.ops`; seen in vLLM 0.32 and torch 2.13.
+    Uses `_current_platform` and `vllm_version_matches_substr` of `vllm.platforms`, `CudaPlatformBase` of
+    `vllm.platforms.cuda`, and `vllm._custom_ops`, seen in vLLM 0.32.
     """
-    sys.meta_path.append(_StandIns())  # Modules that are installed come before.
+    from serve_app.engines.torch_internals import pretend_gpu, pretend_operations
+
+    sys.meta_path.append(StandIns(COMPILED, OPTIONAL))  # Modules that are installed come before.
     import vllm.platforms
 
     # A build for the CPU would switch Triton off, whose kernels some layers name.
@@ -122,39 +87,8 @@ def pretend_hopper() -> None:
     vllm.platforms._current_platform = _hopper_class()()
     import vllm._custom_ops  # It describes to torch the operations that really exist.
 
-    _pretend_operations()
-    _pretend_streams()
-
-
-def _pretend_operations() -> None:
-    """Lets every compiled operation exist. Layers keep a reference to theirs and call it only when they compute."""
-    import torch
-
-    for name in OPERATIONS:
-        namespace = getattr(torch.ops, name)
-        pretended = type("PretendedNamespace", (type(namespace),), {"__getattr__": lambda self, name: _absent})
-        vars(torch.ops)[name] = pretended(name)
-    for name, is_able in ABILITIES.items():
-        setattr(torch.ops._C, name, lambda *_, is_able=is_able: is_able)
-
-
-def _pretend_streams() -> None:
-    """Lets layers make streams and events and ask for the current card. Uses documented parts of `torch.cuda`."""
-    import torch
-
-    class Stand:
-        def __init__(self, *_: object, **__: object) -> None:
-            pass
-
-    properties = SimpleNamespace(
-        major=HOPPER[0], minor=HOPPER[1], name=HOPPER_NAME, total_memory=HOPPER_BYTES, is_integrated=False,
-        multi_processor_count=HOPPER_UNITS, shared_memory_per_block_optin=232448, warp_size=32, L2_cache_size=50 * 2**20,
-    )  # fmt: skip
-    torch.cuda.Stream, torch.cuda.Event = Stand, Stand
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.current_stream = torch.cuda.default_stream = Stand
-    torch.cuda.get_device_properties = lambda *_: properties
-    torch.cuda.get_device_capability = lambda *_: HOPPER
+    pretend_operations(OPERATIONS, ABILITIES, absent)
+    pretend_gpu(HOPPER, HOPPER_NAME, HOPPER_BYTES, HOPPER_UNITS)
 
 
 def _hopper_class() -> type:
@@ -216,40 +150,20 @@ def model_without_storage(config: VllmConfig, tensor_parallel_size: int, has_rea
     `vllm.model_executor.model_loader.utils.initialize_model`, `vllm.distributed.parallel_state.get_tp_group` and
     `vllm.utils.torch_utils.set_default_torch_dtype`, seen in vLLM 0.32.
     """
-    import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    from serve_app.engines.torch_internals import without_storage
+
     parallel_state.get_tp_group().world_size = tensor_parallel_size
     with (
         set_current_vllm_config(config),
         set_default_torch_dtype(config.model_config.dtype),
-        torch.device("meta"),
-        _on_meta(has_real_tables),
+        without_storage(has_real_tables),
     ):
         return initialize_model(config)
-
-
-def _on_meta(has_real_tables: bool) -> Any:
-    """Returns a mode in which tensors that name the GPU have no storage either."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    tables = {torch.arange, torch.linspace, torch.tensor, torch.full, torch.eye} if has_real_tables else set()
-
-    class OnMeta(TorchFunctionMode):  # type: ignore[misc]
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = dict(kwargs or {})
-            device = kwargs.get("device")
-            if device is None and function in tables:
-                kwargs["device"] = "cpu"
-            elif isinstance(device, int) or str(device).startswith("cuda"):
-                kwargs["device"] = "meta"
-            return function(*args, **kwargs)
-
-    return OnMeta()
 
 
 def cache_specs(config: VllmConfig) -> dict[str, CacheSpec]:
