@@ -43,9 +43,18 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         vars(module).update(__getattr__=look_up, __version__=VERSION)
 
 
-def absent(*_: object, **__: object) -> None:
-    """Stands for an operation. Raises RuntimeError, because a model without storage computes nothing."""
-    raise RuntimeError("This operation is a stand-in: a model without storage computes nothing.")
+class _Operation:
+    """An operation that is not there, and its overloads."""
+
+    def __call__(self, *_: object, **__: object) -> None:
+        """Raises RuntimeError."""
+        raise RuntimeError("This operation is a stand-in: a model without storage computes nothing.")
+
+    def __getattr__(self, name: str) -> "_Operation":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
 
 
-vars(absent)["default"] = absent
+# It stands for any operation. To call it raises RuntimeError.
+absent = _Operation()

@@ -94,7 +94,8 @@ class ModelRequest:
         kind = str(config.vllm_args.get("kv_cache_dtype", "auto"))
         if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
             return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
-        if config.quantization not in (None, "fp8", self.architecture.quantization):
+        can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
+        if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         return self.missing_facts
 
@@ -185,9 +186,8 @@ class ModelRequest:
     def rank_weights(self, tp: int) -> Figure:
         """Returns the bytes of the weights on one of `tp` ranks of vLLM. If vLLM does not take that size, it is a share
         of the weights on one rank, which only orders models and compares fixes."""
-        if self._uses_vllm_facts:
-            assert self.vllm_facts is not None
-            rank = self.vllm_facts.ranks.get(tp)
+        if self._uses_vllm_facts or not self.architecture.has_formulas:
+            rank = self.vllm_facts.ranks.get(tp) if self.vllm_facts is not None else None
             return Figure(self._most_weights // tp) if rank is None else Figure(rank.weights)
         rounds = self.config.quantization == "fp8" and self.architecture.quantization is None
         key = (tp, self.element_bytes, rounds)

@@ -119,8 +119,9 @@ class Configs:
         known = BY_HAND.get(architecture, {})
         name, config_class = self.class_of(architecture)
         config = json.loads(config_class(**known.get("init", {})).to_json_string(use_diff=False))
-        for field in ("_name_or_path", "transformers_version"):
-            config.pop(field, None)
+        for part in [config, *(part for part in config.values() if isinstance(part, dict))]:
+            for field in ("_name_or_path", "transformers_version", "output_attentions"):
+                part.pop(field, None)
         merge(config, known.get("fields", {}))
         for field, value in extras.items():
             for part in [config, *(config[name] for name in config if name.endswith("_config") and config[name])]:
@@ -199,7 +200,8 @@ EXTRAS: Mapping[str, Any] = {
     "score_func": "sigmoid", "head_dim": 128, "original_rope": True, "padded_vocab_size": 65024,
     "position_embedding_type": "rope", "first_k_dense_replace": 1, "num_local_experts": 8, "mla_scale_q_lora": True,
     "mla_scale_kv_lora": True, "rotary_dim": 64, "activation_function": "gelu", "use_bias": False,
-    "use_qkv_bias": False, "embedding_dropout": 0.0, "output_dropout": 0.0, "bias": False, "num_experts": 8, "num_shared_experts": 1, "norm_head": False,
+    "use_qkv_bias": False, "embedding_dropout": 0.0, "output_dropout": 0.0,
+    "bias": False, "num_experts": 8, "num_shared_experts": 1, "norm_head": False,
     "num_nextn_predict_layers": 0, "qkv_bias": False, "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256,
     "block_dim": 2560, "conv_dim": 2560, "layer_norm_epsilon": 1e-5, "activation_function_name": "silu",
     "embed_dim": 1280, "norm_topk_prob": True, "moe_layer_freq": 1, "use_qk_norm": True, "n_inner": 4096,

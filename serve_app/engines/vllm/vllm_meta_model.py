@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_DISABLE_LOG_LOGO": "1",
 }  # fmt: skip
 HOPPER, HOPPER_NAME, HOPPER_BYTES, HOPPER_UNITS = (9, 0), "NVIDIA H100 80GB HBM3", 80 * 2**30, 132
-# These modules are compiled for CUDA, or are needed only to prepare images and to compute. Only their import must succeed.
+# These modules are compiled for CUDA, and those of `OPTIONAL` prepare images or compute. Their import must succeed.
 COMPILED = frozenset(
     {"vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch", "vllm.cumem_allocator"}
     | {"vllm.vllm_flash_attn._vllm_fa2_C", "vllm.vllm_flash_attn._vllm_fa3_C", "vllm._flashmla_C"}
