@@ -45,7 +45,7 @@ QUANTISED = {
     "gpt-oss-20b": 13.8, "deepseek-v3": 671.0, "kimi-k2": 1028.0, "minimax-m2": 230.0, "qwen2.5-7b-awq": 5.6,
     "qwen2.5-7b-gptq-int4": 5.6, "llama-3.1-8b-fp8": 9.1, "llama-3.1-8b-w4a16": 5.7, "qwen3-8b-fp8": 9.4,
 }  # fmt: skip
-# vLLM pads the 2880 channels of gpt-oss to 3072, which is the most.
+# vLLM pads the 2880 channels of gpt-oss, which makes its experts 9 % and the model 6.7 % larger.
 TOLERANCE = 0.07
 
 
