@@ -157,27 +157,51 @@ class OwnConfig(LlamaConfig):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path: Path) -> None:
-    """Without `trust_remote_code` the process leaves the folder's code alone and says why there are no facts."""
-    ran = tmp_path / "ran"
+@pytest.fixture(scope="module")
+def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two copies of a model that brings its own code, which leaves a file where it runs."""
+    folder = tmp_path_factory.mktemp("own")
     config = json.loads((CONFIGS / "llama-3-70b" / "config.json").read_text())
     config |= {"model_type": "own_llama", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
     for name in ("trusted", "untrusted"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-        (tmp_path / name / "configuration_own.py").write_text(OWN_CODE.format(ran=f"{ran}-{name}"))
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        (folder / name / "configuration_own.py").write_text(OWN_CODE.format(ran=f"{folder}/ran-{name}"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def special(own_code: Path, tmp_path_factory: pytest.TempPathFactory) -> list[VllmFacts]:
+    """Facts of a model whose code is not trusted, of one whose code is, and of one by the rules of the CPU."""
     jobs = [
-        {"folder": str(tmp_path / name), "tensor_parallel_sizes": [1], "trust_remote_code": name == "trusted"}
-        for name in ("untrusted", "trusted")
+        {"folder": str(own_code / "untrusted"), "tensor_parallel_sizes": [1]},
+        {"folder": str(own_code / "trusted"), "tensor_parallel_sizes": [1], "trust_remote_code": True},
+        {"folder": str(CONFIGS / "qwen2-7b"), "tensor_parallel_sizes": [1], "rules": "cpu"},
     ]
-    untrusted, trusted = map(facts_of, run(jobs, tmp_path))
+    return [facts_of(answer) for answer in run(jobs, tmp_path_factory.mktemp("special"))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_code_of_a_model_runs_only_if_it_is_trusted(own_code: Path, special: list[VllmFacts]) -> None:
+    """Without `trust_remote_code` the process leaves the folder's code alone and says why there are no facts."""
+    untrusted, trusted, _ = special
     assert not untrusted.ranks
-    assert "trust_remote_code" in untrusted.refusals[1]
+    assert "contains custom code" in untrusted.refusals[1]
+    assert str(own_code) not in untrusted.refusals[1]
     assert trusted.ranks[1].weights > 140e9
-    assert (tmp_path / "ran-trusted").exists()
-    assert not (tmp_path / "ran-untrusted").exists()
+    assert (own_code / "ran-trusted").exists()
+    assert not (own_code / "ran-untrusted").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_rules_of_the_cpu(special: list[VllmFacts]) -> None:
+    """vLLM's CPU build has blocks of 128 tokens and one step on its way, and the same weights as on a GPU."""
+    rank = special[2].ranks[1]
+    assert {layer.block_tokens for layer in rank.cache} == {128}
+    assert rank.steps == 1
+    assert 15.2e9 < rank.weights < 15.3e9
 
 
 def rank(weights: int = 10**9, page_bytes: int = 65536) -> RankFacts:
