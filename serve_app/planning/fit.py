@@ -18,7 +18,7 @@ from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
 from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
-from serve_app.planning.vllm_formulas import rank_by_formula
+from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
@@ -134,9 +134,9 @@ class ModelRequest:
         if self._uses_vllm_facts:
             assert self.vllm_facts is not None
             return self.vllm_facts.ranks[tp]
-        key = ("rank", tp, self.element_bytes, self.kv_element_bytes)
+        sizes = (self.element_bytes, self.kv_element_bytes, self.config.device == "cpu")
+        key = ("rank", tp, *sizes)
         if key not in self.memo:
-            sizes = (self.element_bytes, self.kv_element_bytes)
             self.memo[key] = rank_by_formula(self.architecture, self.tensors, tp, *sizes)
         found: RankFacts = self.memo[key]
         return found
@@ -146,6 +146,11 @@ class ModelRequest:
         if self._uses_vllm_facts:
             return memory.vllm_own_buffers(self.rank_facts(tp).buffers)
         return memory.vllm_buffers(self.architecture, self.element_bytes)
+
+    @property
+    def knows_blocks(self) -> bool:
+        """Returns whether the plan knows vLLM's blocks of KV cache, which on the CPU may depend on the machine."""
+        return self._uses_vllm_facts or self.config.device != "cpu" or has_plain_cache(self.architecture)
 
     def tensor_parallel_problem(self, size: int) -> str:
         """Returns why vLLM refuses the tensor parallel size, or an empty text if it takes it."""
@@ -271,6 +276,7 @@ def fit_vllm(
         kv_tokens=full * request.max_model_len,
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
+        kv_block_bytes=spare if request.knows_blocks else 0,
     )  # fmt: skip
 
 

@@ -199,6 +199,9 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(own_code: Path, special: lis
 def test_the_rules_of_the_cpu(special: list[VllmFacts]) -> None:
     """vLLM's CPU build has blocks of 128 tokens and one step on its way, and the same weights as on a GPU."""
     rank = special[2].ranks[1]
+    ours = rank_by_formula(*shape_of("qwen2-7b"), 1, 2, 2, on_cpu=True)
+    assert [page(layer) for layer in ours.cache] == [page(layer) for layer in rank.cache]
+    assert ours.steps == rank.steps
     assert {layer.block_tokens for layer in rank.cache} == {128}
     assert rank.steps == 1
     assert 15.2e9 < rank.weights < 15.3e9
