@@ -147,6 +147,21 @@ class ModelRequest:
             return memory.vllm_own_buffers(self.rank_facts(tp).buffers)
         return memory.vllm_buffers(self.architecture, self.element_bytes)
 
+    def kv_bytes(self, tp: int, tokens: int, batched: int) -> int:
+        """Returns the bytes of KV cache on one of `tp` ranks of vLLM for one request of `tokens` tokens. `batched` is
+        `max_num_batched_tokens`."""
+        key = ("kv", tp, tokens, batched, self.element_bytes, self.kv_element_bytes, self.config.device)
+        if key not in self.memo:
+            self.memo[key] = kv_bytes_per_request(self.rank_facts(tp), tokens, batched)
+        return int(self.memo[key])
+
+    def spare_bytes(self, tp: int) -> int:
+        """Returns the bytes of the block of KV cache that vLLM keeps empty on one of `tp` ranks."""
+        key = ("spare", tp, self.element_bytes, self.kv_element_bytes, self.config.device)
+        if key not in self.memo:
+            self.memo[key] = spare_bytes(self.rank_facts(tp))
+        return int(self.memo[key])
+
     @property
     def knows_blocks(self) -> bool:
         """Returns whether the plan knows vLLM's blocks of KV cache, which on the CPU may depend on the machine."""
@@ -247,8 +262,7 @@ def fit_vllm(
     if (problem := _rows_problem(request, rows)) is not None:
         return problem
 
-    layout = request.rank_facts(tp)
-    per_request = kv_bytes_per_request(layout, request.max_model_len, batched)
+    per_request = request.kv_bytes(tp, request.max_model_len, batched)
     fixed = weights + activation + graph + context
     limit = int((request.config.share or 1.0) * device.total_bytes)
     room = min(available(device, free), limit) - fixed.bytes
@@ -259,8 +273,9 @@ def fit_vllm(
             return problem
     most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
     cache = _vllm_cache(request, on_gpu, min(room, most - (weights + activation + graph).bytes), per_request)
-    spare = spare_bytes(layout)
-    least = max(per_request, _bytes_at_once(request.at_once, layout, batched)) + spare
+    spare, wanted = request.spare_bytes(tp), request.at_once
+    at_once = 0 if wanted is None else wanted.requests * request.kv_bytes(tp, wanted.tokens, batched)
+    least = max(per_request, at_once) + spare
     needed = max(least, request.config.kv_cache_memory_bytes or 0)
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return _small_cache(request, least)
@@ -287,11 +302,6 @@ def _vllm_cache(request: ModelRequest, on_gpu: bool, room: int, per_request: int
     if not per_request:  # A model that only encodes has no cache, but vLLM wants a number.
         return NO_CACHE_BYTES
     return room if on_gpu else VLLM_CPU_KV_BYTES
-
-
-def _bytes_at_once(wanted: AtOnce | None, layout: RankFacts, batched: int) -> int:
-    """Returns the bytes of KV cache that all wanted requests take on a rank."""
-    return 0 if wanted is None else wanted.requests * kv_bytes_per_request(layout, wanted.tokens, batched)
 
 
 def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
