@@ -85,10 +85,28 @@ ROPE: Mapping[str, FieldKind] = {
 QUANTIZATION: Mapping[str, FieldKind] = {"quant_method": _NAME}
 
 
+# The largest numbers of an outline, by what `facts.architecture` calls them.
+MOST_OUTLINE: Mapping[str, int] = {
+    "hidden_size": MOST_WIDTH,
+    "intermediate_size": MOST_WIDTH,
+    "heads": MOST_HEADS,
+    "kv_heads": MOST_HEADS,
+    "vocabulary": MOST_WIDTH,
+    "layers": MOST_LAYERS,
+    "max_model_len": MOST_TOKENS,
+}
+
+
+def check_outer(config: Mapping[str, Any], where: str, inside: str) -> None:
+    """Raises ConfigError for a field of a part of a config that is not of its kind, whatever the model's type is."""
+    kinds = {**OUTER, "rope_parameters": OBJECT, "rope_scaling": OBJECT}
+    check_fields(config, kinds, where, inside)
+
+
 def check_outline(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Returns the object that describes the text model: `text_config`, or the config itself if it has none. Raises
     ConfigError that names `where`, the field and what was found."""
-    check_fields(config, OUTER, where)
+    check_outer(config, where, "")
     inner = config.get("text_config")
     if inner is None:
         return config

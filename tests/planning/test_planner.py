@@ -201,7 +201,7 @@ MESSAGES = [
         [request(infer_backend="vllm", max_model_len=4096)],
         Inventory((Device("n1", 0, "A10", 24 * GIB, 12 * GIB),)),
         "over_commit",
-        "It needs 15.91 GiB for weights, activations and context and 224.0 MiB of KV cache for one request "
+        "It needs 15.91 GiB for weights, activations and context and 224.9 MiB of KV cache for one request "
         "of 4096 tokens "
         "on n1:0, which is 4.61 GiB too much. The plan keeps 2 % of each card free. "
         "Other processes hold 12.00 GiB there now.",
@@ -286,7 +286,7 @@ MESSAGES = [
         [request("deepseek-v2-lite", infer_backend="vllm", tensor_parallel_size=2, max_model_len=16384)],
         "2x16GiB",
         "over_commit",
-        "It needs 16.37 GiB for weights, activations and context and 486.0 MiB of KV cache for one request of 16384 "
+        "It needs 16.37 GiB for weights, activations and context and 486.5 MiB of KV cache for one request of 16384 "
         "tokens on n1:0, which is 1.17 GiB too much. The plan keeps 2 % of each card free. "
         "Its KV cache (MLA) is the same on every rank, so a larger "
         "tensor_parallel_size does not shrink it.",
