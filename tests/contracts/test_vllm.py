@@ -1,5 +1,5 @@
 """What this project uses of vLLM, and what the guard takes for granted of it: its endpoints, its fields of numbers, and
-its engine's room. Nothing here starts an engine: `tests/contracts/test_vllm_engine.py` does.
+its engine's room. Nothing here starts an engine: `tests/cluster/test_vllm_contract.py` does.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, 
 from serve_app.engines.vllm.worker import MemoryReport
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config
-from tests.contracts import test_vllm_engine
+from tests.cluster import test_vllm_contract
 from tests.contracts.contract import contract, untested
 
 ENGINE, GUARD = "serve_app/engines/vllm/engine.py", "serve_app/engines/vllm/guard.py"
@@ -51,7 +51,7 @@ OTHERWISE = frozenset({"n", "prompt", "input", "messages", "logit_bias", "vllm_x
 
 def test_each_part_has_a_test() -> None:
     """Here or with an engine, so that an upgrade shows what breaks."""
-    assert test_vllm_engine.ENGINE == ENGINE
+    assert test_vllm_contract.ENGINE == ENGINE
     assert untested(vllm_internals) == []
 
 
