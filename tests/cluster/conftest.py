@@ -14,7 +14,7 @@ from tests.cluster.mortal import MortalServe
 from tests.cluster.serve_run import ServeRun
 
 # Files whose tests may run beside each other, the longest one first.
-LONGEST = ("test_traffic.py", "test_run.py", "test_starts.py", "test_vllm_contract.py")
+LONGEST = ("test_traffic.py", "test_run.py", "test_starts.py", "test_by_index.py", "test_vllm_contract.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -40,7 +40,7 @@ class ServeAppRun(ServeRun):
         """A Ray of which the environment has none of the settings. Returns its address."""
         address = f"127.0.0.1:{free_port()}"
         command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-        command += [f"--port={address.rpartition(':')[2]}", f"--dashboard-port={free_port()}"]
+        command += [f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
         command += ["--dashboard-agent-listen-port=0", f"--temp-dir={self.folder}"]
         log = self.folder / "head.log"
         with log.open("wb") as file:
