@@ -13,8 +13,9 @@ import pytest
 from tests.cluster.mortal import MortalServe
 from tests.cluster.serve_run import ServeRun
 
-# Files whose tests may run beside each other, the longest one first.
-LONGEST = ("test_traffic.py", "test_run.py", "test_starts.py", "test_by_index.py", "test_vllm_contract.py")
+FOLDER = Path(__file__).parent
+# Files whose tests may run beside each other, in the order in which they are handed out to workers: the long ones first.
+IN_TURN = ("test_traffic.py", "test_run.py", "test_starts.py", "test_by_index.py", "test_vllm_contract.py")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -24,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     The longest files come first, so that no worker is left alone with one. Tests that must be alone come last of all.
     """
     for item in items:
-        if Path(__file__).parent not in item.path.parents:
+        if FOLDER not in item.path.parents:
             continue
         item.add_marker(pytest.mark.cluster)
         item.add_marker(pytest.mark.timeout(600))
@@ -34,8 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _turn(item: pytest.Item) -> tuple[bool, int]:
-    name = item.path.name
-    place = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    is_listed = item.path.parent == FOLDER and item.path.name in IN_TURN
+    place = IN_TURN.index(item.path.name) if is_listed else len(IN_TURN)
     return item.get_closest_marker("alone") is not None, place
 
 
