@@ -97,7 +97,6 @@ class ServeRun:
             "SERVE_APP_CACHE": str(self.folder / "cache"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",  # Ray shows one of two replicas' lines otherwise, and the pids are read of them.
-            "RAY_prestart_worker_first_driver": "0",  # One Python for each CPU otherwise, of which Serve uses few.
             "RAY_AUTH_MODE": "disabled",  # a token would be written into the home folder
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
             "VIRTUAL_ENV": str(BIN.parent),  # as an activated environment has it; the config names a command there
