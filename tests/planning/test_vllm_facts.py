@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, tuple[int, ...]]] = {
     "bge-m3": ("", SIZES),
     "deepseek-v2-lite": ("mla", SIZES),
     "deepseek-v3": ("mla", SIZES),
+    "deepseek-v4-small": ("mla sliding_mla", SIZES),
     "gemma-3-27b-it": ("full sliding", SIZES),
     "glm-4.5-air": ("full", SIZES),
     "gpt-oss-20b": ("full sliding", SIZES),
