@@ -196,7 +196,13 @@ class ModelRequest:
     @property
     def max_model_len(self) -> int:
         """Returns the tokens of the longest request."""
-        return self.config.max_model_len or self.architecture.max_model_len
+        return self.config.max_model_len or self.own_length
+
+    @property
+    def own_length(self) -> int:
+        """Returns the tokens of the longest request that the model itself allows."""
+        ranks = self.vllm_facts.ranks.values() if self.vllm_facts is not None and self._uses_vllm_facts else ()
+        return max((rank.max_model_len for rank in ranks), default=0) or self.architecture.max_model_len
 
     @property
     def weights(self) -> int:
@@ -280,7 +286,10 @@ def fit_vllm(
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return _small_cache(request, least)
     if cache < least or cache > room:
-        return _shortage(request, (device, free), fixed, needed, needed - min(room, max(cache, 0)))
+        return _shortage(
+            request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
+            _bounds(request, [(device, free)], [limit]),
+        )  # fmt: skip
     ranks = tuple(
         RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
     )
@@ -381,7 +390,8 @@ def fit_pt(
         least = max(cells(1, 1), min(least, most))
     mapped = at(least)
     if mapped is None:
-        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills)
+        bounds = _bounds(request, devices, limits)
+        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills, bounds)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
@@ -417,19 +427,20 @@ def _pt_shortage(
     whole: BlockGroup,
     tokens: int,
     spills: bool,
+    bounds: str,
 ) -> Shortage:
     device, first = devices[0][0], whole.blocks[0].weights
     if not spills and rooms[0] < first:
         return Shortage(
             "over_commit",
             f"The model's first block takes {gib(first)}, but {device.id} has {gib(max(0, rooms[0]))} left after "
-            "context and activations.",
+            f"context and activations.{bounds}",
             first - rooms[0],
         )
     cache = whole.cache(tokens, request.config.max_num_seqs or PT_MAX_NUM_SEQS)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), len(devices))
+    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
     if spills or not device.is_gpu:
         return short
     tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
@@ -517,7 +528,13 @@ def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
 
 
 def _shortage(
-    request: ModelRequest, seat: tuple[Device, int], fixed: Figure, cache: int, missing: int, devices: int = 1
+    request: ModelRequest,
+    seat: tuple[Device, int],
+    fixed: Figure,
+    cache: int,
+    missing: int,
+    bounds: str,
+    devices: int = 1,
 ) -> Shortage:
     device, free = seat
     held, planned = device.total_bytes - device.free_bytes, device.free_bytes - free
@@ -534,9 +551,21 @@ def _shortage(
     return Shortage(
         "over_commit",
         f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
-        f"{_held(request)} on {where}, which is {gib(missing)} too much.{others}",
+        f"{_held(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
         missing,
     )
+
+
+def _bounds(request: ModelRequest, seats: Sequence[tuple[Device, int]], limits: Sequence[int]) -> str:
+    """Returns sentences on what keeps a replica from all that is free on its devices: limits of the config, and the
+    plan's reserve on each other GPU."""
+    pairs = list(zip(seats, limits, strict=True))
+    limited = [f"{gib(limit)} of {device.id}" for (device, free), limit in pairs if limit < available(device, free)]
+    field = "max_memory" if request.config.max_memory else f"num_gpus: {request.config.share or 1:g}"
+    text = f" {field} allows {' and '.join(limited)}, context and activations included." if limited else ""
+    if any(device.is_gpu and limit >= available(device, free) for (device, free), limit in pairs):
+        text += f" The plan keeps {memory.RESERVE_SHARE * 100:g} % of each card free."
+    return text
 
 
 def gib(size: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from serve_app.engines.vllm import vllm_internals
+from serve_app.engines.vllm import arguments, vllm_internals
 from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST, WHOLE_NUMBERS
 from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
@@ -64,6 +64,17 @@ def test_each_argument_that_is_set_is_one_of_vllms() -> None:
         trust_remote_code=True, max_num_seqs=2, revision="r", device="cpu",
     )  # fmt: skip
     assert engine_arguments(config, "n").keys() - known == set()
+
+
+@contract("vllm", "the names of its arguments", "serve_app/engines/vllm/arguments.py")
+def test_the_arguments_that_a_config_is_compared_with_are_vllms() -> None:
+    """All of them, of this version. `--help` is no argument of a model, and short forms cannot be written in a file."""
+    import vllm
+
+    options = (option for action in vllm_internals.argument_parser()._actions for option in action.option_strings)
+    names = {option.removeprefix("--").replace("-", "_") for option in options if option.startswith("--")}
+    assert names - {"help"} == arguments.ARGUMENTS
+    assert vllm.__version__.partition("+")[0] == arguments.VERSION
 
 
 @contract("vllm", "how its parser reads a file", vllm_internals.argument_parser)
