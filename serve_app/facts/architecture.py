@@ -11,7 +11,8 @@ from itertools import repeat
 from typing import Any, Literal
 
 from serve_app.errors import ConfigError
-from serve_app.facts.config_fields import check_divides, check_outline, check_shape, outline_number
+from serve_app.facts.config_fields import MOST_OUTLINE, check_divides, check_outer, check_outline, check_shape
+from serve_app.facts.field_kind import is_whole
 
 # The layers of these decoders are standard attention and standard (or mixture-of-experts) feed-forward blocks.
 STANDARD = frozenset(
@@ -91,8 +92,7 @@ class Architecture:
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     """Returns the shape that a decoded config.json describes, or the outline of a model of another type.
 
-    Raises ConfigError that names `where`, the field, what was found there and what is needed.
-    """
+    Raises ConfigError that names `where`, the field, what was found there and what is needed."""
     file = f"{where}: config.json"
     config = {name: value for name, value in config.items() if value is not None}  # Engines take a default for null.
     text = {name: value for name, value in check_outline(config, file).items() if value is not None}
@@ -117,51 +117,75 @@ def _with_known_dtype(architecture: Architecture, file: str) -> Architecture:
     return architecture
 
 
+# The names that families have for the same number. An outline takes the first that is there.
+_OUTLINE: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "ffn_hidden_size"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+    "kv_heads": ("num_key_value_heads", "multi_query_group_num", "n_head_kv", "num_kv_heads"),
+    "vocabulary": ("vocab_size", "padded_vocab_size"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "max_model_len": ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length",
+                      "n_ctx", "model_max_length", "max_target_positions"),
+}  # fmt: skip
 # The parts of a config.json that hold the model of text, and those that hold encoders.
 _TEXT = ("thinker_config", "text_config", "llm_config", "language_config")
 ENCODERS = ("vision_config", "audio_config", "thinker_config")
-# A config.json may leave numbers to its class. vLLM takes this length where there is none at all, as for Mamba, and
-# this vocabulary is the largest one of widely used models.
-DEFAULT_CONTEXT, DEFAULT_VOCABULARY = 2048, 262_144
+# A config.json that leaves its vocabulary out (Gemma 3) means that of its class in transformers. Only guesses of
+# logits depend on it, so they count the largest vocabulary of public models.
+DEFAULT_VOCABULARY = 262_208
+# vLLM takes this length for a model whose config.json names none, such as Mamba.
+DEFAULT_CONTEXT = 2048
 
 
-def _outline(config: Mapping[str, Any], file: str) -> Architecture:
+def _outline(config: Mapping[str, Any], where: str) -> Architecture:
     """Returns what can be read of any model: its sizes without the shapes of its layers, under any of their names."""
-    text, parts = config, [config]
-    while inner := next((text[name] for name in _TEXT if isinstance(text.get(name), Mapping)), None):
-        text = inner
+    text, parts, inside = config, [config], ""
+    while name := next((name for name in _TEXT if isinstance(text.get(name), Mapping)), None):
+        text, inside = text[name], f"{inside}{name}."
+        check_outer(text, where, inside)
         parts.append(text)
-        check_outline(text, f"{file}, in a part")
+
+    def number(name: str, part: Mapping[str, Any], default: int | None = None) -> int:
+        most = MOST_OUTLINE[name]
+        found = next((part[key] for key in _OUTLINE[name] if is_whole(part.get(key), 1, most)), default)
+        if found is None:
+            raise ConfigError(f"{where}: none of {', '.join(inside + key for key in _OUTLINE[name])} is a whole "
+                              f"number from 1 to {most}.")  # fmt: skip
+        return int(found)
 
     def first(*names: str) -> Any:
-        return next((part[name] for name in names for part in parts if part.get(name)), None)
+        return next((part[name] for name in names for part in reversed(parts) if part.get(name)), None)
 
     encoders = [part[name] for part in parts for name in ENCODERS if isinstance(part.get(name), Mapping)]
-    hidden, heads = outline_number("hidden_size", text, file), outline_number("heads", text, file, 1)
-    quantization, kind = first("quantization_config"), str(first("model_type") or "")
+    hidden, heads, quantization = number("hidden_size", text), number("heads", text, 1), first("quantization_config")
+    kind = str(first("model_type") or "")
     return Architecture(
         name=str((first("architectures") or [kind or "a model without model_type"])[0]),
         model_type=kind,
         dtype=str(first("dtype", "torch_dtype") or "float32").removeprefix("torch."),
         hidden_size=hidden,
-        intermediate_size=outline_number("intermediate_size", text, file, 4 * hidden),
+        intermediate_size=number("intermediate_size", text, 4 * hidden),
         heads=heads,
-        kv_heads=outline_number("kv_heads", text, file, heads),
+        kv_heads=number("kv_heads", text, heads),
         head_size=max(1, hidden // heads),
-        vocabulary=outline_number("vocabulary", text, file, DEFAULT_VOCABULARY),
-        max_model_len=outline_number("max_model_len", text, file, DEFAULT_CONTEXT),
-        layers=tuple(repeat("unknown", outline_number("layers", text, file))),
+        vocabulary=number("vocabulary", text, DEFAULT_VOCABULARY),
+        max_model_len=number("max_model_len", text, DEFAULT_CONTEXT),
+        layers=tuple(repeat("unknown", number("layers", text))),
         quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
         has_scaled_positions=_has_scaled_positions(text),
         has_formulas=False,
-        encoder_width=max((_encoder_width(part, file) for part in encoders), default=0),
+        encoder_width=max((_encoder_width(part) for part in encoders), default=0),
     )
 
 
-def _encoder_width(part: Mapping[str, Any], file: str) -> int:
+def _encoder_width(part: Mapping[str, Any]) -> int:
     """Returns what a layer of an encoder computes for a patch: elements of its residual and its feed-forward block."""
-    hidden = outline_number("hidden_size", part, file, 0)
-    return 2 * hidden + 3 * outline_number("intermediate_size", part, file, 4 * hidden)
+    hidden, inner = (
+        next((part[key] for key in _OUTLINE[name] if is_whole(part.get(key), 1, MOST_OUTLINE[name])), 0)
+        for name in ("hidden_size", "intermediate_size")
+    )
+    return int(2 * hidden + 3 * (inner or 4 * hidden))
 
 
 def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str, file: str) -> Architecture:

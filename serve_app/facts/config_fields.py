@@ -83,27 +83,30 @@ ROPE: Mapping[str, FieldKind] = {
     "partial_rotary_factor": number(0, 1),
 }
 QUANTIZATION: Mapping[str, FieldKind] = {"quant_method": _NAME}
-# The names that families have for the same number of an outline, and the most that it may be.
-OUTLINE: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "hidden_size": (MOST_WIDTH, ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim")),
-    "intermediate_size": (
-        MOST_WIDTH, ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "ffn_hidden_size")
-    ),
-    "heads": (MOST_HEADS, ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")),
-    "kv_heads": (MOST_HEADS, ("num_key_value_heads", "multi_query_group_num", "n_head_kv", "num_kv_heads")),
-    "vocabulary": (MOST_WIDTH, ("vocab_size", "padded_vocab_size")),
-    "layers": (MOST_LAYERS, ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")),
-    "max_model_len": (
-        MOST_TOKENS, ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length",
-                      "n_ctx", "model_max_length", "max_target_positions"),
-    ),
-}  # fmt: skip
+
+
+# The largest numbers of an outline, by what `facts.architecture` calls them.
+MOST_OUTLINE: Mapping[str, int] = {
+    "hidden_size": MOST_WIDTH,
+    "intermediate_size": MOST_WIDTH,
+    "heads": MOST_HEADS,
+    "kv_heads": MOST_HEADS,
+    "vocabulary": MOST_WIDTH,
+    "layers": MOST_LAYERS,
+    "max_model_len": MOST_TOKENS,
+}
+
+
+def check_outer(config: Mapping[str, Any], where: str, inside: str) -> None:
+    """Raises ConfigError for a field of a part of a config that is not of its kind, whatever the model's type is."""
+    kinds = {**OUTER, "rope_parameters": OBJECT, "rope_scaling": OBJECT}
+    check_fields(config, kinds, where, inside)
 
 
 def check_outline(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Returns the object that describes the text model: `text_config`, or the config itself if it has none. Raises
     ConfigError that names `where`, the field and what was found."""
-    check_fields(config, OUTER, where)
+    check_outer(config, where, "")
     inner = config.get("text_config")
     if inner is None:
         return config
@@ -124,26 +127,6 @@ def check_shape(config: Mapping[str, Any], where: str, inside: str = "") -> None
                 path = str(kind)[:MOST_NAME].encode("ascii", "backslashreplace").decode()
                 check_fields(fields, ROPE, where, f"{inside}{name}.{path}.")
     check_fields(config.get("quantization_config") or {}, QUANTIZATION, where, f"{inside}quantization_config.")
-
-
-def outline_number(name: str, config: Mapping[str, Any], where: str, default: int | None = None) -> int:
-    """Returns a number of any model's config under the first of its names (`OUTLINE`) that has one above 0. A list,
-    which has a number for each layer, counts as none.
-
-    Raises ConfigError for what is no number or too large, and without a default if there is none.
-    """
-    most, names = OUTLINE[name]
-    check_fields(config, {field: OBJECT for field in ("rope_parameters", "rope_scaling") if config.get(field)}, where)
-    for field in names:
-        value = config.get(field)
-        if value is None or isinstance(value, list):
-            continue
-        check_fields(config, {field: whole(0, most)}, where)
-        if value:
-            return int(value)
-    if default is None:
-        raise ConfigError(f"{where} has none of {', '.join(names)} as a whole number above 0.")
-    return default
 
 
 def check_divides(part: tuple[str, int], total: tuple[str, int], where: str) -> None:

@@ -32,6 +32,11 @@ def whole(least: int, most: int) -> FieldKind:
     return FieldKind(problem)
 
 
+def is_whole(value: Any, least: int, most: int) -> bool:
+    """Returns whether a value is a whole number from `least` to `most`."""
+    return not whole(least, most).problem(value)
+
+
 def number(above: float, most: float) -> FieldKind:
     """Returns the rule for a finite number above `above` and at most `most`."""
 

@@ -19,7 +19,7 @@ from serve_app.demo import MODEL_DIR
 CONFIGS = Path(__file__).parents[1] / "planning" / "configs"
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-BASES = (MODEL_DIR, *sorted(CONFIGS.iterdir()))
+BASES = (MODEL_DIR, *sorted(file.parent for file in CONFIGS.glob("*/config.json")))
 # This text stands for the value that is written in its place, which `json.dumps` cannot write.
 RAW = "@raw@"
 RAW_VALUES = (

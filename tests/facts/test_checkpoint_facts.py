@@ -130,7 +130,7 @@ def test_of_an_unknown_architecture_an_outline_is_read() -> None:
     assert (found.has_formulas, found.is_known_to_vllm) == (False, False)
     assert (found.hidden_size, found.intermediate_size, found.vocabulary) == (64, 256, 100)
     assert (found.max_model_len, found.layers) == (128, ("unknown",) * 3)
-    with pytest.raises(ConfigError, match="model: x: config.json has none of num_hidden_layers, n_layer"):
+    with pytest.raises(ConfigError, match="model: x: config.json: none of num_hidden_layers, n_layer"):
         read_architecture({name: plain[name] for name in plain if name != "n_layer"}, "model: x")
 
 

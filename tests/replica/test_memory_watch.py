@@ -245,6 +245,7 @@ def test_a_report_of_another_version_is_none() -> None:
         assert parsed_report(text) is None
 
 
+@pytest.mark.slow
 async def test_a_whole_gpu_is_waited_for_but_not_for_ever() -> None:
     """After a SIGKILL what ran there may take some seconds to end; who stays is told."""
     held = [Gpu(0, "GPU-a", "card", 24 * GIB, 10 * GIB)]
