@@ -47,7 +47,8 @@ class RankFacts:
 
     `before` is what the first stage of a pipeline has beside its layers (embeddings and encoders), and `after` is what
     the last one has (norm and head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be
-    on their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block.
+    on their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block. `max_model_len` is
+    the longest request that vLLM takes of itself, in tokens, and 0 if that is not known.
     """
 
     layers: tuple[int, ...]
@@ -57,6 +58,7 @@ class RankFacts:
     cache: tuple[CacheLayer, ...]
     steps: int = 2
     packs_blocks: bool = False
+    max_model_len: int = 0
 
     @property
     def weights(self) -> int:
@@ -162,5 +164,5 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
     numbers = {name: int(plain[name]) for name in ("before", "after", "buffers")}
     cache = tuple(CacheLayer(**layer) for layer in plain["cache"])
     layers = tuple(map(int, plain["layers"]))
-    steps, packs_blocks = int(plain["steps"]), bool(plain["packs_blocks"])
-    return RankFacts(layers=layers, cache=cache, steps=steps, packs_blocks=packs_blocks, **numbers)
+    numbers |= {name: int(plain[name]) for name in ("steps", "max_model_len")}
+    return RankFacts(layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), **numbers)
