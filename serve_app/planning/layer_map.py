@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from serve_app.facts.architecture import Architecture
+from serve_app.facts.engine_facts import BlockNames
 from serve_app.facts.weights import Tensor
 from serve_app.planning.memory import LAYER, loaded, pt_kv_bytes_per_token, pt_state_bytes
 
@@ -30,8 +31,17 @@ class Block:
     state: int = 0
 
 
-def block_number(name: str, architecture: Architecture) -> int:
-    """Returns the block of a parameter or module, by its name. A tied head lies with the embedding."""
+def block_number(name: str, names: BlockNames) -> int:
+    """Returns the block of a parameter or module of a model, by its own name and those of the model's blocks."""
+    for path in names.layers:
+        if name.startswith(f"{path}."):
+            return int(name[len(path) + 1 :].partition(".")[0])
+    return -1 if name in names.before or name.rpartition(".")[0] in names.before else names.count
+
+
+def known_block(name: str, architecture: Architecture) -> int:
+    """Returns the block of a tensor of an architecture with formulas, by its name in the checkpoint. A tied head lies
+    with the embedding."""
     match = LAYER.search(f"{name}.")
     if match:
         return int(match[1])
@@ -69,7 +79,7 @@ def blocks_of(
     copy."""
     weights = dict.fromkeys(range(-1, len(architecture.layers) + 1), 0)
     for tensor in loaded(tensors, architecture):
-        weights[block_number(tensor.name, architecture)] += tensor.bytes_as(element_bytes)
+        weights[known_block(tensor.name, architecture)] += tensor.bytes_as(element_bytes)
     if copies_tied and architecture.tied:  # `packed_linear.py` orders the head's weights anew.
         weights[len(architecture.layers)] += architecture.vocabulary * architecture.hidden_size * element_bytes
     kv = pt_kv_bytes_per_token(architecture, element_bytes)

@@ -21,6 +21,12 @@ STEPS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
+# Small random models of these types fail the probe in transformers 5.19 (`python -m tests.planning.pt_survey`). Some
+# count positions from the padding, and others have no cache that pt could fill. The plan says so before a load; the
+# load itself goes by the probe.
+ALONE = frozenset()
+
+
 class ProbeResult(NamedTuple):
     """Has the runner to use, and what was found out about the model.
 
@@ -38,7 +44,10 @@ class ProbeResult(NamedTuple):
 def probe(loaded: LoadedModel) -> ProbeResult:
     """Returns the runner for a model and what was found out about it."""
     serial = SerialRunner(loaded.model, loaded.input_device)
-    batched = BatchRunner(loaded.model, loaded.input_device)
+    try:
+        batched = BatchRunner(loaded.model, loaded.input_device)
+    except Exception as error:
+        return _fall_back(serial, f"there is no cache for its config: {type(error).__name__}: {error}")
     if not batched.is_joinable:
         return _fall_back(serial, "its cache has layers of a kind that cannot be joined")
     try:
