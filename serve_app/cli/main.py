@@ -200,6 +200,17 @@ def _port(text: str) -> int:
     return port
 
 
+def _at_once(text: str) -> tuple[int, int]:
+    requests, _, tokens = text.lower().partition("x")
+    try:
+        found = int(requests), int(tokens)
+    except ValueError:
+        found = 0, 0
+    if not all(0 < number <= 10**9 for number in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of requests and tokens. Write such as 32x8192.")
+    return found
+
+
 def _add_plan(commands: Any) -> None:
     planning = commands.add_parser(
         "plan",
@@ -214,8 +225,22 @@ def _add_plan(commands: Any) -> None:
     )
     planning.add_argument("--svg", type=Path, metavar="FILE", help="also draw the plan, as an SVG picture")
     planning.add_argument("--json", action="store_true", help="print data instead of bars and a table")
-    one = planning.add_argument_group("one model without a file")
-    one.add_argument("--model", help="a local folder or a Hugging Face id")
+    planning.add_argument(
+        "--for", dest="at_once", type=_at_once, metavar="NxTOKENS",
+        help="plan for so many requests of so many tokens at once, such as 32x8192, for each replica",
+    )  # fmt: skip
+    planning.add_argument(
+        "--what",
+        choices=["fits"],
+        help="print a table of the ways to run each model alone: backend, GPUs, the longest "
+        "request, and how many of those run at once",
+    )
+    planning.add_argument(
+        "--explain", metavar="NAME", help="print every term of a model's plan with its formula and its source"
+    )
+    planning.add_argument("--compare", type=Path, metavar="FILE", help="print the plan beside that of another file")
+    one = planning.add_argument_group("models without a file")
+    one.add_argument("--model", action="append", help="a local folder or a Hugging Face id; may be given several times")
     one.add_argument("--infer-backend", choices=["pt", "vllm", "auto"], default="auto")
     one.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")

@@ -99,6 +99,15 @@ class PtFacts:
     alone: str = ""
 
 
+# These fields of a config.json change nothing of a model's layout. Copies of one model often differ in them.
+_WITHOUT_EFFECT = frozenset(
+    {"transformers_version", "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"}
+    | {"rms_norm_eps", "layer_norm_eps", "use_cache", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+    | {"hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "router_aux_loss_coef", "unsloth_fixed"}
+    | {"output_router_logits", "pretraining_tp", "_attn_implementation_autoset"}
+)
+
+
 @dataclass(frozen=True)
 class Question:
     """This is what an engine is asked: its name, its version, the model's config.json, and the settings that change the
@@ -112,7 +121,8 @@ class Question:
     @property
     def key(self) -> str:
         """Returns a name for a file, the same for the same question."""
-        text = json.dumps([FORM, self.engine, self.version, self.config, self.settings], sort_keys=True)
+        config = {name: value for name, value in self.config.items() if name not in _WITHOUT_EFFECT}
+        text = json.dumps([FORM, self.engine, self.version, config, self.settings], sort_keys=True)
         return f"{self.engine}-{sha256(text.encode()).hexdigest()[:32]}"
 
 
@@ -126,7 +136,7 @@ def known_answer(question: Question) -> VllmFacts | PtFacts | None:
     for folder in (facts_folder(), SHIPPED):
         try:
             return facts_from_json(question.engine, json.loads((folder / f"{question.key}.json").read_bytes()))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
     return None
 

@@ -13,7 +13,8 @@ from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.layer_map import BlockGroup, LayerMap, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
-from serve_app.planning.pt_kv_buffers import cells, full_length_requests
+from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
+from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
@@ -30,8 +31,22 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 
 @dataclass(frozen=True)
+class AtOnce:
+    """This is what a user wants to run at once: so many requests, each of so many tokens of prompt and answer."""
+
+    requests: int
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        """Returns it as a part of a sentence."""
+        return f"{self.requests} request{'' if self.requests == 1 else 's'} of {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`.
 
     `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
@@ -42,6 +57,7 @@ class ModelRequest:
     architecture: Architecture
     tensors: tuple[Tensor, ...]
     replicas: int = 1
+    at_once: AtOnce | None = None
     memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -135,17 +151,22 @@ def fit_vllm(
     batched = token_count(arguments.get("max_num_batched_tokens") or default_batched)
     rows = request.config.max_num_seqs or default_rows
     weights = request.rank_weights(tp)
-    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched)
-    if not on_gpu:
-        activation = Figure(memory.VLLM_CPU_ACTIVATION_FACTOR * activation.bytes, activation.certainty)
+    copies = 1 if on_gpu else VLLM_CPU_ACTIVATION_FACTOR
+    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched, copies)
     activation += memory.vllm_buffers(architecture, request.element_bytes)
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
-    context = memory.context("cuda", tp) if on_gpu else memory.guessed(memory.VLLM_CPU_CONTEXT_BYTES)
+    context = memory.context("cuda", tp) if on_gpu else memory.vllm_cpu_context()
     if (measured := request.measured(device, 0, tp)) is not None:
         activation, graph, context = memory.calibrated(measured, activation, graph, context)
-    per_request = memory.vllm_kv_bytes_per_request(
-        architecture, tp, request.max_model_len, request.kv_element_bytes, batched, request.element_bytes
-    )
+    if (problem := _rows_problem(request, rows)) is not None:
+        return problem
+
+    def kv_bytes(tokens: int) -> int:
+        return memory.vllm_kv_bytes_per_request(
+            architecture, tp, tokens, request.kv_element_bytes, batched, request.element_bytes
+        )
+
+    per_request = kv_bytes(request.max_model_len)
     fixed = weights + activation + graph + context
     limit = int((request.config.share or 1.0) * device.total_bytes)
     room = min(available(device, free), limit) - fixed.bytes
@@ -161,10 +182,12 @@ def fit_vllm(
         cache = min(room, most - (weights + activation + graph).bytes)
     else:
         cache = VLLM_CPU_KV_BYTES
-    needed = max(per_request, request.config.kv_cache_memory_bytes or 0)
-    if request.config.kv_cache_memory_bytes is not None and cache < per_request:
-        return _small_cache(request, per_request)
-    if cache < per_request or cache > room:
+    wanted = request.at_once
+    least = per_request if wanted is None else max(per_request, wanted.requests * kv_bytes(wanted.tokens))
+    needed = max(least, request.config.kv_cache_memory_bytes or 0)
+    if request.config.kv_cache_memory_bytes is not None and cache < least:
+        return _small_cache(request, least)
+    if cache < least or cache > room:
         return _shortage(request, (device, free), fixed, needed, needed - min(room, max(cache, 0)))
     ranks = tuple(
         RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
@@ -179,13 +202,28 @@ def fit_vllm(
     )  # fmt: skip
 
 
-def _small_cache(request: ModelRequest, per_request: int) -> Shortage:
+def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
+    """Returns a shortage if the engine runs fewer sequences at once than are asked for, whatever its KV cache holds."""
+    wanted = request.at_once
+    if wanted is None or wanted.requests <= rows:
+        return None
+    text = f"max_num_seqs: the engine runs at most {rows} requests at once, and {wanted.text} are asked for."
+    return Shortage("max_num_seqs", text, 0)
+
+
+def _held(request: ModelRequest) -> str:
+    """Returns what the KV cache has to hold, as a part of a sentence."""
+    one = f"one request of {request.max_model_len} tokens"
+    return one if request.at_once is None else f"{one} and for {request.at_once.text} at once"
+
+
+def _small_cache(request: ModelRequest, least: int) -> Shortage:
     cache = request.config.kv_cache_memory_bytes or 0
     return Shortage(
         "small_cache",
-        f"kv_cache_memory_bytes: {gib(cache)} is less than one request of {request.max_model_len} tokens takes on a "
-        f"rank ({gib(per_request)}).",
-        per_request - cache,
+        f"kv_cache_memory_bytes: {gib(cache)} is less than what is needed on a rank for {_held(request)} "
+        f"({gib(least)}).",
+        least - cache,
     )
 
 
@@ -228,12 +266,20 @@ def fit_pt(
         return map_layers(blocks, rooms, tokens, rows, spills)
 
     least = cells(1, request.max_model_len)
+    if (problem := _rows_problem(request, rows)) is not None:
+        return problem
+    wanted = request.at_once
+    if wanted is not None:
+        least = max(least, budget_for(wanted.requests, wanted.tokens))
     if request.config.kv_cache_memory_bytes is not None:  # The engine then takes requests as long as that allows.
         per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
-        least = max(cells(1, 1), min(least, request.config.kv_cache_memory_bytes // per_token))
+        most = request.config.kv_cache_memory_bytes // per_token
+        if wanted is not None and most < least:
+            return _small_cache(request, least * per_token)
+        least = max(cells(1, 1), min(least, most))
     mapped = at(least)
     if mapped is None:
-        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), spills)
+        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
@@ -267,6 +313,7 @@ def _pt_shortage(
     overheads: Sequence[tuple[Figure, Figure]],
     rooms: Sequence[int],
     whole: BlockGroup,
+    tokens: int,
     spills: bool,
 ) -> Shortage:
     device, first = devices[0][0], whole.blocks[0].weights
@@ -277,7 +324,7 @@ def _pt_shortage(
             "context and activations.",
             first - rooms[0],
         )
-    cache = whole.cache(cells(1, request.max_model_len), request.config.max_num_seqs or PT_MAX_NUM_SEQS)
+    cache = whole.cache(tokens, request.config.max_num_seqs or PT_MAX_NUM_SEQS)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
     short = _shortage(request, devices[0], fixed, cache, max(missing, 1), len(devices))
@@ -340,7 +387,8 @@ def _pt_plan(
         numbers = [block.number for block in part.blocks]
         activation, context = overheads[number]
         if number == 0 and mapped.rest.blocks:
-            activation += Figure(max(block.weights for block in mapped.rest.blocks))
+            room = left_over_layer(max(block.weights for block in mapped.rest.blocks))
+            activation += Figure(room.bytes, terms=(room,))
         cache = Figure(part.cache(tokens, rows) + kept)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
@@ -384,8 +432,7 @@ def _shortage(
     return Shortage(
         "over_commit",
         f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
-        "one request "
-        f"of {request.max_model_len} tokens on {where}, which is {gib(missing)} too much.{others}",
+        f"{_held(request)} on {where}, which is {gib(missing)} too much.{others}",
         missing,
     )
 

@@ -9,29 +9,19 @@ ones are stated constants with a margin.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from serve_app.facts.architecture import DTYPE_BYTES, Architecture
 from serve_app.facts.calibration import Calibration
 from serve_app.facts.weights import Tensor
+from serve_app.planning import terms
+from serve_app.planning.terms import Term, total
 
 Certainty = Literal["exact", "calibrated", "guessed"]
 
-MIB = 2**20
-GIB = 2**30
+MIB, GIB = terms.MIB, 2**30
 
-# A CUDA context with the kernels that torch loads takes 300 to 550 MiB on cards from RTX 3090 to H100.
-CONTEXT_BYTES = 512 * MIB
-# NCCL's buffers add this on each GPU of a tensor parallel group.
-NCCL_BYTES = 256 * MIB
-# CUDA graphs of vLLM's default sizes have a private pool each, which is small for small models.
-GRAPH_BYTES_PER_LAYER = 10 * MIB
-GRAPH_BASE_BYTES = 256 * MIB
-# vLLM on the CPU takes this beyond an empty engine, as measured by `benchmarks.planned_memory`. Its layers are not
-# fused, so several copies of an activation exist at once, and its allocator keeps what requests have touched.
-VLLM_CPU_CONTEXT_BYTES = 64 * MIB
-VLLM_CPU_ACTIVATION_FACTOR = 3
 # Guesses are raised by this share.
 MARGIN = 0.1
 # This share of each GPU stays free whatever is planned, for fragmentation and other small things.
@@ -49,23 +39,27 @@ VOCABULARY_PADDING = 64
 
 @dataclass(frozen=True)
 class Figure:
-    """This is a number of bytes, and how well it is known."""
+    """This is a number of bytes, and how well it is known. `terms` explain it: they add up to `bytes`, or are empty."""
 
     bytes: int
     certainty: Certainty = "exact"
+    terms: tuple[Term, ...] = field(default=(), compare=False)
 
     def __add__(self, other: "Figure") -> "Figure":
         """Returns the sum, which is as uncertain as its least certain part."""
         order: Sequence[Certainty] = ("exact", "calibrated", "guessed")
-        return Figure(self.bytes + other.bytes, max(self.certainty, other.certainty, key=order.index))
+        certainty = max(self.certainty, other.certainty, key=order.index)
+        return Figure(self.bytes + other.bytes, certainty, self.terms + other.terms)
 
 
 ZERO = Figure(0)
 
 
-def guessed(size: float) -> Figure:
-    """Returns a guess with its margin."""
-    return Figure(int(size * (1 + MARGIN)), "guessed")
+def guessed(parts: Iterable[Term]) -> Figure:
+    """Returns the sum of guesses with its margin, which is a term of its own."""
+    parts = tuple(parts)
+    margin = int(total(parts) * MARGIN)
+    return Figure(total(parts) + margin, "guessed", (*parts, terms.margin(MARGIN, margin)))
 
 
 def dtype_bytes(architecture: Architecture, dtype: str) -> int:
@@ -121,7 +115,7 @@ def weights_per_rank_in_fp8(
             rounded += size * tensor.elements // tensor.bytes_as(element_bytes)
         else:
             kept += size
-    return Figure(kept) + guessed(rounded)
+    return Figure(kept, terms=(terms.kept_weights(kept),)) + guessed([terms.rounded_weights(rounded)])
 
 
 def padded_vocabulary(rows: int) -> int:
@@ -214,27 +208,33 @@ def linear_state_bytes(architecture: Architecture, tp: int, element_bytes: int) 
     return (convolution + recurrent) * element_bytes
 
 
-def vllm_activation(architecture: Architecture, tp: int, element_bytes: int, max_num_seqs: int, batched: int) -> Figure:
-    """Returns the peak of a profiling pass: the feed-forward block of a whole batch, and twice the logits in
-    float32."""
-    width = 2 * architecture.hidden_size + 3 * architecture.intermediate_size // tp
-    logits = 2 * max_num_seqs * architecture.vocabulary * 4
-    return guessed(batched * width * element_bytes + logits)
+def vllm_activation(
+    architecture: Architecture, tp: int, element_bytes: int, max_num_seqs: int, batched: int, copies: int = 1
+) -> Figure:
+    """Returns the peak of a profiling pass. `copies` of each activation exist at once."""
+    shape = (architecture.hidden_size, architecture.intermediate_size, architecture.vocabulary)
+    return guessed(terms.vllm_activation(*shape, tp, element_bytes, max_num_seqs, batched, copies))
 
 
 def vllm_buffers(architecture: Architecture, element_bytes: int) -> Figure:
     """Returns the tables of rotary embeddings. They are on every rank, for all positions, and not among the weights."""
-    return Figure(architecture.rotary_elements * element_bytes)
+    table = terms.rotary_tables(architecture.rotary_elements, element_bytes)
+    return Figure(table.bytes, terms=(table,))
 
 
 def vllm_graphs(architecture: Architecture, eager: bool) -> Figure:
     """Returns what captured CUDA graphs take, which is nothing with `enforce_eager`."""
-    return ZERO if eager else guessed(GRAPH_BASE_BYTES + GRAPH_BYTES_PER_LAYER * len(architecture.layers))
+    return ZERO if eager else guessed(terms.vllm_graphs(len(architecture.layers)))
 
 
 def context(device: str, tp: int = 1) -> Figure:
     """Returns the CUDA context, with NCCL's buffers if ranks talk. The CPU has none."""
-    return ZERO if device == "cpu" else guessed(CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0))
+    return ZERO if device == "cpu" else guessed(terms.cuda_context(tp))
+
+
+def vllm_cpu_context() -> Figure:
+    """Returns what vLLM takes on the CPU beyond an empty engine."""
+    return guessed(terms.vllm_cpu_context())
 
 
 def calibrated(
@@ -247,10 +247,14 @@ def calibrated(
     may not have come yet. So a replica that knows only the guesses accepts what was planned with more.
     """
     if measured.activation_bytes > activation.bytes + graph.bytes:
-        activation, graph = Figure(measured.activation_bytes, "calibrated"), ZERO
+        activation, graph = _measured(measured.activation_bytes), ZERO
     if (measured.context_bytes or 0) > context.bytes:
-        context = Figure(measured.context_bytes or 0, "calibrated")
+        context = _measured(measured.context_bytes or 0)
     return activation, graph, context
+
+
+def _measured(size: int) -> Figure:
+    return Figure(size, "calibrated", (terms.measured(size),))
 
 
 def reserve(total_bytes: int) -> int:
@@ -280,10 +284,7 @@ def pt_activation(
     architecture: Architecture, element_bytes: int, rows: int, chunk: int, tokens: int
 ) -> Mapping[str, Figure]:
     """Returns the peak of a step by its cause: `layer` on every device, and `head` where the logits are made."""
-    width = 6 * architecture.hidden_size + 3 * architecture.intermediate_size
-    # One layer at a time has keys and values repeated to all heads, and the mask.
-    attention = 2 * tokens * architecture.heads * max(architecture.head_size, architecture.key_size) * element_bytes
-    return {
-        "layer": guessed((chunk + rows) * width * element_bytes + attention),
-        "head": guessed(3 * rows * architecture.vocabulary * 4),
-    }
+    head_size = max(architecture.head_size, architecture.key_size)
+    shape = (architecture.hidden_size, architecture.intermediate_size)
+    layer = terms.pt_layer(*shape, architecture.heads, head_size, element_bytes, chunk + rows, tokens)
+    return {"layer": guessed(layer), "head": guessed(terms.pt_head(rows, architecture.vocabulary))}

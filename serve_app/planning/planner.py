@@ -246,7 +246,10 @@ def _host_problem(fit: ModelPlan, inventory: Inventory) -> Shortage | None:
 
 
 def _length_problem(request: ModelRequest) -> Shortage | None:
-    own = request.architecture.max_model_len
+    own, wanted = request.architecture.max_model_len, request.at_once
+    if wanted is not None and wanted.tokens > request.max_model_len:
+        text = f"max_model_len: {request.max_model_len} is less than what {wanted.text} need."
+        return Shortage("max_model_len", text, 0)
     if request.architecture.has_scaled_positions or request.max_model_len <= own:
         return None
     return Shortage(

@@ -84,6 +84,11 @@ def _cache_bytes(model: ModelPlan) -> int:
     return rounded if rounded >= model.kv_bytes_per_request else cache
 
 
+def kv_blocks(model: ModelPlan) -> int | None:
+    """Returns how many blocks vLLM is to make of its KV cache, or None if the plan does not know the size of one."""
+    return _cache_bytes(model) // model.kv_block_bytes if model.kv_block_bytes else None
+
+
 def problem_text(plan: Plan) -> str:
     """Returns the problems of a plan with their fixes, with a line for each."""
     lines = []

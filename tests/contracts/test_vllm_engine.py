@@ -56,6 +56,13 @@ def test_the_rows_are_those_that_were_asked_for(told: dict[str, Any]) -> None:
     assert told["most_rows"] == ROWS
 
 
+@contract("vllm", "num_gpu_blocks of its cache's config", vllm_internals.cache_blocks)
+def test_the_blocks_are_those_of_the_cache(told: dict[str, Any]) -> None:
+    """They are compared with the plan. The tensors of the cache hold just so many blocks."""
+    assert told["cache_blocks"] > 0
+    assert told["ask_ranks"]["kv_cache"] % told["cache_blocks"] == 0
+
+
 @contract("vllm", "the names of its gauges", vllm_internals.gauges)
 def test_the_gauges_are_there(told: dict[str, Any]) -> None:
     """One that is called otherwise would count as 0, and nothing would be scaled."""

@@ -113,6 +113,10 @@ class VllmEngine:
         requests = now[vllm_internals.RUNNING] + now[vllm_internals.WAITING]
         return max(requests / vllm_internals.most_rows(self._client), now[vllm_internals.CACHE_USE])
 
+    def cache_blocks(self) -> int | None:
+        """Returns vLLM's own number. A model without a KV cache has none."""
+        return vllm_internals.cache_blocks(self._client)
+
     async def memory(self) -> list[RankMemory]:
         """Returns what the process of every rank reports. Raises EngineError if vLLM does not answer."""
         try:
