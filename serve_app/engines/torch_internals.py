@@ -62,7 +62,7 @@ def gpu_uuid(device: torch.device) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
-class without_data(TorchDispatchMode):  # type: ignore[misc]  # noqa: N801
+class WithoutData(TorchDispatchMode):  # type: ignore[misc]
     """Lets code run on the meta device that reads numbers out of its tensors: each of them is 1, 0 or False, and no
     element of a tensor counts as chosen. What a model does with its experts by these numbers changes no shape outside
     of them. Gradients must be off by `torch.no_grad`.

@@ -85,7 +85,8 @@ class PtFacts:
 
     `layers`, `kv` and `state` have one number for each layer: its weights, its cache for a token, and its cache for a
     sequence. `before` holds the embedding and what is computed before the layers, and `after` the norm and the head. A
-    tied head is in `before` alone. `buffers` are what the model makes itself, for `before`, each layer and `after`.
+    tied head, of `tied_head` bytes, is in `before` alone. `buffers` are what the model makes itself, for `before`, each
+    layer and `after`.
     `alone` says why pt computes one request at a time without a cache, and is empty if it does not.
     """
 
@@ -96,6 +97,7 @@ class PtFacts:
     state: tuple[int, ...]
     buffers: tuple[int, ...]
     names: BlockNames
+    tied_head: int = 0
     alone: str = ""
 
 
@@ -161,11 +163,15 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
 
 
 def _pt_facts(plain: Mapping[str, Any]) -> PtFacts:
-    sizes = {name: tuple(map(int, plain[name])) for name in ("layers", "kv", "state", "buffers")}
-    lists = {name: tuple(map(str, plain["names"][name])) for name in ("layers", "before")}
-    names = BlockNames(count=int(plain["names"]["count"]), **lists)
-    numbers = {name: int(plain[name]) for name in ("before", "after")}
-    facts = PtFacts(names=names, alone=str(plain["alone"]), **numbers, **sizes)
+    def sizes(name: str) -> tuple[int, ...]:
+        return tuple(map(int, plain[name]))
+
+    named = plain["names"]
+    names = BlockNames(tuple(map(str, named["layers"])), tuple(map(str, named["before"])), int(named["count"]))
+    facts = PtFacts(
+        sizes("layers"), int(plain["before"]), int(plain["after"]), sizes("kv"), sizes("state"), sizes("buffers"),
+        names, int(plain["tied_head"]), str(plain["alone"]),
+    )  # fmt: skip
     if not len(facts.layers) == len(facts.kv) == len(facts.state) == len(facts.buffers) - 2 == names.count:
         raise ValueError("its lists have different lengths")
     return facts

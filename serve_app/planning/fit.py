@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
+from serve_app.facts.engine_facts import PtFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
@@ -46,7 +47,8 @@ class AtOnce:
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
-    `at_once` is what its KV cache must hold beside one request of `max_model_len`.
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `pt_facts` is
+    what transformers says of an architecture for which there are no formulas.
 
     `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
@@ -58,6 +60,7 @@ class ModelRequest:
     tensors: tuple[Tensor, ...]
     replicas: int = 1
     at_once: AtOnce | None = None
+    pt_facts: PtFacts | None = None
     memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -69,6 +72,13 @@ class ModelRequest:
         if self.config.infer_backend == "vllm" and self.config.dtype == "auto" and self.architecture.dtype == "float32":
             return 2
         return memory.dtype_bytes(self.architecture, self.config.dtype)
+
+    @property
+    def pt_rows(self) -> int:
+        """Returns how many sequences pt runs at once."""
+        if self.pt_facts is not None and self.pt_facts.alone:
+            return 1
+        return self.config.max_num_seqs or PT_MAX_NUM_SEQS
 
     @property
     def kv_element_bytes(self) -> int:
@@ -251,9 +261,9 @@ def fit_pt(
 ) -> ModelPlan | Shortage:
     """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
     free."""
-    rows = request.config.max_num_seqs or PT_MAX_NUM_SEQS
+    rows = request.pt_rows
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
-    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, copies_tied=on_cpu)
+    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, request.pt_facts, on_cpu)
     overheads = [_pt_overhead(request, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
@@ -324,7 +334,7 @@ def _pt_shortage(
             "context and activations.",
             first - rooms[0],
         )
-    cache = whole.cache(tokens, request.config.max_num_seqs or PT_MAX_NUM_SEQS)
+    cache = whole.cache(tokens, request.pt_rows)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
     short = _shortage(request, devices[0], fixed, cache, max(missing, 1), len(devices))
@@ -360,9 +370,11 @@ def _most_tokens(
 
 def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, rows: int) -> tuple[Figure, Figure]:
     """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`."""
-    peaks = memory.pt_activation(
-        request.architecture, request.element_bytes, rows, PT_CHUNK_TOKENS, min(request.max_model_len, 4096)
-    )
+    alone = request.pt_facts is not None and bool(request.pt_facts.alone)
+    # A model that runs alone computes the whole text in one pass.
+    chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
+    tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
+    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:

@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3NextConfig,
+    RobertaConfig,
 )
 
 VOCABULARY = 97
@@ -91,9 +92,12 @@ CONFIGS: dict[str, Any] = {
         bos_token_id=None,
         eos_token_id=None,
     ),
+    "roberta": RobertaConfig(
+        **(_COMMON | {"num_key_value_heads": None, "pad_token_id": 1}), is_decoder=True, type_vocab_size=1
+    ),
 }
 # Kinds of model that are joined; the others run one at a time.
-JOINED = [name for name in CONFIGS if name != "mamba2"]
+JOINED = [name for name in CONFIGS if name != "roberta"]
 
 
 def tiny_model(name: str) -> PreTrainedModel:

@@ -105,6 +105,7 @@ class BatchCache:
         self.window = Window()
         self.cache = cache_with(config, lambda: RectangleLayer(self.window))
         self.has_states = any(map(has_state, self.cache.layers))
+        self.has_keys = any(isinstance(layer, RectangleLayer) for layer in self.cache.layers)
 
     @property
     def is_joinable(self) -> bool:

@@ -155,7 +155,7 @@ class BatchRunner:
         lengths = torch.tensor([sequence.cached for sequence in rows])
         width = batch.window.width
         mask = None
-        if int(lengths.min()) < width:
+        if int(lengths.min()) < width and batch.has_keys:  # A state has no columns to hide.
             mask = torch.arange(width + 1)[None] >= (width - lengths)[:, None]
         logits = self._logits(ids, lengths[:, None], mask, batch)
         self._note_cache()
@@ -233,8 +233,11 @@ def forward_inputs(
     mask: torch.Tensor | None,
     cache: BatchCache,
 ) -> dict[str, Any]:
-    """Returns the arguments of a forward pass with a cache, of which the model takes those in `takes`. Ids and positions have the shape (rows, columns), and a
-    mask, which hides the padding, has a column for each cached token too."""
+    """Returns the arguments of a forward pass with a cache, of which the model takes those in `takes`.
+
+    Ids and positions have the shape (rows, columns). A mask hides the padding, and has a column for each cached token
+    too.
+    """
     # Models without attention have another name for it, and would drop the usual one in silence.
     name = "cache_params" if "cache_params" in takes else "past_key_values"
     inputs: dict[str, Any] = {"input_ids": ids.to(device), name: cache.cache, "use_cache": True}
@@ -263,6 +266,7 @@ class SerialRunner:
     def __init__(self, model: PreTrainedModel, input_device: torch.device):
         self._model = model
         self._device = input_device
+        self._takes = arguments_of(model)
 
     def prefill(self, step: Step) -> torch.Tensor | None:
         """Does what `Runner` says."""
@@ -289,8 +293,10 @@ class SerialRunner:
         free_memory()
 
     def _pass(self, sequence: Sequence) -> torch.Tensor:
-        ids = torch.tensor([sequence.token_ids], device=self._device)
-        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[:, -1]
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([sequence.token_ids], device=self._device)}
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = 1
+        logits: torch.Tensor = self._model(**inputs, use_cache=False).logits[:, -1]
         return logits
 
     def _vector(self, sequence: Sequence) -> torch.Tensor:

@@ -14,7 +14,8 @@ def block_names(model: PreTrainedModel) -> BlockNames:
 
     The layers are the outermost list of modules with the most parameters. Lists of the same length beside it belong to
     it, because some models (XLM) have a list for each part of a layer. Modules that come before the layers lie with the
-    embedding, and so do those that share a parameter with one of them, such as a tied head. Raises ValueError for a
+    embedding, and so do those that share a parameter with one of them, such as a tied head. Tables of positions, which have no parameter,
+    are wanted by every layer and lie there too. Raises ValueError for a
     model without such a list.
     """
     lists = dict(_outermost_lists(model, ""))
@@ -50,8 +51,10 @@ def _before(model: PreTrainedModel, layers: tuple[str, ...]) -> tuple[str, ...]:
         if name in layers or name.startswith(inside):
             is_before = False
             continue
-        own = {id(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
-        if own and (is_before or own & shared):
+        own = {id(tensor) for tensor in module.parameters(recurse=False)}
+        has_buffers = any(True for _ in module.buffers(recurse=False))
+        is_table = has_buffers and not any(True for _ in module.parameters())
+        if is_table or ((own or has_buffers) and is_before) or own & shared:
             first.append(name)
             shared |= own
     return tuple(first)

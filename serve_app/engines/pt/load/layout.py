@@ -17,7 +17,7 @@ from serve_app.engines.pt.core.model_runner import arguments_of, forward_inputs
 from serve_app.engines.pt.load.block_names import block_names
 from serve_app.engines.pt.load.probe import ALONE
 from serve_app.engines.pt.transformers_internals import loaded_dtypes
-from serve_app.engines.torch_internals import without_data
+from serve_app.engines.torch_internals import WithoutData
 from serve_app.facts.engine_facts import BlockNames, PtFacts
 from serve_app.planning.layer_map import block_number
 
@@ -42,7 +42,7 @@ def layout_of(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = Fals
 
     Raises what transformers raises if it cannot build the model, and ValueError for a model whose layers are not found.
     """
-    with torch.device("meta"), without_data():
+    with torch.device("meta"), WithoutData():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             hf_config, trust_remote_code=trust_remote_code, dtype=dtype
         )
@@ -53,7 +53,7 @@ def layout_of(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = Fals
     kv, state, alone = _cache_sizes(model, names)
     return PtFacts(
         layers=weights[1:-1], before=weights[0], after=weights[-1], kv=kv, state=state, buffers=buffers, names=names,
-        alone=alone,
+        tied_head=_tied_head(model), alone=alone,
     )  # fmt: skip
 
 
@@ -71,6 +71,13 @@ def _buffer_sizes(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
     """Returns the bytes of each buffer that the model makes itself, such as tables of positions."""
     saved = model.state_dict().keys()
     return ((name, buffer.nbytes) for name, buffer in model.named_buffers() if name not in saved)
+
+
+def _tied_head(model: PreTrainedModel) -> int:
+    """Returns the bytes of a head whose weight is also the embedding's, or 0."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return int(weight.nbytes) if weight is not None and weight is model.get_input_embeddings().weight else 0
 
 
 def _by_block(sizes: Iterator[tuple[str, int]], names: BlockNames) -> tuple[int, ...]:
@@ -118,7 +125,7 @@ def _measured(model: PreTrainedModel, names: BlockNames, rows: int, tokens: int)
         for number, module in enumerate(model.get_submodule(path).children())
     ]
     try:
-        with torch.no_grad(), without_data(), torch.device("meta"):
+        with torch.no_grad(), WithoutData(), torch.device("meta"):
             for columns in (tokens, 1):  # One more token shows whether the model can go on with the cache.
                 ids = torch.zeros(rows, columns, dtype=torch.long)
                 positions = torch.arange(columns).expand(rows, columns) + cache.window.width
