@@ -31,20 +31,12 @@ class Block:
     state: int = 0
 
 
-def layer_module(name: str, names: BlockNames) -> str:
-    """Returns the name of the layer that a parameter or module of a model is in, or an empty text."""
-    for path in names.layers:
-        if name.startswith(f"{path}."):
-            return f"{path}.{name[len(path) + 1 :].partition('.')[0]}"
-    return ""
-
-
 def block_number(name: str, names: BlockNames) -> int:
     """Returns the block of a parameter or module of a model, by its own name and those of the model's blocks."""
-    layer = layer_module(name, names)
-    if layer:
-        return int(layer.rpartition(".")[2])
-    return -1 if name in names.before or name.rpartition(".")[0] in names.before else names.count
+    for path in names.layers:
+        if name.startswith(f"{path}."):
+            return int(name[len(path) + 1 :].partition(".")[0])
+    return -1 if any(f"{name}.".startswith(f"{part}.") for part in names.before) else names.count
 
 
 def stored_block(name: str, names: BlockNames) -> int:
@@ -55,9 +47,8 @@ def stored_block(name: str, names: BlockNames) -> int:
         if match:
             number = int(match[1])
             return number if number < names.count else number + 1
-    module = name.rpartition(".")[0]
-    is_first = any(f".{first}".endswith(f".{module}") or f".{module}".endswith(f".{first}") for first in names.before)
-    return -1 if module and is_first else names.count
+    endings = (part.split(".", skipped)[-1] for part in names.before for skipped in range(part.count(".") + 1))
+    return -1 if any(f".{ending}." in f".{name}." for ending in endings) else names.count
 
 
 def known_block(name: str, architecture: Architecture) -> int:

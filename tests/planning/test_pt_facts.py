@@ -20,6 +20,7 @@ from serve_app.planning.layer_map import Block, block_number, blocks_of, stored_
 from serve_app.planning.plan import ModelPlan
 from tests.builders import model_config
 from tests.planning.pt_survey import shape_of, survey
+from tests.planning.real_configs import PARAMETERS, billions, facts_of
 from tests.planning.small_configs import small_config
 
 # One type for each kind of cache and each way to name layers, and some that pt runs alone.
@@ -111,3 +112,12 @@ def test_a_model_that_runs_alone_is_planned_for_one_request() -> None:
     joined, alone = fit(FACTS, max_num_seqs=8), fit(replace(FACTS, alone="it has no cache"), max_num_seqs=8)
     assert (joined.max_full_length_requests, alone.max_full_length_requests) == (8, 1)
     assert alone.ranks[0].weights.bytes == joined.ranks[0].weights.bytes == 51 + 102 + 203 + 34
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_widely_used_models_have_their_published_size(name: str) -> None:
+    """The largest takes seconds and no memory. Their cache is that of their architecture."""
+    facts = facts_of(name)
+    assert billions(facts) == pytest.approx(PARAMETERS[name], rel=0.02)
+    assert len(facts.layers) == facts.names.count

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
-from serve_app.engines.pt.load.block_names import block_names
+from serve_app.engines.pt.load.block_names import block_names, is_table, outer_parts
 from serve_app.facts.engine_facts import BlockNames
-from serve_app.planning.layer_map import block_number, layer_module
+from serve_app.planning.layer_map import block_number
 from serve_app.planning.plan import ModelPlan
 
 DeviceName = int | str
@@ -32,10 +32,9 @@ def _left_over(
 ) -> dict[int, DeviceName]:
     """Returns the places of blocks that no GPU takes, in order: the CPU up to what the plan spills there, then the
     disk."""
-    sizes: dict[int, int] = {}
+    sizes = dict.fromkeys(range(-1, names.count + 1), 0)
     for name, parameter in model.named_parameters():
-        number = block_number(name, names)
-        sizes[number] = sizes.get(number, 0) + parameter.numel() * parameter.element_size()
+        sizes[block_number(name, names)] += parameter.numel() * parameter.element_size()
     if "disk" not in planned.spilled:
         return dict.fromkeys(sizes.keys() - on_gpus.keys(), "cpu")
     room, found = planned.spilled.get("cpu", 0), dict[int, DeviceName]()
@@ -46,18 +45,11 @@ def _left_over(
 
 
 def _by_module(model: PreTrainedModel, names: BlockNames, places: Mapping[int, DeviceName]) -> dict[str, DeviceName]:
-    device_map: dict[str, DeviceName] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        device_map[layer_module(name, names) or _own_module(name, model)] = places[block_number(name, names)]
     first = min((place for place in places.values() if isinstance(place, int)), default=0)
-    for name, module in model.named_modules():  # Tables of positions have buffers and no parameter.
-        has_own = any(True for _ in module.buffers(recurse=False)) and not any(True for _ in module.parameters())
-        if has_own and not any(name == key or name.startswith(f"{key}.") for key in device_map):
-            device_map[name] = first
+    device_map: dict[str, DeviceName] = {}
+    for path, part in outer_parts(model, names.layers):
+        if part is None:
+            device_map |= {f"{path}.{number}": places[number] for number in range(names.count)}
+        else:  # Tables of positions have buffers and no parameter.
+            device_map[path] = first if is_table(part) else places[block_number(path, names)]
     return device_map
-
-
-def _own_module(name: str, model: PreTrainedModel) -> str:
-    """Returns the module of a parameter, or the parameter itself if the module has others below it."""
-    module = name.rpartition(".")[0]
-    return name if any(True for _ in model.get_submodule(module).children()) else module

@@ -5,6 +5,7 @@ there with pt's own cache. So the sizes are those of the code that will run.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def layout_of(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = Fals
 
     Raises what transformers raises if it cannot build the model, and ValueError for a model whose layers are not found.
     """
+    # Faster ways to compute experts need a GPU or a type, and change no size.
+    options = {"trust_remote_code": trust_remote_code, "dtype": dtype, "experts_implementation": "eager"}
     with torch.device("meta"), WithoutData():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            hf_config, trust_remote_code=trust_remote_code, dtype=dtype
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(hf_config), **options)
     model = model.eval()
     model.tie_weights()
     names = block_names(model)
