@@ -6,12 +6,14 @@ It prints the seconds and the growth of memory for each, and compares the number
 import resource
 import time
 import warnings
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from serve_app.engines.pt.load.layout import layout_of, read_config
 from serve_app.facts.engine_facts import PtFacts
-from tests.planning.model_requests import CONFIGS
+
+CONFIGS = Path(__file__).parent / "pt_configs"
 
 # The parameters of each model in billions, as its makers state them or its checkpoint has them.
 PARAMETERS = {

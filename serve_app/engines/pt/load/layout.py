@@ -89,8 +89,8 @@ def _by_block(sizes: Iterator[tuple[str, int]], names: BlockNames) -> tuple[int,
 
 
 def _cache_sizes(model: PreTrainedModel, names: BlockNames) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """Returns the bytes of cache for a token and for a sequence by layer, and why there is no cache if there is
-    none."""
+    """Returns the bytes of cache for a token and for a sequence by layer, and why pt runs one request at a
+    time if it does."""
     none = (0,) * names.count
     try:
         if not BatchCache(model.config).is_joinable:
