@@ -109,7 +109,7 @@ def test_code_of_a_model_runs_only_when_it_is_allowed(tmp_path: Path, monkeypatc
     (folder / "own.py").write_text(CODE)
     job: dict[str, Any] = {"folder": str(folder), "dtype": "float32"}
     for refused in (job, job | {"trust_remote_code": False}):
-        assert "trust_remote_code" in answer(refused)["error"]
+        assert "contains custom code" in answer(refused)["error"]
     assert not list(tmp_path.rglob("ran"))
     facts = facts_from_json("pt", answer(job | {"trust_remote_code": True})["facts"])
     assert facts == layout_of(CONFIGS["llama"], torch.float32)
