@@ -78,10 +78,11 @@ def _without_gate(config: ModelConfig) -> dict[str, Any]:
 
 
 def _cache_bytes(model: ModelPlan) -> int:
-    """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit."""
+    """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit beside the
+    block that vLLM keeps empty."""
     cache = model.ranks[0].kv_cache.bytes
     rounded = cache // MIB * MIB
-    return rounded if rounded >= model.kv_bytes_per_request else cache
+    return rounded if rounded >= model.kv_bytes_per_request + model.kv_block_bytes else cache
 
 
 def kv_blocks(model: ModelPlan) -> int | None:

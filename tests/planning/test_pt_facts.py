@@ -121,3 +121,13 @@ def test_widely_used_models_have_their_published_size(name: str) -> None:
     facts = facts_of(name)
     assert billions(facts) == pytest.approx(PARAMETERS[name], rel=0.02)
     assert len(facts.layers) == facts.names.count
+
+
+def test_an_architecture_without_formulas_is_planned_by_facts() -> None:
+    """Without them, the plan says which facts it lacks."""
+    outline = replace(shape_of(FACTS), has_formulas=False)
+    request = ModelRequest("m", model_config(), outline, ())
+    assert "the engine's own code" in request.unplanned
+    told = replace(request, pt_facts=FACTS)
+    assert (told.unplanned, told.weights) == ("", 50 + 100 + 200 + 30)
+    assert "vLLM's own code" in replace(told, config=model_config(infer_backend="vllm")).unplanned

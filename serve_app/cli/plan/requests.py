@@ -1,8 +1,10 @@
 """Reads what is to be planned: the models of a Serve config file, or those of the command line."""
 
 import argparse
+import sys
 from pathlib import Path
 
+from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
@@ -30,8 +32,11 @@ def requests_of_file(path: Path | None) -> list[ModelRequest]:
         except ConfigError as error:
             text = str(error)
             problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
+        problems += [f"{application.name}: {line}" for line in wrong_engine_args(application)]
     if problems:
         raise ConfigError("\n".join(problems))
+    for note in doubtful_engine_args(applications):  # stdout is for the plan, which may be JSON.
+        print(f"note: {note}", file=sys.stderr)
     return requests
 
 
