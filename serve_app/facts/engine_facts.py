@@ -19,7 +19,7 @@ from serve_app.facts.calibration import calibration_file
 CacheKind = Literal["full", "sliding", "chunked", "mla", "sliding_mla", "state", "ring", "cross", "encoder"]
 SHIPPED = Path(__file__).parent / "shipped"
 # The form of the JSON. Answers of another form are asked for again.
-FORM = 2
+FORM = 1
 
 
 @dataclass(frozen=True)
