@@ -7,7 +7,7 @@ from typing import Any
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
-from serve_app.facts.engine_facts import PtFacts, RankFacts, VllmFacts
+from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, PtFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
@@ -51,8 +51,8 @@ class AtOnce:
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
-    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `vllm_facts` and `pt_facts` are what
-    the engines' own code says of an architecture for which there are no formulas.
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `engine_facts` is what the engines'
+    own code says of an architecture for which there are no formulas, and `facts_problem` is why an engine said nothing.
 
     `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
@@ -64,8 +64,8 @@ class ModelRequest:
     tensors: tuple[Tensor, ...]
     replicas: int = 1
     at_once: AtOnce | None = None
-    pt_facts: PtFacts | None = None
-    vllm_facts: VllmFacts | None = None
+    engine_facts: EngineFacts = NO_FACTS
+    facts_problem: str = ""
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -116,20 +116,32 @@ class ModelRequest:
     def missing_facts(self) -> str:
         """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
         name, backend = self.architecture.name, self.config.infer_backend
+        how = f" It was asked: {self.facts_problem}." if self.facts_problem else ""
         lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.is_planned_for_pt
         if backend == "vllm" and lacks_vllm:
             return (
                 f"infer_backend: vllm: the plan has no formulas for {name} in vLLM, and it has not been told the sizes "
                 "of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where vLLM is installed, "
-                "which asks it and keeps the answer."
+                f"which asks it and keeps the answer.{how}"
             )
         if backend != "vllm" and lacks_pt and (backend == "pt" or lacks_vllm):
             return (
                 f"infer_backend: {backend}: the plan has no formulas for {name}, and it has not been told the sizes of "
                 "its weights and its KV cache by the engine's own code. Run `serve-app plan` where the engine is "
-                "installed, which asks it and keeps the answer."
+                f"installed, which asks it and keeps the answer.{how}"
             )
         return ""
+
+    @property
+    def vllm_facts(self) -> VllmFacts | None:
+        """Returns what vLLM's own code says, for the type of the KV cache that the config asks for."""
+        is_fp8 = str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8")
+        return self.engine_facts.vllm_fp8 if is_fp8 else self.engine_facts.vllm
+
+    @property
+    def pt_facts(self) -> PtFacts | None:
+        """Returns what transformers' own code says."""
+        return self.engine_facts.pt
 
     @property
     def is_planned_for_vllm(self) -> bool:

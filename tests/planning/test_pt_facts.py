@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from serve_app.engines.pt.load.layout import layout_of
 from serve_app.facts.architecture import HYBRID, MLA, PT_ONLY, STANDARD, read_architecture
-from serve_app.facts.engine_facts import BlockNames, PtFacts
+from serve_app.facts.engine_facts import BlockNames, EngineFacts, PtFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor, local_tensors
 from serve_app.planning.fit import ModelRequest, fit_pt
@@ -100,7 +100,7 @@ def test_a_name_says_its_block(name: str, number: int) -> None:
 
 def fit(facts: PtFacts, **fields: Any) -> ModelPlan:
     """On one GPU with room to spare."""
-    request = ModelRequest("m", model_config(**fields), shape_of(facts), (), pt_facts=facts)
+    request = ModelRequest("m", model_config(**fields), shape_of(facts), (), engine_facts=EngineFacts(pt=facts))
     gpu = Device("n1", 0, "GPU", 2**34, 2**34)
     found = fit_pt(request, [(gpu, 2**34)], [2**34], ())
     assert isinstance(found, ModelPlan), found
@@ -128,6 +128,6 @@ def test_an_architecture_without_formulas_is_planned_by_facts() -> None:
     outline = replace(shape_of(FACTS), has_formulas=False)
     request = ModelRequest("m", model_config(), outline, ())
     assert "the engine's own code" in request.unplanned
-    told = replace(request, pt_facts=FACTS)
+    told = replace(request, engine_facts=EngineFacts(pt=FACTS))
     assert (told.unplanned, told.weights) == ("", 50 + 100 + 200 + 30)
     assert "vLLM's own code" in replace(told, config=model_config(infer_backend="vllm")).unplanned

@@ -10,7 +10,7 @@ import pytest
 
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import read_architecture
-from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts, facts_from_json
+from serve_app.facts.engine_facts import CacheLayer, EngineFacts, RankFacts, VllmFacts, facts_from_json
 from serve_app.facts.inventory import parse_gpus
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.kv_groups import kv_bytes_per_request
@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, tuple[int, ...]]] = {
     "bge-m3": ("", SIZES),
     "deepseek-v2-lite": ("mla", SIZES),
     "deepseek-v3": ("mla", SIZES),
+    "deepseek-v4-small": ("mla sliding_mla", SIZES),
     "gemma-3-27b-it": ("full sliding", SIZES),
     "glm-4.5-air": ("full", SIZES),
     "gpt-oss-20b": ("full sliding", SIZES),
@@ -64,6 +65,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
         for name, kind in asked
     ]
     return dict(zip(asked, run(jobs, folder), strict=True))
+
+
+def both(facts: VllmFacts) -> EngineFacts:
+    """The same facts for either type of the KV cache."""
+    return EngineFacts(vllm=facts, vllm_fp8=facts)
 
 
 def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -107,6 +113,23 @@ def test_weights_of_a_quantised_checkpoint(name: str, answers: dict[tuple[str, s
     """As many bytes as the repository stores, within 7 %."""
     rank = facts_of(answers[name, "auto"]).ranks[1]
     assert abs(rank.weights / 1e9 - QUANTISED[name]) < TOLERANCE * QUANTISED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() | QUANTISED.keys()))
+def test_a_public_model_is_planned(name: str, answers: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """On eight large cards, at the largest size that vLLM takes, without its tensors if there are no formulas."""
+    config = json.loads((CONFIGS / name / "config.json").read_text())
+    facts, architecture = facts_of(answers[name, "auto"]), read_architecture(config, name)
+    size, length = max(facts.ranks), min(4096, architecture.max_model_len)
+    given = {"model": "x", "infer_backend": "vllm", "tensor_parallel_size": size, "max_model_len": length}
+    has_formulas = architecture.is_known_to_vllm and architecture.quantization is None
+    tensors = shape_of(name)[1] if has_formulas else ()
+    request = ModelRequest("m", ModelConfig.from_args(given), architecture, tensors, engine_facts=both(facts))
+    plan = make_plan([request], parse_gpus("8x192GiB"))
+    assert plan.fits, plan.problems
+    assert plan.models[0].ranks[0].weights.bytes == facts.ranks[size].weights
 
 
 @pytest.mark.slow
@@ -223,7 +246,7 @@ def asked(facts: VllmFacts | None, **config: Any) -> ModelRequest:
     """A model of an unknown type."""
     settings = {"model": "x", "infer_backend": "vllm", **config}
     architecture = read_architecture(OUTLINE, "model: x")
-    return ModelRequest("m", ModelConfig.from_args(settings), architecture, (), vllm_facts=facts)
+    return ModelRequest("m", ModelConfig.from_args(settings), architecture, (), engine_facts=both(facts))
 
 
 def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
@@ -262,3 +285,48 @@ def test_a_model_that_only_encodes_takes_no_cache() -> None:
     plan = make_plan([asked(VllmFacts({1: encoder}), max_num_seqs=16)], parse_gpus("24GiB"))
     assert plan.fits
     assert plan.models[0].max_full_length_requests == 16
+
+
+def test_an_encoders_cache_and_activations_are_named_terms() -> None:
+    """2048 embeddings of 1024 elements, and a layer of width 2 × 100 + 3 × 400 for four patches of each."""
+    config = OUTLINE | {"vision_config": {"hidden_size": 100, "intermediate_size": 400}}
+    given = {"model": "x", "infer_backend": "vllm", "engine_args": {"max_num_batched_tokens": 2048}}
+    request = ModelRequest(
+        "m",
+        ModelConfig.from_args(given),
+        read_architecture(config, "x"),
+        (),
+        engine_facts=both(VllmFacts({1: rank()})),
+    )
+    (model,) = make_plan([request], parse_gpus("24GiB")).models
+    terms = {term.name: term.bytes for term in model.ranks[0].activation.terms}
+    assert terms["embeddings in the encoder's cache"] == 2048 * 1024 * 2
+    assert terms["one layer of the encoder for a whole batch"] == 2048 * 4 * (2 * 100 + 3 * 400) * 2
+    assert sum(terms.values()) <= model.ranks[0].activation.bytes
+
+
+def test_vllms_facts_come_before_the_formulas_for_a_quantised_checkpoint() -> None:
+    """The formulas know the stored tensors, and vLLM may pad them or add scales."""
+    config = json.loads((CONFIGS / "qwen2.5-7b-awq" / "config.json").read_text())
+    given = ModelConfig.from_args({"model": "x", "infer_backend": "vllm"})
+    request = ModelRequest(
+        "m",
+        given,
+        read_architecture(config, "x"),
+        (),
+        engine_facts=both(VllmFacts({1: rank()})),
+    )
+    assert request.rank_weights(1).bytes == 10**9
+    plain = read_architecture(config | {"quantization_config": None}, "x")
+    assert (
+        ModelRequest(
+            "m",
+            given,
+            plain,
+            (),
+            engine_facts=both(VllmFacts({1: rank()})),
+        )
+        .rank_weights(1)
+        .bytes
+        == 0
+    )

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+CONFIGS = Path(__file__).parent / "configs"
 LAYERS = 8
 # Names of the number of layers, and of lists with one entry for each layer.
 COUNTS = frozenset(
@@ -197,6 +198,7 @@ BY_HAND: Mapping[str, Mapping[str, Any]] = {
             "moe_layer_freq": 1,
         },
     },
+    "DeepseekV4ForCausalLM": {"fields": json.loads((CONFIGS / "deepseek-v4-small" / "config.json").read_text())},
     "DeepseekV32ForCausalLM": {
         "model_type": "deepseek_v3",
         "fields": {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048},

@@ -79,7 +79,9 @@ def pretend_hopper() -> None:
     """
     from serve_app.engines.torch_internals import pretend_gpu, pretend_operations
 
-    sys.meta_path.append(StandIns(COMPILED, OPTIONAL))  # Modules that are installed come before.
+    # A build for CUDA has the compiled modules, but they need its driver.
+    sys.meta_path.insert(0, StandIns(COMPILED, ()))
+    sys.meta_path.append(StandIns((), OPTIONAL))
     import vllm.platforms
 
     # A build for the CPU would switch Triton off, whose kernels some layers name.

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, PreTra
 from serve_app.engines.pt.load.device_map import device_map_of
 from serve_app.engines.pt.load.layout import layout_of
 from serve_app.facts.architecture import read_architecture
+from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest, Shortage, fit_pt
@@ -108,7 +109,7 @@ def test_an_architecture_without_formulas_gets_a_valid_map() -> None:
     facts = layout_of(hf_config, torch.float32)
     config = model_config(max_memory={0: "625MB", 1: "800MB"}, max_num_seqs=1, max_model_len=64)
     gpus = [Device("n1", index, "GPU", 10**10, 10**10) for index in (0, 1)]
-    request = ModelRequest("m", config, shape_of(facts), (), pt_facts=facts)
+    request = ModelRequest("m", config, shape_of(facts), (), engine_facts=EngineFacts(pt=facts))
     fit = fit_pt(request, [(gpu, 10**10) for gpu in gpus], [565 * MB, 800 * MB], ())
     assert isinstance(fit, ModelPlan), fit
     device_map = device_map_of(fit, meta(hf_config))
