@@ -50,8 +50,7 @@ class Answer:
 def answers(questions: Sequence[Question], folders: Sequence[Path | None], tell: Callable[[str], None]) -> list[Answer]:
     """Returns an answer for each question, from the kept ones or from the engines that are installed here.
 
-    `folders` are the models' local folders, which the process reads if a model brings its own code. `tell` gets a line
-    before a process starts.
+    `folders` are the models' local folders. `tell` gets a line before a process starts.
     """
     found = {question.key: known_answer(question) for question in questions}
     problems: dict[str, str] = {}
@@ -84,8 +83,9 @@ def _ask(engine: str, jobs: Sequence[tuple[Question, Path | None]]) -> list[Answ
 
 
 def _job(question: Question, folder: Path | None, scratch: Path) -> dict[str, Any]:
-    """Returns a job for the process. Without code of the model's own, config.json is all that it needs."""
-    if folder is None or not question.settings.get("trust_remote_code"):
+    """Returns a job for the process. It reads the model's own folder, since some models with an encoder need the file
+    of their processor, or else a folder with the config.json alone."""
+    if folder is None:
         scratch.mkdir()
         (scratch / "config.json").write_text(json.dumps(question.config))
         folder = scratch
