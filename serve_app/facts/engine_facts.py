@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from serve_app.facts.calibration import calibration_file
 
-# These are the kinds of cache that a layer of vLLM has. "state" does not grow with the tokens of a sequence.
-CacheKind = Literal["full", "sliding", "chunked", "mla", "sliding_mla", "state", "cross", "encoder"]
+# These are the kinds of cache that a layer of vLLM has. "state" and "ring" do not grow with the tokens of a sequence,
+# "cross" holds what an encoder made, and "encoder" holds nothing.
+CacheKind = Literal["full", "sliding", "chunked", "mla", "sliding_mla", "state", "ring", "cross", "encoder"]
 SHIPPED = Path(__file__).parent / "shipped"
 # The form of the JSON. Answers of another form are asked for again.
 FORM = 1
@@ -26,7 +27,8 @@ class CacheLayer:
     """This is the KV cache of one layer of vLLM on one rank: pages of `page_bytes`, each for `block_tokens` tokens.
 
     `layer` is the number of the layer in the model. `window` is in tokens, and 0 where the layer has none. A layer of
-    the kind "state" has `pages` pages for each sequence, whatever its length.
+    the kind "state" or "ring" has `pages` pages for each sequence, whatever its length. Layers of one `form` whose pages
+    are equal can share a group. A page begins at a multiple of `alignment` bytes.
     """
 
     layer: int
@@ -35,6 +37,8 @@ class CacheLayer:
     page_bytes: int
     window: int = 0
     pages: int = 0
+    form: int = 0
+    alignment: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class RankFacts:
     """This is one of the equal ranks of a tensor parallel group that holds all layers. Sizes are in bytes.
 
     `before` is what the first stage of a pipeline has beside its layers (embeddings and encoders), and `after` is what
-    the last one has (norm and head). `buffers` are tensors that are not parameters.
+    the last one has (norm and head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be on
+    their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block.
     """
 
     layers: tuple[int, ...]
@@ -50,6 +55,8 @@ class RankFacts:
     after: int
     buffers: int
     cache: tuple[CacheLayer, ...]
+    steps: int = 2
+    packs_blocks: bool = False
 
     @property
     def weights(self) -> int:
@@ -141,4 +148,6 @@ def facts_from_json(engine: str, plain: Mapping[str, Any]) -> VllmFacts | PtFact
 def _rank(plain: Mapping[str, Any]) -> RankFacts:
     numbers = {name: int(plain[name]) for name in ("before", "after", "buffers")}
     cache = tuple(CacheLayer(**layer) for layer in plain["cache"])
-    return RankFacts(layers=tuple(map(int, plain["layers"])), cache=cache, **numbers)
+    layers = tuple(map(int, plain["layers"]))
+    steps, packs_blocks = int(plain["steps"]), bool(plain["packs_blocks"])
+    return RankFacts(layers=layers, cache=cache, steps=steps, packs_blocks=packs_blocks, **numbers)
