@@ -19,7 +19,7 @@ from serve_app.facts.calibration import calibration_file
 CacheKind = Literal["full", "sliding", "chunked", "mla", "sliding_mla", "state", "ring", "cross", "encoder"]
 SHIPPED = Path(__file__).parent / "shipped"
 # The form of the JSON. Answers of another form are asked for again.
-FORM = 1
+FORM = 2
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,32 @@ class CacheLayer:
 
 
 @dataclass(frozen=True)
+class BesideLayers:
+    """These are the weights that a stage of a pipeline has beside its layers, in bytes: the first stage, any stage
+    between, and the last one.
+
+    They are as vLLM builds them. A tied embedding is on the first and on the last stage, and many architectures build
+    their encoders, and a few their embeddings, on every stage.
+    """
+
+    first: int
+    middle: int
+    last: int
+
+    def at(self, is_first: bool, is_last: bool) -> int:
+        """Returns what a stage of a pipeline of two or more has."""
+        return self.first if is_first else self.last if is_last else self.middle
+
+
+@dataclass(frozen=True)
 class RankFacts:
     """This is one of the equal ranks of a tensor parallel group that holds all layers. Sizes are in bytes.
 
-    `before` is what the first stage of a pipeline has beside its layers (embeddings and encoders), and `after` is what
-    the last one has (norm and head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be on
-    their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block.
+    `before` is what comes before the layers (embeddings and encoders), and `after` is what comes after them (norm and
+    head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be on their way at once. With
+    `packs_blocks`, pages of several sizes lie side by side in one block. `beside` says what the stages of a pipeline
+    have beside their layers, and `no_stages` is vLLM's reason if it does not split the model into stages. Where the
+    engine was not asked for stages, neither is set.
     """
 
     layers: tuple[int, ...]
@@ -57,6 +77,8 @@ class RankFacts:
     cache: tuple[CacheLayer, ...]
     steps: int = 2
     packs_blocks: bool = False
+    beside: BesideLayers | None = None
+    no_stages: str = ""
 
     @property
     def weights(self) -> int:
@@ -150,4 +172,8 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
     cache = tuple(CacheLayer(**layer) for layer in plain["cache"])
     layers = tuple(map(int, plain["layers"]))
     steps, packs_blocks = int(plain["steps"]), bool(plain["packs_blocks"])
-    return RankFacts(layers=layers, cache=cache, steps=steps, packs_blocks=packs_blocks, **numbers)
+    beside = None if plain["beside"] is None else BesideLayers(**plain["beside"])
+    return RankFacts(
+        layers=layers, cache=cache, steps=steps, packs_blocks=packs_blocks, beside=beside,
+        no_stages=str(plain["no_stages"]), **numbers,
+    )  # fmt: skip
