@@ -21,12 +21,12 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from serve_app.engines.vllm import vllm_meta_model as vllm
-from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts, facts_to_json
+from serve_app.facts.engine_facts import BesideLayers, CacheLayer, RankFacts, VllmFacts, facts_to_json
 from serve_app.planning.kv_groups import kv_bytes_per_request
 
 # A model without storage takes some megabytes, and vLLM's imports take one or two gigabytes.
@@ -101,10 +101,7 @@ def reason_of(error: Exception) -> str:
 def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
     """Returns what one of the equal ranks holds. Raises what vLLM raises, and ValueError where the plan's rule of the
     cache does not give vLLM's own figure."""
-    arguments = {name: job[name] for name in SETTINGS if job.get(name) is not None}
-    config = vllm.engine_config(
-        {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size} | arguments | job.get("engine_args", {})
-    )
+    config = vllm.engine_config(arguments_of(job, tensor_parallel_size))
     model = vllm.model_without_storage(config, tensor_parallel_size)
     specs = vllm.cache_specs(config)
     groups = vllm.cache_groups(config, specs) if specs else []
@@ -119,7 +116,38 @@ def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
         packs_blocks=bool(specs) and vllm.packs_blocks(config),
     )
     require_equal(facts, config, groups)
-    return facts
+    return with_stages(facts, job, tensor_parallel_size)
+
+
+def arguments_of(job: Mapping[str, Any], tensor_parallel_size: int) -> dict[str, Any]:
+    """Returns vLLM's arguments for a job."""
+    arguments = {name: job[name] for name in SETTINGS if job.get(name) is not None}
+    sizes = {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size}
+    return {**sizes, **arguments, **job.get("engine_args", {})}
+
+
+def with_stages(facts: RankFacts, job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
+    """Returns the facts with what the stages of a pipeline have beside their layers, or with vLLM's reason against
+    stages. Each stage is built with one layer. A model of two layers has no stage between the first and the last."""
+    if (layers := len(facts.layers)) < 2:
+        return facts
+    partition = (1, 1) if layers == 2 else (1, 1, 1) if layers == 3 else (1, 1, layers - 3, 1)
+    last = len(partition) - 1
+    try:
+        sizes = [stage_weights(job, tensor_parallel_size, rank, partition) for rank in sorted({0, min(1, last), last})]
+    except Exception as error:  # Whatever vLLM raises is its reason.
+        return replace(facts, no_stages=reason_of(error))
+    numbers = sorted({0, 1, layers - 1})
+    beside = [size - facts.layers[number] for size, number in zip(sizes, numbers, strict=True)]
+    return replace(facts, beside=BesideLayers(beside[0], beside[1] if layers > 2 else 0, beside[-1]))
+
+
+def stage_weights(job: Mapping[str, Any], tensor_parallel_size: int, rank: int, partition: Sequence[int]) -> int:
+    """Returns the bytes of all parameters of one stage of a pipeline. Raises what vLLM raises."""
+    sizes = {"pipeline_parallel_size": len(partition)}
+    config = vllm.engine_config(arguments_of(job, tensor_parallel_size) | sizes)
+    with vllm.stage_of_pipeline(rank, partition):
+        return sum(map(size_of, vllm.model_without_storage(config, tensor_parallel_size).parameters()))
 
 
 def cache_layers(specs: Mapping[str, Any], config: Any, numbers: Mapping[str, int]) -> tuple[CacheLayer, ...]:
