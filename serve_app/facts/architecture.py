@@ -1,11 +1,13 @@
 """Reads from a model's config.json what memory depends on: the model's shape.
 
-It reads only the JSON, without transformers, because a plan must not wait seconds for imports. An architecture that is
-not known here is refused by name, because a guess of its KV cache would have no basis.
+It reads only the JSON, without transformers, because a plan must not wait seconds for imports. Of an architecture that
+is not known here it reads an outline. The engine's own code says what such a model takes (`facts/engine_facts.py`),
+because a guess of its KV cache would have no basis.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal
 
 from serve_app.errors import ConfigError
@@ -20,7 +22,7 @@ HYBRID = frozenset({"qwen3_next"})
 # vLLM does not shard these architectures in the way for which this project has formulas. pt serves them.
 PT_ONLY = frozenset({"gpt2", "bloom"})
 
-LayerKind = Literal["full", "sliding", "mla", "linear"]
+LayerKind = Literal["full", "sliding", "mla", "linear", "unknown"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -58,13 +60,17 @@ class Architecture:
     # Elements of the tables of rotary position embeddings, as vLLM keeps them: positions × size, for each kind.
     rotary_elements: int = 0
     quantization: str | None = None
+    # An outline has none of the shapes that the formulas need: an engine's own code says what such a model takes.
+    has_formulas: bool = True
+    # The width of what one layer of the widest encoder for images or sound computes for a patch.
+    encoder_width: int = 0
     # A tensor parallel size must divide these numbers, which are named by what they count.
     shardable: Mapping[str, int] | None = None
 
     @property
     def is_known_to_vllm(self) -> bool:
         """Returns whether there are formulas for vLLM here."""
-        return self.model_type in STANDARD | MLA | HYBRID
+        return self.has_formulas and self.model_type in STANDARD | MLA | HYBRID
 
     def valid_tensor_parallel_sizes(self, most: int = 16) -> list[int]:
         """Returns the sizes that vLLM takes. They divide the heads and the feed-forward width, and divide the KV
@@ -82,30 +88,92 @@ class Architecture:
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """Returns the shape that a decoded config.json describes. Raises ConfigError that names `where` and what is
-    missing."""
-    if config.get("vision_config") or config.get("audio_config"):
-        raise ConfigError(
-            f"{where}: the plan covers text models only, and this model has an encoder for images or sound."
-        )
+    """Returns the shape that a decoded config.json describes, or the outline of a model of another type.
+
+    Raises ConfigError that names `where` and what is missing."""
     text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
     assert isinstance(text, Mapping)
     model_type = str(text.get("model_type", ""))
-    if model_type not in STANDARD | MLA | HYBRID | PT_ONLY:
-        known = ", ".join(sorted(STANDARD | MLA | HYBRID | PT_ONLY))
-        raise ConfigError(
-            f"{where}: the plan does not know the architecture '{model_type or 'without model_type'}', and does "
-            f"not guess its KV cache. It knows {known}."
-        )
+    if model_type not in STANDARD | MLA | HYBRID | PT_ONLY or any(config.get(name) for name in ENCODERS):
+        return _with_known_dtype(_outline(config, where), where)
     try:
         architecture = _read(config, text, model_type)
     except KeyError as error:
         raise ConfigError(f"{where}: config.json has no {error}, which a {model_type} model needs.") from None
+    return _with_known_dtype(architecture, where)
+
+
+def _with_known_dtype(architecture: Architecture, where: str) -> Architecture:
     if architecture.dtype not in DTYPE_BYTES:
         raise ConfigError(
             f"{where}: the dtype '{architecture.dtype}' is unknown. The known ones are {', '.join(DTYPE_BYTES)}."
         )
     return architecture
+
+
+# The names that families have for the same number. An outline takes the first that is there.
+_OUTLINE: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "ffn_hidden_size"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+    "kv_heads": ("num_key_value_heads", "multi_query_group_num", "n_head_kv", "num_kv_heads"),
+    "vocabulary": ("vocab_size", "padded_vocab_size"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "max_model_len": ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length",
+                      "n_ctx", "model_max_length", "max_target_positions"),
+}  # fmt: skip
+# The parts of a config.json that hold the model of text, and those that hold encoders.
+_TEXT = ("thinker_config", "text_config", "llm_config", "language_config")
+ENCODERS = ("vision_config", "audio_config", "thinker_config")
+# vLLM takes this length for a model whose config.json names none, such as Mamba.
+DEFAULT_CONTEXT = 2048
+
+
+def _outline(config: Mapping[str, Any], where: str) -> Architecture:
+    """Returns what can be read of any model: its sizes without the shapes of its layers, under any of their names."""
+    text, parts = config, [config]
+    while inner := next((text[name] for name in _TEXT if isinstance(text.get(name), Mapping)), None):
+        text = inner
+        parts.append(text)
+
+    def number(name: str, part: Mapping[str, Any], default: int | None = None) -> int:
+        found = [part[key] for key in _OUTLINE[name] if isinstance(part.get(key), int) and part[key] > 0]
+        if not found and default is None:
+            raise ConfigError(f"{where}: config.json has none of {', '.join(_OUTLINE[name])} as a number above 0.")
+        return int(found[0] if found else default or 0)
+
+    def first(*names: str) -> Any:
+        return next((part[name] for name in names for part in reversed(parts) if part.get(name)), None)
+
+    encoders = [part[name] for part in parts for name in ENCODERS if isinstance(part.get(name), Mapping)]
+    hidden, heads, quantization = number("hidden_size", text), number("heads", text, 1), first("quantization_config")
+    kind = str(first("model_type") or "")
+    return Architecture(
+        name=str((first("architectures") or [kind or "a model without model_type"])[0]),
+        model_type=kind,
+        dtype=str(first("dtype", "torch_dtype") or "float32").removeprefix("torch."),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size", text, 4 * hidden),
+        heads=heads,
+        kv_heads=number("kv_heads", text, heads),
+        head_size=max(1, hidden // heads),
+        vocabulary=number("vocabulary", text),
+        max_model_len=number("max_model_len", text, DEFAULT_CONTEXT),
+        layers=tuple(repeat("unknown", number("layers", text))),
+        quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
+        has_scaled_positions=_has_scaled_positions(text),
+        has_formulas=False,
+        encoder_width=max((_encoder_width(part) for part in encoders), default=0),
+    )
+
+
+def _encoder_width(part: Mapping[str, Any]) -> int:
+    """Returns what a layer of an encoder computes for a patch: elements of its residual and its feed-forward block."""
+    hidden, inner = (
+        next((part[key] for key in _OUTLINE[name] if isinstance(part.get(key), int)), 0)
+        for name in ("hidden_size", "intermediate_size")
+    )
+    return int(2 * hidden + 3 * (inner or 4 * hidden))
 
 
 def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -> Architecture:
@@ -123,7 +191,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -
     intermediate = value("intermediate_size", 4 * hidden)
     names = config.get("architectures") or text.get("architectures") or [model_type]
     quantization = config.get("quantization_config") or text.get("quantization_config")
-    linear = {name: text.get(name) or 0 for name in _LINEAR.values()}
+    linear: dict[str, Any] = {name: text.get(name) or 0 for name in _LINEAR.values()}
     return Architecture(
         name=names[0],
         model_type=model_type,

@@ -27,8 +27,8 @@ class CacheLayer:
     """This is the KV cache of one layer of vLLM on one rank: pages of `page_bytes`, each for `block_tokens` tokens.
 
     `layer` is the number of the layer in the model. `window` is in tokens, and 0 where the layer has none. A layer of
-    the kind "state" or "ring" has `pages` pages for each sequence, whatever its length. Layers of one `form` whose pages
-    are equal can share a group. A page begins at a multiple of `alignment` bytes.
+    the kind "state" or "ring" has `pages` pages for each sequence, whatever its length. Layers of one `form` whose
+    pages are equal can share a group. A page begins at a multiple of `alignment` bytes.
     """
 
     layer: int

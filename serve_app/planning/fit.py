@@ -2,25 +2,30 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
+from serve_app.facts.engine_facts import RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
 from serve_app.planning.calibration_setting import calibration_setting
+from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
 from serve_app.planning.layer_map import BlockGroup, LayerMap, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
 from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
+from serve_app.planning.vllm_formulas import rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
 # vLLM's CPU build gets the first figure if the config does not say. pt gets no more than this share of the memory that
 # is available, since other replicas share it, and no more than these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
+NO_CACHE_BYTES = 2**20
 # These arguments of vLLM change what it takes in ways for which the plan has no formulas.
 UNPLANNED = frozenset(
     {"speculative_config", "enable_lora", "cpu_offload_gb", "kv_transfer_config", "num_gpu_blocks_override"}
@@ -46,7 +51,8 @@ class AtOnce:
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
-    `at_once` is what its KV cache must hold beside one request of `max_model_len`.
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `vllm_facts` is what vLLM's own code
+    says of an architecture for which there are no formulas.
 
     `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
@@ -58,7 +64,8 @@ class ModelRequest:
     tensors: tuple[Tensor, ...]
     replicas: int = 1
     at_once: AtOnce | None = None
-    memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
+    vllm_facts: VllmFacts | None = None
+    memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -89,7 +96,68 @@ class ModelRequest:
             return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
         if config.quantization not in (None, "fp8", self.architecture.quantization):
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
+        return self.missing_facts
+
+    @property
+    def missing_facts(self) -> str:
+        """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
+        name, backend = self.architecture.name, self.config.infer_backend
+        lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.architecture.has_formulas
+        if backend == "vllm" and lacks_vllm:
+            return (
+                f"infer_backend: vllm: the plan has no formulas for {name} in vLLM, and it has not been told the sizes "
+                "of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where vLLM is installed, "
+                "which asks it and keeps the answer."
+            )
+        if backend != "vllm" and lacks_pt and (backend == "pt" or lacks_vllm):
+            return (
+                f"infer_backend: {backend}: the plan has no formulas for {name}, and it has not been told the sizes of "
+                "its weights and its KV cache by the engine's own code. Run `serve-app plan` where the engine is "
+                "installed, which asks it and keeps the answer."
+            )
         return ""
+
+    @property
+    def is_planned_for_vllm(self) -> bool:
+        """Returns whether the plan knows how vLLM lays out the model, by its formulas or from vLLM's own code."""
+        return self.architecture.is_known_to_vllm or self.vllm_facts is not None
+
+    @property
+    def _uses_vllm_facts(self) -> bool:
+        """Returns whether vLLM's own code decides. The formulas are proven for known types without quantisation."""
+        is_proven = self.architecture.is_known_to_vllm and self.architecture.quantization is None
+        return self.vllm_facts is not None and not is_proven
+
+    def rank_facts(self, tp: int) -> RankFacts:
+        """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
+        if self._uses_vllm_facts:
+            assert self.vllm_facts is not None
+            return self.vllm_facts.ranks[tp]
+        key = ("rank", tp, self.element_bytes, self.kv_element_bytes)
+        if key not in self.memo:
+            sizes = (self.element_bytes, self.kv_element_bytes)
+            self.memo[key] = rank_by_formula(self.architecture, self.tensors, tp, *sizes)
+        found: RankFacts = self.memo[key]
+        return found
+
+    def buffers(self, tp: int) -> Figure:
+        """Returns the tensors of one rank that are not weights."""
+        if self._uses_vllm_facts:
+            return memory.vllm_own_buffers(self.rank_facts(tp).buffers)
+        return memory.vllm_buffers(self.architecture, self.element_bytes)
+
+    def tensor_parallel_problem(self, size: int) -> str:
+        """Returns why vLLM refuses the tensor parallel size, or an empty text if it takes it."""
+        if not self._uses_vllm_facts:
+            return self.architecture.tensor_parallel_problem(size)
+        assert self.vllm_facts is not None
+        if size in self.vllm_facts.ranks:
+            return ""
+        return self.vllm_facts.refusals.get(size, "vLLM was not asked about it")
+
+    def valid_tensor_parallel_sizes(self, most: int = 16) -> list[int]:
+        """Returns the tensor parallel sizes that vLLM takes, up to `most`."""
+        return [size for size in range(1, most + 1) if not self.tensor_parallel_problem(size)]
 
     def measured(self, device: Device, rank: int, ranks: int) -> Calibration | None:
         """Returns what this setting was measured to take on such a device, or None if it never ran."""
@@ -115,13 +183,26 @@ class ModelRequest:
         return self.rank_weights(1).bytes
 
     def rank_weights(self, tp: int) -> Figure:
-        """Returns the bytes of the weights on one of `tp` ranks of vLLM."""
+        """Returns the bytes of the weights on one of `tp` ranks of vLLM. If vLLM does not take that size, it is a share
+        of the weights on one rank, which only orders models and compares fixes."""
+        if self._uses_vllm_facts:
+            assert self.vllm_facts is not None
+            rank = self.vllm_facts.ranks.get(tp)
+            return Figure(self._most_weights // tp) if rank is None else Figure(rank.weights)
         rounds = self.config.quantization == "fp8" and self.architecture.quantization is None
         key = (tp, self.element_bytes, rounds)
         if key not in self.memo:
             weigh = memory.weights_per_rank_in_fp8 if rounds else memory.weights_per_rank
             self.memo[key] = weigh(self.tensors, self.architecture, tp, self.element_bytes)
-        return self.memo[key]
+        found: Figure = self.memo[key]
+        return found
+
+    @property
+    def _most_weights(self) -> int:
+        """Returns the most bytes that all ranks together have by vLLM's own code, or those of the checkpoint."""
+        ranks = self.vllm_facts.ranks if self.vllm_facts is not None else {}
+        stored = sum(tensor.bytes_as(self.element_bytes) for tensor in self.tensors)
+        return max((size * rank.weights for size, rank in ranks.items()), default=stored)
 
 
 @dataclass(frozen=True)
@@ -153,7 +234,7 @@ def fit_vllm(
     weights = request.rank_weights(tp)
     copies = 1 if on_gpu else VLLM_CPU_ACTIVATION_FACTOR
     activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched, copies)
-    activation += memory.vllm_buffers(architecture, request.element_bytes)
+    activation += request.buffers(tp) + memory.vllm_encoder(architecture, request.element_bytes, batched)
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
     context = memory.context("cuda", tp) if on_gpu else memory.vllm_cpu_context()
     if (measured := request.measured(device, 0, tp)) is not None:
@@ -161,12 +242,8 @@ def fit_vllm(
     if (problem := _rows_problem(request, rows)) is not None:
         return problem
 
-    def kv_bytes(tokens: int) -> int:
-        return memory.vllm_kv_bytes_per_request(
-            architecture, tp, tokens, request.kv_element_bytes, batched, request.element_bytes
-        )
-
-    per_request = kv_bytes(request.max_model_len)
+    layout = request.rank_facts(tp)
+    per_request = kv_bytes_per_request(layout, request.max_model_len, batched)
     fixed = weights + activation + graph + context
     limit = int((request.config.share or 1.0) * device.total_bytes)
     room = min(available(device, free), limit) - fixed.bytes
@@ -175,15 +252,10 @@ def fit_vllm(
         problem = _utilization_problem(request, float(utilization), device, min(free, limit), context)
         if problem is not None:
             return problem
-    if request.config.kv_cache_memory_bytes is not None:
-        cache = request.config.kv_cache_memory_bytes
-    elif on_gpu:
-        most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
-        cache = min(room, most - (weights + activation + graph).bytes)
-    else:
-        cache = VLLM_CPU_KV_BYTES
-    wanted = request.at_once
-    least = per_request if wanted is None else max(per_request, wanted.requests * kv_bytes(wanted.tokens))
+    most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
+    cache = _vllm_cache(request, on_gpu, min(room, most - (weights + activation + graph).bytes), per_request)
+    spare = spare_bytes(layout)
+    least = max(per_request, _bytes_at_once(request.at_once, layout, batched)) + spare
     needed = max(least, request.config.kv_cache_memory_bytes or 0)
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return _small_cache(request, least)
@@ -192,7 +264,7 @@ def fit_vllm(
     ranks = tuple(
         RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
     )
-    full = cache // per_request
+    full = (cache - spare) // per_request if per_request else rows
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
         kv_bytes_per_request=per_request,
@@ -200,6 +272,20 @@ def fit_vllm(
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
     )  # fmt: skip
+
+
+def _vllm_cache(request: ModelRequest, on_gpu: bool, room: int, per_request: int) -> int:
+    """Returns the bytes of KV cache that one rank gets, of which a GPU has `room`."""
+    if request.config.kv_cache_memory_bytes is not None:
+        return request.config.kv_cache_memory_bytes
+    if not per_request:  # A model that only encodes has no cache, but vLLM wants a number.
+        return NO_CACHE_BYTES
+    return room if on_gpu else VLLM_CPU_KV_BYTES
+
+
+def _bytes_at_once(wanted: AtOnce | None, layout: RankFacts, batched: int) -> int:
+    """Returns the bytes of KV cache that all wanted requests take on a rank."""
+    return 0 if wanted is None else wanted.requests * kv_bytes_per_request(layout, wanted.tokens, batched)
 
 
 def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:

@@ -105,11 +105,14 @@ def _candidates(problem: Problem, request: ModelRequest, inventory: Inventory, h
         return Candidate(field, value, _changed(request, field, value), inventory)
 
     if problem.code == "tensor_parallel":
-        valid = request.architecture.valid_tensor_parallel_sizes()
+        valid = request.valid_tensor_parallel_sizes()
         wanted = config.tensor_parallel_size or 1
         for size in sorted(valid, key=lambda size: (size < wanted, abs(size - wanted))):
             yield change("tensor_parallel_size", size)
-    if problem.code in ("tensor_parallel", "no_device", "unknown_architecture") and config.infer_backend == "vllm":
+    if (
+        problem.code in ("tensor_parallel", "no_device", "facts_missing", "vllm_refuses")
+        and config.infer_backend == "vllm"
+    ):
         yield change("infer_backend", "pt")
     if problem.code == "utilization":
         percents = range(int(config.vllm_args["gpu_memory_utilization"] * 100) - 1, 0, -1)
@@ -144,7 +147,7 @@ def _smaller(request: ModelRequest, inventory: Inventory, change: Any, helps: An
         arguments = {**config.engine_args, "kv_cache_dtype": "fp8"}
         yield change("engine_args", arguments)
     if config.infer_backend == "vllm" and config.device == "cuda":
-        for size in request.architecture.valid_tensor_parallel_sizes():
+        for size in request.valid_tensor_parallel_sizes():
             if size > (config.tensor_parallel_size or 1):
                 yield change("tensor_parallel_size", size)
     if config.infer_backend == "vllm" and config.device == "cuda" and request.is_quantizable:

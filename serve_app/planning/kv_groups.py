@@ -34,6 +34,12 @@ def kv_bytes_per_request(facts: RankFacts, tokens: int, batched: int) -> int:
     return blocks * bytes_per_block(groups, facts.packs_blocks)
 
 
+def spare_bytes(facts: RankFacts) -> int:
+    """Returns the bytes of the block that vLLM keeps empty, beside those of all requests."""
+    groups = cache_groups(facts.cache, facts.packs_blocks)
+    return bytes_per_block(groups, facts.packs_blocks) if groups else 0
+
+
 def _blocks(layer: CacheLayer, tokens: int, batched: int, in_flight: int) -> int:
     """Returns the most blocks that a request has in a layer at one time."""
     held = tokens

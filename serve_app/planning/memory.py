@@ -7,7 +7,6 @@ ones are stated constants with a margin.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,13 +26,6 @@ MARGIN = 0.1
 # This share of each GPU stays free whatever is planned, for fragmentation and other small things.
 RESERVE_SHARE = 0.02
 VLLM_UTILIZATION = 0.92
-# With asynchronous scheduling, vLLM's default on GPUs, two steps' tokens may be on their way at once.
-CONCURRENT_STEPS = 2
-# A block of KV cache has this many tokens on CUDA. MLA's kernel for fp8 takes 64.
-BLOCK_TOKENS = 16
-MLA_FP8_BLOCK_TOKENS = 64
-# A linear attention layer has two pages for each sequence, because prefix caching, the default, keeps one more.
-STATE_PAGES = 2
 VOCABULARY_PADDING = 64
 
 
@@ -156,49 +148,6 @@ def vllm_defaults(total_bytes: int, name: str) -> tuple[int, int]:
     return (2048, 256) if total_bytes else (2048, 128)
 
 
-def vllm_kv_bytes_per_request(
-    architecture: Architecture, tp: int, tokens: int, kv_element_bytes: int, batched: int, element_bytes: int
-) -> int:
-    """Returns the bytes of KV cache on one rank for one sequence of `tokens` tokens, as vLLM checks it at its start.
-
-    It is in whole pages. If there are two kinds of layers, all pages have one size and layers are kept in groups of one
-    size, which may be padded (`kv_cache_utils` in vLLM 0.32).
-    """
-    pages = _Pages(architecture, tp, kv_element_bytes, element_bytes)
-    blocks = {
-        "full": -(-tokens // pages.tokens),
-        "mla": -(-tokens // pages.tokens),
-        "linear": STATE_PAGES,
-        # The window comes before the tokens on their way, and its first block may be cut anywhere.
-        "sliding": -(-min((architecture.sliding_window or 1) - 1 + CONCURRENT_STEPS * batched, tokens) // pages.tokens)
-        + 1,
-    }
-    counts = Counter(architecture.layers)
-    if len(counts) == 1:
-        return sum(count * blocks[kind] for kind, count in counts.items()) * pages.bytes
-    few, many = min(counts.values()), max(counts.values())
-    group = many if many < 1.5 * few else few
-    return group * pages.bytes * sum(-(-count // group) * blocks[kind] for kind, count in counts.items())
-
-
-class _Pages:
-    """This is the page of one layer on one rank: the tokens of a block, and its bytes. Hybrids have one page size for
-    all layers."""
-
-    def __init__(self, architecture: Architecture, tp: int, kv_element_bytes: int, element_bytes: int):
-        if "mla" in architecture.layers:  # The compressed cache is the same on every rank.
-            self.tokens = MLA_FP8_BLOCK_TOKENS if kv_element_bytes == 1 else BLOCK_TOKENS
-            self.bytes = self.tokens * (architecture.latent_size + architecture.rope_size) * kv_element_bytes
-            return
-        heads = max(1, architecture.kv_heads // tp)
-        per_token = 2 * heads * architecture.head_size * kv_element_bytes
-        self.tokens = BLOCK_TOKENS
-        if "linear" in architecture.layers:  # Blocks are so long that a page holds a state.
-            state = linear_state_bytes(architecture, tp, element_bytes)
-            self.tokens = max(BLOCK_TOKENS, -(-state // (BLOCK_TOKENS * per_token)) * BLOCK_TOKENS)
-        self.bytes = self.tokens * per_token
-
-
 def linear_state_bytes(architecture: Architecture, tp: int, element_bytes: int) -> int:
     """Returns the bytes of one linear attention layer's states for one sequence, on one rank."""
     key = architecture.linear_key_heads * architecture.linear_key_size
@@ -220,6 +169,20 @@ def vllm_buffers(architecture: Architecture, element_bytes: int) -> Figure:
     """Returns the tables of rotary embeddings. They are on every rank, for all positions, and not among the weights."""
     table = terms.rotary_tables(architecture.rotary_elements, element_bytes)
     return Figure(table.bytes, terms=(table,))
+
+
+def vllm_own_buffers(size: int) -> Figure:
+    """Returns the tensors beside the weights of which vLLM's own code tells."""
+    term = terms.own_buffers(size)
+    return Figure(term.bytes, terms=(term,))
+
+
+def vllm_encoder(architecture: Architecture, element_bytes: int, batched: int) -> Figure:
+    """Returns what a model with an encoder for images or sound takes beside its weights, which is nothing for a model
+    of text."""
+    if not architecture.encoder_width:
+        return ZERO
+    return guessed(terms.vllm_encoder(architecture.hidden_size, architecture.encoder_width, element_bytes, batched))
 
 
 def vllm_graphs(architecture: Architecture, eager: bool) -> Figure:

@@ -167,6 +167,9 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterato
     is_auto = unit.config.infer_backend == "auto"
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
+        if request.missing_facts:
+            yield Shortage("facts_missing", request.missing_facts, 0)
+            continue
         if request.unplanned:
             yield Shortage("not_planned", request.unplanned, 0)
             continue
@@ -267,20 +270,16 @@ def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
 
 
 def _tensor_parallel_problem(request: ModelRequest) -> Shortage | None:
-    config, architecture = request.config, request.architecture
+    config = request.config
     if config.infer_backend != "vllm":
         return None
-    if not architecture.is_known_to_vllm:
-        return Shortage(
-            "unknown_architecture",
-            f"infer_backend: vllm: the plan has no formulas for {architecture.name} in vLLM. Use infer_backend: pt.",
-            0,
-        )
     size = config.tensor_parallel_size or 1
-    problem = architecture.tensor_parallel_problem(size)
+    problem = request.tensor_parallel_problem(size)
     if not problem:
         return None
-    valid = ", ".join(map(str, architecture.valid_tensor_parallel_sizes()))
+    if not request.valid_tensor_parallel_sizes():
+        return Shortage("vllm_refuses", f"infer_backend: vllm: vLLM refuses {request.architecture.name}: {problem}", 0)
+    valid = ", ".join(map(str, request.valid_tensor_parallel_sizes()))
     return Shortage(
         "tensor_parallel", f"tensor_parallel_size: {size} is not valid, because {problem}. Valid sizes are {valid}.", 0
     )

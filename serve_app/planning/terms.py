@@ -21,6 +21,9 @@ GRAPH_BASE_BYTES = 256 * MIB
 VLLM_CPU_CONTEXT_BYTES = 64 * MIB
 VLLM_CPU_ACTIVATION_FACTOR = 3
 
+# Most encoders for images merge two by two patches into one embedding.
+PATCHES_OF_AN_EMBEDDING = 4
+
 
 @dataclass(frozen=True)
 class Term:
@@ -84,6 +87,32 @@ def vllm_cpu_context() -> list[Term]:
 def rotary_tables(elements: int, element: int) -> Term:
     """Returns the tables of rotary position embeddings, for all positions."""
     return Term("tables of rotary embeddings", (("elements", elements), ("bytes of an element", element)))
+
+
+def own_buffers(size: int) -> Term:
+    """Returns the tensors beside the weights, as vLLM's own code makes them."""
+    return Term("tables and other buffers, as vLLM makes them", (("bytes", size),))
+
+
+def vllm_encoder(hidden: int, width: int, element: int, batched: int) -> list[Term]:
+    """Returns what an encoder for images or sound takes beside its weights. vLLM lets it make as many embeddings in a
+    step as the batch has tokens, keeps as many in its cache, and each is made of several patches. Nothing of it was
+    measured."""
+    return [
+        Term(
+            "embeddings in the encoder's cache",
+            (("max_num_batched_tokens", batched), ("hidden_size", hidden), ("bytes of an element", element)),
+        ),
+        Term(
+            "one layer of the encoder for a whole batch",
+            (
+                ("max_num_batched_tokens", batched),
+                ("patches of an embedding", PATCHES_OF_AN_EMBEDDING),
+                ("width of a layer", width),
+                ("bytes of an element", element),
+            ),
+        ),
+    ]
 
 
 def pt_layer(

@@ -3,8 +3,8 @@
     python -m serve_app.engines.vllm.model_facts JOBS.json ANSWERS.json
 
 JOBS.json is a list. A job has `folder` (with a config.json), `tensor_parallel_sizes`, and `dtype`, `kv_cache_dtype`,
-`quantization` and `trust_remote_code` as vLLM has them, which may be missing. `rules` is "cuda" for what vLLM does on an
-H100 (the default) or "cpu" for what its CPU build does on this machine. `engine_args` may have further arguments of
+`quantization` and `trust_remote_code` as vLLM has them, which may be missing. `rules` is "cuda" for what vLLM does on
+an H100 (the default) or "cpu" for what its CPU build does on this machine. `engine_args` may have further arguments of
 vLLM. ANSWERS.json becomes a list with one object for each job: `facts`, as `facts_to_json` writes `VllmFacts`, or
 `error`. Each tensor parallel size that vLLM refuses is among the facts, with vLLM's reason.
 
@@ -101,8 +101,7 @@ def reason_of(error: Exception) -> str:
 def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
     """Returns what one of the equal ranks holds. Raises what vLLM raises, and ValueError where the plan's rule of the
     cache does not give vLLM's own figure."""
-    config = vllm.engine_config(arguments_of(job, tensor_parallel_size))
-    model = vllm.model_without_storage(config, tensor_parallel_size)
+    model, config = _model(job, tensor_parallel_size)
     specs = vllm.cache_specs(config)
     groups = vllm.cache_groups(config, specs) if specs else []
     parts = Parts.of(model, config, specs)
@@ -117,13 +116,6 @@ def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
     )
     require_equal(facts, config, groups)
     return with_stages(facts, job, tensor_parallel_size)
-
-
-def arguments_of(job: Mapping[str, Any], tensor_parallel_size: int) -> dict[str, Any]:
-    """Returns vLLM's arguments for a job."""
-    arguments = {name: job[name] for name in SETTINGS if job.get(name) is not None}
-    sizes = {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size}
-    return {**sizes, **arguments, **job.get("engine_args", {})}
 
 
 def with_stages(facts: RankFacts, job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
@@ -144,10 +136,25 @@ def with_stages(facts: RankFacts, job: Mapping[str, Any], tensor_parallel_size: 
 
 def stage_weights(job: Mapping[str, Any], tensor_parallel_size: int, rank: int, partition: Sequence[int]) -> int:
     """Returns the bytes of all parameters of one stage of a pipeline. Raises what vLLM raises."""
-    sizes = {"pipeline_parallel_size": len(partition)}
-    config = vllm.engine_config(arguments_of(job, tensor_parallel_size) | sizes)
     with vllm.stage_of_pipeline(rank, partition):
-        return sum(map(size_of, vllm.model_without_storage(config, tensor_parallel_size).parameters()))
+        model, _ = _model(job, tensor_parallel_size, {"pipeline_parallel_size": len(partition)})
+    return sum(map(size_of, model.parameters()))
+
+
+def _model(job: Mapping[str, Any], tensor_parallel_size: int, more: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    """Returns the model without storage, and vLLM's configuration of it, which `more` arguments may change. A model that
+    reads numbers from its own tables is built again with these tables."""
+    arguments = {name: job[name] for name in SETTINGS if job.get(name) is not None}
+    arguments |= {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size} | job.get("engine_args", {})
+    arguments |= more or {}
+    config = vllm.engine_config(arguments)
+    try:
+        return vllm.model_without_storage(config, tensor_parallel_size), config
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+    config = vllm.engine_config(arguments)
+    return vllm.model_without_storage(config, tensor_parallel_size, has_real_tables=True), config
 
 
 def cache_layers(specs: Mapping[str, Any], config: Any, numbers: Mapping[str, int]) -> tuple[CacheLayer, ...]:

@@ -7,14 +7,13 @@ it would choose there. The compiled kernels are empty stand-ins, since nothing i
 vLLM 0.32, and for a process that does nothing else.
 """
 
-import importlib.abc
-import importlib.machinery
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from serve_app.engines.stand_ins import StandIns, absent
 
 # vLLM's configuration, a model of torch, and the specification of a layer's cache have no types here.
 VllmConfig = Any
@@ -27,12 +26,13 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_DISABLE_LOG_LOGO": "1",
 }  # fmt: skip
 HOPPER, HOPPER_NAME, HOPPER_BYTES, HOPPER_UNITS = (9, 0), "NVIDIA H100 80GB HBM3", 80 * 2**30, 132
-# These modules are compiled for CUDA. Only their import must succeed.
+# These modules are compiled for CUDA, or are needed only to prepare images and to compute. Only their import must succeed.
 COMPILED = frozenset(
     {"vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch", "vllm.cumem_allocator"}
     | {"vllm.vllm_flash_attn._vllm_fa2_C", "vllm.vllm_flash_attn._vllm_fa3_C", "vllm._flashmla_C"}
-    | {"vllm._flashmla_extension_C"}
+    | {"vllm._flashmla_extension_C", "vllm.third_party.flashmla.flash_mla_interface", "vllm.third_party.deep_gemm"}
 )
+OPTIONAL = ("torchvision", "torchaudio", "cuda")
 # These are the namespaces of vLLM's compiled operations, and the operations that say what the card can do.
 OPERATIONS = ("_C", "_moe_C", "_C_cache_ops", "_C_custom_ar", "_flashmla_C", "_vllm_fa2_C", "_vllm_fa3_C")
 ABILITIES = {
@@ -48,25 +48,13 @@ KINDS = (
 )  # fmt: skip
 
 
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports an empty module in the place of one that is compiled for CUDA."""
-
-    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name in COMPILED else None
-
-    def create_module(self, spec: object) -> None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        return None
-
-
 def prepare(rules: str) -> None:
     """Makes this process ready to build models by the rules of "cuda" or "cpu". It is called once, before vLLM is
     imported.
 
-    Uses `vllm.model_executor.models.registry._run_in_subprocess`, seen in vLLM 0.32: vLLM looks at each model class in
-    a process of its own, which takes 18 s, to keep CUDA out of the calling one.
+    Uses `_run_in_subprocess` and `_try_inspect_model_cls` of `vllm.model_executor.models.registry`, seen in vLLM 0.32:
+    vLLM looks at each model class in a process of its own, which takes 18 s, to keep CUDA out of the calling one, and
+    it logs why a class cannot be imported instead of raising it.
     """
     os.environ.update(ENVIRONMENT)
     if rules == "cuda":
@@ -76,16 +64,22 @@ def prepare(rules: str) -> None:
     def inspect(look: Callable[[], Any]) -> Any:
         return look()
 
+    def inspect_or_raise(architecture: str, model: Any) -> Any:
+        return model.inspect_model_cls()
+
     registry._run_in_subprocess = inspect
+    registry._try_inspect_model_cls = inspect_or_raise
 
 
 def pretend_hopper() -> None:
     """Puts a platform with an H100 in the place of the detected one.
 
-    Uses `vllm.platforms._current_platform` and `vllm_version_matches_substr`, `vllm.platforms.cuda.CudaPlatformBase`,
-    and the namespaces of `torch.ops`; seen in vLLM 0.32 and torch 2.13.
+    Uses `_current_platform` and `vllm_version_matches_substr` of `vllm.platforms`, `CudaPlatformBase` of
+    `vllm.platforms.cuda`, and `vllm._custom_ops`, seen in vLLM 0.32.
     """
-    sys.meta_path.insert(0, _StandIns())
+    from serve_app.engines.torch_internals import pretend_gpu, pretend_operations
+
+    sys.meta_path.append(StandIns(COMPILED, OPTIONAL))  # Modules that are installed come before.
     import vllm.platforms
 
     # A build for the CPU would switch Triton off, whose kernels some layers name.
@@ -93,42 +87,8 @@ def pretend_hopper() -> None:
     vllm.platforms._current_platform = _hopper_class()()
     import vllm._custom_ops  # It describes to torch the operations that really exist.
 
-    _pretend_operations()
-    _pretend_streams()
-
-
-def _pretend_operations() -> None:
-    """Lets every compiled operation exist. Layers keep a reference to theirs and call it only when they compute."""
-    import torch
-
-    def absent(*_: object, **__: object) -> None:
-        raise RuntimeError("This operation is a stand-in: a model without storage computes nothing.")
-
-    for name in OPERATIONS:
-        namespace = getattr(torch.ops, name)
-        pretended = type("PretendedNamespace", (type(namespace),), {"__getattr__": lambda self, name: absent})
-        vars(torch.ops)[name] = pretended(name)
-    for name, is_able in ABILITIES.items():
-        setattr(torch.ops._C, name, lambda *_, is_able=is_able: is_able)
-
-
-def _pretend_streams() -> None:
-    """Lets layers make streams and events and ask for the current card. Uses documented parts of `torch.cuda`."""
-    import torch
-
-    class Stand:
-        def __init__(self, *_: object, **__: object) -> None:
-            pass
-
-    properties = SimpleNamespace(
-        major=HOPPER[0], minor=HOPPER[1], name=HOPPER_NAME, total_memory=HOPPER_BYTES, is_integrated=False,
-        multi_processor_count=HOPPER_UNITS, shared_memory_per_block_optin=232448, warp_size=32, L2_cache_size=50 * 2**20,
-    )  # fmt: skip
-    torch.cuda.Stream, torch.cuda.Event = Stand, Stand
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.current_stream = torch.cuda.default_stream = Stand
-    torch.cuda.get_device_properties = lambda *_: properties
-    torch.cuda.get_device_capability = lambda *_: HOPPER
+    pretend_operations(OPERATIONS, ABILITIES, absent)
+    pretend_gpu(HOPPER, HOPPER_NAME, HOPPER_BYTES, HOPPER_UNITS)
 
 
 def _hopper_class() -> type:
@@ -180,25 +140,28 @@ def engine_config(arguments: Mapping[str, Any]) -> VllmConfig:
     return config
 
 
-def model_without_storage(config: VllmConfig, tensor_parallel_size: int) -> Model:
+def model_without_storage(config: VllmConfig, tensor_parallel_size: int, has_real_tables: bool = False) -> Model:
     """Returns the model of rank 0, whose tensors have shapes and types and no memory.
+
+    With `has_real_tables`, small tables that are computed from nothing (`torch.arange` and its like) are real, for
+    models that read numbers from theirs. Without it, those raise NotImplementedError or RuntimeError.
 
     Nothing communicates while a model is built, so a group of one can say that it has any size. Uses
     `vllm.model_executor.model_loader.utils.initialize_model`, `vllm.distributed.parallel_state.get_tp_group` and
     `vllm.utils.torch_utils.set_default_torch_dtype`, seen in vLLM 0.32.
     """
-    import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    from serve_app.engines.torch_internals import without_storage
+
     parallel_state.get_tp_group().world_size = tensor_parallel_size
     with (
         set_current_vllm_config(config),
         set_default_torch_dtype(config.model_config.dtype),
-        torch.device("meta"),
-        _on_meta(),
+        without_storage(has_real_tables),
     ):
         return initialize_model(config)
 
@@ -223,21 +186,6 @@ def stage_of_pipeline(rank: int, partition: Sequence[int]) -> Iterator[None]:
         del os.environ["VLLM_PP_LAYER_PARTITION"]
         for name, value in alone.items():
             setattr(group, name, value)
-
-
-def _on_meta() -> Any:
-    """Returns a mode in which tensors that name the GPU have no storage either."""
-    from torch.overrides import TorchFunctionMode
-
-    class OnMeta(TorchFunctionMode):  # type: ignore[misc]
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = dict(kwargs or {})
-            device = kwargs.get("device")
-            if isinstance(device, int) or str(device).startswith("cuda"):
-                kwargs["device"] = "meta"
-            return function(*args, **kwargs)
-
-    return OnMeta()
 
 
 def cache_specs(config: VllmConfig) -> dict[str, CacheSpec]:
