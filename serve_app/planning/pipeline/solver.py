@@ -23,8 +23,8 @@ from serve_app.planning.pipeline.path import Costs, Fold, Path, cheapest_path, m
 from serve_app.planning.pipeline.span import PipelineModel, Span, pipeline_model
 from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Stage, StageCards, too_small
 
-# Other orders are tried if they take at most so many comparisons, so that a plan takes a bounded time. That is enough
-# for 126 layers on eight cards that all differ, and for sixteen cards of two kinds.
+# Other orders are tried if a search compares at most so many beginnings of splits, which takes a few seconds. That is
+# enough for 126 layers on eight cards that all differ, and for sixteen cards of two kinds.
 MOST_COMPARED = 2**24
 # A bandwidth in GB/s reads so many bytes in 1000 picoseconds.
 PICOSECONDS = 1000
@@ -36,7 +36,7 @@ def solve(
     """Returns the best pipeline that has one stage on each of `cards`, or why there is none.
 
     `facts` are those of the tensor parallel size that the stages have. With `may_reorder`, the cards may be stages in
-    any order, and `Pipeline.every_order` says whether all orders were tried.
+    any order, and `Pipeline.every_order` says whether all orders were tried. Raises ValueError without cards.
     """
     table = _table(facts, cards, demand)
     if isinstance(table, NoPipeline):
@@ -54,7 +54,7 @@ def count(
     facts: RankFacts, cards: Sequence[StageCards], layers: Sequence[int], demand: Demand
 ) -> Pipeline | NoPipeline:
     """Returns the pipeline whose stages have these numbers of layers, on the cards in their order, or why there is
-    none. Raises ValueError if there are not as many numbers as stages."""
+    none. Raises ValueError if there are not as many numbers as stages, or no stages."""
     if len(layers) != len(cards):
         raise ValueError(f"{len(layers)} numbers of layers are given for {len(cards)} stages")
     table = _table(facts, cards, demand)
@@ -77,6 +77,8 @@ def count(
 
 def _table(facts: RankFacts, cards: Sequence[StageCards], demand: Demand) -> "_Table | NoPipeline":
     """Returns the model and its cards as the search needs them, or why no split is possible whatever the rooms are."""
+    if not cards:
+        raise ValueError("a pipeline has at least one stage, and no cards are given")
     if facts.no_stages:
         return NoPipeline(f"vLLM does not split this model into stages: {facts.no_stages}")
     try:
@@ -199,8 +201,8 @@ class _Search:
         if tight is None:
             return None
         allowed = [{key for key, cost in each.items() if cost <= tight.cost} for each in costs]
-        costs = self._costs(table.read_ps)
-        costs = [{key: each[key] for key in keys} for each, keys in zip(costs, allowed, strict=True)]
+        times = zip(self._costs(table.read_ps), allowed, strict=True)
+        costs = [{key: cost for key, cost in each.items() if key in keys} for each, keys in times]
         is_known = known is not None and known.costs[0] == tight.cost
         even = self._cheapest(costs, max, may_reorder, known.costs[1] if known and is_known else None)
         assert even is not None

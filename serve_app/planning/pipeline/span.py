@@ -80,6 +80,7 @@ def _spans(facts: RankFacts, groups: Sequence[Group], stages: int) -> dict[tuple
         for layer in group:
             pages[layer.layer].append((number, layer.page_bytes, layer.alignment))
     count, beside = len(facts.layers), beside_layers(facts, stages)
+    head = max(facts.after, beside.last - beside.middle)  # A tied head is not in `after`.
     spans = {}
     for start in range(count):
         sums, alignment, weights = [0] * len(groups), 1, 0
@@ -90,13 +91,13 @@ def _spans(facts: RankFacts, groups: Sequence[Group], stages: int) -> dict[tuple
                 alignment = lcm(alignment, page_alignment)
             block_bytes = _rounded(max(sums, default=0), alignment if facts.packs_blocks else 1)
             if block_bytes or not groups:
-                spans[start, end] = _span(start, end, weights, block_bytes, count, beside)
+                spans[start, end] = _span(start, end, weights, block_bytes, count, beside, head)
     return spans
 
 
-def _span(start: int, end: int, weights: int, block_bytes: int, count: int, beside: BesideLayers) -> Span:
+def _span(start: int, end: int, weights: int, block_bytes: int, count: int, beside: BesideLayers, head: int) -> Span:
     extra = beside.at(is_first=start == 0, is_last=end == count)
-    read = weights + (beside.last - beside.middle if end == count else 0)
+    read = weights + (head if end == count else 0)
     return Span(start, end, weights + extra, read, block_bytes)
 
 

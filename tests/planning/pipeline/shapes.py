@@ -43,9 +43,21 @@ def _qwen25_7b() -> RankFacts:
     return untied(layers, 1_089_994_752, cache)
 
 
+def _llama_31_70b_awq() -> RankFacts:
+    layers, cache = equal(8, 448_000_000, 65536)
+    return untied(layers, 2_101_346_304, cache)
+
+
 def _llama_32_1b() -> RankFacts:
     layers, cache = equal(8, 121_643_008, 32768)
     return tied(layers, 525_336_576, cache)
+
+
+def _qwen3_30b_a3b() -> RankFacts:
+    """Each stage has the embedding and the head."""
+    layers, cache = equal(8, 1_246_000_000, 16384)
+    both = 2 * 622_329_856
+    return replace(untied(layers, both // 2, cache), beside=BesideLayers(both, both, both))
 
 
 def _deepseek_v2_lite() -> RankFacts:
@@ -144,9 +156,9 @@ def _ring() -> RankFacts:
 SHAPES = {
     "qwen2.5-7b": _qwen25_7b(),
     "qwen2.5-7b-fp8-cache": replace(_qwen25_7b(), cache=equal(7, 0, 16384)[1]),
-    "llama-3.1-70b-awq": untied(*(lambda pair: (pair[0], 2_101_346_304, pair[1]))(equal(8, 448_000_000, 65536))),
+    "llama-3.1-70b-awq": _llama_31_70b_awq(),
     "llama-3.2-1b": _llama_32_1b(),
-    "qwen3-30b-a3b": untied(*(lambda pair: (pair[0], 622_329_856, pair[1]))(equal(8, 1_246_000_000, 16384))),
+    "qwen3-30b-a3b": _qwen3_30b_a3b(),
     "deepseek-v2-lite": _deepseek_v2_lite(),
     "gemma-3": _gemma_3(),
     "gpt-oss": _gpt_oss(),

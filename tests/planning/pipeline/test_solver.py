@@ -66,7 +66,8 @@ def recounted(facts: RankFacts, cards: Sequence[StageCards], ends: Sequence[int]
         if groups and not parts:
             return None
         blocks.append(left // bytes_per_block(parts, facts.packs_blocks) if parts else (blocks[0] if left >= 0 else -1))
-        read = sum(facts.layers[start:end]) + (ends_of.last - ends_of.middle if is_last and ends_of else 0)
+        head = max(facts.after, ends_of.last - ends_of.middle if ends_of else 0)
+        read = sum(facts.layers[start:end]) + (head if is_last else 0)
         times.append(read * 1000 // ((cards[number].bandwidth or 1) if is_timed else 1))
     if min(blocks) < per_request + 1:
         return None
@@ -297,6 +298,12 @@ def test_layers_that_do_not_add_up_are_refused(layers: tuple[int, int], words: s
     assert words in found.reason
     with pytest.raises(ValueError, match="2 numbers of layers are given for 3 stages"):
         count(QWEN, cards_of(20, 20, 20), layers, DEMAND)
+
+
+def test_a_pipeline_without_cards_is_our_own_bug() -> None:
+    """And not a model that does not fit."""
+    with pytest.raises(ValueError, match="no cards are given"):
+        solve(QWEN, [], DEMAND)
 
 
 def test_a_given_stage_without_a_cache_or_room_is_refused() -> None:
