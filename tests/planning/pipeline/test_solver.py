@@ -21,7 +21,7 @@ DEMAND = Demand(max_model_len=2048, max_num_seqs=16, max_num_batched_tokens=512)
 
 # Rooms are drawn around what is needed, so some draws are on the other side of it.
 Search = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 
 
