@@ -67,7 +67,8 @@ class RankFacts:
     head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be on their way at once. With
     `packs_blocks`, pages of several sizes lie side by side in one block. `beside` says what the stages of a pipeline
     have beside their layers, and `no_stages` is vLLM's reason if it does not split the model into stages. Where the
-    engine was not asked for stages, neither is set.
+    engine was not asked for stages, neither is set. A stage that has only `dependent` layers is one that vLLM does not
+    build, or to whose caches it gives other pages than in the whole model.
     """
 
     layers: tuple[int, ...]
@@ -79,6 +80,7 @@ class RankFacts:
     packs_blocks: bool = False
     beside: BesideLayers | None = None
     no_stages: str = ""
+    dependent: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -175,5 +177,5 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
     beside = None if plain["beside"] is None else BesideLayers(**plain["beside"])
     return RankFacts(
         layers=layers, cache=cache, steps=steps, packs_blocks=packs_blocks, beside=beside,
-        no_stages=str(plain["no_stages"]), **numbers,
+        no_stages=str(plain["no_stages"]), dependent=tuple(map(int, plain["dependent"])), **numbers,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 vLLM gives every rank as many blocks of KV cache as the rank with the fewest. The laws of the result, in this order:
 
-1. Every stage has a layer with a KV cache, if any layer of the model has one, and fits into the room of its cards.
+1. Every stage has a layer that vLLM can have as a stage by itself, and fits into the room of its cards.
 2. The KV cache holds at least one request of `max_model_len`.
 3. No other split and no other order holds more tokens. More than `max_num_seqs` requests of `max_model_len` is of no
    use and counts as equal.
@@ -68,7 +68,7 @@ def count(
     ends = tuple(sum(layers[: number + 1]) for number in range(len(layers)))
     path = Path(0, table.kinds, ends)
     if without := [number for number, span in enumerate(path.spans, 1) if span not in table.model.spans]:
-        return NoPipeline(f"stage {without[0]} has no layer with a KV cache, without which vLLM does not start")
+        return NoPipeline(f"stage {without[0]} has no layer that vLLM can have as a stage by itself")
     least = table.stages(path, table.needed)
     if any(stage.spare < 0 for stage in least):
         return too_small(least, demand.max_model_len)
@@ -87,10 +87,10 @@ def _table(facts: RankFacts, cards: Sequence[StageCards], demand: Demand) -> "_T
         return NoPipeline(str(error))
     if len(cards) > model.layers:
         return NoPipeline(f"{len(cards)} stages need a layer each, and the model has {model.layers}")
-    if model.cached_layers and len(cards) > model.cached_layers:
+    if len(cards) > model.anchors:
         return NoPipeline(
-            f"{len(cards)} stages need a layer with a KV cache each, and {model.cached_layers} of the model's "
-            f"{model.layers} layers have one"
+            f"{len(cards)} stages need a layer each that vLLM can have as a stage by itself, and {model.anchors} of "
+            f"the model's {model.layers} layers are such"
         )
     return _Table(model, tuple(cards), demand)
 

@@ -2,12 +2,16 @@
 
 The groups of the KV cache are those of the whole model. A stage has the part of each group that its layers are in, so
 its blocks have the bytes of the widest part. The rules are those of `_project_kv_cache_groups_to_worker` and
-`_get_kv_cache_bytes_per_block` in `vllm.v1.core.kv_cache_utils` of vLLM 0.32. vLLM divides by the bytes of a block, so
-a stage without any KV cache ends it at its start, unless no layer of the model has one.
+`_get_kv_cache_bytes_per_block` in `vllm.v1.core.kv_cache_utils` of vLLM 0.32.
+
+Each stage has an anchor, which is a layer that can be a stage by itself. vLLM divides by the bytes of a block, so a
+layer without a KV cache is none, unless no layer of the model has a cache. Neither are the layers of
+`RankFacts.dependent`: vLLM builds some models only if a stage has a layer with experts, and it pads the states of a
+hybrid model only where a stage has attention.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from math import lcm
 
@@ -34,11 +38,11 @@ class Span:
 @dataclass(frozen=True)
 class PipelineModel:
     """This is a model as the stages of a pipeline see it. `spans` has every stage that is possible, by its start and
-    end. All of the model's `buffers` count in each stage, which is at most what the stage has. A request of
+    end. All of the model's `buffers` count in each stage, which is the most that a stage has. A request of
     `max_model_len` takes `blocks_per_request`, which is 0 for a model without a KV cache."""
 
     layers: int
-    cached_layers: int
+    anchors: int
     buffers: int
     blocks_per_request: int
     spans: dict[tuple[int, int], Span]
@@ -52,12 +56,14 @@ def pipeline_model(facts: RankFacts, stages: int, demand: Demand) -> PipelineMod
     groups = cache_groups(facts.cache, facts.packs_blocks)
     if outside := [layer for group in groups for layer in group if not 0 <= layer.layer < len(facts.layers)]:
         raise ValueError(f"{len(outside)} of its KV caches belong to none of its layers, so no stage can have them")
+    cached = {layer.layer for group in groups for layer in group}
+    anchors = (cached or set(range(len(facts.layers)))) - set(facts.dependent)
     return PipelineModel(
         layers=len(facts.layers),
-        cached_layers=len({layer.layer for group in groups for layer in group}),
+        anchors=len(anchors),
         buffers=facts.buffers,
         blocks_per_request=_blocks_per_request(facts, groups, stages, demand),
-        spans=_spans(facts, groups, stages),
+        spans=_spans(facts, groups, stages, anchors),
     )
 
 
@@ -73,7 +79,7 @@ def _blocks_per_request(facts: RankFacts, groups: Sequence[Group], stages: int, 
     return size // bytes_per_block(groups, facts.packs_blocks)
 
 
-def _spans(facts: RankFacts, groups: Sequence[Group], stages: int) -> dict[tuple[int, int], Span]:
+def _spans(facts: RankFacts, groups: Sequence[Group], stages: int, anchors: Set[int]) -> dict[tuple[int, int], Span]:
     """Returns the possible stages. Each sum is taken from the sum of one layer less."""
     pages: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for number, group in enumerate(groups):
@@ -83,14 +89,15 @@ def _spans(facts: RankFacts, groups: Sequence[Group], stages: int) -> dict[tuple
     head = max(facts.after, beside.last - beside.middle)  # A tied head is not in `after`.
     spans = {}
     for start in range(count):
-        sums, alignment, weights = [0] * len(groups), 1, 0
+        sums, alignment, weights, has_anchor = [0] * len(groups), 1, 0, False
         for end in range(start + 1, count + 1):
             weights += facts.layers[end - 1]
+            has_anchor |= end - 1 in anchors
             for number, page_bytes, page_alignment in pages[end - 1]:
                 sums[number] += page_bytes if facts.packs_blocks else _rounded(page_bytes, page_alignment)
                 alignment = lcm(alignment, page_alignment)
-            block_bytes = _rounded(max(sums, default=0), alignment if facts.packs_blocks else 1)
-            if block_bytes or not groups:
+            if has_anchor:
+                block_bytes = _rounded(max(sums, default=0), alignment if facts.packs_blocks else 1)
                 spans[start, end] = _span(start, end, weights, block_bytes, count, beside, head)
     return spans
 

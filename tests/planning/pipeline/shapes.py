@@ -83,17 +83,19 @@ def _llama_4() -> RankFacts:
 
 
 def _qwen3_next() -> RankFacts:
-    """Three of four layers have a state, whose page is as large as the long blocks of the fourth."""
+    """Three of four layers have a state, whose page is as large as the long blocks of the fourth, and without the
+    fourth kind vLLM does not pad it."""
     cache = tuple(
         full(n, 2_228_224, block=544) if n % 4 == 3 else of_kind(n, "state", 2_228_224, pages=2) for n in range(8)
     )
-    return untied((3_200_000_000,) * 8, 622_329_856, cache)
+    return replace(untied((3_200_000_000,) * 8, 622_329_856, cache), dependent=(0, 1, 2, 4, 5, 6))
 
 
 def _nemotron_h() -> RankFacts:
     """Some layers have no cache at all."""
     cache = (of_kind(0, "state", 1_048_576, pages=2), full(2, 1_048_576, block=256), full(5, 1_048_576, block=256))
-    return untied((300_000_000, 200_000_000, 150_000_000, 200_000_000, 200_000_000, 150_000_000), 1_073_741_824, cache)
+    layers = (300_000_000, 200_000_000, 150_000_000, 200_000_000, 200_000_000, 150_000_000)
+    return replace(untied(layers, 1_073_741_824, cache), dependent=(0,))
 
 
 def _nemotron_nas() -> RankFacts:

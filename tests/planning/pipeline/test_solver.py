@@ -63,7 +63,10 @@ def recounted(facts: RankFacts, cards: Sequence[StageCards], ends: Sequence[int]
         weights = sum(facts.layers[start:end]) + beside
         left = cards[number].rooms.at(is_first, is_last) - weights - facts.buffers
         parts = [part for group in groups if (part := [each for each in group if start <= each.layer < end])]
-        if groups and not parts:
+        cached = [
+            number for number in range(start, end) if any(each.layer == number for part in parts for each in part)
+        ]
+        if not set(cached if groups else range(start, end)) - set(facts.dependent):
             return None
         blocks.append(left // bytes_per_block(parts, facts.packs_blocks) if parts else (blocks[0] if left >= 0 else -1))
         head = max(facts.after, ends_of.last - ends_of.middle if ends_of else 0)
@@ -266,7 +269,7 @@ def test_a_tied_embedding_is_on_the_first_and_on_the_last_stage() -> None:
     ("facts", "stages", "words"),
     [
         (untied(*equal(2, 10, 16)[:1], 10, equal(2, 10, 16)[1]), 3, "3 stages need a layer each, and the model has 2"),
-        (SHAPES["nemotron-h"], 4, "4 stages need a layer with a KV cache each, and 3 of the model's 6 layers have one"),
+        (SHAPES["nemotron-h"], 3, "3 stages need a layer each that vLLM can have as a stage by itself, and 2 of the "),
         (replace(QWEN, no_stages="no such interface"), 2, "vLLM does not split this model into stages: no such"),
         (replace(QWEN, cache=(*CACHE, full(-1, 32768))), 2, "1 of its KV caches belong to none of its layers"),
     ],
@@ -306,13 +309,14 @@ def test_a_pipeline_without_cards_is_our_own_bug() -> None:
         solve(QWEN, [], DEMAND)
 
 
-def test_a_given_stage_without_a_cache_or_room_is_refused() -> None:
-    """vLLM would divide by the bytes of its block, which are 0."""
-    found = count(SHAPES["nemotron-h"], cards_of(20, 20, 20), (2, 1, 3), DEMAND)
-    assert isinstance(found, Pipeline)
-    found = count(SHAPES["nemotron-h"], cards_of(20, 20, 20), (3, 2, 1), DEMAND)
-    assert isinstance(found, NoPipeline)
-    assert found.reason == "stage 2 has no layer with a KV cache, without which vLLM does not start"
+def test_a_given_stage_that_vllm_cannot_have_or_without_room_is_refused() -> None:
+    """vLLM would divide by the bytes of a block, which are 0, or lay out the states of a stage in another way."""
+    facts = SHAPES["nemotron-h"]
+    assert isinstance(count(facts, cards_of(20, 20), (3, 3), DEMAND), Pipeline)
+    for partition, stage in (((2, 4), 1), ((5, 1), None), ((3, 3), None)):
+        found = count(facts, cards_of(20, 20), partition, DEMAND)
+        assert isinstance(found, NoPipeline) == (stage is not None)
+        assert stage is None or found == NoPipeline("stage 1 has no layer that vLLM can have as a stage by itself")
     found = count(QWEN, cards_of(20, 2), (14, 14), DEMAND)
     assert isinstance(found, NoPipeline)
     assert [stage.cards.ids for stage in found.short] == [("n1:1",)]

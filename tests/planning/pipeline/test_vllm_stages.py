@@ -43,7 +43,7 @@ JOBS: Mapping[str, tuple[str, int, tuple[int, ...]]] = {
     "deepseek-v2-lite, 3 stages": ("deepseek-v2-lite", 1, (9, 11, 7)),
     "gpt-oss-20b, 3 stages": ("gpt-oss-20b", 1, (7, 9, 8)),
     "gemma3, 2 stages": ("gemma3", 1, ()),
-    "qwen3-next, 2 stages": ("qwen3-next", 1, ()),
+    "qwen3-next, 2 stages": ("qwen3-next", 1, (4, 4)),
     "qwen3-next-80b, 3 stages of 2": ("qwen3-next-80b", 2, (17, 14, 17)),
     "qwen2.5-vl-7b, 3 stages": ("qwen2.5-vl-7b", 1, (10, 9, 9)),
     "llama-4-scout, 3 stages of 4": ("llama-4-scout", 4, (15, 17, 16)),
@@ -123,3 +123,22 @@ def test_a_stage_holds_what_vllm_builds(name: str, answers: dict[str, tuple[tupl
     least = [theirs["least_blocks"] * their["block_bytes"] for their in stages]
     assert isinstance(counted(least), Pipeline)
     assert isinstance(counted([least[0] - 1, *least[1:]]), NoPipeline)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("name", "dependent"),
+    [
+        ("llama, 2 stages", ()),
+        ("gemma3, 2 stages", ()),
+        ("deepseek-v2-lite, 3 stages", ()),
+        ("qwen3 moe, 3 stages", (0,)),
+        ("qwen3-next, 2 stages", (0, 1, 2, 4, 5, 6)),
+    ],
+)
+def test_layers_that_cannot_be_a_stage_alone_are_known(
+    name: str, dependent: tuple[int, ...], answers: dict[str, tuple[tuple[int, ...], dict[str, Any]]]
+) -> None:
+    """vLLM wants experts in each stage of Qwen3-MoE, and pads the states of a hybrid only where it has attention."""
+    assert rank_of(name, answers[name][1]).dependent == dependent
