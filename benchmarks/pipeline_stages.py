@@ -60,7 +60,7 @@ def facts_of_all() -> list[RankFacts]:
 
 def cards_of(name: str, sizes: Sequence[int], demand: Demand) -> list[StageCards]:
     """Empty cards of so many GiB, one for each stage."""
-    shape = read_architecture(json.loads((CONFIGS / name / "config.json").read_text()))
+    shape = read_architecture(json.loads((CONFIGS / name / "config.json").read_text()), name)
     sequence = (demand.max_num_seqs, BATCHED)
     inner = memory.guessed(
         terms.vllm_activation(shape.hidden_size, shape.intermediate_size, 0, 1, ELEMENT_BYTES, *sequence)
