@@ -57,7 +57,8 @@ def pipeline_model(facts: RankFacts, stages: int, demand: Demand) -> PipelineMod
     if outside := [layer for group in groups for layer in group if not 0 <= layer.layer < len(facts.layers)]:
         raise ValueError(f"{len(outside)} of its KV caches belong to none of its layers, so no stage can have them")
     cached = {layer.layer for group in groups for layer in group}
-    anchors = (cached or set(range(len(facts.layers)))) - set(facts.dependent)
+    everything = set(range(len(facts.layers)))
+    anchors = everything if stages == 1 else (cached or everything) - set(facts.dependent)
     return PipelineModel(
         layers=len(facts.layers),
         anchors=len(anchors),

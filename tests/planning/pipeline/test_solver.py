@@ -336,6 +336,9 @@ def test_a_single_stage_holds_the_whole_model() -> None:
     card = replace(card, rooms=Rooms(20 * GIB, 30 * GIB, 18 * GIB))
     (stage,) = solved(QWEN, [card]).stages
     assert (stage.room, stage.weights, stage.layers) == (18 * GIB, QWEN.weights, 28)
+    hybrid = replace(SHAPES["qwen3-next"], dependent=tuple(range(8)))
+    assert solved(hybrid, cards_of(80)).partition == (8,)
+    assert isinstance(solve(hybrid, cards_of(80, 80), DEMAND), NoPipeline)
 
 
 HARD = (22.0, 22.5, 23.0, 19.0, 14.0, 14.5, 30.0, 30.5)
