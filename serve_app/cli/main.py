@@ -1,24 +1,37 @@
 """`serve-app` is the command for what Ray's own `serve` command does not do.
 
-Exit codes: 0 means yes, 1 means no, 2 means that the input is wrong, and 130 that Ctrl-C came before anything started.
+Exit codes: 0 means yes, 1 means no, 2 means that the input is wrong, 130 that Ctrl-C came before anything started, and
+141 that the reader of a pipe has gone away.
 
 A command's module is imported when that command runs, because Ray, torch and transformers cost seconds of CPU each, and
 most commands need none of them.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from serve_app import __version__
-from serve_app.cli.exit_codes import INTERRUPTED
+from serve_app.cli.exit_codes import INTERRUPTED, READER_GONE
 from serve_app.errors import ServeAppError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    try:
+        try:
+            return _answer(argv)
+        finally:
+            sys.stdout.flush()  # The interpreter would do so at its end, and print an error if the reader is gone.
+    except BrokenPipeError:
+        _silence()
+        return READER_GONE
+
+
+def _answer(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
     try:
         return _run(options)
@@ -27,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _silence() -> None:
+    """Sends what is still in the buffers of the two streams to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -194,10 +217,9 @@ def _add_init(commands: Any) -> None:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 < port < 65536:
-        raise argparse.ArgumentTypeError(f"{port} is not a port. Write a number from 1 to 65535.")
-    return port
+    if not text.isdecimal() or len(text) > 5 or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port. Write a number from 1 to 65535.")
+    return int(text)
 
 
 def _at_once(text: str) -> tuple[int, int]:

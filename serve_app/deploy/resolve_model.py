@@ -1,15 +1,19 @@
 """Resolves one model in a cluster to its config with all that the plan chose, and to what its replica asks of Ray."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from serve_app.config import ModelConfig
-from serve_app.errors import ConfigError
-from serve_app.facts.checkpoint import read_checkpoint, with_absolute_paths
+from serve_app.engines.model_requests import answered, read_request
+from serve_app.errors import ConfigError, PlacementError
+from serve_app.facts.checkpoint import with_absolute_paths
+from serve_app.facts.engine_facts import NO_FACTS
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.resolve import Resolved, resolve
-from serve_app.planning.resource_demand import require_room
+from serve_app.planning.resource_demand import Demand, require_replicas, require_room
+from serve_app.terminal import notify
 
 
 def needs_devices(config: ModelConfig) -> bool:
@@ -28,7 +32,26 @@ def resolve_model(
     resolved = _planned(config, inventory, unclaimed)
     chosen = config if resolved is None else resolved.config
     demand = require_room(chosen, nodes, None if resolved is None else resolved.demand)
-    return Resolved(with_absolute_paths(chosen), demand)
+    facts = NO_FACTS if resolved is None else resolved.facts
+    return Resolved(with_absolute_paths(chosen), demand, facts)
+
+
+def require_all_replicas(
+    config: ModelConfig, count: int, demand: Demand, nodes: Sequence[Node], inventory: Inventory
+) -> None:
+    """Raises PlacementError if the cluster could not hold `count` replicas of a model, each with this demand, even if
+    it were empty: by Ray's own books, or by the plan, if the plan has room for one."""
+    require_replicas(demand, count, nodes)
+    if count == 1:
+        return
+    try:
+        request = _request(config)
+        if request.unplanned:
+            return
+        resolve(request, inventory)
+    except (ConfigError, PlacementError):  # The plan does not know this model or this cluster, so it refuses nothing.
+        return
+    resolve(replace(request, replicas=count), inventory)
 
 
 def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Inventory | None) -> Resolved | None:
@@ -36,12 +59,17 @@ def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Invent
     if inventory is None or not needs_devices(config) or not (inventory.gpus or is_auto):
         return None
     try:
-        checkpoint = read_checkpoint(config.model, config.revision)
+        request = _request(config)
     except ConfigError:
         if is_auto:
             raise
         return None
-    request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
     if request.unplanned and not is_auto:
         return None
     return resolve(request, inventory, unclaimed)
+
+
+def _request(config: ModelConfig) -> ModelRequest:
+    """Returns the model with the facts of its checkpoint, and of the engines if they are installed here. Raises
+    ConfigError."""
+    return answered([read_request("model", config)], lambda text: notify(f"{config.model}: {text}"))[0]

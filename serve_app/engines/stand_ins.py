@@ -10,12 +10,23 @@ VERSION = "0.28.0"
 
 
 class _Absent(type):
-    """A class of which every attribute is a class of the same kind, so that it can stand for whatever is imported."""
+    """A class of which every attribute is a class of the same kind, so that it can stand for whatever is imported. It
+    can be called with anything."""
 
     def __getattr__(cls, name: str) -> "_Absent":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Absent(name, (), {})
+        return look_up(name)
+
+
+def look_up(name: str) -> _Absent:
+    """Returns what stands for the name. Raises AttributeError for Python's own names."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Absent(name, (_Anything,), {})
+
+
+class _Anything:
+    def __init__(self, *_: object, **__: object):
+        pass
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -34,18 +45,21 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Gives the module whatever is looked up in it."""
-
-        def look_up(name: str) -> _Absent:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return _Absent(name, (), {})
-
         vars(module).update(__getattr__=look_up, __version__=VERSION)
 
 
-def absent(*_: object, **__: object) -> None:
-    """Stands for an operation. Raises RuntimeError, because a model without storage computes nothing."""
-    raise RuntimeError("This operation is a stand-in: a model without storage computes nothing.")
+class _Operation:
+    """An operation that is not there, and its overloads."""
+
+    def __call__(self, *_: object, **__: object) -> None:
+        """Raises RuntimeError."""
+        raise RuntimeError("This operation is a stand-in: a model without storage computes nothing.")
+
+    def __getattr__(self, name: str) -> "_Operation":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
 
 
-vars(absent)["default"] = absent
+# It stands for any operation. To call it raises RuntimeError.
+absent = _Operation()

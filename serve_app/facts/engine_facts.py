@@ -113,6 +113,19 @@ class PtFacts:
     state: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class EngineFacts:
+    """This is all that engines say of one model. `vllm_fp8` is what vLLM says with a KV cache in 8 bits. What was not
+    asked, or has no answer, is None."""
+
+    vllm: VllmFacts | None = None
+    vllm_fp8: VllmFacts | None = None
+    pt: PtFacts | None = None
+
+
+NO_FACTS = EngineFacts()
+
+
 # These fields of a config.json change nothing of a model's layout. Copies of one model often differ in them.
 _WITHOUT_EFFECT = frozenset(
     {"transformers_version", "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"}

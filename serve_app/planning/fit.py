@@ -7,7 +7,7 @@ from typing import Any
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
-from serve_app.facts.engine_facts import RankFacts, VllmFacts
+from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
@@ -18,7 +18,7 @@ from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
 from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
-from serve_app.planning.vllm_formulas import rank_by_formula
+from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
@@ -51,8 +51,8 @@ class AtOnce:
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
-    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `vllm_facts` is what vLLM's own code
-    says of an architecture for which there are no formulas.
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `engine_facts` is what the engines'
+    own code says of an architecture for which there are no formulas, and `facts_problem` is why an engine said nothing.
 
     `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
@@ -64,7 +64,8 @@ class ModelRequest:
     tensors: tuple[Tensor, ...]
     replicas: int = 1
     at_once: AtOnce | None = None
-    vllm_facts: VllmFacts | None = None
+    engine_facts: EngineFacts = NO_FACTS
+    facts_problem: str = ""
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -94,7 +95,8 @@ class ModelRequest:
         kind = str(config.vllm_args.get("kv_cache_dtype", "auto"))
         if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
             return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
-        if config.quantization not in (None, "fp8", self.architecture.quantization):
+        can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
+        if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         return self.missing_facts
 
@@ -102,20 +104,27 @@ class ModelRequest:
     def missing_facts(self) -> str:
         """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
         name, backend = self.architecture.name, self.config.infer_backend
+        how = f" It was asked: {self.facts_problem}." if self.facts_problem else ""
         lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.architecture.has_formulas
         if backend == "vllm" and lacks_vllm:
             return (
                 f"infer_backend: vllm: the plan has no formulas for {name} in vLLM, and it has not been told the sizes "
                 "of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where vLLM is installed, "
-                "which asks it and keeps the answer."
+                f"which asks it and keeps the answer.{how}"
             )
         if backend != "vllm" and lacks_pt and (backend == "pt" or lacks_vllm):
             return (
                 f"infer_backend: {backend}: the plan has no formulas for {name}, and it has not been told the sizes of "
                 "its weights and its KV cache by the engine's own code. Run `serve-app plan` where the engine is "
-                "installed, which asks it and keeps the answer."
+                f"installed, which asks it and keeps the answer.{how}"
             )
         return ""
+
+    @property
+    def vllm_facts(self) -> VllmFacts | None:
+        """Returns what vLLM's own code says, for the type of the KV cache that the config asks for."""
+        is_fp8 = str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8")
+        return self.engine_facts.vllm_fp8 if is_fp8 else self.engine_facts.vllm
 
     @property
     def is_planned_for_vllm(self) -> bool:
@@ -133,9 +142,9 @@ class ModelRequest:
         if self._uses_vllm_facts:
             assert self.vllm_facts is not None
             return self.vllm_facts.ranks[tp]
-        key = ("rank", tp, self.element_bytes, self.kv_element_bytes)
+        sizes = (self.element_bytes, self.kv_element_bytes, self.config.device == "cpu")
+        key = ("rank", tp, *sizes)
         if key not in self.memo:
-            sizes = (self.element_bytes, self.kv_element_bytes)
             self.memo[key] = rank_by_formula(self.architecture, self.tensors, tp, *sizes)
         found: RankFacts = self.memo[key]
         return found
@@ -145,6 +154,26 @@ class ModelRequest:
         if self._uses_vllm_facts:
             return memory.vllm_own_buffers(self.rank_facts(tp).buffers)
         return memory.vllm_buffers(self.architecture, self.element_bytes)
+
+    def kv_bytes(self, tp: int, tokens: int, batched: int) -> int:
+        """Returns the bytes of KV cache on one of `tp` ranks of vLLM for one request of `tokens` tokens. `batched` is
+        `max_num_batched_tokens`."""
+        key = ("kv", tp, tokens, batched, self.element_bytes, self.kv_element_bytes, self.config.device)
+        if key not in self.memo:
+            self.memo[key] = kv_bytes_per_request(self.rank_facts(tp), tokens, batched)
+        return int(self.memo[key])
+
+    def spare_bytes(self, tp: int) -> int:
+        """Returns the bytes of the block of KV cache that vLLM keeps empty on one of `tp` ranks."""
+        key = ("spare", tp, self.element_bytes, self.kv_element_bytes, self.config.device)
+        if key not in self.memo:
+            self.memo[key] = spare_bytes(self.rank_facts(tp))
+        return int(self.memo[key])
+
+    @property
+    def knows_blocks(self) -> bool:
+        """Returns whether the plan knows vLLM's blocks of KV cache, which on the CPU may depend on the machine."""
+        return self._uses_vllm_facts or self.config.device != "cpu" or has_plain_cache(self.architecture)
 
     def tensor_parallel_problem(self, size: int) -> str:
         """Returns why vLLM refuses the tensor parallel size, or an empty text if it takes it."""
@@ -185,9 +214,8 @@ class ModelRequest:
     def rank_weights(self, tp: int) -> Figure:
         """Returns the bytes of the weights on one of `tp` ranks of vLLM. If vLLM does not take that size, it is a share
         of the weights on one rank, which only orders models and compares fixes."""
-        if self._uses_vllm_facts:
-            assert self.vllm_facts is not None
-            rank = self.vllm_facts.ranks.get(tp)
+        if self._uses_vllm_facts or not self.architecture.has_formulas:
+            rank = self.vllm_facts.ranks.get(tp) if self.vllm_facts is not None else None
             return Figure(self._most_weights // tp) if rank is None else Figure(rank.weights)
         rounds = self.config.quantization == "fp8" and self.architecture.quantization is None
         key = (tp, self.element_bytes, rounds)
@@ -242,8 +270,7 @@ def fit_vllm(
     if (problem := _rows_problem(request, rows)) is not None:
         return problem
 
-    layout = request.rank_facts(tp)
-    per_request = kv_bytes_per_request(layout, request.max_model_len, batched)
+    per_request = request.kv_bytes(tp, request.max_model_len, batched)
     fixed = weights + activation + graph + context
     limit = int((request.config.share or 1.0) * device.total_bytes)
     room = min(available(device, free), limit) - fixed.bytes
@@ -254,13 +281,17 @@ def fit_vllm(
             return problem
     most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
     cache = _vllm_cache(request, on_gpu, min(room, most - (weights + activation + graph).bytes), per_request)
-    spare = spare_bytes(layout)
-    least = max(per_request, _bytes_at_once(request.at_once, layout, batched)) + spare
+    spare, wanted = request.spare_bytes(tp), request.at_once
+    at_once = 0 if wanted is None else wanted.requests * request.kv_bytes(tp, wanted.tokens, batched)
+    least = max(per_request, at_once) + spare
     needed = max(least, request.config.kv_cache_memory_bytes or 0)
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return _small_cache(request, least)
     if cache < least or cache > room:
-        return _shortage(request, (device, free), fixed, needed, needed - min(room, max(cache, 0)))
+        return _shortage(
+            request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
+            _bounds(request, [(device, free)], [limit]),
+        )  # fmt: skip
     ranks = tuple(
         RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
     )
@@ -271,6 +302,7 @@ def fit_vllm(
         kv_tokens=full * request.max_model_len,
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
+        kv_block_bytes=spare if request.knows_blocks else 0,
     )  # fmt: skip
 
 
@@ -281,11 +313,6 @@ def _vllm_cache(request: ModelRequest, on_gpu: bool, room: int, per_request: int
     if not per_request:  # A model that only encodes has no cache, but vLLM wants a number.
         return NO_CACHE_BYTES
     return room if on_gpu else VLLM_CPU_KV_BYTES
-
-
-def _bytes_at_once(wanted: AtOnce | None, layout: RankFacts, batched: int) -> int:
-    """Returns the bytes of KV cache that all wanted requests take on a rank."""
-    return 0 if wanted is None else wanted.requests * kv_bytes_per_request(layout, wanted.tokens, batched)
 
 
 def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
@@ -365,7 +392,8 @@ def fit_pt(
         least = max(cells(1, 1), min(least, most))
     mapped = at(least)
     if mapped is None:
-        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills)
+        bounds = _bounds(request, devices, limits)
+        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills, bounds)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
@@ -401,19 +429,20 @@ def _pt_shortage(
     whole: BlockGroup,
     tokens: int,
     spills: bool,
+    bounds: str,
 ) -> Shortage:
     device, first = devices[0][0], whole.blocks[0].weights
     if not spills and rooms[0] < first:
         return Shortage(
             "over_commit",
             f"The model's first block takes {gib(first)}, but {device.id} has {gib(max(0, rooms[0]))} left after "
-            "context and activations.",
+            f"context and activations.{bounds}",
             first - rooms[0],
         )
     cache = whole.cache(tokens, request.config.max_num_seqs or PT_MAX_NUM_SEQS)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), len(devices))
+    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
     if spills or not device.is_gpu:
         return short
     tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
@@ -501,7 +530,13 @@ def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
 
 
 def _shortage(
-    request: ModelRequest, seat: tuple[Device, int], fixed: Figure, cache: int, missing: int, devices: int = 1
+    request: ModelRequest,
+    seat: tuple[Device, int],
+    fixed: Figure,
+    cache: int,
+    missing: int,
+    bounds: str,
+    devices: int = 1,
 ) -> Shortage:
     device, free = seat
     held, planned = device.total_bytes - device.free_bytes, device.free_bytes - free
@@ -518,9 +553,21 @@ def _shortage(
     return Shortage(
         "over_commit",
         f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
-        f"{_held(request)} on {where}, which is {gib(missing)} too much.{others}",
+        f"{_held(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
         missing,
     )
+
+
+def _bounds(request: ModelRequest, seats: Sequence[tuple[Device, int]], limits: Sequence[int]) -> str:
+    """Returns sentences on what keeps a replica from all that is free on its devices: limits of the config, and the
+    plan's reserve on each other GPU."""
+    pairs = list(zip(seats, limits, strict=True))
+    limited = [f"{gib(limit)} of {device.id}" for (device, free), limit in pairs if limit < available(device, free)]
+    field = "max_memory" if request.config.max_memory else f"num_gpus: {request.config.share or 1:g}"
+    text = f" {field} allows {' and '.join(limited)}, context and activations included." if limited else ""
+    if any(device.is_gpu and limit >= available(device, free) for (device, free), limit in pairs):
+        text += f" The plan keeps {memory.RESERVE_SHARE * 100:g} % of each card free."
+    return text
 
 
 def gib(size: float) -> str:

@@ -80,7 +80,7 @@ def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_byte
     """Returns the bytes of a tensor on one of `tp` ranks. `element_bytes` is as for `Tensor.bytes_as`."""
     stem = _ENDING.sub("", tensor.name)
     size = tensor.bytes_as(4 if _FLOAT32.search(stem) else element_bytes)
-    if _VOCABULARY.search(stem):
+    if _VOCABULARY.search(stem) and tensor.elements and tensor.shape:  # A scale of all words has no rows.
         return size // tensor.shape[0] * padded_vocabulary(tensor.shape[0]) // tp
     if stem.endswith("qkv_proj"):
         per_head = size // (architecture.heads + 2 * architecture.kv_heads)
@@ -103,7 +103,7 @@ def weights_per_rank_in_fp8(
     kept, rounded = 0, 0
     for tensor in loaded(tensors, architecture):
         size = rank_bytes(tensor, architecture, tp, element_bytes)
-        if len(tensor.shape) > 1 and _LINEAR.search(_ENDING.sub("", tensor.name)):
+        if len(tensor.shape) > 1 and tensor.elements and _LINEAR.search(_ENDING.sub("", tensor.name)):
             rounded += size * tensor.elements // tensor.bytes_as(element_bytes)
         else:
             kept += size

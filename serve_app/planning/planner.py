@@ -11,12 +11,17 @@ from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
-from serve_app.planning.memory import GIB
+from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 from serve_app.planning.resource_demand import native_share
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
+
+# With these words ends a message that names the cure itself.
+RUN_ON_CPU = "to run it on the CPU."
+# These fields do not go with `device: cpu`.
+ONLY_GPU = ("max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type", "tensor_parallel_size")
 
 Seats = Sequence[tuple[Device, int]]
 
@@ -227,7 +232,8 @@ def _cap_problem(request: ModelRequest, seats: Seats) -> Shortage | None:
             return Shortage(
                 "max_memory",
                 f"max_memory: {{{device.index}: {gib(cap)}}} is more than {device.id} has left "
-                f"({gib(max(0, available(device, free)))}, less a reserve).",
+                f"({gib(max(0, available(device, free)))}, without the {RESERVE_SHARE * 100:g} % of each card that the "
+                "plan keeps free).",
                 cap - available(device, free),
             )
     return None
@@ -361,7 +367,9 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     if config.device == "cpu":
         return "device: cpu needs host memory, but the inventory names none."
     if not inventory.gpus:
-        return "there is no GPU. Set device: cpu to run it on the CPU."
+        fields = [name for name in ONLY_GPU if getattr(config, name) is not None]
+        also = f" and leave out {' and '.join(fields)}" if fields else ""
+        return f"there is no GPU. Set device: cpu{also} {RUN_ON_CPU}"
     if not any(_is_of_type(unit, gpus) for gpus in inventory.node_gpus().values()):
         names = sorted({gpus[0].name for gpus in inventory.node_gpus().values()})
         return (

@@ -6,6 +6,7 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
+from serve_app.facts.engine_facts import NO_FACTS, EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
@@ -20,10 +21,12 @@ _GATE = "gpu_memory_utilization"
 
 @dataclass(frozen=True)
 class Resolved:
-    """This is a config that says all that its replica needs, and what the replica asks of Ray."""
+    """This is a config that says all that its replica needs, what the replica asks of Ray, and what engines said of its
+    model, so that the replica plans by the same facts."""
 
     config: ModelConfig
     demand: Demand
+    facts: EngineFacts = NO_FACTS
 
 
 def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | None = None) -> Resolved:
@@ -41,7 +44,7 @@ def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | 
     if unclaimed is not None and model.ranks[0].device.by_index:
         beside = make_plan([replace(request, config=model.config)], unclaimed)
         model = beside.models[0] if beside.fits else model
-    return Resolved(_with_gpus(model), planned_demand(model, empty))
+    return Resolved(_with_gpus(model), planned_demand(model, empty), request.engine_facts)
 
 
 def _with_gpus(model: ModelPlan) -> ModelConfig:
@@ -78,10 +81,11 @@ def _without_gate(config: ModelConfig) -> dict[str, Any]:
 
 
 def _cache_bytes(model: ModelPlan) -> int:
-    """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit."""
+    """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit beside the
+    block that vLLM keeps empty."""
     cache = model.ranks[0].kv_cache.bytes
     rounded = cache // MIB * MIB
-    return rounded if rounded >= model.kv_bytes_per_request else cache
+    return rounded if rounded >= model.kv_bytes_per_request + model.kv_block_bytes else cache
 
 
 def kv_blocks(model: ModelPlan) -> int | None:

@@ -11,22 +11,36 @@ from serve_app.facts.weights import Tensor
 from serve_app.planning.layer_map import block_number
 from serve_app.planning.memory import linear_state_bytes, loaded, rank_bytes
 
-# A block of KV cache has this many tokens on CUDA. MLA's kernel for fp8 takes 64.
+# A block of KV cache has this many tokens on CUDA. MLA's kernel for fp8 takes 64. On the CPU, only the blocks of plain
+# attention do not depend on the machine.
 BLOCK_TOKENS = 16
+CPU_BLOCK_TOKENS = 128
 MLA_FP8_BLOCK_TOKENS = 64
 # A linear attention layer has two pages for each sequence, because prefix caching, the default, keeps one more.
 STATE_PAGES = 2
 # With asynchronous scheduling, vLLM's default on GPUs, two steps' tokens may be on their way at once.
 CONCURRENT_STEPS = 2
+CPU_STEPS = 1
 
 _KINDS: dict[str, CacheKind] = {"full": "full", "sliding": "sliding", "mla": "mla", "linear": "state"}
 
 
+def has_plain_cache(architecture: Architecture) -> bool:
+    """Returns whether all layers are attention with keys and values, windows or not."""
+    return {"full", "sliding"}.issuperset(architecture.layers)
+
+
 def rank_by_formula(
-    architecture: Architecture, tensors: Iterable[Tensor], tp: int, element_bytes: int, kv_element_bytes: int
+    architecture: Architecture,
+    tensors: Iterable[Tensor],
+    tp: int,
+    element_bytes: int,
+    kv_element_bytes: int,
+    on_cpu: bool = False,
 ) -> RankFacts:
     """Returns one of `tp` equal ranks of vLLM. `element_bytes` is of a weight, and `kv_element_bytes` of an element of
-    KV cache."""
+    KV cache. `on_cpu` gives the blocks of vLLM's CPU build to a model with a plain cache."""
+    is_cpus = on_cpu and has_plain_cache(architecture)
     blocks: dict[int, int] = defaultdict(int)
     for tensor in loaded(tensors, architecture):
         blocks[block_number(tensor.name, architecture)] += rank_bytes(tensor, architecture, tp, element_bytes)
@@ -36,16 +50,18 @@ def rank_by_formula(
         before=blocks[-1],
         after=blocks[count],
         buffers=architecture.rotary_elements * element_bytes,
-        cache=cache_layers(architecture, tp, element_bytes, kv_element_bytes),
-        steps=CONCURRENT_STEPS,
+        cache=cache_layers(architecture, tp, element_bytes, kv_element_bytes, is_cpus),
+        steps=CPU_STEPS if is_cpus else CONCURRENT_STEPS,
     )
 
 
 def cache_layers(
-    architecture: Architecture, tp: int, element_bytes: int, kv_element_bytes: int
+    architecture: Architecture, tp: int, element_bytes: int, kv_element_bytes: int, is_cpus: bool = False
 ) -> tuple[CacheLayer, ...]:
-    """Returns the cache of each layer on one of `tp` ranks."""
+    """Returns the cache of each layer on one of `tp` ranks. `is_cpus` is for a plain cache of vLLM's CPU build."""
     tokens, size = _page(architecture, tp, element_bytes, kv_element_bytes)
+    if is_cpus:
+        tokens, size = CPU_BLOCK_TOKENS, size // BLOCK_TOKENS * CPU_BLOCK_TOKENS
     return tuple(
         CacheLayer(
             layer=number,

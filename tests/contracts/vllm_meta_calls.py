@@ -48,7 +48,7 @@ def calls() -> dict[str, Any]:
                 "page_of": lambda specs=specs: vllm.page_of(next(iter(specs.values()))),
                 "state_pages": lambda config=config, specs=specs: states(config, specs),
                 "forms_of": lambda specs=specs: len(set(vllm.forms_of(specs).values())),
-                "cached_modules": lambda config=config: sorted(vllm.cached_modules(config)) >= sorted(specs),
+                "cached_modules": lambda config=config, specs=specs: vllm.cached_modules(config).keys() >= specs.keys(),
                 "is_head": lambda model=model: sum(map(vllm.is_head, model.modules())),
                 "bytes_per_request": lambda config=config, groups=groups: vllm.bytes_per_request(config, groups, 1600),
             }

@@ -19,6 +19,7 @@ from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
+from serve_app.planning.resolve import kv_blocks
 from serve_app.replica import memory_watch
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.deployment import left_by_others
@@ -163,7 +164,9 @@ class StubbornEngine:
 async def test_the_watch_goes_on_whatever_fails(serve_context: list[ReplicaReport]) -> None:
     """And takes its report back at the end."""
     engine = StubbornEngine()
-    watch = MemoryWatch(config(), engine, plan_replica(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    plan = plan_replica(config(), GPUS)
+    assert plan is not None
+    watch = MemoryWatch(config(), engine, plan, GPUS)  # type: ignore[arg-type]
     await watch.start(ready_after_s=3.0)
     for _ in range(1000):
         if engine.calls >= 6:
@@ -172,7 +175,7 @@ async def test_the_watch_goes_on_whatever_fails(serve_context: list[ReplicaRepor
     told = [report for report in serve_context if report.devices]
     assert told[0].devices[0].device == "GPU-a"
     assert told[0].devices[0].held == 4 * GIB + 2
-    assert told[0].blocks == BlocksReport(None, 90)
+    assert told[0].blocks == BlocksReport(kv_blocks(plan), 90)
     await watch.stop()
     assert serve_context == []
 
@@ -242,6 +245,7 @@ def test_a_report_of_another_version_is_none() -> None:
         assert parsed_report(text) is None
 
 
+@pytest.mark.slow
 async def test_a_whole_gpu_is_waited_for_but_not_for_ever() -> None:
     """After a SIGKILL what ran there may take some seconds to end; who stays is told."""
     held = [Gpu(0, "GPU-a", "card", 24 * GIB, 10 * GIB)]

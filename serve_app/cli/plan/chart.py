@@ -13,6 +13,7 @@ from serve_app.facts.inventory import Device
 from serve_app.planning.fit import gib
 from serve_app.planning.memory import GIB, Certainty, Figure
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
+from serve_app.planning.planner import RUN_ON_CPU
 
 Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "spare", "others"]
 
@@ -109,11 +110,15 @@ class ModelNote:
 
 @dataclass(frozen=True)
 class ProblemNote:
-    """This is a model that has no place. `fix` is the smallest change that helps, or empty if none was found."""
+    """This is a model that has no place. `fix` is the smallest change that helps, or empty if none was found.
+
+    `names_cure` means that the message itself says what to do.
+    """
 
     model: str
     message: str
     fix: str
+    names_cure: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,8 @@ def cells(sizes: Sequence[int], width: int) -> list[int]:
 
 def _problem_note(problem: Problem) -> ProblemNote:
     fix = "" if problem.fix is None else problem.fix.text
-    return ProblemNote(printable(problem.model), printable(problem.message), printable(fix))
+    names_cure = problem.message.endswith(RUN_ON_CPU)
+    return ProblemNote(printable(problem.model), printable(problem.message), printable(fix), names_cure)
 
 
 def _verdict(plan: Plan) -> str:

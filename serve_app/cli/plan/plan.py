@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from serve_app.cli.cluster import connected
-from serve_app.cli.output_file import write_file
+from serve_app.cli.output_file import require_folder, write_file
 from serve_app.cli.plan.requests import MODEL_OPTIONS, requests_of_file, requests_of_options
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
@@ -20,6 +21,8 @@ from serve_app.planning.what_fits import what_fits
 def plan(options: argparse.Namespace) -> int:
     """Prints the plan. Returns 0 if everything fits, and 1 otherwise. Raises ConfigError for wrong input."""
     _require_one_way(options)
+    for target in filter(None, (options.svg, options.write)):
+        require_folder(target)
     requests = requests_of_options(options) if options.model else requests_of_file(options.config)
     if options.at_once is not None:
         requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
@@ -83,6 +86,7 @@ def _show(made: Plan, options: argparse.Namespace) -> None:
         from serve_app.cli.plan.svg import plan_svg
 
         write_file(options.svg, plan_svg(made))
+        print(f"The picture is in {options.svg}.", file=sys.stderr)  # stdout is for the plan.
     if options.write is not None:
         from serve_app.cli.plan.write import write_plan
 

@@ -174,7 +174,7 @@ def _problem(page: _Page, problem: ProblemNote) -> None:
     page.space(4)
     if problem.fix:
         page.prose(f"smallest fix: {problem.fix}", 12, "good", indent=16, width=INNER - 16, is_mono=True)
-    else:
+    elif not problem.names_cure:
         page.prose("No small change was found that would help.", 12, "dim", indent=16)
     page.space(10)
     height = page.y - top

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
+from serve_app.cli.page_console import PageConsole
 from serve_app.cli.plan.chart import printable
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import Plan
@@ -18,7 +18,7 @@ PIPE_WIDTH = 160
 def print_table(table: Table) -> None:
     """Prints a table to stdout, as wide as the terminal or 160 columns in a pipe."""
     is_terminal = sys.stdout.isatty()
-    Console(file=sys.stdout, highlight=False, width=None if is_terminal else PIPE_WIDTH).print(table)
+    PageConsole(width=None if is_terminal else PIPE_WIDTH).print(table)
 
 
 def fits_table(ways: Sequence[Way]) -> Table:

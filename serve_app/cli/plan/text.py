@@ -5,7 +5,6 @@ also differ by their signs, so that nothing is said by colour alone.
 """
 
 import os
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from serve_app.cli.page_console import PageConsole
 from serve_app.cli.plan.chart import CERTAINTIES, LABELS, Bar, Chart, Kind, cells, chart_of, marked, printable, title_of
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
@@ -49,7 +49,7 @@ ASCII = Signs(dict(zip(LABELS, "#=~-+.x", strict=True)), "-", ".")
 
 def print_plan(plan: Plan) -> None:
     """Prints a plan to stdout, in colour if the terminal shows colours."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = PageConsole()
     is_unicode = (console.encoding or "").lower().startswith("utf")
     for line in page(plan, _width(console), UNICODE if is_unicode else ASCII):
         console.print(line, soft_wrap=True)
@@ -74,7 +74,7 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
         lines += _wrapped(problem.message, width)
         if problem.fix:  # People copy the fix, so it stays on one line, however wide it is.
             lines.append(Text.assemble("    smallest fix: ", (problem.fix, "bold green")))
-        else:
+        elif not problem.names_cure:
             lines.append(Text("    No small change was found that would help."))
     return [*lines, Text(), Text(chart.verdict, "bold green" if chart.fits else "bold red")]
 

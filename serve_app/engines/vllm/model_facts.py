@@ -88,14 +88,16 @@ def answer(job: Mapping[str, Any]) -> dict[str, Any]:
         try:
             ranks[size] = rank_facts(job, size)
         except Exception as error:  # Whatever vLLM raises is its reason.
-            refusals[size] = reason_of(error)
+            refusals[size] = reason_of(error, str(job["folder"]))
     return {"facts": facts_to_json(VllmFacts(ranks, refusals))}
 
 
-def reason_of(error: Exception) -> str:
-    """Returns an error as one line. An assertion without words is named by its source line."""
+def reason_of(error: Exception, folder: str = "") -> str:
+    """Returns an error as one line, without the name of the model's folder. An assertion without words is named by its
+    source line."""
     frames = traceback.extract_tb(error.__traceback__)
     text = " ".join(str(error).split()) or (frames[-1].line if frames else "") or "no reason"
+    text = text.replace(folder, "its folder") if folder else text
     if found := _OF_PYDANTIC.search(text):
         return found[1][:MOST_REASON]
     return f"{type(error).__name__}: {text}"[:MOST_REASON]

@@ -26,13 +26,13 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_DISABLE_LOG_LOGO": "1",
 }  # fmt: skip
 HOPPER, HOPPER_NAME, HOPPER_BYTES, HOPPER_UNITS = (9, 0), "NVIDIA H100 80GB HBM3", 80 * 2**30, 132
-# These modules are compiled for CUDA, or are needed only to prepare images and to compute. Only their import must succeed.
+# These modules are compiled for CUDA, and those of `OPTIONAL` prepare images or compute. Their import must succeed.
 COMPILED = frozenset(
     {"vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch", "vllm.cumem_allocator"}
     | {"vllm.vllm_flash_attn._vllm_fa2_C", "vllm.vllm_flash_attn._vllm_fa3_C", "vllm._flashmla_C"}
     | {"vllm._flashmla_extension_C", "vllm.third_party.flashmla.flash_mla_interface", "vllm.third_party.deep_gemm"}
 )
-OPTIONAL = ("torchvision", "torchaudio", "cuda")
+OPTIONAL = ("torchvision", "torchaudio", "cuda", "cutlass")
 # These are the namespaces of vLLM's compiled operations, and the operations that say what the card can do.
 OPERATIONS = ("_C", "_moe_C", "_C_cache_ops", "_C_custom_ar", "_flashmla_C", "_vllm_fa2_C", "_vllm_fa3_C")
 ABILITIES = {
@@ -79,7 +79,9 @@ def pretend_hopper() -> None:
     """
     from serve_app.engines.torch_internals import pretend_gpu, pretend_operations
 
-    sys.meta_path.append(StandIns(COMPILED, OPTIONAL))  # Modules that are installed come before.
+    # A build for CUDA has the compiled modules, but they need its driver.
+    sys.meta_path.insert(0, StandIns(COMPILED, ()))
+    sys.meta_path.append(StandIns((), OPTIONAL))
     import vllm.platforms
 
     # A build for the CPU would switch Triton off, whose kernels some layers name.

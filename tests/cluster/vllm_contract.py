@@ -1,6 +1,6 @@
 """Calls every part of a running vLLM that `serve_app/engines/vllm/vllm_internals.py` uses.
 
-    python -m tests.contracts.vllm_calls
+    python -m tests.cluster.vllm_contract
 
 prints one JSON object: for each function its result, or the error that says what has changed. It starts an engine with
 the demo model on the CPU, and kills it at the end.
