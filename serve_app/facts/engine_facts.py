@@ -65,10 +65,12 @@ class RankFacts:
 
     `before` is what comes before the layers (embeddings and encoders), and `after` is what comes after them (norm and
     head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be on their way at once. With
-    `packs_blocks`, pages of several sizes lie side by side in one block. `beside` says what the stages of a pipeline
-    have beside their layers, and `no_stages` is vLLM's reason if it does not split the model into stages. Where the
-    engine was not asked for stages, neither is set. A stage that has only `dependent` layers is one that vLLM does not
-    build, or to whose caches it gives other pages than in the whole model.
+    `packs_blocks`, pages of several sizes lie side by side in one block. `max_model_len` is the longest request that
+    vLLM takes of itself, in tokens, and 0 if that is not known.
+
+    `beside` says what the stages of a pipeline have beside their layers, and `no_stages` is vLLM's reason if it does
+    not split the model into stages. Where the engine was not asked for stages, neither is set. A stage that has only
+    `dependent` layers is one that vLLM does not build, or to whose caches it gives other pages than in the whole model.
     """
 
     layers: tuple[int, ...]
@@ -78,6 +80,7 @@ class RankFacts:
     cache: tuple[CacheLayer, ...]
     steps: int = 2
     packs_blocks: bool = False
+    max_model_len: int = 0
     beside: BesideLayers | None = None
     no_stages: str = ""
     dependent: tuple[int, ...] = ()
@@ -186,9 +189,9 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
     numbers = {name: int(plain[name]) for name in ("before", "after", "buffers")}
     cache = tuple(CacheLayer(**layer) for layer in plain["cache"])
     layers = tuple(map(int, plain["layers"]))
-    steps, packs_blocks = int(plain["steps"]), bool(plain["packs_blocks"])
+    numbers |= {name: int(plain[name]) for name in ("steps", "max_model_len")}
     beside = None if plain["beside"] is None else BesideLayers(**plain["beside"])
     return RankFacts(
-        layers=layers, cache=cache, steps=steps, packs_blocks=packs_blocks, beside=beside,
+        layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), beside=beside,
         no_stages=str(plain["no_stages"]), dependent=tuple(map(int, plain["dependent"])), **numbers,
     )  # fmt: skip

@@ -204,7 +204,13 @@ class ModelRequest:
     @property
     def max_model_len(self) -> int:
         """Returns the tokens of the longest request."""
-        return self.config.max_model_len or self.architecture.max_model_len
+        return self.config.max_model_len or self.own_length
+
+    @property
+    def own_length(self) -> int:
+        """Returns the tokens of the longest request that the model itself allows."""
+        ranks = self.vllm_facts.ranks.values() if self.vllm_facts is not None and self._uses_vllm_facts else ()
+        return max((rank.max_model_len for rank in ranks), default=0) or self.architecture.max_model_len
 
     @property
     def weights(self) -> int:

@@ -118,7 +118,7 @@ def _candidates(problem: Problem, request: ModelRequest, inventory: Inventory, h
         percents = range(int(config.vllm_args["gpu_memory_utilization"] * 100) - 1, 0, -1)
         yield from (change("engine_args", _with_utilization(config, percent / 100)) for percent in percents)
     if problem.code == "max_model_len":
-        yield change("max_model_len", request.architecture.max_model_len)
+        yield change("max_model_len", request.own_length)
     if problem.code == "max_memory":
         yield from (change("max_memory", caps) for caps in _lower_caps(request, inventory))
     if problem.code == "small_cache":

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,8 @@ def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
     assert plan.fits
     assert plan.models[0].ranks[0].weights.bytes == 10**9
     assert plan.models[0].kv_bytes_per_request == 4096 // 16 * 2 * 65536
+    longer = VllmFacts({1: replace(rank(), max_model_len=8192)})
+    assert make_plan([asked(longer)], parse_gpus("24GiB")).models[0].max_model_len == 8192
     assert make_plan([asked(facts, tensor_parallel_size=2)], parse_gpus("2x24GiB")).fits
     (problem,) = make_plan([asked(facts, tensor_parallel_size=4)], parse_gpus("4x24GiB")).problems
     assert problem.code == "tensor_parallel"
