@@ -330,12 +330,26 @@ def test_windows_hold_the_tokens_of_one_step_for_each_stage_and_one_more() -> No
     assert (two.blocks_per_request, four.blocks_per_request) == (512 + 105 + 0, 512 + 169)
 
 
+def test_one_block_more_than_a_request_takes_is_needed() -> None:
+    """vLLM keeps one of them empty. A byte less is refused."""
+    layers, cache = equal(2, 1000, 4096)
+    facts = untied(layers, 500, cache)
+    room = 1000 + 500 + facts.buffers + (2048 // 16 + 1) * 4096
+    found = solve(facts, [StageCards((name,), Rooms(room, room, room)) for name in ("n1:0", "n1:1")], DEMAND)
+    assert isinstance(found, Pipeline)
+    assert (found.blocks, found.full_length_requests, found.kv_tokens) == (129, 1, 2048)
+    less = [StageCards((name,), Rooms(room - 1, room - 1, room - 1)) for name in ("n1:0", "n1:1")]
+    refused = solve(facts, less, DEMAND)
+    assert isinstance(refused, NoPipeline)
+    assert refused.missing_bytes == 1
+
+
 def test_a_single_stage_holds_the_whole_model() -> None:
     """The smaller of its rooms counts."""
-    (card,) = cards_of(20)
-    card = replace(card, rooms=Rooms(20 * GIB, 30 * GIB, 18 * GIB))
-    (stage,) = solved(QWEN, [card]).stages
-    assert (stage.room, stage.weights, stage.layers) == (18 * GIB, QWEN.weights, 28)
+    for first, last in ((20, 18), (18, 20)):
+        rooms = Rooms(first * GIB, 30 * GIB, last * GIB)
+        (stage,) = solved(QWEN, [StageCards(("n1:0",), rooms)]).stages
+        assert (stage.room, stage.weights, stage.layers) == (18 * GIB, QWEN.weights, 28)
     hybrid = replace(SHAPES["qwen3-next"], dependent=tuple(range(8)))
     assert solved(hybrid, cards_of(80)).partition == (8,)
     assert isinstance(solve(hybrid, cards_of(80, 80), DEMAND), NoPipeline)
