@@ -101,12 +101,27 @@ class VllmFacts:
 
 
 @dataclass(frozen=True)
+class BlockNames:
+    """This says which modules of a model belong to which block, by their names.
+
+    `layers` has the lists of layers ("model.layers"), each of `count` modules. `before` has the modules that lie with
+    the embedding. All other modules come after the last layer.
+    """
+
+    layers: tuple[str, ...]
+    before: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
 class PtFacts:
-    """This is what transformers says of a model: bytes of the weights of each block, and of its cache.
+    """This is what transformers says of a model: bytes of the weights of each block, and of its cache in pt.
 
     `layers`, `kv` and `state` have one number for each layer: its weights, its cache for a token, and its cache for a
     sequence. `before` holds the embedding and what is computed before the layers, and `after` the norm and the head. A
-    tied head is in `before` alone.
+    tied head, of `tied_head` bytes, is in `before` alone. `buffers` are what the model makes itself, for `before`, each
+    layer and `after`.
+    `alone` says why pt computes one request at a time without a cache, and is empty if it does not.
     """
 
     layers: tuple[int, ...]
@@ -114,6 +129,15 @@ class PtFacts:
     after: int
     kv: tuple[int, ...]
     state: tuple[int, ...]
+    buffers: tuple[int, ...]
+    names: BlockNames
+    tied_head: int = 0
+    alone: str = ""
+
+    @property
+    def weights(self) -> int:
+        """Returns the bytes of all parameters."""
+        return self.before + sum(self.layers) + self.after
 
 
 @dataclass(frozen=True)
@@ -179,8 +203,7 @@ def facts_to_json(facts: VllmFacts | PtFacts) -> dict[str, Any]:
 def facts_from_json(engine: str, plain: Mapping[str, Any]) -> VllmFacts | PtFacts:
     """Returns the facts of a decoded answer. Raises KeyError, TypeError or ValueError for another form."""
     if engine == "pt":
-        sizes = {name: tuple(map(int, plain[name])) for name in ("layers", "kv", "state")}
-        return PtFacts(before=int(plain["before"]), after=int(plain["after"]), **sizes)
+        return _pt_facts(plain)
     ranks = {int(tp): _rank(rank) for tp, rank in plain["ranks"].items()}
     return VllmFacts(ranks, {int(tp): str(reason) for tp, reason in plain["refusals"].items()})
 
@@ -195,3 +218,18 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
         layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), beside=beside,
         no_stages=str(plain["no_stages"]), dependent=tuple(map(int, plain["dependent"])), **numbers,
     )  # fmt: skip
+
+
+def _pt_facts(plain: Mapping[str, Any]) -> PtFacts:
+    def sizes(name: str) -> tuple[int, ...]:
+        return tuple(map(int, plain[name]))
+
+    named = plain["names"]
+    names = BlockNames(tuple(map(str, named["layers"])), tuple(map(str, named["before"])), int(named["count"]))
+    facts = PtFacts(
+        sizes("layers"), int(plain["before"]), int(plain["after"]), sizes("kv"), sizes("state"), sizes("buffers"),
+        names, int(plain["tied_head"]), str(plain["alone"]),
+    )  # fmt: skip
+    if not len(facts.layers) == len(facts.kv) == len(facts.state) == len(facts.buffers) - 2 == names.count:
+        raise ValueError("its lists have different lengths")
+    return facts

@@ -7,7 +7,7 @@ from typing import Any
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
-from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, RankFacts, VllmFacts
+from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, PtFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
@@ -79,6 +79,13 @@ class ModelRequest:
         return memory.dtype_bytes(self.architecture, self.config.dtype)
 
     @property
+    def pt_rows(self) -> int:
+        """Returns how many sequences pt runs at once."""
+        if self.pt_facts is not None and self.pt_facts.alone:
+            return 1
+        return self.config.max_num_seqs or PT_MAX_NUM_SEQS
+
+    @property
     def kv_element_bytes(self) -> int:
         """Returns the bytes of an element of KV cache, which is 1 with fp8."""
         return 1 if str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8") else self.element_bytes
@@ -101,11 +108,16 @@ class ModelRequest:
         return self.missing_facts
 
     @property
+    def is_planned_for_pt(self) -> bool:
+        """Returns whether there are formulas for the architecture in pt, or transformers' own facts."""
+        return self.architecture.has_formulas or self.pt_facts is not None
+
+    @property
     def missing_facts(self) -> str:
         """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
         name, backend = self.architecture.name, self.config.infer_backend
         how = f" It was asked: {self.facts_problem}." if self.facts_problem else ""
-        lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.architecture.has_formulas
+        lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.is_planned_for_pt
         if backend == "vllm" and lacks_vllm:
             return (
                 f"infer_backend: vllm: the plan has no formulas for {name} in vLLM, and it has not been told the sizes "
@@ -125,6 +137,11 @@ class ModelRequest:
         """Returns what vLLM's own code says, for the type of the KV cache that the config asks for."""
         is_fp8 = str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8")
         return self.engine_facts.vllm_fp8 if is_fp8 else self.engine_facts.vllm
+
+    @property
+    def pt_facts(self) -> PtFacts | None:
+        """Returns what transformers' own code says."""
+        return self.engine_facts.pt
 
     @property
     def is_planned_for_vllm(self) -> bool:
@@ -233,9 +250,12 @@ class ModelRequest:
 
     @property
     def _most_weights(self) -> int:
-        """Returns the most bytes that all ranks together have by vLLM's own code, or those of the checkpoint."""
+        """Returns the most bytes that all ranks together have by vLLM's own code, or those of the checkpoint, or those
+        of transformers' own code."""
         ranks = self.vllm_facts.ranks if self.vllm_facts is not None else {}
         stored = sum(tensor.bytes_as(self.element_bytes) for tensor in self.tensors)
+        if not stored and self.pt_facts is not None:
+            stored = self.pt_facts.weights
         return max((size * rank.weights for size, rank in ranks.items()), default=stored)
 
 
@@ -370,9 +390,9 @@ def fit_pt(
 ) -> ModelPlan | Shortage:
     """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
     free."""
-    rows = request.config.max_num_seqs or PT_MAX_NUM_SEQS
+    rows = request.pt_rows
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
-    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, copies_tied=on_cpu)
+    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, request.pt_facts, on_cpu)
     overheads = [_pt_overhead(request, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
@@ -445,7 +465,7 @@ def _pt_shortage(
             f"context and activations.{bounds}",
             first - rooms[0],
         )
-    cache = whole.cache(tokens, request.config.max_num_seqs or PT_MAX_NUM_SEQS)
+    cache = whole.cache(tokens, request.pt_rows)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
     short = _shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
@@ -481,9 +501,11 @@ def _most_tokens(
 
 def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, rows: int) -> tuple[Figure, Figure]:
     """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`."""
-    peaks = memory.pt_activation(
-        request.architecture, request.element_bytes, rows, PT_CHUNK_TOKENS, min(request.max_model_len, 4096)
-    )
+    alone = request.pt_facts is not None and bool(request.pt_facts.alone)
+    # A model that runs alone computes the whole text in one pass.
+    chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
+    tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
+    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:

@@ -127,8 +127,9 @@ def test_a_sum_with_an_unknown_part_is_unknown() -> None:
 
 def test_another_number_of_blocks_is_a_line() -> None:
     """Only where both are known and differ."""
-    same, other = (replace(told(f"r{made}", GIB), blocks=BlocksReport(90, made)) for made in (90, 89))
-    text = report(seen(3, 3, same, other, replace(told("r0", GIB), blocks=BlocksReport(None, 5))))
+    counts = ((90, 90), (90, 89), (None, 5))
+    reports = [replace(told(f"r{number}", GIB), blocks=BlocksReport(*pair)) for number, pair in enumerate(counts)]
+    text = report(seen(3, 3, *reports))
     assert [line for line in text.splitlines() if "blocks" in line] == [
-        "m r89: the plan has 90 blocks of KV cache, and vLLM has made 89."
+        "m r1: the plan has 90 blocks of KV cache, and vLLM has made 89."
     ]
