@@ -29,13 +29,35 @@ class CacheLayer:
 
 
 @dataclass(frozen=True)
+class BesideLayers:
+    """These are the weights that a stage of a pipeline has beside its layers, in bytes: the first stage, any stage
+    between, and the last one.
+
+    They are as vLLM builds them. A tied embedding is on the first and on the last stage, and many architectures build
+    their encoders, and a few their embeddings, on every stage.
+    """
+
+    first: int
+    middle: int
+    last: int
+
+    def at(self, is_first: bool, is_last: bool) -> int:
+        """Returns what a stage of a pipeline of two or more has."""
+        return self.first if is_first else self.last if is_last else self.middle
+
+
+@dataclass(frozen=True)
 class RankFacts:
     """This is one of the equal ranks of a tensor parallel group that holds all layers. Sizes are in bytes.
 
-    `before` is what the first stage of a pipeline has beside its layers (embeddings and encoders), and `after` is what
-    the last one has (norm and head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be
-    on their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block. `max_model_len` is
-    the longest request that vLLM takes of itself, in tokens, and 0 if that is not known.
+    `before` is what comes before the layers (embeddings and encoders), and `after` is what comes after them (norm and
+    head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be on their way at once. With
+    `packs_blocks`, pages of several sizes lie side by side in one block. `max_model_len` is the longest request that
+    vLLM takes of itself, in tokens, and 0 if that is not known.
+
+    `beside` says what the stages of a pipeline have beside their layers, and `no_stages` is vLLM's reason if it does
+    not split the model into stages. Where the engine was not asked for stages, neither is set. A stage that has only
+    `dependent` layers is one that vLLM does not build, or to whose caches it gives other pages than in the whole model.
     """
 
     layers: tuple[int, ...]
@@ -46,6 +68,9 @@ class RankFacts:
     steps: int = 2
     packs_blocks: bool = False
     max_model_len: int = 0
+    beside: BesideLayers | None = None
+    no_stages: str = ""
+    dependent: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -133,7 +158,11 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
     cache = tuple(CacheLayer(**layer) for layer in plain["cache"])
     layers = tuple(map(int, plain["layers"]))
     numbers |= {name: int(plain[name]) for name in ("steps", "max_model_len")}
-    return RankFacts(layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), **numbers)
+    beside = None if plain["beside"] is None else BesideLayers(**plain["beside"])
+    return RankFacts(
+        layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), beside=beside,
+        no_stages=str(plain["no_stages"]), dependent=tuple(map(int, plain["dependent"])), **numbers,
+    )  # fmt: skip
 
 
 def _pt_facts(plain: Mapping[str, Any]) -> PtFacts:

@@ -20,7 +20,7 @@ from serve_app.facts.engine_facts import PtFacts, VllmFacts, facts_from_json, fa
 
 SHIPPED = Path(__file__).parent / "shipped.json.gz"
 # This is the number of the form of answers. Those of another form are asked for again.
-FORM = 2
+FORM = 3
 
 # These fields of a config.json change nothing of a model's layout. Copies of one model often differ in them.
 _WITHOUT_EFFECT = frozenset(

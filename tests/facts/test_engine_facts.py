@@ -6,11 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts, facts_from_json, facts_to_json
+from serve_app.facts.engine_facts import (
+    BesideLayers,
+    CacheLayer,
+    RankFacts,
+    VllmFacts,
+    facts_from_json,
+    facts_to_json,
+)
 from serve_app.facts.known_facts import Answer, Question, answer_from_json, facts_folder, known_answer
 
 RANK = RankFacts(layers=(10, 20), before=5, after=6, buffers=7, cache=(CacheLayer(0, "sliding", 16, 4096, window=128),))
-FACTS = VllmFacts({1: RANK, 2: replace(RANK, before=3)}, {3: "3 does not divide the heads"})
+OTHERS = {
+    2: replace(RANK, beside=BesideLayers(5, 1, 6), dependent=(0,)),
+    4: replace(RANK, before=3, no_stages="no such interface"),
+}
+FACTS = VllmFacts({1: RANK, **OTHERS}, {3: "3 does not divide the heads"})
 QUESTION = Question("vllm", "0.32.0", {"model_type": "x", "hidden_size": 8}, {"dtype": "auto"})
 
 
