@@ -2,7 +2,7 @@
 # make test       build .venv, then run every check and test
 # make test-fast  build .venv, then run the tests that need neither Ray nor vLLM and compute little
 # make docs       build .venv, then build the documentation site in site/
-.PHONY: serve test test-fast lint docs install lock model picture upgrade-check
+.PHONY: serve test test-fast lint docs install lock model picture facts upgrade-check
 CONFIG ?= deploy_configs/local.yaml
 # Workers for tests. Each imports torch or has a Ray beside it, so there are four at most.
 WORKERS ?= $(shell n=$$(nproc); echo $$(( n > 4 ? 4 : n )))
@@ -39,6 +39,10 @@ test-fast: install
 
 lock:
 	scripts/lock.sh
+
+# Asks the engines again what they say of public models, which the package ships.
+facts: install
+	SERVE_APP_CACHE=$$(mktemp -d) .venv/bin/python -m scripts.ship_facts
 
 # Tries the newest Ray, vLLM, transformers and accelerate, each in an environment of its own.
 upgrade-check: install

@@ -22,8 +22,9 @@ from serve_app.facts.packages import engine_versions
 MODULES = {"vllm": "serve_app.engines.vllm.model_facts", "pt": "serve_app.engines.pt.model_facts"}
 # What a message calls the code that is asked.
 OWNERS = {"vllm": "vLLM's", "pt": "transformers'"}
-# The imports take 10 to 30 s, and a large model on the meta device takes a few seconds. What is longer has gone wrong.
-TIMEOUT_S = 300.0
+# The imports take 10 to 30 s of processor time, and a model takes up to ten, at each tensor parallel size up to three.
+# What takes longer than this on a busy machine has gone wrong.
+TIMEOUT_S, TIMEOUT_PER_JOB_S = 240.0, 30.0
 # A message repeats this many letters of the process's last words.
 MOST_REASON = 300
 
@@ -74,12 +75,13 @@ def _job(question: Question, folder: Path | None, scratch: Path) -> dict[str, An
 def _run(module: str, jobs: Sequence[Mapping[str, Any]], scratch: Path) -> list[dict[str, Any]] | str:
     """Returns what the process wrote, or why it wrote nothing."""
     asked, answered = scratch / "jobs.json", scratch / "answers.json"
+    timeout = TIMEOUT_S + TIMEOUT_PER_JOB_S * len(jobs)
     asked.write_text(json.dumps(jobs))
     with _process([sys.executable, "-m", module, str(asked), str(answered)], scratch / "log") as process:
         try:
-            process.wait(TIMEOUT_S)
+            process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return f"its code did not answer within {TIMEOUT_S:.0f} s"
+            return f"its code did not answer within {timeout:.0f} s"
     try:
         written = json.loads(answered.read_bytes())
         if len(written) == len(jobs):

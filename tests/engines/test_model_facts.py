@@ -91,6 +91,7 @@ def test_a_process_that_hangs_is_ended_with_its_children(
 ) -> None:
     """A plan waits for a bounded time."""
     monkeypatch.setattr(model_facts, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(model_facts, "TIMEOUT_PER_JOB_S", 0.0)
     pid = tmp_path / "pid"
     engine(f"""
         child = os.fork()
