@@ -109,16 +109,16 @@ def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows
 def _fill(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int) -> LayerMap:
     parts: list[list[Block]] = [[] for _ in limits]
     device, position = 0, 0
+    weights = kv = largest = state = 0  # These are sums over the device's blocks, since a plan fills very often.
     while position < len(blocks) and device < len(limits):
-        candidate = [*parts[device], blocks[position]]
-        if _size(candidate, tokens, rows) <= limits[device]:
-            parts[device] = candidate
+        block = blocks[position]
+        cache = tokens * (kv + block.kv + max(largest, block.kv)) + rows * (state + block.state)
+        if weights + block.weights + cache <= limits[device]:
+            parts[device].append(block)
+            weights, kv, state = weights + block.weights, kv + block.kv, state + block.state
+            largest = max(largest, block.kv)
             position += 1
         else:
             device += 1
+            weights = kv = largest = state = 0
     return LayerMap(tuple(BlockGroup(tuple(part)) for part in parts), BlockGroup(tuple(blocks[position:])))
-
-
-def _size(blocks: Iterable[Block], tokens: int, rows: int) -> int:
-    blocks = tuple(blocks)
-    return sum(block.weights for block in blocks) + cache_bytes(blocks, tokens, rows)

@@ -69,6 +69,13 @@ class State:
         return State(used, self.whole | whole, shares, {**self.homes, plan.name: Home(indices, nodes)})
 
 
+@dataclass
+class Tally:
+    """Counts the placements that were tried, since this is what a plan costs."""
+
+    placements: int = 0
+
+
 @dataclass(frozen=True)
 class Placed:
     """Describes a way to place a replica."""
@@ -88,19 +95,20 @@ def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int
         (replace(request, replicas=number) for request in calibrated for number in range(max(1, request.replicas))),
         key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),
     )
-    placed = _search(units, inventory, tries)
+    tally = Tally()
+    placed = _search(units, inventory, tries, tally)
     if placed is not None:
-        return _plan(placed, [], inventory)
+        return _plan(placed, [], inventory, tally)
     models, problems, state = [], [], State()
     for unit in units:
-        found, shortage = _first(unit, inventory, state)
+        found, shortage = _first(unit, inventory, state, tally)
         if found is None:
             assert shortage is not None
             problems.append(Problem(shortage.code, unit.name, shortage.message, shortage.missing))
         else:
             models.append(found.plan)
             state = found.state
-    return _plan(models, problems, inventory)
+    return _plan(models, problems, inventory, tally)
 
 
 def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> Inventory:
@@ -121,26 +129,31 @@ def _is_unbounded(unit: ModelRequest) -> bool:
     return config.infer_backend != "pt" and all(bound is None for bound in bounds)
 
 
-def _plan(models: Sequence[ModelPlan], problems: Sequence[Problem], inventory: Inventory) -> Plan:
+def _plan(models: Sequence[ModelPlan], problems: Sequence[Problem], inventory: Inventory, tally: Tally) -> Plan:
     ordered = sorted(models, key=lambda model: (model.name, model.replica))
-    return Plan(inventory.devices, tuple(ordered), tuple(dict.fromkeys(problems)))
+    return Plan(inventory.devices, tuple(ordered), tuple(dict.fromkeys(problems)), placements=tally.placements)
 
 
-def _search(units: Sequence[ModelRequest], inventory: Inventory, tries: int) -> list[ModelPlan] | None:
+def _search(units: Sequence[ModelRequest], inventory: Inventory, tries: int, tally: Tally) -> list[ModelPlan] | None:
     """Searches depth first over the ways to place each unit. Returns None if there is no way or the tries are used
     up."""
     ways: list[Iterator[Placed]] = []
     placed: list[Placed] = []
+    stuck: set[int] = set()
     for _ in range(tries + len(units)):
         if len(placed) == len(units):
             return [item.plan for item in placed]
         if len(ways) == len(placed):
             state = placed[-1].state if placed else State()
-            ways.append(_ways(units[len(placed)], inventory, state))
+            ways.append(_ways(units[len(placed)], inventory, state, tally))
         found = next(ways[-1], None)
         if found is not None:
             placed.append(found)
             continue
+        if len(placed) not in stuck:  # A unit that has no place on empty devices has none anywhere.
+            stuck.add(len(placed))
+            if next(_ways(units[len(placed)], inventory, State(), tally), None) is None:
+                return None
         ways.pop()  # No way is left here, so the one before has to go elsewhere.
         if not placed:
             return None
@@ -148,9 +161,11 @@ def _search(units: Sequence[ModelRequest], inventory: Inventory, tries: int) -> 
     return [item.plan for item in placed] if len(placed) == len(units) else None
 
 
-def _first(unit: ModelRequest, inventory: Inventory, state: State) -> tuple[Placed | None, Shortage | None]:
+def _first(
+    unit: ModelRequest, inventory: Inventory, state: State, tally: Tally
+) -> tuple[Placed | None, Shortage | None]:
     best: Shortage | None = None
-    for item in _attempts(unit, inventory, state):
+    for item in _attempts(unit, inventory, state, tally):
         if isinstance(item, Placed):
             return item, None
         if best is None or item.missing < best.missing:
@@ -158,11 +173,11 @@ def _first(unit: ModelRequest, inventory: Inventory, state: State) -> tuple[Plac
     return None, best or Shortage("no_device", _no_device(unit, inventory), 0)
 
 
-def _ways(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Placed]:
-    return (item for item in _attempts(unit, inventory, state) if isinstance(item, Placed))
+def _ways(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) -> Iterator[Placed]:
+    return (item for item in _attempts(unit, inventory, state, tally) if isinstance(item, Placed))
 
 
-def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Placed | Shortage]:
+def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) -> Iterator[Placed | Shortage]:
     """Yields all ways to place a unit, the best first, and the reasons why the others fail."""
     is_auto = unit.config.infer_backend == "auto"
     for choice in choices(unit, inventory):
@@ -178,6 +193,7 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterato
             for seats in _seats(request, inventory, state)
             if not is_auto or choice.config.infer_backend == "pt" or _is_unused(seats, state)
         ]
+        tally.placements += len(found)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
         yield from (item for item in found if isinstance(item, Shortage))
 
@@ -259,7 +275,8 @@ def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
     if not devices[0].is_gpu:
         return [memory.get("cpu", devices[0].total_bytes)]
     if config.gpu_indices and memory:
-        return [memory[index] for index in config.gpu_indices]
+        caps = [memory[index] for index in config.gpu_indices]
+        return caps + [0] * (len(devices) - len(caps))  # num_gpus may be more than max_memory names.
     return [int((config.share or 1.0) * device.total_bytes) for device in devices]
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from serve_app.facts.inventory import Device
 from serve_app.planning.fit import gib
 from serve_app.planning.memory import GIB, Certainty, Figure
-from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
+from serve_app.planning.plan import TERMS, Fix, ModelPlan, Plan, Problem, RankPlan
 
 Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "spare", "others"]
 
@@ -108,12 +108,22 @@ class ModelNote:
 
 
 @dataclass(frozen=True)
+class FixNote:
+    """This is a change that helps: the model that it belongs to, or nothing for a card, what to write, and what that
+    loses and gains."""
+
+    model: str
+    text: str
+    effect: str
+
+
+@dataclass(frozen=True)
 class ProblemNote:
-    """This is a model that has no place. `fix` is the smallest change that helps, or empty if none was found."""
+    """This is a model that has no place. `fixes` are the changes that help, of which the first one costs least."""
 
     model: str
     message: str
-    fix: str
+    fixes: tuple[FixNote, ...]
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,7 @@ class Chart:
     bars: tuple[Bar, ...]
     models: tuple[ModelNote, ...]
     problems: tuple[ProblemNote, ...]
+    joint_fixes: tuple[FixNote, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -142,7 +153,8 @@ def chart_of(plan: Plan) -> Chart:
     notes = [BY_INDEX] if any(device.by_index for device in plan.devices) else []
     notes += ["The devices differ so much in size that each bar has a scale of its own."] if own_scales else []
     models, problems = tuple(_model_notes(plan.models)), tuple(map(_problem_note, plan.problems))
-    return Chart(_verdict(plan), plan.fits, (*notes, *plan.notes), tuple(scaled), models, problems)
+    joint = tuple(map(_fix_note, plan.joint_fixes))
+    return Chart(_verdict(plan), plan.fits, (*notes, *plan.notes), tuple(scaled), models, problems, joint)
 
 
 def marked(figure: Figure) -> str:
@@ -203,8 +215,11 @@ def cells(sizes: Sequence[int], width: int) -> list[int]:
 
 
 def _problem_note(problem: Problem) -> ProblemNote:
-    fix = "" if problem.fix is None else problem.fix.text
-    return ProblemNote(printable(problem.model), printable(problem.message), printable(fix))
+    return ProblemNote(printable(problem.model), printable(problem.message), tuple(map(_fix_note, problem.fixes)))
+
+
+def _fix_note(fix: Fix) -> FixNote:
+    return FixNote(printable(fix.model), printable(fix.text), printable(fix.effect))
 
 
 def _verdict(plan: Plan) -> str:

@@ -1,0 +1,155 @@
+"""Searches the changes of one model that make it fit: single fields first, and then pairs of fields."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from serve_app.planning.fixes.ladder import Changes, Ladder, as_lines, changed
+from serve_app.planning.fixes.model_ladders import ladders_of
+from serve_app.planning.fixes.price import TIERS, tier_of
+from serve_app.planning.fixes.trial import Trial
+from serve_app.planning.fixes.wording import gains_of
+from serve_app.planning.plan import Fix, Problem
+
+MOST_FIXES = 3
+# Of a pair of fields with many values that cannot be bisected, so many pairs of values are tried.
+MOST_VALUES = 48
+
+Works = Callable[[Changes], bool]
+
+
+def fixes_of(problem: Problem, trial: Trial, cured: str | None = None) -> tuple[Fix, ...]:
+    """Returns up to three fixes of a problem by its model's own fields, the cheapest first, one for each field.
+
+    With `cured` they are changes of this model that give another one its place.
+    """
+    search = _Search(problem.model, cured or problem.model, problem.code, trial)
+    ladders = sorted(ladders_of(trial.request(problem.model), problem.code, trial), key=lambda ladder: ladder.price)
+    fixes: list[Fix] = []
+    for tier in range(len(TIERS)):
+        search.extend(fixes, [(ladder,) for ladder in ladders if tier_of(ladder.price) == tier])
+        if not fixes:
+            search.extend(fixes, _pairs(ladders, search, tier))
+    return tuple(fixes)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """This is the model whose fields are changed, the one that is to get a place, and the trial of both."""
+
+    model: str
+    cured: str
+    code: str
+    trial: Trial
+
+    def works(self, changes: Changes) -> bool:
+        return self.trial.helped(self.cured, {self.model: changes}) is not None
+
+    def extend(self, fixes: list[Fix], ways: Iterable[tuple[Ladder, ...]]) -> None:
+        """Adds the fixes by these ladders or pairs of ladders, but no second one of the same fields."""
+        for ladders in ways:
+            if len(fixes) >= MOST_FIXES:
+                return
+            single = len(ladders) == 1
+            changes = least(ladders[0], self.works) if single else least_pair(ladders[0], ladders[1], self.works)
+            fix = None if changes is None else self._fix(ladders, changes)
+            if fix is not None and _fields(fix.changes) not in map(_fields, (known.changes for known in fixes)):
+                fixes.append(fix)
+
+    def _fix(self, ladders: Sequence[Ladder], changes: Sequence[Changes]) -> Fix | None:
+        lines = as_lines(self.trial.request(self.model), sum(changes, ()))
+        after = self.trial.helped(self.cured, {self.model: lines})
+        if after is None:
+            return None
+        loses = " and ".join(filter(None, (ladder.loses(part) for ladder, part in zip(ladders, changes, strict=True))))
+        gains = gains_of(self.cured, self.trial.plan, after.plan)
+        return Fix(self.model, lines, sum(ladder.price for ladder in ladders), loses, gains)
+
+
+def _fields(changes: Changes) -> frozenset[str]:
+    return frozenset(change.field for change in changes)
+
+
+def least(ladder: Ladder, works: Works) -> tuple[Changes] | None:
+    """Returns the smallest change of a ladder that works, or None if none does."""
+    for part in ladder.parts:
+        found = _climb(part, works)
+        if found is not None:
+            return (_polished(ladder, found, works),)
+    return None
+
+
+def least_pair(first: Ladder, second: Ladder, works: Works) -> tuple[Changes, Changes] | None:
+    """Returns the smallest changes of two ladders that work together, or None if there are none. The costlier one is
+    as small as can be, and then the other."""
+    costly, cheap = sorted((first, second), key=lambda ladder: -ladder.price)
+    together = sorted(
+        ((i + j, one, two) for i, one in enumerate(costly.parts) for j, two in enumerate(cheap.parts)),
+        key=lambda item: item[0],
+    )
+    for _, one, two in islice(together, MOST_VALUES):
+        if works(one[-1] + two[-1]):
+            large = _least_beside(costly, one, two[-1], works)
+            small = _least_beside(cheap, two, large, works)
+            return (large, small) if costly is first else (small, large)
+    return None
+
+
+def _least_beside(ladder: Ladder, rungs: Sequence[Changes], other: Changes, works: Works) -> Changes:
+    """Returns the smallest of these rungs that works beside a change of another field, if the last one does."""
+
+    def together(changes: Changes) -> bool:
+        return works(changes + other)
+
+    return _polished(ladder, _bisected(rungs, together), together)
+
+
+def _climb(rungs: Sequence[Changes], works: Works) -> Changes | None:
+    """Returns the first rung that works. If the last one does not, those at ever greater distances are tried, since a
+    change that is too large may harm others."""
+    if works(rungs[-1]):
+        return _bisected(rungs, works)
+    before, distance = -1, 1
+    while distance < len(rungs):
+        if works(rungs[distance - 1]):
+            return _bisected(rungs[before + 1 : distance], works)
+        before, distance = distance - 1, 2 * distance
+    return None
+
+
+def _bisected(rungs: Sequence[Changes], works: Works) -> Changes:
+    """Returns the first rung that works, if the last one does."""
+    low, high = 0, len(rungs) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if works(rungs[middle]) else (middle + 1, high)
+    return rungs[low]
+
+
+def _polished(ladder: Ladder, found: Changes, works: Works) -> Changes:
+    """Returns the change when no step less in any direction works."""
+    smaller = next((changes for changes in ladder.smaller(found) if works(changes)), None)
+    while smaller is not None:
+        found = smaller
+        smaller = next((changes for changes in ladder.smaller(found) if works(changes)), None)
+    return found
+
+
+def _pairs(ladders: Sequence[Ladder], search: _Search, tier: int) -> list[tuple[Ladder, Ladder]]:
+    """Returns the pairs of fields of which the worse loss is `tier`, the cheapest first."""
+    near = [ladder for ladder in ladders if tier_of(ladder.price) <= tier]
+    pairs = [
+        (first, second)
+        for number, first in enumerate(near)
+        for second in (_after(first, search) if first.opens else near[number + 1 :])
+        if max(tier_of(first.price), tier_of(second.price)) == tier
+        and not first.fields & second.fields
+        and not (second.opens and not first.opens)
+    ]
+    return sorted(pairs, key=lambda pair: pair[0].price + pair[1].price)
+
+
+def _after(first: Ladder, search: _Search) -> Iterator[Ladder]:
+    """Yields what can be changed after a change that opens others."""
+    opened = changed(search.trial.request(search.model), first.rungs[0])
+    return iter(()) if opened is None else ladders_of(opened, search.code, search.trial)

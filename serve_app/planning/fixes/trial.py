@@ -1,0 +1,88 @@
+"""Plans again with changes, within a budget of placements."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from serve_app.facts.inventory import Device, Inventory
+from serve_app.planning.fit import ModelRequest, available
+from serve_app.planning.fixes.ladder import Changes, changed
+from serve_app.planning.plan import Plan
+from serve_app.planning.planner import make_plan
+
+# A plan of the search tries so many ways back before it places each model where it can.
+MOST_TRIES = 40
+
+
+@dataclass
+class Budget:
+    """This is how many placements may still be tried. `is_cut` says that more were wanted."""
+
+    left: int
+    is_cut: bool = False
+    spent: int = 0
+
+    def part(self, parts: int) -> "Budget":
+        """Returns one of so many equal parts of what is left."""
+        return Budget(self.left // max(1, parts))
+
+    def take(self, part: "Budget") -> None:
+        """Takes off what a part has spent."""
+        self.spend(part.spent)
+        self.is_cut = self.is_cut or part.is_cut
+
+    def spend(self, placements: int) -> None:
+        """Notes the placements that were tried."""
+        self.left -= placements
+        self.spent += placements
+
+
+@dataclass(frozen=True)
+class Trial:
+    """This is the plan that has problems, with all that it was made of."""
+
+    plan: Plan
+    requests: tuple[ModelRequest, ...]
+    inventory: Inventory
+    budget: Budget
+
+    def request(self, name: str) -> ModelRequest:
+        """Returns the model of that name."""
+        return next(request for request in self.requests if request.name == name)
+
+    def with_changes(self, changes: Mapping[str, Changes], inventory: Inventory | None = None) -> "Trial | None":
+        """Returns the trial with these changes of models planned anew, or None if a config refuses its change or the
+        budget is used up."""
+        if self.budget.left <= 0:
+            self.budget.is_cut = True
+            return None
+        requests = []
+        for request in self.requests:
+            new = changed(request, changes[request.name]) if request.name in changes else request
+            if new is None:
+                return None
+            requests.append(new)
+        plan = make_plan(requests, inventory or self.inventory, MOST_TRIES)
+        self.budget.spend(1 + plan.placements)
+        return replace(self, plan=plan, requests=tuple(requests), inventory=inventory or self.inventory)
+
+    def helped(self, cured: str, changes: Mapping[str, Changes], inventory: Inventory | None = None) -> "Trial | None":
+        """Returns the trial with these changes if the problem of the model `cured` is gone and no other model has a
+        new one, and otherwise None."""
+        after = self.with_changes(changes, inventory)
+        return after if after is not None and after.problems <= self.problems - {cured} else None
+
+    @property
+    def problems(self) -> frozenset[str]:
+        """Returns the names of the models that have no place."""
+        return frozenset(problem.model for problem in self.plan.problems)
+
+    def room(self, device: Device) -> int:
+        """Returns the bytes of a device that the models that have a place leave over, less its reserve. By index, Ray
+        counts their whole limits."""
+        used = sum(
+            max(rank.share.bytes, (model.config.max_memory or {}).get(device.index or 0, 0) if device.by_index else 0)
+            for model in self.plan.models
+            for rank in model.ranks
+            if rank.device.id == device.id
+        )
+        return available(device, device.free_bytes - used)
