@@ -10,7 +10,7 @@ from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
 from serve_app.planning.calibration_setting import calibration_setting
-from serve_app.planning.layer_map import BlockGroup, LayerMap, blocks_of, map_layers
+from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import cells, full_length_requests
@@ -33,7 +33,8 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
 
-    `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
+    `memo` and `block_memo` keep sums over the tensors, which are the same for every device and every replica, and pt's
+    blocks. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
     """
 
@@ -43,6 +44,7 @@ class ModelRequest:
     tensors: tuple[Tensor, ...]
     replicas: int = 1
     memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
+    block_memo: dict[object, list[Block]] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -106,6 +108,13 @@ class ModelRequest:
             weigh = memory.weights_per_rank_in_fp8 if rounds else memory.weights_per_rank
             self.memo[key] = weigh(self.tensors, self.architecture, tp, self.element_bytes)
         return self.memo[key]
+
+    def blocks(self, copies_tied: bool) -> list[Block]:
+        """Returns the blocks of pt's layer map, as `blocks_of` does."""
+        key = (self.element_bytes, copies_tied)
+        if key not in self.block_memo:
+            self.block_memo[key] = blocks_of(self.tensors, self.architecture, self.element_bytes, copies_tied)
+        return self.block_memo[key]
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,7 @@ def fit_pt(
     free."""
     rows = request.config.max_num_seqs or PT_MAX_NUM_SEQS
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
-    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, copies_tied=on_cpu)
+    blocks = request.blocks(copies_tied=on_cpu)
     overheads = [_pt_overhead(request, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
@@ -305,6 +314,8 @@ def _most_tokens(
     elif not first[0].is_gpu:
         most = min(most, max(least, int(min(PT_CPU_KV_BYTES, PT_CPU_KV_SHARE * first[1]) // per_token)))
     low, high = least, most
+    if low < high and keeps(high):  # Most small models have room for all.
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if keeps(middle) else (low, middle - 1)

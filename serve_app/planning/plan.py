@@ -129,11 +129,15 @@ class Fix:
         """Returns what to write or to do, on one line."""
         kept = [change.text for change in self.changes if change.value is not None]
         dropped = [change.field for change in self.changes if change.value is None]
-        return " and ".join([*kept, *([f"leave out {', '.join(dropped)}"] if dropped else [])])
+        if not kept:
+            return f"leave out {', '.join(dropped)}"
+        return ", ".join(kept) + (f", without {', '.join(dropped)}" if dropped else "")
 
     @property
     def effect(self) -> str:
-        """Returns what is lost and gained, as a sentence without its end."""
+        """Returns what is lost and gained, as text for one line."""
+        if self.changes[0].field == "gpus":
+            return f"gains: {self.gains}"
         return f"loses {self.loses or 'nothing'}; gains: {self.gains}"
 
     def to_json(self) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from serve_app.planning.resource_demand import native_share
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
+# A placement of pt maps its layers about twenty times, so it counts as so many of vLLM's.
+PT_PLACEMENTS = 10
+# To look through so many devices for places costs as much as one placement.
+DEVICES_PER_PLACEMENT = 64
 
 Seats = Sequence[tuple[Device, int]]
 
@@ -71,7 +75,7 @@ class State:
 
 @dataclass
 class Tally:
-    """Counts the placements that were tried, since this is what a plan costs."""
+    """Counts the placements that were tried, since this is what a plan costs. One of pt costs more than one of vLLM."""
 
     placements: int = 0
 
@@ -87,14 +91,7 @@ class Placed:
 def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int = MOST_TRIES) -> Plan:
     """Returns a plan of all replicas. One that finds no place is a problem, without a fix yet (`fixes.with_fixes`)."""
     inventory = with_accounting(requests, inventory)
-    calibrated = (
-        replace(request, calibrations=inventory.calibrations, engine_versions=inventory.engine_versions)
-        for request in requests
-    )
-    units = sorted(
-        (replace(request, replicas=number) for request in calibrated for number in range(max(1, request.replicas))),
-        key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),
-    )
+    units = _units(requests, inventory)
     tally = Tally()
     placed = _search(units, inventory, tries, tally)
     if placed is not None:
@@ -109,6 +106,42 @@ def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int
             models.append(found.plan)
             state = found.state
     return _plan(models, problems, inventory, tally)
+
+
+def _units(requests: Sequence[ModelRequest], inventory: Inventory) -> list[ModelRequest]:
+    """Returns the replicas in the order in which they are placed. `replicas` is the number of each one."""
+    calibrated = (
+        replace(request, calibrations=inventory.calibrations, engine_versions=inventory.engine_versions)
+        for request in requests
+    )
+    return sorted(
+        (replace(request, replicas=number) for request in calibrated for number in range(max(1, request.replicas))),
+        key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),
+    )
+
+
+def fits_beside(request: ModelRequest, plan: Plan, inventory: Inventory, tally: Tally) -> bool:
+    """Returns whether all replicas of a model find a place where the plan's other models stay where they are."""
+    by_index = {device.node: device.by_index for device in plan.devices if device.is_gpu}
+    known = replace(
+        inventory,
+        devices=tuple(
+            replace(device, by_index=by_index.get(device.node, device.by_index)) if device.is_gpu else device
+            for device in inventory.devices
+        ),
+    )
+    state = State()
+    for model in plan.models:
+        if model.name != request.name:
+            devices = [rank.device for rank in model.ranks]
+            share = 0.0 if devices[0].by_index else native_share(model.config, known)
+            state = state.with_plan(model, devices, share)
+    for unit in _units([request], known):
+        found, _ = _first(unit, known, state, tally)
+        if found is None:
+            return False
+        state = found.state
+    return True
 
 
 def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> Inventory:
@@ -180,6 +213,7 @@ def _ways(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) 
 def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) -> Iterator[Placed | Shortage]:
     """Yields all ways to place a unit, the best first, and the reasons why the others fail."""
     is_auto = unit.config.infer_backend == "auto"
+    looks = 1 + len(inventory.devices) // DEVICES_PER_PLACEMENT
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
         if request.unplanned:
@@ -193,7 +227,7 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
             for seats in _seats(request, inventory, state)
             if not is_auto or choice.config.infer_backend == "pt" or _is_unused(seats, state)
         ]
-        tally.placements += len(found)
+        tally.placements += looks + len(found) * (PT_PLACEMENTS if choice.config.infer_backend == "pt" else 1)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
         yield from (item for item in found if isinstance(item, Shortage))
 

@@ -20,9 +20,7 @@ from serve_app.planning.plan import Fix, Plan, Problem
 __all__ = ["apply", "with_fixes"]
 
 # The search may try so many placements of a replica for one plan, since a user waits for it.
-MOST_PLACEMENTS = 12_000
-# Of all problems, so many get fixes of their own. A file with more of them needs another look first.
-MOST_PROBLEMS = 16
+MOST_PLACEMENTS = 10_000
 
 
 def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
@@ -37,16 +35,11 @@ def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventor
     if plan.placements > budget.left:  # Not even one other plan can be made.
         return replace(plan, is_search_cut=True)
     trial = Trial(plan, tuple(requests), inventory, budget)
-    problems = []
-    for number, problem in enumerate(plan.problems):
-        share = budget.part(min(len(plan.problems), MOST_PROBLEMS) - number + (len(requests) > 1))
-        problems.append(_with_fixes(problem, replace(trial, budget=share)) if number < MOST_PROBLEMS else problem)
-        budget.take(share)
+    problems = _all_with_fixes(plan.problems, trial)
     joint: tuple[Fix, ...] = ()
-    if len({problem.model for problem in problems}) > 1 or (len(requests) > 1 and not problems[0].fixes):
+    if len(trial.problems) > 1 or (len(requests) > 1 and not problems[0].fixes):
         joint = joint_fixes(trial)
-    is_cut = budget.is_cut or len(plan.problems) > MOST_PROBLEMS
-    return replace(plan, problems=tuple(problems), joint_fixes=joint, is_search_cut=is_cut)
+    return replace(plan, problems=problems, joint_fixes=joint, is_search_cut=budget.is_cut)
 
 
 def apply(fix: Fix, request: ModelRequest, inventory: Inventory) -> tuple[ModelRequest, Inventory]:
@@ -56,8 +49,33 @@ def apply(fix: Fix, request: ModelRequest, inventory: Inventory) -> tuple[ModelR
     return changed(request, fix.changes) or request, inventory
 
 
-def _with_fixes(problem: Problem, trial: Trial) -> Problem:
+def _all_with_fixes(problems: Sequence[Problem], trial: Trial) -> tuple[Problem, ...]:
+    """Returns the problems with their fixes. Of models that are alike, only the first is searched."""
+    kinds = {_kind(problem, trial): problem for problem in reversed(problems)}
+    fixes: dict[object, tuple[Fix, ...]] = {}
+    searches = len(kinds) + (len(trial.requests) > 1)  # The last one is for the joint fixes.
+    for number, (kind, problem) in enumerate(reversed(kinds.items())):
+        part = trial.budget.part(searches - number)
+        fixes[kind] = _fixes(problem, replace(trial, budget=part))
+        trial.budget.take(part)
+    return tuple(
+        replace(problem, fixes=tuple(_of(problem.model, fix) for fix in fixes[_kind(problem, trial)]))
+        for problem in problems
+    )
+
+
+def _kind(problem: Problem, trial: Trial) -> object:
+    """Returns what two problems have in common if the same fixes help both."""
+    request = trial.request(problem.model)
+    return str(request.config), request.architecture.name, request.weights, request.replicas, problem.code
+
+
+def _of(model: str, fix: Fix) -> Fix:
+    return replace(fix, model=model) if fix.model else fix
+
+
+def _fixes(problem: Problem, trial: Trial) -> tuple[Fix, ...]:
     fixes = fixes_of(problem, trial)
     if not fixes and problem.code != "not_planned":
         fixes = least_card(problem.model, trial)
-    return replace(problem, fixes=fixes)
+    return fixes

@@ -65,7 +65,7 @@ def other_cards(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
             rungs.append(rung("gpu_ids", list(chosen)) if ids else rung("max_memory", _as_yaml(value)))
     if rungs:
         yield Ladder(price.OTHER_CARDS, list({str(item): item for item in rungs}.values()))
-    yield Ladder(price.LIMIT, [rung("gpu_ids" if ids else "max_memory", None)], opens=True)
+    yield Ladder(price.NO_LIMIT, [rung("gpu_ids" if ids else "max_memory", None)], opens=True)
 
 
 def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
@@ -75,8 +75,9 @@ def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
         parts = [part / SHARE_PARTS for part in range(1, SHARE_PARTS)]
         more = [rung("num_gpus", part) for part in parts if part > share]
         most = _most_share(backend)
-        yield Ladder(price.SHARE, [*more, most])
-        yield Ladder(price.SHARE, [most], opens=True)
+        if more:
+            yield Ladder(price.SHARE, more)
+        yield Ladder(price.NO_LIMIT, [most], opens=True)
         less = [rung("num_gpus", part) for part in reversed(parts) if part < share]
         if code == "no_device" and less:
             yield Ladder(price.LESS_CACHE, less, lambda changes: f"{share - changes[0].value:.0%} of a card")
@@ -86,7 +87,7 @@ def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
     now = round(float(utilization) * 100)
     if larger := range(now + 1, MOST_UTILIZATION + 1):
         yield Ladder(price.SHARE, [rung(UTILIZATION, percent / 100) for percent in larger], climbs=True)
-    yield Ladder(price.SHARE, [rung(UTILIZATION, None)])
+    yield Ladder(price.NO_LIMIT, [rung(UTILIZATION, None)])
     if smaller := range(now - 1, 0, -1):
         rungs = [rung(UTILIZATION, percent / 100) for percent in smaller]
         yield Ladder(

@@ -7,7 +7,7 @@ from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
 from serve_app.planning.fit import PT_MAX_NUM_SEQS, ModelRequest, gib
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
-from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, rung
+from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, changed, rung
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
 
@@ -97,10 +97,12 @@ def _fewer_sequences(request: ModelRequest, backend: Backend, trial: Trial) -> I
 def _in_8_bits(request: ModelRequest) -> Iterator[Ladder]:
     if request.kv_element_bytes > 1:
         cache = rung(f"{ARGUMENT}kv_cache_dtype", "fp8")
-        yield Ladder(price.KV_IN_8_BITS, [cache], lambda _: "a little precision of the KV cache, which has 8 bits then")
-    if request.is_quantizable:
-        saved = request.weights // 2
-        loses = f"precision of the weights, which are rounded to 8 bits (about {gib(saved)} less)"
+        yield Ladder(price.KV_IN_8_BITS, [cache], lambda _: "a little precision of the KV cache (8 bits)")
+    rounded = changed(request, rung("quantization", "fp8")) if request.is_quantizable else None
+    if rounded is not None:
+        tp = request.config.tensor_parallel_size or 1
+        saved = request.rank_weights(tp).bytes - rounded.rank_weights(tp).bytes
+        loses = f"precision of the weights (8 bits, which saves {gib(saved)})"
         yield Ladder(price.WEIGHTS_IN_8_BITS, [rung("quantization", "fp8")], lambda _: loses)
 
 
@@ -128,7 +130,7 @@ def _other_backend(request: ModelRequest, backend: Backend) -> Iterator[Ladder]:
         without = [name for name in REFUSED_BY_VLLM if getattr(config, name) is not None]
         if config.share is not None:
             without.remove("num_gpus")
-        yield _backend("vllm", without, "pt's way to place layers")
+        yield _backend("vllm", without, "pt's layers over unequal cards")
 
 
 def _backend(name: str, without: list[str], loses: str) -> Ladder:

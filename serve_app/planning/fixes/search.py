@@ -1,7 +1,7 @@
 """Searches the changes of one model that make it fit: single fields first, and then pairs of fields."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from serve_app.planning.fixes.ladder import Changes, Ladder, as_lines, changed
@@ -41,9 +41,17 @@ class _Search:
     cured: str
     code: str
     trial: Trial
+    known: dict[object, Trial | None] = field(default_factory=dict)
 
     def works(self, changes: Changes) -> bool:
-        return self.trial.helped(self.cured, {self.model: changes}) is not None
+        return self.after(changes) is not None
+
+    def after(self, changes: Changes) -> Trial | None:
+        """Returns the trial with these changes if they help. Each set of changes is planned once."""
+        key = frozenset(map(str, changes))
+        if key not in self.known:
+            self.known[key] = self.trial.helped(self.cured, {self.model: changes})
+        return self.known[key]
 
     def extend(self, fixes: list[Fix], ways: Iterable[tuple[Ladder, ...]]) -> None:
         """Adds the fixes by these ladders or pairs of ladders, but no second one of the same fields."""
@@ -53,12 +61,12 @@ class _Search:
             single = len(ladders) == 1
             changes = least(ladders[0], self.works) if single else least_pair(ladders[0], ladders[1], self.works)
             fix = None if changes is None else self._fix(ladders, changes)
-            if fix is not None and _fields(fix.changes) not in map(_fields, (known.changes for known in fixes)):
+            if fix is not None and _kind(fix) not in map(_kind, fixes):
                 fixes.append(fix)
 
     def _fix(self, ladders: Sequence[Ladder], changes: Sequence[Changes]) -> Fix | None:
         lines = as_lines(self.trial.request(self.model), sum(changes, ()))
-        after = self.trial.helped(self.cured, {self.model: lines})
+        after = self.after(sum(changes, ()))
         if after is None:
             return None
         loses = " and ".join(filter(None, (ladder.loses(part) for ladder, part in zip(ladders, changes, strict=True))))
@@ -66,8 +74,8 @@ class _Search:
         return Fix(self.model, lines, sum(ladder.price for ladder in ladders), loses, gains)
 
 
-def _fields(changes: Changes) -> frozenset[str]:
-    return frozenset(change.field for change in changes)
+def _kind(fix: Fix) -> object:
+    return frozenset((change.field, change.value is None) for change in fix.changes)
 
 
 def least(ladder: Ladder, works: Works) -> tuple[Changes] | None:

@@ -7,10 +7,12 @@ from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fit import ModelRequest, available
 from serve_app.planning.fixes.ladder import Changes, changed
 from serve_app.planning.plan import Plan
-from serve_app.planning.planner import make_plan
+from serve_app.planning.planner import Tally, fits_beside, make_plan
 
 # A plan of the search tries so many ways back before it places each model where it can.
 MOST_TRIES = 40
+# If a plan costs more placements than this, a change is first tried with all other models where they are.
+MOST_FULL = 100
 
 
 @dataclass
@@ -52,8 +54,7 @@ class Trial:
     def with_changes(self, changes: Mapping[str, Changes], inventory: Inventory | None = None) -> "Trial | None":
         """Returns the trial with these changes of models planned anew, or None if a config refuses its change or the
         budget is used up."""
-        if self.budget.left <= 0:
-            self.budget.is_cut = True
+        if not self._has_budget():
             return None
         requests = []
         for request in self.requests:
@@ -68,8 +69,28 @@ class Trial:
     def helped(self, cured: str, changes: Mapping[str, Changes], inventory: Inventory | None = None) -> "Trial | None":
         """Returns the trial with these changes if the problem of the model `cured` is gone and no other model has a
         new one, and otherwise None."""
+        if not self._has_budget():
+            return None
+        if self.plan.placements > MOST_FULL and not self._fits_beside(cured, changes, inventory):
+            return None
         after = self.with_changes(changes, inventory)
         return after if after is not None and after.problems <= self.problems - {cured} else None
+
+    def _has_budget(self) -> bool:
+        self.budget.is_cut = self.budget.is_cut or self.budget.left <= 0
+        return self.budget.left > 0
+
+    def _fits_beside(self, cured: str, changes: Mapping[str, Changes], inventory: Inventory | None) -> bool:
+        """Returns whether the model fits where the others stay where they are. This is a fast test for large plans,
+        which does not find fixes for which others would have to move."""
+        request = self.request(cured)
+        new = changed(request, changes.get(cured, ()))
+        if new is None or changes.keys() - {cured}:
+            return new is not None
+        tally = Tally()
+        fits = fits_beside(new, self.plan, inventory or self.inventory, tally)
+        self.budget.spend(1 + tally.placements)
+        return fits
 
     @property
     def problems(self) -> frozenset[str]:

@@ -8,16 +8,16 @@ MOST_NAMED = 4
 
 
 def gains_of(name: str, before: Plan, after: Plan) -> str:
-    """Returns where the model fits with a fix, what its tightest replica has to spare, and which cards were idle."""
+    """Returns where the model fits with a fix, what its tightest replica has to spare, and which idle cards it uses."""
     replicas = [model for model in after.models if model.name == name]
     devices = list(dict.fromkeys(rank.device.id for model in replicas for rank in model.ranks))
-    busy = {rank.device.id for model in before.models for rank in model.ranks}
-    known = {device.id for device in before.devices}
-    idle = [device for device in devices if device in known - busy]
     spare = min((spare_of(model) for model in replicas), default=0)
     text = f"fits on {_named(devices)} with {gib(spare)} of KV cache to spare"
-    if len(devices) > 1 and len(before.devices) > 1 and idle:
-        text += f"; {_named(idle)} {'is' if len(idle) == 1 else 'are'} idle now"
+    busy = {rank.device.id for model in before.models for rank in model.ranks}
+    idle = [device.id for device in before.devices if device.id in devices and device.id not in busy]
+    more = idle[len(replicas) :] if len(idle) == len(devices) else idle
+    if more:
+        text += f", and uses {_named(more)}, which {'is' if len(more) == 1 else 'are'} idle"
     return text
 
 
