@@ -20,7 +20,7 @@ from serve_app.planning.plan import Fix, Plan, Problem
 __all__ = ["apply", "with_fixes"]
 
 # The search may try so many placements of a replica for one plan, since a user waits for it.
-MOST_PLACEMENTS = 10_000
+MOST_PLACEMENTS = 16_000
 
 
 def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
@@ -37,7 +37,7 @@ def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventor
     trial = Trial(plan, tuple(requests), inventory, budget)
     problems = _all_with_fixes(plan.problems, trial)
     joint: tuple[Fix, ...] = ()
-    if len(trial.problems) > 1 or (len(requests) > 1 and not problems[0].fixes):
+    if len(trial.problems) > 1 or (len(requests) > 1 and not any(fix.model for fix in problems[0].fixes)):
         joint = joint_fixes(trial)
     return replace(plan, problems=problems, joint_fixes=joint, is_search_cut=budget.is_cut)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, islice
 
-from serve_app.config import UNITS, MaxMemoryKey, parse_bytes, parse_max_memory
+from serve_app.config import UNITS, MaxMemoryKey, ModelConfig, parse_bytes, parse_max_memory
 from serve_app.facts.inventory import Device
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import price
@@ -16,6 +16,8 @@ CAP_STEP = 500_000_000
 MOST_NAMES = 24
 # A share of a GPU is changed in steps of one of so many parts.
 SHARE_PARTS = 20
+# A whole card becomes one of these shares.
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.1)
 # vLLM is told at most this share of a card in percent. The rest is for its CUDA context and the reserve.
 MOST_UTILIZATION = 95
 UTILIZATION = f"{ARGUMENT}gpu_memory_utilization"
@@ -81,6 +83,9 @@ def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
         less = [rung("num_gpus", part) for part in reversed(parts) if part < share]
         if code == "no_device" and less:
             yield Ladder(price.LESS_CACHE, less, lambda changes: f"{share - changes[0].value:.0%} of a card")
+    if code == "no_device" and backend != "auto" and _has_one_card(config):
+        rungs = [rung("num_gpus", part) for part in SHARES]
+        yield Ladder(price.LESS_CACHE, rungs, lambda changes: f"{1 - changes[0].value:.0%} of a card")
     utilization = config.vllm_args.get("gpu_memory_utilization")
     if utilization is None:
         return
@@ -93,6 +98,11 @@ def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
         yield Ladder(
             price.LESS_CACHE, rungs, lambda changes: f"{now - 100 * changes[0].value:.0f}% of a card", climbs=True
         )
+
+
+def _has_one_card(config: ModelConfig) -> bool:
+    """Returns whether a replica has one whole card, which it could share."""
+    return config.num_gpus in (None, 1) and (config.tensor_parallel_size or 1) == 1 and not config.gpu_indices
 
 
 def _most_share(backend: str) -> Changes:

@@ -1,11 +1,12 @@
 """Finds one set of fixes that makes a whole file fit, with at most one fix for each model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from heapq import heappop, heappush
 
 from serve_app.planning.fixes.hardware import least_card_for_all
-from serve_app.planning.fixes.search import fixes_of
+from serve_app.planning.fixes.search import fixes_of, fixes_of_two
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.plan import Fix, Problem
 
@@ -30,32 +31,40 @@ def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
         cost, _, chosen, at = heappop(queue)
         if at.plan.fits:
             return _without_needless(chosen, trial)
-        for fix in _options(chosen, at):
-            after = at.with_changes({fix.model: fix.changes})
+        for fixes in _options(chosen, at):
+            after = at.with_changes({fix.model: fix.changes for fix in fixes})
             if after is not None:
                 count += 1
-                heappush(queue, (cost + fix.price, count, {**chosen, fix.model: fix}, after))
+                more = {fix.model: fix for fix in fixes}
+                heappush(queue, (cost + sum(fix.price for fix in fixes), count, {**chosen, **more}, after))
     return least_card_for_all(trial)
 
 
-def _options(chosen: Chosen, at: Trial) -> Iterator[Fix]:
-    """Yields fixes of a model that has no place. If it has none, these are fixes of others that give it one."""
+def _options(chosen: Chosen, at: Trial) -> list[tuple[Fix, ...]]:
+    """Returns fixes of a model that has no place. If it has none, they are fixes of another model that give it one, and
+    then fixes of both together."""
     problem = next((problem for problem in at.plan.problems if problem.model not in chosen), None)
     if problem is None:
-        return
-    own = _within(at, problem)
-    yield from own
+        return []
+    others = [request.name for request in at.requests if request.name not in {*chosen, problem.model}][:MOST_OTHERS]
+    own = _within(at, partial(fixes_of, problem))
     if own:
-        return
-    others = [request.name for request in at.requests if request.name not in {*chosen, problem.model}]
-    for name in others[:MOST_OTHERS]:
-        yield from _within(at, Problem("over_commit", name, ""), problem.model)
+        return [(fix,) for fix in own]
+    by_others: list[tuple[Fix, ...]] = [
+        (fix,)
+        for name in others
+        for fix in _within(at, partial(fixes_of, Problem("no_device", name, ""), cured=problem.model))
+    ]
+    if by_others:
+        return by_others
+    pairs = (_within(at, partial(fixes_of_two, problem, name)) for name in others)
+    return [pair for pair in pairs if pair]
 
 
-def _within(at: Trial, problem: Problem, cured: str | None = None) -> tuple[Fix, ...]:
-    """Returns the fixes of a model within a part of the budget."""
+def _within(at: Trial, search: Callable[[Trial], tuple[Fix, ...]]) -> tuple[Fix, ...]:
+    """Returns what a search finds with a part of the budget."""
     part = at.budget.part(4)
-    fixes = fixes_of(problem, replace(at, budget=part), cured)
+    fixes = search(replace(at, budget=part))
     at.budget.take(part)
     return fixes
 

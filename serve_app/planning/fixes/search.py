@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 from serve_app.planning.fixes.ladder import Changes, Ladder, as_lines, changed
@@ -13,7 +14,7 @@ from serve_app.planning.plan import Fix, Problem
 
 MOST_FIXES = 3
 # Of a pair of fields with many values that cannot be bisected, so many pairs of values are tried.
-MOST_VALUES = 48
+MOST_VALUES = 80
 
 Works = Callable[[Changes], bool]
 
@@ -33,6 +34,37 @@ def fixes_of(problem: Problem, trial: Trial, cured: str | None = None) -> tuple[
     return tuple(fixes)
 
 
+def fixes_of_two(problem: Problem, other: str, trial: Trial) -> tuple[Fix, ...]:
+    """Returns one fix of a model and one of another model that together give the first one its place, or nothing.
+
+    Only changes that lose nothing or little are tried.
+    """
+    name = problem.model
+    pairs = [
+        (one, two)
+        for one in _cheap(ladders_of(trial.request(name), problem.code, trial))
+        for two in _cheap(ladders_of(trial.request(other), "no_device", trial))
+    ]
+
+    def works(changes: Changes, beside: Changes) -> bool:
+        return trial.helped(name, {name: changes, other: beside}) is not None
+
+    for one, two in sorted(pairs, key=lambda pair: pair[0].price + pair[1].price):
+        found = least_pair(one, two, works)
+        after = trial.helped(name, {name: found[0], other: found[1]}) if found is not None else None
+        if found is not None and after is not None:
+            gains = gains_of(name, trial.plan, after.plan)
+            return (
+                Fix(name, as_lines(trial.request(name), found[0]), one.price, one.loses(found[0]), gains),
+                Fix(other, as_lines(trial.request(other), found[1]), two.price, two.loses(found[1]), gains),
+            )
+    return ()
+
+
+def _cheap(ladders: Iterable[Ladder]) -> list[Ladder]:
+    return [ladder for ladder in ladders if tier_of(ladder.price) < 2]
+
+
 @dataclass(frozen=True)
 class _Search:
     """This is the model whose fields are changed, the one that is to get a place, and the trial of both."""
@@ -45,6 +77,9 @@ class _Search:
 
     def works(self, changes: Changes) -> bool:
         return self.after(changes) is not None
+
+    def works_with(self, changes: Changes, others: Changes) -> bool:
+        return self.works(changes + others)
 
     def after(self, changes: Changes) -> Trial | None:
         """Returns the trial with these changes if they help. Each set of changes is planned once."""
@@ -59,7 +94,7 @@ class _Search:
             if len(fixes) >= MOST_FIXES:
                 return
             single = len(ladders) == 1
-            changes = least(ladders[0], self.works) if single else least_pair(ladders[0], ladders[1], self.works)
+            changes = least(ladders[0], self.works) if single else least_pair(ladders[0], ladders[1], self.works_with)
             fix = None if changes is None else self._fix(ladders, changes)
             if fix is not None and _kind(fix) not in map(_kind, fixes):
                 fixes.append(fix)
@@ -87,29 +122,32 @@ def least(ladder: Ladder, works: Works) -> tuple[Changes] | None:
     return None
 
 
-def least_pair(first: Ladder, second: Ladder, works: Works) -> tuple[Changes, Changes] | None:
+def least_pair(
+    first: Ladder, second: Ladder, works: Callable[[Changes, Changes], bool]
+) -> tuple[Changes, Changes] | None:
     """Returns the smallest changes of two ladders that work together, or None if there are none. The costlier one is
     as small as can be, and then the other."""
-    costly, cheap = sorted((first, second), key=lambda ladder: -ladder.price)
+    if second.price > first.price:
+        swapped = least_pair(second, first, lambda one, two: works(two, one))
+        return None if swapped is None else (swapped[1], swapped[0])
     together = sorted(
-        ((i + j, one, two) for i, one in enumerate(costly.parts) for j, two in enumerate(cheap.parts)),
-        key=lambda item: item[0],
+        ((i + j, abs(i - j), one, two) for i, one in enumerate(first.parts) for j, two in enumerate(second.parts)),
+        key=lambda item: item[:2],
     )
-    for _, one, two in islice(together, MOST_VALUES):
-        if works(one[-1] + two[-1]):
-            large = _least_beside(costly, one, two[-1], works)
-            small = _least_beside(cheap, two, large, works)
-            return (large, small) if costly is first else (small, large)
+    for *_, one, two in islice(together, MOST_VALUES):
+        if works(one[-1], two[-1]):
+            large = _least_beside(first, one, partial(_with_second, works, two[-1]))
+            return large, _least_beside(second, two, partial(works, large))
     return None
 
 
-def _least_beside(ladder: Ladder, rungs: Sequence[Changes], other: Changes, works: Works) -> Changes:
-    """Returns the smallest of these rungs that works beside a change of another field, if the last one does."""
+def _with_second(works: Callable[[Changes, Changes], bool], second: Changes, first: Changes) -> bool:
+    return works(first, second)
 
-    def together(changes: Changes) -> bool:
-        return works(changes + other)
 
-    return _polished(ladder, _bisected(rungs, together), together)
+def _least_beside(ladder: Ladder, rungs: Sequence[Changes], works: Works) -> Changes:
+    """Returns the smallest of these rungs that works, if the last one does."""
+    return _polished(ladder, _bisected(rungs, works), works)
 
 
 def _climb(rungs: Sequence[Changes], works: Works) -> Changes | None:
