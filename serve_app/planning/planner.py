@@ -20,7 +20,7 @@ MOST_TRIES = 300
 # A placement of pt maps its layers about twenty times, so it counts as so many of vLLM's.
 PT_PLACEMENTS = 10
 # To look through so many devices for places costs as much as one placement.
-DEVICES_PER_PLACEMENT = 64
+DEVICES_PER_PLACEMENT = 16
 
 Seats = Sequence[tuple[Device, int]]
 

@@ -1,8 +1,7 @@
 """Finds fixes for what does not fit by planning again, those that cost the user least first (`price.py`).
 
 A fix is offered only when the plan with it places the model and breaks no other. It is minimal: one step less, or one
-change less, does not help. Lowering the tensor parallel size is never offered for memory, because it raises what each
-GPU must hold.
+change less, does not help.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from serve_app.planning.plan import Fix, Plan, Problem
 __all__ = ["apply", "with_fixes"]
 
 # The search may try so many placements of a replica for one plan, since a user waits for it.
-MOST_PLACEMENTS = 16_000
+MOST_PLACEMENTS = 40_000
 
 
 def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
@@ -39,6 +38,8 @@ def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventor
     joint: tuple[Fix, ...] = ()
     if len(trial.problems) > 1 or (len(requests) > 1 and not any(fix.model for fix in problems[0].fixes)):
         joint = joint_fixes(trial)
+    if len(problems) == 1 and joint == problems[0].fixes[:1]:
+        joint = ()
     return replace(plan, problems=problems, joint_fixes=joint, is_search_cut=budget.is_cut)
 
 

@@ -40,7 +40,7 @@ def more_cards(request: ModelRequest, backend: str, trial: Trial) -> Iterator[La
 
 
 def fewer_cards(request: ModelRequest, backend: str) -> Iterator[Ladder]:
-    """Yields fewer cards, for a model that asks for more than there are."""
+    """Yields fewer cards. This helps where there are not so many, or where a larger card holds the whole model."""
     config = request.config
     if backend == "vllm" and (now := config.tensor_parallel_size or 1) > 1:
         sizes = [size for size in request.architecture.valid_tensor_parallel_sizes() if size < now]

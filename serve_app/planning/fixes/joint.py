@@ -23,7 +23,7 @@ def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
 
     No fix of the set can be left out. If no change of the models' fields is enough, it is the least card.
     """
-    queue: list[tuple[int, int, Chosen, Trial]] = [(0, 0, {}, trial)]
+    queue: list[tuple[int, int, Chosen, Trial]] = [(0, 0, {}, replace(trial, settled=frozenset()))]
     count = 0
     for _ in range(MOST_SETS):
         if not queue:
@@ -33,10 +33,11 @@ def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
             return _without_needless(chosen, trial)
         for fixes in _options(chosen, at):
             after = at.with_changes({fix.model: fix.changes for fix in fixes})
-            if after is not None:
+            more = {**chosen, **{fix.model: fix for fix in fixes}}
+            if after is not None and not after.problems & more.keys():
                 count += 1
-                more = {fix.model: fix for fix in fixes}
-                heappush(queue, (cost + sum(fix.price for fix in fixes), count, {**chosen, **more}, after))
+                after = replace(after, settled=frozenset(more))
+                heappush(queue, (cost + sum(fix.price for fix in fixes), count, more, after))
     return least_card_for_all(trial)
 
 

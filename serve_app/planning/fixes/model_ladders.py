@@ -32,7 +32,6 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
         yield from other_cards(request, trial)
         yield from shares(request, backend, code)
         yield from limits(request, trial)
-    if on_gpu and code in ("no_device", "tensor_parallel"):
         yield from fewer_cards(request, backend)
     if on_gpu and config.accelerator_type is not None:
         yield _without_type()

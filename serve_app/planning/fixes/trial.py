@@ -10,7 +10,7 @@ from serve_app.planning.plan import Plan
 from serve_app.planning.planner import Tally, fits_beside, make_plan
 
 # A plan of the search tries so many ways back before it places each model where it can.
-MOST_TRIES = 40
+MOST_TRIES = 10
 # If a plan costs more placements than this, a change is first tried with all other models where they are.
 MOST_FULL = 100
 
@@ -40,12 +40,17 @@ class Budget:
 
 @dataclass(frozen=True)
 class Trial:
-    """This is the plan that has problems, with all that it was made of."""
+    """This is the plan that has problems, with all that it was made of.
+
+    `settled` is None in the search for the fixes of one problem, in which no other model may get a new one. In the search
+    for joint fixes it names the models that must keep their places, since the others get fixes after it.
+    """
 
     plan: Plan
     requests: tuple[ModelRequest, ...]
     inventory: Inventory
     budget: Budget
+    settled: frozenset[str] | None = None
 
     def request(self, name: str) -> ModelRequest:
         """Returns the model of that name."""
@@ -67,14 +72,18 @@ class Trial:
         return replace(self, plan=plan, requests=tuple(requests), inventory=inventory or self.inventory)
 
     def helped(self, cured: str, changes: Mapping[str, Changes], inventory: Inventory | None = None) -> "Trial | None":
-        """Returns the trial with these changes if the problem of the model `cured` is gone and no other model has a
-        new one, and otherwise None."""
+        """Returns the trial with these changes if the model `cured` has a place then, without harm to others, and
+        otherwise None."""
         if not self._has_budget():
             return None
         if self.plan.placements > MOST_FULL and not self._fits_beside(cured, changes, inventory):
             return None
         after = self.with_changes(changes, inventory)
-        return after if after is not None and after.problems <= self.problems - {cured} else None
+        if after is None:
+            return None
+        if self.settled is None:
+            return after if after.problems <= self.problems - {cured} else None
+        return after if not after.problems & (self.settled | {cured}) else None
 
     def _has_budget(self) -> bool:
         self.budget.is_cut = self.budget.is_cut or self.budget.left <= 0
