@@ -13,7 +13,7 @@ from serve_app.planning.plan import Fix, Problem
 # The search looks at so many sets, the cheapest in sum first.
 MOST_SETS = 24
 # Where no fix of the model itself helps, the fields of so many other models are tried.
-MOST_OTHERS = 6
+MOST_OTHERS = 4
 
 Chosen = Mapping[str, Fix]
 
@@ -24,7 +24,7 @@ def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
     No fix of the set can be left out. If no change of the models' fields is enough, it is the least card.
     """
     queue: list[tuple[int, int, Chosen, Trial]] = [(0, 0, {}, replace(trial, settled=frozenset()))]
-    count = 0
+    count, seen = 0, set[frozenset[tuple[str, str]]]()
     for _ in range(MOST_SETS):
         if not queue:
             break
@@ -34,7 +34,9 @@ def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
         for fixes in _options(chosen, at):
             after = at.with_changes({fix.model: fix.changes for fix in fixes})
             more = {**chosen, **{fix.model: fix for fix in fixes}}
-            if after is not None and not after.problems & more.keys():
+            key = frozenset((fix.model, fix.text) for fix in more.values())
+            if after is not None and not after.problems & more.keys() and key not in seen:
+                seen.add(key)
                 count += 1
                 after = replace(after, settled=frozenset(more))
                 heappush(queue, (cost + sum(fix.price for fix in fixes), count, more, after))
@@ -42,29 +44,29 @@ def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
 
 
 def _options(chosen: Chosen, at: Trial) -> list[tuple[Fix, ...]]:
-    """Returns fixes of a model that has no place. If it has none, they are fixes of another model that give it one, and
-    then fixes of both together."""
-    problem = next((problem for problem in at.plan.problems if problem.model not in chosen), None)
-    if problem is None:
-        return []
+    """Returns fixes of the models that have no place. If none has one, they are fixes of another model that give one of
+    them a place, and then fixes of both together."""
+    problems = [problem for problem in at.plan.problems if problem.model not in chosen][:MOST_OTHERS]
+    own: list[tuple[Fix, ...]] = [(fix,) for problem in problems for fix in _within(at, partial(fixes_of, problem))]
+    return own or [fixes for problem in problems[:1] for fixes in _by_others(problem, chosen, at)]
+
+
+def _by_others(problem: Problem, chosen: Chosen, at: Trial) -> list[tuple[Fix, ...]]:
     others = [request.name for request in at.requests if request.name not in {*chosen, problem.model}][:MOST_OTHERS]
-    own = _within(at, partial(fixes_of, problem))
-    if own:
-        return [(fix,) for fix in own]
-    by_others: list[tuple[Fix, ...]] = [
+    alone: list[tuple[Fix, ...]] = [
         (fix,)
         for name in others
         for fix in _within(at, partial(fixes_of, Problem("no_device", name, ""), cured=problem.model))
     ]
-    if by_others:
-        return by_others
+    if alone:
+        return alone
     pairs = (_within(at, partial(fixes_of_two, problem, name)) for name in others)
     return [pair for pair in pairs if pair]
 
 
 def _within(at: Trial, search: Callable[[Trial], tuple[Fix, ...]]) -> tuple[Fix, ...]:
     """Returns what a search finds with a part of the budget."""
-    part = at.budget.part(4)
+    part = at.budget.part(8)
     fixes = search(replace(at, budget=part))
     at.budget.take(part)
     return fixes
