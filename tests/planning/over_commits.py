@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, parse_gpus
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.planner import make_plan
@@ -42,7 +43,7 @@ def over_commits(seed: int, most_models: int = 3) -> Iterator[OverCommit]:
     chance = random.Random(seed)
     while True:
         gpus = _gpus(chance)
-        count = chance.choice([1, 1, 2, 3][: most_models + 1])
+        count = chance.choice([count for count in (1, 1, 2, 3) if count <= most_models])
         models = [_model(chance, f"m{number}") for number in range(count)]
         if any(model is None for model in models):
             continue
@@ -67,22 +68,30 @@ def _model(chance: random.Random, name: str) -> ModelRequest | None:
     length = chance.choice([None, 1024, 4096, 8192, 32768])
     fields |= {} if length is None else {"max_model_len": length}
     if fields["infer_backend"] == "vllm":
-        fields |= chance.choice(
-            [{}, {}, {"tensor_parallel_size": chance.choice([2, 3, 4])}, {"gpu_ids": [chance.randint(0, 2)]}]
-            + [{"num_gpus": chance.choice([0.25, 0.5])}, {"engine_args": {U: chance.choice([0.3, 0.6, 0.9])}}]
-            + [{"kv_cache_memory_bytes": chance.choice(["512MiB", "8GiB"])}]
-        )
+        more: list[Fields] = [
+            {},
+            {},
+            {"tensor_parallel_size": chance.choice([2, 3, 4])},
+            {"gpu_ids": [chance.randint(0, 2)]},
+            {"num_gpus": chance.choice([0.25, 0.5])},
+            {"engine_args": {U: chance.choice([0.3, 0.6, 0.9])}},
+            {"kv_cache_memory_bytes": chance.choice(["512MiB", "8GiB"])},
+        ]
+        fields |= chance.choice(more)
     if fields["infer_backend"] == "pt":
         sizes = ["3GB", "6GB", "10GB", "16GB", "30GB"]
-        fields |= chance.choice(
-            [{}, {"num_gpus": chance.choice([0.25, 0.5, 2, 3])}, {"max_memory": {0: chance.choice(sizes)}}]
-            + [{"max_memory": {0: chance.choice(sizes), 1: chance.choice(sizes)}}]
-            + [{"max_memory": {chance.randint(0, 3): chance.choice(sizes)}}]
-        )
+        more = [
+            {},
+            {"num_gpus": chance.choice([0.25, 0.5, 2, 3])},
+            {"max_memory": {0: chance.choice(sizes)}},
+            {"max_memory": {0: chance.choice(sizes), 1: chance.choice(sizes)}},
+            {"max_memory": {chance.randint(0, 3): chance.choice(sizes)}},
+        ]
+        fields |= chance.choice(more)
     replicas = chance.choice([1, 1, 1, 2])
     try:
         return request(shape, name, replicas, **fields)
-    except Exception:
+    except ConfigError:  # The fields contradict each other.
         return None
 
 
@@ -127,8 +136,9 @@ def _grid(old: ModelRequest, inventory: Inventory) -> dict[str, list[Any]]:
         "infer_backend": [name for name in ("pt", "vllm") if name != config.infer_backend],
         "tensor_parallel_size": [NO_LINE, 2, 4, 8],
         "num_gpus": [NO_LINE, 0.25, 0.5, 0.75, *range(1, most + 1)],
-        "gpu_ids": [NO_LINE, *([index] for index in indices)],
-        "max_memory": [NO_LINE, *(caps if config.infer_backend != "vllm" else [])],
+        # Naming a GPU where none was named would change how Ray counts all of them, so it is no fix of one model.
+        "gpu_ids": [NO_LINE, *([index] for index in indices)] if config.gpu_ids else [],
+        "max_memory": [NO_LINE, *caps] if config.max_memory else [],
         U: [NO_LINE, 0.2, 0.4, 0.6, 0.8, 0.9],
         "kv_cache_memory_bytes": ["256MiB", "1GiB", "4GiB"] if config.kv_cache_memory_bytes else [],
         "kv_cache_dtype": ["fp8"],
@@ -185,7 +195,7 @@ def _tier(old: ModelRequest, field: str, value: Any, code: str) -> int:
     if field in ("kv_cache_dtype", "max_num_seqs"):
         return 1
     if value is NO_LINE:
-        return 1 if field == "tensor_parallel_size" else 0
+        return 1 if field == "tensor_parallel_size" or (config.num_gpus or 0) > 1 else 0
     if field == "kv_cache_memory_bytes":
         return 0 if _bytes(value) > (config.kv_cache_memory_bytes or 0) else 1
     if field == U:

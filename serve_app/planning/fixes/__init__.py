@@ -59,20 +59,31 @@ def _all_with_fixes(problems: Sequence[Problem], trial: Trial) -> tuple[Problem,
         part = trial.budget.part(searches - number)
         fixes[kind] = _fixes(problem, replace(trial, budget=part))
         trial.budget.take(part)
+    first = {id(problem) for problem in kinds.values()}
     return tuple(
-        replace(problem, fixes=tuple(_of(problem.model, fix) for fix in fixes[_kind(problem, trial)]))
+        replace(problem, fixes=fixes[_kind(problem, trial)])
+        if id(problem) in first
+        else replace(problem, fixes=_that_help(problem, fixes[_kind(problem, trial)], trial))
         for problem in problems
     )
+
+
+def _that_help(problem: Problem, fixes: tuple[Fix, ...], trial: Trial) -> tuple[Fix, ...]:
+    """Returns the fixes of a model that is alike which help this one too."""
+    found = []
+    for fix in fixes:
+        card = fix.changes[0] if not fix.model else None
+        inventory = trial.inventory if card is None else with_card(trial.inventory, card)
+        changes = {} if card is not None else {problem.model: fix.changes}
+        if trial.helped(problem.model, changes, inventory) is not None:
+            found.append(replace(fix, model=problem.model if fix.model else ""))
+    return tuple(found)
 
 
 def _kind(problem: Problem, trial: Trial) -> object:
     """Returns what two problems have in common if the same fixes help both."""
     request = trial.request(problem.model)
     return str(request.config), request.architecture.name, request.weights, request.replicas, problem.code
-
-
-def _of(model: str, fix: Fix) -> Fix:
-    return replace(fix, model=model) if fix.model else fix
 
 
 def _fixes(problem: Problem, trial: Trial) -> tuple[Fix, ...]:

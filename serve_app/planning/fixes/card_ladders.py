@@ -33,8 +33,8 @@ def more_cards(request: ModelRequest, backend: str, trial: Trial) -> Iterator[La
         sizes = [size for size in request.architecture.valid_tensor_parallel_sizes() if now < size <= most]
         if sizes:
             yield Ladder(price.MORE_CARDS, [rung("tensor_parallel_size", size) for size in sizes])
-    if backend == "pt" and config.max_memory is None and config.device_map is None and config.share is None:
-        counts = range(int(config.num_gpus or 1) + 1, most + 1)
+    if backend != "vllm" and config.max_memory is None and config.device_map is None:
+        counts = range(max(1, int(config.num_gpus or 1)) + 1, most + 1)
         if counts:
             yield Ladder(price.MORE_CARDS, [rung("num_gpus", count) for count in counts])
 
@@ -83,7 +83,7 @@ def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
         less = [rung("num_gpus", part) for part in reversed(parts) if part < share]
         if code == "no_device" and less:
             yield Ladder(price.LESS_CACHE, less, lambda changes: f"{share - changes[0].value:.0%} of a card")
-    if code == "no_device" and backend != "auto" and _has_one_card(config):
+    if code == "no_device" and _has_one_card(config):
         rungs = [rung("num_gpus", part) for part in SHARES]
         yield Ladder(price.LESS_CACHE, rungs, lambda changes: f"{1 - changes[0].value:.0%} of a card")
     utilization = config.vllm_args.get("gpu_memory_utilization")

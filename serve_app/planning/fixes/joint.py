@@ -1,6 +1,6 @@
 """Finds one set of fixes that makes a whole file fit, with at most one fix for each model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from heapq import heappop, heappush
@@ -44,11 +44,22 @@ def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
 
 
 def _options(chosen: Chosen, at: Trial) -> list[tuple[Fix, ...]]:
-    """Returns fixes of the models that have no place. If none has one, they are fixes of another model that give one of
-    them a place, and then fixes of both together."""
+    """Returns fixes of the models that have no place and harm no other.
+
+    If none has one, they are fixes of another model that give one of them a place, then fixes of both together, and
+    then fixes that take the place of a model that may get a fix after it.
+    """
     problems = [problem for problem in at.plan.problems if problem.model not in chosen][:MOST_OTHERS]
-    own: list[tuple[Fix, ...]] = [(fix,) for problem in problems for fix in _within(at, partial(fixes_of, problem))]
-    return own or [fixes for problem in problems[:1] for fixes in _by_others(problem, chosen, at)]
+    careful = replace(at, settled=None)
+    return (
+        _own(problems, careful)
+        or [fixes for problem in problems[:1] for fixes in _by_others(problem, chosen, careful)]
+        or _own(problems, at)
+    )
+
+
+def _own(problems: Sequence[Problem], at: Trial) -> list[tuple[Fix, ...]]:
+    return [(fix,) for problem in problems for fix in _within(at, partial(fixes_of, problem))]
 
 
 def _by_others(problem: Problem, chosen: Chosen, at: Trial) -> list[tuple[Fix, ...]]:

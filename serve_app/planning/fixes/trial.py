@@ -12,7 +12,7 @@ from serve_app.planning.planner import Tally, fits_beside, make_plan
 # A plan of the search tries so many ways back before it places each model where it can.
 MOST_TRIES = 10
 # If a plan costs more placements than this, a change is first tried with all other models where they are.
-MOST_FULL = 100
+MOST_FULL = 400
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Budget:
 class Trial:
     """This is the plan that has problems, with all that it was made of.
 
-    `settled` is None in the search for the fixes of one problem, in which no other model may get a new one. In the search
-    for joint fixes it names the models that must keep their places, since the others get fixes after it.
+    `settled` is None in the search for the fixes of one problem, in which no other model may get a new one. In the
+    search for joint fixes it names the models that must keep their places, since the others get fixes after them.
     """
 
     plan: Plan
