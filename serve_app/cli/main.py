@@ -176,7 +176,7 @@ def _add_init(commands: Any) -> None:
     making = commands.add_parser(
         "init",
         help="writes a config file for a model after the plan has accepted it",
-        description="Asks up to five questions, plans the model, offers the fix that costs least if it does not fit, and "
+        description="Asks up to five questions, plans the model, offers a fix if it does not fit, and "
         "writes the file. Each flag answers a question. Exits 0 if the file was written, 1 if the model does not "
         "fit, 2 if the input is wrong.",
     )

@@ -10,11 +10,12 @@ MOST_NAMED = 4
 def gains_of(name: str, before: Plan, after: Plan) -> str:
     """Returns where the model fits with a fix, what its tightest replica has to spare, and which idle cards it uses."""
     replicas = [model for model in after.models if model.name == name]
-    devices = list(dict.fromkeys(rank.device.id for model in replicas for rank in model.ranks))
+    used = {rank.device.id for model in replicas for rank in model.ranks}
+    devices = [device.id for device in after.devices if device.id in used]
     spare = min((spare_of(model) for model in replicas), default=0)
     text = f"fits on {_named(devices)} with {gib(spare)} of KV cache to spare"
     busy = {rank.device.id for model in before.models for rank in model.ranks}
-    idle = [device.id for device in before.devices if device.id in devices and device.id not in busy]
+    idle = [device.id for device in before.devices if device.id in used - busy]
     more = idle[len(replicas) :] if len(idle) == len(devices) else idle
     if more:
         text += f", and uses {_named(more)}, which {'is' if len(more) == 1 else 'are'} idle"
