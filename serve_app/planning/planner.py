@@ -120,28 +120,36 @@ def _units(requests: Sequence[ModelRequest], inventory: Inventory) -> list[Model
     )
 
 
-def fits_beside(request: ModelRequest, plan: Plan, inventory: Inventory, tally: Tally) -> bool:
-    """Returns whether all replicas of a model find a place where the plan's other models stay where they are."""
-    by_index = {device.node: device.by_index for device in plan.devices if device.is_gpu}
-    known = replace(
-        inventory,
-        devices=tuple(
-            replace(device, by_index=by_index.get(device.node, device.by_index)) if device.is_gpu else device
-            for device in inventory.devices
-        ),
-    )
+def state_beside(plan: Plan, name: str, inventory: Inventory) -> State:
+    """Returns what the models of a plan but one have taken."""
     state = State()
     for model in plan.models:
-        if model.name != request.name:
+        if model.name != name:
             devices = [rank.device for rank in model.ranks]
-            share = 0.0 if devices[0].by_index else native_share(model.config, known)
+            share = 0.0 if devices[0].by_index else native_share(model.config, inventory)
             state = state.with_plan(model, devices, share)
-    for unit in _units([request], known):
-        found, _ = _first(unit, known, state, tally)
+    return state
+
+
+def fits_beside(request: ModelRequest, state: State, inventory: Inventory, tally: Tally) -> bool:
+    """Returns whether all replicas of a model find a place beside what is taken already. The inventory says how Ray
+    counts its GPUs."""
+    for unit in _units([request], inventory):
+        found, _ = _first(unit, inventory, state, tally)
         if found is None:
             return False
         state = found.state
     return True
+
+
+def as_counted(inventory: Inventory, plan: Plan) -> Inventory:
+    """Returns the inventory with the kind of accounting of a plan."""
+    by_index = {device.node: device.by_index for device in plan.devices if device.is_gpu}
+    devices = (
+        replace(device, by_index=by_index[device.node]) if device.is_gpu and device.node in by_index else device
+        for device in inventory.devices
+    )
+    return replace(inventory, devices=tuple(devices))
 
 
 def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> Inventory:

@@ -83,7 +83,7 @@ def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
         less = [rung("num_gpus", part) for part in reversed(parts) if part < share]
         if code == "no_device" and less:
             yield Ladder(price.LESS_CACHE, less, lambda changes: f"{share - changes[0].value:.0%} of a card")
-    if code == "no_device" and _has_one_card(config):
+    if _has_one_card(config):
         rungs = [rung("num_gpus", part) for part in SHARES]
         yield Ladder(price.LESS_CACHE, rungs, lambda changes: f"{1 - changes[0].value:.0%} of a card")
     utilization = config.vllm_args.get("gpu_memory_utilization")

@@ -1,13 +1,13 @@
 """Plans again with changes, within a budget of placements."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fit import ModelRequest, available
 from serve_app.planning.fixes.ladder import Changes, changed
 from serve_app.planning.plan import Plan
-from serve_app.planning.planner import Tally, fits_beside, make_plan
+from serve_app.planning.planner import State, Tally, as_counted, fits_beside, make_plan, state_beside
 
 # A plan of the search tries so many ways back before it places each model where it can.
 MOST_TRIES = 10
@@ -51,6 +51,8 @@ class Trial:
     inventory: Inventory
     budget: Budget
     settled: frozenset[str] | None = None
+    # What the other models of a plan have taken. The plan is kept with it, so that its id stays its own.
+    beside: dict[tuple[int, str], tuple[Plan, State, Inventory]] = field(default_factory=dict, repr=False)
 
     def request(self, name: str) -> ModelRequest:
         """Returns the model of that name."""
@@ -96,8 +98,13 @@ class Trial:
         new = changed(request, changes.get(cured, ()))
         if new is None or changes.keys() - {cured}:
             return new is not None
+        key = (id(self.plan), cured)
+        if key not in self.beside:
+            counted = as_counted(self.inventory, self.plan)
+            self.beside[key] = (self.plan, state_beside(self.plan, cured, counted), counted)
+        _, state, counted = self.beside[key]
         tally = Tally()
-        fits = fits_beside(new, self.plan, inventory or self.inventory, tally)
+        fits = fits_beside(new, state, counted if inventory is None else as_counted(inventory, self.plan), tally)
         self.budget.spend(1 + tally.placements)
         return fits
 

@@ -298,6 +298,17 @@ def test_the_svg_shows_the_same_bars_as_the_terminal() -> None:
     assert len(hatched) == sum(block.figure.certainty == "guessed" for bar in chart.bars for block in bar.blocks)
 
 
+def test_fixes_that_belong_together_are_set_apart() -> None:
+    """Two models share a card only if both say so, in the terminal and in the picture."""
+    plan = planned([small(name, max_model_len=32768) for name in "ab"], "A100-80GB")
+    text = text_of(plan)
+    joint = text[text.index("── ALL MODELS FIT WITH ──") :]
+    assert "    a: num_gpus: 0.5\n        loses 50% of a card; gains: fits on n1:0 " in joint
+    assert "    b: num_gpus: 0.5\n" in joint
+    texts = " ".join(" ".join(element.itertext()) for element in drawn(plan).iter(f"{SVG}text"))
+    assert "All models fit with a: num_gpus: 0.5 loses 50% of a card" in texts
+
+
 def test_svg_is_written_whole_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the plan does not fit. What cannot be written exits 2 and leaves nothing behind."""
     file, folder = tmp_path / "plan.svg", tmp_path / "folder"
