@@ -30,12 +30,12 @@ lint: install docs
 
 # Without a cluster, then clusters beside each other, then one alone, in which a client's time is measured.
 test: lint
-	.venv/bin/pytest $(SPREAD) -m "not cluster"
-	.venv/bin/pytest $(SPREAD) -m "cluster and not alone"
+	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster
+	.venv/bin/pytest $(SPREAD) tests/cluster -m "not alone"
 	.venv/bin/pytest tests/cluster -m alone
 
 test-fast: install
-	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster -m "not slow and not cluster"
+	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster -m "not slow"
 
 lock:
 	scripts/lock.sh

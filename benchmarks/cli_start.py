@@ -25,8 +25,8 @@ REFERENCE = "import pydantic, yaml"
 COMMANDS: dict[str, tuple[Sequence[str], float | None]] = {
     REFERENCE: (("-c", "import pydantic, yaml"), None),
     "--help": ((*CLI, "--help"), 0.5),
-    "plan of a local model, named GPUs": ((*CLI, "plan", "--json", *DEMO, "--gpus", "24GiB"), 1.5),
-    "plan of a local model, this machine": ((*CLI, "plan", "--json", *DEMO, "--device", "cpu"), 1.5),
+    "plan of a local model, named GPUs": ((*CLI, "plan", "--json", *DEMO, "--gpus", "24GiB"), 1.0),
+    "plan of a local model, this machine": ((*CLI, "plan", "--json", *DEMO, "--device", "cpu"), 1.0),
     "from-swift": ((*CLI, "from-swift", "swift deploy --model x"), None),
     "new-key": ((*CLI, "new-key", "team-a"), None),
     "check of the demo's config": ((*CLI, "check", "deploy_configs/local.yaml"), None),

@@ -38,7 +38,7 @@ REQUIRED = {
     "transformers": "transformers",
     "accelerate": "accelerate",
 }
-TESTS = ("tests/contracts", "tests/cluster/test_ray_contract.py")
+TESTS = ("tests/contracts", "tests/cluster/test_ray_contract.py", "tests/cluster/test_vllm_contract.py")
 # What vLLM's own code says of memory: two minutes, and it depends on vLLM and transformers only.
 MEMORY_TESTS = "tests/planning/test_vllm_memory.py"
 # Seconds.

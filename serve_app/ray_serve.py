@@ -7,7 +7,7 @@ them were seen in Ray 2.60. Ray is imported when it is needed, since commands wi
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ ANY_ADDRESS = "0.0.0.0"  # noqa: S104
 # Ray gives 1 of these resources to nodes by itself: to the head node, and to one whose first GPU is of that kind.
 HEAD_NODE = "node:__internal_head__"
 TYPE_RESOURCE = "accelerator_type:{name}"
+# With these words Serve says of each replica that its constructor has not returned after 30 s.
+SLOW_CONSTRUCTOR = "This may be caused by a slow __init__ or reconfigure method."
 # Serve calls this function of the process when it starts an HTTP server, and puts what it returns in front of that.
 MIDDLEWARES_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
@@ -217,13 +219,27 @@ def ray_may_run_here() -> bool:
     It looks where `ray._private.services` looks, because importing Ray only to find nothing costs more than a whole
     plan.
     """
+    return current_cluster_file().exists() or any(_raylets())
+
+
+def clusters_here() -> list[str]:
+    """Returns the addresses of the Ray clusters that have a node on this machine, in order.
+
+    It reads the option `--gcs-address` of the raylets that run here, as `ray._private.services` does.
+    """
+    option = "--gcs-address="
+    return sorted({word.removeprefix(option) for line in _raylets() for word in line if word.startswith(option)})
+
+
+def _raylets() -> Iterator[list[str]]:
+    """Yields the command lines of the raylets that run here."""
     import psutil
 
-    if current_cluster_file().exists():
-        return True
-    # As in Ray, the name is looked for in the command line, since the process may have another name.
-    lines = (process.info["cmdline"] for process in psutil.process_iter(["cmdline"]))
-    return any("raylet" in os.path.basename(line[0]) for line in lines if line)
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"]
+        # As in Ray, the name is looked for in the command line, since the process may have another name.
+        if line and "raylet" in os.path.basename(line[0]):
+            yield line
 
 
 def current_cluster_file() -> Path:

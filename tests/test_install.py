@@ -42,6 +42,7 @@ def install(checkout: Path, **sources: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_source_that_does_not_answer_is_told_in_one_line(checkout: Path) -> None:
     """With what to do; uv by itself would try again and again."""
     done = install(checkout, UV_DEFAULT_INDEX="http://127.0.0.1:9/simple")
@@ -51,6 +52,7 @@ def test_a_source_that_does_not_answer_is_told_in_one_line(checkout: Path) -> No
     assert "PIP_FIND_LINKS" in line
 
 
+@pytest.mark.slow
 def test_another_file_of_the_same_name_and_version_is_refused(checkout: Path) -> None:
     """Whoever can put a torch into one of the sources cannot put it into the environment."""
     links, index = checkout / "links", checkout / "index"

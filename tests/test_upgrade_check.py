@@ -101,6 +101,7 @@ def test_a_resolution_with_cuda_is_known(check: ModuleType) -> None:
     assert check.CUDA.search("ray==2.61.0\nnvidia-cublas-cu13==13.1\n") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["by itself", "with Ctrl-C", "by force"])
 def test_nothing_that_a_trial_has_started_outlives_it(
     check: ModuleType, ends: str, monkeypatch: pytest.MonkeyPatch

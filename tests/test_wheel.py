@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_the_wheel_carries_the_demo_the_configs_and_the_commands(tmp_path: Path) -> None:
     """Files that are links in the repository are files there."""

@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
 from serve_app.access.origin import is_loopback
 from serve_app.cli.cluster import connected
+from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.config import ModelConfig
 from serve_app.deploy.node_env import node_environments, this_environment
-from serve_app.deploy.resolve_model import resolve_model
+from serve_app.deploy.resolve_model import require_all_replicas, resolve_model
 from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, lacking
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
@@ -40,6 +41,8 @@ def check(file: Path, address: str | None) -> int:
         print(f"note: {note}")
     for note in (*open_access(document, applications, os.environ if is_here else None), *dangling_names(applications)):
         print(f"note: {note}")
+    for note in doubtful_engine_args(applications):
+        print(f"note: {note}")
     for note in () if is_here else unheard_keys(document, os.environ):
         print(f"note: {note}")
     placed = [_report(application, nodes, inventory) for application in applications if application.is_model]
@@ -57,6 +60,7 @@ def require_valid(applications: Sequence[ApplicationSpec]) -> None:
                 application.router_settings()
         except ConfigError as error:
             problems += [f"{application.name}: {line}" for line in str(error).splitlines()]
+        problems += [f"{application.name}: {line}" for line in wrong_engine_args(application)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -227,12 +231,15 @@ def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set
 
 
 def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory) -> bool:
+    count = application.least_replicas
     try:
-        demand = resolve_model(application.model_settings(), nodes, inventory).demand
+        resolved = resolve_model(application.model_settings(), nodes, inventory)
+        require_all_replicas(resolved.config, count, resolved.demand, nodes, inventory)
     except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False
-    print(f"ok  {application.name}: a replica takes {demand}")
+    takes = "a replica takes" if count == 1 else f"each of {count} replicas takes"
+    print(f"ok  {application.name}: {takes} {resolved.demand}")
     return True
 
 

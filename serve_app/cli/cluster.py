@@ -3,11 +3,12 @@
 import os
 import re
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from serve_app.errors import ConfigError
-from serve_app.ray_serve import NAMESPACE, ray_may_run_here
+from serve_app.ray_serve import NAMESPACE, clusters_here, ray_may_run_here
 
 PROBE_TIMEOUT_S = 3.0
 
@@ -35,9 +36,23 @@ def connected(address: str | None) -> Iterator[str | None]:
             "uses tokens, export RAY_AUTH_MODE=token."
         ) from None
     try:
-        yield str(ray.get_runtime_context().gcs_address)
+        asked = str(ray.get_runtime_context().gcs_address)
+        if where == "auto" and (note := several(asked, clusters_here())):
+            print(f"note: {note}", file=sys.stderr)  # stdout may be JSON.
+        yield asked
     finally:
         ray.shutdown()
+
+
+def several(asked: str, clusters: Sequence[str]) -> str:
+    """Returns a note on which of several clusters of this machine is asked, or an empty text if there is only one."""
+    others = [address for address in clusters if address != asked]
+    if not others:
+        return ""
+    return (
+        f"several Ray clusters run on this machine, and this command asks the one at {asked}. For another, give "
+        f"--address with {' or '.join(others)}."
+    )
 
 
 def require_open(address: str) -> None:

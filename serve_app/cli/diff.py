@@ -7,6 +7,7 @@ import yaml
 
 from serve_app.cli.changes import Change, changes, for_all, not_applied
 from serve_app.cli.check import dangling_names, require_serves_schema, require_valid
+from serve_app.cli.engine_args import doubtful_engine_args
 from serve_app.cli.plan.plan import plan_of_file
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import read_applications
@@ -28,7 +29,7 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
         print(f"note: {name} differs. `serve deploy` does not change it while Serve runs. Stop Serve and run it again.")
     for name in for_all(before, after):
         print(f"note: {name} differs. Serve applies it to every application.")
-    for note in dangling_names(read_applications(new)):
+    for note in (*dangling_names(read_applications(new)), *doubtful_engine_args(read_applications(new))):
         print(f"note: {note}")
     if not any(application.is_model for application in read_applications(new)):
         return 0

@@ -274,7 +274,7 @@ def facts_of(machine: Machine) -> list[str]:
         rows.append((f"GPU {gpu.index}", f"{gpu.name}, {_gib(gpu.total_bytes)}, {_gib(gpu.free_bytes)} free"))
         rows += [("", _process(process)) for process in machine.processes if process.gpu_index == gpu.index]
     if not machine.gpus:
-        rows.append(("GPUs", "none"))
+        rows.append(("GPUs", "none, so only models with device: cpu work here"))
     rows += [("Ray", "no cluster runs here")] if machine.cluster is None else []
     rows += [("Ray node", str(node)) for node in machine.cluster or ()]
     rows += [
@@ -375,9 +375,9 @@ def _gpu_problems(machine: Machine) -> list[str]:
     if machine.gpu_error:
         return [f"GPUs: NVML answers '{machine.gpu_error}'. Run nvidia-smi. A new driver needs a restart."]
     if not machine.gpus:
-        return [
-            "GPUs: this machine has none, or the NVIDIA driver does not run. Only models with device: cpu work here."
-        ]
+        for_cuda = machine.torch is not None and machine.torch.cuda is not None
+        return ["GPUs: torch is built for CUDA, but this machine has no GPU, or the NVIDIA driver does not run. Only "
+                "models with device: cpu work here."] if for_cuda else []  # fmt: skip
     problems = [_partly_used(machine, gpu) for gpu in machine.gpus if _is_partly_used(machine, gpu)]
     if len({(gpu.name, round(gpu.total_bytes / GIB)) for gpu in machine.gpus}) > 1:
         sizes = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.total_bytes)}" for gpu in machine.gpus)

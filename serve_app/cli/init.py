@@ -6,25 +6,30 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import yaml
 
-from serve_app.cli.output_file import write_file
+from serve_app.cli.output_file import require_folder, write_file
 from serve_app.cli.plan.plan import plan_of_file
 from serve_app.cli.plan.text import print_plan
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
+from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.inventory import parse_gpus
+from serve_app.facts.serve_file import NAME
 from serve_app.planning.plan import Fix, Plan
 
 DEMO = "serve-app/demo"
-CPU = "cpu"
+CPU, HERE = "cpu", "here"
+BACKENDS = ("vllm", "pt", "auto")
+OWN_LENGTH = "the model's own"
 ROUTER = "router"
 # These cures of a plan are fields of `args`. Other cures change the machine or the number of replicas.
 NOT_ARGS = ("gpus", "num_replicas")
-# A name must be usable as a part of a route.
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 MOST_FIXES = 5
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Choice:
 class Questions(Protocol):
     """Answers the questions: either a person at a terminal does, or the defaults do."""
 
-    def text(self, question: str, default: str) -> str:
-        """Returns the answer to a question."""
+    def text(self, question: str, default: str, read: Callable[[str], T]) -> T:
+        """Returns what `read` makes of the answer to a question. `read` raises ConfigError for a wrong answer."""
         ...
 
     def agrees(self, question: str) -> bool:
@@ -68,9 +73,9 @@ class Questions(Protocol):
 class Defaults:
     """Answers for `--yes`: every question gets its default, and every cure is taken."""
 
-    def text(self, question: str, default: str) -> str:
-        """Returns the default."""
-        return default
+    def text(self, question: str, default: str, read: Callable[[str], T]) -> T:
+        """Returns what `read` makes of the default."""
+        return read(default)
 
     def agrees(self, question: str) -> bool:
         """Returns True."""
@@ -80,11 +85,15 @@ class Defaults:
 class Person:
     """Asks a person at the terminal."""
 
-    def text(self, question: str, default: str) -> str:
-        """Asks until there is an answer, and returns it."""
+    def text(self, question: str, default: str, read: Callable[[str], T]) -> T:
+        """Asks until an answer is right, and says what is wrong with each other one."""
         from rich.prompt import Prompt
 
-        return Prompt.ask(question, default=default).strip()
+        while True:
+            try:
+                return read(Prompt.ask(question, default=default).strip())
+            except ConfigError as error:
+                print(error)
 
     def agrees(self, question: str) -> bool:
         """Asks for yes or no, and returns True for yes."""
@@ -112,13 +121,14 @@ def init(target: Path, given: Given, yes: bool, force: bool) -> int:
     """
     if target.exists() and not force:
         raise ConfigError(f"{target}: this file exists already. Name another, or give --force to replace it.")
+    require_folder(target)
     if yes and given.model is None:
         raise ConfigError("init: --yes needs --model with a folder, a Hugging Face id, or serve-app/demo.")
     if not yes and not sys.stdin.isatty():
         raise ConfigError("init: the command asks questions, but the input is not a terminal. Give --model and --yes.")
     questions = Defaults() if yes else Person()
     try:
-        choice = ask(given, questions, _has_gpu)
+        choice = ask(given, questions, _has_gpu, read_checkpoint)
         made, choice = planned(choice, questions, print_plan)
     except EOFError:
         raise ConfigError("init: the input ended before all questions were answered. Nothing was written.") from None
@@ -130,47 +140,102 @@ def init(target: Path, given: Given, yes: bool, force: bool) -> int:
     return 0
 
 
-def ask(given: Given, questions: Questions, has_gpu: Callable[[], bool]) -> Choice:
-    """Asks for what was not given, with at most five questions. Raises ConfigError for an invalid answer."""
-    model = given.model or questions.text("Model: a Hugging Face id, or the absolute path of a folder", DEMO)
-    name = given.name or questions.text("Name: what clients write into the field 'model'", default_name(model))
-    if re.fullmatch(NAME, name) is None:
-        raise ConfigError(
-            f"--name: '{name}' is not allowed. Use letters, digits, '.', '_' and '-', and begin with a letter or digit."
-        )
-    if name == ROUTER:
-        raise ConfigError(f"--name: '{name}' is the name of the router in the file. Choose another one for the model.")
-    gpus = given.gpus
-    if gpus is None:
-        here = "here" if has_gpu() else CPU
-        asked = "GPUs: 'here' for those of this machine, sizes such as 8GiB,24GiB to plan for others, or cpu"
-        gpus = questions.text(asked, here)
-    backend = given.backend or questions.text("Backend: vllm, pt, or auto, where the plan chooses", "auto")
-    length: int | str | None = given.max_model_len
-    if length is None:
-        length = questions.text("Longest request in tokens, prompt and answer together", "the model's own")
-    choice = Choice(_absolute(model), name, backend, None if gpus == "here" else gpus, _length(length), given.port)
+def ask(given: Given, questions: Questions, has_gpu: Callable[[], bool], read_model: Callable[[str], object]) -> Choice:
+    """Asks for what was not given, with at most five questions. Each flag and each answer is checked as it comes.
+
+    `read_model` raises ConfigError for a model that cannot be read. Raises ConfigError for a wrong flag, and for a
+    wrong answer if nobody can be asked again. The message names the flag, or the word with which the question begins.
+    """
+
+    def found(flag: str, value: str | None, question: str, default: Callable[[], str], read: Callable[[str], T]) -> T:
+        if value is not None:
+            return _read(read, flag, value)
+        return questions.text(question, default(), lambda answer: _read(read, question.partition(":")[0], answer))
+
+    model = found(
+        "--model", given.model, "Model: a Hugging Face id, or the absolute path of a folder", lambda: DEMO,
+        lambda text: _model(text, read_model),
+    )  # fmt: skip
+    name = found(
+        "--name", given.name, "Name: what clients write into the field 'model'", lambda: default_name(model), _name
+    )
+    gpus = found(
+        "--gpus", given.gpus,
+        "GPUs: 'here' for those of this machine, sizes such as 8GiB,24GiB to plan for others, or cpu",
+        lambda: HERE if has_gpu() else CPU, lambda text: _gpus(text, has_gpu),
+    )  # fmt: skip
+    backend = found(
+        "--infer-backend", given.backend, "Backend: vllm, pt, or auto, where the plan chooses", lambda: "auto", _backend
+    )
+    length = found(
+        "--max-model-len", None if given.max_model_len is None else str(given.max_model_len),
+        "Length: the longest request in tokens, prompt and answer together", lambda: OWN_LENGTH, _length,
+    )  # fmt: skip
+    choice = Choice(model, name, backend, gpus, length, given.port)
     ModelConfig.from_args(choice.args())
     return choice
+
+
+def _read(read: Callable[[str], T], where: str, text: str) -> T:
+    """Returns the value of a flag or an answer. Raises ConfigError that begins with `where`."""
+    try:
+        return read(text)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def default_name(model: str) -> str:
     """Returns the last part of the model's name or path in lower case."""
     last = model.rstrip("/").rpartition("/")[2].lower()
-    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._") or "model"
+    name = re.sub(r"[^a-z0-9._-]+", "-", last).strip("-._") or "model"
+    return f"{name}-model" if name == ROUTER else name
 
 
-def _absolute(model: str) -> str:
-    """Returns a folder that exists as an absolute path, because the nodes' working folders differ."""
-    return str(Path(model).resolve()) if model != DEMO and Path(model).is_dir() else model
+def _model(text: str, read_model: Callable[[str], object]) -> str:
+    """Returns the model. A folder becomes an absolute path, because the nodes' working folders differ."""
+    model = str(Path(text).resolve()) if text != DEMO and Path(text).is_dir() else text
+    try:
+        read_model(model)
+    except ConfigError as error:  # Its first word is the name of a field, which stands before it already.
+        raise ConfigError(str(error).removeprefix("model: ")) from None
+    return model
 
 
-def _length(answer: int | str) -> int | None:
-    text = str(answer)
-    if text == "the model's own":
+def _name(text: str) -> str:
+    if NAME.fullmatch(text) is None:
+        raise ConfigError(
+            f"'{text}' is not allowed. Use letters, digits and ._~:@+=,- and begin with a letter or a digit."
+        )
+    if text == ROUTER:
+        raise ConfigError(f"'{text}' is the name of the router in the file. Choose another one for the model.")
+    return text
+
+
+def _gpus(text: str, has_gpu: Callable[[], bool]) -> str | None:
+    """Returns None for the GPUs of this machine."""
+    if text == HERE:
+        if not has_gpu():
+            raise ConfigError("this machine has no GPU. Write cpu, or sizes such as 8GiB,24GiB to plan for others.")
+        return None
+    if text != CPU:
+        try:
+            parse_gpus(text)
+        except ConfigError as error:
+            raise ConfigError(str(error).removeprefix("--gpus: ")) from None
+    return text
+
+
+def _backend(text: str) -> str:
+    if text not in BACKENDS:
+        raise ConfigError(f"'{text}' is not a backend. Write {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}.")
+    return text
+
+
+def _length(text: str) -> int | None:
+    if text == OWN_LENGTH:
         return None
     if re.fullmatch(r"[0-9]{1,12}", text) is None or int(text) < 1:
-        raise ConfigError(f"--max-model-len: '{text}' is not a number of tokens. Write digits, such as 8192.")
+        raise ConfigError(f"'{text}' is not a number of tokens. Write digits, such as 8192.")
     return int(text)
 
 

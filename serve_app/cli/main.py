@@ -1,24 +1,37 @@
 """`serve-app` is the command for what Ray's own `serve` command does not do.
 
-Exit codes: 0 means yes, 1 means no, 2 means that the input is wrong, and 130 that Ctrl-C came before anything started.
+Exit codes: 0 means yes, 1 means no, 2 means that the input is wrong, 130 that Ctrl-C came before anything started, and
+141 that the reader of a pipe has gone away.
 
 A command's module is imported when that command runs, because Ray, torch and transformers cost seconds of CPU each, and
 most commands need none of them.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from serve_app import __version__
-from serve_app.cli.exit_codes import INTERRUPTED
+from serve_app.cli.exit_codes import INTERRUPTED, READER_GONE
 from serve_app.errors import ServeAppError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    try:
+        try:
+            return _answer(argv)
+        finally:
+            sys.stdout.flush()  # The interpreter would do so at its end, and print an error if the reader is gone.
+    except BrokenPipeError:
+        _silence()
+        return READER_GONE
+
+
+def _answer(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
     try:
         return _run(options)
@@ -27,6 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _silence() -> None:
+    """Sends what is still in the buffers of the two streams to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -194,10 +217,20 @@ def _add_init(commands: Any) -> None:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 < port < 65536:
-        raise argparse.ArgumentTypeError(f"{port} is not a port. Write a number from 1 to 65535.")
-    return port
+    if not text.isdecimal() or len(text) > 5 or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port. Write a number from 1 to 65535.")
+    return int(text)
+
+
+def _at_once(text: str) -> tuple[int, int]:
+    requests, _, tokens = text.lower().partition("x")
+    try:
+        found = int(requests), int(tokens)
+    except ValueError:
+        found = 0, 0
+    if not all(0 < number <= 10**9 for number in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of requests and tokens. Write such as 32x8192.")
+    return found
 
 
 def _add_plan(commands: Any) -> None:
@@ -214,8 +247,22 @@ def _add_plan(commands: Any) -> None:
     )
     planning.add_argument("--svg", type=Path, metavar="FILE", help="also draw the plan, as an SVG picture")
     planning.add_argument("--json", action="store_true", help="print data instead of bars and a table")
-    one = planning.add_argument_group("one model without a file")
-    one.add_argument("--model", help="a local folder or a Hugging Face id")
+    planning.add_argument(
+        "--for", dest="at_once", type=_at_once, metavar="NxTOKENS",
+        help="plan for so many requests of so many tokens at once, such as 32x8192, for each replica",
+    )  # fmt: skip
+    planning.add_argument(
+        "--what",
+        choices=["fits"],
+        help="print a table of the ways to run each model alone: backend, GPUs, the longest "
+        "request, and how many of those run at once",
+    )
+    planning.add_argument(
+        "--explain", metavar="NAME", help="print every term of a model's plan with its formula and its source"
+    )
+    planning.add_argument("--compare", type=Path, metavar="FILE", help="print the plan beside that of another file")
+    one = planning.add_argument_group("models without a file")
+    one.add_argument("--model", action="append", help="a local folder or a Hugging Face id; may be given several times")
     one.add_argument("--infer-backend", choices=["pt", "vllm", "auto"], default="auto")
     one.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")

@@ -8,6 +8,18 @@ from pathlib import Path
 from serve_app.errors import ConfigError
 
 
+def require_folder(target: Path) -> None:
+    """Raises ConfigError if the folder of a file that is to be written does not exist, or if it cannot be written.
+
+    A command calls it before it works for long. `write_file` has the last word.
+    """
+    folder = target.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{target}: there is no folder {folder}. Make it first, or name another file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{target}: the folder {folder} cannot be written. Name another file.")
+
+
 def write_file(target: Path, text: str, replace: bool = True) -> None:
     """Writes a text file as a whole or not at all, so that a reader sees the old file or the new one.
 

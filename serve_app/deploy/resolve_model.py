@@ -1,15 +1,16 @@
 """Resolves one model in a cluster to its config with all that the plan chose, and to what its replica asks of Ray."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from serve_app.config import ModelConfig
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, PlacementError
 from serve_app.facts.checkpoint import read_checkpoint, with_absolute_paths
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.resolve import Resolved, resolve
-from serve_app.planning.resource_demand import require_room
+from serve_app.planning.resource_demand import Demand, require_replicas, require_room
 
 
 def needs_devices(config: ModelConfig) -> bool:
@@ -29,6 +30,25 @@ def resolve_model(
     chosen = config if resolved is None else resolved.config
     demand = require_room(chosen, nodes, None if resolved is None else resolved.demand)
     return Resolved(with_absolute_paths(chosen), demand)
+
+
+def require_all_replicas(
+    config: ModelConfig, count: int, demand: Demand, nodes: Sequence[Node], inventory: Inventory
+) -> None:
+    """Raises PlacementError if the cluster could not hold `count` replicas of a model, each with this demand, even if
+    it were empty: by Ray's own books, or by the plan, if the plan has room for one."""
+    require_replicas(demand, count, nodes)
+    if count == 1:
+        return
+    try:
+        checkpoint = read_checkpoint(config.model, config.revision)
+        request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
+        if request.unplanned:
+            return
+        resolve(request, inventory)
+    except (ConfigError, PlacementError):  # The plan does not know this model or this cluster, so it refuses nothing.
+        return
+    resolve(replace(request, replicas=count), inventory)
 
 
 def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Inventory | None) -> Resolved | None:

@@ -29,6 +29,10 @@ class Engine(Protocol):
         """Returns what runs and waits as a share of what the engine can hold. 1 is a full batch or a full KV cache."""
         ...
 
+    def cache_blocks(self) -> int | None:
+        """Returns how many blocks of KV cache the engine has made, or None if it has no blocks."""
+        ...
+
     async def memory(self) -> Sequence[RankMemory]:
         """Returns what each rank is measured to hold of each device now. Raises EngineError if it cannot be read."""
         ...

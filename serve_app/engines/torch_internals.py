@@ -4,9 +4,13 @@ each.
 The operations of `torch.ops.mkldnn` are those that torch's own inductor compiles linear layers to on the CPU.
 """
 
-from typing import cast
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 # torch's allocator on the CPU says this if there is no memory. It raises a RuntimeError without a class of its own.
 NO_CPU_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -58,3 +62,73 @@ def gpu_uuid(device: torch.device) -> str:
     Uses `uuid` of `torch.cuda.get_device_properties`, which torch's documentation does not list, seen in torch 2.13.
     """
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def pretend_operations(
+    namespaces: Collection[str], abilities: Mapping[str, bool], absent: Callable[..., object]
+) -> None:
+    """Lets every operation of these namespaces of `torch.ops` exist as `absent`, until the process ends. `abilities`
+    are operations of the first one that answer a question.
+
+    Layers keep a reference to their operations and call them only when they compute. Uses the class and the dictionary
+    of `torch.ops`, seen in torch 2.13.
+    """
+    for name in namespaces:
+        namespace = getattr(torch.ops, name)
+        pretended = type("PretendedNamespace", (type(namespace),), {"__getattr__": lambda self, name: absent})
+        vars(torch.ops)[name] = pretended(name)
+    for name, is_able in abilities.items():
+        setattr(getattr(torch.ops, next(iter(namespaces))), name, lambda *_, is_able=is_able: is_able)
+
+
+class _Nothing:
+    """Stands for a stream or an event."""
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+
+def pretend_gpu(capability: tuple[int, int], name: str, total_bytes: int, units: int) -> None:
+    """Lets layers make streams and ask for the current card, until the process ends. `units` are its multiprocessors.
+
+    Replaces documented functions of `torch.cuda`, of which some properties are undocumented, seen in torch 2.13.
+    """
+    properties = SimpleNamespace(
+        major=capability[0], minor=capability[1], name=name, total_memory=total_bytes, is_integrated=False,
+        multi_processor_count=units, shared_memory_per_block_optin=232448, warp_size=32, L2_cache_size=50 * 2**20,
+    )  # fmt: skip
+    answers = {"current_device": 0, "get_device_properties": properties, "get_device_capability": capability}
+    for function, answer in answers.items():
+        setattr(torch.cuda, function, lambda *_, answer=answer, **__: answer)
+    for function in ("Stream", "Event", "current_stream", "default_stream"):
+        setattr(torch.cuda, function, _Nothing)
+
+
+class _OnMeta(TorchFunctionMode):  # type: ignore[misc]
+    """Tensors that name a GPU have no storage either. Functions in `real` make real tensors unless a device is
+    named."""
+
+    def __init__(self, real: Collection[Any]):
+        super().__init__()
+        self._real = real
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if device is None and function in self._real:
+            kwargs["device"] = "cpu"
+        elif isinstance(device, int) or str(device).startswith("cuda"):
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def without_storage(has_real_tables: bool) -> Iterator[None]:
+    """Makes tensors on the meta device. With `has_real_tables`, tables that are computed from nothing are real, for
+    models that read numbers from theirs.
+
+    Uses `torch.overrides.TorchFunctionMode`, seen in torch 2.13.
+    """
+    tables = {torch.arange, torch.linspace, torch.tensor, torch.full, torch.eye} if has_real_tables else set()
+    with torch.device("meta"), _OnMeta(tables):
+        yield

@@ -1,14 +1,18 @@
 """Reads from a model's config.json what memory depends on: the model's shape.
 
-It reads only the JSON, without transformers, because a plan must not wait seconds for imports. An architecture that is
-not known here is refused by name, because a guess of its KV cache would have no basis.
+It reads only the JSON, without transformers, because a plan must not wait seconds for imports. Of an architecture that
+is not known here it reads an outline. The engine's own code says what such a model takes (`facts/engine_facts.py`),
+because a guess of its KV cache would have no basis.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal
 
 from serve_app.errors import ConfigError
+from serve_app.facts.config_fields import MOST_OUTLINE, check_divides, check_outer, check_outline, check_shape
+from serve_app.facts.field_kind import is_whole
 
 # The layers of these decoders are standard attention and standard (or mixture-of-experts) feed-forward blocks.
 STANDARD = frozenset(
@@ -20,7 +24,7 @@ HYBRID = frozenset({"qwen3_next"})
 # vLLM does not shard these architectures in the way for which this project has formulas. pt serves them.
 PT_ONLY = frozenset({"gpt2", "bloom"})
 
-LayerKind = Literal["full", "sliding", "mla", "linear"]
+LayerKind = Literal["full", "sliding", "mla", "linear", "unknown"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -58,13 +62,17 @@ class Architecture:
     # Elements of the tables of rotary position embeddings, as vLLM keeps them: positions × size, for each kind.
     rotary_elements: int = 0
     quantization: str | None = None
+    # An outline has none of the shapes that the formulas need: an engine's own code says what such a model takes.
+    has_formulas: bool = True
+    # The width of what one layer of the widest encoder for images or sound computes for a patch.
+    encoder_width: int = 0
     # A tensor parallel size must divide these numbers, which are named by what they count.
     shardable: Mapping[str, int] | None = None
 
     @property
     def is_known_to_vllm(self) -> bool:
         """Returns whether there are formulas for vLLM here."""
-        return self.model_type in STANDARD | MLA | HYBRID
+        return self.has_formulas and self.model_type in STANDARD | MLA | HYBRID
 
     def valid_tensor_parallel_sizes(self, most: int = 16) -> list[int]:
         """Returns the sizes that vLLM takes. They divide the heads and the feed-forward width, and divide the KV
@@ -82,50 +90,124 @@ class Architecture:
 
 
 def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """Returns the shape that a decoded config.json describes. Raises ConfigError that names `where` and what is
-    missing."""
-    if config.get("vision_config") or config.get("audio_config"):
-        raise ConfigError(
-            f"{where}: the plan covers text models only, and this model has an encoder for images or sound."
-        )
-    text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
-    assert isinstance(text, Mapping)
-    model_type = str(text.get("model_type", ""))
-    if model_type not in STANDARD | MLA | HYBRID | PT_ONLY:
-        known = ", ".join(sorted(STANDARD | MLA | HYBRID | PT_ONLY))
-        raise ConfigError(
-            f"{where}: the plan does not know the architecture '{model_type or 'without model_type'}', and does "
-            f"not guess its KV cache. It knows {known}."
-        )
+    """Returns the shape that a decoded config.json describes, or the outline of a model of another type.
+
+    Raises ConfigError that names `where`, the field, what was found there and what is needed."""
+    file = f"{where}: config.json"
+    config = {name: value for name, value in config.items() if value is not None}  # Engines take a default for null.
+    text = {name: value for name, value in check_outline(config, file).items() if value is not None}
+    model_type = text.get("model_type") or ""
+    if model_type not in STANDARD | MLA | HYBRID | PT_ONLY or any(config.get(name) for name in ENCODERS):
+        return _with_known_dtype(_outline(config, file), file)
+    check_shape(text, file, "text_config." if "text_config" in config else "")
     try:
-        architecture = _read(config, text, model_type)
+        architecture = _read(config, text, model_type, file)
     except KeyError as error:
-        raise ConfigError(f"{where}: config.json has no {error}, which a {model_type} model needs.") from None
+        raise ConfigError(
+            f"{where}: config.json has no {error}, which a model of the model_type {model_type} needs."
+        ) from None
+    return _with_known_dtype(architecture, file)
+
+
+def _with_known_dtype(architecture: Architecture, file: str) -> Architecture:
     if architecture.dtype not in DTYPE_BYTES:
         raise ConfigError(
-            f"{where}: the dtype '{architecture.dtype}' is unknown. The known ones are {', '.join(DTYPE_BYTES)}."
+            f"{file}: the dtype '{architecture.dtype}' is unknown. The known ones are {', '.join(DTYPE_BYTES)}."
         )
     return architecture
 
 
-def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -> Architecture:
-    get = {**_NAMES.get(model_type, {})}
+# The names that families have for the same number. An outline takes the first that is there.
+_OUTLINE: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "ffn_hidden_size"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+    "kv_heads": ("num_key_value_heads", "multi_query_group_num", "n_head_kv", "num_kv_heads"),
+    "vocabulary": ("vocab_size", "padded_vocab_size"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "max_model_len": ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length",
+                      "n_ctx", "model_max_length", "max_target_positions"),
+}  # fmt: skip
+# The parts of a config.json that hold the model of text, and those that hold encoders.
+_TEXT = ("thinker_config", "text_config", "llm_config", "language_config")
+ENCODERS = ("vision_config", "audio_config", "thinker_config")
+# A config.json that leaves its vocabulary out (Gemma 3) means that of its class in transformers. Only guesses of
+# logits depend on it, so they count the largest vocabulary of public models.
+DEFAULT_VOCABULARY = 262_208
+# vLLM takes this length for a model whose config.json names none, such as Mamba.
+DEFAULT_CONTEXT = 2048
+
+
+def _outline(config: Mapping[str, Any], where: str) -> Architecture:
+    """Returns what can be read of any model: its sizes without the shapes of its layers, under any of their names."""
+    text, parts, inside = config, [config], ""
+    while name := next((name for name in _TEXT if isinstance(text.get(name), Mapping)), None):
+        text, inside = text[name], f"{inside}{name}."
+        check_outer(text, where, inside)
+        parts.append(text)
+
+    def number(name: str, part: Mapping[str, Any], default: int | None = None) -> int:
+        most = MOST_OUTLINE[name]
+        found = next((part[key] for key in _OUTLINE[name] if is_whole(part.get(key), 1, most)), default)
+        if found is None:
+            raise ConfigError(f"{where}: none of {', '.join(inside + key for key in _OUTLINE[name])} is a whole "
+                              f"number from 1 to {most}.")  # fmt: skip
+        return int(found)
+
+    def first(*names: str) -> Any:
+        return next((part[name] for name in names for part in reversed(parts) if part.get(name)), None)
+
+    encoders = [part[name] for part in parts for name in ENCODERS if isinstance(part.get(name), Mapping)]
+    hidden, heads, quantization = number("hidden_size", text), number("heads", text, 1), first("quantization_config")
+    kind = str(first("model_type") or "")
+    return Architecture(
+        name=str((first("architectures") or [kind or "a model without model_type"])[0]),
+        model_type=kind,
+        dtype=str(first("dtype", "torch_dtype") or "float32").removeprefix("torch."),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size", text, 4 * hidden),
+        heads=heads,
+        kv_heads=number("kv_heads", text, heads),
+        head_size=max(1, hidden // heads),
+        vocabulary=number("vocabulary", text, DEFAULT_VOCABULARY),
+        max_model_len=number("max_model_len", text, DEFAULT_CONTEXT),
+        layers=tuple(repeat("unknown", number("layers", text))),
+        quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
+        has_scaled_positions=_has_scaled_positions(text),
+        has_formulas=False,
+        encoder_width=max((_encoder_width(part) for part in encoders), default=0),
+    )
+
+
+def _encoder_width(part: Mapping[str, Any]) -> int:
+    """Returns what a layer of an encoder computes for a patch: elements of its residual and its feed-forward block."""
+    hidden, inner = (
+        next((part[key] for key in _OUTLINE[name] if is_whole(part.get(key), 1, MOST_OUTLINE[name])), 0)
+        for name in ("hidden_size", "intermediate_size")
+    )
+    return int(2 * hidden + 3 * (inner or 4 * hidden))
+
+
+def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str, file: str) -> Architecture:
+    names, defaults = _NAMES.get(model_type, {}), _DEFAULTS.get(model_type, {})
 
     def value(name: str, default: Any = ...) -> Any:
-        found = text.get(get.get(name, name))
+        found = text.get(names.get(name, name))
         if found is not None:
             return found
         if default is ...:
-            raise KeyError(get.get(name, name))
+            raise KeyError(names.get(name, name))
         return default
 
+    def size(name: str) -> Any:
+        return value(name, defaults.get(name, 0))
+
     hidden, heads = value("hidden_size"), value("num_attention_heads")
-    intermediate = value("intermediate_size", 4 * hidden)
-    names = config.get("architectures") or text.get("architectures") or [model_type]
+    intermediate, kv_heads = value("intermediate_size", 4 * hidden), value("num_key_value_heads", heads)
+    _check_heads(text, model_type, file, hidden=hidden, heads=heads, kv_heads=kv_heads)
     quantization = config.get("quantization_config") or text.get("quantization_config")
-    linear = {name: text.get(name) or 0 for name in _LINEAR.values()}
     return Architecture(
-        name=names[0],
+        name=(config.get("architectures") or text.get("architectures") or [model_type])[0],
         model_type=model_type,
         dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "float32").removeprefix(
             "torch."
@@ -133,23 +215,38 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str) -
         hidden_size=hidden,
         intermediate_size=intermediate,
         heads=heads,
-        kv_heads=value("num_key_value_heads", heads),
+        kv_heads=kv_heads,
         head_size=value("head_dim", hidden // heads),
         vocabulary=value("vocab_size"),
         max_model_len=value("max_position_embeddings", 2048 if model_type == "bloom" else ...),
-        layers=_layers(text, model_type, value("num_hidden_layers")),
+        layers=_layers(text, model_type, value("num_hidden_layers"), file),
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", model_type in _TIED))),
         sliding_window=text.get("sliding_window"),
-        latent_size=text.get("kv_lora_rank") or 0,
-        rope_size=text.get("qk_rope_head_dim") or 0,
-        key_size=(text.get("qk_nope_head_dim") or 0) + (text.get("qk_rope_head_dim") or 0),
-        value_size=text.get("v_head_dim") or 0,
-        quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
+        latent_size=size("kv_lora_rank"),
+        rope_size=size("qk_rope_head_dim"),
+        key_size=size("qk_nope_head_dim") + size("qk_rope_head_dim"),
+        value_size=size("v_head_dim"),
+        quantization=str(quantization.get("quant_method")) if quantization else None,
         has_scaled_positions=_has_scaled_positions(text),
-        rotary_elements=_rotary_elements(text, model_type, value("head_dim", hidden // heads)),
-        shardable=_shardable(text, model_type, heads, intermediate),
-        **{field: linear[name] for field, name in _LINEAR.items()},
+        rotary_elements=_rotary_elements(
+            text, model_type, size("qk_rope_head_dim") or value("head_dim", hidden // heads)
+        ),
+        shardable=_shardable(text, heads, intermediate, defaults),
+        **{field: size(name) for field, name in _LINEAR.items()},
     )
+
+
+def _check_heads(
+    text: Mapping[str, Any], model_type: str, file: str, *, hidden: int, heads: int, kv_heads: int
+) -> None:
+    """Raises ConfigError for heads that no attention can have. The heads of MLA have sizes of their own."""
+    names = _NAMES.get(model_type, {})
+    heads_name = names.get("num_attention_heads", "num_attention_heads")
+    if model_type in MLA:
+        return
+    check_divides(("num_key_value_heads", kv_heads), (heads_name, heads), file)
+    if text.get("head_dim") is None:
+        check_divides((heads_name, heads), (names.get("hidden_size", "hidden_size"), hidden), file)
 
 
 # Older families have other names for these fields.
@@ -170,27 +267,52 @@ _LINEAR = {
     "linear_value_size": "linear_value_head_dim",
     "linear_kernel": "linear_conv_kernel_dim",
 }
+# Where these families' configs leave a field out, transformers (5.19) and vLLM take this value.
+_MLA_DEFAULTS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "deepseek_v2": _MLA_DEFAULTS,
+    "deepseek_v3": _MLA_DEFAULTS,
+    "qwen3_next": {
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    },
+}
 # The embedding of these families is also the head unless the config says otherwise.
 _TIED = frozenset({"gpt2", "bloom", "gemma", "gemma2", "gemma3_text"})
 
 
+_MLA_LAYER: LayerKind = "mla"
 _KINDS: Mapping[str, LayerKind] = {
     "full_attention": "full",
     "sliding_attention": "sliding",
     "linear_attention": "linear",
-    "mla": "mla",
 }
 
 
-def _layers(text: Mapping[str, Any], model_type: str, count: int) -> tuple[LayerKind, ...]:
+def _layers(text: Mapping[str, Any], model_type: str, count: int, file: str) -> tuple[LayerKind, ...]:
     if model_type in MLA:
-        return tuple(_KINDS["mla"] for _ in range(count))
-    if text.get("layer_types"):
-        if unknown := set(text["layer_types"]) - _KINDS.keys():
-            raise ConfigError(f"the plan does not know layers of the type '{min(unknown)}'.")
-        kinds: list[LayerKind] = [_KINDS[kind] for kind in text["layer_types"]]
-        return tuple(kinds)
-    return tuple(_kind(text, model_type, number) for number in range(count))
+        return (_MLA_LAYER,) * count
+    if not (named := text.get("layer_types")):
+        return tuple(_kind(text, model_type, number) for number in range(count))
+    known: dict[str, LayerKind] = {
+        name: kind for name, kind in _KINDS.items() if kind != "linear" or model_type in HYBRID
+    }
+    if unknown := set(named) - known.keys():
+        raise ConfigError(
+            f"{file}: the plan does not know layers of the type '{min(unknown)}' in a {model_type} model."
+        )
+    if len(named) != count:
+        raise ConfigError(
+            f"{file}: layer_types has {len(named)} items, and num_hidden_layers is {count}; one item for each layer is "
+            "needed."
+        )
+    if "sliding_attention" in named and not text.get("sliding_window"):
+        raise ConfigError(f"{file}: layer_types names sliding_attention, and sliding_window is missing or 0.")
+    kinds: list[LayerKind] = [known[name] for name in named]
+    return tuple(kinds)
 
 
 def _kind(text: Mapping[str, Any], model_type: str, number: int) -> LayerKind:
@@ -209,7 +331,7 @@ def _kind(text: Mapping[str, Any], model_type: str, number: int) -> LayerKind:
     return "sliding"
 
 
-def _rotary_elements(text: Mapping[str, Any], model_type: str, head_size: int) -> int:
+def _rotary_elements(text: Mapping[str, Any], model_type: str, size: int) -> int:
     """Returns the elements of one table for each distinct kind of rotary embedding. Linear scaling multiplies its
     positions."""
     if model_type in PT_ONLY:
@@ -220,7 +342,8 @@ def _rotary_elements(text: Mapping[str, Any], model_type: str, head_size: int) -
     if model_type == "gemma3_text" and len(kinds) == 1:
         kinds.append({})  # The local kind is never scaled.
     shares = [kind["partial_rotary_factor"] for kind in (text, *kinds) if kind.get("partial_rotary_factor")]
-    size = text.get("qk_rope_head_dim") or int(head_size * (shares[0] if shares else 1.0))
+    if model_type not in MLA:
+        size = int(size * (shares[0] if shares else 1.0))
     return sum(int(positions * _linear_factor(kind)) * size for kind in kinds)
 
 
@@ -232,16 +355,16 @@ def _has_scaled_positions(text: Mapping[str, Any]) -> bool:
 
 def _linear_factor(kind: Mapping[str, Any]) -> float:
     is_linear = (kind.get("rope_type") or kind.get("type")) == "linear"
-    return float(kind.get("factor", 1.0)) if is_linear else 1.0
+    return float(kind.get("factor") or 1.0) if is_linear else 1.0
 
 
-def _shardable(text: Mapping[str, Any], model_type: str, heads: int, intermediate: int) -> dict[str, int]:
+def _shardable(text: Mapping[str, Any], heads: int, intermediate: int, defaults: Mapping[str, int]) -> dict[str, int]:
     counts = {"attention heads": heads, "channels of the feed-forward layer": intermediate}
     for name, what in (
         ("moe_intermediate_size", "channels of an expert"),
         ("linear_num_key_heads", "key heads of the linear attention"),
         ("linear_num_value_heads", "value heads of the linear attention"),
     ):
-        if text.get(name):
-            counts[what] = text[name]
+        if found := text.get(name) or defaults.get(name):
+            counts[what] = found
     return counts

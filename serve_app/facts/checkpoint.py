@@ -1,6 +1,6 @@
 """Finds a model's files and reads its shape and size from them. It never reads weights."""
 
-import json
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,16 @@ from urllib.request import getproxies
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.architecture import Architecture, read_architecture
+from serve_app.facts.field_kind import shown
+from serve_app.facts.foreign_file import FileMissing, read_object
 from serve_app.facts.weights import Tensor, hub_tensors, local_tensors, tensors_without_weights
 
 # A hub that takes no connection within this many seconds counts as unreachable.
 HUB_TIMEOUT_S = 5.0
 # A message repeats this many letters of the hub client's own words.
 MOST_REASON = 300
+# A config.json has some kilobytes. Lists of words or of layers that are not quantised can make it some megabytes.
+MOST_CONFIG_BYTES = 8 * 2**20
 # The model that ships with this package has this id.
 DEMO_MODEL = "serve-app/demo"
 
@@ -43,10 +47,10 @@ def model_path(model: str) -> str:
         from serve_app.demo import MODEL_DIR
 
         return str(MODEL_DIR)
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
+    folder = Path(os.path.expanduser(model))  # pathlib's own raises for a user who does not exist.
+    if os.path.lexists(folder / "config.json"):  # Whether it is a regular file is checked when it is read.
         return str(folder.absolute())
-    if folder.is_dir():
+    if os.path.isdir(folder):  # pathlib's own raises for a name that is too long.
         raise ConfigError(
             f"model: the folder {folder.absolute()} has no config.json, so it holds no Hugging Face model."
         )
@@ -66,41 +70,45 @@ class Checkpoint:
 def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Returns what a local folder holds, or asks the Hugging Face hub for config.json and headers.
 
-    Without safetensors files the tensors are those that the config.json would make. Raises ConfigError.
+    Without safetensors files the tensors are those that the config.json would make, and there are none if its
+    architecture has no formulas. Raises ConfigError.
     """
     path = model_path(model)
     folder = Path(path)
-    config, tensors = (_local_config(folder), local_tensors(folder)) if folder.is_dir() else _from_hub(path, revision)
+    config, tensors = (
+        (_local_config(folder), local_tensors(folder)) if os.path.isdir(folder) else _from_hub(path, revision)
+    )
     architecture = read_architecture(config, f"model: {model}")
-    return Checkpoint(architecture, tuple(tensors or tensors_without_weights(config, f"model: {model}")))
+    if not tensors and architecture.has_formulas:
+        tensors = tensors_without_weights(config, f"model: {model}")
+    return Checkpoint(architecture, tuple(tensors))
 
 
 def _local_config(folder: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {folder / 'config.json'} cannot be read: {error}.") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"model: {folder / 'config.json'} is not a JSON object.")
-    return config
+    return read_object(folder / "config.json", MOST_CONFIG_BYTES)
 
 
 def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list[Tensor]]:
     """Returns config.json and tensors from the local cache if it has the whole model, or else by the hub's metadata
     calls."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=True))
         if tensors := local_tensors(file.parent):
             return _local_config(file.parent), tensors
-    except (LocalEntryNotFoundError, ConfigError):
+    except (LocalEntryNotFoundError, FileMissing):
         pass  # The cache does not have the whole model.
+    except HFValidationError as error:
+        reason = shorten(str(error), MOST_REASON, placeholder=" …")
+        raise ConfigError(f"model: {shown(model)} is neither a local folder nor a Hugging Face id: {reason}") from None
     _require_hub(model)
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision))
         return _local_config(file.parent), hub_tensors(model, revision)
+    except ConfigError:
+        raise  # It names the file already.
     except Exception as error:
         reason = shorten(str(error), MOST_REASON, placeholder=" …")
         raise ConfigError(f"model: {model} cannot be read from the Hugging Face hub: {reason}") from None

@@ -1,5 +1,6 @@
 """Finds the devices that a plan may use: GPUs and host memory, by node."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from serve_app.config import parse_bytes
-from serve_app.errors import ConfigError, nearest
+from serve_app.errors import ConfigError
 from serve_app.facts.calibration import Calibrations, joined, read_calibrations
 from serve_app.facts.nodes import node_from_resources
 from serve_app.facts.packages import engine_versions
@@ -122,9 +123,17 @@ def _card(what: str) -> tuple[int, str]:
         return known[plain]
     if what[:1].isdigit():
         return parse_bytes(what, "--gpus"), what
-    raise ConfigError(
-        f"--gpus: unknown card '{what}'.{nearest(what, KNOWN_GPUS)} Write its memory instead, such as 24GiB."
-    )
+    raise ConfigError(f"--gpus: unknown card '{what}'.{_near_card(plain)} Write its memory instead, such as 24GiB.")
+
+
+def _near_card(plain: str) -> str:
+    """Returns the cards of that model, of which there may be several sizes, or else the nearest name."""
+    sizes = [name for name in KNOWN_GPUS if plain and card_model(name).startswith(card_model(plain))]
+    if sizes:
+        return f" Did you mean {' or '.join(sizes)}?"
+    by_lower = {name.lower(): name for name in KNOWN_GPUS}
+    match = difflib.get_close_matches(plain.lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[match[0]]}?" if match else ""
 
 
 def read_inventory(path: Path) -> Inventory:

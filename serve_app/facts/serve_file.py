@@ -1,5 +1,6 @@
 """Reads from a Ray Serve config file which applications are models, and how many replicas they have."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -7,7 +8,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.config import ModelConfig, RouterConfig, explain
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, nearest
+
+# People write these for `args`, and so they do words that are near it, such as `arguments`.
+FOREIGN_ARGS = ("params", "parameters", "config")
+# A model's name is part of its route, of the paths of log files and of the ids of replicas, where "/" and "#" separate.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:@+=,-]*")
+# HAProxy gets a route prefix as it stands in its config file, where a space, a quote or "#" would end it.
+ROUTE_PREFIX = re.compile(r"/|(/[A-Za-z0-9._~:@+=,-]+)+")
 
 
 class DeploymentSpec(BaseModel):
@@ -36,8 +44,39 @@ class ApplicationSpec(BaseModel):
 
     name: str
     import_path: str
+    route_prefix: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
     deployments: list[DeploymentSpec] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _args_are_called_args(cls, item: Any) -> Any:
+        """Raises ValueError for another word for `args`. Without it, the model's fields would be missing. Other unknown
+        keys are compared with Serve's own schema."""
+        if isinstance(item, dict) and "args" not in item:
+            for key in item:
+                if key in FOREIGN_ARGS or nearest(key, ("args",)):
+                    raise ValueError(f"unknown key '{key}'. Did you mean 'args'?")
+        return item
+
+    @model_validator(mode="after")
+    def _name_is_a_name(self) -> Self:
+        is_ours = self.import_path.startswith("serve_app.")
+        if "/" in self.name or (is_ours and NAME.fullmatch(self.name) is None):
+            raise ValueError(
+                f"name: {self.name!r} must begin with a letter or digit and may have letters, digits and ._~:@+=,- "
+                f"after it. Write {_as_name(self.name)}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _route_is_a_route(self) -> Self:
+        if self.route_prefix is not None and ROUTE_PREFIX.fullmatch(self.route_prefix) is None:
+            raise ValueError(
+                f"route_prefix: {self.route_prefix!r} must begin with '/', must not end with '/', and may have "
+                f"letters, digits and ._~:@+=,- between them. Write {_as_route(self.route_prefix)}."
+            )
+        return self
 
     @property
     def least_replicas(self) -> int:
@@ -84,12 +123,27 @@ def read_applications(path: Path) -> list[ApplicationSpec]:
         raise ConfigError(f"{path}: the file is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
         raise ConfigError(f"{path}: the file is not a Ray Serve config file, because it has no list of 'applications'.")
-    try:
-        applications = [ApplicationSpec.model_validate(item) for item in document["applications"]]
-    except ValidationError as error:
-        lines = [f"{path}: applications.{explain(item)}" for item in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+    applications, problems = [], []
+    for number, item in enumerate(document["applications"]):
+        try:
+            applications.append(ApplicationSpec.model_validate(item))
+        except ValidationError as error:
+            name = item.get("name") if isinstance(item, dict) else None
+            where = f"applications[{number}]" + (f" ({name})" if isinstance(name, str) else "")
+            problems += [f"{path}: {where}: {explain(line)}" for line in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(problems))
     names = [application.name for application in applications]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{path}: the name '{twice[0]}' appears twice. Each application needs a name of its own.")
     return applications
+
+
+def _as_route(prefix: str) -> str:
+    """Returns the route that was probably meant."""
+    return "/" + "/".join(_as_name(part) for part in prefix.split("/") if part)
+
+
+def _as_name(text: str) -> str:
+    """Returns the name that was probably meant."""
+    return re.sub(r"[^A-Za-z0-9._~:@+=,-]+", "-", text).strip("._~:@+=,-") or "model"

@@ -34,7 +34,7 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if needs_pt:
         yield _pt(config, f"{needs_pt} is set, which pt honours")
         return
-    if not request.architecture.is_known_to_vllm and not needs_vllm:
+    if not request.is_planned_for_vllm and not needs_vllm:
         reason = f"the plan has no formulas for {request.architecture.name} in vLLM"
     else:
         for size in _sizes(request, inventory):
@@ -67,4 +67,4 @@ def _sizes(request: ModelRequest, inventory: Inventory) -> Sequence[int]:
     for gpus in inventory.node_gpus().values():
         sizes = [gpu.total_bytes for gpu in gpus]
         most = max(most, max(map(sizes.count, sizes)))
-    return [size for size in request.architecture.valid_tensor_parallel_sizes() if size <= most]
+    return [size for size in request.valid_tensor_parallel_sizes() if size <= most]

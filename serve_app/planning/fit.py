@@ -2,24 +2,30 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
+from serve_app.facts.engine_facts import RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
 from serve_app.planning.calibration_setting import calibration_setting
+from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
 from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
-from serve_app.planning.pt_kv_buffers import cells, full_length_requests
+from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
+from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
+from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
 PT_CHUNK_TOKENS = 512
 # vLLM's CPU build gets the first figure if the config does not say. pt gets no more than this share of the memory that
 # is available, since other replicas share it, and no more than these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
+NO_CACHE_BYTES = 2**20
 # These arguments of vLLM change what it takes in ways for which the plan has no formulas.
 UNPLANNED = frozenset(
     {"speculative_config", "enable_lora", "cpu_offload_gb", "kv_transfer_config", "num_gpu_blocks_override"}
@@ -30,11 +36,25 @@ PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 
 @dataclass(frozen=True)
+class AtOnce:
+    """This is what a user wants to run at once: so many requests, each of so many tokens of prompt and answer."""
+
+    requests: int
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        """Returns it as a part of a sentence."""
+        return f"{self.requests} request{'' if self.requests == 1 else 's'} of {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `vllm_facts` is what vLLM's own code
+    says of an architecture for which there are no formulas.
 
-    `memo` and `block_memo` keep sums over the tensors, which are the same for every device and every replica, and pt's
-    blocks. `calibrations` and
+    `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
     """
 
@@ -43,8 +63,9 @@ class ModelRequest:
     architecture: Architecture
     tensors: tuple[Tensor, ...]
     replicas: int = 1
-    memo: dict[object, Figure] = field(default_factory=dict, compare=False, repr=False)
-    block_memo: dict[object, list[Block]] = field(default_factory=dict, compare=False, repr=False)
+    at_once: AtOnce | None = None
+    vllm_facts: VllmFacts | None = None
+    memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -73,9 +94,91 @@ class ModelRequest:
         kind = str(config.vllm_args.get("kv_cache_dtype", "auto"))
         if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
             return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
-        if config.quantization not in (None, "fp8", self.architecture.quantization):
+        can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
+        if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
+        return self.missing_facts
+
+    @property
+    def missing_facts(self) -> str:
+        """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
+        name, backend = self.architecture.name, self.config.infer_backend
+        lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.architecture.has_formulas
+        if backend == "vllm" and lacks_vllm:
+            return (
+                f"infer_backend: vllm: the plan has no formulas for {name} in vLLM, and it has not been told the sizes "
+                "of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where vLLM is installed, "
+                "which asks it and keeps the answer."
+            )
+        if backend != "vllm" and lacks_pt and (backend == "pt" or lacks_vllm):
+            return (
+                f"infer_backend: {backend}: the plan has no formulas for {name}, and it has not been told the sizes of "
+                "its weights and its KV cache by the engine's own code. Run `serve-app plan` where the engine is "
+                "installed, which asks it and keeps the answer."
+            )
         return ""
+
+    @property
+    def is_planned_for_vllm(self) -> bool:
+        """Returns whether the plan knows how vLLM lays out the model, by its formulas or from vLLM's own code."""
+        return self.architecture.is_known_to_vllm or self.vllm_facts is not None
+
+    @property
+    def _uses_vllm_facts(self) -> bool:
+        """Returns whether vLLM's own code decides. The formulas are proven for known types without quantisation."""
+        is_proven = self.architecture.is_known_to_vllm and self.architecture.quantization is None
+        return self.vllm_facts is not None and not is_proven
+
+    def rank_facts(self, tp: int) -> RankFacts:
+        """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
+        if self._uses_vllm_facts:
+            assert self.vllm_facts is not None
+            return self.vllm_facts.ranks[tp]
+        sizes = (self.element_bytes, self.kv_element_bytes, self.config.device == "cpu")
+        key = ("rank", tp, *sizes)
+        if key not in self.memo:
+            self.memo[key] = rank_by_formula(self.architecture, self.tensors, tp, *sizes)
+        found: RankFacts = self.memo[key]
+        return found
+
+    def buffers(self, tp: int) -> Figure:
+        """Returns the tensors of one rank that are not weights."""
+        if self._uses_vllm_facts:
+            return memory.vllm_own_buffers(self.rank_facts(tp).buffers)
+        return memory.vllm_buffers(self.architecture, self.element_bytes)
+
+    def kv_bytes(self, tp: int, tokens: int, batched: int) -> int:
+        """Returns the bytes of KV cache on one of `tp` ranks of vLLM for one request of `tokens` tokens. `batched` is
+        `max_num_batched_tokens`."""
+        key = ("kv", tp, tokens, batched, self.element_bytes, self.kv_element_bytes, self.config.device)
+        if key not in self.memo:
+            self.memo[key] = kv_bytes_per_request(self.rank_facts(tp), tokens, batched)
+        return int(self.memo[key])
+
+    def spare_bytes(self, tp: int) -> int:
+        """Returns the bytes of the block of KV cache that vLLM keeps empty on one of `tp` ranks."""
+        key = ("spare", tp, self.element_bytes, self.kv_element_bytes, self.config.device)
+        if key not in self.memo:
+            self.memo[key] = spare_bytes(self.rank_facts(tp))
+        return int(self.memo[key])
+
+    @property
+    def knows_blocks(self) -> bool:
+        """Returns whether the plan knows vLLM's blocks of KV cache, which on the CPU may depend on the machine."""
+        return self._uses_vllm_facts or self.config.device != "cpu" or has_plain_cache(self.architecture)
+
+    def tensor_parallel_problem(self, size: int) -> str:
+        """Returns why vLLM refuses the tensor parallel size, or an empty text if it takes it."""
+        if not self._uses_vllm_facts:
+            return self.architecture.tensor_parallel_problem(size)
+        assert self.vllm_facts is not None
+        if size in self.vllm_facts.ranks:
+            return ""
+        return self.vllm_facts.refusals.get(size, "vLLM was not asked about it")
+
+    def valid_tensor_parallel_sizes(self, most: int = 16) -> list[int]:
+        """Returns the tensor parallel sizes that vLLM takes, up to `most`."""
+        return [size for size in range(1, most + 1) if not self.tensor_parallel_problem(size)]
 
     def measured(self, device: Device, rank: int, ranks: int) -> Calibration | None:
         """Returns what this setting was measured to take on such a device, or None if it never ran."""
@@ -101,20 +204,33 @@ class ModelRequest:
         return self.rank_weights(1).bytes
 
     def rank_weights(self, tp: int) -> Figure:
-        """Returns the bytes of the weights on one of `tp` ranks of vLLM."""
+        """Returns the bytes of the weights on one of `tp` ranks of vLLM. If vLLM does not take that size, it is a share
+        of the weights on one rank, which only orders models and compares fixes."""
+        if self._uses_vllm_facts or not self.architecture.has_formulas:
+            rank = self.vllm_facts.ranks.get(tp) if self.vllm_facts is not None else None
+            return Figure(self._most_weights // tp) if rank is None else Figure(rank.weights)
         rounds = self.config.quantization == "fp8" and self.architecture.quantization is None
         key = (tp, self.element_bytes, rounds)
         if key not in self.memo:
             weigh = memory.weights_per_rank_in_fp8 if rounds else memory.weights_per_rank
             self.memo[key] = weigh(self.tensors, self.architecture, tp, self.element_bytes)
-        return self.memo[key]
+        found: Figure = self.memo[key]
+        return found
+
+    @property
+    def _most_weights(self) -> int:
+        """Returns the most bytes that all ranks together have by vLLM's own code, or those of the checkpoint."""
+        ranks = self.vllm_facts.ranks if self.vllm_facts is not None else {}
+        stored = sum(tensor.bytes_as(self.element_bytes) for tensor in self.tensors)
+        return max((size * rank.weights for size, rank in ranks.items()), default=stored)
 
     def blocks(self, copies_tied: bool) -> list[Block]:
         """Returns the blocks of pt's layer map, as `blocks_of` does."""
-        key = (self.element_bytes, copies_tied)
-        if key not in self.block_memo:
-            self.block_memo[key] = blocks_of(self.tensors, self.architecture, self.element_bytes, copies_tied)
-        return self.block_memo[key]
+        key = ("blocks", self.element_bytes, copies_tied)
+        if key not in self.memo:
+            self.memo[key] = blocks_of(self.tensors, self.architecture, self.element_bytes, copies_tied)
+        found: list[Block] = self.memo[key]
+        return found
 
 
 @dataclass(frozen=True)
@@ -144,17 +260,17 @@ def fit_vllm(
     batched = token_count(arguments.get("max_num_batched_tokens") or default_batched)
     rows = request.config.max_num_seqs or default_rows
     weights = request.rank_weights(tp)
-    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched)
-    if not on_gpu:
-        activation = Figure(memory.VLLM_CPU_ACTIVATION_FACTOR * activation.bytes, activation.certainty)
-    activation += memory.vllm_buffers(architecture, request.element_bytes)
+    copies = 1 if on_gpu else VLLM_CPU_ACTIVATION_FACTOR
+    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched, copies)
+    activation += request.buffers(tp) + memory.vllm_encoder(architecture, request.element_bytes, batched)
     graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
-    context = memory.context("cuda", tp) if on_gpu else memory.guessed(memory.VLLM_CPU_CONTEXT_BYTES)
+    context = memory.context("cuda", tp) if on_gpu else memory.vllm_cpu_context()
     if (measured := request.measured(device, 0, tp)) is not None:
         activation, graph, context = memory.calibrated(measured, activation, graph, context)
-    per_request = memory.vllm_kv_bytes_per_request(
-        architecture, tp, request.max_model_len, request.kv_element_bytes, batched, request.element_bytes
-    )
+    if (problem := _rows_problem(request, rows)) is not None:
+        return problem
+
+    per_request = request.kv_bytes(tp, request.max_model_len, batched)
     fixed = weights + activation + graph + context
     limit = int((request.config.share or 1.0) * device.total_bytes)
     room = min(available(device, free), limit) - fixed.bytes
@@ -163,38 +279,64 @@ def fit_vllm(
         problem = _utilization_problem(request, float(utilization), device, min(free, limit), context)
         if problem is not None:
             return problem
-    if request.config.kv_cache_memory_bytes is not None:
-        cache = request.config.kv_cache_memory_bytes
-    elif on_gpu:
-        most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
-        cache = min(room, most - (weights + activation + graph).bytes)
-    else:
-        cache = VLLM_CPU_KV_BYTES
-    needed = max(per_request, request.config.kv_cache_memory_bytes or 0)
-    if request.config.kv_cache_memory_bytes is not None and cache < per_request:
-        return _small_cache(request, per_request)
-    if cache < per_request or cache > room:
-        return _shortage(request, (device, free), fixed, needed, needed - min(room, max(cache, 0)))
+    most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
+    cache = _vllm_cache(request, on_gpu, min(room, most - (weights + activation + graph).bytes), per_request)
+    spare, wanted = request.spare_bytes(tp), request.at_once
+    at_once = 0 if wanted is None else wanted.requests * request.kv_bytes(tp, wanted.tokens, batched)
+    least = max(per_request, at_once) + spare
+    needed = max(least, request.config.kv_cache_memory_bytes or 0)
+    if request.config.kv_cache_memory_bytes is not None and cache < least:
+        return _small_cache(request, least)
+    if cache < least or cache > room:
+        return _shortage(
+            request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
+            _bounds(request, [(device, free)], [limit]),
+        )  # fmt: skip
     ranks = tuple(
         RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
     )
-    full = cache // per_request
+    full = (cache - spare) // per_request if per_request else rows
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
         kv_bytes_per_request=per_request,
         kv_tokens=full * request.max_model_len,
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
+        kv_block_bytes=spare if request.knows_blocks else 0,
     )  # fmt: skip
 
 
-def _small_cache(request: ModelRequest, per_request: int) -> Shortage:
+def _vllm_cache(request: ModelRequest, on_gpu: bool, room: int, per_request: int) -> int:
+    """Returns the bytes of KV cache that one rank gets, of which a GPU has `room`."""
+    if request.config.kv_cache_memory_bytes is not None:
+        return request.config.kv_cache_memory_bytes
+    if not per_request:  # A model that only encodes has no cache, but vLLM wants a number.
+        return NO_CACHE_BYTES
+    return room if on_gpu else VLLM_CPU_KV_BYTES
+
+
+def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
+    """Returns a shortage if the engine runs fewer sequences at once than are asked for, whatever its KV cache holds."""
+    wanted = request.at_once
+    if wanted is None or wanted.requests <= rows:
+        return None
+    text = f"max_num_seqs: the engine runs at most {rows} requests at once, and {wanted.text} are asked for."
+    return Shortage("max_num_seqs", text, 0)
+
+
+def _held(request: ModelRequest) -> str:
+    """Returns what the KV cache has to hold, as a part of a sentence."""
+    one = f"one request of {request.max_model_len} tokens"
+    return one if request.at_once is None else f"{one} and for {request.at_once.text} at once"
+
+
+def _small_cache(request: ModelRequest, least: int) -> Shortage:
     cache = request.config.kv_cache_memory_bytes or 0
     return Shortage(
         "small_cache",
-        f"kv_cache_memory_bytes: {gib(cache)} is less than one request of {request.max_model_len} tokens takes on a "
-        f"rank ({gib(per_request)}).",
-        per_request - cache,
+        f"kv_cache_memory_bytes: {gib(cache)} is less than what is needed on a rank for {_held(request)} "
+        f"({gib(least)}).",
+        least - cache,
     )
 
 
@@ -237,12 +379,21 @@ def fit_pt(
         return map_layers(blocks, rooms, tokens, rows, spills)
 
     least = cells(1, request.max_model_len)
+    if (problem := _rows_problem(request, rows)) is not None:
+        return problem
+    wanted = request.at_once
+    if wanted is not None:
+        least = max(least, budget_for(wanted.requests, wanted.tokens))
     if request.config.kv_cache_memory_bytes is not None:  # The engine then takes requests as long as that allows.
         per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
-        least = max(cells(1, 1), min(least, request.config.kv_cache_memory_bytes // per_token))
+        most = request.config.kv_cache_memory_bytes // per_token
+        if wanted is not None and most < least:
+            return _small_cache(request, least * per_token)
+        least = max(cells(1, 1), min(least, most))
     mapped = at(least)
     if mapped is None:
-        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), spills)
+        bounds = _bounds(request, devices, limits)
+        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills, bounds)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
@@ -276,20 +427,22 @@ def _pt_shortage(
     overheads: Sequence[tuple[Figure, Figure]],
     rooms: Sequence[int],
     whole: BlockGroup,
+    tokens: int,
     spills: bool,
+    bounds: str,
 ) -> Shortage:
     device, first = devices[0][0], whole.blocks[0].weights
     if not spills and rooms[0] < first:
         return Shortage(
             "over_commit",
             f"The model's first block takes {gib(first)}, but {device.id} has {gib(max(0, rooms[0]))} left after "
-            "context and activations.",
+            f"context and activations.{bounds}",
             first - rooms[0],
         )
-    cache = whole.cache(cells(1, request.max_model_len), request.config.max_num_seqs or PT_MAX_NUM_SEQS)
+    cache = whole.cache(tokens, request.config.max_num_seqs or PT_MAX_NUM_SEQS)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), len(devices))
+    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
     if spills or not device.is_gpu:
         return short
     tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
@@ -351,7 +504,8 @@ def _pt_plan(
         numbers = [block.number for block in part.blocks]
         activation, context = overheads[number]
         if number == 0 and mapped.rest.blocks:
-            activation += Figure(max(block.weights for block in mapped.rest.blocks))
+            room = left_over_layer(max(block.weights for block in mapped.rest.blocks))
+            activation += Figure(room.bytes, terms=(room,))
         cache = Figure(part.cache(tokens, rows) + kept)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
@@ -378,7 +532,13 @@ def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
 
 
 def _shortage(
-    request: ModelRequest, seat: tuple[Device, int], fixed: Figure, cache: int, missing: int, devices: int = 1
+    request: ModelRequest,
+    seat: tuple[Device, int],
+    fixed: Figure,
+    cache: int,
+    missing: int,
+    bounds: str,
+    devices: int = 1,
 ) -> Shortage:
     device, free = seat
     held, planned = device.total_bytes - device.free_bytes, device.free_bytes - free
@@ -395,10 +555,21 @@ def _shortage(
     return Shortage(
         "over_commit",
         f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
-        "one request "
-        f"of {request.max_model_len} tokens on {where}, which is {gib(missing)} too much.{others}",
+        f"{_held(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
         missing,
     )
+
+
+def _bounds(request: ModelRequest, seats: Sequence[tuple[Device, int]], limits: Sequence[int]) -> str:
+    """Returns sentences on what keeps a replica from all that is free on its devices: limits of the config, and the
+    plan's reserve on each other GPU."""
+    pairs = list(zip(seats, limits, strict=True))
+    limited = [f"{gib(limit)} of {device.id}" for (device, free), limit in pairs if limit < available(device, free)]
+    field = "max_memory" if request.config.max_memory else f"num_gpus: {request.config.share or 1:g}"
+    text = f" {field} allows {' and '.join(limited)}, context and activations included." if limited else ""
+    if any(device.is_gpu and limit >= available(device, free) for (device, free), limit in pairs):
+        text += f" The plan keeps {memory.RESERVE_SHARE * 100:g} % of each card free."
+    return text
 
 
 def gib(size: float) -> str:

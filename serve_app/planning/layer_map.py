@@ -109,16 +109,16 @@ def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows
 def _fill(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int) -> LayerMap:
     parts: list[list[Block]] = [[] for _ in limits]
     device, position = 0, 0
-    weights = kv = largest = state = 0  # These are sums over the device's blocks, since a plan fills very often.
+    weights = largest = kv = state = 0  # These are sums over the blocks of the present device, and its largest `kv`.
     while position < len(blocks) and device < len(limits):
         block = blocks[position]
         cache = tokens * (kv + block.kv + max(largest, block.kv)) + rows * (state + block.state)
         if weights + block.weights + cache <= limits[device]:
-            parts[device].append(block)
             weights, kv, state = weights + block.weights, kv + block.kv, state + block.state
             largest = max(largest, block.kv)
+            parts[device].append(block)
             position += 1
         else:
             device += 1
-            weights = kv = largest = state = 0
+            weights = largest = kv = state = 0
     return LayerMap(tuple(BlockGroup(tuple(part)) for part in parts), BlockGroup(tuple(blocks[position:])))

@@ -7,65 +7,51 @@ ones are stated constants with a margin.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from serve_app.facts.architecture import DTYPE_BYTES, Architecture
 from serve_app.facts.calibration import Calibration
 from serve_app.facts.weights import Tensor
+from serve_app.planning import terms
+from serve_app.planning.terms import Term, total
 
 Certainty = Literal["exact", "calibrated", "guessed"]
 
-MIB = 2**20
-GIB = 2**30
+MIB, GIB = terms.MIB, 2**30
 
-# A CUDA context with the kernels that torch loads takes 300 to 550 MiB on cards from RTX 3090 to H100.
-CONTEXT_BYTES = 512 * MIB
-# NCCL's buffers add this on each GPU of a tensor parallel group.
-NCCL_BYTES = 256 * MIB
-# CUDA graphs of vLLM's default sizes have a private pool each, which is small for small models.
-GRAPH_BYTES_PER_LAYER = 10 * MIB
-GRAPH_BASE_BYTES = 256 * MIB
-# vLLM on the CPU takes this beyond an empty engine, as measured by `benchmarks.planned_memory`. Its layers are not
-# fused, so several copies of an activation exist at once, and its allocator keeps what requests have touched.
-VLLM_CPU_CONTEXT_BYTES = 64 * MIB
-VLLM_CPU_ACTIVATION_FACTOR = 3
 # Guesses are raised by this share.
 MARGIN = 0.1
 # This share of each GPU stays free whatever is planned, for fragmentation and other small things.
 RESERVE_SHARE = 0.02
 VLLM_UTILIZATION = 0.92
-# With asynchronous scheduling, vLLM's default on GPUs, two steps' tokens may be on their way at once.
-CONCURRENT_STEPS = 2
-# A block of KV cache has this many tokens on CUDA. MLA's kernel for fp8 takes 64.
-BLOCK_TOKENS = 16
-MLA_FP8_BLOCK_TOKENS = 64
-# A linear attention layer has two pages for each sequence, because prefix caching, the default, keeps one more.
-STATE_PAGES = 2
 VOCABULARY_PADDING = 64
 
 
 @dataclass(frozen=True)
 class Figure:
-    """This is a number of bytes, and how well it is known."""
+    """This is a number of bytes, and how well it is known. `terms` explain it: they add up to `bytes`, or are empty."""
 
     bytes: int
     certainty: Certainty = "exact"
+    terms: tuple[Term, ...] = field(default=(), compare=False)
 
     def __add__(self, other: "Figure") -> "Figure":
         """Returns the sum, which is as uncertain as its least certain part."""
         order: Sequence[Certainty] = ("exact", "calibrated", "guessed")
-        return Figure(self.bytes + other.bytes, max(self.certainty, other.certainty, key=order.index))
+        certainty = max(self.certainty, other.certainty, key=order.index)
+        return Figure(self.bytes + other.bytes, certainty, self.terms + other.terms)
 
 
 ZERO = Figure(0)
 
 
-def guessed(size: float) -> Figure:
-    """Returns a guess with its margin."""
-    return Figure(int(size * (1 + MARGIN)), "guessed")
+def guessed(parts: Iterable[Term]) -> Figure:
+    """Returns the sum of guesses with its margin, which is a term of its own."""
+    parts = tuple(parts)
+    margin = int(total(parts) * MARGIN)
+    return Figure(total(parts) + margin, "guessed", (*parts, terms.margin(MARGIN, margin)))
 
 
 def dtype_bytes(architecture: Architecture, dtype: str) -> int:
@@ -94,7 +80,7 @@ def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_byte
     """Returns the bytes of a tensor on one of `tp` ranks. `element_bytes` is as for `Tensor.bytes_as`."""
     stem = _ENDING.sub("", tensor.name)
     size = tensor.bytes_as(4 if _FLOAT32.search(stem) else element_bytes)
-    if _VOCABULARY.search(stem):
+    if _VOCABULARY.search(stem) and tensor.elements and tensor.shape:  # A scale of all words has no rows.
         return size // tensor.shape[0] * padded_vocabulary(tensor.shape[0]) // tp
     if stem.endswith("qkv_proj"):
         per_head = size // (architecture.heads + 2 * architecture.kv_heads)
@@ -117,11 +103,11 @@ def weights_per_rank_in_fp8(
     kept, rounded = 0, 0
     for tensor in loaded(tensors, architecture):
         size = rank_bytes(tensor, architecture, tp, element_bytes)
-        if len(tensor.shape) > 1 and _LINEAR.search(_ENDING.sub("", tensor.name)):
+        if len(tensor.shape) > 1 and tensor.elements and _LINEAR.search(_ENDING.sub("", tensor.name)):
             rounded += size * tensor.elements // tensor.bytes_as(element_bytes)
         else:
             kept += size
-    return Figure(kept) + guessed(rounded)
+    return Figure(kept, terms=(terms.kept_weights(kept),)) + guessed([terms.rounded_weights(rounded)])
 
 
 def padded_vocabulary(rows: int) -> int:
@@ -162,49 +148,6 @@ def vllm_defaults(total_bytes: int, name: str) -> tuple[int, int]:
     return (2048, 256) if total_bytes else (2048, 128)
 
 
-def vllm_kv_bytes_per_request(
-    architecture: Architecture, tp: int, tokens: int, kv_element_bytes: int, batched: int, element_bytes: int
-) -> int:
-    """Returns the bytes of KV cache on one rank for one sequence of `tokens` tokens, as vLLM checks it at its start.
-
-    It is in whole pages. If there are two kinds of layers, all pages have one size and layers are kept in groups of one
-    size, which may be padded (`kv_cache_utils` in vLLM 0.32).
-    """
-    pages = _Pages(architecture, tp, kv_element_bytes, element_bytes)
-    blocks = {
-        "full": -(-tokens // pages.tokens),
-        "mla": -(-tokens // pages.tokens),
-        "linear": STATE_PAGES,
-        # The window comes before the tokens on their way, and its first block may be cut anywhere.
-        "sliding": -(-min((architecture.sliding_window or 1) - 1 + CONCURRENT_STEPS * batched, tokens) // pages.tokens)
-        + 1,
-    }
-    counts = Counter(architecture.layers)
-    if len(counts) == 1:
-        return sum(count * blocks[kind] for kind, count in counts.items()) * pages.bytes
-    few, many = min(counts.values()), max(counts.values())
-    group = many if many < 1.5 * few else few
-    return group * pages.bytes * sum(-(-count // group) * blocks[kind] for kind, count in counts.items())
-
-
-class _Pages:
-    """This is the page of one layer on one rank: the tokens of a block, and its bytes. Hybrids have one page size for
-    all layers."""
-
-    def __init__(self, architecture: Architecture, tp: int, kv_element_bytes: int, element_bytes: int):
-        if "mla" in architecture.layers:  # The compressed cache is the same on every rank.
-            self.tokens = MLA_FP8_BLOCK_TOKENS if kv_element_bytes == 1 else BLOCK_TOKENS
-            self.bytes = self.tokens * (architecture.latent_size + architecture.rope_size) * kv_element_bytes
-            return
-        heads = max(1, architecture.kv_heads // tp)
-        per_token = 2 * heads * architecture.head_size * kv_element_bytes
-        self.tokens = BLOCK_TOKENS
-        if "linear" in architecture.layers:  # Blocks are so long that a page holds a state.
-            state = linear_state_bytes(architecture, tp, element_bytes)
-            self.tokens = max(BLOCK_TOKENS, -(-state // (BLOCK_TOKENS * per_token)) * BLOCK_TOKENS)
-        self.bytes = self.tokens * per_token
-
-
 def linear_state_bytes(architecture: Architecture, tp: int, element_bytes: int) -> int:
     """Returns the bytes of one linear attention layer's states for one sequence, on one rank."""
     key = architecture.linear_key_heads * architecture.linear_key_size
@@ -214,27 +157,47 @@ def linear_state_bytes(architecture: Architecture, tp: int, element_bytes: int) 
     return (convolution + recurrent) * element_bytes
 
 
-def vllm_activation(architecture: Architecture, tp: int, element_bytes: int, max_num_seqs: int, batched: int) -> Figure:
-    """Returns the peak of a profiling pass: the feed-forward block of a whole batch, and twice the logits in
-    float32."""
-    width = 2 * architecture.hidden_size + 3 * architecture.intermediate_size // tp
-    logits = 2 * max_num_seqs * architecture.vocabulary * 4
-    return guessed(batched * width * element_bytes + logits)
+def vllm_activation(
+    architecture: Architecture, tp: int, element_bytes: int, max_num_seqs: int, batched: int, copies: int = 1
+) -> Figure:
+    """Returns the peak of a profiling pass. `copies` of each activation exist at once."""
+    shape = (architecture.hidden_size, architecture.intermediate_size, architecture.vocabulary)
+    return guessed(terms.vllm_activation(*shape, tp, element_bytes, max_num_seqs, batched, copies))
 
 
 def vllm_buffers(architecture: Architecture, element_bytes: int) -> Figure:
     """Returns the tables of rotary embeddings. They are on every rank, for all positions, and not among the weights."""
-    return Figure(architecture.rotary_elements * element_bytes)
+    table = terms.rotary_tables(architecture.rotary_elements, element_bytes)
+    return Figure(table.bytes, terms=(table,))
+
+
+def vllm_own_buffers(size: int) -> Figure:
+    """Returns the tensors beside the weights of which vLLM's own code tells."""
+    term = terms.own_buffers(size)
+    return Figure(term.bytes, terms=(term,))
+
+
+def vllm_encoder(architecture: Architecture, element_bytes: int, batched: int) -> Figure:
+    """Returns what a model with an encoder for images or sound takes beside its weights, which is nothing for a model
+    of text."""
+    if not architecture.encoder_width:
+        return ZERO
+    return guessed(terms.vllm_encoder(architecture.hidden_size, architecture.encoder_width, element_bytes, batched))
 
 
 def vllm_graphs(architecture: Architecture, eager: bool) -> Figure:
     """Returns what captured CUDA graphs take, which is nothing with `enforce_eager`."""
-    return ZERO if eager else guessed(GRAPH_BASE_BYTES + GRAPH_BYTES_PER_LAYER * len(architecture.layers))
+    return ZERO if eager else guessed(terms.vllm_graphs(len(architecture.layers)))
 
 
 def context(device: str, tp: int = 1) -> Figure:
     """Returns the CUDA context, with NCCL's buffers if ranks talk. The CPU has none."""
-    return ZERO if device == "cpu" else guessed(CONTEXT_BYTES + (NCCL_BYTES if tp > 1 else 0))
+    return ZERO if device == "cpu" else guessed(terms.cuda_context(tp))
+
+
+def vllm_cpu_context() -> Figure:
+    """Returns what vLLM takes on the CPU beyond an empty engine."""
+    return guessed(terms.vllm_cpu_context())
 
 
 def calibrated(
@@ -247,10 +210,14 @@ def calibrated(
     may not have come yet. So a replica that knows only the guesses accepts what was planned with more.
     """
     if measured.activation_bytes > activation.bytes + graph.bytes:
-        activation, graph = Figure(measured.activation_bytes, "calibrated"), ZERO
+        activation, graph = _measured(measured.activation_bytes), ZERO
     if (measured.context_bytes or 0) > context.bytes:
-        context = Figure(measured.context_bytes or 0, "calibrated")
+        context = _measured(measured.context_bytes or 0)
     return activation, graph, context
+
+
+def _measured(size: int) -> Figure:
+    return Figure(size, "calibrated", (terms.measured(size),))
 
 
 def reserve(total_bytes: int) -> int:
@@ -280,10 +247,7 @@ def pt_activation(
     architecture: Architecture, element_bytes: int, rows: int, chunk: int, tokens: int
 ) -> Mapping[str, Figure]:
     """Returns the peak of a step by its cause: `layer` on every device, and `head` where the logits are made."""
-    width = 6 * architecture.hidden_size + 3 * architecture.intermediate_size
-    # One layer at a time has keys and values repeated to all heads, and the mask.
-    attention = 2 * tokens * architecture.heads * max(architecture.head_size, architecture.key_size) * element_bytes
-    return {
-        "layer": guessed((chunk + rows) * width * element_bytes + attention),
-        "head": guessed(3 * rows * architecture.vocabulary * 4),
-    }
+    head_size = max(architecture.head_size, architecture.key_size)
+    shape = (architecture.hidden_size, architecture.intermediate_size)
+    layer = terms.pt_layer(*shape, architecture.heads, head_size, element_bytes, chunk + rows, tokens)
+    return {"layer": guessed(layer), "head": guessed(terms.pt_head(rows, architecture.vocabulary))}

@@ -48,7 +48,8 @@ class ModelPlan:
     """This is a replica of a model in its place. `kv_bytes_per_request` is for one request of `max_model_len`, per
     rank.
 
-    `config` is the model's, with the backend that was chosen, and `architecture` is its shape.
+    `config` is the model's, with the backend that was chosen, and `architecture` is its shape. `kv_block_bytes` is what
+    one of vLLM's blocks of KV cache takes on a rank in all layers together, and 0 for pt, which has no blocks.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelPlan:
     max_full_length_requests: int
     ranks: tuple[RankPlan, ...]
     spilled: Mapping[str, int] = field(default_factory=dict)
+    kv_block_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""

@@ -11,7 +11,7 @@ from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
-from serve_app.planning.memory import GIB
+from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 from serve_app.planning.resource_demand import native_share
 
@@ -21,6 +21,11 @@ MOST_TRIES = 300
 PT_PLACEMENTS = 10
 # To look through so many devices for places costs as much as one placement.
 DEVICES_PER_PLACEMENT = 16
+
+# With these words ends a message that names the cure itself.
+RUN_ON_CPU = "to run it on the CPU."
+# These fields do not go with `device: cpu`.
+ONLY_GPU = ("max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type", "tensor_parallel_size")
 
 Seats = Sequence[tuple[Device, int]]
 
@@ -224,6 +229,9 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
     looks = 1 + len(inventory.devices) // DEVICES_PER_PLACEMENT
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
+        if request.missing_facts:
+            yield Shortage("facts_missing", request.missing_facts, 0)
+            continue
         if request.unplanned:
             yield Shortage("not_planned", request.unplanned, 0)
             continue
@@ -282,7 +290,8 @@ def _cap_problem(request: ModelRequest, seats: Seats) -> Shortage | None:
             return Shortage(
                 "max_memory",
                 f"max_memory: {{{device.index}: {gib(cap)}}} is more than {device.id} has left "
-                f"({gib(max(0, available(device, free)))}, less a reserve).",
+                f"({gib(max(0, available(device, free)))}, without the {RESERVE_SHARE * 100:g} % of each card that the "
+                "plan keeps free).",
                 cap - available(device, free),
             )
     return None
@@ -304,7 +313,10 @@ def _host_problem(fit: ModelPlan, inventory: Inventory) -> Shortage | None:
 
 
 def _length_problem(request: ModelRequest) -> Shortage | None:
-    own = request.architecture.max_model_len
+    own, wanted = request.architecture.max_model_len, request.at_once
+    if wanted is not None and wanted.tokens > request.max_model_len:
+        text = f"max_model_len: {request.max_model_len} is less than what {wanted.text} need."
+        return Shortage("max_model_len", text, 0)
     if request.architecture.has_scaled_positions or request.max_model_len <= own:
         return None
     return Shortage(
@@ -323,20 +335,16 @@ def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
 
 
 def _tensor_parallel_problem(request: ModelRequest) -> Shortage | None:
-    config, architecture = request.config, request.architecture
+    config = request.config
     if config.infer_backend != "vllm":
         return None
-    if not architecture.is_known_to_vllm:
-        return Shortage(
-            "unknown_architecture",
-            f"infer_backend: vllm: the plan has no formulas for {architecture.name} in vLLM. Use infer_backend: pt.",
-            0,
-        )
     size = config.tensor_parallel_size or 1
-    problem = architecture.tensor_parallel_problem(size)
+    problem = request.tensor_parallel_problem(size)
     if not problem:
         return None
-    valid = ", ".join(map(str, architecture.valid_tensor_parallel_sizes()))
+    if not request.valid_tensor_parallel_sizes():
+        return Shortage("vllm_refuses", f"infer_backend: vllm: vLLM refuses {request.architecture.name}: {problem}", 0)
+    valid = ", ".join(map(str, request.valid_tensor_parallel_sizes()))
     return Shortage(
         "tensor_parallel", f"tensor_parallel_size: {size} is not valid, because {problem}. Valid sizes are {valid}.", 0
     )
@@ -418,7 +426,9 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     if config.device == "cpu":
         return "device: cpu needs host memory, but the inventory names none."
     if not inventory.gpus:
-        return "there is no GPU. Set device: cpu to run it on the CPU."
+        fields = [name for name in ONLY_GPU if getattr(config, name) is not None]
+        also = f" and leave out {' and '.join(fields)}" if fields else ""
+        return f"there is no GPU. Set device: cpu{also} {RUN_ON_CPU}"
     if not any(_is_of_type(unit, gpus) for gpus in inventory.node_gpus().values()):
         names = sorted({gpus[0].name for gpus in inventory.node_gpus().values()})
         return (

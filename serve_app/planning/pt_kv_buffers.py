@@ -20,9 +20,12 @@ def row_capacity(rows: int) -> int:
 def full_length_requests(budget: int, tokens: int) -> int:
     """Returns how many sequences of `tokens` tokens run at once in a budget. One prompt has its own buffers beside
     the others."""
-    if budget < cells(1, tokens):
-        return 0
-    most = 1
-    while cells(most + 1, tokens) + cells(1, tokens) <= budget:
+    most = 0
+    while budget_for(most + 1, tokens) <= budget:
         most += 1
     return most
+
+
+def budget_for(requests: int, tokens: int) -> int:
+    """Returns the least budget in which so many sequences of `tokens` tokens run at once."""
+    return cells(requests, tokens) + (cells(1, tokens) if requests > 1 else 0)

@@ -79,10 +79,16 @@ def _without_gate(config: ModelConfig) -> dict[str, Any]:
 
 
 def _cache_bytes(model: ModelPlan) -> int:
-    """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit."""
+    """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit beside the
+    block that vLLM keeps empty."""
     cache = model.ranks[0].kv_cache.bytes
     rounded = cache // MIB * MIB
-    return rounded if rounded >= model.kv_bytes_per_request else cache
+    return rounded if rounded >= model.kv_bytes_per_request + model.kv_block_bytes else cache
+
+
+def kv_blocks(model: ModelPlan) -> int | None:
+    """Returns how many blocks vLLM is to make of its KV cache, or None if the plan does not know the size of one."""
+    return _cache_bytes(model) // model.kv_block_bytes if model.kv_block_bytes else None
 
 
 def problem_text(plan: Plan) -> str:

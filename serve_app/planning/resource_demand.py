@@ -19,6 +19,10 @@ from serve_app.planning.plan import ModelPlan
 from serve_app.ray_serve import TYPE_RESOURCE
 
 GIB = 2**30
+# Ray counts resources in ten-thousandths.
+RAY_UNITS = 10_000
+# The most replicas that a config may have (`facts/serve_file.py`), for a demand that takes nothing.
+MOST_REPLICAS = 100_000
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,23 @@ class Demand:
 
     def fits(self, node: Node) -> bool:
         """Returns whether the node could hold the replica if nothing else ran there."""
-        return (
-            self.cpus <= node.cpus
-            and self.gpus <= node.gpus
-            and all(size <= node.vram_gib.get(index, 0.0) for index, size in self.vram_gib.items())
-            and (self.accelerator_type is None or self.accelerator_type in node.accelerator_types)
-        )
+        return self.most_on(node) > 0
+
+    def most_on(self, node: Node) -> int:
+        """Returns how many replicas the node could hold if nothing else ran there. A fraction of a GPU is always on one
+        GPU."""
+        if self.accelerator_type is not None and self.accelerator_type not in node.accelerator_types:
+            return 0
+        counts = [_times(self.cpus, node.cpus)]
+        if 0 < self.gpus < 1:
+            counts.append(_times(self.gpus, 1.0) * int(node.gpus))
+        elif self.gpus:
+            counts.append(_times(self.gpus, node.gpus))
+        counts += [
+            int(node.vram_gib.get(index, 0.0) * 1024) // max(1, ceil(size * 1024))
+            for index, size in self.vram_gib.items()
+        ]
+        return min(counts)
 
     def __str__(self) -> str:
         by_index = [f"{size:.2f} GiB of GPU {index}" for index, size in sorted(self.vram_gib.items())]
@@ -142,6 +157,22 @@ def require_room(config: ModelConfig, nodes: Sequence[Node], planned: Demand | N
         f"A replica needs {demand} on one node ({_why(config, demand)}), but no node has that. "
         f"The cluster has {'; '.join(map(str, nodes)) or 'no nodes'}.{cure}"
     )
+
+
+def _times(asked: float, there: float) -> int:
+    """Returns how many times `asked` is in `there`, in Ray's unit of a ten-thousandth."""
+    unit = round(asked * RAY_UNITS)
+    return int(round(there * RAY_UNITS) // unit) if unit else MOST_REPLICAS
+
+
+def require_replicas(demand: Demand, count: int, nodes: Sequence[Node]) -> None:
+    """Raises PlacementError if the nodes could not hold so many replicas at one time even if they were empty."""
+    most = sum(demand.most_on(node) for node in nodes)
+    if count > most:
+        raise PlacementError(
+            f"num_replicas or min_replicas is {count}, and each replica takes {demand}, but the cluster holds {most} "
+            f"of them at most. It has {'; '.join(map(str, nodes))}. Lower the number, or add nodes."
+        )
 
 
 def _why(config: ModelConfig, demand: Demand) -> str:

@@ -25,16 +25,18 @@ from serve_app.facts.packages import engine_versions
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.resolve import kv_blocks
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (
     REPORT_EVERY_S,
+    BlocksReport,
     DeviceReport,
     ReplicaReport,
     forget_report,
     write_report,
 )
-from serve_app.terminal import say
+from serve_app.terminal import notify, say
 
 logger = logging.getLogger("ray.serve")
 
@@ -70,6 +72,8 @@ class MemoryWatch:
         require_own_gpus(ranks, self._gpus)
         for device in self._devices(ranks):
             say(_line(device))
+        if self._blocks().differ:
+            notify(blocks_line(self._blocks()))
         if not self._is_over:
             self._task = asyncio.create_task(self._keep(ranks))
 
@@ -119,15 +123,19 @@ class MemoryWatch:
         indices = {gpu.uuid: gpu.index for gpu in self._gpus}
         return [_device_report(rank, planned.get(rank.device), indices, self._peaks) for rank in ranks]
 
+    def _blocks(self) -> BlocksReport:
+        """Returns the blocks of KV cache, which do not change after the start."""
+        return BlocksReport(None if self._planned is None else kv_blocks(self._planned), self._engine.cache_blocks())
+
     def _report(self, ranks: Sequence[RankMemory]) -> None:
-        load, devices = self._engine.load(), self._devices(ranks)
+        load, devices, blocks = self._engine.load(), self._devices(ranks), self._blocks()
         report = ReplicaReport(
             self._application, self._replica, self._node, os.getpid(), self._config.model, self._config.infer_backend,
-            load, self._ready_after_s, time.time(), devices,
+            load, self._ready_after_s, time.time(), devices, blocks,
         )  # fmt: skip
         with self._telling:
             if not self._is_over:
-                self._metrics.told(devices, load)
+                self._metrics.told(devices, load, blocks)
                 write_report(report)
 
     def _forget(self) -> None:
@@ -219,3 +227,11 @@ def _line(device: DeviceReport) -> str:
     if device.held is None:
         return f"{where}: {planned}, and what the engine holds cannot be measured here"
     return f"{where}: {planned}, and the engine holds {gib(device.held)}"
+
+
+def blocks_line(blocks: BlocksReport) -> str:
+    """Returns what the terminal shows when vLLM has made another number of blocks than was planned."""
+    return (
+        f"KV cache: the plan has {blocks.planned} blocks, and vLLM has made {blocks.made}, so it holds another number "
+        "of requests at once than `serve-app plan` says. Please report it with the model's config.json and engine_args."
+    )

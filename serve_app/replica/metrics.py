@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ray.serve import metrics
 
-from serve_app.replica.report import DeviceReport
+from serve_app.replica.report import BlocksReport, DeviceReport
 
 
 class ReplicaMetrics:
@@ -17,9 +17,15 @@ class ReplicaMetrics:
         self._peak = metrics.Gauge("serve_app_memory_peak_bytes", "It was measured to hold this at most.", device)
         self._load = metrics.Gauge("serve_app_engine_load", "1 is a full batch or KV cache. Above 1, requests wait.")
 
-    def told(self, devices: Sequence[DeviceReport], load: float) -> None:
+        blocks = "Blocks of vLLM's KV cache, as planned and as made. They should be equal."
+        self._blocks = metrics.Gauge("serve_app_kv_cache_blocks", blocks, ("kind",))
+
+    def told(self, devices: Sequence[DeviceReport], load: float, blocks: BlocksReport) -> None:
         """Sets the gauges to what was measured last. It leaves out what is unknown, because that is not zero."""
         self._load.set(load)
+        for kind, count in (("planned", blocks.planned), ("made", blocks.made)):
+            if count is not None:
+                self._blocks.set(count, tags={"kind": kind})
         for device in devices:
             tags = {"device": device.device}
             for gauge, size in ((self._planned, device.planned), (self._held, device.held), (self._peak, device.peak)):

@@ -89,8 +89,6 @@ def _request(config: ModelConfig) -> ModelRequest | None:
     here = config.model_copy(update={"accelerator_type": None})
     request = ModelRequest("model", here, checkpoint.architecture, checkpoint.tensors)
     reason = request.unplanned
-    if config.infer_backend == "vllm" and not checkpoint.architecture.is_known_to_vllm:
-        reason = "the plan has no formulas for this architecture in vLLM."
     if reason:
         logger.warning("This model is not planned: %s", reason)
         return None

@@ -48,6 +48,20 @@ class ReplicaReport:
     ready_after_s: float
     written_at: float
     devices: Sequence[DeviceReport]
+    blocks: "BlocksReport | None" = None
+
+
+@dataclass(frozen=True)
+class BlocksReport:
+    """These are the blocks of KV cache that were planned and that vLLM has made. Unknown figures are None."""
+
+    planned: int | None
+    made: int | None
+
+    @property
+    def differ(self) -> bool:
+        """Returns whether both are known and one is not the other."""
+        return None not in (self.planned, self.made) and self.planned != self.made
 
 
 def write_report(report: ReplicaReport) -> None:
@@ -93,7 +107,8 @@ def parsed_report(text: bytes) -> ReplicaReport | None:
     try:
         item = json.loads(text)
         devices = tuple(DeviceReport(**device) for device in item.pop("devices"))
-        return ReplicaReport(**item, devices=devices)
+        blocks = item.pop("blocks")
+        return ReplicaReport(**item, devices=devices, blocks=None if blocks is None else BlocksReport(**blocks))
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -23,7 +23,7 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
     seen: dict[str, ModelStatus] = {}
     if is_open and (host := listening_host()) not in LOOPBACK:
         notify(f"WARNING: No API keys are set, and Serve listens on {host}. Whoever reaches it may use every model.")
-        notify("WARNING: Set SERVE_APP_API_KEYS_FILE (README, API keys), or http_options.host: 127.0.0.1.")
+        notify("WARNING: Set SERVE_APP_API_KEYS_FILE (docs/keys_and_limits.md), or http_options.host: 127.0.0.1.")
     while True:
         try:
             models = dict(await directory.models())

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 
 from ray import serve
@@ -24,18 +25,18 @@ from serve_app.access.gate import Gate, KeyedRouter
 from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
-from serve_app.errors import ConfigError, InvalidRequest, RequestError
+from serve_app.errors import ConfigError, RequestError
 from serve_app.ray_serve import replicas_listen_for_http
 from serve_app.router.announcer import announce
 from serve_app.router.directory import ModelDirectory, ModelStatus
 from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
-from serve_app.router.openapi import openapi_document
+from serve_app.router.openapi import POST_PATHS, openapi_document
 from serve_app.router.upstream.addresses import ReplicaAddresses
 from serve_app.router.upstream.http import HttpUpstream
 from serve_app.router.upstream.protocol import HandleUpstream
 from serve_app.terminal import notify
-from serve_app.wire.openai_errors import error_response
+from serve_app.wire.openai_errors import error_response, route_error_response
 
 logger = logging.getLogger("ray.serve")
 
@@ -189,12 +190,20 @@ async def _unexpected(_: Request, error: Exception) -> Response:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    detail = "Not Found" if request.method in ("GET", "HEAD") else error.detail
-    refusal = InvalidRequest(
-        f"{request.method} {request.url.path}: {detail}. Reach endpoints without 'model' in a JSON body "
-        "by the model's own route, /models/NAME/…"
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and (
+        _is_endpoint(request) or request.method not in ("GET", "HEAD")
+    ):
+        allowed = (error.headers or {}).get("Allow", "POST")
+        return route_error_response(error, f"{where}: {error.detail}. This path takes {allowed}.")
+    # Every path takes POST, with a model's name. A browser gets 404 for an unknown address all the same.
+    text = (
+        f"{where}: Not Found. Reach endpoints without 'model' in a JSON body by the model's own route, /models/NAME/…"
     )
-    response = error_response(refusal)
-    # Only POST goes to models, so a browser gets 404 for an unknown address, and not an error about the method.
-    response.status_code = 404 if request.method in ("GET", "HEAD") else error.status_code
-    return response
+    return route_error_response(HTTPException(HTTPStatus.NOT_FOUND), text)
+
+
+def _is_endpoint(request: Request) -> bool:
+    """Returns whether the OpenAPI document has the path, if it is one of those that go to models."""
+    path = request.path_params.get("path")
+    return path is None or f"/{path}" in POST_PATHS

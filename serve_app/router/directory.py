@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.errors import ModelNotFound, ModelUnavailable
-from serve_app.ray_serve import MODEL_DEPLOYMENT, instance_details, running_replicas
+from serve_app.ray_serve import MODEL_DEPLOYMENT, SLOW_CONSTRUCTOR, instance_details, running_replicas
 
 logger = logging.getLogger("ray.serve")
 
@@ -279,6 +279,8 @@ def summarize(message: str) -> str:
 
     Serve repeats the whole remote traceback in the message of an application whose constructor failed.
     """
+    if SLOW_CONSTRUCTOR in message:  # A model takes longer to load than Serve expects of a constructor.
+        return ""
     message = re.sub(r"^Deploying app '.*?' failed with exception:\n", "", message)
     if "Traceback (most recent call last)" not in message:
         return " ".join(message.split())

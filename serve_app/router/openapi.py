@@ -50,6 +50,8 @@ _OPERATIONS = (
     Operation("POST", "/detokenize", "Returns the text of token ids.", reference("Detokenize")),
     Operation("GET", "/openapi.json", "Returns this document."),
 )
+# The paths of the document that go to models.
+POST_PATHS = frozenset(operation.path for operation in _OPERATIONS if operation.method == "POST")
 _TEXT_OF_IT = (
     "This address serves many models by name. Every POST whose JSON body has `model` goes to that model, whatever its "
     "path. Each model has a route of its own too, /models/NAME/…"

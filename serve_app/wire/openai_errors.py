@@ -4,9 +4,10 @@ import json
 import math
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from serve_app.errors import RequestError
+from serve_app.errors import InvalidRequest, RequestError
 
 # What a client sends may have this many levels of lists and objects. Later steps (pydantic, json, jinja) recurse with
 # several frames a level, within Python's 1000 frames. Tools and schemas have ten levels or so.
@@ -60,3 +61,12 @@ def error_response(error: RequestError) -> JSONResponse:
     """Returns the whole answer, with `retry-after` in whole seconds if that is known."""
     headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     return JSONResponse(error_object(error), status_code=error.status, headers=headers)
+
+
+def route_error_response(error: HTTPException, message: str) -> JSONResponse:
+    """Returns the answer for an endpoint or a method that does not exist, with the status and the headers of
+    Starlette's error. A 405 has `allow` (RFC 9110, 15.5.6)."""
+    response = error_response(InvalidRequest(message))
+    response.status_code = error.status_code
+    response.headers.update(error.headers or {})
+    return response

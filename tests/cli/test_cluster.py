@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from serve_app.cli.cluster import connected
+from serve_app.cli.cluster import connected, several
 from serve_app.errors import ConfigError
 
 
@@ -23,3 +23,11 @@ def test_where_nothing_listens_it_says_so_at_once(monkeypatch: pytest.MonkeyPatc
     for address in (None, f"127.0.0.1:{port}", "127.0.0.1:99999"):
         with pytest.raises(ConfigError, match=r"no Ray cluster answers at 127\.0\.0\.1"), connected(address):
             pass
+
+
+def test_of_several_clusters_the_one_that_is_asked_is_named() -> None:
+    """With the addresses of the others. Of a single one there is nothing to say."""
+    assert several("127.0.0.1:1", ["127.0.0.1:1"]) == several("127.0.0.1:1", []) == ""
+    note = several("127.0.0.1:1", ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"])
+    assert "asks the one at 127.0.0.1:1." in note
+    assert "--address with 127.0.0.1:2 or 127.0.0.1:3." in note

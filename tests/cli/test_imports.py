@@ -72,6 +72,7 @@ def test_the_other_commands_import_no_engine(tmp_path: Path, words: list[str], c
     assert not modules & HEAVY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["serve_app.app", "serve_app.replica.deployment", "serve_app.router.deployment"])
 def test_what_serve_imports_to_build_an_application_brings_no_engine(module: str) -> None:
     """Serve builds each application in a process of its own, and starts the router in one: torch costs two seconds."""

@@ -1,25 +1,34 @@
 """`serve-app init`: a few questions, a plan that fits, and a file that appears whole or not at all."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import yaml
 
 from serve_app.cli import init as init_module
 from serve_app.cli.check import require_valid
-from serve_app.cli.init import Choice, Defaults, Given, ask, config_text, cured, default_name, planned
+from serve_app.cli.init import Choice, Defaults, Given, Person, ask, config_text, cured, default_name, planned
 from serve_app.cli.main import main
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
+from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.serve_file import read_applications
 from serve_app.planning.plan import Change, Fix, Plan
 
+T = TypeVar("T")
 QWEN = str(Path(__file__).parents[1] / "planning/configs/qwen2-7b")
 
 
 def refuse(message: str) -> Plan:
     """Says what is wrong with a file."""
     raise ConfigError(message)
+
+
+def any_model(_: str) -> None:
+    """Takes every model, so that no hub is asked."""
 
 
 class Scripted:
@@ -29,10 +38,10 @@ class Scripted:
         self.answers, self.agree = list(answers), agree
         self.asked: list[str] = []
 
-    def text(self, question: str, default: str) -> str:
+    def text(self, question: str, default: str, read: Callable[[str], T]) -> T:
         """The next answer; the default for an empty one."""
         self.asked.append(question)
-        return self.answers.pop(0) or default
+        return read(self.answers.pop(0) or default)
 
     def agrees(self, question: str) -> bool:
         """Always the same."""
@@ -43,7 +52,7 @@ class Scripted:
 def test_at_most_five_questions_are_asked() -> None:
     """The defaults are what most people want."""
     questions = Scripted("", "", "", "", "")
-    choice = ask(Given(), questions, has_gpu=lambda: False)
+    choice = ask(Given(), questions, has_gpu=lambda: False, read_model=any_model)
     assert len(questions.asked) == 5
     assert choice == Choice("serve-app/demo", "demo", "auto", "cpu", None, 8000)
 
@@ -51,7 +60,7 @@ def test_at_most_five_questions_are_asked() -> None:
 def test_a_flag_answers_its_question() -> None:
     """With all of them nothing is asked."""
     given = Given("Qwen/Qwen2.5-7B-Instruct", "qwen", "vllm", "8GiB,24GiB", 8192, 9000)
-    choice = ask(given, Scripted(), has_gpu=lambda: True)
+    choice = ask(given, Scripted(), has_gpu=lambda: True, read_model=any_model)
     assert choice == Choice("Qwen/Qwen2.5-7B-Instruct", "qwen", "vllm", "8GiB,24GiB", 8192, 9000)
     assert choice.args() == {"model": given.model, "infer_backend": "vllm", "max_model_len": 8192}
 
@@ -59,23 +68,75 @@ def test_a_flag_answers_its_question() -> None:
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        (("m", "a/b", "", "", ""), "--name: 'a/b'"),
-        (("m", "router"), "--name: 'router'"),
-        (("m", "n", "", "", "many"), "--max-model-len: 'many'"),
-        (("m", "n", "", "", "²"), "--max-model-len: '²'"),
-        (("m", "n", "", "", "9" * 5000), "--max-model-len: '999"),
-        (("m", "n", "", "tensorrt", ""), "infer_backend"),
+        (("m", "a/b"), "Name: 'a/b'"),
+        (("m", "router"), "Name: 'router'"),
+        (("m", "n", "", "", "many"), "Length: 'many'"),
+        (("m", "n", "", "", "²"), "Length: '²'"),
+        (("m", "n", "", "", "9" * 5000), "Length: '999"),
+        (("m", "n", "", "tensorrt"), "Backend: 'tensorrt' is not a backend. Write vllm, pt or auto"),
+        (("m", "n", "8gb"), "GPUs: unknown unit 'gb'"),
+        (("m", "n", "GTX1"), "GPUs: unknown card 'GTX1'"),
     ],
 )
 def test_an_answer_that_cannot_be_meant_is_refused(answers: tuple[str, ...], words: str) -> None:
-    """With the name of the flag or the field."""
-    with pytest.raises(ConfigError, match=words):
-        ask(Given(), Scripted(*answers), has_gpu=lambda: True)
+    """When it is given, and with the word of the question, because no flag was used."""
+    with pytest.raises(ConfigError, match=f"^{re.escape(words)}"):
+        ask(Given(), Scripted(*answers), has_gpu=lambda: True, read_model=any_model)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (Given("m", "a/b"), "--name: 'a/b'"),
+        (Given("m", "n", "vllm", "8gb"), "--gpus: unknown unit 'gb'"),
+        (Given("m", "n", "vllm", "here"), "--gpus: this machine has no GPU"),
+        (Given("m", "n", "vllm", "cpu", -1), "--max-model-len: '-1'"),
+        (Given("/no/such"), "--model: there is no folder '/no/such'"),
+    ],
+)
+def test_a_wrong_flag_is_refused_with_its_name(given: Given, words: str) -> None:
+    """Before anything is asked."""
+
+    def read_model(model: str) -> None:
+        if model.startswith("/"):
+            raise ConfigError(f"model: there is no folder '{model}'.")
+
+    with pytest.raises(ConfigError, match=f"^{re.escape(words)}"):
+        ask(given, Scripted(), has_gpu=lambda: False, read_model=read_model)
+
+
+def test_a_person_is_asked_again_after_a_wrong_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At that question, and not after all of them."""
+    answers = iter(["/no/such", "serve-app/demo", "my model", "demo", "here", "cpu", "tgi", "pt", "long", "512"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(answers))
+    choice = ask(Given(), Person(), has_gpu=lambda: False, read_model=read_checkpoint)
+    assert choice == Choice("serve-app/demo", "demo", "pt", "cpu", 512)
+    told = capsys.readouterr().out
+    words = ["Model: there is no folder", "Name: 'my model'", "GPUs: this machine", "Backend: 'tgi'", "Length: 'long'"]
+    places = [told.index(word) for word in words]
+    assert places == sorted(places)
+
+
+def test_a_folder_that_does_not_exist_is_told_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan may take a while."""
+    monkeypatch.setattr(init_module, "planned", lambda *_: pytest.fail("the model was planned"))
+    arguments = ["--model", "serve-app/demo", "--device", "cpu", "--yes"]
+    assert main(["init", str(tmp_path / "no" / "x.yaml"), *arguments]) == 2
+    assert f"there is no folder {tmp_path / 'no'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b-instruct"), ("/srv/My Model/", "my-model"), ("/", "model")],
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b-instruct"),
+        ("/srv/My Model/", "my-model"),
+        ("/", "model"),
+        ("a/Router", "router-model"),
+    ],
 )
 def test_a_name_follows_from_the_model(model: str, name: str) -> None:
     """It must do as a part of a route."""
@@ -170,5 +231,5 @@ def test_no_error_names_a_file_that_is_gone(tmp_path: Path, capsys: pytest.Captu
 
 def test_defaults_take_the_default() -> None:
     """And the cure."""
-    assert Defaults().text("?", "d") == "d"
+    assert Defaults().text("?", "d", str.upper) == "D"
     assert Defaults().agrees("?")

@@ -1,6 +1,9 @@
 """The command line's answers and exit codes, on this machine, which has no GPU."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +11,11 @@ import pytest
 from serve_app.cli import check as check_module
 from serve_app.cli.main import main
 from serve_app.errors import ConfigError
-from serve_app.facts.inventory import Inventory
+from serve_app.facts.inventory import Device, Inventory
 from tests.builders import node
 
 ROOT = Path(__file__).parents[2]
+QWEN = str(ROOT / "tests/planning/configs/qwen2-7b")
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,45 @@ def test_an_open_address_without_keys_is_told(
     assert ("http_options.host is not set" in out) == ("host" not in options)
 
 
+@pytest.mark.parametrize("options", ["num_replicas: 200", "autoscaling_config: {min_replicas: 3, max_replicas: 9}"])
+def test_more_replicas_than_the_cluster_can_hold_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    """Exit code 1. They would wait for a place for ever."""
+    file = tmp_path / "x.yaml"
+    text = (
+        "applications:\n- name: a\n  import_path: serve_app.app:model\n  route_prefix: /models/a\n"
+        "  args: {model: serve-app/demo, infer_backend: pt, device: cpu}\n"
+        "  deployments: [{name: Model, {0}}]\n"
+    )
+    file.write_text(text.replace("{0}", options))
+    assert main(["check", str(file)]) == 1
+    assert "each replica takes 1 CPU, but the cluster holds 2 of them at most" in capsys.readouterr().out
+    file.write_text(text.replace("{0}", "num_replicas: 2"))
+    assert main(["check", str(file)]) == 0
+    assert "ok  a: each of 2 replicas takes 1 CPU" in capsys.readouterr().out
+
+
+def test_replicas_that_the_plan_has_no_room_for_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray counts GPUs but not their sizes: the second replica would get the card that is too small."""
+    cards = [Device("n1", index, "GPU", size * 2**30, size * 2**30, False) for index, size in enumerate((24, 4))]
+    cluster = ([node("here", cpus=2, gpus=2)], Inventory(tuple(cards)), {}, "here")
+    monkeypatch.setattr(check_module, "_cluster", lambda _: cluster)
+    file = tmp_path / "x.yaml"
+    text = (
+        "applications:\n- name: a\n  import_path: serve_app.app:model\n  route_prefix: /models/a\n"
+        f"  args: {{model: {QWEN}, infer_backend: pt, dtype: bfloat16, max_model_len: 2048}}\n"
+        "  deployments: [{name: Model, num_replicas: COUNT}]\n"
+    )
+    file.write_text(text.replace("COUNT", "1"))
+    assert main(["check", str(file)]) == 0
+    file.write_text(text.replace("COUNT", "2"))
+    assert main(["check", str(file)]) == 1
+    assert "Smallest fix: num_replicas (or min_replicas): 1" in capsys.readouterr().out
+
+
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2; each line names its application."""
     file = tmp_path / "x.yaml"
@@ -94,6 +137,31 @@ def test_a_model_that_is_not_there_is_told_before_anything_starts(
     )
     assert main(["check", str(file)]) == 1
     assert "NO  b: model: there is no folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "abc", "8000.5", "²"])
+def test_what_is_no_port_is_told(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In words, and not with the name of a function."""
+    with pytest.raises(SystemExit):
+        main(["demo", f"--port={port}"])
+    assert f"'{port}' is not a port. Write a number from 1 to 65535." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "words",
+    [["plan", "--model", "serve-app/demo", "--gpus", "8GiB"], ["node-env"],
+     ["plan", "--json", "--model", "serve-app/demo", "--gpus", "8GiB"]],
+)  # fmt: skip
+def test_a_reader_that_goes_away_ends_a_command_quietly(words: list[str], unbuffered: str) -> None:
+    """As with other tools in front of `head`: the exit code is that of SIGPIPE, and nothing is printed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "serve_app.cli.main", *words]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_what_serve_refuses_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

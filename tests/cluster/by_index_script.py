@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from serve_app.app import model
-from serve_app.cli.plan.plan import request_of
+from serve_app.cli.plan.requests import request_of
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import ray_inventory, unclaimed
 from serve_app.planning.planner import make_plan

@@ -1,9 +1,12 @@
 """Applications that answer with how often their process has looked a key up, behind our own doors and gates.
 
-They stand in the places of the router and of a model, as `serve run` builds them.
+They are built as the router and a model are, and `serve run` deploys them beside the real ones.
 """
 
 import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -22,6 +25,8 @@ from serve_app.replica.whole_body import WholeBody
 from serve_app.wire.arrival import known_body
 
 CONFIG = ModelConfig.from_args({"model": "serve-app/demo", "infer_backend": "pt", "device": "cpu"})
+MODEL = "counted"
+ROUTER_PREFIX, MODEL_PREFIX = "/counted", f"/models/{MODEL}"
 
 
 class Counting:
@@ -68,3 +73,17 @@ def build(args: dict[str, Any]) -> serve.Application:
     deployment = serve.deployment(serve.ingress()(Counting), name="Model" if args.get("name") else "Router")
     options = {"num_cpus": 0, "runtime_env": {"env_vars": OUTER_DOOR}}
     return deployment.options(ray_actor_options=options).bind(args.get("name"))
+
+
+def applications() -> list[dict[str, Any]]:
+    """One in the place of a router and one in the place of a model, for a config file."""
+    build_path = f"{__name__}:build"
+    return [
+        {"name": "counted-router", "route_prefix": ROUTER_PREFIX, "import_path": build_path, "args": {}},
+        {"name": MODEL, "route_prefix": MODEL_PREFIX, "import_path": build_path, "args": {"name": MODEL}},
+    ]
+
+
+def importable(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a Serve that is to find this module."""
+    return {**environment, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{environment.get('PYTHONPATH', '')}"}

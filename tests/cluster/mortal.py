@@ -1,10 +1,13 @@
-"""A Serve with API keys and one model of two replicas, in which faults can be made (`faults.py`)."""
+"""A Serve with API keys and one model of two replicas, in which faults can be made (`faults.py`).
+
+Beside it are the applications of `counting.py`, on which no test waits but those that ask them.
+"""
 
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.cluster import faults
+from tests.cluster import counting, faults
 from tests.cluster.contract import HEADERS, KEY
 from tests.cluster.serve_run import ServeRun
 from tests.cluster.storm import config, serving_pids
@@ -17,10 +20,11 @@ HEALTH_CHECK_PERIOD_S = 1.0
 
 
 def mortal_config(folder: Path) -> dict[str, Any]:
-    """The router and the model, whose replicas tell in that folder what has happened to them."""
+    """The router and the model, whose replicas tell in that folder what has happened to them, and two that count."""
     made = config(variables=faults.environment(folder))
     (deployment,) = made["applications"][1]["deployments"]
     deployment["health_check_period_s"] = HEALTH_CHECK_PERIOD_S
+    made["applications"] += counting.applications()
     return made
 
 
@@ -29,7 +33,11 @@ class MortalServe(ServeRun):
 
     def __init__(self, faults_folder: Path):
         self._faults_folder = faults_folder
-        super().__init__(mortal_config(faults_folder), cpus=4, controller={"SERVE_APP_API_KEYS": KEY}, headers=HEADERS)
+        super().__init__(
+            mortal_config(faults_folder), cpus=4, controller={"SERVE_APP_API_KEYS": KEY}, headers=HEADERS, start=False
+        )
+        self.environment = counting.importable(self.environment)
+        self._run()
 
     def config(self) -> dict[str, Any]:
         """A copy of what it was started with."""

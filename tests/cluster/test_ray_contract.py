@@ -42,7 +42,7 @@ def test_the_run_of_serve_has_a_name(told: dict[str, Any]) -> None:
 
 def test_the_details_name_the_applications(told: dict[str, Any], run: ServeRun) -> None:
     """Those that loaded, those that failed, and the port of `http_options`."""
-    assert {"router", "tiny-pt", "tiny-vllm", "broken", "homeless"} <= set(told["instance_details"])
+    assert {"router", "tiny-pt", "tiny-vllm", "homeless"} <= set(told["instance_details"])
     assert told["serve_details"] == told["instance_details"]
     assert told["http_options"] == told["http_options_of_controller"] == run.port
 

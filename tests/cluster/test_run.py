@@ -1,166 +1,157 @@
-"""`serve-app run` and plain `serve run`: both serve a file of models alone, and a clean terminal is left behind."""
+"""One `serve-app run`: a model that scales, one that cannot load, and a clean terminal to the end."""
 
-import os
+import asyncio
 import re
 import signal
-import subprocess
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from serve_app.deploy.serve_env import NAMES
 from tests.cluster.conftest import model
-from tests.cluster.serve_run import BIN, ServeRun, free_port
+from tests.cluster.serve_app_run import ROUTER, ServeAppRun, answer
+from tests.cluster.test_serving import WAYS, base_url, chat
 from tests.demo_answers import ANSWERS, QUESTIONS
 
-ROUTER = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
 # A line of ours: with the seconds of the start, or one of the last ones.
 OWN_LINE = re.compile(r"\[ *\d+ s\] .*|Serving .* serve-app .*|What Ray .*|\d of \d models serve at .*|try: curl .*")
 
 
-class ServeAppRun(ServeRun):
-    """A `serve-app run` of a file that holds models and nothing else, in an environment that was not activated."""
-
-    def __init__(self, applications: list[dict[str, Any]], command: str = "serve-app", joins: bool = False):
-        super().__init__({"applications": applications}, cpus=2, start=False)
-        self._options.pop("controller_options")
-        self._write({"applications": applications})
-        self.environment.pop("VIRTUAL_ENV")
-        self.environment["PATH"] = "/usr/bin:/bin"
-        self.head: subprocess.Popen[bytes] | None = None
-        address = [f"--address={self._start_ray()}"] if joins else []
-        self._run(command, *address)
-
-    def _start_ray(self) -> str:
-        """A Ray of which the environment has none of the settings. Returns its address."""
-        address = f"127.0.0.1:{free_port()}"
-        command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-        command += [f"--port={address.rpartition(':')[2]}", f"--dashboard-port={free_port()}"]
-        command += ["--dashboard-agent-listen-port=0", f"--temp-dir={self.folder}"]
-        log = self.folder / "head.log"
-        with log.open("wb") as file:
-            self.head = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
-            )
-        deadline = time.monotonic() + 90
-        while "block forever" not in log.read_text(errors="replace"):
-            if time.monotonic() > deadline:
-                raise TimeoutError(log.read_text(errors="replace")[-2000:])
-            time.sleep(0.2)
-        return address
-
-    def log_of_libraries(self) -> Path:
-        """The file that the terminal names."""
-        found = re.search(r"goes to (\S+)", self.output())
-        assert found is not None
-        return Path(found[1])
+def scaling() -> dict[str, Any]:
+    """A model of four sequences at a time, with a second replica where there is work for it."""
+    autoscaling = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "policy": {"policy_function": "serve_app.replica.autoscaling:by_engine_load"},
+        "upscale_delay_s": 1,
+        "downscale_delay_s": 3,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 2,
+    }
+    deployment = {"name": "Model", "max_ongoing_requests": 8, "autoscaling_config": autoscaling}
+    return model("scaling", infer_backend="auto", max_num_seqs=4) | {"deployments": [deployment]}
 
 
-def all_ready(models: dict[str, Any]) -> bool:
-    """Every model serves."""
-    return all(entry["status"] == "ready" for entry in models.values())
-
-
-def answer(run: ServeRun) -> str:
-    """Of the demo model, by name."""
-    body = {"model": "tiny-pt", "messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature": 0}
-    reply = httpx.post(f"{run.url}/v1/chat/completions", json=body, timeout=60)
-    text: str = reply.json()["choices"][0]["message"]["content"]
-    return text
-
-
-def test_serve_app_run_serves_and_stops_with_a_clean_terminal(broken_folder: Path) -> None:
-    """Only its own lines are seen, with one for the model that fails; HAProxy serves; Ctrl-C ends all, with code 0."""
-    broken = model("broken", infer_backend="pt", model=str(broken_folder))
-    run = ServeAppRun([ROUTER, model("tiny-pt", infer_backend="pt"), broken])
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeAppRun]:
+    """It, once one model serves and the other has failed. The last test here ends it."""
+    folder = tmp_path_factory.mktemp("broken")  # A model folder whose weights are missing.
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    broken = model("broken", infer_backend="pt", model=str(folder))
+    # Serve would start the model that cannot load three times, each of which imports torch.
+    retries = {"RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "2"}
+    run = ServeAppRun([ROUTER, scaling(), broken], cpus=4, variables=retries)
     try:
         run.wait_until(lambda models: len(models) == 2 and all(m["status"] != "loading" for m in models.values()))
-        for _ in range(60):
-            if "Ctrl-C stops everything" in run.output():
-                break
-            time.sleep(1)
-        assert answer(run) == ANSWERS[QUESTIONS[0]]
-        assert any("bin/haproxy" in command for command in run.processes().values())
-        started = time.monotonic()
-        assert run.stop(signal.SIGINT) == {}
-        assert time.monotonic() - started < 40
-        assert run.process.returncode == 0
-        output = run.output()
-        for words in ("Ray is up (dashboard http://", "tiny-pt is loading", "tiny-pt is ready", "has stopped"):
-            assert words in output
-        assert f"1 of 2 models serve at {run.url}\ntry: curl {run.url}/v1/chat/completions" in output
-        assert re.search(r"tiny-pt: memory: planned .* [GM]iB, holds .* [GM]iB", output)
-        failures = [line for line in output.splitlines() if "broken has failed" in line]
-        assert len(failures) == 1
-        assert "cannot be read" in failures[0]
-        assert "Traceback" not in output
-        before = output.split("correct the config file")[0].splitlines()
-        assert [line for line in before if not OWN_LINE.fullmatch(line)] == []
-        log = run.log_of_libraries()
-        assert "ServeReplica:tiny-pt" in log.read_text(), "what replicas print is kept"
-        assert log.stat().st_mode & 0o077 == 0
+        yield run
     finally:
+        run.stop()
         run.clean_up()
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "two SIGINTs"])
-def test_a_start_can_be_stopped_at_any_time(how: str) -> None:
-    """While Ray starts: nothing stays. A second Ctrl-C does not wait for Serve."""
-    run = ServeAppRun([ROUTER, model("tiny-pt", infer_backend="pt")])
-    try:
-        deadline = time.monotonic() + 120
-        words = "What Ray" if how == "SIGTERM" else "Serve is up"
-        while words not in run.output() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(2)
-        if how == "SIGTERM":
-            assert run.stop(signal.SIGTERM) == {}
-            assert run.process.returncode == 0
-        else:
-            (controller,) = [pid for pid, command in run.processes().items() if "ServeController" in command]
-            os.kill(controller, signal.SIGSTOP)  # So that Serve cannot have stopped before the second one.
-            run.process.send_signal(signal.SIGINT)
-            time.sleep(1.2)
-            run.process.send_signal(signal.SIGINT)
-            assert run.process.wait(20) == 130
-            os.kill(controller, signal.SIGCONT)
-            assert run.stop() == {}
-            assert "exiting immediately" in run.output()
-        assert "Traceback" not in run.output()
-    finally:
-        run.clean_up()
+def test_a_broken_model_leaves_the_others_serving_and_says_why(served: ServeAppRun) -> None:
+    """`/ready`, the list, a request for it and `serve status` name the reason; the other one answers."""
+    assert answer(served, "scaling") == ANSWERS[QUESTIONS[0]]
+    ready = httpx.get(f"{served.url}/ready", timeout=10)
+    assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+    assert "cannot be read" in ready.json()["models"]["broken"]["message"]
+    listed = httpx.get(f"{served.url}/v1/models", timeout=10).json()["data"]
+    assert {entry["id"]: entry["status"] for entry in listed} == {"broken": "failed", "scaling": "ready"}
+    reply = httpx.post(f"{served.url}/v1/chat/completions", json={"model": "broken"}, timeout=10)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], "retry-after" in reply.headers) == (503, "model_unavailable", True)
+    assert "cannot be read" in error["message"]
+    assert "cannot be read" in served.status()
 
 
-def test_a_cluster_gets_what_its_nodes_lack() -> None:
-    """`serve-app run --address` hands the settings to Serve with the config; Ctrl-C ends Serve and leaves Ray."""
-    run = ServeAppRun([ROUTER, model("tiny-pt", infer_backend="pt")], joins=True)
-    try:
-        run.wait_until(all_ready)
-        assert answer(run) == ANSWERS[QUESTIONS[0]]
-        assert any("bin/haproxy" in command for command in run.processes().values())
-        assert f"Ray was started without {len(NAMES)} of the settings" in run.output()
-        run.process.send_signal(signal.SIGINT)
-        assert run.process.wait(90) == 0
-        assert run.head is not None
-        assert run.head.poll() is None
-        assert not any("ServeReplica" in command for command in run.processes().values())
-        run.head.send_signal(signal.SIGTERM)
-        run.head.wait(60)
-    finally:
-        run.clean_up()
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_client_that_leaves_frees_its_place(served: ServeAppRun, way: str) -> None:
+    """With every place taken by clients that leave, the next request is answered at once and not after them.
+
+    `scaling` runs four at a time; a forgotten one would run for its 2,000 tokens.
+    """
+    url = base_url(served, "scaling", way)
+    endless = chat("scaling", "Hello", max_tokens=1900, ignore_eos=True, stream=True)
+    async with httpx.AsyncClient(timeout=60) as client:
+
+        async def leave_early() -> None:
+            async with client.stream("POST", f"{url}/chat/completions", json=endless) as reply:
+                async for _ in reply.aiter_lines():
+                    return
+
+        await asyncio.gather(*(leave_early() for _ in range(4)))
+        reply = await asyncio.wait_for(client.post(f"{url}/chat/completions", json=chat("scaling", "Hello")), 20)
+    assert reply.json()["choices"][0]["message"]["content"] == ANSWERS["Hello"]
 
 
-def test_plain_serve_run_serves_the_same_file() -> None:
-    """Without HAProxy then: Serve's own proxy takes the requests, and asks for keys as replicas do."""
-    run = ServeAppRun([ROUTER, model("tiny-pt", infer_backend="pt")], command="serve")
-    try:
-        run.wait_until(all_ready)
-        assert answer(run) == ANSWERS[QUESTIONS[0]]
-        assert not any("bin/haproxy" in command for command in run.processes().values())
-        assert (BIN / "serve").exists()
-        assert run.stop(signal.SIGINT) == {}
-    finally:
-        run.clean_up()
+async def replicas(client: httpx.AsyncClient) -> int:
+    """Running replicas of the model `scaling`."""
+    count: int = (await client.get("/ready")).json()["models"]["scaling"]["replicas"]
+    return count
+
+
+async def wait_for(client: httpx.AsyncClient, wanted: int, timeout_s: float) -> bool:
+    """Whether the number of replicas becomes `wanted` in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if await replicas(client) == wanted:
+            return True
+        await asyncio.sleep(1)
+    return False
+
+
+async def test_replicas_rise_under_load_and_fall_after_it(served: ServeAppRun) -> None:
+    """Eight endless requests are twice what one engine holds, so a second replica comes; without them it goes again."""
+    body = chat("scaling", "Hello", max_tokens=1500, ignore_eos=True)
+    async with httpx.AsyncClient(base_url=served.url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+        assert await wait_for(client, 1, timeout_s=90)
+        loading = True
+        refusals: list[str] = []
+
+        async def keep_asking() -> None:
+            while loading:
+                reply = await client.post("/v1/chat/completions", json=body)
+                if reply.status_code != 200:
+                    refusals.append(reply.text)
+
+        load = [asyncio.create_task(keep_asking()) for _ in range(8)]
+        try:
+            rose = await wait_for(client, 2, timeout_s=120)
+        finally:
+            loading = False
+            for task in load:
+                task.cancel()
+            await asyncio.gather(*load, return_exceptions=True)
+        assert not refusals
+        assert rose, "the second replica did not come"
+        assert await wait_for(client, 1, timeout_s=120), "the second replica did not go"
+
+
+def test_serve_app_run_stops_with_a_clean_terminal(served: ServeAppRun) -> None:
+    """Only its own lines are seen, with one for the model that fails; HAProxy serves; Ctrl-C ends all, with code 0.
+    The last test here: it ends the cluster."""
+    for _ in range(60):
+        if "Ctrl-C stops everything" in served.output():
+            break
+        time.sleep(1)
+    assert any("bin/haproxy" in command for command in served.processes().values())
+    started = time.monotonic()
+    assert served.stop(signal.SIGINT) == {}
+    assert time.monotonic() - started < 40
+    assert served.process.returncode == 0
+    output = served.output()
+    for words in ("Ray is up (dashboard http://", "scaling is loading", "scaling is ready", "has stopped"):
+        assert words in output
+    assert f"1 of 2 models serve at {served.url}\ntry: curl {served.url}/v1/chat/completions" in output
+    assert re.search(r"scaling: memory: planned .* [GM]iB, holds .* [GM]iB", output)
+    failures = [line for line in output.splitlines() if "broken has failed" in line]
+    assert len(failures) == 1
+    assert "cannot be read" in failures[0]
+    assert "Traceback" not in output
+    before = output.split("correct the config file")[0].splitlines()
+    assert [line for line in before if not OWN_LINE.fullmatch(line)] == []
+    log = served.log_of_libraries()
+    assert "ServeReplica:scaling" in log.read_text(), "what replicas print is kept"
+    assert log.stat().st_mode & 0o077 == 0

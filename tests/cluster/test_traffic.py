@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster import faults, hostile
+from tests.cluster import counting, faults, hostile
 from tests.cluster.contract import HEADERS, KEY, document_of, without_key
 from tests.cluster.mortal import MortalServe
 from tests.cluster.serve_run import ServeRun
@@ -120,6 +120,43 @@ def test_nothing_but_health_answers_without_a_key(serve: MortalServe) -> None:
         reply = client.post("/v1/completions", json={**bodies, "max_tokens": 2}, headers=HEADERS)
         assert reply.status_code == 200
         assert client.post("/models/mortal/v1/completions", json=bodies, headers=HEADERS).status_code == 200
+
+
+COUNTED = b'{"prompt": "x"}'
+FORGED = {"serve_app.identity": "a", "serve-app-identity": "a", "serve_app.body": "x", "x-serve-app-key-name": "a"}
+
+
+@pytest.mark.parametrize("prefix", [counting.ROUTER_PREFIX, counting.MODEL_PREFIX])
+def test_a_replica_behind_haproxy_looks_a_key_up_once(serve: MortalServe, prefix: str) -> None:
+    """The door of the same process has done so, and its finding goes through Serve's own wrapping."""
+    url = f"{serve.url}{prefix}/v1/x"
+    wait_until_haproxy_knows(url, serve)
+    for _ in range(3):
+        told: Any = httpx.post(url, content=COUNTED, headers=HEADERS, timeout=30).json()
+        assert told == {"lookups": 1, "has_identity": True, "same_body": True, "bytes": len(COUNTED)}
+    refused = httpx.post(url, content=COUNTED, headers=FORGED, timeout=30)
+    assert refused.status_code == 401
+
+
+def wait_until_haproxy_knows(url: str, serve: MortalServe) -> None:
+    """Returns when HAProxy sends to the replica itself. Until it knows that one, it sends to Serve's Python proxy."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+            if httpx.post(url, content=COUNTED, headers=HEADERS, timeout=10).json()["has_identity"]:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(serve.output()[-4000:])
+
+
+def test_a_replica_behind_serves_proxy_asks_itself(serve: MortalServe) -> None:
+    """What the proxy's door has found does not leave the proxy's process."""
+    proxy = f"http://127.0.0.1:{serve.environment['RAY_SERVE_FALLBACK_PROXY_HTTP_PORT']}"
+    url = f"{proxy}{counting.MODEL_PREFIX}/v1/x"
+    httpx.post(url, content=COUNTED, headers=HEADERS, timeout=30)  # Lookups are counted from here.
+    told: Any = httpx.post(url, content=COUNTED, headers=HEADERS, timeout=30).json()
+    assert told == {"lookups": 1, "has_identity": False, "same_body": True, "bytes": len(COUNTED)}
+    assert httpx.post(url, content=COUNTED, headers=FORGED, timeout=30).status_code == 401
 
 
 def memory_of(serve: ServeRun, *parts: str) -> dict[str, float]:
@@ -239,7 +276,9 @@ async def test_streams_survive_the_death_of_their_replicas(serve: MortalServe) -
     assert told["kills"] == 2
 
 
-def test_a_terminated_serve_run_leaves_no_process_behind(mortal: MortalServe) -> None:
-    """Ray, its workers and the engines end too, whatever was done to them. The last test here: it ends the cluster."""
-    assert len(mortal.processes()) > 5
-    assert mortal.stop(signal.SIGTERM) == {}
+def test_a_killed_serve_run_leaves_no_process_behind(mortal: MortalServe) -> None:
+    """Nobody is left who could end Ray, its workers, the engines and HAProxy, and they end, whatever was done to them.
+    The last test here: it ends the cluster."""
+    commands = " ".join(mortal.processes().values())
+    assert all(name in commands for name in ("raylet", "ServeReplica:mortal", "bin/haproxy")), commands
+    assert mortal.stop(signal.SIGKILL) == {}

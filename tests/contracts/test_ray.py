@@ -148,6 +148,16 @@ def test_targets_of_http_are_told_from_others() -> None:
     assert [ray_serve.is_http(group) for group in groups] == [True, False]
 
 
+@contract("ray", "the message about a constructor that takes long", "serve_app/router/directory.py")
+def test_serve_says_of_a_slow_constructor_what_is_looked_for() -> None:
+    """Only where the replica has its place. That one waits for a place is another message, which is shown."""
+    from ray.serve._private import deployment_state
+
+    source = inspect.getsource(deployment_state)
+    assert source.count(f'"{ray_serve.SLOW_CONSTRUCTOR}"') == 1
+    assert "to be scheduled. " in source
+
+
 @contract("ray", "the methods of a replica's class that Serve calls", Model)
 def test_serve_calls_the_methods_that_a_model_has() -> None:
     """One that it does not look for would never be called, without an error."""
@@ -161,7 +171,7 @@ def test_serve_calls_the_methods_that_a_model_has() -> None:
     assert re.search(r'getattr\(\s*self\._callable, "record_autoscaling_stats"', inspect.getsource(replica))
 
 
-@contract("ray", "where it looks for a cluster that runs", ray_serve.ray_may_run_here)
+@contract("ray", "where it looks for a cluster that runs", ray_serve.ray_may_run_here, ray_serve.clusters_here)
 def test_a_cluster_that_may_run_is_found_where_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the file that `ray start` leaves, or by a raylet's command line; without either Ray is not imported."""
     from ray._private import services
@@ -182,8 +192,11 @@ def test_a_cluster_that_may_run_is_found_where_ray_finds_it(tmp_path: Path, monk
     assert services.find_gcs_addresses() == frozenset()
     lines.append(["/opt/ray/raylet/raylet", "--gcs-address=127.0.0.1:6379"])
     assert ray_serve.ray_may_run_here()
-    assert services.find_gcs_addresses() == {"127.0.0.1:6379"}
+    assert services.find_gcs_addresses() == {"127.0.0.1:6379"} == set(ray_serve.clusters_here())
     services.find_gcs_addresses.cache_clear()
+    lines.append(["/opt/ray/raylet/raylet", "--gcs-address=127.0.0.1:7000"])
+    assert ray_serve.clusters_here() == ["127.0.0.1:6379", "127.0.0.1:7000"]
+    lines.pop()
     lines.pop()
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")

@@ -1,11 +1,12 @@
 """What this project uses of vLLM, and what the guard takes for granted of it: its endpoints, its fields of numbers, and
-its engine's room. Nothing here starts an engine: `tests/contracts/test_vllm_engine.py` does.
+its engine's room. Nothing here starts an engine: `tests/cluster/test_vllm_contract.py` does.
 """
 
 import asyncio
 import inspect
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -13,18 +14,20 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from serve_app.engines.vllm import vllm_internals
+from serve_app.engines.vllm import arguments, vllm_internals
 from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST, WHOLE_NUMBERS
 from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES
 from serve_app.engines.vllm.worker import MemoryReport
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from serve_app.router.engine_loss import is_lost_event
 from tests.builders import model_config
-from tests.contracts import test_vllm_engine
+from tests.cluster import test_vllm_contract
 from tests.contracts.contract import contract, untested
 
 ENGINE, GUARD = "serve_app/engines/vllm/engine.py", "serve_app/engines/vllm/guard.py"
+ENGINE_LOSS = "serve_app/router/engine_loss.py"
 BOUNDS, ENDPOINTS = "serve_app/engines/vllm/bounds.py", "serve_app/engines/vllm/endpoints.py"
 
 # It imports vLLM.
@@ -51,7 +54,7 @@ OTHERWISE = frozenset({"n", "prompt", "input", "messages", "logit_bias", "vllm_x
 
 def test_each_part_has_a_test() -> None:
     """Here or with an engine, so that an upgrade shows what breaks."""
-    assert test_vllm_engine.ENGINE == ENGINE
+    assert test_vllm_contract.ENGINE == ENGINE
     assert untested(vllm_internals) == []
 
 
@@ -64,6 +67,17 @@ def test_each_argument_that_is_set_is_one_of_vllms() -> None:
         trust_remote_code=True, max_num_seqs=2, revision="r", device="cpu",
     )  # fmt: skip
     assert engine_arguments(config, "n").keys() - known == set()
+
+
+@contract("vllm", "the names of its arguments", "serve_app/engines/vllm/arguments.py")
+def test_the_arguments_that_a_config_is_compared_with_are_vllms() -> None:
+    """All of them, of this version. `--help` is no argument of a model, and short forms cannot be written in a file."""
+    import vllm
+
+    options = (option for action in vllm_internals.argument_parser()._actions for option in action.option_strings)
+    names = {option.removeprefix("--").replace("-", "_") for option in options if option.startswith("--")}
+    assert names - {"help"} == arguments.ARGUMENTS
+    assert vllm.__version__.partition("+")[0] == arguments.VERSION
 
 
 @contract("vllm", "how its parser reads a file", vllm_internals.argument_parser)
@@ -105,6 +119,28 @@ def test_the_errors_of_an_engine_are_those_that_vllm_answers_to() -> None:
     assert async_llm.EngineDeadError is vllm_internals.engine_dead_error()
     assert vllm_error.GenerationError is vllm_internals.generation_error()
     assert issubclass(vllm_internals.engine_dead_error(), Exception)
+
+
+@contract("vllm", "what it writes into a stream that has failed", ENGINE_LOSS)
+@pytest.mark.parametrize(
+    ("name", "is_lost"),
+    [
+        ("vllm.v1.engine.exceptions.EngineDeadError", True),
+        ("vllm.v1.engine.exceptions.EngineGenerateError", True),
+        ("vllm.exceptions.RetryableRequestError", True),
+        ("vllm.exceptions.GenerationError", False),
+        ("vllm.exceptions.VLLMValidationError", False),
+        ("builtins.IndexError", False),
+    ],
+)
+def test_an_error_in_a_stream_says_whether_the_engine_is_lost(name: str, is_lost: bool) -> None:
+    """By vLLM's own function, so that another wording in another version is noticed."""
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    module, kind = name.rsplit(".", 1)
+    texts = () if kind.startswith("Engine") else ("it failed",)
+    said = create_error_response(getattr(import_module(module), kind)(*texts)).model_dump()
+    assert is_lost_event(f"data: {json.dumps(said)}\n\n".encode()) is is_lost
 
 
 @contract("vllm", "what it reads of app.state.server", vllm_internals.server_application)

@@ -123,14 +123,33 @@ def test_the_kinds_of_layers(change: dict[str, object], kinds: str) -> None:
     assert "".join(kind[0] for kind in read_architecture(QWEN | change, "x").layers) == kinds
 
 
-def test_an_unknown_architecture_is_refused_by_name() -> None:
-    """A guess would be a number out of thin air."""
-    with pytest.raises(ConfigError, match="does not know the architecture 'rwkv'"):
-        read_architecture(QWEN | {"model_type": "rwkv"}, "model: x")
+def test_of_an_unknown_architecture_an_outline_is_read() -> None:
+    """Its sizes, under the names of its family, and no shape from which a formula could make up a number."""
+    plain = {"d_model": 64, "n_layer": 3, "vocab_size": 100, "n_positions": 128, "n_head": 4, "model_type": "rwkv"}
+    found = read_architecture(plain, "model: x")
+    assert (found.has_formulas, found.is_known_to_vllm) == (False, False)
+    assert (found.hidden_size, found.intermediate_size, found.vocabulary) == (64, 256, 100)
+    assert (found.max_model_len, found.layers) == (128, ("unknown",) * 3)
+    with pytest.raises(ConfigError, match="model: x: config.json: none of num_hidden_layers, n_layer"):
+        read_architecture({name: plain[name] for name in plain if name != "n_layer"}, "model: x")
+
+
+def test_of_a_model_with_an_encoder_an_outline_is_read() -> None:
+    """The model of text inside it, and the width of the encoder, also where parts lie in parts."""
+    vision = {"hidden_size": 10, "intermediate_size": 40}
+    found = read_architecture(QWEN | {"vision_config": vision}, "model: x")
+    assert (found.has_formulas, found.encoder_width) == (False, 2 * 10 + 3 * 40)
+    nested = {"thinker_config": {"text_config": QWEN, "audio_config": {"d_model": 20}}, "architectures": ["Omni"]}
+    found = read_architecture(nested, "model: x")
+    assert (found.name, found.hidden_size, found.encoder_width) == ("Omni", QWEN["hidden_size"], 2 * 20 + 3 * 80)
+
+
+def test_a_config_that_contradicts_itself_is_refused() -> None:
+    """With the field and what was found."""
     for change, words in (
-        ({"vision_config": {"a": 1}}, "text models only"),
         ({"layer_types": ["chunked_attention"] * 2}, "layers of the type 'chunked_attention'"),
         ({"torch_dtype": "float8"}, "the dtype 'float8' is unknown"),
+        ({"torch_dtype": "float8", "model_type": "rwkv"}, "the dtype 'float8' is unknown"),
     ):
         with pytest.raises(ConfigError, match=words):
             read_architecture(QWEN | change, "model: x")

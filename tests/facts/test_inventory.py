@@ -28,7 +28,10 @@ def test_sizes_counts_names_and_nodes() -> None:
     [
         ("", "names no GPU"),
         ("8gb", "unknown unit 'gb' in '8gb'. Write 8GB"),
-        ("RTX309", "unknown card 'RTX309'"),
+        ("RTX309", "unknown card 'RTX309'. Did you mean RTX3090"),
+        ("a100", "unknown card 'a100'. Did you mean A100-40GB or A100-80GB"),
+        ("V100", "Did you mean V100-16GB or V100-32GB"),
+        ("rtx3091", "Did you mean RTX3090"),
         ("0x8GiB", "must be 1 to 1024"),
         ("24", "has no unit"),
     ],

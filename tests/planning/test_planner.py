@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from serve_app.facts.config_fields import MOST_LAYERS, MOST_TOKENS
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest
@@ -40,7 +41,7 @@ def test_qwen2_7b_on_3_and_10_gb_is_refused_with_a_limit_that_works() -> None:
     small = request(infer_backend="pt", max_memory={0: "3GB", 1: "10GB"}, max_model_len=4096)
     code, message, fix = problem([small], "8GiB,24GiB")
     assert code == "over_commit"
-    assert "3.77 GiB too much" in message
+    assert "3.77 GiB too much. max_memory allows 2.79 GiB of n1:0 and 9.31 GiB of n1:1, context and" in message
     assert fix == "max_memory: {0: 3GB, 1: 14.5GB}"
     larger = request(infer_backend="pt", max_memory={0: "3GB", 1: "14.5GB"}, max_model_len=4096)
     assert solved([larger], "8GiB,24GiB").fits
@@ -185,7 +186,7 @@ MESSAGES = [
         "16GiB",
         "over_commit",
         "It needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
-        "tokens on n1:0, which is 1.98 GiB too much.",
+        "tokens on n1:0, which is 1.98 GiB too much. The plan keeps 2 % of each card free.",
         "quantization: fp8",
     ),
     (
@@ -193,23 +194,25 @@ MESSAGES = [
         "17GiB",
         "over_commit",
         "It needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
-        "tokens on n1:0, which is 1.47 GiB too much.",
+        "tokens on n1:0, which is 1.47 GiB too much. The plan keeps 2 % of each card free.",
         "quantization: fp8",
     ),
     (
         [request(infer_backend="vllm", max_model_len=4096)],
         Inventory((Device("n1", 0, "A10", 24 * GIB, 12 * GIB),)),
         "over_commit",
-        "It needs 15.91 GiB for weights, activations and context and 224.0 MiB of KV cache for one request "
+        "It needs 15.91 GiB for weights, activations and context and 224.9 MiB of KV cache for one request "
         "of 4096 tokens "
-        "on n1:0, which is 4.61 GiB too much. Other processes hold 12.00 GiB there now.",
+        "on n1:0, which is 4.61 GiB too much. The plan keeps 2 % of each card free. "
+        "Other processes hold 12.00 GiB there now.",
         None,
     ),
     (
         [request(infer_backend="pt", max_memory={0: "600MB"}, max_model_len=2048)],
         "24GiB",
         "over_commit",
-        "The model's first block takes 1.02 GiB, but n1:0 has 0.0 MiB left after context and activations.",
+        "The model's first block takes 1.02 GiB, but n1:0 has 0.0 MiB left after context and activations. "
+        "max_memory allows 572.2 MiB of n1:0, context and activations included.",
         "max_memory: {0: 16.5GB}",
     ),
     (
@@ -218,7 +221,8 @@ MESSAGES = [
         "over_commit",
         "It needs 14.91 GiB for weights, activations and context and 123.2 MiB of KV cache for one request "
         "of 2048 tokens "
-        "on n1:0, which is 9.44 GiB too much. To put a part of it on the CPU or the disk, which is slow, "
+        "on n1:0, which is 9.44 GiB too much. max_memory allows 5.59 GiB of n1:0, context and activations included. "
+        "To put a part of it on the CPU or the disk, which is slow, "
         "name cpu or disk in "
         "max_memory.",
         "max_memory: {0: 16.5GB}",
@@ -282,8 +286,9 @@ MESSAGES = [
         [request("deepseek-v2-lite", infer_backend="vllm", tensor_parallel_size=2, max_model_len=16384)],
         "2x16GiB",
         "over_commit",
-        "It needs 16.37 GiB for weights, activations and context and 486.0 MiB of KV cache for one request of 16384 "
-        "tokens on n1:0, which is 1.17 GiB too much. Its KV cache (MLA) is the same on every rank, so a larger "
+        "It needs 16.37 GiB for weights, activations and context and 486.5 MiB of KV cache for one request of 16384 "
+        "tokens on n1:0, which is 1.17 GiB too much. The plan keeps 2 % of each card free. "
+        "Its KV cache (MLA) is the same on every rank, so a larger "
         "tensor_parallel_size does not shrink it.",
         "quantization: fp8",
     ),
@@ -315,6 +320,26 @@ def test_layers_beyond_the_models_are_not_counted() -> None:
     model = request()
     extra = Tensor("model.layers.28.mlp.up_proj.weight", "BF16", (1000, 1000))
     assert replace(model, tensors=(*model.tensors, extra), memo={}).weights == model.weights
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_tensors_without_rows_are_planned(quantization: str | None) -> None:
+    """A quantised head has one scale for all words, and a file may list a tensor of no elements."""
+    model = request(infer_backend="vllm", quantization=quantization)
+    scale = Tensor("lm_head.weight_scale", "F32", ())
+    empty = (Tensor("model.embed_tokens.weight", "BF16", (0, 8)), Tensor("x.up_proj.weight", "BF16", (0, 8)))
+    more = replace(model, tensors=(*model.tensors, scale, *empty), memo={})
+    assert more.rank_weights(2).bytes == model.rank_weights(2).bytes + more.element_bytes
+
+
+def test_a_model_of_the_most_layers_is_planned_in_a_bounded_time() -> None:
+    """Every way to share it among eight GPUs is tried, with every length of its cache."""
+    model = request(infer_backend="pt", num_gpus=8)
+    layers = model.architecture.layers[:1] * MOST_LAYERS
+    deep = replace(model.architecture, layers=layers, max_model_len=MOST_TOKENS)
+    start = time.process_time()
+    assert solved([replace(model, architecture=deep)], "8x80GiB").problems
+    assert time.process_time() - start < 2
 
 
 def test_many_models_that_do_not_fit_are_told_in_a_bounded_time() -> None:

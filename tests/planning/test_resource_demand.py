@@ -5,7 +5,7 @@ import pytest
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
 from serve_app.facts.nodes import Node, node_from_resources
-from serve_app.planning.resource_demand import Demand, demands_of, require_room
+from serve_app.planning.resource_demand import Demand, demands_of, require_replicas, require_room
 from tests.builders import model_config, node
 
 
@@ -94,3 +94,26 @@ def test_a_type_of_gpu_ties_a_model_to_its_nodes() -> None:
     assert demand.resources == {"accelerator_type:L4": 0.001}
     with pytest.raises(PlacementError, match=r"needs 1 GPU, accelerator_type A100, 1 CPU on one node .*2 GPUs \(L4\)"):
         require_room(model_config(infer_backend="vllm", accelerator_type="A100"), nodes)
+
+
+@pytest.mark.parametrize(
+    ("demand", "most"),
+    [
+        (Demand(1), 16),
+        (Demand(0.1), 160),
+        (Demand(3), 4),
+        (Demand(1, gpus=1), 2),
+        (Demand(1, gpus=2), 1),
+        (Demand(0.1, gpus=0.3), 6),
+        (Demand(0.1, gpus=0.6), 2),
+        (Demand(1, vram_gib={0: 3}), 2),
+        (Demand(1, vram_gib={0: 3, 1: 13}), 1),
+        (Demand(1, gpus=1, accelerator_type="L4"), 0),
+    ],
+)
+def test_a_cluster_holds_so_many_replicas(demand: Demand, most: int) -> None:
+    """Node by node, because a replica is on one node, and a fraction on one GPU. One more is refused."""
+    nodes = [node("a", cpus=8, gpus=2), node("b", cpus=8, vram_gib={0: 8, 1: 24})]
+    require_replicas(demand, most, nodes)
+    with pytest.raises(PlacementError, match=f"is {most + 1}, .* the cluster holds {most} of them at most"):
+        require_replicas(demand, most + 1, nodes)

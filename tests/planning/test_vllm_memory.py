@@ -11,13 +11,15 @@ from transformers import AutoConfig
 
 from serve_app.facts.architecture import HYBRID, MLA, STANDARD, read_architecture
 from serve_app.facts.weights import tensors_without_weights
-from serve_app.planning.memory import vllm_buffers, vllm_kv_bytes_per_request, weights_per_rank
+from serve_app.planning.kv_groups import kv_bytes_per_request
+from serve_app.planning.memory import vllm_buffers, weights_per_rank
+from serve_app.planning.vllm_formulas import rank_by_formula
 from tests.planning.model_requests import CONFIGS, shape_of
 
 NAMES = ("qwen2-7b", "llama-3-70b", "deepseek-v2-lite", "gemma3", "qwen3-next")
 SIZES = (1, 2, 4, 8)
 # Without a usage context vLLM takes this many tokens a step.
-BATCHED_TOKENS = 2048
+BATCHED = 2048
 MAX_MODEL_LEN = 8192
 
 
@@ -114,7 +116,7 @@ def test_weights_and_kv_cache_equal_vllms(name: str, size: int, reference: dict[
     # Beside the tables there are a few bytes of scales for each layer.
     assert 0 <= answer["buffer_bytes"] - vllm_buffers(architecture, 2).bytes < 2048
     for kv_dtype, element in (("auto", 2), ("fp8", 1)):
-        ours = vllm_kv_bytes_per_request(architecture, size, MAX_MODEL_LEN, element, BATCHED_TOKENS, 2)
+        ours = kv_bytes_per_request(rank_by_formula(architecture, tensors, size, 2, element), MAX_MODEL_LEN, BATCHED)
         assert ours == reference[name, size, kv_dtype]["kv_bytes_in_groups"], kv_dtype
 
 
@@ -130,10 +132,11 @@ def test_other_architectures_equal_vllms_too(
     architecture, answer = read_architecture(config, name), reference[name, size, "auto"]
     assert "error" not in answer
     assert architecture.tensor_parallel_problem(size) == ""
-    assert (
-        weights_per_rank(tensors_without_weights(config, name), architecture, size, 2).bytes == answer["weights_bytes"]
-    )
-    ours = vllm_kv_bytes_per_request(architecture, size, 2048, 2, BATCHED_TOKENS, 2)
+    tensors = tensors_without_weights(config, name)
+    assert weights_per_rank(tensors, architecture, size, 2).bytes == answer["weights_bytes"]
+    rank = rank_by_formula(architecture, tensors, size, 2, 2)
+    assert rank.weights == answer["weights_bytes"]
+    ours = kv_bytes_per_request(rank, 2048, BATCHED)
     assert ours == answer["kv_bytes_in_groups"]
     assert answer["buffer_bytes"] <= vllm_buffers(architecture, 2).bytes + 4096
 

@@ -19,12 +19,13 @@ from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
+from serve_app.planning.resolve import kv_blocks
 from serve_app.replica import memory_watch
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.deployment import left_by_others
 from serve_app.replica.memory_watch import MemoryWatch, calibrations_of, planned_by_device, require_own_gpus
 from serve_app.replica.replica_plan import plan_replica
-from serve_app.replica.report import ReplicaReport, parsed_report
+from serve_app.replica.report import BlocksReport, ReplicaReport, parsed_report
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
@@ -151,6 +152,10 @@ class StubbornEngine:
             raise KeyError("GPU-z")
         return [rank(1, 1)]
 
+    def cache_blocks(self) -> int:
+        """As vLLM would say."""
+        return 90
+
     def load(self) -> float:
         """Half full."""
         return 0.5
@@ -159,7 +164,9 @@ class StubbornEngine:
 async def test_the_watch_goes_on_whatever_fails(serve_context: list[ReplicaReport]) -> None:
     """And takes its report back at the end."""
     engine = StubbornEngine()
-    watch = MemoryWatch(config(), engine, plan_replica(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    plan = plan_replica(config(), GPUS)
+    assert plan is not None
+    watch = MemoryWatch(config(), engine, plan, GPUS)  # type: ignore[arg-type]
     await watch.start(ready_after_s=3.0)
     for _ in range(1000):
         if engine.calls >= 6:
@@ -168,8 +175,33 @@ async def test_the_watch_goes_on_whatever_fails(serve_context: list[ReplicaRepor
     told = [report for report in serve_context if report.devices]
     assert told[0].devices[0].device == "GPU-a"
     assert told[0].devices[0].held == 4 * GIB + 2
+    assert told[0].blocks == BlocksReport(kv_blocks(plan), 90)
     await watch.stop()
     assert serve_context == []
+
+
+@pytest.mark.parametrize(("made", "words"), [(90, []), (89, ["the plan has 90 blocks, and vLLM has made 89"])])
+async def test_another_number_of_blocks_is_an_event(
+    serve_context: list[ReplicaReport], monkeypatch: pytest.MonkeyPatch, made: int, words: list[str]
+) -> None:
+    """One block less is said on the terminal, in the report and in the metrics; the same number is not."""
+    said: list[str] = []
+    monkeypatch.setattr(memory_watch, "notify", said.append)
+    engine = StubbornEngine()
+    monkeypatch.setattr(engine, "cache_blocks", lambda: made)
+    planned = plan_replica(config(), GPUS)
+    assert planned is not None
+    monkeypatch.setattr(memory_watch, "kv_blocks", lambda plan: 90 if plan is planned else None)
+    watch = MemoryWatch(config(), engine, planned, GPUS)  # type: ignore[arg-type]
+    await watch.start(ready_after_s=3.0)
+    for _ in range(1000):
+        if serve_context:
+            break
+        await asyncio.sleep(0.01)
+    assert serve_context[0].blocks == BlocksReport(90, made)
+    await watch.stop()
+    assert [any(word in line for line in said) for word in words] == [True] * len(words)
+    assert len(said) == len(words)
 
 
 class SlowEngine(StubbornEngine):
@@ -213,6 +245,7 @@ def test_a_report_of_another_version_is_none() -> None:
         assert parsed_report(text) is None
 
 
+@pytest.mark.slow
 async def test_a_whole_gpu_is_waited_for_but_not_for_ever() -> None:
     """After a SIGKILL what ran there may take some seconds to end; who stays is told."""
     held = [Gpu(0, "GPU-a", "card", 24 * GIB, 10 * GIB)]

@@ -11,6 +11,7 @@ from serve_app.replica.start_lock import FOLDER, PREFIX, starting_alone
 from tests.replica.start_together import overlaps, start_all
 
 
+@pytest.mark.slow
 def test_eight_engines_on_two_gpus_start_one_after_the_other(tmp_path: Path) -> None:
     """All do in the end, though the first of each GPU is killed in the middle."""
     starts = start_all(8, tmp_path, real=False, timeout_s=50)

@@ -211,6 +211,34 @@ async def test_other_methods_lead_to_the_models_route() -> None:
     assert "/models/NAME/" in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", 405, "POST"),
+        ("HEAD", "/v1/embeddings", 405, "POST"),
+        ("PUT", "/v1/anything", 405, "POST"),
+        ("DELETE", "/v1/models", 405, "GET, HEAD"),
+        ("DELETE", "/v1/models/a", 405, "GET, HEAD"),
+        ("GET", "/favicon.ico", 404, None),
+    ],
+)
+async def test_a_wrong_method_is_told_with_the_right_one(
+    method: str, path: str, status: int, allowed: str | None
+) -> None:
+    """In OpenAI's form. An unknown address is not found, although POST goes to models from everywhere."""
+    async with client(Directory()) as session:
+        reply = await session.request(method, path)
+    assert (reply.status_code, _methods(reply.headers.get("allow"))) == (status, _methods(allowed))
+    if method != "HEAD":
+        error = reply.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+
+
+def _methods(header: str | None) -> set[str] | None:
+    return None if header is None else set(header.split(", "))
+
+
 def test_the_model_is_read_from_any_json_object() -> None:
     """Wherever it stands."""
     assert RequestBody('{"messages": [{"model": "inner"}], "model": "ünder/x"}'.encode()).peek().model == "ünder/x"

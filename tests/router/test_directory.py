@@ -71,6 +71,12 @@ def test_a_plain_message_becomes_one_line() -> None:
     assert summarize("needs 2 GPUs,\n  has none.") == "needs 2 GPUs, has none."
 
 
+def test_a_model_that_loads_for_long_is_no_news() -> None:
+    """Serve warns after 30 s of each constructor, and loading a model takes that long."""
+    text = "Deployment 'Model' in application 'a' has 1 replicas that have taken more than 30s to initialize.\n"
+    assert summarize(f"{text}This may be caused by a slow __init__ or reconfigure method.") == ""
+
+
 def test_the_time_of_a_wake_is_known_though_who_woke_it_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next one would be told of hours."""
     now = [0.0]

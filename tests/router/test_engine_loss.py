@@ -1,4 +1,7 @@
-"""Which answers say that an engine is lost, and which are a request's own errors."""
+"""Which answers say that an engine is lost, and which are a request's own errors.
+
+Those of vLLM are in `tests/contracts/test_vllm.py`.
+"""
 
 import json
 
@@ -27,33 +30,6 @@ def event(document: object) -> bytes:
 def test_what_pt_writes_into_a_stream(error: Exception, is_lost: bool) -> None:
     """By the very function that writes it."""
     assert is_lost_event(event(error_object(request_error(error)))) is is_lost
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of vLLM's own imports
-@pytest.mark.parametrize(
-    ("name", "is_lost"),
-    [
-        ("vllm.v1.engine.exceptions.EngineDeadError", True),
-        ("vllm.v1.engine.exceptions.EngineGenerateError", True),
-        ("vllm.exceptions.RetryableRequestError", True),
-        ("vllm.exceptions.GenerationError", False),
-        ("vllm.exceptions.VLLMValidationError", False),
-        ("builtins.IndexError", False),
-    ],
-)
-@pytest.mark.slow  # It imports vLLM.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
-def test_what_vllm_writes_into_a_stream(name: str, is_lost: bool) -> None:
-    """By vLLM's own function, so that another wording in another version is noticed."""
-    pytest.importorskip("vllm")
-    from importlib import import_module
-
-    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-
-    module, kind = name.rsplit(".", 1)
-    texts = () if kind.startswith("Engine") else ("it failed",)
-    said = create_error_response(getattr(import_module(module), kind)(*texts)).model_dump()
-    assert is_lost_event(event(said)) is is_lost
 
 
 def test_text_of_a_model_is_no_error() -> None:

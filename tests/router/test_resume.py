@@ -138,7 +138,7 @@ def text_of(events: list[Any]) -> str:
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_a_stream_goes_on_wherever_it_was_cut(
     engine: ASGIApp, path: str, body: dict[str, Any], half: bool
 ) -> None:

@@ -13,6 +13,7 @@ from serve_app.facts.inventory import Device
 from serve_app.planning.fit import gib
 from serve_app.planning.memory import GIB, Certainty, Figure
 from serve_app.planning.plan import TERMS, Fix, ModelPlan, Plan, Problem, RankPlan
+from serve_app.planning.planner import RUN_ON_CPU
 
 Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "spare", "others"]
 
@@ -119,11 +120,15 @@ class FixNote:
 
 @dataclass(frozen=True)
 class ProblemNote:
-    """This is a model that has no place. `fixes` are the changes that help, of which the first one costs least."""
+    """This is a model that has no place. `fixes` are the changes that help, of which the first one costs least.
+
+    `names_cure` means that the message itself says what to do.
+    """
 
     model: str
     message: str
     fixes: tuple[FixNote, ...]
+    names_cure: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,9 @@ def cells(sizes: Sequence[int], width: int) -> list[int]:
 
 
 def _problem_note(problem: Problem) -> ProblemNote:
-    return ProblemNote(printable(problem.model), printable(problem.message), tuple(map(_fix_note, problem.fixes)))
+    names_cure = problem.message.endswith(RUN_ON_CPU)
+    fixes = tuple(map(_fix_note, problem.fixes))
+    return ProblemNote(printable(problem.model), printable(problem.message), fixes, names_cure)
 
 
 def _fix_note(fix: Fix) -> FixNote:

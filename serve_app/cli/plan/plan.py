@@ -2,28 +2,80 @@
 
 import argparse
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 from serve_app.cli.cluster import connected
-from serve_app.cli.output_file import write_file
-from serve_app.config import ModelConfig
+from serve_app.cli.output_file import require_folder, write_file
+from serve_app.cli.plan.requests import MODEL_OPTIONS, requests_of_file, requests_of_options
 from serve_app.errors import ConfigError
-from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
-from serve_app.facts.serve_file import read_applications
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.fit import AtOnce, ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
+from serve_app.planning.what_fits import what_fits
 
 
 def plan(options: argparse.Namespace) -> int:
     """Prints the plan. Returns 0 if everything fits, and 1 otherwise. Raises ConfigError for wrong input."""
     _require_one_way(options)
-    if options.model:
-        made = _planned([_request_of_options(options)], _inventory(options.gpus, options.inventory, options.address))
+    for target in filter(None, (options.svg, options.write)):
+        require_folder(target)
+    requests = requests_of_options(options) if options.model else requests_of_file(options.config)
+    if options.at_once is not None:
+        requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
+    inventory = _inventory(options.gpus, options.inventory, options.address)
+    if options.what == "fits":
+        return _what_fits(requests, inventory, options.json)
+    made = _planned(requests, inventory)
+    if options.compare is not None:
+        others = [replace(request, at_once=requests[0].at_once) for request in requests_of_file(options.compare)]
+        other = _planned(others, inventory)
+        return _compare(made, other, (str(options.config or "the models"), str(options.compare)), options.json)
+    if options.explain is not None:
+        return _explain(made, options.explain, options.json)
+    _show(made, options)
+    return 0 if made.fits else 1
+
+
+def _what_fits(requests: list[ModelRequest], inventory: Inventory, as_json: bool) -> int:
+    """Prints the ways to run each model alone. Returns 0 if each has one, and 1 otherwise."""
+    ways = what_fits(requests, inventory)
+    if as_json:
+        print(json.dumps([way.to_json() for way in ways], indent=1))
     else:
-        made = plan_of_file(options.config, options.gpus, options.inventory, options.address)
+        from serve_app.cli.plan.tables import fits_table, print_table
+
+        print_table(fits_table(ways))
+    return 0 if {way.model for way in ways if way.max_model_len} == {request.name for request in requests} else 1
+
+
+def _compare(one: Plan, other: Plan, names: tuple[str, str], as_json: bool) -> int:
+    """Prints two plans beside each other. Returns 0 if the second one fits, and 1 otherwise."""
+    if as_json:
+        print(json.dumps([one.to_json(), other.to_json()], indent=1))
+    else:
+        from serve_app.cli.plan.tables import comparison_table, print_table
+
+        print_table(comparison_table(one, other, names))
+    return 0 if other.fits else 1
+
+
+def _explain(made: Plan, name: str, as_json: bool) -> int:
+    """Prints each term of a model's plan. Returns 0 if everything fits, and 1 otherwise."""
+    from serve_app.cli.plan import explain
+
+    models = explain.explained(made, name)
+    if as_json:
+        print(json.dumps([explain.to_json(model) for model in models], indent=1))
+    else:
+        print("\n".join(line for model in models for line in explain.lines(model)))
+    return 0 if made.fits else 1
+
+
+def _show(made: Plan, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(made.to_json(), indent=1))
     else:
@@ -34,27 +86,21 @@ def plan(options: argparse.Namespace) -> int:
         from serve_app.cli.plan.svg import plan_svg
 
         write_file(options.svg, plan_svg(made))
+        print(f"The picture is in {options.svg}.", file=sys.stderr)  # stdout is for the plan.
     if options.write is not None:
-        if options.config is None:
-            raise ConfigError("plan: --write needs a config file to copy.")
         from serve_app.cli.plan.write import write_plan
 
         write_plan(made, options.config, options.write)
-    return 0 if made.fits else 1
 
 
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
     """Returns the plan of a Serve config file for these GPUs, or those of the cluster or this machine. Raises
     ConfigError."""
-    requests = _requests_of_file(path)
-    return _planned(requests, _inventory(gpus, inventory, address))
+    return _planned(requests_of_file(path), _inventory(gpus, inventory, address))
 
 
 def _planned(requests: list[ModelRequest], inventory: Inventory) -> Plan:
     return with_fixes(make_plan(requests, inventory), requests, inventory)
-
-
-MODEL_OPTIONS = ("infer_backend", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_memory", "num_gpus")
 
 
 def _require_one_way(options: argparse.Namespace) -> None:
@@ -64,43 +110,17 @@ def _require_one_way(options: argparse.Namespace) -> None:
     given = [name for name in MODEL_OPTIONS if getattr(options, name) not in (None, "auto")]
     if options.config is not None and given:
         raise ConfigError(f"plan: --{given[0].replace('_', '-')} goes with --model. In a file, write {given[0]} there.")
+    if options.write is not None and options.config is None:
+        raise ConfigError("plan: --write needs a config file to copy.")
+    tables = {"--what": options.what, "--compare": options.compare, "--explain": options.explain}
+    pictures = {"--svg": options.svg, "--write": options.write}
+    shown = [name for name, value in {**tables, **pictures}.items() if value is not None]
+    if len(shown) > 1 and shown[0] in tables:
+        raise ConfigError(
+            f"plan: {shown[0]} prints something else than the plan, so {shown[1]} has no place beside it."
+        )
     if options.gpus is not None and not options.gpus.strip():
         raise ConfigError("plan: --gpus is empty. Write sizes or names such as 8GiB,24GiB or 2xA100-80GB.")
-
-
-def _requests_of_file(path: Path | None) -> list[ModelRequest]:
-    if path is None:
-        raise ConfigError("plan: name a Serve config file, or a model with --model.")
-    applications = [application for application in read_applications(path) if application.is_model]
-    if not applications:
-        raise ConfigError(
-            f"{path}: it has no application with import_path serve_app.app:model, so there is nothing to plan."
-        )
-    requests, problems = [], []
-    for application in applications:
-        try:
-            config = application.model_settings()
-            requests.append(request_of(application.name, config, application.least_replicas))
-        except ConfigError as error:
-            text = str(error)
-            problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return requests
-
-
-def _request_of_options(options: argparse.Namespace) -> ModelRequest:
-    args = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
-    device = {"device": "cpu"} if options.device == "cpu" else {}
-    return request_of(options.model.rstrip("/").split("/")[-1], ModelConfig.from_args(
-        {"model": options.model, "dtype": options.dtype, **device, **args}
-    ), 1)  # fmt: skip
-
-
-def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
-    """Returns a model with the facts of its checkpoint. Raises ConfigError if they cannot be read."""
-    checkpoint = read_checkpoint(config.model, config.revision)
-    return ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
 
 
 def _inventory(gpus: str | None, file: Path | None, address: str | None) -> Inventory:

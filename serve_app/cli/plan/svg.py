@@ -187,7 +187,7 @@ def _problem(page: _Page, problem: ProblemNote) -> None:
         page.space(4)
         for number, fix in enumerate(problem.fixes):
             _fix(page, fix, "or: " if number else "fix: ")
-        if not problem.fixes:
+        if not problem.fixes and not problem.names_cure:
             page.prose("No change was found that would help.", 12, "dim", indent=16)
 
 

@@ -5,7 +5,6 @@ also differ by their signs, so that nothing is said by colour alone.
 """
 
 import os
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from serve_app.cli.page_console import PageConsole
 from serve_app.cli.plan.chart import (
     CERTAINTIES,
     LABELS,
@@ -61,7 +61,7 @@ ASCII = Signs(dict(zip(LABELS, "#=~-+.x", strict=True)), "-", ".")
 
 def print_plan(plan: Plan) -> None:
     """Prints a plan to stdout, in colour if the terminal shows colours."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = PageConsole()
     is_unicode = (console.encoding or "").lower().startswith("utf")
     for line in page(plan, _width(console), UNICODE if is_unicode else ASCII):
         console.print(line, soft_wrap=True)
@@ -86,7 +86,7 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
         lines += _wrapped(problem.message, width)
         for number, fix in enumerate(problem.fixes):
             lines += _fix(fix, "or: " if number else "fix: ", width)
-        if not problem.fixes:
+        if not problem.fixes and not problem.names_cure:
             lines.append(Text("    No change was found that would help."))
     if chart.joint_fixes:
         lines += [Text(), _rule("ALL MODELS FIT WITH", width, signs)]

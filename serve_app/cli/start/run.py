@@ -19,6 +19,7 @@ from serve_app.cli.check import (
 )
 from serve_app.cli.cluster import require_open
 from serve_app.cli.doctor import taken_port
+from serve_app.cli.engine_args import doubtful_engine_args
 from serve_app.cli.start.captured import captured, new_log_file
 from serve_app.cli.start.runner import Runner, Start
 from serve_app.cli.start.view import StartView
@@ -47,10 +48,15 @@ class RunOptions:
     replace: bool = False
 
 
-def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None = None) -> int:
+def run(
+    file: Path,
+    options: RunOptions,
+    http_options: Mapping[str, Any] | None = None,
+    command: str = "serve-app run",
+) -> int:
     """Serves a config file until Ctrl-C or SIGTERM. Returns 0, or 1 if it cannot go on.
 
-    `http_options` replaces options of the file.
+    `http_options` replaces options of the file. `command` is what the user has called.
 
     Raises ConfigError for a wrong file, an address without a cluster, and a port that is taken.
     """
@@ -71,8 +77,8 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
         notes += open_access(document, applications, os.environ)
     else:  # What its nodes were started with is reported once they were asked.
         notes = open_access(document, applications, None) + unheard_keys(document, os.environ)
-    notes += dangling_names(applications)
-    start = Start(file, document, applications, joins, Path(options.app_dir).resolve(), options.replace)
+    notes += dangling_names(applications) + doubtful_engine_args(applications)
+    start = Start(file, document, applications, joins, Path(options.app_dir).resolve(), options.replace, command)
     with _terminal(options) as (view, log):
         view.line(f"Serving {file} with serve-app {__version__}")
         if log is not None:
@@ -84,7 +90,7 @@ def run(file: Path, options: RunOptions, http_options: Mapping[str, Any] | None 
 
 def demo(options: RunOptions, host: str, port: int) -> int:
     """Serves the two demo models with a Ray of their own, as `run` does, and returns its exit code."""
-    return run(CONFIG_FILE, options, {"host": host, "port": port})
+    return run(CONFIG_FILE, options, {"host": host, "port": port}, "serve-app demo")
 
 
 def activate() -> None:

@@ -25,6 +25,8 @@ START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0
 SAME_SIGNAL_S = 1.0
 # The controller of a Serve that runs already may take this many seconds to report its applications.
 STATUS_TIMEOUT_S = 30.0
+# Characters of an error of Serve that the terminal shows.
+MOST_REASON = 300
 
 
 def living(applications: Mapping[str, Any]) -> set[str]:
@@ -37,7 +39,8 @@ def living(applications: Mapping[str, Any]) -> set[str]:
 class Start:
     """What is to be started, that is the config, its applications, and the address of the cluster to join.
 
-    `app_dir` is the folder of other import paths, and `replace` is as in `RunOptions`.
+    `app_dir` is the folder of other import paths, and `replace` is as in `RunOptions`. `command` is what the user has
+    called.
     """
 
     file: Path
@@ -46,6 +49,7 @@ class Start:
     joins: str | None
     app_dir: Path
     replace: bool = False
+    command: str = "serve-app run"
 
     @property
     def names(self) -> list[str]:
@@ -97,17 +101,17 @@ class Runner:
 
             with contextlib.suppress(OSError):
                 traceback.print_exc()
-            self.view.event(f"serve-app run has failed: {type(error).__name__}: {error}")
+            self.view.event(f"{self.start.command} has failed: {type(error).__name__}: {error}")
             code = 1
         finally:
-            self._stop()
-        return code
+            is_stopped = self._stop()
+        return code if is_stopped else code or 1
 
     def _code_of(self, error: SystemExit) -> int:
         """Returns 0 if a signal ended the start, and otherwise the code with which a library has ended it."""
         if self._stopped_at is not None or error.code == signal.SIGTERM:  # Ray's own handler exits with the number.
             return 0
-        self.view.event(f"serve-app run has failed: a library has ended it with SystemExit: {error.code}")
+        self.view.event(f"{self.start.command} has failed: a library has ended it with SystemExit: {error.code}")
         return error.code if isinstance(error.code, int) else int(error.code is not None)
 
     def _heed_signals(self) -> None:
@@ -140,10 +144,13 @@ class Runner:
                 "tokens, export RAY_AUTH_MODE=token."
             ) from None
         self._heed_signals()  # Ray has set its own handler of SIGTERM.
-        dashboard = f" (dashboard http://{context.dashboard_url})" if context.dashboard_url else ""
-        self.view.event(
-            f"Ray is up{dashboard}" if self.start.joins is None else f"joined the Ray cluster at {self.start.joins}"
-        )
+        if self.start.joins is None:
+            dashboard = f"dashboard http://{context.dashboard_url}, " if context.dashboard_url else ""
+            self.view.event(
+                f"Ray is up ({dashboard}--address {context.address_info['gcs_address']} for other commands)"
+            )
+        else:
+            self.view.event(f"joined the Ray cluster at {self.start.joins}")
 
     def _start_serve(self) -> None:
         self.view.wait_for(["Serve is starting"])
@@ -213,13 +220,13 @@ class Runner:
             watch.look()
             time.sleep(LATER_INTERVAL_S)
 
-    def _stop(self) -> None:
-        """Stops Serve if it was started here, and leaves or stops Ray."""
+    def _stop(self) -> bool:
+        """Stops Serve if it was started here, and leaves or stops Ray. Returns whether it could."""
         self._stopped_at = self._stopped_at or time.monotonic()
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             self.view.close()
-            return
+            return True
         try:
             self.view.close()
             if self._found_serve and not self._serves:
@@ -227,14 +234,22 @@ class Runner:
             else:
                 self.view.event("stopping; press Ctrl-C again to exit immediately")
         finally:  # This happens whatever becomes of the terminal.
-            self._shut_down(ray)
-        self.view.event("serve-app run has stopped")
+            problem = self._shut_down(ray)
+        if problem:
+            rest = f"it may go on at {self.start.joins}" if self.start.joins else "it ends with its Ray"
+            self.view.event(f"Serve did not answer when it was told to stop, so {rest}: {problem}")
+        self.view.event(f"{self.start.command} has stopped")
+        return not problem
 
-    def _shut_down(self, ray: ModuleType) -> None:
+    def _shut_down(self, ray: ModuleType) -> str:
+        """Returns why Serve could not be stopped, or an empty text. Ray's head may be dead, for example."""
         try:
             if self._serves:
                 from ray import serve
 
                 serve.shutdown()
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_REASON]}"
         finally:
             ray.shutdown()
+        return ""

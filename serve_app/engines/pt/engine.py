@@ -64,6 +64,9 @@ class PtEngine:
         """Returns the sequences that run or wait as a share of those that may run at once."""
         return self.generator.in_flight / self.generator.limits.max_num_seqs
 
+    def cache_blocks(self) -> None:
+        """Returns None, because pt's cache has no blocks."""
+
     async def memory(self) -> list[RankMemory]:
         """Returns what this process holds of each device that holds a part of the model."""
         return await asyncio.to_thread(self._memory)

@@ -33,7 +33,7 @@ from serve_app.engines.vllm.bounds import MOST_CHOICES
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit import VLLM_CPU_KV_BYTES
-from serve_app.wire.openai_errors import error_response
+from serve_app.wire.openai_errors import error_response, route_error_response
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this variable sets less.
 DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
@@ -113,6 +113,10 @@ class VllmEngine:
         requests = now[vllm_internals.RUNNING] + now[vllm_internals.WAITING]
         return max(requests / vllm_internals.most_rows(self._client), now[vllm_internals.CACHE_USE])
 
+    def cache_blocks(self) -> int | None:
+        """Returns vLLM's own number. A model without a KV cache has none."""
+        return vllm_internals.cache_blocks(self._client)
+
     async def memory(self) -> list[RankMemory]:
         """Returns what the process of every rank reports. Raises EngineError if vLLM does not answer."""
         try:
@@ -146,9 +150,7 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     text = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code in (404, 405):
         text += ". vLLM does not serve it for this model."
-    response = error_response(InvalidRequest(text))
-    response.status_code = error.status_code
-    return response
+    return route_error_response(error, text)
 
 
 async def _format_ended(_: Request, __: Exception) -> Response:

@@ -152,6 +152,13 @@ def most_rows(client: EngineClient) -> int:
     return most
 
 
+def cache_blocks(client: EngineClient) -> int | None:
+    """Returns the blocks of KV cache that the engine has made. Uses `vllm_config.cache_config.num_gpu_blocks`, which
+    the engine's process reports on the CPU too; seen in vLLM 0.32."""
+    blocks: int | None = client.vllm_config.cache_config.num_gpu_blocks
+    return blocks or None
+
+
 def gauges() -> dict[str, float]:
     """Returns the current `RUNNING` and `WAITING`, in requests, and `CACHE_USE`, from 0 to 1, of this process."""
     from prometheus_client import REGISTRY

@@ -20,6 +20,8 @@ __all__ = ["apply", "with_fixes"]
 
 # The search may try so many placements of a replica for one plan, since a user waits for it.
 MOST_PLACEMENTS = 40_000
+# No card helps against these problems.
+UNPLANNED = frozenset({"not_planned", "facts_missing", "vllm_refuses"})
 
 
 def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
@@ -88,6 +90,6 @@ def _kind(problem: Problem, trial: Trial) -> object:
 
 def _fixes(problem: Problem, trial: Trial) -> tuple[Fix, ...]:
     fixes = fixes_of(problem, trial)
-    if not fixes and problem.code != "not_planned":
+    if not fixes and problem.code not in UNPLANNED:
         fixes = least_card(problem.model, trial)
     return fixes

@@ -30,7 +30,7 @@ def more_cards(request: ModelRequest, backend: str, trial: Trial) -> Iterator[La
     config, most = request.config, _most_cards(trial)
     if backend == "vllm" and config.share is None:
         now = config.tensor_parallel_size or 1
-        sizes = [size for size in request.architecture.valid_tensor_parallel_sizes() if now < size <= most]
+        sizes = [size for size in request.valid_tensor_parallel_sizes() if now < size <= most]
         if sizes:
             yield Ladder(price.MORE_CARDS, [rung("tensor_parallel_size", size) for size in sizes])
     if backend != "vllm" and config.max_memory is None and config.device_map is None:
@@ -43,7 +43,7 @@ def fewer_cards(request: ModelRequest, backend: str) -> Iterator[Ladder]:
     """Yields fewer cards. This helps where there are not so many, or where a larger card holds the whole model."""
     config = request.config
     if backend == "vllm" and (now := config.tensor_parallel_size or 1) > 1:
-        sizes = [size for size in request.architecture.valid_tensor_parallel_sizes() if size < now]
+        sizes = [size for size in request.valid_tensor_parallel_sizes() if size < now]
         rungs = [rung("tensor_parallel_size", size) for size in reversed(sizes)]
         yield Ladder(price.FEWER_CARDS, rungs, lambda changes: f"the speed of {now - changes[0].value} cards")
     if backend == "pt" and config.max_memory is None and (count := int(config.num_gpus or 1)) > 1:

@@ -10,14 +10,14 @@ from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_card
 from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, changed, rung
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
+from serve_app.planning.planner import ONLY_GPU
 
 # Requests shorter than this are of little use, so no shorter one is offered.
 LEAST_MODEL_LEN = 1024
 MODEL_LEN_STEP = 256
 # kv_cache_memory_bytes is lowered in steps of so many bytes.
 CACHE_STEP = 64 * MIB
-# These fields are for GPUs, and those of a backend are refused by the other one.
-ONLY_GPU = ("max_memory", "gpu_ids", "num_gpus", "accelerator_type", "device_map", "tensor_parallel_size")
+# vLLM refuses these fields.
 REFUSED_BY_VLLM = (*ONLY_PT, "step_timeout_s")
 
 Backend = Literal["vllm", "pt", "auto"]
@@ -125,7 +125,7 @@ def _other_backend(request: ModelRequest, backend: Backend) -> Iterator[Ladder]:
     if backend == "vllm":
         without = [name for name in ONLY_VLLM if getattr(config, name)]
         yield _backend("pt", without, "vLLM's speed")
-    if backend == "pt" and request.architecture.is_known_to_vllm:
+    if backend == "pt" and request.is_planned_for_vllm:
         without = [name for name in REFUSED_BY_VLLM if getattr(config, name) is not None]
         if config.share is not None:
             without.remove("num_gpus")

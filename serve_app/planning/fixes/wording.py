@@ -25,7 +25,8 @@ def gains_of(name: str, before: Plan, after: Plan) -> str:
 def spare_of(model: ModelPlan) -> int:
     """Returns the bytes of KV cache beyond one request of full length: on a rank of vLLM, and of all devices for pt."""
     caches = [rank.kv_cache.bytes for rank in model.ranks]
-    return max(0, (min(caches) if model.backend == "vllm" else sum(caches)) - model.kv_bytes_per_request)
+    needed = model.kv_bytes_per_request + model.kv_block_bytes  # vLLM keeps one block empty.
+    return max(0, (min(caches) if model.backend == "vllm" else sum(caches)) - needed)
 
 
 def _named(devices: list[str]) -> str:

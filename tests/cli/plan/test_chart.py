@@ -316,9 +316,10 @@ def test_svg_is_written_whole_or_not_at_all(tmp_path: Path, capsys: pytest.Captu
     arguments = ["plan", "--model", "serve-app/demo", "--gpus", "8GiB", "--svg"]
     assert main([*arguments, str(file)]) == 0
     assert file.read_text().startswith("<svg ")
+    assert f"The picture is in {file}." in capsys.readouterr().err
     assert main([*arguments, str(folder)]) == 2
     assert main([*arguments, str(tmp_path / "none" / "plan.svg")]) == 2
-    assert "No such file or directory" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "plan.svg"]
 
 
@@ -341,3 +342,12 @@ def test_a_page_is_what_rich_prints() -> None:
     for line in page(planned([small("[red]x[/red]")], "24GiB"), 100):
         console.print(line, soft_wrap=True)
     assert "[red]x[/red]: vllm" in out.getvalue()
+
+
+def test_a_message_that_names_its_cure_is_not_contradicted() -> None:
+    """Without a GPU, the cure is to use the CPU, and no smaller change is missing."""
+    host = Inventory((Device("n1", None, "memory", 64 * GIB, 64 * GIB),))
+    made = planned([small(max_memory={0: "3GB"}, infer_backend="pt")], host)
+    lines = text_of(made, 120)
+    assert "there is no GPU. Set device: cpu and leave out max_memory to run it on the CPU." in lines
+    assert "No small change" not in lines

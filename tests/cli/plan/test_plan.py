@@ -1,6 +1,7 @@
 """`serve-app plan` as a user types it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from serve_app.cli.main import main
 from serve_app.config import ModelConfig
+from serve_app.facts.checkpoint import DEMO_MODEL
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
@@ -111,3 +113,48 @@ def test_wrong_input_exits_2(arguments: list[str], words: str, capsys: pytest.Ca
     """With what and where."""
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both models have rows, with how long and how many; one that fits nowhere makes the exit code 1."""
+    models = ["plan", "--model", DEMO_MODEL, "--model", str(CONFIGS / "llama-3-70b"), "--what", "fits"]
+    assert main([*models, "--gpus", "24GiB"]) == 1
+    table = capsys.readouterr().out
+    assert re.search(r"demo +vllm +1 +2,048 +\d+ +n1:0", table)
+    assert re.search(r"llama-3-70b +vllm +1 +does not fit", table)
+    assert main([*models, "--gpus", "2x80GiB", "--json"]) == 0
+    ways = json.loads(capsys.readouterr().out)
+    assert {way["model"] for way in ways if way["requests"]} == {"demo", "llama-3-70b"}
+
+
+def test_compare_shows_two_files_beside_each_other(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code is that of the second file. What differs is in one row."""
+    other = tmp_path / "other.yaml"
+    other.write_text(file.read_text())
+    arguments = ["plan", str(file), "--gpus", "24GiB,24GiB", "--compare", str(other)]
+    assert main(arguments) == 0
+    same = [line for line in capsys.readouterr().out.splitlines() if "verdict" in line]
+    assert len(same) == 1
+    assert same[0].split() == ["verdict", "fits", "fits"]
+    assert main([*arguments[:-1], str(file), "--json"]) == 0
+    one, two = json.loads(capsys.readouterr().out)
+    assert one == two
+
+
+def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its factors, as text and as data that adds up; a name that is not there is answered by those that are."""
+    assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "logits and their copy = copies (2) × max_num_seqs (256) × vocabulary (152,064) × bytes of a float32 (4)" in out
+    )
+    assert "(2%) are never planned" in out
+    assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--json"]) == 0
+    ((rank,),) = [model["ranks"] for model in json.loads(capsys.readouterr().out)]
+    for kind in ("activation", "graph", "context"):
+        assert sum(term["bytes"] for term in rank["terms"][kind]) == rank[f"{kind}_bytes"]
+    assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "nobody"]) == 2
+    assert "there is no such model. The plan has q." in capsys.readouterr().err
+    assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--what", "fits"]) == 2

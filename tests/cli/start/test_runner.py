@@ -65,7 +65,7 @@ class World:
     def _init(self, **_: Any) -> Any:
         self.is_up = True
         self._note("ray.init")
-        return SimpleNamespace(dashboard_url="")
+        return SimpleNamespace(dashboard_url="", address_info={"gcs_address": "127.0.0.1:6379"})
 
     def _controller(self) -> Any:
         if self.applications is None:
@@ -121,6 +121,16 @@ def test_a_failure_is_told_and_ends_everything_with_code_1(world: World) -> None
     assert runner(StartView(stream)).run() == 1
     assert "has failed: RuntimeError: no proxies" in stream.getvalue()
     assert world.calls[-2:] == ["serve.shutdown", "ray.shutdown"]
+
+
+def test_a_serve_that_cannot_be_stopped_is_told_in_one_line(world: World) -> None:
+    """Exit code 1 and no traceback. Ray's head may be dead, and this process leaves Ray in any case."""
+    stream = io.StringIO()
+    world.instead["serve.shutdown"] = failing(RuntimeError("the head\ndoes not answer"))
+    assert runner(StartView(stream)).run() == 1
+    assert "it ends with its Ray: RuntimeError: the head does not answer\n" in stream.getvalue()
+    assert "serve-app run has stopped" in stream.getvalue()
+    assert world.calls[-1] == "ray.shutdown"
 
 
 @pytest.mark.parametrize(("given", "code"), [(1, 1), (3, 3), ("words", 1), (None, 0), (signal.SIGTERM, 0)])

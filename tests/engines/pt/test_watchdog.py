@@ -39,6 +39,7 @@ async def hanging() -> AsyncIterator[tuple[PtEngine, httpx.AsyncClient, threadin
     await engine.stop()
 
 
+@pytest.mark.slow
 async def test_a_hang_is_noticed_in_its_time(
     hanging: tuple[PtEngine, httpx.AsyncClient, threading.Event],
 ) -> None:

@@ -59,7 +59,8 @@ def test_the_users_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_only_a_missing_route_is_told_as_one(status: int, is_missing: bool) -> None:
     """vLLM's 400 for a body that is no UTF-8 comes the same way."""
     request = Request({"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "query_string": b""})
-    answer = await _no_such_route(request, HTTPException(status, "a reason"))
+    answer = await _no_such_route(request, HTTPException(status, "a reason", {"Allow": "POST"}))
+    assert answer.headers["allow"] == "POST"
     said = json.loads(bytes(answer.body))["error"]["message"]
     assert answer.status_code == status
     assert "a reason" in said

@@ -32,13 +32,13 @@ from serve_app.engines.pt.api.request_error import request_error
 from serve_app.engines.pt.core.places import Reservation
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.workers import Workers
-from serve_app.errors import ContextTooLong, EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
+from serve_app.errors import ContextTooLong, EngineError, ModelNotFound, ModelUnavailable, RequestError
 from serve_app.wire.arrival import known_body
 from serve_app.wire.asgi import KEY_NAME_HEADER
 from serve_app.wire.body import RequestBody
 from serve_app.wire.census import decode_body
 from serve_app.wire.headers import header
-from serve_app.wire.openai_errors import error_response
+from serve_app.wire.openai_errors import error_response, route_error_response
 
 logger = logging.getLogger("ray.serve")
 
@@ -223,6 +223,4 @@ async def _unexpected(_: Request, error: Exception) -> Response:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = error_response(InvalidRequest(f"{request.method} {request.url.path}: {error.detail}."))
-    response.status_code = error.status_code
-    return response
+    return route_error_response(error, f"{request.method} {request.url.path}: {error.detail}.")

@@ -17,9 +17,10 @@ DeviceName = int | str
 def known_architecture(hf_config: Any) -> Architecture | None:
     """Returns the shape of the model, or None if the plan does not know its architecture."""
     try:
-        return read_architecture(hf_config.to_dict(), "model")
+        found = read_architecture(hf_config.to_dict(), "model")
     except ConfigError:
         return None
+    return found if found.has_formulas else None
 
 
 def device_map_of(planned: ModelPlan, architecture: Architecture, model: PreTrainedModel) -> dict[str, DeviceName]:

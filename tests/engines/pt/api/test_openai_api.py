@@ -147,6 +147,9 @@ async def test_models_and_health(client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
     missing = await client.get("/v1/nothing")
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "invalid_request_error")
+    wrong = await client.get("/v1/chat/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["type"] == "invalid_request_error"
 
 
 async def test_n_gives_several_choices_and_each_has_its_own_seed(client: httpx.AsyncClient) -> None:

@@ -82,7 +82,7 @@ def assert_greedy(model: PreTrainedModel, sequence: Sequence) -> None:
     )
 
 
-@pytest.mark.parametrize("count", [1, 8, 32])
+@pytest.mark.parametrize("count", [1, 8, pytest.param(32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", JOINED)
 def test_joined_answers_equal_generate(name: str, count: int) -> None:
     """Rows join and leave at every step, prompts come in chunks, and nobody's answer changes."""
@@ -150,7 +150,7 @@ class FailingOnce:
         return self._forward(*args, **kwargs)
 
 
-@pytest.mark.parametrize("first", [1, 2, 3, 4])
+@pytest.mark.parametrize("first", [1, *(pytest.param(first, marks=pytest.mark.slow) for first in (2, 3, 4))])
 def test_out_of_memory_at_any_forward_changes_no_answer(first: int) -> None:
     """16 requests; the run is repeated for every fourth of its forward passes, which fails."""
     model = tiny_model("llama")
@@ -171,7 +171,7 @@ def test_out_of_memory_at_any_forward_changes_no_answer(first: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-next"])
-@pytest.mark.parametrize("budget", [500, 2000, 6000])
+@pytest.mark.parametrize("budget", [500, 2000, pytest.param(6000, marks=pytest.mark.slow)])
 def test_the_buffers_never_exceed_the_budget(name: str, budget: int) -> None:
     """Not even while a layer is moved: its bytes stand twice then, and are counted twice at all times."""
     model = tiny_model(name)

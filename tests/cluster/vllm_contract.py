@@ -1,6 +1,6 @@
 """Calls every part of a running vLLM that `serve_app/engines/vllm/vllm_internals.py` uses.
 
-    python -m tests.contracts.vllm_calls
+    python -m tests.cluster.vllm_contract
 
 prints one JSON object: for each function its result, or the error that says what has changed. It starts an engine with
 the demo model on the CPU, and kills it at the end.
@@ -85,6 +85,7 @@ async def calls() -> dict[str, Any]:
         "is_multimodal_model": lambda: at_once(lambda: vllm_internals.model_config(client).is_multimodal_model),
         "tokenizer": lambda: at_once(lambda: len(vllm_internals.tokenizer(client).get_vocab())),
         "most_rows": lambda: at_once(lambda: vllm_internals.most_rows(client)),
+        "cache_blocks": lambda: at_once(lambda: vllm_internals.cache_blocks(client)),
         "gauges": lambda: at_once(shown_gauges),
         "ask_ranks": memory,
         "require_alive": lambda: vllm_internals.require_alive(client),

@@ -10,10 +10,8 @@ import pytest
 
 from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.worker import MemoryReport
+from tests.cluster.vllm_contract import ROWS
 from tests.contracts.contract import ROOT, contract
-from tests.contracts.vllm_calls import ROWS
-
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 ENGINE = "serve_app/engines/vllm/engine.py"
 
@@ -23,7 +21,7 @@ def told() -> dict[str, Any]:
     """What a process with an engine finds."""
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.contracts.vllm_calls"],
+        [sys.executable, "-m", "tests.cluster.vllm_contract"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"it does not start: {done.stderr.strip().splitlines()[-1:]}\n{done.stderr[-3000:]}"
@@ -54,6 +52,13 @@ def test_the_tokenizer_is_one_of_hugging_face(told: dict[str, Any]) -> None:
 def test_the_rows_are_those_that_were_asked_for(told: dict[str, Any]) -> None:
     """The load for autoscaling is measured by them."""
     assert told["most_rows"] == ROWS
+
+
+@contract("vllm", "num_gpu_blocks of its cache's config", vllm_internals.cache_blocks)
+def test_the_blocks_are_those_of_the_cache(told: dict[str, Any]) -> None:
+    """They are compared with the plan. The tensors of the cache hold just so many blocks."""
+    assert told["cache_blocks"] > 0
+    assert told["ask_ranks"]["kv_cache"] % told["cache_blocks"] == 0
 
 
 @contract("vllm", "the names of its gauges", vllm_internals.gauges)

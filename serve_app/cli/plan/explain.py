@@ -1,0 +1,101 @@
+"""Prints every term of a model's plan with its formula and its source: `serve-app plan --explain MODEL`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from serve_app.cli.plan.chart import LABELS, MARKS, printable, title_of
+from serve_app.errors import ConfigError
+from serve_app.planning.fit import gib
+from serve_app.planning.memory import RESERVE_SHARE, Figure, reserve
+from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
+from serve_app.planning.terms import Term
+
+# These say where a figure comes from, by its kind and backend.
+SOURCES = {
+    ("weights", "vllm"): "the tensors of the checkpoint, split over the ranks as vLLM 0.32's layers split them",
+    (
+        "weights",
+        "pt",
+    ): "the tensors of the checkpoint, in the dtype in which they are loaded, of the layers that are here",
+    ("kv_cache", "vllm"): "what the other terms leave of the card, or kv_cache_memory_bytes; vLLM is given it in bytes",
+    (
+        "kv_cache",
+        "pt",
+    ): "the buffers of all tokens that may be cached at once, with the copy of one layer while they grow",
+    ("activation", "vllm"): "vLLM's profiling pass: a whole batch of tokens and the logits of all sequences",
+    ("activation", "pt"): "one step: a chunk of prompts and a token for every row",
+    ("graph", "vllm"): "vLLM's captured CUDA graphs; no table of cards was measured, so it is a guess",
+    ("graph", "pt"): "pt captures no graphs",
+    ("context", "vllm"): "what a process holds of a card outside torch's allocator",
+    ("context", "pt"): "what a process holds of a card outside torch's allocator",
+}
+
+
+def explained(plan: Plan, name: str) -> list[ModelPlan]:
+    """Returns the plans of a model's replicas, one for each way in which they are placed. Raises ConfigError if the
+    model has no place or is not in the plan."""
+    found = [model for model in plan.models if model.name == name]
+    if found:
+        return list({tuple(rank.share for rank in model.ranks): model for model in found}.values())
+    problem = next((problem for problem in plan.problems if problem.model == name), None)
+    if problem is not None:
+        raise ConfigError(f"plan: --explain {name}: the model has no place. {problem.message}")
+    names = ", ".join(dict.fromkeys(model.name for model in plan.models))
+    raise ConfigError(f"plan: --explain {name}: there is no such model. The plan has {names or 'none'}.")
+
+
+def lines(model: ModelPlan) -> Iterator[str]:
+    """Yields the explanation of one replica, line by line."""
+    yield f"{title_of(model)}: {model.backend} because {printable('; '.join(model.reasons))}"
+    for rank in _distinct(model):
+        device = rank.device
+        yield ""
+        kept = f", of which {gib(reserve(device.total_bytes))} ({RESERVE_SHARE:.0%}) are never planned"
+        yield printable(f"{device.id}: {gib(device.total_bytes)}{kept if device.is_gpu else ''}")
+        for kind in TERMS:
+            yield from _figure_lines(kind, getattr(rank, kind), model)
+        yield f"  {'sum':<12} {_size(rank.share):>12}  {rank.share.certainty}"
+    yield ""
+    yield (
+        f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache on a rank; "
+        f"{model.max_full_length_requests} run at once, and {model.kv_tokens:,} tokens are cached at most."
+    )
+    if model.kv_block_bytes:
+        yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
+
+
+def to_json(model: ModelPlan) -> dict[str, Any]:
+    """Returns the plan of a replica with the terms of each figure, as `--explain MODEL --json` prints it."""
+    ranks = []
+    for rank in model.ranks:
+        terms = {kind: [_term_json(term) for term in getattr(rank, kind).terms] for kind in TERMS}
+        sources = {kind: SOURCES[kind, model.backend] for kind in TERMS}
+        ranks.append({**rank.to_json(), "terms": terms, "sources": sources})
+    return {**model.to_json(), "ranks": ranks}
+
+
+def _distinct(model: ModelPlan) -> list[RankPlan]:
+    """Returns one of the ranks that are alike. All of vLLM's are, and pt's have different layers."""
+    return list(model.ranks[:1]) if model.backend == "vllm" else list(model.ranks)
+
+
+def _figure_lines(kind: str, figure: Figure, model: ModelPlan) -> Iterator[str]:
+    label = LABELS[kind]  # type: ignore[index]  # TERMS are kinds of blocks.
+    yield f"  {label:<12} {_size(figure):>12}  {figure.certainty}: {SOURCES[kind, model.backend]}"
+    for term in figure.terms:
+        yield f"  {'':<12} {gib(term.bytes):>12}    {term.name}{_formula(term)}"
+
+
+def _formula(term: Term) -> str:
+    """Returns the factors, or nothing for a single number of bytes, which stands before it already."""
+    if [name for name, _ in term.factors] == ["bytes"]:
+        return ""
+    return " = " + " × ".join(f"{name} ({value:,})" for name, value in term.factors)
+
+
+def _size(figure: Figure) -> str:
+    return MARKS[figure.certainty] + gib(figure.bytes)
+
+
+def _term_json(term: Term) -> dict[str, Any]:
+    return {"name": term.name, "bytes": term.bytes, "factors": [{"name": n, "value": v} for n, v in term.factors]}

@@ -1,0 +1,59 @@
+"""Reads what is to be planned: the models of a Serve config file, or those of the command line."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError
+from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.serve_file import read_applications
+from serve_app.planning.fit import ModelRequest
+
+MODEL_OPTIONS = ("infer_backend", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_memory", "num_gpus")
+
+
+def requests_of_file(path: Path | None) -> list[ModelRequest]:
+    """Returns the models of a Serve config file with the facts of their checkpoints. Raises ConfigError with all
+    mistakes."""
+    if path is None:
+        raise ConfigError("plan: name a Serve config file, or a model with --model.")
+    applications = [application for application in read_applications(path) if application.is_model]
+    if not applications:
+        raise ConfigError(
+            f"{path}: it has no application with import_path serve_app.app:model, so there is nothing to plan."
+        )
+    requests, problems = [], []
+    for application in applications:
+        try:
+            config = application.model_settings()
+            requests.append(request_of(application.name, config, application.least_replicas))
+        except ConfigError as error:
+            text = str(error)
+            problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
+        problems += [f"{application.name}: {line}" for line in wrong_engine_args(application)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for note in doubtful_engine_args(applications):  # stdout is for the plan, which may be JSON.
+        print(f"note: {note}", file=sys.stderr)
+    return requests
+
+
+def requests_of_options(options: argparse.Namespace) -> list[ModelRequest]:
+    """Returns the models that `--model` names, each with the other options of one model. Raises ConfigError."""
+    args = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
+    args |= {"dtype": options.dtype} | ({"device": "cpu"} if options.device == "cpu" else {})
+    found: list[ModelRequest] = []
+    for model in options.model:
+        name = model.rstrip("/").split("/")[-1]
+        if name in {request.name for request in found}:  # Problems are found by their model's name.
+            name = model
+        found.append(request_of(name, ModelConfig.from_args({"model": model, **args}), 1))
+    return found
+
+
+def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
+    """Returns a model with the facts of its checkpoint. Raises ConfigError if they cannot be read."""
+    checkpoint = read_checkpoint(config.model, config.revision)
+    return ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)

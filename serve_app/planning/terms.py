@@ -1,0 +1,170 @@
+"""Holds the terms of what a plan guesses, each as a product of named factors.
+
+The plan adds the products, and `explain.py` shows the factors, so that a figure and its explanation cannot differ.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+MIB = 2**20
+
+# A CUDA context with the kernels that torch loads takes 300 to 550 MiB on cards from RTX 3090 to H100.
+CONTEXT_BYTES = 512 * MIB
+# NCCL's buffers add this on each GPU of a tensor parallel group.
+NCCL_BYTES = 256 * MIB
+# CUDA graphs of vLLM's default sizes have a private pool each, which is small for small models.
+GRAPH_BYTES_PER_LAYER = 10 * MIB
+GRAPH_BASE_BYTES = 256 * MIB
+# vLLM on the CPU takes this beyond an empty engine, as measured by `benchmarks.planned_memory`. Its layers are not
+# fused, so several copies of an activation exist at once, and its allocator keeps what requests have touched.
+VLLM_CPU_CONTEXT_BYTES = 64 * MIB
+VLLM_CPU_ACTIVATION_FACTOR = 3
+
+# Most encoders for images merge two by two patches into one embedding.
+PATCHES_OF_AN_EMBEDDING = 4
+
+
+@dataclass(frozen=True)
+class Term:
+    """This is a part of a guess: what it is, and the factors whose product is its bytes."""
+
+    name: str
+    factors: tuple[tuple[str, int], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Returns the product of the factors, in bytes."""
+        return prod(value for _, value in self.factors)
+
+
+def total(terms: Iterable[Term]) -> int:
+    """Returns the bytes of all terms together."""
+    return sum(term.bytes for term in terms)
+
+
+def vllm_activation(
+    hidden: int, intermediate: int, vocabulary: int, tp: int, element: int, rows: int, batched: int, copies: int = 1
+) -> list[Term]:
+    """Returns the peak of vLLM's profiling pass: the feed-forward block of a whole batch, and twice the logits in
+    float32. `copies` of each activation exist at once."""
+    copied = (("copies", copies),) if copies != 1 else ()
+    width = (
+        f"2 × hidden_size {hidden} + 3 × intermediate_size {intermediate} / {tp} ranks",
+        2 * hidden + 3 * intermediate // tp,
+    )
+    return [
+        Term(
+            "one layer for a whole batch",
+            (("max_num_batched_tokens", batched), width, ("bytes of an element", element), *copied),
+        ),
+        Term(
+            "logits and their copy",
+            (("copies", 2 * copies), ("max_num_seqs", rows), ("vocabulary", vocabulary), ("bytes of a float32", 4)),
+        ),
+    ]
+
+
+def vllm_graphs(layers: int) -> list[Term]:
+    """Returns what captured CUDA graphs take. No table of cards was measured for it."""
+    return [
+        Term("CUDA graphs", (("bytes", GRAPH_BASE_BYTES),)),
+        Term("CUDA graphs of layers", (("layers", layers), ("bytes", GRAPH_BYTES_PER_LAYER))),
+    ]
+
+
+def cuda_context(tp: int) -> list[Term]:
+    """Returns the CUDA context, with NCCL's buffers if ranks talk."""
+    found = [Term("CUDA context and kernels", (("bytes", CONTEXT_BYTES),))]
+    return [*found, Term("NCCL's buffers", (("bytes", NCCL_BYTES),))] if tp > 1 else found
+
+
+def vllm_cpu_context() -> list[Term]:
+    """Returns what an engine of vLLM on the CPU takes beyond an empty one."""
+    return [Term("vLLM's engine on the CPU", (("bytes", VLLM_CPU_CONTEXT_BYTES),))]
+
+
+def rotary_tables(elements: int, element: int) -> Term:
+    """Returns the tables of rotary position embeddings, for all positions."""
+    return Term("tables of rotary embeddings", (("elements", elements), ("bytes of an element", element)))
+
+
+def own_buffers(size: int) -> Term:
+    """Returns the tensors beside the weights, as vLLM's own code makes them."""
+    return Term("tables and other buffers, as vLLM makes them", (("bytes", size),))
+
+
+def vllm_encoder(hidden: int, width: int, element: int, batched: int) -> list[Term]:
+    """Returns what an encoder for images or sound takes beside its weights. vLLM lets it make as many embeddings in a
+    step as the batch has tokens, keeps as many in its cache, and each is made of several patches. Nothing of it was
+    measured."""
+    return [
+        Term(
+            "embeddings in the encoder's cache",
+            (("max_num_batched_tokens", batched), ("hidden_size", hidden), ("bytes of an element", element)),
+        ),
+        Term(
+            "one layer of the encoder for a whole batch",
+            (
+                ("max_num_batched_tokens", batched),
+                ("patches of an embedding", PATCHES_OF_AN_EMBEDDING),
+                ("width of a layer", width),
+                ("bytes of an element", element),
+            ),
+        ),
+    ]
+
+
+def pt_layer(
+    hidden: int, intermediate: int, heads: int, head_size: int, element: int, rows: int, tokens: int
+) -> list[Term]:
+    """Returns what a step of pt has at once in one layer, for `rows` tokens over a cache of `tokens` columns."""
+    width = (f"6 × hidden_size {hidden} + 3 × intermediate_size {intermediate}", 6 * hidden + 3 * intermediate)
+    return [
+        Term("one layer for a chunk and all rows", (("tokens", rows), width, ("bytes of an element", element))),
+        Term(
+            "keys and values repeated to all heads, and the mask",
+            (
+                ("copies", 2),
+                ("columns", tokens),
+                ("heads", heads),
+                ("head size", head_size),
+                ("bytes of an element", element),
+            ),
+        ),
+    ]
+
+
+def pt_head(rows: int, vocabulary: int) -> list[Term]:
+    """Returns the logits of a step of pt, with two copies for sampling."""
+    return [
+        Term(
+            "logits and two copies",
+            (("copies", 3), ("max_num_seqs", rows), ("vocabulary", vocabulary), ("bytes of a float32", 4)),
+        )
+    ]
+
+
+def kept_weights(size: int) -> Term:
+    """Returns the parameters that stay in their own type."""
+    return Term("embeddings, head, norms and biases in their own type", (("bytes", size),))
+
+
+def rounded_weights(size: int) -> Term:
+    """Returns the linear layers that vLLM rounds to fp8 while it loads."""
+    return Term("linear layers in fp8", (("bytes", size),))
+
+
+def left_over_layer(size: int) -> Term:
+    """Returns the room on the first GPU for a layer that is computed there and kept on a slower tier."""
+    return Term("the largest layer of a slower tier while it is computed", (("bytes", size),))
+
+
+def margin(share: float, size: int) -> Term:
+    """Returns what is added to a guess."""
+    return Term(f"margin of {share:.0%}", (("bytes", size),))
+
+
+def measured(size: int) -> Term:
+    """Returns what an earlier run was measured to take with the same setting."""
+    return Term("measured in earlier runs (calibration.json), at most", (("bytes", size),))

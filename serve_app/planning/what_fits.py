@@ -1,0 +1,109 @@
+"""Says which ways to run a model fit on given devices, at which length and with how many requests at once.
+
+Each model is planned alone, because the question is what the devices could hold and not what runs beside it.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from serve_app.facts.inventory import Inventory
+from serve_app.planning.backend import Choice, choices
+from serve_app.planning.fit import ModelRequest
+from serve_app.planning.plan import ModelPlan, Plan
+from serve_app.planning.planner import make_plan
+
+# Requests shorter than this are of little use, so a way that holds only shorter ones does not fit.
+LEAST_MODEL_LEN = 1024
+MODEL_LEN_STEP = 256
+
+
+@dataclass(frozen=True)
+class Way:
+    """This is one way to run a model, alone on the devices. `gpus` are the cards of one replica, and 0 is the CPU.
+
+    `own_model_len` is the length that the config or the model asks for. `max_model_len` is the longest request that
+    fits, and `requests` is how many of that length run at once; both are 0 if nothing fits, for the reason in
+    `problem`.
+    """
+
+    model: str
+    backend: str
+    gpus: int
+    own_model_len: int
+    max_model_len: int = 0
+    requests: int = 0
+    kv_tokens: int = 0
+    devices: tuple[str, ...] = ()
+    problem: str = ""
+
+    @property
+    def holds_all(self) -> bool:
+        """Returns whether requests of the whole length fit."""
+        return self.max_model_len >= self.own_model_len
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as `serve-app plan --what fits --json` prints it."""
+        plain = {name: getattr(self, name) for name in _FIELDS}
+        return {**plain, "devices": list(self.devices)}
+
+
+_FIELDS = ("model", "backend", "gpus", "own_model_len", "max_model_len", "requests", "kv_tokens", "problem")
+
+
+def what_fits(requests: Iterable[ModelRequest], inventory: Inventory) -> list[Way]:
+    """Returns the ways of each model, in the order in which the plan would try them."""
+    return [way for request in requests for way in _ways(replace(request, replicas=1), inventory)]
+
+
+def _ways(request: ModelRequest, inventory: Inventory) -> Iterator[Way]:
+    """Yields a way for each backend and number of GPUs. More GPUs than hold requests of full length bring pt nothing
+    that a second replica would not do better, so its ways end there."""
+    is_held = False
+    for choice in choices(request, inventory):
+        if choice.config.infer_backend == "pt" and is_held:
+            continue
+        way = _way(request, choice, inventory)
+        is_held = way.backend == "pt" and way.holds_all
+        yield way
+
+
+def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
+    config = choice.config
+    gpus = 0 if config.device == "cpu" else config.tensor_parallel_size or max(1, int(config.num_gpus or 1))
+    empty = Way(request.name, config.infer_backend, gpus, request.max_model_len)
+
+    def planned(tokens: int) -> Plan:
+        asked = config if tokens == request.max_model_len else config.model_copy(update={"max_model_len": tokens})
+        return make_plan([replace(request, config=asked)], inventory)
+
+    whole = planned(request.max_model_len)
+    found = whole.models[0] if whole.fits else longest(request.max_model_len, planned)
+    if found is None:
+        return replace(empty, problem=whole.problems[0].message)
+    return replace(
+        empty,
+        max_model_len=found.max_model_len,
+        requests=found.max_full_length_requests,
+        kv_tokens=found.kv_tokens,
+        devices=tuple(rank.device.id for rank in found.ranks),
+    )
+
+
+def longest(most: int, planned: Any) -> ModelPlan | None:
+    """Returns the plan with the longest requests below `most` tokens that fits, in steps of 256 tokens, or None.
+
+    `planned` makes the plan for a number of tokens. More tokens never need less memory, so it is found by bisection.
+    """
+    low, high = LEAST_MODEL_LEN // MODEL_LEN_STEP, (most - 1) // MODEL_LEN_STEP
+    best: Plan = planned(low * MODEL_LEN_STEP)
+    if low > high or not best.fits:
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        plan = planned(middle * MODEL_LEN_STEP)
+        if plan.fits:
+            low, best = middle, plan
+        else:
+            high = middle - 1
+    return best.models[0]

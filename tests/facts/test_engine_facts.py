@@ -1,0 +1,56 @@
+"""Answers of engines are kept by their question, and read back as they were."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from serve_app.facts.engine_facts import (
+    CacheLayer,
+    Question,
+    RankFacts,
+    VllmFacts,
+    facts_folder,
+    facts_from_json,
+    facts_to_json,
+    known_answer,
+)
+
+RANK = RankFacts(layers=(10, 20), before=5, after=6, buffers=7, cache=(CacheLayer(0, "sliding", 16, 4096, window=128),))
+FACTS = VllmFacts({1: RANK, 2: replace(RANK, before=3)}, {3: "3 does not divide the heads"})
+QUESTION = Question("vllm", "0.32.0", {"model_type": "x", "hidden_size": 8}, {"dtype": "auto"})
+
+
+def test_facts_are_read_as_they_were_written() -> None:
+    """Through JSON, whose keys are text."""
+    assert facts_from_json("vllm", json.loads(json.dumps(facts_to_json(FACTS)))) == FACTS
+    assert RANK.weights == 41
+
+
+def test_a_question_is_known_by_what_has_an_effect() -> None:
+    """The order of fields and the version that wrote the file have none. The engine's version and a size have one."""
+    same = replace(QUESTION, config={"hidden_size": 8, "transformers_version": "4.1", "model_type": "x"})
+    assert same.key == QUESTION.key
+    others = [
+        replace(QUESTION, version="0.33.0"),
+        replace(QUESTION, config={"model_type": "x", "hidden_size": 9}),
+        replace(QUESTION, settings={"dtype": "float16"}),
+        replace(QUESTION, engine="pt"),
+    ]
+    assert len({question.key for question in [QUESTION, *others]}) == 5
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"ranks": {"x": 1}, "refusals": {}}'])
+def test_what_is_missing_or_damaged_is_asked_again(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was cut off is no answer, and stops nothing."""
+    monkeypatch.setenv("SERVE_APP_CACHE", str(tmp_path))
+    facts_folder().mkdir()
+    file = facts_folder() / f"{QUESTION.key}.json"
+    if text is not None:
+        file.write_text(text)
+    assert known_answer(QUESTION) is None
+    file.write_text(json.dumps(facts_to_json(FACTS)))
+    assert known_answer(QUESTION) == FACTS

@@ -1,0 +1,55 @@
+"""Every guess of a plan is explained by terms that add up to it."""
+
+import pytest
+
+from serve_app.facts.calibration import Calibration, setting_key
+from serve_app.facts.inventory import parse_gpus
+from serve_app.planning.calibration_setting import calibration_setting
+from serve_app.planning.fit import ModelRequest
+from serve_app.planning.memory import Figure
+from serve_app.planning.plan import TERMS, ModelPlan
+from serve_app.planning.planner import make_plan
+from serve_app.planning.terms import total
+from tests.planning.model_requests import request
+
+
+def figures(model: ModelPlan) -> list[Figure]:
+    """All figures of all ranks that are no product of the checkpoint alone."""
+    found = [getattr(rank, kind) for rank in model.ranks for kind in TERMS]
+    return [figure for figure in found if figure.certainty != "exact" or figure.terms]
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus"),
+    [
+        (request(), "24GiB"),
+        (request(infer_backend="vllm", tensor_parallel_size=2), "2x24GiB"),
+        (request(infer_backend="vllm", engine_args={"enforce_eager": True}), "24GiB"),
+        (request("qwen3-next", infer_backend="vllm", tensor_parallel_size=4), "4x80GiB"),
+        (request("deepseek-v2-lite", infer_backend="vllm"), "80GiB"),
+        (request(infer_backend="pt", num_gpus=2, max_model_len=4096), "8GiB,24GiB"),
+        (request(infer_backend="pt", max_memory={0: "6GiB", "cpu": "30GiB"}, max_model_len=4096), "8GiB"),
+        (request(infer_backend="vllm", quantization="fp8"), "24GiB"),
+    ],
+)
+def test_terms_add_up(asked: ModelRequest, gpus: str) -> None:
+    """Each guess of either backend, with its margin."""
+    plan = make_plan([asked], parse_gpus(gpus))
+    assert plan.fits
+    found = figures(plan.models[0])
+    assert len(found) >= 2
+    for figure in found:
+        assert total(figure.terms) == figure.bytes
+
+
+def test_a_measured_figure_says_so() -> None:
+    """It replaces the guess that it is above, and the calibration file is named."""
+    asked, gpus = request(infer_backend="vllm"), parse_gpus("24GiB")
+    device = gpus.gpus[0]
+    setting = calibration_setting(asked.config, asked.architecture, asked.max_model_len, "", device, 0, 1)
+    measured = Calibration(setting, 3 * 2**30, 2**30)
+    plan = make_plan([asked], type(gpus)(gpus.devices, calibrations={setting_key(setting): measured}))
+    rank = plan.models[0].ranks[0]
+    assert [term.bytes for term in rank.activation.terms] == [3 * 2**30]
+    assert "calibration.json" in rank.activation.terms[0].name
+    assert rank.context.certainty == "calibrated"
