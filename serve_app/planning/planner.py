@@ -17,8 +17,8 @@ from serve_app.planning.resource_demand import native_share
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
-# A placement of pt maps its layers about twenty times, so it counts as so many of vLLM's.
-PT_PLACEMENTS = 10
+# A placement of pt maps its layers about twenty times, so for so many layers it counts as so many of vLLM's.
+PT_PLACEMENTS, PT_LAYERS = 10, 64
 # To look through so many devices for places costs as much as one placement.
 DEVICES_PER_PLACEMENT = 16
 
@@ -243,9 +243,15 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
             for seats in _seats(request, inventory, state)
             if not is_auto or choice.config.infer_backend == "pt" or _is_unused(seats, state)
         ]
-        tally.placements += looks + len(found) * (PT_PLACEMENTS if choice.config.infer_backend == "pt" else 1)
+        tally.placements += looks + len(found) * _cost(request)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
         yield from (item for item in found if isinstance(item, Shortage))
+
+
+def _cost(request: ModelRequest) -> int:
+    """Returns what a placement costs, in placements of vLLM."""
+    layers = len(request.architecture.layers)
+    return 1 if request.config.infer_backend != "pt" else max(PT_PLACEMENTS, layers * PT_PLACEMENTS // PT_LAYERS)
 
 
 def _leftover(placed: Placed) -> tuple[int, str]:

@@ -7,7 +7,7 @@ from serve_app.config import UNITS, MaxMemoryKey, ModelConfig, parse_bytes, pars
 from serve_app.facts.inventory import Device
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import price
-from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, rung
+from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladder, rung
 from serve_app.planning.fixes.trial import Trial
 
 # A limit of max_memory is changed in steps of so many bytes, as the YAML has them.
@@ -130,7 +130,7 @@ def _higher(caps: Caps, rooms: Mapping[int, int], order: Iterable[int], added: i
     by_room = sorted(order, key=lambda index: (index != added, caps[index] - rooms[index]))
     steps, now = [], dict(caps)
     for index in by_room:
-        for size in range(now[index] // CAP_STEP * CAP_STEP + CAP_STEP, rooms[index] + 1, CAP_STEP):
+        for size in range(now[index] // CAP_STEP * CAP_STEP + CAP_STEP, rooms[index] + 1, CAP_STEP)[:MOST_RUNGS]:
             now = {**now, index: size}
             steps.append(now)
     if steps:
@@ -161,7 +161,9 @@ def _spilled(request: ModelRequest, caps: Caps) -> Iterator[Ladder]:
     """Yields limits on the CPU, up to the whole model."""
     first = caps.get("cpu", 0) // CAP_STEP + 1
     last = -(-request.weights // CAP_STEP)
-    rungs = [rung("max_memory", _as_yaml({**caps, "cpu": part * CAP_STEP})) for part in range(first, last + 1)]
+    rungs = [
+        rung("max_memory", _as_yaml({**caps, "cpu": part * CAP_STEP})) for part in range(first, last + 1)[:MOST_RUNGS]
+    ]
 
     def loses(changes: Changes) -> str:
         return f"most of the speed, since up to {changes[0].value['cpu']} of weights are on the CPU"

@@ -13,6 +13,8 @@ from serve_app.planning.plan import Change
 Changes = tuple[Change, ...]
 # Within the search, a change of one of vLLM's arguments has this before its name. A fix has the whole mapping.
 ARGUMENT = "engine_args."
+# A ladder has so many rungs at most.
+MOST_RUNGS = 4096
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class Ladder:
 def rung(field: str, value: Any, *without: str) -> Changes:
     """Returns the change of a field, and of others that are left out with it."""
     return (Change(field, value), *(Change(name, None) for name in without))
+
+
+def values_below(now: int, step: int, least: int) -> range:
+    """Returns multiples of a step below a number, the largest first. They are `MOST_RUNGS` at most, so the step is
+    larger for a very large number."""
+    wide = step * -(-now // (step * MOST_RUNGS))
+    return range((now - 1) // wide * wide, least - 1, -wide)
 
 
 def changed(request: ModelRequest, changes: Iterable[Change]) -> ModelRequest | None:

@@ -7,7 +7,7 @@ from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
 from serve_app.planning.fit import PT_MAX_NUM_SEQS, ModelRequest, gib
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
-from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, changed, rung
+from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, changed, rung, values_below
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
 from serve_app.planning.planner import ONLY_GPU
@@ -71,7 +71,7 @@ def _own(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladder]:
 def _less_cache(request: ModelRequest) -> Iterator[Ladder]:
     cache = request.config.kv_cache_memory_bytes
     if cache is not None and cache > CACHE_STEP:
-        sizes = range((cache - 1) // CACHE_STEP * CACHE_STEP, 0, -CACHE_STEP)
+        sizes = values_below(cache, CACHE_STEP, CACHE_STEP)
         rungs = [rung("kv_cache_memory_bytes", f"{size // MIB}MiB") for size in sizes]
 
         def loses(changes: Changes) -> str:
@@ -107,7 +107,7 @@ def _in_8_bits(request: ModelRequest) -> Iterator[Ladder]:
 
 def _shorter(request: ModelRequest) -> Iterator[Ladder]:
     now = request.max_model_len
-    lengths = range((now - 1) // MODEL_LEN_STEP * MODEL_LEN_STEP, LEAST_MODEL_LEN - 1, -MODEL_LEN_STEP)
+    lengths = values_below(now, MODEL_LEN_STEP, LEAST_MODEL_LEN)
 
     def loses(changes: Changes) -> str:
         return f"{now - changes[0].value:,} of {now:,} tokens of context"
