@@ -43,7 +43,7 @@ def model(args: dict[str, Any]) -> Application:
     runtime_env = _runtime_env()
     environment = replica_environment(resolved.config, resolved.demand, runtime_env.get("env_vars") or {})
     options = model_options(resolved.config, resolved.demand, runtime_env)
-    return deployment.options(**options).bind(resolved.config, environment)
+    return deployment.options(**options).bind(resolved.config, environment, resolved.facts)
 
 
 def _inventory(config: ModelConfig) -> Inventory | None:

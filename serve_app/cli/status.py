@@ -59,7 +59,7 @@ def report(seen: ClusterStatus) -> str:
         lines.append(row.format(model.name, model.state, f"{model.running}/{model.wanted}", load, model.error).rstrip())
         if model.missing:
             lines.append(f"    {model.missing}")
-    lines += ["", *_devices(seen)]
+    lines += ["", *_devices(seen), *_blocks(seen)]
     silent = [f"{model.name} {view.replica}" for model in seen.models for view in model.replicas if _is_silent(view)]
     if silent:
         lines.append(f"These replicas have not reported for a minute or more: {', '.join(silent)}.")
@@ -94,6 +94,17 @@ def _devices(seen: ClusterStatus) -> list[str]:
         planned, held = _sum([device.planned for device in devices]), _sum([device.held for device in devices])
         lines.append(f"{place:<22} in total planned {planned}, held {held}")
     return lines
+
+
+def _blocks(seen: ClusterStatus) -> list[str]:
+    """Returns a line for each replica of vLLM whose KV cache has another number of blocks than was planned."""
+    return [
+        f"{model.name} {view.replica}: the plan has {view.report.blocks.planned} blocks of KV cache, and vLLM has made "
+        f"{view.report.blocks.made}."
+        for model in seen.models
+        for view in model.replicas
+        if view.report is not None and view.report.blocks is not None and view.report.blocks.differ
+    ]
 
 
 def _sum(sizes: Sequence[int | None]) -> str:

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve_app.config import ModelConfig
+from serve_app.engines.model_requests import answered, read_request
 from serve_app.errors import ConfigError, PlacementError
-from serve_app.facts.checkpoint import read_checkpoint, with_absolute_paths
+from serve_app.facts.checkpoint import with_absolute_paths
+from serve_app.facts.engine_facts import NO_FACTS
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.resolve import Resolved, resolve
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room
+from serve_app.terminal import notify
 
 
 def needs_devices(config: ModelConfig) -> bool:
@@ -29,7 +32,8 @@ def resolve_model(
     resolved = _planned(config, inventory, unclaimed)
     chosen = config if resolved is None else resolved.config
     demand = require_room(chosen, nodes, None if resolved is None else resolved.demand)
-    return Resolved(with_absolute_paths(chosen), demand)
+    facts = NO_FACTS if resolved is None else resolved.facts
+    return Resolved(with_absolute_paths(chosen), demand, facts)
 
 
 def require_all_replicas(
@@ -41,8 +45,7 @@ def require_all_replicas(
     if count == 1:
         return
     try:
-        checkpoint = read_checkpoint(config.model, config.revision)
-        request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
+        request = _request(config)
         if request.unplanned:
             return
         resolve(request, inventory)
@@ -56,12 +59,17 @@ def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Invent
     if inventory is None or not needs_devices(config) or not (inventory.gpus or is_auto):
         return None
     try:
-        checkpoint = read_checkpoint(config.model, config.revision)
+        request = _request(config)
     except ConfigError:
         if is_auto:
             raise
         return None
-    request = ModelRequest("model", config, checkpoint.architecture, checkpoint.tensors)
     if request.unplanned and not is_auto:
         return None
     return resolve(request, inventory, unclaimed)
+
+
+def _request(config: ModelConfig) -> ModelRequest:
+    """Returns the model with the facts of its checkpoint, and of the engines if they are installed here. Raises
+    ConfigError."""
+    return answered([read_request("model", config)], lambda text: notify(f"{config.model}: {text}"))[0]

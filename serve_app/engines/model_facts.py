@@ -29,6 +29,8 @@ from serve_app.facts.engine_facts import (
 from serve_app.facts.packages import engine_versions
 
 MODULES = {"vllm": "serve_app.engines.vllm.model_facts", "pt": "serve_app.engines.pt.model_facts"}
+# What a message calls the code that is asked.
+OWNERS = {"vllm": "vLLM's", "pt": "transformers'"}
 # The imports take 10 to 30 s, and a large model on the meta device takes a few seconds. What is longer has gone wrong.
 TIMEOUT_S = 300.0
 # A message repeats this many letters of the process's last words.
@@ -64,8 +66,9 @@ def answers(questions: Sequence[Question], folders: Sequence[Path | None], tell:
         if not engine_versions()[engine]:
             problems |= dict.fromkeys(missing, f"{engine} is not installed here")
             continue
-        what = "one model is" if len(missing) == 1 else f"{len(missing)} models are"
-        tell(f"asking {engine}'s own code how {what} laid out, which takes about half a minute and is kept")
+        models = len({json.dumps(question.config, sort_keys=True) for question, _ in missing.values()})
+        what = "one model is" if models == 1 else f"{models} models are"
+        tell(f"asking {OWNERS[engine]} own code how {what} laid out, which takes about half a minute and is kept")
         for key, answer in zip(missing, _ask(engine, list(missing.values())), strict=True):
             found[key], problems[key] = answer.facts, answer.problem
     return [Answer(found[question.key], problems.get(question.key, "")) for question in questions]

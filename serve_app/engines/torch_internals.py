@@ -4,13 +4,14 @@ each.
 The operations of `torch.ops.mkldnn` are those that torch's own inductor compiles linear layers to on the CPU.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # torch's allocator on the CPU says this if there is no memory. It raises a RuntimeError without a class of its own.
 NO_CPU_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -132,3 +133,61 @@ def without_storage(has_real_tables: bool) -> Iterator[None]:
     tables = {torch.arange, torch.linspace, torch.tensor, torch.full, torch.eye} if has_real_tables else set()
     with torch.device("meta"), _OnMeta(tables):
         yield
+
+
+class WithoutData(TorchDispatchMode):  # type: ignore[misc]
+    """Lets code run on the meta device that reads numbers out of its tensors: each of them is 1, 0 or False, and no
+    element of a tensor counts as chosen. What a model does with its experts by these numbers changes no shape outside
+    of them. Gradients must be off by `torch.no_grad`.
+
+    Uses `torch.utils._python_dispatch.TorchDispatchMode` and the operations that `_ANSWERS` and `_CHANGED` name, seen
+    in torch 2.13.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Does what the class says, for one operation."""
+        kwargs = kwargs or {}
+        if not args or not isinstance(args[0], torch.Tensor) or args[0].device.type != "meta":
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name in _ANSWERS:
+            return _ANSWERS[name](args[0])
+        if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type != "meta":
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"])
+        if name in _CHANGED:
+            args = (args[0], _CHANGED[name](args[0], *args[1:]), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _number(tensor: torch.Tensor) -> bool | int | float:
+    return False if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
+
+
+def _chosen_by_masks(_: torch.Tensor, indices: Sequence[torch.Tensor | None], *__: Any) -> list[torch.Tensor | None]:
+    """Returns the indices with each mask replaced by what `nonzero` returns for it."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            found += [index.new_empty((0,), dtype=torch.long) for _ in range(index.ndim)]
+        else:
+            found.append(index)
+    return found
+
+
+def _whole_parts(tensor: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> list[int]:
+    """Returns sizes that add up, where they were read out of a tensor. The first part takes what is missing."""
+    return [tensor.shape[dim] - sum(sizes[1:]), *sizes[1:]]
+
+
+_ANSWERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "_local_scalar_dense": _number,
+    "equal": lambda _: False,
+    "nonzero": lambda tensor: tensor.new_empty((0, tensor.ndim), dtype=torch.long),
+    "masked_select": lambda tensor: tensor.new_empty((0,)),
+}
+_CHANGED: dict[str, Callable[..., Any]] = {
+    "index": _chosen_by_masks,
+    "index_put": _chosen_by_masks,
+    "index_put_": _chosen_by_masks,
+    "split_with_sizes": _whole_parts,
+}

@@ -61,10 +61,13 @@ def model_path(model: str) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """This is the shape of a model, and the tensors of its files."""
+    """This is the shape of a model, and the tensors of its files. `config` is the decoded config.json, and `folder` is
+    where it lies, if it is a local folder."""
 
     architecture: Architecture
     tensors: tuple[Tensor, ...]
+    config: Mapping[str, Any]
+    folder: Path | None = None
 
 
 def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -81,7 +84,7 @@ def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     architecture = read_architecture(config, f"model: {model}")
     if not tensors and architecture.has_formulas:
         tensors = tensors_without_weights(config, f"model: {model}")
-    return Checkpoint(architecture, tuple(tensors))
+    return Checkpoint(architecture, tuple(tensors), config, folder if os.path.isdir(folder) else None)
 
 
 def _local_config(folder: Path) -> Mapping[str, Any]:

@@ -47,7 +47,8 @@ class RankFacts:
 
     `before` is what the first stage of a pipeline has beside its layers (embeddings and encoders), and `after` is what
     the last one has (norm and head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be
-    on their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block.
+    on their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block. `max_model_len` is
+    the longest request that vLLM takes of itself, in tokens, and 0 if that is not known.
     """
 
     layers: tuple[int, ...]
@@ -57,6 +58,7 @@ class RankFacts:
     cache: tuple[CacheLayer, ...]
     steps: int = 2
     packs_blocks: bool = False
+    max_model_len: int = 0
 
     @property
     def weights(self) -> int:
@@ -74,12 +76,27 @@ class VllmFacts:
 
 
 @dataclass(frozen=True)
+class BlockNames:
+    """This says which modules of a model belong to which block, by their names.
+
+    `layers` has the lists of layers ("model.layers"), each of `count` modules. `before` has the modules that lie with
+    the embedding. All other modules come after the last layer.
+    """
+
+    layers: tuple[str, ...]
+    before: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
 class PtFacts:
-    """This is what transformers says of a model: bytes of the weights of each block, and of its cache.
+    """This is what transformers says of a model: bytes of the weights of each block, and of its cache in pt.
 
     `layers`, `kv` and `state` have one number for each layer: its weights, its cache for a token, and its cache for a
     sequence. `before` holds the embedding and what is computed before the layers, and `after` the norm and the head. A
-    tied head is in `before` alone.
+    tied head, of `tied_head` bytes, is in `before` alone. `buffers` are what the model makes itself, for `before`, each
+    layer and `after`.
+    `alone` says why pt computes one request at a time without a cache, and is empty if it does not.
     """
 
     layers: tuple[int, ...]
@@ -87,6 +104,28 @@ class PtFacts:
     after: int
     kv: tuple[int, ...]
     state: tuple[int, ...]
+    buffers: tuple[int, ...]
+    names: BlockNames
+    tied_head: int = 0
+    alone: str = ""
+
+    @property
+    def weights(self) -> int:
+        """Returns the bytes of all parameters."""
+        return self.before + sum(self.layers) + self.after
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """This is all that engines say of one model. `vllm_fp8` is what vLLM says with a KV cache in 8 bits. What was not
+    asked, or has no answer, is None."""
+
+    vllm: VllmFacts | None = None
+    vllm_fp8: VllmFacts | None = None
+    pt: PtFacts | None = None
+
+
+NO_FACTS = EngineFacts()
 
 
 # These fields of a config.json change nothing of a model's layout. Copies of one model often differ in them.
@@ -139,8 +178,7 @@ def facts_to_json(facts: VllmFacts | PtFacts) -> dict[str, Any]:
 def facts_from_json(engine: str, plain: Mapping[str, Any]) -> VllmFacts | PtFacts:
     """Returns the facts of a decoded answer. Raises KeyError, TypeError or ValueError for another form."""
     if engine == "pt":
-        sizes = {name: tuple(map(int, plain[name])) for name in ("layers", "kv", "state")}
-        return PtFacts(before=int(plain["before"]), after=int(plain["after"]), **sizes)
+        return _pt_facts(plain)
     ranks = {int(tp): _rank(rank) for tp, rank in plain["ranks"].items()}
     return VllmFacts(ranks, {int(tp): str(reason) for tp, reason in plain["refusals"].items()})
 
@@ -149,5 +187,20 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
     numbers = {name: int(plain[name]) for name in ("before", "after", "buffers")}
     cache = tuple(CacheLayer(**layer) for layer in plain["cache"])
     layers = tuple(map(int, plain["layers"]))
-    steps, packs_blocks = int(plain["steps"]), bool(plain["packs_blocks"])
-    return RankFacts(layers=layers, cache=cache, steps=steps, packs_blocks=packs_blocks, **numbers)
+    numbers |= {name: int(plain[name]) for name in ("steps", "max_model_len")}
+    return RankFacts(layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), **numbers)
+
+
+def _pt_facts(plain: Mapping[str, Any]) -> PtFacts:
+    def sizes(name: str) -> tuple[int, ...]:
+        return tuple(map(int, plain[name]))
+
+    named = plain["names"]
+    names = BlockNames(tuple(map(str, named["layers"])), tuple(map(str, named["before"])), int(named["count"]))
+    facts = PtFacts(
+        sizes("layers"), int(plain["before"]), int(plain["after"]), sizes("kv"), sizes("state"), sizes("buffers"),
+        names, int(plain["tied_head"]), str(plain["alone"]),
+    )  # fmt: skip
+    if not len(facts.layers) == len(facts.kv) == len(facts.state) == len(facts.buffers) - 2 == names.count:
+        raise ValueError("its lists have different lengths")
+    return facts

@@ -7,7 +7,7 @@ from typing import Any
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
-from serve_app.facts.engine_facts import RankFacts, VllmFacts
+from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, PtFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
@@ -51,8 +51,8 @@ class AtOnce:
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
-    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `vllm_facts` is what vLLM's own code
-    says of an architecture for which there are no formulas.
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `engine_facts` is what the engines'
+    own code says of an architecture for which there are no formulas, and `facts_problem` is why an engine said nothing.
 
     `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
     `engine_versions` are those of the inventory that it is planned for.
@@ -64,7 +64,8 @@ class ModelRequest:
     tensors: tuple[Tensor, ...]
     replicas: int = 1
     at_once: AtOnce | None = None
-    vllm_facts: VllmFacts | None = None
+    engine_facts: EngineFacts = NO_FACTS
+    facts_problem: str = ""
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -76,6 +77,13 @@ class ModelRequest:
         if self.config.infer_backend == "vllm" and self.config.dtype == "auto" and self.architecture.dtype == "float32":
             return 2
         return memory.dtype_bytes(self.architecture, self.config.dtype)
+
+    @property
+    def pt_rows(self) -> int:
+        """Returns how many sequences pt runs at once."""
+        if self.pt_facts is not None and self.pt_facts.alone:
+            return 1
+        return self.config.max_num_seqs or PT_MAX_NUM_SEQS
 
     @property
     def kv_element_bytes(self) -> int:
@@ -100,23 +108,40 @@ class ModelRequest:
         return self.missing_facts
 
     @property
+    def is_planned_for_pt(self) -> bool:
+        """Returns whether there are formulas for the architecture in pt, or transformers' own facts."""
+        return self.architecture.has_formulas or self.pt_facts is not None
+
+    @property
     def missing_facts(self) -> str:
         """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
         name, backend = self.architecture.name, self.config.infer_backend
-        lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.architecture.has_formulas
+        how = f" It was asked: {self.facts_problem}." if self.facts_problem else ""
+        lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.is_planned_for_pt
         if backend == "vllm" and lacks_vllm:
             return (
                 f"infer_backend: vllm: the plan has no formulas for {name} in vLLM, and it has not been told the sizes "
                 "of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where vLLM is installed, "
-                "which asks it and keeps the answer."
+                f"which asks it and keeps the answer.{how}"
             )
         if backend != "vllm" and lacks_pt and (backend == "pt" or lacks_vllm):
             return (
                 f"infer_backend: {backend}: the plan has no formulas for {name}, and it has not been told the sizes of "
                 "its weights and its KV cache by the engine's own code. Run `serve-app plan` where the engine is "
-                "installed, which asks it and keeps the answer."
+                f"installed, which asks it and keeps the answer.{how}"
             )
         return ""
+
+    @property
+    def vllm_facts(self) -> VllmFacts | None:
+        """Returns what vLLM's own code says, for the type of the KV cache that the config asks for."""
+        is_fp8 = str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8")
+        return self.engine_facts.vllm_fp8 if is_fp8 else self.engine_facts.vllm
+
+    @property
+    def pt_facts(self) -> PtFacts | None:
+        """Returns what transformers' own code says."""
+        return self.engine_facts.pt
 
     @property
     def is_planned_for_vllm(self) -> bool:
@@ -196,7 +221,13 @@ class ModelRequest:
     @property
     def max_model_len(self) -> int:
         """Returns the tokens of the longest request."""
-        return self.config.max_model_len or self.architecture.max_model_len
+        return self.config.max_model_len or self.own_length
+
+    @property
+    def own_length(self) -> int:
+        """Returns the tokens of the longest request that the model itself allows."""
+        ranks = self.vllm_facts.ranks.values() if self.vllm_facts is not None and self._uses_vllm_facts else ()
+        return max((rank.max_model_len for rank in ranks), default=0) or self.architecture.max_model_len
 
     @property
     def weights(self) -> int:
@@ -219,16 +250,19 @@ class ModelRequest:
 
     @property
     def _most_weights(self) -> int:
-        """Returns the most bytes that all ranks together have by vLLM's own code, or those of the checkpoint."""
+        """Returns the most bytes that all ranks together have by vLLM's own code, or those of the checkpoint, or those
+        of transformers' own code."""
         ranks = self.vllm_facts.ranks if self.vllm_facts is not None else {}
         stored = sum(tensor.bytes_as(self.element_bytes) for tensor in self.tensors)
+        if not stored and self.pt_facts is not None:
+            stored = self.pt_facts.weights
         return max((size * rank.weights for size, rank in ranks.items()), default=stored)
 
     def blocks(self, copies_tied: bool) -> list[Block]:
         """Returns the blocks of pt's layer map, as `blocks_of` does."""
         key = ("blocks", self.element_bytes, copies_tied)
         if key not in self.memo:
-            self.memo[key] = blocks_of(self.tensors, self.architecture, self.element_bytes, copies_tied)
+            self.memo[key] = blocks_of(self.tensors, self.architecture, self.element_bytes, self.pt_facts, copies_tied)
         found: list[Block] = self.memo[key]
         return found
 
@@ -364,7 +398,7 @@ def fit_pt(
 ) -> ModelPlan | Shortage:
     """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
     free."""
-    rows = request.config.max_num_seqs or PT_MAX_NUM_SEQS
+    rows = request.pt_rows
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = request.blocks(copies_tied=on_cpu)
     overheads = [_pt_overhead(request, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)]
@@ -439,7 +473,7 @@ def _pt_shortage(
             f"context and activations.{bounds}",
             first - rooms[0],
         )
-    cache = whole.cache(tokens, request.config.max_num_seqs or PT_MAX_NUM_SEQS)
+    cache = whole.cache(tokens, request.pt_rows)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
     short = _shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
@@ -477,9 +511,11 @@ def _most_tokens(
 
 def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, rows: int) -> tuple[Figure, Figure]:
     """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`."""
-    peaks = memory.pt_activation(
-        request.architecture, request.element_bytes, rows, PT_CHUNK_TOKENS, min(request.max_model_len, 4096)
-    )
+    alone = request.pt_facts is not None and bool(request.pt_facts.alone)
+    # A model that runs alone computes the whole text in one pass.
+    chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
+    tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
+    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from serve_app.facts.architecture import Architecture
-from serve_app.facts.weights import Tensor
+from serve_app.facts.engine_facts import BlockNames, PtFacts
+from serve_app.facts.weights import FLOATS, Tensor
 from serve_app.planning.memory import LAYER, loaded, pt_kv_bytes_per_token, pt_state_bytes
 
 _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$)")
@@ -30,8 +31,29 @@ class Block:
     state: int = 0
 
 
-def block_number(name: str, architecture: Architecture) -> int:
-    """Returns the block of a parameter or module, by its name. A tied head lies with the embedding."""
+def block_number(name: str, names: BlockNames) -> int:
+    """Returns the block of a parameter or module of a model, by its own name and those of the model's blocks."""
+    for path in names.layers:
+        if name.startswith(f"{path}."):
+            return int(name[len(path) + 1 :].partition(".")[0])
+    return -1 if any(f"{name}.".startswith(f"{part}.") for part in names.before) else names.count
+
+
+def stored_block(name: str, names: BlockNames) -> int:
+    """Returns the block of a tensor by its name in the checkpoint, where the first parts of a model's names may be
+    missing or others. A layer after the last one has its own number plus one, so that it is no block."""
+    for path in names.layers:
+        match = re.search(rf"(?:^|\.){re.escape(path.rpartition('.')[2])}\.(\d+)\.", name)
+        if match:
+            number = int(match[1])
+            return number if number < names.count else number + 1
+    endings = (part.split(".", skipped)[-1] for part in names.before for skipped in range(part.count(".") + 1))
+    return -1 if any(f".{ending}." in f".{name}." for ending in endings) else names.count
+
+
+def known_block(name: str, architecture: Architecture) -> int:
+    """Returns the block of a tensor of an architecture with formulas, by its name in the checkpoint. A tied head lies
+    with the embedding."""
     match = LAYER.search(f"{name}.")
     if match:
         return int(match[1])
@@ -63,18 +85,60 @@ def cache_bytes(blocks: Iterable[Block], tokens: int, rows: int) -> int:
 
 
 def blocks_of(
-    tensors: Iterable[Tensor], architecture: Architecture, element_bytes: int, copies_tied: bool = False
+    tensors: Iterable[Tensor],
+    architecture: Architecture,
+    element_bytes: int,
+    facts: PtFacts | None = None,
+    copies_tied: bool = False,
 ) -> list[Block]:
-    """Returns the blocks of a model in their order. A tied head lies with the embedding, or, with `copies_tied`, is a
-    copy."""
-    weights = dict.fromkeys(range(-1, len(architecture.layers) + 1), 0)
-    for tensor in loaded(tensors, architecture):
-        weights[block_number(tensor.name, architecture)] += tensor.bytes_as(element_bytes)
-    if copies_tied and architecture.tied:  # `packed_linear.py` orders the head's weights anew.
-        weights[len(architecture.layers)] += architecture.vocabulary * architecture.hidden_size * element_bytes
-    kv = pt_kv_bytes_per_token(architecture, element_bytes)
-    state = pt_state_bytes(architecture, element_bytes)
+    """Returns the blocks of a model in their order, by what transformers says of it, or else by this project's formulas
+    over the tensors of its checkpoint. A tied head lies with the embedding, or, with `copies_tied`, is a copy.
+
+    With `facts`, the cache is always theirs. The weights are theirs too, because a checkpoint may hold what is not
+    loaded. Only a quantised checkpoint says itself how large its weights are, because `facts` are of a model whose
+    weights have one type.
+    """
+    if facts is None:
+        weights = _sums(((known_block(t.name, architecture), t) for t in loaded(tensors, architecture)),
+                        len(architecture.layers), element_bytes)  # fmt: skip
+        kv = pt_kv_bytes_per_token(architecture, element_bytes)
+        state = pt_state_bytes(architecture, element_bytes)
+        head = architecture.vocabulary * architecture.hidden_size * element_bytes if architecture.tied else 0
+    else:
+        weights = _weights(facts, tensors, element_bytes)
+        kv, state, head = dict(enumerate(facts.kv)), dict(enumerate(facts.state)), facts.tied_head
+    if copies_tied:  # `packed_linear.py` orders the head's weights anew.
+        weights[len(weights) - 2] += head
     return [Block(number, size, kv.get(number, 0), state.get(number, 0)) for number, size in weights.items()]
+
+
+def _weights(facts: PtFacts, tensors: Iterable[Tensor], element_bytes: int) -> dict[int, int]:
+    """Returns the bytes of each block, with what the model makes itself beside its weights."""
+    stored = [tensor for tensor in tensors if not _is_dropped(tensor.name, facts)]
+    if any(tensor.dtype not in FLOATS for tensor in stored):
+        weights = _sums(
+            ((stored_block(tensor.name, facts.names), tensor) for tensor in stored), facts.names.count, element_bytes
+        )
+    else:
+        weights = dict(enumerate((facts.before, *facts.layers, facts.after), -1))
+    return {number: size + facts.buffers[number + 1] for number, size in weights.items()}
+
+
+def _is_dropped(name: str, facts: PtFacts) -> bool:
+    """Returns whether a stored tensor is a copy of the tied head, or of a layer after the model's last one."""
+    is_head = facts.tied_head > 0 and re.search(r"(?:^|\.)lm_head(?:\.|$)", name) is not None
+    return is_head or stored_block(name, facts.names) > facts.names.count
+
+
+# transformers keeps this in float32 whatever the model's type is.
+_FLOAT32 = re.compile(r"(?:^|\.)e_score_correction_bias$")
+
+
+def _sums(numbered: Iterable[tuple[int, Tensor]], layers: int, element_bytes: int) -> dict[int, int]:
+    weights = dict.fromkeys(range(-1, layers + 1), 0)
+    for number, tensor in numbered:
+        weights[number] += tensor.bytes_as(4 if _FLOAT32.search(tensor.name) else element_bytes)
+    return weights
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ _VOCABULARY = re.compile(r"(embed_tokens|lm_head)$")
 _FLOAT32 = re.compile(r"(A_log|e_score_correction_bias)$")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Some checkpoints hold these buffers, but no engine loads them.
-_NOT_LOADED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+_NOT_LOADED = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
 def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_bytes: int | None) -> int:
@@ -228,18 +228,24 @@ def reserve(total_bytes: int) -> int:
 def pt_kv_bytes_per_token(architecture: Architecture, element_bytes: int) -> dict[int, int]:
     """Returns the bytes that one token adds in each layer, by the layer's number, in transformers' cache classes.
 
-    Sliding-window layers keep all tokens here, and MLA keeps its expanded keys and values, as `transformers` does.
+    Sliding-window layers keep all tokens here, and MLA keeps its compressed keys and values, as transformers 5.19 does.
     """
     standard = 2 * architecture.kv_heads * architecture.head_size
-    expanded = architecture.heads * (architecture.key_size + architecture.value_size)
-    elements = {"full": standard, "sliding": standard, "mla": expanded, "linear": 0}
+    compressed = architecture.latent_size + architecture.rope_size
+    elements = {"full": standard, "sliding": standard, "mla": compressed, "linear": 0}
     return {number: elements[kind] * element_bytes for number, kind in enumerate(architecture.layers)}
 
 
 def pt_state_bytes(architecture: Architecture, element_bytes: int) -> dict[int, int]:
-    """Returns the bytes of each layer's states for one sequence, by the layer's number. Only linear attention has
-    any."""
-    size = linear_state_bytes(architecture, 1, element_bytes) if "linear" in architecture.layers else 0
+    """Returns the bytes of each layer's states for one sequence, by the layer's number. Only linear attention has any.
+
+    transformers keeps as many columns as the convolution has, and the recurrent state in float32.
+    """
+    key = architecture.linear_key_heads * architecture.linear_key_size
+    value = architecture.linear_value_heads * architecture.linear_value_size
+    convolution = (2 * key + value) * architecture.linear_kernel
+    recurrent = value * architecture.linear_key_size
+    size = convolution * element_bytes + recurrent * 4
     return {number: size for number, kind in enumerate(architecture.layers) if kind == "linear"}
 
 

@@ -319,7 +319,7 @@ def _host_problem(fit: ModelPlan, inventory: Inventory) -> Shortage | None:
 
 
 def _length_problem(request: ModelRequest) -> Shortage | None:
-    own, wanted = request.architecture.max_model_len, request.at_once
+    own, wanted = request.own_length, request.at_once
     if wanted is not None and wanted.tokens > request.max_model_len:
         text = f"max_model_len: {request.max_model_len} is less than what {wanted.text} need."
         return Shortage("max_model_len", text, 0)

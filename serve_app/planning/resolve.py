@@ -7,6 +7,7 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
+from serve_app.facts.engine_facts import NO_FACTS, EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
@@ -21,10 +22,12 @@ _GATE = "gpu_memory_utilization"
 
 @dataclass(frozen=True)
 class Resolved:
-    """This is a config that says all that its replica needs, and what the replica asks of Ray."""
+    """This is a config that says all that its replica needs, what the replica asks of Ray, and what engines said of its
+    model, so that the replica plans by the same facts."""
 
     config: ModelConfig
     demand: Demand
+    facts: EngineFacts = NO_FACTS
 
 
 def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | None = None) -> Resolved:
@@ -42,7 +45,7 @@ def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | 
     if unclaimed is not None and model.ranks[0].device.by_index:
         beside = make_plan([replace(request, config=model.config)], unclaimed)
         model = beside.models[0] if beside.fits else model
-    return Resolved(_with_gpus(model), planned_demand(model, empty))
+    return Resolved(_with_gpus(model), planned_demand(model, empty), request.engine_facts)
 
 
 def _with_gpus(model: ModelPlan) -> ModelConfig:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.engine_facts import CacheKind, CacheLayer, RankFacts
 from serve_app.facts.weights import Tensor
-from serve_app.planning.layer_map import block_number
+from serve_app.planning.layer_map import known_block
 from serve_app.planning.memory import linear_state_bytes, loaded, rank_bytes
 
 # A block of KV cache has this many tokens on CUDA. MLA's kernel for fp8 takes 64. On the CPU, only the blocks of plain
@@ -43,7 +43,7 @@ def rank_by_formula(
     is_cpus = on_cpu and has_plain_cache(architecture)
     blocks: dict[int, int] = defaultdict(int)
     for tensor in loaded(tensors, architecture):
-        blocks[block_number(tensor.name, architecture)] += rank_bytes(tensor, architecture, tp, element_bytes)
+        blocks[known_block(tensor.name, architecture)] += rank_bytes(tensor, architecture, tp, element_bytes)
     count = len(architecture.layers)
     return RankFacts(
         layers=tuple(blocks[number] for number in range(count)),

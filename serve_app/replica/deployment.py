@@ -21,6 +21,7 @@ from serve_app.access.limiter import ActorLimiter
 from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine, create_engine
 from serve_app.errors import ServeAppError
+from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
 from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
@@ -39,12 +40,15 @@ LEAVE_TIMEOUT_S = 20.0
 class Model:
     """This is the deployment class of every model. The model's name is the application's name."""
 
-    async def __init__(self, config: ModelConfig, environment: Mapping[str, str]):  # type: ignore[misc]  # Serve awaits it
-        """Loads the model. `environment` is set before the engine's libraries are imported, which read it then."""
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ModelConfig, environment: Mapping[str, str], facts: EngineFacts
+    ):
+        """Loads the model. `environment` is set before the engine's libraries are imported, which read it then. `facts`
+        are what engines told the builder of the model."""
         require_door()
         os.environ.update(environment)
         self.name = serve.get_replica_context().app_name
-        self._config = config
+        self._config, self._facts = config, facts
         source = configured_keys()
         self._access = await asyncio.to_thread(joined, source)
         self._gate = Gate(source, ActorLimiter())
@@ -92,7 +96,7 @@ class Model:
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
             await left_by_others(lambda: _gpus(self._config), notify)
-        return await asyncio.to_thread(plan_replica, self._config, _gpus(self._config), by_index)
+        return await asyncio.to_thread(plan_replica, self._config, _gpus(self._config), by_index, self._facts)
 
     async def _stop(self) -> None:
         if hasattr(self, "_engine"):

@@ -14,8 +14,9 @@ from dataclasses import replace
 import psutil
 
 from serve_app.config import ModelConfig
+from serve_app.engines.model_requests import answered, read_request
 from serve_app.errors import ConfigError, EngineError
-from serve_app.facts.checkpoint import read_checkpoint
+from serve_app.facts.engine_facts import NO_FACTS, EngineFacts
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.facts.process_memory import held_by_others
@@ -29,19 +30,22 @@ logger = logging.getLogger("ray.serve")
 NODE = "here"
 
 
-def plan_replica(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False) -> ModelPlan | None:
+def plan_replica(
+    config: ModelConfig, gpus: Sequence[Gpu], by_index: bool = False, facts: EngineFacts | None = None
+) -> ModelPlan | None:
     """Returns the plan for these GPUs or for the CPU, or None if the plan does not know the model or NVML shows no
     GPU.
 
     Its devices have the numbers of this process, which are their places in `gpus`. `by_index` means that the config
     names GPUs by the numbers of the machine, and otherwise it counts those of `gpus` from 0. Raises EngineError if less
     is free than the model takes. A GPU's reserve may have been used for its purpose by now, so it is not required
-    again. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged.
+    again. `facts` are what engines told the builder of the model. No engine is asked here, because that takes as long
+    as a start. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged.
 
     Calibrations are not used, because they raise what a builder asks for, and a replica must not refuse what was
     accepted.
     """
-    if (request := _request(config)) is None or (config.device != "cpu" and not gpus):
+    if (request := _request(config, facts)) is None or (config.device != "cpu" and not gpus):
         return None
     plan = make_plan([request], Inventory(_devices(config, gpus, by_index)))
     if plan.fits:
@@ -79,15 +83,16 @@ def _in_own_numbers(plan: ModelPlan, gpus: Sequence[Gpu]) -> ModelPlan:
     return replace(plan, ranks=tuple(ranks))
 
 
-def _request(config: ModelConfig) -> ModelRequest | None:
+def _request(config: ModelConfig, facts: EngineFacts | None) -> ModelRequest | None:
     try:
-        checkpoint = read_checkpoint(config.model, config.revision)
+        # Ray names the type of the node's first GPU, which need not be this replica's.
+        here = config.model_copy(update={"accelerator_type": None})
+        request = answered([read_request("model", here)], tell=None)[0]
     except ConfigError as error:
         logger.warning("This model is not planned: %s", error)
         return None
-    # Ray names the type of the node's first GPU, which need not be this replica's.
-    here = config.model_copy(update={"accelerator_type": None})
-    request = ModelRequest("model", here, checkpoint.architecture, checkpoint.tensors)
+    if facts is not None and facts != NO_FACTS:
+        request = replace(request, engine_facts=facts)
     reason = request.unplanned
     if reason:
         logger.warning("This model is not planned: %s", reason)

@@ -8,7 +8,7 @@ import pytest
 from serve_app.cli.cluster_status import ClusterStatus, cluster_status, missing_for
 from serve_app.cli.status import report
 from serve_app.facts.nodes import Node
-from serve_app.replica.report import DeviceReport, ReplicaReport
+from serve_app.replica.report import BlocksReport, DeviceReport, ReplicaReport
 from tests.builders import application, node
 
 GIB = 2**30
@@ -123,3 +123,13 @@ def test_a_sum_with_an_unknown_part_is_unknown() -> None:
     """As in containers, where NVML does not tell."""
     unknown = replace(told("r0", 0), devices=(replace(told("r0", 0).devices[0], held=None, peak=None),))
     assert "in total planned 20.00 GiB, held ?" in " ".join(report(seen(2, 2, unknown, told("r1", GIB))).split())
+
+
+def test_another_number_of_blocks_is_a_line() -> None:
+    """Only where both are known and differ."""
+    counts = ((90, 90), (90, 89), (None, 5))
+    reports = [replace(told(f"r{number}", GIB), blocks=BlocksReport(*pair)) for number, pair in enumerate(counts)]
+    text = report(seen(3, 3, *reports))
+    assert [line for line in text.splitlines() if "blocks" in line] == [
+        "m r1: the plan has 90 blocks of KV cache, and vLLM has made 89."
+    ]

@@ -259,6 +259,9 @@ def test_status_has_planned_and_measured_of_both_engines(run: ServeRun) -> None:
         assert device["device"] == "cpu"
         assert 0 < device["held"] <= device["peak"]
         assert device["planned"] > device["weights"] > 0
+    pt, vllm = (report["blocks"] for report in reports)
+    assert pt == {"planned": None, "made": None}
+    assert vllm["planned"] == vllm["made"] > 0
     assert told["homeless"]["state"] == "failed"
     assert "2 GPUs" in told["homeless"]["error"]
 

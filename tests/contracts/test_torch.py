@@ -9,6 +9,7 @@ from torch import nn
 
 from serve_app.engines import torch_internals
 from serve_app.engines.torch_internals import (
+    WithoutData,
     gpu_uuid,
     in_onednn_order,
     is_out_of_memory,
@@ -94,3 +95,21 @@ def test_compiling_can_be_switched_off() -> None:
 
     assert as_imported_with(config, {"TORCH_COMPILE_DISABLE": "1"}).disable is True
     assert as_imported_with(config, {"TORCH_COMPILE_DISABLE": "0"}).disable is False
+
+
+@contract("torch", "TorchDispatchMode and the operations that read numbers", WithoutData)
+@torch.no_grad()
+def test_code_that_reads_numbers_runs_without_data() -> None:
+    """Each way in which a model asks a tensor for a number, or chooses elements by a mask."""
+    with torch.device("meta"), WithoutData():
+        numbers, mask = torch.arange(6), torch.ones(6, dtype=torch.bool)
+        assert (numbers.max().item(), bool(mask.any()), torch.ones(2)[0].item()) == (1, False, 1.0)
+        assert numbers.tolist() == [0] * 6
+        assert numbers.nonzero().shape == (0, 1)
+        assert torch.ones(6, 4)[mask].shape == (0, 4)
+        assert numbers.masked_select(mask).shape == (0,)
+        assert not torch.equal(numbers, numbers)
+        hidden = torch.ones(6, 4)
+        hidden[mask] = torch.ones(0, 4)
+        assert [tuple(part.shape) for part in hidden.split(numbers[:3].tolist())] == [(6, 4), (0, 4), (0, 4)]
+    assert torch.arange(3).tolist() == [0, 1, 2]

@@ -26,11 +26,13 @@ from serve_app.engines.pt.transformers_internals import (
     has_state,
     join_states,
     loaded_device_map,
+    loaded_dtypes,
     own_response_template,
     remove_state,
     replace_attention,
     response_parser,
     special_ids,
+    states_of,
     stock_attention,
     unsplit_blocks,
 )
@@ -122,11 +124,6 @@ def run_hybrid(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
     return cache
 
 
-def states_of(layer: Any) -> list[torch.Tensor]:
-    """All tensors of a layer's state."""
-    return [state for name in STATES for state in getattr(layer, name).values() if state is not None]
-
-
 @contract("transformers", "the attributes of a linear attention layer's state", join_states)
 @torch.inference_mode()
 def test_states_of_two_batches_are_joined() -> None:
@@ -157,6 +154,29 @@ def test_a_row_leaves_a_state() -> None:
             remove_state(layer, 0, 2)
             for pair in zip(states_of(layer), states_of(wanted), strict=True):
                 torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+
+
+@contract("transformers", "the tensors of a linear attention layer's state", states_of)
+@torch.inference_mode()
+def test_a_state_has_a_row_for_each_sequence() -> None:
+    """Nothing else of the layer is a tensor."""
+    cache = run_hybrid(tiny_model("qwen3-next"), prompt(3, 9))
+    for layer in filter(has_only_state, cache.layers):
+        states = states_of(layer)
+        assert [len(state) for state in states] == [3, 3]
+        held = [value for values in vars(layer).values() if isinstance(values, dict) for value in values.values()]
+        assert {id(value) for value in held if isinstance(value, torch.Tensor)} == {id(state) for state in states}
+
+
+@contract("transformers", "_get_dtype_plan and build_glob_alternation", loaded_dtypes)
+def test_some_tensors_are_loaded_in_float32(tmp_path: Path) -> None:
+    """The same ones that `from_pretrained` keeps, by their names."""
+    tiny_model("deepseek-v3").to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = {name: tensor.dtype for name, tensor in loaded.state_dict().items() if tensor.dtype == torch.float32}
+    assert loaded_dtypes(tiny_model("deepseek-v3"), torch.bfloat16) == kept
+    assert [name.rpartition(".")[2] for name in kept] == ["e_score_correction_bias"]
+    assert loaded_dtypes(tiny_model("llama"), torch.bfloat16) == {}
 
 
 class Attention(nn.Module):
@@ -289,5 +309,7 @@ def test_a_forward_pass_takes_what_makes_it_cheap_and_right(name: str) -> None:
     """Logits of the last column only, and positions of padded rows. BLOOM has no positions but those of its mask."""
     takes = set(inspect.signature(tiny_model(name).forward).parameters)
     asked = {"input_ids", "attention_mask", "past_key_values", "use_cache", "logits_to_keep"}
-    asked |= set() if name == "bloom" else {"position_ids"}
+    asked |= set() if name in ("bloom", "mamba2") else {"position_ids"}
+    if name == "mamba2":  # It has no attention, and another name for its cache.
+        asked = asked - {"past_key_values"} | {"cache_params"}
     assert sorted(asked - takes) == [], f"{type(tiny_model(name)).__name__} does not take {sorted(asked - takes)}"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import read_architecture
-from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts, facts_from_json
+from serve_app.facts.engine_facts import CacheLayer, EngineFacts, RankFacts, VllmFacts, facts_from_json
 from serve_app.facts.inventory import parse_gpus
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.kv_groups import kv_bytes_per_request
@@ -67,6 +68,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     return dict(zip(asked, run(jobs, folder), strict=True))
 
 
+def both(facts: VllmFacts) -> EngineFacts:
+    """The same facts for either type of the KV cache."""
+    return EngineFacts(vllm=facts, vllm_fp8=facts)
+
+
 def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The answers of the process, which prints nothing to stdout."""
     asked, answered = folder / "jobs.json", folder / "answers.json"
@@ -121,7 +127,7 @@ def test_a_public_model_is_planned(name: str, answers: dict[tuple[str, str], dic
     given = {"model": "x", "infer_backend": "vllm", "tensor_parallel_size": size, "max_model_len": length}
     has_formulas = architecture.is_known_to_vllm and architecture.quantization is None
     tensors = shape_of(name)[1] if has_formulas else ()
-    request = ModelRequest("m", ModelConfig.from_args(given), architecture, tensors, vllm_facts=facts)
+    request = ModelRequest("m", ModelConfig.from_args(given), architecture, tensors, engine_facts=both(facts))
     plan = make_plan([request], parse_gpus("8x192GiB"))
     assert plan.fits, plan.problems
     assert plan.models[0].ranks[0].weights.bytes == facts.ranks[size].weights
@@ -241,7 +247,7 @@ def asked(facts: VllmFacts | None, **config: Any) -> ModelRequest:
     """A model of an unknown type."""
     settings = {"model": "x", "infer_backend": "vllm", **config}
     architecture = read_architecture(OUTLINE, "model: x")
-    return ModelRequest("m", ModelConfig.from_args(settings), architecture, (), vllm_facts=facts)
+    return ModelRequest("m", ModelConfig.from_args(settings), architecture, (), engine_facts=both(facts))
 
 
 def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
@@ -251,6 +257,8 @@ def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
     assert plan.fits
     assert plan.models[0].ranks[0].weights.bytes == 10**9
     assert plan.models[0].kv_bytes_per_request == 4096 // 16 * 2 * 65536
+    longer = VllmFacts({1: replace(rank(), max_model_len=8192)})
+    assert make_plan([asked(longer)], parse_gpus("24GiB")).models[0].max_model_len == 8192
     assert make_plan([asked(facts, tensor_parallel_size=2)], parse_gpus("2x24GiB")).fits
     (problem,) = make_plan([asked(facts, tensor_parallel_size=4)], parse_gpus("4x24GiB")).problems
     assert problem.code == "tensor_parallel"
@@ -287,7 +295,11 @@ def test_an_encoders_cache_and_activations_are_named_terms() -> None:
     config = OUTLINE | {"vision_config": {"hidden_size": 100, "intermediate_size": 400}}
     given = {"model": "x", "infer_backend": "vllm", "engine_args": {"max_num_batched_tokens": 2048}}
     request = ModelRequest(
-        "m", ModelConfig.from_args(given), read_architecture(config, "x"), (), vllm_facts=VllmFacts({1: rank()})
+        "m",
+        ModelConfig.from_args(given),
+        read_architecture(config, "x"),
+        (),
+        engine_facts=both(VllmFacts({1: rank()})),
     )
     (model,) = make_plan([request], parse_gpus("24GiB")).models
     terms = {term.name: term.bytes for term in model.ranks[0].activation.terms}
@@ -300,7 +312,24 @@ def test_vllms_facts_come_before_the_formulas_for_a_quantised_checkpoint() -> No
     """The formulas know the stored tensors, and vLLM may pad them or add scales."""
     config = json.loads((CONFIGS / "qwen2.5-7b-awq" / "config.json").read_text())
     given = ModelConfig.from_args({"model": "x", "infer_backend": "vllm"})
-    request = ModelRequest("m", given, read_architecture(config, "x"), (), vllm_facts=VllmFacts({1: rank()}))
+    request = ModelRequest(
+        "m",
+        given,
+        read_architecture(config, "x"),
+        (),
+        engine_facts=both(VllmFacts({1: rank()})),
+    )
     assert request.rank_weights(1).bytes == 10**9
     plain = read_architecture(config | {"quantization_config": None}, "x")
-    assert ModelRequest("m", given, plain, (), vllm_facts=VllmFacts({1: rank()})).rank_weights(1).bytes == 0
+    assert (
+        ModelRequest(
+            "m",
+            given,
+            plain,
+            (),
+            engine_facts=both(VllmFacts({1: rank()})),
+        )
+        .rank_weights(1)
+        .bytes
+        == 0
+    )

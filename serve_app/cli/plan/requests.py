@@ -6,8 +6,8 @@ from pathlib import Path
 
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.config import ModelConfig
+from serve_app.engines.model_requests import Unanswered, answered, read_request
 from serve_app.errors import ConfigError
-from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.serve_file import read_applications
 from serve_app.planning.fit import ModelRequest
 
@@ -24,11 +24,11 @@ def requests_of_file(path: Path | None) -> list[ModelRequest]:
         raise ConfigError(
             f"{path}: it has no application with import_path serve_app.app:model, so there is nothing to plan."
         )
-    requests, problems = [], []
+    read, problems = [], []
     for application in applications:
         try:
             config = application.model_settings()
-            requests.append(request_of(application.name, config, application.least_replicas))
+            read.append(read_request(application.name, config, application.least_replicas))
         except ConfigError as error:
             text = str(error)
             problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
@@ -37,23 +37,27 @@ def requests_of_file(path: Path | None) -> list[ModelRequest]:
         raise ConfigError("\n".join(problems))
     for note in doubtful_engine_args(applications):  # stdout is for the plan, which may be JSON.
         print(f"note: {note}", file=sys.stderr)
-    return requests
+    return answered(read, tell)
 
 
 def requests_of_options(options: argparse.Namespace) -> list[ModelRequest]:
     """Returns the models that `--model` names, each with the other options of one model. Raises ConfigError."""
     args = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
     args |= {"dtype": options.dtype} | ({"device": "cpu"} if options.device == "cpu" else {})
-    found: list[ModelRequest] = []
+    found: list[Unanswered] = []
     for model in options.model:
         name = model.rstrip("/").split("/")[-1]
-        if name in {request.name for request in found}:  # Problems are found by their model's name.
+        if name in {item.request.name for item in found}:  # Problems are found by their model's name.
             name = model
-        found.append(request_of(name, ModelConfig.from_args({"model": model, **args}), 1))
-    return found
+        found.append(read_request(name, ModelConfig.from_args({"model": model, **args})))
+    return answered(found, tell)
 
 
 def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
-    """Returns a model with the facts of its checkpoint. Raises ConfigError if they cannot be read."""
-    checkpoint = read_checkpoint(config.model, config.revision)
-    return ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
+    """Returns one model with the facts of its checkpoint. Raises ConfigError if they cannot be read."""
+    return answered([read_request(name, config, replicas)], tell)[0]
+
+
+def tell(text: str) -> None:
+    """Says on stderr what a plan waits for, because stdout is for the plan, which may be JSON."""
+    print(f"plan: {text}", file=sys.stderr)

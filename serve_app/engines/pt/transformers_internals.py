@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Layers of hybrids keep a state for each row that does not grow: dictionaries of tensors with rows first, and
@@ -77,6 +78,14 @@ def has_only_state(layer: Any) -> bool:
     return has_state(layer) and not isinstance(layer, DynamicLayer)
 
 
+def states_of(layer: Any) -> list[torch.Tensor]:
+    """Returns the tensors of a layer's state, each with a row for each sequence.
+
+    Uses the attributes `STATES`; seen in transformers 5.19.
+    """
+    return [state for name in STATES for state in getattr(layer, name).values() if state is not None]
+
+
 def join_states(mine: Any, theirs: Any) -> None:
     """Appends the rows of one layer's state to those of another layer of the same model, which may have none.
 
@@ -131,6 +140,21 @@ def unsplit_blocks(model: PreTrainedModel) -> list[str]:
     Uses the attribute `_no_split_modules` of a model, seen in transformers 5.19.
     """
     return sorted(model._no_split_modules or ())
+
+
+def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Returns the type of each tensor that `from_pretrained` loads in another type than the model has it in, by its
+    name. Some models keep a few of them in float32.
+
+    Uses `_get_dtype_plan` of a model, and `build_glob_alternation` of `transformers.core_model_loading`; seen in
+    transformers 5.19.
+    """
+    plan: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype)
+    if not plan:
+        return {}
+    pattern, key_of, _ = build_glob_alternation(list(plan))
+    found = ((name, pattern.search(name)) for name in model.state_dict())
+    return {name: plan[key_of[match.lastgroup]] for name, match in found if match}
 
 
 def loaded_device_map(model: PreTrainedModel) -> dict[str, int | str]:

@@ -115,6 +115,7 @@ def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
         cache=cache_layers(specs, config, parts.numbers),
         steps=vllm.steps_in_flight(config),
         packs_blocks=bool(specs) and vllm.packs_blocks(config),
+        max_model_len=vllm.longest(config),
     )
     require_equal(facts, config, groups)
     return facts

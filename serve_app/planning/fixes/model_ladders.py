@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
-from serve_app.planning.fit import PT_MAX_NUM_SEQS, ModelRequest, gib
+from serve_app.planning.fit import ModelRequest, gib
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
 from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, changed, rung, values_below
@@ -63,7 +63,7 @@ def _own(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladder]:
     if code == "small_cache" and request.config.kv_cache_memory_bytes is not None:
         needed = -(-(request.config.kv_cache_memory_bytes + missing) // MIB)
         yield Ladder(price.OWN, [rung("kv_cache_memory_bytes", f"{needed}MiB")])
-    own = request.architecture.max_model_len
+    own = request.own_length
     if code == "max_model_len":
         yield Ladder(price.OWN, [rung("max_model_len", own)])
 
@@ -82,8 +82,7 @@ def _less_cache(request: ModelRequest) -> Iterator[Ladder]:
 
 def _fewer_sequences(request: ModelRequest, backend: Backend, trial: Trial) -> Iterator[Ladder]:
     largest = max((gpu.total_bytes for gpu in trial.inventory.gpus), default=0)
-    default = PT_MAX_NUM_SEQS if backend == "pt" else vllm_defaults(largest, "")[1]
-    now = request.config.max_num_seqs or default
+    now = request.pt_rows if backend == "pt" else request.config.max_num_seqs or vllm_defaults(largest, "")[1]
     rungs = [rung("max_num_seqs", 2**power) for power in range(10, -1, -1) if 2**power < now]
 
     def loses(changes: Changes) -> str:

@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     Mamba2Config,
+    MambaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -91,9 +92,18 @@ CONFIGS: dict[str, Any] = {
         bos_token_id=None,
         eos_token_id=None,
     ),
+    "mamba": MambaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    ),
 }
 # Kinds of model that are joined; the others run one at a time.
-JOINED = [name for name in CONFIGS if name != "mamba2"]
+JOINED = [name for name in CONFIGS if name != "mamba"]
 
 
 def tiny_model(name: str) -> PreTrainedModel:

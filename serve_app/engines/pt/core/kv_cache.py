@@ -21,6 +21,7 @@ from serve_app.engines.pt.transformers_internals import (
     has_state,
     join_states,
     remove_state,
+    states_of,
 )
 from serve_app.planning.pt_kv_buffers import SLACK, cells, row_capacity
 
@@ -104,6 +105,7 @@ class BatchCache:
         self.window = Window()
         self.cache = cache_with(config, lambda: RectangleLayer(self.window))
         self.has_states = any(map(has_state, self.cache.layers))
+        self.has_keys = any(isinstance(layer, RectangleLayer) for layer in self.cache.layers)
 
     @property
     def is_joinable(self) -> bool:
@@ -118,6 +120,16 @@ class BatchCache:
             for buffer in layer.buffers():
                 sizes[buffer.device] = sizes.get(buffer.device, 0) + buffer.nbytes
         return sizes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Returns the bytes of all key and value buffers."""
+        return sum(self.bytes_by_device.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Returns the bytes of all states of rows."""
+        return sum(tensor.nbytes for layer in self.cache.layers if has_state(layer) for tensor in states_of(layer))
 
     @property
     def largest_layer_bytes(self) -> dict[torch.device, int]:

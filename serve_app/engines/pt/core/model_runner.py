@@ -7,6 +7,7 @@ which is slow but right for every model. It is used if the probe finds that join
 import gc
 import inspect
 from collections.abc import Sequence as ReadOnlySequence
+from collections.abc import Set
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +66,7 @@ class BatchRunner:
     def __init__(self, model: PreTrainedModel, input_device: torch.device):
         self._model = model
         self._device = input_device
-        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._takes = arguments_of(model)
         self._batch = BatchCache(model.config)
         self._rows: list[Sequence] = []
         self._group = BatchCache(model.config)
@@ -154,7 +155,7 @@ class BatchRunner:
         lengths = torch.tensor([sequence.cached for sequence in rows])
         width = batch.window.width
         mask = None
-        if int(lengths.min()) < width:
+        if int(lengths.min()) < width and batch.has_keys:  # A state has no columns to hide.
             mask = torch.arange(width + 1)[None] >= (width - lengths)[:, None]
         logits = self._logits(ids, lengths[:, None], mask, batch)
         self._note_cache()
@@ -198,9 +199,9 @@ class BatchRunner:
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
     ) -> torch.Tensor:
         """Returns the logits of the last column, of shape (rows, vocabulary)."""
-        inputs = self._inputs(ids, positions, mask, cache) | {"logits_to_keep": 1}
-        if "logits_to_keep" not in self._takes:
-            del inputs["logits_to_keep"]
+        inputs = self._inputs(ids, positions, mask, cache)
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = 1
         logits: torch.Tensor = self._model(**inputs).logits[:, -1]
         cache.advance(ids.shape[1])
         return logits
@@ -216,16 +217,35 @@ class BatchRunner:
     def _inputs(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
     ) -> dict[str, Any]:
-        inputs: dict[str, Any] = {
-            "input_ids": ids.to(self._device),
-            "past_key_values": cache.cache,
-            "use_cache": True,
-        }
-        if "position_ids" in self._takes:
-            inputs["position_ids"] = positions.to(self._device)
-        if mask is not None:
-            inputs["attention_mask"] = mask.long().to(self._device)
-        return inputs
+        return forward_inputs(self._takes, self._device, ids, positions, mask, cache)
+
+
+def arguments_of(model: PreTrainedModel) -> frozenset[str]:
+    """Returns the names of the arguments that the model's forward pass takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def forward_inputs(
+    takes: Set[str],
+    device: torch.device,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: BatchCache,
+) -> dict[str, Any]:
+    """Returns the arguments of a forward pass with a cache, of which the model takes those in `takes`.
+
+    Ids and positions have the shape (rows, columns). A mask hides the padding, and has a column for each cached token
+    too.
+    """
+    # Models without attention have another name for it, and would drop the usual one in silence.
+    name = "cache_params" if "cache_params" in takes else "past_key_values"
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), name: cache.cache, "use_cache": True}
+    if "position_ids" in takes:
+        inputs["position_ids"] = positions.to(device)
+    if mask is not None:
+        inputs["attention_mask"] = mask.long().to(device)
+    return inputs
 
 
 def _in_order(
@@ -246,6 +266,7 @@ class SerialRunner:
     def __init__(self, model: PreTrainedModel, input_device: torch.device):
         self._model = model
         self._device = input_device
+        self._takes = arguments_of(model)
 
     def prefill(self, step: Step) -> torch.Tensor | None:
         """Does what `Runner` says."""
@@ -272,8 +293,10 @@ class SerialRunner:
         free_memory()
 
     def _pass(self, sequence: Sequence) -> torch.Tensor:
-        ids = torch.tensor([sequence.token_ids], device=self._device)
-        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[:, -1]
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([sequence.token_ids], device=self._device)}
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = 1
+        logits: torch.Tensor = self._model(**inputs, use_cache=False).logits[:, -1]
         return logits
 
     def _vector(self, sequence: Sequence) -> torch.Tensor:

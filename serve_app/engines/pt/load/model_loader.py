@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.accelerate_internals import balanced_limits, execution_device, inferred_map, no_weights
 from serve_app.engines.pt.load.attention import use_grouped_attention
-from serve_app.engines.pt.load.device_map import DeviceName, device_map_of, known_architecture
+from serve_app.engines.pt.load.device_map import DeviceName, device_map_of
 from serve_app.engines.pt.load.packed_linear import pack_linears
 from serve_app.engines.pt.transformers_internals import loaded_device_map, unsplit_blocks
 from serve_app.errors import ConfigError, EngineError
@@ -126,12 +126,10 @@ def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -
 
 
 def _planned_map(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> dict[str, DeviceName] | None:
-    """Returns the plan's map, or None if accelerate decides alone: without a plan, for an unknown model, or with a
-    named way to spread."""
-    architecture = known_architecture(hf_config)
-    if planned is None or config.device == "cpu" or config.device_map not in (None, "auto") or architecture is None:
+    """Returns the plan's map, or None if accelerate decides alone: without a plan, or with a named way to spread."""
+    if planned is None or config.device == "cpu" or config.device_map not in (None, "auto"):
         return None
-    return device_map_of(planned, architecture, _without_weights(config, hf_config))
+    return device_map_of(planned, _without_weights(config, hf_config))
 
 
 def _cap_allocators(limits: Mapping[DeviceName, int]) -> None:

@@ -1,7 +1,8 @@
 """Finds out at load whether joining sequences changes the model's answers.
 
-Two prompts of different lengths are generated together, one joining late, and compared token by token with the same
-prompts computed one by one without a cache. Some architectures (Mamba-2) are silently wrong when batched.
+Two prompts of different lengths are generated together, one joining late and in two chunks, and compared token by token
+with the same prompts computed one by one without a cache. Some architectures are silently wrong when batched: RoBERTa
+counts positions from the padding, and Mamba forgets the first chunk of a prompt.
 """
 
 import logging
@@ -21,6 +22,17 @@ STEPS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
+# Small random models of these types fail the probe in transformers 5.19 (`python -m tests.planning.pt_survey`). Some
+# count positions from the padding, and others have no cache that pt could fill. The plan says so before a load; the
+# load itself goes by the probe.
+ALONE = frozenset(
+    {"bart", "bigbird_pegasus", "blenderbot-small", "camembert", "data2vec-text", "falcon_mamba", "git", "mamba"}
+    | {"marian", "mbart", "megatron-bert", "mvp", "openai-gpt", "pegasus", "plbart", "prophetnet", "recurrent_gemma"}
+    | {"reformer", "roberta", "roberta-prelayernorm", "rwkv", "trocr", "whisper", "xlm", "xlm-roberta"}
+    | {"xlm-roberta-xl", "xmod"}
+)
+
+
 class ProbeResult(NamedTuple):
     """Has the runner to use, and what was found out about the model.
 
@@ -38,7 +50,10 @@ class ProbeResult(NamedTuple):
 def probe(loaded: LoadedModel) -> ProbeResult:
     """Returns the runner for a model and what was found out about it."""
     serial = SerialRunner(loaded.model, loaded.input_device)
-    batched = BatchRunner(loaded.model, loaded.input_device)
+    try:
+        batched = BatchRunner(loaded.model, loaded.input_device)
+    except Exception as error:
+        return _fall_back(serial, f"there is no cache for its config: {type(error).__name__}: {error}")
     if not batched.is_joinable:
         return _fall_back(serial, "its cache has layers of a kind that cannot be joined")
     try:
@@ -80,9 +95,11 @@ def _compare(
             sequence.output_ids.append(token)
 
     with torch.inference_mode():
-        for newcomer, running in ((first, [first]), (second, [first, second])):
-            logits = batched.prefill(Step((newcomer,), 0, newcomer.length, newcomer.length))
-            assert logits is not None, "the whole prompt is one chunk"
+        for newcomer, running, chunks in ((first, [first], (5,)), (second, [first, second], (6, 11))):
+            logits = None
+            for begin, end in zip((0, *chunks), chunks, strict=False):
+                logits = batched.prefill(Step((newcomer,), begin, end, newcomer.length))
+            assert logits is not None, "the last chunk ends the prompt"
             note([newcomer], logits)
             for _ in range(STEPS // 2):
                 note(running, batched.decode(running))

@@ -5,15 +5,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import check_device_map
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, PreTrainedModel
 
-from serve_app.engines.pt.load.device_map import device_map_of, known_architecture
+from serve_app.engines.pt.load.device_map import device_map_of
+from serve_app.engines.pt.load.layout import layout_of
+from serve_app.facts.architecture import read_architecture
+from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning.fit import ModelRequest, Shortage, fit_pt
 from serve_app.planning.plan import ModelPlan
 from tests.builders import model_config
 from tests.engines.pt.tiny_models import CONFIGS
+from tests.planning.pt_survey import shape_of
 
 # What a context and the activations of such a small model take of each GPU: see planning/memory.py.
 OVERHEAD = 620 * 10**6
@@ -38,8 +42,7 @@ def meta(config: Any) -> PreTrainedModel:
 def plan(hf_config: Any, limits: dict[int | str, int], free: int = 10**10, **fields: Any) -> ModelPlan | Shortage:
     """For these limits beyond the overhead, on GPUs with so much free."""
     raised = {key: size + OVERHEAD if isinstance(key, int) else size for key, size in limits.items()}
-    architecture = known_architecture(hf_config)
-    assert architecture is not None
+    architecture = read_architecture(hf_config.to_dict(), "m")
     config = model_config(max_memory={key: f"{size / 1000}KB" for key, size in raised.items()}, **fields)
     tensors = tuple(
         Tensor(name, "F32", tuple(parameter.shape)) for name, parameter in meta(hf_config).named_parameters()
@@ -51,10 +54,9 @@ def plan(hf_config: Any, limits: dict[int | str, int], free: int = 10**10, **fie
 
 def planned(hf_config: Any, limits: dict[int | str, int], **fields: Any) -> tuple[dict[str, int | str], int]:
     """The map of that plan, and its tokens of KV cache."""
-    fit, architecture = plan(hf_config, limits, **fields), known_architecture(hf_config)
+    fit = plan(hf_config, limits, **fields)
     assert isinstance(fit, ModelPlan), fit
-    assert architecture is not None
-    return device_map_of(fit, architecture, meta(hf_config)), fit.kv_tokens
+    return device_map_of(fit, meta(hf_config)), fit.kv_tokens
 
 
 def layers(device_map: dict[str, int | str]) -> list[int | str]:
@@ -94,15 +96,22 @@ def test_a_tier_takes_the_rest_when_it_is_named() -> None:
     assert "name cpu or disk in max_memory" in short_of.message
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mamba2"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("mamba2", "mamba")])
 def test_every_known_architecture_gets_a_valid_map(name: str) -> None:
     """Over two GPUs, with room to spare."""
-    if known_architecture(CONFIGS[name]) is None:
-        pytest.fail("the plan should know it")
     device_map, _ = planned(CONFIGS[name], {0: 100 * MB, 1: 100 * MB})
     check_device_map(meta(CONFIGS[name]), device_map)
 
 
-def test_an_unknown_architecture_is_left_to_accelerate() -> None:
-    """The plan knows nothing of its cache."""
-    assert known_architecture(CONFIGS["mamba2"]) is None
+def test_an_architecture_without_formulas_gets_a_valid_map() -> None:
+    """By what transformers says of it. Its layers are named otherwise."""
+    hf_config = Mamba2Config(**(CONFIGS["mamba2"].to_dict() | {"num_hidden_layers": 6, "vocab_size": 30_000}))
+    facts = layout_of(hf_config, torch.float32)
+    config = model_config(max_memory={0: "625MB", 1: "800MB"}, max_num_seqs=1, max_model_len=64)
+    gpus = [Device("n1", index, "GPU", 10**10, 10**10) for index in (0, 1)]
+    request = ModelRequest("m", config, shape_of(facts), (), engine_facts=EngineFacts(pt=facts))
+    fit = fit_pt(request, [(gpu, 10**10) for gpu in gpus], [565 * MB, 800 * MB], ())
+    assert isinstance(fit, ModelPlan), fit
+    device_map = device_map_of(fit, meta(hf_config))
+    check_device_map(meta(hf_config), device_map)
+    assert set(device_map) >= {f"backbone.layers.{number}" for number in range(6)}

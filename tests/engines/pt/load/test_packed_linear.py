@@ -91,10 +91,11 @@ def test_a_weight_that_must_stay_plain_is_handed_over_as_it_stands() -> None:
         torch.testing.assert_close(head(x), expected, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("name", [name for name in JOINED if name != "mamba2"])
 @torch.inference_mode()
 def test_a_packed_model_has_the_same_logits(name: str) -> None:
-    """For every kind of architecture: none of them reads a linear layer's weight behind its back."""
+    """For every kind of architecture that does not read a linear layer's weight behind its back, as Mamba-2 does. The
+    loader leaves that one as it is."""
     model = tiny_model(name)
     ids = torch.arange(1, 21).reshape(2, 10)
     expected = model(input_ids=ids, use_cache=False).logits

@@ -1,0 +1,91 @@
+"""Makes the request of a plan from a config: the facts of its checkpoint, and of the engines' own code where the plan
+has no formulas."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from serve_app.config import ModelConfig
+from serve_app.engines.model_facts import answers
+from serve_app.facts.checkpoint import Checkpoint, read_checkpoint
+from serve_app.facts.engine_facts import EngineFacts, PtFacts, Question, VllmFacts, known_answer
+from serve_app.facts.packages import facts_version
+from serve_app.planning.fit import ModelRequest
+
+# vLLM is asked about these tensor parallel sizes and that of the config, in one process.
+TENSOR_PARALLEL_SIZES = frozenset({1, 2, 4, 8})
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """This is a model whose checkpoint was read, and what an engine has to be asked about it, by the fields of
+    `EngineFacts`."""
+
+    request: ModelRequest
+    checkpoint: Checkpoint
+    questions: dict[str, Question]
+
+
+def read_request(name: str, config: ModelConfig, replicas: int = 1) -> Unanswered:
+    """Returns a model with the facts of its checkpoint. Raises ConfigError if they cannot be read."""
+    checkpoint = read_checkpoint(config.model, config.revision)
+    request = ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
+    return Unanswered(request, checkpoint, questions_of(request, checkpoint))
+
+
+def questions_of(request: ModelRequest, checkpoint: Checkpoint) -> dict[str, Question]:
+    """Returns what the plan has to know from engines: of vLLM with the cache's own type and in 8 bits, and of pt."""
+    config, shape = request.config, request.architecture
+    found = {}
+    if config.infer_backend != "pt" and not (shape.is_known_to_vllm and shape.quantization is None):
+        found["vllm"] = _of_vllm(config, checkpoint, None)
+        found["vllm_fp8"] = _of_vllm(config, checkpoint, "fp8")
+    if config.infer_backend != "vllm" and not shape.has_formulas:
+        found["pt"] = _of_pt(config, checkpoint)
+    return found
+
+
+def _of_vllm(config: ModelConfig, checkpoint: Checkpoint, kv_cache_dtype: Any) -> Question:
+    sizes = TENSOR_PARALLEL_SIZES | {config.tensor_parallel_size or 1}
+    settings = {
+        "dtype": config.dtype,
+        "kv_cache_dtype": kv_cache_dtype,
+        "quantization": config.quantization,
+        "trust_remote_code": config.trust_remote_code,
+        "tensor_parallel_sizes": sorted(sizes),
+        "rules": config.device,
+    }
+    return Question("vllm", facts_version("vllm"), checkpoint.config, settings)
+
+
+def _of_pt(config: ModelConfig, checkpoint: Checkpoint) -> Question:
+    settings = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    return Question("pt", facts_version("pt"), checkpoint.config, settings)
+
+
+def answered(unanswered: Sequence[Unanswered], tell: Tell | None) -> list[ModelRequest]:
+    """Returns the requests with what the engines say. Without `tell` no engine is asked, and only what was kept or is
+    shipped is known."""
+    flat = [(item, question) for item in unanswered for question in item.questions.values()]
+    facts: dict[str, VllmFacts | PtFacts | None] = {}
+    problems: dict[str, str] = {}
+    if tell is None:
+        facts = {question.key: known_answer(question) for _, question in flat}
+    else:
+        questions = {question.key: (question, item.checkpoint.folder) for item, question in flat}
+        folders = [folder for _, folder in questions.values()]
+        found = answers([question for question, _ in questions.values()], folders, tell)
+        for key, answer in zip(questions, found, strict=True):
+            facts[key], problems[key] = answer.facts, answer.problem
+    return [_with_answers(item, facts, problems) for item in unanswered]
+
+
+def _with_answers(
+    item: Unanswered, facts: dict[str, VllmFacts | PtFacts | None], problems: dict[str, str]
+) -> ModelRequest:
+    known = {field: facts[question.key] for field, question in item.questions.items()}
+    reasons = {question.engine: problems.get(question.key, "") for question in item.questions.values()}
+    text = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items() if reason)
+    return replace(item.request, facts_problem=text, engine_facts=EngineFacts(**known))  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""Finds out how a model is laid out in memory from transformers' own code, without weights and without a GPU.
+
+The model is built on the meta device, whose tensors have shapes and types but no storage, and computes a few tokens
+there with pt's own cache. So the sizes are those of the code that will run.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from serve_app.engines.pt.core.kv_cache import BatchCache
+from serve_app.engines.pt.core.model_runner import arguments_of, forward_inputs
+from serve_app.engines.pt.load.block_names import block_names
+from serve_app.engines.pt.load.probe import ALONE
+from serve_app.engines.pt.transformers_internals import loaded_dtypes
+from serve_app.engines.torch_internals import WithoutData
+from serve_app.facts.engine_facts import BlockNames, PtFacts
+from serve_app.planning.layer_map import block_number
+
+# The sizes of two passes must agree, so what depends on the tokens in another way is found.
+PASSES = ((1, 3), (2, 40))
+
+
+def read_config(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
+    """Returns a folder's config as transformers has it, and the type that the model is loaded in. `auto` is the
+    config's own type.
+
+    Raises what transformers raises for a config that it does not know.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    if dtype != "auto":
+        return config, getattr(torch, dtype)
+    return config, config.dtype or config.get_text_config().dtype or torch.float32
+
+
+def layout_of(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PtFacts:
+    """Returns the sizes of a model that is loaded in `dtype`.
+
+    Raises what transformers raises if it cannot build the model, and ValueError for a model whose layers are not found.
+    """
+    # Faster ways to compute experts need a GPU or a type, and change no size.
+    options = {"trust_remote_code": trust_remote_code, "dtype": dtype, "experts_implementation": "eager"}
+    with torch.device("meta"), WithoutData():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(hf_config), **options)
+    model = model.eval()
+    model.tie_weights()
+    names = block_names(model)
+    weights, buffers = _by_block(_loaded_sizes(model, dtype), names), _by_block(_buffer_sizes(model), names)
+    kv, state, alone = _cache_sizes(model, names)
+    return PtFacts(
+        layers=weights[1:-1], before=weights[0], after=weights[-1], kv=kv, state=state, buffers=buffers, names=names,
+        tied_head=_tied_head(model), alone=alone,
+    )  # fmt: skip
+
+
+def _loaded_sizes(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+    """Returns the bytes of each tensor that a checkpoint has: parameters, the shared ones once, and buffers that are
+    saved."""
+    dtypes = loaded_dtypes(model, dtype)
+    saved = model.state_dict().keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in saved or isinstance(tensor, nn.Parameter):
+            yield name, tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
+
+
+def _buffer_sizes(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    """Returns the bytes of each buffer that the model makes itself, such as tables of positions."""
+    saved = model.state_dict().keys()
+    return ((name, buffer.nbytes) for name, buffer in model.named_buffers() if name not in saved)
+
+
+def _tied_head(model: PreTrainedModel) -> int:
+    """Returns the bytes of a head whose weight is also the embedding's, or 0."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return int(weight.nbytes) if weight is not None and weight is model.get_input_embeddings().weight else 0
+
+
+def _by_block(sizes: Iterator[tuple[str, int]], names: BlockNames) -> tuple[int, ...]:
+    sums = [0] * (names.count + 2)
+    for name, size in sizes:
+        sums[block_number(name, names) + 1] += size
+    return tuple(sums)
+
+
+def _cache_sizes(model: PreTrainedModel, names: BlockNames) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """Returns the bytes of cache for a token and for a sequence by layer, and why pt runs one request at a
+    time if it does."""
+    none = (0,) * names.count
+    try:
+        if not BatchCache(model.config).is_joinable:
+            return none, none, "its cache has layers of a kind that cannot be joined"
+        first, second = (_measured(model, names, rows, tokens) for rows, tokens in PASSES)
+    except Exception as error:
+        return none, none, f"it does not run with a cache: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if first != second:
+        raise ValueError(f"the cache of {type(model).__name__} does not grow by the same bytes for each token")
+    alone = "other rows change its answers" if model.config.model_type in ALONE else ""
+    return tuple(first[0]), tuple(first[1]), alone
+
+
+def _measured(model: PreTrainedModel, names: BlockNames, rows: int, tokens: int) -> tuple[list[int], list[int]]:
+    """Returns what a pass of `rows` sequences of `tokens` tokens puts into the cache, in bytes for a token and for a
+    sequence, by the layer that was running when it came in."""
+    cache = BatchCache(model.config)
+    cache.window.rows = rows
+    cache.reserve(rows, tokens)
+    kv, state = [0] * names.count, [0] * names.count
+    seen: Mapping[str, int] = {"kv": 0, "state": 0}
+
+    def note(number: int) -> None:
+        nonlocal seen
+        now = {"kv": cache.buffer_bytes, "state": cache.state_bytes}
+        kv[number] += (now["kv"] - seen["kv"]) // cache.cells
+        state[number] += (now["state"] - seen["state"]) // rows
+        seen = now
+
+    hooks = [
+        module.register_forward_hook(lambda *_, number=number: note(number))
+        for path in names.layers
+        for number, module in enumerate(model.get_submodule(path).children())
+    ]
+    try:
+        with torch.no_grad(), WithoutData(), torch.device("meta"):
+            for columns in (tokens, 1):  # One more token shows whether the model can go on with the cache.
+                ids = torch.zeros(rows, columns, dtype=torch.long)
+                positions = torch.arange(columns).expand(rows, columns) + cache.window.width
+                model(**forward_inputs(arguments_of(model), ids.device, ids, positions, None, cache))
+                cache.advance(columns)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    note(names.count - 1)  # It is what a module outside of the layers has put there.
+    return kv, state
