@@ -2,7 +2,7 @@
 
 The process (`engines/vllm/model_facts.py`, `engines/pt/model_facts.py`) builds the model without storage and needs no
 GPU. It imports torch and the engine, which takes most of its time, so one process answers all questions for an engine.
-A second plan of the same model finds the answer in `facts.engine_facts.facts_folder()`.
+A second plan of the same model finds the answer (`facts/known_facts.py`).
 """
 
 import json
@@ -13,19 +13,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve_app.facts.engine_facts import (
-    PtFacts,
-    Question,
-    VllmFacts,
-    facts_folder,
-    facts_from_json,
-    facts_to_json,
-    known_answer,
-)
+from serve_app.facts.known_facts import Answer, Question, answer_from_json, facts_folder, known_answer
 from serve_app.facts.packages import engine_versions
 
 MODULES = {"vllm": "serve_app.engines.vllm.model_facts", "pt": "serve_app.engines.pt.model_facts"}
@@ -36,25 +27,13 @@ TIMEOUT_S = 300.0
 # A message repeats this many letters of the process's last words.
 MOST_REASON = 300
 
-Facts = VllmFacts | PtFacts
-
-
-@dataclass(frozen=True)
-class Answer:
-    """This is what is known of a question: the facts, or why there are none."""
-
-    facts: Facts | None
-    problem: str = ""
-
 
 def answers(questions: Sequence[Question], folders: Sequence[Path | None], tell: Callable[[str], None]) -> list[Answer]:
     """Returns an answer for each question, from the kept ones or from the engines that are installed here.
 
-    `folders` are the models' local folders, which the process reads if a model brings its own code. `tell` gets a line
-    before a process starts.
+    `folders` are the models' local folders. `tell` gets a line before a process starts.
     """
     found = {question.key: known_answer(question) for question in questions}
-    problems: dict[str, str] = {}
     for engine in MODULES:
         missing = {
             question.key: (question, folder)
@@ -64,14 +43,13 @@ def answers(questions: Sequence[Question], folders: Sequence[Path | None], tell:
         if not missing:
             continue
         if not engine_versions()[engine]:
-            problems |= dict.fromkeys(missing, f"{engine} is not installed here")
+            found |= dict.fromkeys(missing, Answer(None, f"{engine} is not installed here"))
             continue
         models = len({json.dumps(question.config, sort_keys=True) for question, _ in missing.values()})
         what = "one model is" if models == 1 else f"{models} models are"
         tell(f"asking {OWNERS[engine]} own code how {what} laid out, which takes about half a minute and is kept")
-        for key, answer in zip(missing, _ask(engine, list(missing.values())), strict=True):
-            found[key], problems[key] = answer.facts, answer.problem
-    return [Answer(found[question.key], problems.get(question.key, "")) for question in questions]
+        found |= zip(missing, _ask(engine, list(missing.values())), strict=True)
+    return [found[question.key] or Answer(None) for question in questions]
 
 
 def _ask(engine: str, jobs: Sequence[tuple[Question, Path | None]]) -> list[Answer]:
@@ -84,8 +62,9 @@ def _ask(engine: str, jobs: Sequence[tuple[Question, Path | None]]) -> list[Answ
 
 
 def _job(question: Question, folder: Path | None, scratch: Path) -> dict[str, Any]:
-    """Returns a job for the process. Without code of the model's own, config.json is all that it needs."""
-    if folder is None or not question.settings.get("trust_remote_code"):
+    """Returns a job for the process. It reads the model's own folder, since some models with an encoder need the file
+    of their processor, or else a folder with the config.json alone."""
+    if folder is None:
         scratch.mkdir()
         (scratch / "config.json").write_text(json.dumps(question.config))
         folder = scratch
@@ -128,16 +107,18 @@ def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byt
 
 
 def _kept(question: Question, item: Mapping[str, Any]) -> Answer:
-    """Returns one answer of the process, and keeps it for the next plan if this machine lets it."""
-    if "facts" not in item:
-        return Answer(None, str(item.get("error", "it gave no reason"))[:MOST_REASON])
-    facts = facts_from_json(question.engine, item["facts"])
+    """Returns one answer of the process, and keeps it for the next plan if this machine lets it. What the engine
+    refuses is kept too, since it would refuse it again."""
+    try:
+        answer = answer_from_json(question.engine, item)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Answer(None, f"its code gave an answer of another form: {error!r}"[:MOST_REASON])
     try:
         folder = facts_folder()
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / f"{question.key}.{os.getpid()}.new"
-        new.write_text(json.dumps(facts_to_json(facts)))
+        new.write_text(json.dumps(answer.to_json()))
         new.replace(folder / f"{question.key}.json")
     except OSError:
         pass  # Keeping is a help only: the next plan asks again.
-    return Answer(facts)
+    return answer

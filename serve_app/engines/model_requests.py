@@ -1,14 +1,15 @@
 """Makes the request of a plan from a config: the facts of its checkpoint, and of the engines' own code where the plan
 has no formulas."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.engines.model_facts import answers
 from serve_app.facts.checkpoint import Checkpoint, read_checkpoint
-from serve_app.facts.engine_facts import EngineFacts, PtFacts, Question, VllmFacts, known_answer
+from serve_app.facts.engine_facts import EngineFacts
+from serve_app.facts.known_facts import Answer, Question, known_answer
 from serve_app.facts.packages import facts_version
 from serve_app.planning.fit import ModelRequest
 
@@ -69,23 +70,18 @@ def answered(unanswered: Sequence[Unanswered], tell: Tell | None) -> list[ModelR
     """Returns the requests with what the engines say. Without `tell` no engine is asked, and only what was kept or is
     shipped is known."""
     flat = [(item, question) for item in unanswered for question in item.questions.values()]
-    facts: dict[str, VllmFacts | PtFacts | None] = {}
-    problems: dict[str, str] = {}
+    questions = {question.key: (question, item.checkpoint.folder) for item, question in flat}
     if tell is None:
-        facts = {question.key: known_answer(question) for _, question in flat}
+        found = {key: known_answer(question) or Answer(None) for key, (question, _) in questions.items()}
     else:
-        questions = {question.key: (question, item.checkpoint.folder) for item, question in flat}
-        folders = [folder for _, folder in questions.values()]
-        found = answers([question for question, _ in questions.values()], folders, tell)
-        for key, answer in zip(questions, found, strict=True):
-            facts[key], problems[key] = answer.facts, answer.problem
-    return [_with_answers(item, facts, problems) for item in unanswered]
+        asked, folders = [pair[0] for pair in questions.values()], [pair[1] for pair in questions.values()]
+        found = dict(zip(questions, answers(asked, folders, tell), strict=True))
+    return [_with_answers(item, found) for item in unanswered]
 
 
-def _with_answers(
-    item: Unanswered, facts: dict[str, VllmFacts | PtFacts | None], problems: dict[str, str]
-) -> ModelRequest:
-    known = {field: facts[question.key] for field, question in item.questions.items()}
-    reasons = {question.engine: problems.get(question.key, "") for question in item.questions.values()}
-    text = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items() if reason)
-    return replace(item.request, facts_problem=text, engine_facts=EngineFacts(**known))  # type: ignore[arg-type]
+def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest:
+    known = {field: found[question.key] for field, question in item.questions.items()}
+    reasons = {item.questions[field].engine: answer.problem for field, answer in known.items() if answer.problem}
+    text = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
+    facts = EngineFacts(**{field: answer.facts for field, answer in known.items()})  # type: ignore[arg-type]
+    return replace(item.request, facts_problem=text, engine_facts=facts)

@@ -302,7 +302,7 @@ def _layers(text: Mapping[str, Any], model_type: str, count: int, file: str) -> 
     }
     if unknown := set(named) - known.keys():
         raise ConfigError(
-            f"{file}: the plan does not know layers of the type '{min(unknown)}' in a {model_type} model."
+            f"{file}: layer_types: the plan does not know layers of the type '{min(unknown)}' in a {model_type} model."
         )
     if len(named) != count:
         raise ConfigError(

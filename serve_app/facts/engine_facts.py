@@ -1,25 +1,12 @@
-"""Holds what an engine's own code says of a model: the bytes of its weights and the layers of its cache.
+"""Holds what an engine's own code says of a model: the bytes of its weights and the layers of its cache."""
 
-The engine builds the model without storage in a process of its own (`engines/model_facts.py`), because that takes
-seconds and imports torch. The answers are kept as JSON files, one for each question. Its folder is `facts` beside the
-file of calibrations, and the package ships answers for widely used models. Deleting the folder only costs time.
-"""
-
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, Literal
-
-from serve_app.facts.calibration import calibration_file
 
 # These are the kinds of cache that a layer of vLLM has. "state" and "ring" do not grow with the tokens of a sequence,
 # "cross" holds what an encoder made, and "encoder" holds nothing.
 CacheKind = Literal["full", "sliding", "chunked", "mla", "sliding_mla", "state", "ring", "cross", "encoder"]
-SHIPPED = Path(__file__).parent / "shipped"
-# The form of the JSON. Answers of another form are asked for again.
-FORM = 1
 
 
 @dataclass(frozen=True)
@@ -42,13 +29,35 @@ class CacheLayer:
 
 
 @dataclass(frozen=True)
+class BesideLayers:
+    """These are the weights that a stage of a pipeline has beside its layers, in bytes: the first stage, any stage
+    between, and the last one.
+
+    They are as vLLM builds them. A tied embedding is on the first and on the last stage, and many architectures build
+    their encoders, and a few their embeddings, on every stage.
+    """
+
+    first: int
+    middle: int
+    last: int
+
+    def at(self, is_first: bool, is_last: bool) -> int:
+        """Returns what a stage of a pipeline of two or more has."""
+        return self.first if is_first else self.last if is_last else self.middle
+
+
+@dataclass(frozen=True)
 class RankFacts:
     """This is one of the equal ranks of a tensor parallel group that holds all layers. Sizes are in bytes.
 
-    `before` is what the first stage of a pipeline has beside its layers (embeddings and encoders), and `after` is what
-    the last one has (norm and head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be
-    on their way at once. With `packs_blocks`, pages of several sizes lie side by side in one block. `max_model_len` is
-    the longest request that vLLM takes of itself, in tokens, and 0 if that is not known.
+    `before` is what comes before the layers (embeddings and encoders), and `after` is what comes after them (norm and
+    head). `buffers` are tensors that are not parameters. The tokens of `steps` steps may be on their way at once. With
+    `packs_blocks`, pages of several sizes lie side by side in one block. `max_model_len` is the longest request that
+    vLLM takes of itself, in tokens, and 0 if that is not known.
+
+    `beside` says what the stages of a pipeline have beside their layers, and `no_stages` is vLLM's reason if it does
+    not split the model into stages. Where the engine was not asked for stages, neither is set. A stage that has only
+    `dependent` layers is one that vLLM does not build, or to whose caches it gives other pages than in the whole model.
     """
 
     layers: tuple[int, ...]
@@ -59,6 +68,9 @@ class RankFacts:
     steps: int = 2
     packs_blocks: bool = False
     max_model_len: int = 0
+    beside: BesideLayers | None = None
+    no_stages: str = ""
+    dependent: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -128,48 +140,6 @@ class EngineFacts:
 NO_FACTS = EngineFacts()
 
 
-# These fields of a config.json change nothing of a model's layout. Copies of one model often differ in them.
-_WITHOUT_EFFECT = frozenset(
-    {"transformers_version", "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"}
-    | {"rms_norm_eps", "layer_norm_eps", "use_cache", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
-    | {"hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "router_aux_loss_coef", "unsloth_fixed"}
-    | {"output_router_logits", "pretraining_tp", "_attn_implementation_autoset"}
-)
-
-
-@dataclass(frozen=True)
-class Question:
-    """This is what an engine is asked: its name, its version, the model's config.json, and the settings that change the
-    answer (dtype, kv_cache_dtype, quantization, the tensor parallel sizes)."""
-
-    engine: Literal["vllm", "pt"]
-    version: str
-    config: Mapping[str, Any]
-    settings: Mapping[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Returns a name for a file, the same for the same question."""
-        config = {name: value for name, value in self.config.items() if name not in _WITHOUT_EFFECT}
-        text = json.dumps([FORM, self.engine, self.version, config, self.settings], sort_keys=True)
-        return f"{self.engine}-{sha256(text.encode()).hexdigest()[:32]}"
-
-
-def facts_folder() -> Path:
-    """Returns the folder of this machine's answers."""
-    return calibration_file().parent / "facts"
-
-
-def known_answer(question: Question) -> VllmFacts | PtFacts | None:
-    """Returns the answer that was kept or is shipped, or None. A file that is damaged counts as none."""
-    for folder in (facts_folder(), SHIPPED):
-        try:
-            return facts_from_json(question.engine, json.loads((folder / f"{question.key}.json").read_bytes()))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue
-    return None
-
-
 def facts_to_json(facts: VllmFacts | PtFacts) -> dict[str, Any]:
     """Returns what `facts_from_json` reads."""
     return asdict(facts)
@@ -188,7 +158,11 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
     cache = tuple(CacheLayer(**layer) for layer in plain["cache"])
     layers = tuple(map(int, plain["layers"]))
     numbers |= {name: int(plain[name]) for name in ("steps", "max_model_len")}
-    return RankFacts(layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), **numbers)
+    beside = None if plain["beside"] is None else BesideLayers(**plain["beside"])
+    return RankFacts(
+        layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), beside=beside,
+        no_stages=str(plain["no_stages"]), dependent=tuple(map(int, plain["dependent"])), **numbers,
+    )  # fmt: skip
 
 
 def _pt_facts(plain: Mapping[str, Any]) -> PtFacts:

@@ -333,7 +333,7 @@ def fit_vllm(
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
         kv_bytes_per_request=per_request,
-        kv_tokens=full * request.max_model_len,
+        kv_tokens=full * request.max_model_len if per_request else 0,
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
         kv_block_bytes=spare if request.knows_blocks else 0,

@@ -52,6 +52,12 @@ def test_a_model_has_no_storage(told: dict[str, Any]) -> None:
     assert 141_107_000_000 < 2 * built["bytes"] < 141_112_000_000
 
 
+@contract("vllm", "how it splits a model into stages", meta.stage_of_pipeline)
+def test_a_stage_has_the_layers_that_it_is_given(told: dict[str, Any]) -> None:
+    """And a model that is built afterwards has all of them."""
+    assert told["stage_of_pipeline"] == [30, 40, 10, 80]
+
+
 @contract("vllm", "the specifications of its cache", meta.cache_specs, meta.kind_of, meta.page_of, meta.cached_modules)
 def test_each_layer_says_what_its_cache_is(told: dict[str, Any]) -> None:
     """A page of 16 tokens, four heads and 128 channels of keys and values; a window; a state."""

@@ -54,6 +54,7 @@ def calls() -> dict[str, Any]:
             }
             for function, run in of_model.items():
                 call(f"{function} {name}", run)
+        call("stage_of_pipeline", stages)
     return found
 
 
@@ -69,6 +70,20 @@ def weights(model: Any) -> dict[str, Any]:
     parameters = list(model.parameters())
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return {"bytes": size, "devices": sorted({str(parameter.device) for parameter in parameters})}
+
+
+def stages() -> list[int]:
+    """The layers with a cache in each of three stages, and in the whole model afterwards."""
+    partition, found = (30, 40, 10), []
+    folder = str(CONFIGS / "llama-3-70b")
+    for rank in range(3):
+        with vllm.stage_of_pipeline(rank, partition):
+            config = vllm.engine_config({"model": folder, "pipeline_parallel_size": 3})
+            vllm.model_without_storage(config, 1)
+            found.append(len(vllm.cache_specs(config)))
+    config = vllm.engine_config({"model": folder})
+    vllm.model_without_storage(config, 1)
+    return [*found, len(vllm.cache_specs(config))]
 
 
 def states(config: Any, specs: dict[str, Any]) -> list[int]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from serve_app.engines import model_facts
-from serve_app.facts.engine_facts import Question, RankFacts, VllmFacts, facts_folder, facts_to_json
+from serve_app.facts.engine_facts import RankFacts, VllmFacts, facts_to_json
+from serve_app.facts.known_facts import Answer, Question, facts_folder
 
 FACTS = VllmFacts({1: RankFacts((1, 2), 3, 4, 5, ())}, {})
 ANSWER = json.dumps({"facts": facts_to_json(FACTS)})
@@ -40,7 +41,7 @@ def starts(tmp_path: Path) -> int:
     return len(file.read_text()) if file.exists() else 0
 
 
-def ask(told: list[str] | None = None) -> list[model_facts.Answer]:
+def ask(told: list[str] | None = None) -> list[Answer]:
     """Both questions."""
     return model_facts.answers(QUESTIONS, [None, None], (told if told is not None else []).append)
 
@@ -52,10 +53,10 @@ def test_one_process_answers_all_and_the_next_plan_needs_none(engine: Engine, tm
         json.dump([json.loads('''{ANSWER}''')] * 2, open(sys.argv[2], "w"))
     """)
     told: list[str] = []
-    assert ask(told) == [model_facts.Answer(FACTS)] * 2
+    assert ask(told) == [Answer(FACTS)] * 2
     assert len(told) == 1
     assert "2 models" in told[0]
-    assert ask(told) == [model_facts.Answer(FACTS)] * 2
+    assert ask(told) == [Answer(FACTS)] * 2
     assert (starts(tmp_path), len(told)) == (1, 1)
 
 
@@ -66,7 +67,7 @@ def test_one_process_answers_all_and_the_next_plan_needs_none(engine: Engine, tm
         ("os.kill(os.getpid(), signal.SIGKILL)", "ended with -9"),
         ("open(sys.argv[2], 'w').write('[')", "ended with 0"),
         ("json.dump([], open(sys.argv[2], 'w'))", "ended with 0"),
-        ("json.dump([{'error': 'a ValueError'}] * 2, open(sys.argv[2], 'w'))", "a ValueError"),
+        ("json.dump([{'facts': 1}] * 2, open(sys.argv[2], 'w'))", "an answer of another form"),
     ],
 )
 def test_a_process_that_fails_is_a_reason(engine: Engine, body: str, words: str) -> None:
@@ -76,6 +77,13 @@ def test_a_process_that_fails_is_a_reason(engine: Engine, body: str, words: str)
         assert answer.facts is None
         assert words in answer.problem
     assert not facts_folder().exists()
+
+
+def test_what_the_engine_refuses_is_kept(engine: Engine, tmp_path: Path) -> None:
+    """It would refuse it again, and a plan need not wait for that."""
+    engine("json.dump([{'error': 'a ValueError'}] * 2, open(sys.argv[2], 'w'))")
+    assert ask() == ask() == [Answer(None, "a ValueError")] * 2
+    assert starts(tmp_path) == 1
 
 
 def test_a_process_that_hangs_is_ended_with_its_children(

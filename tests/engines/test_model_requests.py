@@ -9,10 +9,10 @@ import pytest
 
 from serve_app.config import ModelConfig
 from serve_app.engines import model_requests
-from serve_app.engines.model_facts import Answer
 from serve_app.engines.model_requests import Tell, answered, read_request
-from serve_app.facts.engine_facts import CacheLayer, Question, RankFacts, VllmFacts
+from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts
 from serve_app.facts.inventory import parse_gpus
+from serve_app.facts.known_facts import Answer, Question
 from serve_app.planning.planner import make_plan
 from tests.planning.model_requests import CONFIGS
 

@@ -7,18 +7,21 @@ from pathlib import Path
 import pytest
 
 from serve_app.facts.engine_facts import (
+    BesideLayers,
     CacheLayer,
-    Question,
     RankFacts,
     VllmFacts,
-    facts_folder,
     facts_from_json,
     facts_to_json,
-    known_answer,
 )
+from serve_app.facts.known_facts import Answer, Question, answer_from_json, facts_folder, known_answer
 
 RANK = RankFacts(layers=(10, 20), before=5, after=6, buffers=7, cache=(CacheLayer(0, "sliding", 16, 4096, window=128),))
-FACTS = VllmFacts({1: RANK, 2: replace(RANK, before=3)}, {3: "3 does not divide the heads"})
+OTHERS = {
+    2: replace(RANK, beside=BesideLayers(5, 1, 6), dependent=(0,)),
+    4: replace(RANK, before=3, no_stages="no such interface"),
+}
+FACTS = VllmFacts({1: RANK, **OTHERS}, {3: "3 does not divide the heads"})
 QUESTION = Question("vllm", "0.32.0", {"model_type": "x", "hidden_size": 8}, {"dtype": "auto"})
 
 
@@ -41,7 +44,7 @@ def test_a_question_is_known_by_what_has_an_effect() -> None:
     assert len({question.key for question in [QUESTION, *others]}) == 5
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"ranks": {"x": 1}, "refusals": {}}'])
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"facts": {"ranks": {"x": 1}, "refusals": {}}}'])
 def test_what_is_missing_or_damaged_is_asked_again(
     text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,5 +55,11 @@ def test_what_is_missing_or_damaged_is_asked_again(
     if text is not None:
         file.write_text(text)
     assert known_answer(QUESTION) is None
-    file.write_text(json.dumps(facts_to_json(FACTS)))
-    assert known_answer(QUESTION) == FACTS
+    file.write_text(json.dumps(Answer(FACTS).to_json()))
+    assert known_answer(QUESTION) == Answer(FACTS)
+
+
+def test_a_refusal_is_an_answer() -> None:
+    """It would be the same a second time."""
+    refused = Answer(None, "it knows no such model")
+    assert answer_from_json("vllm", json.loads(json.dumps(refused.to_json()))) == refused

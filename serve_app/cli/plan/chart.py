@@ -302,11 +302,13 @@ def _model_notes(models: Iterable[ModelPlan]) -> Iterator[ModelNote]:
 def _lines(model: ModelPlan) -> tuple[str, ...]:
     count = model.max_full_length_requests
     requests = f"{count} request{'' if count == 1 else 's'}"
-    lines = [
-        f"because {printable('; '.join(model.reasons))}",
-        f"KV cache: {model.kv_tokens} tokens; {requests} of {model.max_model_len} tokens at once, "
-        f"{gib(model.kv_bytes_per_request)} each on a rank",
-    ]
+    at_once = f"{requests} of {model.max_model_len} tokens at once"
+    cache = (
+        f"KV cache: {model.kv_tokens} tokens; {at_once}, {gib(model.kv_bytes_per_request)} each on a rank"
+        if model.kv_bytes_per_request
+        else f"no KV cache; {at_once}"
+    )
+    lines = [f"because {printable('; '.join(model.reasons))}", cache]
     lines += [
         f"{rank.device.id}: {_layer_range(rank.layers, model)}" for rank in model.ranks if rank.layers is not None
     ]

@@ -21,13 +21,14 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from serve_app.engines.vllm import vllm_meta_model as vllm
-from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts, facts_to_json
+from serve_app.facts.engine_facts import BesideLayers, CacheLayer, RankFacts, VllmFacts, facts_to_json
 from serve_app.planning.kv_groups import kv_bytes_per_request
+from serve_app.planning.pipeline.stage import even_split
 
 # A model without storage takes some megabytes, and vLLM's imports take one or two gigabytes.
 MOST_MEMORY_BYTES = 12 * 2**30
@@ -38,6 +39,8 @@ MOST_REASON = 400
 COMPARED_TOKENS = (1, 1000, 8192)
 # pydantic writes the values beside vLLM's own words.
 _OF_PYDANTIC = re.compile(r"Value error, (.*?) \[type=")
+# So many kinds of layers are tried as a stage of their own. Each takes a moment.
+MOST_KINDS = 16
 SETTINGS = ("dtype", "kv_cache_dtype", "quantization", "trust_remote_code")
 
 
@@ -118,14 +121,73 @@ def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
         max_model_len=vllm.longest(config),
     )
     require_equal(facts, config, groups)
-    return facts
+    return with_stages(facts, job, tensor_parallel_size)
 
 
-def _model(job: Mapping[str, Any], tensor_parallel_size: int) -> tuple[Any, Any]:
-    """Returns the model without storage, and vLLM's configuration of it. A model that reads numbers from its own tables
-    is built again with these tables."""
+def with_stages(facts: RankFacts, job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
+    """Returns the facts with what vLLM says of the stages of a pipeline, or with its reason against stages. A model of
+    two layers has no stage between the first and the last, and a model of one layer has no stages."""
+    layers = len(facts.layers)
+    if layers < 2:
+        return facts
+    partition = even_split(layers, min(layers, 3))
+    try:
+        stages = [stage(job, tensor_parallel_size, rank, partition) for rank in range(len(partition))]
+    except Exception as error:  # Whatever vLLM raises is its reason.
+        return replace(facts, no_stages=reason_of(error))
+    ends = [sum(partition[: rank + 1]) for rank in range(len(partition))]
+    beside = [
+        weights - sum(facts.layers[end - count : end])
+        for (weights, _), count, end in zip(stages, partition, ends, strict=True)
+    ]
+    facts = replace(facts, beside=BesideLayers(beside[0], beside[1] if layers > 2 else 0, beside[-1]))
+    return replace(facts, dependent=dependent_layers(facts, job, tensor_parallel_size))
+
+
+def dependent_layers(facts: RankFacts, job: Mapping[str, Any], tensor_parallel_size: int) -> tuple[int, ...]:
+    """Returns the layers of which a stage cannot consist alone. One layer is tried of each kind, by its size and its
+    caches, as a stage of one layer. Beyond `MOST_KINDS` kinds, layers count as dependent, since none was tried."""
+    kinds: dict[object, list[int]] = {}
+    for number, size in enumerate(facts.layers):
+        kinds.setdefault((size, *(_page(layer) for layer in facts.cache if layer.layer == number)), []).append(number)
+    tried = list(kinds.values())[:MOST_KINDS]
+    alone = [numbers for numbers in tried if is_stage(facts, job, tensor_parallel_size, numbers[-1])]
+    return tuple(sorted(set(range(len(facts.layers))) - {number for numbers in alone for number in numbers}))
+
+
+def is_stage(facts: RankFacts, job: Mapping[str, Any], tensor_parallel_size: int, number: int) -> bool:
+    """Returns whether vLLM builds a stage of this layer alone, whose caches are those of the layer in the whole
+    model."""
+    sizes = (number, 1, len(facts.layers) - number - 1)
+    partition = [size for size in sizes if size]
+    try:
+        _, cache = stage(job, tensor_parallel_size, 1 if number else 0, partition)
+    except Exception:  # Whatever vLLM raises, it does not build this stage.
+        return False
+    return list(map(_page, cache)) == [_page(layer) for layer in facts.cache if layer.layer == number]
+
+
+def _page(layer: CacheLayer) -> CacheLayer:
+    """Returns a cache without the numbers that count within one model."""
+    return replace(layer, layer=0, form=0)
+
+
+def stage(
+    job: Mapping[str, Any], tensor_parallel_size: int, rank: int, partition: Sequence[int]
+) -> tuple[int, tuple[CacheLayer, ...]]:
+    """Returns the bytes of all parameters of one stage of a pipeline, and its caches. Raises what vLLM raises."""
+    with vllm.stage_of_pipeline(rank, partition):
+        model, config = _model(job, tensor_parallel_size, {"pipeline_parallel_size": len(partition)})
+        specs = vllm.cache_specs(config)
+    return sum(map(size_of, model.parameters())), cache_layers(specs, config, Parts.of(model, config, specs).numbers)
+
+
+def _model(job: Mapping[str, Any], tensor_parallel_size: int, more: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    """Returns the model without storage, and vLLM's configuration of it, with `more` arguments than those of the job. A
+    model that reads numbers from its own tables is built again with these tables."""
     arguments = {name: job[name] for name in SETTINGS if job.get(name) is not None}
     arguments |= {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size} | job.get("engine_args", {})
+    arguments |= more or {}
     config = vllm.engine_config(arguments)
     try:
         return vllm.model_without_storage(config, tensor_parallel_size), config

@@ -9,7 +9,7 @@ vLLM 0.32, and for a process that does nothing else.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,6 +166,28 @@ def model_without_storage(config: VllmConfig, tensor_parallel_size: int, has_rea
         without_storage(has_real_tables),
     ):
         return initialize_model(config)
+
+
+@contextmanager
+def stage_of_pipeline(rank: int, partition: Sequence[int]) -> Iterator[None]:
+    """Lets models that are built inside be the stage `rank` of a pipeline whose stages have so many layers.
+
+    Uses `vllm.distributed.parallel_state.get_pp_group` with its fields `rank`, `ranks`, `rank_in_group` and
+    `world_size`, and the variable `VLLM_PP_LAYER_PARTITION`; seen in vLLM 0.32.
+    """
+    from vllm.distributed import parallel_state
+
+    group = parallel_state.get_pp_group()
+    alone = {name: getattr(group, name) for name in ("rank", "ranks", "rank_in_group", "world_size")}
+    os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, partition))
+    group.rank = group.rank_in_group = rank
+    group.ranks, group.world_size = list(range(len(partition))), len(partition)
+    try:
+        yield
+    finally:
+        del os.environ["VLLM_PP_LAYER_PARTITION"]
+        for name, value in alone.items():
+            setattr(group, name, value)
 
 
 def cache_specs(config: VllmConfig) -> dict[str, CacheSpec]:
