@@ -7,7 +7,7 @@ from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
 from serve_app.planning.fit import ModelRequest, gib
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
-from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, changed, rung, values_below
+from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladder, changed, rung, values_below
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
 from serve_app.planning.planner import ONLY_GPU
@@ -60,9 +60,11 @@ def backend_of(config: ModelConfig) -> Backend:
 def _own(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladder]:
     """Yields what a model needs at least, or has at most."""
     missing = next((found.missing_bytes for found in trial.plan.problems if found.model == request.name), 0)
-    if code == "small_cache" and request.config.kv_cache_memory_bytes is not None:
-        needed = -(-(request.config.kv_cache_memory_bytes + missing) // MIB)
-        yield Ladder(price.OWN, [rung("kv_cache_memory_bytes", f"{needed}MiB")])
+    if code == "small_cache" and (now := request.config.kv_cache_memory_bytes) is not None:
+        needed = -(-(now + missing) // MIB)  # More cards need less, so the smaller values are tried too.
+        sizes = range(needed, now // MIB, -max(1, missing // MIB // MOST_RUNGS))
+        rungs = [rung("kv_cache_memory_bytes", f"{size}MiB") for size in reversed(sizes)]
+        yield Ladder(price.OWN, rungs, climbs=True)
     own = request.own_length
     if code == "max_model_len":
         yield Ladder(price.OWN, [rung("max_model_len", own)])
