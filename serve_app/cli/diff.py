@@ -11,6 +11,7 @@ from serve_app.cli.engine_args import doubtful_engine_args
 from serve_app.cli.plan.plan import plan_of_file
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import read_applications
+from serve_app.planning.resolve import fix_lines, joint_lines
 
 MARKS = {"starts": "+", "stops": "-", "restarts": "!", "changes in place": "~", "stays as it is": " "}
 
@@ -37,8 +38,9 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
     except ConfigError as error:
         raise ConfigError(f"the new file cannot be planned: {error}") from None
     for problem in made.problems:
-        cure = f" Smallest fix: {problem.fix.text}." if problem.fix is not None else ""
-        print(f"does not fit: {problem.model}: {problem.message}{cure}")
+        print(f"does not fit: {problem.model}: {problem.message}")
+        print("".join(f"      {line}\n" for line in fix_lines(problem.fixes)), end="")
+    print("".join(f"{line}\n" for line in joint_lines(made.joint_fixes)), end="")
     if made.fits:
         print("The new file's models fit together.")
     return 0 if made.fits else 1

@@ -250,10 +250,10 @@ def planned(choice: Choice, questions: Questions, show: Callable[[Plan], None]) 
     for _ in range(MOST_FIXES):
         made = _plan(choice)
         show(made)
-        fix = next((problem.fix for problem in made.problems if problem.fix is not None), None)
-        if made.fits or fix is None or fix.field in NOT_ARGS:
+        fix = next((fix for problem in made.problems for fix in problem.fixes), None)
+        if made.fits or fix is None or any(change.field in NOT_ARGS for change in fix.changes):
             break
-        if not questions.agrees(f"Take the smallest fix, {fix.text}?"):
+        if not questions.agrees(f"Take the first fix, {fix.text}? It loses {fix.loses or 'nothing'}."):
             break
         choice = cured(choice, fix)
     return made, choice
@@ -272,11 +272,17 @@ def _plan(choice: Choice) -> Plan:
 
 def cured(choice: Choice, fix: Fix) -> Choice:
     """Returns the choice with a cure of the plan."""
-    if fix.field == "infer_backend":
-        return replace(choice, backend=str(fix.value))
-    if fix.field == "max_model_len":
-        return replace(choice, max_model_len=int(fix.value))
-    return replace(choice, more={**(choice.more or {}), fix.field: fix.value})
+    for change in fix.changes:
+        if change.field == "infer_backend":
+            choice = replace(choice, backend=str(change.value))
+        elif change.field == "max_model_len":
+            choice = replace(choice, max_model_len=int(change.value))
+        elif change.field == "device":
+            choice = replace(choice, gpus=CPU)
+        else:
+            more = {**(choice.more or {}), change.field: change.value}
+            choice = replace(choice, more={name: value for name, value in more.items() if value is not None})
+    return choice
 
 
 COMMENTS = {

@@ -199,7 +199,7 @@ def _add_init(commands: Any) -> None:
     making = commands.add_parser(
         "init",
         help="writes a config file for a model after the plan has accepted it",
-        description="Asks up to five questions, plans the model, offers the smallest fix if it does not fit, and "
+        description="Asks up to five questions, plans the model, offers a fix if it does not fit, and "
         "writes the file. Each flag answers a question. Exits 0 if the file was written, 1 if the model does not "
         "fit, 2 if the input is wrong.",
     )
@@ -212,7 +212,7 @@ def _add_init(commands: Any) -> None:
     where.add_argument("--device", choices=["cpu"], help="run on the CPU")
     making.add_argument("--max-model-len", type=int, help="tokens of prompt and answer together")
     making.add_argument("--port", type=_port, default=8000)
-    making.add_argument("--yes", action="store_true", help="ask nothing, and take the defaults and the smallest fix")
+    making.add_argument("--yes", action="store_true", help="ask nothing, and take the defaults and the first fix")
     making.add_argument("--force", action="store_true", help="replace a file that exists already")
 
 

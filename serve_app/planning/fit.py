@@ -13,7 +13,7 @@ from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
-from serve_app.planning.layer_map import BlockGroup, LayerMap, blocks_of, map_layers
+from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
@@ -258,6 +258,14 @@ class ModelRequest:
             stored = self.pt_facts.weights
         return max((size * rank.weights for size, rank in ranks.items()), default=stored)
 
+    def blocks(self, copies_tied: bool) -> list[Block]:
+        """Returns the blocks of pt's layer map, as `blocks_of` does."""
+        key = ("blocks", self.element_bytes, copies_tied)
+        if key not in self.memo:
+            self.memo[key] = blocks_of(self.tensors, self.architecture, self.element_bytes, self.pt_facts, copies_tied)
+        found: list[Block] = self.memo[key]
+        return found
+
 
 @dataclass(frozen=True)
 class Shortage:
@@ -392,7 +400,7 @@ def fit_pt(
     free."""
     rows = request.pt_rows
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
-    blocks = blocks_of(request.tensors, request.architecture, request.element_bytes, request.pt_facts, on_cpu)
+    blocks = request.blocks(copies_tied=on_cpu)
     overheads = [_pt_overhead(request, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
@@ -493,6 +501,8 @@ def _most_tokens(
     elif not first[0].is_gpu:
         most = min(most, max(least, int(min(PT_CPU_KV_BYTES, PT_CPU_KV_SHARE * first[1]) // per_token)))
     low, high = least, most
+    if low < high and keeps(high):  # Most small models have room for all.
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if keeps(middle) else (low, middle - 1)

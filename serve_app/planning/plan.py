@@ -87,61 +87,117 @@ _MODEL_FIELDS = (
 
 
 @dataclass(frozen=True)
-class Fix:
-    """This is the smallest change that was found to help, tried by planning again. `saves_bytes` is of the fullest
-    rank."""
+class Change:
+    """This is one line of a model's `args` with its new value, or with None a line to leave out.
+
+    `num_replicas` is under `deployments`, and `gpus` is no line but a card: `{"size": "16GiB", "node": "n1"}` is one
+    more, and `{"size": "24GiB", "instead_of": "n1:0"}` replaces one.
+    """
 
     field: str
     value: Any
-    saves_bytes: int = 0
 
     @property
     def text(self) -> str:
-        """Returns the line to write into the model's `args`, or what to do if it is not a line."""
+        """Returns the line to write, or what to do if it is not a line."""
         if self.field == "gpus":
-            return f"one more GPU of {self.value} on each node"
-        if self.field == "infer_backend":
-            return f"infer_backend: {self.value}, without vLLM's own fields"
+            card = f"{self.value['size'].removesuffix('GiB')} GiB card"
+            if "node" in self.value:
+                return f"one more {card} on {self.value['node']}"
+            return f"a {card} instead of {self.value['instead_of']}"
+        if self.value is None:
+            return f"leave out {self.field}"
         if self.field == "num_replicas":
             return f"num_replicas (or min_replicas): {self.value}, under deployments"
-        if self.field == "quantization":
-            return f"quantization: {self.value}, which saves {self.saves_bytes / 2**30:.2f} GiB of weights"
         return f"{self.field}: {_yaml(self.value)}"
+
+
+@dataclass(frozen=True)
+class Fix:
+    """These are changes of one model that were found to help together, tried by planning again.
+
+    None of them can be left out, and none can be a step smaller. `price` orders fixes by what they cost the user, by
+    the table in `fixes/price.py`. `loses` is empty if the fix takes nothing away. `model` is empty for a card.
+    """
+
+    model: str
+    changes: tuple[Change, ...]
+    price: int = 0
+    loses: str = ""
+    gains: str = ""
+
+    @property
+    def text(self) -> str:
+        """Returns what to write or to do, on one line."""
+        kept = [change.text for change in self.changes if change.value is not None]
+        dropped = [change.field for change in self.changes if change.value is None]
+        if not kept:
+            return f"leave out {', '.join(dropped)}"
+        return ", ".join(kept) + (f", without {', '.join(dropped)}" if dropped else "")
+
+    @property
+    def effect(self) -> str:
+        """Returns what is lost and gained, as text for one line."""
+        if self.changes[0].field == "gpus":
+            return f"gains: {self.gains}"
+        return f"loses {self.loses or 'nothing'}; gains: {self.gains}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as `serve-app plan --json` prints it. `field` and `value` are those of its first change."""
+        first = self.changes[0]
+        return {
+            "model": self.model,
+            "field": first.field,
+            "value": first.value,
+            "changes": [{"field": change.field, "value": change.value} for change in self.changes],
+            "text": self.text,
+            "loses": self.loses,
+            "gains": self.gains,
+        }
 
 
 def _yaml(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
     return str(value)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """This is the reason why a model cannot be placed, and what would help. `missing_bytes` are on the devices that
-    came nearest."""
+    """This is the reason why a model cannot be placed, and what would help, the cheapest for the user first.
+
+    `missing_bytes` are on the devices that came nearest.
+    """
 
     code: str
     model: str
     message: str
     missing_bytes: int = 0
-    fix: Fix | None = None
+    fixes: tuple[Fix, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as `serve-app plan --json` prints it."""
-        fix = None
-        if self.fix is not None:
-            fix = {"field": self.fix.field, "value": self.fix.value, "saves_bytes": self.fix.saves_bytes}
+        """Returns it as `serve-app plan --json` prints it. `fix` is the first of the fixes."""
         plain = {name: getattr(self, name) for name in ("code", "model", "message", "missing_bytes")}
-        return {**plain, "fix": fix}
+        fixes = [fix.to_json() for fix in self.fixes]
+        return {**plain, "fix": fixes[0] if fixes else None, "fixes": fixes}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """This is the plan of all models on all devices."""
+    """This is the plan of all models on all devices.
+
+    `joint_fixes` make all models fit together, with at most one fix for each. `placements` were tried to make the plan.
+    `is_search_cut` says that the search for fixes reached its bound, so there may be more or cheaper ones.
+    """
 
     devices: tuple[Device, ...]
     models: tuple[ModelPlan, ...]
     problems: tuple[Problem, ...]
+    joint_fixes: tuple[Fix, ...] = ()
+    placements: int = field(default=0, compare=False)
+    is_search_cut: bool = False
 
     @property
     def fits(self) -> bool:
@@ -150,7 +206,17 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Returns what holds for the whole plan. Ray gives any free GPU of a node, and does not look at sizes."""
+        """Returns what holds for the whole plan."""
+        return [*self._sizes_note(), *self._search_note()]
+
+    def _search_note(self) -> list[str]:
+        if not self.is_search_cut:
+            return []
+        return ["The search for fixes reached its bound, so there may be more or cheaper ones than those shown."]
+
+    def _sizes_note(self) -> list[str]:
+        """Returns a warning if Ray may give a model another GPU than planned. It gives any free GPU of a node, and does
+        not look at sizes."""
         totals: dict[str, set[int]] = {}
         for device in self.devices:
             if device.is_gpu and not device.by_index:
@@ -195,4 +261,5 @@ class Plan:
             "gpus": devices,
             "models": [model.to_json() for model in self.models],
             "problems": [problem.to_json() for problem in self.problems],
+            "joint_fixes": [fix.to_json() for fix in self.joint_fixes],
         }

@@ -17,6 +17,10 @@ from serve_app.planning.resource_demand import native_share
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
+# A placement of pt maps its layers about twenty times, so for so many layers it counts as so many of vLLM's.
+PT_PLACEMENTS, PT_LAYERS = 10, 64
+# To look through so many devices for places costs as much as one placement.
+DEVICES_PER_PLACEMENT = 16
 
 # With these words ends a message that names the cure itself.
 RUN_ON_CPU = "to run it on the CPU."
@@ -74,6 +78,13 @@ class State:
         return State(used, self.whole | whole, shares, {**self.homes, plan.name: Home(indices, nodes)})
 
 
+@dataclass
+class Tally:
+    """Counts the placements that were tried, since this is what a plan costs. One of pt costs more than one of vLLM."""
+
+    placements: int = 0
+
+
 @dataclass(frozen=True)
 class Placed:
     """Describes a way to place a replica."""
@@ -85,27 +96,65 @@ class Placed:
 def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int = MOST_TRIES) -> Plan:
     """Returns a plan of all replicas. One that finds no place is a problem, without a fix yet (`fixes.with_fixes`)."""
     inventory = with_accounting(requests, inventory)
-    calibrated = (
-        replace(request, calibrations=inventory.calibrations, engine_versions=inventory.engine_versions)
-        for request in requests
-    )
-    units = sorted(
-        (replace(request, replicas=number) for request in calibrated for number in range(max(1, request.replicas))),
-        key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),
-    )
-    placed = _search(units, inventory, tries)
+    units = _units(requests, inventory)
+    tally = Tally()
+    placed = _search(units, inventory, tries, tally)
     if placed is not None:
-        return _plan(placed, [], inventory)
+        return _plan(placed, [], inventory, tally)
     models, problems, state = [], [], State()
     for unit in units:
-        found, shortage = _first(unit, inventory, state)
+        found, shortage = _first(unit, inventory, state, tally)
         if found is None:
             assert shortage is not None
             problems.append(Problem(shortage.code, unit.name, shortage.message, shortage.missing))
         else:
             models.append(found.plan)
             state = found.state
-    return _plan(models, problems, inventory)
+    return _plan(models, problems, inventory, tally)
+
+
+def _units(requests: Sequence[ModelRequest], inventory: Inventory) -> list[ModelRequest]:
+    """Returns the replicas in the order in which they are placed. `replicas` is the number of each one."""
+    calibrated = (
+        replace(request, calibrations=inventory.calibrations, engine_versions=inventory.engine_versions)
+        for request in requests
+    )
+    return sorted(
+        (replace(request, replicas=number) for request in calibrated for number in range(max(1, request.replicas))),
+        key=lambda unit: (not unit.config.max_memory, _is_unbounded(unit), -unit.weights, unit.name, unit.replicas),
+    )
+
+
+def state_beside(plan: Plan, name: str, inventory: Inventory) -> State:
+    """Returns what the models of a plan but one have taken."""
+    state = State()
+    for model in plan.models:
+        if model.name != name:
+            devices = [rank.device for rank in model.ranks]
+            share = 0.0 if devices[0].by_index else native_share(model.config, inventory)
+            state = state.with_plan(model, devices, share)
+    return state
+
+
+def fits_beside(request: ModelRequest, state: State, inventory: Inventory, tally: Tally) -> bool:
+    """Returns whether all replicas of a model find a place beside what is taken already. The inventory says how Ray
+    counts its GPUs."""
+    for unit in _units([request], inventory):
+        found, _ = _first(unit, inventory, state, tally)
+        if found is None:
+            return False
+        state = found.state
+    return True
+
+
+def as_counted(inventory: Inventory, plan: Plan) -> Inventory:
+    """Returns the inventory with the kind of accounting of a plan."""
+    by_index = {device.node: device.by_index for device in plan.devices if device.is_gpu}
+    devices = (
+        replace(device, by_index=by_index[device.node]) if device.is_gpu and device.node in by_index else device
+        for device in inventory.devices
+    )
+    return replace(inventory, devices=tuple(devices))
 
 
 def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> Inventory:
@@ -126,26 +175,31 @@ def _is_unbounded(unit: ModelRequest) -> bool:
     return config.infer_backend != "pt" and all(bound is None for bound in bounds)
 
 
-def _plan(models: Sequence[ModelPlan], problems: Sequence[Problem], inventory: Inventory) -> Plan:
+def _plan(models: Sequence[ModelPlan], problems: Sequence[Problem], inventory: Inventory, tally: Tally) -> Plan:
     ordered = sorted(models, key=lambda model: (model.name, model.replica))
-    return Plan(inventory.devices, tuple(ordered), tuple(dict.fromkeys(problems)))
+    return Plan(inventory.devices, tuple(ordered), tuple(dict.fromkeys(problems)), placements=tally.placements)
 
 
-def _search(units: Sequence[ModelRequest], inventory: Inventory, tries: int) -> list[ModelPlan] | None:
+def _search(units: Sequence[ModelRequest], inventory: Inventory, tries: int, tally: Tally) -> list[ModelPlan] | None:
     """Searches depth first over the ways to place each unit. Returns None if there is no way or the tries are used
     up."""
     ways: list[Iterator[Placed]] = []
     placed: list[Placed] = []
+    stuck: set[int] = set()
     for _ in range(tries + len(units)):
         if len(placed) == len(units):
             return [item.plan for item in placed]
         if len(ways) == len(placed):
             state = placed[-1].state if placed else State()
-            ways.append(_ways(units[len(placed)], inventory, state))
+            ways.append(_ways(units[len(placed)], inventory, state, tally))
         found = next(ways[-1], None)
         if found is not None:
             placed.append(found)
             continue
+        if len(placed) not in stuck:  # A unit that has no place on empty devices has none anywhere.
+            stuck.add(len(placed))
+            if next(_ways(units[len(placed)], inventory, State(), tally), None) is None:
+                return None
         ways.pop()  # No way is left here, so the one before has to go elsewhere.
         if not placed:
             return None
@@ -153,9 +207,11 @@ def _search(units: Sequence[ModelRequest], inventory: Inventory, tries: int) -> 
     return [item.plan for item in placed] if len(placed) == len(units) else None
 
 
-def _first(unit: ModelRequest, inventory: Inventory, state: State) -> tuple[Placed | None, Shortage | None]:
+def _first(
+    unit: ModelRequest, inventory: Inventory, state: State, tally: Tally
+) -> tuple[Placed | None, Shortage | None]:
     best: Shortage | None = None
-    for item in _attempts(unit, inventory, state):
+    for item in _attempts(unit, inventory, state, tally):
         if isinstance(item, Placed):
             return item, None
         if best is None or item.missing < best.missing:
@@ -163,13 +219,14 @@ def _first(unit: ModelRequest, inventory: Inventory, state: State) -> tuple[Plac
     return None, best or Shortage("no_device", _no_device(unit, inventory), 0)
 
 
-def _ways(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Placed]:
-    return (item for item in _attempts(unit, inventory, state) if isinstance(item, Placed))
+def _ways(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) -> Iterator[Placed]:
+    return (item for item in _attempts(unit, inventory, state, tally) if isinstance(item, Placed))
 
 
-def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterator[Placed | Shortage]:
+def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) -> Iterator[Placed | Shortage]:
     """Yields all ways to place a unit, the best first, and the reasons why the others fail."""
     is_auto = unit.config.infer_backend == "auto"
+    looks = 1 + len(inventory.devices) // DEVICES_PER_PLACEMENT
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
         if request.missing_facts:
@@ -186,8 +243,15 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State) -> Iterato
             for seats in _seats(request, inventory, state)
             if not is_auto or choice.config.infer_backend == "pt" or _is_unused(seats, state)
         ]
+        tally.placements += looks + len(found) * _cost(request)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
         yield from (item for item in found if isinstance(item, Shortage))
+
+
+def _cost(request: ModelRequest) -> int:
+    """Returns what a placement costs, in placements of vLLM."""
+    layers = len(request.architecture.layers)
+    return 1 if request.config.infer_backend != "pt" else max(PT_PLACEMENTS, layers * PT_PLACEMENTS // PT_LAYERS)
 
 
 def _leftover(placed: Placed) -> tuple[int, str]:
@@ -271,7 +335,8 @@ def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
     if not devices[0].is_gpu:
         return [memory.get("cpu", devices[0].total_bytes)]
     if config.gpu_indices and memory:
-        return [memory[index] for index in config.gpu_indices]
+        caps = [memory[index] for index in config.gpu_indices]
+        return caps + [0] * (len(devices) - len(caps))  # num_gpus may be more than max_memory names.
     return [int((config.share or 1.0) * device.total_bytes) for device in devices]
 
 

@@ -1,5 +1,6 @@
 """Turns a plan into the config of a replica: it writes down what was chosen, and refuses what cannot fit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
@@ -11,7 +12,7 @@ from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import MIB
-from serve_app.planning.plan import ModelPlan, Plan
+from serve_app.planning.plan import Fix, ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resource_demand import Demand, planned_demand
 
@@ -94,12 +95,22 @@ def kv_blocks(model: ModelPlan) -> int | None:
 
 
 def problem_text(plan: Plan) -> str:
-    """Returns the problems of a plan with their fixes, with a line for each."""
-    lines = []
-    for problem in plan.problems:
-        cure = f" Smallest fix: {problem.fix.text}." if problem.fix is not None else ""
-        lines.append(problem.message + cure)
-    return "\n".join(lines)
+    """Returns the problems of a plan, with a line for each and one for each of its fixes, and the joint fixes."""
+    lines = [line for problem in plan.problems for line in (problem.message, *fix_lines(problem.fixes))]
+    return "\n".join([*lines, *joint_lines(plan.joint_fixes)])
+
+
+def fix_lines(fixes: Sequence[Fix]) -> list[str]:
+    """Returns a line for each fix of a problem, with what it loses and gains."""
+    return [f"{'Or' if number else 'Fix'}: {fix.text} ({fix.effect})." for number, fix in enumerate(fixes)]
+
+
+def joint_lines(fixes: Sequence[Fix]) -> list[str]:
+    """Returns the lines that say which fixes make all models fit together."""
+    if not fixes:
+        return []
+    named = [f"{fix.model}: {fix.text}" if fix.model else fix.text for fix in fixes]
+    return [f"All models fit with: {'; '.join(named)}."]
 
 
 def pinned(model: ModelPlan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.serve_file import read_applications
-from serve_app.planning.plan import Fix, Plan
+from serve_app.planning.plan import Change, Fix, Plan
 
 T = TypeVar("T")
 QWEN = str(Path(__file__).parents[1] / "planning/configs/qwen2-7b")
@@ -165,7 +165,7 @@ def test_the_smallest_fix_is_offered_and_taken() -> None:
     made, settled = planned(choice, questions, shown.append)
     assert made.fits
     assert settled != choice
-    assert questions.asked[0].startswith("Take the smallest fix, ")
+    assert questions.asked[0].startswith("Take the first fix, ")
     assert [plan.fits for plan in shown] == [False, True]
     made, settled = planned(choice, Scripted(agree=False), shown.append)
     assert not made.fits
@@ -175,9 +175,13 @@ def test_the_smallest_fix_is_offered_and_taken() -> None:
 def test_each_kind_of_cure_becomes_its_field() -> None:
     """Of the backend, of the length, and any other."""
     choice = Choice("m", "n", "vllm", None, 100)
-    assert cured(choice, Fix("infer_backend", "pt")).backend == "pt"
-    assert cured(choice, Fix("max_model_len", 64)).args()["max_model_len"] == 64
-    assert cured(choice, Fix("quantization", "fp8")).args()["quantization"] == "fp8"
+    assert cured(choice, Fix("n", (Change("infer_backend", "pt"),))).backend == "pt"
+    assert cured(choice, Fix("n", (Change("max_model_len", 64),))).args()["max_model_len"] == 64
+    assert cured(choice, Fix("n", (Change("quantization", "fp8"),))).args()["quantization"] == "fp8"
+    spread = cured(choice, Fix("n", (Change("max_memory", {0: "3GB"}), Change("max_model_len", 64))))
+    bare = cured(spread, Fix("n", (Change("infer_backend", "pt"), Change("max_memory", None))))
+    assert (spread.args()["max_memory"], spread.max_model_len) == ({0: "3GB"}, 64)
+    assert ("max_memory" in bare.args(), bare.backend) == (False, "pt")
 
 
 def test_without_a_terminal_nothing_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 from serve_app.facts.inventory import Device
 from serve_app.planning.fit import gib
 from serve_app.planning.memory import GIB, Certainty, Figure
-from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
+from serve_app.planning.plan import TERMS, Fix, ModelPlan, Plan, Problem, RankPlan
 from serve_app.planning.planner import RUN_ON_CPU
 
 Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "spare", "others"]
@@ -109,15 +109,25 @@ class ModelNote:
 
 
 @dataclass(frozen=True)
+class FixNote:
+    """This is a change that helps: the model that it belongs to, or nothing for a card, what to write, and what that
+    loses and gains."""
+
+    model: str
+    text: str
+    effect: str
+
+
+@dataclass(frozen=True)
 class ProblemNote:
-    """This is a model that has no place. `fix` is the smallest change that helps, or empty if none was found.
+    """This is a model that has no place. `fixes` are the changes that help, of which the first one costs least.
 
     `names_cure` means that the message itself says what to do.
     """
 
     model: str
     message: str
-    fix: str
+    fixes: tuple[FixNote, ...]
     names_cure: bool = False
 
 
@@ -131,6 +141,7 @@ class Chart:
     bars: tuple[Bar, ...]
     models: tuple[ModelNote, ...]
     problems: tuple[ProblemNote, ...]
+    joint_fixes: tuple[FixNote, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -147,7 +158,8 @@ def chart_of(plan: Plan) -> Chart:
     notes = [BY_INDEX] if any(device.by_index for device in plan.devices) else []
     notes += ["The devices differ so much in size that each bar has a scale of its own."] if own_scales else []
     models, problems = tuple(_model_notes(plan.models)), tuple(map(_problem_note, plan.problems))
-    return Chart(_verdict(plan), plan.fits, (*notes, *plan.notes), tuple(scaled), models, problems)
+    joint = tuple(map(_fix_note, plan.joint_fixes))
+    return Chart(_verdict(plan), plan.fits, (*notes, *plan.notes), tuple(scaled), models, problems, joint)
 
 
 def marked(figure: Figure) -> str:
@@ -208,9 +220,13 @@ def cells(sizes: Sequence[int], width: int) -> list[int]:
 
 
 def _problem_note(problem: Problem) -> ProblemNote:
-    fix = "" if problem.fix is None else problem.fix.text
     names_cure = problem.message.endswith(RUN_ON_CPU)
-    return ProblemNote(printable(problem.model), printable(problem.message), printable(fix), names_cure)
+    fixes = tuple(map(_fix_note, problem.fixes))
+    return ProblemNote(printable(problem.model), printable(problem.message), fixes, names_cure)
+
+
+def _fix_note(fix: Fix) -> FixNote:
+    return FixNote(printable(fix.model), printable(fix.text), printable(fix.effect))
 
 
 def _verdict(plan: Plan) -> str:

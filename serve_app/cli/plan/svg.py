@@ -6,10 +6,23 @@ font, since labels are cut by an estimate and clipped to their blocks.
 
 import textwrap
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 
-from serve_app.cli.plan.chart import CERTAINTIES, LABELS, Bar, Block, Chart, Kind, ProblemNote, cells, chart_of, marked
+from serve_app.cli.plan.chart import (
+    CERTAINTIES,
+    LABELS,
+    Bar,
+    Block,
+    Chart,
+    FixNote,
+    Kind,
+    ProblemNote,
+    cells,
+    chart_of,
+    marked,
+)
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import Plan
 
@@ -66,6 +79,8 @@ def plan_svg(plan: Plan) -> str:
             page.prose(line, 12, "dim", indent=14)
     for problem in chart.problems:
         _problem(page, problem)
+    if chart.joint_fixes:
+        _joint(page, chart.joint_fixes)
     return _document(page, chart)
 
 
@@ -165,22 +180,42 @@ def _block(page: _Page, block: Block, owner: str, x: int, top: float, width: int
 
 
 def _problem(page: _Page, problem: ProblemNote) -> None:
-    """Adds a panel for a problem, in which the fix has a line of its own."""
+    """Adds a panel for a problem, in which each fix has a line of its own."""
+    with _panel(page, "edge"):
+        page.prose(f"{problem.model} has no place", 14, "bad bold", indent=16)
+        page.prose(problem.message, 12, "ink", indent=16, width=INNER - 16)
+        page.space(4)
+        for number, fix in enumerate(problem.fixes):
+            _fix(page, fix, "or: " if number else "fix: ")
+        if not problem.fixes and not problem.names_cure:
+            page.prose("No change was found that would help.", 12, "dim", indent=16)
+
+
+def _joint(page: _Page, fixes: Sequence[FixNote]) -> None:
+    """Adds a panel with the fixes that make all models fit."""
+    with _panel(page, "good"):
+        page.prose("All models fit with", 14, "good bold", indent=16)
+        for fix in fixes:
+            _fix(page, fix, f"{fix.model}: " if fix.model else "")
+
+
+def _fix(page: _Page, fix: FixNote, label: str) -> None:
+    page.prose(f"{label}{fix.text}", 12, "good", indent=16, width=INNER - 16, is_mono=True)
+    page.prose(fix.effect, 12, "dim", indent=32, width=INNER - 32)
+
+
+@contextmanager
+def _panel(page: _Page, edge: str) -> Iterator[None]:
+    """Draws a panel behind what is added within it."""
     page.space(18)
     top, at = page.y, len(page.elements)
     page.space(8)
-    page.prose(f"{problem.model} has no place", 14, "bad bold", indent=16)
-    page.prose(problem.message, 12, "ink", indent=16, width=INNER - 16)
-    page.space(4)
-    if problem.fix:
-        page.prose(f"smallest fix: {problem.fix}", 12, "good", indent=16, width=INNER - 16, is_mono=True)
-    elif not problem.names_cure:
-        page.prose("No small change was found that would help.", 12, "dim", indent=16)
+    yield
     page.space(10)
     height = page.y - top
     page.elements[at:at] = [
         f'<rect class="panel" x="{MARGIN}" y="{top:g}" width="{INNER}" height="{height:g}" rx="6"/>',
-        f'<rect class="edge" x="{MARGIN}" y="{top:g}" width="4" height="{height:g}"/>',
+        f'<rect class="{edge}" x="{MARGIN}" y="{top:g}" width="4" height="{height:g}"/>',
     ]
 
 
@@ -239,7 +274,7 @@ def _sentences(chart: Chart) -> Iterable[str]:
         parts += [f"held by others {gib(bar.others.figure.bytes)}"] if bar.others.figure.bytes else []
         yield f"{bar.title} ({bar.card}): {', '.join(parts)}."
     for problem in chart.problems:
-        yield f"{problem.model} has no place." + (f" Smallest fix: {problem.fix}." if problem.fix else "")
+        yield f"{problem.model} has no place." + (f" Fix: {problem.fixes[0].text}." if problem.fixes else "")
     yield chart.verdict
 
 

@@ -1,4 +1,4 @@
-"""Prints a plan: a bar for each card, the table of figures, the reasons, and each problem with its fix.
+"""Prints a plan: a bar for each card, the table of figures, the reasons, and each problem with its fixes.
 
 In a pipe the text is the same without colours. Rich decides on colours by the terminal, NO_COLOR and TERM. Blocks
 also differ by their signs, so that nothing is said by colour alone.
@@ -14,7 +14,19 @@ from rich.console import Console
 from rich.text import Text
 
 from serve_app.cli.page_console import PageConsole
-from serve_app.cli.plan.chart import CERTAINTIES, LABELS, Bar, Chart, Kind, cells, chart_of, marked, printable, title_of
+from serve_app.cli.plan.chart import (
+    CERTAINTIES,
+    LABELS,
+    Bar,
+    Chart,
+    FixNote,
+    Kind,
+    cells,
+    chart_of,
+    marked,
+    printable,
+    title_of,
+)
 from serve_app.planning.fit import gib
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
 
@@ -72,11 +84,21 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
     for problem in chart.problems:
         lines += [Text(), _rule(f"PROBLEM {problem.model}", width, signs)]
         lines += _wrapped(problem.message, width)
-        if problem.fix:  # People copy the fix, so it stays on one line, however wide it is.
-            lines.append(Text.assemble("    smallest fix: ", (problem.fix, "bold green")))
-        elif not problem.names_cure:
-            lines.append(Text("    No small change was found that would help."))
+        for number, fix in enumerate(problem.fixes):
+            lines += _fix(fix, "or: " if number else "fix: ", width)
+        if not problem.fixes and not problem.names_cure:
+            lines.append(Text("    No change was found that would help."))
+    if chart.joint_fixes:
+        lines += [Text(), _rule("ALL MODELS FIT WITH", width, signs)]
+        for fix in chart.joint_fixes:
+            lines += _fix(fix, f"{fix.model}: " if fix.model else "", width)
     return [*lines, Text(), Text(chart.verdict, "bold green" if chart.fits else "bold red")]
+
+
+def _fix(fix: FixNote, label: str, width: int) -> list[Text]:
+    """Returns a fix and its effect. People copy the fix, so it stays on one line, however wide it is."""
+    line = Text.assemble(f"    {label}", (fix.text, "bold green"))
+    return [line, *_wrapped(fix.effect, width, first=8, indent=8)]
 
 
 def _width(console: Console) -> int:

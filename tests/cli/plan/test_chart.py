@@ -147,7 +147,7 @@ def test_bars_and_prose_are_never_wider_than_the_page(width: int) -> None:
     lines = text_of(plan, width).splitlines()
     bars = bars_of("\n".join(lines))
     assert [len(bar) for bar in bars] == [width, round(width * 8 / 24)]
-    copied = [line for line in lines if "smallest fix: " in line or "ray start" in line]
+    copied = [line for line in lines if line.startswith(("    fix: ", "    or: ")) or "ray start" in line]
     assert copied
     assert all(cell_len(line) <= width for line in lines if line not in copied)
     assert " ".join(plan.problems[0].message.split()) in " ".join(" ".join(lines).split())
@@ -162,7 +162,7 @@ def test_the_order_is_bars_table_reasons_problems() -> None:
         "device     model",
         "large: pt on",
         "PROBLEM ",
-        "smallest fix: ",
+        "    fix: ",
         "1 model does",
     ]
     places = [text.index(mark) for mark in marks]
@@ -263,7 +263,7 @@ def test_the_svg_stands_alone_and_is_accessible() -> None:
     title, description = (named[name] for name in (root.get("aria-labelledby") or "").split())
     assert title == "Memory plan: 1 model does not fit."
     assert "n1:0 (RTX3090, 24.00 GiB): large 1" in (description or "")
-    assert "has no place. Smallest fix: " in (description or "")
+    assert "has no place. Fix: " in (description or "")
     assert not {element.tag.removeprefix(SVG) for element in root.iter()} & {
         "script",
         "image",
@@ -292,10 +292,21 @@ def test_the_svg_shows_the_same_bars_as_the_terminal() -> None:
         expected += [(block.kind.replace("_", "-"), width) for block, width in zip(bar.blocks, widths, strict=True)]
     assert rectangles == expected
     texts = " ".join(" ".join(element.itertext()) for element in root.iter(f"{SVG}text"))
-    assert f"smallest fix: {chart.problems[0].fix}" in texts
+    assert f"fix: {chart.problems[0].fixes[0].text}" in texts
     assert "<b>&\N{REPLACEMENT CHARACTER}[31m has no place" in texts
     hatched = [rectangle for rectangle in root.iter(f"{SVG}rect") if rectangle.get("class") == "hatch"]
     assert len(hatched) == sum(block.figure.certainty == "guessed" for bar in chart.bars for block in bar.blocks)
+
+
+def test_fixes_that_belong_together_are_set_apart() -> None:
+    """Two models share a card only if both say so, in the terminal and in the picture."""
+    plan = planned([small(name, max_model_len=32768) for name in "ab"], "A100-80GB")
+    text = text_of(plan)
+    joint = text[text.index("── ALL MODELS FIT WITH ──") :]
+    assert "    a: num_gpus: 0.5\n        loses 50% of a card; gains: fits on n1:0 " in joint
+    assert "    b: num_gpus: 0.5\n" in joint
+    texts = " ".join(" ".join(element.itertext()) for element in drawn(plan).iter(f"{SVG}text"))
+    assert "All models fit with a: num_gpus: 0.5 loses 50% of a card" in texts
 
 
 def test_svg_is_written_whole_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,44 @@
+"""Says what a change costs the user. A fix of several changes costs their sum.
+
+| price | change | what is lost |
+|---|---|---|
+| 1 | more cards: `tensor_parallel_size`, `num_gpus` | nothing, since the cards are idle |
+| 1 | other cards: the numbers in `gpu_ids` or `max_memory` | nothing |
+| 2 | a higher `max_memory`, or more cards in it | nothing that others use |
+| 2 | a larger share: `num_gpus`, `gpu_memory_utilization` | nothing that others use |
+| 2 | `kv_cache_memory_bytes` for one request, the model's own `max_model_len` | nothing |
+| 3 | no `max_memory`, `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
+| 10 | `kv_cache_dtype: fp8` | a little precision of the KV cache |
+| 11 | a lower `max_num_seqs` | requests that run at once |
+| 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
+| 13 | fewer cards | speed |
+| 14 | no `accelerator_type` | the choice of the card |
+| 100 | `quantization: fp8` | precision of the weights |
+| 110 | `max_model_len`, at least half of it | long requests |
+| 120 | the other backend | speed, or fields of the first one |
+| 130 | `max_model_len`, less than half of it | most of the context |
+| 140 | fewer replicas | requests that run at once, and a spare when one is lost |
+| 1000 | layers on the CPU, by `max_memory` | most of the speed |
+| 1001 | `device: cpu`, where there is no GPU | most of the speed |
+| 10000 | one more card, or a larger one | money |
+
+Prices below 10 lose nothing, those below 100 little, those below 1000 quality or length, and those below 10000 most of
+the speed. A fix with a cheaper worst loss comes first, and so do single changes before pairs with the same worst loss.
+Pairs are tried only where nothing with the same worst loss or less helps alone.
+"""
+
+MORE_CARDS = OTHER_CARDS = 1
+LIMIT = SHARE = OWN = 2
+NO_LIMIT = 3
+KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD = 10, 11, 12, 13, 14
+WEIGHTS_IN_8_BITS, SHORTER, OTHER_BACKEND, MUCH_SHORTER, FEWER_REPLICAS = 100, 110, 120, 130, 140
+SPILL, ON_CPU = 1000, 1001
+CARD = 10_000
+
+# The worst losses, in their order: the prices of each are below these.
+TIERS = (10, 100, 1000, 10_000)
+
+
+def tier_of(price: int) -> int:
+    """Returns the worst loss of one change of this price, from 0 for none to 4 for a card."""
+    return sum(price >= bound for bound in TIERS)

@@ -1,0 +1,201 @@
+"""Searches the changes of one model that make it fit: single fields first, and then pairs of fields."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+
+from serve_app.planning.fixes.ladder import Changes, Ladder, as_lines, changed
+from serve_app.planning.fixes.model_ladders import ladders_of
+from serve_app.planning.fixes.price import TIERS, tier_of
+from serve_app.planning.fixes.trial import Trial
+from serve_app.planning.fixes.wording import gains_of
+from serve_app.planning.plan import Fix, Problem
+
+MOST_FIXES = 3
+# Of a pair of fields with many values that cannot be bisected, so many pairs of values are tried.
+MOST_VALUES = 80
+
+Works = Callable[[Changes], bool]
+
+
+def fixes_of(problem: Problem, trial: Trial, cured: str | None = None) -> tuple[Fix, ...]:
+    """Returns up to three fixes of a problem by its model's own fields, the cheapest first, one for each field.
+
+    With `cured` they are changes of this model that give another one its place.
+    """
+    search = _Search(problem.model, cured or problem.model, problem.code, trial)
+    ladders = sorted(ladders_of(trial.request(problem.model), problem.code, trial), key=lambda ladder: ladder.price)
+    fixes: list[Fix] = []
+    for tier in range(len(TIERS)):
+        search.extend(fixes, [(ladder,) for ladder in ladders if tier_of(ladder.price) == tier])
+        if not fixes:
+            search.extend(fixes, _pairs(ladders, search, tier))
+    return tuple(fixes)
+
+
+def fixes_of_two(problem: Problem, other: str, trial: Trial) -> tuple[Fix, ...]:
+    """Returns one fix of a model and one of another model that together give the first one its place, or nothing.
+
+    Only changes that lose nothing or little are tried.
+    """
+    name = problem.model
+    pairs = [
+        (one, two)
+        for one in _cheap(ladders_of(trial.request(name), problem.code, trial))
+        for two in _cheap(ladders_of(trial.request(other), "no_device", trial))
+    ]
+
+    def works(changes: Changes, beside: Changes) -> bool:
+        return trial.helped(name, {name: changes, other: beside}) is not None
+
+    for one, two in sorted(pairs, key=lambda pair: pair[0].price + pair[1].price):
+        found = least_pair(one, two, works)
+        after = trial.helped(name, {name: found[0], other: found[1]}) if found is not None else None
+        if found is not None and after is not None:
+            gains = gains_of(name, trial.plan, after.plan)
+            return (
+                Fix(name, as_lines(trial.request(name), found[0]), one.price, one.loses(found[0]), gains),
+                Fix(other, as_lines(trial.request(other), found[1]), two.price, two.loses(found[1]), gains),
+            )
+    return ()
+
+
+def _cheap(ladders: Iterable[Ladder]) -> list[Ladder]:
+    return [ladder for ladder in ladders if tier_of(ladder.price) < 2]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """This is the model whose fields are changed, the one that is to get a place, and the trial of both."""
+
+    model: str
+    cured: str
+    code: str
+    trial: Trial
+    known: dict[object, Trial | None] = field(default_factory=dict)
+
+    def works(self, changes: Changes) -> bool:
+        return self.after(changes) is not None
+
+    def works_with(self, changes: Changes, others: Changes) -> bool:
+        return self.works(changes + others)
+
+    def after(self, changes: Changes) -> Trial | None:
+        """Returns the trial with these changes if they help. Each set of changes is planned once."""
+        key = frozenset(map(str, changes))
+        if key not in self.known:
+            self.known[key] = self.trial.helped(self.cured, {self.model: changes})
+        return self.known[key]
+
+    def extend(self, fixes: list[Fix], ways: Iterable[tuple[Ladder, ...]]) -> None:
+        """Adds the fixes by these ladders or pairs of ladders, but no second one of the same fields."""
+        for ladders in ways:
+            if len(fixes) >= MOST_FIXES:
+                return
+            single = len(ladders) == 1
+            changes = least(ladders[0], self.works) if single else least_pair(ladders[0], ladders[1], self.works_with)
+            fix = None if changes is None else self._fix(ladders, changes)
+            if fix is not None and _kind(fix) not in map(_kind, fixes):
+                fixes.append(fix)
+
+    def _fix(self, ladders: Sequence[Ladder], changes: Sequence[Changes]) -> Fix | None:
+        lines = as_lines(self.trial.request(self.model), sum(changes, ()))
+        after = self.after(sum(changes, ()))
+        if after is None:
+            return None
+        loses = " and ".join(filter(None, (ladder.loses(part) for ladder, part in zip(ladders, changes, strict=True))))
+        gains = gains_of(self.cured, self.trial.plan, after.plan)
+        return Fix(self.model, lines, sum(ladder.price for ladder in ladders), loses, gains)
+
+
+def _kind(fix: Fix) -> object:
+    return frozenset((change.field, change.value is None) for change in fix.changes)
+
+
+def least(ladder: Ladder, works: Works) -> tuple[Changes] | None:
+    """Returns the smallest change of a ladder that works, or None if none does."""
+    for part in ladder.parts:
+        found = _climb(part, works)
+        if found is not None:
+            return (_polished(ladder, found, works),)
+    return None
+
+
+def least_pair(
+    first: Ladder, second: Ladder, works: Callable[[Changes, Changes], bool]
+) -> tuple[Changes, Changes] | None:
+    """Returns the smallest changes of two ladders that work together, or None if there are none. The costlier one is
+    as small as can be, and then the other."""
+    if second.price > first.price:
+        swapped = least_pair(second, first, lambda one, two: works(two, one))
+        return None if swapped is None else (swapped[1], swapped[0])
+    together = sorted(
+        ((i + j, abs(i - j), one, two) for i, one in enumerate(first.parts) for j, two in enumerate(second.parts)),
+        key=lambda item: item[:2],
+    )
+    for *_, one, two in islice(together, MOST_VALUES):
+        if works(one[-1], two[-1]):
+            large = _least_beside(first, one, partial(_with_second, works, two[-1]))
+            return large, _least_beside(second, two, partial(works, large))
+    return None
+
+
+def _with_second(works: Callable[[Changes, Changes], bool], second: Changes, first: Changes) -> bool:
+    return works(first, second)
+
+
+def _least_beside(ladder: Ladder, rungs: Sequence[Changes], works: Works) -> Changes:
+    """Returns the smallest of these rungs that works, if the last one does."""
+    return _polished(ladder, _bisected(rungs, works), works)
+
+
+def _climb(rungs: Sequence[Changes], works: Works) -> Changes | None:
+    """Returns the first rung that works. If the last one does not, those at ever greater distances are tried, since a
+    change that is too large may harm others."""
+    if works(rungs[-1]):
+        return _bisected(rungs, works)
+    before, distance = -1, 1
+    while distance < len(rungs):
+        if works(rungs[distance - 1]):
+            return _bisected(rungs[before + 1 : distance], works)
+        before, distance = distance - 1, 2 * distance
+    return None
+
+
+def _bisected(rungs: Sequence[Changes], works: Works) -> Changes:
+    """Returns the first rung that works, if the last one does."""
+    low, high = 0, len(rungs) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if works(rungs[middle]) else (middle + 1, high)
+    return rungs[low]
+
+
+def _polished(ladder: Ladder, found: Changes, works: Works) -> Changes:
+    """Returns the change when no step less in any direction works."""
+    smaller = next((changes for changes in ladder.smaller(found) if works(changes)), None)
+    while smaller is not None:
+        found = smaller
+        smaller = next((changes for changes in ladder.smaller(found) if works(changes)), None)
+    return found
+
+
+def _pairs(ladders: Sequence[Ladder], search: _Search, tier: int) -> list[tuple[Ladder, Ladder]]:
+    """Returns the pairs of fields of which the worse loss is `tier`, the cheapest first."""
+    near = [ladder for ladder in ladders if tier_of(ladder.price) <= tier]
+    pairs = [
+        (first, second)
+        for number, first in enumerate(near)
+        for second in (_after(first, search) if first.opens else near[number + 1 :])
+        if max(tier_of(first.price), tier_of(second.price)) == tier
+        and not first.fields & second.fields
+        and not (second.opens and not first.opens)
+    ]
+    return sorted(pairs, key=lambda pair: pair[0].price + pair[1].price)
+
+
+def _after(first: Ladder, search: _Search) -> Iterator[Ladder]:
+    """Yields what can be changed after a change that opens others."""
+    opened = changed(search.trial.request(search.model), first.rungs[0])
+    return iter(()) if opened is None else ladders_of(opened, search.code, search.trial)
