@@ -22,9 +22,7 @@ def main() -> None:
     """Asks and writes. Says how many answers there are, and which have none."""
     questions = shipped_questions()
     found = answers(questions, [None for _ in questions], print)
-    kept = {
-        question.key: answer.to_json() for question, answer in zip(questions, found, strict=True) if answer.facts
-    }
+    kept = {question.key: answer.to_json() for question, answer in zip(questions, found, strict=True) if answer.facts}
     for question, answer in zip(questions, found, strict=True):
         if answer.facts is None:
             print(f"{question.engine} {question.config.get('model_type')}: {answer.problem}", file=sys.stderr)

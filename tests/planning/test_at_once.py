@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from serve_app.facts.inventory import parse_gpus
 from serve_app.planning.fit import AtOnce, ModelRequest
+from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.pt_kv_buffers import budget_for, full_length_requests
@@ -68,3 +69,21 @@ def test_an_explicit_cache_that_is_too_small_is_named(backend: str) -> None:
     missing = plan.problems[0].missing_bytes + 2**30
     more = request(infer_backend=backend, max_model_len=4096, kv_cache_memory_bytes=f"{missing / 1000:.3f}KB")
     assert planned(more, "24GiB", AtOnce(20, 4096)).fits
+
+
+@pytest.mark.parametrize(
+    ("backend", "at_once", "fix"),
+    [
+        ("pt", AtOnce(400, 100), "max_num_seqs: 400"),
+        ("vllm", AtOnce(4, 9000), "max_model_len: 9000"),
+        ("vllm", AtOnce(30, 4096), "tensor_parallel_size: 2"),
+    ],
+)
+def test_a_fix_is_for_what_was_asked(backend: str, at_once: AtOnce, fix: str) -> None:
+    """And it holds it."""
+    asked = replace(request(infer_backend=backend, max_model_len=4096), at_once=at_once)
+    inventory = parse_gpus("20GiB,20GiB" if backend == "vllm" else "80GiB")
+    plan = with_fixes(make_plan([asked], inventory), [asked], inventory)
+    assert fix in [found.text for found in plan.problems[0].fixes]
+    changed, _ = apply(plan.problems[0].fixes[0], asked, inventory)
+    assert make_plan([changed], inventory).fits

@@ -65,9 +65,12 @@ def _own(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladder]:
         sizes = range(needed, now // MIB, -max(1, missing // MIB // MOST_RUNGS))
         rungs = [rung("kv_cache_memory_bytes", f"{size}MiB") for size in reversed(sizes)]
         yield Ladder(price.OWN, rungs, climbs=True)
-    own = request.own_length
+    wanted = request.at_once
+    if code == "max_num_seqs" and wanted is not None:
+        yield Ladder(price.OWN, [rung("max_num_seqs", wanted.requests)])
     if code == "max_model_len":
-        yield Ladder(price.OWN, [rung("max_model_len", own)])
+        is_short = wanted is not None and request.max_model_len < wanted.tokens
+        yield Ladder(price.OWN, [rung("max_model_len", wanted.tokens if wanted and is_short else request.own_length)])
 
 
 def _less_cache(request: ModelRequest) -> Iterator[Ladder]:

@@ -6,7 +6,7 @@
 | 1 | other cards: the numbers in `gpu_ids` or `max_memory` | nothing |
 | 2 | a higher `max_memory`, or more cards in it | nothing that others use |
 | 2 | a larger share: `num_gpus`, `gpu_memory_utilization` | nothing that others use |
-| 2 | `kv_cache_memory_bytes` for one request, the model's own `max_model_len` | nothing |
+| 2 | `kv_cache_memory_bytes`, `max_num_seqs` and `max_model_len` for what is asked for | nothing |
 | 3 | no `max_memory`, `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
 | 10 | `kv_cache_dtype: fp8` | a little precision of the KV cache |
 | 11 | a lower `max_num_seqs` | requests that run at once |
