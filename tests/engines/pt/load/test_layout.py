@@ -12,7 +12,8 @@ from serve_app.engines import model_facts as asking
 from serve_app.engines.pt.load.block_names import block_names
 from serve_app.engines.pt.load.layout import layout_of, read_config
 from serve_app.engines.pt.model_facts import answer
-from serve_app.facts.engine_facts import PtFacts, Question, facts_from_json
+from serve_app.facts.engine_facts import PtFacts, facts_from_json
+from serve_app.facts.known_facts import Question
 from tests.engines.pt.tiny_models import CONFIGS, VOCABULARY, tiny_model
 
 CODE = """
@@ -119,7 +120,7 @@ def test_code_of_a_model_runs_only_when_it_is_allowed(tmp_path: Path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_process_answers_each_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that cannot be answered does not hold up the others, and the answers are kept."""
+    """One that cannot be answered does not hold up the others, and the answers are kept, the refusal too."""
     monkeypatch.setenv("SERVE_APP_CACHE", str(tmp_path))
     configs: list[dict[str, Any]] = [CONFIGS["llama"].to_dict(), {"model_type": "t5"}, CONFIGS["mamba2"].to_dict()]
     questions = [Question("pt", "5.19", config, {"dtype": "float32"}) for config in configs]
@@ -131,4 +132,4 @@ def test_the_process_answers_each_question(tmp_path: Path, monkeypatch: pytest.M
         assert facts == layout_of(CONFIGS[name], torch.float32)
         model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
         assert facts.before + sum(facts.layers) + facts.after == sum(p.nbytes for p in model.parameters())
-    assert len(list(tmp_path.rglob("pt-*.json"))) == 2
+    assert len(list(tmp_path.rglob("pt-*.json"))) == 3
