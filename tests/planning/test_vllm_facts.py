@@ -1,6 +1,8 @@
-"""vLLM's own code says how it lays out public models, without a GPU and without weights, in a process of its own."""
+"""vLLM's own code says how it lays out public models, without a GPU and without weights."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from serve_app.config import ModelConfig
+from serve_app.engines.vllm import model_facts
 from serve_app.facts.architecture import read_architecture
 from serve_app.facts.engine_facts import CacheLayer, EngineFacts, RankFacts, VllmFacts, facts_from_json
 from serve_app.facts.inventory import parse_gpus
@@ -18,8 +21,15 @@ from serve_app.planning.kv_groups import kv_bytes_per_request
 from serve_app.planning.planner import make_plan
 from serve_app.planning.vllm_formulas import rank_by_formula
 from tests.planning.model_requests import CONFIGS, shape_of
+from tests.warm_vllm import WarmVllm
 
 SIZES = (1, 2, 4, 8)
+# A model that vLLM takes at all sizes is asked at these two. `python -m tests.planning.vllm_survey --configs` asks at all
+# four. Two models are compared with the formulas at all of them.
+ENDS = (1, 8)
+BY_FORMULAS = ("qwen2-7b", "deepseek-v2-lite")
+# Checkpoints that are here for the bytes of their weights, whose models may not be split by 8.
+CHECKPOINT_SIZES = (1, 4)
 BATCHED = 8192
 # The kinds of cache that each model has, and the sizes that vLLM takes if they are not all.
 MODELS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -51,21 +61,33 @@ QUANTISED = {
 TOLERANCE = 0.07
 
 
+def sizes_asked(name: str) -> tuple[int, ...]:
+    """The tensor parallel sizes at which a model is asked."""
+    if name not in MODELS:
+        return CHECKPOINT_SIZES
+    return ENDS if MODELS[name][1] == SIZES and name not in BY_FORMULAS else SIZES
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    """What the process says of each model and each type of the KV cache, with the seconds that it took."""
-    folder = tmp_path_factory.mktemp("facts")
+def answers(warm_vllm: WarmVllm) -> dict[tuple[str, str], dict[str, Any]]:
+    """What vLLM's code says of each model and each type of the KV cache."""
     asked = [(name, "auto") for name in sorted(MODELS.keys() | QUANTISED.keys() | {"llama-3.1-8b-bnb-4bit"})]
-    asked += [(name, "fp8") for name in ("qwen2-7b", "deepseek-v2-lite")]
+    asked += [(name, "fp8") for name in BY_FORMULAS]
     jobs = [
         {
             "folder": str(CONFIGS / name),
-            "tensor_parallel_sizes": SIZES,
+            "tensor_parallel_sizes": sizes_asked(name),
             "kv_cache_dtype": kind,
         }
         for name, kind in asked
     ]
-    return dict(zip(asked, run(jobs, folder), strict=True))
+    return dict(zip(asked, warm_answers(warm_vllm, "cuda", jobs), strict=True))
+
+
+def warm_answers(warm_vllm: WarmVllm, rules: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers to jobs of these rules."""
+    found: list[dict[str, Any]] = warm_vllm.call(rules, "tests.planning.vllm_facts:answers", jobs, timeout_s=280)
+    return found
 
 
 def both(facts: VllmFacts) -> EngineFacts:
@@ -74,7 +96,7 @@ def both(facts: VllmFacts) -> EngineFacts:
 
 
 def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The answers of the process, which prints nothing to stdout."""
+    """The answers of the product's own process, which prints nothing to stdout."""
     asked, answered = folder / "jobs.json", folder / "answers.json"
     asked.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "serve_app.engines.vllm.model_facts", str(asked), str(answered)]
@@ -96,11 +118,12 @@ def facts_of(answer: dict[str, Any]) -> VllmFacts:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MODELS)
 def test_facts_of_a_public_model(name: str, answers: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Each kind of cache and each size that vLLM takes; the process has compared the cache with vLLM's own bytes."""
+    """Each kind of cache and each size that vLLM takes; its cache was compared with vLLM's own bytes."""
     facts = facts_of(answers[name, "auto"])
     kinds, sizes = MODELS[name]
-    assert tuple(facts.ranks) == sizes, facts.refusals
-    assert set(facts.refusals) == set(SIZES) - set(sizes)
+    asked = sizes_asked(name)
+    assert tuple(facts.ranks) == tuple(size for size in asked if size in sizes), facts.refusals
+    assert set(facts.refusals) == set(asked) - set(sizes)
     for rank in facts.ranks.values():
         assert " ".join(sorted({layer.kind for layer in rank.cache})) == kinds
         assert rank.weights > 0
@@ -136,7 +159,7 @@ def test_a_public_model_is_planned(name: str, answers: dict[tuple[str, str], dic
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["auto", "fp8"])
-@pytest.mark.parametrize("name", ["qwen2-7b", "deepseek-v2-lite"])
+@pytest.mark.parametrize("name", BY_FORMULAS)
 def test_formulas_give_what_vllm_says(name: str, kind: str, answers: dict[tuple[str, str], dict[str, Any]]) -> None:
     """Parts of the weights, pages and bytes of a request, to the byte."""
     architecture, tensors = shape_of(name)
@@ -171,6 +194,8 @@ def test_what_vllm_cannot_load_is_refused_in_its_words(answers: dict[tuple[str, 
     assert all("bitsandbytes" in reason for reason in facts.refusals.values())
 
 
+# Asked at all sizes of the product's own process too.
+STARTED = ("qwen2-7b", "qwen2.5-vl-7b")
 OWN_CODE = """
 from transformers import LlamaConfig
 
@@ -186,7 +211,11 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two copies of a model that brings its own code, which leaves a file where it runs."""
     folder = tmp_path_factory.mktemp("own")
     config = json.loads((CONFIGS / "llama-3-70b" / "config.json").read_text())
-    config |= {"model_type": "own_llama", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    config |= {
+        "num_hidden_layers": 2,
+        "model_type": "own_llama",
+        "auto_map": {"AutoConfig": "configuration_own.OwnConfig"},
+    }
     for name in ("trusted", "untrusted"):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -195,34 +224,77 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def special(own_code: Path, tmp_path_factory: pytest.TempPathFactory) -> list[VllmFacts]:
-    """Facts of a model whose code is not trusted, of one whose code is, and of one by the rules of the CPU."""
+def of_process(own_code: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the product's own process says of a model whose code is not trusted, of one whose code is, and of two public
+    ones, of which one reads images."""
     jobs = [
         {"folder": str(own_code / "untrusted"), "tensor_parallel_sizes": [1]},
         {"folder": str(own_code / "trusted"), "tensor_parallel_sizes": [1], "trust_remote_code": True},
-        {"folder": str(CONFIGS / "qwen2-7b"), "tensor_parallel_sizes": [1], "rules": "cpu"},
+        *({"folder": str(CONFIGS / name), "tensor_parallel_sizes": SIZES} for name in STARTED),
     ]
-    return [facts_of(answer) for answer in run(jobs, tmp_path_factory.mktemp("special"))]
+    return run(jobs, tmp_path_factory.mktemp("process"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_code_of_a_model_runs_only_if_it_is_trusted(own_code: Path, special: list[VllmFacts]) -> None:
+def test_code_of_a_model_runs_only_if_it_is_trusted(own_code: Path, of_process: list[dict[str, Any]]) -> None:
     """Without `trust_remote_code` the process leaves the folder's code alone and says why there are no facts."""
-    untrusted, trusted, _ = special
+    untrusted, trusted = map(facts_of, of_process[:2])
     assert not untrusted.ranks
     assert "contains custom code" in untrusted.refusals[1]
     assert str(own_code) not in untrusted.refusals[1]
-    assert trusted.ranks[1].weights > 140e9
+    # Two layers, embedding and head of Llama 3 70B.
+    assert 7.6e9 < trusted.ranks[1].weights < 7.7e9
     assert (own_code / "ran-trusted").exists()
     assert not (own_code / "ran-untrusted").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_rules_of_the_cpu(special: list[VllmFacts]) -> None:
+def test_the_products_process_says_the_same(
+    of_process: list[dict[str, Any]], answers: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """As the process in which these tests ask, to the letter, refusals too."""
+    assert of_process[2:] == [answers[name, "auto"] for name in STARTED]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_jobs_of_two_rules_have_a_process_each(
+    warm_vllm: WarmVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the answers are in the order of the jobs. The warm process answers in the place of those that it starts."""
+    folder, started = str(CONFIGS / "qwen2-7b"), []
+
+    def start(command: list[str], check: bool) -> None:
+        *program, asked, answered = command
+        jobs = json.loads(Path(asked).read_bytes())
+        (rules,) = {job.get("rules", "cuda") for job in jobs}
+        started.append((program, rules, check))
+        Path(answered).write_text(json.dumps(warm_answers(warm_vllm, rules, jobs)))
+
+    jobs = [{"folder": folder, "tensor_parallel_sizes": [size]} | rules for size, rules in
+            ((1, {}), (2, {"rules": "cpu"}), (4, {"rules": "cuda"}), (1, {"rules": "cpu"}))]  # fmt: skip
+    (tmp_path / "jobs").write_text(json.dumps(jobs))
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", start)
+        # What it would take from this process: its stdout, its memory and its time.
+        patched.setattr(os, "dup2", lambda *_: None)
+        patched.setattr(resource, "setrlimit", lambda *_: None)
+        model_facts.main(str(tmp_path / "jobs"), str(tmp_path / "answers"))
+    program = [sys.executable, "-m", "serve_app.engines.vllm.model_facts"]
+    assert started == [(program, "cpu", True), (program, "cuda", True)]
+    found = [facts_of(answer).ranks for answer in json.loads((tmp_path / "answers").read_bytes())]
+    blocks = [{(size, layer.block_tokens) for size in ranks for layer in ranks[size].cache} for ranks in found]
+    assert blocks == [{(1, 16)}, {(2, 128)}, {(4, 16)}, {(1, 128)}]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_rules_of_the_cpu(warm_vllm: WarmVllm) -> None:
     """vLLM's CPU build has blocks of 128 tokens and one step on its way, and the same weights as on a GPU."""
-    rank = special[2].ranks[1]
+    (answer,) = warm_answers(warm_vllm, "cpu", [{"folder": str(CONFIGS / "qwen2-7b"), "tensor_parallel_sizes": [1]}])
+    rank = facts_of(answer).ranks[1]
     ours = rank_by_formula(*shape_of("qwen2-7b"), 1, 2, 2, on_cpu=True)
     assert [page(layer) for layer in ours.cache] == [page(layer) for layer in rank.cache]
     assert ours.steps == rank.steps
