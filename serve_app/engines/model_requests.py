@@ -37,11 +37,14 @@ def read_request(name: str, config: ModelConfig, replicas: int = 1) -> Unanswere
 
 
 def questions_of(request: ModelRequest, checkpoint: Checkpoint) -> dict[str, Question]:
-    """Returns what the plan has to know from engines: of vLLM with the cache's own type and in 8 bits, and of pt."""
+    """Returns what the plan has to know from engines: of vLLM with the config's own type of KV cache and in 8 bits, and
+    of pt."""
     config, shape = request.config, request.architecture
     found = {}
-    if config.infer_backend != "pt" and not (shape.is_known_to_vllm and shape.quantization is None):
-        found["vllm"] = _of_vllm(config, checkpoint, None)
+    if config.infer_backend != "pt" and not request.formulas_hold:
+        if request.kv_cache_dtype != "fp8":
+            own = None if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
+            found["vllm"] = _of_vllm(config, checkpoint, own)
         found["vllm_fp8"] = _of_vllm(config, checkpoint, "fp8")
     if config.infer_backend != "vllm" and not shape.has_formulas:
         found["pt"] = _of_pt(config, checkpoint)

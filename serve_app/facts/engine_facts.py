@@ -129,8 +129,8 @@ class PtFacts:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """This is all that engines say of one model. `vllm_fp8` is what vLLM says with a KV cache in 8 bits. What was not
-    asked, or has no answer, is None."""
+    """This is all that engines say of one model. `vllm` is what vLLM says with the config's own type of KV cache, and
+    `vllm_fp8` what it says with `kv_cache_dtype: fp8`. What was not asked, or has no answer, is None."""
 
     vllm: VllmFacts | None = None
     vllm_fp8: VllmFacts | None = None

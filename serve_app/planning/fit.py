@@ -32,7 +32,14 @@ UNPLANNED = frozenset(
     | {"block_size", "enable_expert_parallel", "hf_overrides", "mamba_cache_dtype", "mamba_ssm_cache_dtype"}
     | {"kv_offloading_size", "offload_backend", "decode_context_parallel_size", "load_format"}
 )
+# The formulas know the KV cache of these types: the model's own type, and 8 bits.
+FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
+
+
+def cache_dtype(config: ModelConfig) -> str:
+    """Returns the type of vLLM's KV cache as a config asks for it, which is "auto" if it does not say."""
+    return str(config.vllm_args.get("kv_cache_dtype") or "auto")
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,20 @@ class ModelRequest:
 
     @property
     def kv_element_bytes(self) -> int:
-        """Returns the bytes of an element of KV cache, which is 1 with fp8."""
-        return 1 if str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8") else self.element_bytes
+        """Returns the bytes of an element of KV cache by the formulas, which know the model's own type and fp8."""
+        return 1 if self.kv_cache_dtype.startswith("fp8") else self.element_bytes
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """Returns the type of vLLM's KV cache as the config asks for it."""
+        return cache_dtype(self.config)
+
+    @property
+    def formulas_hold(self) -> bool:
+        """Returns whether the formulas for vLLM are proven for this model: a known type with whole weights, and a KV
+        cache whose type they know."""
+        shape = self.architecture
+        return shape.is_known_to_vllm and shape.quantization is None and self.kv_cache_dtype in FORMULA_CACHE_DTYPES
 
     @property
     def unplanned(self) -> str:
@@ -99,9 +118,6 @@ class ModelRequest:
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
         for name in sorted(UNPLANNED & config.vllm_args.keys()):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
-        kind = str(config.vllm_args.get("kv_cache_dtype", "auto"))
-        if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
-            return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
         if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
@@ -120,7 +136,7 @@ class ModelRequest:
         lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.is_planned_for_pt
         if backend == "vllm" and lacks_vllm:
             return (
-                f"infer_backend: vllm: the plan has no formulas for {name} in vLLM, and it has not been told the sizes "
+                f"infer_backend: vllm: the plan has no formulas for {self._beyond_formulas} in vLLM, and it has not been told the sizes "
                 "of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where vLLM is installed, "
                 f"which asks it and keeps the answer.{how}"
             )
@@ -133,10 +149,19 @@ class ModelRequest:
         return ""
 
     @property
+    def _beyond_formulas(self) -> str:
+        """Returns what keeps the formulas for vLLM from being proven, as a part of a sentence."""
+        shape = self.architecture
+        if not shape.is_known_to_vllm:
+            return shape.name
+        if self.kv_cache_dtype not in FORMULA_CACHE_DTYPES:
+            return f"engine_args.kv_cache_dtype: {self.kv_cache_dtype}"
+        return f"{shape.name} with its quantization_config ({shape.quantization})"
+
+    @property
     def vllm_facts(self) -> VllmFacts | None:
         """Returns what vLLM's own code says, for the type of the KV cache that the config asks for."""
-        is_fp8 = str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8")
-        return self.engine_facts.vllm_fp8 if is_fp8 else self.engine_facts.vllm
+        return self.engine_facts.vllm_fp8 if self.kv_cache_dtype == "fp8" else self.engine_facts.vllm
 
     @property
     def pt_facts(self) -> PtFacts | None:
@@ -146,13 +171,20 @@ class ModelRequest:
     @property
     def is_planned_for_vllm(self) -> bool:
         """Returns whether the plan knows how vLLM lays out the model, by its formulas or from vLLM's own code."""
-        return self.architecture.is_known_to_vllm or self.vllm_facts is not None
+        return self.formulas_hold or self._may_guess or self.vllm_facts is not None
+
+    @property
+    def _may_guess(self) -> bool:
+        """Returns whether the formulas are good for a guess: a quantised checkpoint of a known type, which does not say
+        of its KV cache."""
+        shape = self.architecture
+        knows_cache = self.kv_cache_dtype in FORMULA_CACHE_DTYPES and not shape.names_kv_cache
+        return shape.is_known_to_vllm and shape.quantization is not None and knows_cache
 
     @property
     def _uses_vllm_facts(self) -> bool:
         """Returns whether vLLM's own code decides. The formulas are proven for known types without quantisation."""
-        is_proven = self.architecture.is_known_to_vllm and self.architecture.quantization is None
-        return self.vllm_facts is not None and not is_proven
+        return self.vllm_facts is not None and not self.formulas_hold
 
     def rank_facts(self, tp: int) -> RankFacts:
         """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
@@ -175,14 +207,14 @@ class ModelRequest:
     def kv_bytes(self, tp: int, tokens: int, batched: int) -> int:
         """Returns the bytes of KV cache on one of `tp` ranks of vLLM for one request of `tokens` tokens. `batched` is
         `max_num_batched_tokens`."""
-        key = ("kv", tp, tokens, batched, self.element_bytes, self.kv_element_bytes, self.config.device)
+        key = ("kv", tp, tokens, batched, self.element_bytes, self.kv_cache_dtype, self.config.device)
         if key not in self.memo:
             self.memo[key] = kv_bytes_per_request(self.rank_facts(tp), tokens, batched)
         return int(self.memo[key])
 
     def spare_bytes(self, tp: int) -> int:
         """Returns the bytes of the block of KV cache that vLLM keeps empty on one of `tp` ranks."""
-        key = ("spare", tp, self.element_bytes, self.kv_element_bytes, self.config.device)
+        key = ("spare", tp, self.element_bytes, self.kv_cache_dtype, self.config.device)
         if key not in self.memo:
             self.memo[key] = spare_bytes(self.rank_facts(tp))
         return int(self.memo[key])

@@ -523,7 +523,6 @@ def test_one_limit_is_a_share_of_the_smallest_gpu_that_ray_could_give() -> None:
     [
         ({"infer_backend": "vllm", "engine_args": {"speculative_config": {}}}, "speculative_config"),
         ({"infer_backend": "vllm", "quantization": "awq"}, "how large these weights become with awq"),
-        ({"infer_backend": "vllm", "engine_args": {"kv-cache-dtype": "int8"}}, "does not know the type int8"),
         ({"infer_backend": "pt", "device_map": {"model": 0, "lm_head": 1}}, "does not cover a mapping"),
     ],
 )
@@ -532,6 +531,18 @@ def test_what_the_plan_cannot_count_it_does_not_count(config: dict[str, Any], pa
     (found,) = make_plan([request(max_model_len=1024, **config)], parse_gpus("80GiB,80GiB")).problems
     assert found.code == "not_planned"
     assert part in found.message
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16", "fp8_ds_mla"])
+def test_a_type_of_kv_cache_beyond_the_formulas_needs_vllms_facts(kind: str) -> None:
+    """The formulas know the model's own type and 8 bits."""
+    asked = request(infer_backend="vllm", max_model_len=1024, engine_args={"kv-cache-dtype": kind})
+    (found,) = make_plan([asked], parse_gpus("80GiB")).problems
+    assert found.code == "facts_missing"
+    assert f"no formulas for engine_args.kv_cache_dtype: {kind}" in found.message
+    for known in ("auto", "fp8_e4m3", "fp8_e5m2"):
+        assert make_plan([replace(asked, config=asked.config.model_copy(
+            update={"engine_args": {"kv_cache_dtype": known}}))], parse_gpus("80GiB")).fits  # fmt: skip
 
 
 def test_auto_leaves_partly_used_gpus_to_pt() -> None:
