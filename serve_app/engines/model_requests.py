@@ -44,16 +44,17 @@ def questions_of(request: ModelRequest, checkpoint: Checkpoint) -> dict[str, Que
     if config.infer_backend != "pt" and not request.formulas_hold:
         if request.kv_cache_dtype != "fp8":
             own = None if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
-            found["vllm"] = _of_vllm(config, checkpoint, own)
-        found["vllm_fp8"] = _of_vllm(config, checkpoint, "fp8")
+            found["vllm"] = _of_vllm(request, checkpoint, own)
+        found["vllm_fp8"] = _of_vllm(request, checkpoint, "fp8")
     if config.infer_backend != "vllm" and not shape.has_formulas:
         found["pt"] = _of_pt(config, checkpoint)
     return found
 
 
-def _of_vllm(config: ModelConfig, checkpoint: Checkpoint, kv_cache_dtype: Any) -> Question:
+def _of_vllm(request: ModelRequest, checkpoint: Checkpoint, kv_cache_dtype: str | None) -> Question:
+    config, arguments = request.config, request.asked_arguments
     sizes = TENSOR_PARALLEL_SIZES | {config.tensor_parallel_size or 1}
-    settings = {
+    settings: dict[str, Any] = {
         "dtype": config.dtype,
         "kv_cache_dtype": kv_cache_dtype,
         "quantization": config.quantization,
@@ -61,6 +62,8 @@ def _of_vllm(config: ModelConfig, checkpoint: Checkpoint, kv_cache_dtype: Any) -
         "tensor_parallel_sizes": sorted(sizes),
         "rules": config.device,
     }
+    if arguments:  # Most configs have none, whose answers are shipped.
+        settings["engine_args"] = arguments
     return Question("vllm", facts_version("vllm"), checkpoint.config, settings)
 
 

@@ -18,6 +18,7 @@ from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
 from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
+from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
@@ -26,12 +27,6 @@ PT_CHUNK_TOKENS = 512
 # is available, since other replicas share it, and no more than these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
 NO_CACHE_BYTES = 2**20
-# These arguments of vLLM change what it takes in ways for which the plan has no formulas.
-UNPLANNED = frozenset(
-    {"speculative_config", "enable_lora", "cpu_offload_gb", "kv_transfer_config", "num_gpu_blocks_override"}
-    | {"block_size", "enable_expert_parallel", "hf_overrides", "mamba_cache_dtype", "mamba_ssm_cache_dtype"}
-    | {"kv_offloading_size", "offload_backend", "decode_context_parallel_size", "load_format"}
-)
 # The formulas know the KV cache of these types: the model's own type, and 8 bits.
 FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
@@ -104,10 +99,26 @@ class ModelRequest:
 
     @property
     def formulas_hold(self) -> bool:
-        """Returns whether the formulas for vLLM are proven for this model: a known type with whole weights, and a KV
-        cache whose type they know."""
-        shape = self.architecture
-        return shape.is_known_to_vllm and shape.quantization is None and self.kv_cache_dtype in FORMULA_CACHE_DTYPES
+        """Returns whether the formulas for vLLM are proven for this model: a known type with whole weights, whose KV
+        cache no argument changes beyond what they know."""
+        return self.architecture.quantization is None and self._knows_cache
+
+    @property
+    def _knows_cache(self) -> bool:
+        """Returns whether the formulas know the KV cache, unless the checkpoint itself changes it."""
+        knows_type = self.architecture.is_known_to_vllm and self.kv_cache_dtype in FORMULA_CACHE_DTYPES
+        return knows_type and not self.asked_arguments
+
+    @property
+    def asked_arguments(self) -> dict[str, Any]:
+        """Returns the arguments of vLLM that change the weights or the KV cache in ways that only its own code
+        knows."""
+        return asked_arguments(self._arguments)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        is_known_on_gpu = self.architecture.is_known_to_vllm and self.config.device != "cpu"
+        return effective(self.config.vllm_args, is_known_on_gpu)
 
     @property
     def unplanned(self) -> str:
@@ -116,7 +127,7 @@ class ModelRequest:
         config = self.config
         if isinstance(config.device_map, dict):
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
-        for name in sorted(UNPLANNED & config.vllm_args.keys()):
+        for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
         if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
@@ -136,9 +147,9 @@ class ModelRequest:
         lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.is_planned_for_pt
         if backend == "vllm" and lacks_vllm:
             return (
-                f"infer_backend: vllm: the plan has no formulas for {self._beyond_formulas} in vLLM, and it has not been told the sizes "
-                "of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where vLLM is installed, "
-                f"which asks it and keeps the answer.{how}"
+                f"infer_backend: vllm: the plan has no formulas for {self._beyond_formulas} in vLLM, and it has not "
+                "been told the sizes of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where "
+                f"vLLM is installed, which asks it and keeps the answer.{how}"
             )
         if backend != "vllm" and lacks_pt and (backend == "pt" or lacks_vllm):
             return (
@@ -156,6 +167,8 @@ class ModelRequest:
             return shape.name
         if self.kv_cache_dtype not in FORMULA_CACHE_DTYPES:
             return f"engine_args.kv_cache_dtype: {self.kv_cache_dtype}"
+        if self.asked_arguments:
+            return f"{shape.name} with {' and '.join(f'engine_args.{name}' for name in self.asked_arguments)}"
         return f"{shape.name} with its quantization_config ({shape.quantization})"
 
     @property
@@ -178,8 +191,7 @@ class ModelRequest:
         """Returns whether the formulas are good for a guess: a quantised checkpoint of a known type, which does not say
         of its KV cache."""
         shape = self.architecture
-        knows_cache = self.kv_cache_dtype in FORMULA_CACHE_DTYPES and not shape.names_kv_cache
-        return shape.is_known_to_vllm and shape.quantization is not None and knows_cache
+        return shape.quantization is not None and not shape.names_kv_cache and self._knows_cache
 
     @property
     def _uses_vllm_facts(self) -> bool:

@@ -148,3 +148,24 @@ def test_the_formulas_leave_a_checkpoint_that_names_its_cache(asked: list[Questi
         "quantization_config (compressed-tensors)"
         in read_request("m", config(str(tmp_path), infer_backend="vllm")).request.missing_facts
     )
+
+
+def test_arguments_that_change_the_cache_go_into_the_question(asked: list[Question]) -> None:
+    """Also for a type with formulas, which then do not hold. Arguments of the server do not."""
+    args = {"disable-hybrid-kv-cache-manager": True, "tool_call_parser": "hermes", "no_async_scheduling": True}
+    found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=args))
+    answered([found], print)
+    told = {"async_scheduling": False, "disable_hybrid_kv_cache_manager": True}
+    assert [question.settings["engine_args"] for question in asked] == [told, told]
+    assert "with engine_args.async_scheduling and engine_args.disable_hybrid" in found.request.missing_facts
+
+
+def test_arguments_at_their_defaults_ask_nobody(asked: list[Question]) -> None:
+    """The formulas have prefix caching and asynchronous scheduling, as vLLM has them on a GPU."""
+    args = {"enable_prefix_caching": True, "async_scheduling": True, "enable_lora": False, "seed": 1}
+    found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=args))
+    assert answered([found], print)[0].unplanned == ""
+    assert asked == []
+    own = {**args, "limit_mm_per_prompt": {"image": 0}}
+    found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=own))
+    assert found.questions["vllm"].settings["engine_args"] == {"limit_mm_per_prompt": {"image": 0}}
