@@ -89,5 +89,6 @@ def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest
     known = {field: found[question.key] for field, question in item.questions.items()}
     reasons = {item.questions[field].engine: answer.problem for field, answer in known.items() if answer.problem}
     text = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
-    facts = EngineFacts(**{field: answer.facts for field, answer in known.items()})  # type: ignore[arg-type]
+    versions = {f"{question.engine}_version": question.version for question in item.questions.values()}
+    facts = EngineFacts(**{field: answer.facts for field, answer in known.items()}, **versions)  # type: ignore[arg-type]
     return replace(item.request, facts_problem=text, engine_facts=facts)

@@ -198,6 +198,13 @@ class ModelRequest:
         """Returns whether vLLM's own code decides. The formulas are proven for known types without quantisation."""
         return self.vllm_facts is not None and not self.formulas_hold
 
+    @property
+    def uses_engine_facts(self) -> bool:
+        """Returns whether the plan for this backend counts what the engine's own code said."""
+        if self.config.infer_backend == "vllm":
+            return self._uses_vllm_facts
+        return self.pt_facts is not None
+
     def rank_facts(self, tp: int) -> RankFacts:
         """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
         if self._uses_vllm_facts:
