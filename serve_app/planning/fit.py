@@ -17,7 +17,7 @@ from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of,
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
+from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer, stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
@@ -29,6 +29,9 @@ VLLM_CPU_KV_BYTES = GIB
 NO_CACHE_BYTES = 2**20
 # The formulas know the KV cache of these types: the model's own type, and 8 bits.
 FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
+# vLLM holds weights of these methods in about the bytes in which they are stored; the margin of guesses covers what it
+# pads (9 % of the experts of MXFP4).
+HELD_AS_STORED = frozenset({"awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "modelopt"})
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 
@@ -136,8 +139,10 @@ class ModelRequest:
 
     @property
     def is_planned_for_pt(self) -> bool:
-        """Returns whether there are formulas for the architecture in pt, or transformers' own facts."""
-        return self.architecture.has_formulas or self.pt_facts is not None
+        """Returns whether there are formulas for the architecture in pt, or transformers' own facts. A quantised
+        checkpoint without its tensors has no size."""
+        has_size = self.architecture.quantization is None or bool(self.tensors)
+        return has_size and (self.architecture.has_formulas or self.pt_facts is not None)
 
     @property
     def missing_facts(self) -> str:
@@ -188,10 +193,11 @@ class ModelRequest:
 
     @property
     def _may_guess(self) -> bool:
-        """Returns whether the formulas are good for a guess: a quantised checkpoint of a known type, which does not say
-        of its KV cache."""
+        """Returns whether the formulas are good for a guess: a quantised checkpoint of a known type, whose weights vLLM
+        holds about as they are stored, and which does not name the type of its KV cache."""
         shape = self.architecture
-        return shape.quantization is not None and not shape.names_kv_cache and self._knows_cache
+        is_stored = shape.quantization in HELD_AS_STORED and bool(self.tensors)
+        return is_stored and not shape.names_kv_cache and self._knows_cache
 
     @property
     def _uses_vllm_facts(self) -> bool:
@@ -295,7 +301,9 @@ class ModelRequest:
         key = (tp, self.element_bytes, rounds)
         if key not in self.memo:
             weigh = memory.weights_per_rank_in_fp8 if rounds else memory.weights_per_rank
-            self.memo[key] = weigh(self.tensors, self.architecture, tp, self.element_bytes)
+            weights = weigh(self.tensors, self.architecture, tp, self.element_bytes)
+            is_whole = self.architecture.quantization is None
+            self.memo[key] = weights if is_whole else memory.guessed([stored_weights(weights.bytes)])
         found: Figure = self.memo[key]
         return found
 

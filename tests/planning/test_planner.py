@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from serve_app.config import ModelConfig
+from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.config_fields import MOST_LAYERS, MOST_TOKENS
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.facts.weights import Tensor
@@ -588,3 +590,34 @@ def test_a_type_of_gpu_is_kept_and_then_nothing_is_left_to_chance() -> None:
     assert "accelerator_type" in planned(None).notes[0]
     (problem,) = planned("A10").problems
     assert problem.message == "accelerator_type: no node has A10 as its first GPU. The nodes have A100-80GB, L4."
+
+
+def quantised(method: str = "awq", **config: Any) -> ModelRequest:
+    """Qwen2 7B, whose config.json names a method. Its tensors stand for those that the checkpoint stores."""
+    whole = request(infer_backend="vllm", max_model_len=4096, **config)
+    return replace(whole, architecture=replace(whole.architecture, quantization=method))
+
+
+def test_a_quantised_checkpoint_without_vllms_facts_is_a_guess() -> None:
+    """Its stored bytes with the margin, because vLLM may pad them. Exact figures are vLLM's own."""
+    whole, guess = request(infer_backend="vllm", max_model_len=4096).rank_weights(1), quantised().rank_weights(1)
+    assert (whole.certainty, guess.certainty) == ("exact", "guessed")
+    assert guess.bytes == pytest.approx(1.1 * whole.bytes)
+    assert make_plan([quantised()], parse_gpus("80GiB")).models[0].ranks[0].share.certainty == "guessed"
+
+
+def test_a_quantised_checkpoint_of_unknown_size_is_not_guessed() -> None:
+    """A method that vLLM does not hold as it is stored, no weights, or a cache that the formulas do not know."""
+    other_method, no_weights = quantised("bitsandbytes"), replace(quantised(), tensors=())
+    for unknown in (other_method, no_weights, quantised(engine_args={"block_size": 32})):
+        (found,) = make_plan([unknown], parse_gpus("80GiB")).problems
+        assert found.code == "facts_missing"
+
+
+def test_a_quantised_config_without_weights_makes_no_whole_tensors() -> None:
+    """They would be four times too large for AWQ, and pt has no size without them."""
+    found = read_checkpoint(str(CONFIGS / "qwen2.5-7b-awq"))
+    assert found.tensors == ()
+    config = ModelConfig.from_args({"model": "x", "infer_backend": "pt"})
+    (problem,) = make_plan([ModelRequest("m", config, found.architecture, ())], parse_gpus("80GiB")).problems
+    assert problem.code == "facts_missing"
