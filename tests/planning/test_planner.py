@@ -621,3 +621,27 @@ def test_a_quantised_config_without_weights_makes_no_whole_tensors() -> None:
     config = ModelConfig.from_args({"model": "x", "infer_backend": "pt"})
     (problem,) = make_plan([ModelRequest("m", config, found.architecture, ())], parse_gpus("80GiB")).problems
     assert problem.code == "facts_missing"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "gpus", "planned"),
+    [
+        ("fp8", {}, "H100-80GB", True), ("fp8", {}, "RTX4090", True), ("fp8", {}, "A100-80GB", False),
+        ("fp8", {}, "80GiB", False), ("fp8", {"device": "cpu"}, "64GiB", False), ("awq", {}, "H100-80GB", False),
+        ("mxfp4", {}, "H100-80GB", False), ("compressed-tensors", {}, "H100-80GB", False),
+    ],
+)  # fmt: skip
+def test_pt_counts_a_quantised_checkpoint_only_where_transformers_keeps_it(
+    method: str, settings: dict[str, Any], gpus: str, planned: bool
+) -> None:
+    """It makes FP8 whole on the CPU and below compute capability 8.9, and other methods depend on packages."""
+    whole = request(infer_backend="pt", max_model_len=1024, **settings)
+    small = replace(whole, architecture=replace(whole.architecture, quantization=method))
+    inventory = parse_gpus(gpus)
+    if settings:
+        inventory = Inventory((Device("n1", None, "memory", 64 * GIB, 64 * GIB),))
+    plan = make_plan([small], inventory)
+    assert plan.fits == planned
+    if not planned:
+        assert plan.problems[0].code == "not_planned"
+        assert f"{method} weights take here" in plan.problems[0].message
