@@ -160,7 +160,7 @@ class ModelRequest:
     def missing_facts(self) -> str:
         """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
         name, backend = self.architecture.name, self.config.infer_backend
-        how = f" It was asked: {self.facts_problem}." if self.facts_problem else ""
+        how = f" It was asked: {self.facts_problem.rstrip('.')}." if self.facts_problem else ""
         lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.is_planned_for_pt
         if backend == "vllm" and lacks_vllm:
             return (
