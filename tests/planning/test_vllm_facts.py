@@ -1,8 +1,6 @@
 """vLLM's own code says how it lays out public models, without a GPU and without weights."""
 
 import json
-import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,8 +22,8 @@ from tests.planning.model_requests import CONFIGS, shape_of
 from tests.warm_vllm import WarmVllm
 
 SIZES = (1, 2, 4, 8)
-# A model that vLLM takes at all sizes is asked at these two. `python -m tests.planning.vllm_survey --configs` asks at all
-# four. Two models are compared with the formulas at all of them.
+# A model that vLLM takes at all sizes is asked at these two, and `python -m tests.planning.vllm_survey --configs` asks
+# at all four. Two models are compared with the formulas at all of them.
 ENDS = (1, 8)
 BY_FORMULAS = ("qwen2-7b", "deepseek-v2-lite")
 # Checkpoints that are here for the bytes of their weights, whose models may not be split by 8.
@@ -97,14 +95,18 @@ def both(facts: VllmFacts) -> EngineFacts:
 
 def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The answers of the product's own process, which prints nothing to stdout."""
-    asked, answered = folder / "jobs.json", folder / "answers.json"
+    asked, answered = folder / "jobs.json", folder / "answers.jsonl"
     asked.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "serve_app.engines.vllm.model_facts", str(asked), str(answered)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
-    found: list[dict[str, Any]] = json.loads(answered.read_bytes())
-    return found
+    lines = [json.loads(line) for line in answered.read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name != "job"}
+        for line in lines
+        if "facts" in line or "error" in line
+    ]
 
 
 def facts_of(answer: dict[str, Any]) -> VllmFacts:
@@ -258,35 +260,11 @@ def test_the_products_process_says_the_same(
     assert of_process[2:] == [answers[name, "auto"] for name in STARTED]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_jobs_of_two_rules_have_a_process_each(
-    warm_vllm: WarmVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And the answers are in the order of the jobs. The warm process answers in the place of those that it starts."""
-    folder, started = str(CONFIGS / "qwen2-7b"), []
-
-    def start(command: list[str], check: bool) -> None:
-        *program, asked, answered = command
-        jobs = json.loads(Path(asked).read_bytes())
-        (rules,) = {job.get("rules", "cuda") for job in jobs}
-        started.append((program, rules, check))
-        Path(answered).write_text(json.dumps(warm_answers(warm_vllm, rules, jobs)))
-
-    jobs = [{"folder": folder, "tensor_parallel_sizes": [size]} | rules for size, rules in
-            ((1, {}), (2, {"rules": "cpu"}), (4, {"rules": "cuda"}), (1, {"rules": "cpu"}))]  # fmt: skip
-    (tmp_path / "jobs").write_text(json.dumps(jobs))
-    with monkeypatch.context() as patched:
-        patched.setattr(subprocess, "run", start)
-        # What it would take from this process: its stdout, its memory and its time.
-        patched.setattr(os, "dup2", lambda *_: None)
-        patched.setattr(resource, "setrlimit", lambda *_: None)
-        model_facts.main(str(tmp_path / "jobs"), str(tmp_path / "answers"))
-    program = [sys.executable, "-m", "serve_app.engines.vllm.model_facts"]
-    assert started == [(program, "cpu", True), (program, "cuda", True)]
-    found = [facts_of(answer).ranks for answer in json.loads((tmp_path / "answers").read_bytes())]
-    blocks = [{(size, layer.block_tokens) for size in ranks for layer in ranks[size].cache} for ranks in found]
-    assert blocks == [{(1, 16)}, {(2, 128)}, {(4, 16)}, {(1, 128)}]
+def test_jobs_of_two_rules_are_refused() -> None:
+    """A process has one platform, and vLLM is not even imported."""
+    jobs = [{"folder": "x"}, {"folder": "x", "rules": "cpu"}]
+    with pytest.raises(ValueError, match="the rules cpu and cuda, and need the same"), model_facts.ready(jobs):
+        pass
 
 
 @pytest.mark.slow
@@ -335,7 +313,7 @@ def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
     (problem,) = make_plan([asked(facts, tensor_parallel_size=4)], parse_gpus("4x24GiB")).problems
     assert problem.code == "tensor_parallel"
     assert "8 heads cannot be divided by it" in problem.message
-    assert "Valid sizes are 1, 2" in problem.message
+    assert problem.message.endswith("by it. Of the sizes that vLLM was asked about, these are valid: 1, 2.")
 
 
 def test_missing_facts_are_named_with_the_way_to_get_them() -> None:
@@ -352,6 +330,17 @@ def test_a_model_that_vllm_refuses_at_every_size_is_refused_in_its_words() -> No
     (problem,) = make_plan([asked(VllmFacts({}, {1: "It needs Blackwell"}))], parse_gpus("24GiB")).problems
     assert problem.code == "vllm_refuses"
     assert "It needs Blackwell" in problem.message
+
+
+@pytest.mark.parametrize("reason", ["It needs Blackwell", "It needs Blackwell."])
+def test_a_reason_of_vllm_ends_in_one_full_stop(reason: str) -> None:
+    """Whether vLLM's own words end in one or not."""
+    for facts in (VllmFacts({}, {1: reason}), VllmFacts({2: rank()}, {1: reason})):
+        (problem,) = make_plan([asked(facts)], parse_gpus("2x24GiB")).problems
+        assert ".." not in problem.message
+        assert problem.message.endswith(".")
+    (problem,) = make_plan([replace(asked(None), facts_problem=reason)], parse_gpus("24GiB")).problems
+    assert problem.message.endswith("It was asked: It needs Blackwell.")
 
 
 def test_a_model_that_only_encodes_takes_no_cache() -> None:

@@ -40,7 +40,8 @@ def explained(plan: Plan, name: str) -> list[ModelPlan]:
     problem = next((problem for problem in plan.problems if problem.model == name), None)
     if problem is not None:
         raise ConfigError(f"plan: --explain {name}: the model has no place. {problem.message}")
-    names = ", ".join(dict.fromkeys(model.name for model in plan.models))
+    planned = [*(model.name for model in plan.models), *(problem.model for problem in plan.problems)]
+    names = ", ".join(dict.fromkeys(planned))
     raise ConfigError(f"plan: --explain {name}: there is no such model. The plan has {names or 'none'}.")
 
 
@@ -60,7 +61,7 @@ def lines(model: ModelPlan) -> Iterator[str]:
         f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache on a rank; "
         f"{model.max_full_length_requests} run at once, and {model.kv_tokens:,} tokens are cached at most."
     )
-    if model.kv_block_bytes:
+    if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
 
 

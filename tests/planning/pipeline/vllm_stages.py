@@ -2,8 +2,8 @@
 
 `answers` runs in a fork of `tests/warm_vllm.py`, where vLLM is prepared by the rules of "cuda". A job has `folder`,
 `tensor_parallel_size`, `partition` (the layers of each stage) and `available` (the bytes that each stage has for its KV
-cache). It may have `max_model_len`. Its answer has the facts of one rank that holds all layers, and what vLLM builds for
-each stage: bytes of parameters and buffers, and the KV cache that `get_kv_cache_configs` gives it.
+cache). It may have `max_model_len`. Its answer has the facts of one rank that holds all layers, and what vLLM builds
+for each stage: bytes of parameters and buffers, and the KV cache that `get_kv_cache_configs` gives it.
 """
 
 import tempfile
