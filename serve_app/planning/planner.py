@@ -277,10 +277,13 @@ def _attempt(
     share = 0.0 if devices[0].by_index else native_share(config, inventory)
     if (problem := card_problem(request, devices)) is not None:
         return problem
+    reasons = choice.reasons
+    if (wanted := request.at_once) is not None:
+        reasons = (*reasons, f"its KV cache holds the {wanted.text} at once that are asked for")
     if config.infer_backend == "vllm":
-        fit = fit_vllm(request, seats, choice.reasons)
+        fit = fit_vllm(request, seats, reasons)
     else:
-        fit = _cap_problem(request, seats) or fit_pt(request, seats, _limits(request, devices), choice.reasons)
+        fit = _cap_problem(request, seats) or fit_pt(request, seats, _limits(request, devices), reasons)
     if isinstance(fit, Shortage):
         return fit
     if (problem := _host_problem(fit, inventory)) is not None:

@@ -59,6 +59,13 @@ QUANTISED = {
 TOLERANCE = 0.07
 
 
+# Arguments that change the KV cache of gpt-oss.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "keeps all tokens": {"disable_hybrid_kv_cache_manager": True},
+    "one step at a time": {"async_scheduling": False},
+}
+
+
 def sizes_asked(name: str) -> tuple[int, ...]:
     """The tensor parallel sizes at which a model is asked."""
     if name not in MODELS:
@@ -71,11 +78,13 @@ def answers(warm_vllm: WarmVllm) -> dict[tuple[str, str], dict[str, Any]]:
     """What vLLM's code says of each model and each type of the KV cache."""
     asked = [(name, "auto") for name in sorted(MODELS.keys() | QUANTISED.keys() | {"llama-3.1-8b-bnb-4bit"})]
     asked += [(name, "fp8") for name in BY_FORMULAS]
+    asked += [("gpt-oss-20b", name) for name in ARGUMENTS]
     jobs = [
         {
             "folder": str(CONFIGS / name),
             "tensor_parallel_sizes": sizes_asked(name),
-            "kv_cache_dtype": kind,
+            "kv_cache_dtype": "auto" if kind in ARGUMENTS else kind,
+            "engine_args": ARGUMENTS.get(kind, {}),
         }
         for name, kind in asked
     ]
@@ -130,6 +139,20 @@ def test_facts_of_a_public_model(name: str, answers: dict[tuple[str, str], dict[
         assert " ".join(sorted({layer.kind for layer in rank.cache})) == kinds
         assert rank.weights > 0
         assert all(rank.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_arguments_change_the_cache_as_vllm_says(answers: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """gpt-oss keeps half of its layers in full and the others in windows. Without vLLM's manager of both, a request
+    takes all tokens in all 24 layers, and without asynchronous scheduling a window holds fewer tokens."""
+    own, whole, single = (
+        facts_of(answers["gpt-oss-20b", kind]).ranks[1] for kind in ("auto", "keeps all tokens", "one step at a time")
+    )
+    tokens = own.max_model_len
+    assert kv_bytes_per_request(whole, tokens, BATCHED) == 24 * tokens * 2 * 8 * 64 * 2
+    assert kv_bytes_per_request(single, tokens, BATCHED) < kv_bytes_per_request(own, tokens, BATCHED)
+    assert (own.steps, single.steps) == (2, 1)
 
 
 @pytest.mark.slow
