@@ -31,6 +31,8 @@ FOREIGN_NAMES = {
     "max_batch_size": "max_num_seqs",
     "tp": "tensor_parallel_size",
     "tensor_parallel": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "pipeline_parallel": "pipeline_parallel_size",
     "quant_method": "quantization",
 }
 NOT_HERE = {
@@ -47,13 +49,14 @@ NOT_HERE = {
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # Only vLLM honours these fields.
-ONLY_VLLM = ("tensor_parallel_size", "quantization", "engine_args", "gpu_ids")
+ONLY_VLLM = (
+    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "quantization", "engine_args", "gpu_ids",
+)  # fmt: skip
 # Only pt honours these fields, or they decide for pt with `auto`.
 ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
-# These arguments of vLLM take more GPUs than tensor_parallel_size says.
+# These arguments of vLLM take more GPUs than tensor_parallel_size and pipeline_parallel_size say.
 UNPLACED = frozenset(
     {
-        "pipeline_parallel_size",
         "data_parallel_size",
         "data_parallel_size_local",
         "prefill_context_parallel_size",
@@ -195,6 +198,8 @@ class ModelConfig(_Strict):
     `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
     `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
     `gpu_ids` names vLLM's GPUs, by index, on nodes that advertise their memory by index.
+    `pipeline_parallel_size` is the number of stages of whole layers, each on `tensor_parallel_size` GPUs, and
+    `pipeline_layers` is the number of layers of each stage, the first stage first.
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
@@ -212,6 +217,8 @@ class ModelConfig(_Strict):
     device_map: str | dict[str, int | str] | None = None
     max_memory: Annotated[dict[MaxMemoryKey, int] | None, BeforeValidator(_max_memory_or_none)] = None
     tensor_parallel_size: Positive | None = None
+    pipeline_parallel_size: Positive | None = None
+    pipeline_layers: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
     max_queued_requests: Positive | None = None
@@ -242,6 +249,17 @@ class ModelConfig(_Strict):
         return tuple(sorted({device for device in named if isinstance(device, int)}))
 
     @property
+    def stages(self) -> int:
+        """Returns the number of vLLM's pipeline stages, which is 1 without a pipeline."""
+        return self.pipeline_parallel_size or len(self.pipeline_layers or (0,))
+
+    @property
+    def ranks(self) -> int:
+        """Returns the number of vLLM's processes that compute, each of which has a GPU of its own if there are
+        several."""
+        return (self.tensor_parallel_size or 1) * self.stages
+
+    @property
     def share(self) -> float | None:
         """Returns the share of one GPU that `num_gpus` sets, or None if the replica has whole GPUs."""
         return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None
@@ -265,8 +283,8 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         )
     if config.device_map is not None:
         return (
-            "device_map: vLLM splits every layer over its GPUs and has no device map. Use tensor_parallel_size, "
-            "or infer_backend: pt."
+            "device_map: vLLM has no device map. Use tensor_parallel_size, which splits every layer over equal GPUs, "
+            "or pipeline_layers, which says how many whole layers each GPU has, or infer_backend: pt."
         )
     if config.max_queued_requests is not None:
         return "max_queued_requests: vLLM's queue cannot be bounded. Set Serve's own under 'deployments:' instead."
@@ -275,23 +293,25 @@ def _vllm_problem(config: ModelConfig) -> str | None:
             "step_timeout_s works with pt only. For vLLM, set VLLM_ENGINE_ITERATION_TIMEOUT_S under runtime_env "
             "instead."
         )
-    if config.num_gpus is not None and (config.num_gpus >= 1 or (config.tensor_parallel_size or 1) > 1):
+    if (problem := _pipeline_problem(config)) is not None:
+        return problem
+    if config.num_gpus is not None and (config.num_gpus >= 1 or config.ranks > 1):
         return (
-            "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set that instead. Below 1, num_gpus is a share of "
-            "one GPU, without tensor_parallel_size."
+            "num_gpus: vLLM takes tensor_parallel_size whole GPUs for each of its pipeline_parallel_size stages. Set "
+            "these fields instead. Below 1, num_gpus is a share of one GPU, without these fields."
         )
-    if config.gpu_ids is not None and len(set(config.gpu_ids)) != (config.tensor_parallel_size or 1):
-        return (
-            f"gpu_ids names {len(set(config.gpu_ids))} GPUs, but tensor_parallel_size is "
-            f"{config.tensor_parallel_size or 1}. The two must be equal."
-        )
-    if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:
-        return "tensor_parallel_size must be 1 with device: cpu. Leave it out."
+    if config.gpu_ids is not None and len(set(config.gpu_ids)) != config.ranks:
+        both = config.stages > 1
+        field = "tensor_parallel_size times pipeline_parallel_size" if both else "tensor_parallel_size"
+        return f"gpu_ids names {len(set(config.gpu_ids))} GPUs, but {field} is {config.ranks}. The two must be equal."
     if (problem := _vllm_number_problem(config.vllm_args)) is not None:
         return problem
     named = set(config.vllm_args)
     for field in sorted(named & UNPLACED):
-        return f"engine_args.{field} changes the GPUs or processes that Ray counts. Use tensor_parallel_size."
+        return (
+            f"engine_args.{field} changes the GPUs or processes that Ray counts. Use tensor_parallel_size or "
+            "pipeline_parallel_size."
+        )
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
@@ -299,6 +319,17 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
     return None
+
+
+def _pipeline_problem(config: ModelConfig) -> str | None:
+    """Returns why the number of stages and the layers of each contradict each other, or None if they agree."""
+    layers, size = config.pipeline_layers, config.pipeline_parallel_size
+    if layers is None or size in (None, len(layers)):
+        return None
+    return (
+        f"pipeline_layers has {len(layers)} stages, but pipeline_parallel_size is {size}. Give each stage its number "
+        "of layers, or leave pipeline_parallel_size out."
+    )
 
 
 def _vllm_number_problem(arguments: Mapping[str, Any]) -> str | None:
@@ -330,6 +361,12 @@ def _pt_problem(config: ModelConfig) -> str | None:
             "tensor_parallel_size: pt places whole layers and has no tensor parallelism. Use max_memory to spread "
             "the layers over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
         )
+    for field in ("pipeline_parallel_size", "pipeline_layers"):
+        if getattr(config, field) is not None:
+            return (
+                f"{field}: pt places whole layers by itself and has no stages. Use max_memory to spread the layers "
+                "over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
+            )
     if (problem := _device_map_problem(config)) is not None:
         return problem
     if config.gpu_ids is not None:

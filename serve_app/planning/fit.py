@@ -95,6 +95,8 @@ class ModelRequest:
         """Returns why the plan cannot say what this model takes, or an empty text if it can. It never makes up a
         number."""
         config = self.config
+        if config.stages > 1:
+            return "pipeline_parallel_size: the plan does not cover stages. vLLM finds out at its start what fits."
         if isinstance(config.device_map, dict):
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
         for name in sorted(UNPLANNED & config.vllm_args.keys()):

@@ -25,7 +25,10 @@ DEVICES_PER_PLACEMENT = 16
 # With these words ends a message that names the cure itself.
 RUN_ON_CPU = "to run it on the CPU."
 # These fields do not go with `device: cpu`.
-ONLY_GPU = ("max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type", "tensor_parallel_size")
+ONLY_GPU = (
+    "max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type",
+    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers",
+)  # fmt: skip
 
 Seats = Sequence[tuple[Device, int]]
 

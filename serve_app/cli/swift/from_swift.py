@@ -213,8 +213,11 @@ def _add_visible_gpus(draft: _Draft, value: str) -> None:
         return
     if len(gpus) > 1 and config.infer_backend == "pt" and not config.gpu_indices:
         draft.put(shown, "num_gpus", len(gpus))
-    if config.infer_backend == "vllm" and len(gpus) > (config.tensor_parallel_size or 1):
-        draft.note(f"{shown}: vLLM takes tensor_parallel_size GPUs, which is {config.tensor_parallel_size or 1}.")
+    if config.infer_backend == "vllm" and len(gpus) > config.ranks:
+        draft.note(
+            f"{shown}: vLLM takes tensor_parallel_size GPUs for each of its pipeline_parallel_size stages, which is "
+            f"{config.ranks} here."
+        )
     draft.note(
         f"{shown}: Ray chooses the cards. To keep it to these, set the variable where Ray starts; to choose by index, "
         "start the node with `serve-app node-resources`."
