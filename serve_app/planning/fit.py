@@ -1,10 +1,13 @@
-"""Decides whether one replica fits on given devices, and what it takes of each, by arithmetic alone."""
+"""Holds what is asked of the plan, and decides whether one replica of pt fits on given devices, by arithmetic alone.
+
+`fit_vllm.py` decides it for vLLM.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config import ModelConfig, token_count
+from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, PtFacts, RankFacts, VllmFacts
@@ -17,7 +20,7 @@ from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of,
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
+from serve_app.planning.terms import left_over_layer
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
@@ -25,7 +28,6 @@ PT_CHUNK_TOKENS = 512
 # vLLM's CPU build gets the first figure if the config does not say. pt gets no more than this share of the memory that
 # is available, since other replicas share it, and no more than these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
-NO_CACHE_BYTES = 2**20
 # These arguments of vLLM change what it takes in ways for which the plan has no formulas.
 UNPLANNED = frozenset(
     {"speculative_config", "enable_lora", "cpu_offload_gb", "kv_transfer_config", "num_gpu_blocks_override"}
@@ -283,75 +285,7 @@ def available(device: Device, free: int) -> int:
     return free - (memory.reserve(device.total_bytes) if device.is_gpu else 0)
 
 
-def fit_vllm(
-    request: ModelRequest, devices: Sequence[tuple[Device, int]], reasons: Sequence[str]
-) -> ModelPlan | Shortage:
-    """Returns one replica of vLLM over `devices`, each with its free bytes. There are as many as the tensor parallel
-    size."""
-    architecture, tp = request.architecture, len(devices)
-    device, free = min(devices, key=lambda pair: available(*pair))
-    on_gpu = device.is_gpu
-    arguments = request.config.vllm_args
-    default_batched, default_rows = memory.vllm_defaults(device.total_bytes if on_gpu else 0, device.name)
-    batched = token_count(arguments.get("max_num_batched_tokens") or default_batched)
-    rows = request.config.max_num_seqs or default_rows
-    weights = request.rank_weights(tp)
-    copies = 1 if on_gpu else VLLM_CPU_ACTIVATION_FACTOR
-    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched, copies)
-    activation += request.buffers(tp) + memory.vllm_encoder(architecture, request.element_bytes, batched)
-    graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
-    context = memory.context("cuda", tp) if on_gpu else memory.vllm_cpu_context()
-    if (measured := request.measured(device, 0, tp)) is not None:
-        activation, graph, context = memory.calibrated(measured, activation, graph, context)
-    if (problem := _rows_problem(request, rows)) is not None:
-        return problem
-
-    per_request = request.kv_bytes(tp, request.max_model_len, batched)
-    fixed = weights + activation + graph + context
-    limit = int((request.config.share or 1.0) * device.total_bytes)
-    room = min(available(device, free), limit) - fixed.bytes
-    utilization = arguments.get("gpu_memory_utilization")
-    if on_gpu and utilization is not None and request.config.kv_cache_memory_bytes is None:
-        problem = _utilization_problem(request, float(utilization), device, min(free, limit), context)
-        if problem is not None:
-            return problem
-    most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
-    cache = _vllm_cache(request, on_gpu, min(room, most - (weights + activation + graph).bytes), per_request)
-    spare, wanted = request.spare_bytes(tp), request.at_once
-    at_once = 0 if wanted is None else wanted.requests * request.kv_bytes(tp, wanted.tokens, batched)
-    least = max(per_request, at_once) + spare
-    needed = max(least, request.config.kv_cache_memory_bytes or 0)
-    if request.config.kv_cache_memory_bytes is not None and cache < least:
-        return _small_cache(request, least)
-    if cache < least or cache > room:
-        return _shortage(
-            request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
-            _bounds(request, [(device, free)], [limit]),
-        )  # fmt: skip
-    ranks = tuple(
-        RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
-    )
-    full = (cache - spare) // per_request if per_request else rows
-    return ModelPlan(
-        request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
-        kv_bytes_per_request=per_request,
-        kv_tokens=full * request.max_model_len if per_request else 0,
-        max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
-        ranks=ranks,
-        kv_block_bytes=spare if request.knows_blocks else 0,
-    )  # fmt: skip
-
-
-def _vllm_cache(request: ModelRequest, on_gpu: bool, room: int, per_request: int) -> int:
-    """Returns the bytes of KV cache that one rank gets, of which a GPU has `room`."""
-    if request.config.kv_cache_memory_bytes is not None:
-        return request.config.kv_cache_memory_bytes
-    if not per_request:  # A model that only encodes has no cache, but vLLM wants a number.
-        return NO_CACHE_BYTES
-    return room if on_gpu else VLLM_CPU_KV_BYTES
-
-
-def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
+def rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
     """Returns a shortage if the engine runs fewer sequences at once than are asked for, whatever its KV cache holds."""
     wanted = request.at_once
     if wanted is None or wanted.requests <= rows:
@@ -360,38 +294,20 @@ def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
     return Shortage("max_num_seqs", text, 0)
 
 
-def _held(request: ModelRequest) -> str:
+def held_text(request: ModelRequest) -> str:
     """Returns what the KV cache has to hold, as a part of a sentence."""
     one = f"one request of {request.max_model_len} tokens"
     return one if request.at_once is None else f"{one} and for {request.at_once.text} at once"
 
 
-def _small_cache(request: ModelRequest, least: int) -> Shortage:
+def small_cache(request: ModelRequest, least: int) -> Shortage:
+    """Returns the shortage of a `kv_cache_memory_bytes` that is below `least`, the bytes that a rank needs."""
     cache = request.config.kv_cache_memory_bytes or 0
     return Shortage(
         "small_cache",
-        f"kv_cache_memory_bytes: {gib(cache)} is less than what is needed on a rank for {_held(request)} "
+        f"kv_cache_memory_bytes: {gib(cache)} is less than what is needed on a rank for {held_text(request)} "
         f"({gib(least)}).",
         least - cache,
-    )
-
-
-def _utilization_problem(
-    request: ModelRequest, utilization: float, device: Device, most: int, context: Figure
-) -> Shortage | None:
-    """Returns why vLLM would refuse to start: less than its share of the card is free. Its share does not count the
-    context."""
-    share = int(utilization * device.total_bytes)
-    missing = share + context.bytes - most
-    if missing <= 0:
-        return None
-    place = f"num_gpus: {request.config.share:g} is" if request.config.share is not None else f"{device.id} has"
-    return Shortage(
-        "utilization",
-        f"gpu_memory_utilization: {utilization:g} takes {gib(share)} of {device.id}, and the CUDA context, which vLLM "
-        f"does not count, takes {gib(context.bytes)} more, but {place} {gib(most)}. Shares of one GPU must leave "
-        "room for each one's context.",
-        missing,
     )
 
 
@@ -415,7 +331,7 @@ def fit_pt(
         return map_layers(blocks, rooms, tokens, rows, spills)
 
     least = cells(1, request.max_model_len)
-    if (problem := _rows_problem(request, rows)) is not None:
+    if (problem := rows_problem(request, rows)) is not None:
         return problem
     wanted = request.at_once
     if wanted is not None:
@@ -424,11 +340,11 @@ def fit_pt(
         per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
         most = request.config.kv_cache_memory_bytes // per_token
         if wanted is not None and most < least:
-            return _small_cache(request, least * per_token)
+            return small_cache(request, least * per_token)
         least = max(cells(1, 1), min(least, most))
     mapped = at(least)
     if mapped is None:
-        bounds = _bounds(request, devices, limits)
+        bounds = bounds_of(request, devices, limits)
         return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills, bounds)
     left = len(mapped.rest.blocks)
 
@@ -478,7 +394,7 @@ def _pt_shortage(
     cache = whole.cache(tokens, request.pt_rows)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
+    short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
     if spills or not device.is_gpu:
         return short
     tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
@@ -569,7 +485,7 @@ def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
     return {tier: size for tier, size in (("cpu", on_cpu), ("disk", left - on_cpu)) if size}
 
 
-def _shortage(
+def shortage(
     request: ModelRequest,
     seat: tuple[Device, int],
     fixed: Figure,
@@ -578,6 +494,9 @@ def _shortage(
     bounds: str,
     devices: int = 1,
 ) -> Shortage:
+    """Returns a shortage with its figures in bytes: `fixed` is what the replica takes beside its KV cache, `cache` what
+    that needs, and `missing` what the device of `seat`, or so many `devices` from it, lack. `bounds` says what limits
+    it."""
     device, free = seat
     held, planned = device.total_bytes - device.free_bytes, device.free_bytes - free
     others = f" Other processes hold {gib(held)} there now." if held > 0 and device.is_gpu else ""
@@ -593,12 +512,12 @@ def _shortage(
     return Shortage(
         "over_commit",
         f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
-        f"{_held(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
+        f"{held_text(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
         missing,
     )
 
 
-def _bounds(request: ModelRequest, seats: Sequence[tuple[Device, int]], limits: Sequence[int]) -> str:
+def bounds_of(request: ModelRequest, seats: Sequence[tuple[Device, int]], limits: Sequence[int]) -> str:
     """Returns sentences on what keeps a replica from all that is free on its devices: limits of the config, and the
     plan's reserve on each other GPU."""
     pairs = list(zip(seats, limits, strict=True))

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
-from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
+from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, gib
+from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 from serve_app.planning.resource_demand import native_share
