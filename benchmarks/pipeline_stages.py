@@ -66,7 +66,7 @@ def cards_of(name: str, sizes: Sequence[int], demand: Demand) -> list[StageCards
         terms.vllm_activation(shape.hidden_size, shape.intermediate_size, 0, 1, ELEMENT_BYTES, *sequence)
     )
     last = memory.vllm_activation(shape, 1, ELEMENT_BYTES, *sequence)
-    rest = memory.vllm_graphs(shape, eager=False).bytes + memory.context("cuda", len(sizes)).bytes
+    rest = memory.vllm_graphs(len(shape.layers), eager=False).bytes + memory.context("cuda", len(sizes)).bytes
     cards = []
     for number, size in enumerate(sizes):
         left = size * GIB - memory.reserve(size * GIB) - rest

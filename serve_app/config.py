@@ -250,8 +250,19 @@ class ModelConfig(_Strict):
 
     @property
     def stages(self) -> int:
-        """Returns the number of vLLM's pipeline stages, which is 1 without a pipeline."""
-        return self.pipeline_parallel_size or len(self.pipeline_layers or (0,))
+        """Returns the number of vLLM's pipeline stages, which is 1 without a pipeline. If `max_memory` names the GPUs
+        and nothing else says how many stages there are, each has `tensor_parallel_size` of them."""
+        if self.pipeline_parallel_size or self.pipeline_layers:
+            return self.pipeline_parallel_size or len(self.pipeline_layers or ())
+        if not self.max_memory or self.infer_backend == "pt":
+            return 1
+        return max(1, len(self.gpu_indices) // (self.tensor_parallel_size or 1))
+
+    @property
+    def named_gpus(self) -> tuple[int, ...]:
+        """Returns the GPUs that `gpu_ids` or `max_memory` names, as they are written. With `pipeline_layers` this is
+        the order of the stages."""
+        return tuple(dict.fromkeys(key for key in self.gpu_ids or self.max_memory or () if isinstance(key, int)))
 
     @property
     def ranks(self) -> int:
@@ -276,11 +287,8 @@ class ModelConfig(_Strict):
 
 
 def _vllm_problem(config: ModelConfig) -> str | None:
-    if config.max_memory is not None:
-        return (
-            "max_memory: vLLM has no per-GPU limits and would ignore it. Use tensor_parallel_size over equal GPUs and "
-            "engine_args: {gpu_memory_utilization: 0.8}, or infer_backend: pt, which places layers by max_memory."
-        )
+    if (problem := _vllm_limits_problem(config)) is not None:
+        return problem
     if config.device_map is not None:
         return (
             "device_map: vLLM has no device map. Use tensor_parallel_size, which splits every layer over equal GPUs, "
@@ -318,6 +326,31 @@ def _vllm_problem(config: ModelConfig) -> str | None:
     for field in sorted(named & (ModelConfig.model_fields.keys() | {"served_model_name"})):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
+    return None
+
+
+def _vllm_limits_problem(config: ModelConfig) -> str | None:
+    """Returns why vLLM cannot be held to `max_memory`, or None if it can. It is cut into stages that keep to it."""
+    if config.max_memory is None:
+        return None
+    if config.device == "cpu":
+        return "max_memory: with vllm it limits GPUs, and device is cpu. Use kv_cache_memory_bytes instead."
+    if config.spill_tiers:
+        tiers = " and ".join(sorted(config.spill_tiers))
+        return (
+            f"max_memory names {tiers}, but vLLM keeps all layers on GPUs. Leave {tiers} out, or use infer_backend: "
+            "pt, which keeps layers there."
+        )
+    for field in ("gpu_ids", "num_gpus"):
+        if getattr(config, field) is not None:
+            return f"{field}: max_memory names the GPUs and how much each may give. Leave {field} out."
+    named = len(config.gpu_indices)
+    if named and named != config.ranks:
+        return (
+            f"max_memory names {named} GPUs, but tensor_parallel_size is {config.tensor_parallel_size or 1} and there "
+            f"{'is 1 stage' if config.stages == 1 else f'are {config.stages} stages'}, which is {config.ranks} GPUs. "
+            "Name as many GPUs, or leave pipeline_parallel_size out, and each stage has tensor_parallel_size of them."
+        )
     return None
 
 

@@ -50,6 +50,10 @@ class AtOnce:
         return f"{self.requests} request{'' if self.requests == 1 else 's'} of {self.tokens} tokens"
 
 
+# Devices with the bytes that are free on each.
+Seats = Sequence[tuple[Device, int]]
+
+
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
@@ -97,8 +101,6 @@ class ModelRequest:
         """Returns why the plan cannot say what this model takes, or an empty text if it can. It never makes up a
         number."""
         config = self.config
-        if config.stages > 1:
-            return "pipeline_parallel_size: the plan does not cover stages. vLLM finds out at its start what fits."
         if isinstance(config.device_map, dict):
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
         for name in sorted(UNPLANNED & config.vllm_args.keys()):
@@ -107,6 +109,11 @@ class ModelRequest:
         if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
             return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
+        if config.stages > 1 and config.quantization == "fp8" and not self._uses_vllm_facts:
+            return (
+                "quantization: the plan does not know how large each stage becomes with fp8. Use a checkpoint in fp8, "
+                "or leave pipeline_parallel_size out."
+            )
         if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         return self.missing_facts
@@ -209,12 +216,15 @@ class ModelRequest:
         """Returns the tensor parallel sizes that vLLM takes, up to `most`."""
         return [size for size in range(1, most + 1) if not self.tensor_parallel_problem(size)]
 
-    def measured(self, device: Device, rank: int, ranks: int) -> Calibration | None:
-        """Returns what this setting was measured to take on such a device, or None if it never ran."""
+    def measured(self, device: Device, rank: int, ranks: int, stages: int = 1) -> Calibration | None:
+        """Returns what this setting was measured to take on such a device, or None if it never ran. Of a pipeline,
+        `rank` is the first one of its stage."""
         if not self.calibrations:
             return None
         engine = self.engine_versions.get(self.config.infer_backend, "")
-        setting = calibration_setting(self.config, self.architecture, self.max_model_len, engine, device, rank, ranks)
+        setting = calibration_setting(
+            self.config, self.architecture, self.max_model_len, engine, device, rank, ranks, stages
+        )
         return self.calibrations.get(setting_key(setting))
 
     @property
@@ -517,7 +527,7 @@ def shortage(
     )
 
 
-def bounds_of(request: ModelRequest, seats: Sequence[tuple[Device, int]], limits: Sequence[int]) -> str:
+def bounds_of(request: ModelRequest, seats: Seats, limits: Sequence[int]) -> str:
     """Returns sentences on what keeps a replica from all that is free on its devices: limits of the config, and the
     plan's reserve on each other GPU."""
     pairs = list(zip(seats, limits, strict=True))

@@ -177,7 +177,13 @@ def calibrations_of(
         if rank.rest is None or plan is None:
             continue
         setting = calibration_setting(
-            config, planned.architecture, planned.max_model_len, engine, plan.device, *plan.seat
+            config,
+            planned.architecture,
+            planned.max_model_len,
+            engine,
+            plan.device,
+            *plan.seat,
+            planned.pipeline_parallel_size,
         )
         measured = Calibration(
             setting, max(0, rank.rest - hidden_weights(rank, plan)), rank.context if plan.device.is_gpu else None

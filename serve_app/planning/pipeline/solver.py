@@ -110,7 +110,8 @@ class _Table:
 
     def room(self, kind: int, span: Span) -> int:
         """Returns the bytes of a card's room as this stage."""
-        return self.of_kind[kind].rooms.at(is_first=span.start == 0, is_last=span.end == self.model.layers)
+        rooms = self.of_kind[kind].rooms
+        return rooms.at(span.start == 0, span.end == self.model.layers, span.end - span.start)
 
     def blocks(self, kind: int, span: Span) -> int:
         """Returns how many blocks the card can hold, which is less than 0 if the weights do not fit. A model without a

@@ -13,6 +13,7 @@ hybrid model only where a stage has attention.
 from collections import defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import lcm
 
 from serve_app.facts.engine_facts import BesideLayers, RankFacts
@@ -48,6 +49,8 @@ class PipelineModel:
     spans: dict[tuple[int, int], Span]
 
 
+# A search plans one model on many cards. A model of 126 layers has 8,001 stages.
+@lru_cache(maxsize=8)
 def pipeline_model(facts: RankFacts, stages: int, demand: Demand) -> PipelineModel:
     """Returns a model for a pipeline of so many stages.
 
@@ -63,16 +66,18 @@ def pipeline_model(facts: RankFacts, stages: int, demand: Demand) -> PipelineMod
         layers=len(facts.layers),
         anchors=len(anchors),
         buffers=facts.buffers,
-        blocks_per_request=_blocks_per_request(facts, groups, stages, demand),
+        blocks_per_request=blocks_per_request(facts, stages, demand),
         spans=_spans(facts, groups, stages, anchors),
     )
 
 
-def _blocks_per_request(facts: RankFacts, groups: Sequence[Group], stages: int, demand: Demand) -> int:
-    """A pipeline has a step on its way in each stage, where a single stage has one, so windows keep more tokens.
+def blocks_per_request(facts: RankFacts, stages: int, demand: Demand) -> int:
+    """Returns the blocks of KV cache that a request of `max_model_len` takes, which is 0 for a model without a cache.
 
-    Source: `VllmConfig.max_concurrent_batches` in vLLM 0.32.
+    A pipeline has a step on its way in each stage, where a single stage has one, so windows keep more tokens. Source:
+    `VllmConfig.max_concurrent_batches` in vLLM 0.32.
     """
+    groups = cache_groups(facts.cache, facts.packs_blocks)
     if not groups:
         return 0
     in_flight = replace(facts, steps=facts.steps - 1 + stages)

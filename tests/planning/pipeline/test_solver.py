@@ -61,7 +61,7 @@ def recounted(facts: RankFacts, cards: Sequence[StageCards], ends: Sequence[int]
         ends_of = facts.beside
         beside = everywhere if ends_of is None else ends_of.at(is_first, is_last)
         weights = sum(facts.layers[start:end]) + beside
-        left = cards[number].rooms.at(is_first, is_last) - weights - facts.buffers
+        left = cards[number].rooms.at(is_first, is_last, end - start) - weights - facts.buffers
         parts = [part for group in groups if (part := [each for each in group if start <= each.layer < end])]
         cached = [
             number for number in range(start, end) if any(each.layer == number for part in parts for each in part)
