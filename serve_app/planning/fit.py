@@ -109,11 +109,6 @@ class ModelRequest:
         if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
             return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
-        if config.stages > 1 and config.quantization == "fp8" and not self._uses_vllm_facts:
-            return (
-                "quantization: the plan does not know how large each stage becomes with fp8. Use a checkpoint in fp8, "
-                "or leave pipeline_parallel_size out."
-            )
         if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         return self.missing_facts
@@ -160,26 +155,26 @@ class ModelRequest:
         return self.architecture.is_known_to_vllm or self.vllm_facts is not None
 
     @property
-    def _uses_vllm_facts(self) -> bool:
+    def uses_vllm_facts(self) -> bool:
         """Returns whether vLLM's own code decides. The formulas are proven for known types without quantisation."""
         is_proven = self.architecture.is_known_to_vllm and self.architecture.quantization is None
         return self.vllm_facts is not None and not is_proven
 
     def rank_facts(self, tp: int) -> RankFacts:
         """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
-        if self._uses_vllm_facts:
+        if self.uses_vllm_facts:
             assert self.vllm_facts is not None
             return self.vllm_facts.ranks[tp]
         sizes = (self.element_bytes, self.kv_element_bytes, self.config.device == "cpu")
-        key = ("rank", tp, *sizes)
+        key = ("rank", tp, *sizes, self.rounds_weights)
         if key not in self.memo:
-            self.memo[key] = rank_by_formula(self.architecture, self.tensors, tp, *sizes)
+            self.memo[key] = rank_by_formula(self.architecture, self.tensors, tp, *sizes, self.rounds_weights)
         found: RankFacts = self.memo[key]
         return found
 
     def buffers(self, tp: int) -> Figure:
         """Returns the tensors of one rank that are not weights."""
-        if self._uses_vllm_facts:
+        if self.uses_vllm_facts:
             return memory.vllm_own_buffers(self.rank_facts(tp).buffers)
         return memory.vllm_buffers(self.architecture, self.element_bytes)
 
@@ -201,11 +196,11 @@ class ModelRequest:
     @property
     def knows_blocks(self) -> bool:
         """Returns whether the plan knows vLLM's blocks of KV cache, which on the CPU may depend on the machine."""
-        return self._uses_vllm_facts or self.config.device != "cpu" or has_plain_cache(self.architecture)
+        return self.uses_vllm_facts or self.config.device != "cpu" or has_plain_cache(self.architecture)
 
     def tensor_parallel_problem(self, size: int) -> str:
         """Returns why vLLM refuses the tensor parallel size, or an empty text if it takes it."""
-        if not self._uses_vllm_facts:
+        if not self.uses_vllm_facts:
             return self.architecture.tensor_parallel_problem(size)
         assert self.vllm_facts is not None
         if size in self.vllm_facts.ranks:
@@ -233,6 +228,11 @@ class ModelRequest:
         return self.config.quantization is None and self.architecture.quantization is None
 
     @property
+    def rounds_weights(self) -> bool:
+        """Returns whether vLLM rounds the weights to fp8 while it loads them, which the plan can only guess."""
+        return self.config.quantization == "fp8" and self.architecture.quantization is None
+
+    @property
     def max_model_len(self) -> int:
         """Returns the tokens of the longest request."""
         return self.config.max_model_len or self.own_length
@@ -240,7 +240,7 @@ class ModelRequest:
     @property
     def own_length(self) -> int:
         """Returns the tokens of the longest request that the model itself allows."""
-        ranks = self.vllm_facts.ranks.values() if self.vllm_facts is not None and self._uses_vllm_facts else ()
+        ranks = self.vllm_facts.ranks.values() if self.vllm_facts is not None and self.uses_vllm_facts else ()
         return max((rank.max_model_len for rank in ranks), default=0) or self.architecture.max_model_len
 
     @property
@@ -251,13 +251,12 @@ class ModelRequest:
     def rank_weights(self, tp: int) -> Figure:
         """Returns the bytes of the weights on one of `tp` ranks of vLLM. If vLLM does not take that size, it is a share
         of the weights on one rank, which only orders models and compares fixes."""
-        if self._uses_vllm_facts or not self.architecture.has_formulas:
+        if self.uses_vllm_facts or not self.architecture.has_formulas:
             rank = self.vllm_facts.ranks.get(tp) if self.vllm_facts is not None else None
             return Figure(self._most_weights // tp) if rank is None else Figure(rank.weights)
-        rounds = self.config.quantization == "fp8" and self.architecture.quantization is None
-        key = (tp, self.element_bytes, rounds)
+        key = (tp, self.element_bytes, self.rounds_weights)
         if key not in self.memo:
-            weigh = memory.weights_per_rank_in_fp8 if rounds else memory.weights_per_rank
+            weigh = memory.weights_per_rank_in_fp8 if self.rounds_weights else memory.weights_per_rank
             self.memo[key] = weigh(self.tensors, self.architecture, tp, self.element_bytes)
         found: Figure = self.memo[key]
         return found

@@ -31,7 +31,7 @@ from serve_app.planning.fit_vllm import (
     most_without_context,
     utilization_problem,
 )
-from serve_app.planning.memory import ZERO, Figure
+from serve_app.planning.memory import ZERO, Certainty, Figure
 from serve_app.planning.pipeline.card_groups import Card, group_of, groups_of
 from serve_app.planning.pipeline.solver import count, solve
 from serve_app.planning.pipeline.span import blocks_per_request
@@ -214,6 +214,7 @@ def _plan(
 ) -> ModelPlan:
     tp, stages, widest = _tp(request), found.stages, max(stage.block_bytes for stage in found.stages)
     devices = {device.id: device for device, _ in seats}
+    certainty: Certainty = "guessed" if request.rounds_weights and not request.uses_vllm_facts else "exact"
     ranks = []
     for number, stage in enumerate(stages):
         # As in a plan of pt, the embedding has the number before the first layer, and the head the one after the last.
@@ -223,7 +224,8 @@ def _plan(
             activation, context = beside[device.id][number]
             graph = graphs(request, device, stage.layers)
             seat = (number * tp, len(stages) * tp)
-            ranks.append(RankPlan(device, Figure(stage.weights), cache, activation, graph, context, layers, seat))
+            weights = Figure(stage.weights, certainty)
+            ranks.append(RankPlan(device, weights, cache, activation, graph, context, layers, seat))
     full = found.full_length_requests
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "vllm", (*reasons, _why(request, found)), tp,

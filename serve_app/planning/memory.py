@@ -105,11 +105,24 @@ def weights_per_rank_in_fp8(
     kept, rounded = 0, 0
     for tensor in loaded(tensors, architecture):
         size = rank_bytes(tensor, architecture, tp, element_bytes)
-        if len(tensor.shape) > 1 and tensor.elements and _LINEAR.search(_ENDING.sub("", tensor.name)):
+        if is_rounded(tensor):
             rounded += size * tensor.elements // tensor.bytes_as(element_bytes)
         else:
             kept += size
     return Figure(kept, terms=(terms.kept_weights(kept),)) + guessed([terms.rounded_weights(rounded)])
+
+
+def is_rounded(tensor: Tensor) -> bool:
+    """Returns whether vLLM rounds the tensor to fp8 with `quantization: fp8`."""
+    return len(tensor.shape) > 1 and tensor.elements > 0 and bool(_LINEAR.search(_ENDING.sub("", tensor.name)))
+
+
+def rank_bytes_in_fp8(tensor: Tensor, architecture: Architecture, tp: int, element_bytes: int | None) -> int:
+    """Returns `rank_bytes` of a checkpoint that vLLM rounds to fp8 while it loads, with the margin of a guess."""
+    size = rank_bytes(tensor, architecture, tp, element_bytes)
+    if not is_rounded(tensor):
+        return size
+    return int(size * tensor.elements // tensor.bytes_as(element_bytes) * (1 + MARGIN))
 
 
 def padded_vocabulary(rows: int) -> int:

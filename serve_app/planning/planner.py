@@ -255,7 +255,7 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
         found = [
             _attempt(request, choice, seats, inventory, state)
             for seats in _seats(request, inventory, state)
-            if not is_auto or choice.config.infer_backend == "pt" or _is_unused(seats, state)
+            if not is_auto or choice.config.infer_backend == "pt" or _is_open(request, seats, state)
         ]
         tally.placements += looks + len(found) * _cost(request)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
@@ -299,6 +299,13 @@ def _fit_of(config: ModelConfig) -> Callable[..., ModelPlan | Shortage]:
     if config.infer_backend != "vllm":
         return fit_pt
     return fit_stages if config.stages > 1 or config.pipeline_layers else fit_vllm
+
+
+def _is_open(request: ModelRequest, seats: Seats, state: State) -> bool:
+    """Returns whether `auto` may try vLLM on these GPUs. Stages are solved only where the weights alone would fit."""
+    if request.config.stages > 1 and sum(available(*seat) for seat in seats) < request.weights:
+        return False
+    return _is_unused(seats, state)
 
 
 def _is_unused(seats: Seats, state: State) -> bool:

@@ -115,7 +115,7 @@ def planned_demand(model: ModelPlan, inventory: Inventory) -> Demand:
         named = {index: caps[index] for index in config.gpu_indices if index in caps}
         return Demand(config.num_cpus, vram_gib={index: size / GIB for index, size in (named or planned).items()})
     if model.backend == "vllm":
-        return Demand(config.num_cpus, gpus=config.num_gpus or float(model.tensor_parallel_size))
+        return Demand(config.num_cpus, gpus=native_share(config, inventory) or float(len(model.ranks)))
     count = config.num_gpus or native_share(config, inventory) or float(max(1, len(config.gpu_indices)))
     return Demand(config.num_cpus, gpus=count)
 

@@ -53,7 +53,7 @@ class MemoryWatch:
         context = serve.get_replica_context()
         self._application, self._replica = context.app_name, context.replica_id.unique_id
         self._node = ray.util.get_node_ip_address()
-        self._peaks: dict[str, int] = {}
+        self._peaks: dict[int, int] = {}
         self._written: dict[str, Calibration] = {}
         self._warned: set[str] = set()
         self._ready_after_s = 0.0
@@ -69,7 +69,7 @@ class MemoryWatch:
         """
         self._ready_after_s = ready_after_s
         ranks = await self._measured()
-        require_own_gpus(ranks, self._gpus)
+        require_own_gpus(ranks, self._gpus, self._planned)
         for device in self._devices(ranks):
             say(_line(device))
         if self._blocks().differ:
@@ -107,8 +107,8 @@ class MemoryWatch:
         except Exception as error:
             self._warn(str(error))
             return ()
-        for rank in ranks:
-            self._peaks[rank.device] = max(self._peaks.get(rank.device, 0), rank.peak or 0)
+        for number, rank in enumerate(ranks):
+            self._peaks[number] = max(self._peaks.get(number, 0), rank.peak or 0)
         return ranks
 
     def _warn(self, text: str) -> None:
@@ -119,9 +119,12 @@ class MemoryWatch:
 
     def _devices(self, ranks: Sequence[RankMemory]) -> list[DeviceReport]:
         """Returns each device that the engine holds, with what was planned there."""
-        planned = planned_by_device(self._planned, self._gpus)
+        planned = planned_of_ranks(self._planned, ranks, self._gpus)
         indices = {gpu.uuid: gpu.index for gpu in self._gpus}
-        return [_device_report(rank, planned.get(rank.device), indices, self._peaks) for rank in ranks]
+        return [
+            _device_report(rank, plan, indices, self._peaks.get(number, 0))
+            for number, (rank, plan) in enumerate(zip(ranks, planned, strict=True))
+        ]
 
     def _blocks(self) -> BlocksReport:
         """Returns the blocks of KV cache, which do not change after the start."""
@@ -160,7 +163,23 @@ class MemoryWatch:
 def planned_by_device(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, RankPlan]:
     """Returns the plan's ranks by the GPU's UUID, or "cpu". The plan counts the GPUs as this process does."""
     ranks = () if planned is None else planned.ranks
-    return {"cpu" if rank.device.index is None else gpus[rank.device.index].uuid: rank for rank in ranks}
+    return {_device_name(rank, gpus): rank for rank in ranks}
+
+
+def planned_of_ranks(
+    planned: ModelPlan | None, ranks: Sequence[RankMemory], gpus: Sequence[Gpu]
+) -> list[RankPlan | None]:
+    """Returns the plan of each measured rank, or None where there is none. Ranks that are where the plan has them are
+    matched in their order, because several of them may be on one device, which is the CPU."""
+    plans = () if planned is None else planned.ranks
+    if [_device_name(plan, gpus) for plan in plans] == [rank.device for rank in ranks]:
+        return list(plans)
+    by_device = planned_by_device(planned, gpus)
+    return [by_device.get(rank.device) for rank in ranks]
+
+
+def _device_name(plan: RankPlan, gpus: Sequence[Gpu]) -> str:
+    return "cpu" if plan.device.index is None else gpus[plan.device.index].uuid
 
 
 def calibrations_of(
@@ -170,10 +189,8 @@ def calibrations_of(
 
     `engine` names the engine's packages with their versions.
     """
-    by_device = planned_by_device(planned, gpus)
     found: dict[str, Calibration] = {}
-    for rank in ranks:
-        plan = by_device.get(rank.device)
+    for rank, plan in zip(ranks, planned_of_ranks(planned, ranks, gpus), strict=True):
         if rank.rest is None or plan is None:
             continue
         setting = calibration_setting(
@@ -198,8 +215,9 @@ def hidden_weights(rank: RankMemory, planned: RankPlan) -> int:
     return 0 if planned.device.is_gpu else max(0, planned.weights.bytes - rank.weights)
 
 
-def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu]) -> None:
-    """Raises EngineError if a rank is on a GPU that this replica was not given. Without NVML's GPUs it cannot tell."""
+def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu], planned: ModelPlan | None = None) -> None:
+    """Raises EngineError if a rank is on a GPU that this replica was not given, or if a stage of vLLM's pipeline is on
+    another card than the one for which it was planned. Without NVML's GPUs it cannot tell."""
     own = {gpu.uuid for gpu in gpus}
     for rank in ranks if own else ():
         if rank.device != "cpu" and rank.device not in own:
@@ -208,16 +226,23 @@ def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu]) -> None:
                 "Something changed CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES. Leave both to Ray and serve-app."
             )
 
+    if not own or planned is None or not planned.pipeline_layers:
+        return
+    wanted, found = [_device_name(rank, gpus) for rank in planned.ranks], [rank.device for rank in ranks]
+    if found and found != wanted:
+        raise EngineError(
+            f"the stages of the pipeline run on {', '.join(found)}, but they were planned for {', '.join(wanted)}, in "
+            "this order. Something changed CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES. Leave both to Ray and serve-app."
+        )
 
-def _device_report(
-    rank: RankMemory, planned: RankPlan | None, indices: dict[str, int], peaks: dict[str, int]
-) -> DeviceReport:
+
+def _device_report(rank: RankMemory, planned: RankPlan | None, indices: dict[str, int], peak: int) -> DeviceReport:
     share = None if planned is None else planned.share
     weights = rank.weights + (0 if planned is None else hidden_weights(rank, planned))
     return DeviceReport(
         rank.device, indices.get(rank.device), None if share is None else share.bytes,
         "" if share is None else share.certainty, rank.held,
-        None if rank.peak is None else max(rank.peak, peaks.get(rank.device, 0)), weights, rank.kv_cache,
+        None if rank.peak is None else max(rank.peak, peak), weights, rank.kv_cache,
     )  # fmt: skip
 
 
