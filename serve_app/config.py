@@ -52,7 +52,8 @@ DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 ONLY_VLLM = (
     "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "quantization", "engine_args", "gpu_ids",
 )  # fmt: skip
-# Only pt honours these fields, or they decide for pt with `auto`.
+# Only pt honours these fields, or they decide for pt with `auto`. vLLM honours `max_memory` too, so it decides nothing
+# beside a field of vLLM's.
 ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
 # These arguments of vLLM take more GPUs than tensor_parallel_size and pipeline_parallel_size say.
 UNPLACED = frozenset(
@@ -196,7 +197,8 @@ class ModelConfig(_Strict):
     """This is a model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
 
     `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
-    `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
+    `max_memory` caps what a replica may take of each GPU, by index. vLLM has a stage of its pipeline on each, or on
+    `tensor_parallel_size` of them. With pt it also opens the `cpu` and `disk` tiers.
     `gpu_ids` names vLLM's GPUs, by index, on nodes that advertise their memory by index.
     `pipeline_parallel_size` is the number of stages of whole layers, each on `tensor_parallel_size` GPUs, and
     `pipeline_layers` is the number of layers of each stage, the first stage first.
@@ -417,7 +419,7 @@ def _auto_problem(config: ModelConfig) -> str | None:
     """Returns why `auto` cannot choose. Fields of one backend decide for it, and fields of both contradict each
     other."""
     only_vllm = [name for name in ONLY_VLLM if getattr(config, name)]
-    only_pt = [name for name in ONLY_PT if getattr(config, name)]
+    only_pt = [name for name in ONLY_PT if getattr(config, name) and not (name == "max_memory" and only_vllm)]
     if only_vllm and only_pt:
         return (
             f"{only_pt[0]} works with pt only, and {only_vllm[0]} with vllm only. With infer_backend: auto, name only "

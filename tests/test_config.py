@@ -86,9 +86,21 @@ def test_tiers_are_opened_by_naming_them() -> None:
 @pytest.mark.parametrize(
     ("args", "cure"),
     [
+        ({"infer_backend": "vllm", "max_memory": {0: "3GB", "cpu": "9GB"}}, "names cpu, but vLLM.*infer_backend: pt"),
+        ({"infer_backend": "vllm", "max_memory": {0: "3GB", "disk": "9GB"}}, "Leave disk out"),
         (
-            {"infer_backend": "vllm", "max_memory": {0: "3GB"}},
-            "would ignore it.*tensor_parallel_size.*infer_backend: pt",
+            {"infer_backend": "vllm", "device": "cpu", "max_memory": {"cpu": "9GB"}},
+            "device is cpu. Use kv_cache_memory_bytes",
+        ),
+        ({"infer_backend": "vllm", "max_memory": {0: "3GB"}, "gpu_ids": [0]}, "gpu_ids: max_memory names the GPUs"),
+        ({"infer_backend": "vllm", "max_memory": {0: "3GB"}, "num_gpus": 0.5}, "num_gpus: max_memory names the GPUs"),
+        (
+            {"infer_backend": "vllm", "max_memory": {0: "3GB", 1: "3GB"}, "pipeline_parallel_size": 3},
+            "max_memory names 2 GPUs.*are 3 stages, which is 3 GPUs",
+        ),
+        (
+            {"infer_backend": "vllm", "max_memory": {0: "3GB", 1: "3GB", 2: "3GB"}, "tensor_parallel_size": 2},
+            "max_memory names 3 GPUs, but tensor_parallel_size is 2",
         ),
         ({"infer_backend": "vllm", "device_map": "auto"}, "device_map.*tensor_parallel_size"),
         ({"infer_backend": "vllm", "num_gpus": 1}, "tensor_parallel_size whole GPUs"),
@@ -256,3 +268,24 @@ def test_a_broken_file_is_told_in_words(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(str(file))):
         read_applications(file)
+
+
+@pytest.mark.parametrize(
+    ("args", "stages", "ranks", "named"),
+    [
+        ({"max_memory": {1: "10GB", 0: "3GB"}}, 2, 2, (1, 0)),
+        ({"max_memory": {0: "3GB"}}, 1, 1, (0,)),
+        ({"max_memory": dict.fromkeys(range(4), "3GB"), "tensor_parallel_size": 2}, 2, 4, (0, 1, 2, 3)),
+        ({"max_memory": dict.fromkeys(range(2), "3GB"), "tensor_parallel_size": 2}, 1, 2, (0, 1)),
+        ({"gpu_ids": [2, 0], "pipeline_parallel_size": 2}, 2, 2, (2, 0)),
+        ({"infer_backend": "pt", "max_memory": {0: "3GB", 1: "10GB"}}, 1, 1, (0, 1)),
+        ({"infer_backend": "auto", "max_memory": {0: "3GB", 1: "10GB"}, "gpu_ids": None, "quantization": "awq"}, 2, 2, (0, 1)),
+    ],
+)
+def test_limits_of_vllm_make_stages(
+    args: dict[str, object], stages: int, ranks: int, named: tuple[int, ...]
+) -> None:
+    """Each named GPU is a stage, or with tensor parallelism so many of them are, in the order in which they are
+    written."""
+    config = ModelConfig.from_args({"model": "m", "infer_backend": "vllm", **args})
+    assert (config.stages, config.ranks, config.named_gpus) == (stages, ranks, named)

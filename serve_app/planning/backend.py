@@ -34,7 +34,7 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if config.device == "cpu":
         yield _pt(config, "pt starts sooner than vLLM on the CPU and is as fast there")
         return
-    if needs_pt:
+    if needs_pt and not needs_vllm:
         yield _pt(config, f"{needs_pt} is set, which pt honours")
         return
     if not request.is_planned_for_vllm and not needs_vllm:

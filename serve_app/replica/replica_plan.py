@@ -130,5 +130,5 @@ def with_planned_memory(config: ModelConfig, planned: ModelPlan | None) -> Model
     stages = pipeline_fields(planned)
     is_told = config.kv_cache_memory_bytes is not None and "gpu_memory_utilization" in config.vllm_args
     if config.device == "cpu" or (is_told and not config.max_memory):
-        return config.model_copy(update=stages)
+        return config.model_copy(update=stages) if stages else config
     return config.model_copy(update=vllm_memory(planned) | stages)
