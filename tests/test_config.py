@@ -279,12 +279,15 @@ def test_a_broken_file_is_told_in_words(text: str, tmp_path: Path) -> None:
         ({"max_memory": dict.fromkeys(range(2), "3GB"), "tensor_parallel_size": 2}, 1, 2, (0, 1)),
         ({"gpu_ids": [2, 0], "pipeline_parallel_size": 2}, 2, 2, (2, 0)),
         ({"infer_backend": "pt", "max_memory": {0: "3GB", 1: "10GB"}}, 1, 1, (0, 1)),
-        ({"infer_backend": "auto", "max_memory": {0: "3GB", 1: "10GB"}, "gpu_ids": None, "quantization": "awq"}, 2, 2, (0, 1)),
+        (
+            {"infer_backend": "auto", "max_memory": {0: "3GB", 1: "10GB"}, "gpu_ids": None, "quantization": "awq"},
+            2,
+            2,
+            (0, 1),
+        ),
     ],
 )
-def test_limits_of_vllm_make_stages(
-    args: dict[str, object], stages: int, ranks: int, named: tuple[int, ...]
-) -> None:
+def test_limits_of_vllm_make_stages(args: dict[str, object], stages: int, ranks: int, named: tuple[int, ...]) -> None:
     """Each named GPU is a stage, or with tensor parallelism so many of them are, in the order in which they are
     written."""
     config = ModelConfig.from_args({"model": "m", "infer_backend": "vllm", **args})

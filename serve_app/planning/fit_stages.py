@@ -92,7 +92,9 @@ def _beside(request: ModelRequest, device: Device, batch: tuple[int, int]) -> Be
 def _card(request: ModelRequest, device: Device, room: int, beside: Beside) -> Card:
     """Returns a card with what it may give, `room` bytes in all. A stage in the middle counts as the worst of them."""
     base = graphs(request, device, 0).bytes
-    most = most_without_context(request.config, device) if device.is_gpu else room
+    # Bytes of KV cache that are set do not depend on vLLM's share of the card.
+    has_share = device.is_gpu and request.config.kv_cache_memory_bytes is None
+    most = most_without_context(request.config, device) if has_share else room
 
     def left(activation: Figure, context: Figure) -> int:
         return min(room - context.bytes, most) - (activation.bytes - request.buffers(_tp(request)).bytes) - base

@@ -361,7 +361,7 @@ def _length_problem(request: ModelRequest) -> Shortage | None:
 def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
     memory, config = request.config.max_memory or {}, request.config
     if not devices[0].is_gpu:
-        return [memory.get("cpu", devices[0].total_bytes)]
+        return [memory.get("cpu", devices[0].total_bytes)] * len(devices)
     if config.gpu_indices and memory:
         caps = [memory[index] for index in config.gpu_indices]
         return caps + [0] * (len(devices) - len(caps))  # num_gpus may be more than max_memory names.

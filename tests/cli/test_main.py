@@ -113,7 +113,8 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.
     file.write_text(
         "applications:\n"
         "- {name: r, import_path: 'serve_app.app:router', args: {max_body: 1}}\n"
-        "- {name: a, import_path: 'serve_app.app:model', args: {model: m, infer_backend: vllm, max_memory: {0: 3GB, cpu: 9GB}}}\n"
+        "- {name: a, import_path: 'serve_app.app:model', args: {model: m, infer_backend: vllm, "
+        "max_memory: {0: 3GB, cpu: 9GB}}}\n"
         "- {name: b, import_path: 'serve_app.app:model', args: {model: m, infer_backend: pt, num_gpu: 1}}\n"
     )
     assert main(["check", str(file)]) == 2
