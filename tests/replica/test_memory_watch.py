@@ -23,10 +23,16 @@ from serve_app.planning.resolve import kv_blocks
 from serve_app.replica import memory_watch
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.deployment import left_by_others
-from serve_app.replica.memory_watch import MemoryWatch, calibrations_of, planned_by_device, require_own_gpus
+from serve_app.replica.memory_watch import (
+    MemoryWatch,
+    calibrations_of,
+    planned_by_device,
+    planned_of_ranks,
+    require_own_gpus,
+)
 from serve_app.replica.replica_plan import plan_replica
 from serve_app.replica.report import BlocksReport, ReplicaReport, parsed_report
-from tests.planning.model_requests import CONFIGS
+from tests.planning.model_requests import CONFIGS, request
 
 GIB = 2**30
 VERSIONS = {"vllm": "vllm 1.0", "pt": "torch 2.0, transformers 5.0"}
@@ -255,3 +261,26 @@ async def test_a_whole_gpu_is_waited_for_but_not_for_ever() -> None:
     assert (looks, told) == ([], [])
     await left_by_others(lambda: held, told.append, timeout_s=0.1)
     assert "hold 14.00 GiB" in told[0]
+
+
+def test_each_stage_must_be_on_its_card() -> None:
+    """Another order of the replica's own cards is an error too, since each has room for its layers."""
+    gpus = [Gpu(0, "GPU-a", "card", 24 * GIB, 24 * GIB), Gpu(1, "GPU-b", "card", 8 * GIB, 8 * GIB)]
+    cards = [Device("here", place, "card", card.total_bytes, card.free_bytes) for place, card in enumerate(gpus)]
+    asked = request("qwen2-7b", infer_backend="vllm", max_model_len=4096, pipeline_layers=[22, 6])
+    (plan,) = make_plan([asked], Inventory(tuple(cards))).models
+    require_own_gpus([rank(1, 1, "GPU-a"), rank(1, 1, "GPU-b")], gpus, plan)
+    with pytest.raises(
+        EngineError, match="stages of the pipeline run on GPU-b, GPU-a, but they were planned for GPU-a"
+    ):
+        require_own_gpus([rank(1, 1, "GPU-b"), rank(1, 1, "GPU-a")], gpus, plan)
+
+
+def test_ranks_on_the_cpu_are_compared_one_by_one() -> None:
+    """All are on one device, so their order says which plan is whose."""
+    host = Inventory((Device("here", None, "memory", 64 * GIB, 64 * GIB),))
+    asked = request("qwen2-7b", infer_backend="vllm", max_model_len=4096, device="cpu", pipeline_layers=[10, 18])
+    (plan,) = make_plan([asked], host).models
+    measured = [rank(1, 1, "cpu"), rank(1, 1, "cpu")]
+    assert planned_of_ranks(plan, measured, []) == list(plan.ranks)
+    assert planned_of_ranks(None, measured, []) == [None, None]

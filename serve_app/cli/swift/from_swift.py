@@ -178,7 +178,8 @@ def _add_argument(draft: _Draft, name: str, words: tuple[str, ...]) -> None:
         draft.note(
             f"{shown}: it carries over. Each of these GPUs becomes a stage of vLLM's pipeline with as many whole "
             "layers as its limit has room for; with tensor_parallel_size, so many equal ones share a stage. "
-            "`serve-app plan` shows the layers, or what would make the model fit. swift silently ignores it with vllm (ms-swift#3363)."
+            "`serve-app plan` shows the layers, or what would make the model fit. swift silently ignores it with vllm "
+            "(ms-swift#3363)."
         )
     if is_set and name == "max_model_len" and draft.backend == "vllm":
         draft.note(f"{shown}: it carries over and bounds vLLM here. swift passes only --vllm_max_model_len to vLLM.")

@@ -41,7 +41,12 @@ def inventories(draw: st.DrawFn, facts: RankFacts, least: int = 0, most: int = 4
     for _ in range(draw(st.integers(1, 4))):
         middle = facts.weights * draw(st.integers(least, most)) // 20
         first, last = middle - draw(st.integers(0, 300)) * 2**20, middle - draw(st.integers(0, 300)) * 2**20
-        kinds.append((Rooms(first, middle, last), draw(st.sampled_from([None, 300, 600, 936, 1008, 3350]))))
+        kinds.append(
+            (
+                Rooms(first, middle, last, draw(st.sampled_from([0, 11_534_336]))),
+                draw(st.sampled_from([None, 300, 600, 936, 1008, 3350])),
+            )
+        )
     picked = draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=4))
     return tuple(StageCards((f"n1:{number}",), *kind) for number, kind in enumerate(picked))
 
