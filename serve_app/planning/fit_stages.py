@@ -56,7 +56,7 @@ def fit_stages(
     batched, rows = memory.vllm_batch(config, (device for device, _ in seats))
     if (problem := rows_problem(request, rows)) is not None:
         return problem
-    facts = request.rank_facts(tp)
+    facts = request.stage_facts(tp)
     demand = Demand(request.max_model_len, rows, batched)
     beside = {device.id: _beside(request, device, (batched, rows)) for device, _ in seats}
     cards = []
@@ -216,7 +216,7 @@ def _plan(
 ) -> ModelPlan:
     tp, stages, widest = _tp(request), found.stages, max(stage.block_bytes for stage in found.stages)
     devices = {device.id: device for device, _ in seats}
-    certainty: Certainty = "guessed" if request.rounds_weights and not request.uses_vllm_facts else "exact"
+    certainty: Certainty = "guessed" if request.guesses_weights else "exact"
     ranks = []
     for number, stage in enumerate(stages):
         # As in a plan of pt, the embedding has the number before the first layer, and the head the one after the last.

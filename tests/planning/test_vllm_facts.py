@@ -75,14 +75,14 @@ def both(facts: VllmFacts) -> EngineFacts:
 
 def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The answers of the process, which prints nothing to stdout."""
-    asked, answered = folder / "jobs.json", folder / "answers.json"
+    asked, answered = folder / "jobs.json", folder / "answers.jsonl"
     asked.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "serve_app.engines.vllm.model_facts", str(asked), str(answered)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
-    found: list[dict[str, Any]] = json.loads(answered.read_bytes())
-    return found
+    lines = [json.loads(line) for line in answered.read_text().splitlines()]
+    return [line for line in lines if "facts" in line or "error" in line]
 
 
 def facts_of(answer: dict[str, Any]) -> VllmFacts:
@@ -196,13 +196,15 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def special(own_code: Path, tmp_path_factory: pytest.TempPathFactory) -> list[VllmFacts]:
-    """Facts of a model whose code is not trusted, of one whose code is, and of one by the rules of the CPU."""
+    """Facts of a model whose code is not trusted, of one whose code is, and of one by the rules of the CPU, which need
+    a process of their own."""
     jobs = [
         {"folder": str(own_code / "untrusted"), "tensor_parallel_sizes": [1]},
         {"folder": str(own_code / "trusted"), "tensor_parallel_sizes": [1], "trust_remote_code": True},
         {"folder": str(CONFIGS / "qwen2-7b"), "tensor_parallel_sizes": [1], "rules": "cpu"},
     ]
-    return [facts_of(answer) for answer in run(jobs, tmp_path_factory.mktemp("special"))]
+    answers = [*run(jobs[:2], tmp_path_factory.mktemp("cuda")), *run(jobs[2:], tmp_path_factory.mktemp("cpu"))]
+    return [facts_of(answer) for answer in answers]
 
 
 @pytest.mark.slow
@@ -263,7 +265,7 @@ def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
     (problem,) = make_plan([asked(facts, tensor_parallel_size=4)], parse_gpus("4x24GiB")).problems
     assert problem.code == "tensor_parallel"
     assert "8 heads cannot be divided by it" in problem.message
-    assert "Valid sizes are 1, 2" in problem.message
+    assert problem.message.endswith("by it. Of the sizes that vLLM was asked about, these are valid: 1, 2.")
 
 
 def test_missing_facts_are_named_with_the_way_to_get_them() -> None:
@@ -280,6 +282,17 @@ def test_a_model_that_vllm_refuses_at_every_size_is_refused_in_its_words() -> No
     (problem,) = make_plan([asked(VllmFacts({}, {1: "It needs Blackwell"}))], parse_gpus("24GiB")).problems
     assert problem.code == "vllm_refuses"
     assert "It needs Blackwell" in problem.message
+
+
+@pytest.mark.parametrize("reason", ["It needs Blackwell", "It needs Blackwell."])
+def test_a_reason_of_vllm_ends_in_one_full_stop(reason: str) -> None:
+    """Whether vLLM's own words end in one or not."""
+    for facts in (VllmFacts({}, {1: reason}), VllmFacts({2: rank()}, {1: reason})):
+        (problem,) = make_plan([asked(facts)], parse_gpus("2x24GiB")).problems
+        assert ".." not in problem.message
+        assert problem.message.endswith(".")
+    (problem,) = make_plan([replace(asked(None), facts_problem=reason)], parse_gpus("24GiB")).problems
+    assert problem.message.endswith("It was asked: It needs Blackwell.")
 
 
 def test_a_model_that_only_encodes_takes_no_cache() -> None:
