@@ -19,7 +19,7 @@ from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST,
 from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES
-from serve_app.engines.vllm.worker import MemoryReport
+from serve_app.engines.vllm.worker import WorkerExtension
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.router.engine_loss import is_lost_event
 from tests.builders import model_config
@@ -184,13 +184,13 @@ def test_media_are_fetched_from_nowhere() -> None:
             asyncio.run(MediaConnector(allowed_media_domains=closed).load_from_url_async(url, ImageMediaIO()))
 
 
-@contract("vllm", "the names of a worker's attributes", MemoryReport)
+@contract("vllm", "the names of a worker's attributes", WorkerExtension)
 def test_a_worker_has_no_name_of_ours() -> None:
     """vLLM asserts it when the worker is made, and the model would not start."""
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
 
-    ours = {name for name in dir(MemoryReport) if not name.startswith("__")}
+    ours = {name for name in dir(WorkerExtension) if not name.startswith("__")}
     for worker in (Worker, CPUWorker):
         assert ours & set(dir(worker)) == set()
 

@@ -6,9 +6,11 @@ of its server and its engine are not documented, and they move between releases.
 which takes 20 s of processor time.
 """
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,6 +21,7 @@ Handler = Callable[[Request, Exception], Awaitable[Response]]
 # The engine's client is an `AsyncLLM`.
 EngineClient = Any
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 CAUSE_ABOVE = "See root cause above."
 # These are gauges of `vllm.v1.metrics.loggers.PrometheusStatLogger`, seen in vLLM 0.32.
 RUNNING, WAITING, CACHE_USE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
@@ -190,6 +193,39 @@ def worker_tensors(worker: Any) -> tuple[list[Any], list[Any]]:
     runner = worker.model_runner
     caches = getattr(runner, "kv_caches", ())
     return list(runner.model.parameters()), [item for item in caches if hasattr(item, "untyped_storage")]
+
+
+def prepare_stage(worker: Any) -> None:
+    """Makes the buffer for the hidden states that a pipeline stage gets from the one before, unless it is there.
+
+    vLLM makes it in the dummy run with which a GPU begins. The CPU makes no such run without compilation, and each
+    stage but the first would die of an AssertionError at its first request. Uses the worker's `model_runner`, and of
+    that `intermediate_tensors`, `max_num_tokens`, `model_config.dtype`, `device` and the model's
+    `make_empty_intermediate_tensors`, and `vllm.distributed.parallel_state.get_pp_group`; seen in vLLM 0.32.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+
+    runner = worker.model_runner
+    if runner.intermediate_tensors is None and not get_pp_group().is_first_rank:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
+def unlink_shared_files(worker: Any) -> None:
+    """Removes the names of the files by which the ranks of a CPU engine meet and send each other tensors.
+
+    vLLM leaves them in /tmp and, which is memory, in /dev/shm, even if it stops in order. Each rank has mapped all of
+    them when it is loaded, so the kernel frees them at the end of the last rank, however it ends. On GPUs the names
+    must stay, because NCCL meets there later. Uses the worker's `distributed_init_method`, and that the names in
+    /dev/shm begin with the environment variable `VLLM_DIST_IDENT`, which the worker has set; seen in vLLM 0.32.
+    """
+    method: str = worker.distributed_init_method
+    if method.startswith("file://"):
+        Path(method.removeprefix("file://")).unlink(missing_ok=True)
+    if group := os.environ.get("VLLM_DIST_IDENT"):
+        for path in SHARED_MEMORY.glob(f"{group}-*"):
+            path.unlink(missing_ok=True)  # Another rank may have been faster.
 
 
 def names_cause_above(message: str) -> bool:
