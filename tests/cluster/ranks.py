@@ -1,25 +1,26 @@
-"""vLLM over several ranks on the CPU, in one process without Serve, and the death of each rank.
+"""vLLM over several ranks on the CPU, in one process without Serve, and the death of each of its processes.
 
     python -m tests.cluster.ranks [--only pp1+3 tp2] [--without-deaths]
+    python -m tests.cluster.ranks --served [--only pp1+3 tp2] [--without-deaths]
 
-starts an engine with the demo model for each shape, and one more for the death of each of its ranks. It prints a line
-of JSON for each: the answers that were right (greedy, float32, as the model was trained to give them), one after the
-other, streamed and 32 at once, the seconds that each took, what each rank holds, and after the death what was raised,
-how long it took, and what was left behind.
+starts an engine with the demo model for each shape, and one more for the death of each further process of it. It prints
+a line of JSON for each: the answers that were right (greedy, float32, as the model was trained to give them), one after
+the other, 32 at once and streamed, the seconds that each took, and what each rank holds; and after the death what was
+raised, how long it took, and what was left behind. `--served` does it through Serve (`served_ranks.py`).
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -43,8 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 AT_ONCE = 32
 CACHE = "256MiB"
 TIMEOUT_S = 120.0
-START_TIMEOUT_S = 420.0
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = "/dev/shm"  # noqa: S108
+SHAPE_TIMEOUT_S = 1800.0
 
 
 def chat(question: str, **fields: Any) -> dict[str, Any]:
@@ -59,12 +60,14 @@ def rank_processes(of: int) -> dict[int, str]:
     """The processes of vLLM below a process: pid to title, the engine first, then its ranks in order."""
     titles = {}
     for child in psutil.Process(of).children(recursive=True):
-        try:
-            title = " ".join(child.cmdline())
-        except psutil.Error:
-            continue
-        if "VLLM::" in title:
-            titles[child.pid] = title.strip()
+        with contextlib.suppress(psutil.Error):
+            titles[child.pid] = " ".join(child.cmdline())
+    return engine_first(titles)
+
+
+def engine_first(commands: Mapping[int, str]) -> dict[int, str]:
+    """Those of vLLM among these processes, in the order of their ranks."""
+    titles = {pid: title.strip() for pid, title in commands.items() if title.startswith("VLLM::")}
     return dict(sorted(titles.items(), key=lambda item: ("EngineCore" not in item[1], item[1])))
 
 
@@ -76,10 +79,28 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def shared_files() -> set[str]:
-    """The files of shared memory on this machine, and the files by which vLLM's ranks find each other."""
-    meetings = Path(tempfile.gettempdir()).glob("*vllm*")
-    return {path.name for path in SHARED_MEMORY.iterdir()} | {path.name for path in meetings}
+def shared_files(pids: Iterable[int]) -> set[Path]:
+    """The files of shared memory that these processes have mapped."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            found |= {Path(region.path) for region in psutil.Process(pid).memory_maps() if is_shared(region.path)}
+    return found
+
+
+def is_shared(path: str) -> bool:
+    """Whether it is a name in /dev/shm. The kernel marks one that was removed."""
+    return path.startswith(f"{SHARED_MEMORY}/") and not path.endswith("(deleted)")
+
+
+def left_behind(pids: Iterable[int], files: Iterable[Path], timeout_s: float = 30.0) -> list[str]:
+    """Those of these processes and files that are there still after a bounded wait."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = [f"process {pid}" for pid in pids if is_running(pid)] + [str(path) for path in files if path.exists()]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
 
 
 async def answer(http: httpx.AsyncClient, question: str) -> str:
@@ -120,8 +141,11 @@ async def asked(http: httpx.AsyncClient) -> dict[str, Any]:
     }
 
 
-async def after_death(engine: VllmEngine, http: httpx.AsyncClient, pid: int) -> dict[str, Any]:
+async def after_death(
+    engine: VllmEngine, http: httpx.AsyncClient, processes: Mapping[int, str], number: int
+) -> dict[str, Any]:
     """What is raised and answered once this process has been killed while requests run."""
+    pid, title = list(processes.items())[number]
     running = [asyncio.create_task(answer(http, question)) for question in QUESTIONS[:8]]
     await asyncio.sleep(0.05)
     killed = time.monotonic()
@@ -140,79 +164,103 @@ async def after_death(engine: VllmEngine, http: httpx.AsyncClient, pid: int) -> 
     answers = time.monotonic() - killed
     lost = sorted({text[:3] for number, text in enumerate(texts) if text != ANSWERS[QUESTIONS[number]]})
     return {
-        "raised": raised[:200], "noticed_after_s": round(noticed, 2), "answered_after_s": round(answers, 2),
+        "killed": title, "raised": raised[:200], "noticed_after_s": round(noticed, 2),
+        "answered_after_s": round(answers, 2),
         "statuses_of_lost": lost,
     }  # fmt: skip
 
 
-async def one(shape: dict[str, Any], kill: int | None) -> dict[str, Any]:
-    """The figures of one engine. `kill` is the number of the process that dies: the engine's own is 0."""
-    before = shared_files()
-    config = model_config(
-        model=model_path(DEMO_MODEL), infer_backend="vllm", device="cpu", dtype="float32",
-        kv_cache_memory_bytes=CACHE, max_model_len=1024, **shape,
-    )  # fmt: skip
-    engine = VllmEngine(config, "demo")
-    started = time.monotonic()
-    app = WholeBody(await engine.start(), config)
-    found: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}
-    processes = rank_processes(os.getpid())
-    found["processes"] = list(processes.values())
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=TIMEOUT_S) as http:
-        if kill is None:
-            found |= await asked(http)
-            found["cache_blocks"] = engine.cache_blocks()
-            ranks = await engine.memory()
-            found["ranks"] = [
-                {"pid": list(processes).index(rank.pid), "weights": rank.weights, "kv_cache": rank.kv_cache,
-                 "held": rank.held} for rank in ranks
-            ]  # fmt: skip
-        else:
-            found["killed"] = list(processes.values())[kill]
-            found |= await after_death(engine, http, list(processes)[kill])
-    stopping = time.monotonic()
-    await engine.stop()
-    found["stop_s"] = round(time.monotonic() - stopping, 2)
-    deadline = time.monotonic() + 30
-    while (left := [pid for pid in processes if is_running(pid)]) and time.monotonic() < deadline:
-        await asyncio.sleep(0.1)
-    found["gone_after_s"] = round(time.monotonic() - stopping, 2)
-    found["left"] = [processes[pid] for pid in left]
-    found["left_files"] = sorted(shared_files() - before)
-    return found
+class Started:
+    """An engine that runs, and a client of it."""
+
+    def __init__(self, shape: Mapping[str, Any]):
+        self._config = model_config(
+            model=model_path(DEMO_MODEL), infer_backend="vllm", device="cpu", dtype="float32",
+            kv_cache_memory_bytes=CACHE, max_model_len=1024, **shape,
+        )  # fmt: skip
+        self.engine = VllmEngine(self._config, "demo")
+
+    async def __aenter__(self) -> Self:
+        started = time.monotonic()
+        app = WholeBody(await self.engine.start(), self._config)
+        self.start_s = round(time.monotonic() - started, 1)
+        self.processes = rank_processes(os.getpid())
+        self.files = shared_files(self.processes)
+        transport = httpx.ASGITransport(app=app)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=TIMEOUT_S)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.aclose()
+        await self.engine.stop()
 
 
-def apart(name: str, kill: int | None = None) -> dict[str, Any]:
-    """The figures of one engine from a process of its own, because vLLM reads the stages from the environment."""
+async def figures(started: Started) -> dict[str, Any]:
+    """What it answers and what it holds."""
+    engine = started.engine
+    ranks = [
+        {"process": started.processes.get(rank.pid), "weights": rank.weights, "kv_cache": rank.kv_cache,
+         "held": rank.held} for rank in await engine.memory()
+    ]  # fmt: skip
+    return {
+        "start_s": started.start_s, "processes": list(started.processes.values()), **await asked(started.http),
+        "cache_blocks": engine.cache_blocks(), "ranks": ranks,
+    }  # fmt: skip
+
+
+async def run_shape(shape: Mapping[str, Any], with_deaths: bool) -> AsyncIterator[dict[str, Any]]:
+    """The figures of one engine, and what comes after the death of each of its processes in an engine of its own."""
+    async with Started(shape) as started:
+        yield await figures(started)
+        count = len(started.processes)
+        if with_deaths:
+            yield await after_death(started.engine, started.http, started.processes, 0)
+    ended = time.monotonic()
+    left = left_behind(started.processes, started.files)
+    yield {"left": left, "gone_after_s": round(time.monotonic() - ended, 2)}
+    for number in range(1, count if with_deaths else 1):
+        async with Started(shape) as started:
+            told = await after_death(started.engine, started.http, started.processes, number)
+        ended = time.monotonic()
+        left = left_behind(started.processes, started.files)
+        yield {**told, "left": left, "gone_after_s": round(time.monotonic() - ended, 2)}
+
+
+async def print_shape(name: str, with_deaths: bool) -> None:
+    """A line for each finding."""
+    async for found in run_shape(SHAPES[name], with_deaths):
+        print(json.dumps({"shape": name, **found}), flush=True)
+
+
+def apart(name: str, with_deaths: bool) -> list[dict[str, Any]]:
+    """The findings from a process of its own, because vLLM reads the stages from the environment."""
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    before = shared_files()
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.ranks", "--one", json.dumps([SHAPES[name], kill])],
-        env=environment, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False,
+        [sys.executable, "-m", "tests.cluster.ranks", "--one", name, *(() if with_deaths else ("--without-deaths",))],
+        env=environment, capture_output=True, text=True, timeout=SHAPE_TIMEOUT_S, check=False,
     )  # fmt: skip
-    if done.returncode:
-        return {"shape": name, "kill": kill, "error": done.stderr[-3000:]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"shape": name, "kill": kill, **found, "left_files_at_end": sorted(shared_files() - before)}
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [*found, {"shape": name, "error": done.stderr[-3000:]}] if done.returncode else found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a line for each engine."""
+    """Prints the lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--without-deaths", action="store_true")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--served", action="store_true")
+    parser.add_argument("--one", choices=SHAPES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        shape, kill = json.loads(options.one)
-        print(json.dumps(asyncio.run(one(shape, kill))))
+        asyncio.run(print_shape(options.one, not options.without_deaths))
         return
+    if options.served:
+        from tests.cluster.served_ranks import findings  # It needs the functions above.
+    else:
+        findings = apart
     for name in options.only:
-        found = apart(name)
-        print(json.dumps(found), flush=True)
-        for kill in range(0 if options.without_deaths else len(found.get("processes", ()))):
-            print(json.dumps(apart(name, kill)), flush=True)
+        for found in findings(name, not options.without_deaths):
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
