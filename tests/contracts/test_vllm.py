@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from importlib import import_module
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -90,6 +91,90 @@ def test_a_file_of_arguments_is_read(tmp_path: Path) -> None:
     assert list(args.allowed_media_domains) == arguments["allowed-media-domains"]
     structured = args.structured_outputs_config
     assert (structured.backend, structured.disable_additional_properties) == ("guidance", True)
+    staged = engine_arguments(model_config(infer_backend="vllm", pipeline_layers=[1, 3], tensor_parallel_size=2), "n")
+    (tmp_path / "staged.yaml").write_text(yaml.safe_dump(staged))
+    args = vllm_internals.argument_parser().parse_args(["--config", str(tmp_path / "staged.yaml")])
+    assert (args.pipeline_parallel_size, args.tensor_parallel_size, args.distributed_executor_backend) == (2, 2, "mp")
+
+
+@contract("vllm", "how it splits layers into stages", environment)
+def test_the_layers_of_each_stage_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM's own function, which every model calls with its layers."""
+    from vllm.distributed.utils import get_pp_indices
+
+    for name, value in environment(model_config(infer_backend="vllm", pipeline_layers=[1, 3, 2])).items():
+        monkeypatch.setenv(name, value)
+    assert [get_pp_indices(6, rank, 3) for rank in range(3)] == [(0, 1), (1, 4), (4, 6)]
+
+
+@contract("vllm", "what a pipeline stage lacks on the CPU", vllm_internals.prepare_stage)
+def test_a_later_stage_gets_the_buffer_for_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stage gets none, and one that is there stays. `tests/cluster/test_ranks.py` runs such an engine."""
+    import torch
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.models.utils import make_empty_intermediate_tensors_factory
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner)
+    names = ("intermediate_tensors", "max_num_tokens", "model_config", "device")
+    assert [name for name in names if f"self.{name}" not in source] == []
+    assert "assert self.intermediate_tensors is not None" in source, "it may be made now without our help"
+    make = make_empty_intermediate_tensors_factory(["hidden_states", "residual"], 16)
+    for is_first in (True, False):
+        monkeypatch.setattr(parallel_state, "get_pp_group", lambda first=is_first: SimpleNamespace(is_first_rank=first))
+        runner = SimpleNamespace(
+            intermediate_tensors=None, max_num_tokens=8, device=torch.device("cpu"),
+            model=SimpleNamespace(make_empty_intermediate_tensors=make),
+            model_config=SimpleNamespace(dtype=torch.float32),
+        )  # fmt: skip
+        vllm_internals.prepare_stage(SimpleNamespace(model_runner=runner))
+        found: Any = runner.intermediate_tensors
+        assert (found is None) == is_first
+        vllm_internals.prepare_stage(SimpleNamespace(model_runner=runner))
+        assert runner.intermediate_tensors is found
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()} == {
+        "hidden_states": ((8, 16), torch.float32), "residual": ((8, 16), torch.float32),
+    }  # fmt: skip
+
+
+@contract(
+    "vllm", "the names of the files that its ranks share", vllm_internals.shared_files,
+    vllm_internals.remove_shared_files,
+)  # fmt: skip
+def test_the_files_that_the_ranks_share_are_found_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this engine and of no other. vLLM makes the names of the first two, and Python that of its queues."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+    from vllm.utils import network_utils
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    assert "self.distributed_init_method" in inspect.getsource(WorkerBase)
+    assert 'os.environ["VLLM_DIST_IDENT"]' in inspect.getsource(CPUWorker)
+    monkeypatch.setattr(network_utils.tempfile, "gettempdir", lambda: str(tmp_path))
+    method = network_utils.get_file_store_init_method()
+    meeting = Path(method.removeprefix("file://"))
+    meeting.touch()
+    monkeypatch.setenv("VLLM_DIST_IDENT", meeting.name)
+    communicator: Any = SimpleNamespace(unique_name="pp:0", ranks=[0, 1])
+    buffer, other = f"{_CPUSHMDistributed.make_group_name(communicator)}_0", "vllm_dist_test-pp:0-cpushm_0"
+    opened = [SharedMemory(name, create=True, size=4096) for name in (buffer, other)]
+    queue = ShmRingBuffer(n_reader=1, max_chunk_bytes=64, max_chunks=1)
+    names = [buffer, other, queue.shared_memory.name]
+    own_buffer, others_buffer, own_queue = [str(vllm_internals.SHARED_MEMORY / name) for name in names]
+    try:
+        found = vllm_internals.shared_files(SimpleNamespace(distributed_init_method=method))
+        assert {str(meeting), own_buffer, own_queue} <= set(found)
+        assert others_buffer not in found
+        for _ in range(2):  # Another rank may have been faster.
+            vllm_internals.remove_shared_files([str(meeting), own_queue])
+        assert not meeting.exists()
+        assert not Path(own_queue).exists()
+    finally:
+        queue.is_creator = False
+        for memory in opened:
+            memory.close()
+            memory.unlink()
 
 
 @contract("vllm", "validate_parsed_serve_args", vllm_internals.require_consistent)

@@ -66,6 +66,7 @@ class VllmEngine:
         self._stack = AsyncExitStack()
         self._client: Any = None
         self._server = SimpleNamespace(should_exit=False)
+        self._shared_files: list[str] = []
 
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
@@ -78,8 +79,7 @@ class VllmEngine:
 
     async def _build(self, args: Namespace) -> ASGIApp:
         self._client = await self._stack.enter_async_context(vllm_internals.running_engine(args))
-        if self._config.device == "cpu":
-            await vllm_internals.ask_ranks(self._client, "serve_app_finish_cpu_start")
+        await self._finish_ranks()
         handlers: dict[type[Exception], vllm_internals.Handler] = {
             vllm_internals.engine_dead_error(): self._engine_died,  # vLLM would answer 500, as for a bad request.
             StarletteHTTPException: _no_such_route,  # vLLM handles only FastAPI's.
@@ -89,6 +89,23 @@ class VllmEngine:
             handlers[vllm_internals.generation_error()] = _format_ended
         app = await vllm_internals.server_application(args, self._client, self._server, handlers)
         return disconnect_before_cancel(guarded(app, self._guard()))
+
+    async def _finish_ranks(self) -> None:
+        """Does what vLLM leaves undone at the start of its ranks.
+
+        On the CPU, the files that they share lose their names now, when all ranks have them, so nothing is left
+        however they end. On GPUs NCCL may meet there later, so the names stay as long as the engine lives.
+        """
+        if self._config.device == "cpu" and self._config.stages > 1:
+            await vllm_internals.ask_ranks(self._client, "serve_app_prepare_stage")
+        files = await vllm_internals.ask_ranks(self._client, "serve_app_shared_files")
+        self._shared_files = sorted({path for of_rank in files for path in of_rank})
+        if self._config.device == "cpu":
+            self._forget_shared_files()
+
+    def _forget_shared_files(self) -> None:
+        vllm_internals.remove_shared_files(self._shared_files)
+        self._shared_files = []
 
     def _guard(self) -> Guard:
         model = vllm_internals.model_config(self._client)
@@ -103,12 +120,14 @@ class VllmEngine:
         return error_response(ModelUnavailable(f"vLLM's engine has died: {error}", retry_after_s=5.0))
 
     async def check_health(self) -> None:
-        """Asks vLLM, which knows whether its engine process has died. Raises EngineError if it has."""
+        """Asks vLLM, which knows whether one of its processes has died. Raises EngineError if one has."""
         if self._server.should_exit:
+            self._forget_shared_files()
             raise EngineError("vLLM's engine has died. The replica will be replaced.")
         try:
             await vllm_internals.require_alive(self._client)
         except Exception as error:
+            self._forget_shared_files()
             raise EngineError(f"vLLM's engine is dead: {error}. The replica will be replaced.") from error
 
     def load(self) -> float:
@@ -132,8 +151,9 @@ class VllmEngine:
         return [RankMemory(**answer) for answer in answers]
 
     async def stop(self) -> None:
-        """Shuts the engine process down and waits for it."""
+        """Shuts the engine's processes down, and removes the files that they shared."""
         await self._stack.aclose()
+        self._forget_shared_files()
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], int]:

@@ -10,9 +10,11 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import psutil
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,7 +23,7 @@ Handler = Callable[[Request, Exception], Awaitable[Response]]
 # The engine's client is an `AsyncLLM`.
 EngineClient = Any
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+SHARED_MEMORY, QUEUE = Path("/dev/shm"), "psm_"  # noqa: S108
 CAUSE_ABOVE = "See root cause above."
 # These are gauges of `vllm.v1.metrics.loggers.PrometheusStatLogger`, seen in vLLM 0.32.
 RUNNING, WAITING, CACHE_USE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
@@ -212,20 +214,33 @@ def prepare_stage(worker: Any) -> None:
         )
 
 
-def unlink_shared_files(worker: Any) -> None:
-    """Removes the names of the files by which the ranks of a CPU engine meet and send each other tensors.
+def shared_files(worker: Any) -> list[str]:
+    """Returns the paths of the files by which this rank meets the others and exchanges tensors and messages with them.
 
-    vLLM leaves them in /tmp and, which is memory, in /dev/shm, even if it stops in order. Each rank has mapped all of
-    them when it is loaded, so the kernel frees them at the end of the last rank, however it ends. On GPUs the names
-    must stay, because NCCL meets there later. Uses the worker's `distributed_init_method`, and that the names in
-    /dev/shm begin with the environment variable `VLLM_DIST_IDENT`, which the worker has set; seen in vLLM 0.32.
+    vLLM leaves them in /tmp and, which is memory, in /dev/shm: always the first two kinds, and the third if a process
+    is killed. They are the file of the worker's `distributed_init_method`, the buffers of the CPU's communicator, whose
+    names begin with the environment variable `VLLM_DIST_IDENT` of the worker, and the queues of
+    `vllm.distributed.device_communicators.shm_broadcast`, which Python names `psm_…`; seen in vLLM 0.32.
     """
     method: str = worker.distributed_init_method
-    if method.startswith("file://"):
-        Path(method.removeprefix("file://")).unlink(missing_ok=True)
-    if group := os.environ.get("VLLM_DIST_IDENT"):
-        for path in SHARED_MEMORY.glob(f"{group}-*"):
-            path.unlink(missing_ok=True)  # Another rank may have been faster.
+    meeting = [method.removeprefix("file://")] if method.startswith("file://") else []
+    begins = (QUEUE, f"{os.environ.get('VLLM_DIST_IDENT', QUEUE)}-")
+    mapped = {Path(region.path) for region in psutil.Process().memory_maps()}
+    return meeting + [str(path) for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(begins)]
+
+
+def remove_shared_files(paths: Iterable[str]) -> None:
+    """Removes those of these files that are there. A process that has mapped one keeps it.
+
+    Python's resource tracker is told of queues, or it would warn of them at the end.
+    """
+    for path in map(Path, paths):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            continue
+        if path.name.startswith(QUEUE):
+            resource_tracker.unregister(f"/{path.name}", "shared_memory")
 
 
 def names_cause_above(message: str) -> bool:

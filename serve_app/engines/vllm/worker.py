@@ -1,4 +1,5 @@
-"""Adds methods of ours to vLLM's worker processes: what a rank holds, and what vLLM leaves undone on the CPU.
+"""Adds methods of ours to vLLM's worker processes: what a rank holds, which files it shares, and what a pipeline
+stage lacks on the CPU.
 
 vLLM makes this class a base of its worker (`worker_extension_cls`), and the engine calls the methods in every rank.
 """
@@ -7,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from serve_app.engines.measure import rank_memory, tensor_bytes
-from serve_app.engines.vllm.vllm_internals import prepare_stage, unlink_shared_files, worker_device, worker_tensors
+from serve_app.engines.vllm.vllm_internals import prepare_stage, shared_files, worker_device, worker_tensors
 from serve_app.facts.process_memory import resident_bytes
 
 # vLLM imports this file before it loads the model.
@@ -15,7 +16,7 @@ LIBRARIES = resident_bytes()
 
 
 class WorkerExtension:
-    """Reports the worker's memory and finishes its start. The names of its methods must differ from all names of vLLM's
+    """Reports on a worker and finishes its start. The names of its methods must differ from all names of vLLM's
     worker."""
 
     _tensors: tuple[int, int] | None = None
@@ -27,8 +28,11 @@ class WorkerExtension:
             self._tensors = weights, cache
         return asdict(rank_memory(worker_device(self), *self._tensors, LIBRARIES))
 
-    def serve_app_finish_cpu_start(self) -> None:
-        """Makes the buffer in which this rank gets its input from the stage before, and removes the names of files that
-        all ranks have opened by now. It is called once on the CPU, before the first request."""
+    def serve_app_shared_files(self) -> list[str]:
+        """Returns the paths of the files that this rank shares with others, once all ranks have opened them."""
+        return shared_files(self)
+
+    def serve_app_prepare_stage(self) -> None:
+        """Makes the buffer in which this rank gets its input from the stage before. It is called on the CPU, before the
+        first request."""
         prepare_stage(self)
-        unlink_shared_files(self)
