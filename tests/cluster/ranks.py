@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,7 +45,6 @@ AT_ONCE = 32
 CACHE = "256MiB"
 TIMEOUT_S = 120.0
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
-SHAPE_TIMEOUT_S = 1800.0
 
 
 def chat(question: str, **fields: Any) -> dict[str, Any]:
@@ -232,15 +231,18 @@ async def print_shape(name: str, with_deaths: bool) -> None:
         print(json.dumps({"shape": name, **found}), flush=True)
 
 
-def apart(name: str, with_deaths: bool) -> list[dict[str, Any]]:
+def apart(name: str, with_deaths: bool) -> Iterator[dict[str, Any]]:
     """The findings from a process of its own, because vLLM reads the stages from the environment."""
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.ranks", "--one", name, *(() if with_deaths else ("--without-deaths",))],
-        env=environment, capture_output=True, text=True, timeout=SHAPE_TIMEOUT_S, check=False,
-    )  # fmt: skip
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return [*found, {"shape": name, "error": done.stderr[-3000:]}] if done.returncode else found
+    command = [sys.executable, "-m", "tests.cluster.ranks", "--one", name]
+    command += [] if with_deaths else ["--without-deaths"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+    if process.returncode:
+        yield {"shape": name, "error": f"it ended with {process.returncode}"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
