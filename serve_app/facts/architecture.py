@@ -96,8 +96,10 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     file = f"{where}: config.json"
     config = {name: value for name, value in config.items() if value is not None}  # Engines take a default for null.
     text = {name: value for name, value in check_outline(config, file).items() if value is not None}
-    model_type = text.get("model_type") or ""
-    if model_type not in STANDARD | MLA | HYBRID | PT_ONLY or any(config.get(name) for name in ENCODERS):
+    model_type, outer = text.get("model_type") or "", config.get("model_type") or ""
+    known = STANDARD | MLA | HYBRID | PT_ONLY
+    # A model around a known text model may have encoders under any name, so its own type decides.
+    if model_type not in known or outer not in known | {""} or any(config.get(name) for name in ENCODERS):
         return _with_known_dtype(_outline(config, file), file)
     check_shape(text, file, "text_config." if "text_config" in config else "")
     try:

@@ -50,7 +50,7 @@ def vllm_activation(
     float32. `copies` of each activation exist at once."""
     copied = (("copies", copies),) if copies != 1 else ()
     width = (
-        f"2 × hidden_size {hidden} + 3 × intermediate_size {intermediate} / {tp} ranks",
+        f"[2 × hidden_size {hidden} + 3 × intermediate_size {intermediate} / {tp} ranks]",
         2 * hidden + 3 * intermediate // tp,
     )
     return [
@@ -119,7 +119,7 @@ def pt_layer(
     hidden: int, intermediate: int, heads: int, head_size: int, element: int, rows: int, tokens: int
 ) -> list[Term]:
     """Returns what a step of pt has at once in one layer, for `rows` tokens over a cache of `tokens` columns."""
-    width = (f"6 × hidden_size {hidden} + 3 × intermediate_size {intermediate}", 6 * hidden + 3 * intermediate)
+    width = (f"[6 × hidden_size {hidden} + 3 × intermediate_size {intermediate}]", 6 * hidden + 3 * intermediate)
     return [
         Term("one layer for a chunk and all rows", (("tokens", rows), width, ("bytes of an element", element))),
         Term(

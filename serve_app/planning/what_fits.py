@@ -3,7 +3,7 @@
 Each model is planned alone, because the question is what the devices could hold and not what runs beside it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,12 +60,25 @@ def _ways(request: ModelRequest, inventory: Inventory) -> Iterator[Way]:
     """Yields a way for each backend and number of GPUs. More GPUs than hold requests of full length bring pt nothing
     that a second replica would not do better, so its ways end there."""
     is_held = False
-    for choice in choices(request, inventory):
+    for choice in _choices(request, inventory):
         if choice.config.infer_backend == "pt" and is_held:
             continue
         way = _way(request, choice, inventory)
         is_held = way.backend == "pt" and way.holds_all
         yield way
+
+
+def _choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
+    """Yields the ways to run a model, those of one backend if the config names one. A number of GPUs that the config
+    names stays."""
+    config = request.config
+    names_gpus = (config.tensor_parallel_size, config.num_gpus, config.gpu_ids, config.max_memory)
+    if config.infer_backend == "auto" or config.device == "cpu" or any(value is not None for value in names_gpus):
+        yield from choices(request, inventory)
+        return
+    free = replace(request, config=config.model_copy(update={"infer_backend": "auto"}))
+    found = [choice for choice in choices(free, inventory) if choice.config.infer_backend == config.infer_backend]
+    yield from found or choices(request, inventory)
 
 
 def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
@@ -78,7 +91,8 @@ def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
         return make_plan([replace(request, config=asked)], inventory)
 
     whole = planned(request.max_model_len)
-    found = whole.models[0] if whole.fits else longest(request.max_model_len, planned)
+    least = request.at_once.tokens if request.at_once is not None else 0
+    found = whole.models[0] if whole.fits else longest(least, request.max_model_len, planned)
     if found is None:
         return replace(empty, problem=whole.problems[0].message)
     return replace(
@@ -90,14 +104,14 @@ def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
     )
 
 
-def longest(most: int, planned: Any) -> ModelPlan | None:
-    """Returns the plan with the longest requests below `most` tokens that fits, in steps of 256 tokens, or None.
+def longest(least: int, most: int, planned: Callable[[int], Plan]) -> ModelPlan | None:
+    """Returns the plan with the longest requests below `most` tokens that fits, in steps of 256 tokens, or None. It is
+    for requests of `least` tokens or more, and of 1,024 or more.
 
     `planned` makes the plan for a number of tokens. More tokens never need less memory, so it is found by bisection.
     """
-    low, high = LEAST_MODEL_LEN // MODEL_LEN_STEP, (most - 1) // MODEL_LEN_STEP
-    best: Plan = planned(low * MODEL_LEN_STEP)
-    if low > high or not best.fits:
+    low, high = -(-max(least, LEAST_MODEL_LEN) // MODEL_LEN_STEP), (most - 1) // MODEL_LEN_STEP
+    if low > high or not (best := planned(low * MODEL_LEN_STEP)).fits:
         return None
     while low < high:
         middle = (low + high + 1) // 2

@@ -44,7 +44,7 @@ class Replica:
 def built(args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """What the builder of one application asks of Ray, and the environment and config that it gives to the replica."""
     deployment = model({"model": GEMMA, **args})._bound_deployment
-    config, environment = deployment.init_args
+    config, environment, _ = deployment.init_args
     told = config.model_dump(include={"max_memory", "gpu_ids", "kv_cache_memory_bytes", "engine_args", "num_gpus"})
     return deployment.ray_actor_options, environment, told
 

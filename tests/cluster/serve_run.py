@@ -161,7 +161,7 @@ class ServeRun:
         self.config_file.write_text(yaml.safe_dump({**config, **self._options}, sort_keys=False))
 
     def _serve(self, command: str, *arguments: str) -> str:
-        dashboard = re.search(r"dashboard (?:at )?(http://[^\s)]+)", self.output())
+        dashboard = re.search(r"dashboard (?:at )?(http://[^\s),]+)", self.output())
         assert dashboard is not None, "Ray prints the dashboard's address at start"
         return self._call(command, *arguments, address=dashboard[1])
 

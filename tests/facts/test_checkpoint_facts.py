@@ -155,3 +155,10 @@ def test_a_config_that_contradicts_itself_is_refused() -> None:
             read_architecture(QWEN | change, "model: x")
     with pytest.raises(ConfigError, match="has no 'hidden_size'"):
         read_architecture({"model_type": "llama"}, "model: x")
+
+
+def test_a_model_around_a_known_text_model_is_an_outline() -> None:
+    """It may have an encoder under any name, so no formula is used for it."""
+    found = read_architecture({"model_type": "granite_speech", "encoder_config": {}, "text_config": QWEN}, "model: x")
+    assert not found.has_formulas
+    assert read_architecture({"text_config": QWEN}, "model: x").has_formulas

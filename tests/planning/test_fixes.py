@@ -92,10 +92,10 @@ def test_the_smallest_card_is_offered_where_no_change_helps() -> None:
     """A larger card in the place of one, or one more, whichever is smaller."""
     big = request("llama-3-70b", infer_backend="vllm", quantization="fp8", max_model_len=1024, max_num_seqs=1)
     (fix,) = only([big], "48GiB").fixes
-    assert fix.text == "one more 96 GiB card on n1"
+    assert fix.text == "one more 95 GiB card on n1"
     assert fix.effect.startswith("gains: fits on n1:1 ")
     named = replace(big, config=big.config.model_copy(update={"gpu_ids": (0,)}))
-    assert texts(only([named], "48GiB")) == ["a 96 GiB card instead of n1:0"]
+    assert texts(only([named], "48GiB")) == ["a 95 GiB card instead of n1:0"]
 
 
 def test_a_limit_on_fewer_gpus_than_num_gpus_leaves_the_others_empty() -> None:

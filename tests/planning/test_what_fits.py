@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from serve_app.facts.inventory import parse_gpus
+from serve_app.planning.fit import AtOnce
 from serve_app.planning.planner import make_plan
 from serve_app.planning.what_fits import MODEL_LEN_STEP, what_fits
 from tests.planning.model_requests import request
@@ -51,3 +52,21 @@ def test_more_gpus_hold_more_requests_at_once() -> None:
     assert [gpus for gpus, _ in sizes] == [1, 2, 4]
     assert sizes == sorted(sizes, key=lambda item: item[1])
     assert sizes[0][1] < sizes[-1][1]
+
+
+def test_requests_that_are_asked_for_are_the_least_length() -> None:
+    """A way holds them although it does not hold the model's own length."""
+    asked = replace(request("llama-3.1-8b", infer_backend="vllm"), at_once=AtOnce(1, 8192))
+    (way,) = what_fits([asked], parse_gpus("20GiB"))
+    assert 8192 <= way.max_model_len < 131_072
+    (short,) = what_fits([replace(asked, at_once=AtOnce(1, 100_000))], parse_gpus("20GiB"))
+    assert short.max_model_len == 0
+
+
+def test_a_backend_that_is_set_has_all_numbers_of_gpus() -> None:
+    """Unless the config names a number."""
+    four = parse_gpus("4x24GiB")
+    assert [way.gpus for way in what_fits([request(infer_backend="vllm")], four)] == [1, 2, 4]
+    assert {way.backend for way in what_fits([request(infer_backend="pt", max_model_len=4096)], four)} == {"pt"}
+    fixed = request(infer_backend="vllm", tensor_parallel_size=2)
+    assert [way.gpus for way in what_fits([fixed], four)] == [2]

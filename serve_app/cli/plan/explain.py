@@ -40,7 +40,8 @@ def explained(plan: Plan, name: str) -> list[ModelPlan]:
     problem = next((problem for problem in plan.problems if problem.model == name), None)
     if problem is not None:
         raise ConfigError(f"plan: --explain {name}: the model has no place. {problem.message}")
-    names = ", ".join(dict.fromkeys(model.name for model in plan.models))
+    planned = [*(model.name for model in plan.models), *(problem.model for problem in plan.problems)]
+    names = ", ".join(dict.fromkeys(planned))
     raise ConfigError(f"plan: --explain {name}: there is no such model. The plan has {names or 'none'}.")
 
 

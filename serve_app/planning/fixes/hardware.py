@@ -10,8 +10,9 @@ from serve_app.planning.fixes.wording import gains_of
 from serve_app.planning.memory import GIB
 from serve_app.planning.plan import Change, Fix
 
-# These are the sizes of cards that can be bought, in GiB. The sizes that are there are tried too.
-SIZES = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180, 192, 288)
+# These are the sizes of cards that can be bought, in GiB as drivers report them at least. The sizes that are there are
+# tried too.
+SIZES = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 95, 140, 179, 192, 288)
 
 
 def least_card(name: str, trial: Trial) -> tuple[Fix, ...]:

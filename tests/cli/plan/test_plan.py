@@ -157,4 +157,6 @@ def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]
         assert sum(term["bytes"] for term in rank["terms"][kind]) == rank[f"{kind}_bytes"]
     assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "nobody"]) == 2
     assert "there is no such model. The plan has q." in capsys.readouterr().err
+    assert main(["plan", str(file), "--gpus", "8GiB", "--explain", "nobody"]) == 2
+    assert "there is no such model. The plan has q." in capsys.readouterr().err
     assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--what", "fits"]) == 2
