@@ -254,8 +254,9 @@ def test_each_variable_that_is_set_is_one_of_vllms() -> None:
     """vLLM passes over others with a warning at most."""
     from vllm import envs
 
-    asked = environment(model_config(infer_backend="vllm", device="cpu")).keys() - {"TORCH_COMPILE_DISABLE"}
-    assert sorted(asked - envs.environment_variables.keys()) == []
+    for fields in ({}, {"pipeline_layers": [1, 3]}):
+        asked = environment(model_config(infer_backend="vllm", device="cpu", **fields)).keys()
+        assert sorted(asked - {"TORCH_COMPILE_DISABLE"} - envs.environment_variables.keys()) == []
 
 
 @contract("vllm", "from where it fetches media", engine_arguments)
