@@ -50,11 +50,12 @@ def main() -> None:
 def facts_of_all() -> list[RankFacts]:
     """What vLLM says of each model on one rank."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "jobs.json", Path(folder) / "answers.json"
+        asked, answered = Path(folder) / "jobs.json", Path(folder) / "answers.jsonl"
         asked.write_text(json.dumps([{"folder": str(CONFIGS / name), "tensor_parallel_sizes": [1]} for name in MODELS]))
         command = [sys.executable, "-m", "serve_app.engines.vllm.model_facts", str(asked), str(answered)]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        answers = [facts_from_json("vllm", answer["facts"]) for answer in json.loads(answered.read_bytes())]
+        lines = [json.loads(line) for line in answered.read_text().splitlines()]
+        answers = [facts_from_json("vllm", line["facts"]) for line in lines if "facts" in line]
     return [answer.ranks[1] for answer in answers if isinstance(answer, VllmFacts)]
 
 

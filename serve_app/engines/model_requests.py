@@ -7,9 +7,11 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.engines.model_facts import answers
+from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import Checkpoint, read_checkpoint
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.known_facts import Answer, Question, known_answer
+from serve_app.facts.model_code import code_digest
 from serve_app.facts.packages import facts_version
 from serve_app.planning.fit import ModelRequest
 
@@ -58,12 +60,24 @@ def _of_vllm(config: ModelConfig, checkpoint: Checkpoint, kv_cache_dtype: Any) -
         "tensor_parallel_sizes": sorted(sizes),
         "rules": config.device,
     }
+    settings |= _code(config, checkpoint)
     return Question("vllm", facts_version("vllm"), checkpoint.config, settings)
 
 
 def _of_pt(config: ModelConfig, checkpoint: Checkpoint) -> Question:
-    settings = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    settings: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    settings |= _code(config, checkpoint)
     return Question("pt", facts_version("pt"), checkpoint.config, settings)
+
+
+def _code(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns what stands for the model's own code in a question, if that code may run."""
+    if not config.trust_remote_code or checkpoint.folder is None:
+        return {}
+    try:
+        return {"code": code_digest(checkpoint.folder)}
+    except OSError as error:
+        raise ConfigError(f"model: {error.filename}: it cannot be read: {error.strerror}.") from None
 
 
 def answered(unanswered: Sequence[Unanswered], tell: Tell | None) -> list[ModelRequest]:

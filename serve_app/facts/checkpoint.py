@@ -62,7 +62,7 @@ def model_path(model: str) -> str:
 @dataclass(frozen=True)
 class Checkpoint:
     """This is the shape of a model, and the tensors of its files. `config` is the decoded config.json, and `folder` is
-    where it lies, if it is a local folder."""
+    where it lies: the local folder, or the snapshot in the hub's cache."""
 
     architecture: Architecture
     tensors: tuple[Tensor, ...]
@@ -78,29 +78,31 @@ def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """
     path = model_path(model)
     folder = Path(path)
-    config, tensors = (
-        (_local_config(folder), local_tensors(folder)) if os.path.isdir(folder) else _from_hub(path, revision)
-    )
+    if os.path.isdir(folder):
+        config, tensors = _local_config(folder), local_tensors(folder)
+    else:
+        folder, tensors = _from_hub(path, revision)
+        config = _local_config(folder)
     architecture = read_architecture(config, f"model: {model}")
     if not tensors and architecture.has_formulas:
         tensors = tensors_without_weights(config, f"model: {model}")
-    return Checkpoint(architecture, tuple(tensors), config, folder if os.path.isdir(folder) else None)
+    return Checkpoint(architecture, tuple(tensors), config, folder)
 
 
 def _local_config(folder: Path) -> Mapping[str, Any]:
     return read_object(folder / "config.json", MOST_CONFIG_BYTES)
 
 
-def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list[Tensor]]:
-    """Returns config.json and tensors from the local cache if it has the whole model, or else by the hub's metadata
-    calls."""
+def _from_hub(model: str, revision: str | None) -> tuple[Path, list[Tensor]]:
+    """Returns the folder of config.json in the hub's cache, and the tensors: from that cache if it has the whole model,
+    or else by the hub's metadata calls."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=True))
         if tensors := local_tensors(file.parent):
-            return _local_config(file.parent), tensors
+            return file.parent, tensors
     except (LocalEntryNotFoundError, FileMissing):
         pass  # The cache does not have the whole model.
     except HFValidationError as error:
@@ -109,7 +111,7 @@ def _from_hub(model: str, revision: str | None) -> tuple[Mapping[str, Any], list
     _require_hub(model)
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision))
-        return _local_config(file.parent), hub_tensors(model, revision)
+        return file.parent, hub_tensors(model, revision)
     except ConfigError:
         raise  # It names the file already.
     except Exception as error:

@@ -20,7 +20,7 @@ from serve_app.facts.engine_facts import PtFacts, VllmFacts, facts_from_json, fa
 
 SHIPPED = Path(__file__).parent / "shipped.json.gz"
 # This is the number of the form of answers. Those of another form are asked for again.
-FORM = 3
+FORM = 4
 
 # These fields of a config.json change nothing of a model's layout. Copies of one model often differ in them.
 _WITHOUT_EFFECT = frozenset(
@@ -51,20 +51,24 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """This is what an engine said: the facts, or why it has none."""
+    """This is what an engine said: the facts, or why it has none. `is_refusal` says that the reason is the engine's own
+    judgement of the model, and not a fault of ours or of this machine."""
 
     facts: VllmFacts | PtFacts | None
     problem: str = ""
+    is_refusal: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `answer_from_json` reads."""
-        return {"error": self.problem} if self.facts is None else {"facts": facts_to_json(self.facts)}
+        if self.facts is None:
+            return {"error": self.problem, "is_refusal": self.is_refusal}
+        return {"facts": facts_to_json(self.facts)}
 
 
 def answer_from_json(engine: str, plain: Mapping[str, Any]) -> Answer:
     """Returns a decoded answer. Raises KeyError, TypeError, ValueError or AttributeError for another form."""
     if "facts" not in plain:
-        return Answer(None, str(plain["error"]))
+        return Answer(None, str(plain["error"]), bool(plain.get("is_refusal", False)))
     return Answer(facts_from_json(engine, plain["facts"]))
 
 

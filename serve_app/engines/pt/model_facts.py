@@ -1,42 +1,52 @@
-"""Answers how transformers lays models out in memory: `python -m serve_app.engines.pt.model_facts JOBS ANSWERS`.
+"""Says how transformers lays models out in memory, without weights, in a process of its own:
 
-JOBS is a JSON list. Each job has `folder`, which holds a config.json and needs no weights, `dtype`, and
-`trust_remote_code`, without which no code of the folder runs. ANSWERS becomes a JSON list of the same length: an
-answer has `facts` (`PtFacts` as JSON), or `error`, which says why there are none. The process uses no network.
+    python -m serve_app.engines.pt.model_facts JOBS.json ANSWERS.jsonl
+
+JOBS.json is a list. Each job has `folder`, which holds a config.json and needs no weights, `dtype`, and
+`trust_remote_code`, without which no code of the folder runs. `facts_worker.py` says what ANSWERS.jsonl becomes.
+`facts` are as `facts_to_json` writes `PtFacts`. The process uses no network.
 """
 
-import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serve_app.facts.engine_facts import facts_to_json
-
-# An error repeats this many letters of transformers' own words.
-MOST_REASON = 300
+from serve_app.engines.facts_worker import Job, outcome, refusals, work
+from serve_app.facts.engine_facts import PtFacts, facts_to_json
 
 
 def main() -> None:
-    """Reads the jobs, answers each, and writes the answers."""
+    """Answers all jobs."""
+    work(sys.argv[1:], answer, ready)
+
+
+@contextmanager
+def ready(jobs: Sequence[Job]) -> Iterator[None]:
+    """Imports torch and transformers, which takes most of the time."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
     warnings.simplefilter("ignore")
-    jobs, answers = (Path(name) for name in sys.argv[1:3])
-    answers.write_text(json.dumps([answer(job) for job in json.loads(jobs.read_bytes())]))
+    import serve_app.engines.pt.load.layout  # noqa: F401
+
+    yield
 
 
-def answer(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the answer to one job. It imports torch and transformers, which takes most of the time."""
-    from serve_app.engines.pt.load.layout import layout_of, read_config
+def answer(job: Job) -> dict[str, Any]:
+    """Returns the facts of one job, or why there are none. Raises MemoryError."""
+    return outcome(lambda: facts_to_json(_facts(job)), str(job["folder"]))
 
-    try:
-        trusts = bool(job.get("trust_remote_code"))
+
+def _facts(job: Job) -> PtFacts:
+    from serve_app.engines.pt.load.layout import layout_of_model, model_without_storage, read_config
+
+    trusts = bool(job.get("trust_remote_code"))
+    with refusals(str(job["folder"])):
         config, dtype = read_config(Path(job["folder"]), str(job.get("dtype", "auto")), trusts)
-        return {"facts": facts_to_json(layout_of(config, dtype, trusts))}
-    except Exception as error:  # A model's code may raise anything, and the other jobs go on.
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:MOST_REASON]}
+        model = model_without_storage(config, dtype, trusts)
+    return layout_of_model(model, dtype)
 
 
 if __name__ == "__main__":

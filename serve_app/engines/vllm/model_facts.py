@@ -1,111 +1,72 @@
 """Says how vLLM lays out models, without a GPU and without weights, in a process of its own:
 
-    python -m serve_app.engines.vllm.model_facts JOBS.json ANSWERS.json
+    python -m serve_app.engines.vllm.model_facts JOBS.json ANSWERS.jsonl
 
 JOBS.json is a list. A job has `folder` (with a config.json), `tensor_parallel_sizes`, and `dtype`, `kv_cache_dtype`,
 `quantization` and `trust_remote_code` as vLLM has them, which may be missing. `rules` is "cuda" for what vLLM does on
-an H100 (the default) or "cpu" for what its CPU build does on this machine. `engine_args` may have further arguments of
-vLLM. ANSWERS.json becomes a list with one object for each job: `facts`, as `facts_to_json` writes `VllmFacts`, or
-`error`. Each tensor parallel size that vLLM refuses is among the facts, with vLLM's reason.
+an H100 (the default) or "cpu" for what its CPU build does on this machine, and is the same in all jobs, because a
+process has one platform. `engine_args` may have further arguments of vLLM. `facts_worker.py` says what ANSWERS.jsonl
+becomes. `facts` are as `facts_to_json` writes `VllmFacts`. Each tensor parallel size that vLLM refuses is among them,
+with vLLM's reason. An `error` is a fault of ours or of this machine, at any size.
 
-The process never asks the network. It limits its own memory and processor time, and whoever asks may kill it.
+The process never asks the network.
 """
 
-import json
-import os
-import re
-import resource
-import subprocess
 import sys
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from serve_app.engines.facts_worker import Job, Refused, outcome, refusals, work
 from serve_app.engines.vllm import vllm_meta_model as vllm
 from serve_app.facts.engine_facts import BesideLayers, CacheLayer, RankFacts, VllmFacts, facts_to_json
 from serve_app.planning.kv_groups import kv_bytes_per_request
 from serve_app.planning.pipeline.stage import even_split
 
-# A model without storage takes some megabytes, and vLLM's imports take one or two gigabytes.
-MOST_MEMORY_BYTES = 12 * 2**30
-MOST_CPU_S = 1800
-# A reason is cut to this many letters.
-MOST_REASON = 400
 # vLLM's own figures are compared with the plan's at these lengths, in tokens, and at the model's longest.
 COMPARED_TOKENS = (1, 1000, 8192)
-# pydantic writes the values beside vLLM's own words.
-_OF_PYDANTIC = re.compile(r"Value error, (.*?) \[type=")
 # So many kinds of layers are tried as a stage of their own. Each takes a moment.
 MOST_KINDS = 16
 SETTINGS = ("dtype", "kv_cache_dtype", "quantization", "trust_remote_code")
 
 
-def main(jobs_file: str, answers_file: str) -> None:
-    """Answers all jobs. What vLLM prints goes to stderr."""
-    os.dup2(2, 1)
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_S, MOST_CPU_S))
-    jobs = json.loads(Path(jobs_file).read_bytes())
-    rules = sorted({_rules(job) for job in jobs})
-    answers = answers_by(rules[0], jobs) if len(rules) == 1 else _answers_apart(rules, jobs)
-    Path(answers_file).write_text(json.dumps(answers))
+def main() -> None:
+    """Answers all jobs."""
+    work(sys.argv[1:], answer, ready)
 
 
-def _rules(job: Mapping[str, Any]) -> str:
-    return str(job.get("rules", "cuda"))
-
-
-def _answers_apart(rules: Iterable[str], jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the answers of one process for each of the rules, because a process has one platform."""
-    answers: list[dict[str, Any]] = [{} for _ in jobs]
-    with tempfile.TemporaryDirectory(prefix="serve-app-facts-") as folder:
-        for name in rules:
-            mine = [number for number, job in enumerate(jobs) if _rules(job) == name]
-            asked, answered = Path(folder) / f"{name}.jobs", Path(folder) / f"{name}.answers"
-            asked.write_text(json.dumps([jobs[number] for number in mine]))
-            command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, str(asked), str(answered)]
-            subprocess.run(command, check=True)  # noqa: S603  our own module
-            for number, answer in zip(mine, json.loads(answered.read_bytes()), strict=True):
-                answers[number] = answer
-    return answers
-
-
-def answers_by(rules: str, jobs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the answers of jobs that all have these rules. A process calls it once."""
-    vllm.prepare(rules)
+@contextmanager
+def ready(jobs: Sequence[Job]) -> Iterator[None]:
+    """Makes this process ready for the jobs, once. Raises ValueError for jobs of different rules."""
+    rules = {str(job.get("rules", "cuda")) for job in jobs}
+    if len(rules) > 1:
+        raise ValueError(f"the jobs of one process have the rules {' and '.join(sorted(rules))}, and need the same")
+    vllm.prepare(*rules or {"cuda"})
     with tempfile.TemporaryDirectory(prefix="serve-app-facts-") as folder, vllm.process_group(folder):
-        return [answer(job) for job in jobs]
+        yield
 
 
-def answer(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts of one job, or an error if no tensor parallel size gives any for a reason of our own."""
-    ranks, refusals = {}, {}
+def answer(job: Job) -> dict[str, Any]:
+    """Returns the facts of one job, or an error of our own or of this machine."""
+    return outcome(lambda: facts_to_json(_facts(job)), str(job["folder"]))
+
+
+def _facts(job: Job) -> VllmFacts:
+    ranks, refused = {}, {}
     for size in map(int, job["tensor_parallel_sizes"]):
         try:
             ranks[size] = rank_facts(job, size)
-        except Exception as error:  # Whatever vLLM raises is its reason.
-            refusals[size] = reason_of(error, str(job["folder"]))
-    return {"facts": facts_to_json(VllmFacts(ranks, refusals))}
-
-
-def reason_of(error: Exception, folder: str = "") -> str:
-    """Returns an error as one line, without the name of the model's folder. An assertion without words is named by its
-    source line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    text = " ".join(str(error).split()) or (frames[-1].line if frames else "") or "no reason"
-    text = text.replace(folder, "its folder") if folder else text
-    if found := _OF_PYDANTIC.search(text):
-        return found[1][:MOST_REASON]
-    return f"{type(error).__name__}: {text}"[:MOST_REASON]
+        except Refused as error:
+            refused[size] = str(error)
+    return VllmFacts(ranks, refused)
 
 
 def rank_facts(job: Mapping[str, Any], tensor_parallel_size: int) -> RankFacts:
-    """Returns what one of the equal ranks holds. Raises what vLLM raises, and ValueError where the plan's rule of the
-    cache does not give vLLM's own figure."""
+    """Returns what one of the equal ranks holds. Raises Refused if vLLM does not build the model, and ValueError where
+    the plan does not know a cache or its rule of the cache does not give vLLM's own figure."""
     model, config = _model(job, tensor_parallel_size)
     specs = vllm.cache_specs(config)
     groups = vllm.cache_groups(config, specs) if specs else []
@@ -133,8 +94,8 @@ def with_stages(facts: RankFacts, job: Mapping[str, Any], tensor_parallel_size: 
     partition = even_split(layers, min(layers, 3))
     try:
         stages = [stage(job, tensor_parallel_size, rank, partition) for rank in range(len(partition))]
-    except Exception as error:  # Whatever vLLM raises is its reason.
-        return replace(facts, no_stages=reason_of(error))
+    except Refused as error:
+        return replace(facts, no_stages=str(error))
     ends = [sum(partition[: rank + 1]) for rank in range(len(partition))]
     beside = [
         weights - sum(facts.layers[end - count : end])
@@ -162,7 +123,7 @@ def is_stage(facts: RankFacts, job: Mapping[str, Any], tensor_parallel_size: int
     partition = [size for size in sizes if size]
     try:
         _, cache = stage(job, tensor_parallel_size, 1 if number else 0, partition)
-    except Exception:  # Whatever vLLM raises, it does not build this stage.
+    except Refused:
         return False
     return list(map(_page, cache)) == [_page(layer) for layer in facts.cache if layer.layer == number]
 
@@ -175,8 +136,9 @@ def _page(layer: CacheLayer) -> CacheLayer:
 def stage(
     job: Mapping[str, Any], tensor_parallel_size: int, rank: int, partition: Sequence[int]
 ) -> tuple[int, tuple[CacheLayer, ...]]:
-    """Returns the bytes of all parameters of one stage of a pipeline, and its caches. Raises what vLLM raises."""
-    with vllm.stage_of_pipeline(rank, partition):
+    """Returns the bytes of all parameters of one stage of a pipeline, and its caches. Raises Refused if vLLM does not
+    build it."""
+    with vllm.stage_of_pipeline(rank, partition), refusals(str(job["folder"])):
         model, config = _model(job, tensor_parallel_size, {"pipeline_parallel_size": len(partition)})
         specs = vllm.cache_specs(config)
     return sum(map(size_of, model.parameters())), cache_layers(specs, config, Parts.of(model, config, specs).numbers)
@@ -184,10 +146,19 @@ def stage(
 
 def _model(job: Mapping[str, Any], tensor_parallel_size: int, more: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """Returns the model without storage, and vLLM's configuration of it, with `more` arguments than those of the job. A
-    model that reads numbers from its own tables is built again with these tables."""
+    model that reads numbers from its own tables is built again with these tables. Raises Refused for whatever vLLM
+    raises of its own accord."""
+    with refusals(str(job["folder"])):
+        return _built(_arguments(job, tensor_parallel_size) | dict(more or {}), tensor_parallel_size)
+
+
+def _arguments(job: Job, tensor_parallel_size: int) -> dict[str, Any]:
     arguments = {name: job[name] for name in SETTINGS if job.get(name) is not None}
-    arguments |= {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size} | job.get("engine_args", {})
-    arguments |= more or {}
+    arguments |= {"model": job["folder"], "tensor_parallel_size": tensor_parallel_size}
+    return arguments | dict(job.get("engine_args", {}))
+
+
+def _built(arguments: Mapping[str, Any], tensor_parallel_size: int) -> tuple[Any, Any]:
     config = vllm.engine_config(arguments)
     try:
         return vllm.model_without_storage(config, tensor_parallel_size), config
@@ -280,4 +251,4 @@ def size_of(tensor: Any) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main()

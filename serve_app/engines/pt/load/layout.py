@@ -43,12 +43,22 @@ def layout_of(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = Fals
 
     Raises what transformers raises if it cannot build the model, and ValueError for a model whose layers are not found.
     """
+    return layout_of_model(model_without_storage(hf_config, dtype, trust_remote_code), dtype)
+
+
+def model_without_storage(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Returns a model on the meta device. Raises what transformers raises if it cannot build it."""
     # Faster ways to compute experts need a GPU or a type, and change no size.
     options = {"trust_remote_code": trust_remote_code, "dtype": dtype, "experts_implementation": "eager"}
     with torch.device("meta"), WithoutData():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(hf_config), **options)
     model = model.eval()
     model.tie_weights()
+    return model
+
+
+def layout_of_model(model: PreTrainedModel, dtype: torch.dtype) -> PtFacts:
+    """Returns the sizes of a model on the meta device. Raises ValueError if its layers are not found."""
     names = block_names(model)
     weights, buffers = _by_block(_loaded_sizes(model, dtype), names), _by_block(_buffer_sizes(model), names)
     kv, state, alone = _cache_sizes(model, names)
