@@ -26,12 +26,8 @@ class ReplicaMetrics:
         for kind, count in (("planned", blocks.planned), ("made", blocks.made)):
             if count is not None:
                 self._blocks.set(count, tags={"kind": kind})
-        for name in dict.fromkeys(device.device for device in devices):  # All ranks on the CPU are on one device.
-            here = [device for device in devices if device.device == name]
-            for gauge, sizes in (
-                (self._planned, [device.planned for device in here]),
-                (self._held, [device.held for device in here]),
-                (self._peak, [device.peak for device in here]),
-            ):
-                if None not in sizes:
-                    gauge.set(sum(size or 0 for size in sizes), tags={"device": name})
+        for device in devices:
+            tags = {"device": device.device}
+            for gauge, size in ((self._planned, device.planned), (self._held, device.held), (self._peak, device.peak)):
+                if size is not None:
+                    gauge.set(size, tags=tags)

@@ -17,6 +17,7 @@ from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fit import ModelRequest
+from serve_app.planning.memory import Figure
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import kv_blocks
@@ -27,7 +28,6 @@ from serve_app.replica.memory_watch import (
     MemoryWatch,
     calibrations_of,
     planned_by_device,
-    planned_of_ranks,
     require_own_gpus,
 )
 from serve_app.replica.replica_plan import plan_replica
@@ -132,6 +132,46 @@ def test_another_number_of_blocks_is_told_in_requests(made: int, held: int) -> N
     line = memory_watch.blocks_line(BlocksReport(1000, made), plan)
     assert f"the plan has 1000 blocks, and vLLM has made {made}" in line
     assert f"hold at once: 9 by the plan's number, and {held} by vLLM's" in line
+
+
+async def test_ranks_on_the_cpu_are_reported_as_one_device(serve_context: list[ReplicaReport]) -> None:
+    """They share the memory of the machine, so what is told is what they hold together, and what each held at most."""
+    engine = StubbornEngine()
+    held = [[cpu_rank(11, 3), cpu_rank(12, 1)], [cpu_rank(11, 2), cpu_rank(12, 4)]]
+    engine.memory = lambda: answered(held.pop(0) if len(held) > 1 else held[0])  # type: ignore[method-assign]
+    watch = MemoryWatch(config(device="cpu"), engine, None, [])  # type: ignore[arg-type]
+    await watch.start(ready_after_s=3.0)
+    for _ in range(1000):
+        if len(serve_context) > 1:
+            break
+        await asyncio.sleep(0.01)
+    ((first,), (second,)) = [report.devices for report in serve_context[:2]]
+    assert (first.device, first.held, first.peak, first.weights, first.kv_cache) == ("cpu", 4 * GIB, 4 * GIB, 2, 4)
+    assert (second.held, second.peak) == (6 * GIB, 7 * GIB)
+    await watch.stop()
+
+
+def test_each_rank_on_the_cpu_has_its_own_plan() -> None:
+    """By their order. The first stage is planned with 2 bytes more than are found, and the second with as many."""
+    plan = planned(config())
+    stages = [
+        replace(plan.ranks[0], device=Device("n", None, "memory", GIB, GIB), weights=Figure(size)) for size in (3, 1)
+    ]
+    both = replace(plan, ranks=tuple(stages))
+    assert planned_by_device(both, []) == {"cpu": stages}
+    report = memory_watch._device_report([cpu_rank(11, 3), cpu_rank(12, 1)], stages, None, {})
+    assert report.weights == 4
+    assert report.planned == sum(stage.share.bytes for stage in stages)
+
+
+def cpu_rank(pid: int, gib: int) -> RankMemory:
+    """A process of vLLM on the CPU that holds so much, of which 1 byte is weights and 2 bytes are cache."""
+    return RankMemory("cpu", pid, 1, 2, 2, gib * GIB, gib * GIB, 0)
+
+
+async def answered(ranks: list[RankMemory]) -> list[RankMemory]:
+    """What an engine answers later."""
+    return ranks
 
 
 def test_an_engine_on_somebody_elses_gpu_is_refused() -> None:
@@ -285,13 +325,3 @@ def test_each_stage_must_be_on_its_card() -> None:
         EngineError, match="stages of the pipeline run on GPU-b, GPU-a, but they were planned for GPU-a"
     ):
         require_own_gpus([rank(1, 1, "GPU-b"), rank(1, 1, "GPU-a")], gpus, plan)
-
-
-def test_ranks_on_the_cpu_are_compared_one_by_one() -> None:
-    """All are on one device, so their order says which plan is whose."""
-    host = Inventory((Device("here", None, "memory", 64 * GIB, 64 * GIB),))
-    asked = request("qwen2-7b", infer_backend="vllm", max_model_len=4096, device="cpu", pipeline_layers=[10, 18])
-    (plan,) = make_plan([asked], host).models
-    measured = [rank(1, 1, "cpu"), rank(1, 1, "cpu")]
-    assert planned_of_ranks(plan, measured, []) == list(plan.ranks)
-    assert planned_of_ranks(None, measured, []) == [None, None]
