@@ -7,6 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve_app.cli.plan import explain
+from serve_app.cli.plan.chart import chart_of
 from serve_app.config import ModelConfig
 from serve_app.facts.calibration import Calibration, setting_key
 from serve_app.facts.engine_facts import EngineFacts, RankFacts, VllmFacts
@@ -318,3 +320,19 @@ def test_what_is_asked_for_at_once_must_fit() -> None:
     (found,) = planned(replace(asked, at_once=AtOnce(200, 4096)), "8GiB,24GiB").problems
     assert "200 requests of 4096 tokens at once" in found.message
     assert found.missing_bytes > 0
+
+
+def test_stages_are_shown_as_layers_are() -> None:
+    """In the reasons and the JSON, with one line for the cards of a stage, and explained one stage after the other."""
+    asked = staged(pipeline_layers=[18, 10], tensor_parallel_size=2, gpu_ids=[0, 1, 2, 3])
+    plan = planned(asked, "2x24GiB,2x16GiB", by_index=True)
+    (model,), (note,) = plan.models, chart_of(plan).models
+    assert note.title.startswith("m: vllm, tensor_parallel_size 2, pipeline_parallel_size 2 on n1:0 to n1:3")
+    first, last = model.pipeline_layers
+    assert f"n1:0, n1:1: embedding, layers 0 to {first - 1}" in note.lines
+    assert f"n1:2, n1:3: layers {first} to {first + last - 1}, norm and head" in note.lines
+    plain = model.to_json()
+    assert (plain["pipeline_parallel_size"], plain["pipeline_layers"]) == (2, [first, last])
+    assert [rank["layers"] for rank in plain["ranks"]] == [[-1, first - 1]] * 2 + [[first, 28]] * 2
+    explained = [line for line in explain.lines(model) if line.startswith("n1:")]
+    assert [line.partition(": ")[0] for line in explained] == ["n1:0, n1:1", "n1:2, n1:3"]
