@@ -70,10 +70,11 @@ def cards_of(name: str, sizes: Sequence[int], demand: Demand) -> list[StageCards
     peaks = [activation(*place) for place in ((True, False), (False, False), (False, True))]
     base = memory.vllm_graphs(0, eager=False).bytes
     layer = memory.vllm_graphs(1, eager=False).bytes - base
-    rest = base + memory.context("cuda", len(sizes)).bytes
+    context = memory.context("cuda", len(sizes)).bytes
     cards = []
     for number, size in enumerate(sizes):
-        left = size * GIB - memory.reserve(size * GIB) - rest
+        total = size * GIB
+        left = min(total - memory.reserve(total) - context, int(memory.VLLM_UTILIZATION * total)) - base
         rooms = Rooms(*(left - peak for peak in peaks), layer=layer)
         cards.append(StageCards((f"{size} GiB (card {number})",), rooms))
     return cards

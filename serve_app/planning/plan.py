@@ -70,6 +70,8 @@ class ModelPlan:
     spilled: Mapping[str, int] = field(default_factory=dict)
     kv_block_bytes: int = 0
     pipeline_layers: tuple[int, ...] = ()
+    # This says whether vLLM is known to make blocks of that size on these cards.
+    knows_blocks: bool = True
 
     @property
     def pipeline_parallel_size(self) -> int:

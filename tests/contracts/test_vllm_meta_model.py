@@ -1,29 +1,21 @@
 """What this project uses of vLLM to plan: its models without storage, on a GPU that is pretended."""
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from serve_app.engines import torch_internals
 from serve_app.engines.vllm import vllm_meta_model as meta
-from tests.contracts.contract import ROOT, contract, untested
+from tests.contracts.contract import contract, untested
+from tests.warm_vllm import WarmVllm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
-    """What a process that pretends to have a GPU finds."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.contracts.vllm_meta_calls"],
-        cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"it does not start: {done.stderr.strip().splitlines()[-1:]}\n{done.stderr[-3000:]}"
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def told(warm_vllm: WarmVllm) -> dict[str, Any]:
+    """What a process that pretends to have a GPU finds. `prepare` has been called there."""
+    found: dict[str, Any] = warm_vllm.call("cuda", "tests.contracts.vllm_meta_calls:calls", timeout_s=180)
     return found
 
 

@@ -1,12 +1,7 @@
 """Calls every part of vLLM that `serve_app/engines/vllm/vllm_meta_model.py` uses, in a process that pretends to have a
-GPU.
-
-    python -m tests.contracts.vllm_meta_calls
-
-prints one JSON object: for each function its result, or the error that says what has changed.
+GPU. `calls` runs in a fork of `tests/warm_vllm.py`, where `prepare("cuda")` has been called.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +13,8 @@ MODELS = ("llama-3-70b", "gpt-oss-20b", "qwen3-next", "qwen2.5-vl-7b")
 
 
 def calls() -> dict[str, Any]:
-    """The results by the name of the function, in an order in which each finds what it needs."""
+    """For each function by its name its result, or the error that says what has changed, in an order in which each
+    finds what it needs."""
     found: dict[str, Any] = {}
 
     def call(name: str, function: Callable[[], Any]) -> None:
@@ -27,7 +23,6 @@ def calls() -> dict[str, Any]:
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
 
-    vllm.prepare("cuda")
     call("pretend_hopper", platform)
     with tempfile.TemporaryDirectory() as folder, vllm.process_group(folder):
         for name in MODELS:
@@ -89,7 +84,3 @@ def stages() -> list[int]:
 def states(config: Any, specs: dict[str, Any]) -> list[int]:
     """The pages of each state."""
     return sorted({vllm.state_pages(spec, config) for spec in specs.values() if vllm.kind_of(spec) == "state"})
-
-
-if __name__ == "__main__":
-    print(json.dumps(calls()))

@@ -20,13 +20,13 @@ from serve_app.planning.layer_map import Block, block_number, blocks_of, stored_
 from serve_app.planning.plan import ModelPlan
 from tests.builders import model_config
 from tests.planning.pt_survey import shape_of, survey
-from tests.planning.real_configs import PARAMETERS, billions, facts_of
+from tests.planning.real_configs import PARAMETERS, QUICK, TOLERANCE, billions, facts_of
 from tests.planning.small_configs import small_config
 
 # One type for each kind of cache and each way to name layers, and some that pt runs alone.
 SURVEYED = (
     "gpt_oss", "glm4_moe", "gemma3", "gpt_neox", "opt", "falcon", "mamba2", "mamba", "nemotron_h", "jamba", "xlm",
-    "minimax", "kimi_linear", "deepseek_v32", "gemma3n_text", "roberta", "dbrx", "mpt",
+    "minimax", "deepseek_v32", "gemma3n_text", "roberta", "dbrx", "mpt",
 )  # fmt: skip
 ELEMENT_BYTES = 2
 FACTS = PtFacts(
@@ -115,11 +115,11 @@ def test_a_model_that_runs_alone_is_planned_for_one_request() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_widely_used_models_have_their_published_size(name: str) -> None:
-    """The largest takes seconds and no memory. Their cache is that of their architecture."""
+    """Within 2 %. `python -m tests.planning.real_configs` asks for the largest ones too."""
     facts = facts_of(name)
-    assert billions(facts) == pytest.approx(PARAMETERS[name], rel=0.02)
+    assert billions(facts) == pytest.approx(PARAMETERS[name], rel=TOLERANCE)
     assert len(facts.layers) == facts.names.count
 
 

@@ -1,4 +1,4 @@
-"""vLLM's own code says how it lays out public models, without a GPU and without weights, in a process of its own."""
+"""vLLM's own code says how it lays out public models, without a GPU and without weights."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from serve_app.config import ModelConfig
+from serve_app.engines.vllm import model_facts
 from serve_app.facts.architecture import read_architecture
 from serve_app.facts.engine_facts import CacheLayer, EngineFacts, RankFacts, VllmFacts, facts_from_json
 from serve_app.facts.inventory import parse_gpus
@@ -18,8 +19,15 @@ from serve_app.planning.kv_groups import kv_bytes_per_request
 from serve_app.planning.planner import make_plan
 from serve_app.planning.vllm_formulas import rank_by_formula
 from tests.planning.model_requests import CONFIGS, shape_of
+from tests.warm_vllm import WarmVllm
 
 SIZES = (1, 2, 4, 8)
+# A model that vLLM takes at all sizes is asked at these two, and `python -m tests.planning.vllm_survey --configs` asks
+# at all four. Two models are compared with the formulas at all of them.
+ENDS = (1, 8)
+BY_FORMULAS = ("qwen2-7b", "deepseek-v2-lite")
+# Checkpoints that are here for the bytes of their weights, whose models may not be split by 8.
+CHECKPOINT_SIZES = (1, 4)
 BATCHED = 8192
 # The kinds of cache that each model has, and the sizes that vLLM takes if they are not all.
 MODELS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -51,21 +59,42 @@ QUANTISED = {
 TOLERANCE = 0.07
 
 
+# Arguments that change the KV cache of gpt-oss.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "keeps all tokens": {"disable_hybrid_kv_cache_manager": True},
+    "one step at a time": {"async_scheduling": False},
+}
+
+
+def sizes_asked(name: str) -> tuple[int, ...]:
+    """The tensor parallel sizes at which a model is asked."""
+    if name not in MODELS:
+        return CHECKPOINT_SIZES
+    return ENDS if MODELS[name][1] == SIZES and name not in BY_FORMULAS else SIZES
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    """What the process says of each model and each type of the KV cache, with the seconds that it took."""
-    folder = tmp_path_factory.mktemp("facts")
+def answers(warm_vllm: WarmVllm) -> dict[tuple[str, str], dict[str, Any]]:
+    """What vLLM's code says of each model and each type of the KV cache."""
     asked = [(name, "auto") for name in sorted(MODELS.keys() | QUANTISED.keys() | {"llama-3.1-8b-bnb-4bit"})]
-    asked += [(name, "fp8") for name in ("qwen2-7b", "deepseek-v2-lite")]
+    asked += [(name, "fp8") for name in BY_FORMULAS]
+    asked += [("gpt-oss-20b", name) for name in ARGUMENTS]
     jobs = [
         {
             "folder": str(CONFIGS / name),
-            "tensor_parallel_sizes": SIZES,
-            "kv_cache_dtype": kind,
+            "tensor_parallel_sizes": sizes_asked(name),
+            "kv_cache_dtype": "auto" if kind in ARGUMENTS else kind,
+            "engine_args": ARGUMENTS.get(kind, {}),
         }
         for name, kind in asked
     ]
-    return dict(zip(asked, run(jobs, folder), strict=True))
+    return dict(zip(asked, warm_answers(warm_vllm, "cuda", jobs), strict=True))
+
+
+def warm_answers(warm_vllm: WarmVllm, rules: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers to jobs of these rules."""
+    found: list[dict[str, Any]] = warm_vllm.call(rules, "tests.planning.vllm_facts:answers", jobs, timeout_s=280)
+    return found
 
 
 def both(facts: VllmFacts) -> EngineFacts:
@@ -74,7 +103,7 @@ def both(facts: VllmFacts) -> EngineFacts:
 
 
 def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The answers of the process, which prints nothing to stdout."""
+    """The answers of the product's own process, which prints nothing to stdout."""
     asked, answered = folder / "jobs.json", folder / "answers.jsonl"
     asked.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "serve_app.engines.vllm.model_facts", str(asked), str(answered)]
@@ -82,7 +111,11 @@ def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
     lines = [json.loads(line) for line in answered.read_text().splitlines()]
-    return [line for line in lines if "facts" in line or "error" in line]
+    return [
+        {name: value for name, value in line.items() if name != "job"}
+        for line in lines
+        if "facts" in line or "error" in line
+    ]
 
 
 def facts_of(answer: dict[str, Any]) -> VllmFacts:
@@ -96,15 +129,30 @@ def facts_of(answer: dict[str, Any]) -> VllmFacts:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MODELS)
 def test_facts_of_a_public_model(name: str, answers: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Each kind of cache and each size that vLLM takes; the process has compared the cache with vLLM's own bytes."""
+    """Each kind of cache and each size that vLLM takes; its cache was compared with vLLM's own bytes."""
     facts = facts_of(answers[name, "auto"])
     kinds, sizes = MODELS[name]
-    assert tuple(facts.ranks) == sizes, facts.refusals
-    assert set(facts.refusals) == set(SIZES) - set(sizes)
+    asked = sizes_asked(name)
+    assert tuple(facts.ranks) == tuple(size for size in asked if size in sizes), facts.refusals
+    assert set(facts.refusals) == set(asked) - set(sizes)
     for rank in facts.ranks.values():
         assert " ".join(sorted({layer.kind for layer in rank.cache})) == kinds
         assert rank.weights > 0
         assert all(rank.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_arguments_change_the_cache_as_vllm_says(answers: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """gpt-oss keeps half of its layers in full and the others in windows. Without vLLM's manager of both, a request
+    takes all tokens in all 24 layers, and without asynchronous scheduling a window holds fewer tokens."""
+    own, whole, single = (
+        facts_of(answers["gpt-oss-20b", kind]).ranks[1] for kind in ("auto", "keeps all tokens", "one step at a time")
+    )
+    tokens = own.max_model_len
+    assert kv_bytes_per_request(whole, tokens, BATCHED) == 24 * tokens * 2 * 8 * 64 * 2
+    assert kv_bytes_per_request(single, tokens, BATCHED) < kv_bytes_per_request(own, tokens, BATCHED)
+    assert (own.steps, single.steps) == (2, 1)
 
 
 @pytest.mark.slow
@@ -136,7 +184,7 @@ def test_a_public_model_is_planned(name: str, answers: dict[tuple[str, str], dic
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["auto", "fp8"])
-@pytest.mark.parametrize("name", ["qwen2-7b", "deepseek-v2-lite"])
+@pytest.mark.parametrize("name", BY_FORMULAS)
 def test_formulas_give_what_vllm_says(name: str, kind: str, answers: dict[tuple[str, str], dict[str, Any]]) -> None:
     """Parts of the weights, pages and bytes of a request, to the byte."""
     architecture, tensors = shape_of(name)
@@ -171,6 +219,8 @@ def test_what_vllm_cannot_load_is_refused_in_its_words(answers: dict[tuple[str, 
     assert all("bitsandbytes" in reason for reason in facts.refusals.values())
 
 
+# Asked at all sizes of the product's own process too.
+STARTED = ("qwen2-7b", "qwen2.5-vl-7b")
 OWN_CODE = """
 from transformers import LlamaConfig
 
@@ -186,7 +236,11 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two copies of a model that brings its own code, which leaves a file where it runs."""
     folder = tmp_path_factory.mktemp("own")
     config = json.loads((CONFIGS / "llama-3-70b" / "config.json").read_text())
-    config |= {"model_type": "own_llama", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    config |= {
+        "num_hidden_layers": 2,
+        "model_type": "own_llama",
+        "auto_map": {"AutoConfig": "configuration_own.OwnConfig"},
+    }
     for name in ("trusted", "untrusted"):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -195,36 +249,53 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def special(own_code: Path, tmp_path_factory: pytest.TempPathFactory) -> list[VllmFacts]:
-    """Facts of a model whose code is not trusted, of one whose code is, and of one by the rules of the CPU, which need
-    a process of their own."""
+def of_process(own_code: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the product's own process says of a model whose code is not trusted, of one whose code is, and of two public
+    ones, of which one reads images."""
     jobs = [
         {"folder": str(own_code / "untrusted"), "tensor_parallel_sizes": [1]},
         {"folder": str(own_code / "trusted"), "tensor_parallel_sizes": [1], "trust_remote_code": True},
-        {"folder": str(CONFIGS / "qwen2-7b"), "tensor_parallel_sizes": [1], "rules": "cpu"},
+        *({"folder": str(CONFIGS / name), "tensor_parallel_sizes": SIZES} for name in STARTED),
     ]
-    answers = [*run(jobs[:2], tmp_path_factory.mktemp("cuda")), *run(jobs[2:], tmp_path_factory.mktemp("cpu"))]
-    return [facts_of(answer) for answer in answers]
+    return run(jobs, tmp_path_factory.mktemp("process"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_code_of_a_model_runs_only_if_it_is_trusted(own_code: Path, special: list[VllmFacts]) -> None:
+def test_code_of_a_model_runs_only_if_it_is_trusted(own_code: Path, of_process: list[dict[str, Any]]) -> None:
     """Without `trust_remote_code` the process leaves the folder's code alone and says why there are no facts."""
-    untrusted, trusted, _ = special
+    untrusted, trusted = map(facts_of, of_process[:2])
     assert not untrusted.ranks
     assert "contains custom code" in untrusted.refusals[1]
     assert str(own_code) not in untrusted.refusals[1]
-    assert trusted.ranks[1].weights > 140e9
+    # Two layers, embedding and head of Llama 3 70B.
+    assert 7.6e9 < trusted.ranks[1].weights < 7.7e9
     assert (own_code / "ran-trusted").exists()
     assert not (own_code / "ran-untrusted").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_rules_of_the_cpu(special: list[VllmFacts]) -> None:
+def test_the_products_process_says_the_same(
+    of_process: list[dict[str, Any]], answers: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """As the process in which these tests ask, to the letter, refusals too."""
+    assert of_process[2:] == [answers[name, "auto"] for name in STARTED]
+
+
+def test_jobs_of_two_rules_are_refused() -> None:
+    """A process has one platform, and vLLM is not even imported."""
+    jobs = [{"folder": "x"}, {"folder": "x", "rules": "cpu"}]
+    with pytest.raises(ValueError, match="the rules cpu and cuda, and need the same"), model_facts.ready(jobs):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_rules_of_the_cpu(warm_vllm: WarmVllm) -> None:
     """vLLM's CPU build has blocks of 128 tokens and one step on its way, and the same weights as on a GPU."""
-    rank = special[2].ranks[1]
+    (answer,) = warm_answers(warm_vllm, "cpu", [{"folder": str(CONFIGS / "qwen2-7b"), "tensor_parallel_sizes": [1]}])
+    rank = facts_of(answer).ranks[1]
     ours = rank_by_formula(*shape_of("qwen2-7b"), 1, 2, 2, on_cpu=True)
     assert [page(layer) for layer in ours.cache] == [page(layer) for layer in rank.cache]
     assert ours.steps == rank.steps

@@ -1,8 +1,6 @@
-"""Weights and KV cache per rank are what vLLM's own code says, asked in a subprocess without a GPU and weights."""
+"""Weights and KV cache per rank are what vLLM's own code says, asked without a GPU and weights."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from serve_app.planning.kv_groups import kv_bytes_per_request
 from serve_app.planning.memory import vllm_buffers, weights_per_rank
 from serve_app.planning.vllm_formulas import rank_by_formula
 from tests.planning.model_requests import CONFIGS, shape_of
+from tests.warm_vllm import WarmVllm
 
 NAMES = ("qwen2-7b", "llama-3-70b", "deepseek-v2-lite", "gemma3", "qwen3-next")
 SIZES = (1, 2, 4, 8)
@@ -72,8 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """vLLM's figures by model, tensor parallel size and type of the KV cache. One process for all."""
+def reference(folder: Path, warm_vllm: WarmVllm) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """vLLM's figures by model, tensor parallel size and type of the KV cache. One call for all."""
     places = [CONFIGS / name for name in NAMES] + [small_config(folder, name) for name in OTHERS]
     jobs = [
         {
@@ -88,12 +87,7 @@ def reference(folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
         for size in SIZES
         for kv_dtype in (("auto", "fp8") if place.name in NAMES else ("auto",))
     ]
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    script = Path(__file__).parent / "vllm_reference.py"
-    run = subprocess.run([sys.executable, "-P", script, file], capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    answers = json.loads(run.stdout)
+    answers = warm_vllm.call("cpu", "tests.planning.vllm_reference:answers", jobs, timeout_s=240)
     return {
         (Path(job["config_dir"]).name, job["tp"], job["kv_cache_dtype"]): answer
         for job, answer in zip(jobs, answers, strict=True)

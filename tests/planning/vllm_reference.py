@@ -2,7 +2,8 @@
 
     .venv/bin/python tests/planning/vllm_reference.py JOBS.json
 
-prints one JSON list, an answer for each job. Importing vLLM takes most of the time, so one process does all jobs.
+prints one JSON list, an answer for each job. Tests call `answers` in a fork of `tests/warm_vllm.py`, which has imported
+vLLM by the rules of "cpu".
 
 A job has `config_dir`, `tp`, `max_model_len`, `dtype`, `kv_cache_dtype` and may have `block_size`, `quantization`,
 `max_num_batched_tokens` and `rules`. With `rules` "cpu" (the default) the answer is what this CPU build of vLLM would
@@ -53,16 +54,22 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     stdout = os.dup(1)
     os.dup2(2, 1)
+    answered = answers(jobs)
+    with os.fdopen(stdout, "w") as file:
+        json.dump(answered, file)
+
+
+def answers(jobs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of all jobs."""
     # vLLM looks at each new model class in a process of its own, to keep CUDA out of this one: 18 s each, for nothing.
     registry._run_in_subprocess = lambda inspect: inspect()
     with tempfile.TemporaryDirectory() as folder:
         start_process_group(folder)
-        answers = [answer(job) for job in jobs]
+        answered = [answer(job) for job in jobs]
         parallel_state.get_tp_group().world_size = 1
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()
-    with os.fdopen(stdout, "w") as file:
-        json.dump(answers, file)
+    return answered
 
 
 def start_process_group(folder: str) -> None:

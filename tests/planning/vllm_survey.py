@@ -1,9 +1,10 @@
 """Builds every architecture of vLLM's registry without storage and compares the plan's bytes with vLLM's own.
 
-    .venv/bin/python -m tests.planning.vllm_survey [--json FILE] [ARCHITECTURE…]
+    .venv/bin/python -m tests.planning.vllm_survey [--json FILE] [--configs | ARCHITECTURE…]
 
 prints a line for each architecture and the counts: built, equal, and refused by reason. It takes some minutes on two
-cores. Each architecture has a process of its own that is forked from one with vLLM imported.
+cores. Each architecture has a process of its own that is forked from one with vLLM imported. With `--configs` it takes
+the public models of `tests/planning/configs` instead, of which the tests ask at fewer sizes.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 from serve_app.engines.facts_worker import reason_of
 from serve_app.engines.vllm import model_facts, vllm_meta_model
+from tests.planning.model_requests import CONFIGS
 from tests.planning.vllm_configs import BY_HAND, EXTRAS, LAYERS, Configs
 
 SIZES = (1, 2, 4, 8)
@@ -33,9 +35,11 @@ MISSING = re.compile(r"has no attribute '(\w+)'|KeyError: '(\w+)'")
 MOST_EXTRAS = 12
 
 
-def survey_one(architecture: str, configs: Configs, folder: Path) -> dict[str, Any]:
+def survey_one(architecture: str, configs: Configs | None, folder: Path) -> dict[str, Any]:
     """What becomes of an architecture at each tensor parallel size: with few layers, or else with all, and with the
-    fields that vLLM misses in the defaults."""
+    fields that vLLM misses in the defaults. Without `configs` it is the folder of a public model."""
+    if configs is None:
+        return at_sizes({"folder": str(CONFIGS / architecture)})
     outcome: dict[str, Any] = {}
     for most in (LAYERS, 1000):
         extras: dict[str, Any] = {}
@@ -72,7 +76,7 @@ def at_sizes(job: dict[str, Any]) -> dict[str, Any]:
     return outcome
 
 
-def in_process(architecture: str, configs: Configs, folder: Path) -> dict[str, Any]:
+def in_process(architecture: str, configs: Configs | None, folder: Path) -> dict[str, Any]:
     """`survey_one` in a forked process, which may crash or hang."""
     receiver, sender = os.pipe()
     child = os.fork()
@@ -107,9 +111,8 @@ def verdict(outcome: dict[str, Any]) -> str:
     return "equal" if outcome["ranks"] else "refused"
 
 
-def survey(architectures: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+def survey(architectures: list[str], configs: Configs | None, folder: Path) -> dict[str, dict[str, Any]]:
     """The outcome of each architecture. vLLM is prepared already."""
-    configs = Configs()
     outcomes = {}
     for architecture in architectures:
         start = time.monotonic()
@@ -134,19 +137,23 @@ def registered() -> tuple[list[str], list[str]]:
 
 
 def main() -> None:
-    """Surveys the named architectures, or all."""
+    """Surveys the named architectures, or all, or the public models."""
     parser = argparse.ArgumentParser()
     parser.add_argument("architectures", nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--configs", action="store_true")
     arguments = parser.parse_args()
     vllm_meta_model.prepare("cuda")
     with tempfile.TemporaryDirectory() as folder, vllm_meta_model.process_group(folder):
         models, drafts = registered()
-        outcomes = survey(arguments.architectures or models, Path(folder))
+        if arguments.configs:
+            models, drafts = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()), []
+        configs = None if arguments.configs else Configs()
+        outcomes = survey(arguments.architectures or models, configs, Path(folder))
     counts = Counter(outcome["verdict"] for outcome in outcomes.values())
     built = counts["equal"] + counts["unequal"]
     print(f"{len(outcomes)} architectures: {built} built, {counts['equal']} equal, {dict(counts)}")
-    if not arguments.architectures:
+    if drafts and not arguments.architectures:
         print(f"{len(drafts)} more are {DRAFTS}")
     if arguments.json:
         arguments.json.write_text(json.dumps(outcomes, indent=1))

@@ -62,9 +62,9 @@ def lines(model: ModelPlan) -> Iterator[str]:
     yield ""
     yield (
         f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache on a rank; "
-        f"{model.max_full_length_requests} run at once, and {model.kv_tokens:,} tokens are cached at most."
+        f"{model.max_full_length_requests} run at once, which is {model.kv_tokens:,} tokens of cache."
     )
-    if model.kv_block_bytes:
+    if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
 
 

@@ -23,10 +23,10 @@ def plan(options: argparse.Namespace) -> int:
     _require_one_way(options)
     for target in filter(None, (options.svg, options.write)):
         require_folder(target)
+    inventory = _inventory(options.gpus, options.inventory, options.address)
     requests = requests_of_options(options) if options.model else requests_of_file(options.config)
     if options.at_once is not None:
         requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
-    inventory = _inventory(options.gpus, options.inventory, options.address)
     if options.what == "fits":
         return _what_fits(requests, inventory, options.json)
     made = _planned(requests, inventory)
@@ -91,6 +91,7 @@ def _show(made: Plan, options: argparse.Namespace) -> None:
         from serve_app.cli.plan.write import write_plan
 
         write_plan(made, options.config, options.write)
+        print(f"The file with what was chosen is {options.write}.", file=sys.stderr)
 
 
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:

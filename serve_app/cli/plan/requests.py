@@ -8,7 +8,7 @@ from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.config import ModelConfig
 from serve_app.engines.model_requests import Unanswered, answered, read_request
 from serve_app.errors import ConfigError
-from serve_app.facts.serve_file import read_applications
+from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.planning.fit import ModelRequest
 
 MODEL_OPTIONS = (
@@ -22,7 +22,12 @@ def requests_of_file(path: Path | None) -> list[ModelRequest]:
     mistakes."""
     if path is None:
         raise ConfigError("plan: name a Serve config file, or a model with --model.")
-    applications = [application for application in read_applications(path) if application.is_model]
+    everything = read_applications(path)
+    if any(item.deployments or _is_misspelt(item) for item in everything):
+        from serve_app.cli.check import require_serves_schema  # It imports Ray, so only files that need it wait for it.
+
+        require_serves_schema(path)
+    applications = [application for application in everything if application.is_model]
     if not applications:
         raise ConfigError(
             f"{path}: it has no application with import_path serve_app.app:model, so there is nothing to plan."
@@ -41,6 +46,12 @@ def requests_of_file(path: Path | None) -> list[ModelRequest]:
     for note in doubtful_engine_args(applications):  # stdout is for the plan, which may be JSON.
         print(f"note: {note}", file=sys.stderr)
     return answered(read, tell)
+
+
+def _is_misspelt(application: ApplicationSpec) -> bool:
+    """Returns whether an application of ours names none of our builders, so that it would be left out of the plan."""
+    ours = application.import_path.startswith("serve_app.app")
+    return ours and not (application.is_model or application.is_router)
 
 
 def requests_of_options(options: argparse.Namespace) -> list[ModelRequest]:

@@ -160,3 +160,35 @@ def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(file), "--gpus", "8GiB", "--explain", "nobody"]) == 2
     assert "there is no such model. The plan has q." in capsys.readouterr().err
     assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--what", "fits"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "app:model\n  route_prefix: /models/q",
+            "app:modle\n  route_prefix: /models/q",
+            "Did you mean 'serve_app.app:model'",
+        ),
+        (
+            "    max_model_len: 4096",
+            "    max_model_len: 4096\n  deployments: [{name: Model, num_replica: 2}]",
+            "num_replica",
+        ),
+    ],
+)
+def test_what_check_refuses_is_not_planned(
+    file: Path, old: str, new: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A typo would leave a model or its replicas out of the plan, which would then say that everything fits."""
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    assert main(["plan", str(file), "--gpus", "24GiB"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_plan_says_that_what_was_asked_for_fits(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--for` is answered where it fits, too."""
+    assert main(["plan", str(file), "--gpus", "24GiB", "--for", "4x2000"]) == 0
+    assert "its KV cache holds the 4 requests of 2000 tokens at once" in " ".join(capsys.readouterr().out.split())

@@ -1,8 +1,6 @@
 """Weights and KV cache of each stage are what vLLM's own code builds for its rank, to the byte."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from serve_app.planning.pipeline.solver import count
 from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Rooms, StageCards, even_split
 from serve_app.planning.vllm_formulas import rank_by_formula
 from tests.planning.model_requests import CONFIGS
+from tests.warm_vllm import WarmVllm
 
-ROOT = Path(__file__).parents[3]
 GIB = 2**30
 MAX_MODEL_LEN = 4096
 SMALL = {
@@ -67,7 +65,9 @@ def partition_of(name: str, folder: Path) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[tuple[int, ...], dict[str, Any]]]:
+def answers(
+    tmp_path_factory: pytest.TempPathFactory, warm_vllm: WarmVllm
+) -> dict[str, tuple[tuple[int, ...], dict[str, Any]]]:
     """The partition and vLLM's answer of each job."""
     scratch = tmp_path_factory.mktemp("stages")
     for name, config in MADE.items():
@@ -87,13 +87,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[tuple[i
                 "max_model_len": MAX_MODEL_LEN,
             }
         )
-    asked, answered = scratch / "jobs.json", scratch / "answers.json"
-    asked.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "tests.planning.pipeline.vllm_stages", str(asked), str(answered)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=160, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = zip((job["partition"] for job in jobs), json.loads(answered.read_bytes()), strict=True)
-    return dict(zip(JOBS, found, strict=True))
+    told = warm_vllm.call("cuda", "tests.planning.pipeline.vllm_stages:answers", jobs, timeout_s=160)
+    return dict(zip(JOBS, zip((job["partition"] for job in jobs), told, strict=True), strict=True))
 
 
 def rank_of(name: str, answer: Mapping[str, Any]) -> RankFacts:

@@ -1,19 +1,13 @@
 """Asks vLLM's own code what each rank of a pipeline holds: no GPU, no weights, only config.json.
 
-    .venv/bin/python -m tests.planning.pipeline.vllm_stages JOBS.json ANSWERS.json
-
-A job has `folder`, `tensor_parallel_size`, `partition` (the layers of each stage) and `available` (the bytes that each
-stage has for its KV cache). It may have `max_model_len`. Its answer has the facts of one rank that holds all layers,
-and what vLLM builds for each stage: bytes of parameters and buffers, and the KV cache that `get_kv_cache_configs` gives
-it.
+`answers` runs in a fork of `tests/warm_vllm.py`, where vLLM is prepared by the rules of "cuda". A job has `folder`,
+`tensor_parallel_size`, `partition` (the layers of each stage) and `available` (the bytes that each stage has for its KV
+cache). It may have `max_model_len`. Its answer has the facts of one rank that holds all layers, and what vLLM builds
+for each stage: bytes of parameters and buffers, and the KV cache that `get_kv_cache_configs` gives it.
 """
 
-import json
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from serve_app.engines.vllm import vllm_meta_model as meta
@@ -23,13 +17,10 @@ from serve_app.facts.engine_facts import VllmFacts, facts_to_json
 Specs = dict[str, Any]
 
 
-def main(jobs_file: str, answers_file: str) -> None:
-    """Answers all jobs. What vLLM prints goes to stderr."""
-    os.dup2(2, 1)
-    meta.prepare("cuda")
+def answers(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of all jobs."""
     with tempfile.TemporaryDirectory() as folder, meta.process_group(folder):
-        answers = [answer(job) for job in json.loads(Path(jobs_file).read_bytes())]
-    Path(answers_file).write_text(json.dumps(answers))
+        return [answer(job) for job in jobs]
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +112,3 @@ def even_split(layers: int, stages: int) -> list[int]:
 
     ends = [get_pp_indices(layers, rank, stages) for rank in range(stages)]
     return [end - start for start, end in ends]
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:3])
