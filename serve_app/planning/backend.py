@@ -65,6 +65,9 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
 
 def _staged(config: ModelConfig, size: int, stages: int) -> Choice:
     sizes = {"tensor_parallel_size": size, "pipeline_parallel_size": stages}
+    if config.stages > 1:
+        reason = f"its fields ask for {stages} stages, which only vllm has"
+        return Choice(config.model_copy(update={"infer_backend": "vllm", **sizes}), (reason,))
     cards = f"{size} equal GPUs" if size > 1 else "one GPU"
     return Choice(
         config.model_copy(update={"infer_backend": "vllm", **sizes}),
