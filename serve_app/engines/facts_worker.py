@@ -30,7 +30,7 @@ MOST_MEMORY_BYTES = 12 * 2**30
 # The imports take 10 to 30 s of processor time and a model takes up to 10 s. Each of them gets so many.
 MOST_CPU_S = 120
 # A reason is cut to this many letters.
-MOST_REASON = 400
+MOST_REASON = 300
 # The scratch folders of the process begin like this, and it removes no other folder.
 SCRATCH = "serve-app-facts-"
 WITH_ASKER = "--with-asker"
