@@ -1,6 +1,6 @@
 """Answers jobs about models inside the process that `facts_process.py` starts, for either engine.
 
-The process gets a JSON list of jobs and appends to a file of JSON lines: `{"job": NUMBER}` when it begins a job, and
+The process gets a JSON list of jobs and writes a file of JSON lines: `{"job": NUMBER}` when it begins a job, and
 then the job's answer, which is `job` with `facts` or with `error`. An answer is there as soon as it is known, so a job
 that ends the process costs no other job its answer. `is_refusal` stands beside an error that is the engine's own
 judgement of the model.
@@ -70,7 +70,7 @@ def work(
     _limit_memory()
     _limit_processor_time()
     jobs = json.loads(options.jobs.read_bytes())
-    with ready(jobs), options.answers.open("a") as file:
+    with ready(jobs), options.answers.open("w") as file:
         for number, job in enumerate(jobs):
             _limit_processor_time()
             _write(file, {"job": number})
