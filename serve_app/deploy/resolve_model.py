@@ -32,8 +32,9 @@ def resolve_model(
     resolved = _planned(config, inventory, unclaimed)
     chosen = config if resolved is None else resolved.config
     demand = require_room(chosen, nodes, None if resolved is None else resolved.demand)
-    facts = NO_FACTS if resolved is None else resolved.facts
-    return Resolved(with_absolute_paths(chosen), demand, facts)
+    # A model that was read and could not be planned has no facts, and its replica must not plan it either.
+    none = NO_FACTS if _needs_plan(config, inventory) else None
+    return Resolved(with_absolute_paths(chosen), demand, none if resolved is None else resolved.facts)
 
 
 def require_all_replicas(
@@ -56,7 +57,7 @@ def require_all_replicas(
 
 def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Inventory | None) -> Resolved | None:
     is_auto = config.infer_backend == "auto"
-    if inventory is None or not needs_devices(config) or not (inventory.gpus or is_auto):
+    if inventory is None or not _needs_plan(config, inventory):
         return None
     try:
         request = _request(config)
@@ -67,6 +68,13 @@ def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Invent
     if request.unplanned and not is_auto:
         return None
     return resolve(request, inventory, unclaimed)
+
+
+def _needs_plan(config: ModelConfig, inventory: Inventory | None) -> bool:
+    """Returns whether the model's place is planned: it depends on GPUs, and these are known."""
+    if inventory is None or not needs_devices(config):
+        return False
+    return bool(inventory.gpus) or config.infer_backend == "auto"
 
 
 def _request(config: ModelConfig) -> ModelRequest:

@@ -39,20 +39,24 @@ def read_request(name: str, config: ModelConfig, replicas: int = 1) -> Unanswere
 
 
 def questions_of(request: ModelRequest, checkpoint: Checkpoint) -> dict[str, Question]:
-    """Returns what the plan has to know from engines: of vLLM with the cache's own type and in 8 bits, and of pt."""
+    """Returns what the plan has to know from engines: of vLLM with the config's own type of KV cache and in 8 bits, and
+    of pt."""
     config, shape = request.config, request.architecture
     found = {}
-    if config.infer_backend != "pt" and not (shape.is_known_to_vllm and shape.quantization is None):
-        found["vllm"] = _of_vllm(config, checkpoint, None)
-        found["vllm_fp8"] = _of_vllm(config, checkpoint, "fp8")
+    if config.infer_backend != "pt" and not request.formulas_hold:
+        if request.kv_cache_dtype != "fp8":
+            own = None if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
+            found["vllm"] = _of_vllm(request, checkpoint, own)
+        found["vllm_fp8"] = _of_vllm(request, checkpoint, "fp8")
     if config.infer_backend != "vllm" and not shape.has_formulas:
         found["pt"] = _of_pt(config, checkpoint)
     return found
 
 
-def _of_vllm(config: ModelConfig, checkpoint: Checkpoint, kv_cache_dtype: Any) -> Question:
+def _of_vllm(request: ModelRequest, checkpoint: Checkpoint, kv_cache_dtype: str | None) -> Question:
+    config, arguments = request.config, request.asked_arguments
     sizes = TENSOR_PARALLEL_SIZES | {config.tensor_parallel_size or 1}
-    settings = {
+    settings: dict[str, Any] = {
         "dtype": config.dtype,
         "kv_cache_dtype": kv_cache_dtype,
         "quantization": config.quantization,
@@ -60,6 +64,8 @@ def _of_vllm(config: ModelConfig, checkpoint: Checkpoint, kv_cache_dtype: Any) -
         "tensor_parallel_sizes": sorted(sizes),
         "rules": config.device,
     }
+    if arguments:  # Most configs have none, whose answers are shipped.
+        settings["engine_args"] = arguments
     settings |= _code(config, checkpoint)
     return Question("vllm", facts_version("vllm"), checkpoint.config, settings)
 
@@ -97,5 +103,6 @@ def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest
     known = {field: found[question.key] for field, question in item.questions.items()}
     reasons = {item.questions[field].engine: answer.problem for field, answer in known.items() if answer.problem}
     text = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
-    facts = EngineFacts(**{field: answer.facts for field, answer in known.items()})  # type: ignore[arg-type]
+    versions = {f"{question.engine}_version": question.version for question in item.questions.values()}
+    facts = EngineFacts(**{field: answer.facts for field, answer in known.items()}, **versions)  # type: ignore[arg-type]
     return replace(item.request, facts_problem=text, engine_facts=facts)

@@ -62,6 +62,8 @@ class Architecture:
     # Elements of the tables of rotary position embeddings, as vLLM keeps them: positions × size, for each kind.
     rotary_elements: int = 0
     quantization: str | None = None
+    # This says whether the checkpoint itself names the type of its KV cache, which vLLM takes under `auto`.
+    names_kv_cache: bool = False
     # An outline has none of the shapes that the formulas need: an engine's own code says what such a model takes.
     has_formulas: bool = True
     # The width of what one layer of the widest encoder for images or sound computes for a patch.
@@ -175,10 +177,20 @@ def _outline(config: Mapping[str, Any], where: str) -> Architecture:
         max_model_len=number("max_model_len", text, DEFAULT_CONTEXT),
         layers=tuple(repeat("unknown", number("layers", text))),
         quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
+        names_kv_cache=_names_kv_cache(quantization),
         has_scaled_positions=_has_scaled_positions(text),
         has_formulas=False,
         encoder_width=max((_encoder_width(part) for part in encoders), default=0),
     )
+
+
+def _names_kv_cache(quantization: Any) -> bool:
+    """Returns whether a quantization_config has a type for the KV cache, by compressed-tensors' name or ModelOpt's."""
+    if not isinstance(quantization, Mapping):
+        return False
+    inner = quantization.get("quantization")
+    parts = (quantization, inner if isinstance(inner, Mapping) else {})
+    return any(part.get(name) for part in parts for name in ("kv_cache_scheme", "kv_cache_quant_algo"))
 
 
 def _encoder_width(part: Mapping[str, Any]) -> int:
@@ -229,6 +241,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str, f
         key_size=size("qk_nope_head_dim") + size("qk_rope_head_dim"),
         value_size=size("v_head_dim"),
         quantization=str(quantization.get("quant_method")) if quantization else None,
+        names_kv_cache=_names_kv_cache(quantization),
         has_scaled_positions=_has_scaled_positions(text),
         rotary_elements=_rotary_elements(
             text, model_type, size("qk_rope_head_dim") or value("head_dim", hidden // heads)

@@ -22,6 +22,11 @@ _CARDS = [(re.compile(pattern), bandwidth) for pattern, bandwidth in _GB_PER_S.i
 _WITHOUT_MEANING = re.compile(r"nvidia|geforce|tesla|quadro|generation|edition|[\s_-]+")
 
 
+def plain_name(name: str) -> str:
+    """Returns the name of a card without its maker, its family and spaces, in small letters."""
+    return _WITHOUT_MEANING.sub("", name.lower())
+
+
 def card_bandwidth(name: str) -> int | None:
     """Returns the bandwidth in GB/s of the card with this name, as NVML or a user writes it, or None if it is not
     known.
@@ -29,5 +34,5 @@ def card_bandwidth(name: str) -> int | None:
     A name must match as a whole: a laptop's card or a part of a card (MIG) has another bandwidth than the card whose
     name is in its own.
     """
-    short = _WITHOUT_MEANING.sub("", name.lower())
+    short = plain_name(name)
     return next((bandwidth for card, bandwidth in _CARDS if card.fullmatch(short)), None)

@@ -73,8 +73,8 @@ class Checkpoint:
 def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Returns what a local folder holds, or asks the Hugging Face hub for config.json and headers.
 
-    Without safetensors files the tensors are those that the config.json would make, and there are none if its
-    architecture has no formulas. Raises ConfigError.
+    Without safetensors files the tensors are those that the config.json would make. There are none if its architecture
+    has no formulas or its weights are quantised, because those that would be made are whole. Raises ConfigError.
     """
     path = model_path(model)
     folder = Path(path)
@@ -84,7 +84,7 @@ def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         folder, tensors = _from_hub(path, revision)
         config = _local_config(folder)
     architecture = read_architecture(config, f"model: {model}")
-    if not tensors and architecture.has_formulas:
+    if not tensors and architecture.has_formulas and architecture.quantization is None:
         tensors = tensors_without_weights(config, f"model: {model}")
     return Checkpoint(architecture, tuple(tensors), config, folder)
 

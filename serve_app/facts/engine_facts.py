@@ -129,12 +129,20 @@ class PtFacts:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """This is all that engines say of one model. `vllm_fp8` is what vLLM says with a KV cache in 8 bits. What was not
-    asked, or has no answer, is None."""
+    """This is all that engines say of one model. `vllm` is what vLLM says with the config's own type of KV cache, and
+    `vllm_fp8` what it says with `kv_cache_dtype: fp8`. What was not asked, or has no answer, is None.
+
+    `vllm_version` and `pt_version` are those of the packages whose code was asked, and are empty where nothing was."""
 
     vllm: VllmFacts | None = None
     vllm_fp8: VllmFacts | None = None
     pt: PtFacts | None = None
+    vllm_version: str = ""
+    pt_version: str = ""
+
+    def version(self, engine: str) -> str:
+        """Returns the version of "vllm" or "pt" for which the facts hold."""
+        return self.vllm_version if engine == "vllm" else self.pt_version
 
 
 NO_FACTS = EngineFacts()

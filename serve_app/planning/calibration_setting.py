@@ -6,6 +6,7 @@ from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device, card_model
 from serve_app.planning.memory import GIB
+from serve_app.planning.vllm_arguments import ASKED
 
 # These arguments of vLLM change what it takes beside weights and cache.
 _ARGUMENTS = (
@@ -14,11 +15,9 @@ _ARGUMENTS = (
     "kv_cache_dtype",
     "compilation_config",
     "cuda_graph_sizes",
-    "attention_backend",
     "enable_chunked_prefill",
-    "enable_prefix_caching",
-    "async_scheduling",
     "disable_custom_all_reduce",
+    *sorted(ASKED),
 )
 
 

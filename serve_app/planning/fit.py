@@ -7,6 +7,7 @@ from typing import Any
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
+from serve_app.facts.card_capability import card_capability
 from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, PtFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
@@ -17,7 +18,8 @@ from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of,
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer
+from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer, stored_weights
+from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
@@ -26,13 +28,19 @@ PT_CHUNK_TOKENS = 512
 # is available, since other replicas share it, and no more than these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
 NO_CACHE_BYTES = 2**20
-# These arguments of vLLM change what it takes in ways for which the plan has no formulas.
-UNPLANNED = frozenset(
-    {"speculative_config", "enable_lora", "cpu_offload_gb", "kv_transfer_config", "num_gpu_blocks_override"}
-    | {"block_size", "enable_expert_parallel", "hf_overrides", "mamba_cache_dtype", "mamba_ssm_cache_dtype"}
-    | {"kv_offloading_size", "offload_backend", "decode_context_parallel_size", "load_format"}
-)
+# The formulas know the KV cache of these types: the model's own type, and 8 bits.
+FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
+# vLLM holds weights of these methods in about the bytes in which they are stored; the margin of guesses covers what it
+# pads (9 % of the experts of MXFP4).
+HELD_AS_STORED = frozenset({"awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "modelopt"})
+# transformers keeps FP8 in 8 bits from this compute capability on.
+LEAST_FP8_IN_PT = (8, 9)
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
+
+
+def cache_dtype(config: ModelConfig) -> str:
+    """Returns the type of vLLM's KV cache as a config asks for it, which is "auto" if it does not say."""
+    return str(config.vllm_args.get("kv_cache_dtype") or "auto")
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,36 @@ class ModelRequest:
 
     @property
     def kv_element_bytes(self) -> int:
-        """Returns the bytes of an element of KV cache, which is 1 with fp8."""
-        return 1 if str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8") else self.element_bytes
+        """Returns the bytes of an element of KV cache by the formulas, which know the model's own type and fp8."""
+        return 1 if self.kv_cache_dtype.startswith("fp8") else self.element_bytes
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """Returns the type of vLLM's KV cache as the config asks for it."""
+        return cache_dtype(self.config)
+
+    @property
+    def formulas_hold(self) -> bool:
+        """Returns whether the formulas for vLLM are proven for this model: a known type with whole weights, whose KV
+        cache no argument changes beyond what they know."""
+        return self.architecture.quantization is None and self._knows_cache
+
+    @property
+    def _knows_cache(self) -> bool:
+        """Returns whether the formulas know the KV cache, unless the checkpoint itself changes it."""
+        knows_type = self.architecture.is_known_to_vllm and self.kv_cache_dtype in FORMULA_CACHE_DTYPES
+        return knows_type and not self.asked_arguments
+
+    @property
+    def asked_arguments(self) -> dict[str, Any]:
+        """Returns the arguments of vLLM that change the weights or the KV cache in ways that only its own code
+        knows."""
+        return asked_arguments(self._arguments)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        is_known_on_gpu = self.architecture.is_known_to_vllm and self.config.device != "cpu"
+        return effective(self.config.vllm_args, is_known_on_gpu)
 
     @property
     def unplanned(self) -> str:
@@ -97,32 +133,40 @@ class ModelRequest:
         config = self.config
         if isinstance(config.device_map, dict):
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
-        for name in sorted(UNPLANNED & config.vllm_args.keys()):
+        for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
-        kind = str(config.vllm_args.get("kv_cache_dtype", "auto"))
-        if not kind.startswith("fp8") and kind not in ("auto", "bfloat16", "float16"):
-            return f"engine_args.kv_cache_dtype: the plan does not know the type {kind}."
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
         if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
-        return self.missing_facts
+        return self._pt_quantization_problem or self.missing_facts
+
+    @property
+    def _pt_quantization_problem(self) -> str:
+        """Returns why the plan cannot say how large transformers makes a quantised checkpoint, or an empty text. Of FP8
+        on a GPU, the card decides (`_pt_card_problem`)."""
+        method, config = self.architecture.quantization, self.config
+        if config.infer_backend != "pt" or method is None or (method == "fp8" and config.device != "cpu"):
+            return ""
+        return f"infer_backend: pt: {_held_otherwise(f'{method} weights')}"
 
     @property
     def is_planned_for_pt(self) -> bool:
-        """Returns whether there are formulas for the architecture in pt, or transformers' own facts."""
-        return self.architecture.has_formulas or self.pt_facts is not None
+        """Returns whether there are formulas for the architecture in pt, or transformers' own facts. A quantised
+        checkpoint without its tensors has no size."""
+        has_size = self.architecture.quantization is None or bool(self.tensors)
+        return has_size and (self.architecture.has_formulas or self.pt_facts is not None)
 
     @property
     def missing_facts(self) -> str:
         """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
         name, backend = self.architecture.name, self.config.infer_backend
-        how = f" It was asked: {self.facts_problem}." if self.facts_problem else ""
+        how = f" It was asked: {self.facts_problem.rstrip('.')}." if self.facts_problem else ""
         lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.is_planned_for_pt
         if backend == "vllm" and lacks_vllm:
             return (
-                f"infer_backend: vllm: the plan has no formulas for {name} in vLLM, and it has not been told the sizes "
-                "of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where vLLM is installed, "
-                f"which asks it and keeps the answer.{how}"
+                f"infer_backend: vllm: the plan has no formulas for {self._beyond_formulas} in vLLM, and it has not "
+                "been told the sizes of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where "
+                f"vLLM is installed, which asks it and keeps the answer.{how}"
             )
         if backend != "vllm" and lacks_pt and (backend == "pt" or lacks_vllm):
             return (
@@ -133,10 +177,21 @@ class ModelRequest:
         return ""
 
     @property
+    def _beyond_formulas(self) -> str:
+        """Returns what keeps the formulas for vLLM from being proven, as a part of a sentence."""
+        shape = self.architecture
+        if not shape.is_known_to_vllm:
+            return shape.name
+        if self.kv_cache_dtype not in FORMULA_CACHE_DTYPES:
+            return f"engine_args.kv_cache_dtype: {self.kv_cache_dtype}"
+        if self.asked_arguments:
+            return f"{shape.name} with {' and '.join(f'engine_args.{name}' for name in self.asked_arguments)}"
+        return f"{shape.name} with its quantization_config ({shape.quantization})"
+
+    @property
     def vllm_facts(self) -> VllmFacts | None:
         """Returns what vLLM's own code says, for the type of the KV cache that the config asks for."""
-        is_fp8 = str(self.config.vllm_args.get("kv_cache_dtype")).startswith("fp8")
-        return self.engine_facts.vllm_fp8 if is_fp8 else self.engine_facts.vllm
+        return self.engine_facts.vllm_fp8 if self.kv_cache_dtype == "fp8" else self.engine_facts.vllm
 
     @property
     def pt_facts(self) -> PtFacts | None:
@@ -146,13 +201,27 @@ class ModelRequest:
     @property
     def is_planned_for_vllm(self) -> bool:
         """Returns whether the plan knows how vLLM lays out the model, by its formulas or from vLLM's own code."""
-        return self.architecture.is_known_to_vllm or self.vllm_facts is not None
+        return self.formulas_hold or self._may_guess or self.vllm_facts is not None
+
+    @property
+    def _may_guess(self) -> bool:
+        """Returns whether the formulas are good for a guess: a quantised checkpoint of a known type, whose weights vLLM
+        holds about as they are stored, and which does not name the type of its KV cache."""
+        shape = self.architecture
+        is_stored = shape.quantization in HELD_AS_STORED and bool(self.tensors)
+        return is_stored and not shape.names_kv_cache and self._knows_cache
 
     @property
     def _uses_vllm_facts(self) -> bool:
         """Returns whether vLLM's own code decides. The formulas are proven for known types without quantisation."""
-        is_proven = self.architecture.is_known_to_vllm and self.architecture.quantization is None
-        return self.vllm_facts is not None and not is_proven
+        return self.vllm_facts is not None and not self.formulas_hold
+
+    @property
+    def uses_engine_facts(self) -> bool:
+        """Returns whether the plan for this backend counts what the engine's own code said."""
+        if self.config.infer_backend == "vllm":
+            return self._uses_vllm_facts
+        return self.pt_facts is not None
 
     def rank_facts(self, tp: int) -> RankFacts:
         """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
@@ -175,14 +244,14 @@ class ModelRequest:
     def kv_bytes(self, tp: int, tokens: int, batched: int) -> int:
         """Returns the bytes of KV cache on one of `tp` ranks of vLLM for one request of `tokens` tokens. `batched` is
         `max_num_batched_tokens`."""
-        key = ("kv", tp, tokens, batched, self.element_bytes, self.kv_element_bytes, self.config.device)
+        key = ("kv", tp, tokens, batched, self.element_bytes, self.kv_cache_dtype, self.config.device)
         if key not in self.memo:
             self.memo[key] = kv_bytes_per_request(self.rank_facts(tp), tokens, batched)
         return int(self.memo[key])
 
     def spare_bytes(self, tp: int) -> int:
         """Returns the bytes of the block of KV cache that vLLM keeps empty on one of `tp` ranks."""
-        key = ("spare", tp, self.element_bytes, self.kv_element_bytes, self.config.device)
+        key = ("spare", tp, self.element_bytes, self.kv_cache_dtype, self.config.device)
         if key not in self.memo:
             self.memo[key] = spare_bytes(self.rank_facts(tp))
         return int(self.memo[key])
@@ -244,7 +313,9 @@ class ModelRequest:
         key = (tp, self.element_bytes, rounds)
         if key not in self.memo:
             weigh = memory.weights_per_rank_in_fp8 if rounds else memory.weights_per_rank
-            self.memo[key] = weigh(self.tensors, self.architecture, tp, self.element_bytes)
+            weights = weigh(self.tensors, self.architecture, tp, self.element_bytes)
+            is_whole = self.architecture.quantization is None
+            self.memo[key] = weights if is_whole else memory.guessed([stored_weights(weights.bytes)])
         found: Figure = self.memo[key]
         return found
 
@@ -393,11 +464,33 @@ def _utilization_problem(
     )
 
 
+def _held_otherwise(what: str) -> str:
+    return (
+        f"the plan does not know what {what} take here, because transformers may make them whole when it loads them. "
+        "Use infer_backend: vllm, or a checkpoint that is not quantised."
+    )
+
+
+def _pt_card_problem(request: ModelRequest, seats: Sequence[tuple[Device, int]]) -> Shortage | None:
+    """Returns a shortage if an FP8 checkpoint would be on a card on which transformers (5.19) does not keep it in 8
+    bits, or on one whose compute capability is not known."""
+    if request.architecture.quantization != "fp8":
+        return None
+    for device, _ in seats:
+        capability = card_capability(device.name)
+        if capability is None or capability < LEAST_FP8_IN_PT:
+            text = f"infer_backend: pt: {device.id} ({device.name}): {_held_otherwise('fp8 weights')}"
+            return Shortage("not_planned", text, 0)
+    return None
+
+
 def fit_pt(
     request: ModelRequest, devices: Sequence[tuple[Device, int]], limits: Sequence[int], reasons: Sequence[str]
 ) -> ModelPlan | Shortage:
     """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
     free."""
+    if (problem := _pt_card_problem(request, devices)) is not None:
+        return problem
     rows = request.pt_rows
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = request.blocks(copies_tied=on_cpu)

@@ -345,14 +345,17 @@ def _tensor_parallel_problem(request: ModelRequest) -> Shortage | None:
     if config.infer_backend != "vllm":
         return None
     size = config.tensor_parallel_size or 1
-    problem = request.tensor_parallel_problem(size)
+    problem = request.tensor_parallel_problem(size).rstrip(".")
     if not problem:
         return None
     if not request.valid_tensor_parallel_sizes():
-        return Shortage("vllm_refuses", f"infer_backend: vllm: vLLM refuses {request.architecture.name}: {problem}", 0)
+        return Shortage("vllm_refuses", f"infer_backend: vllm: vLLM refuses {request.architecture.name}: {problem}.", 0)
     valid = ", ".join(map(str, request.valid_tensor_parallel_sizes()))
+    sizes = (
+        "Of the sizes that vLLM was asked about, these are valid:" if request.uses_engine_facts else "Valid sizes are"
+    )
     return Shortage(
-        "tensor_parallel", f"tensor_parallel_size: {size} is not valid, because {problem}. Valid sizes are {valid}.", 0
+        "tensor_parallel", f"tensor_parallel_size: {size} is not valid, because {problem}. {sizes} {valid}.", 0
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
-from serve_app.facts.engine_facts import NO_FACTS, EngineFacts
+from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
@@ -23,11 +23,11 @@ _GATE = "gpu_memory_utilization"
 @dataclass(frozen=True)
 class Resolved:
     """This is a config that says all that its replica needs, what the replica asks of Ray, and what engines said of its
-    model, so that the replica plans by the same facts."""
+    model, so that the replica plans by the same facts. `facts` is None where no plan was made."""
 
     config: ModelConfig
     demand: Demand
-    facts: EngineFacts = NO_FACTS
+    facts: EngineFacts | None = None
 
 
 def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | None = None) -> Resolved:

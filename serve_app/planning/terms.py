@@ -155,6 +155,11 @@ def rounded_weights(size: int) -> Term:
     return Term("linear layers in fp8", (("bytes", size),))
 
 
+def stored_weights(size: int) -> Term:
+    """Returns the weights of a quantised checkpoint as they are stored. vLLM may pad them or order them anew."""
+    return Term("quantised weights as they are stored", (("bytes", size),))
+
+
 def left_over_layer(size: int) -> Term:
     """Returns the room on the first GPU for a layer that is computed there and kept on a slower tier."""
     return Term("the largest layer of a slower tier while it is computed", (("bytes", size),))

@@ -41,10 +41,10 @@ class Model:
     """This is the deployment class of every model. The model's name is the application's name."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: ModelConfig, environment: Mapping[str, str], facts: EngineFacts
+        self, config: ModelConfig, environment: Mapping[str, str], facts: EngineFacts | None
     ):
         """Loads the model. `environment` is set before the engine's libraries are imported, which read it then. `facts`
-        are what engines told the builder of the model."""
+        are what engines told the builder of the model, and None if it made no plan."""
         require_door()
         os.environ.update(environment)
         self.name = serve.get_replica_context().app_name

@@ -73,7 +73,7 @@ class MemoryWatch:
         for device in self._devices(ranks):
             say(_line(device))
         if self._blocks().differ:
-            notify(blocks_line(self._blocks()))
+            notify(blocks_line(self._blocks(), self._planned))
         if not self._is_over:
             self._task = asyncio.create_task(self._keep(ranks))
 
@@ -229,9 +229,23 @@ def _line(device: DeviceReport) -> str:
     return f"{where}: {planned}, and the engine holds {gib(device.held)}"
 
 
-def blocks_line(blocks: BlocksReport) -> str:
-    """Returns what the terminal shows when vLLM has made another number of blocks than was planned."""
+def blocks_line(blocks: BlocksReport, planned: ModelPlan | None) -> str:
+    """Returns what the terminal shows when vLLM has made another number of blocks than was planned, with the requests
+    of full length that either number holds."""
+    counts = f"KV cache: the plan has {blocks.planned} blocks, and vLLM has made {blocks.made}."
+    advice = "Please report it with the model's config.json and engine_args."
+    return f"{counts}{_requests_line(blocks, planned)} {advice}"
+
+
+def _requests_line(blocks: BlocksReport, planned: ModelPlan | None) -> str:
+    """Returns a sentence on the requests of full length that the planned and the real number of blocks hold, or an
+    empty text if a model has no KV cache."""
+    if planned is None or not planned.kv_bytes_per_request or not planned.kv_block_bytes:
+        return ""
+    each = -(-planned.kv_bytes_per_request // planned.kv_block_bytes)
+    # vLLM keeps one block empty.
+    by_plan, by_vllm = (max(0, (count or 0) - 1) // each for count in (blocks.planned, blocks.made))
+    what = f"Requests of {planned.max_model_len} tokens that they hold at once:"
     return (
-        f"KV cache: the plan has {blocks.planned} blocks, and vLLM has made {blocks.made}, so it holds another number "
-        "of requests at once than `serve-app plan` says. Please report it with the model's config.json and engine_args."
+        f" {what} {by_plan} by the plan's number, and {by_vllm} by vLLM's, if a block holds as many tokens as planned."
     )

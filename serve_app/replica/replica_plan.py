@@ -16,9 +16,10 @@ import psutil
 from serve_app.config import ModelConfig
 from serve_app.engines.model_requests import answered, read_request
 from serve_app.errors import ConfigError, EngineError
-from serve_app.facts.engine_facts import NO_FACTS, EngineFacts
+from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
+from serve_app.facts.packages import facts_version
 from serve_app.facts.process_memory import held_by_others
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import reserve
@@ -28,6 +29,7 @@ from serve_app.planning.resolve import vllm_memory
 
 logger = logging.getLogger("ray.serve")
 NODE = "here"
+PACKAGES = {"vllm": "vLLM", "pt": "transformers"}
 
 
 def plan_replica(
@@ -39,8 +41,10 @@ def plan_replica(
     Its devices have the numbers of this process, which are their places in `gpus`. `by_index` means that the config
     names GPUs by the numbers of the machine, and otherwise it counts those of `gpus` from 0. Raises EngineError if less
     is free than the model takes. A GPU's reserve may have been used for its purpose by now, so it is not required
-    again. `facts` are what engines told the builder of the model. No engine is asked here, because that takes as long
-    as a start. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged.
+    again. `facts` are what engines told the builder, by which the replica plans too, so that both plan the same or
+    neither does. Facts of another version of the engine than the one here are not used. They are None where the builder
+    made no plan, and then what was kept on this node is used. No engine is asked here, because that takes as long as a
+    start. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged.
 
     Calibrations are not used, because they raise what a builder asks for, and a replica must not refuse what was
     accepted.
@@ -87,17 +91,30 @@ def _request(config: ModelConfig, facts: EngineFacts | None) -> ModelRequest | N
     try:
         # Ray names the type of the node's first GPU, which need not be this replica's.
         here = config.model_copy(update={"accelerator_type": None})
-        request = answered([read_request("model", here)], tell=None)[0]
+        unanswered = read_request("model", here)
+        request = answered([unanswered], tell=None)[0] if facts is None else unanswered.request
     except ConfigError as error:
         logger.warning("This model is not planned: %s", error)
         return None
-    if facts is not None and facts != NO_FACTS:
+    if facts is not None:
         request = replace(request, engine_facts=facts)
-    reason = request.unplanned
+    reason = request.unplanned or _version_problem(request)
     if reason:
         logger.warning("This model is not planned: %s", reason)
         return None
     return request
+
+
+def _version_problem(request: ModelRequest) -> str:
+    """Returns why the builder's facts do not hold here, or an empty text if they do or are not needed."""
+    engine = request.config.infer_backend
+    told, own = request.engine_facts.version(engine), facts_version(engine)
+    if not request.uses_engine_facts or told == own:
+        return ""
+    return (
+        f"infer_backend: {engine}: the model was planned by what {PACKAGES[engine]} {told} says of it, and version "
+        f"{own} is installed in the replica. Install the same version where the application is built and where it runs."
+    )
 
 
 def with_planned_memory(config: ModelConfig, planned: ModelPlan | None) -> ModelConfig:

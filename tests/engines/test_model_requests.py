@@ -135,3 +135,52 @@ def test_a_quantised_checkpoint_is_asked_about(asked: list[Question], tmp_path: 
     found = read_request("m", config(str(tmp_path), infer_backend="vllm"))
     assert [question.engine for question in found.questions.values()] == ["vllm", "vllm"]
     assert replace(found.checkpoint.architecture, quantization=None).is_known_to_vllm
+
+
+@pytest.mark.parametrize(
+    ("kind", "types"),
+    [(None, [None, "fp8"]), ("auto", [None, "fp8"]), ("fp8", ["fp8"]), ("fp8_e5m2", ["fp8_e5m2", "fp8"])],
+)
+def test_vllm_is_asked_for_the_very_type_of_the_cache(
+    folder: str, asked: list[Question], kind: str | None, types: list[str | None]
+) -> None:
+    """The answer for another type of 8 bits is not taken for it."""
+    args = {} if kind is None else {"kv_cache_dtype": kind}
+    (request,) = answered([read_request("m", config(folder, infer_backend="vllm", engine_args=args))], print)
+    assert [question.settings["kv_cache_dtype"] for question in asked] == types
+    assert request.kv_bytes(1, 4096, 8192) == 256 * (MIB if types[0] != "fp8" else MIB // 2) * 2
+
+
+def test_the_formulas_leave_a_checkpoint_that_names_its_cache(asked: list[Question], tmp_path: Path) -> None:
+    """Its `auto` is 8 bits, so not even a guess is made."""
+    whole = json.loads((CONFIGS / "qwen2-7b" / "config.json").read_text())
+    scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"quantization_config": scheme}))
+    found = read_request("m", config(str(tmp_path), infer_backend="vllm", engine_args={"kv_cache_dtype": "bfloat16"}))
+    assert found.questions["vllm"].settings["kv_cache_dtype"] == "bfloat16"
+    assert found.request.architecture.names_kv_cache
+    assert (
+        "quantization_config (compressed-tensors)"
+        in read_request("m", config(str(tmp_path), infer_backend="vllm")).request.missing_facts
+    )
+
+
+def test_arguments_that_change_the_cache_go_into_the_question(asked: list[Question]) -> None:
+    """Also for a type with formulas, which then do not hold. Arguments of the server do not."""
+    args = {"disable-hybrid-kv-cache-manager": True, "tool_call_parser": "hermes", "no_async_scheduling": True}
+    found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=args))
+    answered([found], print)
+    told = {"async_scheduling": False, "disable_hybrid_kv_cache_manager": True}
+    assert [question.settings["engine_args"] for question in asked] == [told, told]
+    assert "with engine_args.async_scheduling and engine_args.disable_hybrid" in found.request.missing_facts
+
+
+def test_arguments_at_their_defaults_ask_nobody(asked: list[Question]) -> None:
+    """The formulas have prefix caching and asynchronous scheduling, as vLLM has them on a GPU."""
+    args = {"enable_prefix_caching": True, "async_scheduling": True, "enable_lora": False, "seed": 1}
+    found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=args))
+    assert answered([found], print)[0].unplanned == ""
+    assert asked == []
+    own = {**args, "limit_mm_per_prompt": {"image": 0}}
+    found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=own))
+    assert found.questions["vllm"].settings["engine_args"] == {"limit_mm_per_prompt": {"image": 0}}

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from serve_app.config import ModelConfig
+from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.config_fields import MOST_LAYERS, MOST_TOKENS
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.facts.weights import Tensor
@@ -523,7 +525,6 @@ def test_one_limit_is_a_share_of_the_smallest_gpu_that_ray_could_give() -> None:
     [
         ({"infer_backend": "vllm", "engine_args": {"speculative_config": {}}}, "speculative_config"),
         ({"infer_backend": "vllm", "quantization": "awq"}, "how large these weights become with awq"),
-        ({"infer_backend": "vllm", "engine_args": {"kv-cache-dtype": "int8"}}, "does not know the type int8"),
         ({"infer_backend": "pt", "device_map": {"model": 0, "lm_head": 1}}, "does not cover a mapping"),
     ],
 )
@@ -532,6 +533,18 @@ def test_what_the_plan_cannot_count_it_does_not_count(config: dict[str, Any], pa
     (found,) = make_plan([request(max_model_len=1024, **config)], parse_gpus("80GiB,80GiB")).problems
     assert found.code == "not_planned"
     assert part in found.message
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16", "fp8_ds_mla"])
+def test_a_type_of_kv_cache_beyond_the_formulas_needs_vllms_facts(kind: str) -> None:
+    """The formulas know the model's own type and 8 bits."""
+    asked = request(infer_backend="vllm", max_model_len=1024, engine_args={"kv-cache-dtype": kind})
+    (found,) = make_plan([asked], parse_gpus("80GiB")).problems
+    assert found.code == "facts_missing"
+    assert f"no formulas for engine_args.kv_cache_dtype: {kind}" in found.message
+    for known in ("auto", "fp8_e4m3", "fp8_e5m2"):
+        assert make_plan([replace(asked, config=asked.config.model_copy(
+            update={"engine_args": {"kv_cache_dtype": known}}))], parse_gpus("80GiB")).fits  # fmt: skip
 
 
 def test_auto_leaves_partly_used_gpus_to_pt() -> None:
@@ -577,3 +590,58 @@ def test_a_type_of_gpu_is_kept_and_then_nothing_is_left_to_chance() -> None:
     assert "accelerator_type" in planned(None).notes[0]
     (problem,) = planned("A10").problems
     assert problem.message == "accelerator_type: no node has A10 as its first GPU. The nodes have A100-80GB, L4."
+
+
+def quantised(method: str = "awq", **config: Any) -> ModelRequest:
+    """Qwen2 7B, whose config.json names a method. Its tensors stand for those that the checkpoint stores."""
+    whole = request(infer_backend="vllm", max_model_len=4096, **config)
+    return replace(whole, architecture=replace(whole.architecture, quantization=method))
+
+
+def test_a_quantised_checkpoint_without_vllms_facts_is_a_guess() -> None:
+    """Its stored bytes with the margin, because vLLM may pad them. Exact figures are vLLM's own."""
+    whole, guess = request(infer_backend="vllm", max_model_len=4096).rank_weights(1), quantised().rank_weights(1)
+    assert (whole.certainty, guess.certainty) == ("exact", "guessed")
+    assert guess.bytes == pytest.approx(1.1 * whole.bytes)
+    assert make_plan([quantised()], parse_gpus("80GiB")).models[0].ranks[0].share.certainty == "guessed"
+
+
+def test_a_quantised_checkpoint_of_unknown_size_is_not_guessed() -> None:
+    """A method that vLLM does not hold as it is stored, no weights, or a cache that the formulas do not know."""
+    other_method, no_weights = quantised("bitsandbytes"), replace(quantised(), tensors=())
+    for unknown in (other_method, no_weights, quantised(engine_args={"block_size": 32})):
+        (found,) = make_plan([unknown], parse_gpus("80GiB")).problems
+        assert found.code == "facts_missing"
+
+
+def test_a_quantised_config_without_weights_makes_no_whole_tensors() -> None:
+    """They would be four times too large for AWQ, and pt has no size without them."""
+    found = read_checkpoint(str(CONFIGS / "qwen2.5-7b-awq"))
+    assert found.tensors == ()
+    config = ModelConfig.from_args({"model": "x", "infer_backend": "pt"})
+    (problem,) = make_plan([ModelRequest("m", config, found.architecture, ())], parse_gpus("80GiB")).problems
+    assert problem.code == "facts_missing"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "gpus", "planned"),
+    [
+        ("fp8", {}, "H100-80GB", True), ("fp8", {}, "RTX4090", True), ("fp8", {}, "A100-80GB", False),
+        ("fp8", {}, "80GiB", False), ("fp8", {"device": "cpu"}, "64GiB", False), ("awq", {}, "H100-80GB", False),
+        ("mxfp4", {}, "H100-80GB", False), ("compressed-tensors", {}, "H100-80GB", False),
+    ],
+)  # fmt: skip
+def test_pt_counts_a_quantised_checkpoint_only_where_transformers_keeps_it(
+    method: str, settings: dict[str, Any], gpus: str, planned: bool
+) -> None:
+    """It makes FP8 whole on the CPU and below compute capability 8.9, and other methods depend on packages."""
+    whole = request(infer_backend="pt", max_model_len=1024, **settings)
+    small = replace(whole, architecture=replace(whole.architecture, quantization=method))
+    inventory = parse_gpus(gpus)
+    if settings:
+        inventory = Inventory((Device("n1", None, "memory", 64 * GIB, 64 * GIB),))
+    plan = make_plan([small], inventory)
+    assert plan.fits == planned
+    if not planned:
+        assert plan.problems[0].code == "not_planned"
+        assert f"{method} weights take here" in plan.problems[0].message

@@ -265,7 +265,7 @@ def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
     (problem,) = make_plan([asked(facts, tensor_parallel_size=4)], parse_gpus("4x24GiB")).problems
     assert problem.code == "tensor_parallel"
     assert "8 heads cannot be divided by it" in problem.message
-    assert "Valid sizes are 1, 2" in problem.message
+    assert problem.message.endswith("by it. Of the sizes that vLLM was asked about, these are valid: 1, 2.")
 
 
 def test_missing_facts_are_named_with_the_way_to_get_them() -> None:
@@ -282,6 +282,17 @@ def test_a_model_that_vllm_refuses_at_every_size_is_refused_in_its_words() -> No
     (problem,) = make_plan([asked(VllmFacts({}, {1: "It needs Blackwell"}))], parse_gpus("24GiB")).problems
     assert problem.code == "vllm_refuses"
     assert "It needs Blackwell" in problem.message
+
+
+@pytest.mark.parametrize("reason", ["It needs Blackwell", "It needs Blackwell."])
+def test_a_reason_of_vllm_ends_in_one_full_stop(reason: str) -> None:
+    """Whether vLLM's own words end in one or not."""
+    for facts in (VllmFacts({}, {1: reason}), VllmFacts({2: rank()}, {1: reason})):
+        (problem,) = make_plan([asked(facts)], parse_gpus("2x24GiB")).problems
+        assert ".." not in problem.message
+        assert problem.message.endswith(".")
+    (problem,) = make_plan([replace(asked(None), facts_problem=reason)], parse_gpus("24GiB")).problems
+    assert problem.message.endswith("It was asked: It needs Blackwell.")
 
 
 def test_a_model_that_only_encodes_takes_no_cache() -> None:

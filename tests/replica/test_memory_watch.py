@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +115,17 @@ def test_a_plan_by_index_means_the_machines_number_and_else_the_replicas_own() -
     by_index = plan_replica(config(gpu_ids=[3]), GPUS, by_index=True)
     for plan in (plan_replica(config(), GPUS), by_index):
         assert list(planned_by_device(plan, GPUS)) == ["GPU-a"]
+
+
+@pytest.mark.parametrize(("made", "held"), [(999, 9), (1001, 10), (501, 5), (0, 0)])
+def test_another_number_of_blocks_is_told_in_requests(made: int, held: int) -> None:
+    """One block less may hold as many requests, and the line does not say otherwise. One block stays empty."""
+    plan = plan_replica(config(), GPUS)
+    assert plan is not None
+    plan = replace(plan, kv_bytes_per_request=1000, kv_block_bytes=10)
+    line = memory_watch.blocks_line(BlocksReport(1000, made), plan)
+    assert f"the plan has 1000 blocks, and vLLM has made {made}" in line
+    assert f"hold at once: 9 by the plan's number, and {held} by vLLM's" in line
 
 
 def test_an_engine_on_somebody_elses_gpu_is_refused() -> None:

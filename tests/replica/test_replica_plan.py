@@ -6,11 +6,15 @@ import pytest
 from transformers import AutoConfig
 
 from serve_app.config import ModelConfig
+from serve_app.engines import model_requests
 from serve_app.engines.pt.load import model_loader
 from serve_app.errors import EngineError
 from serve_app.facts import process_memory
+from serve_app.facts.engine_facts import NO_FACTS, CacheLayer, EngineFacts, RankFacts, VllmFacts
 from serve_app.facts.gpu_processes import GpuProcess
 from serve_app.facts.gpus import Gpu, visible_gpus
+from serve_app.facts.known_facts import Answer
+from serve_app.facts.packages import facts_version
 from serve_app.replica.memory_watch import planned_by_device
 from serve_app.replica.replica_plan import plan_replica, with_planned_memory
 from tests.planning.model_requests import CONFIGS
@@ -131,3 +135,33 @@ def test_pt_places_by_the_plan_that_is_reported(monkeypatch: pytest.MonkeyPatch,
     assert first is not None
     assert layers.count(0) == first[1] + 1
     assert set(planned_by_device(planned, gpus)) == {f"GPU-{small}", f"GPU-{large}"}
+
+
+def facts_of(version: str) -> EngineFacts:
+    """What a version of vLLM said: 1 GB of weights and a KV cache of two layers."""
+    cache = tuple(CacheLayer(number, "full", 16, 65536) for number in range(2))
+    rank = RankFacts((4 * 10**8, 4 * 10**8), 10**8, 10**8, 0, cache)
+    return EngineFacts(vllm=VllmFacts({1: rank}), vllm_version=version)
+
+
+def test_a_replica_plans_by_the_builders_facts_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer may be kept on this node that the builder did not have."""
+    kept = facts_of("").vllm
+    monkeypatch.setattr(model_requests, "known_answer", lambda question: Answer(kept))
+    asked = config(model=str(CONFIGS / "gpt-oss-20b"))
+    assert plan_replica(asked, [gpu(0, 80)]) is not None
+    assert plan_replica(asked, [gpu(0, 80)], facts=NO_FACTS) is None
+    assert "no formulas for GptOssForCausalLM" in caplog.text
+    told = plan_replica(asked, [gpu(0, 80)], facts=facts_of(facts_version("vllm")))
+    assert told is not None
+    assert told.ranks[0].weights.bytes == 10**9
+
+
+def test_facts_of_another_version_of_the_engine_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    """The message names both versions. Formulas need no facts."""
+    asked = config(model=str(CONFIGS / "gpt-oss-20b"))
+    assert plan_replica(asked, [gpu(0, 80)], facts=facts_of("0.31.0")) is None
+    assert "what vLLM 0.31.0 says of it, and version " + facts_version("vllm") in caplog.text
+    assert plan_replica(config(), [gpu(0, 24)], facts=facts_of("0.31.0")) is not None

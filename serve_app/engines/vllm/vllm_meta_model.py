@@ -193,16 +193,21 @@ def stage_of_pipeline(rank: int, partition: Sequence[int]) -> Iterator[None]:
 def cache_specs(config: VllmConfig) -> dict[str, CacheSpec]:
     """Returns what vLLM says of the cache of each layer that has one, by the layer's name, in their order.
 
-    Uses `Platform.update_block_size_for_backend` and `vllm.v1.worker.gpu.attn_utils.get_kv_cache_spec`, seen in vLLM
-    0.32. A hybrid model gets its long blocks here.
+    Uses `Platform.update_block_size_for_backend`, `vllm.v1.worker.gpu.attn_utils.get_kv_cache_spec`,
+    `scheduler_config.disable_hybrid_kv_cache_manager` and
+    `vllm.v1.core.kv_cache_utils.unify_hybrid_kv_cache_specs`, seen in vLLM 0.32. A hybrid model gets its long blocks
+    here. Without the manager of hybrid caches, vLLM keeps all tokens of a layer with a window.
     """
     from vllm.config import set_current_vllm_config
     from vllm.platforms import current_platform
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
     current_platform.update_block_size_for_backend(config)
     with set_current_vllm_config(config):
         specs: dict[str, CacheSpec] = get_kv_cache_spec(config)
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        kv_cache_utils.unify_hybrid_kv_cache_specs(specs)
     return specs
 
 

@@ -98,7 +98,7 @@ def _fewer_sequences(request: ModelRequest, backend: Backend, trial: Trial) -> I
 
 
 def _in_8_bits(request: ModelRequest) -> Iterator[Ladder]:
-    if request.kv_element_bytes > 1:
+    if not request.kv_cache_dtype.startswith("fp8"):
         cache = rung(f"{ARGUMENT}kv_cache_dtype", "fp8")
         yield Ladder(price.KV_IN_8_BITS, [cache], lambda _: "a little precision of the KV cache (8 bits)")
     rounded = changed(request, rung("quantization", "fp8")) if request.is_quantizable else None
