@@ -7,7 +7,6 @@ from typing import Any
 from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
-from serve_app.facts.card_capability import card_capability
 from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, PtFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
@@ -33,8 +32,6 @@ FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 # vLLM holds weights of these methods in about the bytes in which they are stored; the margin of guesses covers what it
 # pads (9 % of the experts of MXFP4).
 HELD_AS_STORED = frozenset({"awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "modelopt"})
-# transformers keeps FP8 in 8 bits from this compute capability on.
-LEAST_FP8_IN_PT = (8, 9)
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 
@@ -143,11 +140,11 @@ class ModelRequest:
     @property
     def _pt_quantization_problem(self) -> str:
         """Returns why the plan cannot say how large transformers makes a quantised checkpoint, or an empty text. Of FP8
-        on a GPU, the card decides (`_pt_card_problem`)."""
+        on a GPU, the card decides (`cards.py`)."""
         method, config = self.architecture.quantization, self.config
         if config.infer_backend != "pt" or method is None or (method == "fp8" and config.device != "cpu"):
             return ""
-        return f"infer_backend: pt: {_held_otherwise(f'{method} weights')}"
+        return f"infer_backend: pt: {held_otherwise(f'{method} weights')}"
 
     @property
     def is_planned_for_pt(self) -> bool:
@@ -464,24 +461,12 @@ def _utilization_problem(
     )
 
 
-def _held_otherwise(what: str) -> str:
+def held_otherwise(what: str) -> str:
+    """Returns a sentence that says why pt's plan has no figure for quantised weights, and what to do."""
     return (
         f"the plan does not know what {what} take here, because transformers may make them whole when it loads them. "
         "Use infer_backend: vllm, or a checkpoint that is not quantised."
     )
-
-
-def _pt_card_problem(request: ModelRequest, seats: Sequence[tuple[Device, int]]) -> Shortage | None:
-    """Returns a shortage if an FP8 checkpoint would be on a card on which transformers (5.19) does not keep it in 8
-    bits, or on one whose compute capability is not known."""
-    if request.architecture.quantization != "fp8":
-        return None
-    for device, _ in seats:
-        capability = card_capability(device.name)
-        if capability is None or capability < LEAST_FP8_IN_PT:
-            text = f"infer_backend: pt: {device.id} ({device.name}): {_held_otherwise('fp8 weights')}"
-            return Shortage("not_planned", text, 0)
-    return None
 
 
 def fit_pt(
@@ -489,8 +474,6 @@ def fit_pt(
 ) -> ModelPlan | Shortage:
     """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
     free."""
-    if (problem := _pt_card_problem(request, devices)) is not None:
-        return problem
     rows = request.pt_rows
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = request.blocks(copies_tied=on_cpu)

@@ -66,6 +66,8 @@ class ModelPlan:
     ranks: tuple[RankPlan, ...]
     spilled: Mapping[str, int] = field(default_factory=dict)
     kv_block_bytes: int = 0
+    # This says whether vLLM is known to make blocks of that size on these cards.
+    knows_blocks: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""

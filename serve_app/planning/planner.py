@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
+from serve_app.planning.cards import card_problem, knows_kernels
 from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
 from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.plan import ModelPlan, Plan, Problem
@@ -214,9 +215,15 @@ def _first(
     for item in _attempts(unit, inventory, state, tally):
         if isinstance(item, Placed):
             return item, None
-        if best is None or item.missing < best.missing:
+        if best is None or _distance(item) < _distance(best):
             best = item
     return None, best or Shortage("no_device", _no_device(unit, inventory), 0)
+
+
+def _distance(shortage: Shortage) -> tuple[bool, int]:
+    """Returns how far a try was from a plan. A shortage of bytes, for which there may be fixes, is nearer than what an
+    engine or the plan refuses on another card or for another engine."""
+    return shortage.code in ("vllm_refuses", "not_planned"), shortage.missing
 
 
 def _ways(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) -> Iterator[Placed]:
@@ -268,6 +275,8 @@ def _attempt(
     devices = [device for device, _ in seats]
     # By index Ray counts bytes, so a device is never in whole use.
     share = 0.0 if devices[0].by_index else native_share(config, inventory)
+    if (problem := card_problem(request, devices)) is not None:
+        return problem
     if config.infer_backend == "vllm":
         fit = fit_vllm(request, seats, choice.reasons)
     else:
@@ -276,7 +285,8 @@ def _attempt(
         return fit
     if (problem := _host_problem(fit, inventory)) is not None:
         return problem
-    fit = replace(fit, replica=request.replicas)
+    knows_blocks = all(knows_kernels(request, device) for device in devices)
+    fit = replace(fit, replica=request.replicas, knows_blocks=knows_blocks)
     return Placed(fit, state.with_plan(fit, devices, share))
 
 

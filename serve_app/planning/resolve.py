@@ -90,8 +90,9 @@ def _cache_bytes(model: ModelPlan) -> int:
 
 
 def kv_blocks(model: ModelPlan) -> int | None:
-    """Returns how many blocks vLLM is to make of its KV cache, or None if the plan does not know the size of one."""
-    return _cache_bytes(model) // model.kv_block_bytes if model.kv_block_bytes else None
+    """Returns how many blocks vLLM is to make of its KV cache, or None if the plan does not know the size of one on
+    these cards."""
+    return _cache_bytes(model) // model.kv_block_bytes if model.kv_block_bytes and model.knows_blocks else None
 
 
 def problem_text(plan: Plan) -> str:

@@ -61,7 +61,7 @@ def lines(model: ModelPlan) -> Iterator[str]:
         f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache on a rank; "
         f"{model.max_full_length_requests} run at once, and {model.kv_tokens:,} tokens are cached at most."
     )
-    if model.kv_block_bytes:
+    if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
 
 

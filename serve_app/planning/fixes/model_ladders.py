@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
+from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fit import ModelRequest, gib
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
@@ -39,7 +40,7 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     yield from _less_cache(request)
     yield from _fewer_sequences(request, backend, trial)
     if on_gpu and backend != "pt":
-        yield from _in_8_bits(request)
+        yield from _in_8_bits(request, trial)
     yield from _shorter(request)
     yield from _other_backend(request, backend)
     yield from _fewer_replicas(request)
@@ -97,8 +98,9 @@ def _fewer_sequences(request: ModelRequest, backend: Backend, trial: Trial) -> I
         yield Ladder(price.FEWER_SEQUENCES, rungs, loses, climbs=True)
 
 
-def _in_8_bits(request: ModelRequest) -> Iterator[Ladder]:
-    if not request.kv_cache_dtype.startswith("fp8"):
+def _in_8_bits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
+    is_known = all(knows_kernels(request, gpu) for gpu in trial.inventory.gpus)
+    if is_known and not request.kv_cache_dtype.startswith("fp8"):
         cache = rung(f"{ARGUMENT}kv_cache_dtype", "fp8")
         yield Ladder(price.KV_IN_8_BITS, [cache], lambda _: "a little precision of the KV cache (8 bits)")
     rounded = changed(request, rung("quantization", "fp8")) if request.is_quantizable else None

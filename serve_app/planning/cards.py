@@ -1,0 +1,67 @@
+"""Decides what depends on the compute capability of a card: which quantised weights an engine takes there, and whether
+the plan's figures, which vLLM's code gives as on an H100, hold for its kernels. A card whose capability is not known
+counts as one on which vLLM runs all of it.
+"""
+
+from collections.abc import Sequence
+
+from serve_app.facts.card_capability import HOPPER, Capability, card_capability
+from serve_app.facts.inventory import Device
+from serve_app.planning.fit import ModelRequest, Shortage, held_otherwise
+
+# The least that vLLM 0.32 takes by method (`get_min_capability`).
+LEAST_IN_VLLM: dict[str, Capability] = {
+    "awq": (7, 5), "experts_int8": (8, 0), "fbgemm_fp8": (8, 0), "fp8": (7, 5), "gptq": (6, 0), "mxfp4": (8, 0),
+}  # fmt: skip
+# transformers (5.19) keeps FP8 in 8 bits from this capability on, and makes it whole below.
+LEAST_FP8_IN_PT: Capability = (8, 9)
+_COMPRESSED = frozenset({"mla", "sliding_mla"})
+
+
+def card_problem(request: ModelRequest, devices: Sequence[Device]) -> Shortage | None:
+    """Returns why an engine does not take the model's weights on one of these devices, or a plan does not know what
+    they become there, or None."""
+    find = _vllm_problem if request.config.infer_backend == "vllm" else _pt_problem
+    for device in devices:
+        if device.is_gpu and (problem := find(request, device)) is not None:
+            return problem
+    return None
+
+
+def _vllm_problem(request: ModelRequest, device: Device) -> Shortage | None:
+    method = request.config.quantization or request.architecture.quantization
+    least, own = LEAST_IN_VLLM.get(method or ""), card_capability(device.name)
+    if least is None or own is None or own >= least:
+        return None
+    text = (
+        f"infer_backend: vllm: {device.id} ({device.name}) has compute capability {_text(own)}, and vLLM takes "
+        f"{method} weights from {_text(least)} on. Use a newer card or other weights."
+    )
+    return Shortage("vllm_refuses", text, 0)
+
+
+def _pt_problem(request: ModelRequest, device: Device) -> Shortage | None:
+    if request.architecture.quantization != "fp8":
+        return None
+    own = card_capability(device.name)
+    if own is not None and own >= LEAST_FP8_IN_PT:
+        return None
+    text = f"infer_backend: pt: {device.id} ({device.name}): {held_otherwise('fp8 weights')}"
+    return Shortage("not_planned", text, 0)
+
+
+def _text(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def knows_kernels(request: ModelRequest, device: Device) -> bool:
+    """Returns whether the plan knows vLLM's blocks of KV cache on a card, and its cache in 8 bits. vLLM chooses its
+    kernels for MLA and for quantised weights by the card, and the plan knows the choice on Hopper."""
+    own = card_capability(device.name)
+    if not device.is_gpu or own is None or own == HOPPER:
+        return True
+    ranks = request.vllm_facts.ranks.values() if request.vllm_facts is not None else ()
+    is_compressed = "mla" in request.architecture.layers or any(
+        layer.kind in _COMPRESSED for rank in ranks for layer in rank.cache
+    )
+    return not is_compressed and request.architecture.quantization is None
