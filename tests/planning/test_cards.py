@@ -77,6 +77,7 @@ def test_a_cache_of_mla_in_8_bits_is_offered_only_where_its_kernel_is_known(card
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(LEAST_IN_VLLM))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Importing vLLM brings those of its libraries.
 def test_the_least_capability_is_vllms_own(method: str) -> None:
     """So that an upgrade of vLLM shows what has changed."""
     from vllm.model_executor.layers.quantization import get_quantization_config
