@@ -166,7 +166,7 @@ def test_what_is_missing_is_the_least_that_helps(name: str) -> None:
         def with_more(more: int) -> list[StageCards]:
             rooms = [(each, each.rooms) for each in cards]
             return [
-                replace(each, rooms=Rooms(old.first + more, old.middle + more, old.last + more)) for each, old in rooms
+                replace(each, rooms=Rooms(old.first + more, old.middle + more, old.last + more, old.layer)) for each, old in rooms
             ]
 
         assert isinstance(solve(facts, with_more(found.missing_bytes), DEMAND, may_reorder), Pipeline)
