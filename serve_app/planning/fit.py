@@ -80,6 +80,8 @@ class ModelRequest:
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    # This says that only the verdict counts, as in a search for fixes, so that a refusal needs no figures.
+    is_trial: bool = field(default=False, compare=False, repr=False)
 
     @property
     def element_bytes(self) -> int:

@@ -33,7 +33,7 @@ from serve_app.planning.fit_vllm import (
 )
 from serve_app.planning.memory import ZERO, Certainty, Figure
 from serve_app.planning.pipeline.card_groups import Card, group_of, groups_of
-from serve_app.planning.pipeline.solver import count, solve
+from serve_app.planning.pipeline.solver import NO_ROOM, count, solve
 from serve_app.planning.pipeline.span import blocks_per_request
 from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Rooms, StageCards, even_split
 from serve_app.planning.plan import ModelPlan, RankPlan
@@ -70,8 +70,9 @@ def fit_stages(
         return found
     if isinstance(found, NoPipeline):
         text = found.reason[:1].upper() + found.reason[1:]
-        bounds = bounds_of(request, seats, limits) if found.short else ""
-        return Shortage("over_commit" if found.short else "no_stages", f"{text}.{bounds}", found.missing_bytes)
+        lacks_room = bool(found.short) or found.reason == NO_ROOM
+        bounds = bounds_of(request, seats, limits) if lacks_room else ""
+        return Shortage("over_commit" if lacks_room else "no_stages", f"{text}.{bounds}", found.missing_bytes)
     held = _with_cache(request, facts, found, demand, seats[0][0].is_gpu)
     return held if isinstance(held, Shortage) else _plan(request, held, seats, beside, rows, reasons)
 
@@ -125,7 +126,7 @@ def _solved(
     if groups is None:
         return _unequal(cards, tp)
     if layers is None:
-        return solve(facts, groups, demand, may_reorder=not is_fixed)
+        return solve(facts, groups, demand, may_reorder=not is_fixed, needs_figures=not request.is_trial)
     orders = [groups] if is_fixed else islice(_orders(groups), MOST_ORDERS)
     return _best(count(facts, order, layers, demand) for order in orders)
 

@@ -40,12 +40,15 @@ class Span:
 class PipelineModel:
     """This is a model as the stages of a pipeline see it. `spans` has every stage that is possible, by its start and
     end. All of the model's `buffers` count in each stage, which is the most that a stage has. A request of
-    `max_model_len` takes `blocks_per_request`, which is 0 for a model without a KV cache."""
+    `max_model_len` takes `blocks_per_request`, which is 0 for a model without a KV cache. All stages together have at
+    least `least_weights`, and a block takes at least `block_bytes` in all of them."""
 
     layers: int
     anchors: int
     buffers: int
     blocks_per_request: int
+    least_weights: int
+    block_bytes: int
     spans: dict[tuple[int, int], Span]
 
 
@@ -67,6 +70,8 @@ def pipeline_model(facts: RankFacts, stages: int, demand: Demand) -> PipelineMod
         anchors=len(anchors),
         buffers=facts.buffers,
         blocks_per_request=blocks_per_request(facts, stages, demand),
+        least_weights=sum(facts.layers) + _least_beside(facts, stages),
+        block_bytes=max((sum(layer.page_bytes for layer in group) for group in groups), default=0),
         spans=_spans(facts, groups, stages, anchors),
     )
 
@@ -83,6 +88,12 @@ def blocks_per_request(facts: RankFacts, stages: int, demand: Demand) -> int:
     in_flight = replace(facts, steps=facts.steps - 1 + stages)
     size = kv_bytes_per_request(in_flight, demand.max_model_len, demand.max_num_batched_tokens)
     return size // bytes_per_block(groups, facts.packs_blocks)
+
+
+def _least_beside(facts: RankFacts, stages: int) -> int:
+    """Returns what all stages together have beside their layers."""
+    beside = beside_layers(facts, stages)
+    return beside.first + beside.last + (stages - 2) * beside.middle if stages > 1 else beside.first
 
 
 def _spans(facts: RankFacts, groups: Sequence[Group], stages: int, anchors: Set[int]) -> dict[tuple[int, int], Span]:

@@ -107,10 +107,13 @@ def test_no_split_and_no_order_is_better(name: str, may_reorder: bool) -> None:
         scores = [recounted(facts, order, ends) for order in orders for ends in splits]
         best = max((each for each in scores if each is not None), default=None)
         found = solve(facts, cards, DEMAND, may_reorder)
+        quick = solve(facts, cards, DEMAND, may_reorder, needs_figures=False)
         if best is None:
             assert isinstance(found, NoPipeline)
             assert found.reason
+            assert isinstance(quick, NoPipeline)
             return
+        assert quick == found
         assert isinstance(found, Pipeline)
         assert score(facts, found) == best
         assert sorted(each.cards.ids for each in found.stages) == sorted(each.ids for each in cards)
@@ -166,7 +169,8 @@ def test_what_is_missing_is_the_least_that_helps(name: str) -> None:
         def with_more(more: int) -> list[StageCards]:
             rooms = [(each, each.rooms) for each in cards]
             return [
-                replace(each, rooms=Rooms(old.first + more, old.middle + more, old.last + more, old.layer)) for each, old in rooms
+                replace(each, rooms=Rooms(old.first + more, old.middle + more, old.last + more, old.layer))
+                for each, old in rooms
             ]
 
         assert isinstance(solve(facts, with_more(found.missing_bytes), DEMAND, may_reorder), Pipeline)
