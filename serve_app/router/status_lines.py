@@ -10,7 +10,10 @@ from serve_app.router.directory import ModelStatus, State
 if TYPE_CHECKING:
     from ray.serve.schema import HTTPOptionsSchema
 
-MEND = "correct the config file and pass it to `serve deploy`, or stop this with Ctrl-C and run it again"
+MEND = (
+    "correct the config file and pass it to `RAY_AUTH_MODE=token serve deploy`, or stop this with Ctrl-C and run it "
+    "again"
+)
 STATES: Mapping[State, str] = {
     "ready": "is ready",
     "asleep": "is asleep",

@@ -31,6 +31,13 @@ SOURCES = {
 }
 
 
+# These replace them where the plan has no formulas proven for the model.
+OWN_CODE = {
+    ("weights", "vllm"): "the layers that vLLM's own code builds from config.json, as on an H100",
+    ("weights", "pt"): "the modules that transformers' own code builds from config.json, of the layers that are here",
+}
+
+
 def explained(plan: Plan, name: str) -> list[ModelPlan]:
     """Returns the plans of a model's replicas, one for each way in which they are placed. Raises ConfigError if the
     model has no place or is not in the plan."""
@@ -70,7 +77,7 @@ def to_json(model: ModelPlan) -> dict[str, Any]:
     ranks = []
     for rank in model.ranks:
         terms = {kind: [_term_json(term) for term in getattr(rank, kind).terms] for kind in TERMS}
-        sources = {kind: SOURCES[kind, model.backend] for kind in TERMS}
+        sources = {kind: _source(kind, getattr(rank, kind), model) for kind in TERMS}
         ranks.append({**rank.to_json(), "terms": terms, "sources": sources})
     return {**model.to_json(), "ranks": ranks}
 
@@ -82,9 +89,18 @@ def _distinct(model: ModelPlan) -> list[RankPlan]:
 
 def _figure_lines(kind: str, figure: Figure, model: ModelPlan) -> Iterator[str]:
     label = LABELS[kind]  # type: ignore[index]  # TERMS are kinds of blocks.
-    yield f"  {label:<12} {_size(figure):>12}  {figure.certainty}: {SOURCES[kind, model.backend]}"
+    yield f"  {label:<12} {_size(figure):>12}  {figure.certainty}: {_source(kind, figure, model)}"
     for term in figure.terms:
         yield f"  {'':<12} {gib(term.bytes):>12}    {term.name}{_formula(term)}"
+
+
+def _source(kind: str, figure: Figure, model: ModelPlan) -> str:
+    """Returns where a figure comes from. Formulas of a quantised checkpoint in vLLM are guesses, so a figure of one
+    that is exact comes from vLLM's own code."""
+    shape = model.architecture
+    is_quantised = model.backend == "vllm" and shape.quantization is not None and figure.certainty == "exact"
+    key = kind, model.backend
+    return OWN_CODE.get(key, SOURCES[key]) if is_quantised or not shape.has_formulas else SOURCES[key]
 
 
 def _formula(term: Term) -> str:

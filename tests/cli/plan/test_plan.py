@@ -192,3 +192,18 @@ def test_a_plan_says_that_what_was_asked_for_fits(file: Path, capsys: pytest.Cap
     """`--for` is answered where it fits, too."""
     assert main(["plan", str(file), "--gpus", "24GiB", "--for", "4x2000"]) == 0
     assert "its KV cache holds the 4 requests of 2000 tokens at once" in " ".join(capsys.readouterr().out.split())
+
+
+def test_explain_names_vllms_own_code_where_it_was_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model without formulas has its weights from there, by a shipped answer, and others from their tensors."""
+    monkeypatch.setenv("SERVE_APP_CACHE", str(tmp_path))
+    asked = ["plan", "--infer-backend", "vllm", "--gpus", "80GiB"]
+    for name, words in (
+        ("gpt-oss-20b", "vLLM's own code builds from config.json"),
+        ("qwen2-7b", "tensors of the check"),
+    ):
+        assert main([*asked, "--model", str(CONFIGS / name), "--explain", name]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights")]
+        assert words in line
