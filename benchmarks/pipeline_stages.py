@@ -17,7 +17,7 @@ from pathlib import Path
 
 from serve_app.facts.architecture import read_architecture
 from serve_app.facts.engine_facts import RankFacts, VllmFacts, facts_from_json
-from serve_app.planning import memory, terms
+from serve_app.planning import memory
 from serve_app.planning.pipeline.solver import count, solve
 from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Rooms, StageCards, even_split
 
@@ -63,15 +63,19 @@ def cards_of(name: str, sizes: Sequence[int], demand: Demand) -> list[StageCards
     """Empty cards of so many GiB, one for each stage."""
     shape = read_architecture(json.loads((CONFIGS / name / "config.json").read_text()), name)
     sequence = (demand.max_num_seqs, BATCHED)
-    inner = memory.guessed(
-        terms.vllm_activation(shape.hidden_size, shape.intermediate_size, 0, 1, ELEMENT_BYTES, *sequence)
-    )
-    last = memory.vllm_activation(shape, 1, ELEMENT_BYTES, *sequence)
-    rest = memory.vllm_graphs(shape, eager=False).bytes + memory.context("cuda", len(sizes)).bytes
+
+    def activation(is_first: bool, is_last: bool) -> int:
+        return memory.vllm_activation(shape, 1, ELEMENT_BYTES, *sequence, is_first=is_first, is_last=is_last).bytes
+
+    peaks = [activation(*place) for place in ((True, False), (False, False), (False, True))]
+    base = memory.vllm_graphs(0, eager=False).bytes
+    layer = memory.vllm_graphs(1, eager=False).bytes - base
+    context = memory.context("cuda", len(sizes)).bytes
     cards = []
     for number, size in enumerate(sizes):
-        left = size * GIB - memory.reserve(size * GIB) - rest
-        rooms = Rooms(left - inner.bytes, left - inner.bytes, left - last.bytes)
+        total = size * GIB
+        left = min(total - memory.reserve(total) - context, int(memory.VLLM_UTILIZATION * total)) - base
+        rooms = Rooms(*(left - peak for peak in peaks), layer=layer)
         cards.append(StageCards((f"{size} GiB (card {number})",), rooms))
     return cards
 

@@ -31,6 +31,8 @@ FOREIGN_NAMES = {
     "max_batch_size": "max_num_seqs",
     "tp": "tensor_parallel_size",
     "tensor_parallel": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "pipeline_parallel": "pipeline_parallel_size",
     "quant_method": "quantization",
 }
 NOT_HERE = {
@@ -47,13 +49,15 @@ NOT_HERE = {
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # Only vLLM honours these fields.
-ONLY_VLLM = ("tensor_parallel_size", "quantization", "engine_args", "gpu_ids")
-# Only pt honours these fields, or they decide for pt with `auto`.
+ONLY_VLLM = (
+    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "quantization", "engine_args", "gpu_ids",
+)  # fmt: skip
+# Only pt honours these fields, or they decide for pt with `auto`. vLLM honours `max_memory` too, so it decides nothing
+# beside a field of vLLM's.
 ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
-# These arguments of vLLM take more GPUs than tensor_parallel_size says.
+# These arguments of vLLM take more GPUs than tensor_parallel_size and pipeline_parallel_size say.
 UNPLACED = frozenset(
     {
-        "pipeline_parallel_size",
         "data_parallel_size",
         "data_parallel_size_local",
         "prefill_context_parallel_size",
@@ -193,8 +197,11 @@ class ModelConfig(_Strict):
     """This is a model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
 
     `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
-    `max_memory` caps what the pt engine may place on each GPU, by index, and opens the `cpu` and `disk` tiers.
+    `max_memory` caps what a replica may take of each GPU, by index. vLLM has a stage of its pipeline on each, or on
+    `tensor_parallel_size` of them. With pt it also opens the `cpu` and `disk` tiers.
     `gpu_ids` names vLLM's GPUs, by index, on nodes that advertise their memory by index.
+    `pipeline_parallel_size` is the number of stages of whole layers, each on `tensor_parallel_size` GPUs, and
+    `pipeline_layers` is the number of layers of each stage, the first stage first.
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
@@ -212,6 +219,8 @@ class ModelConfig(_Strict):
     device_map: str | dict[str, int | str] | None = None
     max_memory: Annotated[dict[MaxMemoryKey, int] | None, BeforeValidator(_max_memory_or_none)] = None
     tensor_parallel_size: Positive | None = None
+    pipeline_parallel_size: Positive | None = None
+    pipeline_layers: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
     max_queued_requests: Positive | None = None
@@ -242,6 +251,28 @@ class ModelConfig(_Strict):
         return tuple(sorted({device for device in named if isinstance(device, int)}))
 
     @property
+    def stages(self) -> int:
+        """Returns the number of vLLM's pipeline stages, which is 1 without a pipeline. If `max_memory` names the GPUs
+        and nothing else says how many stages there are, each has `tensor_parallel_size` of them."""
+        if self.pipeline_parallel_size or self.pipeline_layers:
+            return self.pipeline_parallel_size or len(self.pipeline_layers or ())
+        if not self.max_memory or self.infer_backend == "pt":
+            return 1
+        return max(1, len(self.gpu_indices) // (self.tensor_parallel_size or 1))
+
+    @property
+    def named_gpus(self) -> tuple[int, ...]:
+        """Returns the GPUs that `gpu_ids` or `max_memory` names, as they are written. With `pipeline_layers` this is
+        the order of the stages."""
+        return tuple(dict.fromkeys(key for key in self.gpu_ids or self.max_memory or () if isinstance(key, int)))
+
+    @property
+    def ranks(self) -> int:
+        """Returns the number of vLLM's processes that compute, each of which has a GPU of its own if there are
+        several."""
+        return (self.tensor_parallel_size or 1) * self.stages
+
+    @property
     def share(self) -> float | None:
         """Returns the share of one GPU that `num_gpus` sets, or None if the replica has whole GPUs."""
         return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None
@@ -258,15 +289,12 @@ class ModelConfig(_Strict):
 
 
 def _vllm_problem(config: ModelConfig) -> str | None:
-    if config.max_memory is not None:
-        return (
-            "max_memory: vLLM has no per-GPU limits and would ignore it. Use tensor_parallel_size over equal GPUs and "
-            "engine_args: {gpu_memory_utilization: 0.8}, or infer_backend: pt, which places layers by max_memory."
-        )
+    if (problem := _vllm_limits_problem(config)) is not None:
+        return problem
     if config.device_map is not None:
         return (
-            "device_map: vLLM splits every layer over its GPUs and has no device map. Use tensor_parallel_size, "
-            "or infer_backend: pt."
+            "device_map: vLLM has no device map. Use tensor_parallel_size, which splits every layer over equal GPUs, "
+            "or pipeline_layers, which says how many whole layers each GPU has, or infer_backend: pt."
         )
     if config.max_queued_requests is not None:
         return "max_queued_requests: vLLM's queue cannot be bounded. Set Serve's own under 'deployments:' instead."
@@ -275,23 +303,25 @@ def _vllm_problem(config: ModelConfig) -> str | None:
             "step_timeout_s works with pt only. For vLLM, set VLLM_ENGINE_ITERATION_TIMEOUT_S under runtime_env "
             "instead."
         )
-    if config.num_gpus is not None and (config.num_gpus >= 1 or (config.tensor_parallel_size or 1) > 1):
+    if (problem := _pipeline_problem(config)) is not None:
+        return problem
+    if config.num_gpus is not None and (config.num_gpus >= 1 or config.ranks > 1):
         return (
-            "num_gpus: vLLM takes tensor_parallel_size whole GPUs. Set that instead. Below 1, num_gpus is a share of "
-            "one GPU, without tensor_parallel_size."
+            "num_gpus: vLLM takes tensor_parallel_size whole GPUs for each of its pipeline_parallel_size stages. Set "
+            "these fields instead. Below 1, num_gpus is a share of one GPU, without these fields."
         )
-    if config.gpu_ids is not None and len(set(config.gpu_ids)) != (config.tensor_parallel_size or 1):
-        return (
-            f"gpu_ids names {len(set(config.gpu_ids))} GPUs, but tensor_parallel_size is "
-            f"{config.tensor_parallel_size or 1}. The two must be equal."
-        )
-    if config.device == "cpu" and (config.tensor_parallel_size or 1) > 1:
-        return "tensor_parallel_size must be 1 with device: cpu. Leave it out."
+    if config.gpu_ids is not None and len(set(config.gpu_ids)) != config.ranks:
+        both = config.stages > 1
+        field = "tensor_parallel_size times pipeline_parallel_size" if both else "tensor_parallel_size"
+        return f"gpu_ids names {len(set(config.gpu_ids))} GPUs, but {field} is {config.ranks}. The two must be equal."
     if (problem := _vllm_number_problem(config.vllm_args)) is not None:
         return problem
     named = set(config.vllm_args)
     for field in sorted(named & UNPLACED):
-        return f"engine_args.{field} changes the GPUs or processes that Ray counts. Use tensor_parallel_size."
+        return (
+            f"engine_args.{field} changes the GPUs or processes that Ray counts. Use tensor_parallel_size or "
+            "pipeline_parallel_size."
+        )
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
@@ -299,6 +329,42 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
     return None
+
+
+def _vllm_limits_problem(config: ModelConfig) -> str | None:
+    """Returns why vLLM cannot be held to `max_memory`, or None if it can. It is cut into stages that keep to it."""
+    if config.max_memory is None:
+        return None
+    if config.device == "cpu":
+        return "max_memory: with vllm it limits GPUs, and device is cpu. Use kv_cache_memory_bytes instead."
+    if config.spill_tiers:
+        tiers = " and ".join(sorted(config.spill_tiers))
+        return (
+            f"max_memory names {tiers}, but vLLM keeps all layers on GPUs. Leave {tiers} out, or use infer_backend: "
+            "pt, which keeps layers there."
+        )
+    for field in ("gpu_ids", "num_gpus"):
+        if getattr(config, field) is not None:
+            return f"{field}: max_memory names the GPUs and how much each may give. Leave {field} out."
+    named = len(config.gpu_indices)
+    if named and named != config.ranks:
+        return (
+            f"max_memory names {named} GPUs, but tensor_parallel_size is {config.tensor_parallel_size or 1} and there "
+            f"{'is 1 stage' if config.stages == 1 else f'are {config.stages} stages'}, which is {config.ranks} GPUs. "
+            "Name as many GPUs, or leave pipeline_parallel_size out, and each stage has tensor_parallel_size of them."
+        )
+    return None
+
+
+def _pipeline_problem(config: ModelConfig) -> str | None:
+    """Returns why the number of stages and the layers of each contradict each other, or None if they agree."""
+    layers, size = config.pipeline_layers, config.pipeline_parallel_size
+    if layers is None or size in (None, len(layers)):
+        return None
+    return (
+        f"pipeline_layers has {len(layers)} stages, but pipeline_parallel_size is {size}. Give each stage its number "
+        "of layers, or leave pipeline_parallel_size out."
+    )
 
 
 def _vllm_number_problem(arguments: Mapping[str, Any]) -> str | None:
@@ -330,6 +396,12 @@ def _pt_problem(config: ModelConfig) -> str | None:
             "tensor_parallel_size: pt places whole layers and has no tensor parallelism. Use max_memory to spread "
             "the layers over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
         )
+    for field in ("pipeline_parallel_size", "pipeline_layers"):
+        if getattr(config, field) is not None:
+            return (
+                f"{field}: pt places whole layers by itself and has no stages. Use max_memory to spread the layers "
+                "over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
+            )
     if (problem := _device_map_problem(config)) is not None:
         return problem
     if config.gpu_ids is not None:
@@ -347,7 +419,7 @@ def _auto_problem(config: ModelConfig) -> str | None:
     """Returns why `auto` cannot choose. Fields of one backend decide for it, and fields of both contradict each
     other."""
     only_vllm = [name for name in ONLY_VLLM if getattr(config, name)]
-    only_pt = [name for name in ONLY_PT if getattr(config, name)]
+    only_pt = [name for name in ONLY_PT if getattr(config, name) and not (name == "max_memory" and only_vllm)]
     if only_vllm and only_pt:
         return (
             f"{only_pt[0]} works with pt only, and {only_vllm[0]} with vllm only. With infer_backend: auto, name only "

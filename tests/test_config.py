@@ -86,9 +86,21 @@ def test_tiers_are_opened_by_naming_them() -> None:
 @pytest.mark.parametrize(
     ("args", "cure"),
     [
+        ({"infer_backend": "vllm", "max_memory": {0: "3GB", "cpu": "9GB"}}, "names cpu, but vLLM.*infer_backend: pt"),
+        ({"infer_backend": "vllm", "max_memory": {0: "3GB", "disk": "9GB"}}, "Leave disk out"),
         (
-            {"infer_backend": "vllm", "max_memory": {0: "3GB"}},
-            "would ignore it.*tensor_parallel_size.*infer_backend: pt",
+            {"infer_backend": "vllm", "device": "cpu", "max_memory": {"cpu": "9GB"}},
+            "device is cpu. Use kv_cache_memory_bytes",
+        ),
+        ({"infer_backend": "vllm", "max_memory": {0: "3GB"}, "gpu_ids": [0]}, "gpu_ids: max_memory names the GPUs"),
+        ({"infer_backend": "vllm", "max_memory": {0: "3GB"}, "num_gpus": 0.5}, "num_gpus: max_memory names the GPUs"),
+        (
+            {"infer_backend": "vllm", "max_memory": {0: "3GB", 1: "3GB"}, "pipeline_parallel_size": 3},
+            "max_memory names 2 GPUs.*are 3 stages, which is 3 GPUs",
+        ),
+        (
+            {"infer_backend": "vllm", "max_memory": {0: "3GB", 1: "3GB", 2: "3GB"}, "tensor_parallel_size": 2},
+            "max_memory names 3 GPUs, but tensor_parallel_size is 2",
         ),
         ({"infer_backend": "vllm", "device_map": "auto"}, "device_map.*tensor_parallel_size"),
         ({"infer_backend": "vllm", "num_gpus": 1}, "tensor_parallel_size whole GPUs"),
@@ -102,7 +114,9 @@ def test_tiers_are_opened_by_naming_them() -> None:
         ({"infer_backend": "pt", "max_memory": {"cpu": "1GB"}}, "names no GPU"),
         ({"infer_backend": "pt", "num_gpus": 1.5}, "must be whole"),
         ({"infer_backend": "pt", "num_gpus": 1, "max_memory": {0: "1GB", 1: "1GB"}}, "names 2 GPUs"),
-        ({"infer_backend": "vllm", "device": "cpu", "tensor_parallel_size": 2}, "must be 1 with device: cpu"),
+        ({"infer_backend": "pt", "pipeline_parallel_size": 2}, "pipeline_parallel_size.*max_memory"),
+        ({"infer_backend": "pt", "pipeline_layers": [1, 3]}, "pipeline_layers.*max_memory"),
+        ({"infer_backend": "vllm", "engine_args": {"pipeline-parallel-size": 2}}, "has a field of its own"),
         ({"infer_backend": "vllm", "engine_args": {"dtype": "auto"}}, "engine_args.dtype has a field of its own"),
         ({"infer_backend": "vllm", "engine_args": {"max-model-len": 5}}, "engine_args.max_model_len"),
         ({"infer_backend": "vllm", "engine_args": {"served_model_name": "x"}}, "application's name"),
@@ -120,6 +134,7 @@ def test_a_field_that_the_backend_would_ignore_is_refused(args: dict[str, object
         ("tensor_paralel_size", "Did you mean 'tensor_parallel_size'"),
         ("torch_dtype", "Did you mean 'dtype'"),
         ("max_length", "Did you mean 'max_model_len'"),
+        ("pp", "Did you mean 'pipeline_parallel_size'"),
         ("zzz", "Known fields: model, infer_backend"),
         ("served_model_name", "application's 'name'"),
         ("autoscaling_config", "deployments"),
@@ -130,6 +145,24 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(field: str, hint
     """Names from swift and vLLM lead to ours."""
     with pytest.raises(ConfigError, match=f"unknown field '{field}'.*{hint}"):
         model_config(**{field: 1})
+
+
+@pytest.mark.parametrize(
+    ("args", "stages", "ranks"),
+    [
+        ({}, 1, 1),
+        ({"tensor_parallel_size": 2}, 1, 2),
+        ({"pipeline_parallel_size": 3}, 3, 3),
+        ({"pipeline_layers": [1, 3]}, 2, 2),
+        ({"pipeline_layers": [4]}, 1, 1),
+        ({"pipeline_layers": [1, 3], "pipeline_parallel_size": 2, "tensor_parallel_size": 2}, 2, 4),
+    ],
+)
+def test_the_ranks_are_those_of_all_stages(args: dict[str, object], stages: int, ranks: int) -> None:
+    """The number of stages follows from their layers; on the CPU and on GPUs."""
+    for device in ("cpu", "cuda"):
+        config = model_config(infer_backend="vllm", device=device, **args)
+        assert (config.stages, config.ranks) == (stages, ranks)
 
 
 def test_every_mistake_is_one_line() -> None:
@@ -192,7 +225,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"infer_backend": "auto", "engine_args": {"pipeline_parallel_size": 4}}, "changes the GPUs or processes"),
+        ({"infer_backend": "auto", "engine_args": {"data_parallel_size": 4}}, "changes the GPUs or processes"),
+        ({"infer_backend": "auto", "engine_args": {"pipeline_parallel_size": 4}}, "has a field of its own"),
+        ({"infer_backend": "auto", "pipeline_layers": [1, 3], "max_queued_requests": 5}, "name only one backend's"),
+        ({"infer_backend": "vllm", "pipeline_layers": [1, 3], "pipeline_parallel_size": 3}, "has 2 stages, but"),
+        ({"infer_backend": "vllm", "pipeline_layers": [4, 0]}, "pipeline_layers.1: Input should be greater than 0"),
+        ({"infer_backend": "vllm", "pipeline_layers": []}, "pipeline_layers: Tuple should have at least 1 item"),
+        ({"infer_backend": "vllm", "pipeline_layers": [1, 3], "num_gpus": 0.5}, "Below 1, num_gpus is a share"),
+        (
+            {"infer_backend": "vllm", "pipeline_layers": [1, 3], "tensor_parallel_size": 2, "gpu_ids": [0, 1]},
+            "gpu_ids names 2 GPUs, but tensor_parallel_size times pipeline_parallel_size is 4",
+        ),
         ({"infer_backend": "auto", "quantization": "fp8", "max_queued_requests": 5}, "name only one backend's"),
         ({"infer_backend": "vllm", "engine_args": {"gpu-memory-utilization": "90%"}}, "must be a number above 0"),
         ({"infer_backend": "vllm", "engine_args": {"max_num_batched_tokens": -5}}, "whole number above 0"),
@@ -225,3 +268,27 @@ def test_a_broken_file_is_told_in_words(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(str(file))):
         read_applications(file)
+
+
+@pytest.mark.parametrize(
+    ("args", "stages", "ranks", "named"),
+    [
+        ({"max_memory": {1: "10GB", 0: "3GB"}}, 2, 2, (1, 0)),
+        ({"max_memory": {0: "3GB"}}, 1, 1, (0,)),
+        ({"max_memory": dict.fromkeys(range(4), "3GB"), "tensor_parallel_size": 2}, 2, 4, (0, 1, 2, 3)),
+        ({"max_memory": dict.fromkeys(range(2), "3GB"), "tensor_parallel_size": 2}, 1, 2, (0, 1)),
+        ({"gpu_ids": [2, 0], "pipeline_parallel_size": 2}, 2, 2, (2, 0)),
+        ({"infer_backend": "pt", "max_memory": {0: "3GB", 1: "10GB"}}, 1, 1, (0, 1)),
+        (
+            {"infer_backend": "auto", "max_memory": {0: "3GB", 1: "10GB"}, "gpu_ids": None, "quantization": "awq"},
+            2,
+            2,
+            (0, 1),
+        ),
+    ],
+)
+def test_limits_of_vllm_make_stages(args: dict[str, object], stages: int, ranks: int, named: tuple[int, ...]) -> None:
+    """Each named GPU is a stage, or with tensor parallelism so many of them are, in the order in which they are
+    written."""
+    config = ModelConfig.from_args({"model": "m", "infer_backend": "vllm", **args})
+    assert (config.stages, config.ranks, config.named_gpus) == (stages, ranks, named)

@@ -267,6 +267,7 @@ def _add_plan(commands: Any) -> None:
     one.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     one.add_argument("--tensor-parallel-size", type=int)
+    one.add_argument("--pipeline-parallel-size", type=int)
     one.add_argument("--max-model-len", type=int)
     one.add_argument("--max-num-seqs", type=int)
     one.add_argument("--max-memory", help="a bound for each device, such as '{0: 3GB, 1: 10GB}'")

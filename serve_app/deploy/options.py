@@ -79,7 +79,7 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
 
     The user's variables, `own`, stay as they are, except for the GPUs, which follow from the placement.
     """
-    threads = str(max(1, int(demand.cpus)))
+    threads = str(max(1, int(demand.cpus) // config.ranks))  # Each rank is a process with so many threads.
     defaults = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     variables = {name: value for name, value in defaults.items() if name not in own}
     if config.device == "cpu":

@@ -11,7 +11,7 @@ from serve_app.facts.engine_facts import NO_FACTS
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
 from serve_app.planning.fit import ModelRequest
-from serve_app.planning.resolve import Resolved, resolve
+from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room
 from serve_app.terminal import notify
 
@@ -30,6 +30,8 @@ def resolve_model(
     a config that names its backend stays as it is, and the engine finds out. Raises ConfigError or PlacementError.
     """
     resolved = _planned(config, inventory, unclaimed)
+    if resolved is None and config.infer_backend == "vllm" and config.max_memory is not None:
+        raise PlacementError(f"max_memory: {UNPLANNED_LIMITS}")
     chosen = config if resolved is None else resolved.config
     demand = require_room(chosen, nodes, None if resolved is None else resolved.demand)
     # A model that was read and could not be planned has no facts, and its replica must not plan it either.

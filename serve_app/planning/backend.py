@@ -7,6 +7,9 @@ from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
 from serve_app.facts.inventory import Inventory
 from serve_app.planning.fit import ModelRequest
 
+# `auto` tries stages on at most so many cards.
+MOST_STAGED_CARDS = 8
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -31,7 +34,7 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if config.device == "cpu":
         yield _pt(config, "pt starts sooner than vLLM on the CPU and is as fast there")
         return
-    if needs_pt:
+    if needs_pt and not needs_vllm:
         yield _pt(config, f"{needs_pt} is set, which pt honours")
         return
     if not request.is_planned_for_vllm and not needs_vllm:
@@ -43,9 +46,14 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
                 config.model_copy(update={"infer_backend": "vllm", "tensor_parallel_size": size}),
                 (f"vLLM is the faster engine, and {gpus} that nothing else uses can hold the model",),
             )
+        for size, stages in _pipelines(request, inventory):
+            yield _staged(config, size, stages)
         if needs_vllm:
             return
-        reason = "no number of equal, unused GPUs that divides the model's heads can hold it"
+        reason = (
+            "no number of equal, unused GPUs that divides the model's heads can hold it, and vLLM's stages cannot on "
+            "unused GPUs of any size"
+        )
     most = max((len(gpus) for gpus in inventory.node_gpus().values()), default=1)
     for count in range(1, most + 1):
         spread = "one GPU" if count == 1 else f"{count} GPUs, which may be unequal"
@@ -55,12 +63,29 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
         )
 
 
+def _staged(config: ModelConfig, size: int, stages: int) -> Choice:
+    sizes = {"tensor_parallel_size": size, "pipeline_parallel_size": stages}
+    if config.stages > 1:
+        reason = f"its fields ask for {stages} stages, which only vllm has"
+        return Choice(config.model_copy(update={"infer_backend": "vllm", **sizes}), (reason,))
+    cards = f"{size} equal GPUs" if size > 1 else "one GPU"
+    return Choice(
+        config.model_copy(update={"infer_backend": "vllm", **sizes}),
+        (
+            "vLLM is the faster engine, and no fewer GPUs that nothing else uses can hold the model",
+            f"{stages} stages on {cards} each, which may differ from stage to stage, can",
+        ),
+    )
+
+
 def _pt(config: ModelConfig, reason: str) -> Choice:
     return Choice(config.model_copy(update={"infer_backend": "pt"}), (reason,))
 
 
 def _sizes(request: ModelRequest, inventory: Inventory) -> Sequence[int]:
     """Returns the valid tensor parallel sizes for which some node has as many GPUs of one size, the smallest first."""
+    if request.config.stages > 1:
+        return []
     if request.config.tensor_parallel_size is not None or request.config.gpu_ids is not None:
         return [request.config.tensor_parallel_size or len(request.config.gpu_ids or ())]
     most = 0
@@ -68,3 +93,23 @@ def _sizes(request: ModelRequest, inventory: Inventory) -> Sequence[int]:
         sizes = [gpu.total_bytes for gpu in gpus]
         most = max(most, max(map(sizes.count, sizes)))
     return [size for size in request.valid_tensor_parallel_sizes() if size <= most]
+
+
+def _pipelines(request: ModelRequest, inventory: Inventory) -> Iterator[tuple[int, int]]:
+    """Yields tensor parallel sizes with numbers of stages for which some node has GPUs, the fewest GPUs first, and of
+    equally many the fewest stages."""
+    config = request.config
+    if config.stages > 1:
+        yield config.tensor_parallel_size or 1, config.stages
+        return
+    if config.gpu_ids is not None or config.share is not None or request.tensor_parallel_problem(1):
+        return
+    if request.rank_facts(1).no_stages:
+        return
+    given = config.tensor_parallel_size
+    sizes = [given] if given is not None else request.valid_tensor_parallel_sizes()
+    most = max((len(gpus) for gpus in inventory.node_gpus().values()), default=0)
+    for cards in range(2, min(most, MOST_STAGED_CARDS) + 1):
+        for size in sorted(sizes, reverse=True):
+            if cards % size == 0 and 1 < cards // size <= len(request.architecture.layers):
+                yield size, cards // size

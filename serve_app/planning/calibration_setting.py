@@ -29,9 +29,10 @@ def calibration_setting(
     device: Device,
     rank: int,
     ranks: int,
+    stages: int = 1,
 ) -> Mapping[str, object]:
     """Returns the setting of one rank of `ranks`. All ranks of vLLM are alike and count as number 0; those of pt are
-    not.
+    not. Of a pipeline of so many `stages`, the ranks of a stage are alike and count as the first one of them.
 
     `engine` names the engine's packages with their versions (`facts.packages`). The folder of the model is left out,
     because the same shape takes the same memory, wherever it was loaded from.
@@ -48,6 +49,6 @@ def calibration_setting(
         "model": [*shape, architecture.vocabulary],
         "engine": engine,
         "device": f"{card_model(device.name)} {round(device.total_bytes / GIB)}" if device.is_gpu else "cpu",
-        "rank": f"{rank} of {ranks}",
+        "rank": f"{rank} of {ranks}" + (f" in {stages} stages" if stages > 1 else ""),
         **{name: value for name, value in asked.items() if value is not None},
     }

@@ -1,13 +1,16 @@
-"""Decides whether one replica fits on given devices, and what it takes of each, by arithmetic alone."""
+"""Holds what is asked of the plan, and decides whether one replica of pt fits on given devices, by arithmetic alone.
+
+`fit_vllm.py` decides it for vLLM.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config import ModelConfig, token_count
+from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
-from serve_app.facts.engine_facts import NO_FACTS, EngineFacts, PtFacts, RankFacts, VllmFacts
+from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
@@ -17,7 +20,7 @@ from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of,
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR, left_over_layer, stored_weights
+from serve_app.planning.terms import left_over_layer, stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
@@ -26,7 +29,6 @@ PT_CHUNK_TOKENS = 512
 # vLLM's CPU build gets the first figure if the config does not say. pt gets no more than this share of the memory that
 # is available, since other replicas share it, and no more than these bytes. The engines take their defaults from here.
 VLLM_CPU_KV_BYTES = GIB
-NO_CACHE_BYTES = 2**20
 # The formulas know the KV cache of these types: the model's own type, and 8 bits.
 FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 # vLLM holds weights of these methods in about the bytes in which they are stored; the margin of guesses covers what it
@@ -53,6 +55,10 @@ class AtOnce:
         return f"{self.requests} request{'' if self.requests == 1 else 's'} of {self.tokens} tokens"
 
 
+# Devices with the bytes that are free on each.
+Seats = Sequence[tuple[Device, int]]
+
+
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
@@ -74,6 +80,8 @@ class ModelRequest:
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    # This says that only the verdict counts, as in a search for fixes, so that a refusal needs no figures.
+    is_trial: bool = field(default=False, compare=False, repr=False)
 
     @property
     def element_bytes(self) -> int:
@@ -209,7 +217,7 @@ class ModelRequest:
         return is_stored and not shape.names_kv_cache and self._knows_cache
 
     @property
-    def _uses_vllm_facts(self) -> bool:
+    def uses_vllm_facts(self) -> bool:
         """Returns whether vLLM's own code decides. The formulas are proven for known types without quantisation."""
         return self.vllm_facts is not None and not self.formulas_hold
 
@@ -217,24 +225,50 @@ class ModelRequest:
     def uses_engine_facts(self) -> bool:
         """Returns whether the plan for this backend counts what the engine's own code said."""
         if self.config.infer_backend == "vllm":
-            return self._uses_vllm_facts
+            return self.uses_vllm_facts
         return self.pt_facts is not None
 
     def rank_facts(self, tp: int) -> RankFacts:
         """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
-        if self._uses_vllm_facts:
+        if self.uses_vllm_facts:
             assert self.vllm_facts is not None
             return self.vllm_facts.ranks[tp]
         sizes = (self.element_bytes, self.kv_element_bytes, self.config.device == "cpu")
-        key = ("rank", tp, *sizes)
+        key = ("rank", tp, *sizes, self.rounds_weights)
         if key not in self.memo:
-            self.memo[key] = rank_by_formula(self.architecture, self.tensors, tp, *sizes)
+            self.memo[key] = rank_by_formula(self.architecture, self.tensors, tp, *sizes, self.rounds_weights)
         found: RankFacts = self.memo[key]
         return found
 
+    @property
+    def guesses_weights(self) -> bool:
+        """Returns whether the weights in vLLM are guesses: rounded while they load, or quantised without vLLM's own
+        figures."""
+        is_whole = self.architecture.quantization is None and not self.rounds_weights
+        return not self.uses_vllm_facts and not is_whole
+
+    def stage_facts(self, tp: int) -> RankFacts:
+        """Returns `rank_facts`, with the margin of a guess in each part of a quantised checkpoint's weights if it is
+        one. Those that vLLM rounds while it loads them have theirs already."""
+        facts = self.rank_facts(tp)
+        if not self.guesses_weights or self.rounds_weights:
+            return facts
+
+        def raised(size: int) -> int:
+            return size + int(size * memory.MARGIN)
+
+        beside = facts.beside
+        return replace(
+            facts,
+            layers=tuple(map(raised, facts.layers)),
+            before=raised(facts.before),
+            after=raised(facts.after),
+            beside=beside and BesideLayers(raised(beside.first), raised(beside.middle), raised(beside.last)),
+        )
+
     def buffers(self, tp: int) -> Figure:
         """Returns the tensors of one rank that are not weights."""
-        if self._uses_vllm_facts:
+        if self.uses_vllm_facts:
             return memory.vllm_own_buffers(self.rank_facts(tp).buffers)
         return memory.vllm_buffers(self.architecture, self.element_bytes)
 
@@ -256,11 +290,11 @@ class ModelRequest:
     @property
     def knows_blocks(self) -> bool:
         """Returns whether the plan knows vLLM's blocks of KV cache, which on the CPU may depend on the machine."""
-        return self._uses_vllm_facts or self.config.device != "cpu" or has_plain_cache(self.architecture)
+        return self.uses_vllm_facts or self.config.device != "cpu" or has_plain_cache(self.architecture)
 
     def tensor_parallel_problem(self, size: int) -> str:
         """Returns why vLLM refuses the tensor parallel size, or an empty text if it takes it."""
-        if not self._uses_vllm_facts:
+        if not self.uses_vllm_facts:
             return self.architecture.tensor_parallel_problem(size)
         assert self.vllm_facts is not None
         if size in self.vllm_facts.ranks:
@@ -271,18 +305,26 @@ class ModelRequest:
         """Returns the tensor parallel sizes that vLLM takes, up to `most`."""
         return [size for size in range(1, most + 1) if not self.tensor_parallel_problem(size)]
 
-    def measured(self, device: Device, rank: int, ranks: int) -> Calibration | None:
-        """Returns what this setting was measured to take on such a device, or None if it never ran."""
+    def measured(self, device: Device, rank: int, ranks: int, stages: int = 1) -> Calibration | None:
+        """Returns what this setting was measured to take on such a device, or None if it never ran. Of a pipeline,
+        `rank` is the first one of its stage."""
         if not self.calibrations:
             return None
         engine = self.engine_versions.get(self.config.infer_backend, "")
-        setting = calibration_setting(self.config, self.architecture, self.max_model_len, engine, device, rank, ranks)
+        setting = calibration_setting(
+            self.config, self.architecture, self.max_model_len, engine, device, rank, ranks, stages
+        )
         return self.calibrations.get(setting_key(setting))
 
     @property
     def is_quantizable(self) -> bool:
         """Returns whether vLLM can round its weights to fp8 while it loads them."""
         return self.config.quantization is None and self.architecture.quantization is None
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Returns whether vLLM rounds the weights to fp8 while it loads them, which the plan can only guess."""
+        return self.config.quantization == "fp8" and self.architecture.quantization is None
 
     @property
     def max_model_len(self) -> int:
@@ -292,7 +334,7 @@ class ModelRequest:
     @property
     def own_length(self) -> int:
         """Returns the tokens of the longest request that the model itself allows."""
-        ranks = self.vllm_facts.ranks.values() if self.vllm_facts is not None and self._uses_vllm_facts else ()
+        ranks = self.vllm_facts.ranks.values() if self.vllm_facts is not None and self.uses_vllm_facts else ()
         return max((rank.max_model_len for rank in ranks), default=0) or self.architecture.max_model_len
 
     @property
@@ -303,13 +345,12 @@ class ModelRequest:
     def rank_weights(self, tp: int) -> Figure:
         """Returns the bytes of the weights on one of `tp` ranks of vLLM. If vLLM does not take that size, it is a share
         of the weights on one rank, which only orders models and compares fixes."""
-        if self._uses_vllm_facts or not self.architecture.has_formulas:
+        if self.uses_vllm_facts or not self.architecture.has_formulas:
             rank = self.vllm_facts.ranks.get(tp) if self.vllm_facts is not None else None
             return Figure(self._most_weights // tp) if rank is None else Figure(rank.weights)
-        rounds = self.config.quantization == "fp8" and self.architecture.quantization is None
-        key = (tp, self.element_bytes, rounds)
+        key = (tp, self.element_bytes, self.rounds_weights)
         if key not in self.memo:
-            weigh = memory.weights_per_rank_in_fp8 if rounds else memory.weights_per_rank
+            weigh = memory.weights_per_rank_in_fp8 if self.rounds_weights else memory.weights_per_rank
             weights = weigh(self.tensors, self.architecture, tp, self.element_bytes)
             is_whole = self.architecture.quantization is None
             self.memo[key] = weights if is_whole else memory.guessed([stored_weights(weights.bytes)])
@@ -349,75 +390,7 @@ def available(device: Device, free: int) -> int:
     return free - (memory.reserve(device.total_bytes) if device.is_gpu else 0)
 
 
-def fit_vllm(
-    request: ModelRequest, devices: Sequence[tuple[Device, int]], reasons: Sequence[str]
-) -> ModelPlan | Shortage:
-    """Returns one replica of vLLM over `devices`, each with its free bytes. There are as many as the tensor parallel
-    size."""
-    architecture, tp = request.architecture, len(devices)
-    device, free = min(devices, key=lambda pair: available(*pair))
-    on_gpu = device.is_gpu
-    arguments = request.config.vllm_args
-    default_batched, default_rows = memory.vllm_defaults(device.total_bytes if on_gpu else 0, device.name)
-    batched = token_count(arguments.get("max_num_batched_tokens") or default_batched)
-    rows = request.config.max_num_seqs or default_rows
-    weights = request.rank_weights(tp)
-    copies = 1 if on_gpu else VLLM_CPU_ACTIVATION_FACTOR
-    activation = memory.vllm_activation(architecture, tp, request.element_bytes, rows, batched, copies)
-    activation += request.buffers(tp) + memory.vllm_encoder(architecture, request.element_bytes, batched)
-    graph = memory.vllm_graphs(architecture, eager=not on_gpu or bool(arguments.get("enforce_eager")))
-    context = memory.context("cuda", tp) if on_gpu else memory.vllm_cpu_context()
-    if (measured := request.measured(device, 0, tp)) is not None:
-        activation, graph, context = memory.calibrated(measured, activation, graph, context)
-    if (problem := _rows_problem(request, rows)) is not None:
-        return problem
-
-    per_request = request.kv_bytes(tp, request.max_model_len, batched)
-    fixed = weights + activation + graph + context
-    limit = int((request.config.share or 1.0) * device.total_bytes)
-    room = min(available(device, free), limit) - fixed.bytes
-    utilization = arguments.get("gpu_memory_utilization")
-    if on_gpu and utilization is not None and request.config.kv_cache_memory_bytes is None:
-        problem = _utilization_problem(request, float(utilization), device, min(free, limit), context)
-        if problem is not None:
-            return problem
-    most = int(float(utilization or memory.VLLM_UTILIZATION) * device.total_bytes)
-    cache = _vllm_cache(request, on_gpu, min(room, most - (weights + activation + graph).bytes), per_request)
-    spare, wanted = request.spare_bytes(tp), request.at_once
-    at_once = 0 if wanted is None else wanted.requests * request.kv_bytes(tp, wanted.tokens, batched)
-    least = max(per_request, at_once) + spare
-    needed = max(least, request.config.kv_cache_memory_bytes or 0)
-    if request.config.kv_cache_memory_bytes is not None and cache < least:
-        return _small_cache(request, least)
-    if cache < least or cache > room:
-        return _shortage(
-            request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
-            _bounds(request, [(device, free)], [limit]),
-        )  # fmt: skip
-    ranks = tuple(
-        RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in devices
-    )
-    full = (cache - spare) // per_request if per_request else rows
-    return ModelPlan(
-        request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
-        kv_bytes_per_request=per_request,
-        kv_tokens=full * request.max_model_len if per_request else 0,
-        max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
-        ranks=ranks,
-        kv_block_bytes=spare if request.knows_blocks else 0,
-    )  # fmt: skip
-
-
-def _vllm_cache(request: ModelRequest, on_gpu: bool, room: int, per_request: int) -> int:
-    """Returns the bytes of KV cache that one rank gets, of which a GPU has `room`."""
-    if request.config.kv_cache_memory_bytes is not None:
-        return request.config.kv_cache_memory_bytes
-    if not per_request:  # A model that only encodes has no cache, but vLLM wants a number.
-        return NO_CACHE_BYTES
-    return room if on_gpu else VLLM_CPU_KV_BYTES
-
-
-def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
+def rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
     """Returns a shortage if the engine runs fewer sequences at once than are asked for, whatever its KV cache holds."""
     wanted = request.at_once
     if wanted is None or wanted.requests <= rows:
@@ -426,38 +399,20 @@ def _rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
     return Shortage("max_num_seqs", text, 0)
 
 
-def _held(request: ModelRequest) -> str:
+def held_text(request: ModelRequest) -> str:
     """Returns what the KV cache has to hold, as a part of a sentence."""
     one = f"one request of {request.max_model_len} tokens"
     return one if request.at_once is None else f"{one} and for {request.at_once.text} at once"
 
 
-def _small_cache(request: ModelRequest, least: int) -> Shortage:
+def small_cache(request: ModelRequest, least: int) -> Shortage:
+    """Returns the shortage of a `kv_cache_memory_bytes` that is below `least`, the bytes that a rank needs."""
     cache = request.config.kv_cache_memory_bytes or 0
     return Shortage(
         "small_cache",
-        f"kv_cache_memory_bytes: {gib(cache)} is less than what is needed on a rank for {_held(request)} "
+        f"kv_cache_memory_bytes: {gib(cache)} is less than what is needed on a rank for {held_text(request)} "
         f"({gib(least)}).",
         least - cache,
-    )
-
-
-def _utilization_problem(
-    request: ModelRequest, utilization: float, device: Device, most: int, context: Figure
-) -> Shortage | None:
-    """Returns why vLLM would refuse to start: less than its share of the card is free. Its share does not count the
-    context."""
-    share = int(utilization * device.total_bytes)
-    missing = share + context.bytes - most
-    if missing <= 0:
-        return None
-    place = f"num_gpus: {request.config.share:g} is" if request.config.share is not None else f"{device.id} has"
-    return Shortage(
-        "utilization",
-        f"gpu_memory_utilization: {utilization:g} takes {gib(share)} of {device.id}, and the CUDA context, which vLLM "
-        f"does not count, takes {gib(context.bytes)} more, but {place} {gib(most)}. Shares of one GPU must leave "
-        "room for each one's context.",
-        missing,
     )
 
 
@@ -489,7 +444,7 @@ def fit_pt(
         return map_layers(blocks, rooms, tokens, rows, spills)
 
     least = cells(1, request.max_model_len)
-    if (problem := _rows_problem(request, rows)) is not None:
+    if (problem := rows_problem(request, rows)) is not None:
         return problem
     wanted = request.at_once
     if wanted is not None:
@@ -498,11 +453,11 @@ def fit_pt(
         per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
         most = request.config.kv_cache_memory_bytes // per_token
         if wanted is not None and most < least:
-            return _small_cache(request, least * per_token)
+            return small_cache(request, least * per_token)
         least = max(cells(1, 1), min(least, most))
     mapped = at(least)
     if mapped is None:
-        bounds = _bounds(request, devices, limits)
+        bounds = bounds_of(request, devices, limits)
         return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills, bounds)
     left = len(mapped.rest.blocks)
 
@@ -552,7 +507,7 @@ def _pt_shortage(
     cache = whole.cache(tokens, request.pt_rows)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-    short = _shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
+    short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
     if spills or not device.is_gpu:
         return short
     tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
@@ -643,7 +598,7 @@ def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
     return {tier: size for tier, size in (("cpu", on_cpu), ("disk", left - on_cpu)) if size}
 
 
-def _shortage(
+def shortage(
     request: ModelRequest,
     seat: tuple[Device, int],
     fixed: Figure,
@@ -652,6 +607,9 @@ def _shortage(
     bounds: str,
     devices: int = 1,
 ) -> Shortage:
+    """Returns a shortage with its figures in bytes: `fixed` is what the replica takes beside its KV cache, `cache` what
+    that needs, and `missing` what the device of `seat`, or so many `devices` from it, lack. `bounds` says what limits
+    it."""
     device, free = seat
     held, planned = device.total_bytes - device.free_bytes, device.free_bytes - free
     others = f" Other processes hold {gib(held)} there now." if held > 0 and device.is_gpu else ""
@@ -667,12 +625,12 @@ def _shortage(
     return Shortage(
         "over_commit",
         f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
-        f"{_held(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
+        f"{held_text(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
         missing,
     )
 
 
-def _bounds(request: ModelRequest, seats: Sequence[tuple[Device, int]], limits: Sequence[int]) -> str:
+def bounds_of(request: ModelRequest, seats: Seats, limits: Sequence[int]) -> str:
     """Returns sentences on what keeps a replica from all that is free on its devices: limits of the config, and the
     plan's reserve on each other GPU."""
     pairs = list(zip(seats, limits, strict=True))

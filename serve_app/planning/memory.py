@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from serve_app.config import ModelConfig, token_count
 from serve_app.facts.architecture import DTYPE_BYTES, Architecture
 from serve_app.facts.calibration import Calibration
+from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
 from serve_app.planning import terms
 from serve_app.planning.terms import Term, total
@@ -103,11 +105,24 @@ def weights_per_rank_in_fp8(
     kept, rounded = 0, 0
     for tensor in loaded(tensors, architecture):
         size = rank_bytes(tensor, architecture, tp, element_bytes)
-        if len(tensor.shape) > 1 and tensor.elements and _LINEAR.search(_ENDING.sub("", tensor.name)):
+        if is_rounded(tensor):
             rounded += size * tensor.elements // tensor.bytes_as(element_bytes)
         else:
             kept += size
     return Figure(kept, terms=(terms.kept_weights(kept),)) + guessed([terms.rounded_weights(rounded)])
+
+
+def is_rounded(tensor: Tensor) -> bool:
+    """Returns whether vLLM rounds the tensor to fp8 with `quantization: fp8`."""
+    return len(tensor.shape) > 1 and tensor.elements > 0 and bool(_LINEAR.search(_ENDING.sub("", tensor.name)))
+
+
+def rank_bytes_in_fp8(tensor: Tensor, architecture: Architecture, tp: int, element_bytes: int | None) -> int:
+    """Returns `rank_bytes` of a checkpoint that vLLM rounds to fp8 while it loads, with the margin of a guess."""
+    size = rank_bytes(tensor, architecture, tp, element_bytes)
+    if not is_rounded(tensor):
+        return size
+    return int(size * tensor.elements // tensor.bytes_as(element_bytes) * (1 + MARGIN))
 
 
 def padded_vocabulary(rows: int) -> int:
@@ -157,12 +172,33 @@ def linear_state_bytes(architecture: Architecture, tp: int, element_bytes: int) 
     return (convolution + recurrent) * element_bytes
 
 
+def vllm_batch(config: ModelConfig, cards: Iterable[Device]) -> tuple[int, int]:
+    """Returns `max_num_batched_tokens` and `max_num_seqs`, as the config says or else by vLLM's defaults.
+
+    vLLM has the defaults of the card on which its first rank runs. Where cards differ, the smallest counts here, and
+    the replica tells vLLM so (`resolve.vllm_memory`).
+    """
+    defaults = [vllm_defaults(card.total_bytes if card.is_gpu else 0, card.name) for card in cards]
+    batched = config.vllm_args.get("max_num_batched_tokens") or min(tokens for tokens, _ in defaults)
+    return token_count(batched), config.max_num_seqs or min(rows for _, rows in defaults)
+
+
 def vllm_activation(
-    architecture: Architecture, tp: int, element_bytes: int, max_num_seqs: int, batched: int, copies: int = 1
+    architecture: Architecture,
+    tp: int,
+    element_bytes: int,
+    max_num_seqs: int,
+    batched: int,
+    copies: int = 1,
+    is_first: bool = True,
+    is_last: bool = True,
 ) -> Figure:
-    """Returns the peak of a profiling pass. `copies` of each activation exist at once."""
+    """Returns the peak of a profiling pass. `copies` of each activation exist at once. Of a pipeline, only the last
+    stage makes logits, and each stage but the first has a buffer for what it receives."""
     shape = (architecture.hidden_size, architecture.intermediate_size, architecture.vocabulary)
-    return guessed(terms.vllm_activation(*shape, tp, element_bytes, max_num_seqs, batched, copies))
+    parts = terms.vllm_activation(*shape, tp, element_bytes, max_num_seqs, batched, copies)
+    received = [] if is_first else [terms.vllm_received(architecture.hidden_size, element_bytes, batched)]
+    return guessed([*(parts if is_last else parts[:1]), *received])
 
 
 def vllm_buffers(architecture: Architecture, element_bytes: int) -> Figure:
@@ -185,9 +221,9 @@ def vllm_encoder(architecture: Architecture, element_bytes: int, batched: int) -
     return guessed(terms.vllm_encoder(architecture.hidden_size, architecture.encoder_width, element_bytes, batched))
 
 
-def vllm_graphs(architecture: Architecture, eager: bool) -> Figure:
-    """Returns what captured CUDA graphs take, which is nothing with `enforce_eager`."""
-    return ZERO if eager else guessed(terms.vllm_graphs(len(architecture.layers)))
+def vllm_graphs(layers: int, eager: bool) -> Figure:
+    """Returns what captured CUDA graphs of so many layers take, which is nothing with `enforce_eager`."""
+    return ZERO if eager else guessed(terms.vllm_graphs(layers))
 
 
 def context(device: str, tp: int = 1) -> Figure:

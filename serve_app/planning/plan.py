@@ -16,8 +16,9 @@ TERMS = ("weights", "kv_cache", "activation", "graph", "context")
 class RankPlan:
     """This is a model's share of one device.
 
-    `layers` are the numbers of its first and last layer there (pt). `seat` is its place among so many devices, as
-    `calibration_setting` counts them: all ranks of vLLM are alike, and have the first.
+    `layers` are the numbers of its first and last layer there, for pt and for a stage of vLLM's pipeline; -1 is the
+    embedding, and the number after the last layer is the head. `seat` is its place among so many devices, as
+    `calibration_setting` counts them: all ranks of one of vLLM's stages are alike, and have the first.
     """
 
     device: Device
@@ -49,7 +50,9 @@ class ModelPlan:
     rank.
 
     `config` is the model's, with the backend that was chosen, and `architecture` is its shape. `kv_block_bytes` is what
-    one of vLLM's blocks of KV cache takes on a rank in all layers together, and 0 for pt, which has no blocks.
+    one of vLLM's blocks of KV cache takes on a rank in all layers together, and 0 for pt, which has no blocks. In a
+    pipeline both are those of the widest stage, and `pipeline_layers` has the layers of each stage. `ranks` are in
+    vLLM's order then, so those of the first stage come first.
     """
 
     name: str
@@ -66,13 +69,24 @@ class ModelPlan:
     ranks: tuple[RankPlan, ...]
     spilled: Mapping[str, int] = field(default_factory=dict)
     kv_block_bytes: int = 0
+    pipeline_layers: tuple[int, ...] = ()
     # This says whether vLLM is known to make blocks of that size on these cards.
     knows_blocks: bool = True
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Returns the number of stages, which is 1 without a pipeline."""
+        return max(1, len(self.pipeline_layers))
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""
         plain = {name: getattr(self, name) for name in _MODEL_FIELDS}
         spilled = {"spilled_bytes": dict(self.spilled)} if self.spilled else {}
+        if self.pipeline_layers:
+            plain |= {
+                "pipeline_parallel_size": self.pipeline_parallel_size,
+                "pipeline_layers": list(self.pipeline_layers),
+            }
         return {**plain, "reasons": list(self.reasons), **spilled, "ranks": [rank.to_json() for rank in self.ranks]}
 
 

@@ -4,15 +4,19 @@ It has three laws. No device is planned beyond what is free now less its reserve
 shared by pt replicas that say so. The same input gives the same plan.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.cards import card_problem, knows_kernels
-from serve_app.planning.fit import ModelRequest, Shortage, available, fit_pt, fit_vllm, gib
+from serve_app.planning.fit import ModelRequest, Seats, Shortage, available, fit_pt, gib
+from serve_app.planning.fit_stages import fit_stages
+from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
+from serve_app.planning.pipeline.card_groups import counts_of_kinds
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 from serve_app.planning.resource_demand import native_share
 
@@ -20,15 +24,20 @@ from serve_app.planning.resource_demand import native_share
 MOST_TRIES = 300
 # A placement of pt maps its layers about twenty times, so for so many layers it counts as so many of vLLM's.
 PT_PLACEMENTS, PT_LAYERS = 10, 64
+# To solve a pipeline of so many layers costs as much as one placement of one rank.
+STAGED_LAYERS = 8
+# Of the ways to choose cards of different kinds for the stages of a pipeline, so many are tried on each node.
+MOST_CHOICES = 16
 # To look through so many devices for places costs as much as one placement.
 DEVICES_PER_PLACEMENT = 16
 
 # With these words ends a message that names the cure itself.
 RUN_ON_CPU = "to run it on the CPU."
 # These fields do not go with `device: cpu`.
-ONLY_GPU = ("max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type", "tensor_parallel_size")
-
-Seats = Sequence[tuple[Device, int]]
+ONLY_GPU = (
+    "max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type",
+    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,10 @@ class State:
         used, shares = dict(self.used), dict(self.shares)
         for device in devices:
             used.setdefault(device.id, 0)
-        shares_of = {rank.device.id: rank.share.bytes for rank in plan.ranks}
-        for device in devices:  # By index Ray counts the whole limit, whatever part of it is planned.
+        shares_of: dict[str, int] = {}
+        for rank in plan.ranks:  # On the CPU, all ranks of vLLM are on one device.
+            shares_of[rank.device.id] = shares_of.get(rank.device.id, 0) + rank.share.bytes
+        for device in dict.fromkeys(devices):  # By index Ray counts the whole limit, whatever part of it is planned.
             cap = (plan.config.max_memory or {}).get(device.index or 0, 0) if device.by_index else 0
             used[device.id] += max(cap, shares_of.get(device.id, 0))
         if share is not None:
@@ -172,7 +183,10 @@ def with_accounting(requests: Sequence[ModelRequest], inventory: Inventory) -> I
 def _is_unbounded(unit: ModelRequest) -> bool:
     """Returns whether the model takes all memory that it finds, so that it comes last if GPUs are shared by bytes."""
     config = unit.config
-    bounds = (config.kv_cache_memory_bytes, config.num_gpus, config.vllm_args.get("gpu_memory_utilization"))
+    bounds = (
+        config.kv_cache_memory_bytes, config.num_gpus, config.max_memory,
+        config.vllm_args.get("gpu_memory_utilization"),
+    )  # fmt: skip
     return config.infer_backend != "pt" and all(bound is None for bound in bounds)
 
 
@@ -248,7 +262,7 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
         found = [
             _attempt(request, choice, seats, inventory, state)
             for seats in _seats(request, inventory, state)
-            if not is_auto or choice.config.infer_backend == "pt" or _is_unused(seats, state)
+            if not is_auto or choice.config.infer_backend == "pt" or _is_open(request, seats, state)
         ]
         tally.placements += looks + len(found) * _cost(request)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
@@ -258,7 +272,9 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
 def _cost(request: ModelRequest) -> int:
     """Returns what a placement costs, in placements of vLLM."""
     layers = len(request.architecture.layers)
-    return 1 if request.config.infer_backend != "pt" else max(PT_PLACEMENTS, layers * PT_PLACEMENTS // PT_LAYERS)
+    if request.config.infer_backend == "pt":
+        return max(PT_PLACEMENTS, layers * PT_PLACEMENTS // PT_LAYERS)
+    return 1 if request.config.stages == 1 else 1 + layers // STAGED_LAYERS
 
 
 def _leftover(placed: Placed) -> tuple[int, str]:
@@ -280,10 +296,8 @@ def _attempt(
     reasons = choice.reasons
     if (wanted := request.at_once) is not None:
         reasons = (*reasons, f"its KV cache holds the {wanted.text} at once that are asked for")
-    if config.infer_backend == "vllm":
-        fit = fit_vllm(request, seats, reasons)
-    else:
-        fit = _cap_problem(request, seats) or fit_pt(request, seats, _limits(request, devices), reasons)
+    limits = _limits(request, devices)
+    fit = _cap_problem(request, seats) or _fit_of(config)(request, seats, limits, reasons)
     if isinstance(fit, Shortage):
         return fit
     if (problem := _host_problem(fit, inventory)) is not None:
@@ -291,6 +305,20 @@ def _attempt(
     knows_blocks = all(knows_kernels(request, device) for device in devices)
     fit = replace(fit, replica=request.replicas, knows_blocks=knows_blocks)
     return Placed(fit, state.with_plan(fit, devices, share))
+
+
+def _fit_of(config: ModelConfig) -> Callable[..., ModelPlan | Shortage]:
+    """Returns the function that fits a replica on devices: that of pt, of vLLM's equal ranks, or of its stages."""
+    if config.infer_backend != "vllm":
+        return fit_pt
+    return fit_stages if config.stages > 1 or config.pipeline_layers else fit_vllm
+
+
+def _is_open(request: ModelRequest, seats: Seats, state: State) -> bool:
+    """Returns whether `auto` may try vLLM on these GPUs. Stages are solved only where the weights alone would fit."""
+    if request.config.stages > 1 and sum(available(*seat) for seat in seats) < request.weights:
+        return False
+    return _is_unused(seats, state)
 
 
 def _is_unused(seats: Seats, state: State) -> bool:
@@ -346,7 +374,7 @@ def _length_problem(request: ModelRequest) -> Shortage | None:
 def _limits(request: ModelRequest, devices: Sequence[Device]) -> list[int]:
     memory, config = request.config.max_memory or {}, request.config
     if not devices[0].is_gpu:
-        return [memory.get("cpu", devices[0].total_bytes)]
+        return [memory.get("cpu", devices[0].total_bytes)] * len(devices)
     if config.gpu_indices and memory:
         caps = [memory[index] for index in config.gpu_indices]
         return caps + [0] * (len(devices) - len(caps))  # num_gpus may be more than max_memory names.
@@ -376,8 +404,9 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
     """Yields the sets of devices that a replica could have. Of nodes that are alike it offers only the first."""
     config = request.config
     if config.device == "cpu":
+        ranks = config.ranks if config.infer_backend == "vllm" else 1
         hosts = (device for device in inventory.devices if not device.is_gpu)
-        yield from ([(device, state.free(device))] for device in hosts)
+        yield from ([(device, state.free(device) // ranks)] * ranks for device in hosts)
         return
     seen = set()
     for gpus in inventory.node_gpus().values():
@@ -408,7 +437,8 @@ def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventor
         named = {gpu.index: gpu for gpu in gpus}
         if all(index in named for index in indices):
             chosen = [named[index] for index in indices]
-            if config.infer_backend != "vllm" or len({gpu.total_bytes for gpu in chosen}) == 1:
+            # `fit_stages` says which cards cannot be stages.
+            if _fit_of(config) is not fit_vllm or len({gpu.total_bytes for gpu in chosen}) == 1:
                 yield [(gpu, state.free(gpu)) for gpu in chosen]
         return
     if not by_index and (config.gpu_ids or config.gpu_indices != tuple(range(len(config.gpu_indices)))):
@@ -421,7 +451,7 @@ def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventor
     usable = [(gpu, state.free(gpu)) for gpu in gpus if by_index or state.is_untouched(gpu)]
     if config.infer_backend == "vllm":
         size = config.tensor_parallel_size or 1
-        yield from _equal(usable, size)
+        yield from _equal(usable, size) if config.stages == 1 else _staged(usable, size, config.stages)
         return
     count = max(1, int(config.num_gpus or len(config.gpu_indices)))
     if count == 1:
@@ -441,6 +471,18 @@ def _equal(usable: Seats, size: int) -> Iterator[Seats]:
         equal = [pair for pair in usable if pair[0].total_bytes == total]
         if len(equal) >= size:
             yield sorted(equal, key=lambda pair: (-pair[1], pair[0].index))[:size]
+
+
+def _staged(usable: Seats, size: int, stages: int) -> Iterator[Seats]:
+    """Yields sets of GPUs for so many stages of `size` equal GPUs each: for each way to choose kinds of cards, those
+    with most memory free. They come in the order of their numbers."""
+    kinds: dict[tuple[str, int], list[tuple[Device, int]]] = {}
+    for gpu, free in sorted(usable, key=lambda pair: (-pair[1], pair[0].index)):
+        kinds.setdefault((gpu.name, gpu.total_bytes), []).append((gpu, free))
+    groups = list(kinds.values())
+    for counts in islice(counts_of_kinds([len(group) // size for group in groups], stages), MOST_CHOICES):
+        chosen = [pair for group, count in zip(groups, counts, strict=True) for pair in group[: count * size]]
+        yield sorted(chosen, key=lambda pair: pair[0].index or 0)
 
 
 def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
@@ -466,14 +508,30 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
             f"num_gpus: no GPU has a share of {config.share:g} left. Shares on one GPU must not add up to more than 1."
         )
     size = config.tensor_parallel_size or 1
-    count = max(size, int(config.num_gpus or 1))
+    count = max(size * config.stages, int(config.num_gpus or 1))
     most = max(len(gpus) for gpus in inventory.node_gpus().values())
     if count > most:
-        field = "tensor_parallel_size" if size > 1 else "num_gpus"
-        return f"{field}: no node has {count} GPUs. The largest node has {most}."
+        return _too_many(config, count, most, inventory)
+    if config.stages > 1:
+        return (
+            f"pipeline_parallel_size: no node has {config.stages} times {size} equal GPUs that nothing else uses."
+            if size > 1
+            else f"pipeline_parallel_size: no node has {config.stages} GPUs that nothing else uses."
+        )
     if config.infer_backend == "vllm" and size > 1:
         return _unequal(size, inventory)
     return "every GPU is in use by a model that was placed before."
+
+
+def _too_many(config: ModelConfig, count: int, most: int, inventory: Inventory) -> str:
+    """Returns why a replica cannot have so many GPUs, of which the largest node has `most`."""
+    size, stages = config.tensor_parallel_size or 1, config.stages
+    if stages > 1:
+        field = "pipeline_parallel_size" if size == 1 else f"pipeline_parallel_size {stages} × tensor_parallel_size"
+        elsewhere = " All stages of a replica are on one node." if len(inventory.gpus) >= count else ""
+        return f"{field}: no node has {count} GPUs. The largest node has {most}.{elsewhere}"
+    field = "tensor_parallel_size" if size > 1 else "num_gpus"
+    return f"{field}: no node has {count} GPUs. The largest node has {most}."
 
 
 def _no_index(config: ModelConfig, inventory: Inventory) -> str:
@@ -481,7 +539,7 @@ def _no_index(config: ModelConfig, inventory: Inventory) -> str:
     last = config.gpu_indices[-1]
     most = max(len(gpus) for gpus in inventory.node_gpus().values())
     if any(gpu.by_index for gpu in inventory.gpus):
-        equal = " as equal GPUs" if config.gpu_ids and len(config.gpu_ids) > 1 else ""
+        equal = " as equal GPUs" if _fit_of(config) is fit_vllm and len(config.gpu_indices) > 1 else ""
         return f"{field} names GPU {last}, but no node has that GPU{equal}. The largest node has {most}."
     if config.gpu_ids or config.gpu_indices != tuple(range(len(config.gpu_indices))):
         return (
@@ -503,6 +561,7 @@ def _unequal(size: int, inventory: Inventory) -> str:
             if wasted:
                 return (
                     f"tensor_parallel_size: {size} needs equal GPUs. On {node} it would waste {wasted / 2**30:.1f} GiB "
-                    "of the larger ones. Use infer_backend: pt, which places layers by each GPU's size."
+                    f"of the larger ones. Use pipeline_parallel_size: {size} instead, which gives each GPU as many "
+                    "layers as it has room for."
                 )
     return f"tensor_parallel_size: no node has {size} equal GPUs that nothing else uses."

@@ -11,11 +11,16 @@ from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
-from serve_app.planning.memory import MIB
+from serve_app.planning.memory import MIB, vllm_batch, vllm_defaults
 from serve_app.planning.plan import Fix, ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resource_demand import Demand, planned_demand
 
+# This is why limits on cards need a plan.
+UNPLANNED_LIMITS = (
+    "vLLM has no limits for each card, so the memory plan cuts the model to them, and there is no plan of this model "
+    "here. Leave max_memory out, or use infer_backend: pt."
+)
 # vLLM refuses to start if less than this share of the card is free.
 _GATE = "gpu_memory_utilization"
 
@@ -62,19 +67,38 @@ def _shares(model: ModelPlan) -> dict[str, Any]:
         return {"max_memory": caps, "num_gpus": None}
     indices = tuple(rank.device.index for rank in model.ranks)
     cache = {"kv_cache_memory_bytes": _cache_bytes(model), "engine_args": _without_gate(model.config)}
-    return {"gpu_ids": indices, "num_gpus": None, "tensor_parallel_size": model.tensor_parallel_size, **cache}
+    fields = {"gpu_ids": indices, "num_gpus": None, "tensor_parallel_size": model.tensor_parallel_size, **cache}
+    return fields | pipeline_fields(model)
+
+
+def pipeline_fields(model: ModelPlan) -> dict[str, Any]:
+    """Returns the number of stages and the layers of each, which is nothing without a pipeline."""
+    if not model.pipeline_layers:
+        return {}
+    return {"pipeline_parallel_size": model.pipeline_parallel_size, "pipeline_layers": model.pipeline_layers}
 
 
 def vllm_memory(model: ModelPlan) -> dict[str, Any]:
     """Returns the bytes of KV cache, so that vLLM measures nothing beside others, and the share of the card that it
-    wants to find free at its start, without the CUDA context."""
-    rank = model.ranks[0]
+    wants to find free at its start, without the CUDA context. It has one share for all cards, so the smallest is
+    set."""
     fields: dict[str, Any] = {"kv_cache_memory_bytes": _cache_bytes(model)}
-    if rank.device.is_gpu:
-        share = (rank.share.bytes - rank.context.bytes) / rank.device.total_bytes
-        gate = max(1, floor(share * 1000)) / 1000
+    if model.ranks[0].device.is_gpu:
+        shares = [(rank.share.bytes - rank.context.bytes) / rank.device.total_bytes for rank in model.ranks]
+        gate = max(1, floor(min(shares) * 1000)) / 1000
         fields["engine_args"] = {**_without_gate(model.config), _GATE: gate}
-    return fields
+    return _with_batch(model, fields)
+
+
+def _with_batch(model: ModelPlan, fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields with the batch that was planned if the cards differ in their defaults, because vLLM would take
+    those of the card of its first rank."""
+    cards = [rank.device for rank in model.ranks]
+    if len({vllm_defaults(card.total_bytes, card.name) for card in cards if card.is_gpu}) < 2:
+        return fields
+    batched, rows = vllm_batch(model.config, cards)
+    arguments = {**fields["engine_args"], "max_num_batched_tokens": batched}
+    return fields | {"max_num_seqs": rows, "engine_args": arguments}
 
 
 def _without_gate(config: ModelConfig) -> dict[str, Any]:
@@ -83,8 +107,11 @@ def _without_gate(config: ModelConfig) -> dict[str, Any]:
 
 def _cache_bytes(model: ModelPlan) -> int:
     """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit beside the
-    block that vLLM keeps empty."""
-    cache = model.ranks[0].kv_cache.bytes
+    block that vLLM keeps empty. Of a pipeline it is what the widest stage has, to the byte, of which vLLM makes the
+    planned number of blocks."""
+    cache = max(rank.kv_cache.bytes for rank in model.ranks)
+    if model.pipeline_layers:
+        return cache
     rounded = cache // MIB * MIB
     return rounded if rounded >= model.kv_bytes_per_request + model.kv_block_bytes else cache
 
@@ -123,9 +150,7 @@ def pinned(model: ModelPlan) -> dict[str, Any]:
         fields["tensor_parallel_size"] = model.tensor_parallel_size
         memory = vllm_memory(model)
         fields |= memory | {"kv_cache_memory_bytes": _size(memory["kv_cache_memory_bytes"])}
-        if device.by_index:
-            fields["gpu_ids"] = [rank.device.index for rank in model.ranks]
-        return fields
+        return fields | _pinned_cards(model)
     if device.by_index and config.max_memory is None:
         fields["max_memory"] = {rank.device.index: f"{-(-rank.share.bytes // MIB)}MiB" for rank in model.ranks}
     elif config.num_gpus is not None:
@@ -133,6 +158,23 @@ def pinned(model: ModelPlan) -> dict[str, Any]:
     if config.max_memory is None and not device.is_gpu:
         fields["kv_cache_memory_bytes"] = _size(sum(rank.kv_cache.bytes for rank in model.ranks) // MIB * MIB)
     return fields
+
+
+def _pinned_cards(model: ModelPlan) -> dict[str, Any]:
+    """Returns the cards of vLLM's ranks in their order, if Ray counts them by index, and the layers of stages. Limits
+    count cards that Ray gives whole by their places, so their stages are solved again for the cards that it gives."""
+    by_index, caps = model.ranks[0].device.by_index, model.config.max_memory
+    if not by_index and caps:
+        return {}
+    layers = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in pipeline_fields(model).items()
+    }
+    if not by_index:
+        return layers
+    indices = [rank.device.index or 0 for rank in model.ranks]
+    if caps:
+        return layers | {"max_memory": {index: _size(caps[index]) for index in indices}}
+    return layers | {"gpu_ids": indices}
 
 
 def _size(size: int) -> str:

@@ -85,7 +85,7 @@ def demands_of(config: ModelConfig, nodes: Sequence[Node]) -> list[Demand]:
             '(ray start --num-gpus 0 --resources "$(serve-app node-resources)") and a model that the plan knows.'
         )
     if config.infer_backend == "vllm":
-        return [Demand(config.num_cpus, gpus=config.num_gpus or float(config.tensor_parallel_size or 1))]
+        return [Demand(config.num_cpus, gpus=config.num_gpus or float(config.ranks))]
     demands = []
     if config.max_memory and config.num_gpus is None and any(node.vram_gib for node in nodes):
         sizes = {index: config.max_memory[index] / GIB for index in config.gpu_indices}
@@ -115,7 +115,7 @@ def planned_demand(model: ModelPlan, inventory: Inventory) -> Demand:
         named = {index: caps[index] for index in config.gpu_indices if index in caps}
         return Demand(config.num_cpus, vram_gib={index: size / GIB for index, size in (named or planned).items()})
     if model.backend == "vllm":
-        return Demand(config.num_cpus, gpus=config.num_gpus or float(model.tensor_parallel_size))
+        return Demand(config.num_cpus, gpus=native_share(config, inventory) or float(len(model.ranks)))
     count = config.num_gpus or native_share(config, inventory) or float(max(1, len(config.gpu_indices)))
     return Demand(config.num_cpus, gpus=count)
 
@@ -179,7 +179,8 @@ def _why(config: ModelConfig, demand: Demand) -> str:
     if config.device == "cpu":
         return "device: cpu"
     if config.infer_backend == "vllm":
-        return f"vllm, tensor_parallel_size: {config.tensor_parallel_size or 1}"
+        stages = f", pipeline_parallel_size: {config.stages}" if config.stages > 1 else ""
+        return f"vllm, tensor_parallel_size: {config.tensor_parallel_size or 1}{stages}"
     if config.num_gpus is not None:
         return f"pt, num_gpus: {config.num_gpus:g}"
     if config.max_memory:

@@ -65,6 +65,13 @@ def vllm_activation(
     ]
 
 
+def vllm_received(hidden: int, element: int, batched: int) -> Term:
+    """Returns the buffer in which a stage of vLLM's pipeline receives the hidden states and the residual of a whole
+    batch. Source: `make_empty_intermediate_tensors` in vLLM 0.32."""
+    sizes = (("tensors", 2), ("max_num_batched_tokens", batched), ("hidden_size", hidden))
+    return Term("what a stage receives from the one before", (*sizes, ("bytes of an element", element)))
+
+
 def vllm_graphs(layers: int) -> list[Term]:
     """Returns what captured CUDA graphs take. No table of cards was measured for it."""
     return [

@@ -3,13 +3,13 @@ gives for any type. `tests/planning/test_vllm_memory.py` compares the two to the
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from serve_app.facts.architecture import Architecture
-from serve_app.facts.engine_facts import CacheKind, CacheLayer, RankFacts
+from serve_app.facts.engine_facts import BesideLayers, CacheKind, CacheLayer, RankFacts
 from serve_app.facts.weights import Tensor
 from serve_app.planning.layer_map import known_block
-from serve_app.planning.memory import linear_state_bytes, loaded, rank_bytes
+from serve_app.planning.memory import linear_state_bytes, loaded, rank_bytes, rank_bytes_in_fp8
 
 # A block of KV cache has this many tokens on CUDA. MLA's kernel for fp8 takes 64. On the CPU, only the blocks of plain
 # attention do not depend on the machine.
@@ -21,6 +21,14 @@ STATE_PAGES = 2
 # With asynchronous scheduling, vLLM's default on GPUs, two steps' tokens may be on their way at once.
 CONCURRENT_STEPS = 2
 CPU_STEPS = 1
+
+# Of these, only the first stage of a pipeline has the embedding, and only the last one has norm and head, and a tied
+# embedding. The others that the plan knows build all of it on every stage.
+_ENDS_APART = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "starcoder2", "deepseek_v2", "deepseek_v3"}
+)
+# vLLM starts a stage of these only if it has a layer with experts.
+_NEEDS_EXPERTS = frozenset({"qwen3_moe"})
 
 _KINDS: dict[str, CacheKind] = {"full": "full", "sliding": "sliding", "mla": "mla", "linear": "state"}
 
@@ -37,13 +45,20 @@ def rank_by_formula(
     element_bytes: int,
     kv_element_bytes: int,
     on_cpu: bool = False,
+    in_fp8: bool = False,
 ) -> RankFacts:
     """Returns one of `tp` equal ranks of vLLM. `element_bytes` is of a weight, and `kv_element_bytes` of an element of
-    KV cache. `on_cpu` gives the blocks of vLLM's CPU build to a model with a plain cache."""
+    KV cache. `on_cpu` gives the blocks of vLLM's CPU build to a model with a plain cache. `in_fp8` says that vLLM
+    rounds the weights while it loads them, for which they are guesses with a margin."""
+    weigh = rank_bytes_in_fp8 if in_fp8 else rank_bytes
     is_cpus = on_cpu and has_plain_cache(architecture)
     blocks: dict[int, int] = defaultdict(int)
+    with_experts: set[int] = set()
     for tensor in loaded(tensors, architecture):
-        blocks[known_block(tensor.name, architecture)] += rank_bytes(tensor, architecture, tp, element_bytes)
+        number = known_block(tensor.name, architecture)
+        blocks[number] += weigh(tensor, architecture, tp, element_bytes)
+        if ".experts." in tensor.name:
+            with_experts.add(number)
     count = len(architecture.layers)
     return RankFacts(
         layers=tuple(blocks[number] for number in range(count)),
@@ -52,7 +67,24 @@ def rank_by_formula(
         buffers=architecture.rotary_elements * element_bytes,
         cache=cache_layers(architecture, tp, element_bytes, kv_element_bytes, is_cpus),
         steps=CPU_STEPS if is_cpus else CONCURRENT_STEPS,
+        beside=_beside(architecture, blocks[-1], blocks[count]),
+        dependent=_dependent(architecture, with_experts),
     )
+
+
+def _beside(architecture: Architecture, before: int, after: int) -> BesideLayers | None:
+    """Returns what the stages of a pipeline have beside their layers, or None where each has all of it."""
+    if architecture.model_type not in _ENDS_APART:
+        return None
+    return BesideLayers(before, 0, after + (before if architecture.tied else 0))
+
+
+def _dependent(architecture: Architecture, with_experts: Set[int]) -> tuple[int, ...]:
+    """Returns the layers of which a stage cannot consist alone. vLLM pads the states of linear attention only where a
+    stage has full attention too."""
+    if architecture.model_type in _NEEDS_EXPERTS:
+        return tuple(number for number in range(len(architecture.layers)) if number not in with_experts)
+    return tuple(number for number, kind in enumerate(architecture.layers) if kind == "linear")
 
 
 def cache_layers(

@@ -21,6 +21,7 @@ MODEL_LEN_STEP = 256
 @dataclass(frozen=True)
 class Way:
     """This is one way to run a model, alone on the devices. `gpus` are the cards of one replica, and 0 is the CPU.
+    `stages` are those of vLLM's pipeline, over which the cards are spread evenly.
 
     `own_model_len` is the length that the config or the model asks for. `max_model_len` is the longest request that
     fits, and `requests` is how many of that length run at once; both are 0 if nothing fits, for the reason in
@@ -36,6 +37,7 @@ class Way:
     kv_tokens: int = 0
     devices: tuple[str, ...] = ()
     problem: str = ""
+    stages: int = 1
 
     @property
     def holds_all(self) -> bool:
@@ -48,7 +50,7 @@ class Way:
         return {**plain, "devices": list(self.devices)}
 
 
-_FIELDS = ("model", "backend", "gpus", "own_model_len", "max_model_len", "requests", "kv_tokens", "problem")
+_FIELDS = ("model", "backend", "gpus", "own_model_len", "max_model_len", "requests", "kv_tokens", "problem", "stages")
 
 
 def what_fits(requests: Iterable[ModelRequest], inventory: Inventory) -> list[Way]:
@@ -57,22 +59,29 @@ def what_fits(requests: Iterable[ModelRequest], inventory: Inventory) -> list[Wa
 
 
 def _ways(request: ModelRequest, inventory: Inventory) -> Iterator[Way]:
-    """Yields a way for each backend and number of GPUs. More GPUs than hold requests of full length bring pt nothing
-    that a second replica would not do better, so its ways end there."""
-    is_held = False
+    """Yields a way for each backend and number of GPUs. More GPUs than hold requests of full length bring pt and vLLM's
+    stages nothing that a second replica would not do better, so their ways end there. Stages are left out too where
+    equal GPUs hold such requests without them, and where they hold nothing."""
+    held: set[str] = set()
     for choice in _choices(request, inventory):
-        if choice.config.infer_backend == "pt" and is_held:
+        is_staged, backend = choice.config.stages > 1, choice.config.infer_backend
+        if backend in held and (is_staged or backend == "pt"):
             continue
         way = _way(request, choice, inventory)
-        is_held = way.backend == "pt" and way.holds_all
-        yield way
+        if way.holds_all:
+            held.add(backend)
+        if not is_staged or way.max_model_len or request.config.stages > 1:
+            yield way
 
 
 def _choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     """Yields the ways to run a model, those of one backend if the config names one. A number of GPUs that the config
     names stays."""
     config = request.config
-    names_gpus = (config.tensor_parallel_size, config.num_gpus, config.gpu_ids, config.max_memory)
+    names_gpus = (
+        config.tensor_parallel_size, config.pipeline_parallel_size, config.pipeline_layers, config.num_gpus,
+        config.gpu_ids, config.max_memory,
+    )  # fmt: skip
     if config.infer_backend == "auto" or config.device == "cpu" or any(value is not None for value in names_gpus):
         yield from choices(request, inventory)
         return
@@ -83,8 +92,10 @@ def _choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
 
 def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
     config = choice.config
-    gpus = 0 if config.device == "cpu" else config.tensor_parallel_size or max(1, int(config.num_gpus or 1))
-    empty = Way(request.name, config.infer_backend, gpus, request.max_model_len)
+    ranks = config.ranks if config.infer_backend == "vllm" else max(1, int(config.num_gpus or 1))
+    gpus = 0 if config.device == "cpu" else ranks
+    stages = config.stages if config.infer_backend == "vllm" else 1
+    empty = Way(request.name, config.infer_backend, gpus, request.max_model_len, stages=stages)
 
     def planned(tokens: int) -> Plan:
         asked = config if tokens == request.max_model_len else config.model_copy(update={"max_model_len": tokens})

@@ -27,7 +27,7 @@ from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
-from serve_app.replica.replica_plan import plan_replica, with_planned_memory
+from serve_app.replica.replica_plan import plan_replica, visible_order, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
 from serve_app.terminal import notify, say
@@ -58,6 +58,7 @@ class Model:
         try:
             async with starting_alone([gpu.uuid for gpu in gpus], notify):
                 planned = await self._plan()
+                os.environ.update(visible_order(planned, gpus))
                 self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name, planned)
                 self._app: ASGIApp = await self._engine.start()
                 self._watch = MemoryWatch(config, self._engine, planned, gpus)

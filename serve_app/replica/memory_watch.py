@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import ray
 from ray import serve
@@ -24,6 +24,7 @@ from serve_app.facts.gpus import Gpu
 from serve_app.facts.packages import engine_versions
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.fit import gib
+from serve_app.planning.memory import ZERO
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.resolve import kv_blocks
 from serve_app.replica.calibration_writer import write_calibrations
@@ -44,6 +45,10 @@ logger = logging.getLogger("ray.serve")
 WORTH_WRITING = 1.02
 FORGET_TIMEOUT_S = 2.0
 
+# A rank is known by its device and its process. pt has one process on several devices, and vLLM has several processes
+# on the CPU.
+RankKey = tuple[str, int]
+
 
 class MemoryWatch:
     """Watches one engine from the moment when it is ready. `gpus` are those of the replica in its own order."""
@@ -53,7 +58,7 @@ class MemoryWatch:
         context = serve.get_replica_context()
         self._application, self._replica = context.app_name, context.replica_id.unique_id
         self._node = ray.util.get_node_ip_address()
-        self._peaks: dict[str, int] = {}
+        self._peaks: dict[RankKey, int] = {}
         self._written: dict[str, Calibration] = {}
         self._warned: set[str] = set()
         self._ready_after_s = 0.0
@@ -69,7 +74,7 @@ class MemoryWatch:
         """
         self._ready_after_s = ready_after_s
         ranks = await self._measured()
-        require_own_gpus(ranks, self._gpus)
+        require_own_gpus(ranks, self._gpus, self._planned)
         for device in self._devices(ranks):
             say(_line(device))
         if self._blocks().differ:
@@ -108,7 +113,7 @@ class MemoryWatch:
             self._warn(str(error))
             return ()
         for rank in ranks:
-            self._peaks[rank.device] = max(self._peaks.get(rank.device, 0), rank.peak or 0)
+            self._peaks[_key(rank)] = max(self._peaks.get(_key(rank), 0), rank.peak or 0)
         return ranks
 
     def _warn(self, text: str) -> None:
@@ -121,7 +126,10 @@ class MemoryWatch:
         """Returns each device that the engine holds, with what was planned there."""
         planned = planned_by_device(self._planned, self._gpus)
         indices = {gpu.uuid: gpu.index for gpu in self._gpus}
-        return [_device_report(rank, planned.get(rank.device), indices, self._peaks) for rank in ranks]
+        return [
+            _device_report(held, planned.get(device, []), indices.get(device), self._peaks)
+            for device, held in by_device(ranks).items()
+        ]
 
     def _blocks(self) -> BlocksReport:
         """Returns the blocks of KV cache, which do not change after the start."""
@@ -157,10 +165,29 @@ class MemoryWatch:
             self._written |= found
 
 
-def planned_by_device(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, RankPlan]:
-    """Returns the plan's ranks by the GPU's UUID, or "cpu". The plan counts the GPUs as this process does."""
-    ranks = () if planned is None else planned.ranks
-    return {"cpu" if rank.device.index is None else gpus[rank.device.index].uuid: rank for rank in ranks}
+def planned_by_device(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, list[RankPlan]]:
+    """Returns the plan's ranks by the GPU's UUID, or "cpu", which all ranks of vLLM share there. The plan counts the
+    GPUs as this process does."""
+    found: dict[str, list[RankPlan]] = {}
+    for rank in () if planned is None else planned.ranks:
+        found.setdefault(_device_name(rank, gpus), []).append(rank)
+    return found
+
+
+def _device_name(plan: RankPlan, gpus: Sequence[Gpu]) -> str:
+    return "cpu" if plan.device.index is None else gpus[plan.device.index].uuid
+
+
+def by_device(ranks: Sequence[RankMemory]) -> dict[str, list[RankMemory]]:
+    """Returns the measured ranks by their device, in the engine's order, which is that of the plan."""
+    found: dict[str, list[RankMemory]] = {}
+    for rank in ranks:
+        found.setdefault(rank.device, []).append(rank)
+    return found
+
+
+def _key(rank: RankMemory) -> RankKey:
+    return rank.device, rank.pid
 
 
 def calibrations_of(
@@ -170,14 +197,22 @@ def calibrations_of(
 
     `engine` names the engine's packages with their versions.
     """
-    by_device = planned_by_device(planned, gpus)
+    plans = planned_by_device(planned, gpus)
+    pairs = [
+        pair for device, held in by_device(ranks).items() for pair in zip(held, plans.get(device, []), strict=False)
+    ]
     found: dict[str, Calibration] = {}
-    for rank in ranks:
-        plan = by_device.get(rank.device)
-        if rank.rest is None or plan is None:
+    for rank, plan in pairs:
+        if rank.rest is None:
             continue
         setting = calibration_setting(
-            config, planned.architecture, planned.max_model_len, engine, plan.device, *plan.seat
+            config,
+            planned.architecture,
+            planned.max_model_len,
+            engine,
+            plan.device,
+            *plan.seat,
+            planned.pipeline_parallel_size,
         )
         measured = Calibration(
             setting, max(0, rank.rest - hidden_weights(rank, plan)), rank.context if plan.device.is_gpu else None
@@ -192,8 +227,9 @@ def hidden_weights(rank: RankMemory, planned: RankPlan) -> int:
     return 0 if planned.device.is_gpu else max(0, planned.weights.bytes - rank.weights)
 
 
-def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu]) -> None:
-    """Raises EngineError if a rank is on a GPU that this replica was not given. Without NVML's GPUs it cannot tell."""
+def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu], planned: ModelPlan | None = None) -> None:
+    """Raises EngineError if a rank is on a GPU that this replica was not given, or if a stage of vLLM's pipeline is on
+    another card than the one for which it was planned. Without NVML's GPUs it cannot tell."""
     own = {gpu.uuid for gpu in gpus}
     for rank in ranks if own else ():
         if rank.device != "cpu" and rank.device not in own:
@@ -201,18 +237,34 @@ def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu]) -> None:
                 f"the engine runs on {rank.device}, but Ray gave it {', '.join(sorted(own))}. "
                 "Something changed CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES. Leave both to Ray and serve-app."
             )
+    if not own or planned is None or not planned.pipeline_layers:
+        return
+    wanted, found = [_device_name(rank, gpus) for rank in planned.ranks], [rank.device for rank in ranks]
+    if found and found != wanted:
+        raise EngineError(
+            f"the stages of the pipeline run on {', '.join(found)}, but they were planned for {', '.join(wanted)}, in "
+            "this order. Something changed CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES. Leave both to Ray and serve-app."
+        )
 
 
 def _device_report(
-    rank: RankMemory, planned: RankPlan | None, indices: dict[str, int], peaks: dict[str, int]
+    ranks: Sequence[RankMemory], planned: Sequence[RankPlan], index: int | None, peaks: Mapping[RankKey, int]
 ) -> DeviceReport:
-    share = None if planned is None else planned.share
-    weights = rank.weights + (0 if planned is None else hidden_weights(rank, planned))
+    """Returns what all ranks together hold of their one device, and what was planned for them."""
+    share = sum((plan.share for plan in planned), ZERO)
+    hidden = sum(hidden_weights(rank, plan) for rank, plan in zip(ranks, planned, strict=False))
+    most = [None if rank.peak is None else max(rank.peak, peaks.get(_key(rank), 0)) for rank in ranks]
     return DeviceReport(
-        rank.device, indices.get(rank.device), None if share is None else share.bytes,
-        "" if share is None else share.certainty, rank.held,
-        None if rank.peak is None else max(rank.peak, peaks.get(rank.device, 0)), weights, rank.kv_cache,
+        ranks[0].device, index, share.bytes if planned else None, share.certainty if planned else "",
+        _sum_of_known(rank.held for rank in ranks), _sum_of_known(most),
+        sum(rank.weights for rank in ranks) + hidden, sum(rank.kv_cache for rank in ranks),
     )  # fmt: skip
+
+
+def _sum_of_known(sizes: Iterable[int | None]) -> int | None:
+    """Returns the sum, or None if one of the sizes is unknown."""
+    known = list(sizes)
+    return None if None in known else sum(size or 0 for size in known)
 
 
 def _is_more(new: Calibration, old: Calibration) -> bool:

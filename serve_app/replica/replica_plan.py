@@ -25,7 +25,7 @@ from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import reserve
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.resolve import vllm_memory
+from serve_app.planning.resolve import UNPLANNED_LIMITS, pipeline_fields, vllm_memory
 
 logger = logging.getLogger("ray.serve")
 NODE = "here"
@@ -87,6 +87,18 @@ def _in_own_numbers(plan: ModelPlan, gpus: Sequence[Gpu]) -> ModelPlan:
     return replace(plan, ranks=tuple(ranks))
 
 
+def visible_order(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, str]:
+    """Returns the environment in which CUDA numbers the GPUs of a pipeline in the order of its ranks, by the plan of
+    `plan_replica` for these `gpus`. It is empty without a pipeline on GPUs.
+
+    vLLM puts its n-th rank on the n-th visible card, and the plan has chosen which card has which stage.
+    """
+    if planned is None or not planned.pipeline_layers or not planned.ranks[0].device.is_gpu:
+        return {}
+    places = [rank.device.index or 0 for rank in planned.ranks]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpus[place].index) for place in places)}
+
+
 def _request(config: ModelConfig, facts: EngineFacts | None) -> ModelRequest | None:
     try:
         # Ray names the type of the node's first GPU, which need not be this replica's.
@@ -122,9 +134,18 @@ def with_planned_memory(config: ModelConfig, planned: ModelPlan | None) -> Model
     itself.
 
     Its own profiling looks at the whole card, and is wrong beside another process that grows or shrinks meanwhile.
-    It is unchanged for pt, on the CPU, for a model that is not planned, and if the config says all of it already.
+    A pipeline gets the layers of each stage too. It is unchanged for pt, for a model that is not planned, and if the
+    config says all of it already. On the CPU, only the stages are set. Raises EngineError for limits on cards without a
+    plan, since vLLM has none of its own.
     """
-    is_told = config.kv_cache_memory_bytes is not None and "gpu_memory_utilization" in config.vllm_args
-    if planned is None or config.infer_backend != "vllm" or config.device == "cpu" or is_told:
+    if config.infer_backend != "vllm":
         return config
-    return config.model_copy(update=vllm_memory(planned))
+    if planned is None:
+        if config.max_memory is not None:
+            raise EngineError(f"max_memory: {UNPLANNED_LIMITS}")
+        return config
+    stages = pipeline_fields(planned)
+    is_told = config.kv_cache_memory_bytes is not None and "gpu_memory_utilization" in config.vllm_args
+    if config.device == "cpu" or (is_told and not config.max_memory):
+        return config.model_copy(update=stages) if stages else config
+    return config.model_copy(update=vllm_memory(planned) | stages)

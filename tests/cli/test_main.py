@@ -113,13 +113,14 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.
     file.write_text(
         "applications:\n"
         "- {name: r, import_path: 'serve_app.app:router', args: {max_body: 1}}\n"
-        "- {name: a, import_path: 'serve_app.app:model', args: {model: m, infer_backend: vllm, max_memory: {0: 3GB}}}\n"
+        "- {name: a, import_path: 'serve_app.app:model', args: {model: m, infer_backend: vllm, "
+        "max_memory: {0: 3GB, cpu: 9GB}}}\n"
         "- {name: b, import_path: 'serve_app.app:model', args: {model: m, infer_backend: pt, num_gpu: 1}}\n"
     )
     assert main(["check", str(file)]) == 2
     errors = capsys.readouterr().err
     assert "r: unknown field 'max_body'. Did you mean 'max_body_bytes'" in errors
-    assert "a: max_memory: vLLM" in errors
+    assert "a: max_memory names cpu, but vLLM keeps all layers on GPUs" in errors
     assert "b: unknown field 'num_gpu'. Did you mean 'num_gpus'" in errors
 
 

@@ -15,7 +15,14 @@ from tests.cluster.serve_run import ServeRun
 
 FOLDER = Path(__file__).parent
 # Files whose tests may run beside each other, in the order in which workers get them: the long ones first.
-IN_TURN = ("test_traffic.py", "test_run.py", "test_starts.py", "test_by_index.py", "test_vllm_contract.py")
+IN_TURN = (
+    "test_traffic.py",
+    "test_ranks.py",
+    "test_run.py",
+    "test_starts.py",
+    "test_by_index.py",
+    "test_vllm_contract.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.engines.vllm import vllm_internals
-from serve_app.engines.vllm.worker import MemoryReport
+from serve_app.engines.vllm.worker import WorkerExtension
 from tests.cluster.vllm_contract import ROWS
 from tests.contracts.contract import ROOT, contract
 
@@ -69,7 +69,7 @@ def test_the_gauges_are_there(told: dict[str, Any]) -> None:
 
 @contract(
     "vllm", "collective_rpc, worker_extension_cls or what a worker holds",
-    vllm_internals.ask_ranks, vllm_internals.worker_tensors, vllm_internals.worker_device, MemoryReport,
+    vllm_internals.ask_ranks, vllm_internals.worker_tensors, vllm_internals.worker_device, WorkerExtension,
 )  # fmt: skip
 def test_every_rank_says_what_it_holds(told: dict[str, Any]) -> None:
     """The plan is compared with it."""

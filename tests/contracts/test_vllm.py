@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from importlib import import_module
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST,
 from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES
-from serve_app.engines.vllm.worker import MemoryReport
+from serve_app.engines.vllm.worker import WorkerExtension
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.router.engine_loss import is_lost_event
 from tests.builders import model_config
@@ -90,6 +91,90 @@ def test_a_file_of_arguments_is_read(tmp_path: Path) -> None:
     assert list(args.allowed_media_domains) == arguments["allowed-media-domains"]
     structured = args.structured_outputs_config
     assert (structured.backend, structured.disable_additional_properties) == ("guidance", True)
+    staged = engine_arguments(model_config(infer_backend="vllm", pipeline_layers=[1, 3], tensor_parallel_size=2), "n")
+    (tmp_path / "staged.yaml").write_text(yaml.safe_dump(staged))
+    args = vllm_internals.argument_parser().parse_args(["--config", str(tmp_path / "staged.yaml")])
+    assert (args.pipeline_parallel_size, args.tensor_parallel_size, args.distributed_executor_backend) == (2, 2, "mp")
+
+
+@contract("vllm", "how it splits layers into stages", environment)
+def test_the_layers_of_each_stage_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM's own function, which every model calls with its layers."""
+    from vllm.distributed.utils import get_pp_indices
+
+    for name, value in environment(model_config(infer_backend="vllm", pipeline_layers=[1, 3, 2])).items():
+        monkeypatch.setenv(name, value)
+    assert [get_pp_indices(6, rank, 3) for rank in range(3)] == [(0, 1), (1, 4), (4, 6)]
+
+
+@contract("vllm", "what a pipeline stage lacks on the CPU", vllm_internals.prepare_stage)
+def test_a_later_stage_gets_the_buffer_for_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stage gets none, and one that is there stays. `tests/cluster/test_ranks.py` runs such an engine."""
+    import torch
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.models.utils import make_empty_intermediate_tensors_factory
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner)
+    names = ("intermediate_tensors", "max_num_tokens", "model_config", "device")
+    assert [name for name in names if f"self.{name}" not in source] == []
+    assert "assert self.intermediate_tensors is not None" in source, "it may be made now without our help"
+    make = make_empty_intermediate_tensors_factory(["hidden_states", "residual"], 16)
+    for is_first in (True, False):
+        monkeypatch.setattr(parallel_state, "get_pp_group", lambda first=is_first: SimpleNamespace(is_first_rank=first))
+        runner = SimpleNamespace(
+            intermediate_tensors=None, max_num_tokens=8, device=torch.device("cpu"),
+            model=SimpleNamespace(make_empty_intermediate_tensors=make),
+            model_config=SimpleNamespace(dtype=torch.float32),
+        )  # fmt: skip
+        vllm_internals.prepare_stage(SimpleNamespace(model_runner=runner))
+        found: Any = runner.intermediate_tensors
+        assert (found is None) == is_first
+        vllm_internals.prepare_stage(SimpleNamespace(model_runner=runner))
+        assert runner.intermediate_tensors is found
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()} == {
+        "hidden_states": ((8, 16), torch.float32), "residual": ((8, 16), torch.float32),
+    }  # fmt: skip
+
+
+@contract(
+    "vllm", "the names of the files that its ranks share", vllm_internals.shared_files,
+    vllm_internals.remove_shared_files,
+)  # fmt: skip
+def test_the_files_that_the_ranks_share_are_found_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this engine and of no other. vLLM makes the names of the first two, and Python that of its queues."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+    from vllm.utils import network_utils
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    assert "self.distributed_init_method" in inspect.getsource(WorkerBase)
+    assert 'os.environ["VLLM_DIST_IDENT"]' in inspect.getsource(CPUWorker)
+    monkeypatch.setattr(network_utils.tempfile, "gettempdir", lambda: str(tmp_path))
+    method = network_utils.get_file_store_init_method()
+    meeting = Path(method.removeprefix("file://"))
+    meeting.touch()
+    monkeypatch.setenv("VLLM_DIST_IDENT", meeting.name)
+    communicator: Any = SimpleNamespace(unique_name="pp:0", ranks=[0, 1])
+    buffer, other = f"{_CPUSHMDistributed.make_group_name(communicator)}_0", "vllm_dist_test-pp:0-cpushm_0"
+    opened = [SharedMemory(name, create=True, size=4096) for name in (buffer, other)]
+    queue = ShmRingBuffer(n_reader=1, max_chunk_bytes=64, max_chunks=1)
+    names = [buffer, other, queue.shared_memory.name]
+    own_buffer, others_buffer, own_queue = [str(vllm_internals.SHARED_MEMORY / name) for name in names]
+    try:
+        found = vllm_internals.shared_files(SimpleNamespace(distributed_init_method=method))
+        assert {str(meeting), own_buffer, own_queue} <= set(found)
+        assert others_buffer not in found
+        for _ in range(2):  # Another rank may have been faster.
+            vllm_internals.remove_shared_files([str(meeting), own_queue])
+        assert not meeting.exists()
+        assert not Path(own_queue).exists()
+    finally:
+        queue.is_creator = False
+        for memory in opened:
+            memory.close()
+            memory.unlink()
 
 
 @contract("vllm", "validate_parsed_serve_args", vllm_internals.require_consistent)
@@ -169,8 +254,9 @@ def test_each_variable_that_is_set_is_one_of_vllms() -> None:
     """vLLM passes over others with a warning at most."""
     from vllm import envs
 
-    asked = environment(model_config(infer_backend="vllm", device="cpu")).keys() - {"TORCH_COMPILE_DISABLE"}
-    assert sorted(asked - envs.environment_variables.keys()) == []
+    for fields in ({}, {"pipeline_layers": [1, 3]}):
+        asked = environment(model_config(infer_backend="vllm", device="cpu", **fields)).keys()
+        assert sorted(asked - {"TORCH_COMPILE_DISABLE"} - envs.environment_variables.keys()) == []
 
 
 @contract("vllm", "from where it fetches media", engine_arguments)
@@ -184,13 +270,13 @@ def test_media_are_fetched_from_nowhere() -> None:
             asyncio.run(MediaConnector(allowed_media_domains=closed).load_from_url_async(url, ImageMediaIO()))
 
 
-@contract("vllm", "the names of a worker's attributes", MemoryReport)
+@contract("vllm", "the names of a worker's attributes", WorkerExtension)
 def test_a_worker_has_no_name_of_ours() -> None:
     """vLLM asserts it when the worker is made, and the model would not start."""
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
 
-    ours = {name for name in dir(MemoryReport) if not name.startswith("__")}
+    ours = {name for name in dir(WorkerExtension) if not name.startswith("__")}
     for worker in (Worker, CPUWorker):
         assert ours & set(dir(worker)) == set()
 

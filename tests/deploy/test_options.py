@@ -14,6 +14,13 @@ def test_a_cpu_replica_sees_no_gpu_and_uses_its_cpus() -> None:
     assert (variables["CUDA_VISIBLE_DEVICES"], variables["OMP_NUM_THREADS"]) == ("", "2")
 
 
+def test_the_ranks_of_vllm_share_the_cpus() -> None:
+    """Each rank is a process with so many threads, and has one at least."""
+    for cpus, threads in ((8.0, "2"), (4.0, "1"), (1.0, "1")):
+        config = model_config(infer_backend="vllm", device="cpu", pipeline_layers=[1, 3], tensor_parallel_size=2)
+        assert replica_environment(config, Demand(cpus=cpus), {})["OMP_NUM_THREADS"] == threads
+
+
 def test_memory_by_index_shows_exactly_those_gpus() -> None:
     """With `num_gpus=0` Ray leaves CUDA_VISIBLE_DEVICES alone, so it is set here, in NVML's order."""
     demand = Demand(cpus=1, vram_gib={3: 1.0, 1: 2.0})

@@ -72,9 +72,19 @@ def test_a_limit_is_raised_before_it_is_left_out_and_the_backend_comes_last() ->
 
 
 def test_two_fields_are_changed_where_no_single_one_helps() -> None:
-    """pt over two cards: the backend alone takes one."""
+    """Stages over two cards, which have no room for the activations of 256 requests."""
     found = only([request("qwen2-7b", infer_backend="vllm", max_model_len=4096, quantization=None)], "10GiB,8GiB")
-    assert "infer_backend: pt, num_gpus: 2" in texts(found)
+    assert "pipeline_parallel_size: 2, max_num_seqs: 64" in texts(found)
+
+
+def test_stages_are_offered_where_cards_differ() -> None:
+    """A model in 16 bits that no card holds, on cards that tensor parallelism cannot take together."""
+    asked = [request("llama-3.1-8b", infer_backend="vllm", max_model_len=131072)]
+    assert texts(only(asked, "24GiB,16GiB"))[0] == "pipeline_parallel_size: 2"
+    size = [request("llama-3.1-8b", infer_backend="vllm", max_model_len=131072, tensor_parallel_size=2)]
+    assert texts(only(size, "24GiB,16GiB"))[0] == "pipeline_parallel_size: 2, without tensor_parallel_size"
+    four = [request("llama-3-70b", infer_backend="vllm", max_model_len=4096, tensor_parallel_size=2)]
+    assert texts(only(four, "2x48GiB,2x40GiB"))[0] == "pipeline_parallel_size: 2"
 
 
 def test_two_models_share_a_card_if_both_take_a_part() -> None:

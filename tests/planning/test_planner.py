@@ -112,14 +112,15 @@ def test_on_the_cpu_the_disk_takes_the_rest() -> None:
     [
         ("24GiB", "qwen2-7b", {"max_model_len": 4096}, "vllm", 1),
         ("2x12GiB", "qwen2-7b", {"max_model_len": 4096}, "vllm", 2),
-        ("8GiB,12GiB", "qwen2-7b", {"max_model_len": 4096}, "pt", 1),
-        ("3x8GiB", "qwen2-7b", {"max_model_len": 2048}, "pt", 1),  # 28 heads: 2 are too few, 3 do not divide
+        ("8GiB,12GiB", "qwen2-7b", {"max_model_len": 4096}, "vllm", 1),  # two stages
+        ("3x8GiB", "qwen2-7b", {"max_model_len": 2048}, "vllm", 1),  # 28 heads: 2 are too few, 3 do not divide
+        ("8GiB,10GiB", "qwen2-7b", {"max_model_len": 4096}, "pt", 1),  # stages have no room for vLLM's activations
         ("24GiB", "qwen2-7b", {"max_memory": {0: "20GB"}, "max_model_len": 4096}, "pt", 1),
         ("8xH100", "llama-3-70b", {"max_model_len": 8192}, "vllm", 2),
     ],
 )
 def test_auto_chooses_a_backend(gpus: str, shape: str, config: dict[str, Any], backend: str, size: int) -> None:
-    """vLLM at the smallest size that fits on equal GPUs, else pt; with a reason."""
+    """vLLM at the smallest size that fits on equal GPUs, else in stages, else pt; with a reason."""
     (model,) = solved([request(shape, **config)], gpus).models
     assert (model.backend, model.tensor_parallel_size) == (backend, size)
     assert all(model.reasons)
@@ -251,9 +252,9 @@ MESSAGES = [
         [request(infer_backend="vllm", tensor_parallel_size=2, max_model_len=4096)],
         "16GiB,24GiB",
         "no_device",
-        "tensor_parallel_size: 2 needs equal GPUs. On n1 it would waste 8.0 GiB of the larger ones. Use infer_backend: "
-        "pt, which places layers by each GPU's size.",
-        "tensor_parallel_size: 1",
+        "tensor_parallel_size: 2 needs equal GPUs. On n1 it would waste 8.0 GiB of the larger ones. Use "
+        "pipeline_parallel_size: 2 instead, which gives each GPU as many layers as it has room for.",
+        "pipeline_parallel_size: 2, without tensor_parallel_size",
     ),
     (
         [request(infer_backend="pt", max_memory={2: "9GB"})],

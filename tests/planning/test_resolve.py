@@ -16,7 +16,7 @@ def test_auto_becomes_a_backend() -> None:
     config = resolve(request(max_model_len=4096), parse_gpus("2x12GiB")).config
     assert (config.infer_backend, config.tensor_parallel_size) == ("vllm", 2)
     config = resolve(request(max_model_len=4096), parse_gpus("8GiB,12GiB")).config
-    assert (config.infer_backend, config.num_gpus) == ("pt", 2)
+    assert (config.infer_backend, config.ranks, config.stages) == ("vllm", 2, 2)
 
 
 def test_what_can_never_fit_is_refused_with_the_cure() -> None:

@@ -27,6 +27,8 @@ def test_a_cpu_model_asks_for_no_gpu() -> None:
 def test_vllm_asks_for_as_many_whole_gpus_as_its_parallel_size() -> None:
     """One GPU without `tensor_parallel_size`."""
     assert first_demand(model_config(infer_backend="vllm", tensor_parallel_size=2), WHOLE).gpus == 2
+    stages = model_config(infer_backend="vllm", tensor_parallel_size=2, pipeline_layers=[1, 3])
+    assert first_demand(stages, WHOLE).gpus == 4
     assert first_demand(model_config(infer_backend="vllm"), WHOLE).gpus == 1
 
 

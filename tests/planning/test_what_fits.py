@@ -18,7 +18,8 @@ def test_a_way_is_accepted_and_a_step_more_is_not(gpus: str) -> None:
     ways = what_fits([request()], inventory)
     assert {way.backend for way in ways} == {"vllm", "pt"}
     for way in ways:
-        count = {"tensor_parallel_size": way.gpus} if way.backend == "vllm" else {"num_gpus": way.gpus}
+        sizes = {"tensor_parallel_size": way.gpus // way.stages, "pipeline_parallel_size": way.stages}
+        count = sizes if way.backend == "vllm" else {"num_gpus": way.gpus}
 
         def fits(tokens: int, way=way, count=count):  # type: ignore[no-untyped-def]
             asked = request(infer_backend=way.backend, max_model_len=tokens, **count)

@@ -17,16 +17,22 @@ from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fit import ModelRequest
+from serve_app.planning.memory import Figure
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import kv_blocks
 from serve_app.replica import memory_watch
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.deployment import left_by_others
-from serve_app.replica.memory_watch import MemoryWatch, calibrations_of, planned_by_device, require_own_gpus
+from serve_app.replica.memory_watch import (
+    MemoryWatch,
+    calibrations_of,
+    planned_by_device,
+    require_own_gpus,
+)
 from serve_app.replica.replica_plan import plan_replica
 from serve_app.replica.report import BlocksReport, ReplicaReport, parsed_report
-from tests.planning.model_requests import CONFIGS
+from tests.planning.model_requests import CONFIGS, request
 
 GIB = 2**30
 VERSIONS = {"vllm": "vllm 1.0", "pt": "torch 2.0, transformers 5.0"}
@@ -115,6 +121,46 @@ def test_a_plan_by_index_means_the_machines_number_and_else_the_replicas_own() -
     by_index = plan_replica(config(gpu_ids=[3]), GPUS, by_index=True)
     for plan in (plan_replica(config(), GPUS), by_index):
         assert list(planned_by_device(plan, GPUS)) == ["GPU-a"]
+
+
+async def test_ranks_on_the_cpu_are_reported_as_one_device(serve_context: list[ReplicaReport]) -> None:
+    """They share the memory of the machine, so what is told is what they hold together, and what each held at most."""
+    engine = StubbornEngine()
+    held = [[cpu_rank(11, 3), cpu_rank(12, 1)], [cpu_rank(11, 2), cpu_rank(12, 4)]]
+    engine.memory = lambda: answered(held.pop(0) if len(held) > 1 else held[0])  # type: ignore[method-assign]
+    watch = MemoryWatch(config(device="cpu"), engine, None, [])  # type: ignore[arg-type]
+    await watch.start(ready_after_s=3.0)
+    for _ in range(1000):
+        if len(serve_context) > 1:
+            break
+        await asyncio.sleep(0.01)
+    ((first,), (second,)) = [report.devices for report in serve_context[:2]]
+    assert (first.device, first.held, first.peak, first.weights, first.kv_cache) == ("cpu", 4 * GIB, 4 * GIB, 2, 4)
+    assert (second.held, second.peak) == (6 * GIB, 7 * GIB)
+    await watch.stop()
+
+
+def test_each_rank_on_the_cpu_has_its_own_plan() -> None:
+    """By their order. The first stage is planned with 2 bytes more than are found, and the second with as many."""
+    plan = planned(config())
+    stages = [
+        replace(plan.ranks[0], device=Device("n", None, "memory", GIB, GIB), weights=Figure(size)) for size in (3, 1)
+    ]
+    both = replace(plan, ranks=tuple(stages))
+    assert planned_by_device(both, []) == {"cpu": stages}
+    report = memory_watch._device_report([cpu_rank(11, 3), cpu_rank(12, 1)], stages, None, {})
+    assert report.weights == 4
+    assert report.planned == sum(stage.share.bytes for stage in stages)
+
+
+def cpu_rank(pid: int, gib: int) -> RankMemory:
+    """A process of vLLM on the CPU that holds so much, of which 1 byte is weights and 2 bytes are cache."""
+    return RankMemory("cpu", pid, 1, 2, 2, gib * GIB, gib * GIB, 0)
+
+
+async def answered(ranks: list[RankMemory]) -> list[RankMemory]:
+    """What an engine answers later."""
+    return ranks
 
 
 @pytest.mark.parametrize(("made", "held"), [(999, 9), (1001, 10), (501, 5), (0, 0)])
@@ -266,3 +312,16 @@ async def test_a_whole_gpu_is_waited_for_but_not_for_ever() -> None:
     assert (looks, told) == ([], [])
     await left_by_others(lambda: held, told.append, timeout_s=0.1)
     assert "hold 14.00 GiB" in told[0]
+
+
+def test_each_stage_must_be_on_its_card() -> None:
+    """Another order of the replica's own cards is an error too, since each has room for its layers."""
+    gpus = [Gpu(0, "GPU-a", "card", 24 * GIB, 24 * GIB), Gpu(1, "GPU-b", "card", 8 * GIB, 8 * GIB)]
+    cards = [Device("here", place, "card", card.total_bytes, card.free_bytes) for place, card in enumerate(gpus)]
+    asked = request("qwen2-7b", infer_backend="vllm", max_model_len=4096, pipeline_layers=[22, 6])
+    (plan,) = make_plan([asked], Inventory(tuple(cards))).models
+    require_own_gpus([rank(1, 1, "GPU-a"), rank(1, 1, "GPU-b")], gpus, plan)
+    with pytest.raises(
+        EngineError, match="stages of the pipeline run on GPU-b, GPU-a, but they were planned for GPU-a"
+    ):
+        require_own_gpus([rank(1, 1, "GPU-b"), rank(1, 1, "GPU-a")], gpus, plan)

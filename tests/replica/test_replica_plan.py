@@ -16,7 +16,7 @@ from serve_app.facts.gpus import Gpu, visible_gpus
 from serve_app.facts.known_facts import Answer
 from serve_app.facts.packages import facts_version
 from serve_app.replica.memory_watch import planned_by_device
-from serve_app.replica.replica_plan import plan_replica, with_planned_memory
+from serve_app.replica.replica_plan import plan_replica, visible_order, with_planned_memory
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
@@ -165,3 +165,44 @@ def test_facts_of_another_version_of_the_engine_are_not_used(caplog: pytest.LogC
     assert plan_replica(asked, [gpu(0, 80)], facts=facts_of("0.31.0")) is None
     assert "what vLLM 0.31.0 says of it, and version " + facts_version("vllm") in caplog.text
     assert plan_replica(config(), [gpu(0, 24)], facts=facts_of("0.31.0")) is not None
+
+
+def test_stages_are_solved_again_for_the_cards_that_the_replica_got() -> None:
+    """Ray gives any cards, in any order: vLLM sees them in the order of its stages, with the layers of each."""
+    asked = config(model=str(CONFIGS / "qwen2-7b"), pipeline_parallel_size=2)
+    for gpus in ([gpu(0, 24), gpu(3, 8)], [gpu(0, 8), gpu(3, 24)], [gpu(1, 24), gpu(2, 16)]):
+        planned = plan_replica(asked, gpus)
+        assert planned is not None
+        told = with_planned_memory(asked, planned)
+        assert told.pipeline_layers == planned.pipeline_layers
+        assert told.pipeline_parallel_size == 2
+        assert told.kv_cache_memory_bytes == max(rank.kv_cache.bytes for rank in planned.ranks)
+        order = [gpus[rank.device.index or 0] for rank in planned.ranks]
+        assert visible_order(planned, gpus) == {"CUDA_VISIBLE_DEVICES": ",".join(str(card.index) for card in order)}
+        larger = max(range(2), key=lambda place: order[place].total_bytes)
+        assert planned.pipeline_layers[larger] == max(planned.pipeline_layers)
+
+
+def test_stages_by_index_stay_as_the_builder_chose_them() -> None:
+    """The order of `gpu_ids` is that of the stages, and the numbers are the machine's."""
+    asked = config(
+        model=str(CONFIGS / "qwen2-7b"), gpu_ids=[5, 2], pipeline_layers=[22, 6], kv_cache_memory_bytes="1GiB"
+    )
+    gpus = [gpu(2, 8), gpu(5, 24)]
+    planned = plan_replica(asked, gpus, by_index=True)
+    assert planned is not None
+    assert visible_order(planned, gpus) == {"CUDA_VISIBLE_DEVICES": "5,2"}
+    assert with_planned_memory(asked, planned).pipeline_layers == (22, 6)
+    assert set(planned_by_device(planned, gpus)) == {"GPU-2", "GPU-5"}
+
+
+def test_limits_hold_in_the_replica_or_it_does_not_start() -> None:
+    """Each card gives at most its limit. Without a plan nothing could hold vLLM to it."""
+    asked = config(model=str(CONFIGS / "qwen2-7b"), max_memory={0: "7GB", 1: "15GB"})
+    planned = plan_replica(asked, [gpu(0, 24), gpu(1, 24)])
+    assert planned is not None
+    for rank in planned.ranks:
+        assert rank.share.bytes <= (7e9, 15e9)[rank.device.index or 0]
+    with pytest.raises(EngineError, match="max_memory: vLLM has no limits for each card"):
+        with_planned_memory(asked, None)
+    assert visible_order(None, []) == {}

@@ -294,6 +294,7 @@ def _model_notes(models: Iterable[ModelPlan]) -> Iterator[ModelNote]:
     for group in groups.values():
         first = group[0]
         tp = f", tensor_parallel_size {first.tensor_parallel_size}" if first.backend == "vllm" else ""
+        tp += f", pipeline_parallel_size {first.pipeline_parallel_size}" if first.pipeline_layers else ""
         where = ranges([rank.device for model in group for rank in model.ranks])
         title = title_of(first) if len(group) == 1 else f"{printable(first.name)}, {len(group)} replicas"
         yield ModelNote(f"{title}: {first.backend}{tp} on {where}", _lines(first))
@@ -310,10 +311,19 @@ def _lines(model: ModelPlan) -> tuple[str, ...]:
     )
     lines = [f"because {printable('; '.join(model.reasons))}", cache]
     lines += [
-        f"{rank.device.id}: {_layer_range(rank.layers, model)}" for rank in model.ranks if rank.layers is not None
+        f"{ranges(devices)}: {_layer_range(layers, model)}" for layers, devices in _devices_by_layers(model).items()
     ]
     lines += [f"{tier}: {gib(size)} of weights, which is slow" for tier, size in model.spilled.items()]
     return tuple(lines)
+
+
+def _devices_by_layers(model: ModelPlan) -> dict[tuple[int, int], list[Device]]:
+    """Returns the devices that have the same layers, which are several for a stage with tensor parallelism."""
+    found: dict[tuple[int, int], list[Device]] = {}
+    for rank in model.ranks:
+        if rank.layers is not None:
+            found.setdefault(rank.layers, []).append(rank.device)
+    return found
 
 
 def _layer_range(layers: tuple[int, int], model: ModelPlan) -> str:

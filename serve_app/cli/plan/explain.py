@@ -57,9 +57,12 @@ def lines(model: ModelPlan) -> Iterator[str]:
     yield f"{title_of(model)}: {model.backend} because {printable('; '.join(model.reasons))}"
     for rank in _distinct(model):
         device = rank.device
+        names = ", ".join(each.device.id for each in model.ranks if each.layers == rank.layers)
         yield ""
         kept = f", of which {gib(reserve(device.total_bytes))} ({RESERVE_SHARE:.0%}) are never planned"
-        yield printable(f"{device.id}: {gib(device.total_bytes)}{kept if device.is_gpu else ''}")
+        yield printable(
+            f"{names if model.pipeline_layers else device.id}: {gib(device.total_bytes)}{kept if device.is_gpu else ''}"
+        )
         for kind in TERMS:
             yield from _figure_lines(kind, getattr(rank, kind), model)
         yield f"  {'sum':<12} {_size(rank.share):>12}  {rank.share.certainty}"
@@ -83,8 +86,11 @@ def to_json(model: ModelPlan) -> dict[str, Any]:
 
 
 def _distinct(model: ModelPlan) -> list[RankPlan]:
-    """Returns one of the ranks that are alike. All of vLLM's are, and pt's have different layers."""
-    return list(model.ranks[:1]) if model.backend == "vllm" else list(model.ranks)
+    """Returns one of the ranks that are alike. All of vLLM's are, or all of one stage, and pt's have different
+    layers."""
+    if model.backend != "vllm":
+        return list(model.ranks)
+    return list({rank.layers: rank for rank in reversed(model.ranks)}.values())[::-1]
 
 
 def _figure_lines(kind: str, figure: Figure, model: ModelPlan) -> Iterator[str]:

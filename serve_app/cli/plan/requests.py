@@ -11,7 +11,10 @@ from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.planning.fit import ModelRequest
 
-MODEL_OPTIONS = ("infer_backend", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_memory", "num_gpus")
+MODEL_OPTIONS = (
+    "infer_backend", "tensor_parallel_size", "pipeline_parallel_size", "max_model_len", "max_num_seqs", "max_memory",
+    "num_gpus",
+)  # fmt: skip
 
 
 def requests_of_file(path: Path | None) -> list[ModelRequest]:

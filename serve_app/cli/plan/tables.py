@@ -35,6 +35,7 @@ def fits_table(ways: Sequence[Way]) -> Table:
         last = way.model
         where = printable(", ".join(way.devices) or way.problem)
         gpus = str(way.gpus) if way.gpus else "CPU"
+        gpus += f" in {way.stages} stages" if way.stages > 1 else ""
         table.add_row(name, way.backend, gpus, _length(way), str(way.requests or "-"), where)
     return table
 

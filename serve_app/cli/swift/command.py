@@ -119,7 +119,7 @@ TARGETS: dict[str, tuple[str, Reader]] = {
     "vllm_quantization": ("quantization", read_text),
     "sglang_quantization": ("quantization", read_text),
     "vllm_gpu_memory_utilization": ("engine_args.gpu_memory_utilization", read_number),
-    "vllm_pipeline_parallel_size": ("engine_args.pipeline_parallel_size", read_number),
+    "vllm_pipeline_parallel_size": ("pipeline_parallel_size", read_number),
     "vllm_enable_expert_parallel": ("engine_args.enable_expert_parallel", read_flag),
     "vllm_disable_custom_all_reduce": ("engine_args.disable_custom_all_reduce", read_flag),
     "vllm_enforce_eager": ("engine_args.enforce_eager", read_flag),

@@ -174,6 +174,13 @@ def _add_argument(draft: _Draft, name: str, words: tuple[str, ...]) -> None:
         draft.note(f"{shown}: there is always a limit here. max_num_seqs is 32 unless you set it.")
         return
     is_set = draft.put(shown, path, value)
+    if is_set and name == "max_memory" and draft.backend == "vllm":
+        draft.note(
+            f"{shown}: it carries over. Each of these GPUs becomes a stage of vLLM's pipeline with as many whole "
+            "layers as its limit has room for; with tensor_parallel_size, so many equal ones share a stage. "
+            "`serve-app plan` shows the layers, or what would make the model fit. swift silently ignores it with vllm "
+            "(ms-swift#3363)."
+        )
     if is_set and name == "max_model_len" and draft.backend == "vllm":
         draft.note(f"{shown}: it carries over and bounds vLLM here. swift passes only --vllm_max_model_len to vLLM.")
 
@@ -213,8 +220,11 @@ def _add_visible_gpus(draft: _Draft, value: str) -> None:
         return
     if len(gpus) > 1 and config.infer_backend == "pt" and not config.gpu_indices:
         draft.put(shown, "num_gpus", len(gpus))
-    if config.infer_backend == "vllm" and len(gpus) > (config.tensor_parallel_size or 1):
-        draft.note(f"{shown}: vLLM takes tensor_parallel_size GPUs, which is {config.tensor_parallel_size or 1}.")
+    if config.infer_backend == "vllm" and len(gpus) > config.ranks:
+        draft.note(
+            f"{shown}: vLLM takes tensor_parallel_size GPUs for each of its pipeline_parallel_size stages, which is "
+            f"{config.ranks} here."
+        )
     draft.note(
         f"{shown}: Ray chooses the cards. To keep it to these, set the variable where Ray starts; to choose by index, "
         "start the node with `serve-app node-resources`."

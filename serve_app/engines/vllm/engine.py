@@ -39,6 +39,9 @@ from serve_app.wire.openai_errors import error_response, route_error_response
 DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
 
 
+# vLLM reads the layers of each pipeline stage here, and has no argument for them.
+STAGES = "VLLM_PP_LAYER_PARTITION"
+
 # vLLM has this many seconds to abort a request whose client has left before its task is cancelled.
 ABORT_GRACE_S = 5.0
 
@@ -63,6 +66,7 @@ class VllmEngine:
         self._stack = AsyncExitStack()
         self._client: Any = None
         self._server = SimpleNamespace(should_exit=False)
+        self._shared_files: list[str] = []
 
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
@@ -75,6 +79,7 @@ class VllmEngine:
 
     async def _build(self, args: Namespace) -> ASGIApp:
         self._client = await self._stack.enter_async_context(vllm_internals.running_engine(args))
+        await self._finish_ranks()
         handlers: dict[type[Exception], vllm_internals.Handler] = {
             vllm_internals.engine_dead_error(): self._engine_died,  # vLLM would answer 500, as for a bad request.
             StarletteHTTPException: _no_such_route,  # vLLM handles only FastAPI's.
@@ -84,6 +89,23 @@ class VllmEngine:
             handlers[vllm_internals.generation_error()] = _format_ended
         app = await vllm_internals.server_application(args, self._client, self._server, handlers)
         return disconnect_before_cancel(guarded(app, self._guard()))
+
+    async def _finish_ranks(self) -> None:
+        """Does what vLLM leaves undone at the start of its ranks.
+
+        On the CPU, the files that they share lose their names now, when all ranks have them, so nothing is left
+        however they end. On GPUs NCCL may meet there later, so the names stay as long as the engine lives.
+        """
+        if self._config.device == "cpu" and self._config.stages > 1:
+            await vllm_internals.ask_ranks(self._client, "serve_app_prepare_stage")
+        files = await vllm_internals.ask_ranks(self._client, "serve_app_shared_files")
+        self._shared_files = sorted({path for of_rank in files for path in of_rank})
+        if self._config.device == "cpu":
+            self._forget_shared_files()
+
+    def _forget_shared_files(self) -> None:
+        vllm_internals.remove_shared_files(self._shared_files)
+        self._shared_files = []
 
     def _guard(self) -> Guard:
         model = vllm_internals.model_config(self._client)
@@ -98,12 +120,14 @@ class VllmEngine:
         return error_response(ModelUnavailable(f"vLLM's engine has died: {error}", retry_after_s=5.0))
 
     async def check_health(self) -> None:
-        """Asks vLLM, which knows whether its engine process has died. Raises EngineError if it has."""
+        """Asks vLLM, which knows whether one of its processes has died. Raises EngineError if one has."""
         if self._server.should_exit:
+            self._forget_shared_files()
             raise EngineError("vLLM's engine has died. The replica will be replaced.")
         try:
             await vllm_internals.require_alive(self._client)
         except Exception as error:
+            self._forget_shared_files()
             raise EngineError(f"vLLM's engine is dead: {error}. The replica will be replaced.") from error
 
     def load(self) -> float:
@@ -127,8 +151,9 @@ class VllmEngine:
         return [RankMemory(**answer) for answer in answers]
 
     async def stop(self) -> None:
-        """Shuts the engine process down and waits for it."""
+        """Shuts the engine's processes down, and removes the files that they shared."""
         await self._stack.aclose()
+        self._forget_shared_files()
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], int]:
@@ -216,23 +241,41 @@ def environment(config: ModelConfig) -> dict[str, str]:
         "VLLM_MAX_NUM_BAD_WORDS": str(MOST_BAD_WORDS),
         "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": str(MOST_BAD_WORDS_TOKENS),
     }
+    if config.pipeline_layers is not None:
+        settings[STAGES] = ",".join(map(str, config.pipeline_layers))
+        _require_same_stages(settings[STAGES])
     if config.device == "cpu":
         settings |= {
-            # Several engines share a machine, so there is no core binding, and the cache is bounded.
+            # Several engines share a machine, so there is no core binding, and the cache is bounded. vLLM's own binding
+            # gives each rank a NUMA node of its own, and does not start if there are fewer nodes than ranks.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # vLLM compiles small functions of its sampler at their first use, and no client gets a token for seconds.
             "TORCH_COMPILE_DISABLE": "1",
-            # This saves a process, because the worker runs inside the engine process.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
-        if config.kv_cache_memory_bytes is None:
+        if config.ranks == 1:
+            # This saves a process, because the worker runs inside the engine process.
+            settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        else:
+            # After the death of a rank, the others may wait for it and hear nothing. vLLM says that the engine is dead
+            # only after so many seconds and four more. A stop in order takes them half a second.
+            settings["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "1"
+        if config.kv_cache_memory_bytes is None:  # Each rank gets so much.
             settings["VLLM_CPU_KVCACHE_SPACE"] = str(DEFAULT_CPU_KV_CACHE_GIB)
     return {name: value for name, value in settings.items() if name not in os.environ}
 
 
+def _require_same_stages(layers: str) -> None:
+    """Raises ConfigError if the environment names other stages than the config."""
+    given = os.environ.get(STAGES, layers)
+    if given != layers:
+        raise ConfigError(
+            f"pipeline_layers: the config has {layers}, but the environment variable {STAGES} has {given}. Remove the "
+            "variable."
+        )
+
+
 def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
     """Returns the arguments of `vllm serve` for this model by their long names. The user's `engine_args` come last."""
-    tp = config.tensor_parallel_size or 1
     arguments: dict[str, Any] = {
         "model": config.model,
         "served-model-name": name,
@@ -240,15 +283,16 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "trust-remote-code": config.trust_remote_code or None,
         "chat-template": config.chat_template,
         "dtype": config.dtype,
-        "tensor-parallel-size": tp,
+        "tensor-parallel-size": config.tensor_parallel_size or 1,
+        "pipeline-parallel-size": config.stages,
         # Inside a Ray actor vLLM would choose Ray and ask for a placement group of its own.
-        "distributed-executor-backend": "uni" if tp == 1 else "mp",
+        "distributed-executor-backend": "uni" if config.ranks == 1 else "mp",
         "max-model-len": config.max_model_len,
         "max-num-seqs": config.max_num_seqs,
         "kv-cache-memory-bytes": config.kv_cache_memory_bytes,
         "quantization": config.quantization,
         "enforce-eager": config.device == "cpu" or None,
-        "worker-extension-cls": "serve_app.engines.vllm.worker.MemoryReport",
+        "worker-extension-cls": "serve_app.engines.vllm.worker.WorkerExtension",
         "allowed-media-domains": NO_MEDIA_HOSTS,
         "structured-outputs-config": BOUNDED_FORMATS,
         # The router and Ray log requests, and vLLM's line for each request costs time.

@@ -6,9 +6,12 @@ of its server and its engine are not documented, and they move between releases.
 which takes 20 s of processor time.
 """
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
+from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,6 +22,7 @@ Handler = Callable[[Request, Exception], Awaitable[Response]]
 # The engine's client is an `AsyncLLM`.
 EngineClient = Any
 
+SHARED_MEMORY, QUEUE = Path("/dev/shm"), "psm_"  # noqa: S108
 CAUSE_ABOVE = "See root cause above."
 # These are gauges of `vllm.v1.metrics.loggers.PrometheusStatLogger`, seen in vLLM 0.32.
 RUNNING, WAITING, CACHE_USE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
@@ -190,6 +194,54 @@ def worker_tensors(worker: Any) -> tuple[list[Any], list[Any]]:
     runner = worker.model_runner
     caches = getattr(runner, "kv_caches", ())
     return list(runner.model.parameters()), [item for item in caches if hasattr(item, "untyped_storage")]
+
+
+def prepare_stage(worker: Any) -> None:
+    """Makes the buffer for the hidden states that a pipeline stage gets from the one before, unless it is there.
+
+    vLLM makes it in the dummy run with which a GPU begins. The CPU makes no such run without compilation, and each
+    stage but the first would die of an AssertionError at its first request. Uses the worker's `model_runner`, and of
+    that `intermediate_tensors`, `max_num_tokens`, `model_config.dtype`, `device` and the model's
+    `make_empty_intermediate_tensors`, and `vllm.distributed.parallel_state.get_pp_group`; seen in vLLM 0.32.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+
+    runner = worker.model_runner
+    if runner.intermediate_tensors is None and not get_pp_group().is_first_rank:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
+def shared_files(worker: Any) -> list[str]:
+    """Returns the paths of the files by which this rank meets the others and exchanges tensors and messages with them.
+
+    vLLM leaves them in /tmp and, which is memory, in /dev/shm: always the first two kinds, and the third if a process
+    is killed. They are the file of the worker's `distributed_init_method`, the buffers of the CPU's communicator, whose
+    names begin with the environment variable `VLLM_DIST_IDENT` of the worker, and the queues of
+    `vllm.distributed.device_communicators.shm_broadcast`, which Python names `psm_…`; seen in vLLM 0.32.
+    """
+    method: str = worker.distributed_init_method
+    meeting = [method.removeprefix("file://")] if method.startswith("file://") else []
+    begins = (QUEUE, f"{os.environ.get('VLLM_DIST_IDENT', QUEUE)}-")
+    # A line has the address, rights, offset, device, inode and path. psutil would measure every mapping as well.
+    lines = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    mapped = {Path(fields[5]) for fields in lines if len(fields) > 5}
+    return meeting + [str(path) for path in mapped if path.parent == SHARED_MEMORY and path.name.startswith(begins)]
+
+
+def remove_shared_files(paths: Iterable[str]) -> None:
+    """Removes those of these files that are there. A process that has mapped one keeps it.
+
+    Python's resource tracker is told of queues, or it would warn of them at the end.
+    """
+    for path in map(Path, paths):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            continue
+        if path.name.startswith(QUEUE):
+            resource_tracker.unregister(f"/{path.name}", "shared_memory")
 
 
 def names_cause_above(message: str) -> bool:

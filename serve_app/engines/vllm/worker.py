@@ -1,21 +1,23 @@
-"""Adds a method of ours to vLLM's worker processes, which reports what they hold.
+"""Adds methods of ours to vLLM's worker processes: what a rank holds, which files it shares, and what a pipeline
+stage lacks on the CPU.
 
-vLLM makes this class a base of its worker (`worker_extension_cls`), and the engine calls the method in every rank.
+vLLM makes this class a base of its worker (`worker_extension_cls`), and the engine calls the methods in every rank.
 """
 
 from dataclasses import asdict
 from typing import Any
 
 from serve_app.engines.measure import rank_memory, tensor_bytes
-from serve_app.engines.vllm.vllm_internals import worker_device, worker_tensors
+from serve_app.engines.vllm.vllm_internals import prepare_stage, shared_files, worker_device, worker_tensors
 from serve_app.facts.process_memory import resident_bytes
 
 # vLLM imports this file before it loads the model.
 LIBRARIES = resident_bytes()
 
 
-class MemoryReport:
-    """Reports the worker's memory. The name of its method must differ from all names of vLLM's worker."""
+class WorkerExtension:
+    """Reports on a worker and finishes its start. The names of its methods must differ from all names of vLLM's
+    worker."""
 
     _tensors: tuple[int, int] | None = None
 
@@ -25,3 +27,12 @@ class MemoryReport:
             weights, cache = (sum(tensor_bytes(tensors).values()) for tensors in worker_tensors(self))
             self._tensors = weights, cache
         return asdict(rank_memory(worker_device(self), *self._tensors, LIBRARIES))
+
+    def serve_app_shared_files(self) -> list[str]:
+        """Returns the paths of the files that this rank shares with others, once all ranks have opened them."""
+        return shared_files(self)
+
+    def serve_app_prepare_stage(self) -> None:
+        """Makes the buffer in which this rank gets its input from the stage before. It is called on the CPU, before the
+        first request."""
+        prepare_stage(self)

@@ -31,17 +31,44 @@ def more_cards(request: ModelRequest, backend: str, trial: Trial) -> Iterator[La
     if backend == "vllm" and config.share is None:
         now = config.tensor_parallel_size or 1
         sizes = [size for size in request.valid_tensor_parallel_sizes() if now < size <= most]
-        if sizes:
+        if sizes and config.max_memory is None:
             yield Ladder(price.MORE_CARDS, [rung("tensor_parallel_size", size) for size in sizes])
+        yield from _stages(request, most)
     if backend != "vllm" and config.max_memory is None and config.device_map is None:
         counts = range(max(1, int(config.num_gpus or 1)) + 1, most + 1)
         if counts:
             yield Ladder(price.MORE_CARDS, [rung("num_gpus", count) for count in counts])
 
 
+def _stages(request: ModelRequest, most: int) -> Iterator[Ladder]:
+    """Yields more stages of vLLM's pipeline, with the same tensor parallel size or without any, where cards differ."""
+    config = request.config
+    if config.pipeline_layers is not None or config.max_memory is not None or config.gpu_ids is not None:
+        return
+    layers, size = len(request.architecture.layers), config.tensor_parallel_size or 1
+    counts = range(config.stages + 1, min(most // size, layers) + 1)
+    if counts:
+        yield Ladder(price.MORE_CARDS, [rung("pipeline_parallel_size", count) for count in counts])
+    alone = range(config.stages * size, min(most, layers) + 1)
+    if size > 1 and alone:
+        rungs = [rung("pipeline_parallel_size", count, "tensor_parallel_size") for count in alone]
+        yield Ladder(price.MORE_CARDS, rungs)
+
+
 def fewer_cards(request: ModelRequest, backend: str) -> Iterator[Ladder]:
     """Yields fewer cards. This helps where there are not so many, or where a larger card holds the whole model."""
     config = request.config
+    is_free = config.max_memory is None and config.gpu_ids is None and config.pipeline_layers is None
+    if backend == "vllm" and config.stages > 1 and is_free:
+        counts = [*range(config.stages - 1, 1, -1), None]
+        rungs = [rung("pipeline_parallel_size", count) for count in counts]
+        yield Ladder(
+            price.FEWER_CARDS,
+            rungs,
+            lambda changes: (
+                f"the memory of {(config.stages - (changes[0].value or 1)) * config.ranks // config.stages} cards"
+            ),
+        )
     if backend == "vllm" and (now := config.tensor_parallel_size or 1) > 1:
         sizes = [size for size in request.valid_tensor_parallel_sizes() if size < now]
         rungs = [rung("tensor_parallel_size", size) for size in reversed(sizes)]
@@ -114,6 +141,7 @@ def limits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
     caps, named = dict(request.config.max_memory or {}), request.config.gpu_indices
     if not named or not caps:
         return
+    is_vllm = request.config.infer_backend == "vllm"
     for gpus in _kinds_of_nodes(trial):
         rooms = {gpu.index or 0: max(0, trial.room(gpu) // CAP_STEP * CAP_STEP) for gpu in gpus}
         if not all(index in rooms for index in named):
@@ -122,7 +150,8 @@ def limits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
         for added in _more_indices(gpus, named, rooms):
             yield from _higher({**caps, added: 0}, rooms, (added, *named), added)
         yield from _lower(caps, rooms)
-    yield from _spilled(request, caps)
+    if not is_vllm:  # vLLM keeps all layers on GPUs.
+        yield from _spilled(request, caps)
 
 
 def _higher(caps: Caps, rooms: Mapping[int, int], order: Iterable[int], added: int | None = None) -> Iterator[Ladder]:

@@ -69,7 +69,8 @@ class Trial:
             if new is None:
                 return None
             requests.append(new)
-        plan = make_plan(requests, inventory or self.inventory, MOST_TRIES)
+        tried = [replace(request, is_trial=True) for request in requests]
+        plan = make_plan(tried, inventory or self.inventory, MOST_TRIES)
         self.budget.spend(1 + plan.placements)
         return replace(self, plan=plan, requests=tuple(requests), inventory=inventory or self.inventory)
 
@@ -104,7 +105,12 @@ class Trial:
             self.beside[key] = (self.plan, state_beside(self.plan, cured, counted), counted)
         _, state, counted = self.beside[key]
         tally = Tally()
-        fits = fits_beside(new, state, counted if inventory is None else as_counted(inventory, self.plan), tally)
+        fits = fits_beside(
+            replace(new, is_trial=True),
+            state,
+            counted if inventory is None else as_counted(inventory, self.plan),
+            tally,
+        )
         self.budget.spend(1 + tally.placements)
         return fits
 

@@ -31,7 +31,7 @@ def groups_of(cards: Sequence[Card], size: int, stages: int) -> Iterator[tuple[S
         kinds.setdefault((card.name, card.total_bytes), []).append(card)
     order = {card.id: number for number, card in enumerate(cards)}
     groups = [_groups(of_kind, size) for of_kind in kinds.values()]
-    for counts in _shares([len(each) for each in groups], stages):
+    for counts in counts_of_kinds([len(each) for each in groups], stages):
         chosen = [group for each, count in zip(groups, counts, strict=True) for group in each[:count]]
         yield tuple(sorted(chosen, key=lambda group: min(order[card] for card in group.ids)))
 
@@ -39,25 +39,28 @@ def groups_of(cards: Sequence[Card], size: int, stages: int) -> Iterator[tuple[S
 def _groups(cards: Sequence[Card], size: int) -> list[StageCards]:
     """Returns as many groups of equal cards as there are, the roomiest first."""
     roomiest = sorted(cards, key=lambda card: -card.rooms.middle)
-    return [_group(roomiest[first : first + size], cards) for first in range(0, len(cards) - len(cards) % size, size)]
+    order = {card.id: number for number, card in enumerate(cards)}
+    groups = [roomiest[first : first + size] for first in range(0, len(cards) - len(cards) % size, size)]
+    return [group_of(sorted(members, key=lambda card: order[card.id])) for members in groups]
 
 
-def _group(members: Sequence[Card], cards: Sequence[Card]) -> StageCards:
-    """Returns a group, whose cards come in the order in which they were given."""
+def group_of(members: Sequence[Card]) -> StageCards:
+    """Returns equal cards as one stage, which has the room of its smallest."""
     rooms = Rooms(
         min(card.rooms.first for card in members),
         min(card.rooms.middle for card in members),
         min(card.rooms.last for card in members),
+        max(card.rooms.layer for card in members),
     )
-    return StageCards(tuple(card.id for card in cards if card in members), rooms, members[0].bandwidth)
+    return StageCards(tuple(card.id for card in members), rooms, members[0].bandwidth)
 
 
-def _shares(most: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
+def counts_of_kinds(most: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
     """Returns the ways to take `total` things of kinds of which there are at most so many, most of the first first."""
     if not most:
         if total == 0:
             yield ()
         return
     for count in range(min(most[0], total), max(total - sum(most[1:]), 0) - 1, -1):
-        for rest in _shares(most[1:], total - count):
+        for rest in counts_of_kinds(most[1:], total - count):
             yield (count, *rest)

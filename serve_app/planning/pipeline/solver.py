@@ -26,24 +26,34 @@ from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Stag
 # Other orders are tried if a search compares at most so many beginnings of splits, which takes a few seconds. That is
 # enough for 126 layers on eight cards that all differ, and for sixteen cards of two kinds.
 MOST_COMPARED = 2**24
+NO_ROOM = "the cards have no room for the stages"
 # A bandwidth in GB/s reads so many bytes in 1000 picoseconds.
 PICOSECONDS = 1000
 
 
 def solve(
-    facts: RankFacts, cards: Sequence[StageCards], demand: Demand, may_reorder: bool = True
+    facts: RankFacts,
+    cards: Sequence[StageCards],
+    demand: Demand,
+    may_reorder: bool = True,
+    needs_figures: bool = True,
 ) -> Pipeline | NoPipeline:
     """Returns the best pipeline that has one stage on each of `cards`, or why there is none.
 
     `facts` are those of the tensor parallel size that the stages have. With `may_reorder`, the cards may be stages in
-    any order, and `Pipeline.every_order` says whether all orders were tried. Raises ValueError without cards.
+    any order, and `Pipeline.every_order` says whether all orders were tried. Without `needs_figures`, a refusal for
+    lack of room does not say which stages lack it, which saves most of its time. Raises ValueError without cards.
     """
     table = _table(facts, cards, demand)
     if isinstance(table, NoPipeline):
         return table
+    if not needs_figures and table.lacks_room:
+        return NoPipeline(NO_ROOM)
     every_order = may_reorder and most_compared(table.kinds, table.model.layers) <= MOST_COMPARED
     search = _Search(table, every_order)
     path = search.best()
+    if path is None and not needs_figures:
+        return NoPipeline(NO_ROOM, compared=search.compared)
     if path is None:
         nearest = table.stages(search.nearest(), table.needed)
         return replace(too_small(nearest, demand.max_model_len), compared=search.compared)
@@ -108,9 +118,18 @@ class _Table:
         self.needed = model.blocks_per_request + 1
         self.useful = model.blocks_per_request * demand.max_num_seqs + 1
 
+    @property
+    def lacks_room(self) -> bool:
+        """Returns whether all cards together have too little room, whatever the split is."""
+        layers, count = self.model.layers, len(self.cards)
+        rooms = sum(max(each.rooms.first, each.rooms.middle, each.rooms.last) for each in self.cards)
+        rooms -= sum(min(each.rooms.layer for each in self.cards) for _ in range(layers))
+        return rooms < self.model.least_weights + count * self.model.buffers + self.needed * self.model.block_bytes
+
     def room(self, kind: int, span: Span) -> int:
         """Returns the bytes of a card's room as this stage."""
-        return self.of_kind[kind].rooms.at(is_first=span.start == 0, is_last=span.end == self.model.layers)
+        rooms = self.of_kind[kind].rooms
+        return rooms.at(span.start == 0, span.end == self.model.layers, span.end - span.start)
 
     def blocks(self, kind: int, span: Span) -> int:
         """Returns how many blocks the card can hold, which is less than 0 if the weights do not fit. A model without a

@@ -13,6 +13,7 @@ hybrid model only where a stage has attention.
 from collections import defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import lcm
 
 from serve_app.facts.engine_facts import BesideLayers, RankFacts
@@ -39,15 +40,20 @@ class Span:
 class PipelineModel:
     """This is a model as the stages of a pipeline see it. `spans` has every stage that is possible, by its start and
     end. All of the model's `buffers` count in each stage, which is the most that a stage has. A request of
-    `max_model_len` takes `blocks_per_request`, which is 0 for a model without a KV cache."""
+    `max_model_len` takes `blocks_per_request`, which is 0 for a model without a KV cache. All stages together have at
+    least `least_weights`, and a block takes at least `block_bytes` in all of them."""
 
     layers: int
     anchors: int
     buffers: int
     blocks_per_request: int
+    least_weights: int
+    block_bytes: int
     spans: dict[tuple[int, int], Span]
 
 
+# A search plans one model on many cards. A model of 126 layers has 8,001 stages.
+@lru_cache(maxsize=8)
 def pipeline_model(facts: RankFacts, stages: int, demand: Demand) -> PipelineModel:
     """Returns a model for a pipeline of so many stages.
 
@@ -63,21 +69,31 @@ def pipeline_model(facts: RankFacts, stages: int, demand: Demand) -> PipelineMod
         layers=len(facts.layers),
         anchors=len(anchors),
         buffers=facts.buffers,
-        blocks_per_request=_blocks_per_request(facts, groups, stages, demand),
+        blocks_per_request=blocks_per_request(facts, stages, demand),
+        least_weights=sum(facts.layers) + _least_beside(facts, stages),
+        block_bytes=max((sum(layer.page_bytes for layer in group) for group in groups), default=0),
         spans=_spans(facts, groups, stages, anchors),
     )
 
 
-def _blocks_per_request(facts: RankFacts, groups: Sequence[Group], stages: int, demand: Demand) -> int:
-    """A pipeline has a step on its way in each stage, where a single stage has one, so windows keep more tokens.
+def blocks_per_request(facts: RankFacts, stages: int, demand: Demand) -> int:
+    """Returns the blocks of KV cache that a request of `max_model_len` takes, which is 0 for a model without a cache.
 
-    Source: `VllmConfig.max_concurrent_batches` in vLLM 0.32.
+    A pipeline has a step on its way in each stage, where a single stage has one, so windows keep more tokens. Source:
+    `VllmConfig.max_concurrent_batches` in vLLM 0.32.
     """
+    groups = cache_groups(facts.cache, facts.packs_blocks)
     if not groups:
         return 0
     in_flight = replace(facts, steps=facts.steps - 1 + stages)
     size = kv_bytes_per_request(in_flight, demand.max_model_len, demand.max_num_batched_tokens)
     return size // bytes_per_block(groups, facts.packs_blocks)
+
+
+def _least_beside(facts: RankFacts, stages: int) -> int:
+    """Returns what all stages together have beside their layers."""
+    beside = beside_layers(facts, stages)
+    return beside.first + beside.last + (stages - 2) * beside.middle if stages > 1 else beside.first
 
 
 def _spans(facts: RankFacts, groups: Sequence[Group], stages: int, anchors: Set[int]) -> dict[tuple[int, int], Span]:

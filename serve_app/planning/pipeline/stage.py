@@ -10,19 +10,23 @@ GIB = 2**30
 class Rooms:
     """These are the bytes that a card may give for weights, buffers and KV cache, by the place of its stage.
 
-    They are what is left after activations, CUDA graphs, context and reserve. Only the last stage computes logits, and
-    only the first one runs what comes before the layers.
+    They are what is left after activations, context and reserve. Only the last stage computes logits, and only the
+    first one runs what comes before the layers. Each layer of a stage takes `layer` bytes of them beside its weights,
+    which are those of its CUDA graphs.
     """
 
     first: int
     middle: int
     last: int
+    layer: int = 0
 
-    def at(self, is_first: bool, is_last: bool) -> int:
-        """Returns the room of a stage. The only stage of a pipeline is both the first and the last one."""
+    def at(self, is_first: bool, is_last: bool, layers: int) -> int:
+        """Returns the room of a stage of so many layers. The only stage of a pipeline is both the first and the last
+        one."""
+        beside_layers = self.layer * layers
         if is_first and is_last:
-            return min(self.first, self.last)
-        return self.first if is_first else self.last if is_last else self.middle
+            return min(self.first, self.last) - beside_layers
+        return (self.first if is_first else self.last if is_last else self.middle) - beside_layers
 
 
 @dataclass(frozen=True)

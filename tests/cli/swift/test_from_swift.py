@@ -85,8 +85,8 @@ def test_a_command_for_transformers_becomes_a_pt_model() -> None:
     assert "counts only with infer_backend: vllm" in note_about(made, "--vllm_gpu_memory_utilization 0.9")
 
 
-def test_the_command_of_issue_3363_says_why_max_memory_did_nothing() -> None:
-    """vLLM has no limits per GPU: they are left out, and the note names what works."""
+def test_the_command_of_issue_3363_keeps_its_limits() -> None:
+    """Each GPU is a stage of vLLM's pipeline, and the note says so."""
     made = translate(
         "swift deploy     --model models/deepseek-r1-emo-7b     --stream true     --infer_backend vllm "
         "--max_model_len  4096     --served_model_name DeepSeek-R1-Emo --quant_method bnb  --quant_bits 8 "
@@ -96,13 +96,13 @@ def test_the_command_of_issue_3363_says_why_max_memory_did_nothing() -> None:
         "model": "models/deepseek-r1-emo-7b",
         "infer_backend": "vllm",
         "dtype": "float16",
+        "max_memory": {0: "3GB", 1: "10GB"},
         "max_model_len": 4096,
     }
+    assert ModelConfig.from_args(made.args).stages == 2
     note = note_about(made, "--max_memory")
-    assert "no per-GPU limits" in note
+    assert "becomes a stage of vLLM's pipeline" in note
     assert "ms-swift#3363" in note
-    assert "tensor_parallel_size" in note
-    assert "infer_backend: pt" in note
     assert "no device map" in note_about(made, "--device_map auto")
     assert "carries over" in note_about(made, "--max_model_len 4096")
     assert "quantized checkpoint" in note_about(made, "--quant_bits 8")

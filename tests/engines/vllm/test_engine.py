@@ -7,6 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from serve_app.engines.vllm.engine import _no_such_route, _too_deep, engine_arguments, environment
+from serve_app.errors import ConfigError
 from tests.builders import model_config
 
 
@@ -27,7 +28,33 @@ def test_workers_are_processes_of_the_replica() -> None:
     """Not Ray actors of their own: Ray would have to place them a second time."""
     one = engine_arguments(model_config(infer_backend="vllm"), "n")
     two = engine_arguments(model_config(infer_backend="vllm", tensor_parallel_size=2), "n")
-    assert (one["distributed-executor-backend"], two["distributed-executor-backend"]) == ("uni", "mp")
+    stages = engine_arguments(model_config(infer_backend="vllm", pipeline_layers=[1, 3]), "n")
+    executors = [arguments["distributed-executor-backend"] for arguments in (one, two, stages)]
+    assert executors == ["uni", "mp", "mp"]
+
+
+def test_stages_reach_vllm_by_an_argument_and_their_layers_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM splits evenly without the variable. Another value in the environment would win, so it is refused."""
+    layers = model_config(infer_backend="vllm", pipeline_layers=[1, 3], tensor_parallel_size=2)
+    assert engine_arguments(layers, "n")["pipeline-parallel-size"] == 2
+    assert environment(layers)["VLLM_PP_LAYER_PARTITION"] == "1,3"
+    even = model_config(infer_backend="vllm", pipeline_parallel_size=3)
+    assert engine_arguments(even, "n")["pipeline-parallel-size"] == 3
+    assert "VLLM_PP_LAYER_PARTITION" not in environment(even)
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,3")
+    environment(layers)
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,2")
+    with pytest.raises(ConfigError, match=r"the config has 1,3, but .* has 2,2\. Remove the variable"):
+        environment(layers)
+
+
+def test_a_rank_that_computes_alone_saves_a_process_on_the_cpu() -> None:
+    """Several ranks are processes in any case. vLLM's own binding would ask for a NUMA node for each of them."""
+    one = environment(model_config(infer_backend="vllm", device="cpu"))
+    two = environment(model_config(infer_backend="vllm", device="cpu", pipeline_parallel_size=2))
+    assert one["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in two
+    assert two["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
 def test_engine_args_come_last() -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from serve_app.facts.architecture import read_architecture
 from serve_app.facts.engine_facts import RankFacts, VllmFacts, facts_from_json
+from serve_app.facts.weights import tensors_without_weights
 from serve_app.planning.pipeline.solver import count
 from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Rooms, StageCards, even_split
+from serve_app.planning.vllm_formulas import rank_by_formula
 from tests.planning.model_requests import CONFIGS
 from tests.warm_vllm import WarmVllm
 
@@ -46,6 +49,11 @@ JOBS: Mapping[str, tuple[str, int, tuple[int, ...]]] = {
     "qwen2.5-vl-7b, 3 stages": ("qwen2.5-vl-7b", 1, (10, 9, 9)),
     "llama-4-scout, 3 stages of 4": ("llama-4-scout", 4, (15, 17, 16)),
 }
+# The plan has formulas for these, too.
+BY_FORMULA = (
+    "llama, 2 stages", "qwen2 tied, 2 stages", "qwen3 moe, 3 stages", "deepseek-v2-lite, 3 stages", "gemma3, 2 stages",
+    "qwen3-next, 2 stages",
+)  # fmt: skip
 AVAILABLE = (6 * GIB, 2 * GIB, 4 * GIB)
 
 
@@ -118,6 +126,26 @@ def test_a_stage_holds_what_vllm_builds(name: str, answers: dict[str, tuple[tupl
     least = [theirs["least_blocks"] * their["block_bytes"] for their in stages]
     assert isinstance(counted(least), Pipeline)
     assert isinstance(counted([least[0] - 1, *least[1:]]), NoPipeline)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", BY_FORMULA)
+def test_the_formulas_say_the_same_of_stages(
+    name: str, answers: dict[str, tuple[tuple[int, ...], dict[str, Any]]]
+) -> None:
+    """To the byte; or they say nothing, and each stage counts with all that is beside its layers, which is no less."""
+    theirs, model = rank_of(name, answers[name][1]), JOBS[name][0]
+    config = {**SMALL, **MADE[model]} if model in MADE else json.loads((CONFIGS / model / "config.json").read_text())
+    architecture = read_architecture(config, model)
+    ours = rank_by_formula(architecture, tensors_without_weights(config, model), JOBS[name][1], 2, 2)
+    assert theirs.beside is not None
+    if ours.beside is None:
+        everything = ours.before + ours.after
+        assert max(theirs.beside.first, theirs.beside.middle, theirs.beside.last) <= everything
+    else:
+        assert (ours.beside.first, ours.beside.last) == (theirs.beside.first, theirs.beside.last)
+    assert ours.dependent == theirs.dependent
 
 
 @pytest.mark.slow

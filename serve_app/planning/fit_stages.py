@@ -1,0 +1,251 @@
+"""Decides whether one replica of vLLM fits on given devices as a pipeline, whose stages have whole layers.
+
+The stages are solved (`pipeline/solver.py`), or counted where the config has `pipeline_layers`. What a card may give is
+what is free, less its reserve, or its limit, less activations, CUDA graphs and context.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+
+from serve_app.facts.card_bandwidth import card_bandwidth
+from serve_app.facts.engine_facts import RankFacts
+from serve_app.facts.inventory import Device
+from serve_app.planning import memory
+from serve_app.planning.fit import (
+    VLLM_CPU_KV_BYTES,
+    ModelRequest,
+    Seats,
+    Shortage,
+    available,
+    bounds_of,
+    gib,
+    held_text,
+    rows_problem,
+    small_cache,
+)
+from serve_app.planning.fit_vllm import (
+    NO_CACHE_BYTES,
+    beside_layers,
+    graphs,
+    most_without_context,
+    utilization_problem,
+)
+from serve_app.planning.memory import ZERO, Certainty, Figure
+from serve_app.planning.pipeline.card_groups import Card, group_of, groups_of
+from serve_app.planning.pipeline.solver import NO_ROOM, count, solve
+from serve_app.planning.pipeline.span import blocks_per_request
+from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Rooms, StageCards, even_split
+from serve_app.planning.plan import ModelPlan, RankPlan
+
+# Where `pipeline_layers` is set and the cards have no names, so many orders of unequal cards are counted.
+MOST_ORDERS = 120
+
+# What a rank takes beside its layers, by the number of its stage: activations and context.
+Beside = Sequence[tuple[Figure, Figure]]
+
+
+def fit_stages(
+    request: ModelRequest, seats: Seats, limits: Sequence[int], reasons: Sequence[str]
+) -> ModelPlan | Shortage:
+    """Returns one replica of vLLM over `seats`, of which there are as many as stages times the tensor parallel size. It
+    takes at most its limit in bytes of each, and no more than is free. Its ranks are in vLLM's order: those of the
+    first stage come first."""
+    config = request.config
+    tp = _tp(request)
+    batched, rows = memory.vllm_batch(config, (device for device, _ in seats))
+    if (problem := rows_problem(request, rows)) is not None:
+        return problem
+    facts = request.stage_facts(tp)
+    demand = Demand(request.max_model_len, rows, batched)
+    beside = {device.id: _beside(request, device, (batched, rows)) for device, _ in seats}
+    cards = []
+    for (device, free), limit in zip(seats, limits, strict=True):
+        context = beside[device.id][0][1]
+        if (problem := utilization_problem(request, device, min(free, limit), context)) is not None:
+            return problem
+        cards.append(_card(request, device, min(available(device, free), limit), beside[device.id]))
+    found = _solved(request, facts, cards, demand)
+    if isinstance(found, Shortage):
+        return found
+    if isinstance(found, NoPipeline):
+        text = found.reason[:1].upper() + found.reason[1:]
+        lacks_room = bool(found.short) or found.reason == NO_ROOM
+        bounds = bounds_of(request, seats, limits) if lacks_room else ""
+        return Shortage("over_commit" if lacks_room else "no_stages", f"{text}.{bounds}", found.missing_bytes)
+    held = _with_cache(request, facts, found, demand, seats[0][0].is_gpu)
+    return held if isinstance(held, Shortage) else _plan(request, held, seats, beside, rows, reasons)
+
+
+def _beside(request: ModelRequest, device: Device, batch: tuple[int, int]) -> Beside:
+    """Returns what a rank takes of this device beside its layers, for each stage that it could be."""
+    tp, stages = request.config.tensor_parallel_size or 1, request.config.stages
+    found = []
+    for place in range(stages):
+        activation, context = beside_layers(request, device, tp, batch, stages, place)
+        if (measured := request.measured(device, place * tp, stages * tp, stages)) is not None:
+            # What was measured includes the graphs of the layers that the stage had, and those are planned again.
+            activation, _, context = memory.calibrated(measured, activation, ZERO, context)
+        found.append((activation, context))
+    return found
+
+
+def _card(request: ModelRequest, device: Device, room: int, beside: Beside) -> Card:
+    """Returns a card with what it may give, `room` bytes in all. A stage in the middle counts as the worst of them."""
+    base = graphs(request, device, 0).bytes
+    # Bytes of KV cache that are set do not depend on vLLM's share of the card.
+    has_share = device.is_gpu and request.config.kv_cache_memory_bytes is None
+    most = most_without_context(request.config, device) if has_share else room
+
+    def left(activation: Figure, context: Figure) -> int:
+        return min(room - context.bytes, most) - (activation.bytes - request.buffers(_tp(request)).bytes) - base
+
+    places = [left(*each) for each in beside]
+    rooms = Rooms(
+        places[0], min(places[1:-1], default=places[0]), places[-1], layer=graphs(request, device, 1).bytes - base
+    )
+    return Card(device.id, device.name, device.total_bytes, rooms, card_bandwidth(device.name))
+
+
+def _tp(request: ModelRequest) -> int:
+    return request.config.tensor_parallel_size or 1
+
+
+def _solved(
+    request: ModelRequest, facts: RankFacts, cards: Sequence[Card], demand: Demand
+) -> Pipeline | NoPipeline | Shortage:
+    """Returns the stages on these cards. Cards that are named with `pipeline_layers` are stages in that order, and
+    otherwise the order is free, because the replica decides in which order vLLM sees its cards."""
+    config, tp = request.config, _tp(request)
+    named, layers = config.named_gpus, config.pipeline_layers
+    is_fixed = config.device == "cpu" or bool(named and layers)
+    # Cards come in the order of their numbers, and the config may name them in another one.
+    places = [sorted(named).index(index) for index in named] if is_fixed and named else range(len(cards))
+    ordered = [cards[place] for place in places]
+    groups = _consecutive(ordered, tp) if is_fixed else next(groups_of(ordered, tp, config.stages), None)
+    if groups is None:
+        return _unequal(cards, tp)
+    if layers is None:
+        return solve(facts, groups, demand, may_reorder=not is_fixed, needs_figures=not request.is_trial)
+    orders = [groups] if is_fixed else islice(_orders(groups), MOST_ORDERS)
+    return _best(count(facts, order, layers, demand) for order in orders)
+
+
+def _consecutive(cards: Sequence[Card], size: int) -> tuple[StageCards, ...] | None:
+    """Returns stages of cards in their order, or None if the cards of a stage are not equal."""
+    found = []
+    for first in range(0, len(cards), size):
+        members = cards[first : first + size]
+        if len({(card.name, card.total_bytes) for card in members}) > 1:
+            return None
+        found.append(group_of(members))
+    return tuple(found)
+
+
+def _orders(groups: tuple[StageCards, ...]) -> Iterator[tuple[StageCards, ...]]:
+    """Yields the orders of the stages' cards that make a difference, the given one first."""
+    if not groups:
+        yield ()
+    seen = set()
+    for number, group in enumerate(groups):
+        if group.kind not in seen:
+            seen.add(group.kind)
+            for rest in _orders(groups[:number] + groups[number + 1 :]):
+                yield (group, *rest)
+
+
+def _best(found: Iterable[Pipeline | NoPipeline]) -> Pipeline | NoPipeline:
+    """Returns the pipeline that holds most, or what comes nearest to one. Of equals it is the first."""
+    every = list(found)
+    pipelines = [each for each in every if isinstance(each, Pipeline)]
+    if pipelines:
+        return max(pipelines, key=lambda each: each.blocks)
+    return min((each for each in every if isinstance(each, NoPipeline)), key=lambda each: each.missing_bytes)
+
+
+def _unequal(cards: Sequence[Card], tp: int) -> Shortage:
+    sizes = ", ".join(f"{card.id} ({card.name}, {gib(card.total_bytes)})" for card in cards)
+    return Shortage(
+        "tensor_parallel",
+        f"tensor_parallel_size: {tp}: vLLM splits each layer of a stage evenly over {tp} cards, which must be equal, "
+        f"but {sizes} cannot be grouped so. With pipeline_parallel_size: {len(cards)} and without "
+        "tensor_parallel_size, each card is a stage of its own with as many layers as it has room for.",
+        0,
+    )
+
+
+def _with_cache(
+    request: ModelRequest, facts: RankFacts, found: Pipeline, demand: Demand, on_gpu: bool
+) -> Pipeline | Shortage:
+    """Returns the pipeline with as many blocks as `kv_cache_memory_bytes` makes of the widest stage, or with those that
+    were found. vLLM's CPU build has a default of its own."""
+    given = request.config.kv_cache_memory_bytes
+    widest = max(stage.block_bytes for stage in found.stages)
+    if not widest:  # A model that only encodes has no cache, but vLLM wants a number.
+        return found
+    size = given if on_gpu or given is not None else VLLM_CPU_KV_BYTES
+    blocks = found.blocks if size is None else size // widest
+    least, wanted = found.blocks_per_request, request.at_once
+    if wanted is not None:
+        one = blocks_per_request(facts, len(found.stages), replace(demand, max_model_len=wanted.tokens))
+        least = max(least, wanted.requests * one)
+    least += 1  # vLLM keeps one block empty.
+    if given is not None and blocks < least:
+        return small_cache(request, least * widest)
+    short = max(blocks, least) * widest
+    stages = tuple(replace(stage, kv_cache=max(blocks, least) * stage.block_bytes) for stage in found.stages)
+    worst = min(stages, key=lambda stage: stage.spare)
+    if worst.spare < 0 or blocks < least:
+        lacks = max(-worst.spare, (least - blocks) * widest)
+        return Shortage(
+            "over_commit",
+            f"It needs {gib(short)} of KV cache on its widest stage for {held_text(request)}, and "
+            f"{', '.join(worst.cards.ids)} has room for {gib(worst.room - worst.weights - worst.buffers)} beside the "
+            f"weights of its stage, which is {gib(lacks)} too little.",
+            lacks,
+        )
+    return replace(found, stages=stages, blocks=blocks)
+
+
+def _plan(
+    request: ModelRequest,
+    found: Pipeline,
+    seats: Seats,
+    beside: Mapping[str, Beside],
+    rows: int,
+    reasons: Sequence[str],
+) -> ModelPlan:
+    tp, stages, widest = _tp(request), found.stages, max(stage.block_bytes for stage in found.stages)
+    devices = {device.id: device for device, _ in seats}
+    certainty: Certainty = "guessed" if request.guesses_weights else "exact"
+    ranks = []
+    for number, stage in enumerate(stages):
+        # As in a plan of pt, the embedding has the number before the first layer, and the head the one after the last.
+        layers = (stage.start - (number == 0), stage.end - (number < len(stages) - 1))
+        cache = Figure(stage.kv_cache if widest else min(NO_CACHE_BYTES, max(1, stage.spare)))
+        for device in (devices[card] for card in stage.cards.ids):
+            activation, context = beside[device.id][number]
+            graph = graphs(request, device, stage.layers)
+            seat = (number * tp, len(stages) * tp)
+            weights = Figure(stage.weights, certainty)
+            ranks.append(RankPlan(device, weights, cache, activation, graph, context, layers, seat))
+    full = found.full_length_requests
+    return ModelPlan(
+        request.name, request.config, request.architecture, 0, "vllm", (*reasons, _why(request, found)), tp,
+        request.max_model_len,
+        kv_bytes_per_request=found.blocks_per_request * widest,
+        kv_tokens=found.kv_tokens,
+        max_full_length_requests=rows if full is None else min(rows, full),
+        ranks=tuple(ranks),
+        kv_block_bytes=widest if request.knows_blocks else 0,
+        pipeline_layers=found.partition,
+    )  # fmt: skip
+
+
+def _why(request: ModelRequest, found: Pipeline) -> str:
+    layers = " + ".join(map(str, found.partition))
+    if request.config.pipeline_layers is not None:
+        return f"pipeline_layers sets {layers} layers"
+    even = even_split(sum(found.partition), len(found.partition))
+    beside = "" if even == found.partition else f", and vLLM's own split is {' + '.join(map(str, even))}"
+    return f"no other split than {layers} layers holds more KV cache on these cards{beside}"

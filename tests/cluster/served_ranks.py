@@ -1,0 +1,146 @@
+"""A Serve with one model of vLLM over several ranks on the CPU, of which any process may die."""
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+from tests.cluster.conftest import model
+from tests.cluster.ranks import AT_ONCE, CACHE, SHAPES, engine_first, left_behind, shared_files
+from tests.cluster.serve_run import ServeRun
+from tests.cluster.storm import ask, serving_pids
+from tests.demo_answers import ANSWERS, QUESTIONS
+
+NAME = "ranked"
+WAYS = {"by name": "", "by route": f"/models/{NAME}"}
+CLIENTS = 8
+REPLACED_TIMEOUT_S = 300.0
+# Three failures of it end a replica whose engine has died. The usual two seconds are only waited for.
+HEALTH_CHECK_PERIOD_S = 1.0
+
+
+class RankedServe(ServeRun):
+    """It, once its one replica serves."""
+
+    def __init__(self, shape: Mapping[str, Any]):
+        router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
+        served = model(NAME, infer_backend="vllm", kv_cache_memory_bytes=CACHE, max_model_len=1024, **shape)
+        served["deployments"] = [{"name": "Model", "health_check_period_s": HEALTH_CHECK_PERIOD_S}]
+        served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
+        super().__init__({"applications": [router, served]}, cpus=4, is_set_before_ray=True)
+        self.wait_until(lambda models: NAME in models and models[NAME]["status"] == "ready")
+
+    def ranks(self) -> dict[int, str]:
+        """The processes of vLLM, the engine first: pid to title."""
+        return engine_first(self.processes())
+
+    def replica(self) -> int:
+        """The process of the replica that serves."""
+        (pid,) = serving_pids(self, NAME)
+        return pid
+
+    def wait_for_another(self, replica: int) -> None:
+        """Until another replica serves and this one is gone. Raises TimeoutError."""
+        deadline = time.monotonic() + REPLACED_TIMEOUT_S
+        while not (pids := serving_pids(self, NAME)) or replica in pids:
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.output()[-4000:])
+            time.sleep(0.2)
+
+
+def body_of(question: str, is_streamed: bool) -> dict[str, Any]:
+    """A greedy question."""
+    message = {"role": "user", "content": question}
+    return {"model": NAME, "messages": [message], "temperature": 0, "max_tokens": 200, "stream": is_streamed}
+
+
+async def outcome(session: aiohttp.ClientSession, url: str, question: str, is_streamed: bool) -> str:
+    """ "right", or what the client saw instead."""
+    body = body_of(question, is_streamed)
+    if is_streamed:
+        seen = await ask(session, url, "/v1/chat/completions", body)
+        is_whole = (seen["ends"], len(seen["ids"])) == (1, 1)
+        text = seen["error"] or (seen["text"] if is_whole else f"{seen['ends']} ends: {seen['text']}")
+    else:
+        async with session.post(f"{url}/v1/chat/completions", json=body) as reply:
+            told = await reply.json(content_type=None)
+            text = told["choices"][0]["message"]["content"] if reply.status == 200 else f"{reply.status} {told}"
+    return "right" if text == ANSWERS[question] else str(text)[:300]
+
+
+@asynccontextmanager
+async def session_for() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client without a bound on its connections."""
+    timeout = aiohttp.ClientTimeout(total=REPLACED_TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        yield session
+
+
+async def at_once(serve: RankedServe, way: str) -> dict[str, int]:
+    """What AT_ONCE clients see together, half of them streams: outcome to count."""
+    url = serve.url + WAYS[way]
+    async with session_for() as session:
+        seen = await asyncio.gather(
+            *(outcome(session, url, QUESTIONS[number], number % 2 == 0) for number in range(AT_ONCE))
+        )
+    return dict(Counter(seen))
+
+
+@asynccontextmanager
+async def asking(serve: RankedServe) -> AsyncIterator[Counter[str]]:
+    """Clients that ask by name, one question after the other, meanwhile. Half of them stream."""
+    seen: Counter[str] = Counter()
+    is_over = asyncio.Event()
+
+    async def client(session: aiohttp.ClientSession, number: int) -> None:
+        while not is_over.is_set():
+            seen[await outcome(session, serve.url, QUESTIONS[number % len(QUESTIONS)], number % 2 == 0)] += 1
+            number += CLIENTS
+
+    async with session_for() as session:
+        tasks = [asyncio.create_task(client(session, number)) for number in range(CLIENTS)]
+        yield seen
+        is_over.set()
+        await asyncio.gather(*tasks)
+
+
+async def death(serve: RankedServe, title: str) -> dict[str, Any]:
+    """What clients see by name while this process of vLLM dies and the replica is replaced, and what is left of it."""
+    replica, ranks = serve.replica(), serve.ranks()
+    (pid,) = [pid for pid, name in ranks.items() if name == title]
+    files = shared_files(ranks)
+    async with asking(serve) as seen:
+        await asyncio.sleep(1)
+        os.kill(pid, signal.SIGKILL)
+        started = time.monotonic()
+        await asyncio.to_thread(serve.wait_for_another, replica)
+        replaced_after_s = round(time.monotonic() - started, 1)
+        await asyncio.sleep(1)
+    left = left_behind([*ranks, replica], files)
+    return {"killed": title, "replaced_after_s": replaced_after_s, "by_name": dict(seen), "left": left}
+
+
+def findings(name: str, with_deaths: bool) -> Iterator[dict[str, Any]]:
+    """The answers by each way, and what comes after the death of each process in turn."""
+    started = time.monotonic()
+    serve = RankedServe(SHAPES[name])
+    try:
+        found = {"shape": name, "ready_after_s": round(time.monotonic() - started, 1)}
+        for way in WAYS:
+            found[way] = asyncio.run(at_once(serve, way))
+        yield found
+        for title in serve.ranks().values() if with_deaths else ():
+            told = asyncio.run(death(serve, title))
+            yield {"shape": name, **told, "by route": asyncio.run(at_once(serve, "by route"))}
+        ranks = serve.ranks()
+        files = shared_files(ranks)
+        yield {"shape": name, "left_at_end": [*serve.stop().values(), *left_behind(ranks, files)]}
+    finally:
+        serve.stop()
+        serve.clean_up()
