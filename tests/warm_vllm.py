@@ -58,7 +58,7 @@ class WarmVllm:
         return answer["result"]
 
     def close(self) -> None:
-        """Ends the processes, and waits until the first one is gone."""
+        """Ends the processes, and waits until all of them are gone."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -118,6 +118,10 @@ def main() -> None:
             by_rules[rules] = _forked_for(rules, replies)
         by_rules[rules].write(line)
         by_rules[rules].flush()
+    for requests in by_rules.values():
+        requests.close()
+    for _ in by_rules:  # The youngest ends first, since it has the older ones' pipes open too.
+        os.wait()
 
 
 def _forked_for(rules: str, replies: int) -> IO[bytes]:
@@ -159,7 +163,8 @@ def _answer_of_fork(request: dict[str, Any]) -> dict[str, Any]:
         status = os.waitpid(child, 0)[1]
         answered.seek(0)
         text = answered.read()
-        answer: dict[str, Any] = json.loads(text) if text else {"failure": f"its process ended with {status}"}
+        crashed = {"failure": f"its process ended with {os.waitstatus_to_exitcode(status)}"}
+        answer: dict[str, Any] = json.loads(text) if text else crashed
         if "failure" in answer:
             printed.seek(0)
             answer["failure"] += "\n" + printed.read().decode(errors="replace")[-MOST_PRINTED:]

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from serve_app.engines.facts_worker import MOST_CPU_S, WITH_ASKER
+from serve_app.engines.facts_worker import MOST_CPU_S, MOST_REASON, WITH_ASKER
 
 # The imports and each job take less than `MOST_CPU_S` of processor time, which may be twice as long on a busy machine.
 START_TIMEOUT_S = JOB_TIMEOUT_S = 2.0 * MOST_CPU_S
@@ -24,8 +24,6 @@ MOST_PROCESSES = 5
 LOOK_S = 0.1
 # The answers of a process are some kilobytes for each job.
 MOST_ANSWER_BYTES = 64 * 2**20
-# A message repeats this many letters of the process's last words.
-MOST_REASON = 300
 
 # The process gets these variables and no other ones. Those with keys and tokens are not among them, since the code of a
 # model may run there, and neither are settings of an engine, since answers are kept for plans with other settings.

@@ -1,6 +1,6 @@
 """Answers jobs about models inside the process that `facts_process.py` starts, for either engine.
 
-The process gets a JSON list of jobs and appends to a file of JSON lines: `{"job": NUMBER}` when it begins a job, and
+The process gets a JSON list of jobs and writes a file of JSON lines: `{"job": NUMBER}` when it begins a job, and
 then the job's answer, which is `job` with `facts` or with `error`. An answer is there as soon as it is known, so a job
 that ends the process costs no other job its answer. `is_refusal` stands beside an error that is the engine's own
 judgement of the model.
@@ -30,7 +30,7 @@ MOST_MEMORY_BYTES = 12 * 2**30
 # The imports take 10 to 30 s of processor time and a model takes up to 10 s. Each of them gets so many.
 MOST_CPU_S = 120
 # A reason is cut to this many letters.
-MOST_REASON = 400
+MOST_REASON = 300
 # The scratch folders of the process begin like this, and it removes no other folder.
 SCRATCH = "serve-app-facts-"
 WITH_ASKER = "--with-asker"
@@ -70,7 +70,7 @@ def work(
     _limit_memory()
     _limit_processor_time()
     jobs = json.loads(options.jobs.read_bytes())
-    with ready(jobs), options.answers.open("a") as file:
+    with ready(jobs), options.answers.open("w") as file:
         for number, job in enumerate(jobs):
             _limit_processor_time()
             _write(file, {"job": number})

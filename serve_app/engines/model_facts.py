@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve_app.engines.facts_process import MOST_REASON, answers_of
-from serve_app.engines.facts_worker import SCRATCH
+from serve_app.engines.facts_process import answers_of
+from serve_app.engines.facts_worker import MOST_REASON, SCRATCH
 from serve_app.engines.kept_facts import keep
 from serve_app.facts.known_facts import Answer, Question, answer_from_json, known_answer
 from serve_app.facts.packages import engine_versions

@@ -2,8 +2,8 @@
 
 An engine builds a model without storage in a process of its own (`engines/model_facts.py`), because that takes seconds
 and imports torch. The answers are kept as JSON files, one for each question, in the folder `facts` beside the file of
-calibrations. The package ships the answers for public models (`scripts/ship_facts.py`). Deleting the folder only costs
-time.
+calibrations (`engines/kept_facts.py`). The package ships the answers for public models (`scripts/ship_facts.py`).
+Deleting the folder only costs time.
 """
 
 import gzip

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from stat import S_ISREG
 
 # The code of a model asks for the files of its processor by these names.
 PROCESSOR_FILES = frozenset({"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"})
@@ -21,8 +22,8 @@ def code_digest(folder: Path) -> str:
     digest = sha256()
     for number, file in enumerate(sorted(islice(_files(folder), 10 * MOST_FILES))):
         digest.update(f"{file.relative_to(folder)}\0".encode(errors="surrogateescape"))
-        state = file.stat()
-        if number < MOST_FILES and state.st_size <= MOST_FILE_BYTES and file.is_file():
+        state = file.stat() if file.exists() else file.lstat()
+        if number < MOST_FILES and state.st_size <= MOST_FILE_BYTES and S_ISREG(state.st_mode):
             digest.update(sha256(file.read_bytes()).digest())
         else:
             digest.update(f"{state.st_size} {state.st_mtime_ns}".encode())

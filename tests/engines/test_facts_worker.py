@@ -91,7 +91,11 @@ def test_it_ends_with_whoever_asks(number: signal.Signals, tmp_path: Path) -> No
     finally:
         asker.send_signal(number)
         asker.wait(10)
-    until(lambda: not processes_of(scratch))
+    try:
+        until(lambda: not processes_of(scratch))
+    finally:
+        for process in processes_of(scratch):
+            os.kill(int(process), signal.SIGKILL)
     assert not list(place.iterdir())
 
 

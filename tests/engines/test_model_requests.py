@@ -78,6 +78,21 @@ def test_only_engines_that_may_run_the_model_are_asked(
     assert [question.engine for question in asked] == engines
 
 
+def test_code_of_a_model_is_part_of_the_question(folder: str) -> None:
+    """Where it may run."""
+
+    def keys(**settings: Any) -> set[str]:
+        found = read_request("m", config(folder, infer_backend="auto", **settings)).questions
+        return {question.key for question in found.values()}
+
+    code = Path(folder) / "modeling_new.py"
+    code.write_text("1")
+    safe, trusting = keys(), keys(trust_remote_code=True)
+    code.write_text("2")
+    assert keys() == safe
+    assert not keys(trust_remote_code=True) & trusting
+
+
 def test_two_replicas_of_a_file_ask_once(folder: str, asked: list[Question]) -> None:
     """Models that are alike are one question."""
     both = [read_request(name, config(folder, infer_backend="vllm")) for name in ("a", "b")]

@@ -73,6 +73,7 @@ def test_a_cached_model_is_read_without_the_hub(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     checkpoint = read_checkpoint("org/name")
     assert [tensor.shape for tensor in checkpoint.tensors] == [(10, 8)]
+    assert checkpoint.folder == snapshot  # It may have the files of a processor and code, which engines read.
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_a_model_that_runs_alone_is_planned_for_one_request() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_widely_used_models_have_their_published_size(name: str) -> None:
-    """Within 2 %. `python -m tests.planning.real_configs` asks for the largest ones too."""
+    """Within 2 %. `python -m tests.planning.real_configs` asks for all of `PARAMETERS`."""
     facts = facts_of(name)
     assert billions(facts) == pytest.approx(PARAMETERS[name], rel=TOLERANCE)
     assert len(facts.layers) == facts.names.count
