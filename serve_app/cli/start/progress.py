@@ -75,6 +75,13 @@ def loading(states: States, expected: Collection[str]) -> list[str]:
     return unknown + [name for name, item in states.items() if not item.is_settled]
 
 
+def serves_nothing(states: States, expected: Collection[str], routers: Collection[str]) -> bool:
+    """Returns whether each application of the file has failed. A router alone serves nothing, so it counts only in a
+    file that has nothing else."""
+    names = [name for name in expected if name not in routers] or list(expected)
+    return bool(names) and all(name in states and states[name].state == "failed" for name in names)
+
+
 def closing_lines(states: States, url: str, routers: Collection[str], is_open: bool) -> list[str]:
     """Returns the lines for the moment when nothing is loading any more. They say what serves where, with a command to
     try. Failures have been shown already."""

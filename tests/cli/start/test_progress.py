@@ -13,6 +13,7 @@ from serve_app.cli.start.progress import (
     memory_lines,
     of_ready,
     read_states,
+    serves_nothing,
 )
 from serve_app.replica.report import DeviceReport, ReplicaReport
 
@@ -104,6 +105,29 @@ def test_a_start_is_over_when_each_application_is_there_or_failed() -> None:
     assert not is_settled(states(ROUTER, READY), ["router", "a", "b"])
     assert not is_settled(states(ROUTER, LOADING), ["router", "a"])
     assert loading(states(ROUTER, LOADING), ["router", "a", "b"]) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("items", "expected", "is_so"),
+    [
+        ((ROUTER, FAILED), ["router", "b"], True),
+        ((ROUTER, READY, FAILED), ["router", "a", "b"], False),
+        ((ROUTER, FAILED), ["router", "a", "b"], False),
+        ((ROUTER, LOADING), ["router", "a"], False),
+        ((ROUTER, ApplicationState("a", "asleep", True)), ["router", "a"], False),
+        ((ApplicationState("router", "failed", False), READY), ["router", "a"], False),
+        ((ApplicationState("router", "failed", False),), ["router"], True),
+        ((FAILED, ApplicationState("own", "ready", False)), ["b", "own"], False),
+        ((FAILED, ApplicationState("theirs", "ready", True)), ["b"], True),
+        ((ROUTER,), [], False),
+    ],
+)
+def test_nothing_serves_when_all_but_the_router_has_failed(
+    items: tuple[ApplicationState, ...], expected: list[str], is_so: bool
+) -> None:
+    """A model that sleeps or that another program wrote counts as served, and a router counts only where it is
+    alone."""
+    assert serves_nothing(states(*items), expected, ["router"]) == is_so
 
 
 def test_the_end_says_what_serves_where_and_what_does_not() -> None:
