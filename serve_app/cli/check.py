@@ -21,6 +21,7 @@ from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
+from serve_app.field_errors import field_errors
 
 # If no cluster runs, the environment against which a file is checked has this name.
 HERE = "this environment"
@@ -171,8 +172,8 @@ def require_serves_schema(file: Path) -> None:
     try:
         ServeDeploySchema.model_validate(document)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{file}: Ray Serve refuses this file: {'; '.join(lines)}") from None
+        lines = field_errors(error.errors(), document)
+        raise ConfigError("\n".join(f"{file}: Ray Serve refuses this file: {line}" for line in lines)) from None
     except (AttributeError, ImportError, ValueError, TypeError) as error:  # A policy cannot be imported.
         raise ConfigError(f"{file}: Ray Serve refuses this file: {error}") from None
 

@@ -119,9 +119,7 @@ def test_the_lines_of_a_later_change_are_not_lost_to_a_hiccup(cluster: Cluster) 
     assert stream.getvalue().count("b is ready") == 1
 
 
-def test_a_start_after_which_nothing_serves_promises_nothing(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_after_which_nothing_serves_promises_nothing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure is told once, and no line says that anything serves or that Ctrl-C is needed."""
     details = {
         "router": {"status": "RUNNING", "message": "", "deployments": {}},
