@@ -1,4 +1,4 @@
-"""Says in this project's words what pydantic finds wrong in a file: the field, what was expected, and what was found."""
+"""Says in our words what pydantic finds wrong in a file: the field, what was expected, and what was found."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -48,13 +48,11 @@ def _place(path: Sequence[int | str], given: object) -> str:
     """Returns the path of a field. pydantic puts the names of types into it, which are no keys of what was given."""
     parts, value = [], given
     for number, part in enumerate(path):
-        is_last = number == len(path) - 1
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        elif not (isinstance(value, Mapping) and is_last and "[" not in str(part)):
-            continue
+        is_item = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if is_item or (isinstance(value, Mapping) and part in value):
+            value = value[part]  # type: ignore[index]  # It is a list with a number or a mapping.
+        elif not isinstance(value, Mapping) or number < len(path) - 1 or "[" in str(part):
+            continue  # It is the name of a type. The last part may be that of a field that is missing.
         parts.append(str(part))
     return ".".join(parts)
 

@@ -1,4 +1,4 @@
-"""Compares the `engine_args` of a config file, and its `quantization`, with the arguments of vLLM and the values that they
+"""Compares the `engine_args` and `quantization` of a config file with the arguments of vLLM and the values that these
 take, without importing vLLM."""
 
 from collections.abc import Iterable, Mapping

@@ -5,6 +5,7 @@ for a pipeline, whose stages are not alike.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device
@@ -60,21 +61,28 @@ def fit_vllm(
     needed = max(least, request.config.kv_cache_memory_bytes or 0)
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return small_cache(request, least)
+
+    def planned(cache: int) -> ModelPlan:
+        ranks = tuple(
+            RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in seats
+        )
+        full = (cache - spare) // per_request if per_request else rows
+        return ModelPlan(
+            request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
+            kv_bytes_per_request=per_request,
+            kv_tokens=full * request.max_model_len if per_request else 0,
+            max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
+            ranks=ranks,
+            kv_block_bytes=spare if request.knows_blocks else 0,
+        )  # fmt: skip
+
     if cache < least or cache > room:
-        return shortage(
+        short = shortage(
             request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
             bounds_of(request, [(device, free)], [limit]),
         )  # fmt: skip
-    ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in seats)
-    full = (cache - spare) // per_request if per_request else rows
-    return ModelPlan(
-        request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
-        kv_bytes_per_request=per_request,
-        kv_tokens=full * request.max_model_len if per_request else 0,
-        max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
-        ranks=ranks,
-        kv_block_bytes=spare if request.knows_blocks else 0,
-    )  # fmt: skip
+        return replace(short, attempt=lambda: planned(needed))
+    return planned(cache)
 
 
 def beside_layers(

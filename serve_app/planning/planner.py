@@ -118,7 +118,8 @@ def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int
         found, shortage = _first(unit, inventory, state, tally)
         if found is None:
             assert shortage is not None
-            problems.append(Problem(shortage.code, unit.name, shortage.message, shortage.missing))
+            missing, attempt = shortage.missing, shortage.attempt
+            problems.append(Problem(shortage.code, unit.name, shortage.message, missing, attempt=attempt))
         else:
             models.append(found.plan)
             state = found.state

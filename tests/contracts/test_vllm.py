@@ -93,12 +93,13 @@ def test_the_values_that_a_config_is_compared_with_are_vllms() -> None:
     actions = vllm_internals.argument_parser()._actions
     theirs = {action.dest: {str(value) for value in action.choices} - {"None"} for action in actions if action.choices}
     assert theirs == values.CHOICES
-    assert values.REGISTRIES == {
+    registries = {
         "quantization": set(QUANTIZATION_METHODS),
         "load_format": set(_LOAD_FORMAT_TO_MODEL_LOADER),
         "tool_call_parser": set(ToolParserManager.list_registered()),
         "reasoning_parser": set(ReasoningParserManager.list_registered()),
     }
+    assert registries == values.REGISTRIES
     assert values.PLUGIN_ARGUMENTS.keys() <= values.REGISTRIES.keys()
     assert set(values.PLUGIN_ARGUMENTS.values()) <= arguments.ARGUMENTS
 

@@ -67,11 +67,11 @@ def _explain(made: Plan, name: str, as_json: bool) -> int:
     """Prints each term of a model's plan. Returns 0 if everything fits, and 1 otherwise."""
     from serve_app.cli.plan import explain
 
-    models = explain.explained(made, name)
+    found = explain.explained(made, name)
     if as_json:
-        print(json.dumps([explain.to_json(model) for model in models], indent=1))
+        print(json.dumps([item.to_json() for item in found], indent=1))
     else:
-        print("\n".join(line for model in models for line in explain.lines(model)))
+        print("\n\n".join("\n".join(item.lines()) for item in found))
     return 0 if made.fits else 1
 
 
