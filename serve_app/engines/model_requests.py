@@ -9,14 +9,17 @@ from serve_app.config import ModelConfig
 from serve_app.engines.model_facts import answers
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import Checkpoint, read_checkpoint
-from serve_app.facts.engine_facts import EngineFacts
+from serve_app.facts.engine_facts import EngineFacts, TensorFacts
 from serve_app.facts.known_facts import Answer, Question, known_answer
 from serve_app.facts.model_code import code_digest
 from serve_app.facts.packages import facts_version
+from serve_app.facts.weights import CANNOT_BUILD, Tensor, tensors_without_weights
 from serve_app.planning.fit import ModelRequest
 
 # vLLM is asked about these tensor parallel sizes and that of the config, in one process.
 TENSOR_PARALLEL_SIZES = frozenset({1, 2, 4, 8})
+# The question for the tensors of a config.json has this name.
+TENSORS = "tensors"
 
 Tell = Callable[[str], None]
 
@@ -24,7 +27,7 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True)
 class Unanswered:
     """This is a model whose checkpoint was read, and what an engine has to be asked about it, by the fields of
-    `EngineFacts`."""
+    `EngineFacts`. "tensors" is asked for a model without files of weights."""
 
     request: ModelRequest
     checkpoint: Checkpoint
@@ -40,9 +43,11 @@ def read_request(name: str, config: ModelConfig, replicas: int = 1) -> Unanswere
 
 def questions_of(request: ModelRequest, checkpoint: Checkpoint) -> dict[str, Question]:
     """Returns what the plan has to know from engines: of vLLM with the config's own type of KV cache and in 8 bits, and
-    of pt."""
+    of pt. Where there are no files of weights, transformers is asked for the tensors of the config.json."""
     config, shape = request.config, request.architecture
     found = {}
+    if checkpoint.lacks_tensors:
+        found[TENSORS] = Question("pt", facts_version("pt"), checkpoint.config, {"wants": TENSORS})
     if config.infer_backend != "pt" and not request.formulas_hold:
         if request.kv_cache_dtype != "fp8":
             own = None if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
@@ -87,8 +92,8 @@ def _code(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def answered(unanswered: Sequence[Unanswered], tell: Tell | None) -> list[ModelRequest]:
-    """Returns the requests with what the engines say. Without `tell` no engine is asked, and only what was kept or is
-    shipped is known."""
+    """Returns the requests with what the engines say. Without `tell` no process is started for it, and only what was
+    kept or is shipped is known. Raises ConfigError for a model without files of weights that cannot be built."""
     flat = [(item, question) for item in unanswered for question in item.questions.values()]
     questions = {question.key: (question, item.checkpoint.folder) for item, question in flat}
     if tell is None:
@@ -100,9 +105,22 @@ def answered(unanswered: Sequence[Unanswered], tell: Tell | None) -> list[ModelR
 
 
 def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest:
-    known = {field: found[question.key] for field, question in item.questions.items()}
+    known = {field: found[question.key] for field, question in item.questions.items() if field != TENSORS}
+    request = item.request
+    if TENSORS in item.questions:
+        request = replace(request, tensors=_tensors(item, found[item.questions[TENSORS].key]))
     reasons = {item.questions[field].engine: answer.problem for field, answer in known.items() if answer.problem}
     text = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
-    versions = {f"{question.engine}_version": question.version for question in item.questions.values()}
+    versions = {f"{item.questions[field].engine}_version": item.questions[field].version for field in known}
     facts = EngineFacts(**{field: answer.facts for field, answer in known.items()}, **versions)  # type: ignore[arg-type]
-    return replace(item.request, facts_problem=text, engine_facts=facts)
+    return replace(request, facts_problem=text, engine_facts=facts)
+
+
+def _tensors(item: Unanswered, answer: Answer) -> tuple[Tensor, ...]:
+    """Returns the tensors that transformers makes of a model's config.json. Raises ConfigError if it makes none."""
+    where = f"model: {item.request.config.model}"
+    if isinstance(answer.facts, TensorFacts):
+        return answer.facts.tensors
+    if not answer.problem:  # No process was asked, as in a replica, which has imported torch already.
+        return tuple(tensors_without_weights(item.checkpoint.config, where))
+    raise ConfigError(f"{where}: {CANNOT_BUILD} {answer.problem}")

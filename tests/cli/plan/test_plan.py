@@ -186,7 +186,9 @@ def test_a_model_without_a_place_is_explained_by_its_nearest_attempt(
     (model,) = json.loads(capsys.readouterr().out)
     assert model["problem"]["code"] == "over_commit"
     assert len(model["ranks"]) == ranks
-    total = sum(float(size.removesuffix("GiB")) * int(count or 1) for count, size in re.findall(r"(?:(\d)x)?(\d+GiB)", gpus))
+    total = sum(
+        float(size.removesuffix("GiB")) * int(count or 1) for count, size in re.findall(r"(?:(\d)x)?(\d+GiB)", gpus)
+    )
     rooms = 0.98 * total * GIB if "--max-memory" not in options else 7e9
     over = sum(rank["share_bytes"] for rank in model["ranks"]) - rooms
     missing = model["problem"]["missing_bytes"]
