@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve_app.config import ModelConfig
-from serve_app.engines.model_requests import answered, read_request
+from serve_app.engines.model_requests import answered, cards_of, read_request
 from serve_app.errors import ConfigError, PlacementError
 from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.engine_facts import NO_FACTS
@@ -48,7 +48,7 @@ def require_all_replicas(
     if count == 1:
         return
     try:
-        request = _request(config)
+        request = _request(config, inventory)
         if request.unplanned:
             return
         resolve(request, inventory)
@@ -62,7 +62,7 @@ def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Invent
     if inventory is None or not _needs_plan(config, inventory):
         return None
     try:
-        request = _request(config)
+        request = _request(config, inventory)
     except ConfigError:
         if is_auto:
             raise
@@ -79,7 +79,8 @@ def _needs_plan(config: ModelConfig, inventory: Inventory | None) -> bool:
     return bool(inventory.gpus) or config.infer_backend == "auto"
 
 
-def _request(config: ModelConfig) -> ModelRequest:
+def _request(config: ModelConfig, inventory: Inventory) -> ModelRequest:
     """Returns the model with the facts of its checkpoint, and of the engines if they are installed here. Raises
     ConfigError."""
-    return answered([read_request("model", config)], lambda text: notify(f"{config.model}: {text}"))[0]
+    read = read_request("model", config, cards=cards_of(inventory))
+    return answered([read], lambda text: notify(f"{config.model}: {text}"))[0]

@@ -1,15 +1,17 @@
 """Makes the request of a plan from a config: the facts of its checkpoint, and of the engines' own code where the plan
 has no formulas."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.engines.model_facts import answers
 from serve_app.errors import ConfigError
+from serve_app.facts.card_capability import HOPPER, Capability, capability_text, card_capability, read_capability
 from serve_app.facts.checkpoint import Checkpoint, read_checkpoint
-from serve_app.facts.engine_facts import EngineFacts, TensorFacts
+from serve_app.facts.engine_facts import CardFacts, EngineFacts, TensorFacts
+from serve_app.facts.inventory import Inventory
 from serve_app.facts.known_facts import Answer, Question, known_answer
 from serve_app.facts.model_code import code_digest
 from serve_app.facts.packages import facts_version
@@ -20,6 +22,8 @@ from serve_app.planning.fit import ModelRequest
 TENSOR_PARALLEL_SIZES = frozenset({1, 2, 4, 8})
 # The question for the tensors of a config.json has this name.
 TENSORS = "tensors"
+# A field of a question about other cards than Hopper ends with this and their capability.
+ON = "@"
 
 Tell = Callable[[str], None]
 
@@ -34,14 +38,23 @@ class Unanswered:
     questions: dict[str, Question]
 
 
-def read_request(name: str, config: ModelConfig, replicas: int = 1) -> Unanswered:
-    """Returns a model with the facts of its checkpoint. Raises ConfigError if they cannot be read."""
+def read_request(name: str, config: ModelConfig, replicas: int = 1, cards: Collection[Capability] = ()) -> Unanswered:
+    """Returns a model with the facts of its checkpoint. `cards` are the compute capabilities for which it is to be
+    planned. Raises ConfigError if they cannot be read."""
     checkpoint = read_checkpoint(config.model, config.revision)
     request = ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
-    return Unanswered(request, checkpoint, questions_of(request, checkpoint))
+    return Unanswered(request, checkpoint, questions_of(request, checkpoint, cards))
 
 
-def questions_of(request: ModelRequest, checkpoint: Checkpoint) -> dict[str, Question]:
+def cards_of(inventory: Inventory | None) -> frozenset[Capability]:
+    """Returns the compute capabilities of an inventory's cards, as far as they are known."""
+    found = {card_capability(device.name) for device in (inventory.gpus if inventory is not None else ())}
+    return frozenset(capability for capability in found if capability is not None)
+
+
+def questions_of(
+    request: ModelRequest, checkpoint: Checkpoint, cards: Collection[Capability] = ()
+) -> dict[str, Question]:
     """Returns what the plan has to know from engines: of vLLM with the config's own type of KV cache and in 8 bits, and
     of pt. Where there are no files of weights, transformers is asked for the tensors of the config.json."""
     config, shape = request.config, request.architecture
@@ -53,6 +66,7 @@ def questions_of(request: ModelRequest, checkpoint: Checkpoint) -> dict[str, Que
             own = None if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
             found["vllm"] = _of_vllm(request, checkpoint, own)
         found["vllm_fp8"] = _of_vllm(request, checkpoint, "fp8")
+        found |= _on_other_cards(request, found, cards)
     if config.infer_backend != "vllm" and not shape.has_formulas:
         found["pt"] = _of_pt(config, checkpoint)
     return found
@@ -73,6 +87,24 @@ def _of_vllm(request: ModelRequest, checkpoint: Checkpoint, kv_cache_dtype: str 
         settings["engine_args"] = arguments
     settings |= _code(config, checkpoint)
     return Question("vllm", facts_version("vllm"), checkpoint.config, settings)
+
+
+def _on_other_cards(
+    request: ModelRequest, asked: Mapping[str, Question], cards: Collection[Capability]
+) -> dict[str, Question]:
+    """Returns the same questions for the other cards, if vLLM chooses the kernels of the model's weights by the card.
+    The answers for Hopper are those that the plan has without a card, and are shipped for public models."""
+    is_quantised = bool(request.config.quantization or request.architecture.quantization)
+    if not is_quantised or request.config.device == "cpu":
+        return {}
+    return {
+        f"{field}{ON}{capability_text(card)}": replace(
+            question, settings={**question.settings, "rules": f"{question.settings['rules']} {capability_text(card)}"}
+        )
+        for card in sorted(set(cards) - {HOPPER})
+        for field, question in asked.items()
+        if question.engine == "vllm"
+    }
 
 
 def _of_pt(config: ModelConfig, checkpoint: Checkpoint) -> Question:
@@ -105,15 +137,27 @@ def answered(unanswered: Sequence[Unanswered], tell: Tell | None) -> list[ModelR
 
 
 def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest:
-    known = {field: found[question.key] for field, question in item.questions.items() if field != TENSORS}
+    answered = {field: found[question.key] for field, question in item.questions.items() if field != TENSORS}
+    known = {field: answer for field, answer in answered.items() if ON not in field}
     request = item.request
     if TENSORS in item.questions:
         request = replace(request, tensors=_tensors(item, found[item.questions[TENSORS].key]))
     reasons = {item.questions[field].engine: answer.problem for field, answer in known.items() if answer.problem}
     text = "; ".join(f"{engine}: {reason}" for engine, reason in reasons.items())
     versions = {f"{item.questions[field].engine}_version": item.questions[field].version for field in known}
-    facts = EngineFacts(**{field: answer.facts for field, answer in known.items()}, **versions)  # type: ignore[arg-type]
+    others = _others(answered)
+    facts = EngineFacts(**{field: answer.facts for field, answer in known.items()}, **versions, others=others)  # type: ignore[arg-type]
     return replace(request, facts_problem=text, engine_facts=facts)
+
+
+def _others(answered: Mapping[str, Answer]) -> tuple[CardFacts, ...]:
+    """Returns what vLLM said of other cards, by their capability."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, answer in answered.items():
+        field, is_other, capability = name.partition(ON)
+        if is_other:
+            found.setdefault(capability, {})[field] = answer.facts
+    return tuple(CardFacts(read_capability(text), **facts) for text, facts in found.items())
 
 
 def _tensors(item: Unanswered, answer: Answer) -> tuple[Tensor, ...]:

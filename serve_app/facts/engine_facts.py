@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from serve_app.facts.card_capability import HOPPER, Capability
 from serve_app.facts.safetensors_header import SIZES
 from serve_app.facts.weights import Tensor
 
@@ -144,17 +145,38 @@ Facts = VllmFacts | PtFacts | TensorFacts
 
 
 @dataclass(frozen=True)
+class CardFacts:
+    """This is what vLLM says of a model on cards of one compute capability, as `EngineFacts` has it for Hopper."""
+
+    capability: Capability
+    vllm: VllmFacts | None = None
+    vllm_fp8: VllmFacts | None = None
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """This is all that engines say of one model. `vllm` is what vLLM says with the config's own type of KV cache, and
     `vllm_fp8` what it says with `kv_cache_dtype: fp8`. What was not asked, or has no answer, is None.
 
-    `vllm_version` and `pt_version` are those of the packages whose code was asked, and are empty where nothing was."""
+    Both hold for cards of the compute capability `capability`. `others` has what vLLM says on other cards, which is
+    asked for quantised weights. `vllm_version` and `pt_version` are those of the packages whose code was asked, and are
+    empty where nothing was."""
 
     vllm: VllmFacts | None = None
     vllm_fp8: VllmFacts | None = None
     pt: PtFacts | None = None
     vllm_version: str = ""
     pt_version: str = ""
+    capability: Capability = HOPPER
+    others: tuple[CardFacts, ...] = ()
+
+    def on(self, capability: Capability) -> "EngineFacts":
+        """Returns what engines say of the model on cards of this capability, or these facts if vLLM said nothing of
+        them."""
+        found = next((card for card in self.others if card.capability == capability), None)
+        if found is None or found.vllm is None:
+            return self
+        return replace(self, vllm=found.vllm, vllm_fp8=found.vllm_fp8, capability=capability)
 
     def version(self, engine: str) -> str:
         """Returns the version of "vllm" or "pt" for which the facts hold."""

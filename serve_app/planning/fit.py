@@ -471,7 +471,7 @@ def fit_pt(
             roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
             roomy[-1] += whole.weights + whole.cache(least, rows)
             filled = map_layers(blocks, roomy, least, rows, spills=False)
-            return filled and _pt_plan(request, devices, overheads, filled, least, rows, reasons)
+            return None if filled is None else _pt_plan(request, devices, overheads, filled, least, rows, reasons)
 
         return replace(short, attempt=attempt)
     left = len(mapped.rest.blocks)

@@ -24,15 +24,15 @@ def plan(options: argparse.Namespace) -> int:
     for target in filter(None, (options.svg, options.write)):
         require_folder(target)
     inventory = _inventory(options.gpus, options.inventory, options.address)
-    requests = requests_of_options(options) if options.model else requests_of_file(options.config)
+    requests = requests_of_options(options, inventory) if options.model else requests_of_file(options.config, inventory)
     if options.at_once is not None:
         requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
     if options.what == "fits":
         return _what_fits(requests, inventory, options.json)
     made = _planned(requests, inventory)
     if options.compare is not None:
-        others = [replace(request, at_once=requests[0].at_once) for request in requests_of_file(options.compare)]
-        other = _planned(others, inventory)
+        others = requests_of_file(options.compare, inventory)
+        other = _planned([replace(request, at_once=requests[0].at_once) for request in others], inventory)
         return _compare(made, other, (str(options.config or "the models"), str(options.compare)), options.json)
     if options.explain is not None:
         return _explain(made, options.explain, options.json)
@@ -97,7 +97,8 @@ def _show(made: Plan, options: argparse.Namespace) -> None:
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
     """Returns the plan of a Serve config file for these GPUs, or those of the cluster or this machine. Raises
     ConfigError."""
-    return _planned(requests_of_file(path), _inventory(gpus, inventory, address))
+    devices = _inventory(gpus, inventory, address)
+    return _planned(requests_of_file(path, devices), devices)
 
 
 def _planned(requests: list[ModelRequest], inventory: Inventory) -> Plan:
