@@ -118,6 +118,10 @@ def read_applications(path: Path) -> list[ApplicationSpec]:
         document = yaml.safe_load(path.read_text())
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: the file is not UTF-8 text.") from None
+    except IsADirectoryError:
+        holds_model = (path / "config.json").exists()
+        hint = f" To plan the model in it, give --model {path}." if holds_model else ""
+        raise ConfigError(f"{path}: this is a folder. A Ray Serve config file (YAML) is needed.{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except yaml.YAMLError as error:

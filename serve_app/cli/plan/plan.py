@@ -46,9 +46,9 @@ def _what_fits(requests: list[ModelRequest], inventory: Inventory, as_json: bool
     if as_json:
         print(json.dumps([way.to_json() for way in ways], indent=1))
     else:
-        from serve_app.cli.plan.tables import fits_table, print_table
+        from serve_app.cli.plan.tables import fits_page, print_page
 
-        print_table(fits_table(ways))
+        print_page(fits_page(ways))
     return 0 if {way.model for way in ways if way.max_model_len} == {request.name for request in requests} else 1
 
 
@@ -57,9 +57,9 @@ def _compare(one: Plan, other: Plan, names: tuple[str, str], as_json: bool) -> i
     if as_json:
         print(json.dumps([one.to_json(), other.to_json()], indent=1))
     else:
-        from serve_app.cli.plan.tables import comparison_table, print_table
+        from serve_app.cli.plan.tables import comparison_page, print_page
 
-        print_table(comparison_table(one, other, names))
+        print_page(comparison_page(one, other, names))
     return 0 if other.fits else 1
 
 
@@ -107,6 +107,8 @@ def _planned(requests: list[ModelRequest], inventory: Inventory) -> Plan:
 
 def _require_one_way(options: argparse.Namespace) -> None:
     """Raises ConfigError for options that would have no effect."""
+    if not options.model and options.config is None:
+        raise ConfigError("plan: name a Serve config file, or a model with --model.")
     if options.model and options.config is not None:
         raise ConfigError("plan: give a config file or --model, not both.")
     given = [name for name in MODEL_OPTIONS if getattr(options, name) not in (None, "auto")]
@@ -121,6 +123,8 @@ def _require_one_way(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"plan: {shown[0]} prints something else than the plan, so {shown[1]} has no place beside it."
         )
+    if options.device == "cpu" and options.gpus is not None:
+        raise ConfigError("plan: --device cpu plans for the memory of a machine, and --gpus has none. Leave one out.")
     if options.gpus is not None and not options.gpus.strip():
         raise ConfigError("plan: --gpus is empty. Write sizes or names such as 8GiB,24GiB or 2xA100-80GB.")
 

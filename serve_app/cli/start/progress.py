@@ -1,5 +1,6 @@
 """Decides what `serve-app run` shows of a start, as functions of Serve's statuses."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,9 +102,13 @@ def of_ready(reports: Sequence[ReplicaReport], states: States) -> list[ReplicaRe
 
 
 def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, str]]) -> list[str]:
-    """Returns a line with the planned and measured memory of each device, for the replicas that were not shown yet."""
+    """Returns a line with the planned and measured memory of each device, for the replicas that were not shown yet. If
+    a model has several replicas, the line has Serve's name of the replica too."""
+    known = {*told, *((report.application, report.replica) for report in reports)}
+    counts = Counter(application for application, _ in known)
     return [
-        f"{report.application}: {_memory(device)}"
+        f"{report.application}{f' (replica {report.replica})' if counts[report.application] > 1 else ''}: "
+        f"{_memory(device)}"
         for report in reports
         if (report.application, report.replica) not in told
         for device in report.devices

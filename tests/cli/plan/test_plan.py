@@ -253,3 +253,19 @@ def test_explain_names_vllms_own_code_where_it_was_asked(
         assert main([*asked, "--model", str(CONFIGS / name), "--explain", name]) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights")]
         assert words in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", DEMO_MODEL, "--device", "cpu", "--gpus", "24GiB"], "--gpus has none. Leave one out."),
+        ([str(CONFIGS)], "this is a folder. A Ray Serve config file (YAML) is needed."),
+        ([str(CONFIGS / "qwen2-7b")], f"To plan the model in it, give --model {CONFIGS / 'qwen2-7b'}."),
+    ],
+)
+def test_what_contradicts_itself_or_is_another_thing_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what was expected."""
+    assert main(["plan", *arguments]) == 2
+    assert words in capsys.readouterr().err

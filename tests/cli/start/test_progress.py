@@ -166,8 +166,18 @@ def test_memory_is_told_for_each_device_once() -> None:
     """What nobody knows is said to be unknown."""
     gpu = DeviceReport("GPU-x", 1, 3 * GIB, "exact", 2 * GIB, None, 0, 0)
     cpu = DeviceReport("cpu", None, None, "", None, None, 0, 0)
-    told = memory_lines([report("1", gpu, cpu), report("2", cpu)], {("a", "2")})
-    assert told == [
+    assert memory_lines([report("1", gpu, cpu)], set()) == [
         "a: GPU 1: planned 3.00 GiB, holds 2.00 GiB",
         "a: memory: not planned, and its memory cannot be measured",
     ]
+
+
+def test_memory_of_a_second_replica_has_its_name() -> None:
+    """It is Serve's, as in `serve-app status`. A replica that was told before is not told again."""
+    cpu = DeviceReport("cpu", None, GIB, "exact", GIB, None, 0, 0)
+    first = {("a", "x1")}
+    assert memory_lines([report("x1", cpu), report("x2", cpu)], first) == [
+        "a (replica x2): memory: planned 1.00 GiB, holds 1.00 GiB"
+    ]
+    both = memory_lines([report("x1", cpu), report("x2", cpu)], set())
+    assert [line.partition(":")[0] for line in both] == ["a (replica x1)", "a (replica x2)"]
