@@ -27,12 +27,11 @@ def connected(address: str | None) -> Iterator[str | None]:
     elif not ray_may_run_here():
         yield None
         return
-    # Ray's libraries would write of each failed call to the terminal, before the message here.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     try:
-        ray.init(address=where, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        with _silent_libraries():
+            ray.init(address=where, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except ConnectionError:
         if where == "auto":
             yield None
@@ -48,6 +47,22 @@ def connected(address: str | None) -> Iterator[str | None]:
         yield asked
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Sends what is written to stderr inside to nowhere. Ray's compiled library writes of each try to connect there,
+    before any setting of its logs counts. What matters is raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def several(asked: str, clusters: Sequence[str]) -> str:

@@ -1,12 +1,15 @@
 """Which Ray cluster a command asks."""
 
 import contextlib
+import os
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+import ray
 
 from serve_app.cli.cluster import connected, require_open, several
 from serve_app.errors import ConfigError
@@ -61,6 +64,27 @@ def test_what_listens_and_is_no_head_is_told_at_once(greeting: bytes, capfd: pyt
     finally:
         listener.close()
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_rays_library_writes_while_it_connects_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It writes past Python. What is written before and after stays, and the error is ours."""
+
+    def init(**_: object) -> None:
+        os.write(2, b"rpc_client.h: Failed to connect to GCS\n")
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "init", init)
+    listener = Listener(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    print("before", file=sys.stderr)
+    try:
+        with pytest.raises(ConfigError, match="does not accept this program"), connected(listener.address):
+            pass
+    finally:
+        listener.close()
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "before\nafter\n"
 
 
 def test_the_server_of_rays_head_is_known() -> None:
