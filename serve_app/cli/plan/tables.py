@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -50,7 +51,7 @@ class Page:
         """Returns it as a table, for a page on which it fits."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for number, title in enumerate(self.titles):
-            justify = "right" if number in self.numbers else "left"
+            justify: Literal["left", "right"] = "right" if number in self.numbers else "left"
             table.add_column(
                 title, justify=justify, no_wrap=number not in self.prose, min_width=self._least(number)
             )  # fmt: skip
