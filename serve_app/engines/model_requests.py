@@ -10,7 +10,7 @@ from serve_app.engines.model_facts import answers
 from serve_app.errors import ConfigError
 from serve_app.facts.card_capability import HOPPER, Capability, capability_text, card_capability, read_capability
 from serve_app.facts.checkpoint import Checkpoint, read_checkpoint
-from serve_app.facts.engine_facts import CardFacts, EngineFacts, TensorFacts
+from serve_app.facts.engine_facts import CardFacts, EngineFacts, TensorFacts, VllmFacts
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.known_facts import Answer, Question, known_answer
 from serve_app.facts.model_code import code_digest
@@ -18,12 +18,15 @@ from serve_app.facts.packages import facts_version
 from serve_app.facts.weights import CANNOT_BUILD, Tensor, tensors_without_weights
 from serve_app.planning.fit import ModelRequest
 
-# vLLM is asked about these tensor parallel sizes and that of the config, in one process.
-TENSOR_PARALLEL_SIZES = frozenset({1, 2, 4, 8})
+# vLLM is asked about these tensor parallel sizes at once. Another size of a config is a question of its own, in the
+# same process, so that the answer for these sizes is found among those that are kept or shipped.
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 # The question for the tensors of a config.json has this name.
 TENSORS = "tensors"
 # A field of a question about other cards than Hopper ends with this and their capability.
 ON = "@"
+# A field of a question about a tensor parallel size that is none of those ends with this.
+ONE_SIZE = "+"
 
 Tell = Callable[[str], None]
 
@@ -67,6 +70,7 @@ def questions_of(
             found["vllm"] = _of_vllm(request, checkpoint, own)
         found["vllm_fp8"] = _of_vllm(request, checkpoint, "fp8")
         found |= _on_other_cards(request, found, cards)
+        found |= _of_own_size(config, found)
     if config.infer_backend != "vllm" and not shape.has_formulas:
         found["pt"] = _of_pt(config, checkpoint)
     return found
@@ -74,13 +78,12 @@ def questions_of(
 
 def _of_vllm(request: ModelRequest, checkpoint: Checkpoint, kv_cache_dtype: str | None) -> Question:
     config, arguments = request.config, request.asked_arguments
-    sizes = TENSOR_PARALLEL_SIZES | {config.tensor_parallel_size or 1}
     settings: dict[str, Any] = {
         "dtype": config.dtype,
         "kv_cache_dtype": kv_cache_dtype,
         "quantization": config.quantization,
         "trust_remote_code": config.trust_remote_code,
-        "tensor_parallel_sizes": sorted(sizes),
+        "tensor_parallel_sizes": list(TENSOR_PARALLEL_SIZES),
         "rules": config.device,
     }
     if arguments:  # Most configs have none, whose answers are shipped.
@@ -102,6 +105,18 @@ def _on_other_cards(
             question, settings={**question.settings, "rules": f"{question.settings['rules']} {capability_text(card)}"}
         )
         for card in sorted(set(cards) - {HOPPER})
+        for field, question in asked.items()
+        if question.engine == "vllm"
+    }
+
+
+def _of_own_size(config: ModelConfig, asked: Mapping[str, Question]) -> dict[str, Question]:
+    """Returns the same questions of vLLM for the config's own tensor parallel size, if it is none of the usual ones."""
+    size = config.tensor_parallel_size or 1
+    if size in TENSOR_PARALLEL_SIZES:
+        return {}
+    return {
+        f"{field}{ONE_SIZE}": replace(question, settings={**question.settings, "tensor_parallel_sizes": [size]})
         for field, question in asked.items()
         if question.engine == "vllm"
     }
@@ -137,7 +152,7 @@ def answered(unanswered: Sequence[Unanswered], tell: Tell | None) -> list[ModelR
 
 
 def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest:
-    answered = {field: found[question.key] for field, question in item.questions.items() if field != TENSORS}
+    answered = _joined({field: found[question.key] for field, question in item.questions.items() if field != TENSORS})
     known = {field: answer for field, answer in answered.items() if ON not in field}
     request = item.request
     if TENSORS in item.questions:
@@ -148,6 +163,21 @@ def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest
     others = _others(answered)
     facts = EngineFacts(**{field: answer.facts for field, answer in known.items()}, **versions, others=others)  # type: ignore[arg-type]
     return replace(request, facts_problem=text, engine_facts=facts)
+
+
+def _joined(answers: Mapping[str, Answer]) -> dict[str, Answer]:
+    """Returns the answers with those for one size as a part of those for the usual sizes."""
+    found = {field: answer for field, answer in answers.items() if not field.endswith(ONE_SIZE)}
+    for field, own in answers.items():
+        name = field.removesuffix(ONE_SIZE)
+        if name == field:
+            continue
+        usual = found[name]
+        parts = [answer.facts for answer in (usual, own) if isinstance(answer.facts, VllmFacts)]
+        ranks = {size: rank for part in parts for size, rank in part.ranks.items()}
+        refusals = {size: reason for part in parts for size, reason in part.refusals.items()}
+        found[name] = Answer(VllmFacts(ranks, refusals) if parts else None, own.problem or usual.problem)
+    return found
 
 
 def _others(answered: Mapping[str, Answer]) -> tuple[CardFacts, ...]:

@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.config import ModelConfig
 from serve_app.engines import model_requests
-from serve_app.engines.model_requests import Tell, answered, read_request
+from serve_app.engines.model_requests import Tell, _joined, answered, read_request
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import DEMO_MODEL
 from serve_app.facts.engine_facts import CacheLayer, RankFacts, TensorFacts, VllmFacts
@@ -215,3 +215,24 @@ def test_arguments_at_their_defaults_ask_nobody(asked: list[Question]) -> None:
     own = {**args, "limit_mm_per_prompt": {"image": 0}}
     found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=own))
     assert found.questions["vllm"].settings["engine_args"] == {"limit_mm_per_prompt": {"image": 0}}
+
+
+def test_an_unusual_size_is_asked_about_beside_the_usual_ones(folder: str, asked: list[Question]) -> None:
+    """So the answer for the usual sizes is one that is kept or shipped, and the plan has all of them."""
+    usual = read_request("m", config(folder, infer_backend="vllm"))
+    found = read_request("m", config(folder, infer_backend="vllm", tensor_parallel_size=3))
+    keys = {question.key for question in usual.questions.values()}
+    assert keys < {question.key for question in found.questions.values()}
+    (request,) = answered([found], print)
+    assert [question.settings["tensor_parallel_sizes"] for question in asked] == [[1, 2, 4, 8]] * 2 + [[3]] * 2
+    assert request.vllm_facts is not None
+    assert set(request.vllm_facts.ranks) == {1}, "the engine here says the same of each question"
+
+
+def test_what_is_said_of_one_size_joins_what_is_said_of_the_others() -> None:
+    """Ranks and refusals. A fault over one size costs the others nothing."""
+    usual = Answer(VllmFacts({1: rank(MIB)}, {8: "8 heads"}))
+    own = Answer(VllmFacts({3: rank(2 * MIB)}))
+    both, of_pt = VllmFacts({1: rank(MIB), 3: rank(2 * MIB)}, {8: "8 heads"}), Answer(None, "no")
+    assert _joined({"vllm": usual, "vllm+": own, "pt": of_pt}) == {"vllm": Answer(both), "pt": of_pt}
+    assert _joined({"vllm": usual, "vllm+": Answer(None, "a fault")})["vllm"].facts == usual.facts
