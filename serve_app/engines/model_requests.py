@@ -34,7 +34,8 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True)
 class Unanswered:
     """This is a model whose checkpoint was read, and what an engine has to be asked about it, by the fields of
-    `EngineFacts`. "tensors" is asked for a model without files of weights."""
+    `EngineFacts`, with `ON` and `ONE_SIZE` behind those for other cards and for another size. "tensors" is asked for a
+    model without files of weights."""
 
     request: ModelRequest
     checkpoint: Checkpoint

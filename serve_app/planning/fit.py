@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from serve_app.config import ModelConfig
@@ -465,14 +466,7 @@ def fit_pt(
         bounds = bounds_of(request, devices, limits)
         whole = BlockGroup(tuple(blocks))
         short = _pt_shortage(request, devices, overheads, rooms, whole, least, spills, bounds)
-
-        def attempt() -> ModelPlan | None:
-            """What no device has room for counts on the last one, and the first one has the embedding."""
-            roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
-            roomy[-1] += whole.weights + whole.cache(least, rows)
-            filled = map_layers(blocks, roomy, least, rows, spills=False)
-            return None if filled is None else _pt_plan(request, devices, overheads, filled, least, rows, reasons)
-
+        attempt = partial(_pt_attempt, request, devices, overheads, rooms, blocks, least, rows, reasons)
         return replace(short, attempt=attempt)
     left = len(mapped.rest.blocks)
 
@@ -485,6 +479,25 @@ def fit_pt(
     if (problem := _tier_problem(request, mapped)) is not None:
         return problem
     return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
+
+
+def _pt_attempt(
+    request: ModelRequest,
+    devices: Sequence[tuple[Device, int]],
+    overheads: Sequence[tuple[Figure, Figure]],
+    rooms: Sequence[int],
+    blocks: Sequence[Block],
+    tokens: int,
+    rows: int,
+    reasons: Sequence[str],
+) -> ModelPlan | None:
+    """Returns the plan of a replica that does not fit. What no device has room for counts on the last one, and the
+    first one has the embedding."""
+    whole = BlockGroup(tuple(blocks))
+    roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
+    roomy[-1] += whole.weights + whole.cache(tokens, rows)
+    filled = map_layers(blocks, roomy, tokens, rows, spills=False)
+    return None if filled is None else _pt_plan(request, devices, overheads, filled, tokens, rows, reasons)
 
 
 def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:
