@@ -34,7 +34,10 @@ SOURCES = {
 
 # These replace them where the plan has no formulas proven for the model.
 OWN_CODE = {
-    ("weights", "vllm"): "the layers that vLLM's own code builds from config.json, as on an H100",
+    (
+        "weights",
+        "vllm",
+    ): "the layers that vLLM's own code builds from config.json, for this card if it was asked about it, or an H100",
     ("weights", "pt"): "the modules that transformers' own code builds from config.json, of the layers that are here",
 }
 
