@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.errors import ConfigError, nearest
+from serve_app.field_errors import field_errors
 
 # Decimal and binary units as accelerate reads them. accelerate takes "gb" for gigaBITS; we refuse that spelling.
 UNITS = {
@@ -146,7 +147,7 @@ class _Strict(BaseModel):
         try:
             return cls.model_validate(args)
         except ValidationError as error:
-            raise ConfigError("\n".join(explain(item) for item in error.errors())) from None
+            raise ConfigError("\n".join(field_errors(error.errors(), args))) from None
 
 
 def _unknown_field(name: str, known: Mapping[str, object]) -> str:
@@ -155,17 +156,6 @@ def _unknown_field(name: str, known: Mapping[str, object]) -> str:
     if name in FOREIGN_NAMES and FOREIGN_NAMES[name] in known:
         return f"unknown field '{name}'. Did you mean '{FOREIGN_NAMES[name]}'?"
     return f"unknown field '{name}'.{nearest(name, known) or ' Known fields: ' + ', '.join(known) + '.'}"
-
-
-def explain(error: Any) -> str:
-    """Returns one line for one of pydantic's errors (an item of `ValidationError.errors()`)."""
-    where = ".".join(str(part) for part in error["loc"] if "[" not in str(part))
-    if error["type"] == "missing":
-        return f"missing field '{where}'."
-    if error["type"] == "value_error":
-        text = str(error["ctx"]["error"])
-        return text if not where or text.startswith(where) else f"{where}: {text}"
-    return f"{where}: {error['msg']} (got {error['input']!r})."
 
 
 def _max_memory_or_none(value: object) -> dict[MaxMemoryKey, int] | None:

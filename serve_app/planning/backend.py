@@ -104,7 +104,7 @@ def _pipelines(request: ModelRequest, inventory: Inventory) -> Iterator[tuple[in
         return
     if config.gpu_ids is not None or config.share is not None or request.tensor_parallel_problem(1):
         return
-    if request.rank_facts(1).no_stages:
+    if not request.is_planned_for_vllm or request.rank_facts(1).no_stages:
         return
     given = config.tensor_parallel_size
     sizes = [given] if given is not None else request.valid_tensor_parallel_sizes()

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from serve_app.config import ModelConfig
@@ -18,7 +19,7 @@ from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
 from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
-from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.plan import Attempt, ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
 from serve_app.planning.terms import left_over_layer, stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
@@ -378,11 +379,16 @@ class ModelRequest:
 
 @dataclass(frozen=True)
 class Shortage:
-    """This is the reason why a replica does not fit. `missing` is in bytes, on the device that lacks most."""
+    """This is the reason why a replica does not fit. `missing` is in bytes, on the device that lacks most.
+
+    `attempt` returns the plan that would be made if the devices had that much more. It is None where no figures were
+    made.
+    """
 
     code: str
     message: str
     missing: int
+    attempt: Attempt | None = field(default=None, compare=False, repr=False)
 
 
 def available(device: Device, free: int) -> int:
@@ -458,7 +464,10 @@ def fit_pt(
     mapped = at(least)
     if mapped is None:
         bounds = bounds_of(request, devices, limits)
-        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills, bounds)
+        whole = BlockGroup(tuple(blocks))
+        short = _pt_shortage(request, devices, overheads, rooms, whole, least, spills, bounds)
+        attempt = partial(_pt_attempt, request, devices, overheads, rooms, blocks, least, rows, reasons)
+        return replace(short, attempt=attempt)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
@@ -470,6 +479,25 @@ def fit_pt(
     if (problem := _tier_problem(request, mapped)) is not None:
         return problem
     return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
+
+
+def _pt_attempt(
+    request: ModelRequest,
+    devices: Sequence[tuple[Device, int]],
+    overheads: Sequence[tuple[Figure, Figure]],
+    rooms: Sequence[int],
+    blocks: Sequence[Block],
+    tokens: int,
+    rows: int,
+    reasons: Sequence[str],
+) -> ModelPlan | None:
+    """Returns the plan of a replica that does not fit. What no device has room for counts on the last one, and the
+    first one has the embedding."""
+    whole = BlockGroup(tuple(blocks))
+    roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
+    roomy[-1] += whole.weights + whole.cache(tokens, rows)
+    filled = map_layers(blocks, roomy, tokens, rows, spills=False)
+    return None if filled is None else _pt_plan(request, devices, overheads, filled, tokens, rows, reasons)
 
 
 def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:

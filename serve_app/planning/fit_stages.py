@@ -72,7 +72,14 @@ def fit_stages(
         text = found.reason[:1].upper() + found.reason[1:]
         lacks_room = bool(found.short) or found.reason == NO_ROOM
         bounds = bounds_of(request, seats, limits) if lacks_room else ""
-        return Shortage("over_commit" if lacks_room else "no_stages", f"{text}.{bounds}", found.missing_bytes)
+        code, more = "over_commit" if lacks_room else "no_stages", found.missing_bytes
+
+        def attempt() -> ModelPlan | None:
+            roomy = [replace(card, rooms=card.rooms.with_more(more)) for card in cards]
+            solved = _solved(request, facts, roomy, demand)
+            return _plan(request, solved, seats, beside, rows, reasons) if isinstance(solved, Pipeline) else None
+
+        return Shortage(code, f"{text}.{bounds}", more, attempt if more else None)
     held = _with_cache(request, facts, found, demand, seats[0][0].is_gpu)
     return held if isinstance(held, Shortage) else _plan(request, held, seats, beside, rows, reasons)
 

@@ -5,6 +5,8 @@ for a pipeline, whose stages are not alike.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device
@@ -60,17 +62,36 @@ def fit_vllm(
     needed = max(least, request.config.kv_cache_memory_bytes or 0)
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return small_cache(request, least)
+    planned = partial(_plan, request, seats, (weights, activation, graph, context), (per_request, spare), rows, reasons)
     if cache < least or cache > room:
-        return shortage(
+        short = shortage(
             request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
             bounds_of(request, [(device, free)], [limit]),
         )  # fmt: skip
+        return replace(short, attempt=partial(planned, needed))
+    return planned(cache)
+
+
+def _plan(
+    request: ModelRequest,
+    seats: Seats,
+    figures: tuple[Figure, Figure, Figure, Figure],
+    cache_sizes: tuple[int, int],
+    rows: int,
+    reasons: Sequence[str],
+    cache: int,
+) -> ModelPlan:
+    """Returns the plan of equal ranks with `cache` bytes of KV cache each. `figures` are weights, activations, graphs
+    and context of a rank, and `cache_sizes` are the bytes of a request and those that vLLM keeps empty."""
+    weights, activation, graph, context = figures
+    per_request, spare = cache_sizes
+    tp, length = len(seats), request.max_model_len
     ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in seats)
     full = (cache - spare) // per_request if per_request else rows
     return ModelPlan(
-        request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, request.max_model_len,
+        request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, length,
         kv_bytes_per_request=per_request,
-        kv_tokens=full * request.max_model_len if per_request else 0,
+        kv_tokens=full * length if per_request else 0,
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
         kv_block_bytes=spare if request.knows_blocks else 0,

@@ -1,6 +1,6 @@
 """Holds what a plan says: shares of devices, models with their reasons, and problems with their fixes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,11 +180,16 @@ def _yaml(value: Any) -> str:
     return str(value)
 
 
+# It makes the plan of a replica that does not fit, for whoever asks for its figures.
+Attempt = Callable[[], ModelPlan | None]
+
+
 @dataclass(frozen=True)
 class Problem:
     """This is the reason why a model cannot be placed, and what would help, the cheapest for the user first.
 
-    `missing_bytes` are on the devices that came nearest.
+    `missing_bytes` are on the devices that came nearest. `attempt` returns the plan that would be made if they had that
+    much more, and is None where no figures were made.
     """
 
     code: str
@@ -192,6 +197,7 @@ class Problem:
     message: str
     missing_bytes: int = 0
     fixes: tuple[Fix, ...] = ()
+    attempt: Attempt | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it. `fix` is the first of the fixes."""

@@ -11,7 +11,7 @@ from itertools import islice
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
-from serve_app.planning.cards import card_problem, knows_kernels
+from serve_app.planning.cards import card_problem, knows_kernels, on_cards
 from serve_app.planning.fit import ModelRequest, Seats, Shortage, available, fit_pt, gib
 from serve_app.planning.fit_stages import fit_stages
 from serve_app.planning.fit_vllm import fit_vllm
@@ -118,7 +118,8 @@ def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int
         found, shortage = _first(unit, inventory, state, tally)
         if found is None:
             assert shortage is not None
-            problems.append(Problem(shortage.code, unit.name, shortage.message, shortage.missing))
+            missing, attempt = shortage.missing, shortage.attempt
+            problems.append(Problem(shortage.code, unit.name, shortage.message, missing, attempt=attempt))
         else:
             models.append(found.plan)
             state = found.state
@@ -293,6 +294,11 @@ def _attempt(
     share = 0.0 if devices[0].by_index else native_share(config, inventory)
     if (problem := card_problem(request, devices)) is not None:
         return problem
+    if (on_these := on_cards(request, devices)) is not request:
+        request = on_these
+        if (problem := _tensor_parallel_problem(request)) is not None:
+            card = f"{devices[0].id} ({devices[0].name})"
+            return replace(problem, message=f"{problem.message} This is what vLLM says of {card}.")
     reasons = choice.reasons
     if (wanted := request.at_once) is not None:
         reasons = (*reasons, f"its KV cache holds the {wanted.text} at once that are asked for")

@@ -104,7 +104,7 @@ def _request(config: ModelConfig, facts: EngineFacts | None) -> ModelRequest | N
         # Ray names the type of the node's first GPU, which need not be this replica's.
         here = config.model_copy(update={"accelerator_type": None})
         unanswered = read_request("model", here)
-        request = answered([unanswered], tell=None)[0] if facts is None else unanswered.request
+        request = answered([unanswered], tell=None)[0]
     except ConfigError as error:
         logger.warning("This model is not planned: %s", error)
         return None

@@ -163,6 +163,52 @@ def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
+    ("options", "gpus", "ranks"),
+    [
+        (["--infer-backend", "vllm"], "8GiB", 1),
+        (["--infer-backend", "pt"], "8GiB", 1),
+        (["--infer-backend", "pt", "--max-memory", "{0: 4GB, 1: 3GB}"], "8GiB,8GiB", 2),
+        (["--infer-backend", "vllm", "--tensor-parallel-size", "2"], "2x6GiB", 2),
+        (["--infer-backend", "vllm", "--pipeline-parallel-size", "2"], "8GiB,6GiB", 2),
+    ],
+)
+def test_a_model_without_a_place_is_explained_by_its_nearest_attempt(
+    options: list[str], gpus: str, ranks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The terms add up to more than the cards have, by what the problem says is missing."""
+    asked = ["plan", "--model", str(CONFIGS / "qwen2-7b"), *options, "--gpus", gpus, "--explain", "qwen2-7b"]
+    assert main(asked) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("qwen2-7b has no place. ")
+    assert "The attempt that came nearest needs this:" in out
+    assert "logits and" in out
+    assert main([*asked, "--json"]) == 1
+    (model,) = json.loads(capsys.readouterr().out)
+    assert model["problem"]["code"] == "over_commit"
+    assert len(model["ranks"]) == ranks
+    total = sum(
+        float(size.removesuffix("GiB")) * int(count or 1) for count, size in re.findall(r"(?:(\d)x)?(\d+GiB)", gpus)
+    )
+    rooms = 0.98 * total * GIB if "--max-memory" not in options else 7e9
+    over = sum(rank["share_bytes"] for rank in model["ranks"]) - rooms
+    missing = model["problem"]["missing_bytes"]
+    if "--tensor-parallel-size" in options:
+        missing *= 2  # It is that of one rank.
+    assert over > 0
+    if "--pipeline-parallel-size" not in options:  # There each card got all that is missing.
+        assert missing == pytest.approx(over, rel=0.02)
+
+
+def test_a_model_of_which_there_are_no_figures_is_said_to_have_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three ranks cannot split its heads, so nothing was counted."""
+    asked = ["plan", "--model", str(CONFIGS / "qwen2-7b"), "--infer-backend", "vllm", "--tensor-parallel-size", "3"]
+    assert main([*asked, "--gpus", "3x24GiB", "--explain", "qwen2-7b"]) == 1
+    assert "There are no figures to explain" in capsys.readouterr().out
+    assert main([*asked, "--gpus", "3x24GiB", "--explain", "qwen2-7b", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0].keys() == {"problem"}
+
+
+@pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         (
@@ -207,3 +253,19 @@ def test_explain_names_vllms_own_code_where_it_was_asked(
         assert main([*asked, "--model", str(CONFIGS / name), "--explain", name]) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights")]
         assert words in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", DEMO_MODEL, "--device", "cpu", "--gpus", "24GiB"], "--gpus has none. Leave one out."),
+        ([str(CONFIGS)], "this is a folder. A Ray Serve config file (YAML) is needed."),
+        ([str(CONFIGS / "qwen2-7b")], f"To plan the model in it, give --model {CONFIGS / 'qwen2-7b'}."),
+    ],
+)
+def test_what_contradicts_itself_or_is_another_thing_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what was expected."""
+    assert main(["plan", *arguments]) == 2
+    assert words in capsys.readouterr().err
