@@ -13,7 +13,7 @@ from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.known_facts import Answer, Question, known_answer
 from serve_app.facts.model_code import code_digest
 from serve_app.facts.packages import facts_version
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 
 # vLLM is asked about these tensor parallel sizes and that of the config, in one process.
 TENSOR_PARALLEL_SIZES = frozenset({1, 2, 4, 8})

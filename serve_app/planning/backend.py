@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
 from serve_app.facts.inventory import Inventory
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 
 # `auto` tries stages on at most so many cards.
 MOST_STAGED_CARDS = 8

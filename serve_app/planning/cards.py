@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from serve_app.facts.card_capability import HOPPER, Capability, card_capability
 from serve_app.facts.inventory import Device
-from serve_app.planning.fit import ModelRequest, Shortage, held_otherwise
+from serve_app.planning.model_request import ModelRequest, held_otherwise
+from serve_app.planning.shortage import Shortage
 
 # The least that vLLM 0.32 takes by method (`get_min_capability`).
 LEAST_IN_VLLM: dict[str, Capability] = {

@@ -12,31 +12,23 @@ from serve_app.facts.card_bandwidth import card_bandwidth
 from serve_app.facts.engine_facts import RankFacts
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
-from serve_app.planning.fit import (
-    VLLM_CPU_KV_BYTES,
-    ModelRequest,
-    Seats,
-    Shortage,
-    available,
-    bounds_of,
-    gib,
-    held_text,
-    rows_problem,
-    small_cache,
-)
 from serve_app.planning.fit_vllm import (
     NO_CACHE_BYTES,
+    VLLM_CPU_KV_BYTES,
     beside_layers,
     graphs,
     most_without_context,
     utilization_problem,
 )
 from serve_app.planning.memory import ZERO, Certainty, Figure
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.pipeline.card_groups import Card, group_of, groups_of
 from serve_app.planning.pipeline.solver import NO_ROOM, count, solve
 from serve_app.planning.pipeline.span import blocks_per_request
 from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Rooms, StageCards, even_split
 from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.shortage import Seats, Shortage, available, bounds_of, held_text, rows_problem, small_cache
+from serve_app.planning.sizes import gib
 
 # Where `pipeline_layers` is set and the cards have no names, so many orders of unequal cards are counted.
 MOST_ORDERS = 120

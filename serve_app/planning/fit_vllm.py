@@ -9,23 +9,16 @@ from collections.abc import Sequence
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
-from serve_app.planning.fit import (
-    VLLM_CPU_KV_BYTES,
-    ModelRequest,
-    Seats,
-    Shortage,
-    available,
-    bounds_of,
-    gib,
-    rows_problem,
-    shortage,
-    small_cache,
-)
 from serve_app.planning.memory import Figure
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.shortage import Seats, Shortage, available, bounds_of, rows_problem, shortage, small_cache
+from serve_app.planning.sizes import gib
 from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR
 
 NO_CACHE_BYTES = 2**20
+# vLLM's CPU build gets this if the config does not say. The engine takes its default from here.
+VLLM_CPU_KV_BYTES = memory.GIB
 
 
 def fit_vllm(

@@ -12,13 +12,16 @@ from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.cards import card_problem, knows_kernels
-from serve_app.planning.fit import ModelRequest, Seats, Shortage, available, fit_pt, gib
+from serve_app.planning.fit_pt import fit_pt
 from serve_app.planning.fit_stages import fit_stages
 from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.pipeline.card_groups import counts_of_kinds
 from serve_app.planning.plan import ModelPlan, Plan, Problem
 from serve_app.planning.resource_demand import native_share
+from serve_app.planning.shortage import Seats, Shortage, available
+from serve_app.planning.sizes import gib
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300

@@ -9,7 +9,7 @@ from typing import Any
 
 from serve_app.facts.inventory import Inventory
 from serve_app.planning.backend import Choice, choices
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 

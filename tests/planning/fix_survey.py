@@ -15,10 +15,10 @@ from itertools import islice
 
 from serve_app.config import parse_bytes
 from serve_app.facts.inventory import Inventory
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.fixes.hardware import SIZES
 from serve_app.planning.fixes.price import TIERS
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Change, Fix, Plan, Problem
 from serve_app.planning.planner import make_plan
 from tests.planning.over_commits import OverCommit, cheapest_by_force, over_commits

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, parse_gpus
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
 from tests.planning.model_requests import request
 

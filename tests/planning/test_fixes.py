@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from serve_app.facts.inventory import Inventory, parse_gpus
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Change, Plan, Problem
 from serve_app.planning.planner import make_plan
 from tests.planning.fix_survey import by_force, faults

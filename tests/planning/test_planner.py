@@ -15,9 +15,9 @@ from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.config_fields import MOST_LAYERS, MOST_TOKENS
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.facts.weights import Tensor
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.memory import reserve
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resource_demand import planned_demand

@@ -15,9 +15,9 @@ from serve_app.facts.engine_facts import EngineFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.planning import memory, terms
 from serve_app.planning.calibration_setting import calibration_setting
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.kv_groups import bytes_per_block, cache_groups, kv_bytes_per_request
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import kv_blocks, pinned, resolve, vllm_memory
@@ -313,7 +313,7 @@ def test_measured_figures_of_a_stage_count_for_that_stage() -> None:
 
 def test_what_is_asked_for_at_once_must_fit() -> None:
     """More than the stages hold is a problem with figures."""
-    from serve_app.planning.fit import AtOnce
+    from serve_app.planning.model_request import AtOnce
 
     asked = replace(staged(pipeline_parallel_size=2), at_once=AtOnce(8, 4096))
     assert only(asked, "8GiB,24GiB").max_full_length_requests >= 8

@@ -5,9 +5,9 @@ from typing import Any
 
 from serve_app.cli.plan.chart import LABELS, MARKS, printable, title_of
 from serve_app.errors import ConfigError
-from serve_app.planning.fit import gib
 from serve_app.planning.memory import RESERVE_SHARE, Figure, reserve
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
+from serve_app.planning.sizes import gib
 from serve_app.planning.terms import Term
 
 # These say where a figure comes from, by its kind and backend.

@@ -23,8 +23,8 @@ from serve_app.cli.plan.chart import (
     chart_of,
     marked,
 )
-from serve_app.planning.fit import gib
 from serve_app.planning.plan import Plan
+from serve_app.planning.sizes import gib
 
 WIDTH, MARGIN, BAR_HEIGHT = 960, 28, 30
 INNER = WIDTH - 2 * MARGIN

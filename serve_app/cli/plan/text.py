@@ -27,8 +27,8 @@ from serve_app.cli.plan.chart import (
     printable,
     title_of,
 )
-from serve_app.planning.fit import gib
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
+from serve_app.planning.sizes import gib
 
 # These are the columns of a page. A page that is not a terminal is as wide as the table of figures needs.
 LEAST_WIDTH, MOST_WIDTH, PIPE_WIDTH = 40, 120, 100

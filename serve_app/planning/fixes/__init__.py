@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve_app.facts.inventory import Inventory
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes.hardware import least_card, with_card
 from serve_app.planning.fixes.joint import joint_fixes
 from serve_app.planning.fixes.ladder import changed
 from serve_app.planning.fixes.search import fixes_of
 from serve_app.planning.fixes.trial import Budget, Trial
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Fix, Plan, Problem
 
 __all__ = ["apply", "with_fixes"]

@@ -5,10 +5,10 @@ from itertools import combinations, islice
 
 from serve_app.config import UNITS, MaxMemoryKey, ModelConfig, parse_bytes, parse_max_memory
 from serve_app.facts.inventory import Device
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladder, rung
 from serve_app.planning.fixes.trial import Trial
+from serve_app.planning.model_request import ModelRequest
 
 # A limit of max_memory is changed in steps of so many bytes, as the YAML has them.
 CAP_STEP = 500_000_000

@@ -5,13 +5,14 @@ from typing import Literal
 
 from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
 from serve_app.planning.cards import knows_kernels
-from serve_app.planning.fit import ModelRequest, gib
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
 from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladder, changed, rung, values_below
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import ONLY_GPU
+from serve_app.planning.sizes import gib
 
 # Requests shorter than this are of little use, so no shorter one is offered.
 LEAST_MODEL_LEN = 1024

@@ -1,7 +1,7 @@
 """Says in words what a fix gains."""
 
-from serve_app.planning.fit import gib
 from serve_app.planning.plan import ModelPlan, Plan
+from serve_app.planning.sizes import gib
 
 # A fix names so many devices at most, and otherwise their number.
 MOST_NAMED = 4

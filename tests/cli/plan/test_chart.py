@@ -19,8 +19,8 @@ from serve_app.cli.plan.chart import LABELS, cells, chart_of, ranges
 from serve_app.cli.plan.svg import INNER, plan_svg
 from serve_app.cli.plan.text import ASCII, UNICODE, page, print_plan
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from tests.planning.model_requests import request
