@@ -250,9 +250,12 @@ def _ways(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) 
 def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) -> Iterator[Placed | Shortage]:
     """Yields all ways to place a unit, the best first, and the reasons why the others fail."""
     is_auto = unit.config.infer_backend == "auto"
+    refused: Shortage | None = None  # This is how near vLLM came, which is a reason for pt.
     looks = 1 + len(inventory.devices) // DEVICES_PER_PLACEMENT
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
+        if refused is not None and choice.config.infer_backend == "pt":
+            choice = replace(choice, reasons=(*choice.reasons, _why_not_vllm(refused)))
         if request.missing_facts:
             yield Shortage("facts_missing", request.missing_facts, 0)
             continue
@@ -269,7 +272,18 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
         ]
         tally.placements += looks + len(found) * _cost(request)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
-        yield from (item for item in found if isinstance(item, Shortage))
+        shortages = [item for item in found if isinstance(item, Shortage)]
+        if choice.config.infer_backend == "vllm":
+            refused = min(filter(None, (refused, *shortages)), key=_distance, default=None)
+        yield from shortages
+
+
+def _why_not_vllm(nearest: Shortage) -> str:
+    """Returns why `auto` does not take vLLM, by what came nearest."""
+    if nearest.code == "vllm_refuses":
+        return "vLLM does not take the model on these GPUs"
+    lacks = f"vLLM lacks at least {gib(nearest.missing)}" if nearest.missing > 0 else "vLLM has no place"
+    return f"{lacks} on the GPUs that it could have"
 
 
 def _cost(request: ModelRequest) -> int:
@@ -321,7 +335,8 @@ def _is_open(request: ModelRequest, seats: Seats, state: State) -> bool:
     """Returns whether `auto` may try vLLM on these GPUs. Stages are solved only where the weights alone would fit."""
     if request.config.stages > 1 and sum(available(*seat) for seat in seats) < request.weights:
         return False
-    return _is_unused(seats, state)
+    # Within limits it takes a part of a GPU that it may share, and otherwise all of it.
+    return request.config.max_memory is not None or _is_unused(seats, state)
 
 
 def _is_unused(seats: Seats, state: State) -> bool:

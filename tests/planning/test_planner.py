@@ -115,7 +115,8 @@ def test_on_the_cpu_the_disk_takes_the_rest() -> None:
         ("8GiB,12GiB", "qwen2-7b", {"max_model_len": 4096}, "vllm", 1),  # two stages
         ("3x8GiB", "qwen2-7b", {"max_model_len": 2048}, "vllm", 1),  # 28 heads: 2 are too few, 3 do not divide
         ("8GiB,10GiB", "qwen2-7b", {"max_model_len": 4096}, "pt", 1),  # stages have no room for vLLM's activations
-        ("24GiB", "qwen2-7b", {"max_memory": {0: "20GB"}, "max_model_len": 4096}, "pt", 1),
+        ("24GiB", "qwen2-7b", {"max_memory": {0: "20GB"}, "max_model_len": 4096}, "vllm", 1),
+        ("24GiB", "qwen2-7b", {"max_memory": {0: "20GB"}, "step_timeout_s": 9, "max_model_len": 4096}, "pt", 1),
         ("8xH100", "llama-3-70b", {"max_model_len": 8192}, "vllm", 2),
     ],
 )

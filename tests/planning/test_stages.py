@@ -214,6 +214,39 @@ def test_auto_takes_one_card_then_equal_ones_then_stages_then_pt() -> None:
     assert "vLLM's stages cannot" in "; ".join(pt.reasons)
 
 
+def test_auto_keeps_vllm_within_limits_where_it_fits_and_says_why_not_elsewhere() -> None:
+    """`max_memory` alone does not decide: vLLM has a stage on each GPU that it names, or a part of the one GPU."""
+
+    def chosen(gpus: str, limits: dict[int | str, str], **more: Any) -> ModelPlan:
+        return only(request(infer_backend="auto", max_model_len=4096, max_memory=limits, **more), gpus, by_index=True)
+
+    two = chosen("2x16GiB", {0: "12GB", 1: "12GB"})
+    assert (two.backend, two.pipeline_layers) == ("vllm", (14, 14))
+    assert "2 stages on the GPUs that max_memory names keep to its limits" in "; ".join(two.reasons)
+    assert all(rank.share.bytes <= 12 * 10**9 for rank in two.ranks)
+    one = chosen("24GiB", {0: "20GB"})
+    assert (one.backend, one.ranks[0].share.bytes <= 20 * 10**9) == ("vllm", True)
+    tight = chosen("8GiB,12GiB", {0: "7.5GB", 1: "10GB"})
+    assert tight.backend == "pt"
+    assert "vLLM cannot hold the model within its limits; vLLM lacks at least " in "; ".join(tight.reasons)
+    spilled = chosen("12GiB", {0: "8GB", "cpu": "20GB"})
+    assert (spilled.backend, spilled.reasons) == ("pt", ("max_memory names cpu, where only pt keeps layers",))
+    assert chosen("24GiB", {0: "20GB"}, step_timeout_s=9).backend == "pt"
+
+
+def test_auto_within_limits_takes_vllm_beside_another_model_on_the_card() -> None:
+    """The limit bounds it, so it does not need the card for itself."""
+    models = [request(name=name, max_model_len=1024, max_memory={0: "19GB"}) for name in "mn"]
+    made = make_plan(models, parse_gpus("48GiB"))
+    assert [model.backend for model in made.models] == ["vllm", "vllm"]
+
+
+def test_auto_with_a_field_of_vllm_for_a_model_that_the_plan_does_not_know_is_a_problem() -> None:
+    """It was a KeyError."""
+    (found,) = planned(request("gpt-oss-20b", infer_backend="auto", engine_args={"seed": 1}), "24GiB").problems
+    assert found.code == "facts_missing"
+
+
 def test_what_a_start_is_given_makes_the_same_plan() -> None:
     """By index the cards are named in the order of the stages, with their layers and bytes, and a new plan of that
     config is the same."""

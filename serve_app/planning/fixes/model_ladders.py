@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
+from serve_app.planning.backend import DECIDE_FOR_PT
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
@@ -56,7 +57,7 @@ def backend_of(config: ModelConfig) -> Backend:
         return config.infer_backend
     if any(getattr(config, name) for name in ONLY_VLLM):
         return "vllm"
-    return "pt" if any(getattr(config, name) for name in ONLY_PT) else "auto"
+    return "pt" if config.spill_tiers or any(getattr(config, name) is not None for name in DECIDE_FOR_PT) else "auto"
 
 
 def _own(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladder]:
