@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
-from serve_app.planning.layer_map import BlockGroup, LayerMap, map_layers
+from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, RankPlan
@@ -54,7 +54,9 @@ def fit_pt(
     mapped = at(least)
     if mapped is None:
         bounds = bounds_of(request, devices, limits)
-        return _pt_shortage(request, devices, overheads, rooms, BlockGroup(tuple(blocks)), least, spills, bounds)
+        whole = BlockGroup(tuple(blocks))
+        short = _pt_shortage(request, devices, overheads, rooms, whole, least, spills, bounds)
+        return _with_whole_layers(request, short, devices, blocks, rooms, least, rows, spills)
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
@@ -65,7 +67,7 @@ def fit_pt(
     mapped = at(tokens) or mapped
     if (problem := _tier_problem(request, mapped)) is not None:
         return problem
-    return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
+    return _pt_plan(request, devices, overheads, mapped, (tokens, least), rows, reasons)
 
 
 def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:
@@ -103,11 +105,38 @@ def _pt_shortage(
     cache = whole.cache(tokens, request.pt_rows)
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-    short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
+    short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, [device for device, _ in devices])
     if spills or not device.is_gpu:
         return short
     tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
     return replace(short, message=short.message + tiers)
+
+
+def _with_whole_layers(
+    request: ModelRequest,
+    short: Shortage,
+    devices: Sequence[tuple[Device, int]],
+    blocks: Sequence[Block],
+    rooms: Sequence[int],
+    tokens: int,
+    rows: int,
+    spills: bool,
+) -> Shortage:
+    """Returns the shortage, with what each device lacks where all together have the bytes, but no split of whole layers
+    keeps to them."""
+    if short.missing > 1 or len(devices) == 1 or request.is_trial:
+        return short
+
+    def fits(extra: int) -> bool:
+        return map_layers(blocks, [room + extra for room in rooms], tokens, rows, spills) is not None
+
+    low, high = 1, max(BlockGroup((block,)).cache(tokens, rows) + block.weights for block in blocks) + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    excess = f"which is {gib(short.missing)} too much"
+    text = f"for which they have room, but not in whole layers: each of them would need {gib(low)} more"
+    return replace(short, message=short.message.replace(excess, text), missing=low)
 
 
 def _most_tokens(
@@ -155,11 +184,12 @@ def _pt_plan(
     devices: Sequence[tuple[Device, int]],
     overheads: Sequence[tuple[Figure, Figure]],
     mapped: LayerMap,
-    tokens: int,
+    budget: tuple[int, int],
     rows: int,
     reasons: Sequence[str],
 ) -> ModelPlan:
-    ranks = []
+    """Returns the plan of a replica. `budget` is the tokens of its KV cache, and the least that it needs."""
+    ranks, (tokens, least) = [], budget
     for number, ((device, _), part) in enumerate(zip(devices, mapped.parts, strict=True)):
         if not part.blocks and not (number == 0 and mapped.rest.blocks):
             continue
@@ -181,6 +211,8 @@ def _pt_plan(
         max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),
         ranks=tuple(ranks),
         spilled=_spilled(request, mapped),
+        kv_bytes_needed=whole.cache(least, 1 if request.at_once is None else request.at_once.requests),
+        asked_for="" if request.at_once is None else request.at_once.text,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def fit_vllm(
     if cache < least or cache > room:
         return shortage(
             request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
-            bounds_of(request, [(device, free)], [limit]),
+            bounds_of(request, [(device, free)], [limit]), [each for each, _ in seats],
         )  # fmt: skip
     ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in seats)
     full = (cache - spare) // per_request if per_request else rows
@@ -67,6 +67,8 @@ def fit_vllm(
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
         kv_block_bytes=spare if request.knows_blocks else 0,
+        kv_bytes_needed=least if per_request else 0,
+        asked_for="" if wanted is None else wanted.text,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ It has three laws. No device is planned beyond what is free now less its reserve
 shared by pt replicas that say so. The same input gives the same plan.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,7 +19,7 @@ from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.pipeline.card_groups import counts_of_kinds
-from serve_app.planning.plan import ModelPlan, Plan, Problem
+from serve_app.planning.plan import ModelPlan, Plan, Problem, attempt_of
 from serve_app.planning.resource_demand import native_share
 from serve_app.planning.shortage import Seats, Shortage, available
 from serve_app.planning.sizes import gib
@@ -116,16 +117,29 @@ def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int
     placed = _search(units, inventory, tries, tally)
     if placed is not None:
         return _plan(placed, [], inventory, tally)
-    models, problems, state = [], [], State()
+    models, failed, state = [], [], State()
     for unit in units:
         found, shortage = _first(unit, inventory, state, tally)
         if found is None:
             assert shortage is not None
-            problems.append(Problem(shortage.code, unit.name, shortage.message, shortage.missing))
+            failed.append((unit.name, shortage))
         else:
             models.append(found.plan)
             state = found.state
+    fitting, asked = Counter(model.name for model in models), Counter(unit.name for unit in units)
+    problems = [_problem(shortage, name, fitting[name], asked[name]) for name, shortage in failed]
     return _plan(models, problems, inventory, tally)
+
+
+def _problem(shortage: Shortage, name: str, placed: int, replicas: int) -> Problem:
+    """Returns the problem of a replica, of which so many others of the same model have a place."""
+    message = shortage.message
+    if replicas > 1:
+        some = f"{placed} of {replicas} replicas {'has' if placed == 1 else 'have'} a place, and the next one has none"
+        message = f"{some if placed else f'None of {replicas} replicas has a place'}: {message}"
+    return Problem(
+        shortage.code, name, message, shortage.missing, attempt=shortage.attempt, replicas=replicas, placed=placed
+    )
 
 
 def _units(requests: Sequence[ModelRequest], inventory: Inventory) -> list[ModelRequest]:
@@ -234,7 +248,7 @@ def _first(
             return item, None
         if best is None or _distance(item) < _distance(best):
             best = item
-    return None, best or Shortage("no_device", _no_device(unit, inventory), 0)
+    return None, best or Shortage("no_device", _no_device(unit, inventory), 0, attempt_of(unit.config))
 
 
 def _distance(shortage: Shortage) -> tuple[bool, int]:
@@ -256,14 +270,9 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
         request = replace(unit, config=choice.config)
         if refused is not None and choice.config.infer_backend == "pt":
             choice = replace(choice, reasons=(*choice.reasons, _why_not_vllm(refused)))
-        if request.missing_facts:
-            yield Shortage("facts_missing", request.missing_facts, 0)
-            continue
-        if request.unplanned:
-            yield Shortage("not_planned", request.unplanned, 0)
-            continue
-        if (problem := _tensor_parallel_problem(request) or _length_problem(request)) is not None:
-            yield problem
+        attempt = attempt_of(choice.config)
+        if (problem := _problem_anywhere(request)) is not None:
+            yield replace(problem, attempt=attempt)
             continue
         found = [
             _attempt(request, choice, seats, inventory, state)
@@ -272,10 +281,19 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
         ]
         tally.placements += looks + len(found) * _cost(request)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
-        shortages = [item for item in found if isinstance(item, Shortage)]
+        shortages = [replace(item, attempt=attempt) for item in found if isinstance(item, Shortage)]
         if choice.config.infer_backend == "vllm":
             refused = min(filter(None, (refused, *shortages)), key=_distance, default=None)
         yield from shortages
+
+
+def _problem_anywhere(request: ModelRequest) -> Shortage | None:
+    """Returns why a replica has a place on no device, whatever is free there, or None."""
+    if request.missing_facts:
+        return Shortage("facts_missing", request.missing_facts, 0)
+    if request.unplanned:
+        return Shortage("not_planned", request.unplanned, 0)
+    return _tensor_parallel_problem(request) or _length_problem(request)
 
 
 def _why_not_vllm(nearest: Shortage) -> str:

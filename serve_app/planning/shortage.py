@@ -3,23 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
 from serve_app.planning.memory import Figure
 from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.plan import Attempt, attempt_of
 from serve_app.planning.sizes import gib
 
+# A sentence names so many devices at most, and otherwise their number.
+MOST_NAMED = 4
 # Devices with the bytes that are free on each.
 Seats = Sequence[tuple[Device, int]]
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """This is the reason why a replica does not fit. `missing` is in bytes, on the device that lacks most."""
+    """This is the reason why a replica does not fit. `missing` is in bytes, on the device that lacks most. `attempt` is
+    the way to run it that was tried."""
 
     code: str
     message: str
     missing: int
+    attempt: Attempt | None = None
 
 
 def available(device: Device, free: int) -> int:
@@ -53,6 +59,20 @@ def small_cache(request: ModelRequest, least: int) -> Shortage:
     )
 
 
+def way_of(config: ModelConfig) -> str:
+    """Returns how a replica would run, as the subject of a sentence."""
+    attempt = attempt_of(config)
+    return "It" if attempt is None else attempt.text
+
+
+def named(devices: Sequence[Device]) -> str:
+    """Returns the names of devices, or the first one and their number if there are many."""
+    ids = [device.id for device in devices]
+    if len(ids) > MOST_NAMED:
+        return f"{len(ids)} devices from {ids[0]}"
+    return ids[0] if len(ids) == 1 else f"{', '.join(ids[:-1])} and {ids[-1]}" if ids else "no device"
+
+
 def shortage(
     request: ModelRequest,
     seat: tuple[Device, int],
@@ -60,11 +80,11 @@ def shortage(
     cache: int,
     missing: int,
     bounds: str,
-    devices: int = 1,
+    devices: Sequence[Device],
 ) -> Shortage:
     """Returns a shortage with its figures in bytes: `fixed` is what the replica takes beside its KV cache, `cache` what
-    that needs, and `missing` what the device of `seat`, or so many `devices` from it, lack. `bounds` says what limits
-    it."""
+    that needs, and `missing` what the device of `seat` lacks, all on each rank of vLLM, or on all `devices` of pt
+    together. `bounds` says what limits it."""
     device, free = seat
     held, planned = device.total_bytes - device.free_bytes, device.free_bytes - free
     others = f" Other processes hold {gib(held)} there now." if held > 0 and device.is_gpu else ""
@@ -76,11 +96,16 @@ def shortage(
         if fixed.certainty == "calibrated"
         else ""
     )
-    where = device.id if devices == 1 else f"{devices} devices from {device.id}"
+    where, lacks = named(devices), f"{gib(missing)} too much"
+    if len(devices) > 1 and request.config.infer_backend == "vllm":
+        where = f"each of {len(devices)} ranks"
+        lacks = f"{lacks} for {device.id}"
+    elif len(devices) > 1:
+        where += " together"
     return Shortage(
         "over_commit",
-        f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
-        f"{held_text(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
+        f"{way_of(request.config)} needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of "
+        f"KV cache for {held_text(request)} on {where}, which is {lacks}.{bounds}{others}",
         missing,
     )
 

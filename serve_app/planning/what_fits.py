@@ -110,7 +110,7 @@ def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
         empty,
         max_model_len=found.max_model_len,
         requests=found.max_full_length_requests,
-        kv_tokens=found.kv_tokens,
+        kv_tokens=found.full_length_tokens,
         devices=tuple(rank.device.id for rank in found.ranks),
     )
 

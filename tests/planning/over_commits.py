@@ -202,6 +202,8 @@ def _tier(old: ModelRequest, field: str, value: Any, code: str) -> int:
         return 0 if value > config.vllm_args.get(U, 1) else 1
     if field == "tensor_parallel_size":
         return 0 if value > (config.tensor_parallel_size or 1) else 1
+    if field == "num_gpus" and config.infer_backend == "auto":
+        return 2  # It makes `auto` pt.
     if field == "num_gpus":
         return 0 if value > (config.num_gpus or 1) else 1
     if field == "max_memory" and config.max_memory is not None:

@@ -122,13 +122,14 @@ class FixNote:
 class ProblemNote:
     """This is a model that has no place. `fixes` are the changes that help, of which the first one costs least.
 
-    `names_cure` means that the message itself says what to do.
+    `names_cure` means that the message itself says what to do. `attempt` is the way to run it that came nearest.
     """
 
     model: str
     message: str
     fixes: tuple[FixNote, ...]
     names_cure: bool = False
+    attempt: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ def cells(sizes: Sequence[int], width: int) -> list[int]:
 def _problem_note(problem: Problem) -> ProblemNote:
     names_cure = problem.message.endswith(RUN_ON_CPU)
     fixes = tuple(map(_fix_note, problem.fixes))
-    return ProblemNote(printable(problem.model), printable(problem.message), fixes, names_cure)
+    attempt = "" if problem.attempt is None else problem.attempt.text
+    return ProblemNote(printable(problem.model), printable(problem.message), fixes, names_cure, attempt)
 
 
 def _fix_note(fix: Fix) -> FixNote:
@@ -304,12 +306,15 @@ def _lines(model: ModelPlan) -> tuple[str, ...]:
     count = model.max_full_length_requests
     requests = f"{count} request{'' if count == 1 else 's'}"
     at_once = f"{requests} of {model.max_model_len} tokens at once"
-    cache = (
-        f"KV cache: {model.kv_tokens} tokens; {at_once}, {gib(model.kv_bytes_per_request)} each on a rank"
-        if model.kv_bytes_per_request
-        else f"no KV cache; {at_once}"
-    )
-    lines = [f"because {printable('; '.join(model.reasons))}", cache]
+    lines = [f"because {printable('; '.join(model.reasons))}", f"no KV cache; {at_once}"]
+    if model.kv_bytes_per_request:
+        where = "on a rank" if model.backend == "vllm" else "on all devices together"
+        lines[1] = (
+            f"KV cache: {at_once}, {gib(model.kv_bytes_per_request)} each {where}; it holds {model.full_length_tokens} "
+            "tokens in requests of that length"
+        )
+        if model.asked_for:
+            lines.append(f"beside {model.asked_for}, {gib(model.spare_kv_bytes)} of KV cache {where} is to spare")
     lines += [
         f"{ranges(devices)}: {_layer_range(layers, model)}" for layers, devices in _devices_by_layers(model).items()
     ]

@@ -67,9 +67,11 @@ def lines(model: ModelPlan) -> Iterator[str]:
             yield from _figure_lines(kind, getattr(rank, kind), model)
         yield f"  {'sum':<12} {_size(rank.share):>12}  {rank.share.certainty}"
     yield ""
+    where = "on a rank" if model.backend == "vllm" else "on all devices together"
     yield (
-        f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache on a rank; "
-        f"{model.max_full_length_requests} run at once, which is {model.kv_tokens:,} tokens of cache."
+        f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache {where}; "
+        f"{model.max_full_length_requests} run at once, and the cache holds {model.full_length_tokens:,} tokens in "
+        "requests of that length."
     )
     if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."

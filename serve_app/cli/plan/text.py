@@ -82,7 +82,7 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
         lines += [Text(), *_wrapped(model.title, width, style="bold")]
         lines += [line for sentence in model.lines for line in _wrapped(sentence, width, first=4, indent=8)]
     for problem in chart.problems:
-        lines += [Text(), _rule(f"PROBLEM {problem.model}", width, signs)]
+        lines += [Text(), _rule(": ".join(filter(None, (f"PROBLEM {problem.model}", problem.attempt))), width, signs)]
         lines += _wrapped(problem.message, width)
         for number, fix in enumerate(problem.fixes):
             lines += _fix(fix, "or: " if number else "fix: ", width)

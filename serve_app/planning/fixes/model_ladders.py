@@ -33,7 +33,7 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     if on_gpu:
         yield from more_cards(request, backend, trial)
         yield from other_cards(request, trial)
-        yield from shares(request, backend, code)
+        yield from shares(request, backend, code, trial)
         yield from limits(request, trial)
         yield from fewer_cards(request, backend)
     if on_gpu and config.accelerator_type is not None:
