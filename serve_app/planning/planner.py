@@ -28,8 +28,8 @@ from serve_app.planning.sizes import gib
 MOST_TRIES = 300
 # A placement of pt maps its layers about twenty times, so for so many layers it counts as so many of vLLM's.
 PT_PLACEMENTS, PT_LAYERS = 10, 64
-# To solve a pipeline of so many layers costs as much as one placement of one rank.
-STAGED_LAYERS = 8
+# To solve a pipeline of 64 layers costs as much as so many placements of one rank. The work grows with the square.
+STAGED_PLACEMENTS, STAGED_LAYERS = 8, 64
 # Of the ways to choose cards of different kinds for the stages of a pipeline, so many are tried on each node.
 MOST_CHOICES = 16
 # To look through so many devices for places costs as much as one placement.
@@ -309,7 +309,7 @@ def _cost(request: ModelRequest) -> int:
     layers = len(request.architecture.layers)
     if request.config.infer_backend == "pt":
         return max(PT_PLACEMENTS, layers * PT_PLACEMENTS // PT_LAYERS)
-    return 1 if request.config.stages == 1 else 1 + layers // STAGED_LAYERS
+    return 1 if request.config.stages == 1 else 1 + STAGED_PLACEMENTS * layers**2 // STAGED_LAYERS**2
 
 
 def _leftover(placed: Placed) -> tuple[int, str]:

@@ -42,7 +42,7 @@ def test_an_idle_card_comes_before_a_shorter_context() -> None:
     first = found.fixes[0]
     assert (first.text, first.loses) == ("tensor_parallel_size: 2", "")
     assert first.gains.endswith("and uses n1:1, which is idle")
-    assert first.effect.startswith("loses nothing; gains: fits on n1:0 and n1:1 with ")
+    assert first.effect.startswith("loses nothing; gains: m fits on n1:0 and n1:1 with ")
     (after,) = solved([request("llama-3.1-8b", infer_backend="vllm", tensor_parallel_size=2)], "2x24GiB").models
     assert after.max_model_len == 131_072
     assert [fix.price for fix in found.fixes] == sorted(fix.price for fix in found.fixes)
@@ -100,7 +100,7 @@ def test_the_smallest_card_is_offered_where_no_change_helps() -> None:
     big = request("llama-3-70b", infer_backend="vllm", quantization="fp8", max_model_len=1024, max_num_seqs=1)
     (fix,) = only([big], "48GiB").fixes
     assert fix.text == "one more 95 GiB card on n1"
-    assert fix.effect.startswith("gains: fits on n1:1 ")
+    assert fix.effect.startswith("gains: m fits on n1:1 ")
     named = replace(big, config=big.config.model_copy(update={"gpu_ids": (0,)}))
     assert texts(only([named], "48GiB")) == ["a 95 GiB card instead of n1:0"]
 

@@ -143,7 +143,8 @@ def test_the_founding_command_is_refused_with_figures_or_served() -> None:
     limits = {0: "3GB", 1: "10GB"}
     (found,) = planned(staged(max_memory=limits), "4GiB,24GiB").problems
     assert found.code == "over_commit"
-    assert found.message.startswith("For one request of 4096 tokens, stage 1 of 2 on n1:0 (layers 0 to ")
+    start = "vllm with pipeline_parallel_size 2: for one request of 4096 tokens, stage 1 of 2 on n1:0 (layers 0 to "
+    assert found.message.startswith(start)
     bounds = "max_memory allows 2.79 GiB of n1:0 and 9.31 GiB of n1:1, context and activations included."
     assert found.message.endswith(bounds)
     # With 3 GB, a stage has room for the embedding or the head and for no layer.

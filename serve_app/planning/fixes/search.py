@@ -1,7 +1,7 @@
 """Searches the changes of one model that make it fit: single fields first, and then pairs of fields."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -16,6 +16,9 @@ from serve_app.planning.plan import Fix, Problem
 MOST_FIXES = 3
 # Of a pair of fields with many values that cannot be bisected, so many pairs of values are tried.
 MOST_VALUES = 80
+
+# The search for a fix that keeps the length and the number of requests may spend one of so many parts of what is left.
+KEEPER_PART = 16
 
 Works = Callable[[Changes], bool]
 
@@ -42,13 +45,16 @@ def _with_keeper(fixes: list[Fix], ladders: Sequence[Ladder], search: "_Search")
         return fixes
     best = min((tier_of(fix.price) for fix in fixes if fix in search.keepers), default=len(TIERS))
     keeping = [ladder for ladder in ladders if _keeps((ladder,))]
+    part = search.trial.budget.part(KEEPER_PART)
+    bounded = replace(search, trial=replace(search.trial, budget=part))
+    found: list[Fix] = []
     for tier in range(best):
-        found: list[Fix] = []
-        search.extend(found, [(ladder,) for ladder in keeping if tier_of(ladder.price) == tier], 1)
-        search.extend(found, filter(_keeps, _pairs(keeping, search, tier)), 1)
+        bounded.extend(found, [(ladder,) for ladder in keeping if tier_of(ladder.price) == tier], 1)
+        bounded.extend(found, filter(_keeps, _pairs(keeping, bounded, tier)), 1)
         if found:
-            return sorted([*fixes[: MOST_FIXES - 1], *found], key=lambda fix: fix.price)
-    return fixes
+            break
+    search.trial.budget.take(part)
+    return sorted([*fixes[: MOST_FIXES - len(found)], *found], key=lambda fix: fix.price)
 
 
 def _keeps(ladders: Iterable[Ladder]) -> bool:
