@@ -218,7 +218,7 @@ class Fix:
     @property
     def effect(self) -> str:
         """Returns what is lost and gained, as text for one line."""
-        if self.changes[0].field == "gpus":
+        if self.changes[0].field == "gpus" and not self.loses:  # It costs money.
             return f"gains: {self.gains}"
         return f"loses {self.loses or 'nothing'}; gains: {self.gains}"
 

@@ -10,7 +10,7 @@ from serve_app.planning.fixes import price
 from serve_app.planning.fixes.ladder import Changes, rung
 from serve_app.planning.fixes.model_ladders import backend_of
 from serve_app.planning.fixes.trial import Trial
-from serve_app.planning.fixes.wording import gains_of
+from serve_app.planning.fixes.wording import costs_for_others, gains_of
 from serve_app.planning.memory import GIB
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Change, Fix
@@ -121,8 +121,8 @@ def _least_size(
     found = after(low)
     if found is None:
         return None
-    gains = gains_of(name, trial.plan, found.plan)
-    return Fix(name if changes else "", (_card(sizes[low], place), *changes), price.CARD, "", gains)
+    loses, gains = costs_for_others(name, trial.plan, found.plan), gains_of(name, trial.plan, found.plan)
+    return Fix(name if changes else "", (_card(sizes[low], place), *changes), price.CARD, loses, gains)
 
 
 def _ways_to_take(request: ModelRequest) -> Iterator[tuple[int, Changes]]:
