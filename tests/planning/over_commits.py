@@ -32,6 +32,14 @@ class OverCommit:
     requests: list[ModelRequest]
     gpus: str
 
+    def __str__(self) -> str:
+        models = (
+            f"{item.name}: {item.architecture.name} ×{item.replicas} "
+            f"{item.config.model_dump(exclude_unset=True, exclude={'model'})}"
+            for item in self.requests
+        )
+        return f"{'; '.join(models)} on {self.gpus}"
+
     @property
     def inventory(self) -> Inventory:
         """The cards, without this machine's calibrations."""

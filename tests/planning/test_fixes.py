@@ -237,12 +237,12 @@ def test_a_card_says_which_model_gets_it_and_which_moves() -> None:
     """The new card is for the smaller model, which makes room for the larger one."""
     models = [
         request("llama-3.1-8b", infer_backend="vllm"),
-        request("llama-3.1-8b", "n", infer_backend="auto", max_model_len=8192),
+        request("llama-3.1-8b", "b", infer_backend="auto", max_model_len=8192),
     ]
     (fix,) = solved(models, "A100-80GB").problems[0].fixes
     assert fix.text == "one more 20 GiB card on n1"
     assert fix.gains.startswith("m fits on n1:0 with ")
-    assert fix.gains.endswith("; n moves to n1:1")
+    assert fix.gains.endswith("; b moves to n1:1")
 
 
 def test_another_backend_of_another_model_is_a_cost() -> None:

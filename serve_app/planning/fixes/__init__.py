@@ -19,9 +19,9 @@ from serve_app.planning.plan import Fix, Plan, Problem
 __all__ = ["apply", "with_fixes"]
 
 # The search may try so many placements of a replica for one plan, since a user waits for it.
-MOST_PLACEMENTS = 40_000
+MOST_PLACEMENTS = 60_000
 # Of these, one of so many parts is kept for the search for cards.
-HARDWARE_PART = 3
+HARDWARE_PART = 4
 # No card helps against these problems.
 UNPLANNED = frozenset({"not_planned", "facts_missing", "vllm_refuses"})
 

@@ -180,7 +180,10 @@ def least_pair(
     for *_, one, two in islice(together, MOST_VALUES):
         if works(one[-1], two[-1]):
             large = _least_beside(first, one, partial(_with_second, works, two[-1]))
-            return large, _least_beside(second, two, partial(works, large))
+            small = _least_beside(second, two, partial(works, large))
+            if large in one:  # Layers are whole, so less of the second may allow less of the first.
+                large = _bisected(one[: one.index(large) + 1], partial(_with_second, works, small))
+            return large, small
     return None
 
 
