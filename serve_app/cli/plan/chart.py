@@ -174,6 +174,14 @@ def title_of(model: ModelPlan) -> str:
     return name if model.replica == 0 else f"{name} #{model.replica}"
 
 
+def counted_on(model: ModelPlan) -> str:
+    """Returns on what the bytes of a request's KV cache are counted, as the end of a phrase: on a rank of vLLM, or on
+    all devices of pt."""
+    if model.backend == "vllm":
+        return " on a rank"
+    return " on all devices together" if len(model.ranks) > 1 else ""
+
+
 def printable(text: str) -> str:
     """Returns the text with a replacement for each sign that would move a terminal's cursor or that XML cannot hold."""
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
@@ -308,13 +316,13 @@ def _lines(model: ModelPlan) -> tuple[str, ...]:
     at_once = f"{requests} of {model.max_model_len} tokens at once"
     lines = [f"because {printable('; '.join(model.reasons))}", f"no KV cache; {at_once}"]
     if model.kv_bytes_per_request:
-        where = "on a rank" if model.backend == "vllm" else "on all devices together"
+        where = counted_on(model)
         lines[1] = (
-            f"KV cache: {at_once}, {gib(model.kv_bytes_per_request)} each {where}; it holds {model.full_length_tokens} "
+            f"KV cache: {at_once}, {gib(model.kv_bytes_per_request)} each{where}; it holds {model.full_length_tokens} "
             "tokens in requests of that length"
         )
         if model.asked_for:
-            lines.append(f"beside {model.asked_for}, {gib(model.spare_kv_bytes)} of KV cache {where} is to spare")
+            lines.append(f"beside {model.asked_for}, {gib(model.spare_kv_bytes)} of KV cache{where} is to spare")
     lines += [
         f"{ranges(devices)}: {_layer_range(layers, model)}" for layers, devices in _devices_by_layers(model).items()
     ]

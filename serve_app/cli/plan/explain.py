@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from serve_app.cli.plan.chart import LABELS, MARKS, printable, title_of
+from serve_app.cli.plan.chart import LABELS, MARKS, counted_on, printable, title_of
 from serve_app.errors import ConfigError
 from serve_app.planning.memory import RESERVE_SHARE, Figure, reserve
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
@@ -67,11 +67,10 @@ def lines(model: ModelPlan) -> Iterator[str]:
             yield from _figure_lines(kind, getattr(rank, kind), model)
         yield f"  {'sum':<12} {_size(rank.share):>12}  {rank.share.certainty}"
     yield ""
-    where = "on a rank" if model.backend == "vllm" else "on all devices together"
+    size = f"{gib(model.kv_bytes_per_request)} of KV cache{counted_on(model)}"
     yield (
-        f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache {where}; "
-        f"{model.max_full_length_requests} run at once, and the cache holds {model.full_length_tokens:,} tokens in "
-        "requests of that length."
+        f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, and "
+        f"the cache holds {model.full_length_tokens:,} tokens in requests of that length."
     )
     if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."

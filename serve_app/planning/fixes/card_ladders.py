@@ -35,7 +35,7 @@ def more_cards(request: ModelRequest, backend: str, trial: Trial) -> Iterator[La
         if sizes and config.max_memory is None:
             yield Ladder(price.MORE_CARDS, [rung("tensor_parallel_size", size) for size in sizes])
         yield from _stages(request, most)
-    if backend != "vllm" and config.max_memory is None and config.device_map is None:
+    if backend == "pt" and config.max_memory is None and config.device_map is None:  # `auto` tries all by itself.
         counts = range(max(1, int(config.num_gpus or 1)) + 1, most + 1)
         if counts:
             yield Ladder(price.MORE_CARDS, [rung("num_gpus", count) for count in counts])
