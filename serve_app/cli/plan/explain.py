@@ -69,8 +69,8 @@ def lines(model: ModelPlan) -> Iterator[str]:
     yield ""
     size = f"{gib(model.kv_bytes_per_request)} of KV cache{counted_on(model)}"
     yield (
-        f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, and "
-        f"the cache holds {model.full_length_tokens:,} tokens in requests of that length."
+        f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, "
+        f"and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
     )
     if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
