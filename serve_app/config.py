@@ -53,8 +53,7 @@ DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 ONLY_VLLM = (
     "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "quantization", "engine_args", "gpu_ids",
 )  # fmt: skip
-# Only pt honours these fields, or they decide for pt with `auto`. vLLM honours `max_memory` too, so it decides nothing
-# beside a field of vLLM's.
+# Only pt honours these fields, except that vLLM honours `max_memory` too. So with `auto` the plan decides there.
 ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
 # These arguments of vLLM take more GPUs than tensor_parallel_size and pipeline_parallel_size say.
 UNPLACED = frozenset(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
-from serve_app.planning.fit import gib
+from serve_app.planning.sizes import gib
 from serve_app.ray_serve import available_by_node, serve_details
 from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
 

@@ -11,7 +11,7 @@ from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.engine_facts import NO_FACTS
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room
 from serve_app.terminal import notify

@@ -12,31 +12,32 @@ from serve_app.facts.card_bandwidth import card_bandwidth
 from serve_app.facts.engine_facts import RankFacts
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
-from serve_app.planning.fit import (
-    VLLM_CPU_KV_BYTES,
-    ModelRequest,
-    Seats,
-    Shortage,
-    available,
-    bounds_of,
-    gib,
-    held_text,
-    rows_problem,
-    small_cache,
-)
 from serve_app.planning.fit_vllm import (
     NO_CACHE_BYTES,
+    VLLM_CPU_KV_BYTES,
     beside_layers,
     graphs,
     most_without_context,
     utilization_problem,
 )
 from serve_app.planning.memory import ZERO, Certainty, Figure
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.pipeline.card_groups import Card, group_of, groups_of
 from serve_app.planning.pipeline.solver import NO_ROOM, count, solve
 from serve_app.planning.pipeline.span import blocks_per_request
 from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Rooms, StageCards, even_split
 from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.shortage import (
+    Seats,
+    Shortage,
+    available,
+    bounds_of,
+    held_text,
+    rows_problem,
+    small_cache,
+    way_of,
+)
+from serve_app.planning.sizes import gib
 
 # Where `pipeline_layers` is set and the cards have no names, so many orders of unequal cards are counted.
 MOST_ORDERS = 120
@@ -69,19 +70,23 @@ def fit_stages(
     if isinstance(found, Shortage):
         return found
     if isinstance(found, NoPipeline):
-        text = found.reason[:1].upper() + found.reason[1:]
+        text = f"{way_of(config)}: {found.reason}"
         lacks_room = bool(found.short) or found.reason == NO_ROOM
         bounds = bounds_of(request, seats, limits) if lacks_room else ""
         code, more = "over_commit" if lacks_room else "no_stages", found.missing_bytes
 
-        def attempt() -> ModelPlan | None:
+        def nearest() -> ModelPlan | None:
             roomy = [replace(card, rooms=card.rooms.with_more(more)) for card in cards]
             solved = _solved(request, facts, roomy, demand)
-            return _plan(request, solved, seats, beside, rows, reasons) if isinstance(solved, Pipeline) else None
+            if not isinstance(solved, Pipeline):
+                return None
+            return _plan(request, solved, seats, beside, _least_blocks(request, facts, solved, demand), rows, reasons)
 
-        return Shortage(code, f"{text}.{bounds}", more, attempt if more else None)
+        return Shortage(code, f"{text}.{bounds}", more, nearest=nearest if more else None)
     held = _with_cache(request, facts, found, demand, seats[0][0].is_gpu)
-    return held if isinstance(held, Shortage) else _plan(request, held, seats, beside, rows, reasons)
+    if isinstance(held, Shortage):
+        return held
+    return _plan(request, held, seats, beside, _least_blocks(request, facts, held, demand), rows, reasons)
 
 
 def _beside(request: ModelRequest, device: Device, batch: tuple[int, int]) -> Beside:
@@ -192,11 +197,7 @@ def _with_cache(
         return found
     size = given if on_gpu or given is not None else VLLM_CPU_KV_BYTES
     blocks = found.blocks if size is None else size // widest
-    least, wanted = found.blocks_per_request, request.at_once
-    if wanted is not None:
-        one = blocks_per_request(facts, len(found.stages), replace(demand, max_model_len=wanted.tokens))
-        least = max(least, wanted.requests * one)
-    least += 1  # vLLM keeps one block empty.
+    least = _least_blocks(request, facts, found, demand)
     if given is not None and blocks < least:
         return small_cache(request, least * widest)
     short = max(blocks, least) * widest
@@ -204,14 +205,25 @@ def _with_cache(
     worst = min(stages, key=lambda stage: stage.spare)
     if worst.spare < 0 or blocks < least:
         lacks = max(-worst.spare, (least - blocks) * widest)
+        room = gib(worst.room - worst.weights - worst.buffers)
         return Shortage(
             "over_commit",
-            f"It needs {gib(short)} of KV cache on its widest stage for {held_text(request)}, and "
-            f"{', '.join(worst.cards.ids)} has room for {gib(worst.room - worst.weights - worst.buffers)} beside the "
-            f"weights of its stage, which is {gib(lacks)} too little.",
+            f"{way_of(request.config)} needs {gib(short)} of KV cache on its widest stage for {held_text(request)}, "
+            f"and {', '.join(worst.cards.ids)} has room for {room} beside the weights of its stage, which is "
+            f"{gib(lacks)} too little.",
             lacks,
         )
     return replace(found, stages=stages, blocks=blocks)
+
+
+def _least_blocks(request: ModelRequest, facts: RankFacts, found: Pipeline, demand: Demand) -> int:
+    """Returns the blocks that every stage needs: for one request of full length or for what is asked for at once, and
+    the one that vLLM keeps empty. It is 0 for a model without a cache."""
+    least, wanted = found.blocks_per_request, request.at_once
+    if wanted is not None:
+        one = blocks_per_request(facts, len(found.stages), replace(demand, max_model_len=wanted.tokens))
+        least = max(least, wanted.requests * one)
+    return least + 1 if least else 0
 
 
 def _plan(
@@ -219,6 +231,7 @@ def _plan(
     found: Pipeline,
     seats: Seats,
     beside: Mapping[str, Beside],
+    blocks: int,
     rows: int,
     reasons: Sequence[str],
 ) -> ModelPlan:
@@ -236,7 +249,7 @@ def _plan(
             seat = (number * tp, len(stages) * tp)
             weights = Figure(stage.weights, certainty)
             ranks.append(RankPlan(device, weights, cache, activation, graph, context, layers, seat))
-    full = found.full_length_requests
+    full, wanted = found.full_length_requests, request.at_once
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "vllm", (*reasons, _why(request, found)), tp,
         request.max_model_len,
@@ -246,6 +259,8 @@ def _plan(
         ranks=tuple(ranks),
         kv_block_bytes=widest if request.knows_blocks else 0,
         pipeline_layers=found.partition,
+        kv_bytes_needed=blocks * widest,
+        asked_for="" if wanted is None else wanted.text,
     )  # fmt: skip
 
 

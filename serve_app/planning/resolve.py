@@ -9,9 +9,9 @@ from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import MIB, vllm_batch, vllm_defaults
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Fix, ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resource_demand import Demand, planned_demand

@@ -23,10 +23,10 @@ from serve_app.facts.calibration import Calibration, setting_key
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.packages import engine_versions
 from serve_app.planning.calibration_setting import calibration_setting
-from serve_app.planning.fit import gib
 from serve_app.planning.memory import ZERO
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.resolve import kv_blocks
+from serve_app.planning.sizes import gib
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (

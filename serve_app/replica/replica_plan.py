@@ -21,8 +21,8 @@ from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.facts.packages import facts_version
 from serve_app.facts.process_memory import held_by_others
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import reserve
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import UNPLANNED_LIMITS, pipeline_fields, vllm_memory

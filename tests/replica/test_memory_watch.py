@@ -16,8 +16,8 @@ from serve_app.facts.calibration import Calibrations, calibration_file
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import Figure
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import kv_blocks

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.planning.fit import gib
+from serve_app.planning.sizes import gib
 from serve_app.replica.report import DeviceReport, ReplicaReport
 from serve_app.router.directory import ModelStatus, State, read_status, summarize
 from serve_app.router.status_lines import MEND, serving, state_line

@@ -32,7 +32,7 @@ from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.bounds import MOST_CHOICES
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
-from serve_app.planning.fit import VLLM_CPU_KV_BYTES
+from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.wire.openai_errors import error_response, route_error_response
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this variable sets less.

@@ -66,7 +66,7 @@ def test_what_does_not_fit_exits_1_with_the_line_that_cures_it(file: Path, capsy
     """The exact line of YAML."""
     assert main(["plan", str(file), "--gpus", "8GiB"]) == 1
     out = capsys.readouterr().out
-    assert "PROBLEM q " in out
+    assert "PROBLEM q: " in out
     assert "needs 14.94 GiB for weights" in out
     assert "    fix: one more 10 GiB card on n1" in out
 
