@@ -94,9 +94,10 @@ def of_ready(reports: Sequence[ReplicaReport], states: States) -> list[ReplicaRe
 
 
 def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, str]]) -> list[str]:
-    """Returns a line with the planned and measured memory of each device, for the replicas that were not shown yet."""
+    """Returns a line with the planned and measured memory of each rank on its device, for the replicas that were not
+    shown yet."""
     return [
-        f"{report.application}: {_memory(device)}"
+        f"{report.application}: {f'rank {device.rank}, ' if report.has_ranks else ''}{_memory(device)}"
         for report in reports
         if (report.application, report.replica) not in told
         for device in report.devices
