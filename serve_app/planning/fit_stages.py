@@ -69,12 +69,19 @@ def fit_stages(
     if isinstance(found, Shortage):
         return found
     if isinstance(found, NoPipeline):
-        text = found.reason[:1].upper() + found.reason[1:]
-        lacks_room = bool(found.short) or found.reason == NO_ROOM
-        bounds = bounds_of(request, seats, limits) if lacks_room else ""
-        return Shortage("over_commit" if lacks_room else "no_stages", f"{text}.{bounds}", found.missing_bytes)
+        return _without_stages(request, seats, limits, found)
     held = _with_cache(request, facts, found, demand, seats[0][0].is_gpu)
     return held if isinstance(held, Shortage) else _plan(request, held, seats, beside, rows, reasons)
+
+
+def _without_stages(request: ModelRequest, seats: Seats, limits: Sequence[int], found: NoPipeline) -> Shortage:
+    """Returns why there is no pipeline: the cards lack room, or the model has no such stages on any card."""
+    if found.short or found.reason == NO_ROOM:
+        text = found.reason[:1].upper() + found.reason[1:]
+        return Shortage("over_commit", f"{text}.{bounds_of(request, seats, limits)}", found.missing_bytes)
+    layers = request.config.pipeline_layers
+    field = f"pipeline_parallel_size: {request.config.stages}" if layers is None else f"pipeline_layers: {list(layers)}"
+    return Shortage("no_stages", f"{field}: {found.reason}.", found.missing_bytes)
 
 
 def _beside(request: ModelRequest, device: Device, batch: tuple[int, int]) -> Beside:

@@ -221,8 +221,9 @@ def hidden_weights(rank: RankMemory, planned: RankPlan) -> int:
 
 
 def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu], planned: ModelPlan | None = None) -> None:
-    """Raises EngineError if a rank is on a GPU that this replica was not given, or if a stage of vLLM's pipeline is on
-    another card than the one for which it was planned. Without NVML's GPUs it cannot tell."""
+    """Raises EngineError if a rank is on a GPU that this replica was not given, if two processes share one, or if a
+    stage of vLLM's pipeline is on another card than the one for which it was planned. Without NVML's GPUs it cannot
+    tell."""
     own = {gpu.uuid for gpu in gpus}
     for rank in ranks if own else ():
         if rank.device != "cpu" and rank.device not in own:
@@ -230,6 +231,7 @@ def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu], planned: 
                 f"the engine runs on {rank.device}, but Ray gave it {', '.join(sorted(own))}. "
                 "Something changed CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES. Leave both to Ray and serve-app."
             )
+    _require_card_for_each([rank for rank in ranks if own and rank.device != "cpu"])
     if not own or planned is None or not planned.pipeline_layers:
         return
     wanted, found = [_device_name(rank, gpus) for rank in planned.ranks], [rank.device for rank in ranks]
@@ -238,6 +240,18 @@ def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu], planned: 
             f"the stages of the pipeline run on {', '.join(found)}, but they were planned for {', '.join(wanted)}, in "
             "this order. Something changed CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES. Leave both to Ray and serve-app."
         )
+
+
+def _require_card_for_each(ranks: Sequence[RankMemory]) -> None:
+    """Raises EngineError if two processes of an engine are on one card, for which only one of them was planned."""
+    holders: dict[str, int] = {}
+    for rank in ranks:
+        if holders.setdefault(rank.device, rank.pid) != rank.pid:
+            raise EngineError(
+                f"two ranks of the engine, pid {holders[rank.device]} and pid {rank.pid}, run on {rank.device}, but "
+                "each must have a GPU of its own. Something changed CUDA_VISIBLE_DEVICES. Leave it to Ray and "
+                "serve-app."
+            )
 
 
 def device_reports(

@@ -1,8 +1,17 @@
-"""A Serve with one model of vLLM over several ranks on the CPU, of which any process may die."""
+"""A Serve with one model of vLLM over several ranks on the CPU, of which any process may die.
+
+    python -m tests.cluster.served_ranks [--only pp1+3 tp2] [--without-deaths]
+
+prints for each shape (`ranks.py` has them) a line of JSON with the answers that were right by name and by route, one
+for each rank with its memory as planned, measured and exported as a gauge, and one for the death of each process in
+turn, with what clients saw by name meanwhile and what was left of the replica.
+"""
 
 import asyncio
+import json
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -10,9 +19,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import httpx
 
+from serve_app.planning.plan import ModelPlan
+from serve_app.replica.replica_plan import plan_replica
+from tests.builders import model_config
 from tests.cluster.conftest import model
-from tests.cluster.ranks import AT_ONCE, CACHE, SHAPES, engine_first, left_behind, shared_files
+from tests.cluster.ranks import AT_ONCE, CACHE, SHAPES, engine_first, left_behind, main, shared_files
 from tests.cluster.serve_run import ServeRun
 from tests.cluster.storm import ask, serving_pids
 from tests.demo_answers import ANSWERS, QUESTIONS
@@ -21,6 +34,8 @@ NAME = "ranked"
 WAYS = {"by name": "", "by route": f"/models/{NAME}"}
 CLIENTS = 8
 REPLACED_TIMEOUT_S = 300.0
+REPORT_TIMEOUT_S = 60.0
+HELD = "ray_serve_app_memory_held_bytes"
 # Three failures of it end a replica whose engine has died. The usual two seconds are only waited for.
 HEALTH_CHECK_PERIOD_S = 1.0
 
@@ -31,6 +46,7 @@ class RankedServe(ServeRun):
     def __init__(self, shape: Mapping[str, Any]):
         router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
         served = model(NAME, infer_backend="vllm", kv_cache_memory_bytes=CACHE, max_model_len=1024, **shape)
+        self.args: dict[str, Any] = served["args"]
         served["deployments"] = [{"name": "Model", "health_check_period_s": HEALTH_CHECK_PERIOD_S}]
         served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
         super().__init__({"applications": [router, served]}, cpus=4, is_set_before_ray=True)
@@ -44,6 +60,33 @@ class RankedServe(ServeRun):
         """The process of the replica that serves."""
         (pid,) = serving_pids(self, NAME)
         return pid
+
+    def plan(self) -> ModelPlan:
+        """What a replica of this model plans on this machine."""
+        plan = plan_replica(model_config(**self.args), [])
+        assert plan is not None
+        return plan
+
+    def rank_memory(self) -> list[dict[str, Any]]:
+        """What the replica reports of each rank after this moment. Raises TimeoutError."""
+        asked, deadline = time.time(), time.monotonic() + REPORT_TIMEOUT_S
+        while time.monotonic() < deadline:
+            (told,) = [each for each in self.status_of_ours()["models"] if each["name"] == NAME]
+            (report,) = [replica["report"] for replica in told["replicas"]]
+            if report is not None and report["written_at"] > asked:
+                return list(report["devices"])
+        raise TimeoutError(f"no report after {REPORT_TIMEOUT_S} s")
+
+    def rank_gauges(self, name: str) -> dict[str, float]:
+        """What Prometheus reads of a gauge of the model: the number of the rank to the value."""
+        (file,) = self.folder.glob("ray/prom_metrics_service_discovery.json")
+        found = {}
+        for target in (target for item in json.loads(file.read_text()) for target in item["targets"]):
+            for line in httpx.get(f"http://{target}/metrics", timeout=10).text.splitlines():
+                labels, _, value = line.rpartition(" ")
+                if labels.startswith(f"{name}{{") and f'application="{NAME}"' in labels:
+                    found[labels.partition('rank="')[2].partition('"')[0]] = float(value)
+        return found
 
     def wait_for_another(self, replica: int) -> None:
         """Until another replica serves and this one is gone. Raises TimeoutError."""
@@ -126,6 +169,18 @@ async def death(serve: RankedServe, title: str) -> dict[str, Any]:
     return {"killed": title, "replaced_after_s": replaced_after_s, "by_name": dict(seen), "left": left}
 
 
+def memory(serve: RankedServe) -> list[dict[str, Any]]:
+    """What each rank holds beside its plan, in bytes, with what its gauge says."""
+    found, gauges = serve.rank_memory(), serve.rank_gauges(HELD)
+    return [
+        {"rank": told["rank"], "layers": plan.layers, "planned": plan.share.bytes, "reported_plan": told["planned"],
+         "held": told["held"], "peak": told["peak"], "of_plan": round(told["peak"] / plan.share.bytes, 3),
+         "weights": [plan.weights.bytes, told["weights"]], "kv_cache": [plan.kv_cache.bytes, told["kv_cache"]],
+         "gauge": gauges.get(str(told["rank"]))}
+        for plan, told in zip(serve.plan().ranks, found, strict=True)
+    ]  # fmt: skip
+
+
 def findings(name: str, with_deaths: bool) -> Iterator[dict[str, Any]]:
     """The answers by each way, and what comes after the death of each process in turn."""
     started = time.monotonic()
@@ -135,6 +190,8 @@ def findings(name: str, with_deaths: bool) -> Iterator[dict[str, Any]]:
         for way in WAYS:
             found[way] = asyncio.run(at_once(serve, way))
         yield found
+        for rank in memory(serve):
+            yield {"shape": name, **rank}
         for title in serve.ranks().values() if with_deaths else ():
             told = asyncio.run(death(serve, title))
             yield {"shape": name, **told, "by route": asyncio.run(at_once(serve, "by route"))}
@@ -144,3 +201,7 @@ def findings(name: str, with_deaths: bool) -> Iterator[dict[str, Any]]:
     finally:
         serve.stop()
         serve.clean_up()
+
+
+if __name__ == "__main__":
+    main(["--served", *sys.argv[1:]])

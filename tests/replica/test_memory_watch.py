@@ -342,3 +342,15 @@ def test_each_stage_must_be_on_its_card() -> None:
         EngineError, match="stages of the pipeline run on GPU-b, GPU-a, but they were planned for GPU-a"
     ):
         require_own_gpus([rank(1, 1, "GPU-b"), rank(1, 1, "GPU-a")], gpus, plan)
+
+
+def test_each_rank_must_have_a_card_of_its_own() -> None:
+    """Every rank is looked at, not the first alone. pt has one process on several cards."""
+    gpus = [Gpu(number, f"GPU-{number}", "card", 24 * GIB, 24 * GIB) for number in range(4)]
+    ranks = [replace(rank(1, 1, f"GPU-{number}"), pid=number) for number in range(4)]
+    require_own_gpus(ranks, gpus)
+    require_own_gpus([replace(each, pid=1) for each in ranks], gpus)
+    with pytest.raises(EngineError, match="pid 0 and pid 3, run on GPU-0, but each must have a GPU of its own"):
+        require_own_gpus([*ranks[:3], replace(ranks[3], device="GPU-0")], gpus)
+    with pytest.raises(EngineError, match="the engine runs on GPU-x, but Ray gave it GPU-0, GPU-1, GPU-2, GPU-3"):
+        require_own_gpus([*ranks[:3], replace(ranks[3], device="GPU-x")], gpus)
