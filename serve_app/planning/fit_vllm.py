@@ -88,7 +88,9 @@ def beside_layers(
         architecture, tp, element, rows, batched, copies, is_first=place == 0, is_last=place == stages - 1
     )
     activation += request.buffers(tp) + memory.vllm_encoder(architecture, element, batched)
-    return activation, memory.context("cuda", tp * stages) if device.is_gpu else memory.vllm_cpu_context()
+    if device.is_gpu:
+        return activation, memory.context("cuda", tp * stages)
+    return activation, memory.vllm_cpu_context(tp, stages, request.config.rank_threads)
 
 
 def graphs(request: ModelRequest, device: Device, layers: int) -> Figure:

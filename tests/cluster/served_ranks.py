@@ -30,9 +30,12 @@ from tests.cluster.serve_run import ServeRun
 from tests.cluster.storm import ask, serving_pids
 from tests.demo_answers import ANSWERS, QUESTIONS
 
-NAME = "ranked"
+# The second one has layers that vLLM would refuse.
+NAME, WRONG = "ranked", "wrong"
 WAYS = {"by name": "", "by route": f"/models/{NAME}"}
 CLIENTS = 8
+# vLLM's max_num_seqs on the CPU, and a prompt of which several are in a step of 2048 tokens.
+MOST_ROWS, LONG_PROMPT = 128, 900
 REPLACED_TIMEOUT_S = 300.0
 REPORT_TIMEOUT_S = 60.0
 HELD = "ray_serve_app_memory_held_bytes"
@@ -49,7 +52,8 @@ class RankedServe(ServeRun):
         self.args: dict[str, Any] = served["args"]
         served["deployments"] = [{"name": "Model", "health_check_period_s": HEALTH_CHECK_PERIOD_S}]
         served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
-        super().__init__({"applications": [router, served]}, cpus=4, is_set_before_ray=True)
+        wrong = model(WRONG, infer_backend="vllm", max_model_len=1024, pipeline_layers=[1, 2])
+        super().__init__({"applications": [router, served, wrong]}, cpus=4, is_set_before_ray=True)
         self.wait_until(lambda models: NAME in models and models[NAME]["status"] == "ready")
 
     def ranks(self) -> dict[int, str]:
@@ -135,6 +139,16 @@ async def at_once(serve: RankedServe, way: str) -> dict[str, int]:
     return dict(Counter(seen))
 
 
+async def fill(serve: RankedServe) -> None:
+    """Fills steps of vLLM with as many tokens and as many requests as one may have on the CPU, which the plan's
+    activations are meant for."""
+    body = {"model": NAME, "prompt": [1] * LONG_PROMPT, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    async with session_for() as session:
+        for _ in range(2):
+            replies = [session.post(f"{serve.url}/v1/completions", json=body) for _ in range(MOST_ROWS)]
+            assert {reply.status for reply in await asyncio.gather(*replies)} == {200}
+
+
 @asynccontextmanager
 async def asking(serve: RankedServe) -> AsyncIterator[Counter[str]]:
     """Clients that ask by name, one question after the other, meanwhile. Half of them stream."""
@@ -175,6 +189,8 @@ def memory(serve: RankedServe) -> list[dict[str, Any]]:
     return [
         {"rank": told["rank"], "layers": plan.layers, "planned": plan.share.bytes, "reported_plan": told["planned"],
          "held": told["held"], "peak": told["peak"], "of_plan": round(told["peak"] / plan.share.bytes, 3),
+         "overhead": [plan.share.bytes - plan.weights.bytes - plan.kv_cache.bytes,
+                      told["peak"] - told["weights"] - told["kv_cache"]],
          "weights": [plan.weights.bytes, told["weights"]], "kv_cache": [plan.kv_cache.bytes, told["kv_cache"]],
          "gauge": gauges.get(str(told["rank"]))}
         for plan, told in zip(serve.plan().ranks, found, strict=True)
@@ -190,6 +206,7 @@ def findings(name: str, with_deaths: bool) -> Iterator[dict[str, Any]]:
         for way in WAYS:
             found[way] = asyncio.run(at_once(serve, way))
         yield found
+        asyncio.run(fill(serve))
         for rank in memory(serve):
             yield {"shape": name, **rank}
         for title in serve.ranks().values() if with_deaths else ():

@@ -147,3 +147,12 @@ def test_memory_is_told_for_each_device_once() -> None:
         "a: GPU 1: planned 3.00 GiB, holds 2.00 GiB",
         "a: memory: not planned, and its memory cannot be measured",
     ]
+
+
+def test_memory_is_told_for_each_rank() -> None:
+    """With its number where an engine has several processes."""
+    ranks = [DeviceReport("cpu", None, GIB, "exact", GIB, GIB, 0, 0, rank=number) for number in range(2)]
+    assert memory_lines([report("1", *ranks)], set()) == [
+        "a: rank 0, memory: planned 1.00 GiB, holds 1.00 GiB",
+        "a: rank 1, memory: planned 1.00 GiB, holds 1.00 GiB",
+    ]
