@@ -25,7 +25,7 @@ from serve_app.planning.plan import ModelPlan
 from serve_app.replica.replica_plan import plan_replica
 from tests.builders import model_config
 from tests.cluster.conftest import model
-from tests.cluster.ranks import AT_ONCE, CACHE, SHAPES, engine_first, left_behind, main, shared_files
+from tests.cluster.ranks import AT_ONCE, SHAPES, engine_first, left_behind, main, shared_files
 from tests.cluster.serve_run import ServeRun
 from tests.cluster.storm import ask, serving_pids
 from tests.demo_answers import ANSWERS, QUESTIONS
@@ -34,6 +34,8 @@ from tests.demo_answers import ANSWERS, QUESTIONS
 NAME, WRONG = "ranked", "wrong"
 WAYS = {"by name": "", "by route": f"/models/{NAME}"}
 CLIENTS = 8
+# What a rank holds beside weights and cache differs by 40 MiB from start to start, of which this is a small share.
+SERVED_CACHE = "512MiB"
 # vLLM's max_num_seqs on the CPU, and a prompt of which several are in a step of 2048 tokens.
 MOST_ROWS, LONG_PROMPT = 128, 900
 REPLACED_TIMEOUT_S = 300.0
@@ -48,7 +50,7 @@ class RankedServe(ServeRun):
 
     def __init__(self, shape: Mapping[str, Any]):
         router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
-        served = model(NAME, infer_backend="vllm", kv_cache_memory_bytes=CACHE, max_model_len=1024, **shape)
+        served = model(NAME, infer_backend="vllm", kv_cache_memory_bytes=SERVED_CACHE, max_model_len=1024, **shape)
         self.args: dict[str, Any] = served["args"]
         served["deployments"] = [{"name": "Model", "health_check_period_s": HEALTH_CHECK_PERIOD_S}]
         served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
@@ -81,8 +83,17 @@ class RankedServe(ServeRun):
                 return list(report["devices"])
         raise TimeoutError(f"no report after {REPORT_TIMEOUT_S} s")
 
-    def rank_gauges(self, name: str) -> dict[str, float]:
-        """What Prometheus reads of a gauge of the model: the number of the rank to the value."""
+    def rank_gauges(self, name: str, count: int) -> dict[str, float]:
+        """What Prometheus reads of a gauge of the model, once so many ranks have one: the number of the rank to the
+        value. Ray exports what was set up to ten seconds before. Raises TimeoutError."""
+        deadline = time.monotonic() + REPORT_TIMEOUT_S
+        while len(found := self._rank_gauges(name)) < count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} has {found} after {REPORT_TIMEOUT_S} s")
+            time.sleep(1)
+        return found
+
+    def _rank_gauges(self, name: str) -> dict[str, float]:
         (file,) = self.folder.glob("ray/prom_metrics_service_discovery.json")
         found = {}
         for target in (target for item in json.loads(file.read_text()) for target in item["targets"]):
@@ -167,25 +178,35 @@ async def asking(serve: RankedServe) -> AsyncIterator[Counter[str]]:
         await asyncio.gather(*tasks)
 
 
+async def answered(seen: Counter[str], more: int) -> None:
+    """Waits until clients have seen so many more answers. Raises TimeoutError."""
+    least, deadline = seen.total() + more, time.monotonic() + REPLACED_TIMEOUT_S
+    while seen.total() < least:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{dict(seen)} after {REPLACED_TIMEOUT_S} s")
+        await asyncio.sleep(0.05)
+
+
 async def death(serve: RankedServe, title: str) -> dict[str, Any]:
     """What clients see by name while this process of vLLM dies and the replica is replaced, and what is left of it."""
     replica, ranks = serve.replica(), serve.ranks()
     (pid,) = [pid for pid, name in ranks.items() if name == title]
     files = shared_files(ranks)
     async with asking(serve) as seen:
-        await asyncio.sleep(1)
+        await answered(seen, CLIENTS)
         os.kill(pid, signal.SIGKILL)
         started = time.monotonic()
         await asyncio.to_thread(serve.wait_for_another, replica)
         replaced_after_s = round(time.monotonic() - started, 1)
-        await asyncio.sleep(1)
+        await answered(seen, 2 * CLIENTS)
     left = left_behind([*ranks, replica], files)
     return {"killed": title, "replaced_after_s": replaced_after_s, "by_name": dict(seen), "left": left}
 
 
 def memory(serve: RankedServe) -> list[dict[str, Any]]:
     """What each rank holds beside its plan, in bytes, with what its gauge says."""
-    found, gauges = serve.rank_memory(), serve.rank_gauges(HELD)
+    found = serve.rank_memory()
+    gauges = serve.rank_gauges(HELD, len(found))
     return [
         {"rank": told["rank"], "layers": plan.layers, "planned": plan.share.bytes, "reported_plan": told["planned"],
          "held": told["held"], "peak": told["peak"], "of_plan": round(told["peak"] / plan.share.bytes, 3),

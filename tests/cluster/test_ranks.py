@@ -52,12 +52,12 @@ async def test_each_rank_holds_what_was_planned_for_it(ranked: RankedServe) -> N
         assert rank["weights"][0] == rank["weights"][1], rank
         assert rank["kv_cache"][0] == rank["kv_cache"][1], rank
         assert abs(rank["of_plan"] - 1) <= MOST_OFF, rank
-        assert rank["gauge"] > rank["kv_cache"][1], "Ray exports it up to ten seconds later than it is reported"
+        assert rank["gauge"] > rank["kv_cache"][1], rank
 
 
 async def test_the_death_of_a_rank_loses_no_request_by_name(ranked: RankedServe) -> None:
     """The replica is replaced, with nothing left of it. That of the first rank is noticed last, since the second one
-    waits for it. Each replacement takes half a minute, so `ranks.py --served` kills the others."""
+    waits for it. Each replacement takes half a minute, so `served_ranks.py` kills the others."""
     told = await death(ranked, "VLLM::Worker_PP0")
     assert told["by_name"].keys() == {"right"}, told
     assert told["by_name"]["right"] > 20, "they asked while the rank died"
