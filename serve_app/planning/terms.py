@@ -16,8 +16,8 @@ NCCL_BYTES = 256 * MIB
 # CUDA graphs of vLLM's default sizes have a private pool each, which is small for small models.
 GRAPH_BYTES_PER_LAYER = 10 * MIB
 GRAPH_BASE_BYTES = 256 * MIB
-# A rank of vLLM on the CPU takes this beyond its libraries, its tensors and its activations, as measured at full load by
-# `tests.cluster.served_ranks`. Its layers are not fused, so several copies of an activation exist at once, and its
+# A rank of vLLM on the CPU takes this beyond its libraries, its tensors and its activations, as measured at full load
+# by `tests.cluster.served_ranks`. Its layers are not fused, so several copies of an activation exist at once, and its
 # allocator keeps what requests have touched.
 VLLM_CPU_CONTEXT_BYTES = 72 * MIB
 # On the CPU, the ranks of a group exchange tensors in shared memory, of which each has so much for each of its threads
