@@ -262,6 +262,11 @@ class ModelConfig(_Strict):
         return (self.tensor_parallel_size or 1) * self.stages
 
     @property
+    def rank_threads(self) -> int:
+        """Returns the number of threads with which each of vLLM's ranks computes on the CPU."""
+        return max(1, int(self.num_cpus) // self.ranks)
+
+    @property
     def share(self) -> float | None:
         """Returns the share of one GPU that `num_gpus` sets, or None if the replica has whole GPUs."""
         return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None

@@ -70,10 +70,7 @@ def fit_stages(
     if isinstance(found, Shortage):
         return found
     if isinstance(found, NoPipeline):
-        text = f"{way_of(config)}: {found.reason}"
-        lacks_room = bool(found.short) or found.reason == NO_ROOM
-        bounds = bounds_of(request, seats, limits) if lacks_room else ""
-        code, more = "over_commit" if lacks_room else "no_stages", found.missing_bytes
+        more = found.missing_bytes
 
         def nearest() -> ModelPlan | None:
             roomy = [replace(card, rooms=card.rooms.with_more(more)) for card in cards]
@@ -82,11 +79,21 @@ def fit_stages(
                 return None
             return _plan(request, solved, seats, beside, _least_blocks(request, facts, solved, demand), rows, reasons)
 
-        return Shortage(code, f"{text}.{bounds}", more, nearest=nearest if more else None)
+        return replace(_without_stages(request, seats, limits, found), nearest=nearest if more else None)
     held = _with_cache(request, facts, found, demand, seats[0][0].is_gpu)
     if isinstance(held, Shortage):
         return held
     return _plan(request, held, seats, beside, _least_blocks(request, facts, held, demand), rows, reasons)
+
+
+def _without_stages(request: ModelRequest, seats: Seats, limits: Sequence[int], found: NoPipeline) -> Shortage:
+    """Returns why there is no pipeline: the cards lack room, or the model has no such stages on any card."""
+    if found.short or found.reason == NO_ROOM:
+        text = f"{way_of(request.config)}: {found.reason}"
+        return Shortage("over_commit", f"{text}.{bounds_of(request, seats, limits)}", found.missing_bytes)
+    layers = request.config.pipeline_layers
+    field = f"pipeline_parallel_size: {request.config.stages}" if layers is None else f"pipeline_layers: {list(layers)}"
+    return Shortage("no_stages", f"{field}: {found.reason}.", found.missing_bytes)
 
 
 def _beside(request: ModelRequest, device: Device, batch: tuple[int, int]) -> Beside:

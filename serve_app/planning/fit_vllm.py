@@ -76,7 +76,8 @@ def _plan(
     cache: int,
 ) -> ModelPlan:
     """Returns the plan of equal ranks with `cache` bytes of KV cache each. `figures` are weights, activations, graphs
-    and context of a rank, and `cache_sizes` are the bytes of a request, those that vLLM keeps empty, and the least that is needed."""
+    and context of a rank, and `cache_sizes` are the bytes of a request, those that vLLM keeps empty, and the least that
+    is needed."""
     weights, activation, graph, context = figures
     per_request, spare, least = cache_sizes
     tp, length, wanted = len(seats), request.max_model_len, request.at_once
@@ -105,7 +106,9 @@ def beside_layers(
         architecture, tp, element, rows, batched, copies, is_first=place == 0, is_last=place == stages - 1
     )
     activation += request.buffers(tp) + memory.vllm_encoder(architecture, element, batched)
-    return activation, memory.context("cuda", tp * stages) if device.is_gpu else memory.vllm_cpu_context()
+    if device.is_gpu:
+        return activation, memory.context("cuda", tp * stages)
+    return activation, memory.vllm_cpu_context(tp, stages, request.config.rank_threads)
 
 
 def graphs(request: ModelRequest, device: Device, layers: int) -> Figure:

@@ -10,6 +10,9 @@ from serve_app.facts.inventory import Device
 from serve_app.planning.memory import ZERO, Figure
 from serve_app.planning.pt_kv_buffers import full_length_requests
 
+# vLLM reads the layers of each stage of its pipeline in this environment variable, and has no argument for them.
+STAGES = "VLLM_PP_LAYER_PARTITION"
+
 TERMS = ("weights", "kv_cache", "activation", "graph", "context")
 
 
@@ -266,6 +269,11 @@ class Problem:
     replicas: int = 1
     placed: int = 0
     nearest: NearestPlan | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_of_split(self) -> bool:
+        """Returns whether vLLM cannot split the model over ranks in this way, whatever memory there is."""
+        return self.code in ("no_stages", "tensor_parallel")
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it. `fix` is the first of the fixes."""

@@ -53,6 +53,18 @@ def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | 
     return Resolved(_with_gpus(model), planned_demand(model, empty), request.engine_facts)
 
 
+def resolve_on_cpu(request: ModelRequest, inventory: Inventory) -> Resolved:
+    """Returns the config of a model on the CPU as it is. Memory of a host is never quite free nor quite taken, so a
+    shortage of it refuses nothing here, and the replica tells of it.
+
+    Raises PlacementError if vLLM cannot split the model over ranks in this way.
+    """
+    plan = make_plan([request], as_empty(inventory))
+    if any(problem.is_of_split for problem in plan.problems):
+        raise PlacementError(problem_text(plan))
+    return Resolved(request.config, Demand(request.config.num_cpus), request.engine_facts)
+
+
 def _with_gpus(model: ModelPlan) -> ModelConfig:
     """Returns the config with the GPUs and bytes that were chosen, if Ray counts them by index."""
     if not model.ranks[0].device.by_index or model.config.max_memory:

@@ -23,7 +23,7 @@ from serve_app.facts.packages import facts_version
 from serve_app.facts.process_memory import held_by_others
 from serve_app.planning.memory import reserve
 from serve_app.planning.model_request import ModelRequest
-from serve_app.planning.plan import ModelPlan
+from serve_app.planning.plan import STAGES, ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import UNPLANNED_LIMITS, pipeline_fields, vllm_memory
 
@@ -44,7 +44,8 @@ def plan_replica(
     again. `facts` are what engines told the builder, by which the replica plans too, so that both plan the same or
     neither does. Facts of another version of the engine than the one here are not used. They are None where the builder
     made no plan, and then what was kept on this node is used. No engine is asked here, because that takes as long as a
-    start. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged.
+    start. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged, and
+    ranks that vLLM would refuse are an EngineError too.
 
     Calibrations are not used, because they raise what a builder asks for, and a replica must not refuse what was
     accepted.
@@ -55,6 +56,8 @@ def plan_replica(
     if plan.fits:
         return _in_own_numbers(plan.models[0], gpus)
     message = plan.problems[0].message
+    if plan.problems[0].is_of_split:
+        raise EngineError(message)
     if config.device == "cpu":
         logger.warning("This model may need more memory than is available: %s", message)
         return None
@@ -97,6 +100,21 @@ def visible_order(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, s
         return {}
     places = [rank.device.index or 0 for rank in planned.ranks]
     return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpus[place].index) for place in places)}
+
+
+def split_line(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> str:
+    """Returns what the log says of vLLM's ranks at the start: their number, the layers of each stage as vLLM reads
+    them, and their GPUs by the numbers of the machine. It is empty for one rank, by the plan of `plan_replica` for
+    these `gpus`."""
+    if planned is None or planned.backend != "vllm" or len(planned.ranks) == 1:
+        return ""
+    places = [rank.device.index for rank in planned.ranks]
+    where = ", ".join("the CPU" if place is None else f"GPU {gpus[place].index}" for place in dict.fromkeys(places))
+    ranks = f"vLLM runs in {len(places)} ranks on {where}"
+    if not planned.pipeline_layers:
+        return ranks
+    layers = " + ".join(map(str, planned.pipeline_layers))
+    return f"{ranks}: stages of {layers} layers ({STAGES}), with tensor_parallel_size {planned.tensor_parallel_size}"
 
 
 def _request(config: ModelConfig, facts: EngineFacts | None) -> ModelRequest | None:

@@ -62,6 +62,17 @@ def test_planned_and_held_stand_side_by_side() -> None:
     assert lines[-1] == "Every model has its replicas."
 
 
+def test_each_rank_of_a_replica_has_a_line() -> None:
+    """With its number, though all share the memory of the host. A replica of one process has no number."""
+    one = told("r0", 9 * GIB).devices[0]
+    ranks = tuple(replace(one, device="cpu", index=None, held=size * GIB, rank=rank) for rank, size in ((1, 8), (0, 7)))
+    status = seen(2, 2, replace(told("r0", 0), devices=ranks), told("r1", 9 * GIB))
+    lines = [" ".join(line.split()) for line in report(status).splitlines()]
+    first = lines.index("a memory m r0 0 10.00 7.00 9.00 90%")
+    assert lines[first + 1] == "a memory m r0 1 10.00 8.00 9.00 90%"
+    assert "a GPU 0 m r1 10.00 9.00 9.00 90%" in lines
+
+
 def test_what_nobody_tells_is_no_zero() -> None:
     """An unknown figure is a question mark; a replica that is silent, or was long ago, is named."""
     text = report(seen(2, 2, told("r0", 9 * GIB, written_at=NOW - 100), told("r1", 9 * GIB, planned=None)))

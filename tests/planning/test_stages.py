@@ -330,6 +330,27 @@ def test_several_ranks_on_the_cpu_share_its_memory() -> None:
     assert not make_plan([asked], tight).fits
 
 
+@pytest.mark.parametrize(
+    ("fields", "buffers"),
+    [
+        ({}, 0),
+        ({"tensor_parallel_size": 2}, 2),
+        ({"pipeline_layers": [10, 8, 10]}, 3),
+        ({"pipeline_layers": [10, 18], "tensor_parallel_size": 2, "num_cpus": 9}, 8),
+    ],
+)
+def test_ranks_on_the_cpu_map_the_buffers_of_their_groups(fields: dict[str, Any], buffers: int) -> None:
+    """4 MiB for each thread of each rank of a group, and a rank of both kinds is in two groups of two."""
+    host = Inventory((Device("n1", None, "memory", 64 * GIB, 64 * GIB),))
+
+    def context(**asked: Any) -> set[int]:
+        (model,) = make_plan([staged(device="cpu", **asked)], host).models
+        return {rank.context.bytes for rank in model.ranks}
+
+    (alone,), (found,) = context(), context(**fields)
+    assert found - alone == pytest.approx(1.1 * buffers * 4 * 2**20, abs=2)
+
+
 def test_measured_figures_of_a_stage_count_for_that_stage() -> None:
     """Those of tensor parallelism over as many cards do not."""
     asked, cards = staged(pipeline_parallel_size=2), parse_gpus("24GiB,16GiB")

@@ -102,13 +102,13 @@ def of_ready(reports: Sequence[ReplicaReport], states: States) -> list[ReplicaRe
 
 
 def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, str]]) -> list[str]:
-    """Returns a line with the planned and measured memory of each device, for the replicas that were not shown yet. If
-    a model has several replicas, the line has Serve's name of the replica too."""
+    """Returns a line with the planned and measured memory of each rank on its device, for the replicas that were not
+    shown yet. If a model has several replicas, the line has Serve's name of the replica too."""
     known = {*told, *((report.application, report.replica) for report in reports)}
     counts = Counter(application for application, _ in known)
     return [
         f"{report.application}{f' (replica {report.replica})' if counts[report.application] > 1 else ''}: "
-        f"{_memory(device)}"
+        f"{f'rank {device.rank}, ' if report.has_ranks else ''}{_memory(device)}"
         for report in reports
         if (report.application, report.replica) not in told
         for device in report.devices

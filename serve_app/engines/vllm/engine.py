@@ -33,14 +33,11 @@ from serve_app.engines.vllm.bounds import MOST_CHOICES
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
+from serve_app.planning.plan import STAGES
 from serve_app.wire.openai_errors import error_response, route_error_response
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this variable sets less.
 DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
-
-
-# vLLM reads the layers of each pipeline stage here, and has no argument for them.
-STAGES = "VLLM_PP_LAYER_PARTITION"
 
 # vLLM has this many seconds to abort a request whose client has left before its task is cancelled.
 ABORT_GRACE_S = 5.0
