@@ -97,8 +97,8 @@ def test_what_others_have_taken_is_told_with_what_is_left() -> None:
 )
 def test_missing_resources(asked: dict[str, float], left: Node, expected: str) -> None:
     """Room now, room if others went, or no room at all."""
-    assert expected in missing_for(asked, [node(cpus=8)], [left])
-    assert bool(missing_for(asked, [node(cpus=8)], [left])) == bool(expected)
+    assert expected in missing_for([asked], [node(cpus=8)], [left])
+    assert bool(missing_for([asked], [node(cpus=8)], [left])) == bool(expected)
 
 
 def test_a_replica_that_loads_waits_for_nobody() -> None:
