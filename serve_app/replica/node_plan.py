@@ -6,14 +6,12 @@ it was given, and tells vLLM which bundle each rank is in.
 
 from collections.abc import Mapping, Sequence
 
-import ray
-from ray.util import placement_group_table
-
 from serve_app.config import ModelConfig
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Device, Inventory, seen_on_nodes
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.resource_demand import BUNDLES
+from serve_app.ray_serve import own_bundles
 from serve_app.replica.replica_plan import plan_on
 
 
@@ -21,13 +19,9 @@ def plan_over_nodes(config: ModelConfig, facts: EngineFacts | None) -> ModelPlan
     """Returns the plan for the nodes of this replica's placement group, which are called "node 0", "node 1" and so on
     by the numbers of their bundles. Everything else is as in `plan_replica`, but who holds what is free is not known.
     It asks each node, so it blocks."""
-    group = ray.util.get_current_placement_group()
-    assert group is not None, "a replica over several nodes is in a placement group"
-    table = placement_group_table(group)
-    bundles = {int(number): bundle for number, bundle in table["bundles"].items()}
-    names = {name_of(number): table["bundles_to_node_id"][number] for number in sorted(bundles)}
-    gpus = [int(bundles[number].get("GPU", 0)) for number in sorted(bundles)]
-    return plan_on(config, given_devices(seen_on_nodes(names), gpus), facts)
+    bundles = own_bundles()
+    seen = seen_on_nodes({name_of(number): node for number, (node, _) in enumerate(bundles)})
+    return plan_on(config, given_devices(seen, [int(bundle.get("GPU", 0)) for _, bundle in bundles]), facts)
 
 
 def name_of(bundle: int) -> str:

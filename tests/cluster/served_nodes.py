@@ -1,16 +1,17 @@
 """One replica of vLLM over two nodes, which are raylets of one machine, and the death of a node.
 
-    python -m tests.cluster.served_nodes [--kill 0|1]
+    python -m tests.cluster.served_nodes [--layers 1+3] [--kill node:0 node:1 rank engine replica]
 
 starts a head without CPUs for models and two workers, and serves the demo model with one stage on each. It prints one
-JSON object: the answers by name and by route, streamed and 32 at once; then, while clients ask all the time, the raylet
-of a worker is killed with SIGKILL: what they saw, what `serve-app status` said without the node, and the answers after
-another node has come.
+JSON object for each step: the answers by name and by route, streamed and 32 at once; then for each kill, with SIGKILL
+while clients ask all the time, what they saw, and the answers after it. A node is killed by its raylet. Then it also
+prints what `serve-app status` said without the node, before another one came.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -23,17 +24,17 @@ from tests.cluster.ranks import AT_ONCE, CACHE
 from tests.cluster.served_ranks import CLIENTS, NAME, WAYS, outcome, session_for
 from tests.demo_answers import QUESTIONS
 
-LAYERS = [1, 3]
+LAYERS = "1+3"
 MISSING = "A replica needs 1 CPU and 1 CPU on 2 nodes"
 
 
 class TwoNodes(RayCluster):
     """A cluster with one CPU on each of two workers, and one replica that takes both."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: str = LAYERS) -> None:
         router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
         served = model(
-            NAME, infer_backend="vllm", kv_cache_memory_bytes=CACHE, max_model_len=1024, pipeline_layers=LAYERS,
+            NAME, infer_backend="vllm", kv_cache_memory_bytes=CACHE, max_model_len=1024, pipeline_layers=[int(count) for count in layers.split("+")],
             nnodes=2, num_cpus=1,
         )  # fmt: skip
         served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
@@ -44,12 +45,41 @@ class TwoNodes(RayCluster):
         """Until the model serves. Raises TimeoutError."""
         self.wait_until(lambda models: NAME in models and models[NAME]["status"] == "ready", timeout_s)
 
-    def nodes_of_ranks(self) -> list[str]:
-        """The raylet of each of vLLM's ranks, as a pid, in any order."""
-        found = []
-        for number in self.workers:
-            found += [str(number) for title in self.titles_on(number) if "NodeRank" in title]
-        return found
+    def lose(self, victim: str) -> dict[str, Any]:
+        """Kills a node or a process, and returns when the model serves again without what was killed. Without a node it
+        returns what status said, before it adds another node."""
+        if not victim.startswith("node:"):
+            replica = self.pid_of("replica")
+            os.kill(self.pid_of(victim), signal.SIGKILL)
+            deadline = time.monotonic() + 120.0
+            while replica in self.processes():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the replica lives on without its {victim}")
+                time.sleep(0.2)
+            self.wait_until_ready()
+            return {}
+        number = int(victim.partition(":")[2])
+        self.kill_worker(number)
+        status = self._status_without()
+        del self.workers[number]
+        self.add_worker(number + 10, 1)
+        self.wait_until_ready()
+        return {"status": status}
+
+    def pid_of(self, part: str) -> int:
+        """The process of the first rank, of vLLM's engine or of the replica."""
+        title = {"rank": "ray::NodeRank", "engine": "VLLM::EngineCore", "replica": "ray::ServeReplica:ranked"}[part]
+        return min(pid for pid, found in self.processes().items() if found.startswith(title))
+
+    def _status_without(self, timeout_s: float = 120.0) -> list[str]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            lines: list[str] = self.status_text()["lines"]
+            if any(MISSING in line for line in lines):
+                return lines
+            if time.monotonic() > deadline:
+                raise TimeoutError("\n".join(lines))
+            time.sleep(1)
 
 
 async def answers(cluster: TwoNodes) -> dict[str, dict[str, int]]:
@@ -64,8 +94,8 @@ async def answers(cluster: TwoNodes) -> dict[str, dict[str, int]]:
     return told
 
 
-async def node_death(cluster: TwoNodes, number: int) -> dict[str, Any]:
-    """What clients by name saw while a worker died and another came, and what status said without it."""
+async def death(cluster: TwoNodes, victim: str) -> dict[str, Any]:
+    """What clients by name saw while a node or a process died, and how long it took until the model served again."""
     is_over = asyncio.Event()
     seen: Counter[str] = Counter()
 
@@ -78,49 +108,31 @@ async def node_death(cluster: TwoNodes, number: int) -> dict[str, Any]:
     clients = [asyncio.create_task(client(first)) for first in range(CLIENTS)]
     await asyncio.sleep(3)
     started = time.monotonic()
-    await asyncio.to_thread(cluster.kill_worker, number)
-    status = await asyncio.to_thread(_status_without, cluster)
-    missing_after_s = time.monotonic() - started
-    await asyncio.to_thread(cluster.add_worker, 2, 1)
-    await asyncio.to_thread(cluster.wait_until_ready)
+    told = await asyncio.to_thread(cluster.lose, victim)
     back_after_s = time.monotonic() - started
     await asyncio.sleep(3)
     is_over.set()
     await asyncio.gather(*clients)
-    return {
-        "seen": dict(seen), "status": status, "status_after_s": round(missing_after_s, 1),
-        "back_after_s": round(back_after_s, 1),
-    }  # fmt: skip
-
-
-def _status_without(cluster: TwoNodes, timeout_s: float = 120.0) -> list[str]:
-    """The lines of status once they say what is missing. Raises TimeoutError."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        lines: list[str] = cluster.status_text()["lines"]
-        if any(MISSING in line for line in lines):
-            return lines
-        if time.monotonic() > deadline:
-            raise TimeoutError("\n".join(lines))
-        time.sleep(1)
+    return {**told, "seen": dict(seen), "back_after_s": round(back_after_s, 1)}
 
 
 def main() -> None:
     """Prints what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kill", type=int, default=1)
+    parser.add_argument("--layers", default=LAYERS)
+    parser.add_argument("--kill", nargs="*", default=["rank", "engine", "replica", "node:1", "node:0"])
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
-    cluster = TwoNodes()
+    cluster = TwoNodes(options.layers)
     try:
-        told: dict[str, Any] = {"before": asyncio.run(answers(cluster))}
-        print(json.dumps(told, indent=1), flush=True)
-        told = {"death": asyncio.run(node_death(cluster, options.kill))}
-        told |= {"after": asyncio.run(answers(cluster))}
-        print(json.dumps(told, indent=1))
+        print(json.dumps({"start": asyncio.run(answers(cluster))}), flush=True)
+        for victim in options.kill:
+            told = asyncio.run(death(cluster, victim))
+            print(json.dumps({victim: told, "after": asyncio.run(answers(cluster))}), flush=True)
     finally:
         cluster.stop(signal.SIGTERM)
         cluster.clean_up()
+    print(json.dumps({"left behind": cluster.processes()}))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ vLLM imports this file in the engine's process and in those of the ranks. `vllm_
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from vllm.platforms import current_platform
-from vllm.v1.executor import ray_executor_v2
+from vllm.v1.executor import ray_executor_v2, ray_utils
 
 
 class NodeRank(ray_executor_v2.RayWorkerProc):  # type: ignore[misc]  # vLLM is not typed
@@ -34,8 +35,8 @@ class NodeExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]  # vLLM
     """This is vLLM's Ray executor, for ranks whose bundles are nodes.
 
     It replaces `_get_actor_resource_kwargs` and wraps `_init_executor` of `RayExecutorV2`, and in the module it
-    replaces the functions `initialize_ray_cluster` and the class `RayWorkerProc` by which that starts; seen in vLLM
-    0.32.
+    replaces the functions `initialize_ray_cluster` and `get_bundles_for_indices` and the class `RayWorkerProc` by which
+    that starts; seen in vLLM 0.32.
     """
 
     @staticmethod
@@ -47,8 +48,9 @@ class NodeExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]  # vLLM
         return asked
 
     def _init_executor(self) -> None:
-        """Starts the ranks. The two names that are replaced belong to this process, which runs one engine."""
+        """Starts the ranks. The names that are replaced belong to this process, which runs one engine."""
         ray_executor_v2.initialize_ray_cluster = _connect
+        ray_executor_v2.get_bundles_for_indices = bundles_of_ranks
         ray_executor_v2.RayWorkerProc = NodeRank
         super()._init_executor()
 
@@ -60,3 +62,14 @@ def _connect(parallel_config: Any, require_gpu_on_driver: bool = True) -> None:
         raise RuntimeError("the replica is in no placement group, so its ranks have no nodes")
     if not ray.is_initialized():
         ray.init(os.environ["RAY_ADDRESS"], runtime_env=parallel_config.ray_runtime_env, log_to_driver=True)
+
+
+def bundles_of_ranks(group: Any, indices: Sequence[int], world_size: int) -> list[tuple[int, str, str]]:
+    """Returns the index, Ray's id of the node and the address of each rank's bundle. vLLM's own function
+    (`vllm.v1.executor.ray_utils.get_bundles_for_indices`) refuses several ranks in a bundle. Raises ValueError if there
+    are not as many indices as ranks."""
+    if len(indices) != world_size:
+        raise ValueError(f"{len(indices)} bundles are given for {world_size} ranks")
+    every = sorted(set(indices))
+    found = {bundle[0]: bundle for bundle in ray_utils.get_bundles_for_indices(group, every, len(every))}
+    return [found[index] for index in indices]
