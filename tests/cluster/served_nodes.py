@@ -32,9 +32,10 @@ class TwoNodes(RayCluster):
     """A cluster with one CPU on each of two workers, and one replica that takes both."""
 
     def __init__(self, layers: str = LAYERS) -> None:
+        split = [int(count) for count in layers.split("+")]
         router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
         served = model(
-            NAME, infer_backend="vllm", kv_cache_memory_bytes=CACHE, max_model_len=1024, pipeline_layers=[int(count) for count in layers.split("+")],
+            NAME, infer_backend="vllm", kv_cache_memory_bytes=CACHE, max_model_len=1024, pipeline_layers=split,
             nnodes=2, num_cpus=1,
         )  # fmt: skip
         served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
