@@ -1,6 +1,6 @@
 """One replica of vLLM over two nodes, which are raylets of one machine, and the death of a node.
 
-    python -m tests.cluster.served_nodes [--layers 1+3] [--kill node:0 node:1 rank engine replica]
+    python -m tests.cluster.served_nodes [--layers 1+3] [--kill rank:0 node:1 …]
 
 starts a head without CPUs for models and two workers, and serves the demo model with one stage on each. It prints one
 JSON object for each step: the answers by name and by route, streamed and 32 at once; then for each kill, with SIGKILL
@@ -18,6 +18,8 @@ import time
 from collections import Counter
 from typing import Any
 
+import psutil
+
 from tests.cluster.conftest import model
 from tests.cluster.nodes import RayCluster
 from tests.cluster.ranks import AT_ONCE, CACHE
@@ -25,6 +27,8 @@ from tests.cluster.served_ranks import CLIENTS, NAME, WAYS, outcome, session_for
 from tests.demo_answers import QUESTIONS
 
 LAYERS = "1+3"
+# A rank is known by the order of the pids.
+VICTIMS = ("rank:0", "rank:1", "engine", "replica", "node:other", "node:own")
 MISSING = "A replica needs 1 CPU and 1 CPU on 2 nodes"
 
 
@@ -59,18 +63,26 @@ class TwoNodes(RayCluster):
                 time.sleep(0.2)
             self.wait_until_ready()
             return {}
-        number = int(victim.partition(":")[2])
+        own = self._worker_of(self.pid_of("replica"))
+        number = own if victim == "node:own" else next(each for each in self.workers if each != own)
         self.kill_worker(number)
         status = self._status_without()
         del self.workers[number]
-        self.add_worker(number + 10, 1)
+        self.add_worker(max(self.workers) + number + 1, 1)
         self.wait_until_ready()
         return {"status": status}
 
-    def pid_of(self, part: str) -> int:
-        """The process of the first rank, of vLLM's engine or of the replica."""
-        title = {"rank": "ray::NodeRank", "engine": "VLLM::EngineCore", "replica": "ray::ServeReplica:ranked"}[part]
-        return min(pid for pid, found in self.processes().items() if found.startswith(title))
+    def pid_of(self, victim: str) -> int:
+        """The process of a rank, of vLLM's engine or of the replica."""
+        kind, _, number = victim.partition(":")
+        title = {"rank": "ray::NodeRank", "engine": "VLLM::EngineCore", "replica": "ray::ServeReplica:ranked"}[kind]
+        found = sorted(pid for pid, command in self.processes().items() if command.startswith(title))
+        return found[int(number or 0)]
+
+    def _worker_of(self, pid: int) -> int:
+        """The worker on which a process runs, whose raylet has started it."""
+        parents = {parent.pid for parent in psutil.Process(pid).parents()}
+        return next(number for number, worker in self.workers.items() if worker.pid in parents)
 
     def _status_without(self, timeout_s: float = 120.0) -> list[str]:
         deadline = time.monotonic() + timeout_s
@@ -121,7 +133,7 @@ def main() -> None:
     """Prints what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default=LAYERS)
-    parser.add_argument("--kill", nargs="*", default=["rank", "engine", "replica", "node:1", "node:0"])
+    parser.add_argument("--kill", nargs="*", default=VICTIMS)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
     cluster = TwoNodes(options.layers)

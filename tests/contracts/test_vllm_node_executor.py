@@ -4,6 +4,7 @@
 """
 
 import inspect
+import time
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,22 @@ def test_a_rank_on_the_cpu_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = NodeRank.__new__(NodeRank)
     assert rank.get_node_and_physical_gpu_ids() == ("a", [])
     assert NodeExecutor._get_actor_resource_kwargs() == {"num_gpus": 0}
+
+
+@contract("vllm", "what its engine is told of the death of a rank", NodeExecutor)
+def test_an_engine_that_waits_for_a_dead_rank_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the engine is told and goes on, its process ends, because it waits for an answer that does not come."""
+    ended: list[int] = []
+    monkeypatch.setattr(vllm_node_executor, "LAST_STEP_S", 0.01)
+    monkeypatch.setattr(vllm_node_executor.os, "_exit", ended.append)
+    executor = NodeExecutor.__new__(NodeExecutor)
+    executor.is_failed, executor.failure_callback, told = False, None, []
+    executor.register_failure_callback(lambda: told.append(True))
+    executor.failure_callback()
+    deadline = time.monotonic() + 10
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (told, ended) == ([True], [1])
 
 
 @contract("vllm", "what it tells the executor of the placement group", NodeExecutor)

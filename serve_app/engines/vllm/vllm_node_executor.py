@@ -3,18 +3,23 @@
 vLLM's executor (`vllm.v1.executor.ray_executor_v2`) wants a bundle for each rank, which Ray may put on any node. Here a
 bundle is a node, with all its ranks, because a stage must stay whole on one. Its list of the ranks' bundles,
 `VLLM_RAY_BUNDLE_INDICES`, says in which bundle each rank is. It also lacks two things for the CPU: a name of the device
-in Ray's books, and that a rank without a GPU has none.
+in Ray's books, and that a rank without a GPU has none. And it waits for ever for the answer of a rank on another node
+that has died, although it knows of the death.
 
 vLLM imports this file in the engine's process and in those of the ranks. `vllm_internals.running_engine` names it.
 """
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2, ray_utils
+
+# After the death of a rank, the engine's process has so many seconds to end.
+LAST_STEP_S = 5.0
 
 
 class NodeRank(ray_executor_v2.RayWorkerProc):  # type: ignore[misc]  # vLLM is not typed
@@ -34,7 +39,8 @@ class NodeRank(ray_executor_v2.RayWorkerProc):  # type: ignore[misc]  # vLLM is 
 class NodeExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]  # vLLM is not typed
     """This is vLLM's Ray executor, for ranks whose bundles are nodes.
 
-    It replaces `_get_actor_resource_kwargs` and wraps `_init_executor` of `RayExecutorV2`, and in the module it
+    It replaces `_get_actor_resource_kwargs` and wraps `_init_executor` and `register_failure_callback` of
+    `RayExecutorV2`, and in the module it
     replaces the functions `initialize_ray_cluster` and `get_bundles_for_indices` and the class `RayWorkerProc` by which
     that starts; seen in vLLM 0.32.
     """
@@ -53,6 +59,21 @@ class NodeExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]  # vLLM
         ray_executor_v2.get_bundles_for_indices = bundles_of_ranks
         ray_executor_v2.RayWorkerProc = NodeRank
         super()._init_executor()
+
+    def register_failure_callback(self, callback: Callable[[], None]) -> None:
+        """Has the engine told of the death of a rank, and its process ended if it does not end by itself.
+
+        The engine reads the message only between two steps. In a step it waits for the answers of ranks; what wakes it
+        there (`MessageQueue.shutdown`) reaches queues in shared memory, and not those over the network.
+        """
+
+        def told() -> None:
+            callback()
+            end = threading.Timer(LAST_STEP_S, os._exit, (1,))
+            end.daemon = True
+            end.start()
+
+        super().register_failure_callback(told)
 
 
 def _connect(parallel_config: Any, require_gpu_on_driver: bool = True) -> None:
