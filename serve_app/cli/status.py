@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.sizes import gib
-from serve_app.ray_serve import available_by_node, serve_details
+from serve_app.ray_serve import available_by_node, serve_details, waiting_bundles
 from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
 
 if TYPE_CHECKING:  # This imports Ray Serve, which is needed only if a cluster runs.
@@ -40,12 +40,12 @@ def _read(where: str) -> ClusterStatus:
 
     try:
         applications = serve_details(STATUS_TIMEOUT_S)["applications"]
-        nodes, left, reports = ray.nodes(), available_by_node(), read_reports()
+        nodes, left, reports, asked = ray.nodes(), available_by_node(), read_reports(), waiting_bundles()
     except ValueError:
         raise ConfigError(f"Ray runs at {where}, but Serve does not. Start it with `serve-app run FILE`.") from None
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
-    return cluster_status(applications, nodes, left, reports, time.time())
+    return cluster_status(applications, nodes, left, reports, time.time(), asked)
 
 
 def report(seen: ClusterStatus) -> str:
@@ -124,7 +124,7 @@ def _reported(seen: ClusterStatus) -> list[tuple[ModelView, ReplicaReport, Devic
 
 
 def _place(replica: ReplicaReport, device: DeviceReport) -> str:
-    return f"{replica.node} {'memory' if device.index is None else f'GPU {device.index}'}"
+    return f"{device.node or replica.node} {device.where}"
 
 
 def _cell(size: int | None) -> str:

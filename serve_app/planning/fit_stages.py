@@ -6,11 +6,11 @@ what is free, less its reserve, or its limit, less activations, CUDA graphs and 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise, permutations
 
 from serve_app.facts.card_bandwidth import card_bandwidth
 from serve_app.facts.engine_facts import RankFacts
-from serve_app.facts.inventory import Device
+from serve_app.facts.inventory import Device, node_of
 from serve_app.planning import memory
 from serve_app.planning.fit_vllm import (
     NO_CACHE_BYTES,
@@ -136,6 +136,8 @@ def _solved(
     """Returns the stages on these cards. Cards that are named with `pipeline_layers` are stages in that order, and
     otherwise the order is free, because the replica decides in which order vLLM sees its cards."""
     config, tp = request.config, _tp(request)
+    if config.nodes > 1:
+        return _over_nodes(request, facts, cards, demand)
     named, layers = config.named_gpus, config.pipeline_layers
     is_fixed = config.device == "cpu" or bool(named and layers)
     # Cards come in the order of their numbers, and the config may name them in another one.
@@ -148,6 +150,28 @@ def _solved(
         return solve(facts, groups, demand, may_reorder=not is_fixed, needs_figures=not request.is_trial)
     orders = [groups] if is_fixed else islice(_orders(groups), MOST_ORDERS)
     return _best(count(facts, order, layers, demand) for order in orders)
+
+
+def _over_nodes(
+    request: ModelRequest, facts: RankFacts, cards: Sequence[Card], demand: Demand
+) -> Pipeline | NoPipeline | Shortage:
+    """Returns the stages on the cards of several nodes, which come node by node. A node's stages stay together, so that
+    each link between nodes is used once for a token, and the nodes may be in any order, but not hosts, which are
+    alike."""
+    layers = request.config.pipeline_layers
+    groups = _consecutive(cards, _tp(request))
+    if groups is None:
+        return _unequal(cards, _tp(request))
+    by_node: dict[str, list[StageCards]] = {}
+    for group in groups:
+        by_node.setdefault(node_of(group.ids[0]), []).append(group)
+    nodes = tuple(map(tuple, by_node.values()))
+    orders = permutations(nodes) if request.config.device != "cpu" else (nodes,)
+    tried = dict.fromkeys(tuple(group for node in order for group in node) for order in islice(orders, MOST_ORDERS))
+    return _best(
+        solve(facts, order, demand, may_reorder=False) if layers is None else count(facts, order, layers, demand)
+        for order in tried
+    )
 
 
 def _consecutive(cards: Sequence[Card], size: int) -> tuple[StageCards, ...] | None:
@@ -178,7 +202,7 @@ def _best(found: Iterable[Pipeline | NoPipeline]) -> Pipeline | NoPipeline:
     every = list(found)
     pipelines = [each for each in every if isinstance(each, Pipeline)]
     if pipelines:
-        return max(pipelines, key=lambda each: each.blocks)
+        return max(pipelines, key=lambda each: (each.blocks, -max(stage.read_ps for stage in each.stages)))
     return min((each for each in every if isinstance(each, NoPipeline)), key=lambda each: each.missing_bytes)
 
 
@@ -257,8 +281,9 @@ def _plan(
             weights = Figure(stage.weights, certainty)
             ranks.append(RankPlan(device, weights, cache, activation, graph, context, layers, seat))
     full, wanted = found.full_length_requests, request.at_once
+    why = (*reasons, _why(request, found), *_links(request, found))
     return ModelPlan(
-        request.name, request.config, request.architecture, 0, "vllm", (*reasons, _why(request, found)), tp,
+        request.name, request.config, request.architecture, 0, "vllm", why, tp,
         request.max_model_len,
         kv_bytes_per_request=found.blocks_per_request * widest,
         kv_tokens=found.kv_tokens,
@@ -278,3 +303,13 @@ def _why(request: ModelRequest, found: Pipeline) -> str:
     even = even_split(sum(found.partition), len(found.partition))
     beside = "" if even == found.partition else f", and vLLM's own split is {' + '.join(map(str, even))}"
     return f"no other split than {layers} layers holds more KV cache on these cards{beside}"
+
+
+def _links(request: ModelRequest, found: Pipeline) -> list[str]:
+    """Returns what goes from node to node, which are the hidden states of each token, and most models' residual too."""
+    places = [node_of(stage.cards.ids[0]) for stage in found.stages]
+    ways = [f"{one} to {other}" for one, other in pairwise(places) if one != other]
+    if not ways:
+        return []
+    size = request.architecture.hidden_size * request.element_bytes
+    return [f"up to {2 * size / 1024:g} KiB for each token go over the network from {' and from '.join(ways)}"]

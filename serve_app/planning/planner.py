@@ -18,6 +18,7 @@ from serve_app.planning.fit_stages import fit_stages
 from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.node_seats import host_seats, node_seats
 from serve_app.planning.pipeline.card_groups import counts_of_kinds
 from serve_app.planning.plan import ModelPlan, Plan, Problem, attempt_of
 from serve_app.planning.resource_demand import native_share
@@ -40,7 +41,7 @@ RUN_ON_CPU = "to run it on the CPU."
 # These fields do not go with `device: cpu`.
 ONLY_GPU = (
     "max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type",
-    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers",
+    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes",
 )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ class State:
             for device in devices:
                 shares[device.id] = shares.get(device.id, 0.0) + share
         whole = {device.id for device in devices if device.is_gpu} if share is None else set()
-        nodes = self.homes.get(plan.name, Home()).nodes | {devices[0].node}
+        nodes = self.homes.get(plan.name, Home()).nodes | {device.node for device in devices}
         indices = tuple(device.index for device in devices if device.index is not None)
         return State(used, self.whole | whole, shares, {**self.homes, plan.name: Home(indices, nodes)})
 
@@ -453,8 +454,15 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
     config = request.config
     if config.device == "cpu":
         ranks = config.ranks if config.infer_backend == "vllm" else 1
-        hosts = (device for device in inventory.devices if not device.is_gpu)
+        hosts = [device for device in inventory.devices if not device.is_gpu]
+        if config.nodes > 1:
+            yield from host_seats(config, [(host, state.free(host)) for host in hosts])
+            return
         yield from ([(device, state.free(device) // ranks)] * ranks for device in hosts)
+        return
+    if config.nodes > 1:
+        usable = {node: _unused(gpus, state) for node, gpus in _whole_nodes(request, inventory).items()}
+        yield from node_seats(config, usable)
         return
     seen = set()
     for gpus in inventory.node_gpus().values():
@@ -467,6 +475,16 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
         if signature not in seen:
             seen.add(signature)
             yield from _seats_on(request, gpus, inventory, state)
+
+
+def _whole_nodes(request: ModelRequest, inventory: Inventory) -> dict[str, list[Device]]:
+    """Returns the GPUs of the nodes of which Ray gives whole ones, by the nodes' names."""
+    nodes = inventory.node_gpus().items()
+    return {node: gpus for node, gpus in nodes if not gpus[0].by_index and _is_of_type(request, gpus)}
+
+
+def _unused(gpus: Sequence[Device], state: State) -> Seats:
+    return [(gpu, state.free(gpu)) for gpu in gpus if state.is_untouched(gpu)]
 
 
 def _is_of_type(request: ModelRequest, gpus: Sequence[Device]) -> bool:
@@ -535,6 +553,8 @@ def _staged(usable: Seats, size: int, stages: int) -> Iterator[Seats]:
 
 def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     config = unit.config
+    if config.nodes > 1 and (config.device == "cpu" or inventory.gpus):
+        return _too_few_nodes(unit, inventory)
     if config.device == "cpu":
         return "device: cpu needs host memory, but the inventory names none."
     if not inventory.gpus:
@@ -571,12 +591,41 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     return "every GPU is in use by a model that was placed before."
 
 
+def _too_few_nodes(unit: ModelRequest, inventory: Inventory) -> str:
+    """Returns why a replica cannot go over so many nodes."""
+    config = unit.config
+    if config.device == "cpu":
+        count = sum(not device.is_gpu for device in inventory.devices)
+        return f"nnodes: {config.nnodes} nodes are needed, and the inventory has the memory of {count}."
+    if any(gpus[0].by_index for gpus in inventory.node_gpus().values()):
+        return (
+            "nnodes: a replica over several nodes takes whole GPUs, and a node counts its memory by index here. Start "
+            "its Ray without vram_mib resources."
+        )
+    size, stages = config.tensor_parallel_size or 1, config.stages
+    cards = f"{stages} stages of {size} GPU{'' if size == 1 else 's'} each"
+    found = {node: _unused(gpus, State()) for node, gpus in _whole_nodes(unit, inventory).items()}
+    kinds = {node: {(gpu.name, gpu.total_bytes) for gpu, _ in gpus} for node, gpus in found.items()}
+    mixed = [node for node, names in kinds.items() if len(names) > 1]
+    also = (
+        f" {', '.join(mixed)} {'has' if len(mixed) == 1 else 'have'} GPUs of several kinds, of which Ray gives any, so "
+        "no stage is planned there."
+        if mixed
+        else ""
+    )
+    counts = ", ".join(f"{node} has {len(gpus)}" for node, gpus in list(found.items())[:8])
+    return (
+        f"nnodes: {config.nnodes} nodes are needed that have {cards} together, with equal GPUs on each node that "
+        f"nothing else uses. Of GPUs, {counts or 'no node has any of that kind'}.{also}"
+    )
+
+
 def _too_many(config: ModelConfig, count: int, most: int, inventory: Inventory) -> str:
     """Returns why a replica cannot have so many GPUs, of which the largest node has `most`."""
     size, stages = config.tensor_parallel_size or 1, config.stages
     if stages > 1:
         field = "pipeline_parallel_size" if size == 1 else f"pipeline_parallel_size {stages} × tensor_parallel_size"
-        elsewhere = " All stages of a replica are on one node." if len(inventory.gpus) >= count else ""
+        elsewhere = " Set nnodes to have stages on several nodes." if len(inventory.gpus) >= count else ""
         return f"{field}: no node has {count} GPUs. The largest node has {most}.{elsewhere}"
     field = "tensor_parallel_size" if size > 1 else "num_gpus"
     return f"{field}: no node has {count} GPUs. The largest node has {most}."

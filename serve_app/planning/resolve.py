@@ -14,7 +14,7 @@ from serve_app.planning.memory import MIB, vllm_batch, vllm_defaults
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Fix, ModelPlan, Plan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.resource_demand import Demand, planned_demand
+from serve_app.planning.resource_demand import Demand, demands_of, planned_demand
 
 # This is why limits on cards need a plan.
 UNPLANNED_LIMITS = (
@@ -62,7 +62,8 @@ def resolve_on_cpu(request: ModelRequest, inventory: Inventory) -> Resolved:
     plan = make_plan([request], as_empty(inventory))
     if any(problem.is_of_split for problem in plan.problems):
         raise PlacementError(problem_text(plan))
-    return Resolved(request.config, Demand(request.config.num_cpus), request.engine_facts)
+    (demand,) = demands_of(request.config, [])
+    return Resolved(request.config, demand, request.engine_facts)
 
 
 def _with_gpus(model: ModelPlan) -> ModelConfig:

@@ -27,6 +27,7 @@ from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
+from serve_app.replica.node_plan import plan_over_nodes
 from serve_app.replica.replica_plan import plan_replica, split_line, visible_order, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
@@ -73,7 +74,7 @@ class Model:
         gpus = _gpus(self._config)
         async with starting_alone([gpu.uuid for gpu in gpus], notify):
             planned = await self._plan()
-            os.environ.update(visible_order(planned, gpus))
+            os.environ.update(bundle_order(planned) if self._config.nodes > 1 else visible_order(planned, gpus))
             if line := split_line(planned, gpus):
                 say(line)
             self._engine: Engine = create_engine(with_planned_memory(self._config, planned), self.name, planned)
@@ -101,6 +102,8 @@ class Model:
     async def _plan(self) -> ModelPlan | None:
         """Plans by what is free at this moment, which no engine changes while the start lock is held. Ray assigns no
         GPU itself if memory is counted by index."""
+        if self._config.nodes > 1:
+            return await asyncio.to_thread(plan_over_nodes, self._config, self._facts)
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
             await left_by_others(lambda: _gpus(self._config), notify)
@@ -117,8 +120,8 @@ class Model:
 
 
 def _gpus(config: ModelConfig) -> list[Gpu]:
-    """Returns the GPUs of this process. The CPU has none."""
-    return [] if config.device == "cpu" else visible_gpus(local_gpus())
+    """Returns the GPUs of this process. The CPU has none, and over several nodes only the processes of ranks have."""
+    return [] if config.device == "cpu" or config.nodes > 1 else visible_gpus(local_gpus())
 
 
 async def left_by_others(

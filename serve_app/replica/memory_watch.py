@@ -45,9 +45,9 @@ logger = logging.getLogger("ray.serve")
 WORTH_WRITING = 1.02
 FORGET_TIMEOUT_S = 2.0
 
-# A rank is known by its device and its process. pt has one process on several devices, and vLLM has several processes
-# on the CPU.
-RankKey = tuple[str, int]
+# A rank is known by its device, its process and its node. pt has one process on several devices, and vLLM has several
+# processes on the CPU.
+RankKey = tuple[str, int, str]
 
 
 class MemoryWatch:
@@ -178,13 +178,15 @@ def with_plans(
     ranks: Sequence[RankMemory], planned: ModelPlan | None, gpus: Sequence[Gpu]
 ) -> list[tuple[RankMemory, RankPlan | None]]:
     """Returns the measured ranks, each with its plan. Several ranks on one device are in the engine's order, which is
-    that of the plan."""
+    that of the plan. Over several nodes that holds for all ranks, and only Ray knows the GPUs beforehand."""
+    if planned is not None and planned.config.nodes > 1:
+        return list(zip(ranks, planned.ranks, strict=False))
     plans = {device: iter(found) for device, found in planned_by_device(planned, gpus).items()}
     return [(rank, next(plans.get(rank.device, iter(())), None)) for rank in ranks]
 
 
 def _key(rank: RankMemory) -> RankKey:
-    return rank.device, rank.pid
+    return rank.device, rank.pid, rank.node
 
 
 def calibrations_of(
@@ -260,9 +262,10 @@ def device_reports(
     """Returns what each rank holds of its device, what was planned for it there, and the most that it has held, with
     the `peaks` so far."""
     indices = {gpu.uuid: gpu.index for gpu in gpus}
-    numbers = {pid: number for number, pid in enumerate(dict.fromkeys(rank.pid for rank in ranks))}
+    processes = dict.fromkeys((rank.node, rank.pid) for rank in ranks)
+    numbers = {process: number for number, process in enumerate(processes)}
     return [
-        _device_report(rank, plan, indices.get(rank.device), numbers[rank.pid], peaks)
+        _device_report(rank, plan, indices.get(rank.device), numbers[rank.node, rank.pid], peaks)
         for rank, plan in with_plans(ranks, planned, gpus)
     ]
 
@@ -274,8 +277,9 @@ def _device_report(
     peak = None if rank.peak is None else max(rank.peak, peaks.get(_key(rank), 0))
     planned, certainty = (None, "") if plan is None else (plan.share.bytes, plan.share.certainty)
     return DeviceReport(
-        rank.device, index, planned, certainty, rank.held, peak, rank.weights + hidden, rank.kv_cache, number
-    )
+        rank.device, index, planned, certainty, rank.held, peak, rank.weights + hidden, rank.kv_cache, number,
+        rank.node,
+    )  # fmt: skip
 
 
 def _is_more(new: Calibration, old: Calibration) -> bool:
@@ -285,8 +289,7 @@ def _is_more(new: Calibration, old: Calibration) -> bool:
 
 def _line(device: DeviceReport, names_rank: bool) -> str:
     """Returns what the terminal shows when a replica is ready."""
-    where = "memory" if device.device == "cpu" else f"GPU {device.index}"
-    where = f"rank {device.rank}, {where}" if names_rank else where
+    where = f"rank {device.rank}, {device.where}" if names_rank else device.where
     planned = "the plan has no figure" if device.planned is None else f"the plan has {gib(device.planned)}"
     if device.held is None:
         return f"{where}: {planned}, and what the engine holds cannot be measured here"

@@ -22,7 +22,8 @@ class DeviceReport:
 
     `device` is the GPU's UUID or "cpu", and `index` is the GPU's number on its node. `held`, `peak`, `weights` and
     `kv_cache` are as in `RankMemory`. `rank` is the number of the engine's process: vLLM has one for each rank, and
-    they share the device "cpu", while pt has one process for all devices.
+    they share the device "cpu", while pt has one process for all devices. `node` is the address of the rank's node, or
+    empty if it is the replica's.
     """
 
     device: str
@@ -34,6 +35,14 @@ class DeviceReport:
     weights: int
     kv_cache: int
     rank: int = 0
+    node: str = ""
+
+    @property
+    def where(self) -> str:
+        """Returns the device on its node, as a person reads it. The number of a GPU on another node is not known."""
+        if self.device == "cpu":
+            return "memory"
+        return f"GPU {self.device if self.index is None else self.index}"
 
 
 @dataclass(frozen=True)

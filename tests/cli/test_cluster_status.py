@@ -108,8 +108,19 @@ def test_what_others_have_taken_is_told_with_what_is_left() -> None:
 )
 def test_missing_resources(asked: dict[str, float], left: Node, expected: str) -> None:
     """Room now, room if others went, or no room at all."""
-    assert expected in missing_for(asked, [node(cpus=8)], [left])
-    assert bool(missing_for(asked, [node(cpus=8)], [left])) == bool(expected)
+    assert expected in missing_for([asked], [node(cpus=8)], [left])
+    assert bool(missing_for([asked], [node(cpus=8)], [left])) == bool(expected)
+
+
+def test_a_replica_over_nodes_waits_for_all_of_them() -> None:
+    """With what it asks of each."""
+    asked = [{"CPU": 2.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}]
+    cluster = [node(cpus=4, gpus=2), node(cpus=4, gpus=2)]
+    assert missing_for(asked, cluster, cluster) == ""
+    assert "A replica needs 2 GPUs, 2 CPUs and 1 GPU, 2 CPUs on 2 nodes, and the living nodes do not have it" in (
+        missing_for(asked, cluster[:1], cluster[:1])
+    )
+    assert "is about to start on them" in missing_for(asked, cluster, [cluster[0], node(cpus=4)])
 
 
 def test_a_replica_that_loads_waits_for_nobody() -> None:

@@ -165,7 +165,7 @@ def test_one_process_on_two_cards_is_one_rank() -> None:
     cards = [RankMemory(f"GPU-{number}", 1, 1, 1, 1, 1, 1, 1) for number in range(2)]
     one = memory_watch.device_reports(cards, plan, gpus, {})
     assert [(told.index, told.rank, has_ranks(one)) for told in one] == [(0, 0, False), (1, 0, False)]
-    two = memory_watch.device_reports([replace(cards[1], pid=2), cards[0]], plan, gpus, {("GPU-1", 2): 7})
+    two = memory_watch.device_reports([replace(cards[1], pid=2), cards[0]], plan, gpus, {("GPU-1", 2, ""): 7})
     assert [(told.index, told.rank, told.peak) for told in two] == [(1, 0, 7), (0, 1, 1)]
     assert [told.planned for told in two] == [plan.ranks[1].share.bytes, plan.ranks[0].share.bytes]
 

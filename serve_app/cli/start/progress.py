@@ -116,7 +116,6 @@ def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, s
 
 
 def _memory(device: DeviceReport) -> str:
-    where = "memory" if device.index is None else f"GPU {device.index}"
     planned = "not planned" if device.planned is None else f"planned {gib(device.planned)}"
     holds = "and its memory cannot be measured" if device.held is None else f"holds {gib(device.held)}"
-    return f"{where}: {planned}, {holds}"
+    return f"{device.where}: {planned}, {holds}"

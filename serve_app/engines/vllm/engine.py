@@ -67,7 +67,7 @@ class VllmEngine:
 
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
-        os.environ.update(environment(self._config))
+        os.environ.update(environment(self._config) | _cluster(self._config))
         args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name))
         try:
             return await self._build(args)
@@ -75,7 +75,9 @@ class VllmEngine:
             raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
 
     async def _build(self, args: Namespace) -> ASGIApp:
-        self._client = await self._stack.enter_async_context(vllm_internals.running_engine(args))
+        self._client = await self._stack.enter_async_context(
+            vllm_internals.running_engine(args, self._config.nodes > 1)
+        )
         await self._finish_ranks()
         handlers: dict[type[Exception], vllm_internals.Handler] = {
             vllm_internals.engine_dead_error(): self._engine_died,  # vLLM would answer 500, as for a bad request.
@@ -259,6 +261,20 @@ def environment(config: ModelConfig) -> dict[str, str]:
         if config.kv_cache_memory_bytes is None:  # Each rank gets so much.
             settings["VLLM_CPU_KVCACHE_SPACE"] = str(DEFAULT_CPU_KV_CACHE_GIB)
     return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def _cluster(config: ModelConfig) -> dict[str, str]:
+    """Returns how the engine's process finds the replica's own Ray, if its ranks are Ray's actors.
+
+    A process that Ray has not started takes the token of the user's home folder if there is one, and then refuses what
+    a cluster without tokens tells it. Ray ends the ranks at once without a word of that.
+    """
+    if config.nodes == 1:
+        return {}
+    import ray
+
+    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_AUTH_MODE": mode}
 
 
 def _require_same_stages(layers: str) -> None:
