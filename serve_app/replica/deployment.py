@@ -27,7 +27,7 @@ from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
-from serve_app.replica.node_plan import plan_over_nodes
+from serve_app.replica.node_plan import bundle_order, plan_over_nodes
 from serve_app.replica.replica_plan import plan_replica, split_line, visible_order, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
