@@ -10,14 +10,16 @@ CPU = model_config(device="cpu")
 
 def test_a_cpu_replica_sees_no_gpu_and_uses_its_cpus() -> None:
     """Torch must not find a GPU that belongs to another model."""
-    variables = replica_environment(CPU, Demand(cpus=2), {})
+    variables = replica_environment(model_config(device="cpu", num_cpus=2), Demand(cpus=2), {})
     assert (variables["CUDA_VISIBLE_DEVICES"], variables["OMP_NUM_THREADS"]) == ("", "2")
 
 
 def test_the_ranks_of_vllm_share_the_cpus() -> None:
     """Each rank is a process with so many threads, and has one at least."""
     for cpus, threads in ((8.0, "2"), (4.0, "1"), (1.0, "1")):
-        config = model_config(infer_backend="vllm", device="cpu", pipeline_layers=[1, 3], tensor_parallel_size=2)
+        config = model_config(
+            infer_backend="vllm", device="cpu", pipeline_layers=[1, 3], tensor_parallel_size=2, num_cpus=cpus
+        )
         assert replica_environment(config, Demand(cpus=cpus), {})["OMP_NUM_THREADS"] == threads
 
 

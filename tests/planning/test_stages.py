@@ -173,7 +173,7 @@ def test_mixed_cards_make_stages_of_equal_ones() -> None:
 def test_a_pipeline_is_on_one_node() -> None:
     """More than one node for a replica is refused with that."""
     (found,) = planned(staged(pipeline_parallel_size=2), "12GiB;12GiB").problems
-    assert "All stages of a replica are on one node." in found.message
+    assert "Set nnodes to have stages on several nodes." in found.message
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,9 @@ def test_wrong_input_exits_2(arguments: list[str], words: str, capsys: pytest.Ca
     assert words in capsys.readouterr().err
 
 
-def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models have rows, with how long and how many; one that fits nowhere makes the exit code 1."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it.
     models = ["plan", "--model", DEMO_MODEL, "--model", str(CONFIGS / "llama-3-70b"), "--what", "fits"]
     assert main([*models, "--gpus", "24GiB"]) == 1
     table = capsys.readouterr().out
@@ -128,9 +129,10 @@ def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_compare_shows_two_files_beside_each_other(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exit code is that of the second file. What differs is in one row."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it.
     other = tmp_path / "other.yaml"
     other.write_text(file.read_text())
     arguments = ["plan", str(file), "--gpus", "24GiB,24GiB", "--compare", str(other)]
