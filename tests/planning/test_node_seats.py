@@ -9,6 +9,7 @@ import pytest
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
+from serve_app.planning.fixes import with_fixes
 from serve_app.planning.node_seats import host_seats, node_seats
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
@@ -152,3 +153,15 @@ def test_fields_that_contradict_each_other_are_refused(config: dict[str, Any], s
     """Before anything is planned."""
     with pytest.raises(ConfigError, match=said):
         asked(**config)
+
+
+def test_another_node_is_a_fix_where_one_has_too_little() -> None:
+    """With what it costs, and before a shorter context or other weights."""
+    made = request("llama-3.1-8b", infer_backend="vllm", max_model_len=65536)
+    inventory = replace(parse_gpus("16GiB;16GiB"), calibrations={})
+    found = with_fixes(make_plan([made], inventory), [made], inventory)
+    (first, *_) = [fix for fix in found.problems[0].fixes if "nnodes" in fix.text]
+    assert first.text == "nnodes: 2, pipeline_parallel_size: 2"
+    assert "time for each token on the network between 2 nodes" in first.loses
+    cheaper = [fix for fix in found.problems[0].fixes if fix.price < first.price]
+    assert all("max_model_len" not in fix.text for fix in cheaper)

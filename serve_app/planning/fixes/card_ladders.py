@@ -15,6 +15,8 @@ from serve_app.planning.plan import Change
 CAP_STEP = 500_000_000
 # Of the ways to name other cards, so many are tried on each node.
 MOST_NAMES = 24
+# So many stages at most are tried on several nodes.
+MOST_STAGES_OVER_NODES = 8
 # A share of a GPU is changed in steps of one of so many parts.
 SHARE_PARTS = 20
 # A whole card becomes one of these shares.
@@ -35,6 +37,7 @@ def more_cards(request: ModelRequest, backend: str, trial: Trial) -> Iterator[La
         if sizes and config.max_memory is None:
             yield Ladder(price.MORE_CARDS, [rung("tensor_parallel_size", size) for size in sizes])
         yield from _stages(request, most)
+        yield from _more_nodes(request, trial)
     if backend == "pt" and config.max_memory is None and config.device_map is None:  # `auto` tries all by itself.
         counts = range(max(1, int(config.num_gpus or 1)) + 1, most + 1)
         if counts:
@@ -54,6 +57,29 @@ def _stages(request: ModelRequest, most: int) -> Iterator[Ladder]:
     if size > 1 and alone:
         rungs = [rung("pipeline_parallel_size", count, "tensor_parallel_size") for count in alone]
         yield Ladder(price.MORE_CARDS, rungs)
+
+
+def _more_nodes(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
+    """Yields stages on several nodes, for a model that has one node now. Few are tried, because each costs a solved
+    pipeline for each order of the nodes."""
+    config = request.config
+    is_free = config.max_memory is None and config.gpu_ids is None and config.pipeline_layers is None
+    nodes = [gpus for gpus in trial.inventory.node_gpus().values() if not gpus[0].by_index]
+    if not is_free or config.nodes > 1 or len(nodes) < 2:
+        return
+    size = config.tensor_parallel_size or 1
+    most = min(sum(len(gpus) // size for gpus in nodes), len(request.architecture.layers), MOST_STAGES_OVER_NODES)
+    rungs = [
+        (Change("nnodes", count), Change("pipeline_parallel_size", stages))
+        for stages in range(max(2, config.stages), most + 1)
+        for count in range(2, min(len(nodes), stages) + 1)
+    ]
+    if rungs:
+        yield Ladder(
+            price.MORE_NODES,
+            rungs,
+            lambda changes: f"time for each token on the network between {changes[0].value} nodes",
+        )
 
 
 def fewer_cards(request: ModelRequest, backend: str) -> Iterator[Ladder]:

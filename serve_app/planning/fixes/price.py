@@ -14,6 +14,7 @@
 | 13 | fewer cards | speed |
 | 14 | no `accelerator_type` | the choice of the card |
 | 15 | a share of a card instead of a whole one | KV cache, and speed while others use the card |
+| 16 | stages on more nodes: `nnodes` with `pipeline_parallel_size` | time on the network for each token |
 | 100 | `quantization: fp8` | precision of the weights |
 | 110 | `max_model_len`, at least half of it | long requests |
 | 120 | the other backend | speed, or fields of the first one |
@@ -32,7 +33,15 @@ length and the number of requests: then the cheapest pair that keeps both is one
 MORE_CARDS = OTHER_CARDS = 1
 LIMIT = SHARE = OWN = 2
 NO_LIMIT = 3
-KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD, PART_OF_A_CARD = 10, 11, 12, 13, 14, 15
+KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD, PART_OF_A_CARD, MORE_NODES = (
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+)
 WEIGHTS_IN_8_BITS, SHORTER, OTHER_BACKEND, MUCH_SHORTER, FEWER_REPLICAS = 100, 110, 120, 130, 140
 SPILL, ON_CPU = 1000, 1001
 CARD = 10_000
