@@ -14,7 +14,7 @@ from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.cards import card_problem, knows_kernels, on_cards
 from serve_app.planning.fit_pt import fit_pt
-from serve_app.planning.fit_stages import fit_stages
+from serve_app.planning.fit_stages import fit_stages, most_node_orders
 from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.model_request import ModelRequest
@@ -317,7 +317,11 @@ def _cost(request: ModelRequest) -> int:
     layers = len(request.architecture.layers)
     if request.config.infer_backend == "pt":
         return max(PT_PLACEMENTS, layers * PT_PLACEMENTS // PT_LAYERS)
-    return 1 if request.config.stages == 1 else 1 + STAGED_PLACEMENTS * layers**2 // STAGED_LAYERS**2
+    if request.config.stages == 1:
+        return 1
+    # Each order of nodes is solved by itself, and the work of that grows with the stages.
+    orders = most_node_orders(request) * request.config.stages if request.config.nodes > 1 else 1
+    return 1 + orders * STAGED_PLACEMENTS * layers**2 // STAGED_LAYERS**2
 
 
 def _leftover(placed: Placed) -> tuple[int, str]:
