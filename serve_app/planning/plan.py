@@ -99,10 +99,11 @@ class ModelPlan:
 
     @property
     def spare_kv_bytes(self) -> int:
-        """Returns the bytes of KV cache beyond what it must hold (`kv_bytes_needed`): on the tightest rank of vLLM, and
-        on all devices of pt together."""
+        """Returns the bytes of KV cache beyond what it must hold (`kv_bytes_needed`): on a rank of vLLM, and on all
+        devices of pt together. All of vLLM's stages have the same number of blocks, and what is needed is that of the
+        widest, which has most bytes."""
         caches = [rank.kv_cache.bytes for rank in self.ranks]
-        return max(0, (min(caches) if self.backend == "vllm" else sum(caches)) - self.kv_bytes_needed)
+        return max(0, (max(caches) if self.backend == "vllm" else sum(caches)) - self.kv_bytes_needed)
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""

@@ -141,7 +141,10 @@ def other_cards(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
             rungs.append(rung("gpu_ids", list(chosen)) if ids else rung("max_memory", _as_yaml(value)))
     if rungs:
         yield Ladder(price.OTHER_CARDS, list({str(item): item for item in rungs}.values()))
-    yield Ladder(price.NO_LIMIT, [rung("gpu_ids" if ids else "max_memory", None)], opens=True)
+    if ids:
+        yield Ladder(price.NO_LIMIT, [rung("gpu_ids", None)], opens=True)
+    else:
+        yield Ladder(price.NO_MAX_MEMORY, [rung("max_memory", None)], lambda _: "all limits of max_memory", opens=True)
 
 
 def shares(request: ModelRequest, backend: str, code: str, trial: Trial) -> Iterator[Ladder]:
