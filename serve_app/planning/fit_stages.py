@@ -90,6 +90,24 @@ def fit_stages(
     return _plan(request, held, seats, beside, _least_blocks(request, facts, held, demand), rows, reasons)
 
 
+def layers_problem(request: ModelRequest) -> Shortage | None:
+    """Returns a shortage if `pipeline_layers` has another number of layers than the model, whatever the devices are.
+    vLLM takes its tensor parallel size."""
+    layers = request.config.pipeline_layers
+    if request.config.infer_backend != "vllm" or layers is None:
+        return None
+    own = len(request.rank_facts(_tp(request)).layers)
+    if sum(layers) == own:
+        return None
+    return Shortage(
+        "no_stages",
+        f"pipeline_layers: {list(layers)}: the stages have {sum(layers)} layers together, and must have the model's "
+        f"{own} together. Change the numbers, or leave pipeline_layers out, and the plan finds the layers of each "
+        "stage.",
+        0,
+    )
+
+
 def _without_stages(request: ModelRequest, seats: Seats, limits: Sequence[int], found: NoPipeline) -> Shortage:
     """Returns why there is no pipeline: the cards lack room, or the model has no such stages on any card."""
     if found.short or found.reason == NO_ROOM:
@@ -141,8 +159,6 @@ def _solved(
     otherwise the order is free, because the replica decides in which order vLLM sees its cards."""
     config, tp = request.config, _tp(request)
     named, layers = config.named_gpus, config.pipeline_layers
-    if layers is not None and sum(layers) != len(facts.layers):
-        return _other_layers(layers, len(facts.layers))
     oldest = oldest_cards(cards)
     if config.nodes > 1:
         return _over_nodes(request, facts, cards, demand, oldest)
@@ -220,16 +236,6 @@ def _newer_first(groups: Sequence[StageCards], oldest: Set[str]) -> Shortage:
         f"pipeline_layers: the first stage would be on {', '.join(groups[0].ids)}, but vLLM chooses the number format "
         "and the kernels of all stages by the card of the first one, so that must be the oldest of them. Put "
         f"{' or '.join(sorted(oldest))} first.",
-        0,
-    )
-
-
-def _other_layers(layers: Sequence[int], own: int) -> Shortage:
-    return Shortage(
-        "no_stages",
-        f"pipeline_layers: {list(layers)}: the stages have {sum(layers)} layers together, and must have the model's "
-        f"{own} together. Change the numbers, or leave pipeline_layers out, and the plan finds the layers of each "
-        "stage.",
         0,
     )
 

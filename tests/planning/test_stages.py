@@ -465,3 +465,63 @@ def test_the_search_over_unequal_nodes_is_bounded() -> None:
     started = process_time()
     with_fixes(plan, [asked], inventory)
     assert process_time() - started < 20
+
+
+def test_a_model_on_the_cpu_asks_for_the_memory_of_a_host_after_its_layers_are_right() -> None:
+    """An inventory of GPUs alone has no host memory."""
+    (wrong,) = planned(staged(device="cpu", pipeline_layers=[20, 9]), "24GiB").problems
+    assert "must have the model's 28 together" in wrong.message
+    (right,) = planned(staged(device="cpu", pipeline_layers=[20, 8]), "24GiB").problems
+    assert "Use --inventory with memory: for a node, or leave --gpus out" in right.message
+
+
+@pytest.mark.parametrize("backend", ["auto", "vllm"])
+def test_layers_that_do_not_fit_are_left_out(backend: str) -> None:
+    """The plan finds others for as many stages, which loses nothing."""
+    for layers in ([14, 14], [20, 9]):
+        (problem,) = planned(staged(infer_backend=backend, pipeline_layers=layers), "8GiB,16GiB").problems
+        fix = problem.fixes[0]
+        assert fix.text == "pipeline_parallel_size: 2, without pipeline_layers"
+        solved = only(staged(pipeline_parallel_size=2), "8GiB,16GiB")
+        parts = " + ".join(map(str, solved.pipeline_layers))
+        assert f"stages of {parts} layers and {solved.max_full_length_requests} requests" in fix.gains
+        assert fix.loses == ""
+    both = staged(infer_backend=backend, pipeline_layers=[14, 14], pipeline_parallel_size=2)
+    assert planned(both, "8GiB,16GiB").problems[0].fixes[0].text == "leave out pipeline_layers"
+
+
+def test_the_number_of_nodes_is_corrected_by_one() -> None:
+    """Where the stages fit on one node less, or need one more."""
+    fewer = planned(staged("llama-3-70b", nnodes=3, pipeline_parallel_size=3), "48GiB,48GiB,48GiB;80GiB")
+    assert [fix.text for fix in fewer.problems[0].fixes][:1] == ["nnodes: 2"]
+    more = planned(staged("llama-3-70b", nnodes=2, pipeline_parallel_size=3), "64GiB;64GiB;64GiB")
+    texts = {fix.text: fix.loses for fix in more.problems[0].fixes}
+    assert texts["nnodes: 3"] == "time for each token on the network between 3 nodes"
+    one = planned(staged(nnodes=2, pipeline_parallel_size=2), "16GiB,16GiB")
+    assert "leave out nnodes" in [fix.text for fix in one.problems[0].fixes]
+
+
+def test_auto_is_offered_more_nodes_with_vllm_named() -> None:
+    """`auto` itself tries stages on one node only."""
+    (problem,) = planned(staged("llama-3-70b", infer_backend="auto"), "96GiB;96GiB").problems
+    texts = {fix.text: fix.loses for fix in problem.fixes}
+    lost = texts["infer_backend: vllm, nnodes: 2, pipeline_parallel_size: 2"]
+    assert lost == "time for each token on the network between 2 nodes"
+
+
+def test_a_limit_that_makes_pt_of_auto_says_what_it_costs() -> None:
+    """And to leave all limits out comes after a change of one."""
+    (problem,) = planned(staged(infer_backend="auto", max_memory={0: "3GB", 1: "10GB"}), "8GiB,16GiB").problems
+    assert problem.fixes[0].text == "max_memory: {0: 3GB, 1: 14.5GB}"
+    assert problem.fixes[0].loses == "vLLM's speed, since infer_backend: auto means pt then"
+    assert [fix.loses for fix in problem.fixes if fix.text == "leave out max_memory"] == ["all limits of max_memory"]
+
+
+def test_what_is_to_spare_on_stages_agrees_with_the_requests_at_once() -> None:
+    """All stages have as many blocks, so each holds as many requests."""
+    model = only(staged(max_memory={0: "3.5GB", 1: "16GB"}), "8GiB,16GiB")
+    assert model.max_full_length_requests == 2
+    assert model.kv_bytes_per_request <= model.spare_kv_bytes < 2 * model.kv_bytes_per_request
+    for rank in model.ranks:
+        layers = model.pipeline_layers[rank.seat[0]]
+        assert model.stage_kv_bytes_per_request(rank) == layers * 8 * 2**20

@@ -165,6 +165,25 @@ def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--what", "fits"]) == 2
 
 
+@pytest.mark.parametrize("backend", ["vllm", "pt"])
+def test_explain_names_limits_and_the_layers_of_each_part(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A request's KV cache is told for each of vLLM's stages, which have other numbers of layers."""
+    asked = ["plan", "--model", str(CONFIGS / "qwen2-7b"), "--infer-backend", backend, "--max-model-len", "4096"]
+    limited = ["--max-memory", "{0: 6GiB, 1: 15GiB}", "--gpus", "8GiB,16GiB", "--explain", "qwen2-7b"]
+    assert main([*asked, *limited]) == 0
+    out = capsys.readouterr().out
+    first, second = out.index("n1:0: 8.00 GiB"), out.index("n1:1: 16.00 GiB")
+    limits = [out.index(f"max_memory allows {size} GiB of it") for size in ("6.00", "15.00")]
+    assert min(first, second) < min(limits) < max(first, second) < max(limits)
+    assert "embedding, layers 0 to " in out
+    assert "to 27, norm and head" in out
+    sizes = re.findall(r"one request of 4,096 tokens takes ([\d.]+) MiB of KV cache here", out)
+    if backend == "vllm":  # A layer takes 8 MiB for 4096 tokens: 2 × 4 heads × 128 × 2 bytes.
+        assert sum(map(float, sizes)) == pytest.approx(28 * 8, abs=0.1)
+    else:
+        assert not sizes
+
+
 @pytest.mark.parametrize(
     ("options", "gpus", "ranks"),
     [
