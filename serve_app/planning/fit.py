@@ -99,6 +99,24 @@ class ModelRequest:
         return self.config.max_num_seqs or PT_MAX_NUM_SEQS
 
     @property
+    def pt_drafted_tokens(self) -> int:
+        """Returns how many drafted tokens a step of pt may compute. Together with its chunk of prompts they are at most
+        PT_CHUNK_TOKENS."""
+        if self.config.speculative is None or self.no_speculation:
+            return 0
+        return min(PT_CHUNK_TOKENS, self.pt_rows * self.config.speculative.num_speculative_tokens)
+
+    @property
+    def no_speculation(self) -> str:
+        """Returns why pt does not speculate with this model, or an empty text."""
+        facts = self.pt_facts
+        if facts is not None and facts.alone:
+            return "it runs one request at a time without a cache"
+        if "linear" in self.architecture.layers or (facts is not None and any(facts.state)):
+            return "its cache has states, from which no token can be taken back"
+        return ""
+
+    @property
     def kv_element_bytes(self) -> int:
         """Returns the bytes of an element of KV cache by the formulas, which know the model's own type and fp8."""
         return 1 if self.kv_cache_dtype.startswith("fp8") else self.element_bytes
@@ -138,6 +156,8 @@ class ModelRequest:
         config = self.config
         if isinstance(config.device_map, dict):
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
+        if config.speculative is not None and config.infer_backend == "vllm":
+            return "speculative: the plan does not know how much memory vLLM takes for it."
         for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
@@ -469,6 +489,8 @@ def fit_pt(
     mapped = at(tokens) or mapped
     if (problem := _tier_problem(request, mapped)) is not None:
         return problem
+    if request.config.speculative is not None and request.no_speculation:
+        reasons = (*reasons, f"it does not speculate, because {request.no_speculation}")
     return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
 
 
@@ -546,7 +568,8 @@ def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, r
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
     tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
-    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
+    drafted = request.pt_drafted_tokens
+    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens, drafted)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:
