@@ -186,6 +186,23 @@ def _size_or_none(value: object) -> int | None:
     return size
 
 
+def _known_speculation(value: object) -> object:
+    """Returns the value. Raises ValueError for a method or a field that only vLLM has, or nobody."""
+    if not isinstance(value, Mapping):
+        return value
+    elsewhere = "With vllm, all its methods work under engine_args: {speculative_config: …}."
+    for name in map(str, value):
+        if name not in SpeculativeConfig.model_fields:
+            raise ValueError(
+                f"unknown field '{name}'.{nearest(name, SpeculativeConfig.model_fields)} Known fields: "
+                f"{', '.join(SpeculativeConfig.model_fields)}. {elsewhere}"
+            )
+    if value.get("method") != "ngram":
+        given = f"unknown method {value['method']!r}." if "method" in value else "there is no method."
+        raise ValueError(f"{given} Write method: ngram. {elsewhere}")
+    return value
+
+
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -255,7 +272,7 @@ class ModelConfig(_Strict):
     gpu_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     quantization: str | None = None
-    speculative: SpeculativeConfig | None = None
+    speculative: Annotated[SpeculativeConfig | None, BeforeValidator(_known_speculation)] = None
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0.001, le=1024)] | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)
