@@ -86,7 +86,7 @@ class Speculator:
             return None
         rows = len(sequences)
         most = min(self._settings.num_speculative_tokens, spare // rows, _room(sequences))
-        if most < 1 or self._times.ratio(rows, rows) is None:
+        if most < 1 or not self._could_pay(rows, most):
             return None
         places = [self._look_up(sequence) for sequence in sequences]
         tokens = self._best(sequences, places, most)
@@ -142,6 +142,16 @@ class Speculator:
             counts.accepted_tokens += accepted
             for place in range(accepted):
                 counts.accepted_per_pos[place] += 1
+
+    def _could_pay(self, rows: int, most: int) -> bool:
+        """Returns whether drafts pay if all of them hold. Only then is it worth to look for any."""
+        ratio = self._times.ratio(rows, rows * most)
+        if ratio is None:
+            return False
+        if (1 + most) / ratio > WORTH:
+            return True
+        self._times.forget(rows)
+        return False
 
     def _look_up(self, sequence: Sequence) -> int | None:
         if _left(sequence) < 1:
