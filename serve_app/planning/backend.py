@@ -37,7 +37,9 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if needs_pt and not needs_vllm:
         yield _pt(config, f"{needs_pt} is set, which pt honours")
         return
-    if not request.is_planned_for_vllm and not needs_vllm:
+    if config.speculative is not None and not needs_vllm:
+        reason = "speculative is set, whose memory the plan knows only for pt"
+    elif not request.is_planned_for_vllm and not needs_vllm:
         reason = f"the plan has no formulas for {request.architecture.name} in vLLM"
     else:
         for size in _sizes(request, inventory):

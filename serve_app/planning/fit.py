@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config import ModelConfig
+from serve_app.config import ONLY_VLLM, ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
@@ -156,7 +156,8 @@ class ModelRequest:
         config = self.config
         if isinstance(config.device_map, dict):
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
-        if config.speculative is not None and config.infer_backend == "vllm":
+        takes_vllm = config.infer_backend == "vllm" or any(getattr(config, name) for name in ONLY_VLLM)
+        if config.speculative is not None and takes_vllm:
             return "speculative: the plan does not know how much memory vLLM takes for it."
         for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."

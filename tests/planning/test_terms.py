@@ -69,8 +69,13 @@ def test_a_plan_says_what_does_not_speculate() -> None:
     (model,) = make_plan([hybrid], parse_gpus("4x80GiB")).models
     assert any("it does not speculate, because its cache has states" in reason for reason in model.reasons)
     assert "logits of drafted tokens" not in {term.name for rank in model.ranks for term in rank.activation.terms}
-    of_vllm = request(infer_backend="vllm", speculative=speculative)
-    assert "the plan does not know how much memory vLLM takes for it" in of_vllm.unplanned
+    for fields in ({"infer_backend": "vllm"}, {"infer_backend": "auto", "tensor_parallel_size": 2}):
+        of_vllm = request(speculative=speculative, **fields)
+        assert "the plan does not know how much memory vLLM takes for it" in of_vllm.unplanned
+    free = request(infer_backend="auto", max_model_len=4096, speculative=speculative)
+    (model,) = make_plan([free], parse_gpus("24GiB")).models
+    assert model.backend == "pt"
+    assert "speculative is set, whose memory the plan knows only for pt" in model.reasons
 
 
 def test_a_measured_figure_says_so() -> None:
