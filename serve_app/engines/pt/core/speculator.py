@@ -23,6 +23,9 @@ from serve_app.engines.pt.core.step_times import StepTimes
 
 # A step with drafts has to be better by this factor, because both times and acceptance are estimates.
 WORTH = 1.05
+# After so many steps with drafts, one has none. Its time is what drafts are compared with, and it changes with the length
+# of the texts and with what else the machine does.
+REFRESH_STEPS = 32
 # There are no drafts in so many steps after a pass that failed.
 REST_STEPS = 256
 # What a sequence has seen of its drafts counts by this much less after each draft, and after each step in which it had
@@ -74,6 +77,7 @@ class Speculator:
         self._settings = settings
         self._times = StepTimes() if times is None else times
         self._resting = 0
+        self._since_plain = 0
         self.counts = DraftCounts(accepted_per_pos=[0] * settings.num_speculative_tokens)
 
     def propose(self, sequences: ReadOnlySequence[Sequence], spare: int) -> list[list[int]] | None:
@@ -83,6 +87,8 @@ class Speculator:
         """
         if self._resting:
             self._resting -= 1
+            return None
+        if self._since_plain >= REFRESH_STEPS:
             return None
         rows = len(sequences)
         most = min(self._settings.num_speculative_tokens, spare // rows, _room(sequences))
@@ -118,6 +124,7 @@ class Speculator:
 
     def note_plain(self, rows: int, seconds: float) -> None:
         """Takes the time of a step without drafts."""
+        self._since_plain = 0
         self._times.add_plain(rows, seconds)
 
     def note_drafted(
@@ -129,6 +136,7 @@ class Speculator:
     ) -> None:
         """Takes the time of a step with drafts, and how many tokens each sequence has got in it."""
         rows, counts = len(sequences), self.counts
+        self._since_plain += 1
         self._times.add_drafted(rows, rows * max(map(len, drafts)), seconds)
         for sequence, draft in zip(sequences, drafts, strict=True):
             got = tokens.get(sequence, 0)

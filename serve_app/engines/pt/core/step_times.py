@@ -5,7 +5,7 @@ This is pure bookkeeping without a clock. All times are in seconds.
 
 # A new time moves the mean by this share. The first few times count by the least of them, because the first step with a
 # new shape also prepares kernels and memory.
-SHARE = 0.2
+SHARE = 0.3
 FIRST = 3
 # A step without drafted tokens that could have had some lowers what they are thought to cost by this share. So a figure
 # that was measured in a bad moment is measured again, the later the further it is from paying.

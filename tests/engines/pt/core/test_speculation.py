@@ -515,6 +515,25 @@ def test_it_drafts_while_that_pays_and_stops_where_it_does_not() -> None:
     assert pay(2.0, [1] * 20, rows=1) < 0.05
 
 
+def test_a_time_that_was_measured_in_a_bad_moment_is_measured_again() -> None:
+    """Steps without drafts took 10 s while something else ran, and take 1 s now; with drafts, 6 s for 5 tokens."""
+    speculator = Speculator(None, SETTINGS)  # type: ignore[arg-type]
+    sequence = Sequence([1] * 20, SamplingParams(max_tokens=10**5), output_ids=[1])
+    for _ in range(10):
+        speculator.note_plain(1, 10.0)
+    drafted = []
+    for _ in range(1000):
+        drafts = speculator.propose([sequence], 512)
+        drafted.append(drafts is not None)
+        if drafts is None:
+            speculator.note_plain(1, 1.0)
+            continue
+        sequence.output_ids += [*drafts[0], 1]
+        speculator.note_drafted([sequence], drafts, {sequence: len(drafts[0]) + 1}, 6.0)
+    assert sum(drafted[:100]) > 80
+    assert sum(drafted[500:]) < 10
+
+
 def test_a_text_that_does_not_repeat_itself_is_left_alone() -> None:
     """Drafts that never hold take less than 3 % of the time, and a text that begins to repeat itself is noticed."""
     speculator = Speculator(None, SETTINGS)  # type: ignore[arg-type]
