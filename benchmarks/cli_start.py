@@ -17,15 +17,19 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 CLI = ("-m", "serve_app.cli.main")
 DEMO = ("--model", "serve-app/demo")
+# It has a config.json and no weights. The first plan of a machine may ask transformers for its tensors, and keeps them.
+BARE = ("--model", str(Path(__file__).parents[1] / "tests/planning/configs/qwen2-7b"))
 REFERENCE = "import pydantic, yaml"
 # By name: the interpreter's arguments, and the most CPU seconds that the project allows itself.
 COMMANDS: dict[str, tuple[Sequence[str], float | None]] = {
     REFERENCE: (("-c", "import pydantic, yaml"), None),
     "--help": ((*CLI, "--help"), 0.5),
     "plan of a local model, named GPUs": ((*CLI, "plan", "--json", *DEMO, "--gpus", "24GiB"), 1.0),
+    "plan of a config.json alone, named GPUs": ((*CLI, "plan", "--json", *BARE, "--gpus", "24GiB"), 1.0),
     "plan of a local model, this machine": ((*CLI, "plan", "--json", *DEMO, "--device", "cpu"), 1.0),
     "from-swift": ((*CLI, "from-swift", "swift deploy --model x"), None),
     "new-key": ((*CLI, "new-key", "team-a"), None),

@@ -229,8 +229,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"infer_backend": "auto", "engine_args": {"pipeline_parallel_size": 4}}, "has a field of its own"),
         ({"infer_backend": "auto", "pipeline_layers": [1, 3], "max_queued_requests": 5}, "name only one backend's"),
         ({"infer_backend": "vllm", "pipeline_layers": [1, 3], "pipeline_parallel_size": 3}, "has 2 stages, but"),
-        ({"infer_backend": "vllm", "pipeline_layers": [4, 0]}, "pipeline_layers.1: Input should be greater than 0"),
-        ({"infer_backend": "vllm", "pipeline_layers": []}, "pipeline_layers: Tuple should have at least 1 item"),
+        ({"infer_backend": "vllm", "pipeline_layers": [4, 0]}, "pipeline_layers.1: expected a number above 0"),
+        ({"infer_backend": "vllm", "pipeline_layers": []}, "pipeline_layers: expected a list of 1 or more items"),
         ({"infer_backend": "vllm", "pipeline_layers": [1, 3], "num_gpus": 0.5}, "Below 1, num_gpus is a share"),
         (
             {"infer_backend": "vllm", "pipeline_layers": [1, 3], "tensor_parallel_size": 2, "gpu_ids": [0, 1]},

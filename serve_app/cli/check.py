@@ -15,12 +15,13 @@ from serve_app.cli.cluster import connected
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.config import ModelConfig
 from serve_app.deploy.node_env import node_environments, this_environment
-from serve_app.deploy.resolve_model import require_all_replicas, resolve_model
+from serve_app.deploy.resolve_model import RequestOf, requests_of, require_all_replicas, resolve_model
 from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, lacking
 from serve_app.errors import ConfigError, ServeAppError, nearest
 from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
+from serve_app.field_errors import field_errors
 
 # If no cluster runs, the environment against which a file is checked has this name.
 HERE = "this environment"
@@ -45,7 +46,9 @@ def check(file: Path, address: str | None) -> int:
         print(f"note: {note}")
     for note in () if is_here else unheard_keys(document, os.environ):
         print(f"note: {note}")
-    placed = [_report(application, nodes, inventory) for application in applications if application.is_model]
+    models = [application for application in applications if application.is_model]
+    request_of = requests_of([application.model_settings() for application in models], inventory)
+    placed = [_report(application, nodes, inventory, request_of) for application in models]
     return 0 if all(placed) else 1
 
 
@@ -171,8 +174,8 @@ def require_serves_schema(file: Path) -> None:
     try:
         ServeDeploySchema.model_validate(document)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{file}: Ray Serve refuses this file: {'; '.join(lines)}") from None
+        lines = field_errors(error.errors(), document)
+        raise ConfigError("\n".join(f"{file}: Ray Serve refuses this file: {line}" for line in lines)) from None
     except (AttributeError, ImportError, ValueError, TypeError) as error:  # A policy cannot be imported.
         raise ConfigError(f"{file}: Ray Serve refuses this file: {error}") from None
 
@@ -230,11 +233,11 @@ def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set
     return problems
 
 
-def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory) -> bool:
+def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory, request_of: RequestOf) -> bool:
     count = application.least_replicas
     try:
-        resolved = resolve_model(application.model_settings(), nodes, inventory)
-        require_all_replicas(resolved.config, count, resolved.demand, nodes, inventory)
+        resolved = resolve_model(application.model_settings(), nodes, inventory, request_of=request_of)
+        require_all_replicas(resolved.config, count, resolved.demand, nodes, inventory, request_of)
     except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False

@@ -1,21 +1,24 @@
-"""Compares the `engine_args` of a config file with the arguments of vLLM, without importing vLLM."""
+"""Compares the `engine_args` and `quantization` of a config file with the arguments of vLLM and the values that these
+take, without importing vLLM."""
 
 from collections.abc import Iterable, Mapping
 
 from serve_app.engines.vllm.arguments import VERSION, unknown_arguments
-from serve_app.facts.packages import installed_version
+from serve_app.engines.vllm.values import unknown_values
+from serve_app.facts.packages import has_vllm_plugins, installed_version
 from serve_app.facts.serve_file import ApplicationSpec
 
 
 def wrong_engine_args(application: ApplicationSpec) -> list[str]:
-    """Returns a line for each argument that vLLM does not have. It returns none if another version of vLLM is installed
-    than the one whose arguments are known, because that version may have them (`doubtful_engine_args`)."""
+    """Returns a line for each argument that vLLM does not have, and for each value that it does not take. It returns
+    none if another version of vLLM is installed than the one whose arguments are known, because that version may have
+    them (`doubtful_engine_args`)."""
     return _unknown(application) if _other_version() is None else []
 
 
 def doubtful_engine_args(applications: Iterable[ApplicationSpec]) -> list[str]:
-    """Returns notes on arguments that the installed vLLM may not have. It returns none if the arguments of the
-    installed version are known (`wrong_engine_args`)."""
+    """Returns notes on arguments and values that the installed vLLM may not take. It returns none if the arguments of
+    the installed version are known (`wrong_engine_args`)."""
     if (installed := _other_version()) is None:
         return []
     return [
@@ -26,8 +29,18 @@ def doubtful_engine_args(applications: Iterable[ApplicationSpec]) -> list[str]:
 
 
 def _unknown(application: ApplicationSpec) -> list[str]:
+    if not application.is_model:
+        return []
     given = application.args.get("engine_args")
-    return unknown_arguments(map(str, given)) if application.is_model and isinstance(given, Mapping) else []
+    arguments = {str(name): value for name, value in given.items()} if isinstance(given, Mapping) else {}
+    has_plugins = has_vllm_plugins()
+    values = unknown_values({name.replace("-", "_"): value for name, value in arguments.items()}, has_plugins)
+    fields = {"quantization": application.args.get("quantization")}
+    return [
+        *unknown_arguments(arguments),
+        *(f"engine_args.{name}: {sentence}" for name, sentence in values),
+        *(f"{name}: {sentence}" for name, sentence in unknown_values(fields, has_plugins)),
+    ]
 
 
 def _other_version() -> str | None:

@@ -162,7 +162,8 @@ def _add_run(commands: Any) -> None:
         help="serves a config file until Ctrl-C, as `serve run` does, with Serve's settings set",
         description="Starts Ray, or joins the cluster that runs here, and serves the file's models until Ctrl-C or "
         "SIGTERM. It sets what Serve needs in its environment (see node-env), checks the file first, and shows how the "
-        "models come up. Exits 0 if it was stopped, 1 if it failed, 2 if the file is wrong.",
+        "models come up. Exits 0 if it was stopped, 1 if it failed or if no model of the file can be served, 2 if the "
+        "file is wrong.",
     )
     running.add_argument("config", type=Path, help="a Ray Serve config file")
     running.add_argument("--address", help='HOST:PORT of a Ray cluster to join, or "local" for a Ray of its own')

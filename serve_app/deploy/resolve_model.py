@@ -1,35 +1,67 @@
 """Resolves one model in a cluster to its config with all that the plan chose, and to what its replica asks of Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from serve_app.config import ModelConfig
-from serve_app.engines.model_requests import answered, read_request
+from serve_app.engines.model_requests import Unanswered, answered, cards_of, read_request
 from serve_app.errors import ConfigError, PlacementError
 from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.engine_facts import NO_FACTS
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
-from serve_app.planning.fit import ModelRequest
-from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve
+from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve, resolve_on_cpu
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room
 from serve_app.terminal import notify
 
+# It reads a model for the cards of an inventory, or gives the request that was made of it. It may raise ConfigError.
+RequestOf = Callable[[ModelConfig, Inventory], ModelRequest]
+
 
 def needs_devices(config: ModelConfig) -> bool:
-    """Returns whether the model's place depends on the sizes of GPUs."""
-    return config.device != "cpu" or config.infer_backend == "auto"
+    """Returns whether the model is planned before it starts: its place depends on the sizes of GPUs, or vLLM splits it
+    over ranks on the CPU, which vLLM may refuse."""
+    return config.device != "cpu" or config.infer_backend == "auto" or _is_split_on_cpu(config)
+
+
+def _is_split_on_cpu(config: ModelConfig) -> bool:
+    is_split = config.ranks > 1 or config.pipeline_layers is not None
+    return config.device == "cpu" and config.infer_backend == "vllm" and is_split
+
+
+def requests_of(configs: Sequence[ModelConfig], inventory: Inventory) -> RequestOf:
+    """Returns what gives the requests of these models and of others. Engines are asked about all of these in one
+    process, whereas each `resolve_model` without it would start its own."""
+    read: dict[str, Unanswered] = {}
+    for config in configs:
+        if _needs_plan(config, inventory):
+            with suppress(ConfigError):  # Whoever resolves this model reads it again, and gets the error.
+                read[str(config)] = read_request("model", config, cards=cards_of(inventory))
+    found: dict[str, ModelRequest] = {}
+    with suppress(ConfigError):
+        found = dict(zip(read, answered(list(read.values()), lambda text: notify(f"the models: {text}")), strict=True))
+
+    def request_of(config: ModelConfig, inventory: Inventory) -> ModelRequest:
+        return found[str(config)] if str(config) in found else _request(config, inventory)
+
+    return request_of
 
 
 def resolve_model(
-    config: ModelConfig, nodes: Sequence[Node], inventory: Inventory | None, unclaimed: Inventory | None = None
+    config: ModelConfig,
+    nodes: Sequence[Node],
+    inventory: Inventory | None,
+    unclaimed: Inventory | None = None,
+    request_of: RequestOf | None = None,
 ) -> Resolved:
-    """Resolves a model by the plan and by Ray's own books.
+    """Resolves a model by the plan and by Ray's own books. `request_of` is that of `requests_of` for several models.
 
     If the plan cannot decide (there is no `inventory`, the architecture is unknown, or NVML does not see the GPUs),
     a config that names its backend stays as it is, and the engine finds out. Raises ConfigError or PlacementError.
     """
-    resolved = _planned(config, inventory, unclaimed)
+    resolved = _planned(config, inventory, unclaimed, request_of or _request)
     if resolved is None and config.infer_backend == "vllm" and config.max_memory is not None:
         raise PlacementError(f"max_memory: {UNPLANNED_LIMITS}")
     chosen = config if resolved is None else resolved.config
@@ -40,7 +72,12 @@ def resolve_model(
 
 
 def require_all_replicas(
-    config: ModelConfig, count: int, demand: Demand, nodes: Sequence[Node], inventory: Inventory
+    config: ModelConfig,
+    count: int,
+    demand: Demand,
+    nodes: Sequence[Node],
+    inventory: Inventory,
+    request_of: RequestOf | None = None,
 ) -> None:
     """Raises PlacementError if the cluster could not hold `count` replicas of a model, each with this demand, even if
     it were empty: by Ray's own books, or by the plan, if the plan has room for one."""
@@ -48,7 +85,7 @@ def require_all_replicas(
     if count == 1:
         return
     try:
-        request = _request(config)
+        request = (request_of or _request)(config, inventory)
         if request.unplanned:
             return
         resolve(request, inventory)
@@ -57,29 +94,33 @@ def require_all_replicas(
     resolve(replace(request, replicas=count), inventory)
 
 
-def _planned(config: ModelConfig, inventory: Inventory | None, unclaimed: Inventory | None) -> Resolved | None:
+def _planned(
+    config: ModelConfig, inventory: Inventory | None, unclaimed: Inventory | None, request_of: RequestOf
+) -> Resolved | None:
     is_auto = config.infer_backend == "auto"
     if inventory is None or not _needs_plan(config, inventory):
         return None
     try:
-        request = _request(config)
+        request = request_of(config, inventory)
     except ConfigError:
         if is_auto:
             raise
         return None
     if request.unplanned and not is_auto:
         return None
-    return resolve(request, inventory, unclaimed)
+    return resolve_on_cpu(request, inventory) if _is_split_on_cpu(config) else resolve(request, inventory, unclaimed)
 
 
 def _needs_plan(config: ModelConfig, inventory: Inventory | None) -> bool:
-    """Returns whether the model's place is planned: it depends on GPUs, and these are known."""
+    """Returns whether the model is planned: its place depends on GPUs, and these are known, or it is split on the
+    CPU."""
     if inventory is None or not needs_devices(config):
         return False
-    return bool(inventory.gpus) or config.infer_backend == "auto"
+    return bool(inventory.gpus) or config.infer_backend == "auto" or _is_split_on_cpu(config)
 
 
-def _request(config: ModelConfig) -> ModelRequest:
+def _request(config: ModelConfig, inventory: Inventory) -> ModelRequest:
     """Returns the model with the facts of its checkpoint, and of the engines if they are installed here. Raises
     ConfigError."""
-    return answered([read_request("model", config)], lambda text: notify(f"{config.model}: {text}"))[0]
+    read = read_request("model", config, cards=cards_of(inventory))
+    return answered([read], lambda text: notify(f"{config.model}: {text}"))[0]

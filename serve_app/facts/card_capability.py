@@ -25,3 +25,14 @@ def card_capability(name: str) -> Capability | None:
     known. A part of a card (MIG) has that of the card."""
     short = plain_name(name)
     return next((capability for card, capability in _CARDS if card.fullmatch(short)), None)
+
+
+def capability_text(capability: Capability) -> str:
+    """Returns a capability as its vendor writes it, such as 8.0."""
+    return f"{capability[0]}.{capability[1]}"
+
+
+def read_capability(text: str) -> Capability:
+    """Returns what `capability_text` has written. Raises ValueError for another text."""
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)

@@ -15,7 +15,7 @@ from serve_app.errors import ConfigError
 from serve_app.facts.architecture import Architecture, read_architecture
 from serve_app.facts.field_kind import shown
 from serve_app.facts.foreign_file import FileMissing, read_object
-from serve_app.facts.weights import Tensor, hub_tensors, local_tensors, tensors_without_weights
+from serve_app.facts.weights import Tensor, hub_tensors, local_tensors
 
 # A hub that takes no connection within this many seconds counts as unreachable.
 HUB_TIMEOUT_S = 5.0
@@ -69,12 +69,19 @@ class Checkpoint:
     config: Mapping[str, Any]
     folder: Path | None = None
 
+    @property
+    def lacks_tensors(self) -> bool:
+        """Returns whether the plan needs the tensors that the config.json would make, because there are no files. It
+        has no use for them if the architecture has no formulas or the weights are quantised, because those that would
+        be made are whole."""
+        return not self.tensors and self.architecture.has_formulas and self.architecture.quantization is None
+
 
 def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Returns what a local folder holds, or asks the Hugging Face hub for config.json and headers.
 
-    Without safetensors files the tensors are those that the config.json would make. There are none if its architecture
-    has no formulas or its weights are quantised, because those that would be made are whole. Raises ConfigError.
+    Without safetensors files there are no tensors. If `lacks_tensors` is true then, the plan needs those that the
+    config.json would make. Raises ConfigError.
     """
     path = model_path(model)
     folder = Path(path)
@@ -84,8 +91,6 @@ def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         folder, tensors = _from_hub(path, revision)
         config = _local_config(folder)
     architecture = read_architecture(config, f"model: {model}")
-    if not tensors and architecture.has_formulas and architecture.quantization is None:
-        tensors = tensors_without_weights(config, f"model: {model}")
     return Checkpoint(architecture, tuple(tensors), config, folder)
 
 

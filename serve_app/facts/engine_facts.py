@@ -1,9 +1,16 @@
 """Holds what an engine's own code says of a model: the bytes of its weights and the layers of its cache."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from serve_app.facts.card_capability import HOPPER, Capability
+from serve_app.facts.safetensors_header import SIZES
+from serve_app.facts.weights import Tensor
+
+# A tensor's name has the number of its layer here.
+_LAYER = re.compile(r"\.(\d+)\.")
 # These are the kinds of cache that a layer of vLLM has. "state" and "ring" do not grow with the tokens of a sequence,
 # "cross" holds what an encoder made, and "encoder" holds nothing.
 CacheKind = Literal["full", "sliding", "chunked", "mla", "sliding_mla", "state", "ring", "cross", "encoder"]
@@ -128,17 +135,48 @@ class PtFacts:
 
 
 @dataclass(frozen=True)
+class TensorFacts:
+    """These are the tensors that transformers makes of a config.json, for a model without files of weights."""
+
+    tensors: tuple[Tensor, ...]
+
+
+Facts = VllmFacts | PtFacts | TensorFacts
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """This is what vLLM says of a model on cards of one compute capability, as `EngineFacts` has it for Hopper."""
+
+    capability: Capability
+    vllm: VllmFacts | None = None
+    vllm_fp8: VllmFacts | None = None
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """This is all that engines say of one model. `vllm` is what vLLM says with the config's own type of KV cache, and
     `vllm_fp8` what it says with `kv_cache_dtype: fp8`. What was not asked, or has no answer, is None.
 
-    `vllm_version` and `pt_version` are those of the packages whose code was asked, and are empty where nothing was."""
+    Both hold for cards of the compute capability `capability`. `others` has what vLLM says on other cards, which is
+    asked for quantised weights. `vllm_version` and `pt_version` are those of the packages whose code was asked, and are
+    empty where nothing was."""
 
     vllm: VllmFacts | None = None
     vllm_fp8: VllmFacts | None = None
     pt: PtFacts | None = None
     vllm_version: str = ""
     pt_version: str = ""
+    capability: Capability = HOPPER
+    others: tuple[CardFacts, ...] = ()
+
+    def on(self, capability: Capability) -> "EngineFacts":
+        """Returns what engines say of the model on cards of this capability, or these facts if vLLM said nothing of
+        them."""
+        found = next((card for card in self.others if card.capability == capability), None)
+        if found is None or found.vllm is None:
+            return self
+        return replace(self, vllm=found.vllm, vllm_fp8=found.vllm_fp8, capability=capability)
 
     def version(self, engine: str) -> str:
         """Returns the version of "vllm" or "pt" for which the facts hold."""
@@ -148,13 +186,15 @@ class EngineFacts:
 NO_FACTS = EngineFacts()
 
 
-def facts_to_json(facts: VllmFacts | PtFacts) -> dict[str, Any]:
+def facts_to_json(facts: Facts) -> dict[str, Any]:
     """Returns what `facts_from_json` reads."""
-    return asdict(facts)
+    return {"tensors": _tensors_to_json(facts.tensors)} if isinstance(facts, TensorFacts) else asdict(facts)
 
 
-def facts_from_json(engine: str, plain: Mapping[str, Any]) -> VllmFacts | PtFacts:
+def facts_from_json(engine: str, plain: Mapping[str, Any]) -> Facts:
     """Returns the facts of a decoded answer. Raises KeyError, TypeError or ValueError for another form."""
+    if "tensors" in plain:
+        return TensorFacts(tuple(tensor for item in plain["tensors"] for tensor in _tensors_of(*item)))
     if engine == "pt":
         return _pt_facts(plain)
     ranks = {int(tp): _rank(rank) for tp, rank in plain["ranks"].items()}
@@ -186,3 +226,22 @@ def _pt_facts(plain: Mapping[str, Any]) -> PtFacts:
     if not len(facts.layers) == len(facts.kv) == len(facts.state) == len(facts.buffers) - 2 == names.count:
         raise ValueError("its lists have different lengths")
     return facts
+
+
+def _tensors_to_json(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """Returns the tensors, those that differ only in the number of their layer as one, with these numbers. Layers are
+    much alike, so a model of 80 of them takes a kilobyte."""
+    found: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for tensor in tensors:
+        number = _LAYER.search(tensor.name)
+        name = tensor.name if number is None else _LAYER.sub(".{}.", tensor.name, count=1)
+        found.setdefault((name, tensor.dtype, tensor.shape), []).extend([int(number[1])] if number else [])
+    return [[name, dtype, list(shape), numbers] for (name, dtype, shape), numbers in found.items()]
+
+
+def _tensors_of(name: str, dtype: str, shape: Sequence[int], numbers: Sequence[int]) -> list[Tensor]:
+    size = tuple(map(int, shape))
+    if dtype not in SIZES or min(size, default=1) < 0:
+        raise ValueError(f"{name} has the type {dtype} and the shape {size}")
+    names = [name.replace("{}", str(int(number)), 1) for number in numbers] if "{}" in name else [name]
+    return [Tensor(each, dtype, size) for each in names]

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,17 @@ from typing import Any
 import yaml
 
 from serve_app.config import parse_bytes
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, nearest
 from serve_app.facts.calibration import Calibrations, joined, read_calibrations
+from serve_app.facts.field_kind import shown
 from serve_app.facts.nodes import node_from_resources
 from serve_app.facts.packages import engine_versions
 from serve_app.ray_serve import available_by_node
 
 GIB = 2**30
+# These are the fields of a node and of a card in a file of an inventory.
+NODE_FIELDS = ("name", "memory", "memory_free", "gpus")
+CARD_FIELDS = ("name", "total", "free")
 # Memory as NVML tells it, in MiB, of cards that people name without a size.
 KNOWN_GPUS = {
     "RTX3060": 12288, "RTX3080": 10240, "RTX3090": 24576, "RTX4080": 16376, "RTX4090": 24564, "RTX5090": 32607,
@@ -52,6 +56,11 @@ class Device:
         return self.index is not None
 
 
+def node_of(device_id: str) -> str:
+    """Returns the node's name in a device's `id`."""
+    return device_id.rpartition(":")[0]
+
+
 @dataclass(frozen=True)
 class Inventory:
     """All devices, with GPUs in the order of their nodes and numbers, and what engines were measured to take on them.
@@ -82,9 +91,16 @@ def parse_gpus(text: str) -> Inventory:
     A card that is named by its size has that much free. Raises ConfigError that names the wrong part.
     """
     devices: list[Device] = []
+    if not text.replace(";", "").replace(",", "").strip():
+        raise ConfigError(f"--gpus: '{text}' names no GPU. Write sizes or names, such as 8GiB,24GiB or 2xA100-80GB.")
     for number, node in enumerate(text.split(";"), 1):
         index = 0
-        for part in filter(None, (item.strip() for item in node.split(","))):
+        for part in (item.strip() for item in node.split(",")):
+            if not part:
+                raise ConfigError(
+                    f"--gpus: '{text[:100]}' has no card where node {number} needs one. A comma separates the cards of "
+                    "a node, and a semicolon separates nodes."
+                )
             match = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?(.+)", part)
             assert match is not None
             count, what = int(match[1] or 1), match[2].strip()
@@ -94,8 +110,6 @@ def parse_gpus(text: str) -> Inventory:
             for _ in range(count):
                 devices.append(Device(f"n{number}", index, name, total, total))
                 index += 1
-    if not devices:
-        raise ConfigError(f"--gpus: '{text}' names no GPU. Write sizes or names, such as 8GiB,24GiB or 2xA100-80GB.")
     return Inventory(tuple(devices), read_calibrations(), engine_versions())
 
 
@@ -159,16 +173,14 @@ def read_inventory(path: Path) -> Inventory:
 
 
 def _read_node(node: Any, number: int, where: str) -> list[Device]:
-    if not isinstance(node, Mapping) or set(node) - {"name", "memory", "memory_free", "gpus"}:
-        raise ConfigError(f"{where}: a node may have only name, memory, memory_free and gpus.")
+    _require_fields(node, NODE_FIELDS, where, "node")
     name = str(node.get("name") or f"n{number}")
     devices = []
     if not isinstance(node.get("gpus") or [], list):
         raise ConfigError(f"{where}.gpus: this must be a list of cards.")
     for index, gpu in enumerate(node.get("gpus") or []):
         place = f"{where}.gpus[{index}]"
-        if not isinstance(gpu, Mapping) or set(gpu) - {"name", "total", "free"}:
-            raise ConfigError(f"{place}: a card may have only name, total and free.")
+        _require_fields(gpu, CARD_FIELDS, place, "card")
         card = str(gpu.get("name") or "GPU")
         total = parse_bytes(gpu["total"], f"{place}.total") if "total" in gpu else _card(card)[0]
         free = parse_bytes(gpu["free"], f"{place}.free") if "free" in gpu else total
@@ -180,6 +192,18 @@ def _read_node(node: Any, number: int, where: str) -> list[Device]:
         free = parse_bytes(node["memory_free"], f"{where}.memory_free") if "memory_free" in node else total
         devices.append(Device(name, None, "memory", total, free))
     return devices
+
+
+def _require_fields(found: Any, known: Sequence[str], where: str, what: str) -> None:
+    """Raises ConfigError for what is no mapping, and for a field that is not known, with the nearest one."""
+    fields = f"{', '.join(known[:-1])} and {known[-1]}"
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{where}: a {what} must be a mapping with {fields}, got {shown(found)}.")
+    for name in found:
+        if name not in known:
+            raise ConfigError(
+                f"{where}: unknown field '{name}'.{nearest(name, known)} A {what} may have only {fields}."
+            )
 
 
 def local_inventory(node: str = "n1") -> Inventory:
@@ -200,18 +224,11 @@ def ray_inventory() -> Inventory:
 
     A node that advertises its memory by index has as much of each GPU as it says, and no more is free than NVML sees.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
     nodes = _living_nodes()
-    tasks = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(name)
-        for name, node in nodes.items()
-    ]
     devices: list[Device] = []
     calibrations: Calibrations = {}
-    for (name, node), seen in zip(nodes.items(), ray.get(tasks, timeout=60), strict=True):
+    every = seen_on_nodes({name: node["NodeID"] for name, node in nodes.items()})
+    for (name, node), seen in zip(nodes.items(), every, strict=True):
         calibrations = joined(calibrations, seen.calibrations)
         by_index = node_from_resources(name, node["Resources"]).vram_gib
         if by_index:
@@ -222,6 +239,21 @@ def ray_inventory() -> Inventory:
             count = node["Resources"].get("GPU", 0.0)  # Fewer than NVML sees where Ray was started so.
             devices += [device for device in seen.devices if device.index is None or device.index < count]
     return Inventory(tuple(devices), calibrations, engine_versions())
+
+
+def seen_on_nodes(nodes: Mapping[str, str]) -> list[Inventory]:
+    """Returns the devices that each of these nodes sees, which a task asks. `nodes` has Ray's id of each by the name
+    that its devices get. Raises RayError if a node does not answer."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
+    tasks = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(name)
+        for name, node in nodes.items()
+    ]
+    seen: list[Inventory] = ray.get(tasks, timeout=60)
+    return seen
 
 
 def unclaimed(inventory: Inventory) -> Inventory:

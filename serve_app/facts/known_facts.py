@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.facts.calibration import calibration_file
-from serve_app.facts.engine_facts import PtFacts, VllmFacts, facts_from_json, facts_to_json
+from serve_app.facts.engine_facts import Facts, facts_from_json, facts_to_json
 
 SHIPPED = Path(__file__).parent / "shipped.json.gz"
 # This is the number of the form of answers. Those of another form are asked for again.
@@ -54,7 +54,7 @@ class Answer:
     """This is what an engine said: the facts, or why it has none. `is_refusal` says that the reason is the engine's own
     judgement of the model, and not a fault of ours or of this machine."""
 
-    facts: VllmFacts | PtFacts | None
+    facts: Facts | None
     problem: str = ""
     is_refusal: bool = False
 

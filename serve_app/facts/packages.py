@@ -20,6 +20,13 @@ def installed_version(distribution: str) -> str | None:
 
 
 @cache
+def has_vllm_plugins() -> bool:
+    """Returns whether packages other than vLLM itself bring plugins of vLLM, which may add to its registries."""
+    found = metadata.entry_points(group="vllm.general_plugins")
+    return any(not entry.value.startswith("vllm.") for entry in found)
+
+
+@cache
 def engine_versions() -> dict[str, str]:
     """Returns the installed packages that each backend runs on, such as "torch 2.13.0, transformers 5.19.0"."""
     return {backend: ", ".join(_named(packages)) for backend, packages in ENGINE_PACKAGES.items()}

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.config import ModelConfig, RouterConfig, explain
+from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ConfigError, nearest
+from serve_app.field_errors import field_errors
 
 # People write these for `args`, and so they do words that are near it, such as `arguments`.
 FOREIGN_ARGS = ("params", "parameters", "config")
@@ -117,6 +118,10 @@ def read_applications(path: Path) -> list[ApplicationSpec]:
         document = yaml.safe_load(path.read_text())
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: the file is not UTF-8 text.") from None
+    except IsADirectoryError:
+        holds_model = (path / "config.json").exists()
+        hint = f" To plan the model in it, give --model {path}." if holds_model else ""
+        raise ConfigError(f"{path}: this is a folder. A Ray Serve config file (YAML) is needed.{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
@@ -130,7 +135,7 @@ def read_applications(path: Path) -> list[ApplicationSpec]:
         except ValidationError as error:
             name = item.get("name") if isinstance(item, dict) else None
             where = f"applications[{number}]" + (f" ({name})" if isinstance(name, str) else "")
-            problems += [f"{path}: {where}: {explain(line)}" for line in error.errors()]
+            problems += [f"{path}: {where}: {line}" for line in field_errors(error.errors(), item)]
     if problems:
         raise ConfigError("\n".join(problems))
     names = [application.name for application in applications]

@@ -34,6 +34,7 @@ SINGLE = "model.safetensors"
 MOST_INDEX_BYTES = 64 * 2**20
 MOST_FILES = 10_000
 _FILE_NAME = text(255)
+CANNOT_BUILD = "there are no weights, and no model can be built from its config.json:"
 # A model of many experts has tens of thousands of tensors whose names differ only in the number after this.
 _EXPERTS = ".experts."
 
@@ -180,21 +181,23 @@ def _hub_tensor(name: str, info: Any, file: str) -> Tensor:
 
 
 def tensors_without_weights(config: Mapping[str, Any], where: str) -> list[Tensor]:
-    """Returns the tensors that a model of this config.json would have, made on the meta device. The imports take
-    seconds."""
+    """Returns the tensors that a model of this config.json would have. Raises ConfigError if none can be built. The
+    imports take seconds, so commands ask a process that keeps the answer (`engines/model_requests.py`)."""
+    try:
+        return built_tensors(config)
+    except Exception as error:
+        raise ConfigError(f"{where}: {CANNOT_BUILD} {' '.join(str(error).split())[:200]}") from None
+
+
+def built_tensors(config: Mapping[str, Any]) -> list[Tensor]:
+    """Returns the tensors of transformers' own model, made on the meta device. Raises what transformers raises."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
     settings = {key: value for key, value in config.items() if key != "model_type"}
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{where}: there are no weights, and no model can be built from its config.json: {reason}"
-        ) from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
     return [
         Tensor(name, names.get(parameter.dtype, "F32"), tuple(parameter.shape))
         for name, parameter in model.named_parameters()

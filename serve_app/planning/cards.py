@@ -1,13 +1,15 @@
 """Decides what depends on the compute capability of a card: which quantised weights an engine takes there, and whether
-the plan's figures, which vLLM's code gives as on an H100, hold for its kernels. A card whose capability is not known
-counts as one on which vLLM runs all of it.
+the plan's figures, which vLLM's code gives for one capability, hold for its kernels. A card whose capability is not
+known counts as one on which vLLM runs all of it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from serve_app.facts.card_capability import HOPPER, Capability, card_capability
+from serve_app.facts.card_capability import Capability, capability_text, card_capability
 from serve_app.facts.inventory import Device
-from serve_app.planning.fit import ModelRequest, Shortage, held_otherwise
+from serve_app.planning.model_request import ModelRequest, held_otherwise
+from serve_app.planning.shortage import Shortage
 
 # The least that vLLM 0.32 takes by method (`get_min_capability`).
 LEAST_IN_VLLM: dict[str, Capability] = {
@@ -16,6 +18,19 @@ LEAST_IN_VLLM: dict[str, Capability] = {
 # transformers (5.19) keeps FP8 in 8 bits from this capability on, and makes it whole below.
 LEAST_FP8_IN_PT: Capability = (8, 9)
 _COMPRESSED = frozenset({"mla", "sliding_mla"})
+
+
+def on_cards(request: ModelRequest, devices: Sequence[Device]) -> ModelRequest:
+    """Returns the model as vLLM's code has it on the oldest of these cards, where it was asked about them, or else the
+    model itself. What was computed of one card is kept apart from that of another."""
+    known = [card_capability(device.name) for device in devices if device.is_gpu]
+    capabilities = [capability for capability in known if capability is not None]
+    if not capabilities or not request.engine_facts.others:
+        return request
+    facts = request.engine_facts.on(min(capabilities))
+    if facts is request.engine_facts:
+        return request
+    return replace(request, engine_facts=facts, memo=request.memo.setdefault(("card", facts.capability), {}))
 
 
 def card_problem(request: ModelRequest, devices: Sequence[Device]) -> Shortage | None:
@@ -34,8 +49,8 @@ def _vllm_problem(request: ModelRequest, device: Device) -> Shortage | None:
     if least is None or own is None or own >= least:
         return None
     text = (
-        f"infer_backend: vllm: {device.id} ({device.name}) has compute capability {_text(own)}, and vLLM takes "
-        f"{method} weights from {_text(least)} on. Use a newer card or other weights."
+        f"infer_backend: vllm: {device.id} ({device.name}) has compute capability {capability_text(own)}, and vLLM "
+        f"takes {method} weights from {capability_text(least)} on. Use a newer card or other weights."
     )
     return Shortage("vllm_refuses", text, 0)
 
@@ -50,15 +65,12 @@ def _pt_problem(request: ModelRequest, device: Device) -> Shortage | None:
     return Shortage("not_planned", text, 0)
 
 
-def _text(capability: Capability) -> str:
-    return f"{capability[0]}.{capability[1]}"
-
-
 def knows_kernels(request: ModelRequest, device: Device) -> bool:
     """Returns whether the plan knows vLLM's blocks of KV cache on a card, and its cache in 8 bits. vLLM chooses its
-    kernels for MLA and for quantised weights by the card, and the plan knows the choice on Hopper."""
+    kernels for MLA and for quantised weights by the card, and the plan knows the choice on the card of vLLM's
+    answer."""
     own = card_capability(device.name)
-    if not device.is_gpu or own is None or own == HOPPER:
+    if not device.is_gpu or own is None or own == request.engine_facts.capability:
         return True
     ranks = request.vllm_facts.ranks.values() if request.vllm_facts is not None else ()
     is_compressed = "mla" in request.architecture.layers or any(

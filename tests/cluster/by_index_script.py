@@ -67,7 +67,9 @@ def main() -> None:
     )
     serve.start(http_options={"location": "NoServer"})  # Builders run in a Serve, whose keys they ask for.
     inventory = ray_inventory()
-    three = [request_of(name, ModelConfig.from_args({"model": GEMMA, **args}), 1) for name, args in MODELS.items()]
+    three = [
+        request_of(name, ModelConfig.from_args({"model": GEMMA, **args}), inventory) for name, args in MODELS.items()
+    ]
     answer: dict[str, Any] = {
         "devices": [(device.id, device.total_bytes) for device in inventory.gpus],
         "fits": make_plan(three, inventory).fits,

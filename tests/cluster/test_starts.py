@@ -63,6 +63,19 @@ def test_sigterm_while_ray_starts_leaves_nothing() -> None:
         run.clean_up()
 
 
+def test_a_run_in_which_nothing_serves_ends_by_itself() -> None:
+    """A model that no node can hold fails for good. The command says so, leaves nothing, and its exit code is 1."""
+    run = ServeAppRun([ROUTER, model("large", infer_backend="pt", num_cpus=500)])
+    try:
+        assert run.process.wait(120) == 1
+        assert "large has failed: " in run.output()
+        assert "serve-app run has failed: nothing in " in run.output()
+        assert "models serve at" not in run.output()
+        assert run.stop() == {}
+    finally:
+        run.clean_up()
+
+
 def test_a_cluster_gets_what_its_nodes_lack() -> None:
     """`serve-app run --address` hands the settings to Serve with the config; Ctrl-C ends Serve and leaves Ray."""
     run = ServeAppRun([ROUTER, model("tiny-pt", infer_backend="pt")], joins=True)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from serve_app.engines.vllm import arguments, vllm_internals
+from serve_app.engines.vllm import arguments, values, vllm_internals
 from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST, WHOLE_NUMBERS
 from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
@@ -79,6 +79,29 @@ def test_the_arguments_that_a_config_is_compared_with_are_vllms() -> None:
     names = {option.removeprefix("--").replace("-", "_") for option in options if option.startswith("--")}
     assert names - {"help"} == arguments.ARGUMENTS
     assert vllm.__version__.partition("+")[0] == arguments.VERSION
+
+
+@contract("vllm", "the values of its arguments", "serve_app/engines/vllm/values.py")
+def test_the_values_that_a_config_is_compared_with_are_vllms() -> None:
+    """Those that its parser takes, and those of its registries without plugins. vLLM writes None among some of them,
+    which leaves the argument out."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    actions = vllm_internals.argument_parser()._actions
+    theirs = {action.dest: {str(value) for value in action.choices} - {"None"} for action in actions if action.choices}
+    assert theirs == values.CHOICES
+    registries = {
+        "quantization": set(QUANTIZATION_METHODS),
+        "load_format": set(_LOAD_FORMAT_TO_MODEL_LOADER),
+        "tool_call_parser": set(ToolParserManager.list_registered()),
+        "reasoning_parser": set(ReasoningParserManager.list_registered()),
+    }
+    assert registries == values.REGISTRIES
+    assert values.PLUGIN_ARGUMENTS.keys() <= values.REGISTRIES.keys()
+    assert set(values.PLUGIN_ARGUMENTS.values()) <= arguments.ARGUMENTS
 
 
 @contract("vllm", "how its parser reads a file", vllm_internals.argument_parser)

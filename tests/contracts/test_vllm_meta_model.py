@@ -25,12 +25,12 @@ def test_each_part_has_a_test() -> None:
 
 
 @contract(
-    "vllm", "how a platform is put in the place of the detected one", meta.prepare, meta.pretend_hopper,
+    "vllm", "how a platform is put in the place of the detected one", meta.prepare, meta.pretend_card,
     torch_internals.pretend_operations, torch_internals.pretend_gpu,
 )  # fmt: skip
 def test_the_platform_is_a_hopper(told: dict[str, Any]) -> None:
     """Without a GPU, on a build for the CPU too."""
-    assert told["pretend_hopper"] == {"is_cuda": True, "capability": [9, 0]}
+    assert told["pretend_card"] == {"is_cuda": True, "capability": [9, 0]}
 
 
 @contract(

@@ -23,7 +23,7 @@ def calls() -> dict[str, Any]:
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
 
-    call("pretend_hopper", platform)
+    call("pretend_card", platform)
     with tempfile.TemporaryDirectory() as folder, vllm.process_group(folder):
         for name in MODELS:
             config = vllm.engine_config({"model": str(CONFIGS / name), "tensor_parallel_size": 2})

@@ -9,10 +9,13 @@ import pytest
 
 from serve_app.config import ModelConfig
 from serve_app.engines import model_requests
-from serve_app.engines.model_requests import Tell, answered, read_request
-from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts
+from serve_app.engines.model_requests import Tell, _joined, answered, read_request
+from serve_app.errors import ConfigError
+from serve_app.facts.checkpoint import DEMO_MODEL
+from serve_app.facts.engine_facts import CacheLayer, RankFacts, TensorFacts, VllmFacts
 from serve_app.facts.inventory import parse_gpus
 from serve_app.facts.known_facts import Answer, Question
+from serve_app.facts.weights import Tensor
 from serve_app.planning.planner import make_plan
 from tests.planning.model_requests import CONFIGS
 
@@ -21,6 +24,7 @@ UNKNOWN = {
     "num_attention_heads": 4, "vocab_size": 1000, "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
 }  # fmt: skip
 MIB = 2**20
+TENSORS = (Tensor("model.embed_tokens.weight", "BF16", (1000, 64)),)
 
 
 def rank(page_bytes: int) -> RankFacts:
@@ -38,18 +42,20 @@ def folder(tmp_path: Path) -> str:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
-    """The questions that reach the engines. vLLM knows the model, and transformers does not."""
+    """The questions that reach the engines. vLLM knows the model. Of transformers only the tensors are known."""
     seen: list[Question] = []
+
+    def answer(question: Question) -> Answer:
+        if question.settings.get("wants") == "tensors":
+            return Answer(TensorFacts(TENSORS))
+        if question.engine == "pt":
+            return Answer(None, "it knows no such model")
+        return Answer(VllmFacts({1: rank(MIB // 2 if question.settings["kv_cache_dtype"] == "fp8" else MIB)}))
 
     def answers(questions: list[Question], _: Any, tell: Tell) -> list[Answer]:
         seen.extend(questions)
         tell("asking")
-        return [
-            Answer(VllmFacts({1: rank(MIB // 2 if question.settings["kv_cache_dtype"] == "fp8" else MIB)}))
-            if question.engine == "vllm"
-            else Answer(None, "it knows no such model")
-            for question in questions
-        ]
+        return [answer(question) for question in questions]
 
     monkeypatch.setattr(model_requests, "answers", answers)
     return seen
@@ -62,9 +68,33 @@ def config(model: str, **settings: Any) -> ModelConfig:
 
 def test_a_model_with_formulas_asks_nobody(asked: list[Question]) -> None:
     """Nothing heavy is imported or started for what the plan knows."""
-    (found,) = answered([read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="auto"))], print)
+    (found,) = answered([read_request("m", config(DEMO_MODEL, infer_backend="auto"))], print)
     assert asked == []
     assert found.facts_problem == ""
+
+
+def test_a_folder_without_weights_asks_for_its_tensors(asked: list[Question], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one question for both backends. In a replica, where no process is asked, torch builds the model at once."""
+    found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="auto"))
+    assert found.request.tensors == ()
+    (request,) = answered([found], print)
+    assert [question.settings for question in asked] == [{"wants": "tensors"}]
+    assert request.tensors == TENSORS
+    assert request.unplanned == ""
+    monkeypatch.setattr(model_requests, "known_answer", lambda _: None)
+    monkeypatch.setattr(model_requests, "tensors_without_weights", lambda *_: list(TENSORS))
+    assert answered([found], None)[0].tensors == TENSORS
+
+
+def test_a_config_of_which_no_model_can_be_built_is_refused(
+    asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the folder and the reason, on a machine without transformers too."""
+    reason = "pt is not installed here"
+    monkeypatch.setattr(model_requests, "answers", lambda questions, *_: [Answer(None, reason) for _ in questions])
+    found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm"))
+    with pytest.raises(ConfigError, match=f"qwen2-7b: there are no weights, and no model can be built.*: {reason}"):
+        answered([found], print)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +201,8 @@ def test_arguments_that_change_the_cache_go_into_the_question(asked: list[Questi
     found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=args))
     answered([found], print)
     told = {"async_scheduling": False, "disable_hybrid_kv_cache_manager": True}
-    assert [question.settings["engine_args"] for question in asked] == [told, told]
+    of_vllm = [question for question in asked if question.engine == "vllm"]
+    assert [question.settings["engine_args"] for question in of_vllm] == [told, told]
     assert "with engine_args.async_scheduling and engine_args.disable_hybrid" in found.request.missing_facts
 
 
@@ -180,7 +211,28 @@ def test_arguments_at_their_defaults_ask_nobody(asked: list[Question]) -> None:
     args = {"enable_prefix_caching": True, "async_scheduling": True, "enable_lora": False, "seed": 1}
     found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=args))
     assert answered([found], print)[0].unplanned == ""
-    assert asked == []
+    assert [question.engine for question in asked] == ["pt"], "only its tensors are asked for"
     own = {**args, "limit_mm_per_prompt": {"image": 0}}
     found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=own))
     assert found.questions["vllm"].settings["engine_args"] == {"limit_mm_per_prompt": {"image": 0}}
+
+
+def test_an_unusual_size_is_asked_about_beside_the_usual_ones(folder: str, asked: list[Question]) -> None:
+    """So the answer for the usual sizes is one that is kept or shipped, and the plan has all of them."""
+    usual = read_request("m", config(folder, infer_backend="vllm"))
+    found = read_request("m", config(folder, infer_backend="vllm", tensor_parallel_size=3))
+    keys = {question.key for question in usual.questions.values()}
+    assert keys < {question.key for question in found.questions.values()}
+    (request,) = answered([found], print)
+    assert [question.settings["tensor_parallel_sizes"] for question in asked] == [[1, 2, 4, 8]] * 2 + [[3]] * 2
+    assert request.vllm_facts is not None
+    assert set(request.vllm_facts.ranks) == {1}, "the engine here says the same of each question"
+
+
+def test_what_is_said_of_one_size_joins_what_is_said_of_the_others() -> None:
+    """Ranks and refusals. A fault over one size costs the others nothing."""
+    usual = Answer(VllmFacts({1: rank(MIB)}, {8: "8 heads"}))
+    own = Answer(VllmFacts({3: rank(2 * MIB)}))
+    both, of_pt = VllmFacts({1: rank(MIB), 3: rank(2 * MIB)}, {8: "8 heads"}), Answer(None, "no")
+    assert _joined({"vllm": usual, "vllm+": own, "pt": of_pt}) == {"vllm": Answer(both), "pt": of_pt}
+    assert _joined({"vllm": usual, "vllm+": Answer(None, "a fault")})["vllm"].facts == usual.facts

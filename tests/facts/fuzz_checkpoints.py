@@ -23,8 +23,9 @@ from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.inventory import parse_gpus
-from serve_app.planning.fit import ModelRequest
+from serve_app.facts.weights import tensors_without_weights
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
 from tests.facts.broken_checkpoints import CONFIG, SHARDS, Case, make_case
 
@@ -77,7 +78,10 @@ def plan_of(folder: Path, seed: int) -> None:
     gpus, fields = Random(seed).choice(WAYS)
     checkpoint = read_checkpoint(str(folder))
     config = ModelConfig.from_args({"model": str(folder), **fields})
-    request = ModelRequest("m", config, checkpoint.architecture, checkpoint.tensors)
+    tensors = checkpoint.tensors
+    if checkpoint.lacks_tensors:
+        tensors = tuple(tensors_without_weights(checkpoint.config, f"model: {folder / CONFIG}"))
+    request = ModelRequest("m", config, checkpoint.architecture, tensors)
     inventory = parse_gpus(gpus)
     made = with_fixes(make_plan([request], inventory), [request], inventory)
     json.dumps(made.to_json())

@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from serve_app.engines.pt.model_facts import answer
 from serve_app.errors import ConfigError
 from serve_app.facts.architecture import read_architecture
 from serve_app.facts.checkpoint import DEMO_MODEL, read_checkpoint
-from serve_app.facts.weights import local_tensors
+from serve_app.facts.engine_facts import TensorFacts
+from serve_app.facts.known_facts import answer_from_json
+from serve_app.facts.weights import local_tensors, tensors_without_weights
 
 QWEN = {
     "model_type": "qwen2",
@@ -56,10 +59,36 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_without_weights_the_config_makes_the_tensors(tmp_path: Path) -> None:
-    """On the meta device."""
-    (tmp_path / "config.json").write_text(json.dumps(QWEN | {"tie_word_embeddings": True}))
+    """On the meta device, in the process that a plan asks. Reading the folder imports no torch for it."""
+    config = QWEN | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     checkpoint = read_checkpoint(str(tmp_path))
-    assert {tensor.shape for tensor in checkpoint.tensors if "embed" in tensor.name} == {(10, 8)}
+    assert checkpoint.tensors == ()
+    assert checkpoint.lacks_tensors
+    found = answer_from_json("pt", answer({"folder": str(tmp_path), "wants": "tensors"})).facts
+    assert isinstance(found, TensorFacts)
+    assert {tensor.shape for tensor in found.tensors if "embed" in tensor.name} == {(10, 8)}
+    assert sorted(found.tensors, key=str) == sorted(tensors_without_weights(config, "x"), key=str)
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [({}, True), ({"model_type": "new"}, False), ({"quantization_config": {"quant_method": "awq"}}, False)],
+)
+def test_only_known_types_of_whole_weights_get_tensors_from_a_config(
+    tmp_path: Path, change: dict[str, object], lacks: bool
+) -> None:
+    """Of other types the engines say the sizes, and the tensors of a quantised one would be whole."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | change))
+    assert read_checkpoint(str(tmp_path)).lacks_tensors == lacks
+
+
+def test_what_transformers_does_not_build_is_its_refusal(tmp_path: Path) -> None:
+    """So that the answer is kept, and the reason names no folder."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | {"hidden_size": -8}))
+    found = answer_from_json("pt", answer({"folder": str(tmp_path), "wants": "tensors"}))
+    assert found.is_refusal
+    assert str(tmp_path) not in found.problem
 
 
 def test_a_cached_model_is_read_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,13 @@ from serve_app.facts.engine_facts import (
     BesideLayers,
     CacheLayer,
     RankFacts,
+    TensorFacts,
     VllmFacts,
     facts_from_json,
     facts_to_json,
 )
 from serve_app.facts.known_facts import Answer, Question, answer_from_json, facts_folder, known_answer
+from serve_app.facts.weights import Tensor
 
 RANK = RankFacts(layers=(10, 20), before=5, after=6, buffers=7, cache=(CacheLayer(0, "sliding", 16, 4096, window=128),))
 OTHERS = {
@@ -29,6 +31,28 @@ def test_facts_are_read_as_they_were_written() -> None:
     """Through JSON, whose keys are text."""
     assert facts_from_json("vllm", json.loads(json.dumps(facts_to_json(FACTS)))) == FACTS
     assert RANK.weights == 41
+
+
+def test_tensors_are_read_as_they_were_written() -> None:
+    """Those of equal layers are one line, and the model of a tensor whose name has two numbers is the same."""
+    layers = [
+        Tensor(f"model.layers.{number}.{name}.weight", "BF16", shape)
+        for number in (0, 1, 3)
+        for name, shape in (("q_proj", (8, 4)), ("experts.0", (2,)), ("experts.1", (2,)))
+    ]
+    tensors = (Tensor("embed.weight", "F32", (10, 8)), *layers, Tensor("scale", "F32", ()))
+    written = json.dumps(facts_to_json(TensorFacts(tensors)))
+    read = facts_from_json("pt", json.loads(written))
+    assert isinstance(read, TensorFacts)
+    assert sorted(read.tensors, key=str) == sorted(tensors, key=str)
+    assert len(json.loads(written)["tensors"]) == 5
+
+
+@pytest.mark.parametrize("item", [["w", "F99", [1], []], ["w", "F32", [-1], []], ["w", "F32"], ["w", "F32", ["x"], []]])
+def test_tensors_of_another_form_are_not_read(item: list[object]) -> None:
+    """A damaged file counts as none, and the engine is asked again."""
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        answer_from_json("pt", {"facts": {"tensors": [item]}})
 
 
 def test_a_question_is_known_by_what_has_an_effect() -> None:

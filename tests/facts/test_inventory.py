@@ -34,6 +34,10 @@ def test_sizes_counts_names_and_nodes() -> None:
         ("rtx3091", "Did you mean RTX3090"),
         ("0x8GiB", "must be 1 to 1024"),
         ("24", "has no unit"),
+        (" ;, ", "names no GPU"),
+        ("8GiB;;24GiB", "has no card where node 2 needs one"),
+        ("8GiB,,24GiB", "has no card where node 1 needs one"),
+        ("8GiB;", "has no card where node 2 needs one"),
     ],
 )
 def test_what_is_no_gpu_is_named(text: str, words: str) -> None:
@@ -61,7 +65,9 @@ def test_a_file_says_what_is_free(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("nodes: []", "no list of 'nodes'"),
-        ("nodes: [{gpu: []}]", r"nodes\[0\]: a node may have only name"),
+        ("nodes: [{gpu: []}]", r"nodes\[0\]: unknown field 'gpu'\. Did you mean 'gpus'\? A node may have only name"),
+        ("nodes: [8GiB]", r"nodes\[0\]: a node must be a mapping with name, .*, got \"8GiB\" \(text\)"),
+        ("nodes: [{gpus: [{totl: 8GiB}]}]", r"gpus\[0\]: unknown field 'totl'\. Did you mean 'total'\?"),
         ("nodes: [{gpus: [{total: 8GiB, free: 9GiB}]}]", r"gpus\[0\]: free is more than total"),
         ("nodes: [{gpus: [{total: 8gb}]}]", "Write 8GB"),
         ("a: [", "not valid YAML"),

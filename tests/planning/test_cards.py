@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from serve_app.facts.engine_facts import CacheLayer, CardFacts, EngineFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import parse_gpus
 from serve_app.planning.cards import LEAST_IN_VLLM
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import kv_blocks
 from tests.planning.model_requests import request
@@ -73,6 +74,35 @@ def test_a_cache_of_mla_in_8_bits_is_offered_only_where_its_kernel_is_known(card
     assert plan.problems
     fixes = [fix.text for problem in plan.problems for fix in problem.fixes]
     assert any("kv_cache_dtype: fp8" in text for text in fixes) == offered, fixes
+
+
+def told(weights: int, page_bytes: int = 32768) -> VllmFacts:
+    """What vLLM says of a model of 28 layers."""
+    cache = tuple(CacheLayer(number, "full", 16, page_bytes) for number in range(28))
+    return VllmFacts({1: RankFacts((weights // 28,) * 28, 0, 0, 0, cache, max_model_len=32768)})
+
+
+def test_each_card_is_planned_by_what_vllm_says_of_it() -> None:
+    """Weights and pages of an A100, blocks that are known there, and a refusal of a V100 in vLLM's words."""
+    others = (
+        CardFacts((7, 0), VllmFacts({}, {1: "Marlin does not support weight_bits = uint4b8"})),
+        CardFacts((8, 0), told(6 * 2**30, 65536)),
+    )
+    asked = replace(quantised("gptq"), engine_facts=EngineFacts(told(5 * 2**30), others=others))
+    h100, a100, t4 = (make_plan([asked], parse_gpus(card)).models[0] for card in ("H100", "A100-80GB", "T4"))
+    sizes = [model.ranks[0].weights.bytes // 2**28 for model in (h100, a100, t4)]
+    assert [round(size / 4) for size in sizes] == [5, 6, 5]
+    assert a100.kv_bytes_per_request == 2 * h100.kv_bytes_per_request
+    assert [kv_blocks(model) is not None for model in (h100, a100, t4)] == [True, True, False]
+    (problem,) = make_plan([asked], parse_gpus("V100-32GB")).problems
+    assert problem.code == "vllm_refuses"
+    assert (
+        "Marlin does not support weight_bits = uint4b8. This is what vLLM says of n1:0 (V100-32GB)." in problem.message
+    )
+    assert make_plan([asked], parse_gpus("V100-32GB,A100-80GB")).models[0].ranks[0].device.index == 1
+    # Of two cards, the older one decides for both.
+    both = replace(asked, config=asked.config.model_copy(update={"pipeline_parallel_size": 2}))
+    assert not make_plan([both], parse_gpus("V100-32GB,A100-80GB")).fits
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from serve_app.engines.vllm import model_facts
 from serve_app.facts.architecture import read_architecture
 from serve_app.facts.engine_facts import CacheLayer, EngineFacts, RankFacts, VllmFacts, facts_from_json
 from serve_app.facts.inventory import parse_gpus
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.kv_groups import kv_bytes_per_request
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
 from serve_app.planning.vllm_formulas import rank_by_formula
 from tests.planning.model_requests import CONFIGS, shape_of
@@ -97,11 +97,6 @@ def warm_answers(warm_vllm: WarmVllm, rules: str, jobs: list[dict[str, Any]]) ->
     return found
 
 
-def both(facts: VllmFacts) -> EngineFacts:
-    """The same facts for either type of the KV cache."""
-    return EngineFacts(vllm=facts, vllm_fp8=facts)
-
-
 def run(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The answers of the product's own process, which prints nothing to stdout."""
     asked, answered = folder / "jobs.json", folder / "answers.jsonl"
@@ -175,7 +170,9 @@ def test_a_public_model_is_planned(name: str, answers: dict[tuple[str, str], dic
     given = {"model": "x", "infer_backend": "vllm", "tensor_parallel_size": size, "max_model_len": length}
     has_formulas = architecture.is_known_to_vllm and architecture.quantization is None
     tensors = shape_of(name)[1] if has_formulas else ()
-    request = ModelRequest("m", ModelConfig.from_args(given), architecture, tensors, engine_facts=both(facts))
+    request = ModelRequest(
+        "m", ModelConfig.from_args(given), architecture, tensors, engine_facts=EngineFacts(vllm=facts)
+    )
     plan = make_plan([request], parse_gpus("8x192GiB"))
     assert plan.fits, plan.problems
     assert plan.models[0].ranks[0].weights.bytes == facts.ranks[size].weights
@@ -305,6 +302,18 @@ def test_the_rules_of_the_cpu(warm_vllm: WarmVllm) -> None:
     assert 15.2e9 < rank.weights < 15.3e9
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_quantised_weights_on_older_cards(warm_vllm: WarmVllm, answers: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """A T4 takes a checkpoint in FP8 as a Hopper does, with Marlin's kernels, and refuses MXFP4 in vLLM's words."""
+    jobs = [
+        {"folder": str(CONFIGS / name), "tensor_parallel_sizes": [1]} for name in ("llama-3.1-8b-fp8", "gpt-oss-20b")
+    ]
+    fp8, mxfp4 = map(facts_of, warm_answers(warm_vllm, "cuda 7.5", jobs))
+    assert fp8.ranks[1].weights == facts_of(answers["llama-3.1-8b-fp8", "auto"]).ranks[1].weights
+    assert "Minimum capability: 80. Current capability: 75" in mxfp4.refusals[1]
+
+
 def rank(weights: int = 10**9, page_bytes: int = 65536) -> RankFacts:
     """A rank of a model with two layers."""
     cache = tuple(CacheLayer(number, "full", 16, page_bytes) for number in range(2))
@@ -321,7 +330,7 @@ def asked(facts: VllmFacts | None, **config: Any) -> ModelRequest:
     """A model of an unknown type."""
     settings = {"model": "x", "infer_backend": "vllm", **config}
     architecture = read_architecture(OUTLINE, "model: x")
-    return ModelRequest("m", ModelConfig.from_args(settings), architecture, (), engine_facts=both(facts))
+    return ModelRequest("m", ModelConfig.from_args(settings), architecture, (), engine_facts=EngineFacts(vllm=facts))
 
 
 def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
@@ -338,6 +347,16 @@ def test_a_model_of_an_unknown_type_is_planned_by_vllms_facts() -> None:
     assert problem.code == "tensor_parallel"
     assert "8 heads cannot be divided by it" in problem.message
     assert problem.message.endswith("by it. Of the sizes that vLLM was asked about, these are valid: 1, 2.")
+
+
+@pytest.mark.parametrize(("kind", "page_bytes"), [("auto", 65536), ("bfloat16", 65536), ("fp8", 32768)])
+def test_the_facts_of_the_type_of_the_cache_are_used(kind: str, page_bytes: int) -> None:
+    """vLLM is asked with the config's own type and with 8 bits, which differ in pages and may differ in weights."""
+    told = EngineFacts(vllm=VllmFacts({1: rank()}), vllm_fp8=VllmFacts({1: rank(9 * 10**8, 32768)}))
+    request = replace(asked(None, engine_args={"kv_cache_dtype": kind}), engine_facts=told)
+    (model,) = make_plan([request], parse_gpus("24GiB")).models
+    assert model.kv_bytes_per_request == 4096 // 16 * 2 * page_bytes
+    assert model.ranks[0].weights.bytes == (9 * 10**8 if kind == "fp8" else 10**9)
 
 
 def test_missing_facts_are_named_with_the_way_to_get_them() -> None:
@@ -384,7 +403,7 @@ def test_an_encoders_cache_and_activations_are_named_terms() -> None:
         ModelConfig.from_args(given),
         read_architecture(config, "x"),
         (),
-        engine_facts=both(VllmFacts({1: rank()})),
+        engine_facts=EngineFacts(vllm=VllmFacts({1: rank()})),
     )
     (model,) = make_plan([request], parse_gpus("24GiB")).models
     terms = {term.name: term.bytes for term in model.ranks[0].activation.terms}
@@ -402,7 +421,7 @@ def test_vllms_facts_come_before_the_formulas_for_a_quantised_checkpoint() -> No
         given,
         read_architecture(config, "x"),
         (),
-        engine_facts=both(VllmFacts({1: rank()})),
+        engine_facts=EngineFacts(vllm=VllmFacts({1: rank()})),
     )
     assert request.rank_weights(1).bytes == 10**9
     plain = read_architecture(config | {"quantization_config": None}, "x")
@@ -412,7 +431,7 @@ def test_vllms_facts_come_before_the_formulas_for_a_quantised_checkpoint() -> No
             given,
             plain,
             (),
-            engine_facts=both(VllmFacts({1: rank()})),
+            engine_facts=EngineFacts(vllm=VllmFacts({1: rank()})),
         )
         .rank_weights(1)
         .bytes

@@ -1,13 +1,14 @@
 """Prints every term of a model's plan with its formula and its source: `serve-app plan --explain MODEL`."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from serve_app.cli.plan.chart import LABELS, MARKS, printable, title_of
+from serve_app.cli.plan.chart import LABELS, MARKS, counted_on, printable, title_of
 from serve_app.errors import ConfigError
-from serve_app.planning.fit import gib
 from serve_app.planning.memory import RESERVE_SHARE, Figure, reserve
-from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
+from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
+from serve_app.planning.sizes import gib
 from serve_app.planning.terms import Term
 
 # These say where a figure comes from, by its kind and backend.
@@ -33,27 +34,61 @@ SOURCES = {
 
 # These replace them where the plan has no formulas proven for the model.
 OWN_CODE = {
-    ("weights", "vllm"): "the layers that vLLM's own code builds from config.json, as on an H100",
+    (
+        "weights",
+        "vllm",
+    ): "the layers that vLLM's own code builds from config.json, for this card if it was asked about it, or an H100",
     ("weights", "pt"): "the modules that transformers' own code builds from config.json, of the layers that are here",
 }
 
 
-def explained(plan: Plan, name: str) -> list[ModelPlan]:
-    """Returns the plans of a model's replicas, one for each way in which they are placed. Raises ConfigError if the
-    model has no place or is not in the plan."""
-    found = [model for model in plan.models if model.name == name]
+LEAST_CACHE = "the least that is needed: one request of max_model_len, or what --for or kv_cache_memory_bytes asks for"
+
+
+@dataclass(frozen=True)
+class Explained:
+    """This is what is explained: a replica of a model, or with `problem` the attempt that came nearest to one. `model`
+    is None where no attempt came to figures."""
+
+    model: ModelPlan | None
+    problem: Problem | None = None
+
+    def lines(self) -> Iterator[str]:
+        """Yields the explanation, line by line."""
+        if self.problem is not None:
+            yield printable(f"{self.problem.model} has no place. {self.problem.message}")
+            yield ""
+            if self.model is None:
+                yield "There are no figures to explain, because the plan ended before it came to any."
+                return
+            yield "The attempt that came nearest needs this:"
+        if self.model is not None:
+            yield from lines(self.model, is_attempt=self.problem is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as `--explain MODEL --json` prints it: the replica with its terms, and the problem if it has
+        none."""
+        plain = {} if self.model is None else to_json(self.model)
+        return plain if self.problem is None else {**plain, "problem": self.problem.to_json()}
+
+
+def explained(plan: Plan, name: str) -> list[Explained]:
+    """Returns a model's replicas, one for each way in which they are placed, and each kind of those that have no place.
+    Raises ConfigError if the model is not in the plan."""
+    placed = {tuple(rank.share for rank in model.ranks): model for model in plan.models if model.name == name}
+    problems = [problem for problem in plan.problems if problem.model == name]
+    found = [Explained(model) for model in placed.values()]
+    found += [Explained(problem.nearest and problem.nearest(), problem) for problem in problems]
     if found:
-        return list({tuple(rank.share for rank in model.ranks): model for model in found}.values())
-    problem = next((problem for problem in plan.problems if problem.model == name), None)
-    if problem is not None:
-        raise ConfigError(f"plan: --explain {name}: the model has no place. {problem.message}")
+        return found
     planned = [*(model.name for model in plan.models), *(problem.model for problem in plan.problems)]
     names = ", ".join(dict.fromkeys(planned))
     raise ConfigError(f"plan: --explain {name}: there is no such model. The plan has {names or 'none'}.")
 
 
-def lines(model: ModelPlan) -> Iterator[str]:
-    """Yields the explanation of one replica, line by line."""
+def lines(model: ModelPlan, is_attempt: bool = False) -> Iterator[str]:
+    """Yields the explanation of one replica, line by line. The KV cache of an attempt that did not fit is the least
+    that is needed."""
     yield f"{title_of(model)}: {model.backend} because {printable('; '.join(model.reasons))}"
     for rank in _distinct(model):
         device = rank.device
@@ -64,12 +99,14 @@ def lines(model: ModelPlan) -> Iterator[str]:
             f"{names if model.pipeline_layers else device.id}: {gib(device.total_bytes)}{kept if device.is_gpu else ''}"
         )
         for kind in TERMS:
-            yield from _figure_lines(kind, getattr(rank, kind), model)
+            source = LEAST_CACHE if is_attempt and kind == "kv_cache" else _source(kind, getattr(rank, kind), model)
+            yield from _figure_lines(kind, getattr(rank, kind), source)
         yield f"  {'sum':<12} {_size(rank.share):>12}  {rank.share.certainty}"
     yield ""
+    size = f"{gib(model.kv_bytes_per_request)} of KV cache{counted_on(model)}"
     yield (
-        f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache on a rank; "
-        f"{model.max_full_length_requests} run at once, which is {model.kv_tokens:,} tokens of cache."
+        f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, "
+        f"and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
     )
     if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
@@ -93,9 +130,9 @@ def _distinct(model: ModelPlan) -> list[RankPlan]:
     return list({rank.layers: rank for rank in reversed(model.ranks)}.values())[::-1]
 
 
-def _figure_lines(kind: str, figure: Figure, model: ModelPlan) -> Iterator[str]:
+def _figure_lines(kind: str, figure: Figure, source: str) -> Iterator[str]:
     label = LABELS[kind]  # type: ignore[index]  # TERMS are kinds of blocks.
-    yield f"  {label:<12} {_size(figure):>12}  {figure.certainty}: {_source(kind, figure, model)}"
+    yield f"  {label:<12} {_size(figure):>12}  {figure.certainty}: {source}"
     for term in figure.terms:
         yield f"  {'':<12} {gib(term.bytes):>12}    {term.name}{_formula(term)}"
 

@@ -11,8 +11,8 @@ from serve_app.cli.output_file import require_folder, write_file
 from serve_app.cli.plan.requests import MODEL_OPTIONS, requests_of_file, requests_of_options
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
-from serve_app.planning.fit import AtOnce, ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import AtOnce, ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.what_fits import what_fits
@@ -24,15 +24,15 @@ def plan(options: argparse.Namespace) -> int:
     for target in filter(None, (options.svg, options.write)):
         require_folder(target)
     inventory = _inventory(options.gpus, options.inventory, options.address)
-    requests = requests_of_options(options) if options.model else requests_of_file(options.config)
+    requests = requests_of_options(options, inventory) if options.model else requests_of_file(options.config, inventory)
     if options.at_once is not None:
         requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
     if options.what == "fits":
         return _what_fits(requests, inventory, options.json)
     made = _planned(requests, inventory)
     if options.compare is not None:
-        others = [replace(request, at_once=requests[0].at_once) for request in requests_of_file(options.compare)]
-        other = _planned(others, inventory)
+        others = requests_of_file(options.compare, inventory)
+        other = _planned([replace(request, at_once=requests[0].at_once) for request in others], inventory)
         return _compare(made, other, (str(options.config or "the models"), str(options.compare)), options.json)
     if options.explain is not None:
         return _explain(made, options.explain, options.json)
@@ -46,9 +46,9 @@ def _what_fits(requests: list[ModelRequest], inventory: Inventory, as_json: bool
     if as_json:
         print(json.dumps([way.to_json() for way in ways], indent=1))
     else:
-        from serve_app.cli.plan.tables import fits_table, print_table
+        from serve_app.cli.plan.tables import fits_page, print_page
 
-        print_table(fits_table(ways))
+        print_page(fits_page(ways))
     return 0 if {way.model for way in ways if way.max_model_len} == {request.name for request in requests} else 1
 
 
@@ -57,9 +57,9 @@ def _compare(one: Plan, other: Plan, names: tuple[str, str], as_json: bool) -> i
     if as_json:
         print(json.dumps([one.to_json(), other.to_json()], indent=1))
     else:
-        from serve_app.cli.plan.tables import comparison_table, print_table
+        from serve_app.cli.plan.tables import comparison_page, print_page
 
-        print_table(comparison_table(one, other, names))
+        print_page(comparison_page(one, other, names))
     return 0 if other.fits else 1
 
 
@@ -67,11 +67,11 @@ def _explain(made: Plan, name: str, as_json: bool) -> int:
     """Prints each term of a model's plan. Returns 0 if everything fits, and 1 otherwise."""
     from serve_app.cli.plan import explain
 
-    models = explain.explained(made, name)
+    found = explain.explained(made, name)
     if as_json:
-        print(json.dumps([explain.to_json(model) for model in models], indent=1))
+        print(json.dumps([item.to_json() for item in found], indent=1))
     else:
-        print("\n".join(line for model in models for line in explain.lines(model)))
+        print("\n\n".join("\n".join(item.lines()) for item in found))
     return 0 if made.fits else 1
 
 
@@ -97,7 +97,8 @@ def _show(made: Plan, options: argparse.Namespace) -> None:
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
     """Returns the plan of a Serve config file for these GPUs, or those of the cluster or this machine. Raises
     ConfigError."""
-    return _planned(requests_of_file(path), _inventory(gpus, inventory, address))
+    devices = _inventory(gpus, inventory, address)
+    return _planned(requests_of_file(path, devices), devices)
 
 
 def _planned(requests: list[ModelRequest], inventory: Inventory) -> Plan:
@@ -106,6 +107,8 @@ def _planned(requests: list[ModelRequest], inventory: Inventory) -> Plan:
 
 def _require_one_way(options: argparse.Namespace) -> None:
     """Raises ConfigError for options that would have no effect."""
+    if not options.model and options.config is None:
+        raise ConfigError("plan: name a Serve config file, or a model with --model.")
     if options.model and options.config is not None:
         raise ConfigError("plan: give a config file or --model, not both.")
     given = [name for name in MODEL_OPTIONS if getattr(options, name) not in (None, "auto")]
@@ -120,6 +123,8 @@ def _require_one_way(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"plan: {shown[0]} prints something else than the plan, so {shown[1]} has no place beside it."
         )
+    if options.device == "cpu" and options.gpus is not None:
+        raise ConfigError("plan: --device cpu plans for the memory of a machine, and --gpus has none. Leave one out.")
     if options.gpus is not None and not options.gpus.strip():
         raise ConfigError("plan: --gpus is empty. Write sizes or names such as 8GiB,24GiB or 2xA100-80GB.")
 

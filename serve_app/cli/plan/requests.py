@@ -6,10 +6,11 @@ from pathlib import Path
 
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.config import ModelConfig
-from serve_app.engines.model_requests import Unanswered, answered, read_request
+from serve_app.engines.model_requests import Unanswered, answered, cards_of, read_request
 from serve_app.errors import ConfigError
+from serve_app.facts.inventory import Inventory
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 
 MODEL_OPTIONS = (
     "infer_backend", "tensor_parallel_size", "pipeline_parallel_size", "max_model_len", "max_num_seqs", "max_memory",
@@ -17,9 +18,9 @@ MODEL_OPTIONS = (
 )  # fmt: skip
 
 
-def requests_of_file(path: Path | None) -> list[ModelRequest]:
-    """Returns the models of a Serve config file with the facts of their checkpoints. Raises ConfigError with all
-    mistakes."""
+def requests_of_file(path: Path | None, inventory: Inventory) -> list[ModelRequest]:
+    """Returns the models of a Serve config file with the facts of their checkpoints, for the cards of the inventory.
+    Raises ConfigError with all mistakes."""
     if path is None:
         raise ConfigError("plan: name a Serve config file, or a model with --model.")
     everything = read_applications(path)
@@ -32,11 +33,11 @@ def requests_of_file(path: Path | None) -> list[ModelRequest]:
         raise ConfigError(
             f"{path}: it has no application with import_path serve_app.app:model, so there is nothing to plan."
         )
-    read, problems = [], []
+    read, problems, cards = [], [], cards_of(inventory)
     for application in applications:
         try:
             config = application.model_settings()
-            read.append(read_request(application.name, config, application.least_replicas))
+            read.append(read_request(application.name, config, application.least_replicas, cards))
         except ConfigError as error:
             text = str(error)
             problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
@@ -54,8 +55,9 @@ def _is_misspelt(application: ApplicationSpec) -> bool:
     return ours and not (application.is_model or application.is_router)
 
 
-def requests_of_options(options: argparse.Namespace) -> list[ModelRequest]:
-    """Returns the models that `--model` names, each with the other options of one model. Raises ConfigError."""
+def requests_of_options(options: argparse.Namespace, inventory: Inventory) -> list[ModelRequest]:
+    """Returns the models that `--model` names, each with the other options of one model, for the cards of the
+    inventory. Raises ConfigError."""
     args = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
     args |= {"dtype": options.dtype} | ({"device": "cpu"} if options.device == "cpu" else {})
     found: list[Unanswered] = []
@@ -63,13 +65,15 @@ def requests_of_options(options: argparse.Namespace) -> list[ModelRequest]:
         name = model.rstrip("/").split("/")[-1]
         if name in {item.request.name for item in found}:  # Problems are found by their model's name.
             name = model
-        found.append(read_request(name, ModelConfig.from_args({"model": model, **args})))
+        config = ModelConfig.from_args({"model": model, **args})
+        found.append(read_request(name, config, cards=cards_of(inventory)))
     return answered(found, tell)
 
 
-def request_of(name: str, config: ModelConfig, replicas: int) -> ModelRequest:
-    """Returns one model with the facts of its checkpoint. Raises ConfigError if they cannot be read."""
-    return answered([read_request(name, config, replicas)], tell)[0]
+def request_of(name: str, config: ModelConfig, inventory: Inventory) -> ModelRequest:
+    """Returns one model with the facts of its checkpoint, for the cards of the inventory. Raises ConfigError if they
+    cannot be read."""
+    return answered([read_request(name, config, cards=cards_of(inventory))], tell)[0]
 
 
 def tell(text: str) -> None:

@@ -90,6 +90,7 @@ class Runner:
             self._start_ray()
             self._start_serve()
             self._watch()
+            code = 1
         except KeyboardInterrupt:
             pass
         except SystemExit as error:
@@ -209,13 +210,20 @@ class Runner:
         return with_environment(self.start.document, settings)
 
     def _watch(self) -> None:
-        """Shows how the applications come up, and then each change. Only a signal ends it."""
+        """Shows how the applications come up, and then each change. A signal ends it. It returns if nothing serves,
+        because each application of the file has failed for good."""
         from serve_app.cli.start.watch import StartWatch
 
         watch = StartWatch(self.start.names, self.start.others, self.start.routers, self.view)
         while not watch.is_over:
             watch.look()
             time.sleep(START_INTERVAL_S)
+        if watch.serves_nothing:
+            self.view.event(
+                f"{self.start.command} has failed: nothing in {self.start.file} can be served. The reasons are above. "
+                "Correct the file and run it again."
+            )
+            return
         while True:
             watch.look()
             time.sleep(LATER_INTERVAL_S)

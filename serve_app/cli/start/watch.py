@@ -18,6 +18,7 @@ from serve_app.cli.start.progress import (
     memory_lines,
     of_ready,
     read_states,
+    serves_nothing,
 )
 from serve_app.cli.start.view import StartView
 from serve_app.ray_serve import http_options, serve_details
@@ -44,6 +45,8 @@ class StartWatch:
         # This says whether the closing lines are still to be printed, for the start or for a later change.
         self._is_due = True
         self.is_over = False
+        # This says whether every application had failed for good when the start was over.
+        self.serves_nothing = False
 
     def look(self) -> None:
         """Shows what has changed and, once nothing is loading any more, what serves where.
@@ -78,7 +81,11 @@ class StartWatch:
         self._told |= {(report.application, report.replica) for report in reports}
 
     def _close(self) -> None:
-        """Shows the result of a start or of a later change."""
+        """Shows the result of a start or of a later change. A start after which nothing serves has no result to show,
+        because each failure was shown when it happened."""
+        if not self.is_over and serves_nothing(self._states, self._expected, self._routers):
+            self.is_over = self.serves_nothing = True
+            return
         ready = {name for name, item in self._states.items() if item.is_model and item.state == "ready"}
         _until(lambda: ready <= self._reporting(), REPORTS_TIMEOUT_S)
         self._tell_memory()

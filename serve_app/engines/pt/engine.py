@@ -22,7 +22,7 @@ from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
-from serve_app.planning.fit import PT_MAX_NUM_SEQS
+from serve_app.planning.model_request import PT_MAX_NUM_SEQS
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.pt_kv_buffers import cells
 

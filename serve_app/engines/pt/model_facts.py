@@ -4,9 +4,11 @@
 
 JOBS.json is a list. Each job has `folder`, which holds a config.json and needs no weights, `dtype`, and
 `trust_remote_code`, without which no code of the folder runs. `facts_worker.py` says what ANSWERS.jsonl becomes.
-`facts` are as `facts_to_json` writes `PtFacts`. The process uses no network.
+`facts` are as `facts_to_json` writes `PtFacts`, or `TensorFacts` for a job with `wants: tensors`, for which no code of
+the folder ever runs. The process uses no network.
 """
 
+import json
 import os
 import sys
 import warnings
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.engines.facts_worker import Job, outcome, refusals, work
-from serve_app.facts.engine_facts import PtFacts, facts_to_json
+from serve_app.facts.engine_facts import PtFacts, TensorFacts, facts_to_json
+from serve_app.facts.weights import built_tensors
 
 
 def main() -> None:
@@ -36,7 +39,14 @@ def ready(jobs: Sequence[Job]) -> Iterator[None]:
 
 def answer(job: Job) -> dict[str, Any]:
     """Returns the facts of one job, or why there are none. Raises MemoryError."""
-    return outcome(lambda: facts_to_json(_facts(job)), str(job["folder"]))
+    facts_of = _tensors if job.get("wants") == "tensors" else _facts
+    return outcome(lambda: facts_to_json(facts_of(job)), str(job["folder"]))
+
+
+def _tensors(job: Job) -> TensorFacts:
+    config = json.loads((Path(job["folder"]) / "config.json").read_bytes())
+    with refusals(str(job["folder"])):
+        return TensorFacts(tuple(built_tensors(config)))
 
 
 def _facts(job: Job) -> PtFacts:

@@ -4,10 +4,11 @@
 
 JOBS.json is a list. A job has `folder` (with a config.json), `tensor_parallel_sizes`, and `dtype`, `kv_cache_dtype`,
 `quantization` and `trust_remote_code` as vLLM has them, which may be missing. `rules` is "cuda" for what vLLM does on
-an H100 (the default) or "cpu" for what its CPU build does on this machine, and is the same in all jobs, because a
-process has one platform. `engine_args` may have further arguments of vLLM. `facts_worker.py` says what ANSWERS.jsonl
-becomes. `facts` are as `facts_to_json` writes `VllmFacts`. Each tensor parallel size that vLLM refuses is among them,
-with vLLM's reason. An `error` is a fault of ours or of this machine, at any size.
+an H100 (the default), such as "cuda 8.0" for what it does on a card of that compute capability, or "cpu" for what its
+CPU build does on this machine, and is the same in all jobs, because a process has one platform. `engine_args` may have
+further arguments of vLLM. `facts_worker.py` says what ANSWERS.jsonl becomes. `facts` are as `facts_to_json` writes
+`VllmFacts`. Each tensor parallel size that vLLM refuses is among them, with vLLM's reason. An `error` is a fault of
+ours or of this machine, at any size.
 
 The process never asks the network.
 """

@@ -1,7 +1,7 @@
 """Builds vLLM's own model without storage, and asks it for its weights and its cache. It has every private part of vLLM
 that this takes. `tests/contracts/test_vllm_meta_model.py` has a test of each.
 
-The answer for a GPU needs no GPU: `pretend_hopper` puts a platform in the place of the detected one that says what
+The answer for a GPU needs no GPU: `pretend_card` puts a platform in the place of the detected one that says what
 vLLM's CUDA platform says on an H100, so vLLM chooses the attention backends, block sizes and quantisation methods that
 it would choose there. The compiled kernels are empty stand-ins, since nothing is ever computed. All of it holds for
 vLLM 0.32, and for a process that does nothing else.
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from serve_app.engines.stand_ins import StandIns, absent
+from serve_app.facts.card_capability import HOPPER, Capability, capability_text, read_capability
 
 # vLLM's configuration, a model of torch, and the specification of a layer's cache have no types here.
 VllmConfig = Any
@@ -25,7 +26,7 @@ ENVIRONMENT = {
     "VLLM_DO_NOT_TRACK": "1", "VLLM_PLUGINS": "", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_DISABLE_LOG_LOGO": "1",
 }  # fmt: skip
-HOPPER, HOPPER_NAME, HOPPER_BYTES, HOPPER_UNITS = (9, 0), "NVIDIA H100 80GB HBM3", 80 * 2**30, 132
+HOPPER_NAME, CARD_BYTES, CARD_UNITS = "NVIDIA H100 80GB HBM3", 80 * 2**30, 132
 # These modules are compiled for CUDA, and those of `OPTIONAL` prepare images or compute. Their import must succeed.
 COMPILED = frozenset(
     {"vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch", "vllm.cumem_allocator"}
@@ -33,12 +34,13 @@ COMPILED = frozenset(
     | {"vllm._flashmla_extension_C", "vllm.third_party.flashmla.flash_mla_interface", "vllm.third_party.deep_gemm"}
 )
 OPTIONAL = ("torchvision", "torchaudio", "cuda", "cutlass")
-# These are the namespaces of vLLM's compiled operations, and the operations that say what the card can do.
+# These are the namespaces of vLLM's compiled operations, and the operations that say what the card can do, each with
+# the least capability, as vLLM's CUDA code has it (`csrc/` of vLLM 0.32).
 OPERATIONS = ("_C", "_moe_C", "_C_cache_ops", "_C_custom_ar", "_flashmla_C", "_vllm_fa2_C", "_vllm_fa3_C")
 ABILITIES = {
-    "cutlass_scaled_mm_supports_fp8": True, "cutlass_scaled_mm_supports_block_fp8": True,
-    "cutlass_group_gemm_supported": True, "cutlass_scaled_mm_supports_fp4": False,
-    "mxfp4_experts_quant_supported": False,
+    "cutlass_scaled_mm_supports_fp8": (8, 9), "cutlass_scaled_mm_supports_block_fp8": (9, 0),
+    "cutlass_group_gemm_supported": (9, 0), "cutlass_scaled_mm_supports_fp4": (10, 0),
+    "mxfp4_experts_quant_supported": (10, 0),
 }  # fmt: skip
 # The names of vLLM's specifications of a cache, from the special to the general, and the kinds that the plan knows.
 KINDS = (
@@ -49,16 +51,16 @@ KINDS = (
 
 
 def prepare(rules: str) -> None:
-    """Makes this process ready to build models by the rules of "cuda" or "cpu". It is called once, before vLLM is
-    imported.
+    """Makes this process ready to build models by the rules of "cuda", which is an H100, of a card of another compute
+    capability, such as "cuda 8.0", or of "cpu". It is called once, before vLLM is imported.
 
     Uses `_run_in_subprocess` and `_try_inspect_model_cls` of `vllm.model_executor.models.registry`, seen in vLLM 0.32:
     vLLM looks at each model class in a process of its own, which takes 18 s, to keep CUDA out of the calling one, and
     it logs why a class cannot be imported instead of raising it.
     """
     os.environ.update(ENVIRONMENT)
-    if rules == "cuda":
-        pretend_hopper()
+    if rules != "cpu":
+        pretend_card(read_capability(rules.partition(" ")[2] or capability_text(HOPPER)))
     from vllm.model_executor.models import registry
 
     def inspect(look: Callable[[], Any]) -> Any:
@@ -71,8 +73,9 @@ def prepare(rules: str) -> None:
     registry._try_inspect_model_cls = inspect_or_raise
 
 
-def pretend_hopper() -> None:
-    """Puts a platform with an H100 in the place of the detected one.
+def pretend_card(capability: Capability) -> None:
+    """Puts a platform with a card of this compute capability in the place of the detected one. Apart from that, the
+    card is an H100.
 
     Uses `_current_platform` and `vllm_version_matches_substr` of `vllm.platforms`, `CudaPlatformBase` of
     `vllm.platforms.cuda`, and `vllm._custom_ops`, seen in vLLM 0.32.
@@ -86,25 +89,31 @@ def pretend_hopper() -> None:
 
     # A build for the CPU would switch Triton off, whose kernels some layers name.
     vllm.platforms.vllm_version_matches_substr = lambda text: False
-    vllm.platforms._current_platform = _hopper_class()()
+    vllm.platforms._current_platform = _card_class(capability)()
     import vllm._custom_ops  # It describes to torch the operations that really exist.
 
-    pretend_operations(OPERATIONS, ABILITIES, absent)
-    pretend_gpu(HOPPER, HOPPER_NAME, HOPPER_BYTES, HOPPER_UNITS)
+    abilities = {name: capability >= least for name, least in ABILITIES.items()}
+    pretend_operations(OPERATIONS, abilities, absent)
+    pretend_gpu(capability, _name(capability), CARD_BYTES, CARD_UNITS)
 
 
-def _hopper_class() -> type:
+def _name(capability: Capability) -> str:
+    return HOPPER_NAME if capability == HOPPER else f"a card of compute capability {capability_text(capability)}"
+
+
+def _card_class(capability: Capability) -> type:
     from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability
 
     answers = {
-        "get_device_capability": DeviceCapability(*HOPPER), "get_device_name": HOPPER_NAME, "get_device_uuid": "GPU-0",
-        "get_device_total_memory": HOPPER_BYTES, "is_fully_connected": True, "device_count": 8,
-        "num_compute_units": HOPPER_UNITS, "is_integrated_gpu": False, "is_arch_support_pdl": False,
+        "get_device_capability": DeviceCapability(*capability), "get_device_name": _name(capability),
+        "get_device_uuid": "GPU-0",
+        "get_device_total_memory": CARD_BYTES, "is_fully_connected": True, "device_count": 8,
+        "num_compute_units": CARD_UNITS, "is_integrated_gpu": False, "is_arch_support_pdl": False,
         "log_warnings": None, "import_kernels": None, "get_cuda_runtime_major": 12, "is_pin_memory_available": False,
     }  # fmt: skip
     methods = {name: classmethod(lambda cls, *_, answer=answer, **__: answer) for name, answer in answers.items()}
-    return type("PretendedHopper", (CudaPlatformBase,), methods)
+    return type("PretendedCard", (CudaPlatformBase,), methods)
 
 
 @contextmanager

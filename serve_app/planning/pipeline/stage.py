@@ -28,6 +28,10 @@ class Rooms:
             return min(self.first, self.last) - beside_layers
         return (self.first if is_first else self.last if is_last else self.middle) - beside_layers
 
+    def with_more(self, more: int) -> "Rooms":
+        """Returns the rooms of a card with so many more bytes."""
+        return Rooms(self.first + more, self.middle + more, self.last + more, self.layer)
+
 
 @dataclass(frozen=True)
 class StageCards:

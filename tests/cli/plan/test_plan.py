@@ -66,7 +66,7 @@ def test_what_does_not_fit_exits_1_with_the_line_that_cures_it(file: Path, capsy
     """The exact line of YAML."""
     assert main(["plan", str(file), "--gpus", "8GiB"]) == 1
     out = capsys.readouterr().out
-    assert "PROBLEM q " in out
+    assert "PROBLEM q: " in out
     assert "needs 14.94 GiB for weights" in out
     assert "    fix: one more 10 GiB card on n1" in out
 
@@ -115,8 +115,9 @@ def test_wrong_input_exits_2(arguments: list[str], words: str, capsys: pytest.Ca
     assert words in capsys.readouterr().err
 
 
-def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models have rows, with how long and how many; one that fits nowhere makes the exit code 1."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it.
     models = ["plan", "--model", DEMO_MODEL, "--model", str(CONFIGS / "llama-3-70b"), "--what", "fits"]
     assert main([*models, "--gpus", "24GiB"]) == 1
     table = capsys.readouterr().out
@@ -128,17 +129,19 @@ def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_compare_shows_two_files_beside_each_other(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exit code is that of the second file. What differs is in one row."""
-    other = tmp_path / "other.yaml"
-    other.write_text(file.read_text())
-    arguments = ["plan", str(file), "--gpus", "24GiB,24GiB", "--compare", str(other)]
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it.
+    monkeypatch.chdir(tmp_path)  # A table with long paths as titles would not fit.
+    for name in ("one.yaml", "other.yaml"):
+        (tmp_path / name).write_text(file.read_text())
+    arguments = ["plan", "one.yaml", "--gpus", "24GiB,24GiB", "--compare", "other.yaml"]
     assert main(arguments) == 0
     same = [line for line in capsys.readouterr().out.splitlines() if "verdict" in line]
     assert len(same) == 1
     assert same[0].split() == ["verdict", "fits", "fits"]
-    assert main([*arguments[:-1], str(file), "--json"]) == 0
+    assert main([*arguments[:-1], "one.yaml", "--json"]) == 0
     one, two = json.loads(capsys.readouterr().out)
     assert one == two
 
@@ -160,6 +163,52 @@ def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(file), "--gpus", "8GiB", "--explain", "nobody"]) == 2
     assert "there is no such model. The plan has q." in capsys.readouterr().err
     assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--what", "fits"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "ranks"),
+    [
+        (["--infer-backend", "vllm"], "8GiB", 1),
+        (["--infer-backend", "pt"], "8GiB", 1),
+        (["--infer-backend", "pt", "--max-memory", "{0: 4GB, 1: 3GB}"], "8GiB,8GiB", 2),
+        (["--infer-backend", "vllm", "--tensor-parallel-size", "2"], "2x6GiB", 2),
+        (["--infer-backend", "vllm", "--pipeline-parallel-size", "2"], "8GiB,6GiB", 2),
+    ],
+)
+def test_a_model_without_a_place_is_explained_by_its_nearest_attempt(
+    options: list[str], gpus: str, ranks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The terms add up to more than the cards have, by what the problem says is missing."""
+    asked = ["plan", "--model", str(CONFIGS / "qwen2-7b"), *options, "--gpus", gpus, "--explain", "qwen2-7b"]
+    assert main(asked) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("qwen2-7b has no place. ")
+    assert "The attempt that came nearest needs this:" in out
+    assert "logits and" in out
+    assert main([*asked, "--json"]) == 1
+    (model,) = json.loads(capsys.readouterr().out)
+    assert model["problem"]["code"] == "over_commit"
+    assert len(model["ranks"]) == ranks
+    total = sum(
+        float(size.removesuffix("GiB")) * int(count or 1) for count, size in re.findall(r"(?:(\d)x)?(\d+GiB)", gpus)
+    )
+    rooms = 0.98 * total * GIB if "--max-memory" not in options else 7e9
+    over = sum(rank["share_bytes"] for rank in model["ranks"]) - rooms
+    missing = model["problem"]["missing_bytes"]
+    if "--tensor-parallel-size" in options:
+        missing *= 2  # It is that of one rank.
+    assert over > 0
+    if "--pipeline-parallel-size" not in options:  # There each card got all that is missing.
+        assert missing == pytest.approx(over, rel=0.02)
+
+
+def test_a_model_of_which_there_are_no_figures_is_said_to_have_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three ranks cannot split its heads, so nothing was counted."""
+    asked = ["plan", "--model", str(CONFIGS / "qwen2-7b"), "--infer-backend", "vllm", "--tensor-parallel-size", "3"]
+    assert main([*asked, "--gpus", "3x24GiB", "--explain", "qwen2-7b"]) == 1
+    assert "There are no figures to explain" in capsys.readouterr().out
+    assert main([*asked, "--gpus", "3x24GiB", "--explain", "qwen2-7b", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0].keys() == {"problem"}
 
 
 @pytest.mark.parametrize(
@@ -207,3 +256,19 @@ def test_explain_names_vllms_own_code_where_it_was_asked(
         assert main([*asked, "--model", str(CONFIGS / name), "--explain", name]) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights")]
         assert words in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", DEMO_MODEL, "--device", "cpu", "--gpus", "24GiB"], "--gpus has none. Leave one out."),
+        ([str(CONFIGS)], "this is a folder. A Ray Serve config file (YAML) is needed."),
+        ([str(CONFIGS / "qwen2-7b")], f"To plan the model in it, give --model {CONFIGS / 'qwen2-7b'}."),
+    ],
+)
+def test_what_contradicts_itself_or_is_another_thing_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what was expected."""
+    assert main(["plan", *arguments]) == 2
+    assert words in capsys.readouterr().err

@@ -13,6 +13,7 @@ from serve_app.cli.start.progress import (
     memory_lines,
     of_ready,
     read_states,
+    serves_nothing,
 )
 from serve_app.replica.report import DeviceReport, ReplicaReport
 
@@ -106,6 +107,29 @@ def test_a_start_is_over_when_each_application_is_there_or_failed() -> None:
     assert loading(states(ROUTER, LOADING), ["router", "a", "b"]) == ["b", "a"]
 
 
+@pytest.mark.parametrize(
+    ("items", "expected", "is_so"),
+    [
+        ((ROUTER, FAILED), ["router", "b"], True),
+        ((ROUTER, READY, FAILED), ["router", "a", "b"], False),
+        ((ROUTER, FAILED), ["router", "a", "b"], False),
+        ((ROUTER, LOADING), ["router", "a"], False),
+        ((ROUTER, ApplicationState("a", "asleep", True)), ["router", "a"], False),
+        ((ApplicationState("router", "failed", False), READY), ["router", "a"], False),
+        ((ApplicationState("router", "failed", False),), ["router"], True),
+        ((FAILED, ApplicationState("own", "ready", False)), ["b", "own"], False),
+        ((FAILED, ApplicationState("theirs", "ready", True)), ["b"], True),
+        ((ROUTER,), [], False),
+    ],
+)
+def test_nothing_serves_when_all_but_the_router_has_failed(
+    items: tuple[ApplicationState, ...], expected: list[str], is_so: bool
+) -> None:
+    """A model that sleeps or that another program wrote counts as served, and a router counts only where it is
+    alone."""
+    assert serves_nothing(states(*items), expected, ["router"]) == is_so
+
+
 def test_the_end_says_what_serves_where_and_what_does_not() -> None:
     """And what to do about a failure, whose reason was told when it failed."""
     lines = closing_lines(states(ROUTER, READY, FAILED), "http://h:1", ["router"], is_open=True)
@@ -142,8 +166,27 @@ def test_memory_is_told_for_each_device_once() -> None:
     """What nobody knows is said to be unknown."""
     gpu = DeviceReport("GPU-x", 1, 3 * GIB, "exact", 2 * GIB, None, 0, 0)
     cpu = DeviceReport("cpu", None, None, "", None, None, 0, 0)
-    told = memory_lines([report("1", gpu, cpu), report("2", cpu)], {("a", "2")})
-    assert told == [
+    assert memory_lines([report("1", gpu, cpu)], set()) == [
         "a: GPU 1: planned 3.00 GiB, holds 2.00 GiB",
         "a: memory: not planned, and its memory cannot be measured",
+    ]
+
+
+def test_memory_of_a_second_replica_has_its_name() -> None:
+    """It is Serve's, as in `serve-app status`. A replica that was told before is not told again."""
+    cpu = DeviceReport("cpu", None, GIB, "exact", GIB, None, 0, 0)
+    first = {("a", "x1")}
+    assert memory_lines([report("x1", cpu), report("x2", cpu)], first) == [
+        "a (replica x2): memory: planned 1.00 GiB, holds 1.00 GiB"
+    ]
+    both = memory_lines([report("x1", cpu), report("x2", cpu)], set())
+    assert [line.partition(":")[0] for line in both] == ["a (replica x1)", "a (replica x2)"]
+
+
+def test_memory_is_told_for_each_rank() -> None:
+    """With its number where an engine has several processes."""
+    ranks = [DeviceReport("cpu", None, GIB, "exact", GIB, GIB, 0, 0, rank=number) for number in range(2)]
+    assert memory_lines([report("1", *ranks)], set()) == [
+        "a: rank 0, memory: planned 1.00 GiB, holds 1.00 GiB",
+        "a: rank 1, memory: planned 1.00 GiB, holds 1.00 GiB",
     ]

@@ -3,8 +3,10 @@
 import os
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from serve_app.cli.main import main
@@ -42,10 +44,12 @@ def test_the_cluster_of_this_node_is_joined(tmp_path: Path) -> None:
     """As Ray does, by the file that `ray start` writes; an old file is told with what to do."""
     file = tmp_path / "ray" / "ray_current_cluster"
     file.parent.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as head:
-        address = f"127.0.0.1:{head.getsockname()[1]}"
-        file.write_text(address)
-        assert cluster_to_join(None) == cluster_to_join("auto") == cluster_to_join(address) == address
+    head = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{head.add_insecure_port('127.0.0.1:0')}"
+    head.start()
+    file.write_text(address)
+    assert cluster_to_join(None) == cluster_to_join("auto") == cluster_to_join(address) == address
+    head.stop(None).wait()
     with pytest.raises(ConfigError, match="--address local"):
         cluster_to_join(None)
 

@@ -123,6 +123,16 @@ def test_a_failure_is_told_and_ends_everything_with_code_1(world: World) -> None
     assert world.calls[-2:] == ["serve.shutdown", "ray.shutdown"]
 
 
+def test_a_run_that_can_serve_nothing_ends_with_code_1(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the file, and ends what it has started, as a signal would."""
+    stream = io.StringIO()
+    watch = SimpleNamespace(is_over=True, serves_nothing=True, look=failing(AssertionError("it watches on")))
+    monkeypatch.setattr(start_watch, "StartWatch", lambda *_: watch)
+    assert runner(StartView(stream)).run() == 1
+    assert "serve-app run has failed: nothing in x.yaml can be served." in stream.getvalue()
+    assert world.calls[-2:] == ["serve.shutdown", "ray.shutdown"]
+
+
 def test_a_serve_that_cannot_be_stopped_is_told_in_one_line(world: World) -> None:
     """Exit code 1 and no traceback. Ray's head may be dead, and this process leaves Ray in any case."""
     stream = io.StringIO()

@@ -32,9 +32,15 @@ class Cluster:
     def details(self, _: float) -> dict[str, Any]:
         """As `serve_details`."""
         self._may_fail("status")
-        deployments = {"Model": {"replicas": [{"state": "RUNNING"}], "message": ""}}
         models = {
-            name: {"status": status, "message": "", "deployments": deployments} for name, status in self.models.items()
+            name: {
+                "status": status,
+                "message": "",
+                "deployments": {
+                    "Model": {"replicas": [{"state": "RUNNING"}] if status == "RUNNING" else [], "message": ""}
+                },
+            }
+            for name, status in self.models.items()
         }
         router = {"status": "RUNNING", "message": "", "deployments": {}}
         return {"applications": {"router": router, **models}}
@@ -111,3 +117,28 @@ def test_the_lines_of_a_later_change_are_not_lost_to_a_hiccup(cluster: Cluster) 
     watch.look()
     assert stream.getvalue().count("2 of 2 models serve at ") == 1
     assert stream.getvalue().count("b is ready") == 1
+
+
+def test_a_start_after_which_nothing_serves_promises_nothing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure is told once, and no line says that anything serves or that Ctrl-C is needed."""
+    details = {
+        "router": {"status": "RUNNING", "message": "", "deployments": {}},
+        "a": {"status": "DEPLOY_FAILED", "message": "needs 2 GPUs", "deployments": {}},
+    }
+    monkeypatch.setattr(start_watch, "serve_details", lambda _: {"applications": details})
+    watch, stream = watched()
+    watch.look()
+    assert (watch.is_over, watch.serves_nothing) == (True, True)
+    assert stream.getvalue().count("a has failed: needs 2 GPUs") == 1
+    assert "serve at" not in stream.getvalue()
+    assert "Ctrl-C" not in stream.getvalue()
+
+
+def test_a_model_that_fails_later_ends_nothing(cluster: Cluster) -> None:
+    """`serve deploy` of a corrected file can still bring it back."""
+    watch, stream = watched()
+    watch.look()
+    cluster.models["a"] = "DEPLOY_FAILED"
+    watch.look()
+    assert "a has failed" in stream.getvalue()
+    assert not watch.serves_nothing
