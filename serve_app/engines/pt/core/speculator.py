@@ -22,10 +22,11 @@ from serve_app.engines.pt.core.sequence import Sequence
 from serve_app.engines.pt.core.step_times import StepTimes
 
 # A step with drafts has to be better by this factor, because both times and acceptance are estimates.
-WORTH = 1.05
-# After so many steps with drafts, one has none. Its time is what drafts are compared with, and it changes with the length
-# of the texts and with what else the machine does.
-REFRESH_STEPS = 32
+WORTH = 1.15
+# After so many steps with drafts, one has none. Drafts are compared with its time, which changes with the length of the
+# texts and with what else the machine does. After a surprise the next one comes soon, and later ones at twice the
+# distance each.
+REFRESH_STEPS, MOST_REFRESH_STEPS = 4, 32
 # There are no drafts in so many steps after a pass that failed.
 REST_STEPS = 256
 # What a sequence has seen of its drafts counts by this much less after each draft, and after each step in which it had
@@ -77,7 +78,7 @@ class Speculator:
         self._settings = settings
         self._times = StepTimes() if times is None else times
         self._resting = 0
-        self._since_plain = 0
+        self._since_plain, self._refresh_steps = 0, REFRESH_STEPS
         self.counts = DraftCounts(accepted_per_pos=[0] * settings.num_speculative_tokens)
 
     def propose(self, sequences: ReadOnlySequence[Sequence], spare: int) -> list[list[int]] | None:
@@ -88,7 +89,7 @@ class Speculator:
         if self._resting:
             self._resting -= 1
             return None
-        if self._since_plain >= REFRESH_STEPS:
+        if self._since_plain >= self._refresh_steps:
             return None
         rows = len(sequences)
         most = min(self._settings.num_speculative_tokens, spare // rows, _room(sequences))
@@ -124,8 +125,11 @@ class Speculator:
 
     def note_plain(self, rows: int, seconds: float) -> None:
         """Takes the time of a step without drafts."""
-        self._since_plain = 0
-        self._times.add_plain(rows, seconds)
+        is_refresh, self._since_plain = self._since_plain >= self._refresh_steps, 0
+        if self._times.add_plain(rows, seconds):
+            self._refresh_steps = REFRESH_STEPS
+        elif is_refresh:
+            self._refresh_steps = min(2 * self._refresh_steps, MOST_REFRESH_STEPS)
 
     def note_drafted(
         self,
