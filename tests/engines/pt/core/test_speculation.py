@@ -534,6 +534,57 @@ def test_a_time_that_was_measured_in_a_bad_moment_is_measured_again() -> None:
     assert sum(drafted) < 30
 
 
+@pytest.mark.parametrize(
+    ("rows", "cost", "holds", "least"),
+    [
+        (1, 0.08, 0.95, 2.0),  # A token more costs little for one reader.
+        (1, 0.08, 0.0, 0.95),
+        (32, 0.8, 0.9, 0.95),  # Where the processor computes all the time, five tokens take nearly five times as long.
+        (32, 0.8, 0.0, 0.95),
+        (32, 1.2, 0.9, 0.95),
+        (32, 0.05, 0.9, 2.0),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_it_pays_though_other_work_holds_steps_up(
+    rows: int, cost: float, holds: float, least: float, seed: int
+) -> None:
+    """Tokens for the time that steps take by themselves, against that without drafts, over 2,000 steps.
+
+    A drafted token in each row makes a step by `cost` longer. The measured times have bursts of other work, in which
+    all takes up to six times as long. New texts come every 60 steps.
+    """
+    draw = random.Random(seed)
+    speculator = Speculator(None, SETTINGS)  # type: ignore[arg-type]
+    taken, tokens, burst, left = 0.0, 0, 1.0, 0
+    sequences: list[Sequence] = []
+    for step in range(2000):
+        if step % 60 == 0:
+            sequences = [Sequence([1] * 20, SamplingParams(max_tokens=10**4), output_ids=[1]) for _ in range(rows)]
+        if not left:
+            burst, left = draw.choice([1.0, 1.0, draw.uniform(1, 6)]), draw.randint(5, 100)
+        left -= 1
+        drafts = speculator.propose(sequences, 512)
+        if drafts is None:
+            taken, tokens = taken + 1, tokens + rows
+            for sequence in sequences:
+                sequence.output_ids.append(1)
+            speculator.note_plain(rows, burst * draw.uniform(1, 1.1))
+            continue
+        own_s = 1 + cost * max(map(len, drafts))
+        got = {}
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            held = next((n for n in range(len(draft)) if draw.random() >= holds), len(draft))
+            got[sequence] = held + 1
+            sequence.output_ids += [*draft[:held], 1 if held == len(draft) else 2]
+        speculator.note_drafted(sequences, drafts, got, own_s * burst * draw.uniform(1, 1.1))
+        for sequence in sequences:  # The text goes on as if it had been repeated, so there is a draft again.
+            sequence.output_ids[-1] = 1
+            sequence.drafting.tokens = TokenArray(sequence)
+        taken, tokens = taken + own_s, tokens + sum(got.values())
+    assert tokens / rows / taken > least
+
+
 def test_a_text_that_does_not_repeat_itself_is_left_alone() -> None:
     """Drafts that never hold take less than 3 % of the time, and a text that begins to repeat itself is noticed."""
     speculator = Speculator(None, SETTINGS)  # type: ignore[arg-type]
