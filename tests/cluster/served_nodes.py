@@ -27,7 +27,8 @@ from tests.cluster.served_ranks import CLIENTS, NAME, WAYS, outcome, session_for
 from tests.demo_answers import QUESTIONS
 
 LAYERS = "1+3"
-# A rank is known by the order of the pids.
+# The title of a rank's process, which is known by the order of the pids.
+RANK = "ray::NodeRank"
 VICTIMS = ("rank:0", "rank:1", "engine", "replica", "node:other", "node:own")
 MISSING = "A replica needs 1 CPU and 1 CPU on 2 nodes"
 
@@ -51,31 +52,34 @@ class TwoNodes(RayCluster):
         self.wait_until(lambda models: NAME in models and models[NAME]["status"] == "ready", timeout_s)
 
     def lose(self, victim: str) -> dict[str, Any]:
-        """Kills a node or a process, and returns when the model serves again without what was killed. Without a node it
+        """Kills a node or a process, and returns when the model serves again with other ranks. Without a node it
         returns what status said, before it adds another node."""
-        if not victim.startswith("node:"):
-            replica = self.pid_of("replica")
+        before, told = self.ranks(), {}
+        if victim.startswith("node:"):
+            own = self._worker_of(self.pid_of("replica"))
+            number = own if victim == "node:own" else next(each for each in self.workers if each != own)
+            self.kill_worker(number)
+            told["status"] = self._status_without()
+            del self.workers[number]
+            self.add_worker(max(self.workers) + number + 1, 1)
+        else:
             os.kill(self.pid_of(victim), signal.SIGKILL)
-            deadline = time.monotonic() + 120.0
-            while replica in self.processes():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"the replica lives on without its {victim}")
-                time.sleep(0.2)
-            self.wait_until_ready()
-            return {}
-        own = self._worker_of(self.pid_of("replica"))
-        number = own if victim == "node:own" else next(each for each in self.workers if each != own)
-        self.kill_worker(number)
-        status = self._status_without()
-        del self.workers[number]
-        self.add_worker(max(self.workers) + number + 1, 1)
+        deadline = time.monotonic() + 300.0
+        while len(now := self.ranks()) < len(before) or now & before:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the ranks {before} became {now} after the death of {victim}")
+            time.sleep(0.2)
         self.wait_until_ready()
-        return {"status": status}
+        return told
+
+    def ranks(self) -> set[int]:
+        """The processes of vLLM's ranks."""
+        return {pid for pid, command in self.processes().items() if command.startswith(RANK)}
 
     def pid_of(self, victim: str) -> int:
         """The process of a rank, of vLLM's engine or of the replica."""
         kind, _, number = victim.partition(":")
-        title = {"rank": "ray::NodeRank", "engine": "VLLM::EngineCore", "replica": "ray::ServeReplica:ranked"}[kind]
+        title = {"rank": RANK, "engine": "VLLM::EngineCore", "replica": "ray::ServeReplica:ranked"}[kind]
         found = sorted(pid for pid, command in self.processes().items() if command.startswith(title))
         return found[int(number or 0)]
 
