@@ -4,11 +4,12 @@ import random
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.kv_cache import BatchCache
@@ -179,6 +180,23 @@ def test_looked_up_drafts_change_no_output_and_save_passes(count: int) -> None:
     drafted = run(runner, requests(count, texts=2, max_tokens=60, ignore_eos=True), speculator)
     assert told(drafted) == told(plain)
     assert speculator.counts.accepted_tokens > 20 * count
+
+
+def test_drafts_are_verified_over_a_device_map(tmp_path: Path) -> None:
+    """A layer on the disk comes and goes in every pass, and its cache stays where it computes."""
+    model = tiny_model("llama")
+    plain = run(BatchRunner(model, CPU), requests(8, texts=4))
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk", dtype=torch.float32
+    ).eval()
+    assert spread.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    runner = BatchRunner(spread, CPU)
+    oracle = Oracle(runner, future_of(plain), wrong=0.3)
+    assert told(run(runner, requests(8, texts=4), oracle)) == told(plain)
+    assert oracle.passes > 5
 
 
 @pytest.mark.parametrize("name", CONFIGS)
