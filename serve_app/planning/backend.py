@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
+from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Inventory
 from serve_app.planning.fit import ModelRequest
 
@@ -25,8 +25,8 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if config.infer_backend != "auto":
         yield Choice(config, (f"infer_backend: {config.infer_backend} is set",))
         return
-    needs_vllm = next((name for name in ONLY_VLLM if getattr(config, name)), None)
-    needs_pt = next((name for name in ONLY_PT if getattr(config, name)), None)
+    needs_vllm = next(iter(config.only_vllm), None)
+    needs_pt = next(iter(config.only_pt), None)
     if config.device == "cpu" and needs_vllm:
         vllm = config.model_copy(update={"infer_backend": "vllm"})
         yield Choice(vllm, (f"{needs_vllm} is set, which only vllm honours",))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from serve_app.config import ModelConfig
+from serve_app.config import PT_QUANTIZATIONS, ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
@@ -21,7 +21,8 @@ from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of,
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import Attempt, ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.terms import left_over_layer, stored_weights
+from serve_app.planning.quantization import BITS
+from serve_app.planning.terms import left_over_layer, loading_weight, quantized_weights, stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
@@ -141,8 +142,14 @@ class ModelRequest:
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
         for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
+        if config.quantization in PT_QUANTIZATIONS and (own := self.architecture.quantization) is not None:
+            return (
+                f"quantization: {config.quantization}, but this checkpoint is quantised already (by {own}). Leave "
+                "quantization out, or use the checkpoint with whole weights."
+            )
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
-        if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
+        known = {None, "fp8" if can_round else None, self.architecture.quantization, *PT_QUANTIZATIONS}
+        if config.quantization not in known:
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         return self._pt_quantization_problem or self.missing_facts
 
@@ -328,6 +335,11 @@ class ModelRequest:
         return self.config.quantization == "fp8" and self.architecture.quantization is None
 
     @property
+    def pt_quantization(self) -> str | None:
+        """Returns the method by which pt quantises the weights while it loads them, or None."""
+        return self.config.quantization if self.config.quantization in PT_QUANTIZATIONS else None
+
+    @property
     def max_model_len(self) -> int:
         """Returns the tokens of the longest request."""
         return self.config.max_model_len or self.own_length
@@ -370,9 +382,11 @@ class ModelRequest:
 
     def blocks(self, copies_tied: bool) -> list[Block]:
         """Returns the blocks of pt's layer map, as `blocks_of` does."""
-        key = ("blocks", self.element_bytes, copies_tied)
+        key = ("blocks", self.element_bytes, copies_tied, self.pt_quantization)
         if key not in self.memo:
-            self.memo[key] = blocks_of(self.tensors, self.architecture, self.element_bytes, self.pt_facts, copies_tied)
+            self.memo[key] = blocks_of(
+                self.tensors, self.architecture, self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization
+            )
         found: list[Block] = self.memo[key]
         return found
 
@@ -438,7 +452,10 @@ def fit_pt(
     rows = request.pt_rows
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = request.blocks(copies_tied=on_cpu)
-    overheads = [_pt_overhead(request, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)]
+    loading = max(block.loading for block in blocks)
+    overheads = [
+        _pt_overhead(request, device, rank, len(devices), rows, loading) for rank, (device, _) in enumerate(devices)
+    ]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
         for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
@@ -568,14 +585,19 @@ def _most_tokens(
     return low
 
 
-def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, rows: int) -> tuple[Figure, Figure]:
-    """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`."""
+def _pt_overhead(
+    request: ModelRequest, device: Device, rank: int, ranks: int, rows: int, loading: int
+) -> tuple[Figure, Figure]:
+    """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`. The activations have room
+    for `loading`, the bytes of a weight that is quantised before there are any."""
     alone = request.pt_facts is not None and bool(request.pt_facts.alone)
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
     tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
     peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
+    if loading > activation.bytes:
+        activation = memory.guessed([loading_weight(loading)])
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:
         activation, _, context = memory.calibrated(measured, activation, ZERO, context)
@@ -604,7 +626,8 @@ def _pt_plan(
         cache = Figure(part.cache(tokens, rows) + kept)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
-        ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers, seat))
+        weights = _pt_weights(request, part)
+        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat))
     whole = BlockGroup(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
@@ -614,6 +637,15 @@ def _pt_plan(
         ranks=tuple(ranks),
         spilled=_spilled(request, mapped),
     )  # fmt: skip
+
+
+def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:
+    """Returns the weights on a device, with the terms of quantised ones."""
+    values, scales = (sum(getattr(block, name) for block in part.blocks) for name in ("values", "scales"))
+    if request.pt_quantization is None or not values:
+        return Figure(part.weights)
+    whole, bits = part.weights - values - scales, BITS[request.pt_quantization]
+    return Figure(part.weights, terms=tuple(quantized_weights(whole, values, scales, bits)))
 
 
 def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
+from serve_app.config import ONLY_PT, ModelConfig
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fit import ModelRequest, gib
 from serve_app.planning.fixes import price
@@ -53,9 +53,9 @@ def backend_of(config: ModelConfig) -> Backend:
     """Returns the backend, also where the fields of one of them decide for `auto`."""
     if config.infer_backend != "auto":
         return config.infer_backend
-    if any(getattr(config, name) for name in ONLY_VLLM):
+    if config.only_vllm:
         return "vllm"
-    return "pt" if any(getattr(config, name) for name in ONLY_PT) else "auto"
+    return "pt" if config.only_pt else "auto"
 
 
 def _own(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladder]:
@@ -129,10 +129,12 @@ def _shorter(request: ModelRequest) -> Iterator[Ladder]:
 def _other_backend(request: ModelRequest, backend: Backend) -> Iterator[Ladder]:
     config = request.config
     if backend == "vllm":
-        without = [name for name in ONLY_VLLM if getattr(config, name)]
+        without = config.only_vllm
         yield _backend("pt", without, "vLLM's speed")
     if backend == "pt" and request.is_planned_for_vllm:
         without = [name for name in REFUSED_BY_VLLM if getattr(config, name) is not None]
+        if config.quantization is not None:
+            without.append("quantization")
         if config.share is not None:
             without.remove("num_gpus")
         yield _backend("vllm", without, "pt's layers over unequal cards")
