@@ -141,7 +141,7 @@ def _rounded(
 ) -> dict[int, _Rounded]:
     sums: dict[int, _Rounded] = {}
     for tensor in tensors:
-        size = quantized_tensor(method, tensor, architecture, element_bytes)
+        size = quantized_tensor(method, tensor, architecture)
         if size is None:
             continue
         block = sums.setdefault(known_block(tensor.name, architecture), _Rounded())

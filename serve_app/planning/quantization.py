@@ -40,18 +40,18 @@ class Quantized:
         return self.values + self.scales
 
 
-def quantized(method: str, outputs: int, inputs: int, element_bytes: int) -> Quantized:
-    """Returns what the weight of a linear layer takes. `element_bytes` is that of the model's type."""
+def quantized(method: str, outputs: int, inputs: int) -> Quantized:
+    """Returns what the weight of a linear layer takes, which does not depend on the model's own type."""
     elements = outputs * inputs
     if method == "bnb-nf4":
         scales = -(-elements // NF4_BLOCK)
         return Quantized(-(-elements // 2), scales + 4 * -(-scales // NF4_SCALE_BLOCK) + NF4_TABLES)
     if method == "bnb-int8":
         return Quantized(elements, 4 * outputs)
-    return Quantized(elements, element_bytes * outputs)
+    return Quantized(elements, 5 * outputs)  # A scale in float32 and a zero point of a byte for each output.
 
 
-def quantized_tensor(method: str, tensor: Tensor, architecture: Architecture, element_bytes: int) -> Quantized | None:
+def quantized_tensor(method: str, tensor: Tensor, architecture: Architecture) -> Quantized | None:
     """Returns what a tensor of a checkpoint becomes, or None if it stays whole. The architecture has formulas."""
     found = _IN_A_LAYER.search(tensor.name)
     is_linear = found is not None and len(tensor.shape) == 2 and not _WHOLE.search(found[1])
@@ -59,7 +59,7 @@ def quantized_tensor(method: str, tensor: Tensor, architecture: Architecture, el
     if not is_linear or tensor.dtype not in FLOATS or (is_conv1d and method not in _TAKES_CONV1D):
         return None
     outputs, inputs = reversed(tensor.shape) if is_conv1d else tensor.shape
-    return quantized(method, outputs, inputs, element_bytes)
+    return quantized(method, outputs, inputs)
 
 
 def loading_bytes(method: str, elements: int, element_bytes: int) -> int:

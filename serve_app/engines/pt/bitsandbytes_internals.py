@@ -4,6 +4,7 @@ each. bitsandbytes itself is imported by transformers, and only for a model that
 
 import logging
 
+import torch
 from torch import nn
 
 # The logger of `bitsandbytes.autograd._functions` writes a line for each layer and pass whose inputs are not float16.
@@ -30,6 +31,30 @@ def keep_stored_order(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def flatten_inputs(model: nn.Module) -> None:
+    """Has layers of 8 bits take inputs of any number of dimensions, as other linear layers do. DeepSeek's attention has
+    four, and bitsandbytes flattens only three.
+
+    Uses the name of the class `Linear8bitLt`; seen in bitsandbytes 0.50.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.register_forward_pre_hook(_flatten)
+            module.register_forward_hook(_unflatten)
+
+
+def _flatten(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    if inputs[0].dim() <= 3:
+        return None
+    module.outer_shape = inputs[0].shape[:-1]
+    return (inputs[0].flatten(0, -2), *inputs[1:])
+
+
+def _unflatten(module: nn.Module, _: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+    shape = module.__dict__.pop("outer_shape", None)
+    return None if shape is None else output.unflatten(0, shape)
 
 
 def silence_casts() -> None:

@@ -63,7 +63,7 @@ def model_without_storage(hf_config: Any, dtype: torch.dtype, trust_remote_code:
 def layout_of_model(model: PreTrainedModel, dtype: torch.dtype, quantization: str | None = None) -> PtFacts:
     """Returns the sizes of a model on the meta device. Raises ValueError if its layers are not found."""
     names = block_names(model)
-    rounded = {} if quantization is None else quantized_sizes(model, quantization, dtype)
+    rounded = {} if quantization is None else quantized_sizes(model, quantization)
     weights, buffers = _by_block(_loaded_sizes(model, dtype, rounded), names), _by_block(_buffer_sizes(model), names)
     kv, state, alone = _cache_sizes(model, names)
     return PtFacts(

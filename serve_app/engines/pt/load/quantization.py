@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from serve_app.config import ModelConfig
-from serve_app.engines.pt.bitsandbytes_internals import keep_stored_order, silence_casts
+from serve_app.engines.pt.bitsandbytes_internals import flatten_inputs, keep_stored_order, silence_casts
 from serve_app.engines.pt.transformers_internals import convertible_linears
 from serve_app.errors import ConfigError, EngineError
 from serve_app.planning.quantization import quantized
@@ -55,16 +55,17 @@ def stored_method(hf_config: Any) -> str | None:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Has quantised layers keep what was planned for them, and keeps their library from writing a line for each
-    layer of each pass."""
+    """Has quantised layers keep what was planned for them and take every input that other linear layers take, and keeps
+    their library from writing a line for each layer of each pass."""
     keep_stored_order(model)
+    flatten_inputs(model)
     silence_casts()
 
 
-def quantized_sizes(model: PreTrainedModel, method: str, dtype: torch.dtype) -> dict[str, int]:
+def quantized_sizes(model: PreTrainedModel, method: str) -> dict[str, int]:
     """Returns the bytes of each weight of a model on the meta device that `method` quantises, by its name."""
     return {
-        f"{name}.weight": quantized(method, *shape, dtype.itemsize).bytes
+        f"{name}.weight": quantized(method, *shape).bytes
         for name, shape in convertible_linears(model, takes_conv1d=method != "int8wo").items()
     }
 
@@ -92,9 +93,11 @@ def storage_bytes(module: nn.Module) -> int:
         elif hasattr(value, "threshold") and hasattr(value, "CB"):  # After a pass, 8 bits have their scales here.
             add(value.SCB)
 
+    saved = module.state_dict().keys()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in saved or isinstance(tensor, nn.Parameter):
+            add(tensor)
     for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            add(parameter)
         add(getattr(part, "state", None))
     return sum(found.values())
 
