@@ -9,6 +9,8 @@ from torch import nn
 
 # The logger of `bitsandbytes.autograd._functions` writes a line for each layer and pass whose inputs are not float16.
 CAST_LOGGER = "bitsandbytes.autograd._functions"
+# A weight in 8 bits is its scale times its value divided by this.
+INT8_MOST = 127
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -33,28 +35,39 @@ def keep_stored_order(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def flatten_inputs(model: nn.Module) -> None:
-    """Has layers of 8 bits take inputs of any number of dimensions, as other linear layers do. DeepSeek's attention has
-    four, and bitsandbytes flattens only three.
+def separate_outliers(model: nn.Module) -> None:
+    """Has layers of 8 bits compute each row of a batch as if it were alone.
 
-    Uses the name of the class `Linear8bitLt`; seen in bitsandbytes 0.50.
+    Inputs of such a size that 8 bits would lose the others (`threshold`, 6 by default) are multiplied in the model's
+    type. bitsandbytes does so with whole columns of a batch, of which one row has such an input, so an answer would
+    depend on the other requests. Here only these inputs themselves are taken out. Inputs may also have any number of
+    dimensions: DeepSeek's attention has four, and bitsandbytes flattens only three.
+
+    Uses the name of the class `Linear8bitLt`, and `threshold`, `CB` and `SCB` of its `state`; seen in bitsandbytes
+    0.50.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt":
-            module.register_forward_pre_hook(_flatten)
-            module.register_forward_hook(_unflatten)
+            module.outlier_size, module.state.threshold = module.state.threshold, 0.0
+            module.register_forward_pre_hook(_take_outliers_out)
+            module.register_forward_hook(_add_outliers)
 
 
-def _flatten(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    if inputs[0].dim() <= 3:
-        return None
-    module.outer_shape = inputs[0].shape[:-1]
-    return (inputs[0].flatten(0, -2), *inputs[1:])
+def _take_outliers_out(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    rows = inputs[0].flatten(0, -2)
+    is_outlier = rows.abs() >= module.outlier_size
+    columns = is_outlier.any(0).nonzero().flatten()
+    module.outliers = inputs[0].shape[:-1], columns, rows[:, columns] * is_outlier[:, columns]
+    return (rows.masked_fill(is_outlier, 0), *inputs[1:])
 
 
-def _unflatten(module: nn.Module, _: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-    shape = module.__dict__.pop("outer_shape", None)
-    return None if shape is None else output.unflatten(0, shape)
+def _add_outliers(module: nn.Module, _: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    shape, columns, outliers = module.__dict__.pop("outliers")
+    if columns.numel():
+        state = module.state
+        weight = state.CB[:, columns].to(output.dtype) * (state.SCB / INT8_MOST).to(output.dtype).unsqueeze(1)
+        output = output + outliers.to(output.dtype) @ weight.T
+    return output.unflatten(0, shape)
 
 
 def silence_casts() -> None:

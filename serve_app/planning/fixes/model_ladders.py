@@ -12,12 +12,15 @@ from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladde
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
 from serve_app.planning.planner import ONLY_GPU
+from serve_app.planning.quantization import BITS
 
 # Requests shorter than this are of little use, so no shorter one is offered.
 LEAST_MODEL_LEN = 1024
 MODEL_LEN_STEP = 256
 # kv_cache_memory_bytes is lowered in steps of so many bytes.
 CACHE_STEP = 64 * MIB
+# Of pt's methods of 8 bits, this one keeps the inputs of layers whole.
+INT8, NF4 = "int8wo", "bnb-nf4"
 # vLLM refuses these fields.
 REFUSED_BY_VLLM = (*ONLY_PT, "step_timeout_s")
 
@@ -41,6 +44,8 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     yield from _fewer_sequences(request, backend, trial)
     if on_gpu and backend != "pt":
         yield from _in_8_bits(request, trial)
+    if backend == "pt":
+        yield from _quantized(request)
     yield from _shorter(request)
     yield from _other_backend(request, backend)
     yield from _fewer_replicas(request)
@@ -109,6 +114,21 @@ def _in_8_bits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
         saved = request.rank_weights(tp).bytes - rounded.rank_weights(tp).bytes
         loses = f"precision of the weights (8 bits, which saves {gib(saved)})"
         yield Ladder(price.WEIGHTS_IN_8_BITS, [rung("quantization", "fp8")], lambda _: loses)
+
+
+def _quantized(request: ModelRequest) -> Iterator[Ladder]:
+    """Yields pt's methods of quantising weights while they load, for a model whose quantised size the formulas know.
+    What transformers' own code said is of the whole model."""
+    if request.pt_facts is not None or not request.is_quantizable:
+        return
+    for method, cost in ((INT8, price.WEIGHTS_IN_8_BITS), (NF4, price.WEIGHTS_IN_4_BITS)):
+        change = rung("quantization", method)
+        smaller = changed(request, change)
+        if smaller is None:
+            continue
+        saved = sum(a.weights - b.weights for a, b in zip(request.blocks(False), smaller.blocks(False), strict=True))
+        loses = f"precision of the weights ({BITS[method]} bits, which saves {gib(saved)})"
+        yield Ladder(cost, [change], lambda _, loses=loses: loses)
 
 
 def _shorter(request: ModelRequest) -> Iterator[Ladder]:

@@ -13,7 +13,8 @@
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
 | 13 | fewer cards | speed |
 | 14 | no `accelerator_type` | the choice of the card |
-| 100 | `quantization: fp8` | precision of the weights |
+| 100 | `quantization: fp8`, or `int8wo` with pt | precision of the weights |
+| 105 | `quantization: bnb-nf4` with pt | more precision of the weights |
 | 110 | `max_model_len`, at least half of it | long requests |
 | 120 | the other backend | speed, or fields of the first one |
 | 130 | `max_model_len`, less than half of it | most of the context |
@@ -31,7 +32,8 @@ MORE_CARDS = OTHER_CARDS = 1
 LIMIT = SHARE = OWN = 2
 NO_LIMIT = 3
 KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD = 10, 11, 12, 13, 14
-WEIGHTS_IN_8_BITS, SHORTER, OTHER_BACKEND, MUCH_SHORTER, FEWER_REPLICAS = 100, 110, 120, 130, 140
+WEIGHTS_IN_8_BITS, WEIGHTS_IN_4_BITS = 100, 105
+SHORTER, OTHER_BACKEND, MUCH_SHORTER, FEWER_REPLICAS = 110, 120, 130, 140
 SPILL, ON_CPU = 1000, 1001
 CARD = 10_000
 

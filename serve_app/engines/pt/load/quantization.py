@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from serve_app.config import ModelConfig
-from serve_app.engines.pt.bitsandbytes_internals import flatten_inputs, keep_stored_order, silence_casts
+from serve_app.engines.pt.bitsandbytes_internals import keep_stored_order, separate_outliers, silence_casts
 from serve_app.engines.pt.transformers_internals import convertible_linears
 from serve_app.errors import ConfigError, EngineError
 from serve_app.planning.quantization import quantized
@@ -55,10 +55,10 @@ def stored_method(hf_config: Any) -> str | None:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Has quantised layers keep what was planned for them and take every input that other linear layers take, and keeps
-    their library from writing a line for each layer of each pass."""
+    """Has quantised layers keep what was planned for them and compute each row as if it were alone, and keeps their
+    library from writing a line for each layer of each pass."""
     keep_stored_order(model)
-    flatten_inputs(model)
+    separate_outliers(model)
     silence_casts()
 
 
