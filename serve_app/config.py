@@ -50,7 +50,7 @@ NOT_HERE = {
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # pt rounds the weights by these methods while it loads them. `planning/quantization.py` has their sizes.
-PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8", "int8wo")
+PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8")
 
 # Only vLLM honours these fields, except a `quantization` of pt's.
 ONLY_VLLM = (

@@ -21,8 +21,14 @@ from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of,
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.plan import Attempt, ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.quantization import BITS
-from serve_app.planning.terms import left_over_layer, loading_weight, quantized_weights, stored_weights
+from serve_app.planning.quantization import BITS, loading_bytes
+from serve_app.planning.terms import (
+    left_over_layer,
+    loading_weight,
+    quantized_weights,
+    stored_weights,
+    unpacked_weight,
+)
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
@@ -452,9 +458,8 @@ def fit_pt(
     rows = request.pt_rows
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = request.blocks(copies_tied=on_cpu)
-    loading = max(block.loading for block in blocks)
     overheads = [
-        _pt_overhead(request, device, rank, len(devices), rows, loading) for rank, (device, _) in enumerate(devices)
+        _pt_overhead(request, blocks, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)
     ]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
@@ -586,22 +591,36 @@ def _most_tokens(
 
 
 def _pt_overhead(
-    request: ModelRequest, device: Device, rank: int, ranks: int, rows: int, loading: int
+    request: ModelRequest, blocks: Sequence[Block], device: Device, rank: int, ranks: int, rows: int
 ) -> tuple[Figure, Figure]:
     """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`. The activations have room
-    for `loading`, the bytes of a weight that is quantised before there are any."""
+    for what a weight takes that is quantised before there are any."""
     alone = request.pt_facts is not None and bool(request.pt_facts.alone)
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
     tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
     peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
-    if loading > activation.bytes:
-        activation = memory.guessed([loading_weight(loading)])
+    if request.pt_quantization is not None:
+        unpacked, loading = _whole_weights(request, blocks)
+        activation += memory.guessed([unpacked_weight(unpacked)])
+        if loading > activation.bytes:
+            activation = memory.guessed([loading_weight(loading)])
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:
         activation, _, context = memory.calibrated(measured, activation, ZERO, context)
     return activation, context
+
+
+def _whole_weights(request: ModelRequest, blocks: Sequence[Block]) -> tuple[int, int]:
+    """Returns the bytes of the largest quantised weight as a whole one, and those that it takes while it is quantised.
+    Where transformers' own code says the sizes of the blocks alone, it counts as a projection of a feed-forward
+    layer."""
+    if request.pt_facts is None:
+        return max(block.unpacked for block in blocks), max(block.loading for block in blocks)
+    shape, method = request.architecture, request.pt_quantization or ""
+    elements = shape.hidden_size * shape.intermediate_size
+    return elements * request.element_bytes, loading_bytes(method, elements, request.element_bytes)
 
 
 def _pt_plan(

@@ -24,7 +24,8 @@ class Block:
     layer).
 
     `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence. Of `weights`, `values` are
-    quantised, and `scales` belong to these. `loading` is what its largest weight takes while it is quantised.
+    quantised, and `scales` belong to these. `unpacked` is what its largest quantised weight takes whole, and `loading`
+    what it takes while it is quantised.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Block:
     state: int = 0
     values: int = 0
     scales: int = 0
+    unpacked: int = 0
     loading: int = 0
 
 
@@ -133,6 +135,7 @@ class _Rounded:
     whole: int = 0
     values: int = 0
     scales: int = 0
+    unpacked: int = 0
     loading: int = 0
 
 
@@ -148,13 +151,14 @@ def _rounded(
         block.whole += tensor.bytes_as(element_bytes)
         block.values += size.values
         block.scales += size.scales
+        block.unpacked = max(block.unpacked, tensor.bytes_as(element_bytes))
         block.loading = max(block.loading, loading_bytes(method, tensor.elements, element_bytes))
     return sums
 
 
 def _block(number: int, weights: int, kv: int, state: int, rounded: _Rounded) -> Block:
     weights += rounded.values + rounded.scales - rounded.whole
-    return Block(number, weights, kv, state, rounded.values, rounded.scales, rounded.loading)
+    return Block(number, weights, kv, state, rounded.values, rounded.scales, rounded.unpacked, rounded.loading)
 
 
 def _weights(facts: PtFacts, tensors: Iterable[Tensor], element_bytes: int) -> dict[int, int]:

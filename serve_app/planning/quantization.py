@@ -1,8 +1,8 @@
-"""Says what weights take in pt that are quantised while they load (`quantization: bnb-nf4`, `bnb-int8` or `int8wo`).
+"""Says what weights take in pt that are quantised while they load (`quantization: bnb-nf4` or `bnb-int8`).
 
 transformers (5.19) quantises linear layers alone. Embeddings, head, norms, biases, routers and the fused experts of a
 mixture stay in the model's type, so most of such a mixture stays whole. The sizes are those of the storages that
-bitsandbytes 0.50 and torchao 0.18 make (compared in tests/engines/pt/load/test_quantization.py).
+bitsandbytes 0.50 makes (compared in tests/engines/pt/load/test_quantization.py).
 """
 
 import re
@@ -18,9 +18,8 @@ NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 # the scales, in float32.
 NF4_TABLES = 4 * (1 + 16 + 256)
 # These are the bits of a weight.
-BITS = {"bnb-nf4": 4, "bnb-int8": 8, "int8wo": 8}
-# bitsandbytes also quantises the layers of GPT-2 that have their weights the other way round (`Conv1D`).
-_TAKES_CONV1D = frozenset({"bnb-nf4", "bnb-int8"})
+BITS = {"bnb-nf4": 4, "bnb-int8": 8}
+# The layers of these have their weights the other way round (`Conv1D`).
 _CONV1D = frozenset({"gpt2"})
 _IN_A_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.(.+)\.weight$")
 # In the layers of known architectures, these modules with two dimensions are no linear layers in transformers.
@@ -46,27 +45,22 @@ def quantized(method: str, outputs: int, inputs: int) -> Quantized:
     if method == "bnb-nf4":
         scales = -(-elements // NF4_BLOCK)
         return Quantized(-(-elements // 2), scales + 4 * -(-scales // NF4_SCALE_BLOCK) + NF4_TABLES)
-    if method == "bnb-int8":
-        return Quantized(elements, 4 * outputs)
-    return Quantized(elements, 5 * outputs)  # A scale in float32 and a zero point of a byte for each output.
+    return Quantized(elements, 4 * outputs)  # A scale in float32 for each output.
 
 
 def quantized_tensor(method: str, tensor: Tensor, architecture: Architecture) -> Quantized | None:
     """Returns what a tensor of a checkpoint becomes, or None if it stays whole. The architecture has formulas."""
     found = _IN_A_LAYER.search(tensor.name)
     is_linear = found is not None and len(tensor.shape) == 2 and not _WHOLE.search(found[1])
-    is_conv1d = architecture.model_type in _CONV1D
-    if not is_linear or tensor.dtype not in FLOATS or (is_conv1d and method not in _TAKES_CONV1D):
+    if not is_linear or tensor.dtype not in FLOATS:
         return None
-    outputs, inputs = reversed(tensor.shape) if is_conv1d else tensor.shape
+    outputs, inputs = reversed(tensor.shape) if architecture.model_type in _CONV1D else tensor.shape
     return quantized(method, outputs, inputs)
 
 
 def loading_bytes(method: str, elements: int, element_bytes: int) -> int:
     """Returns the most that a weight of so many elements takes beside its own figure while it is quantised.
 
-    It is there whole, and for 8 bits there are copies of it: bitsandbytes makes one in float16, and torchao one of its
-    quotients and one of them rounded.
+    It is there whole, and for 8 bits there is a copy of it in float16.
     """
-    copies = {"bnb-nf4": 0, "bnb-int8": 2}.get(method, 2 * element_bytes)
-    return elements * (element_bytes + copies)
+    return elements * (element_bytes + (2 if method == "bnb-int8" else 0))

@@ -171,6 +171,11 @@ def quantized_weights(whole: int, values: int, scales: int, bits: int) -> list[T
     ]
 
 
+def unpacked_weight(size: int) -> Term:
+    """Returns what the largest quantised weight takes while it is computed: many kernels make it whole."""
+    return Term("the largest quantised weight in the model's type while it is computed", (("bytes", size),))
+
+
 def loading_weight(size: int) -> Term:
     """Returns what the largest weight takes while it is quantised."""
     return Term("the largest weight while it is quantised", (("bytes", size),))

@@ -14,9 +14,9 @@ INT8_MOST = 127
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Returns whether a module is a linear layer of bitsandbytes, or one whose weight is a tensor of torchao.
+    """Returns whether a module has a quantised weight, which is no plain parameter.
 
-    Uses that both have weights that are no plain parameters; seen in bitsandbytes 0.50 and torchao 0.18.
+    Uses that the weights of bitsandbytes are of types of their own; seen in bitsandbytes 0.50.
     """
     weight = module._parameters.get("weight")
     return weight is not None and type(weight) is not nn.Parameter

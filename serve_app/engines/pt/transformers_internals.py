@@ -161,9 +161,9 @@ def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch
     return {name: plan[key_of[match.lastgroup]] for name, match in found if match}
 
 
-def convertible_linears(model: PreTrainedModel, takes_conv1d: bool) -> dict[str, tuple[int, int]]:
-    """Returns the outputs and inputs of each linear layer that transformers' quantizers for bitsandbytes and torchao
-    quantise while a model loads, by its name. Only the first takes the layers of GPT-2 (`Conv1D`).
+def convertible_linears(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Returns the outputs and inputs of each linear layer that transformers' quantizers for bitsandbytes quantise while
+    a model loads, by its name.
 
     Uses `transformers.quantizers.base.HfQuantizer.get_modules_to_not_convert`,
     `transformers.quantizers.quantizers_utils.should_convert_module`, `transformers.pytorch_utils.Conv1D` and the
@@ -176,7 +176,7 @@ def convertible_linears(model: PreTrainedModel, takes_conv1d: bool) -> dict[str,
             continue
         if type(module) is nn.Linear:
             found[name] = (module.out_features, module.in_features)
-        elif takes_conv1d and isinstance(module, Conv1D):
+        elif isinstance(module, Conv1D):
             inputs, outputs = module.weight.shape
             found[name] = (outputs, inputs)
     return found

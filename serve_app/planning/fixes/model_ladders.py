@@ -19,8 +19,6 @@ LEAST_MODEL_LEN = 1024
 MODEL_LEN_STEP = 256
 # kv_cache_memory_bytes is lowered in steps of so many bytes.
 CACHE_STEP = 64 * MIB
-# Of pt's methods of 8 bits, this one keeps the inputs of layers whole.
-INT8, NF4 = "int8wo", "bnb-nf4"
 # vLLM refuses these fields.
 REFUSED_BY_VLLM = (*ONLY_PT, "step_timeout_s")
 
@@ -121,7 +119,7 @@ def _quantized(request: ModelRequest) -> Iterator[Ladder]:
     What transformers' own code said is of the whole model."""
     if request.pt_facts is not None or not request.is_quantizable:
         return
-    for method, cost in ((INT8, price.WEIGHTS_IN_8_BITS), (NF4, price.WEIGHTS_IN_4_BITS)):
+    for method, cost in (("bnb-int8", price.WEIGHTS_IN_8_BITS), ("bnb-nf4", price.WEIGHTS_IN_4_BITS)):
         change = rung("quantization", method)
         smaller = changed(request, change)
         if smaller is None:

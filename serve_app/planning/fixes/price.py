@@ -13,7 +13,7 @@
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
 | 13 | fewer cards | speed |
 | 14 | no `accelerator_type` | the choice of the card |
-| 100 | `quantization: fp8`, or `int8wo` with pt | precision of the weights |
+| 100 | `quantization: fp8`, or `bnb-int8` with pt | precision of the weights |
 | 105 | `quantization: bnb-nf4` with pt | more precision of the weights |
 | 110 | `max_model_len`, at least half of it | long requests |
 | 120 | the other backend | speed, or fields of the first one |

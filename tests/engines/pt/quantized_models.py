@@ -22,6 +22,8 @@ def load_quantized(folder: Path, method: str, dtype: torch.dtype) -> PreTrainedM
     """The model of a folder, quantised on the CPU by the engine's own options."""
     config = model_config(model=str(folder), device="cpu", quantization=method)
     options = quantization_options(config, AutoConfig.from_pretrained(folder), dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": "cpu"}, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": "cpu"}, **options
+    )
     settle(model)
     return model.eval()

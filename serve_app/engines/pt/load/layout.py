@@ -72,9 +72,7 @@ def layout_of_model(model: PreTrainedModel, dtype: torch.dtype, quantization: st
     )  # fmt: skip
 
 
-def _loaded_sizes(
-    model: PreTrainedModel, dtype: torch.dtype, rounded: Mapping[str, int]
-) -> Iterator[tuple[str, int]]:
+def _loaded_sizes(model: PreTrainedModel, dtype: torch.dtype, rounded: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """Returns the bytes of each tensor that a checkpoint has: parameters, the shared ones once, and buffers that are
     saved. `rounded` are those of quantised weights."""
     dtypes = loaded_dtypes(model, dtype)

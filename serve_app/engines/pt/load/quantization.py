@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.bitsandbytes_internals import keep_stored_order, separate_outliers, silence_casts
@@ -19,7 +19,7 @@ from serve_app.planning.quantization import quantized
 # transformers.
 PACKAGES = {
     "awq": "gptqmodel", "bitsandbytes": "bitsandbytes", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes",
-    "compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "int8wo": "torchao", "torchao": "torchao",
+    "compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "torchao": "torchao",
 }  # fmt: skip
 
 
@@ -64,10 +64,7 @@ def settle(model: PreTrainedModel) -> None:
 
 def quantized_sizes(model: PreTrainedModel, method: str) -> dict[str, int]:
     """Returns the bytes of each weight of a model on the meta device that `method` quantises, by its name."""
-    return {
-        f"{name}.weight": quantized(method, *shape).bytes
-        for name, shape in convertible_linears(model, takes_conv1d=method != "int8wo").items()
-    }
+    return {f"{name}.weight": quantized(method, *shape).bytes for name, shape in convertible_linears(model).items()}
 
 
 def storage_bytes(module: nn.Module) -> int:
@@ -77,12 +74,7 @@ def storage_bytes(module: nn.Module) -> int:
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            inner = getattr(value, "tensor_data_names", None)
-            if inner is not None:  # It is a tensor of torchao, which holds others.
-                optional = getattr(value, "optional_tensor_data_names", None) or ()
-                for name in (*inner, *optional):
-                    add(getattr(value, name))
-            elif value.device.type != "meta":
+            if value.device.type != "meta":
                 storage = value.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
             for name in ("quant_state", "SCB"):
@@ -110,11 +102,7 @@ def _quantizer(method: str, dtype: torch.dtype) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    if method == "bnb-int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def _require_package(method: str, what: str) -> None:
