@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from serve_app.cli.swift.command import SwiftCommand
 
-NAMES = ("quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+NAMES = ("quant_bits", "quant_method", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 # By swift's method and bits. swift's own default of `bnb_4bit_quant_type` is nf4.
 METHODS: Mapping[tuple[str, str], str] = {("bnb", "4"): "bnb-nf4", ("bnb", "8"): "bnb-int8"}
 REASONS: Mapping[str, str] = {
@@ -12,8 +12,8 @@ REASONS: Mapping[str, str] = {
     "calibration too.",
     "eetq": "eetq is not here. With pt, quantization: bnb-int8 has the same 8 bits of weights.",
     "quanto": "quanto is not here. With pt, quantization: bnb-nf4 (4 bits) or bnb-int8 (8 bits) is nearest.",
-    "fp8": "pt rounds no weights to fp8. Use quantization: bnb-int8, which takes as much memory, or infer_backend: vllm "
-    "with quantization: fp8.",
+    "fp8": "pt rounds no weights to fp8. Use quantization: bnb-int8, which takes as much memory, or infer_backend: "
+    "vllm with quantization: fp8.",
 }
 
 

@@ -12,6 +12,7 @@ from serve_app.config import PT_QUANTIZATIONS
 from serve_app.engines.pt.load import quantization
 from serve_app.engines.pt.load.layout import layout_of
 from serve_app.engines.pt.load.model_loader import load_model
+from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import probe
 from serve_app.engines.pt.load.quantization import quantization_options, storage_bytes, stored_method
 from serve_app.errors import ConfigError, EngineError
@@ -121,8 +122,11 @@ def test_a_row_of_8_bits_does_not_depend_on_the_others() -> None:
 def test_the_engine_loads_and_answers(method: str, caplog: pytest.LogCaptureFixture) -> None:
     """On the CPU, with the demo model in bfloat16. No library writes a line for each layer."""
     config = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="bfloat16", quantization=method)
-    whole = load_model(config.model_copy(update={"quantization": None}))
     model = load_model(config)
+    shape = read_checkpoint(config.model)
+    planned = blocks_of(shape.tensors, shape.architecture, 2, copies_tied=True, quantization=method)
+    packed = sum(part.packed_bytes for part in model.model.modules() if isinstance(part, PackedLinear))
+    assert storage_bytes(model.model) + packed == sum(block.weights for block in planned)
     prompt = tuple(model.tokenizer("What is the capital of France?").input_ids)
     with caplog.at_level(logging.WARNING):
         assert len(generate_one(model.model, prompt, 4)) == 4
