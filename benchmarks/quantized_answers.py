@@ -1,6 +1,6 @@
 """How far the greedy answers of quantised weights agree with those of the same model in float32, on the CPU.
 
-    python -m benchmarks.quantized_answers [--model FOLDER] [--questions 60] [--tokens 48] [--markdown]
+    python -m benchmarks.quantized_answers [--model FOLDER] [--questions 200] [--tokens 48]
 
 Asks the demo model's questions. Prints for each method the share of answers that are the same to the end, the share of
 tokens before the first one that differs, and the bytes of the weights.

@@ -125,8 +125,11 @@ def _quantized(request: ModelRequest) -> Iterator[Ladder]:
         if smaller is None:
             continue
         saved = sum(a.weights - b.weights for a, b in zip(request.blocks(False), smaller.blocks(False), strict=True))
-        loses = f"precision of the weights ({BITS[method]} bits, which saves {gib(saved)})"
-        yield Ladder(cost, [change], lambda _, loses=loses: loses)
+        yield _rounded(cost, change, f"precision of the weights ({BITS[method]} bits, which saves {gib(saved)})")
+
+
+def _rounded(cost: int, change: Changes, loses: str) -> Ladder:
+    return Ladder(cost, [change], lambda _: loses)
 
 
 def _shorter(request: ModelRequest) -> Iterator[Ladder]:
