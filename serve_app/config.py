@@ -54,10 +54,10 @@ PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8")
 
 # Only vLLM honours these fields, except a `quantization` of pt's.
 ONLY_VLLM = (
-    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "quantization", "engine_args", "gpu_ids",
+    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes", "quantization", "engine_args",
+    "gpu_ids",
 )  # fmt: skip
-# Only pt honours these fields, or they decide for pt with `auto`. vLLM honours `max_memory` too, so it decides nothing
-# beside a field of vLLM's.
+# Only pt honours these fields, except that vLLM honours `max_memory` too. So with `auto` the plan decides there.
 ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
 # These arguments of vLLM take more GPUs than tensor_parallel_size and pipeline_parallel_size say.
 UNPLACED = frozenset(
@@ -65,7 +65,6 @@ UNPLACED = frozenset(
         "data_parallel_size",
         "data_parallel_size_local",
         "prefill_context_parallel_size",
-        "nnodes",
         "distributed_executor_backend",
     }
 )
@@ -195,6 +194,7 @@ class ModelConfig(_Strict):
     `gpu_ids` names vLLM's GPUs, by index, on nodes that advertise their memory by index.
     `pipeline_parallel_size` is the number of stages of whole layers, each on `tensor_parallel_size` GPUs, and
     `pipeline_layers` is the number of layers of each stage, the first stage first.
+    `nnodes` is the number of nodes over which the stages of each replica go. Each node takes `num_cpus` then.
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
@@ -214,6 +214,7 @@ class ModelConfig(_Strict):
     tensor_parallel_size: Positive | None = None
     pipeline_parallel_size: Positive | None = None
     pipeline_layers: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    nnodes: Positive | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
     max_queued_requests: Positive | None = None
@@ -276,6 +277,24 @@ class ModelConfig(_Strict):
         """Returns the number of vLLM's processes that compute, each of which has a GPU of its own if there are
         several."""
         return (self.tensor_parallel_size or 1) * self.stages
+
+    @property
+    def nodes(self) -> int:
+        """Returns the number of nodes that one replica takes."""
+        return self.nnodes or 1
+
+    @property
+    def ranks_of_nodes(self) -> list[int]:
+        """Returns the number of vLLM's ranks on each node, if each has as many whole stages as any other or one
+        more."""
+        least, more = divmod(self.stages, self.nodes)
+        return [(self.tensor_parallel_size or 1) * (least + (number < more)) for number in range(self.nodes)]
+
+    @property
+    def rank_threads(self) -> int:
+        """Returns the number of threads with which each of vLLM's ranks computes on the CPU. Those of a node share its
+        CPUs."""
+        return max(1, int(self.num_cpus) // max(self.ranks_of_nodes))
 
     @property
     def share(self) -> float | None:
@@ -370,11 +389,26 @@ def _pipeline_problem(config: ModelConfig) -> str | None:
     """Returns why the number of stages and the layers of each contradict each other, or None if they agree."""
     layers, size = config.pipeline_layers, config.pipeline_parallel_size
     if layers is None or size in (None, len(layers)):
-        return None
+        return _nodes_problem(config)
     return (
         f"pipeline_layers has {len(layers)} stages, but pipeline_parallel_size is {size}. Give each stage its number "
         "of layers, or leave pipeline_parallel_size out."
     )
+
+
+def _nodes_problem(config: ModelConfig) -> str | None:
+    """Returns why a replica cannot go over `nnodes` nodes, or None if it can. Each node has whole stages."""
+    if config.nodes == 1:
+        return None
+    for field in ("gpu_ids", "max_memory"):
+        if getattr(config, field) is not None:
+            return f"{field} names GPUs of one node, and nnodes is {config.nnodes}. Leave one of the two out."
+    if config.stages < config.nodes:
+        return (
+            f"nnodes is {config.nnodes}, and each node has at least one stage of the pipeline, but "
+            f"pipeline_parallel_size is {config.stages}. Set pipeline_parallel_size: {config.nnodes} or more."
+        )
+    return None
 
 
 def _vllm_number_problem(arguments: Mapping[str, Any]) -> str | None:
@@ -406,11 +440,11 @@ def _pt_problem(config: ModelConfig) -> str | None:
             "tensor_parallel_size: pt places whole layers and has no tensor parallelism. Use max_memory to spread "
             "the layers over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
         )
-    for field in ("pipeline_parallel_size", "pipeline_layers"):
+    for field in ("pipeline_parallel_size", "pipeline_layers", "nnodes"):
         if getattr(config, field) is not None:
             return (
-                f"{field}: pt places whole layers by itself and has no stages. Use max_memory to spread the layers "
-                "over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
+                f"{field}: pt places whole layers on one node by itself and has no stages. Use max_memory to spread "
+                "the layers over GPUs, such as {0: 3GB, 1: 10GB}, or infer_backend: vllm."
             )
     if (problem := _device_map_problem(config)) is not None:
         return problem

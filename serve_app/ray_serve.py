@@ -195,6 +195,37 @@ def available_by_node() -> dict[str, dict[str, float]]:
     return left
 
 
+def own_bundles() -> list[tuple[str, dict[str, float]]]:
+    """Returns the bundles of the placement group that this process is in: the id of each one's node, and its resources.
+
+    Uses what `ray.util.placement_group_table` returns. Raises ValueError if the process is in no placement group.
+    """
+    import ray
+
+    if (group := ray.util.get_current_placement_group()) is None:
+        raise ValueError("this process is in no placement group")
+    table = ray.util.placement_group_table(group)
+    nodes, bundles = table["bundles_to_node_id"], table["bundles"]
+    return [(nodes[number], bundles[number]) for number in sorted(bundles, key=int)]
+
+
+def waiting_bundles() -> dict[str, list[dict[str, float]]]:
+    """Returns what a replica asks of each node, by the application's name, of those that wait for several nodes.
+
+    Uses the names that Serve gives to placement groups, which are those of the replicas' actors, and what
+    `ray.util.placement_group_table` returns.
+    """
+    import ray
+
+    found = {}
+    for group in ray.util.placement_group_table().values():
+        name = group["name"].removeprefix("SERVE_REPLICA::")
+        if group["state"] in ("PENDING", "RESCHEDULING") and name != group["name"]:
+            bundles = sorted(group["bundles"].items(), key=lambda item: int(item[0]))
+            found[name.partition("#")[0]] = [bundle for _, bundle in bundles]
+    return found
+
+
 def code_version(application: Mapping[str, Any]) -> str:
     """Returns the version that Serve compares. If it changes, all replicas of the application are replaced.
 

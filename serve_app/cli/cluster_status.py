@@ -2,7 +2,7 @@
 reports."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from serve_app.facts.nodes import Node, node_from_resources
@@ -13,6 +13,8 @@ from serve_app.router.directory import ModelStatus, read_status
 
 # The reports are found by application and replica.
 Reports = Mapping[tuple[str, str], ReplicaReport]
+# What a replica asks of each node, by the model's name, of models whose replicas take several nodes.
+Bundles = Mapping[str, Sequence[Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,29 @@ def cluster_status(
     available: Mapping[str, Mapping[str, float]],
     reports: Sequence[ReplicaReport],
     now: float,
+    bundles: Bundles | None = None,
 ) -> ClusterStatus:
     """Returns the status of all models. `applications` are those of `ServeInstanceDetails`, `ray_nodes` those of
-    `ray.nodes()`, and `available` has the free resources by node id."""
+    `ray.nodes()`, and `available` has the free resources by node id. `bundles` are those of `ray_serve`."""
     alive = [node for node in ray_nodes if node["Alive"]]
     nodes = [node_from_resources(node["NodeManagerAddress"], node["Resources"]) for node in alive]
     left = [node_from_resources(node["NodeManagerAddress"], available.get(node["NodeID"], {})) for node in alive]
     gone = [_gone(node) for node in ray_nodes if not node["Alive"]]
     fresh = {(report.application, report.replica): report for report in reports if now - report.written_at < STALE_S}
     models = [
-        _model(status, applications[name]["deployments"].get(MODEL_DEPLOYMENT) or {}, fresh, nodes, left)
+        _model(status, applications[name]["deployments"].get(MODEL_DEPLOYMENT) or {}, fresh, nodes, left, bundles or {})
         for name, status in read_status(applications, own_application="").items()
     ]
     return ClusterStatus(nodes, gone, models)
 
 
 def _model(
-    status: ModelStatus, deployment: Mapping[str, Any], reports: Reports, nodes: Sequence[Node], left: Sequence[Node]
+    status: ModelStatus,
+    deployment: Mapping[str, Any],
+    reports: Reports,
+    nodes: Sequence[Node],
+    left: Sequence[Node],
+    bundles: Bundles,
 ) -> ModelView:
     replicas = [_replica(status.name, item, reports) for item in deployment.get("replicas") or ()]
     wanted = deployment.get("target_num_replicas") or 0
@@ -103,28 +111,34 @@ def _model(
         return ModelView(status.name, state, running, max(1, running), replicas, "", f"{what}: {status.message}")
     starting = sum(view.state in ("STARTING", "UPDATING") and view.pid is not None for view in replicas)
     short = wanted - status.replicas - starting if status.state != "stopping" else 0
-    missing = missing_for(deployment.get("required_resources") or {}, nodes, left) if short > 0 else ""
+    asked = bundles.get(status.name) or [deployment.get("required_resources") or {}]
+    missing = missing_for(asked, nodes, left) if short > 0 else ""
     error = "" if status.state == "asleep" else status.message
     return ModelView(status.name, status.state, status.replicas, wanted, replicas, missing, error)
 
 
-def missing_for(resources: Mapping[str, float], nodes: Sequence[Node], left: Sequence[Node]) -> str:
-    """Returns what a replica without a process waits for, or an empty text if a node has room, so that the replica
-    will start in a moment.
+def missing_for(asked: Sequence[Mapping[str, float]], nodes: Sequence[Node], left: Sequence[Node]) -> str:
+    """Returns what a replica without a process waits for, or an empty text if there is room, so that the replica will
+    start in a moment.
 
-    `resources` has Ray's resources by name, and `left` has the nodes with what is still free on them.
+    `asked` has Ray's resources by name for each node that a replica takes, and `left` has the nodes with what is still
+    free on them.
     """
-    asked = node_from_resources("", resources)
-    demand = Demand(asked.cpus, asked.gpus, asked.vram_gib)
-    if any(demand.fits(node) for node in left):
+    parts = [node_from_resources("", resources) for resources in asked]
+    first, *others = (Demand(part.cpus, part.gpus, part.vram_gib) for part in parts)
+    demand = replace(first, elsewhere=tuple(others))
+    if demand.fits(left):
         return ""
-    if any(demand.fits(node) for node in nodes):
-        others = "; ".join(map(str, left))
+    if demand.fits(nodes):
+        free = "; ".join(map(str, left))
+        starts = "there" if len(parts) == 1 else "on them"
         return (
-            f"A replica needs {demand} on one node. Either it is about to start there, or others use these resources "
-            f"now. The nodes have this left: {others}."
+            f"A replica needs {demand} {demand.where}. Either it is about to start {starts}, or others use these "
+            f"resources now. The nodes have this left: {free}."
         )
-    return f"A replica needs {demand} on one node, and no living node has it: {'; '.join(map(str, nodes)) or 'none'}."
+    there = "; ".join(map(str, nodes)) or "none"
+    lacks = "no living node has it" if len(parts) == 1 else "the living nodes do not have it"
+    return f"A replica needs {demand} {demand.where}, and {lacks}: {there}."
 
 
 def _replica(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
-from serve_app.planning.fit import gib
-from serve_app.ray_serve import available_by_node, serve_details
+from serve_app.planning.sizes import gib
+from serve_app.ray_serve import available_by_node, serve_details, waiting_bundles
 from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
 
 if TYPE_CHECKING:  # This imports Ray Serve, which is needed only if a cluster runs.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # This imports Ray Serve, which is needed only if a cluster r
 
 # The controller has this many seconds to answer.
 STATUS_TIMEOUT_S = 30.0
-ROW = "{:<22} {:<20} {:<9} {:>9} {:>9} {:>9} {:>8}"
+ROW = "{:<22} {:<20} {:<9} {:>4} {:>9} {:>9} {:>9} {:>8}"
 
 
 def status(address: str | None, as_json: bool) -> int:
@@ -40,12 +40,12 @@ def _read(where: str) -> ClusterStatus:
 
     try:
         applications = serve_details(STATUS_TIMEOUT_S)["applications"]
-        nodes, left, reports = ray.nodes(), available_by_node(), read_reports()
+        nodes, left, reports, asked = ray.nodes(), available_by_node(), read_reports(), waiting_bundles()
     except ValueError:
         raise ConfigError(f"Ray runs at {where}, but Serve does not. Start it with `serve-app run FILE`.") from None
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
-    return cluster_status(applications, nodes, left, reports, time.time())
+    return cluster_status(applications, nodes, left, reports, time.time(), asked)
 
 
 def report(seen: ClusterStatus) -> str:
@@ -75,20 +75,21 @@ def _is_silent(view: ReplicaView) -> bool:
 
 
 def _devices(seen: ClusterStatus) -> list[str]:
-    """Returns a line for each replica on each device, and one for the sum of each GPU."""
+    """Returns a line for each rank of each replica on each device, and one for the sum of each GPU."""
     found = sorted(
         ((_place(report, device), model, report, device) for model, report, device in _reported(seen)),
-        key=lambda item: (item[0], item[1].name, item[2].replica),
+        key=lambda item: (item[0], item[1].name, item[2].replica, item[3].rank),
     )
     if not found:
         return ["No replica has reported its memory yet."]
     lines = [
         "Sizes are in GiB. On the CPU they leave out the libraries. ! marks a replica that held more than planned.",
-        ROW.format("device", "model", "replica", "planned", "holds", "peak", "of plan"),
+        ROW.format("device", "model", "replica", "rank", "planned", "holds", "peak", "of plan"),
     ]
     for place, model, replica, device in found:
         cells = [_cell(size) for size in (device.planned, device.held, device.peak)]
-        lines.append(ROW.format(place, model.name, replica.replica, *cells, _ratio(device)).rstrip())
+        rank = str(device.rank) if replica.has_ranks else ""
+        lines.append(ROW.format(place, model.name, replica.replica, rank, *cells, _ratio(device)).rstrip())
     for place in dict.fromkeys(item[0] for item in found if item[3].index is not None):
         devices = [item[3] for item in found if item[0] == place]
         planned, held = _sum([device.planned for device in devices]), _sum([device.held for device in devices])
@@ -123,7 +124,7 @@ def _reported(seen: ClusterStatus) -> list[tuple[ModelView, ReplicaReport, Devic
 
 
 def _place(replica: ReplicaReport, device: DeviceReport) -> str:
-    return f"{replica.node} {'memory' if device.index is None else f'GPU {device.index}'}"
+    return f"{device.node or replica.node} {device.where}"
 
 
 def _cell(size: int | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.deploy.serve_env import serve_environment
-from serve_app.planning.resource_demand import Demand
+from serve_app.planning.resource_demand import BUNDLES, Demand
 from serve_app.ray_serve import HEAD_NODE, MIDDLEWARES_VARIABLE
 
 # One replica takes this many requests at once beyond what its config asks for. The engine has its own queue, and
@@ -45,13 +45,22 @@ def model_options(
         "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_TIMEOUT_S,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        **_placement(demand),
         "ray_actor_options": {
             "num_cpus": demand.cpus,
-            "num_gpus": demand.gpus,
+            "num_gpus": 0 if demand.elsewhere else demand.gpus,
             "resources": demand.resources,
             **_with_door(runtime_env, inherited),
         },
     }
+
+
+def _placement(demand: Demand) -> dict[str, Any]:
+    """Returns a bundle for each node of a replica that takes several, none of which is a node of another bundle. The
+    replica's own process is in the first bundle, and takes no GPU of it, since each rank of vLLM takes one."""
+    if not demand.elsewhere:
+        return {}
+    return {"placement_group_bundles": demand.bundles, "placement_group_strategy": "STRICT_SPREAD"}
 
 
 def _with_door(runtime_env: Mapping[str, Any], inherited: Mapping[str, str]) -> dict[str, Any]:
@@ -79,8 +88,9 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
 
     The user's variables, `own`, stay as they are, except for the GPUs, which follow from the placement.
     """
-    threads = str(max(1, int(demand.cpus) // config.ranks))  # Each rank is a process with so many threads.
-    defaults = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    defaults = {"OMP_NUM_THREADS": str(config.rank_threads), "TOKENIZERS_PARALLELISM": "false"}
+    if demand.elsewhere:  # The bundle of each rank.
+        defaults[BUNDLES] = ",".join(str(place) for place, part in enumerate(demand.parts) for _ in range(part.ranks))
     variables = {name: value for name, value in defaults.items() if name not in own}
     if config.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""

@@ -11,8 +11,8 @@ from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.engine_facts import NO_FACTS
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
-from serve_app.planning.fit import ModelRequest
-from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve
+from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve, resolve_on_cpu
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room
 from serve_app.terminal import notify
 
@@ -21,8 +21,14 @@ RequestOf = Callable[[ModelConfig, Inventory], ModelRequest]
 
 
 def needs_devices(config: ModelConfig) -> bool:
-    """Returns whether the model's place depends on the sizes of GPUs."""
-    return config.device != "cpu" or config.infer_backend == "auto"
+    """Returns whether the model is planned before it starts: its place depends on the sizes of GPUs, or vLLM splits it
+    over ranks on the CPU, which vLLM may refuse."""
+    return config.device != "cpu" or config.infer_backend == "auto" or _is_split_on_cpu(config)
+
+
+def _is_split_on_cpu(config: ModelConfig) -> bool:
+    is_split = config.ranks > 1 or config.pipeline_layers is not None
+    return config.device == "cpu" and config.infer_backend == "vllm" and is_split
 
 
 def requests_of(configs: Sequence[ModelConfig], inventory: Inventory) -> RequestOf:
@@ -102,14 +108,15 @@ def _planned(
         return None
     if request.unplanned and not is_auto:
         return None
-    return resolve(request, inventory, unclaimed)
+    return resolve_on_cpu(request, inventory) if _is_split_on_cpu(config) else resolve(request, inventory, unclaimed)
 
 
 def _needs_plan(config: ModelConfig, inventory: Inventory | None) -> bool:
-    """Returns whether the model's place is planned: it depends on GPUs, and these are known."""
+    """Returns whether the model is planned: its place depends on GPUs, and these are known, or it is split on the
+    CPU."""
     if inventory is None or not needs_devices(config):
         return False
-    return bool(inventory.gpus) or config.infer_backend == "auto"
+    return bool(inventory.gpus) or config.infer_backend == "auto" or _is_split_on_cpu(config)
 
 
 def _request(config: ModelConfig, inventory: Inventory) -> ModelRequest:

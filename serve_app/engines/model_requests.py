@@ -16,7 +16,7 @@ from serve_app.facts.known_facts import Answer, Question, known_answer
 from serve_app.facts.model_code import code_digest
 from serve_app.facts.packages import facts_version
 from serve_app.facts.weights import CANNOT_BUILD, Tensor, tensors_without_weights
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 
 # vLLM is asked about these tensor parallel sizes at once. Another size of a config is a question of its own, in the
 # same process, so that the answer for these sizes is found among those that are kept or shipped.

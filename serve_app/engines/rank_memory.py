@@ -13,7 +13,8 @@ class RankMemory:
     `weights` and `kv_cache` are tensors that exist now, and `most_kv_cache` is the most that the cache may have taken
     so far. `held` is all that the process holds. On a GPU it comes from NVML, and is None if the driver does not report
     it. On the CPU it is resident memory beyond that of the loaded libraries. `peak` is the most that `held` was, as far
-    as torch's allocator knows. `context` is held outside that allocator.
+    as torch's allocator knows. `context` is held outside that allocator. `node` is the address of the rank's node, or
+    empty if it is the replica's.
     """
 
     device: str
@@ -24,6 +25,7 @@ class RankMemory:
     held: int | None
     peak: int | None
     context: int | None
+    node: str = ""
 
     @property
     def rest(self) -> int | None:

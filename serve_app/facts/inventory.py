@@ -56,6 +56,11 @@ class Device:
         return self.index is not None
 
 
+def node_of(device_id: str) -> str:
+    """Returns the node's name in a device's `id`."""
+    return device_id.rpartition(":")[0]
+
+
 @dataclass(frozen=True)
 class Inventory:
     """All devices, with GPUs in the order of their nodes and numbers, and what engines were measured to take on them.
@@ -219,18 +224,11 @@ def ray_inventory() -> Inventory:
 
     A node that advertises its memory by index has as much of each GPU as it says, and no more is free than NVML sees.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
     nodes = _living_nodes()
-    tasks = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(name)
-        for name, node in nodes.items()
-    ]
     devices: list[Device] = []
     calibrations: Calibrations = {}
-    for (name, node), seen in zip(nodes.items(), ray.get(tasks, timeout=60), strict=True):
+    every = seen_on_nodes({name: node["NodeID"] for name, node in nodes.items()})
+    for (name, node), seen in zip(nodes.items(), every, strict=True):
         calibrations = joined(calibrations, seen.calibrations)
         by_index = node_from_resources(name, node["Resources"]).vram_gib
         if by_index:
@@ -241,6 +239,21 @@ def ray_inventory() -> Inventory:
             count = node["Resources"].get("GPU", 0.0)  # Fewer than NVML sees where Ray was started so.
             devices += [device for device in seen.devices if device.index is None or device.index < count]
     return Inventory(tuple(devices), calibrations, engine_versions())
+
+
+def seen_on_nodes(nodes: Mapping[str, str]) -> list[Inventory]:
+    """Returns the devices that each of these nodes sees, which a task asks. `nodes` has Ray's id of each by the name
+    that its devices get. Raises RayError if a node does not answer."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
+    tasks = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(name)
+        for name, node in nodes.items()
+    ]
+    seen: list[Inventory] = ray.get(tasks, timeout=60)
+    return seen
 
 
 def unclaimed(inventory: Inventory) -> Inventory:

@@ -3,12 +3,20 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve_app.config import ModelConfig
+from serve_app.config import ONLY_PT, PT_QUANTIZATIONS, ModelConfig
 from serve_app.facts.inventory import Inventory
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 
+# With one of these fields alone, `auto` means pt. vLLM keeps to `max_memory` too, so there the plan decides.
+DECIDE_FOR_PT = (*(name for name in ONLY_PT if name != "max_memory"), "step_timeout_s")
 # `auto` tries stages on at most so many cards.
 MOST_STAGED_CARDS = 8
+
+
+def fields_for_pt(config: ModelConfig) -> list[str]:
+    """Returns the fields that are set and that decide for pt with `auto`."""
+    own = ["quantization"] if config.quantization in PT_QUANTIZATIONS else []
+    return own + [name for name in DECIDE_FOR_PT if getattr(config, name) is not None]
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
         yield Choice(config, (f"infer_backend: {config.infer_backend} is set",))
         return
     needs_vllm = next(iter(config.only_vllm), None)
-    needs_pt = next(iter(config.only_pt), None)
+    needs_pt = next(iter(fields_for_pt(config)), None)
     if config.device == "cpu" and needs_vllm:
         vllm = config.model_copy(update={"infer_backend": "vllm"})
         yield Choice(vllm, (f"{needs_vllm} is set, which only vllm honours",))
@@ -36,6 +44,9 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
         return
     if needs_pt and not needs_vllm:
         yield _pt(config, f"{needs_pt} is set, which pt honours")
+        return
+    if config.max_memory is not None and not needs_vllm:
+        yield from _within_limits(request, inventory)
         return
     if not request.is_planned_for_vllm and not needs_vllm:
         reason = f"the plan has no formulas for {request.architecture.name} in vLLM"
@@ -63,8 +74,29 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
         )
 
 
+def _within_limits(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
+    """Yields vLLM on the GPUs that `max_memory` names, with a stage on each, if it can keep to the limits, and then
+    pt."""
+    config = request.config
+    if tiers := sorted(config.spill_tiers):
+        yield _pt(config, f"max_memory names {' and '.join(tiers)}, where only pt keeps layers")
+        return
+    if not request.is_planned_for_vllm:
+        yield _pt(config, f"the plan has no formulas for {request.architecture.name} in vLLM")
+        return
+    if config.stages > 1:
+        yield from (_staged(config, size, stages) for size, stages in _pipelines(request, inventory))
+    else:
+        reason = "vLLM is the faster engine, and the GPU that max_memory names can hold the model within its limit"
+        yield Choice(config.model_copy(update={"infer_backend": "vllm", "tensor_parallel_size": 1}), (reason,))
+    yield _pt(config, "max_memory is set, and vLLM cannot hold the model within its limits")
+
+
 def _staged(config: ModelConfig, size: int, stages: int) -> Choice:
     sizes = {"tensor_parallel_size": size, "pipeline_parallel_size": stages}
+    if config.max_memory is not None and config.pipeline_parallel_size is None and config.pipeline_layers is None:
+        reason = f"vLLM is the faster engine, and {stages} stages on the GPUs that max_memory names keep to its limits"
+        return Choice(config.model_copy(update={"infer_backend": "vllm", **sizes}), (reason,))
     if config.stages > 1:
         reason = f"its fields ask for {stages} stages, which only vllm has"
         return Choice(config.model_copy(update={"infer_backend": "vllm", **sizes}), (reason,))
@@ -102,7 +134,9 @@ def _pipelines(request: ModelRequest, inventory: Inventory) -> Iterator[tuple[in
     if config.stages > 1:
         yield config.tensor_parallel_size or 1, config.stages
         return
-    if config.gpu_ids is not None or config.share is not None or request.tensor_parallel_problem(1):
+    if config.gpu_ids is not None or config.share is not None or not request.is_planned_for_vllm:
+        return
+    if request.tensor_parallel_problem(1):
         return
     if not request.is_planned_for_vllm or request.rank_facts(1).no_stages:
         return

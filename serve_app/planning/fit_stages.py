@@ -6,37 +6,38 @@ what is free, less its reserve, or its limit, less activations, CUDA graphs and 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise, permutations
 
 from serve_app.facts.card_bandwidth import card_bandwidth
 from serve_app.facts.engine_facts import RankFacts
-from serve_app.facts.inventory import Device
+from serve_app.facts.inventory import Device, node_of
 from serve_app.planning import memory
-from serve_app.planning.fit import (
-    VLLM_CPU_KV_BYTES,
-    ModelRequest,
-    Seats,
-    Shortage,
-    available,
-    bounds_of,
-    gib,
-    held_text,
-    rows_problem,
-    small_cache,
-)
 from serve_app.planning.fit_vllm import (
     NO_CACHE_BYTES,
+    VLLM_CPU_KV_BYTES,
     beside_layers,
     graphs,
     most_without_context,
     utilization_problem,
 )
 from serve_app.planning.memory import ZERO, Certainty, Figure
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.pipeline.card_groups import Card, group_of, groups_of
 from serve_app.planning.pipeline.solver import NO_ROOM, count, solve
 from serve_app.planning.pipeline.span import blocks_per_request
 from serve_app.planning.pipeline.stage import Demand, NoPipeline, Pipeline, Rooms, StageCards, even_split
 from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.shortage import (
+    Seats,
+    Shortage,
+    available,
+    bounds_of,
+    held_text,
+    rows_problem,
+    small_cache,
+    way_of,
+)
+from serve_app.planning.sizes import gib
 
 # Where `pipeline_layers` is set and the cards have no names, so many orders of unequal cards are counted.
 MOST_ORDERS = 120
@@ -69,19 +70,30 @@ def fit_stages(
     if isinstance(found, Shortage):
         return found
     if isinstance(found, NoPipeline):
-        text = found.reason[:1].upper() + found.reason[1:]
-        lacks_room = bool(found.short) or found.reason == NO_ROOM
-        bounds = bounds_of(request, seats, limits) if lacks_room else ""
-        code, more = "over_commit" if lacks_room else "no_stages", found.missing_bytes
+        more = found.missing_bytes
 
-        def attempt() -> ModelPlan | None:
+        def nearest() -> ModelPlan | None:
             roomy = [replace(card, rooms=card.rooms.with_more(more)) for card in cards]
             solved = _solved(request, facts, roomy, demand)
-            return _plan(request, solved, seats, beside, rows, reasons) if isinstance(solved, Pipeline) else None
+            if not isinstance(solved, Pipeline):
+                return None
+            return _plan(request, solved, seats, beside, _least_blocks(request, facts, solved, demand), rows, reasons)
 
-        return Shortage(code, f"{text}.{bounds}", more, attempt if more else None)
+        return replace(_without_stages(request, seats, limits, found), nearest=nearest if more else None)
     held = _with_cache(request, facts, found, demand, seats[0][0].is_gpu)
-    return held if isinstance(held, Shortage) else _plan(request, held, seats, beside, rows, reasons)
+    if isinstance(held, Shortage):
+        return held
+    return _plan(request, held, seats, beside, _least_blocks(request, facts, held, demand), rows, reasons)
+
+
+def _without_stages(request: ModelRequest, seats: Seats, limits: Sequence[int], found: NoPipeline) -> Shortage:
+    """Returns why there is no pipeline: the cards lack room, or the model has no such stages on any card."""
+    if found.short or found.reason == NO_ROOM:
+        text = f"{way_of(request.config)}: {found.reason}"
+        return Shortage("over_commit", f"{text}.{bounds_of(request, seats, limits)}", found.missing_bytes)
+    layers = request.config.pipeline_layers
+    field = f"pipeline_parallel_size: {request.config.stages}" if layers is None else f"pipeline_layers: {list(layers)}"
+    return Shortage("no_stages", f"{field}: {found.reason}.", found.missing_bytes)
 
 
 def _beside(request: ModelRequest, device: Device, batch: tuple[int, int]) -> Beside:
@@ -124,6 +136,8 @@ def _solved(
     """Returns the stages on these cards. Cards that are named with `pipeline_layers` are stages in that order, and
     otherwise the order is free, because the replica decides in which order vLLM sees its cards."""
     config, tp = request.config, _tp(request)
+    if config.nodes > 1:
+        return _over_nodes(request, facts, cards, demand)
     named, layers = config.named_gpus, config.pipeline_layers
     is_fixed = config.device == "cpu" or bool(named and layers)
     # Cards come in the order of their numbers, and the config may name them in another one.
@@ -136,6 +150,28 @@ def _solved(
         return solve(facts, groups, demand, may_reorder=not is_fixed, needs_figures=not request.is_trial)
     orders = [groups] if is_fixed else islice(_orders(groups), MOST_ORDERS)
     return _best(count(facts, order, layers, demand) for order in orders)
+
+
+def _over_nodes(
+    request: ModelRequest, facts: RankFacts, cards: Sequence[Card], demand: Demand
+) -> Pipeline | NoPipeline | Shortage:
+    """Returns the stages on the cards of several nodes, which come node by node. A node's stages stay together, so that
+    each link between nodes is used once for a token, and the nodes may be in any order, but not hosts, which are
+    alike."""
+    layers = request.config.pipeline_layers
+    groups = _consecutive(cards, _tp(request))
+    if groups is None:
+        return _unequal(cards, _tp(request))
+    by_node: dict[str, list[StageCards]] = {}
+    for group in groups:
+        by_node.setdefault(node_of(group.ids[0]), []).append(group)
+    nodes = tuple(map(tuple, by_node.values()))
+    orders = permutations(nodes) if request.config.device != "cpu" else (nodes,)
+    tried = dict.fromkeys(tuple(group for node in order for group in node) for order in islice(orders, MOST_ORDERS))
+    return _best(
+        solve(facts, order, demand, may_reorder=False) if layers is None else count(facts, order, layers, demand)
+        for order in tried
+    )
 
 
 def _consecutive(cards: Sequence[Card], size: int) -> tuple[StageCards, ...] | None:
@@ -166,7 +202,7 @@ def _best(found: Iterable[Pipeline | NoPipeline]) -> Pipeline | NoPipeline:
     every = list(found)
     pipelines = [each for each in every if isinstance(each, Pipeline)]
     if pipelines:
-        return max(pipelines, key=lambda each: each.blocks)
+        return max(pipelines, key=lambda each: (each.blocks, -max(stage.read_ps for stage in each.stages)))
     return min((each for each in every if isinstance(each, NoPipeline)), key=lambda each: each.missing_bytes)
 
 
@@ -192,11 +228,7 @@ def _with_cache(
         return found
     size = given if on_gpu or given is not None else VLLM_CPU_KV_BYTES
     blocks = found.blocks if size is None else size // widest
-    least, wanted = found.blocks_per_request, request.at_once
-    if wanted is not None:
-        one = blocks_per_request(facts, len(found.stages), replace(demand, max_model_len=wanted.tokens))
-        least = max(least, wanted.requests * one)
-    least += 1  # vLLM keeps one block empty.
+    least = _least_blocks(request, facts, found, demand)
     if given is not None and blocks < least:
         return small_cache(request, least * widest)
     short = max(blocks, least) * widest
@@ -204,14 +236,25 @@ def _with_cache(
     worst = min(stages, key=lambda stage: stage.spare)
     if worst.spare < 0 or blocks < least:
         lacks = max(-worst.spare, (least - blocks) * widest)
+        room = gib(worst.room - worst.weights - worst.buffers)
         return Shortage(
             "over_commit",
-            f"It needs {gib(short)} of KV cache on its widest stage for {held_text(request)}, and "
-            f"{', '.join(worst.cards.ids)} has room for {gib(worst.room - worst.weights - worst.buffers)} beside the "
-            f"weights of its stage, which is {gib(lacks)} too little.",
+            f"{way_of(request.config)} needs {gib(short)} of KV cache on its widest stage for {held_text(request)}, "
+            f"and {', '.join(worst.cards.ids)} has room for {room} beside the weights of its stage, which is "
+            f"{gib(lacks)} too little.",
             lacks,
         )
     return replace(found, stages=stages, blocks=blocks)
+
+
+def _least_blocks(request: ModelRequest, facts: RankFacts, found: Pipeline, demand: Demand) -> int:
+    """Returns the blocks that every stage needs: for one request of full length or for what is asked for at once, and
+    the one that vLLM keeps empty. It is 0 for a model without a cache."""
+    least, wanted = found.blocks_per_request, request.at_once
+    if wanted is not None:
+        one = blocks_per_request(facts, len(found.stages), replace(demand, max_model_len=wanted.tokens))
+        least = max(least, wanted.requests * one)
+    return least + 1 if least else 0
 
 
 def _plan(
@@ -219,6 +262,7 @@ def _plan(
     found: Pipeline,
     seats: Seats,
     beside: Mapping[str, Beside],
+    blocks: int,
     rows: int,
     reasons: Sequence[str],
 ) -> ModelPlan:
@@ -236,9 +280,10 @@ def _plan(
             seat = (number * tp, len(stages) * tp)
             weights = Figure(stage.weights, certainty)
             ranks.append(RankPlan(device, weights, cache, activation, graph, context, layers, seat))
-    full = found.full_length_requests
+    full, wanted = found.full_length_requests, request.at_once
+    why = (*reasons, _why(request, found), *_links(request, found))
     return ModelPlan(
-        request.name, request.config, request.architecture, 0, "vllm", (*reasons, _why(request, found)), tp,
+        request.name, request.config, request.architecture, 0, "vllm", why, tp,
         request.max_model_len,
         kv_bytes_per_request=found.blocks_per_request * widest,
         kv_tokens=found.kv_tokens,
@@ -246,6 +291,8 @@ def _plan(
         ranks=tuple(ranks),
         kv_block_bytes=widest if request.knows_blocks else 0,
         pipeline_layers=found.partition,
+        kv_bytes_needed=blocks * widest,
+        asked_for="" if wanted is None else wanted.text,
     )  # fmt: skip
 
 
@@ -256,3 +303,13 @@ def _why(request: ModelRequest, found: Pipeline) -> str:
     even = even_split(sum(found.partition), len(found.partition))
     beside = "" if even == found.partition else f", and vLLM's own split is {' + '.join(map(str, even))}"
     return f"no other split than {layers} layers holds more KV cache on these cards{beside}"
+
+
+def _links(request: ModelRequest, found: Pipeline) -> list[str]:
+    """Returns what goes from node to node, which are the hidden states of each token, and most models' residual too."""
+    places = [node_of(stage.cards.ids[0]) for stage in found.stages]
+    ways = [f"{one} to {other}" for one, other in pairwise(places) if one != other]
+    if not ways:
+        return []
+    size = request.architecture.hidden_size * request.element_bytes
+    return [f"up to {2 * size / 1024:g} KiB for each token go over the network from {' and from '.join(ways)}"]

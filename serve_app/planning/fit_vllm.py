@@ -11,23 +11,16 @@ from functools import partial
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
-from serve_app.planning.fit import (
-    VLLM_CPU_KV_BYTES,
-    ModelRequest,
-    Seats,
-    Shortage,
-    available,
-    bounds_of,
-    gib,
-    rows_problem,
-    shortage,
-    small_cache,
-)
 from serve_app.planning.memory import Figure
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.shortage import Seats, Shortage, available, bounds_of, rows_problem, shortage, small_cache
+from serve_app.planning.sizes import gib
 from serve_app.planning.terms import VLLM_CPU_ACTIVATION_FACTOR
 
 NO_CACHE_BYTES = 2**20
+# vLLM's CPU build gets this if the config does not say. The engine takes its default from here.
+VLLM_CPU_KV_BYTES = memory.GIB
 
 
 def fit_vllm(
@@ -62,13 +55,14 @@ def fit_vllm(
     needed = max(least, request.config.kv_cache_memory_bytes or 0)
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return small_cache(request, least)
-    planned = partial(_plan, request, seats, (weights, activation, graph, context), (per_request, spare), rows, reasons)
+    sizes = (per_request, spare, least if per_request else 0)
+    planned = partial(_plan, request, seats, (weights, activation, graph, context), sizes, rows, reasons)
     if cache < least or cache > room:
         short = shortage(
             request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
-            bounds_of(request, [(device, free)], [limit]),
+            bounds_of(request, [(device, free)], [limit]), [each for each, _ in seats],
         )  # fmt: skip
-        return replace(short, attempt=partial(planned, needed))
+        return replace(short, nearest=partial(planned, needed))
     return planned(cache)
 
 
@@ -76,16 +70,17 @@ def _plan(
     request: ModelRequest,
     seats: Seats,
     figures: tuple[Figure, Figure, Figure, Figure],
-    cache_sizes: tuple[int, int],
+    cache_sizes: tuple[int, int, int],
     rows: int,
     reasons: Sequence[str],
     cache: int,
 ) -> ModelPlan:
     """Returns the plan of equal ranks with `cache` bytes of KV cache each. `figures` are weights, activations, graphs
-    and context of a rank, and `cache_sizes` are the bytes of a request and those that vLLM keeps empty."""
+    and context of a rank, and `cache_sizes` are the bytes of a request, those that vLLM keeps empty, and the least that
+    is needed."""
     weights, activation, graph, context = figures
-    per_request, spare = cache_sizes
-    tp, length = len(seats), request.max_model_len
+    per_request, spare, least = cache_sizes
+    tp, length, wanted = len(seats), request.max_model_len, request.at_once
     ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in seats)
     full = (cache - spare) // per_request if per_request else rows
     return ModelPlan(
@@ -95,6 +90,8 @@ def _plan(
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
         kv_block_bytes=spare if request.knows_blocks else 0,
+        kv_bytes_needed=least,
+        asked_for="" if wanted is None else wanted.text,
     )  # fmt: skip
 
 
@@ -109,7 +106,9 @@ def beside_layers(
         architecture, tp, element, rows, batched, copies, is_first=place == 0, is_last=place == stages - 1
     )
     activation += request.buffers(tp) + memory.vllm_encoder(architecture, element, batched)
-    return activation, memory.context("cuda", tp * stages) if device.is_gpu else memory.vllm_cpu_context()
+    if device.is_gpu:
+        return activation, memory.context("cuda", tp * stages)
+    return activation, memory.vllm_cpu_context(tp, stages, request.config.rank_threads)
 
 
 def graphs(request: ModelRequest, device: Device, layers: int) -> Figure:

@@ -231,9 +231,9 @@ def context(device: str, tp: int = 1) -> Figure:
     return ZERO if device == "cpu" else guessed(terms.cuda_context(tp))
 
 
-def vllm_cpu_context() -> Figure:
-    """Returns what vLLM takes on the CPU beyond an empty engine."""
-    return guessed(terms.vllm_cpu_context())
+def vllm_cpu_context(tp: int, stages: int, threads: int) -> Figure:
+    """Returns what a rank of vLLM takes on the CPU beyond its libraries, with what it shares with other ranks."""
+    return guessed(terms.vllm_cpu_context(tp, stages, threads))
 
 
 def calibrated(

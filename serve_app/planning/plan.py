@@ -8,6 +8,10 @@ from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device
 from serve_app.planning.memory import ZERO, Figure
+from serve_app.planning.pt_kv_buffers import full_length_requests
+
+# vLLM reads the layers of each stage of its pipeline in this environment variable, and has no argument for them.
+STAGES = "VLLM_PP_LAYER_PARTITION"
 
 TERMS = ("weights", "kv_cache", "activation", "graph", "context")
 
@@ -70,6 +74,11 @@ class ModelPlan:
     spilled: Mapping[str, int] = field(default_factory=dict)
     kv_block_bytes: int = 0
     pipeline_layers: tuple[int, ...] = ()
+    # What the KV cache must hold, in bytes on each rank of vLLM, or on all devices of pt together: a request of full
+    # length, or what is asked for at once, and the block that vLLM keeps empty.
+    kv_bytes_needed: int = 0
+    # The requests that are asked for at once (`--for`), in words, or an empty text.
+    asked_for: str = ""
     # This says whether vLLM is known to make blocks of that size on these cards.
     knows_blocks: bool = True
 
@@ -77,6 +86,23 @@ class ModelPlan:
     def pipeline_parallel_size(self) -> int:
         """Returns the number of stages, which is 1 without a pipeline."""
         return max(1, len(self.pipeline_layers))
+
+    @property
+    def full_length_tokens(self) -> int:
+        """Returns the tokens that the KV cache holds in whole requests of `max_model_len`, of which `max_num_seqs` may
+        let fewer run at once. It is 0 without a KV cache. `kv_tokens` counts the parts that are left too, and for pt
+        the padding of its buffers."""
+        held = self.kv_tokens // self.max_model_len
+        if self.backend == "pt":
+            held = full_length_requests(self.kv_tokens, self.max_model_len)
+        return held * self.max_model_len
+
+    @property
+    def spare_kv_bytes(self) -> int:
+        """Returns the bytes of KV cache beyond what it must hold (`kv_bytes_needed`): on the tightest rank of vLLM, and
+        on all devices of pt together."""
+        caches = [rank.kv_cache.bytes for rank in self.ranks]
+        return max(0, (min(caches) if self.backend == "vllm" else sum(caches)) - self.kv_bytes_needed)
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""
@@ -98,8 +124,47 @@ _MODEL_FIELDS = (
     "max_model_len",
     "kv_bytes_per_request",
     "kv_tokens",
+    "full_length_tokens",
+    "spare_kv_bytes",
     "max_full_length_requests",
 )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """This is the way to run a model that came nearest: the backend, and over how many GPUs. `gpus` are those of pt,
+    and 0 on the CPU."""
+
+    infer_backend: str
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    gpus: float = 1
+
+    @property
+    def text(self) -> str:
+        """Returns it as a part of a sentence: "vllm with tensor_parallel_size 8"."""
+        if not self.gpus:
+            return f"{self.infer_backend} on the CPU"
+        fields = {name: getattr(self, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+        sizes = " and ".join(f"{name} {size}" for name, size in fields.items() if size > 1)
+        many = f" on {self.gpus:g} GPUs" if self.gpus > 1 and not sizes else ""
+        return f"{self.infer_backend}{f' with {sizes}' if sizes else many}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as `serve-app plan --json` prints it."""
+        sizes = {name: getattr(self, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+        return {"infer_backend": self.infer_backend} | (sizes if self.infer_backend == "vllm" else {"gpus": self.gpus})
+
+
+def attempt_of(config: ModelConfig) -> Attempt | None:
+    """Returns the way to run a model that a config describes, or None for `auto`, which stands for several."""
+    if config.infer_backend == "auto":
+        return None
+    on_cpu = config.device == "cpu"
+    if config.infer_backend == "vllm":
+        return Attempt("vllm", config.tensor_parallel_size or 1, config.stages, 0 if on_cpu else config.ranks)
+    gpus = 0 if on_cpu else max(config.num_gpus or 1, len(config.gpu_indices))
+    return Attempt(config.infer_backend, gpus=gpus)
 
 
 @dataclass(frozen=True)
@@ -107,7 +172,7 @@ class Change:
     """This is one line of a model's `args` with its new value, or with None a line to leave out.
 
     `num_replicas` is under `deployments`, and `gpus` is no line but a card: `{"size": "16GiB", "node": "n1"}` is one
-    more, and `{"size": "24GiB", "instead_of": "n1:0"}` replaces one.
+    more, `{"size": "24GiB", "instead_of": "n1:0"}` replaces one, and `{"size": "80GiB", "count": 8}` is one more node.
     """
 
     field: str
@@ -118,6 +183,8 @@ class Change:
         """Returns the line to write, or what to do if it is not a line."""
         if self.field == "gpus":
             card = f"{self.value['size'].removesuffix('GiB')} GiB card"
+            if "count" in self.value:
+                return f"one more node with {self.value['count']} cards of {card.removesuffix(' card')}"
             if "node" in self.value:
                 return f"one more {card} on {self.value['node']}"
             return f"a {card} instead of {self.value['instead_of']}"
@@ -154,7 +221,7 @@ class Fix:
     @property
     def effect(self) -> str:
         """Returns what is lost and gained, as text for one line."""
-        if self.changes[0].field == "gpus":
+        if self.changes[0].field == "gpus" and not self.loses:  # It costs money.
             return f"gains: {self.gains}"
         return f"loses {self.loses or 'nothing'}; gains: {self.gains}"
 
@@ -181,15 +248,16 @@ def _yaml(value: Any) -> str:
 
 
 # It makes the plan of a replica that does not fit, for whoever asks for its figures.
-Attempt = Callable[[], ModelPlan | None]
+NearestPlan = Callable[[], ModelPlan | None]
 
 
 @dataclass(frozen=True)
 class Problem:
     """This is the reason why a model cannot be placed, and what would help, the cheapest for the user first.
 
-    `missing_bytes` are on the devices that came nearest. `attempt` returns the plan that would be made if they had that
-    much more, and is None where no figures were made.
+    `missing_bytes` are on the devices that came nearest, and `attempt` is the way that did. `nearest` returns the plan
+    that would be made if they had that much more, and is None where no figures were made. Of `replicas`, `placed` have
+    a place without this one.
     """
 
     code: str
@@ -197,12 +265,22 @@ class Problem:
     message: str
     missing_bytes: int = 0
     fixes: tuple[Fix, ...] = ()
-    attempt: Attempt | None = field(default=None, compare=False, repr=False)
+    attempt: Attempt | None = None
+    replicas: int = 1
+    placed: int = 0
+    nearest: NearestPlan | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_of_split(self) -> bool:
+        """Returns whether vLLM cannot split the model over ranks in this way, whatever memory there is."""
+        return self.code in ("no_stages", "tensor_parallel")
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it. `fix` is the first of the fixes."""
         plain = {name: getattr(self, name) for name in ("code", "model", "message", "missing_bytes")}
         fixes = [fix.to_json() for fix in self.fixes]
+        plain |= {"replicas": self.replicas, "placed": self.placed}
+        plain["attempt"] = None if self.attempt is None else self.attempt.to_json()
         return {**plain, "fix": fixes[0] if fixes else None, "fixes": fixes}
 
 

@@ -4,6 +4,7 @@ It has three laws. No device is planned beyond what is free now less its reserve
 shared by pt replicas that say so. The same input gives the same plan.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -12,20 +13,24 @@ from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.cards import card_problem, knows_kernels, on_cards
-from serve_app.planning.fit import ModelRequest, Seats, Shortage, available, fit_pt, gib
+from serve_app.planning.fit_pt import fit_pt
 from serve_app.planning.fit_stages import fit_stages
 from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
+from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.node_seats import host_seats, node_seats
 from serve_app.planning.pipeline.card_groups import counts_of_kinds
-from serve_app.planning.plan import ModelPlan, Plan, Problem
+from serve_app.planning.plan import ModelPlan, Plan, Problem, attempt_of
 from serve_app.planning.resource_demand import native_share
+from serve_app.planning.shortage import Seats, Shortage, available
+from serve_app.planning.sizes import gib
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
 # A placement of pt maps its layers about twenty times, so for so many layers it counts as so many of vLLM's.
 PT_PLACEMENTS, PT_LAYERS = 10, 64
-# To solve a pipeline of so many layers costs as much as one placement of one rank.
-STAGED_LAYERS = 8
+# To solve a pipeline of 64 layers costs as much as so many placements of one rank. The work grows with the square.
+STAGED_PLACEMENTS, STAGED_LAYERS = 8, 64
 # Of the ways to choose cards of different kinds for the stages of a pipeline, so many are tried on each node.
 MOST_CHOICES = 16
 # To look through so many devices for places costs as much as one placement.
@@ -36,7 +41,7 @@ RUN_ON_CPU = "to run it on the CPU."
 # These fields do not go with `device: cpu`.
 ONLY_GPU = (
     "max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type",
-    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers",
+    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes",
 )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ class State:
             for device in devices:
                 shares[device.id] = shares.get(device.id, 0.0) + share
         whole = {device.id for device in devices if device.is_gpu} if share is None else set()
-        nodes = self.homes.get(plan.name, Home()).nodes | {devices[0].node}
+        nodes = self.homes.get(plan.name, Home()).nodes | {device.node for device in devices}
         indices = tuple(device.index for device in devices if device.index is not None)
         return State(used, self.whole | whole, shares, {**self.homes, plan.name: Home(indices, nodes)})
 
@@ -113,17 +118,36 @@ def make_plan(requests: Sequence[ModelRequest], inventory: Inventory, tries: int
     placed = _search(units, inventory, tries, tally)
     if placed is not None:
         return _plan(placed, [], inventory, tally)
-    models, problems, state = [], [], State()
+    models, failed, state = [], [], State()
     for unit in units:
         found, shortage = _first(unit, inventory, state, tally)
         if found is None:
             assert shortage is not None
-            missing, attempt = shortage.missing, shortage.attempt
-            problems.append(Problem(shortage.code, unit.name, shortage.message, missing, attempt=attempt))
+            failed.append((unit.name, shortage))
         else:
             models.append(found.plan)
             state = found.state
+    fitting, asked = Counter(model.name for model in models), Counter(unit.name for unit in units)
+    problems = [_problem(shortage, name, fitting[name], asked[name]) for name, shortage in failed]
     return _plan(models, problems, inventory, tally)
+
+
+def _problem(shortage: Shortage, name: str, placed: int, replicas: int) -> Problem:
+    """Returns the problem of a replica, of which so many others of the same model have a place."""
+    message = shortage.message
+    if replicas > 1:
+        some = f"{placed} of {replicas} replicas {'has' if placed == 1 else 'have'} a place, and the next one has none"
+        message = f"{some if placed else f'None of {replicas} replicas has a place'}: {message}"
+    return Problem(
+        shortage.code,
+        name,
+        message,
+        shortage.missing,
+        attempt=shortage.attempt,
+        replicas=replicas,
+        placed=placed,
+        nearest=shortage.nearest,
+    )
 
 
 def _units(requests: Sequence[ModelRequest], inventory: Inventory) -> list[ModelRequest]:
@@ -232,7 +256,7 @@ def _first(
             return item, None
         if best is None or _distance(item) < _distance(best):
             best = item
-    return None, best or Shortage("no_device", _no_device(unit, inventory), 0)
+    return None, best or Shortage("no_device", _no_device(unit, inventory), 0, attempt_of(unit.config))
 
 
 def _distance(shortage: Shortage) -> tuple[bool, int]:
@@ -248,17 +272,15 @@ def _ways(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) 
 def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tally) -> Iterator[Placed | Shortage]:
     """Yields all ways to place a unit, the best first, and the reasons why the others fail."""
     is_auto = unit.config.infer_backend == "auto"
+    refused: Shortage | None = None  # This is how near vLLM came, which is a reason for pt.
     looks = 1 + len(inventory.devices) // DEVICES_PER_PLACEMENT
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
-        if request.missing_facts:
-            yield Shortage("facts_missing", request.missing_facts, 0)
-            continue
-        if request.unplanned:
-            yield Shortage("not_planned", request.unplanned, 0)
-            continue
-        if (problem := _tensor_parallel_problem(request) or _length_problem(request)) is not None:
-            yield problem
+        if refused is not None and choice.config.infer_backend == "pt":
+            choice = replace(choice, reasons=(*choice.reasons, _why_not_vllm(refused)))
+        attempt = attempt_of(choice.config)
+        if (problem := _problem_anywhere(request)) is not None:
+            yield replace(problem, attempt=attempt)
             continue
         found = [
             _attempt(request, choice, seats, inventory, state)
@@ -267,7 +289,27 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
         ]
         tally.placements += looks + len(found) * _cost(request)
         yield from sorted((item for item in found if isinstance(item, Placed)), key=lambda item: _leftover(item))
-        yield from (item for item in found if isinstance(item, Shortage))
+        shortages = [replace(item, attempt=attempt) for item in found if isinstance(item, Shortage)]
+        if choice.config.infer_backend == "vllm":
+            refused = min(filter(None, (refused, *shortages)), key=_distance, default=None)
+        yield from shortages
+
+
+def _problem_anywhere(request: ModelRequest) -> Shortage | None:
+    """Returns why a replica has a place on no device, whatever is free there, or None."""
+    if request.missing_facts:
+        return Shortage("facts_missing", request.missing_facts, 0)
+    if request.unplanned:
+        return Shortage("not_planned", request.unplanned, 0)
+    return _tensor_parallel_problem(request) or _length_problem(request)
+
+
+def _why_not_vllm(nearest: Shortage) -> str:
+    """Returns why `auto` does not take vLLM, by what came nearest."""
+    if nearest.code == "vllm_refuses":
+        return "vLLM does not take the model on these GPUs"
+    lacks = f"vLLM lacks at least {gib(nearest.missing)}" if nearest.missing > 0 else "vLLM has no place"
+    return f"{lacks} on the GPUs that it could have"
 
 
 def _cost(request: ModelRequest) -> int:
@@ -275,7 +317,7 @@ def _cost(request: ModelRequest) -> int:
     layers = len(request.architecture.layers)
     if request.config.infer_backend == "pt":
         return max(PT_PLACEMENTS, layers * PT_PLACEMENTS // PT_LAYERS)
-    return 1 if request.config.stages == 1 else 1 + layers // STAGED_LAYERS
+    return 1 if request.config.stages == 1 else 1 + STAGED_PLACEMENTS * layers**2 // STAGED_LAYERS**2
 
 
 def _leftover(placed: Placed) -> tuple[int, str]:
@@ -324,7 +366,8 @@ def _is_open(request: ModelRequest, seats: Seats, state: State) -> bool:
     """Returns whether `auto` may try vLLM on these GPUs. Stages are solved only where the weights alone would fit."""
     if request.config.stages > 1 and sum(available(*seat) for seat in seats) < request.weights:
         return False
-    return _is_unused(seats, state)
+    # Within limits it takes a part of a GPU that it may share, and otherwise all of it.
+    return request.config.max_memory is not None or _is_unused(seats, state)
 
 
 def _is_unused(seats: Seats, state: State) -> bool:
@@ -411,8 +454,15 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
     config = request.config
     if config.device == "cpu":
         ranks = config.ranks if config.infer_backend == "vllm" else 1
-        hosts = (device for device in inventory.devices if not device.is_gpu)
+        hosts = [device for device in inventory.devices if not device.is_gpu]
+        if config.nodes > 1:
+            yield from host_seats(config, [(host, state.free(host)) for host in hosts])
+            return
         yield from ([(device, state.free(device) // ranks)] * ranks for device in hosts)
+        return
+    if config.nodes > 1:
+        usable = {node: _unused(gpus, state) for node, gpus in _whole_nodes(request, inventory).items()}
+        yield from node_seats(config, usable)
         return
     seen = set()
     for gpus in inventory.node_gpus().values():
@@ -425,6 +475,16 @@ def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterato
         if signature not in seen:
             seen.add(signature)
             yield from _seats_on(request, gpus, inventory, state)
+
+
+def _whole_nodes(request: ModelRequest, inventory: Inventory) -> dict[str, list[Device]]:
+    """Returns the GPUs of the nodes of which Ray gives whole ones, by the nodes' names."""
+    nodes = inventory.node_gpus().items()
+    return {node: gpus for node, gpus in nodes if not gpus[0].by_index and _is_of_type(request, gpus)}
+
+
+def _unused(gpus: Sequence[Device], state: State) -> Seats:
+    return [(gpu, state.free(gpu)) for gpu in gpus if state.is_untouched(gpu)]
 
 
 def _is_of_type(request: ModelRequest, gpus: Sequence[Device]) -> bool:
@@ -493,6 +553,8 @@ def _staged(usable: Seats, size: int, stages: int) -> Iterator[Seats]:
 
 def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     config = unit.config
+    if config.nodes > 1 and (config.device == "cpu" or inventory.gpus):
+        return _too_few_nodes(unit, inventory)
     if config.device == "cpu":
         return "device: cpu needs host memory, but the inventory names none."
     if not inventory.gpus:
@@ -529,12 +591,41 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     return "every GPU is in use by a model that was placed before."
 
 
+def _too_few_nodes(unit: ModelRequest, inventory: Inventory) -> str:
+    """Returns why a replica cannot go over so many nodes."""
+    config = unit.config
+    if config.device == "cpu":
+        count = sum(not device.is_gpu for device in inventory.devices)
+        return f"nnodes: {config.nnodes} nodes are needed, and the inventory has the memory of {count}."
+    if any(gpus[0].by_index for gpus in inventory.node_gpus().values()):
+        return (
+            "nnodes: a replica over several nodes takes whole GPUs, and a node counts its memory by index here. Start "
+            "its Ray without vram_mib resources."
+        )
+    size, stages = config.tensor_parallel_size or 1, config.stages
+    cards = f"{stages} stages of {size} GPU{'' if size == 1 else 's'} each"
+    found = {node: _unused(gpus, State()) for node, gpus in _whole_nodes(unit, inventory).items()}
+    kinds = {node: {(gpu.name, gpu.total_bytes) for gpu, _ in gpus} for node, gpus in found.items()}
+    mixed = [node for node, names in kinds.items() if len(names) > 1]
+    also = (
+        f" {', '.join(mixed)} {'has' if len(mixed) == 1 else 'have'} GPUs of several kinds, of which Ray gives any, so "
+        "no stage is planned there."
+        if mixed
+        else ""
+    )
+    counts = ", ".join(f"{node} has {len(gpus)}" for node, gpus in list(found.items())[:8])
+    return (
+        f"nnodes: {config.nnodes} nodes are needed that have {cards} together, with equal GPUs on each node that "
+        f"nothing else uses. Of GPUs, {counts or 'no node has any of that kind'}.{also}"
+    )
+
+
 def _too_many(config: ModelConfig, count: int, most: int, inventory: Inventory) -> str:
     """Returns why a replica cannot have so many GPUs, of which the largest node has `most`."""
     size, stages = config.tensor_parallel_size or 1, config.stages
     if stages > 1:
         field = "pipeline_parallel_size" if size == 1 else f"pipeline_parallel_size {stages} × tensor_parallel_size"
-        elsewhere = " All stages of a replica are on one node." if len(inventory.gpus) >= count else ""
+        elsewhere = " Set nnodes to have stages on several nodes." if len(inventory.gpus) >= count else ""
         return f"{field}: no node has {count} GPUs. The largest node has {most}.{elsewhere}"
     field = "tensor_parallel_size" if size > 1 else "num_gpus"
     return f"{field}: no node has {count} GPUs. The largest node has {most}."

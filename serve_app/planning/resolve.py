@@ -9,12 +9,12 @@ from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import MIB, vllm_batch, vllm_defaults
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Fix, ModelPlan, Plan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.resource_demand import Demand, planned_demand
+from serve_app.planning.resource_demand import Demand, demands_of, planned_demand
 
 # This is why limits on cards need a plan.
 UNPLANNED_LIMITS = (
@@ -51,6 +51,19 @@ def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | 
         beside = make_plan([replace(request, config=model.config)], unclaimed)
         model = beside.models[0] if beside.fits else model
     return Resolved(_with_gpus(model), planned_demand(model, empty), request.engine_facts)
+
+
+def resolve_on_cpu(request: ModelRequest, inventory: Inventory) -> Resolved:
+    """Returns the config of a model on the CPU as it is. Memory of a host is never quite free nor quite taken, so a
+    shortage of it refuses nothing here, and the replica tells of it.
+
+    Raises PlacementError if vLLM cannot split the model over ranks in this way.
+    """
+    plan = make_plan([request], as_empty(inventory))
+    if any(problem.is_of_split for problem in plan.problems):
+        raise PlacementError(problem_text(plan))
+    (demand,) = demands_of(request.config, [])
+    return Resolved(request.config, demand, request.engine_facts)
 
 
 def _with_gpus(model: ModelPlan) -> ModelConfig:

@@ -16,9 +16,13 @@ NCCL_BYTES = 256 * MIB
 # CUDA graphs of vLLM's default sizes have a private pool each, which is small for small models.
 GRAPH_BYTES_PER_LAYER = 10 * MIB
 GRAPH_BASE_BYTES = 256 * MIB
-# vLLM on the CPU takes this beyond an empty engine, as measured by `benchmarks.planned_memory`. Its layers are not
-# fused, so several copies of an activation exist at once, and its allocator keeps what requests have touched.
-VLLM_CPU_CONTEXT_BYTES = 64 * MIB
+# A rank of vLLM on the CPU takes this beyond its libraries, its tensors and its activations, as measured at full load
+# by `tests.cluster.served_ranks`. Its layers are not fused, so several copies of an activation exist at once, and its
+# allocator keeps what requests have touched.
+VLLM_CPU_CONTEXT_BYTES = 72 * MIB
+# On the CPU, the ranks of a group exchange tensors in shared memory, of which each has so much for each of its threads
+# and maps that of the others. Source: `PER_THREAD_SHM_BUFFER_BYTES` in csrc/cpu/shm.cpp of vLLM 0.32, and measured.
+VLLM_CPU_EXCHANGE_BYTES = 4 * MIB
 VLLM_CPU_ACTIVATION_FACTOR = 3
 
 # Most encoders for images merge two by two patches into one embedding.
@@ -86,9 +90,13 @@ def cuda_context(tp: int) -> list[Term]:
     return [*found, Term("NCCL's buffers", (("bytes", NCCL_BYTES),))] if tp > 1 else found
 
 
-def vllm_cpu_context() -> list[Term]:
-    """Returns what an engine of vLLM on the CPU takes beyond an empty one."""
-    return [Term("vLLM's engine on the CPU", (("bytes", VLLM_CPU_CONTEXT_BYTES),))]
+def vllm_cpu_context(tp: int, stages: int, threads: int) -> list[Term]:
+    """Returns what a rank of vLLM on the CPU takes beyond its libraries. It is in a group of `tp` ranks and in one of
+    `stages` ranks, and has `threads`."""
+    found = [Term("vLLM's engine on the CPU", (("bytes", VLLM_CPU_CONTEXT_BYTES),))]
+    members = sum(size for size in (tp, stages) if size > 1)
+    exchange = (("ranks of its groups", members), ("threads", threads), ("bytes", VLLM_CPU_EXCHANGE_BYTES))
+    return [*found, Term("shared memory in which ranks exchange tensors", exchange)] if members else found
 
 
 def rotary_tables(elements: int, element: int) -> Term:

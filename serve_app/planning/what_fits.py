@@ -9,7 +9,7 @@ from typing import Any
 
 from serve_app.facts.inventory import Inventory
 from serve_app.planning.backend import Choice, choices
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 
@@ -110,7 +110,7 @@ def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
         empty,
         max_model_len=found.max_model_len,
         requests=found.max_full_length_requests,
-        kv_tokens=found.kv_tokens,
+        kv_tokens=found.full_length_tokens,
         devices=tuple(rank.device.id for rank in found.ranks),
     )
 

@@ -27,7 +27,8 @@ from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
-from serve_app.replica.replica_plan import plan_replica, visible_order, with_planned_memory
+from serve_app.replica.node_plan import bundle_order, plan_over_nodes
+from serve_app.replica.replica_plan import plan_replica, split_line, visible_order, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
 from serve_app.terminal import notify, say
@@ -54,15 +55,8 @@ class Model:
         self._gate = Gate(source, ActorLimiter())
         started = time.monotonic()
         say(f"loading {config.model} with {config.infer_backend}")
-        gpus = _gpus(config)
         try:
-            async with starting_alone([gpu.uuid for gpu in gpus], notify):
-                planned = await self._plan()
-                os.environ.update(visible_order(planned, gpus))
-                self._engine: Engine = create_engine(with_planned_memory(config, planned), self.name, planned)
-                self._app: ASGIApp = await self._engine.start()
-                self._watch = MemoryWatch(config, self._engine, planned, gpus)
-                await self._watch.start(time.monotonic() - started)
+            await self._start(started)
             self._own_route = WholeBody(self._app, config)
         except ServeAppError as error:
             await self._stop()
@@ -73,6 +67,20 @@ class Model:
         await self._gate.start()
         stand_behind(Inside(self._gate, lambda: config, self.name))
         say(f"ready after {time.monotonic() - started:.0f} s")
+
+    async def _start(self, started: float) -> None:
+        """Plans and starts the engine while no other one starts on any of its GPUs. `started` is when the replica did,
+        by the monotonic clock."""
+        gpus = _gpus(self._config)
+        async with starting_alone([gpu.uuid for gpu in gpus], notify):
+            planned = await self._plan()
+            os.environ.update(bundle_order(planned) if self._config.nodes > 1 else visible_order(planned, gpus))
+            if line := split_line(planned, gpus):
+                say(line)
+            self._engine: Engine = create_engine(with_planned_memory(self._config, planned), self.name, planned)
+            self._app: ASGIApp = await self._engine.start()
+            self._watch = MemoryWatch(self._config, self._engine, planned, gpus)
+            await self._watch.start(time.monotonic() - started)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return KeyedApp(self._own_route, self._gate, self.name, self._config)
@@ -94,6 +102,8 @@ class Model:
     async def _plan(self) -> ModelPlan | None:
         """Plans by what is free at this moment, which no engine changes while the start lock is held. Ray assigns no
         GPU itself if memory is counted by index."""
+        if self._config.nodes > 1:
+            return await asyncio.to_thread(plan_over_nodes, self._config, self._facts)
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
             await left_by_others(lambda: _gpus(self._config), notify)
@@ -110,8 +120,8 @@ class Model:
 
 
 def _gpus(config: ModelConfig) -> list[Gpu]:
-    """Returns the GPUs of this process. The CPU has none."""
-    return [] if config.device == "cpu" else visible_gpus(local_gpus())
+    """Returns the GPUs of this process. The CPU has none, and over several nodes only the processes of ranks have."""
+    return [] if config.device == "cpu" or config.nodes > 1 else visible_gpus(local_gpus())
 
 
 async def left_by_others(

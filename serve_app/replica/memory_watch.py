@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
 from ray import serve
@@ -23,10 +23,9 @@ from serve_app.facts.calibration import Calibration, setting_key
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.packages import engine_versions
 from serve_app.planning.calibration_setting import calibration_setting
-from serve_app.planning.fit import gib
-from serve_app.planning.memory import ZERO
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.resolve import kv_blocks
+from serve_app.planning.sizes import gib
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (
@@ -35,6 +34,7 @@ from serve_app.replica.report import (
     DeviceReport,
     ReplicaReport,
     forget_report,
+    has_ranks,
     write_report,
 )
 from serve_app.terminal import notify, say
@@ -45,9 +45,9 @@ logger = logging.getLogger("ray.serve")
 WORTH_WRITING = 1.02
 FORGET_TIMEOUT_S = 2.0
 
-# A rank is known by its device and its process. pt has one process on several devices, and vLLM has several processes
-# on the CPU.
-RankKey = tuple[str, int]
+# A rank is known by its device, its process and its node. pt has one process on several devices, and vLLM has several
+# processes on the CPU.
+RankKey = tuple[str, int, str]
 
 
 class MemoryWatch:
@@ -75,8 +75,9 @@ class MemoryWatch:
         self._ready_after_s = ready_after_s
         ranks = await self._measured()
         require_own_gpus(ranks, self._gpus, self._planned)
-        for device in self._devices(ranks):
-            say(_line(device))
+        devices = self._devices(ranks)
+        for device in devices:
+            say(_line(device, names_rank=has_ranks(devices)))
         if self._blocks().differ:
             notify(blocks_line(self._blocks(), self._planned))
         if not self._is_over:
@@ -123,13 +124,8 @@ class MemoryWatch:
             logger.warning("%s", text)
 
     def _devices(self, ranks: Sequence[RankMemory]) -> list[DeviceReport]:
-        """Returns each device that the engine holds, with what was planned there."""
-        planned = planned_by_device(self._planned, self._gpus)
-        indices = {gpu.uuid: gpu.index for gpu in self._gpus}
-        return [
-            _device_report(held, planned.get(device, []), indices.get(device), self._peaks)
-            for device, held in by_device(ranks).items()
-        ]
+        """Returns what each rank holds of its device, with what was planned there."""
+        return device_reports(ranks, self._planned, self._gpus, self._peaks)
 
     def _blocks(self) -> BlocksReport:
         """Returns the blocks of KV cache, which do not change after the start."""
@@ -178,16 +174,19 @@ def _device_name(plan: RankPlan, gpus: Sequence[Gpu]) -> str:
     return "cpu" if plan.device.index is None else gpus[plan.device.index].uuid
 
 
-def by_device(ranks: Sequence[RankMemory]) -> dict[str, list[RankMemory]]:
-    """Returns the measured ranks by their device, in the engine's order, which is that of the plan."""
-    found: dict[str, list[RankMemory]] = {}
-    for rank in ranks:
-        found.setdefault(rank.device, []).append(rank)
-    return found
+def with_plans(
+    ranks: Sequence[RankMemory], planned: ModelPlan | None, gpus: Sequence[Gpu]
+) -> list[tuple[RankMemory, RankPlan | None]]:
+    """Returns the measured ranks, each with its plan. Several ranks on one device are in the engine's order, which is
+    that of the plan. Over several nodes that holds for all ranks, and only Ray knows the GPUs beforehand."""
+    if planned is not None and planned.config.nodes > 1:
+        return list(zip(ranks, planned.ranks, strict=False))
+    plans = {device: iter(found) for device, found in planned_by_device(planned, gpus).items()}
+    return [(rank, next(plans.get(rank.device, iter(())), None)) for rank in ranks]
 
 
 def _key(rank: RankMemory) -> RankKey:
-    return rank.device, rank.pid
+    return rank.device, rank.pid, rank.node
 
 
 def calibrations_of(
@@ -197,13 +196,9 @@ def calibrations_of(
 
     `engine` names the engine's packages with their versions.
     """
-    plans = planned_by_device(planned, gpus)
-    pairs = [
-        pair for device, held in by_device(ranks).items() for pair in zip(held, plans.get(device, []), strict=False)
-    ]
     found: dict[str, Calibration] = {}
-    for rank, plan in pairs:
-        if rank.rest is None:
+    for rank, plan in with_plans(ranks, planned, gpus):
+        if rank.rest is None or plan is None:
             continue
         setting = calibration_setting(
             config,
@@ -228,8 +223,9 @@ def hidden_weights(rank: RankMemory, planned: RankPlan) -> int:
 
 
 def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu], planned: ModelPlan | None = None) -> None:
-    """Raises EngineError if a rank is on a GPU that this replica was not given, or if a stage of vLLM's pipeline is on
-    another card than the one for which it was planned. Without NVML's GPUs it cannot tell."""
+    """Raises EngineError if a rank is on a GPU that this replica was not given, if two processes share one, or if a
+    stage of vLLM's pipeline is on another card than the one for which it was planned. Without NVML's GPUs it cannot
+    tell."""
     own = {gpu.uuid for gpu in gpus}
     for rank in ranks if own else ():
         if rank.device != "cpu" and rank.device not in own:
@@ -237,6 +233,7 @@ def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu], planned: 
                 f"the engine runs on {rank.device}, but Ray gave it {', '.join(sorted(own))}. "
                 "Something changed CUDA_DEVICE_ORDER or CUDA_VISIBLE_DEVICES. Leave both to Ray and serve-app."
             )
+    _require_card_for_each([rank for rank in ranks if own and rank.device != "cpu"])
     if not own or planned is None or not planned.pipeline_layers:
         return
     wanted, found = [_device_name(rank, gpus) for rank in planned.ranks], [rank.device for rank in ranks]
@@ -247,24 +244,42 @@ def require_own_gpus(ranks: Sequence[RankMemory], gpus: Sequence[Gpu], planned: 
         )
 
 
+def _require_card_for_each(ranks: Sequence[RankMemory]) -> None:
+    """Raises EngineError if two processes of an engine are on one card, for which only one of them was planned."""
+    holders: dict[str, int] = {}
+    for rank in ranks:
+        if holders.setdefault(rank.device, rank.pid) != rank.pid:
+            raise EngineError(
+                f"two ranks of the engine, pid {holders[rank.device]} and pid {rank.pid}, run on {rank.device}, but "
+                "each must have a GPU of its own. Something changed CUDA_VISIBLE_DEVICES. Leave it to Ray and "
+                "serve-app."
+            )
+
+
+def device_reports(
+    ranks: Sequence[RankMemory], planned: ModelPlan | None, gpus: Sequence[Gpu], peaks: Mapping[RankKey, int]
+) -> list[DeviceReport]:
+    """Returns what each rank holds of its device, what was planned for it there, and the most that it has held, with
+    the `peaks` so far."""
+    indices = {gpu.uuid: gpu.index for gpu in gpus}
+    processes = dict.fromkeys((rank.node, rank.pid) for rank in ranks)
+    numbers = {process: number for number, process in enumerate(processes)}
+    return [
+        _device_report(rank, plan, indices.get(rank.device), numbers[rank.node, rank.pid], peaks)
+        for rank, plan in with_plans(ranks, planned, gpus)
+    ]
+
+
 def _device_report(
-    ranks: Sequence[RankMemory], planned: Sequence[RankPlan], index: int | None, peaks: Mapping[RankKey, int]
+    rank: RankMemory, plan: RankPlan | None, index: int | None, number: int, peaks: Mapping[RankKey, int]
 ) -> DeviceReport:
-    """Returns what all ranks together hold of their one device, and what was planned for them."""
-    share = sum((plan.share for plan in planned), ZERO)
-    hidden = sum(hidden_weights(rank, plan) for rank, plan in zip(ranks, planned, strict=False))
-    most = [None if rank.peak is None else max(rank.peak, peaks.get(_key(rank), 0)) for rank in ranks]
+    hidden = 0 if plan is None else hidden_weights(rank, plan)
+    peak = None if rank.peak is None else max(rank.peak, peaks.get(_key(rank), 0))
+    planned, certainty = (None, "") if plan is None else (plan.share.bytes, plan.share.certainty)
     return DeviceReport(
-        ranks[0].device, index, share.bytes if planned else None, share.certainty if planned else "",
-        _sum_of_known(rank.held for rank in ranks), _sum_of_known(most),
-        sum(rank.weights for rank in ranks) + hidden, sum(rank.kv_cache for rank in ranks),
+        rank.device, index, planned, certainty, rank.held, peak, rank.weights + hidden, rank.kv_cache, number,
+        rank.node,
     )  # fmt: skip
-
-
-def _sum_of_known(sizes: Iterable[int | None]) -> int | None:
-    """Returns the sum, or None if one of the sizes is unknown."""
-    known = list(sizes)
-    return None if None in known else sum(size or 0 for size in known)
 
 
 def _is_more(new: Calibration, old: Calibration) -> bool:
@@ -272,9 +287,9 @@ def _is_more(new: Calibration, old: Calibration) -> bool:
     return new.activation_bytes > WORTH_WRITING * old.activation_bytes or contexts[0] > WORTH_WRITING * contexts[1]
 
 
-def _line(device: DeviceReport) -> str:
+def _line(device: DeviceReport, names_rank: bool) -> str:
     """Returns what the terminal shows when a replica is ready."""
-    where = "memory" if device.device == "cpu" else f"GPU {device.index}"
+    where = f"rank {device.rank}, {device.where}" if names_rank else device.where
     planned = "the plan has no figure" if device.planned is None else f"the plan has {gib(device.planned)}"
     if device.held is None:
         return f"{where}: {planned}, and what the engine holds cannot be measured here"

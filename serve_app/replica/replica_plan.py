@@ -8,7 +8,7 @@ processes that hold the memory.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import psutil
@@ -21,9 +21,9 @@ from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.facts.packages import facts_version
 from serve_app.facts.process_memory import held_by_others
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import reserve
-from serve_app.planning.plan import ModelPlan
+from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.plan import STAGES, ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import UNPLANNED_LIMITS, pipeline_fields, vllm_memory
 
@@ -44,36 +44,52 @@ def plan_replica(
     again. `facts` are what engines told the builder, by which the replica plans too, so that both plan the same or
     neither does. Facts of another version of the engine than the one here are not used. They are None where the builder
     made no plan, and then what was kept on this node is used. No engine is asked here, because that takes as long as a
-    start. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged.
+    start. On the CPU, where memory is never quite free nor quite taken, a shortage is only logged, and
+    ranks that vLLM would refuse are an EngineError too.
 
     Calibrations are not used, because they raise what a builder asks for, and a replica must not refuse what was
     accepted.
     """
-    if (request := _request(config, facts)) is None or (config.device != "cpu" and not gpus):
+    if config.device != "cpu" and not gpus:
         return None
-    plan = make_plan([request], Inventory(_devices(config, gpus, by_index)))
+    devices = _devices(config, gpus, by_index)
+    planned = plan_on(config, devices, facts, lambda: held_by_others(gpus))
+    return None if planned is None else _in_own_numbers(planned, gpus)
+
+
+def plan_on(
+    config: ModelConfig, devices: Sequence[Device], facts: EngineFacts | None, why: Callable[[], str] = str
+) -> ModelPlan | None:
+    """Returns the plan for these devices as they are now, or None if the plan does not know the model. Everything else
+    is as in `plan_replica`. `why` says who holds the memory that is missing."""
+    if (request := _request(config, facts)) is None:
+        return None
+    plan = make_plan([request], Inventory(tuple(devices)))
     if plan.fits:
-        return _in_own_numbers(plan.models[0], gpus)
+        return plan.models[0]
     message = plan.problems[0].message
+    if plan.problems[0].is_of_split:
+        raise EngineError(message)
     if config.device == "cpu":
         logger.warning("This model may need more memory than is available: %s", message)
         return None
-    without_reserve = make_plan([request], Inventory(_devices(config, gpus, by_index, asks_reserve=False)))
+    without_reserve = make_plan([request], Inventory(tuple(map(_without_reserve, devices))))
     if without_reserve.fits:
         logger.warning("This model takes a part of the reserve: %s", message)
-        return _in_own_numbers(without_reserve.models[0], gpus)
-    raise EngineError(f"{message} {held_by_others(gpus)}".strip())
+        return without_reserve.models[0]
+    raise EngineError(f"{message} {why()}".strip())
 
 
-def _devices(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool, asks_reserve: bool = True) -> tuple[Device, ...]:
+def _without_reserve(device: Device) -> Device:
+    return replace(device, free_bytes=device.free_bytes + reserve(device.total_bytes)) if device.is_gpu else device
+
+
+def _devices(config: ModelConfig, gpus: Sequence[Gpu], by_index: bool) -> list[Device]:
     if config.device == "cpu":
         memory = psutil.virtual_memory()
-        return (Device(NODE, None, "memory", memory.total, memory.available),)
-    devices = []
-    for number, gpu in enumerate(gpus):
-        free = gpu.free_bytes if asks_reserve else gpu.free_bytes + reserve(gpu.total_bytes)
-        devices.append(Device(NODE, gpu.index if by_index else number, gpu.name, gpu.total_bytes, free, by_index))
-    return tuple(devices)
+        return [Device(NODE, None, "memory", memory.total, memory.available)]
+    numbered = ((gpu.index if by_index else number, gpu) for number, gpu in enumerate(gpus))
+    return [Device(NODE, index, gpu.name, gpu.total_bytes, gpu.free_bytes, by_index) for index, gpu in numbered]
 
 
 def _in_own_numbers(plan: ModelPlan, gpus: Sequence[Gpu]) -> ModelPlan:
@@ -97,6 +113,24 @@ def visible_order(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> dict[str, s
         return {}
     places = [rank.device.index or 0 for rank in planned.ranks]
     return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpus[place].index) for place in places)}
+
+
+def split_line(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> str:
+    """Returns what the log says of vLLM's ranks at the start: their number, the layers of each stage as vLLM reads
+    them, and their GPUs by the numbers of the machine. It is empty for one rank, by the plan of `plan_replica` for
+    these `gpus`."""
+    if planned is None or planned.backend != "vllm" or len(planned.ranks) == 1:
+        return ""
+    if planned.config.nodes > 1:
+        names = dict.fromkeys(rank.device.node for rank in planned.ranks)
+    else:
+        places = [rank.device.index for rank in planned.ranks]
+        names = dict.fromkeys("the CPU" if place is None else f"GPU {gpus[place].index}" for place in places)
+    ranks = f"vLLM runs in {len(planned.ranks)} ranks on {', '.join(names)}"
+    if not planned.pipeline_layers:
+        return ranks
+    layers = " + ".join(map(str, planned.pipeline_layers))
+    return f"{ranks}: stages of {layers} layers ({STAGES}), with tensor_parallel_size {planned.tensor_parallel_size}"
 
 
 def _request(config: ModelConfig, facts: EngineFacts | None) -> ModelRequest | None:

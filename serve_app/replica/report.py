@@ -18,10 +18,12 @@ FORGOTTEN_S = 600.0
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What a replica was planned and measured to hold of one device in bytes. Unknown figures are None.
+    """What one rank of a replica was planned and measured to hold of one device in bytes. Unknown figures are None.
 
     `device` is the GPU's UUID or "cpu", and `index` is the GPU's number on its node. `held`, `peak`, `weights` and
-    `kv_cache` are as in `RankMemory`.
+    `kv_cache` are as in `RankMemory`. `rank` is the number of the engine's process: vLLM has one for each rank, and
+    they share the device "cpu", while pt has one process for all devices. `node` is the address of the rank's node, or
+    empty if it is the replica's.
     """
 
     device: str
@@ -32,6 +34,15 @@ class DeviceReport:
     peak: int | None
     weights: int
     kv_cache: int
+    rank: int = 0
+    node: str = ""
+
+    @property
+    def where(self) -> str:
+        """Returns the device on its node, as a person reads it. The number of a GPU on another node is not known."""
+        if self.device == "cpu":
+            return "memory"
+        return f"GPU {self.device if self.index is None else self.index}"
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,11 @@ class ReplicaReport:
     devices: Sequence[DeviceReport]
     blocks: "BlocksReport | None" = None
 
+    @property
+    def has_ranks(self) -> bool:
+        """Returns whether the engine has several processes, each of which reports on its own."""
+        return has_ranks(self.devices)
+
 
 @dataclass(frozen=True)
 class BlocksReport:
@@ -62,6 +78,11 @@ class BlocksReport:
     def differ(self) -> bool:
         """Returns whether both are known and one is not the other."""
         return None not in (self.planned, self.made) and self.planned != self.made
+
+
+def has_ranks(devices: Sequence[DeviceReport]) -> bool:
+    """Returns whether these are of several processes of an engine."""
+    return len({device.rank for device in devices}) > 1
 
 
 def write_report(report: ReplicaReport) -> None:

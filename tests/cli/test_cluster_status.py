@@ -62,6 +62,17 @@ def test_planned_and_held_stand_side_by_side() -> None:
     assert lines[-1] == "Every model has its replicas."
 
 
+def test_each_rank_of_a_replica_has_a_line() -> None:
+    """With its number, though all share the memory of the host. A replica of one process has no number."""
+    one = told("r0", 9 * GIB).devices[0]
+    ranks = tuple(replace(one, device="cpu", index=None, held=size * GIB, rank=rank) for rank, size in ((1, 8), (0, 7)))
+    status = seen(2, 2, replace(told("r0", 0), devices=ranks), told("r1", 9 * GIB))
+    lines = [" ".join(line.split()) for line in report(status).splitlines()]
+    first = lines.index("a memory m r0 0 10.00 7.00 9.00 90%")
+    assert lines[first + 1] == "a memory m r0 1 10.00 8.00 9.00 90%"
+    assert "a GPU 0 m r1 10.00 9.00 9.00 90%" in lines
+
+
 def test_what_nobody_tells_is_no_zero() -> None:
     """An unknown figure is a question mark; a replica that is silent, or was long ago, is named."""
     text = report(seen(2, 2, told("r0", 9 * GIB, written_at=NOW - 100), told("r1", 9 * GIB, planned=None)))
@@ -97,8 +108,19 @@ def test_what_others_have_taken_is_told_with_what_is_left() -> None:
 )
 def test_missing_resources(asked: dict[str, float], left: Node, expected: str) -> None:
     """Room now, room if others went, or no room at all."""
-    assert expected in missing_for(asked, [node(cpus=8)], [left])
-    assert bool(missing_for(asked, [node(cpus=8)], [left])) == bool(expected)
+    assert expected in missing_for([asked], [node(cpus=8)], [left])
+    assert bool(missing_for([asked], [node(cpus=8)], [left])) == bool(expected)
+
+
+def test_a_replica_over_nodes_waits_for_all_of_them() -> None:
+    """With what it asks of each."""
+    asked = [{"CPU": 2.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}]
+    cluster = [node(cpus=4, gpus=2), node(cpus=4, gpus=2)]
+    assert missing_for(asked, cluster, cluster) == ""
+    assert "A replica needs 2 GPUs, 2 CPUs and 1 GPU, 2 CPUs on 2 nodes, and the living nodes do not have it" in (
+        missing_for(asked, cluster[:1], cluster[:1])
+    )
+    assert "is about to start on them" in missing_for(asked, cluster, [cluster[0], node(cpus=4)])
 
 
 def test_a_replica_that_loads_waits_for_nobody() -> None:

@@ -45,6 +45,24 @@ async def targets() -> dict[str, int]:
         stop()
 
 
+def groups() -> list[Any]:
+    """What a process in a placement group sees of it, and a group of Serve's that waits for what nobody has."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    made = ray.util.placement_group([{"memory": 1.0}, {"memory": 2.0}])
+    waits = ray.util.placement_group([{"nothing": 1.0}, {"nothing": 2.0}], name="SERVE_REPLICA::waits#Model#r")
+    ray.get(made.ready(), timeout=TIMEOUT_S)
+    inside = PlacementGroupSchedulingStrategy(made, 0)
+    ask = ray.remote(num_cpus=0, max_retries=0)(ray_serve.own_bundles).options(scheduling_strategy=inside)
+    bundles = ray.get(ask.remote(), timeout=TIMEOUT_S)
+    waiting = ray_serve.waiting_bundles()
+    for group in (made, waits):
+        ray.util.remove_placement_group(group)
+    nodes = {node["NodeID"] for node in ray.nodes()}
+    return [[bundle for _, bundle in bundles], {node for node, _ in bundles} <= nodes, waiting.get("waits")]
+
+
 def calls(model: str) -> dict[str, Callable[[], Any]]:
     """What is asked, by the name of the function."""
     return {
@@ -57,6 +75,7 @@ def calls(model: str) -> dict[str, Callable[[], Any]]:
         "http_options_of_controller": lambda: asyncio.run(ray_serve.http_options_of_controller()).port,
         "listening_host": ray_serve.listening_host,
         "watch_targets": lambda: asyncio.run(targets()),
+        "groups": groups,
         "available_by_node": lambda: [sorted(left) for left in ray_serve.available_by_node().values()],
     }
 

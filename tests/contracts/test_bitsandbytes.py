@@ -10,6 +10,7 @@ from serve_app.engines.pt.bitsandbytes_internals import (
     CAST_LOGGER,
     is_quantized,
     keep_stored_order,
+    scales_of,
     separate_outliers,
     silence_casts,
 )
@@ -46,6 +47,18 @@ def test_a_quantised_weight_is_no_plain_parameter() -> None:
     assert is_quantized(in_8_bits())
     assert not is_quantized(nn.Linear(3, 3))
     assert not is_quantized(nn.ReLU())
+
+
+@contract("bitsandbytes", "the state of quantised weights", scales_of)
+def test_a_quantised_weight_has_its_scales() -> None:
+    """In 4 bits: 32 scales in 8 bits, their table of 256 values, their scale and their mean, and the 16 values of nf4. In
+    8 bits: a scale for each output, before and after the first pass."""
+    assert sorted(tensor.numel() for tensor in scales_of(in_4_bits(32))) == [1, 1, 16, 32, 256]
+    layer = in_8_bits()
+    for _ in range(2):
+        assert {tensor.numel() for tensor in scales_of(layer)} == {32}
+        with torch.inference_mode():
+            layer(torch.randn(2, 64))
 
 
 @contract("bitsandbytes", "support_avx512bf16_for_cpu of a Linear4bit", keep_stored_order)

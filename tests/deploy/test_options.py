@@ -2,7 +2,7 @@
 
 from serve_app.deploy.options import OUTER_DOOR, model_options, replica_environment, router_options
 from serve_app.engines.pt.engine import DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_QUEUED_REQUESTS
-from serve_app.planning.resource_demand import Demand
+from serve_app.planning.resource_demand import Demand, demands_of
 from tests.builders import model_config
 
 CPU = model_config(device="cpu")
@@ -10,14 +10,16 @@ CPU = model_config(device="cpu")
 
 def test_a_cpu_replica_sees_no_gpu_and_uses_its_cpus() -> None:
     """Torch must not find a GPU that belongs to another model."""
-    variables = replica_environment(CPU, Demand(cpus=2), {})
+    variables = replica_environment(model_config(device="cpu", num_cpus=2), Demand(cpus=2), {})
     assert (variables["CUDA_VISIBLE_DEVICES"], variables["OMP_NUM_THREADS"]) == ("", "2")
 
 
 def test_the_ranks_of_vllm_share_the_cpus() -> None:
     """Each rank is a process with so many threads, and has one at least."""
     for cpus, threads in ((8.0, "2"), (4.0, "1"), (1.0, "1")):
-        config = model_config(infer_backend="vllm", device="cpu", pipeline_layers=[1, 3], tensor_parallel_size=2)
+        config = model_config(
+            infer_backend="vllm", device="cpu", pipeline_layers=[1, 3], tensor_parallel_size=2, num_cpus=cpus
+        )
         assert replica_environment(config, Demand(cpus=cpus), {})["OMP_NUM_THREADS"] == threads
 
 
@@ -79,3 +81,24 @@ def test_the_door_is_before_serve_in_every_replica() -> None:
             assert runtime_env["env_vars"].items() >= {"A": "1", **OUTER_DOOR}.items()
     for options in (model_options(CPU, Demand(cpus=1), {}, {}), router_options({}, {})):
         assert options["ray_actor_options"]["runtime_env"] == {"env_vars": OUTER_DOOR}
+
+
+def test_a_replica_over_nodes_has_a_bundle_for_each() -> None:
+    """Its own process takes no GPU of the first one, because the ranks do, which are told their bundles."""
+    config = model_config(infer_backend="vllm", tensor_parallel_size=2, pipeline_parallel_size=3, nnodes=2, num_cpus=4)
+    (demand,) = demands_of(config, [])
+    options = model_options(config, demand, {}, {})
+    assert options["placement_group_bundles"] == [{"CPU": 4, "GPU": 4}, {"CPU": 4, "GPU": 2}]
+    assert options["placement_group_strategy"] == "STRICT_SPREAD"
+    assert (options["ray_actor_options"]["num_cpus"], options["ray_actor_options"]["num_gpus"]) == (4, 0)
+    variables = replica_environment(config, demand, {})
+    assert variables["VLLM_RAY_BUNDLE_INDICES"] == "0,0,0,0,1,1"
+    assert variables["OMP_NUM_THREADS"] == "1"  # Four ranks share the four CPUs of the first node.
+
+
+def test_a_replica_on_one_node_has_no_placement_group() -> None:
+    """Serve places it as before."""
+    config = model_config(infer_backend="vllm", pipeline_parallel_size=2)
+    (demand,) = demands_of(config, [])
+    assert "placement_group_bundles" not in model_options(config, demand, {}, {})
+    assert "VLLM_RAY_BUNDLE_INDICES" not in replica_environment(config, demand, {})

@@ -24,8 +24,8 @@ from serve_app.errors import ConfigError
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.inventory import parse_gpus
 from serve_app.facts.weights import tensors_without_weights
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
 from tests.facts.broken_checkpoints import CONFIG, SHARDS, Case, make_case
 

@@ -15,10 +15,10 @@ from itertools import islice
 
 from serve_app.config import parse_bytes
 from serve_app.facts.inventory import Inventory
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.fixes.hardware import SIZES
 from serve_app.planning.fixes.price import TIERS
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Change, Fix, Plan, Problem
 from serve_app.planning.planner import make_plan
 from tests.planning.over_commits import OverCommit, cheapest_by_force, over_commits
@@ -94,7 +94,9 @@ def fit_together(case: OverCommit, fixes: tuple[Fix, ...]) -> bool:
 def one_step_less(fix: Fix, case: OverCommit, problem: Problem) -> Iterator[Fix]:
     """Yields the fix with one change less, and with one number a step nearer to what the file says."""
     if fix.price < 100 and len(fix.changes) > 1 and all(change.value is not None for change in fix.changes):
-        for number in range(len(fix.changes)):
+        for number, change in enumerate(fix.changes):
+            if change.field == "infer_backend":
+                continue  # Without it, `auto` would mean pt, which costs more.
             yield replace(fix, changes=fix.changes[:number] + fix.changes[number + 1 :])
     old = next(item for item in case.requests if item.name == problem.model)
     for number, change in enumerate(fix.changes):

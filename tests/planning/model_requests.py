@@ -8,7 +8,7 @@ from typing import Any
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture, read_architecture
 from serve_app.facts.weights import Tensor, tensors_without_weights
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, parse_gpus
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
 from tests.planning.model_requests import request
 
@@ -31,6 +31,14 @@ class OverCommit:
 
     requests: list[ModelRequest]
     gpus: str
+
+    def __str__(self) -> str:
+        models = (
+            f"{item.name}: {item.architecture.name} ×{item.replicas} "
+            f"{item.config.model_dump(exclude_unset=True, exclude={'model'})}"
+            for item in self.requests
+        )
+        return f"{'; '.join(models)} on {self.gpus}"
 
     @property
     def inventory(self) -> Inventory:
@@ -202,6 +210,8 @@ def _tier(old: ModelRequest, field: str, value: Any, code: str) -> int:
         return 0 if value > config.vllm_args.get(U, 1) else 1
     if field == "tensor_parallel_size":
         return 0 if value > (config.tensor_parallel_size or 1) else 1
+    if field == "num_gpus" and config.infer_backend == "auto":
+        return 2  # It makes `auto` pt.
     if field == "num_gpus":
         return 0 if value > (config.num_gpus or 1) else 1
     if field == "max_memory" and config.max_memory is not None:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.facts.inventory import parse_gpus
-from serve_app.planning.fit import AtOnce, ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
+from serve_app.planning.model_request import AtOnce, ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.pt_kv_buffers import budget_for, full_length_requests

@@ -8,8 +8,8 @@ import pytest
 from serve_app.facts.engine_facts import CacheLayer, CardFacts, EngineFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import parse_gpus
 from serve_app.planning.cards import LEAST_IN_VLLM
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import kv_blocks
 from tests.planning.model_requests import request

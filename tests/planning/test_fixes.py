@@ -6,12 +6,19 @@ from itertools import islice
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve_app.facts.inventory import Inventory, parse_gpus
-from serve_app.planning.fit import ModelRequest
-from serve_app.planning.fixes import with_fixes
+from serve_app.planning.fixes import apply, price, with_fixes
+from serve_app.planning.fixes.card_ladders import shares
+from serve_app.planning.fixes.ladder import changed
+from serve_app.planning.fixes.trial import Budget, Trial
+from serve_app.planning.fixes.wording import costs_for_others
+from serve_app.planning.model_request import AtOnce, ModelRequest
 from serve_app.planning.plan import Change, Plan, Problem
 from serve_app.planning.planner import make_plan
+from serve_app.planning.sizes import gib
 from tests.planning.fix_survey import by_force, faults
 from tests.planning.model_requests import request
 from tests.planning.over_commits import U, over_commits
@@ -42,7 +49,7 @@ def test_an_idle_card_comes_before_a_shorter_context() -> None:
     first = found.fixes[0]
     assert (first.text, first.loses) == ("tensor_parallel_size: 2", "")
     assert first.gains.endswith("and uses n1:1, which is idle")
-    assert first.effect.startswith("loses nothing; gains: fits on n1:0 and n1:1 with ")
+    assert first.effect.startswith("loses nothing; gains: m fits on n1:0 and n1:1 with ")
     (after,) = solved([request("llama-3.1-8b", infer_backend="vllm", tensor_parallel_size=2)], "2x24GiB").models
     assert after.max_model_len == 131_072
     assert [fix.price for fix in found.fixes] == sorted(fix.price for fix in found.fixes)
@@ -125,7 +132,7 @@ def test_the_smallest_card_is_offered_where_no_change_helps() -> None:
     big = request("llama-3-70b", infer_backend="vllm", quantization="fp8", max_model_len=1024, max_num_seqs=1)
     (fix,) = only([big], "48GiB").fixes
     assert fix.text == "one more 95 GiB card on n1"
-    assert fix.effect.startswith("gains: fits on n1:1 ")
+    assert fix.effect.startswith("gains: m fits on n1:1 ")
     named = replace(big, config=big.config.model_copy(update={"gpu_ids": (0,)}))
     assert texts(only([named], "48GiB")) == ["a 95 GiB card instead of n1:0"]
 
@@ -197,3 +204,140 @@ def test_vllms_arguments_stay_as_they_are_beside_a_new_one() -> None:
     model = request(infer_backend="vllm", max_model_len=32768, engine_args={"seed": 1, U: 0.92})
     fixes = only([model], "18GiB").fixes
     assert {"seed": 1, U: 0.92, "kv_cache_dtype": "fp8"} in [change.value for fix in fixes for change in fix.changes]
+
+
+def priced(requests: list[ModelRequest], gpus: str) -> tuple[Problem, list[int]]:
+    """The only problem, and the prices of its fixes."""
+    found = only(requests, gpus)
+    return found, [fix.price for fix in found.fixes]
+
+
+def test_a_fix_keeps_length_and_number_of_requests_beside_a_shorter_context() -> None:
+    """Neither 8-bit weights nor an 8-bit cache alone is enough, and both together are."""
+    found, prices = priced([request("llama-3.1-8b", infer_backend="vllm")], "24GiB")
+    assert texts(found) == ["quantization: fp8, engine_args: {kv_cache_dtype: fp8}", "max_model_len: 48896"]
+    assert prices == sorted(prices)
+    # Where a single change keeps both, no pair is added.
+    assert all("," not in text for text in texts(only([request("llama-3.1-8b", infer_backend="vllm")], "2x24GiB")))
+
+
+def test_a_share_of_a_card_names_vllm_for_auto_and_says_what_others_get() -> None:
+    """With `auto`, num_gpus alone would mean pt."""
+    models = [request(infer_backend="vllm"), request(name="n", infer_backend="auto", max_model_len=8192)]
+    plan = solved(models, "A100-80GB")
+    joint = {fix.model: fix for fix in plan.joint_fixes}
+    assert joint["n"].text == "infer_backend: vllm, num_gpus: 0.5"
+    assert joint["n"].loses == "50% of a card, which other models may take"
+    after = make_plan([changed(model, joint[model.name].changes) or model for model in models], parse_gpus("A100-80GB"))
+    assert {model.name: model.backend for model in after.models} == {"m": "vllm", "n": "vllm"}
+
+
+def test_num_gpus_alone_costs_auto_its_backend() -> None:
+    """So it is priced as the other backend, and says so."""
+    trial_requests = (request(), request(name="n"))
+    ladders = [
+        ladder
+        for ladder in shares(trial_requests[0], "auto", "no_device", trial_of(trial_requests, "24GiB"))
+        if ladder.fields == {"num_gpus"}
+    ]
+    assert [ladder.price for ladder in ladders] == [price.OTHER_BACKEND]
+    assert ladders[0].loses(ladders[0].rungs[0]) == "vLLM's speed, and 10% of a card, which other models may take"
+    alone = trial_of(trial_requests[:1], "24GiB")
+    assert list(shares(trial_requests[0], "auto", "no_device", alone)) == []
+
+
+def trial_of(requests: tuple[ModelRequest, ...], gpus: str) -> Trial:
+    """What a search for fixes starts from."""
+    inventory = parse_gpus(gpus)
+    return Trial(make_plan(requests, inventory), requests, inventory, Budget(1000))
+
+
+def test_a_fix_that_decides_auto_says_so() -> None:
+    """`quantization` is a field of vLLM's, and `auto` had been free to take pt."""
+    found = only([request("llama-3.1-8b", infer_backend="auto")], "24GiB")
+    assert found.fixes[0].loses.endswith("infer_backend: auto, which means vllm with kv_cache_dtype and quantization")
+
+
+def test_a_card_says_which_model_gets_it_and_which_moves() -> None:
+    """The new card is for the smaller model, which makes room for the larger one."""
+    models = [
+        request("llama-3.1-8b", infer_backend="vllm"),
+        request("llama-3.1-8b", "b", infer_backend="auto", max_model_len=8192),
+    ]
+    (fix,) = solved(models, "A100-80GB").problems[0].fixes
+    assert fix.text == "one more 20 GiB card on n1"
+    assert fix.gains.startswith("m fits on n1:0 with ")
+    assert fix.gains.endswith("; b moves to n1:1")
+
+
+def test_another_backend_of_another_model_is_a_cost() -> None:
+    """With `auto`, a model that moves may run with the slower engine."""
+    other = request(infer_backend="auto", max_model_len=4096)
+    before, after = make_plan([other], parse_gpus("24GiB")), make_plan([other], parse_gpus("10GiB,8GiB"))
+    assert costs_for_others("x", before, after) == "vllm for m, which runs with pt then"
+    assert costs_for_others("m", before, after) == costs_for_others("x", before, before) == ""
+
+
+def test_a_set_of_equal_cards_is_offered_where_one_card_does_not_do() -> None:
+    """For a size that the config names, and with the size that it needs where it names none."""
+    found = only([request("deepseek-v3", infer_backend="vllm", tensor_parallel_size=8)], "8x80GiB")
+    assert texts(found) == ["one more node with 8 cards of 288 GiB"]
+    big = request("llama-3-70b", infer_backend="vllm")
+    fixes = only([big], "24GiB").fixes
+    assert [fix.text for fix in fixes] == [
+        "one more 179 GiB card on n1",
+        "one more node with 2 cards of 80 GiB, tensor_parallel_size: 2",
+    ]
+    new, inventory = apply(fixes[1], big, parse_gpus("24GiB"))
+    assert make_plan([new], inventory).fits
+    smaller = replace(fixes[1], changes=(Change("gpus", {"size": "64GiB", "count": 2}), *fixes[1].changes[1:]))
+    new, inventory = apply(smaller, big, parse_gpus("24GiB"))
+    assert not make_plan([new], inventory).fits
+
+
+def test_a_problem_names_its_attempt_and_its_replicas() -> None:
+    """A second replica without a place is no model without one."""
+    found = only([request("llama-3.1-8b", replicas=3, infer_backend="vllm", max_model_len=8192)], "2x24GiB")
+    assert found.message.startswith("2 of 3 replicas have a place, and the next one has none: every GPU is in use")
+    assert (found.replicas, found.placed) == (3, 2)
+    two = only([request("llama-3-70b", infer_backend="vllm", tensor_parallel_size=2)], "2x48GiB")
+    assert two.to_json()["attempt"] == {
+        "infer_backend": "vllm",
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 1,
+    }
+    assert two.message.startswith("vllm with tensor_parallel_size 2 needs ")
+    assert "on each of 2 ranks" in two.message
+    none = only([request("llama-3-70b", replicas=2, infer_backend="pt", num_gpus=2)], "2x48GiB")
+    assert none.message.startswith("None of 2 replicas has a place: pt on 2 GPUs needs ")
+    assert "on n1:0 and n1:1 together, which is " in none.message
+
+
+def test_what_is_to_spare_is_beside_the_requests_that_are_asked_for() -> None:
+    """For both backends, what `--for` asks for is taken off."""
+    for backend in ("vllm", "pt"):
+        plain = request(infer_backend=backend, max_model_len=4096)
+        asked = replace(plain, at_once=AtOnce(8, 2048))
+        (before,) = make_plan([plain], parse_gpus("24GiB")).models
+        (after,) = make_plan([asked], parse_gpus("24GiB")).models
+        assert after.kv_bytes_needed > before.kv_bytes_needed > 0
+        assert after.spare_kv_bytes == sum(rank.kv_cache.bytes for rank in after.ranks) - after.kv_bytes_needed
+    small = replace(request("llama-3.1-8b", infer_backend="vllm", max_model_len=32768), at_once=AtOnce(2, 32768))
+    fix = next(fix for fix in only([small], "24GiB").fixes if fix.model)
+    assert "of KV cache to spare beside 2 requests of 32768 tokens" in fix.gains
+
+
+@given(st.integers(-(2**60), 2**60))
+def test_a_size_that_is_not_zero_is_not_shown_as_zero(size: int) -> None:
+    """A shortage of a few bytes is one."""
+    assert (float(gib(size).split()[0]) == 0) == (size == 0)
+
+
+def test_layers_that_cannot_be_split_say_what_each_card_lacks() -> None:
+    """Both cards have the bytes together, and the layers do not divide so. With what is named, they do."""
+    asked = request(infer_backend="pt", num_gpus=2, max_model_len=1024)
+    found = only([asked], "2x8160MiB")
+    assert "for which they have room, but not in whole layers: each of them would need 29.0 MiB more" in found.message
+    lacking = -(-found.missing_bytes // 2**20)
+    assert make_plan([asked], parse_gpus(f"2x{8160 + lacking * 103 // 100}MiB")).fits  # Of each card 2 % stay free.
+    assert not make_plan([asked], parse_gpus(f"2x{8160 + lacking - 1}MiB")).fits

@@ -15,9 +15,9 @@ from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.config_fields import MOST_LAYERS, MOST_TOKENS
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.facts.weights import Tensor
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.memory import reserve
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resource_demand import planned_demand
@@ -115,7 +115,8 @@ def test_on_the_cpu_the_disk_takes_the_rest() -> None:
         ("8GiB,12GiB", "qwen2-7b", {"max_model_len": 4096}, "vllm", 1),  # two stages
         ("3x8GiB", "qwen2-7b", {"max_model_len": 2048}, "vllm", 1),  # 28 heads: 2 are too few, 3 do not divide
         ("8GiB,10GiB", "qwen2-7b", {"max_model_len": 4096}, "pt", 1),  # stages have no room for vLLM's activations
-        ("24GiB", "qwen2-7b", {"max_memory": {0: "20GB"}, "max_model_len": 4096}, "pt", 1),
+        ("24GiB", "qwen2-7b", {"max_memory": {0: "20GB"}, "max_model_len": 4096}, "vllm", 1),
+        ("24GiB", "qwen2-7b", {"max_memory": {0: "20GB"}, "step_timeout_s": 9, "max_model_len": 4096}, "pt", 1),
         ("8xH100", "llama-3-70b", {"max_model_len": 8192}, "vllm", 2),
     ],
 )
@@ -188,7 +189,7 @@ MESSAGES = [
         [request(infer_backend="vllm", max_model_len=32768)],
         "16GiB",
         "over_commit",
-        "It needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
+        "vllm needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
         "tokens on n1:0, which is 1.98 GiB too much. The plan keeps 2 % of each card free.",
         "quantization: fp8",
     ),
@@ -196,7 +197,7 @@ MESSAGES = [
         [request(infer_backend="vllm", max_model_len=32768)],
         "17GiB",
         "over_commit",
-        "It needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
+        "vllm needs 15.91 GiB for weights, activations and context and 1.75 GiB of KV cache for one request of 32768 "
         "tokens on n1:0, which is 1.47 GiB too much. The plan keeps 2 % of each card free.",
         "quantization: fp8",
     ),
@@ -204,7 +205,7 @@ MESSAGES = [
         [request(infer_backend="vllm", max_model_len=4096)],
         Inventory((Device("n1", 0, "A10", 24 * GIB, 12 * GIB),)),
         "over_commit",
-        "It needs 15.91 GiB for weights, activations and context and 224.9 MiB of KV cache for one request "
+        "vllm needs 15.91 GiB for weights, activations and context and 224.9 MiB of KV cache for one request "
         "of 4096 tokens "
         "on n1:0, which is 4.61 GiB too much. The plan keeps 2 % of each card free. "
         "Other processes hold 12.00 GiB there now.",
@@ -222,7 +223,7 @@ MESSAGES = [
         [request(infer_backend="pt", max_memory={0: "6GB"}, max_model_len=2048)],
         "24GiB",
         "over_commit",
-        "It needs 14.91 GiB for weights, activations and context and 123.2 MiB of KV cache for one request "
+        "pt needs 14.91 GiB for weights, activations and context and 123.2 MiB of KV cache for one request "
         "of 2048 tokens "
         "on n1:0, which is 9.44 GiB too much. max_memory allows 5.59 GiB of n1:0, context and activations included. "
         "To put a part of it on the CPU or the disk, which is slow, "
@@ -289,8 +290,9 @@ MESSAGES = [
         [request("deepseek-v2-lite", infer_backend="vllm", tensor_parallel_size=2, max_model_len=16384)],
         "2x16GiB",
         "over_commit",
-        "It needs 16.37 GiB for weights, activations and context and 486.5 MiB of KV cache for one request of 16384 "
-        "tokens on n1:0, which is 1.17 GiB too much. The plan keeps 2 % of each card free. "
+        "vllm with tensor_parallel_size 2 needs 16.37 GiB for weights, activations and context and 486.5 MiB of KV "
+        "cache for one request of 16384 tokens on each of 2 ranks, which is 1.17 GiB too much for n1:0. The plan keeps "
+        "2 % of each card free. "
         "Its KV cache (MLA) is the same on every rank, so a larger "
         "tensor_parallel_size does not shrink it.",
         "quantization: fp8",

@@ -15,8 +15,9 @@ from serve_app.facts.architecture import HYBRID, MLA, PT_ONLY, STANDARD, read_ar
 from serve_app.facts.engine_facts import BlockNames, EngineFacts, PtFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor, local_tensors
-from serve_app.planning.fit import ModelRequest, fit_pt
+from serve_app.planning.fit_pt import fit_pt
 from serve_app.planning.layer_map import Block, block_number, blocks_of, stored_block
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from tests.builders import model_config
 from tests.planning.pt_survey import shape_of, survey

@@ -1,5 +1,7 @@
 """What a replica asks of Ray, and whether a cluster can give it."""
 
+from dataclasses import replace
+
 import pytest
 
 from serve_app.config import ModelConfig
@@ -119,3 +121,58 @@ def test_a_cluster_holds_so_many_replicas(demand: Demand, most: int) -> None:
     require_replicas(demand, most, nodes)
     with pytest.raises(PlacementError, match=f"is {most + 1}, .* the cluster holds {most} of them at most"):
         require_replicas(demand, most + 1, nodes)
+
+
+def over_nodes(*gpus: int, cpus: float = 1) -> Demand:
+    """What a replica with so many GPUs on each of several nodes asks."""
+    first, *others = (Demand(cpus, float(count), ranks=count) for count in gpus)
+    return replace(first, elsewhere=tuple(others))
+
+
+def test_vllm_over_nodes_asks_for_whole_stages_on_each() -> None:
+    """The first node has one more if they do not come out even."""
+    config = model_config(infer_backend="vllm", tensor_parallel_size=2, pipeline_parallel_size=3, nnodes=2)
+    demand = first_demand(config, WHOLE)
+    assert demand == over_nodes(4, 2)
+    assert demand.bundles == [{"CPU": 1, "GPU": 4}, {"CPU": 1, "GPU": 2}]
+    assert str(demand) == "4 GPUs, 1 CPU and 2 GPUs, 1 CPU"
+
+
+def test_stages_over_nodes_on_the_cpu_ask_for_cpus_of_each() -> None:
+    """`num_cpus` is what the replica takes on each node."""
+    config = model_config(infer_backend="vllm", device="cpu", pipeline_parallel_size=2, nnodes=2, num_cpus=3)
+    assert first_demand(config, WHOLE).bundles == [{"CPU": 3}, {"CPU": 3}]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cluster", "fits", "most"),
+    [
+        ((2, 2), (2, 2), True, 1),
+        ((2, 2), (4,), False, 0),  # One node is not two.
+        ((2, 1), (1, 2), True, 1),  # Whichever node has more.
+        ((2, 2), (2, 1), False, 0),
+        ((1, 1), (4, 4), True, 4),
+        ((1, 1), (8, 1), True, 1),
+        ((1, 1, 1), (2, 2, 2), True, 2),
+        ((1, 1), (3, 2, 1), True, 3),
+    ],
+)
+def test_each_part_needs_a_node_of_its_own(
+    gpus: tuple[int, ...], cluster: tuple[int, ...], fits: bool, most: int
+) -> None:
+    """Ray's strategy is STRICT_SPREAD."""
+    nodes = [node(cpus=16, gpus=count) for count in cluster]
+    demand = over_nodes(*gpus)
+    assert demand.fits(nodes) is fits
+    if fits:
+        assert demand.most_on(nodes) == most
+
+
+def test_nodes_that_lack_gpus_are_named() -> None:
+    """With what the replica needs on each."""
+    config = model_config(infer_backend="vllm", pipeline_parallel_size=4, nnodes=2)
+    with pytest.raises(PlacementError, match=r"needs 2 GPUs, 1 CPU and 2 GPUs, 1 CPU on 2 nodes .*the nodes do not"):
+        require_room(config, [node(gpus=8)])
+    kind = model_config(infer_backend="vllm", pipeline_parallel_size=4, nnodes=2, accelerator_type="L4")
+    tied = require_room(kind, [replace(node(gpus=2), accelerator_types=("L4",))] * 2)
+    assert [part.accelerator_type for part in tied.parts] == ["L4", "L4"]

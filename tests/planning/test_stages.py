@@ -15,9 +15,9 @@ from serve_app.facts.engine_facts import EngineFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.planning import memory, terms
 from serve_app.planning.calibration_setting import calibration_setting
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.kv_groups import bytes_per_block, cache_groups, kv_bytes_per_request
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import kv_blocks, pinned, resolve, vllm_memory
@@ -143,7 +143,8 @@ def test_the_founding_command_is_refused_with_figures_or_served() -> None:
     limits = {0: "3GB", 1: "10GB"}
     (found,) = planned(staged(max_memory=limits), "4GiB,24GiB").problems
     assert found.code == "over_commit"
-    assert found.message.startswith("For one request of 4096 tokens, stage 1 of 2 on n1:0 (layers 0 to ")
+    start = "vllm with pipeline_parallel_size 2: for one request of 4096 tokens, stage 1 of 2 on n1:0 (layers 0 to "
+    assert found.message.startswith(start)
     bounds = "max_memory allows 2.79 GiB of n1:0 and 9.31 GiB of n1:1, context and activations included."
     assert found.message.endswith(bounds)
     # With 3 GB, a stage has room for the embedding or the head and for no layer.
@@ -172,7 +173,7 @@ def test_mixed_cards_make_stages_of_equal_ones() -> None:
 def test_a_pipeline_is_on_one_node() -> None:
     """More than one node for a replica is refused with that."""
     (found,) = planned(staged(pipeline_parallel_size=2), "12GiB;12GiB").problems
-    assert "All stages of a replica are on one node." in found.message
+    assert "Set nnodes to have stages on several nodes." in found.message
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,39 @@ def test_auto_takes_one_card_then_equal_ones_then_stages_then_pt() -> None:
     assert "holds more KV cache" in "; ".join(staged_model.reasons)
     pt = only(request(infer_backend="auto", max_model_len=4096), "10GiB,8GiB")
     assert "vLLM's stages cannot" in "; ".join(pt.reasons)
+
+
+def test_auto_keeps_vllm_within_limits_where_it_fits_and_says_why_not_elsewhere() -> None:
+    """`max_memory` alone does not decide: vLLM has a stage on each GPU that it names, or a part of the one GPU."""
+
+    def chosen(gpus: str, limits: dict[int | str, str], **more: Any) -> ModelPlan:
+        return only(request(infer_backend="auto", max_model_len=4096, max_memory=limits, **more), gpus, by_index=True)
+
+    two = chosen("2x16GiB", {0: "12GB", 1: "12GB"})
+    assert (two.backend, two.pipeline_layers) == ("vllm", (14, 14))
+    assert "2 stages on the GPUs that max_memory names keep to its limits" in "; ".join(two.reasons)
+    assert all(rank.share.bytes <= 12 * 10**9 for rank in two.ranks)
+    one = chosen("24GiB", {0: "20GB"})
+    assert (one.backend, one.ranks[0].share.bytes <= 20 * 10**9) == ("vllm", True)
+    tight = chosen("8GiB,12GiB", {0: "7.5GB", 1: "10GB"})
+    assert tight.backend == "pt"
+    assert "vLLM cannot hold the model within its limits; vLLM lacks at least " in "; ".join(tight.reasons)
+    spilled = chosen("12GiB", {0: "8GB", "cpu": "20GB"})
+    assert (spilled.backend, spilled.reasons) == ("pt", ("max_memory names cpu, where only pt keeps layers",))
+    assert chosen("24GiB", {0: "20GB"}, step_timeout_s=9).backend == "pt"
+
+
+def test_auto_within_limits_takes_vllm_beside_another_model_on_the_card() -> None:
+    """The limit bounds it, so it does not need the card for itself."""
+    models = [request(name=name, max_model_len=1024, max_memory={0: "19GB"}) for name in "mn"]
+    made = make_plan(models, parse_gpus("48GiB"))
+    assert [model.backend for model in made.models] == ["vllm", "vllm"]
+
+
+def test_auto_with_a_field_of_vllm_for_a_model_that_the_plan_does_not_know_is_a_problem() -> None:
+    """It was a KeyError."""
+    (found,) = planned(request("gpt-oss-20b", infer_backend="auto", engine_args={"seed": 1}), "24GiB").problems
+    assert found.code == "facts_missing"
 
 
 def test_what_a_start_is_given_makes_the_same_plan() -> None:
@@ -296,6 +330,27 @@ def test_several_ranks_on_the_cpu_share_its_memory() -> None:
     assert not make_plan([asked], tight).fits
 
 
+@pytest.mark.parametrize(
+    ("fields", "buffers"),
+    [
+        ({}, 0),
+        ({"tensor_parallel_size": 2}, 2),
+        ({"pipeline_layers": [10, 8, 10]}, 3),
+        ({"pipeline_layers": [10, 18], "tensor_parallel_size": 2, "num_cpus": 9}, 8),
+    ],
+)
+def test_ranks_on_the_cpu_map_the_buffers_of_their_groups(fields: dict[str, Any], buffers: int) -> None:
+    """4 MiB for each thread of each rank of a group, and a rank of both kinds is in two groups of two."""
+    host = Inventory((Device("n1", None, "memory", 64 * GIB, 64 * GIB),))
+
+    def context(**asked: Any) -> set[int]:
+        (model,) = make_plan([staged(device="cpu", **asked)], host).models
+        return {rank.context.bytes for rank in model.ranks}
+
+    (alone,), (found,) = context(), context(**fields)
+    assert found - alone == pytest.approx(1.1 * buffers * 4 * 2**20, abs=2)
+
+
 def test_measured_figures_of_a_stage_count_for_that_stage() -> None:
     """Those of tensor parallelism over as many cards do not."""
     asked, cards = staged(pipeline_parallel_size=2), parse_gpus("24GiB,16GiB")
@@ -313,7 +368,7 @@ def test_measured_figures_of_a_stage_count_for_that_stage() -> None:
 
 def test_what_is_asked_for_at_once_must_fit() -> None:
     """More than the stages hold is a problem with figures."""
-    from serve_app.planning.fit import AtOnce
+    from serve_app.planning.model_request import AtOnce
 
     asked = replace(staged(pipeline_parallel_size=2), at_once=AtOnce(8, 4096))
     assert only(asked, "8GiB,24GiB").max_full_length_requests >= 8

@@ -5,8 +5,8 @@ import pytest
 from serve_app.facts.calibration import Calibration, setting_key
 from serve_app.facts.inventory import parse_gpus
 from serve_app.planning.calibration_setting import calibration_setting
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import Figure
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import TERMS, ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.terms import total

@@ -14,8 +14,8 @@ from serve_app.engines.vllm import model_facts
 from serve_app.facts.architecture import read_architecture
 from serve_app.facts.engine_facts import CacheLayer, EngineFacts, RankFacts, VllmFacts, facts_from_json
 from serve_app.facts.inventory import parse_gpus
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.kv_groups import kv_bytes_per_request
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
 from serve_app.planning.vllm_formulas import rank_by_formula
 from tests.planning.model_requests import CONFIGS, shape_of

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from serve_app.facts.inventory import parse_gpus
-from serve_app.planning.fit import AtOnce
+from serve_app.planning.model_request import AtOnce
 from serve_app.planning.planner import make_plan
 from serve_app.planning.what_fits import MODEL_LEN_STEP, what_fits
 from tests.planning.model_requests import request

@@ -16,8 +16,8 @@ from serve_app.facts.calibration import Calibrations, calibration_file
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.memory import Figure
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import kv_blocks
@@ -31,7 +31,7 @@ from serve_app.replica.memory_watch import (
     require_own_gpus,
 )
 from serve_app.replica.replica_plan import plan_replica
-from serve_app.replica.report import BlocksReport, ReplicaReport, parsed_report
+from serve_app.replica.report import BlocksReport, ReplicaReport, has_ranks, parsed_report
 from tests.planning.model_requests import CONFIGS, request
 
 GIB = 2**30
@@ -123,8 +123,8 @@ def test_a_plan_by_index_means_the_machines_number_and_else_the_replicas_own() -
         assert list(planned_by_device(plan, GPUS)) == ["GPU-a"]
 
 
-async def test_ranks_on_the_cpu_are_reported_as_one_device(serve_context: list[ReplicaReport]) -> None:
-    """They share the memory of the machine, so what is told is what they hold together, and what each held at most."""
+async def test_each_rank_on_the_cpu_is_reported_alone(serve_context: list[ReplicaReport]) -> None:
+    """They share the memory of the machine, but not what they hold of it, and each keeps the most that it held."""
     engine = StubbornEngine()
     held = [[cpu_rank(11, 3), cpu_rank(12, 1)], [cpu_rank(11, 2), cpu_rank(12, 4)]]
     engine.memory = lambda: answered(held.pop(0) if len(held) > 1 else held[0])  # type: ignore[method-assign]
@@ -134,9 +134,13 @@ async def test_ranks_on_the_cpu_are_reported_as_one_device(serve_context: list[R
         if len(serve_context) > 1:
             break
         await asyncio.sleep(0.01)
-    ((first,), (second,)) = [report.devices for report in serve_context[:2]]
-    assert (first.device, first.held, first.peak, first.weights, first.kv_cache) == ("cpu", 4 * GIB, 4 * GIB, 2, 4)
-    assert (second.held, second.peak) == (6 * GIB, 7 * GIB)
+    first, second = serve_context[:2]
+    assert first.has_ranks
+    assert [(told.device, told.rank, told.weights, told.kv_cache) for told in first.devices] == [
+        ("cpu", 0, 1, 2), ("cpu", 1, 1, 2)
+    ]  # fmt: skip
+    assert [(told.held, told.peak) for told in first.devices] == [(3 * GIB, 3 * GIB), (GIB, GIB)]
+    assert [(told.held, told.peak) for told in second.devices] == [(2 * GIB, 3 * GIB), (4 * GIB, 4 * GIB)]
     await watch.stop()
 
 
@@ -148,9 +152,22 @@ def test_each_rank_on_the_cpu_has_its_own_plan() -> None:
     ]
     both = replace(plan, ranks=tuple(stages))
     assert planned_by_device(both, []) == {"cpu": stages}
-    report = memory_watch._device_report([cpu_rank(11, 3), cpu_rank(12, 1)], stages, None, {})
-    assert report.weights == 4
-    assert report.planned == sum(stage.share.bytes for stage in stages)
+    first, second = memory_watch.device_reports([cpu_rank(11, 3), cpu_rank(12, 1)], both, [], {})
+    assert (first.weights, first.planned) == (3, stages[0].share.bytes)
+    assert (second.weights, second.planned) == (1, stages[1].share.bytes)
+
+
+def test_one_process_on_two_cards_is_one_rank() -> None:
+    """As pt's is. vLLM's ranks have a process each, and a card each, whose plan is found by the card."""
+    gpus = [replace(GPUS[0], index=number, uuid=f"GPU-{number}") for number in range(2)]
+    plan = plan_replica(config(tensor_parallel_size=2), gpus)
+    assert plan is not None
+    cards = [RankMemory(f"GPU-{number}", 1, 1, 1, 1, 1, 1, 1) for number in range(2)]
+    one = memory_watch.device_reports(cards, plan, gpus, {})
+    assert [(told.index, told.rank, has_ranks(one)) for told in one] == [(0, 0, False), (1, 0, False)]
+    two = memory_watch.device_reports([replace(cards[1], pid=2), cards[0]], plan, gpus, {("GPU-1", 2, ""): 7})
+    assert [(told.index, told.rank, told.peak) for told in two] == [(1, 0, 7), (0, 1, 1)]
+    assert [told.planned for told in two] == [plan.ranks[1].share.bytes, plan.ranks[0].share.bytes]
 
 
 def cpu_rank(pid: int, gib: int) -> RankMemory:
@@ -325,3 +342,15 @@ def test_each_stage_must_be_on_its_card() -> None:
         EngineError, match="stages of the pipeline run on GPU-b, GPU-a, but they were planned for GPU-a"
     ):
         require_own_gpus([rank(1, 1, "GPU-b"), rank(1, 1, "GPU-a")], gpus, plan)
+
+
+def test_each_rank_must_have_a_card_of_its_own() -> None:
+    """Every rank is looked at, not the first alone. pt has one process on several cards."""
+    gpus = [Gpu(number, f"GPU-{number}", "card", 24 * GIB, 24 * GIB) for number in range(4)]
+    ranks = [replace(rank(1, 1, f"GPU-{number}"), pid=number) for number in range(4)]
+    require_own_gpus(ranks, gpus)
+    require_own_gpus([replace(each, pid=1) for each in ranks], gpus)
+    with pytest.raises(EngineError, match="pid 0 and pid 3, run on GPU-0, but each must have a GPU of its own"):
+        require_own_gpus([*ranks[:3], replace(ranks[3], device="GPU-0")], gpus)
+    with pytest.raises(EngineError, match="the engine runs on GPU-x, but Ray gave it GPU-0, GPU-1, GPU-2, GPU-3"):
+        require_own_gpus([*ranks[:3], replace(ranks[3], device="GPU-x")], gpus)

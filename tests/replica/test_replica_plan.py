@@ -16,7 +16,7 @@ from serve_app.facts.gpus import Gpu, visible_gpus
 from serve_app.facts.known_facts import Answer
 from serve_app.facts.packages import facts_version
 from serve_app.replica.memory_watch import planned_by_device
-from serve_app.replica.replica_plan import plan_replica, visible_order, with_planned_memory
+from serve_app.replica.replica_plan import plan_replica, split_line, visible_order, with_planned_memory
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
@@ -206,3 +206,38 @@ def test_limits_hold_in_the_replica_or_it_does_not_start() -> None:
     with pytest.raises(EngineError, match="max_memory: vLLM has no limits for each card"):
         with_planned_memory(asked, None)
     assert visible_order(None, []) == {}
+
+
+def test_the_log_names_the_layers_and_the_cards_of_each_stage() -> None:
+    """As vLLM gets them, by the numbers of the machine, in the order of the stages. One rank has no line."""
+    asked = config(model=str(CONFIGS / "qwen2-7b"), pipeline_parallel_size=2)
+    gpus = [gpu(0, 24), gpu(3, 8)]
+    planned = plan_replica(asked, gpus)
+    assert planned is not None
+    assert planned.pipeline_layers in ((6, 22), (22, 6))
+    order = ("3", "0") if planned.pipeline_layers == (6, 22) else ("0", "3")
+    assert split_line(planned, gpus) == (
+        f"vLLM runs in 2 ranks on GPU {order[0]}, GPU {order[1]}: stages of "
+        f"{' + '.join(map(str, planned.pipeline_layers))} layers (VLLM_PP_LAYER_PARTITION), "
+        "with tensor_parallel_size 1"
+    )
+    both = plan_replica(config(tensor_parallel_size=2), [gpu(4, 24), gpu(5, 24)])
+    assert split_line(both, [gpu(4, 24), gpu(5, 24)]) == "vLLM runs in 2 ranks on GPU 4, GPU 5"
+    assert split_line(plan_replica(config(), [gpu(0, 24)]), [gpu(0, 24)]) == split_line(None, []) == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"pipeline_layers": [6, 21]}, "the stages have 6, 21 layers, which must be at least 1 each and 28 together"),
+        ({"pipeline_parallel_size": 29}, "pipeline_parallel_size: 29: 29 stages need a layer each"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size: 3 is not valid"),
+    ],
+)
+def test_ranks_that_vllm_would_refuse_are_refused_on_the_cpu_too(fields: dict[str, object], reason: str) -> None:
+    """Where a shortage of memory is only logged."""
+    asked = config(model=str(CONFIGS / "qwen2-7b"), device="cpu", **fields)
+    with pytest.raises(EngineError, match=reason):
+        plan_replica(asked, [])
+    vast = config(model=str(CONFIGS / "qwen2-7b"), device="cpu", tensor_parallel_size=2, kv_cache_memory_bytes="9TiB")
+    assert plan_replica(vast, []) is None

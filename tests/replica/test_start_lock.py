@@ -2,12 +2,18 @@
 
 import asyncio
 import os
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve_app.errors import EngineError
+from serve_app.facts.gpus import Gpu
+from serve_app.replica import deployment
 from serve_app.replica.start_lock import FOLDER, PREFIX, starting_alone
+from tests.builders import model_config
 from tests.replica.start_together import overlaps, start_all
 
 
@@ -83,3 +89,47 @@ def test_the_default_folder_belongs_to_nobody_who_starts_engines() -> None:
     """Root's, and sticky: each user's files stay what they are, and the folder needs no making."""
     status = FOLDER.lstat()
     assert (status.st_uid, status.st_mode & 0o1000) == (0, 0o1000)
+
+
+async def test_a_replica_holds_the_locks_of_all_its_gpus_while_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before its plan until what it holds was measured. Each rank of vLLM takes one of them."""
+    gpus = [Gpu(number, f"GPU-{number}", "card", 2**30, 2**30) for number in range(3)]
+    held: dict[str, list[str]] = {}
+
+    async def is_locked(uuid: str) -> bool:
+        try:
+            async with starting_alone([uuid], lambda _: None, timeout_s=0, folder=tmp_path):
+                return False
+        except EngineError:
+            return True
+
+    async def look(when: str) -> None:
+        held[when] = [gpu.uuid for gpu in gpus if await is_locked(gpu.uuid)]
+
+    class Probe:
+        """An engine, and a watch of it, that look at the locks when they start."""
+
+        def __init__(self, *_: object):
+            pass
+
+        async def start(self, *_: object) -> Any:
+            await look("watch" if "engine" in held else "engine")
+
+    async def plan(_: deployment.Model) -> None:
+        await look("plan")
+
+    monkeypatch.setattr(deployment, "_gpus", lambda _: gpus)
+    monkeypatch.setattr(deployment, "starting_alone", partial(starting_alone, folder=tmp_path))
+    monkeypatch.setattr(deployment, "create_engine", Probe)
+    monkeypatch.setattr(deployment, "MemoryWatch", Probe)
+    monkeypatch.setattr(deployment.Model, "_plan", plan)
+    monkeypatch.delattr(deployment.Model, "__del__")  # Serve awaits it.
+    replica = deployment.Model.__new__(deployment.Model)
+    replica.name, replica._config = "m", model_config(infer_backend="vllm", tensor_parallel_size=3)
+    await replica._start(time.monotonic())
+    every = [gpu.uuid for gpu in gpus]
+    assert held == {"plan": every, "engine": every, "watch": every}
+    await look("end")
+    assert held["end"] == []

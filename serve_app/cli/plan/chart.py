@@ -10,10 +10,10 @@ from itertools import groupby
 from typing import Literal
 
 from serve_app.facts.inventory import Device
-from serve_app.planning.fit import gib
 from serve_app.planning.memory import GIB, Certainty, Figure
 from serve_app.planning.plan import TERMS, Fix, ModelPlan, Plan, Problem, RankPlan
 from serve_app.planning.planner import RUN_ON_CPU
+from serve_app.planning.sizes import gib
 
 Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "spare", "others"]
 
@@ -122,13 +122,14 @@ class FixNote:
 class ProblemNote:
     """This is a model that has no place. `fixes` are the changes that help, of which the first one costs least.
 
-    `names_cure` means that the message itself says what to do.
+    `names_cure` means that the message itself says what to do. `attempt` is the way to run it that came nearest.
     """
 
     model: str
     message: str
     fixes: tuple[FixNote, ...]
     names_cure: bool = False
+    attempt: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,14 @@ def title_of(model: ModelPlan) -> str:
     """Returns the model's name, with its replica's number from the second one on."""
     name = printable(model.name)
     return name if model.replica == 0 else f"{name} #{model.replica}"
+
+
+def counted_on(model: ModelPlan) -> str:
+    """Returns on what the bytes of a request's KV cache are counted, as the end of a phrase: on a rank of vLLM, or on
+    all devices of pt."""
+    if model.backend == "vllm":
+        return " on a rank"
+    return " on all devices together" if len(model.ranks) > 1 else ""
 
 
 def printable(text: str) -> str:
@@ -222,7 +231,8 @@ def cells(sizes: Sequence[int], width: int) -> list[int]:
 def _problem_note(problem: Problem) -> ProblemNote:
     names_cure = problem.message.endswith(RUN_ON_CPU)
     fixes = tuple(map(_fix_note, problem.fixes))
-    return ProblemNote(printable(problem.model), printable(problem.message), fixes, names_cure)
+    attempt = "" if problem.attempt is None else problem.attempt.text
+    return ProblemNote(printable(problem.model), printable(problem.message), fixes, names_cure, attempt)
 
 
 def _fix_note(fix: Fix) -> FixNote:
@@ -304,12 +314,15 @@ def _lines(model: ModelPlan) -> tuple[str, ...]:
     count = model.max_full_length_requests
     requests = f"{count} request{'' if count == 1 else 's'}"
     at_once = f"{requests} of {model.max_model_len} tokens at once"
-    cache = (
-        f"KV cache: {model.kv_tokens} tokens; {at_once}, {gib(model.kv_bytes_per_request)} each on a rank"
-        if model.kv_bytes_per_request
-        else f"no KV cache; {at_once}"
-    )
-    lines = [f"because {printable('; '.join(model.reasons))}", cache]
+    lines = [f"because {printable('; '.join(model.reasons))}", f"no KV cache; {at_once}"]
+    if model.kv_bytes_per_request:
+        where = counted_on(model)
+        lines[1] = (
+            f"KV cache: {at_once}, {gib(model.kv_bytes_per_request)} each{where}; it holds {model.full_length_tokens} "
+            "tokens in requests of that length"
+        )
+        if model.asked_for:
+            lines.append(f"beside {model.asked_for}, {gib(model.spare_kv_bytes)} of KV cache{where} is to spare")
     lines += [
         f"{ranges(devices)}: {_layer_range(layers, model)}" for layers, devices in _devices_by_layers(model).items()
     ]

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.cli.plan.chart import LABELS, MARKS, printable, title_of
+from serve_app.cli.plan.chart import LABELS, MARKS, counted_on, printable, title_of
 from serve_app.errors import ConfigError
-from serve_app.planning.fit import gib
 from serve_app.planning.memory import RESERVE_SHARE, Figure, reserve
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
+from serve_app.planning.sizes import gib
 from serve_app.planning.terms import Term
 
 # These say where a figure comes from, by its kind and backend.
@@ -78,7 +78,7 @@ def explained(plan: Plan, name: str) -> list[Explained]:
     placed = {tuple(rank.share for rank in model.ranks): model for model in plan.models if model.name == name}
     problems = [problem for problem in plan.problems if problem.model == name]
     found = [Explained(model) for model in placed.values()]
-    found += [Explained(problem.attempt and problem.attempt(), problem) for problem in problems]
+    found += [Explained(problem.nearest and problem.nearest(), problem) for problem in problems]
     if found:
         return found
     planned = [*(model.name for model in plan.models), *(problem.model for problem in plan.problems)]
@@ -103,9 +103,10 @@ def lines(model: ModelPlan, is_attempt: bool = False) -> Iterator[str]:
             yield from _figure_lines(kind, getattr(rank, kind), source)
         yield f"  {'sum':<12} {_size(rank.share):>12}  {rank.share.certainty}"
     yield ""
+    size = f"{gib(model.kv_bytes_per_request)} of KV cache{counted_on(model)}"
     yield (
-        f"One request of {model.max_model_len:,} tokens takes {gib(model.kv_bytes_per_request)} of KV cache on a rank; "
-        f"{model.max_full_length_requests} run at once, which is {model.kv_tokens:,} tokens of cache."
+        f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, "
+        f"and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
     )
     if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."

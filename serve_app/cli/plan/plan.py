@@ -11,8 +11,8 @@ from serve_app.cli.output_file import require_folder, write_file
 from serve_app.cli.plan.requests import MODEL_OPTIONS, requests_of_file, requests_of_options
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
-from serve_app.planning.fit import AtOnce, ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import AtOnce, ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.what_fits import what_fits

@@ -10,7 +10,7 @@ from serve_app.engines.model_requests import Unanswered, answered, cards_of, rea
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 
 MODEL_OPTIONS = (
     "infer_backend", "tensor_parallel_size", "pipeline_parallel_size", "max_model_len", "max_num_seqs", "max_memory",

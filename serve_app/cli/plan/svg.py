@@ -23,8 +23,8 @@ from serve_app.cli.plan.chart import (
     chart_of,
     marked,
 )
-from serve_app.planning.fit import gib
 from serve_app.planning.plan import Plan
+from serve_app.planning.sizes import gib
 
 WIDTH, MARGIN, BAR_HEIGHT = 960, 28, 30
 INNER = WIDTH - 2 * MARGIN
@@ -182,7 +182,8 @@ def _block(page: _Page, block: Block, owner: str, x: int, top: float, width: int
 def _problem(page: _Page, problem: ProblemNote) -> None:
     """Adds a panel for a problem, in which each fix has a line of its own."""
     with _panel(page, "edge"):
-        page.prose(f"{problem.model} has no place", 14, "bad bold", indent=16)
+        attempt = f" ({problem.attempt})" if problem.attempt else ""
+        page.prose(f"{problem.model} has no place{attempt}", 14, "bad bold", indent=16)
         page.prose(problem.message, 12, "ink", indent=16, width=INNER - 16)
         page.space(4)
         for number, fix in enumerate(problem.fixes):

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from serve_app.cli.page_console import PageConsole
 from serve_app.cli.plan.chart import printable
-from serve_app.planning.fit import gib
 from serve_app.planning.plan import Plan
+from serve_app.planning.sizes import gib
 from serve_app.planning.what_fits import Way
 
 # A page that is not a terminal is this wide, unless COLUMNS says otherwise, and no page is narrower than the second.

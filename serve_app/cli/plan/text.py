@@ -27,8 +27,8 @@ from serve_app.cli.plan.chart import (
     printable,
     title_of,
 )
-from serve_app.planning.fit import gib
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
+from serve_app.planning.sizes import gib
 
 # These are the columns of a page. A page that is not a terminal is as wide as the table of figures needs.
 LEAST_WIDTH, MOST_WIDTH, PIPE_WIDTH = 40, 120, 100
@@ -82,7 +82,7 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
         lines += [Text(), *_wrapped(model.title, width, style="bold")]
         lines += [line for sentence in model.lines for line in _wrapped(sentence, width, first=4, indent=8)]
     for problem in chart.problems:
-        lines += [Text(), _rule(f"PROBLEM {problem.model}", width, signs)]
+        lines += [Text(), _rule(": ".join(filter(None, (f"PROBLEM {problem.model}", problem.attempt))), width, signs)]
         lines += _wrapped(problem.message, width)
         for number, fix in enumerate(problem.fixes):
             lines += _fix(fix, "or: " if number else "fix: ", width)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.planning.fit import gib
+from serve_app.planning.sizes import gib
 from serve_app.replica.report import DeviceReport, ReplicaReport
 from serve_app.router.directory import ModelStatus, State, read_status, summarize
 from serve_app.router.status_lines import MEND, serving, state_line
@@ -102,13 +102,13 @@ def of_ready(reports: Sequence[ReplicaReport], states: States) -> list[ReplicaRe
 
 
 def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, str]]) -> list[str]:
-    """Returns a line with the planned and measured memory of each device, for the replicas that were not shown yet. If
-    a model has several replicas, the line has Serve's name of the replica too."""
+    """Returns a line with the planned and measured memory of each rank on its device, for the replicas that were not
+    shown yet. If a model has several replicas, the line has Serve's name of the replica too."""
     known = {*told, *((report.application, report.replica) for report in reports)}
     counts = Counter(application for application, _ in known)
     return [
         f"{report.application}{f' (replica {report.replica})' if counts[report.application] > 1 else ''}: "
-        f"{_memory(device)}"
+        f"{f'rank {device.rank}, ' if report.has_ranks else ''}{_memory(device)}"
         for report in reports
         if (report.application, report.replica) not in told
         for device in report.devices
@@ -116,7 +116,6 @@ def memory_lines(reports: Sequence[ReplicaReport], told: Collection[tuple[str, s
 
 
 def _memory(device: DeviceReport) -> str:
-    where = "memory" if device.index is None else f"GPU {device.index}"
     planned = "not planned" if device.planned is None else f"planned {gib(device.planned)}"
     holds = "and its memory cannot be measured" if device.held is None else f"holds {gib(device.held)}"
-    return f"{where}: {planned}, {holds}"
+    return f"{device.where}: {planned}, {holds}"

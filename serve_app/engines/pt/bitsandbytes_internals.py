@@ -22,6 +22,19 @@ def is_quantized(module: nn.Module) -> bool:
     return weight is not None and type(weight) is not nn.Parameter
 
 
+def scales_of(module: nn.Module) -> list[torch.Tensor]:
+    """Returns the scales of a quantised weight and their tables. Several weights may share a table.
+
+    Uses `quant_state` of a weight in 4 bits, with `absmax`, `code`, `offset` and `state2`, and `SCB` of a weight in 8
+    bits, which is in the `state` of its module after the first pass; seen in bitsandbytes 0.50.
+    """
+    weight = module._parameters["weight"]
+    outer = getattr(weight, "quant_state", None)
+    states = (outer, getattr(outer, "state2", None), weight, getattr(module, "state", None))
+    found = [getattr(state, name, None) for state in states for name in ("absmax", "code", "offset", "SCB")]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
 def keep_stored_order(model: nn.Module) -> None:
     """Has layers in 4 bits compute with weights as they are stored.
 

@@ -32,15 +32,12 @@ from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.bounds import MOST_CHOICES
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
-from serve_app.planning.fit import VLLM_CPU_KV_BYTES
+from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
+from serve_app.planning.plan import STAGES
 from serve_app.wire.openai_errors import error_response, route_error_response
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this variable sets less.
 DEFAULT_CPU_KV_CACHE_GIB = VLLM_CPU_KV_BYTES // 2**30
-
-
-# vLLM reads the layers of each pipeline stage here, and has no argument for them.
-STAGES = "VLLM_PP_LAYER_PARTITION"
 
 # vLLM has this many seconds to abort a request whose client has left before its task is cancelled.
 ABORT_GRACE_S = 5.0
@@ -70,7 +67,7 @@ class VllmEngine:
 
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
-        os.environ.update(environment(self._config))
+        os.environ.update(environment(self._config) | _cluster(self._config))
         args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name))
         try:
             return await self._build(args)
@@ -78,7 +75,9 @@ class VllmEngine:
             raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
 
     async def _build(self, args: Namespace) -> ASGIApp:
-        self._client = await self._stack.enter_async_context(vllm_internals.running_engine(args))
+        self._client = await self._stack.enter_async_context(
+            vllm_internals.running_engine(args, self._config.nodes > 1)
+        )
         await self._finish_ranks()
         handlers: dict[type[Exception], vllm_internals.Handler] = {
             vllm_internals.engine_dead_error(): self._engine_died,  # vLLM would answer 500, as for a bad request.
@@ -262,6 +261,20 @@ def environment(config: ModelConfig) -> dict[str, str]:
         if config.kv_cache_memory_bytes is None:  # Each rank gets so much.
             settings["VLLM_CPU_KVCACHE_SPACE"] = str(DEFAULT_CPU_KV_CACHE_GIB)
     return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def _cluster(config: ModelConfig) -> dict[str, str]:
+    """Returns how the engine's process finds the replica's own Ray, if its ranks are Ray's actors.
+
+    A process that Ray has not started takes the token of the user's home folder if there is one, and then refuses what
+    a cluster without tokens tells it. Ray ends the ranks at once without a word of that.
+    """
+    if config.nodes == 1:
+        return {}
+    import ray
+
+    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_AUTH_MODE": mode}
 
 
 def _require_same_stages(layers: str) -> None:

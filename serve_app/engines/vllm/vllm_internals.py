@@ -67,13 +67,19 @@ def transfers_caches(args: Namespace) -> bool:
     return args.kv_transfer_config is not None or args.ec_transfer_config is not None
 
 
-def running_engine(args: Namespace) -> AbstractAsyncContextManager[EngineClient]:
-    """Starts the engine's process, yields its client, and ends the process.
+def running_engine(args: Namespace, over_nodes: bool = False) -> AbstractAsyncContextManager[EngineClient]:
+    """Starts the engine's process, yields its client, and ends the process. `over_nodes` says that the ranks are on the
+    nodes of the replica's placement group.
 
-    Uses `vllm.entrypoints.launchers.api_server.entry.build_async_engine_client`, seen in vLLM 0.32.
+    Uses `vllm.entrypoints.launchers.api_server.entry.build_async_engine_client` and, because only a class of executors
+    says that it has pipelines, the argument `distributed_executor_backend` as a class; seen in vLLM 0.32.
     """
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 
+    if over_nodes:
+        from serve_app.engines.vllm.vllm_node_executor import NodeExecutor
+
+        args.distributed_executor_backend = NodeExecutor
     engine: AbstractAsyncContextManager[EngineClient] = build_async_engine_client(args)
     return engine
 

@@ -4,12 +4,14 @@ stage lacks on the CPU.
 vLLM makes this class a base of its worker (`worker_extension_cls`), and the engine calls the methods in every rank.
 """
 
+import os
 from dataclasses import asdict
 from typing import Any
 
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.vllm.vllm_internals import prepare_stage, shared_files, worker_device, worker_tensors
 from serve_app.facts.process_memory import resident_bytes
+from serve_app.planning.resource_demand import BUNDLES
 
 # vLLM imports this file before it loads the model.
 LIBRARIES = resident_bytes()
@@ -26,7 +28,7 @@ class WorkerExtension:
         if self._tensors is None:  # The tensors do not change after the start.
             weights, cache = (sum(tensor_bytes(tensors).values()) for tensors in worker_tensors(self))
             self._tensors = weights, cache
-        return asdict(rank_memory(worker_device(self), *self._tensors, LIBRARIES))
+        return asdict(rank_memory(worker_device(self), *self._tensors, LIBRARIES)) | {"node": _node()}
 
     def serve_app_shared_files(self) -> list[str]:
         """Returns the paths of the files that this rank shares with others, once all ranks have opened them."""
@@ -36,3 +38,13 @@ class WorkerExtension:
         """Makes the buffer in which this rank gets its input from the stage before. It is called on the CPU, before the
         first request."""
         prepare_stage(self)
+
+
+def _node() -> str:
+    """Returns the address of this rank's node, which is the replica's own unless the ranks are Ray's actors."""
+    if BUNDLES not in os.environ:
+        return ""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address

@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from serve_app.facts.inventory import Inventory
-from serve_app.planning.fit import ModelRequest
-from serve_app.planning.fixes.hardware import least_card, with_card
+from serve_app.planning.fixes.hardware import least_hardware, with_hardware
 from serve_app.planning.fixes.joint import joint_fixes
 from serve_app.planning.fixes.ladder import changed
 from serve_app.planning.fixes.search import fixes_of
 from serve_app.planning.fixes.trial import Budget, Trial
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Fix, Plan, Problem
 
 __all__ = ["apply", "with_fixes"]
 
 # The search may try so many placements of a replica for one plan, since a user waits for it.
-MOST_PLACEMENTS = 40_000
+MOST_PLACEMENTS = 60_000
+# Of these, one of so many parts is kept for the search for cards.
+HARDWARE_PART = 4
 # No card helps against these problems.
 UNPLANNED = frozenset({"not_planned", "facts_missing", "vllm_refuses"})
 
@@ -48,7 +50,8 @@ def with_fixes(plan: Plan, requests: Sequence[ModelRequest], inventory: Inventor
 def apply(fix: Fix, request: ModelRequest, inventory: Inventory) -> tuple[ModelRequest, Inventory]:
     """Returns the request and the inventory with a fix, as a user who does what it says would have them."""
     if fix.changes[0].field == "gpus":
-        return request, with_card(inventory, fix.changes[0])
+        rest = fix.changes[1:]
+        return changed(request, rest) or request if rest else request, with_hardware(inventory, fix.changes[0])
     return changed(request, fix.changes) or request, inventory
 
 
@@ -74,9 +77,10 @@ def _that_help(problem: Problem, fixes: tuple[Fix, ...], trial: Trial) -> tuple[
     """Returns the fixes of a model that is alike which help this one too."""
     found = []
     for fix in fixes:
-        card = fix.changes[0] if not fix.model else None
-        inventory = trial.inventory if card is None else with_card(trial.inventory, card)
-        changes = {} if card is not None else {problem.model: fix.changes}
+        card = fix.changes[0] if fix.changes[0].field == "gpus" else None
+        inventory = trial.inventory if card is None else with_hardware(trial.inventory, card)
+        own = fix.changes if card is None else fix.changes[1:]
+        changes = {problem.model: own} if own else {}
         if trial.helped(problem.model, changes, inventory) is not None:
             found.append(replace(fix, model=problem.model if fix.model else ""))
     return tuple(found)
@@ -89,7 +93,9 @@ def _kind(problem: Problem, trial: Trial) -> object:
 
 
 def _fixes(problem: Problem, trial: Trial) -> tuple[Fix, ...]:
-    fixes = fixes_of(problem, trial)
+    search = Budget(trial.budget.left - trial.budget.left // HARDWARE_PART)
+    fixes = fixes_of(problem, replace(trial, budget=search))
+    trial.budget.take(search)
     if not fixes and problem.code not in UNPLANNED:
-        fixes = least_card(problem.model, trial)
+        fixes = least_hardware(problem.model, trial)
     return fixes

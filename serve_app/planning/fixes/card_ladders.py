@@ -5,15 +5,18 @@ from itertools import combinations, islice
 
 from serve_app.config import UNITS, MaxMemoryKey, ModelConfig, parse_bytes, parse_max_memory
 from serve_app.facts.inventory import Device
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladder, rung
 from serve_app.planning.fixes.trial import Trial
+from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.plan import Change
 
 # A limit of max_memory is changed in steps of so many bytes, as the YAML has them.
 CAP_STEP = 500_000_000
 # Of the ways to name other cards, so many are tried on each node.
 MOST_NAMES = 24
+# So many stages at most are tried on several nodes.
+MOST_STAGES_OVER_NODES = 8
 # A share of a GPU is changed in steps of one of so many parts.
 SHARE_PARTS = 20
 # A whole card becomes one of these shares.
@@ -34,7 +37,8 @@ def more_cards(request: ModelRequest, backend: str, trial: Trial) -> Iterator[La
         if sizes and config.max_memory is None:
             yield Ladder(price.MORE_CARDS, [rung("tensor_parallel_size", size) for size in sizes])
         yield from _stages(request, most)
-    if backend != "vllm" and config.max_memory is None and config.device_map is None:
+        yield from _more_nodes(request, trial)
+    if backend == "pt" and config.max_memory is None and config.device_map is None:  # `auto` tries all by itself.
         counts = range(max(1, int(config.num_gpus or 1)) + 1, most + 1)
         if counts:
             yield Ladder(price.MORE_CARDS, [rung("num_gpus", count) for count in counts])
@@ -53,6 +57,29 @@ def _stages(request: ModelRequest, most: int) -> Iterator[Ladder]:
     if size > 1 and alone:
         rungs = [rung("pipeline_parallel_size", count, "tensor_parallel_size") for count in alone]
         yield Ladder(price.MORE_CARDS, rungs)
+
+
+def _more_nodes(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
+    """Yields stages on several nodes, for a model that has one node now. Few are tried, because each costs a solved
+    pipeline for each order of the nodes."""
+    config = request.config
+    is_free = config.max_memory is None and config.gpu_ids is None and config.pipeline_layers is None
+    nodes = [gpus for gpus in trial.inventory.node_gpus().values() if not gpus[0].by_index]
+    if not is_free or config.nodes > 1 or len(nodes) < 2:
+        return
+    size = config.tensor_parallel_size or 1
+    most = min(sum(len(gpus) // size for gpus in nodes), len(request.architecture.layers), MOST_STAGES_OVER_NODES)
+    rungs = [
+        (Change("nnodes", count), Change("pipeline_parallel_size", stages))
+        for stages in range(max(2, config.stages), most + 1)
+        for count in range(2, min(len(nodes), stages) + 1)
+    ]
+    if rungs:
+        yield Ladder(
+            price.MORE_NODES,
+            rungs,
+            lambda changes: f"time for each token on the network between {changes[0].value} nodes",
+        )
 
 
 def fewer_cards(request: ModelRequest, backend: str) -> Iterator[Ladder]:
@@ -97,7 +124,7 @@ def other_cards(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
     yield Ladder(price.NO_LIMIT, [rung("gpu_ids" if ids else "max_memory", None)], opens=True)
 
 
-def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
+def shares(request: ModelRequest, backend: str, code: str, trial: Trial) -> Iterator[Ladder]:
     """Yields larger and smaller shares of a card."""
     config = request.config
     if (share := config.share) is not None:
@@ -110,9 +137,9 @@ def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
         less = [rung("num_gpus", part) for part in reversed(parts) if part < share]
         if code == "no_device" and less:
             yield Ladder(price.LESS_CACHE, less, lambda changes: f"{share - changes[0].value:.0%} of a card")
-    if _has_one_card(config):
-        rungs = [rung("num_gpus", part) for part in SHARES]
-        yield Ladder(price.LESS_CACHE, rungs, lambda changes: f"{1 - changes[0].value:.0%} of a card")
+    has_others = len(trial.requests) > 1 or request.replicas > 1  # A model that is alone has nothing to share with.
+    if _has_one_card(config) and has_others:
+        yield from _parts_of_a_card(request, backend)
     utilization = config.vllm_args.get("gpu_memory_utilization")
     if utilization is None:
         return
@@ -125,6 +152,22 @@ def shares(request: ModelRequest, backend: str, code: str) -> Iterator[Ladder]:
         yield Ladder(
             price.LESS_CACHE, rungs, lambda changes: f"{now - 100 * changes[0].value:.0f}% of a card", climbs=True
         )
+
+
+def _parts_of_a_card(request: ModelRequest, backend: str) -> Iterator[Ladder]:
+    """Yields shares of a card for a model that has a whole one. With `auto`, `num_gpus` alone means pt, so vLLM is
+    named beside it."""
+
+    def loses(changes: Changes) -> str:
+        return f"{1 - changes[-1].value:.0%} of a card, which other models may take"
+
+    alone = [rung("num_gpus", part) for part in SHARES]
+    if backend != "auto" or not request.is_planned_for_vllm:
+        yield Ladder(price.PART_OF_A_CARD, alone, loses)
+        return
+    vllm = Change("infer_backend", "vllm")
+    yield Ladder(price.PART_OF_A_CARD, [(vllm, *share) for share in alone], loses)
+    yield Ladder(price.OTHER_BACKEND, alone, lambda changes: f"vLLM's speed, and {loses(changes)}")
 
 
 def _has_one_card(config: ModelConfig) -> bool:

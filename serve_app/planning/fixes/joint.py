@@ -5,9 +5,10 @@ from dataclasses import replace
 from functools import partial
 from heapq import heappop, heappush
 
-from serve_app.planning.fixes.hardware import least_card_for_all
+from serve_app.planning.fixes.hardware import least_hardware_for_all
 from serve_app.planning.fixes.search import fixes_of, fixes_of_two
 from serve_app.planning.fixes.trial import Trial
+from serve_app.planning.fixes.wording import gains_of
 from serve_app.planning.plan import Fix, Problem
 
 # The search looks at so many sets, the cheapest in sum first.
@@ -21,7 +22,7 @@ Chosen = Mapping[str, Fix]
 def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
     """Returns fixes that make all models fit together, proven by planning again, or nothing if none were found.
 
-    No fix of the set can be left out. If no change of the models' fields is enough, it is the least card.
+    No fix of the set can be left out. If no change of the models' fields is enough, it is the least hardware.
     """
     queue: list[tuple[int, int, Chosen, Trial]] = [(0, 0, {}, replace(trial, settled=frozenset()))]
     count, seen = 0, set[frozenset[tuple[str, str]]]()
@@ -40,7 +41,7 @@ def joint_fixes(trial: Trial) -> tuple[Fix, ...]:
                 count += 1
                 after = replace(after, settled=frozenset(more))
                 heappush(queue, (cost + sum(fix.price for fix in fixes), count, more, after))
-    return least_card_for_all(trial)
+    return least_hardware_for_all(trial)
 
 
 def _options(chosen: Chosen, at: Trial) -> list[tuple[Fix, ...]]:
@@ -91,4 +92,19 @@ def _without_needless(chosen: Chosen, trial: Trial) -> tuple[Fix, ...]:
         after = trial.with_changes(less)
         if after is not None and after.plan.fits:
             del kept[name]
-    return tuple(kept[request.name] for request in trial.requests if request.name in kept)
+    return _with_gains([kept[request.name] for request in trial.requests if request.name in kept], trial)
+
+
+def _with_gains(fixes: Sequence[Fix], trial: Trial) -> tuple[Fix, ...]:
+    """Returns the fixes with what each gains its own model where all are made. The last one says where other models
+    go."""
+    after = trial.with_changes({fix.model: fix.changes for fix in fixes})
+    if after is None or not fixes:
+        return tuple(fixes)
+    everyone = frozenset(request.name for request in trial.requests)
+    chosen = frozenset(fix.model for fix in fixes)
+    told = [everyone] * (len(fixes) - 1) + [chosen]
+    return tuple(
+        replace(fix, gains=gains_of(fix.model, trial.plan, after.plan, others))
+        for fix, others in zip(fixes, told, strict=True)
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from serve_app.config import ModelConfig
-from serve_app.planning.fit import ModelRequest
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Change
 
 Changes = tuple[Change, ...]

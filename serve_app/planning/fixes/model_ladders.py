@@ -4,15 +4,17 @@ from collections.abc import Iterator
 from typing import Literal
 
 from serve_app.config import ONLY_PT, ModelConfig
+from serve_app.planning.backend import fields_for_pt
 from serve_app.planning.cards import knows_kernels
-from serve_app.planning.fit import ModelRequest, gib
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
 from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladder, changed, rung, values_below
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import ONLY_GPU
 from serve_app.planning.quantization import BITS
+from serve_app.planning.sizes import gib
 
 # Requests shorter than this are of little use, so no shorter one is offered.
 LEAST_MODEL_LEN = 1024
@@ -32,7 +34,7 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     if on_gpu:
         yield from more_cards(request, backend, trial)
         yield from other_cards(request, trial)
-        yield from shares(request, backend, code)
+        yield from shares(request, backend, code, trial)
         yield from limits(request, trial)
         yield from fewer_cards(request, backend)
     if on_gpu and config.accelerator_type is not None:
@@ -58,7 +60,7 @@ def backend_of(config: ModelConfig) -> Backend:
         return config.infer_backend
     if config.only_vllm:
         return "vllm"
-    return "pt" if config.only_pt else "auto"
+    return "pt" if config.spill_tiers or fields_for_pt(config) else "auto"
 
 
 def _own(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladder]:

@@ -13,6 +13,8 @@
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
 | 13 | fewer cards | speed |
 | 14 | no `accelerator_type` | the choice of the card |
+| 15 | a share of a card instead of a whole one | KV cache, and speed while others use the card |
+| 16 | stages on more nodes: `nnodes` with `pipeline_parallel_size` | time on the network for each token |
 | 100 | `quantization: fp8`, or `bnb-int8` with pt | precision of the weights |
 | 105 | `quantization: bnb-nf4` with pt | more precision of the weights |
 | 110 | `max_model_len`, at least half of it | long requests |
@@ -21,22 +23,33 @@
 | 140 | fewer replicas | requests that run at once, and a spare when one is lost |
 | 1000 | layers on the CPU, by `max_memory` | most of the speed |
 | 1001 | `device: cpu`, where there is no GPU | most of the speed |
-| 10000 | one more card, or a larger one | money |
+| 10000 | one more card, a larger one, or a set of equal ones | money |
 
 Prices below 10 lose nothing, those below 100 little, those below 1000 quality or length, and those below 10000 most of
 the speed. A fix with a cheaper worst loss comes first, and so do single changes before pairs with the same worst loss.
-Pairs are tried only where nothing with the same worst loss or less helps alone.
+Pairs are tried only where nothing with the same worst loss or less helps alone, and where no fix so far keeps the
+length and the number of requests: then the cheapest pair that keeps both is one of the fixes.
 """
 
 MORE_CARDS = OTHER_CARDS = 1
 LIMIT = SHARE = OWN = 2
 NO_LIMIT = 3
-KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD = 10, 11, 12, 13, 14
+KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD, PART_OF_A_CARD, MORE_NODES = (
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+)
 WEIGHTS_IN_8_BITS, WEIGHTS_IN_4_BITS = 100, 105
 SHORTER, OTHER_BACKEND, MUCH_SHORTER, FEWER_REPLICAS = 110, 120, 130, 140
 SPILL, ON_CPU = 1000, 1001
 CARD = 10_000
 
+# With these changes, requests are shorter or fewer run at once.
+FEWER_REQUESTS = frozenset({FEWER_SEQUENCES, LESS_CACHE, PART_OF_A_CARD, SHORTER, MUCH_SHORTER, FEWER_REPLICAS})
 # The worst losses, in their order: the prices of each are below these.
 TIERS = (10, 100, 1000, 10_000)
 

@@ -1,20 +1,24 @@
 """Searches the changes of one model that make it fit: single fields first, and then pairs of fields."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
-from serve_app.planning.fixes.ladder import Changes, Ladder, as_lines, changed
-from serve_app.planning.fixes.model_ladders import ladders_of
-from serve_app.planning.fixes.price import TIERS, tier_of
+from serve_app.planning.fixes.ladder import ARGUMENT, Changes, Ladder, as_lines, changed
+from serve_app.planning.fixes.model_ladders import backend_of, ladders_of
+from serve_app.planning.fixes.price import FEWER_REQUESTS, TIERS, tier_of
 from serve_app.planning.fixes.trial import Trial
-from serve_app.planning.fixes.wording import gains_of
+from serve_app.planning.fixes.wording import costs_for_others, gains_of
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Fix, Problem
 
 MOST_FIXES = 3
 # Of a pair of fields with many values that cannot be bisected, so many pairs of values are tried.
 MOST_VALUES = 80
+
+# The search for a fix that keeps the length and the number of requests may spend one of so many parts of what is left.
+KEEPER_PART = 16
 
 Works = Callable[[Changes], bool]
 
@@ -31,7 +35,31 @@ def fixes_of(problem: Problem, trial: Trial, cured: str | None = None) -> tuple[
         search.extend(fixes, [(ladder,) for ladder in ladders if tier_of(ladder.price) == tier])
         if not fixes:
             search.extend(fixes, _pairs(ladders, search, tier))
-    return tuple(fixes)
+    return tuple(_with_keeper(fixes, ladders, search) if cured is None else fixes)
+
+
+def _with_keeper(fixes: list[Fix], ladders: Sequence[Ladder], search: "_Search") -> list[Fix]:
+    """Returns the fixes with the cheapest one that keeps the length and the number of requests, if there is one that
+    loses less than what keeps them so far. It takes the place of the dearest fix if there are as many as are shown."""
+    if not fixes:  # Then all pairs were tried.
+        return fixes
+    best = min((tier_of(fix.price) for fix in fixes if fix in search.keepers), default=len(TIERS))
+    keeping = [ladder for ladder in ladders if _keeps((ladder,))]
+    part = search.trial.budget.part(KEEPER_PART)
+    bounded = replace(search, trial=replace(search.trial, budget=part))
+    found: list[Fix] = []
+    for tier in range(best):
+        bounded.extend(found, [(ladder,) for ladder in keeping if tier_of(ladder.price) == tier], 1)
+        bounded.extend(found, filter(_keeps, _pairs(keeping, bounded, tier)), 1)
+        if found:
+            break
+    search.trial.budget.take(part)
+    return sorted([*fixes[: MOST_FIXES - len(found)], *found], key=lambda fix: fix.price)
+
+
+def _keeps(ladders: Iterable[Ladder]) -> bool:
+    """Returns whether these changes keep the length and the number of requests."""
+    return not any(ladder.price in FEWER_REQUESTS for ladder in ladders)
 
 
 def fixes_of_two(problem: Problem, other: str, trial: Trial) -> tuple[Fix, ...]:
@@ -74,6 +102,8 @@ class _Search:
     code: str
     trial: Trial
     known: dict[object, Trial | None] = field(default_factory=dict)
+    # The fixes that keep the length and the number of requests.
+    keepers: list[Fix] = field(default_factory=list)
 
     def works(self, changes: Changes) -> bool:
         return self.after(changes) is not None
@@ -88,25 +118,38 @@ class _Search:
             self.known[key] = self.trial.helped(self.cured, {self.model: changes})
         return self.known[key]
 
-    def extend(self, fixes: list[Fix], ways: Iterable[tuple[Ladder, ...]]) -> None:
-        """Adds the fixes by these ladders or pairs of ladders, but no second one of the same fields."""
+    def extend(self, fixes: list[Fix], ways: Iterable[tuple[Ladder, ...]], most: int = MOST_FIXES) -> None:
+        """Adds the fixes by these ladders or pairs of ladders up to so many, but no second one of the same fields."""
         for ladders in ways:
-            if len(fixes) >= MOST_FIXES:
+            if len(fixes) >= most:
                 return
             single = len(ladders) == 1
             changes = least(ladders[0], self.works) if single else least_pair(ladders[0], ladders[1], self.works_with)
             fix = None if changes is None else self._fix(ladders, changes)
             if fix is not None and _kind(fix) not in map(_kind, fixes):
                 fixes.append(fix)
+                self.keepers.extend([fix] if _keeps(ladders) else [])
 
     def _fix(self, ladders: Sequence[Ladder], changes: Sequence[Changes]) -> Fix | None:
-        lines = as_lines(self.trial.request(self.model), sum(changes, ()))
-        after = self.after(sum(changes, ()))
+        request, every = self.trial.request(self.model), sum(changes, ())
+        after = self.after(every)
         if after is None:
             return None
-        loses = " and ".join(filter(None, (ladder.loses(part) for ladder, part in zip(ladders, changes, strict=True))))
-        gains = gains_of(self.cured, self.trial.plan, after.plan)
-        return Fix(self.model, lines, sum(ladder.price for ladder in ladders), loses, gains)
+        parts = [ladder.loses(part) for ladder, part in zip(ladders, changes, strict=True)]
+        others = costs_for_others(self.model, self.trial.plan, after.plan)
+        loses = " and ".join(filter(None, (*parts, _decided(request, every), others)))
+        gains = gains_of(self.cured, self.trial.plan, after.plan, frozenset({self.model}) - {self.cured})
+        return Fix(self.model, as_lines(request, every), sum(ladder.price for ladder in ladders), loses, gains)
+
+
+def _decided(request: ModelRequest, changes: Changes) -> str:
+    """Returns that `auto` means one backend with these changes, if it did not before, or an empty text."""
+    new = changed(request, changes)
+    if new is None or new.config.infer_backend != "auto" or backend_of(request.config) != "auto":
+        return ""
+    backend = backend_of(new.config)
+    fields = " and ".join(change.field.removeprefix(ARGUMENT) for change in changes if change.value is not None)
+    return "" if backend == "auto" else f"the choice of infer_backend: auto, which means {backend} with {fields}"
 
 
 def _kind(fix: Fix) -> object:
@@ -137,7 +180,10 @@ def least_pair(
     for *_, one, two in islice(together, MOST_VALUES):
         if works(one[-1], two[-1]):
             large = _least_beside(first, one, partial(_with_second, works, two[-1]))
-            return large, _least_beside(second, two, partial(works, large))
+            small = _least_beside(second, two, partial(works, large))
+            if large in one:  # Layers are whole, so less of the second may allow less of the first.
+                large = _bisected(one[: one.index(large) + 1], partial(_with_second, works, small))
+            return large, small
     return None
 
 

@@ -1,37 +1,74 @@
-"""Says in words what a fix gains."""
+"""Says in words what a fix gains, and what it costs models that it does not change."""
 
-from serve_app.planning.fit import gib
 from serve_app.planning.plan import ModelPlan, Plan
+from serve_app.planning.shortage import MOST_NAMED, named
+from serve_app.planning.sizes import gib
 
-# A fix names so many devices at most, and otherwise their number.
-MOST_NAMED = 4
 
-
-def gains_of(name: str, before: Plan, after: Plan) -> str:
-    """Returns where the model fits with a fix, what its tightest replica has to spare, and which idle cards it uses."""
-    replicas = [model for model in after.models if model.name == name]
+def gains_of(name: str, before: Plan, after: Plan, others: frozenset[str] = frozenset()) -> str:
+    """Returns where the model fits with a fix, what its tightest replica has to spare, which idle cards it uses, and
+    where other models go. Of these it leaves out `others`, of which another fix speaks."""
+    text = _fits_on(name, after)
+    replicas = _replicas(name, after)
     used = {rank.device.id for model in replicas for rank in model.ranks}
-    devices = [device.id for device in after.devices if device.id in used]
-    spare = min((spare_of(model) for model in replicas), default=0)
-    text = f"fits on {_named(devices)} with {gib(spare)} of KV cache to spare"
     busy = {rank.device.id for model in before.models for rank in model.ranks}
-    idle = [device.id for device in before.devices if device.id in used - busy]
-    more = idle[len(replicas) :] if len(idle) == len(devices) else idle
+    idle = [device for device in before.devices if device.id in used - busy]
+    more = idle[len(replicas) :] if len(idle) == len(used) else idle
     if more:
-        text += f", and uses {_named(more)}, which {'is' if len(more) == 1 else 'are'} idle"
-    return text
+        text += f", and uses {named(more)}, which {'is' if len(more) == 1 else 'are'} idle"
+    moved = _moves(before, after, others | {name})
+    return "; ".join([text, *moved])
 
 
-def spare_of(model: ModelPlan) -> int:
-    """Returns the bytes of KV cache beyond one request of full length: on a rank of vLLM, and of all devices for pt."""
-    caches = [rank.kv_cache.bytes for rank in model.ranks]
-    needed = model.kv_bytes_per_request + model.kv_block_bytes  # vLLM keeps one block empty.
-    return max(0, (min(caches) if model.backend == "vllm" else sum(caches)) - needed)
+def costs_for_others(name: str, before: Plan, after: Plan) -> str:
+    """Returns which other models run with another backend after a fix, or an empty text."""
+    found = []
+    for other, backend in _backends(before).items():
+        new = _backends(after).get(other, backend)
+        if other != name and new != backend:
+            found.append(f"{backend} for {other}, which runs with {new} then")
+    return " and ".join(_first(found, "other models change their backend"))
 
 
-def _named(devices: list[str]) -> str:
-    if len(devices) > MOST_NAMED:
-        return f"{len(devices)} devices from {devices[0]}"
-    return (
-        devices[0] if len(devices) == 1 else f"{', '.join(devices[:-1])} and {devices[-1]}" if devices else "no device"
-    )
+def _fits_on(name: str, after: Plan) -> str:
+    replicas = _replicas(name, after)
+    spare = min((model.spare_kv_bytes for model in replicas), default=0)
+    asked_for = next((f" beside {model.asked_for}" for model in replicas if model.asked_for), "")
+    return f"{name} fits on {_places(name, after)} with {gib(spare)} of KV cache to spare{asked_for}"
+
+
+def _moves(before: Plan, after: Plan, told: frozenset[str]) -> list[str]:
+    """Returns where other models go: those that have other cards, and those that had no place."""
+    names = dict.fromkeys(model.name for model in after.models if model.name not in told)
+    without = {problem.model for problem in before.problems}
+    fitting = [_fits_on(name, after) for name in names if name in without - {each.model for each in after.problems}]
+    moved = [
+        f"{name} moves to {_places(name, after)}"
+        for name in names
+        if name not in without and _cards(name, before) != _cards(name, after)
+    ]
+    return [*_first(fitting, "other models fit too"), *_first(moved, "other models move")]
+
+
+def _first(texts: list[str], rest: str) -> list[str]:
+    """Returns so many texts at most, and then the number of the others."""
+    more = len(texts) - MOST_NAMED
+    return texts if more <= 0 else [*texts[:MOST_NAMED], f"{more} {rest}"]
+
+
+def _replicas(name: str, plan: Plan) -> list[ModelPlan]:
+    return [model for model in plan.models if model.name == name]
+
+
+def _cards(name: str, plan: Plan) -> list[list[str]]:
+    """Returns the devices of each replica, whatever the replicas' numbers are."""
+    return sorted(sorted(rank.device.id for rank in model.ranks) for model in _replicas(name, plan))
+
+
+def _places(name: str, plan: Plan) -> str:
+    used = {rank.device.id for model in _replicas(name, plan) for rank in model.ranks}
+    return named([device for device in plan.devices if device.id in used])
+
+
+def _backends(plan: Plan) -> dict[str, str]:
+    return {model.name: model.backend for model in plan.models}

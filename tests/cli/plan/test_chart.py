@@ -19,8 +19,8 @@ from serve_app.cli.plan.chart import LABELS, cells, chart_of, ranges
 from serve_app.cli.plan.svg import INNER, plan_svg
 from serve_app.cli.plan.text import ASCII, UNICODE, page, print_plan
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
-from serve_app.planning.fit import ModelRequest
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
 from tests.planning.model_requests import request
@@ -303,8 +303,9 @@ def test_fixes_that_belong_together_are_set_apart() -> None:
     plan = planned([small(name, max_model_len=32768) for name in "ab"], "A100-80GB")
     text = text_of(plan)
     joint = text[text.index("── ALL MODELS FIT WITH ──") :]
-    assert "    a: num_gpus: 0.5\n        loses 50% of a card; gains: fits on n1:0 " in joint
+    assert "    a: num_gpus: 0.5\n        loses 50% of a card, which other models may take; gains: a fits " in joint
     assert "    b: num_gpus: 0.5\n" in joint
+    assert "gains: b fits " in joint
     texts = " ".join(" ".join(element.itertext()) for element in drawn(plan).iter(f"{SVG}text"))
     assert "All models fit with a: num_gpus: 0.5 loses 50% of a card" in texts
 

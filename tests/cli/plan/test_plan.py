@@ -66,7 +66,7 @@ def test_what_does_not_fit_exits_1_with_the_line_that_cures_it(file: Path, capsy
     """The exact line of YAML."""
     assert main(["plan", str(file), "--gpus", "8GiB"]) == 1
     out = capsys.readouterr().out
-    assert "PROBLEM q " in out
+    assert "PROBLEM q: " in out
     assert "needs 14.94 GiB for weights" in out
     assert "    fix: one more 10 GiB card on n1" in out
 
@@ -115,8 +115,9 @@ def test_wrong_input_exits_2(arguments: list[str], words: str, capsys: pytest.Ca
     assert words in capsys.readouterr().err
 
 
-def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models have rows, with how long and how many; one that fits nowhere makes the exit code 1."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it.
     models = ["plan", "--model", DEMO_MODEL, "--model", str(CONFIGS / "llama-3-70b"), "--what", "fits"]
     assert main([*models, "--gpus", "24GiB"]) == 1
     table = capsys.readouterr().out
@@ -128,17 +129,19 @@ def test_what_fits_is_a_table_and_data(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_compare_shows_two_files_beside_each_other(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exit code is that of the second file. What differs is in one row."""
-    other = tmp_path / "other.yaml"
-    other.write_text(file.read_text())
-    arguments = ["plan", str(file), "--gpus", "24GiB,24GiB", "--compare", str(other)]
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it.
+    monkeypatch.chdir(tmp_path)  # A table with long paths as titles would not fit.
+    for name in ("one.yaml", "other.yaml"):
+        (tmp_path / name).write_text(file.read_text())
+    arguments = ["plan", "one.yaml", "--gpus", "24GiB,24GiB", "--compare", "other.yaml"]
     assert main(arguments) == 0
     same = [line for line in capsys.readouterr().out.splitlines() if "verdict" in line]
     assert len(same) == 1
     assert same[0].split() == ["verdict", "fits", "fits"]
-    assert main([*arguments[:-1], str(file), "--json"]) == 0
+    assert main([*arguments[:-1], "one.yaml", "--json"]) == 0
     one, two = json.loads(capsys.readouterr().out)
     assert one == two
 

@@ -181,3 +181,12 @@ def test_memory_of_a_second_replica_has_its_name() -> None:
     ]
     both = memory_lines([report("x1", cpu), report("x2", cpu)], set())
     assert [line.partition(":")[0] for line in both] == ["a (replica x1)", "a (replica x2)"]
+
+
+def test_memory_is_told_for_each_rank() -> None:
+    """With its number where an engine has several processes."""
+    ranks = [DeviceReport("cpu", None, GIB, "exact", GIB, GIB, 0, 0, rank=number) for number in range(2)]
+    assert memory_lines([report("1", *ranks)], set()) == [
+        "a: rank 0, memory: planned 1.00 GiB, holds 1.00 GiB",
+        "a: rank 1, memory: planned 1.00 GiB, holds 1.00 GiB",
+    ]

@@ -138,10 +138,12 @@ def test_vllm_arguments_go_to_fields_and_engine_args() -> None:
 
 def test_vllm_engine_kwargs_are_taken_one_by_one() -> None:
     """One with a field of its own goes there; one that Ray's books do not bear gets a note."""
-    made = of('--infer_backend vllm --vllm_engine_kwargs \'{"max_num_seqs": 8, "block_size": 16, "nnodes": 2}\'')
+    made = of(
+        '--infer_backend vllm --vllm_engine_kwargs \'{"max_num_seqs": 8, "block_size": 16, "data_parallel_size": 2}\''
+    )
     assert made.args["max_num_seqs"] == 8
     assert made.args["engine_args"] == {"block_size": 16}
-    assert "GPUs or processes that Ray counts" in note_about(made, "--vllm_engine_kwargs nnodes")
+    assert "GPUs or processes that Ray counts" in note_about(made, "--vllm_engine_kwargs data_parallel_size")
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))

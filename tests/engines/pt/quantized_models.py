@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from serve_app.engines.pt.load.quantization import quantization_options, settle
+from serve_app.engines.measure import tensor_bytes
+from serve_app.engines.pt.load.quantization import quantization_options, settle, weight_tensors
 from tests.builders import model_config
 from tests.engines.pt.tiny_models import tiny_model
 
@@ -27,3 +28,8 @@ def load_quantized(folder: Path, method: str, dtype: torch.dtype) -> PreTrainedM
     )
     settle(model)
     return model.eval()
+
+
+def storage_bytes(module: torch.nn.Module) -> int:
+    """The bytes of all storages of a module's weights, each once."""
+    return sum(tensor_bytes(weight_tensors(module)).values())

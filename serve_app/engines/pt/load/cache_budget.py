@@ -7,7 +7,7 @@ import torch
 
 from serve_app.config import ModelConfig
 from serve_app.errors import EngineError
-from serve_app.planning.fit import PT_CPU_KV_BYTES, PT_CPU_KV_SHARE
+from serve_app.planning.fit_pt import PT_CPU_KV_BYTES, PT_CPU_KV_SHARE
 from serve_app.planning.terms import CONTEXT_BYTES
 
 # The cache may take this share of what is free on a GPU after the weights. The rest is for activations and moved

@@ -10,7 +10,13 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from serve_app.config import ModelConfig
-from serve_app.engines.pt.bitsandbytes_internals import keep_stored_order, separate_outliers, silence_casts
+from serve_app.engines.pt.bitsandbytes_internals import (
+    is_quantized,
+    keep_stored_order,
+    scales_of,
+    separate_outliers,
+    silence_casts,
+)
 from serve_app.engines.pt.transformers_internals import convertible_linears
 from serve_app.errors import ConfigError, EngineError
 from serve_app.planning.quantization import quantized
@@ -67,31 +73,12 @@ def quantized_sizes(model: PreTrainedModel, method: str) -> dict[str, int]:
     return {f"{name}.weight": quantized(method, *shape).bytes for name, shape in convertible_linears(model).items()}
 
 
-def storage_bytes(module: nn.Module) -> int:
-    """Returns the bytes of all storages of a module's parameters and saved buffers, with the scales and tables of
-    quantised weights. Each storage counts once."""
-    found: dict[int, int] = {}
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            if value.device.type != "meta":
-                storage = value.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-            for name in ("quant_state", "SCB"):
-                add(getattr(value, name, None))
-        elif hasattr(value, "absmax"):  # It is bitsandbytes' state of a weight, which may hold that of its scales.
-            for name in ("absmax", "code", "offset", "state2"):
-                add(getattr(value, name, None))
-        elif hasattr(value, "threshold") and hasattr(value, "CB"):  # After a pass, 8 bits have their scales here.
-            add(value.SCB)
-
+def weight_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Returns a module's parameters and saved buffers, with the scales and tables of quantised weights."""
     saved = module.state_dict().keys()
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in saved or isinstance(tensor, nn.Parameter):
-            add(tensor)
-    for part in module.modules():
-        add(getattr(part, "state", None))
-    return sum(found.values())
+    named = (*module.named_parameters(), *module.named_buffers())
+    found = [tensor for name, tensor in named if name in saved or isinstance(tensor, nn.Parameter)]
+    return found + [tensor for part in module.modules() if is_quantized(part) for tensor in scales_of(part)]
 
 
 def _quantizer(method: str, dtype: torch.dtype) -> Any:

@@ -13,8 +13,10 @@ from serve_app.facts.architecture import read_architecture
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
-from serve_app.planning.fit import ModelRequest, Shortage, fit_pt
+from serve_app.planning.fit_pt import fit_pt
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan
+from serve_app.planning.shortage import Shortage
 from tests.builders import model_config
 from tests.engines.pt.tiny_models import CONFIGS
 from tests.planning.pt_survey import shape_of

@@ -9,19 +9,19 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from serve_app.config import PT_QUANTIZATIONS
+from serve_app.engines.pt.engine import weight_bytes
 from serve_app.engines.pt.load import quantization
 from serve_app.engines.pt.load.layout import layout_of
 from serve_app.engines.pt.load.model_loader import load_model
-from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import probe
-from serve_app.engines.pt.load.quantization import quantization_options, storage_bytes, stored_method
+from serve_app.engines.pt.load.quantization import quantization_options, stored_method
 from serve_app.errors import ConfigError, EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path, read_checkpoint
 from serve_app.planning.layer_map import blocks_of
 from serve_app.planning.quantization import quantized
 from tests.builders import model_config
 from tests.engines.pt.core.test_model_runner import loaded, requests, run_all
-from tests.engines.pt.quantized_models import load_quantized, quantized_model
+from tests.engines.pt.quantized_models import load_quantized, quantized_model, storage_bytes
 from tests.engines.pt.tiny_models import JOINED, generate_one, tiny_model
 
 # Logits that are closer than this share of their spread are a tie, which rounding may decide either way. In 8 bits an
@@ -125,8 +125,7 @@ def test_the_engine_loads_and_answers(method: str, caplog: pytest.LogCaptureFixt
     model = load_model(config)
     shape = read_checkpoint(config.model)
     planned = blocks_of(shape.tensors, shape.architecture, 2, copies_tied=True, quantization=method)
-    packed = sum(part.packed_bytes for part in model.model.modules() if isinstance(part, PackedLinear))
-    assert storage_bytes(model.model) + packed == sum(block.weights for block in planned)
+    assert sum(weight_bytes(model.model).values()) == sum(block.weights for block in planned)
     prompt = tuple(model.tokenizer("What is the capital of France?").input_ids)
     with caplog.at_level(logging.WARNING):
         assert len(generate_one(model.model, prompt, 4)) == 4

@@ -1,11 +1,7 @@
-"""Holds what is asked of the plan, and decides whether one replica of pt fits on given devices, by arithmetic alone.
+"""Holds what is asked of the plan: a model of a config file with the facts of its checkpoint."""
 
-`fit_vllm.py` decides it for vLLM.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from serve_app.config import PT_QUANTIZATIONS, ModelConfig
@@ -17,32 +13,18 @@ from serve_app.facts.weights import Tensor
 from serve_app.planning import memory
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
-from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, blocks_of, map_layers
-from serve_app.planning.memory import GIB, ZERO, Figure
-from serve_app.planning.plan import Attempt, ModelPlan, RankPlan
-from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.quantization import BITS, loading_bytes
-from serve_app.planning.terms import (
-    left_over_layer,
-    loading_weight,
-    quantized_weights,
-    stored_weights,
-    unpacked_weight,
-)
+from serve_app.planning.layer_map import Block, blocks_of
+from serve_app.planning.memory import Figure
+from serve_app.planning.terms import stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
-PT_CHUNK_TOKENS = 512
-# vLLM's CPU build gets the first figure if the config does not say. pt gets no more than this share of the memory that
-# is available, since other replicas share it, and no more than these bytes. The engines take their defaults from here.
-VLLM_CPU_KV_BYTES = GIB
 # The formulas know the KV cache of these types: the model's own type, and 8 bits.
 FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 # vLLM holds weights of these methods in about the bytes in which they are stored; the margin of guesses covers what it
 # pads (9 % of the experts of MXFP4).
 HELD_AS_STORED = frozenset({"awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "modelopt"})
-PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 
 def cache_dtype(config: ModelConfig) -> str:
@@ -61,10 +43,6 @@ class AtOnce:
     def text(self) -> str:
         """Returns it as a part of a sentence."""
         return f"{self.requests} request{'' if self.requests == 1 else 's'} of {self.tokens} tokens"
-
-
-# Devices with the bytes that are free on each.
-Seats = Sequence[tuple[Device, int]]
 
 
 @dataclass(frozen=True)
@@ -397,330 +375,9 @@ class ModelRequest:
         return found
 
 
-@dataclass(frozen=True)
-class Shortage:
-    """This is the reason why a replica does not fit. `missing` is in bytes, on the device that lacks most.
-
-    `attempt` returns the plan that would be made if the devices had that much more. It is None where no figures were
-    made.
-    """
-
-    code: str
-    message: str
-    missing: int
-    attempt: Attempt | None = field(default=None, compare=False, repr=False)
-
-
-def available(device: Device, free: int) -> int:
-    """Returns the bytes that may be planned on a device with `free` bytes left. GPUs keep a reserve."""
-    return free - (memory.reserve(device.total_bytes) if device.is_gpu else 0)
-
-
-def rows_problem(request: ModelRequest, rows: int) -> Shortage | None:
-    """Returns a shortage if the engine runs fewer sequences at once than are asked for, whatever its KV cache holds."""
-    wanted = request.at_once
-    if wanted is None or wanted.requests <= rows:
-        return None
-    text = f"max_num_seqs: the engine runs at most {rows} requests at once, and {wanted.text} are asked for."
-    return Shortage("max_num_seqs", text, 0)
-
-
-def held_text(request: ModelRequest) -> str:
-    """Returns what the KV cache has to hold, as a part of a sentence."""
-    one = f"one request of {request.max_model_len} tokens"
-    return one if request.at_once is None else f"{one} and for {request.at_once.text} at once"
-
-
-def small_cache(request: ModelRequest, least: int) -> Shortage:
-    """Returns the shortage of a `kv_cache_memory_bytes` that is below `least`, the bytes that a rank needs."""
-    cache = request.config.kv_cache_memory_bytes or 0
-    return Shortage(
-        "small_cache",
-        f"kv_cache_memory_bytes: {gib(cache)} is less than what is needed on a rank for {held_text(request)} "
-        f"({gib(least)}).",
-        least - cache,
-    )
-
-
 def held_otherwise(what: str) -> str:
     """Returns a sentence that says why pt's plan has no figure for quantised weights, and what to do."""
     return (
         f"the plan does not know what {what} take here, because transformers may make them whole when it loads them. "
         "Use infer_backend: vllm, or a checkpoint that is not quantised."
     )
-
-
-def fit_pt(
-    request: ModelRequest, devices: Sequence[tuple[Device, int]], limits: Sequence[int], reasons: Sequence[str]
-) -> ModelPlan | Shortage:
-    """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
-    free."""
-    rows = request.pt_rows
-    on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
-    blocks = request.blocks(copies_tied=on_cpu)
-    overheads = [
-        _pt_overhead(request, blocks, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)
-    ]
-    rooms = [
-        min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
-        for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
-    ]
-    # For a model on the CPU, only the disk is a slower tier.
-    spills = bool(request.config.spill_tiers - (set() if devices[0][0].is_gpu else {"cpu"}))
-
-    def at(tokens: int) -> LayerMap | None:
-        return map_layers(blocks, rooms, tokens, rows, spills)
-
-    least = cells(1, request.max_model_len)
-    if (problem := rows_problem(request, rows)) is not None:
-        return problem
-    wanted = request.at_once
-    if wanted is not None:
-        least = max(least, budget_for(wanted.requests, wanted.tokens))
-    if request.config.kv_cache_memory_bytes is not None:  # The engine then takes requests as long as that allows.
-        per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
-        most = request.config.kv_cache_memory_bytes // per_token
-        if wanted is not None and most < least:
-            return small_cache(request, least * per_token)
-        least = max(cells(1, 1), min(least, most))
-    mapped = at(least)
-    if mapped is None:
-        bounds = bounds_of(request, devices, limits)
-        whole = BlockGroup(tuple(blocks))
-        short = _pt_shortage(request, devices, overheads, rooms, whole, least, spills, bounds)
-        attempt = partial(_pt_attempt, request, devices, overheads, rooms, blocks, least, rows, reasons)
-        return replace(short, attempt=attempt)
-    left = len(mapped.rest.blocks)
-
-    def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
-        more = at(tokens)
-        return more is not None and len(more.rest.blocks) <= left
-
-    tokens = _most_tokens(request, keeps, least, rows, devices[0], BlockGroup(tuple(blocks)))
-    mapped = at(tokens) or mapped
-    if (problem := _tier_problem(request, mapped)) is not None:
-        return problem
-    return _pt_plan(request, devices, overheads, mapped, tokens, rows, reasons)
-
-
-def _pt_attempt(
-    request: ModelRequest,
-    devices: Sequence[tuple[Device, int]],
-    overheads: Sequence[tuple[Figure, Figure]],
-    rooms: Sequence[int],
-    blocks: Sequence[Block],
-    tokens: int,
-    rows: int,
-    reasons: Sequence[str],
-) -> ModelPlan | None:
-    """Returns the plan of a replica that does not fit. What no device has room for counts on the last one, and the
-    first one has the embedding."""
-    whole = BlockGroup(tuple(blocks))
-    roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
-    roomy[-1] += whole.weights + whole.cache(tokens, rows)
-    filled = map_layers(blocks, roomy, tokens, rows, spills=False)
-    return None if filled is None else _pt_plan(request, devices, overheads, filled, tokens, rows, reasons)
-
-
-def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:
-    """Returns a shortage if the GPUs and the CPU's limit leave weights over and the disk is not named."""
-    memory = request.config.max_memory or {}
-    missing = mapped.rest.weights - memory.get("cpu", 0)
-    if missing <= 0 or "disk" in memory or "cpu" not in memory or request.config.device == "cpu":
-        return None
-    return Shortage(
-        "over_commit",
-        f"max_memory: {{cpu: {gib(memory['cpu'])}}} is {gib(missing)} less than what the GPUs leave over. Raise it, or "
-        "name disk too, which is very slow.",
-        missing,
-    )
-
-
-def _pt_shortage(
-    request: ModelRequest,
-    devices: Sequence[tuple[Device, int]],
-    overheads: Sequence[tuple[Figure, Figure]],
-    rooms: Sequence[int],
-    whole: BlockGroup,
-    tokens: int,
-    spills: bool,
-    bounds: str,
-) -> Shortage:
-    device, first = devices[0][0], whole.blocks[0].weights
-    if not spills and rooms[0] < first:
-        return Shortage(
-            "over_commit",
-            f"The model's first block takes {gib(first)}, but {device.id} has {gib(max(0, rooms[0]))} left after "
-            f"context and activations.{bounds}",
-            first - rooms[0],
-        )
-    cache = whole.cache(tokens, request.pt_rows)
-    missing = whole.weights + cache - sum(rooms)
-    fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
-    short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, len(devices))
-    if spills or not device.is_gpu:
-        return short
-    tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
-    return replace(short, message=short.message + tiers)
-
-
-def _most_tokens(
-    request: ModelRequest,
-    keeps: Callable[[int], bool],
-    least: int,
-    rows: int,
-    first: tuple[Device, int],
-    whole: BlockGroup,
-) -> int:
-    """Returns the largest budget of KV cache, up to all rows at full length. It is found by bisection, since more
-    tokens need more room."""
-    most = 2 * cells(rows, request.max_model_len)
-    explicit = request.config.kv_cache_memory_bytes
-    per_token = max(1, whole.cache(1, 0))
-    if explicit is not None:
-        most = min(most, max(least, explicit // per_token))
-    elif not first[0].is_gpu:
-        most = min(most, max(least, int(min(PT_CPU_KV_BYTES, PT_CPU_KV_SHARE * first[1]) // per_token)))
-    low, high = least, most
-    if low < high and keeps(high):  # Most small models have room for all.
-        return high
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if keeps(middle) else (low, middle - 1)
-    return low
-
-
-def _pt_overhead(
-    request: ModelRequest, blocks: Sequence[Block], device: Device, rank: int, ranks: int, rows: int
-) -> tuple[Figure, Figure]:
-    """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`. The activations have room
-    for what a weight takes that is quantised before there are any."""
-    alone = request.pt_facts is not None and bool(request.pt_facts.alone)
-    # A model that runs alone computes the whole text in one pass.
-    chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
-    tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
-    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
-    activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
-    if request.pt_quantization is not None:
-        unpacked, loading = _whole_weights(request, blocks)
-        activation += memory.guessed([unpacked_weight(unpacked)])
-        if loading > activation.bytes:
-            activation = memory.guessed([loading_weight(loading)])
-    context = memory.context("cuda" if device.is_gpu else "cpu")
-    if (measured := request.measured(device, rank, ranks)) is not None:
-        activation, _, context = memory.calibrated(measured, activation, ZERO, context)
-    return activation, context
-
-
-def _whole_weights(request: ModelRequest, blocks: Sequence[Block]) -> tuple[int, int]:
-    """Returns the bytes of the largest quantised weight as a whole one, and those that it takes while it is quantised.
-    Where transformers' own code says the sizes of the blocks alone, it counts as a projection of a feed-forward
-    layer."""
-    if request.pt_facts is None:
-        return max(block.unpacked for block in blocks), max(block.loading for block in blocks)
-    shape, method = request.architecture, request.pt_quantization or ""
-    elements = shape.hidden_size * shape.intermediate_size
-    return elements * request.element_bytes, loading_bytes(method, elements, request.element_bytes)
-
-
-def _pt_plan(
-    request: ModelRequest,
-    devices: Sequence[tuple[Device, int]],
-    overheads: Sequence[tuple[Figure, Figure]],
-    mapped: LayerMap,
-    tokens: int,
-    rows: int,
-    reasons: Sequence[str],
-) -> ModelPlan:
-    ranks = []
-    for number, ((device, _), part) in enumerate(zip(devices, mapped.parts, strict=True)):
-        if not part.blocks and not (number == 0 and mapped.rest.blocks):
-            continue
-        kept = mapped.rest.cache(tokens, rows) if number == 0 else 0
-        numbers = [block.number for block in part.blocks]
-        activation, context = overheads[number]
-        if number == 0 and mapped.rest.blocks:
-            room = left_over_layer(max(block.weights for block in mapped.rest.blocks))
-            activation += Figure(room.bytes, terms=(room,))
-        cache = Figure(part.cache(tokens, rows) + kept)
-        layers = (min(numbers), max(numbers)) if numbers else None
-        seat = (number, len(devices))
-        weights = _pt_weights(request, part)
-        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat))
-    whole = BlockGroup(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
-    return ModelPlan(
-        request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
-        kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
-        kv_tokens=tokens,
-        max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),
-        ranks=tuple(ranks),
-        spilled=_spilled(request, mapped),
-    )  # fmt: skip
-
-
-def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:
-    """Returns the weights on a device, with the terms of quantised ones."""
-    values, scales = (sum(getattr(block, name) for block in part.blocks) for name in ("values", "scales"))
-    if request.pt_quantization is None or not values:
-        return Figure(part.weights)
-    whole, bits = part.weights - values - scales, BITS[request.pt_quantization]
-    return Figure(part.weights, terms=tuple(quantized_weights(whole, values, scales, bits)))
-
-
-def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
-    """Returns the bytes on the slower tiers. The CPU takes them first, up to its limit, and then the disk."""
-    left = mapped.rest.weights
-    if not left:
-        return {}
-    limit = 0 if request.config.device == "cpu" else (request.config.max_memory or {}).get("cpu", 0)
-    on_cpu = min(left, limit)
-    return {tier: size for tier, size in (("cpu", on_cpu), ("disk", left - on_cpu)) if size}
-
-
-def shortage(
-    request: ModelRequest,
-    seat: tuple[Device, int],
-    fixed: Figure,
-    cache: int,
-    missing: int,
-    bounds: str,
-    devices: int = 1,
-) -> Shortage:
-    """Returns a shortage with its figures in bytes: `fixed` is what the replica takes beside its KV cache, `cache` what
-    that needs, and `missing` what the device of `seat`, or so many `devices` from it, lack. `bounds` says what limits
-    it."""
-    device, free = seat
-    held, planned = device.total_bytes - device.free_bytes, device.free_bytes - free
-    others = f" Other processes hold {gib(held)} there now." if held > 0 and device.is_gpu else ""
-    others += f" Models placed before take {gib(planned)} of it." if planned > 0 else ""
-    if "mla" in request.architecture.layers and request.config.infer_backend == "vllm":
-        others += " Its KV cache (MLA) is the same on every rank, so a larger tensor_parallel_size does not shrink it."
-    others += (
-        " Some of these figures were measured in earlier runs (calibration.json)."
-        if fixed.certainty == "calibrated"
-        else ""
-    )
-    where = device.id if devices == 1 else f"{devices} devices from {device.id}"
-    return Shortage(
-        "over_commit",
-        f"It needs {gib(fixed.bytes)} for weights, activations and context and {gib(cache)} of KV cache for "
-        f"{held_text(request)} on {where}, which is {gib(missing)} too much.{bounds}{others}",
-        missing,
-    )
-
-
-def bounds_of(request: ModelRequest, seats: Seats, limits: Sequence[int]) -> str:
-    """Returns sentences on what keeps a replica from all that is free on its devices: limits of the config, and the
-    plan's reserve on each other GPU."""
-    pairs = list(zip(seats, limits, strict=True))
-    limited = [f"{gib(limit)} of {device.id}" for (device, free), limit in pairs if limit < available(device, free)]
-    field = "max_memory" if request.config.max_memory else f"num_gpus: {request.config.share or 1:g}"
-    text = f" {field} allows {' and '.join(limited)}, context and activations included." if limited else ""
-    if any(device.is_gpu and limit >= available(device, free) for (device, free), limit in pairs):
-        text += f" The plan keeps {memory.RESERVE_SHARE * 100:g} % of each card free."
-    return text
-
-
-def gib(size: float) -> str:
-    """Returns bytes as people read them: 1.25 GiB or 120 MiB."""
-    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB else f"{size / 2**20:.1f} MiB"

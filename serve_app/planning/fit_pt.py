@@ -1,0 +1,278 @@
+"""Decides whether one replica of pt fits on given devices, and what it takes of each, by arithmetic alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from serve_app.facts.inventory import Device
+from serve_app.planning import memory
+from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, map_layers
+from serve_app.planning.memory import GIB, ZERO, Figure
+from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.plan import ModelPlan, RankPlan
+from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
+from serve_app.planning.quantization import BITS, loading_bytes
+from serve_app.planning.shortage import Shortage, available, bounds_of, rows_problem, shortage, small_cache
+from serve_app.planning.sizes import gib
+from serve_app.planning.terms import left_over_layer, loading_weight, quantized_weights, unpacked_weight
+
+PT_CHUNK_TOKENS = 512
+# On the CPU, pt gets no more than this share of the memory that is available, since other replicas share it, and no
+# more than these bytes. The engine takes its default from here.
+PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
+
+
+def fit_pt(
+    request: ModelRequest, devices: Sequence[tuple[Device, int]], limits: Sequence[int], reasons: Sequence[str]
+) -> ModelPlan | Shortage:
+    """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
+    free."""
+    rows = request.pt_rows
+    on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
+    blocks = request.blocks(copies_tied=on_cpu)
+    overheads = [
+        _pt_overhead(request, blocks, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)
+    ]
+    rooms = [
+        min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
+        for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
+    ]
+    # For a model on the CPU, only the disk is a slower tier.
+    spills = bool(request.config.spill_tiers - (set() if devices[0][0].is_gpu else {"cpu"}))
+
+    def at(tokens: int) -> LayerMap | None:
+        return map_layers(blocks, rooms, tokens, rows, spills)
+
+    least = cells(1, request.max_model_len)
+    if (problem := rows_problem(request, rows)) is not None:
+        return problem
+    wanted = request.at_once
+    if wanted is not None:
+        least = max(least, budget_for(wanted.requests, wanted.tokens))
+    if request.config.kv_cache_memory_bytes is not None:  # The engine then takes requests as long as that allows.
+        per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
+        most = request.config.kv_cache_memory_bytes // per_token
+        if wanted is not None and most < least:
+            return small_cache(request, least * per_token)
+        least = max(cells(1, 1), min(least, most))
+    mapped = at(least)
+    if mapped is None:
+        bounds = bounds_of(request, devices, limits)
+        whole = BlockGroup(tuple(blocks))
+        short = _pt_shortage(request, devices, overheads, rooms, whole, least, spills, bounds)
+        short = replace(short, nearest=partial(_nearest, request, devices, overheads, rooms, blocks, least, reasons))
+        return _with_whole_layers(request, short, devices, blocks, rooms, least, rows, spills)
+    left = len(mapped.rest.blocks)
+
+    def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
+        more = at(tokens)
+        return more is not None and len(more.rest.blocks) <= left
+
+    tokens = _most_tokens(request, keeps, least, rows, devices[0], BlockGroup(tuple(blocks)))
+    mapped = at(tokens) or mapped
+    if (problem := _tier_problem(request, mapped)) is not None:
+        return problem
+    return _pt_plan(request, devices, overheads, mapped, (tokens, least), rows, reasons)
+
+
+def _nearest(
+    request: ModelRequest,
+    devices: Sequence[tuple[Device, int]],
+    overheads: Sequence[tuple[Figure, Figure]],
+    rooms: Sequence[int],
+    blocks: Sequence[Block],
+    tokens: int,
+    reasons: Sequence[str],
+) -> ModelPlan | None:
+    """Returns the plan of a replica that does not fit. What no device has room for counts on the last one, and the
+    first one has the embedding."""
+    rows, whole = request.pt_rows, BlockGroup(tuple(blocks))
+    roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
+    roomy[-1] += whole.weights + whole.cache(tokens, rows)
+    filled = map_layers(blocks, roomy, tokens, rows, spills=False)
+    return None if filled is None else _pt_plan(request, devices, overheads, filled, (tokens, tokens), rows, reasons)
+
+
+def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:
+    """Returns a shortage if the GPUs and the CPU's limit leave weights over and the disk is not named."""
+    memory = request.config.max_memory or {}
+    missing = mapped.rest.weights - memory.get("cpu", 0)
+    if missing <= 0 or "disk" in memory or "cpu" not in memory or request.config.device == "cpu":
+        return None
+    return Shortage(
+        "over_commit",
+        f"max_memory: {{cpu: {gib(memory['cpu'])}}} is {gib(missing)} less than what the GPUs leave over. Raise it, or "
+        "name disk too, which is very slow.",
+        missing,
+    )
+
+
+def _pt_shortage(
+    request: ModelRequest,
+    devices: Sequence[tuple[Device, int]],
+    overheads: Sequence[tuple[Figure, Figure]],
+    rooms: Sequence[int],
+    whole: BlockGroup,
+    tokens: int,
+    spills: bool,
+    bounds: str,
+) -> Shortage:
+    device, first = devices[0][0], whole.blocks[0].weights
+    if not spills and rooms[0] < first:
+        return Shortage(
+            "over_commit",
+            f"The model's first block takes {gib(first)}, but {device.id} has {gib(max(0, rooms[0]))} left after "
+            f"context and activations.{bounds}",
+            first - rooms[0],
+        )
+    cache = whole.cache(tokens, request.pt_rows)
+    missing = whole.weights + cache - sum(rooms)
+    fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
+    short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, [device for device, _ in devices])
+    if spills or not device.is_gpu:
+        return short
+    tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
+    return replace(short, message=short.message + tiers)
+
+
+def _with_whole_layers(
+    request: ModelRequest,
+    short: Shortage,
+    devices: Sequence[tuple[Device, int]],
+    blocks: Sequence[Block],
+    rooms: Sequence[int],
+    tokens: int,
+    rows: int,
+    spills: bool,
+) -> Shortage:
+    """Returns the shortage, with what each device lacks where all together have the bytes, but no split of whole layers
+    keeps to them."""
+    if short.missing > 1 or len(devices) == 1 or request.is_trial:
+        return short
+
+    def fits(extra: int) -> bool:
+        return map_layers(blocks, [room + extra for room in rooms], tokens, rows, spills) is not None
+
+    low, high = 1, max(BlockGroup((block,)).cache(tokens, rows) + block.weights for block in blocks) + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    excess = f"which is {gib(short.missing)} too much"
+    text = f"for which they have room, but not in whole layers: each of them would need {gib(low)} more"
+    return replace(short, message=short.message.replace(excess, text), missing=low)
+
+
+def _most_tokens(
+    request: ModelRequest,
+    keeps: Callable[[int], bool],
+    least: int,
+    rows: int,
+    first: tuple[Device, int],
+    whole: BlockGroup,
+) -> int:
+    """Returns the largest budget of KV cache, up to all rows at full length. It is found by bisection, since more
+    tokens need more room."""
+    most = 2 * cells(rows, request.max_model_len)
+    explicit = request.config.kv_cache_memory_bytes
+    per_token = max(1, whole.cache(1, 0))
+    if explicit is not None:
+        most = min(most, max(least, explicit // per_token))
+    elif not first[0].is_gpu:
+        most = min(most, max(least, int(min(PT_CPU_KV_BYTES, PT_CPU_KV_SHARE * first[1]) // per_token)))
+    low, high = least, most
+    if low < high and keeps(high):  # Most small models have room for all.
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if keeps(middle) else (low, middle - 1)
+    return low
+
+
+def _pt_overhead(
+    request: ModelRequest, blocks: Sequence[Block], device: Device, rank: int, ranks: int, rows: int
+) -> tuple[Figure, Figure]:
+    """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`. The activations have room
+    for what a weight takes that is quantised before there are any."""
+    alone = request.pt_facts is not None and bool(request.pt_facts.alone)
+    # A model that runs alone computes the whole text in one pass.
+    chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
+    tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
+    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
+    activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
+    if request.pt_quantization is not None:
+        unpacked, loading = _whole_weights(request, blocks)
+        activation += memory.guessed([unpacked_weight(unpacked)])
+        if loading > activation.bytes:
+            activation = memory.guessed([loading_weight(loading)])
+    context = memory.context("cuda" if device.is_gpu else "cpu")
+    if (measured := request.measured(device, rank, ranks)) is not None:
+        activation, _, context = memory.calibrated(measured, activation, ZERO, context)
+    return activation, context
+
+
+def _whole_weights(request: ModelRequest, blocks: Sequence[Block]) -> tuple[int, int]:
+    """Returns the bytes of the largest quantised weight as a whole one, and those that it takes while it is quantised.
+    Where transformers' own code says the sizes of the blocks alone, it counts as a projection of a feed-forward
+    layer."""
+    if request.pt_facts is None:
+        return max(block.unpacked for block in blocks), max(block.loading for block in blocks)
+    shape, method = request.architecture, request.pt_quantization or ""
+    elements = shape.hidden_size * shape.intermediate_size
+    return elements * request.element_bytes, loading_bytes(method, elements, request.element_bytes)
+
+
+def _pt_plan(
+    request: ModelRequest,
+    devices: Sequence[tuple[Device, int]],
+    overheads: Sequence[tuple[Figure, Figure]],
+    mapped: LayerMap,
+    budget: tuple[int, int],
+    rows: int,
+    reasons: Sequence[str],
+) -> ModelPlan:
+    """Returns the plan of a replica. `budget` is the tokens of its KV cache, and the least that it needs."""
+    ranks, (tokens, least) = [], budget
+    for number, ((device, _), part) in enumerate(zip(devices, mapped.parts, strict=True)):
+        if not part.blocks and not (number == 0 and mapped.rest.blocks):
+            continue
+        kept = mapped.rest.cache(tokens, rows) if number == 0 else 0
+        numbers = [block.number for block in part.blocks]
+        activation, context = overheads[number]
+        if number == 0 and mapped.rest.blocks:
+            room = left_over_layer(max(block.weights for block in mapped.rest.blocks))
+            activation += Figure(room.bytes, terms=(room,))
+        cache = Figure(part.cache(tokens, rows) + kept)
+        layers = (min(numbers), max(numbers)) if numbers else None
+        seat = (number, len(devices))
+        weights = _pt_weights(request, part)
+        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat))
+    whole = BlockGroup(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
+    return ModelPlan(
+        request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
+        kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
+        kv_tokens=tokens,
+        max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),
+        ranks=tuple(ranks),
+        spilled=_spilled(request, mapped),
+        kv_bytes_needed=whole.cache(least, 1 if request.at_once is None else request.at_once.requests),
+        asked_for="" if request.at_once is None else request.at_once.text,
+    )  # fmt: skip
+
+
+def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:
+    """Returns the weights on a device, with the terms of quantised ones."""
+    values, scales = (sum(getattr(block, name) for block in part.blocks) for name in ("values", "scales"))
+    if request.pt_quantization is None or not values:
+        return Figure(part.weights)
+    whole, bits = part.weights - values - scales, BITS[request.pt_quantization]
+    return Figure(part.weights, terms=tuple(quantized_weights(whole, values, scales, bits)))
+
+
+def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:
+    """Returns the bytes on the slower tiers. The CPU takes them first, up to its limit, and then the disk."""
+    left = mapped.rest.weights
+    if not left:
+        return {}
+    limit = 0 if request.config.device == "cpu" else (request.config.max_memory or {}).get("cpu", 0)
+    on_cpu = min(left, limit)
+    return {tier: size for tier, size in (("cpu", on_cpu), ("disk", left - on_cpu)) if size}
