@@ -51,8 +51,10 @@ def test_a_quantised_weight_is_no_plain_parameter() -> None:
 
 @contract("bitsandbytes", "the state of quantised weights", scales_of)
 def test_a_quantised_weight_has_its_scales() -> None:
-    """In 4 bits: 32 scales in 8 bits, their table of 256 values, their scale and their mean, and the 16 values of nf4. In
-    8 bits: a scale for each output, before and after the first pass."""
+    """In 4 bits: 32 scales of 8 bits, their table of 256 values, their scale, their mean, and the 16 values of nf4.
+
+    In 8 bits: a scale for each output, before and after the first pass.
+    """
     assert sorted(tensor.numel() for tensor in scales_of(in_4_bits(32))) == [1, 1, 16, 32, 256]
     layer = in_8_bits()
     for _ in range(2):

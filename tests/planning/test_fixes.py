@@ -63,26 +63,27 @@ def test_a_7b_on_4_and_12_gib_has_fixes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "method", "loses", "cpu"),
+    ("gpus", "second", "length", "method", "loses", "cpu"),
     [
-        (32768, "bnb-nf4", "4 bits, which saves 9.02 GiB", "7.5GB"),
-        (4096, "bnb-int8", "8 bits, which saves 6.07", "6.5GB"),
+        ("4GiB,12GiB", "10GB", 32768, "bnb-int8", "8 bits, which saves 6.07 GiB", "7.5GB"),
+        ("4GiB,8GiB", "7GB", 8192, "bnb-nf4", "4 bits, which saves 9.02 GiB", "9.5GB"),
     ],
 )
-def test_a_7b_on_3_and_10_gb_is_quantised(length: int, method: str, loses: str, cpu: str) -> None:
+def test_a_7b_on_two_small_cards_is_quantised(
+    gpus: str, second: str, length: int, method: str, loses: str, cpu: str
+) -> None:
     """With pt, by as many bits as the KV cache of one request leaves room for, and it fits then."""
-    config: dict[str, Any] = {"infer_backend": "pt", "max_memory": {0: "3GB", 1: "10GB"}, "max_model_len": length}
-    found = only([request(**config)], "4GiB,12GiB")
-    assert texts(found) == [f"quantization: {method}", f"max_memory: {{0: 3GB, 1: 10GB, cpu: {cpu}}}"]
+    config: dict[str, Any] = {"infer_backend": "pt", "max_memory": {0: "3GB", 1: second}, "max_model_len": length}
+    found = only([request(**config)], gpus)
+    assert texts(found) == [f"quantization: {method}", f"max_memory: {{0: 3GB, 1: {second}, cpu: {cpu}}}"]
     assert loses in found.fixes[0].loses
-    (model,) = solved([request(quantization=method, **config)], "4GiB,12GiB").models
-    for rank in model.ranks:
+    (model,) = solved([request(quantization=method, **config)], gpus).models
+    first, last = model.ranks
+    for rank in (first, last):
         assert rank.weights.certainty == "exact"
         assert sum(term.bytes for term in rank.weights.terms) == rank.weights.bytes
-    assert [model.ranks[0].layers, model.ranks[1].layers] == [
-        (-1, model.ranks[1].layers[0] - 1),
-        (model.ranks[1].layers[0], 28),
-    ]
+    assert first.layers is not None
+    assert last.layers == (first.layers[1] + 1, 28)
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again() -> None:
