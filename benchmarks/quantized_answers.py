@@ -1,6 +1,6 @@
 """How far the greedy answers of quantised weights agree with those of the same model in float32, on the CPU.
 
-    python -m benchmarks.quantized_answers [--model FOLDER] [--questions 200] [--tokens 48]
+    python -m benchmarks.quantized_answers [--model FOLDER] [--questions 200] [--tokens 48] [--methods bnb-nf4]
 
 Asks the demo model's questions. Prints for each method the share of answers that are the same to the end, the share of
 tokens before the first one that differs, and the bytes of the weights.
@@ -67,13 +67,14 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL_DIR))
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--methods", nargs="+", choices=PT_QUANTIZATIONS, default=PT_QUANTIZATIONS)
     options = parser.parse_args()
     settings = {"model": options.model, "infer_backend": "pt", "device": "cpu", "dtype": "float32"}
     whole = load_model(ModelConfig.from_args(settings))
     asked = prompts(whole.tokenizer, options.questions)
     expected = answers(whole, asked, options.tokens)
     print(f"{len(asked)} prompts, {sum(map(len, expected))} tokens in float32")
-    for dtype, method in (("bfloat16", None), *(("float32", method) for method in PT_QUANTIZATIONS)):
+    for dtype, method in (("bfloat16", None), *(("float32", method) for method in options.methods)):
         config = ModelConfig.from_args({**settings, "dtype": dtype, "quantization": method})
         found = agreement(expected, answers(load_model(config), asked, options.tokens))
         print(f"{method or dtype:<10} answers {found.answers:7.1%}  tokens {found.tokens:7.1%}", flush=True)

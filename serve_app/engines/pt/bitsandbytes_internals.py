@@ -30,8 +30,12 @@ def scales_of(module: nn.Module) -> list[torch.Tensor]:
     """
     weight = module._parameters["weight"]
     outer = getattr(weight, "quant_state", None)
-    states = (outer, getattr(outer, "state2", None), weight, getattr(module, "state", None))
-    found = [getattr(state, name, None) for state in states for name in ("absmax", "code", "offset", "SCB")]
+    found = [
+        getattr(state, name, None)
+        for state in (outer, getattr(outer, "state2", None))
+        for name in ("absmax", "code", "offset")
+    ]
+    found += [getattr(state, "SCB", None) for state in (weight, getattr(module, "state", None))]
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 

@@ -107,13 +107,13 @@ def test_a_row_of_8_bits_does_not_depend_on_the_others() -> None:
     stock = copy.deepcopy(layer)
     quantization.settle(layer)
     rows = torch.randn(3, 64)
-    rows[1, 5] = 40.0
+    rows[1, ::4] = 40.0
     with torch.inference_mode():
         together, alone = layer(rows), torch.cat([layer(row.unsqueeze(0)) for row in rows])
         expected, outer = whole(rows), layer(rows.view(1, 1, 3, 64))
         changed = (stock(rows)[0] - stock(rows[:1])[0]).abs().max()
     assert torch.allclose(together, alone, atol=1e-5)
-    assert torch.allclose(together, expected, atol=0.05)
+    assert torch.allclose(together[0], expected[0], atol=0.05)
     assert torch.equal(outer, together.view(1, 1, 3, 32))
     assert changed > 1e-4  # Otherwise bitsandbytes has no need for this any more.
 
