@@ -50,7 +50,10 @@ NOT_HERE = {
 # These are accelerate's ways to spread layers over the GPUs by itself.
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
-# Only vLLM honours these fields.
+# pt rounds the weights by these methods while it loads them. `planning/quantization.py` has their sizes.
+PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8")
+
+# Only vLLM honours these fields, except a `quantization` of pt's.
 ONLY_VLLM = (
     "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes", "quantization", "engine_args",
     "gpu_ids",
@@ -277,6 +280,18 @@ class ModelConfig(_Strict):
         return self
 
     @property
+    def only_vllm(self) -> list[str]:
+        """Returns the fields that are set and that only vLLM honours."""
+        own = {"quantization"} if self.quantization in PT_QUANTIZATIONS else set()
+        return [name for name in ONLY_VLLM if getattr(self, name) and name not in own]
+
+    @property
+    def only_pt(self) -> list[str]:
+        """Returns the fields that are set and that only pt honours, or that decide for it with `auto`."""
+        own = ["quantization"] if self.quantization in PT_QUANTIZATIONS else []
+        return own + [name for name in ONLY_PT if getattr(self, name)]
+
+    @property
     def gpu_indices(self) -> tuple[int, ...]:
         """Returns the GPUs that `max_memory`, `gpu_ids` or a mapping in `device_map` names, in order."""
         mapped = self.device_map.values() if isinstance(self.device_map, dict) else ()
@@ -340,6 +355,11 @@ class ModelConfig(_Strict):
 
 
 def _vllm_problem(config: ModelConfig) -> str | None:
+    if config.quantization in PT_QUANTIZATIONS:
+        return (
+            f"quantization: {config.quantization} is a method of pt. Use infer_backend: pt, or a method of vLLM such "
+            "as fp8."
+        )
     if (problem := _vllm_limits_problem(config)) is not None:
         return problem
     if config.device_map is not None:
@@ -474,20 +494,42 @@ def _pt_problem(config: ModelConfig) -> str | None:
         return problem
     if config.gpu_ids is not None:
         return "gpu_ids: with pt, max_memory names the GPUs, such as {1: 10GB}. Write it there."
-    if config.quantization is not None:
-        return (
-            "quantization: pt reads it from the checkpoint's own config.json. Leave it out, or use infer_backend: vllm."
-        )
+    if (problem := _pt_quantization_problem(config)) is not None:
+        return problem
     if config.engine_args:
         return "engine_args go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
+    return None
+
+
+def _pt_quantization_problem(config: ModelConfig) -> str | None:
+    """Returns why pt cannot quantise the weights as it loads them, or None. Quantised layers stay on the devices on
+    which they were made."""
+    method = config.quantization
+    if method is None:
+        return None
+    if method not in PT_QUANTIZATIONS:
+        return (
+            f"quantization: pt does not know '{method}'.{nearest(method, PT_QUANTIZATIONS)} It rounds weights by "
+            f"{', '.join(PT_QUANTIZATIONS)} while it loads them. For a checkpoint that is quantised already, leave the "
+            "field out, since pt reads its method from config.json. Methods of vLLM need infer_backend: vllm."
+        )
+    mapped = config.device_map.values() if isinstance(config.device_map, dict) else ()
+    places = {*(config.max_memory or {}), *mapped}
+    tiers = {"disk"} if config.device == "cpu" else {"cpu", "disk"}
+    for tier in sorted(tiers & places, key=str):
+        field = "max_memory" if tier in (config.max_memory or {}) else "device_map"
+        return (
+            f"{field} names {tier}, but layers that are quantised by {method} cannot be moved to a GPU for each pass. "
+            f"Leave {tier} out, or leave quantization out."
+        )
     return None
 
 
 def _auto_problem(config: ModelConfig) -> str | None:
     """Returns why `auto` cannot choose. Fields of one backend decide for it, and fields of both contradict each
     other."""
-    only_vllm = [name for name in ONLY_VLLM if getattr(config, name)]
-    only_pt = [name for name in ONLY_PT if getattr(config, name) and not (name == "max_memory" and only_vllm)]
+    only_vllm = config.only_vllm
+    only_pt = [name for name in config.only_pt if not (name == "max_memory" and only_vllm)]
     if only_vllm and only_pt:
         return (
             f"{only_pt[0]} works with pt only, and {only_vllm[0]} with vllm only. With infer_backend: auto, name only "

@@ -106,6 +106,25 @@ def test_tiers_are_opened_by_naming_them() -> None:
         ({"infer_backend": "vllm", "num_gpus": 1}, "tensor_parallel_size whole GPUs"),
         ({"infer_backend": "pt", "tensor_parallel_size": 2}, "tensor_parallel_size.*max_memory"),
         ({"infer_backend": "pt", "quantization": "awq"}, "quantization.*config.json"),
+        ({"infer_backend": "pt", "quantization": "bnb-nf"}, "does not know 'bnb-nf'.*Did you mean 'bnb-nf4'"),
+        ({"infer_backend": "pt", "quantization": "fp8"}, "It rounds weights by bnb-nf4, bnb-int8.*infer_backend: vllm"),
+        ({"infer_backend": "vllm", "quantization": "bnb-nf4"}, "bnb-nf4 is a method of pt"),
+        (
+            {"infer_backend": "auto", "quantization": "bnb-nf4", "tensor_parallel_size": 2},
+            "quantization works with pt only, and tensor_parallel_size with vllm only",
+        ),
+        (
+            {"infer_backend": "pt", "quantization": "bnb-nf4", "max_memory": {0: "3GB", "cpu": "9GB"}},
+            "max_memory names cpu, but layers that are quantised by bnb-nf4 cannot be moved",
+        ),
+        (
+            {"infer_backend": "pt", "quantization": "bnb-int8", "device_map": {"model": 0, "lm_head": "disk"}},
+            "device_map names disk",
+        ),
+        (
+            {"infer_backend": "pt", "quantization": "bnb-int8", "device": "cpu", "max_memory": {"disk": "9GB"}},
+            "max_memory names disk",
+        ),
         ({"infer_backend": "pt", "engine_args": {"a": 1}}, "engine_args"),
         ({"infer_backend": "pt", "device_map": "cpu"}, "device: cpu"),
         ({"infer_backend": "pt", "device_map": "atuo"}, "auto, balanced"),

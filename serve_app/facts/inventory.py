@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from serve_app.config import parse_bytes
 from serve_app.errors import ConfigError, nearest
 from serve_app.facts.calibration import Calibrations, joined, read_calibrations
 from serve_app.facts.field_kind import shown
+from serve_app.facts.gpus import Gpu
 from serve_app.facts.nodes import node_from_resources
 from serve_app.facts.packages import engine_versions
 from serve_app.ray_serve import available_by_node
@@ -224,11 +225,18 @@ def ray_inventory() -> Inventory:
 
     A node that advertises its memory by index has as much of each GPU as it says, and no more is free than NVML sees.
     """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
     nodes = _living_nodes()
+    tasks = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(name)
+        for name, node in nodes.items()
+    ]
     devices: list[Device] = []
     calibrations: Calibrations = {}
-    every = seen_on_nodes({name: node["NodeID"] for name, node in nodes.items()})
-    for (name, node), seen in zip(nodes.items(), every, strict=True):
+    for (name, node), seen in zip(nodes.items(), ray.get(tasks, timeout=60), strict=True):
         calibrations = joined(calibrations, seen.calibrations)
         by_index = node_from_resources(name, node["Resources"]).vram_gib
         if by_index:
@@ -241,19 +249,44 @@ def ray_inventory() -> Inventory:
     return Inventory(tuple(devices), calibrations, engine_versions())
 
 
-def seen_on_nodes(nodes: Mapping[str, str]) -> list[Inventory]:
-    """Returns the devices that each of these nodes sees, which a task asks. `nodes` has Ray's id of each by the name
-    that its devices get. Raises RayError if a node does not answer."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+@dataclass(frozen=True)
+class BundleView:
+    """This is what a bundle of a placement group has: its node's memory, and the GPUs that Ray reserves for it, in the
+    order of their numbers. `name` is that of its node in a plan."""
 
-    ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
+    name: str
+    host: Device
+    gpus: tuple[Gpu, ...]
+
+
+def seen_in_bundles(gpus: Sequence[int], name_of: Callable[[int], str]) -> list[BundleView]:
+    """Returns what each bundle of this process's placement group has, which a task in it tells. `gpus` has the number
+    of GPUs of each, none of which may be in use. Raises RayError if a node does not answer."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = ray.util.get_current_placement_group()
+    ask = ray.remote(num_cpus=0, max_retries=0)(_bundle_view)
     tasks = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(name)
-        for name, node in nodes.items()
+        ask.options(num_gpus=count, scheduling_strategy=PlacementGroupSchedulingStrategy(group, number)).remote(
+            name_of(number)
+        )
+        for number, count in enumerate(gpus)
     ]
-    seen: list[Inventory] = ray.get(tasks, timeout=60)
+    seen: list[BundleView] = ray.get(tasks, timeout=60)
     return seen
+
+
+def _bundle_view(name: str) -> BundleView:
+    import psutil
+    import ray
+
+    from serve_app.facts.gpus import local_gpus
+
+    memory = psutil.virtual_memory()
+    given = ray.get_runtime_context().get_accelerator_ids().get("GPU") or ()
+    gpus = tuple(gpu for gpu in local_gpus() if str(gpu.index) in given)
+    return BundleView(name, Device(name, None, "memory", memory.total, memory.available), gpus)
 
 
 def unclaimed(inventory: Inventory) -> Inventory:

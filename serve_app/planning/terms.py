@@ -170,6 +170,25 @@ def rounded_weights(size: int) -> Term:
     return Term("linear layers in fp8", (("bytes", size),))
 
 
+def quantized_weights(whole: int, values: int, scales: int, bits: int) -> list[Term]:
+    """Returns the weights on a device of a model that pt quantises while it loads."""
+    return [
+        Term("embeddings, head, norms, biases, routers and experts in their own type", (("bytes", whole),)),
+        Term(f"linear layers in {bits} bits", (("bytes", values),)),
+        Term("scales of the linear layers and their tables", (("bytes", scales),)),
+    ]
+
+
+def unpacked_weight(size: int) -> Term:
+    """Returns what the largest quantised weight takes while it is computed: many kernels make it whole."""
+    return Term("the largest quantised weight in the model's type while it is computed", (("bytes", size),))
+
+
+def loading_weight(size: int) -> Term:
+    """Returns what the largest weight takes while it is quantised."""
+    return Term("the largest weight while it is quantised", (("bytes", size),))
+
+
 def stored_weights(size: int) -> Term:
     """Returns the weights of a quantised checkpoint as they are stored. vLLM may pad them or order them anew."""
     return Term("quantised weights as they are stored", (("bytes", size),))

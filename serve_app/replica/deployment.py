@@ -27,7 +27,7 @@ from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
-from serve_app.replica.node_plan import bundle_order, plan_over_nodes
+from serve_app.replica.node_plan import bundle_order, given_views, gpus_of, plan_over_nodes
 from serve_app.replica.replica_plan import plan_replica, split_line, visible_order, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
@@ -73,8 +73,12 @@ class Model:
         by the monotonic clock."""
         gpus = _gpus(self._config)
         async with starting_alone([gpu.uuid for gpu in gpus], notify):
-            planned = await self._plan()
-            os.environ.update(bundle_order(planned) if self._config.nodes > 1 else visible_order(planned, gpus))
+            if self._config.nodes > 1:
+                planned, gpus = await self._plan_over_nodes()
+                os.environ.update(bundle_order(planned))
+            else:
+                planned = await self._plan()
+                os.environ.update(visible_order(planned, gpus))
             if line := split_line(planned, gpus):
                 say(line)
             self._engine: Engine = create_engine(with_planned_memory(self._config, planned), self.name, planned)
@@ -102,12 +106,17 @@ class Model:
     async def _plan(self) -> ModelPlan | None:
         """Plans by what is free at this moment, which no engine changes while the start lock is held. Ray assigns no
         GPU itself if memory is counted by index."""
-        if self._config.nodes > 1:
-            return await asyncio.to_thread(plan_over_nodes, self._config, self._facts)
         by_index = not ray.get_runtime_context().get_accelerator_ids().get("GPU")
         if not by_index and self._config.share is None:
             await left_by_others(lambda: _gpus(self._config), notify)
         return await asyncio.to_thread(plan_replica, self._config, _gpus(self._config), by_index, self._facts)
+
+    async def _plan_over_nodes(self) -> tuple[ModelPlan | None, list[Gpu]]:
+        """Plans on what the bundles of this replica have, and returns the GPUs of all nodes too. They are whole ones,
+        of which no other replica has a part, so no start lock is needed on other nodes."""
+        await left_by_others(lambda: gpus_of(given_views()), notify, who=lambda _: "")
+        views = await asyncio.to_thread(given_views)
+        return await asyncio.to_thread(plan_over_nodes, self._config, views, self._facts), gpus_of(views)
 
     async def _stop(self) -> None:
         if hasattr(self, "_engine"):
@@ -125,19 +134,20 @@ def _gpus(config: ModelConfig) -> list[Gpu]:
 
 
 async def left_by_others(
-    gpus: Callable[[], Sequence[Gpu]], tell: Callable[[str], None], timeout_s: float = LEAVE_TIMEOUT_S
+    gpus: Callable[[], Sequence[Gpu]],
+    tell: Callable[[str], None],
+    timeout_s: float = LEAVE_TIMEOUT_S,
+    who: Callable[[Sequence[Gpu]], str] = held_by_others,
 ) -> None:
     """Waits a while until no other process holds memory of GPUs that belong to this replica alone.
 
     After a SIGKILL the predecessor's engine, a process of its own, may take some seconds to end, and a KV cache that is
     planned meanwhile would stay small. Processes that do not leave are reported, and the plan goes by what is free.
+    `who` names them, if they can be seen from here.
     """
     deadline = time.monotonic() + timeout_s
     while others := [gpu for gpu in await asyncio.to_thread(gpus) if is_held(gpu)]:
         if time.monotonic() > deadline:
-            tell(
-                "other processes still hold memory of this replica's GPU, so the plan leaves it out. "
-                f"{held_by_others(others)}"
-            )
+            tell(f"other processes still hold memory of this replica's GPU, so the plan leaves it out. {who(others)}")
             return
         await asyncio.sleep(0.5)

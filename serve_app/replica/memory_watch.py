@@ -179,10 +179,8 @@ def _device_name(plan: RankPlan, gpus: Sequence[Gpu]) -> str:
 def with_plans(
     ranks: Sequence[RankMemory], planned: ModelPlan | None, gpus: Sequence[Gpu]
 ) -> list[tuple[RankMemory, RankPlan | None]]:
-    """Returns the measured ranks, each with its plan. Several ranks on one device are in the engine's order, which is
-    that of the plan. Over several nodes that holds for all ranks, and only Ray knows the GPUs beforehand."""
-    if planned is not None and planned.config.nodes > 1:
-        return list(zip(ranks, planned.ranks, strict=False))
+    """Returns the measured ranks, each with its plan. Several ranks on one device, or on the CPUs of several nodes, are
+    in the engine's order, which is that of the plan."""
     plans = {device: iter(found) for device, found in planned_by_device(planned, gpus).items()}
     return [(rank, next(plans.get(rank.device, iter(())), None)) for rank in ranks]
 

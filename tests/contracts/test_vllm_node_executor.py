@@ -14,7 +14,13 @@ import pytest
 with warnings.catch_warnings():  # Importing vLLM brings those of its libraries.
     warnings.simplefilter("ignore")
     from serve_app.engines.vllm import vllm_node_executor
-    from serve_app.engines.vllm.vllm_node_executor import NodeExecutor, NodeRank, bundles_of_ranks
+    from serve_app.engines.vllm.vllm_node_executor import (
+        NodeExecutor,
+        NodeRank,
+        bundles_of_ranks,
+        interface_of,
+        share_memory_within_node,
+    )
 
 from serve_app.planning.resource_demand import BUNDLES
 from tests.contracts.contract import contract, untested
@@ -29,6 +35,7 @@ def test_the_executor_starts_by_the_names_that_are_replaced() -> None:
 
     starts = inspect.getsource(ray_executor_v2.RayExecutorV2._init_executor)
     for part in ("initialize_ray_cluster(self.", "ray.remote(RayWorkerProc)", "= get_bundles_for_indices(",
+                 "self._build_runtime_env()",
                  "self._get_actor_resource_kwargs()"):  # fmt: skip
         assert part in starts, part
     assert NodeExecutor.uses_ray is NodeExecutor.supports_pp is True
@@ -56,6 +63,69 @@ def test_a_rank_on_the_cpu_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = NodeRank.__new__(NodeRank)
     assert rank.get_node_and_physical_gpu_ids() == ("a", [])
     assert NodeExecutor._get_actor_resource_kwargs() == {"num_gpus": 0}
+
+
+@contract("vllm", "the check of a rank's GPU", NodeRank)
+def test_a_rank_may_have_fewer_gpus_on_its_node_than_there_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's worker refuses it, unless the executor is named "ray"; here it goes on to the GPU, which is not there."""
+    from vllm.v1.executor import ray_executor_v2
+    from vllm.v1.worker import gpu_worker
+
+    parallel: Any = SimpleNamespace(
+        distributed_executor_backend=NodeExecutor, local_world_size=2, assigned_physical_gpu_ids=[1],
+        data_parallel_size=1, nnodes_within_dp=1, enable_elastic_ep=False, disable_custom_all_reduce=True,
+    )  # fmt: skip
+    rank = NodeRank.__new__(NodeRank)
+    rank._init_kwargs = {"vllm_config": SimpleNamespace(parallel_config=parallel)}
+    monkeypatch.setattr(ray_executor_v2.RayWorkerProc, "initialize_worker", lambda *_, **__: None)
+    monkeypatch.setattr(vllm_node_executor, "share_memory_within_node", lambda _: None)
+    context = SimpleNamespace(get_node_id=lambda: "a")
+    monkeypatch.setattr(vllm_node_executor.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(vllm_node_executor.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    for name in vllm_node_executor.INTERFACES:
+        monkeypatch.setenv(name, "eth7")
+    rank.initialize_worker(0, {}, "tcp://127.0.0.1:1")
+    assert parallel.distributed_executor_backend == "ray"
+    source = inspect.getsource(gpu_worker.Worker.init_device)
+    assert "local_world_size" in source
+    assert '"ray"' in source
+    assert vllm_node_executor.os.environ["GLOO_SOCKET_IFNAME"] == "eth7"  # What a node's own environment says stays.
+
+
+@contract("vllm", "the environment of a rank's process", NodeExecutor)
+def test_a_rank_has_the_replicas_threads_and_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it imports torch. Ray would give an actor without CPUs one thread."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,3")
+    executor = NodeExecutor.__new__(NodeExecutor)
+    executor.parallel_config = SimpleNamespace(ray_runtime_env={"env_vars": {"A": "b"}}, ray_workers_use_nsight=False)
+    found = executor._build_runtime_env()["env_vars"]
+    assert (found["OMP_NUM_THREADS"], found["VLLM_PP_LAYER_PARTITION"], found["A"]) == ("3", "1,3", "b")
+
+
+@contract("vllm", "the interface at which ranks meet", interface_of)
+def test_the_interface_is_that_of_the_nodes_address() -> None:
+    """Gloo would look the host's name up, which may lead to 127.0.1.1."""
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.9") is None
+
+
+@contract("vllm", "the name of the memory that ranks share", share_memory_within_node)
+def test_ranks_of_different_nodes_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names differ, so vLLM sends over the network. Two raylets of one machine are different nodes too."""
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    shared = cpu_communicator._CPUSHMDistributed
+    monkeypatch.setenv("VLLM_DIST_IDENT", "123")
+    made: Any = SimpleNamespace(unique_name="pp:0", ranks=[0, 1])
+    names = []
+    for node in ("aaaaaaaaaaaa", "bbbbbbbbbbbb", "aaaaaaaaaaaa"):
+        with monkeypatch.context() as undone:
+            undone.setattr(shared, "make_group_name", staticmethod(shared.make_group_name))
+            share_memory_within_node(node)
+            names.append(shared.make_group_name(made))
+    assert names[0] == names[2] != names[1]
+    assert all(name.startswith("123-") for name in names)
 
 
 @contract("vllm", "what its engine is told of the death of a rank", NodeExecutor)

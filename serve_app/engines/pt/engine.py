@@ -19,6 +19,7 @@ from serve_app.engines.pt.load.cache_budget import cache_tokens
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
+from serve_app.engines.pt.load.quantization import weight_tensors
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
@@ -149,8 +150,9 @@ def step_timeout_s(config: ModelConfig) -> float:
 
 
 def weight_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
-    """Returns the bytes of all weights by device, including those in oneDNN's order, which are not parameters."""
-    sizes = tensor_bytes(model.parameters())
+    """Returns the bytes of all weights by device, including the scales of quantised ones and those in oneDNN's order,
+    which are not parameters."""
+    sizes = tensor_bytes(weight_tensors(model))
     for module in model.modules():
         if isinstance(module, PackedLinear):
             cpu = torch.device("cpu")

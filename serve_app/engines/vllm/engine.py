@@ -93,10 +93,14 @@ class VllmEngine:
         """Does what vLLM leaves undone at the start of its ranks.
 
         On the CPU, the files that they share lose their names now, when all ranks have them, so nothing is left
-        however they end. On GPUs NCCL may meet there later, so the names stay as long as the engine lives.
+        however they end. Over several nodes, each rank removes its own. On GPUs NCCL may meet there later, so the names
+        stay as long as the engine lives.
         """
         if self._config.device == "cpu" and self._config.stages > 1:
             await vllm_internals.ask_ranks(self._client, "serve_app_prepare_stage")
+        if self._config.device == "cpu" and self._config.nodes > 1:
+            await vllm_internals.ask_ranks(self._client, "serve_app_forget_shared_files")
+            return
         files = await vllm_internals.ask_ranks(self._client, "serve_app_shared_files")
         self._shared_files = sorted({path for of_rank in files for path in of_rank})
         if self._config.device == "cpu":

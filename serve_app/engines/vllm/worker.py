@@ -9,7 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 from serve_app.engines.measure import rank_memory, tensor_bytes
-from serve_app.engines.vllm.vllm_internals import prepare_stage, shared_files, worker_device, worker_tensors
+from serve_app.engines.vllm.vllm_internals import (
+    prepare_stage,
+    remove_shared_files,
+    shared_files,
+    worker_device,
+    worker_tensors,
+)
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.resource_demand import BUNDLES
 
@@ -33,6 +39,10 @@ class WorkerExtension:
     def serve_app_shared_files(self) -> list[str]:
         """Returns the paths of the files that this rank shares with others, once all ranks have opened them."""
         return shared_files(self)
+
+    def serve_app_forget_shared_files(self) -> None:
+        """Removes the names of the files that this rank shares with others of its node, once all have opened them."""
+        remove_shared_files(shared_files(self))
 
     def serve_app_prepare_stage(self) -> None:
         """Makes the buffer in which this rank gets its input from the stage before. It is called on the CPU, before the
