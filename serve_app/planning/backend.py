@@ -11,6 +11,7 @@ from serve_app.planning.model_request import ModelRequest
 DECIDE_FOR_PT = (*(name for name in ONLY_PT if name != "max_memory"), "step_timeout_s")
 # `auto` tries stages on at most so many cards.
 MOST_STAGED_CARDS = 8
+SPECULATES = "speculative is set, whose memory the plan knows only for pt"
 
 
 def fields_for_pt(config: ModelConfig) -> list[str]:
@@ -48,7 +49,9 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if config.max_memory is not None and not needs_vllm:
         yield from _within_limits(request, inventory)
         return
-    if not request.is_planned_for_vllm and not needs_vllm:
+    if config.speculative is not None and not needs_vllm:
+        reason = SPECULATES
+    elif not request.is_planned_for_vllm and not needs_vllm:
         reason = f"the plan has no formulas for {request.architecture.name} in vLLM"
     else:
         for size in _sizes(request, inventory):
@@ -80,6 +83,9 @@ def _within_limits(request: ModelRequest, inventory: Inventory) -> Iterator[Choi
     config = request.config
     if tiers := sorted(config.spill_tiers):
         yield _pt(config, f"max_memory names {' and '.join(tiers)}, where only pt keeps layers")
+        return
+    if config.speculative is not None:
+        yield _pt(config, SPECULATES)
         return
     if not request.is_planned_for_vllm:
         yield _pt(config, f"the plan has no formulas for {request.architecture.name} in vLLM")

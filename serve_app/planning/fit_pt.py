@@ -28,6 +28,8 @@ def fit_pt(
     """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
     free."""
     rows = request.pt_rows
+    if request.config.speculative is not None and request.no_speculation:
+        reasons = (*reasons, f"it does not speculate, because {request.no_speculation}")
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = request.blocks(copies_tied=on_cpu)
     overheads = [
@@ -188,6 +190,15 @@ def _most_tokens(
     return low
 
 
+def _drafted_tokens(request: ModelRequest, rows: int) -> int:
+    """Returns how many drafted tokens a step may compute. Together with its chunk of prompts they are at most
+    PT_CHUNK_TOKENS."""
+    speculative = request.config.speculative
+    if speculative is None or request.no_speculation:
+        return 0
+    return min(PT_CHUNK_TOKENS, rows * speculative.num_speculative_tokens)
+
+
 def _pt_overhead(
     request: ModelRequest, blocks: Sequence[Block], device: Device, rank: int, ranks: int, rows: int
 ) -> tuple[Figure, Figure]:
@@ -197,7 +208,8 @@ def _pt_overhead(
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
     tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
-    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
+    drafted = _drafted_tokens(request, rows)
+    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens, drafted)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
     if request.pt_quantization is not None:
         unpacked, loading = _whole_weights(request, blocks)

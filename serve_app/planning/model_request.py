@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config import PT_QUANTIZATIONS, ModelConfig
+from serve_app.config import ONLY_VLLM, PT_QUANTIZATIONS, ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
@@ -85,6 +85,16 @@ class ModelRequest:
         return self.config.max_num_seqs or PT_MAX_NUM_SEQS
 
     @property
+    def no_speculation(self) -> str:
+        """Returns why pt does not speculate with this model, or an empty text."""
+        facts = self.pt_facts
+        if facts is not None and facts.alone:
+            return "it runs one request at a time without a cache"
+        if "linear" in self.architecture.layers or (facts is not None and any(facts.state)):
+            return "its cache has states, from which no token can be taken back"
+        return ""
+
+    @property
     def kv_element_bytes(self) -> int:
         """Returns the bytes of an element of KV cache by the formulas, which know the model's own type and fp8."""
         return 1 if self.kv_cache_dtype.startswith("fp8") else self.element_bytes
@@ -124,6 +134,10 @@ class ModelRequest:
         config = self.config
         if isinstance(config.device_map, dict):
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
+        asks_for_vllm = config.infer_backend == "auto" and any(getattr(config, name) for name in ONLY_VLLM)
+        takes_vllm = config.infer_backend == "vllm" or asks_for_vllm
+        if config.speculative is not None and takes_vllm:
+            return "speculative: the plan does not know how much memory vLLM takes for it."
         for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
         if config.quantization in PT_QUANTIZATIONS and (own := self.architecture.quantization) is not None:

@@ -150,14 +150,14 @@ def pt_layer(
     ]
 
 
-def pt_head(rows: int, vocabulary: int) -> list[Term]:
-    """Returns the logits of a step of pt, with two copies for sampling."""
-    return [
-        Term(
-            "logits and two copies",
-            (("copies", 3), ("max_num_seqs", rows), ("vocabulary", vocabulary), ("bytes of a float32", 4)),
-        )
-    ]
+def pt_head(rows: int, vocabulary: int, drafted: int = 0) -> list[Term]:
+    """Returns the logits of a step of pt, with two copies for sampling, which is done for one token of each row at a
+    time. Drafted tokens have logits and no copies."""
+    size = (("vocabulary", vocabulary), ("bytes of a float32", 4))
+    found = [Term("logits and two copies", (("copies", 3), ("max_num_seqs", rows), *size))]
+    if drafted:
+        found.append(Term("logits of drafted tokens", (("drafted tokens", drafted), *size)))
+    return found
 
 
 def kept_weights(size: int) -> Term:
