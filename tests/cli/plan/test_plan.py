@@ -291,3 +291,21 @@ def test_what_contradicts_itself_or_is_another_thing_is_refused(
     """With what was expected."""
     assert main(["plan", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        (["--max-memory", "{0: 24GB, 1: 24GB, 2: 16GB}"], "infer_backend: pt"),
+        (["--pipeline-parallel-size", "3"], "infer_backend: pt, num_gpus: 3, without pipeline_parallel_size"),
+    ],
+)
+def test_the_other_backend_comes_before_a_card(
+    options: list[str], fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model for which there are no formulas, what transformers says is shipped, though vLLM is to run it."""
+    model = ["--model", str(CONFIGS / "gemma-3-27b-it"), "--infer-backend", "vllm", "--max-model-len", "4096"]
+    assert main(["plan", *model, *options, "--gpus", "24GiB,24GiB,16GiB", "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert fix in [each["text"] for each in problem["fixes"]]
+    assert all(each["field"] != "gpus" for each in problem["fixes"])
