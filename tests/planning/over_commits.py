@@ -203,7 +203,7 @@ def _tier(old: ModelRequest, field: str, value: Any, code: str) -> int:
     if field in ("kv_cache_dtype", "max_num_seqs"):
         return 1
     if value is NO_LINE:
-        return 1 if field in ("tensor_parallel_size", "max_memory") or (config.num_gpus or 0) > 1 else 0
+        return 1 if field == "tensor_parallel_size" or (config.num_gpus or 0) > 1 else 0
     if field == "kv_cache_memory_bytes":
         return 0 if _bytes(value) > (config.kv_cache_memory_bytes or 0) else 1
     if field == U:

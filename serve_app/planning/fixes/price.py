@@ -10,11 +10,11 @@
 | 2 | a larger share: `num_gpus`, `gpu_memory_utilization` | nothing that others use |
 | 2 | `kv_cache_memory_bytes`, `max_num_seqs` and `max_model_len` for what is asked for | nothing |
 | 3 | no `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
+| 9 | no `max_memory` | its limits, but nothing that others use |
 | 10 | `kv_cache_dtype: fp8` | a little precision of the KV cache |
 | 11 | a lower `max_num_seqs` | requests that run at once |
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
 | 13 | fewer cards | speed |
-| 13 | no `max_memory` | the limits, so memory that it had left to others |
 | 14 | no `accelerator_type` | the choice of the card |
 | 15 | a share of a card instead of a whole one | KV cache, and speed while others use the card |
 | 16 | stages on more nodes: `nnodes`, mostly with `pipeline_parallel_size` | time on the network for each token |
@@ -37,7 +37,7 @@ length and the number of requests: then the cheapest pair that keeps both is one
 MORE_CARDS = OTHER_CARDS = OWN_LAYERS = FEWER_NODES = 1
 LIMIT = SHARE = OWN = 2
 NO_LIMIT = 3
-NO_MAX_MEMORY = 13
+NO_MAX_MEMORY = 9
 KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD, PART_OF_A_CARD, MORE_NODES = (
     10,
     11,
