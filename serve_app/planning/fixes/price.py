@@ -10,7 +10,7 @@
 | 2 | a larger share: `num_gpus`, `gpu_memory_utilization` | nothing that others use |
 | 2 | `kv_cache_memory_bytes`, `max_num_seqs` and `max_model_len` for what is asked for | nothing |
 | 3 | no `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
-| 9 | no `max_memory` | its limits, but nothing that others use |
+| 4 | no `max_memory` | its limits, but nothing that others use |
 | 10 | `kv_cache_dtype: fp8` | a little precision of the KV cache |
 | 11 | a lower `max_num_seqs` | requests that run at once |
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
@@ -37,7 +37,7 @@ length and the number of requests: then the cheapest pair that keeps both is one
 MORE_CARDS = OTHER_CARDS = OWN_LAYERS = FEWER_NODES = 1
 LIMIT = SHARE = OWN = 2
 NO_LIMIT = 3
-NO_MAX_MEMORY = 9
+NO_MAX_MEMORY = 4
 KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD, PART_OF_A_CARD, MORE_NODES = (
     10,
     11,
