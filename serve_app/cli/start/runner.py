@@ -159,8 +159,11 @@ class Runner:
         self._heed_signals()  # Ray has set its own handler of SIGTERM.
         if self.start.joins is None:
             dashboard = f"dashboard http://{context.dashboard_url}, " if context.dashboard_url else ""
+            # A Ray that a program starts asks for a token unless the variable says otherwise.
+            has_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+            first = "export RAY_AUTH_MODE=token and " if has_token else ""
             self.view.event(
-                f"Ray is up ({dashboard}--address {context.address_info['gcs_address']} for other commands)"
+                f"Ray is up ({dashboard}{first}--address {context.address_info['gcs_address']} for other commands)"
             )
         else:
             self.view.event(f"joined the Ray cluster at {self.start.joins}")

@@ -120,6 +120,19 @@ def test_a_signal_ends_everything_with_code_0(world: World) -> None:
     assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
 
 
+@pytest.mark.parametrize(("mode", "words"), [(None, "export RAY_AUTH_MODE=token and "), ("disabled", "")])
+def test_the_address_is_told_with_what_other_commands_need(
+    world: World, mode: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray asks for a token unless the environment says otherwise, and other commands use it only if they are told."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    stream = io.StringIO()
+    assert runner(StartView(stream)).run() == 0
+    assert f"Ray is up ({words}--address 127.0.0.1:6379 for other commands)" in stream.getvalue()
+
+
 def test_a_failure_is_told_and_ends_everything_with_code_1(world: World) -> None:
     """What was begun is ended."""
     stream = io.StringIO()
