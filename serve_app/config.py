@@ -36,6 +36,7 @@ FOREIGN_NAMES = {
     "pp": "pipeline_parallel_size",
     "pipeline_parallel": "pipeline_parallel_size",
     "quant_method": "quantization",
+    "speculative_config": "speculative",
 }
 NOT_HERE = {
     "served_model_name": "the model's name is the application's 'name'.",
@@ -50,7 +51,10 @@ NOT_HERE = {
 # These are accelerate's ways to spread layers over the GPUs by itself.
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
-# Only vLLM honours these fields.
+# pt rounds the weights by these methods while it loads them. `planning/quantization.py` has their sizes.
+PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8")
+
+# Only vLLM honours these fields, except a `quantization` of pt's.
 ONLY_VLLM = (
     "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes", "quantization", "engine_args",
     "gpu_ids",
@@ -202,9 +206,49 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Positive = Annotated[Whole, Field(gt=0)]
 Seconds = Annotated[Number, Field(gt=0)]
 
+
+def _known_speculation(value: object) -> object:
+    """Returns the value. Raises ValueError for a method or a field that only vLLM has, or nobody."""
+    if not isinstance(value, Mapping):
+        return value
+    elsewhere = "With vllm, all its methods work under engine_args: {speculative_config: …}."
+    for name in map(str, value):
+        if name not in SpeculativeConfig.model_fields:
+            raise ValueError(
+                f"unknown field '{name}'.{nearest(name, SpeculativeConfig.model_fields)} Known fields: "
+                f"{', '.join(SpeculativeConfig.model_fields)}. {elsewhere}"
+            )
+    if value.get("method") != "ngram":
+        given = f"unknown method {value['method']!r}." if "method" in value else "there is no method."
+        raise ValueError(f"{given} Write method: ngram. {elsewhere}")
+    return value
+
+
 MAX_BODY_BYTES = 32 * 2**20
 MAX_BODIES_BYTES = 2**30
 BODY_TIMEOUT_S = 60.0
+
+
+class SpeculativeConfig(_Strict):
+    """Says how an engine drafts tokens that one pass then verifies. All names are those of vLLM's speculative_config.
+
+    With the method `ngram`, up to `num_speculative_tokens` tokens are drafted from the place in prompt and answer where
+    the last `prompt_lookup_max` tokens stood before, or fewer of them, down to `prompt_lookup_min`.
+    """
+
+    method: Literal["ngram"]
+    num_speculative_tokens: Annotated[Whole, Field(ge=1, le=32)] = 4
+    prompt_lookup_max: Annotated[Whole, Field(ge=1, le=32)] = 4
+    prompt_lookup_min: Annotated[Whole, Field(ge=1, le=32)] = 2
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min is {self.prompt_lookup_min}, but prompt_lookup_max is {self.prompt_lookup_max}. "
+                "Raise prompt_lookup_max, or lower prompt_lookup_min."
+            )
+        return self
 
 
 class ModelConfig(_Strict):
@@ -219,6 +263,7 @@ class ModelConfig(_Strict):
     `nnodes` is the number of nodes over which the stages of each replica go. Each node takes `num_cpus` then.
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
+    `speculative` drafts tokens with both engines. For vLLM it is the argument `speculative_config`.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
     `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route. The router has its own.
@@ -247,6 +292,7 @@ class ModelConfig(_Strict):
     gpu_ids: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1)] | None = None
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     quantization: str | None = None
+    speculative: Annotated[SpeculativeConfig | None, BeforeValidator(_known_speculation)] = None
     num_cpus: Annotated[Number, Field(gt=0)] = 1.0
     num_gpus: Annotated[Number, Field(ge=0.001, le=1024)] | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)
@@ -258,6 +304,18 @@ class ModelConfig(_Strict):
         if problem:
             raise ValueError(problem)
         return self
+
+    @property
+    def only_vllm(self) -> list[str]:
+        """Returns the fields that are set and that only vLLM honours."""
+        own = {"quantization"} if self.quantization in PT_QUANTIZATIONS else set()
+        return [name for name in ONLY_VLLM if getattr(self, name) and name not in own]
+
+    @property
+    def only_pt(self) -> list[str]:
+        """Returns the fields that are set and that only pt honours, or that decide for it with `auto`."""
+        own = ["quantization"] if self.quantization in PT_QUANTIZATIONS else []
+        return own + [name for name in ONLY_PT if getattr(self, name)]
 
     @property
     def gpu_indices(self) -> tuple[int, ...]:
@@ -323,6 +381,11 @@ class ModelConfig(_Strict):
 
 
 def _vllm_problem(config: ModelConfig) -> str | None:
+    if config.quantization in PT_QUANTIZATIONS:
+        return (
+            f"quantization: {config.quantization} is a method of pt. Use infer_backend: pt, or a method of vLLM such "
+            "as fp8."
+        )
     if (problem := _vllm_limits_problem(config)) is not None:
         return problem
     if config.device_map is not None:
@@ -356,6 +419,8 @@ def _vllm_problem(config: ModelConfig) -> str | None:
             f"engine_args.{field} changes the GPUs or processes that Ray counts. Use tensor_parallel_size or "
             "pipeline_parallel_size."
         )
+    if config.speculative is not None and "speculative_config" in named:
+        return "engine_args.speculative_config says the same as the field speculative. Leave one of the two out."
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
@@ -475,20 +540,42 @@ def _pt_problem(config: ModelConfig) -> str | None:
         return problem
     if config.gpu_ids is not None:
         return "gpu_ids: with pt, max_memory names the GPUs, such as {1: 10GB}. Write it there."
-    if config.quantization is not None:
-        return (
-            "quantization: pt reads it from the checkpoint's own config.json. Leave it out, or use infer_backend: vllm."
-        )
+    if (problem := _pt_quantization_problem(config)) is not None:
+        return problem
     if config.engine_args:
         return "engine_args go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
+    return None
+
+
+def _pt_quantization_problem(config: ModelConfig) -> str | None:
+    """Returns why pt cannot quantise the weights as it loads them, or None. Quantised layers stay on the devices on
+    which they were made."""
+    method = config.quantization
+    if method is None:
+        return None
+    if method not in PT_QUANTIZATIONS:
+        return (
+            f"quantization: pt does not know '{method}'.{nearest(method, PT_QUANTIZATIONS)} It rounds weights by "
+            f"{', '.join(PT_QUANTIZATIONS)} while it loads them. For a checkpoint that is quantised already, leave the "
+            "field out, since pt reads its method from config.json. Methods of vLLM need infer_backend: vllm."
+        )
+    mapped = config.device_map.values() if isinstance(config.device_map, dict) else ()
+    places = {*(config.max_memory or {}), *mapped}
+    tiers = {"disk"} if config.device == "cpu" else {"cpu", "disk"}
+    for tier in sorted(tiers & places, key=str):
+        field = "max_memory" if tier in (config.max_memory or {}) else "device_map"
+        return (
+            f"{field} names {tier}, but layers that are quantised by {method} cannot be moved to a GPU for each pass. "
+            f"Leave {tier} out, or leave quantization out."
+        )
     return None
 
 
 def _auto_problem(config: ModelConfig) -> str | None:
     """Returns why `auto` cannot choose. Fields of one backend decide for it, and fields of both contradict each
     other."""
-    only_vllm = [name for name in ONLY_VLLM if getattr(config, name)]
-    only_pt = [name for name in ONLY_PT if getattr(config, name) and not (name == "max_memory" and only_vllm)]
+    only_vllm = config.only_vllm
+    only_pt = [name for name in config.only_pt if not (name == "max_memory" and only_vllm)]
     if only_vllm and only_pt:
         return (
             f"{only_pt[0]} works with pt only, and {only_vllm[0]} with vllm only. With infer_backend: auto, name only "

@@ -111,6 +111,25 @@ def test_tiers_are_opened_by_naming_them() -> None:
         ({"infer_backend": "vllm", "num_gpus": 1}, "tensor_parallel_size whole GPUs"),
         ({"infer_backend": "pt", "tensor_parallel_size": 2}, "tensor_parallel_size.*max_memory"),
         ({"infer_backend": "pt", "quantization": "awq"}, "quantization.*config.json"),
+        ({"infer_backend": "pt", "quantization": "bnb-nf"}, "does not know 'bnb-nf'.*Did you mean 'bnb-nf4'"),
+        ({"infer_backend": "pt", "quantization": "fp8"}, "It rounds weights by bnb-nf4, bnb-int8.*infer_backend: vllm"),
+        ({"infer_backend": "vllm", "quantization": "bnb-nf4"}, "bnb-nf4 is a method of pt"),
+        (
+            {"infer_backend": "auto", "quantization": "bnb-nf4", "tensor_parallel_size": 2},
+            "quantization works with pt only, and tensor_parallel_size with vllm only",
+        ),
+        (
+            {"infer_backend": "pt", "quantization": "bnb-nf4", "max_memory": {0: "3GB", "cpu": "9GB"}},
+            "max_memory names cpu, but layers that are quantised by bnb-nf4 cannot be moved",
+        ),
+        (
+            {"infer_backend": "pt", "quantization": "bnb-int8", "device_map": {"model": 0, "lm_head": "disk"}},
+            "device_map names disk",
+        ),
+        (
+            {"infer_backend": "pt", "quantization": "bnb-int8", "device": "cpu", "max_memory": {"disk": "9GB"}},
+            "max_memory names disk",
+        ),
         ({"infer_backend": "pt", "engine_args": {"a": 1}}, "engine_args"),
         ({"infer_backend": "pt", "device_map": "cpu"}, "device: cpu"),
         ({"infer_backend": "pt", "device_map": "atuo"}, "auto, balanced"),
@@ -297,3 +316,56 @@ def test_limits_of_vllm_make_stages(args: dict[str, object], stages: int, ranks:
     written."""
     config = ModelConfig.from_args({"model": "m", "infer_backend": "vllm", **args})
     assert (config.stages, config.ranks, config.named_gpus) == (stages, ranks, named)
+
+
+def test_speculation_has_vllms_names() -> None:
+    """Both backends have the field."""
+    for backend in ("pt", "vllm", "auto"):
+        config = model_config(infer_backend=backend, speculative={"method": "ngram", "num_speculative_tokens": 3})
+        assert config.speculative is not None
+        assert config.speculative.model_dump() == {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 4,
+            "prompt_lookup_min": 2,
+        }
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        (
+            {"method": "eagle"},
+            r"^speculative: unknown method 'eagle'\. Write method: ngram\. With vllm, all its methods",
+        ),
+        ({"num_speculative_tokens": 2}, r"^speculative: there is no method\. Write method: ngram\."),
+        ({"method": "ngram", "num_tokens": 2}, r"^speculative: unknown field 'num_tokens'\."),
+        ({"method": "ngram", "model": "x"}, r"Known fields: method, num_speculative_tokens, .* engine_args"),
+        (
+            {"method": "ngram", "num_speculative_tokens": 0},
+            r"^speculative\.num_speculative_tokens: expected a number of at least 1, got 0",
+        ),
+        (
+            {"method": "ngram", "num_speculative_tokens": 33},
+            r"^speculative\.num_speculative_tokens: expected a number of at most 32, got 33",
+        ),
+        ({"method": "ngram", "prompt_lookup_min": 5}, "prompt_lookup_min is 5, but prompt_lookup_max is 4"),
+        ("ngram", r"^speculative: expected a mapping"),
+    ],
+)
+def test_speculation_that_cannot_be_meant_is_refused(fields: object, complaint: str) -> None:
+    """The message names the field and what to write."""
+    with pytest.raises(ConfigError, match=complaint):
+        model_config(speculative=fields)
+
+
+def test_speculation_is_set_in_one_place() -> None:
+    """engine_args would say it once more, and vLLM's own name leads to the field."""
+    with pytest.raises(ConfigError, match="says the same as the field speculative"):
+        model_config(
+            infer_backend="vllm",
+            speculative={"method": "ngram"},
+            engine_args={"speculative_config": {"method": "ngram"}},
+        )
+    with pytest.raises(ConfigError, match="unknown field 'speculative_config'. Did you mean 'speculative'"):
+        model_config(speculative_config={"method": "ngram"})

@@ -6,6 +6,7 @@ from typing import Protocol
 from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
+from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.planning.plan import ModelPlan
 
@@ -31,6 +32,10 @@ class Engine(Protocol):
 
     def cache_blocks(self) -> int | None:
         """Returns how many blocks of KV cache the engine has made, or None if it has no blocks."""
+        ...
+
+    def draft_counts(self) -> DraftCounts | None:
+        """Returns what the engine has counted of its speculation, or None if it has none or exports them itself."""
         ...
 
     async def memory(self) -> Sequence[RankMemory]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serve_app.config import ModelConfig
+from serve_app.config import PT_QUANTIZATIONS, ModelConfig
 from serve_app.engines.model_facts import answers
 from serve_app.errors import ConfigError
 from serve_app.facts.card_capability import HOPPER, Capability, capability_text, card_capability, read_capability
@@ -125,6 +125,8 @@ def _of_own_size(config: ModelConfig, asked: Mapping[str, Question]) -> dict[str
 
 def _of_pt(config: ModelConfig, checkpoint: Checkpoint) -> Question:
     settings: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    if config.quantization in PT_QUANTIZATIONS:  # Most configs have none, whose answers are shipped.
+        settings["quantization"] = config.quantization
     settings |= _code(config, checkpoint)
     return Question("pt", facts_version("pt"), checkpoint.config, settings)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
+from serve_app.config import ONLY_PT, PT_QUANTIZATIONS, ModelConfig
 from serve_app.facts.inventory import Inventory
 from serve_app.planning.model_request import ModelRequest
 
@@ -11,6 +11,13 @@ from serve_app.planning.model_request import ModelRequest
 DECIDE_FOR_PT = (*(name for name in ONLY_PT if name != "max_memory"), "step_timeout_s")
 # `auto` tries stages on at most so many cards.
 MOST_STAGED_CARDS = 8
+SPECULATES = "speculative is set, whose memory the plan knows only for pt"
+
+
+def fields_for_pt(config: ModelConfig) -> list[str]:
+    """Returns the fields that are set and that decide for pt with `auto`."""
+    own = ["quantization"] if config.quantization in PT_QUANTIZATIONS else []
+    return own + [name for name in DECIDE_FOR_PT if getattr(config, name) is not None]
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,8 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if config.infer_backend != "auto":
         yield Choice(config, (f"infer_backend: {config.infer_backend} is set",))
         return
-    needs_vllm = next((name for name in ONLY_VLLM if getattr(config, name)), None)
-    needs_pt = next((name for name in DECIDE_FOR_PT if getattr(config, name) is not None), None)
+    needs_vllm = next(iter(config.only_vllm), None)
+    needs_pt = next(iter(fields_for_pt(config)), None)
     if config.device == "cpu" and needs_vllm:
         vllm = config.model_copy(update={"infer_backend": "vllm"})
         yield Choice(vllm, (f"{needs_vllm} is set, which only vllm honours",))
@@ -42,7 +49,9 @@ def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     if config.max_memory is not None and not needs_vllm:
         yield from _within_limits(request, inventory)
         return
-    if not request.is_planned_for_vllm and not needs_vllm:
+    if config.speculative is not None and not needs_vllm:
+        reason = SPECULATES
+    elif not request.is_planned_for_vllm and not needs_vllm:
         reason = f"the plan has no formulas for {request.architecture.name} in vLLM"
     else:
         for size in _sizes(request, inventory):
@@ -74,6 +83,9 @@ def _within_limits(request: ModelRequest, inventory: Inventory) -> Iterator[Choi
     config = request.config
     if tiers := sorted(config.spill_tiers):
         yield _pt(config, f"max_memory names {' and '.join(tiers)}, where only pt keeps layers")
+        return
+    if config.speculative is not None:
+        yield _pt(config, SPECULATES)
         return
     if not request.is_planned_for_vllm:
         yield _pt(config, f"the plan has no formulas for {request.architecture.name} in vLLM")

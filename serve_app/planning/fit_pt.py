@@ -11,9 +11,10 @@ from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
+from serve_app.planning.quantization import BITS, loading_bytes
 from serve_app.planning.shortage import Shortage, available, bounds_of, rows_problem, shortage, small_cache
 from serve_app.planning.sizes import gib
-from serve_app.planning.terms import left_over_layer
+from serve_app.planning.terms import left_over_layer, loading_weight, quantized_weights, unpacked_weight
 
 PT_CHUNK_TOKENS = 512
 # On the CPU, pt gets no more than this share of the memory that is available, since other replicas share it, and no
@@ -27,9 +28,13 @@ def fit_pt(
     """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
     free."""
     rows = request.pt_rows
+    if request.config.speculative is not None and request.no_speculation:
+        reasons = (*reasons, f"it does not speculate, because {request.no_speculation}")
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = request.blocks(copies_tied=on_cpu)
-    overheads = [_pt_overhead(request, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)]
+    overheads = [
+        _pt_overhead(request, blocks, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)
+    ]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
         for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
@@ -185,18 +190,47 @@ def _most_tokens(
     return low
 
 
-def _pt_overhead(request: ModelRequest, device: Device, rank: int, ranks: int, rows: int) -> tuple[Figure, Figure]:
-    """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`."""
+def _drafted_tokens(request: ModelRequest, rows: int) -> int:
+    """Returns how many drafted tokens a step may compute. Together with its chunk of prompts they are at most
+    PT_CHUNK_TOKENS."""
+    speculative = request.config.speculative
+    if speculative is None or request.no_speculation:
+        return 0
+    return min(PT_CHUNK_TOKENS, rows * speculative.num_speculative_tokens)
+
+
+def _pt_overhead(
+    request: ModelRequest, blocks: Sequence[Block], device: Device, rank: int, ranks: int, rows: int
+) -> tuple[Figure, Figure]:
+    """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`. The activations have room
+    for what a weight takes that is quantised before there are any."""
     alone = request.pt_facts is not None and bool(request.pt_facts.alone)
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
     tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
-    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens)
+    drafted = _drafted_tokens(request, rows)
+    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens, drafted)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
+    if request.pt_quantization is not None:
+        unpacked, loading = _whole_weights(request, blocks)
+        activation += memory.guessed([unpacked_weight(unpacked)])
+        if loading > activation.bytes:
+            activation = memory.guessed([loading_weight(loading)])
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:
         activation, _, context = memory.calibrated(measured, activation, ZERO, context)
     return activation, context
+
+
+def _whole_weights(request: ModelRequest, blocks: Sequence[Block]) -> tuple[int, int]:
+    """Returns the bytes of the largest quantised weight as a whole one, and those that it takes while it is quantised.
+    Where transformers' own code says the sizes of the blocks alone, it counts as a projection of a feed-forward
+    layer."""
+    if request.pt_facts is None:
+        return max(block.unpacked for block in blocks), max(block.loading for block in blocks)
+    shape, method = request.architecture, request.pt_quantization or ""
+    elements = shape.hidden_size * shape.intermediate_size
+    return elements * request.element_bytes, loading_bytes(method, elements, request.element_bytes)
 
 
 def _pt_plan(
@@ -222,7 +256,8 @@ def _pt_plan(
         cache = Figure(part.cache(tokens, rows) + kept)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
-        ranks.append(RankPlan(device, Figure(part.weights), cache, activation, ZERO, context, layers, seat))
+        weights = _pt_weights(request, part)
+        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat))
     whole = BlockGroup(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
@@ -234,6 +269,15 @@ def _pt_plan(
         kv_bytes_needed=whole.cache(least, 1 if request.at_once is None else request.at_once.requests),
         asked_for="" if request.at_once is None else request.at_once.text,
     )  # fmt: skip
+
+
+def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:
+    """Returns the weights on a device, with the terms of quantised ones."""
+    values, scales = (sum(getattr(block, name) for block in part.blocks) for name in ("values", "scales"))
+    if request.pt_quantization is None or not values:
+        return Figure(part.weights)
+    whole, bits = part.weights - values - scales, BITS[request.pt_quantization]
+    return Figure(part.weights, terms=tuple(quantized_weights(whole, values, scales, bits)))
 
 
 def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:

@@ -13,6 +13,7 @@ from serve_app.facts.architecture import Architecture
 from serve_app.facts.engine_facts import BlockNames, PtFacts
 from serve_app.facts.weights import FLOATS, Tensor
 from serve_app.planning.memory import LAYER, loaded, pt_kv_bytes_per_token, pt_state_bytes
+from serve_app.planning.quantization import loading_bytes, quantized_tensor
 
 _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$)")
 
@@ -22,13 +23,19 @@ class Block:
     """This is a part that cannot be split: the embedding (number -1), a layer, or the norm and head (after the last
     layer).
 
-    `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence.
+    `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence. Of `weights`, `values` are
+    quantised, and `scales` belong to these. `unpacked` is what its largest quantised weight takes whole, and `loading`
+    what it takes while it is quantised.
     """
 
     number: int
     weights: int
     kv: int = 0
     state: int = 0
+    values: int = 0
+    scales: int = 0
+    unpacked: int = 0
+    loading: int = 0
 
 
 def block_number(name: str, names: BlockNames) -> int:
@@ -90,17 +97,23 @@ def blocks_of(
     element_bytes: int,
     facts: PtFacts | None = None,
     copies_tied: bool = False,
+    quantization: str | None = None,
 ) -> list[Block]:
     """Returns the blocks of a model in their order, by what transformers says of it, or else by this project's formulas
     over the tensors of its checkpoint. A tied head lies with the embedding, or, with `copies_tied`, is a copy.
 
     With `facts`, the cache is always theirs. The weights are theirs too, because a checkpoint may hold what is not
     loaded. Only a quantised checkpoint says itself how large its weights are, because `facts` are of a model whose
-    weights have one type.
+    weights have one type. `quantization` is the method by which whole weights are quantised while they load; `facts`
+    are of a model that is quantised so.
     """
+    rounded: dict[int, _Rounded] = {}
     if facts is None:
-        weights = _sums(((known_block(t.name, architecture), t) for t in loaded(tensors, architecture)),
-                        len(architecture.layers), element_bytes)  # fmt: skip
+        tensors = loaded(tensors, architecture)
+        weights = _sums(((known_block(t.name, architecture), t) for t in tensors), len(architecture.layers),
+                        element_bytes)  # fmt: skip
+        if quantization is not None:
+            rounded = _rounded(quantization, tensors, architecture, element_bytes)
         kv = pt_kv_bytes_per_token(architecture, element_bytes)
         state = pt_state_bytes(architecture, element_bytes)
         head = architecture.vocabulary * architecture.hidden_size * element_bytes if architecture.tied else 0
@@ -109,7 +122,43 @@ def blocks_of(
         kv, state, head = dict(enumerate(facts.kv)), dict(enumerate(facts.state)), facts.tied_head
     if copies_tied:  # `packed_linear.py` orders the head's weights anew.
         weights[len(weights) - 2] += head
-    return [Block(number, size, kv.get(number, 0), state.get(number, 0)) for number, size in weights.items()]
+    return [
+        _block(number, size, kv.get(number, 0), state.get(number, 0), rounded.get(number, _Rounded()))
+        for number, size in weights.items()
+    ]
+
+
+@dataclass
+class _Rounded:
+    """Sums what the quantised weights of a block take, and what they would take whole."""
+
+    whole: int = 0
+    values: int = 0
+    scales: int = 0
+    unpacked: int = 0
+    loading: int = 0
+
+
+def _rounded(
+    method: str, tensors: Iterable[Tensor], architecture: Architecture, element_bytes: int
+) -> dict[int, _Rounded]:
+    sums: dict[int, _Rounded] = {}
+    for tensor in tensors:
+        size = quantized_tensor(method, tensor, architecture)
+        if size is None:
+            continue
+        block = sums.setdefault(known_block(tensor.name, architecture), _Rounded())
+        block.whole += tensor.bytes_as(element_bytes)
+        block.values += size.values
+        block.scales += size.scales
+        block.unpacked = max(block.unpacked, tensor.bytes_as(element_bytes))
+        block.loading = max(block.loading, loading_bytes(method, tensor.elements, element_bytes))
+    return sums
+
+
+def _block(number: int, weights: int, kv: int, state: int, rounded: _Rounded) -> Block:
+    weights += rounded.values + rounded.scales - rounded.whole
+    return Block(number, weights, kv, state, rounded.values, rounded.scales, rounded.unpacked, rounded.loading)
 
 
 def _weights(facts: PtFacts, tensors: Iterable[Tensor], element_bytes: int) -> dict[int, int]:

@@ -286,10 +286,13 @@ def pt_state_bytes(architecture: Architecture, element_bytes: int) -> dict[int, 
 
 
 def pt_activation(
-    architecture: Architecture, element_bytes: int, rows: int, chunk: int, tokens: int
+    architecture: Architecture, element_bytes: int, rows: int, chunk: int, tokens: int, drafted: int = 0
 ) -> Mapping[str, Figure]:
-    """Returns the peak of a step by its cause: `layer` on every device, and `head` where the logits are made."""
+    """Returns the peak of a step by its cause: `layer` on every device, and `head` where the logits are made.
+
+    `drafted` tokens of speculation are among those of the chunk, but have logits too.
+    """
     head_size = max(architecture.head_size, architecture.key_size)
     shape = (architecture.hidden_size, architecture.intermediate_size)
     layer = terms.pt_layer(*shape, architecture.heads, head_size, element_bytes, chunk + rows, tokens)
-    return {"layer": guessed(layer), "head": guessed(terms.pt_head(rows, architecture.vocabulary))}
+    return {"layer": guessed(layer), "head": guessed(terms.pt_head(rows, architecture.vocabulary, drafted))}

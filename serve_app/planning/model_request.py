@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config import ModelConfig
+from serve_app.config import ONLY_VLLM, PT_QUANTIZATIONS, ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
@@ -85,6 +85,16 @@ class ModelRequest:
         return self.config.max_num_seqs or PT_MAX_NUM_SEQS
 
     @property
+    def no_speculation(self) -> str:
+        """Returns why pt does not speculate with this model, or an empty text."""
+        facts = self.pt_facts
+        if facts is not None and facts.alone:
+            return "it runs one request at a time without a cache"
+        if "linear" in self.architecture.layers or (facts is not None and any(facts.state)):
+            return "its cache has states, from which no token can be taken back"
+        return ""
+
+    @property
     def kv_element_bytes(self) -> int:
         """Returns the bytes of an element of KV cache by the formulas, which know the model's own type and fp8."""
         return 1 if self.kv_cache_dtype.startswith("fp8") else self.element_bytes
@@ -124,10 +134,20 @@ class ModelRequest:
         config = self.config
         if isinstance(config.device_map, dict):
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
+        asks_for_vllm = config.infer_backend == "auto" and any(getattr(config, name) for name in ONLY_VLLM)
+        takes_vllm = config.infer_backend == "vllm" or asks_for_vllm
+        if config.speculative is not None and takes_vllm:
+            return "speculative: the plan does not know how much memory vLLM takes for it."
         for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
+        if config.quantization in PT_QUANTIZATIONS and (own := self.architecture.quantization) is not None:
+            return (
+                f"quantization: {config.quantization}, but this checkpoint is quantised already (by {own}). Leave "
+                "quantization out, or use the checkpoint with whole weights."
+            )
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
-        if config.quantization not in (None, "fp8" if can_round else None, self.architecture.quantization):
+        known = {None, "fp8" if can_round else None, self.architecture.quantization, *PT_QUANTIZATIONS}
+        if config.quantization not in known:
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         return self._pt_quantization_problem or self.missing_facts
 
@@ -313,6 +333,11 @@ class ModelRequest:
         return self.config.quantization == "fp8" and self.architecture.quantization is None
 
     @property
+    def pt_quantization(self) -> str | None:
+        """Returns the method by which pt quantises the weights while it loads them, or None."""
+        return self.config.quantization if self.config.quantization in PT_QUANTIZATIONS else None
+
+    @property
     def max_model_len(self) -> int:
         """Returns the tokens of the longest request."""
         return self.config.max_model_len or self.own_length
@@ -355,9 +380,11 @@ class ModelRequest:
 
     def blocks(self, copies_tied: bool) -> list[Block]:
         """Returns the blocks of pt's layer map, as `blocks_of` does."""
-        key = ("blocks", self.element_bytes, copies_tied)
+        key = ("blocks", self.element_bytes, copies_tied, self.pt_quantization)
         if key not in self.memo:
-            self.memo[key] = blocks_of(self.tensors, self.architecture, self.element_bytes, self.pt_facts, copies_tied)
+            self.memo[key] = blocks_of(
+                self.tensors, self.architecture, self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization
+            )
         found: list[Block] = self.memo[key]
         return found
 

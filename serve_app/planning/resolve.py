@@ -7,6 +7,7 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
+from serve_app.facts.card_capability import Capability, card_capability
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.planning.fixes import with_fixes
@@ -21,6 +22,8 @@ UNPLANNED_LIMITS = (
     "vLLM has no limits for each card, so the memory plan cuts the model to them, and there is no plan of this model "
     "here. Leave max_memory out, or use infer_backend: pt."
 )
+# vLLM takes bfloat16 on cards from this compute capability on.
+LEAST_BFLOAT16: Capability = (8, 0)
 # vLLM refuses to start if less than this share of the card is free.
 _GATE = "gpu_memory_utilization"
 
@@ -105,9 +108,15 @@ def vllm_memory(model: ModelPlan) -> dict[str, Any]:
 
 def _with_batch(model: ModelPlan, fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields with the batch that was planned if the cards differ in their defaults, because vLLM would take
-    those of the card of its first rank."""
+    those of the card of its first rank. Over several nodes it would take those of any card of the replica's node, and
+    its type for "auto" too, so bfloat16 becomes what the oldest card computes."""
     cards = [rank.device for rank in model.ranks]
-    if len({vllm_defaults(card.total_bytes, card.name) for card in cards if card.is_gpu}) < 2:
+    over_nodes = model.config.nodes > 1 and cards[0].is_gpu
+    if over_nodes and model.config.dtype == "auto" and model.architecture.dtype == "bfloat16":
+        known = (card_capability(card.name) for card in cards)
+        if any(capability is not None and capability < LEAST_BFLOAT16 for capability in known):
+            fields = fields | {"dtype": "float16"}
+    if not over_nodes and len({vllm_defaults(card.total_bytes, card.name) for card in cards if card.is_gpu}) < 2:
         return fields
     batched, rows = vllm_batch(model.config, cards)
     arguments = {**fields["engine_args"], "max_num_batched_tokens": batched}

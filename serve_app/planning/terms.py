@@ -150,14 +150,14 @@ def pt_layer(
     ]
 
 
-def pt_head(rows: int, vocabulary: int) -> list[Term]:
-    """Returns the logits of a step of pt, with two copies for sampling."""
-    return [
-        Term(
-            "logits and two copies",
-            (("copies", 3), ("max_num_seqs", rows), ("vocabulary", vocabulary), ("bytes of a float32", 4)),
-        )
-    ]
+def pt_head(rows: int, vocabulary: int, drafted: int = 0) -> list[Term]:
+    """Returns the logits of a step of pt, with two copies for sampling, which is done for one token of each row at a
+    time. Drafted tokens have logits and no copies."""
+    size = (("vocabulary", vocabulary), ("bytes of a float32", 4))
+    found = [Term("logits and two copies", (("copies", 3), ("max_num_seqs", rows), *size))]
+    if drafted:
+        found.append(Term("logits of drafted tokens", (("drafted tokens", drafted), *size)))
+    return found
 
 
 def kept_weights(size: int) -> Term:
@@ -168,6 +168,25 @@ def kept_weights(size: int) -> Term:
 def rounded_weights(size: int) -> Term:
     """Returns the linear layers that vLLM rounds to fp8 while it loads."""
     return Term("linear layers in fp8", (("bytes", size),))
+
+
+def quantized_weights(whole: int, values: int, scales: int, bits: int) -> list[Term]:
+    """Returns the weights on a device of a model that pt quantises while it loads."""
+    return [
+        Term("embeddings, head, norms, biases, routers and experts in their own type", (("bytes", whole),)),
+        Term(f"linear layers in {bits} bits", (("bytes", values),)),
+        Term("scales of the linear layers and their tables", (("bytes", scales),)),
+    ]
+
+
+def unpacked_weight(size: int) -> Term:
+    """Returns what the largest quantised weight takes while it is computed: many kernels make it whole."""
+    return Term("the largest quantised weight in the model's type while it is computed", (("bytes", size),))
+
+
+def loading_weight(size: int) -> Term:
+    """Returns what the largest weight takes while it is quantised."""
+    return Term("the largest weight while it is quantised", (("bytes", size),))
 
 
 def stored_weights(size: int) -> Term:

@@ -140,6 +140,8 @@ class MemoryWatch:
         with self._telling:
             if not self._is_over:
                 self._metrics.told(devices, load, blocks)
+                if (counts := self._engine.draft_counts()) is not None:
+                    self._metrics.drafted(counts)
                 write_report(report)
 
     def _forget(self) -> None:

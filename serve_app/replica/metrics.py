@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ray.serve import metrics
 
+from serve_app.engines.draft_counts import DraftCounts
 from serve_app.replica.report import BlocksReport, DeviceReport
 
 
@@ -20,6 +21,27 @@ class ReplicaMetrics:
 
         blocks = "Blocks of vLLM's KV cache, as planned and as made. They should be equal."
         self._blocks = metrics.Gauge("serve_app_kv_cache_blocks", blocks, ("kind",))
+        # These names are vLLM's, whose colon Ray does not take. vLLM writes an underscore there under Ray.
+        self._drafts = metrics.Counter("vllm_spec_decode_num_drafts", "Drafts of speculation.")
+        self._draft_tokens = metrics.Counter("vllm_spec_decode_num_draft_tokens", "Drafted tokens.")
+        self._accepted = metrics.Counter("vllm_spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")
+        by_place = "Drafted tokens that were accepted, by their place in the draft."
+        self._by_place = metrics.Counter("vllm_spec_decode_num_accepted_tokens_per_pos", by_place, ("position",))
+        self._told = DraftCounts()
+
+    def drafted(self, counts: DraftCounts) -> None:
+        """Raises the counters of speculation to what the engine has counted since its start."""
+        told = self._told
+        told.accepted_per_pos += [0] * (len(counts.accepted_per_pos) - len(told.accepted_per_pos))
+        now = DraftCounts(
+            counts.drafts, counts.draft_tokens, counts.accepted_tokens, list(counts.accepted_per_pos)
+        )  # The engine's thread counts on.
+        _raise(self._drafts, now.drafts - told.drafts)
+        _raise(self._draft_tokens, now.draft_tokens - told.draft_tokens)
+        _raise(self._accepted, now.accepted_tokens - told.accepted_tokens)
+        for place, (count, before) in enumerate(zip(now.accepted_per_pos, told.accepted_per_pos, strict=True)):
+            _raise(self._by_place, count - before, {"position": str(place)})
+        self._told = now
 
     def told(self, devices: Sequence[DeviceReport], load: float, blocks: BlocksReport) -> None:
         """Sets the gauges to what was measured last. It leaves out what is unknown, because that is not zero."""
@@ -32,3 +54,9 @@ class ReplicaMetrics:
             for gauge, size in ((self._planned, device.planned), (self._held, device.held), (self._peak, device.peak)):
                 if size is not None:
                     gauge.set(size, tags=tags)
+
+
+def _raise(counter: metrics.Counter, by: int, tags: dict[str, str] | None = None) -> None:
+    """Raises a counter, which Ray does not raise by 0."""
+    if by:
+        counter.inc(by, tags=tags)

@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -44,8 +45,15 @@ class TwoNodes(RayCluster):
             nnodes=2, num_cpus=1,
         )  # fmt: skip
         served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
+        self._gone: list[subprocess.Popen[bytes]] = []
         super().__init__({"applications": [router, served]}, worker_cpus=[1, 1])
         self.wait_until_ready()
+
+    def clean_up(self) -> None:
+        """Ends what is left, and waits for the processes that were started here."""
+        super().clean_up()
+        for process in (*self._gone, *self.workers.values()):
+            process.wait(timeout=60)
 
     def wait_until_ready(self, timeout_s: float = 300.0) -> None:
         """Until the model serves. Raises TimeoutError."""
@@ -60,7 +68,7 @@ class TwoNodes(RayCluster):
             number = own if victim == "node:own" else next(each for each in self.workers if each != own)
             self.kill_worker(number)
             told["status"] = self._status_without()
-            del self.workers[number]
+            self._gone.append(self.workers.pop(number))
             self.add_worker(max(self.workers) + number + 1, 1)
         else:
             os.kill(self.pid_of(victim), signal.SIGKILL)

@@ -21,6 +21,7 @@ from serve_app.engines.pt.transformers_internals import (
     GrowingLayer,
     byte_of_character,
     cache_with,
+    convertible_linears,
     decodes_byte_pieces,
     has_only_state,
     has_state,
@@ -313,3 +314,13 @@ def test_a_forward_pass_takes_what_makes_it_cheap_and_right(name: str) -> None:
     if name == "mamba2":  # It has no attention, and another name for its cache.
         asked = asked - {"past_key_values"} | {"cache_params"}
     assert sorted(asked - takes) == [], f"{type(tiny_model(name)).__name__} does not take {sorted(asked - takes)}"
+
+
+@contract("transformers", "which modules a quantizer leaves whole", convertible_linears)
+def test_head_embeddings_routers_and_experts_are_not_quantised() -> None:
+    """The layers of GPT-2 have their weights the other way round, and count too."""
+    mixture = convertible_linears(tiny_model("qwen2-moe"))
+    assert mixture["model.layers.0.self_attn.k_proj"] == (16, 32)
+    assert mixture["model.layers.1.mlp.shared_expert_gate"] == (1, 32)
+    assert not [name for name in mixture if name.endswith((".gate", "lm_head", "embed_tokens")) or ".experts" in name]
+    assert convertible_linears(tiny_model("gpt2"))["transformer.h.0.mlp.c_fc"] == (128, 32)

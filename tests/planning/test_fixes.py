@@ -55,26 +55,52 @@ def test_an_idle_card_comes_before_a_shorter_context() -> None:
     assert [fix.price for fix in found.fixes] == sorted(fix.price for fix in found.fixes)
 
 
-@pytest.mark.parametrize(
-    "config", [{"infer_backend": "pt", "max_memory": {0: "3GB", 1: "10GB"}}, {"infer_backend": "vllm"}]
-)
-def test_a_7b_on_4_and_12_gib_has_fixes(config: dict[str, Any]) -> None:
-    """Both cards together are too small for its 16-bit weights, so it is vLLM with 8 bits on the larger one."""
-    (fix, *more) = only([request(max_model_len=4096, **config)], "4GiB,12GiB").fixes
+def test_a_7b_on_4_and_12_gib_has_fixes() -> None:
+    """Both cards together are too small for its 16-bit weights, so vLLM has 8 bits of them on the larger one."""
+    (fix, *_) = only([request(max_model_len=4096, infer_backend="vllm")], "4GiB,12GiB").fixes
     assert Change("quantization", "fp8") in fix.changes
     assert "precision of the weights (8 bits, which saves 5.47 GiB)" in fix.loses
-    if config["infer_backend"] == "pt":
-        assert fix.text == "infer_backend: vllm, quantization: fp8, without max_memory"
-        assert [other.text for other in more] == ["max_memory: {0: 3GB, 1: 10GB, cpu: 6.5GB}"]
 
 
-def test_a_limit_is_raised_before_it_is_left_out_and_the_backend_comes_last() -> None:
+@pytest.mark.parametrize(
+    ("gpus", "second", "length", "method", "loses", "cpu"),
+    [
+        ("4GiB,12GiB", "10GB", 32768, "bnb-int8", "8 bits, which saves 6.07 GiB", "7.5GB"),
+        ("4GiB,8GiB", "7GB", 8192, "bnb-nf4", "4 bits, which saves 9.02 GiB", "9.5GB"),
+    ],
+)
+def test_a_7b_on_two_small_cards_is_quantised(
+    gpus: str, second: str, length: int, method: str, loses: str, cpu: str
+) -> None:
+    """With pt, by as many bits as the KV cache of one request leaves room for, and it fits then."""
+    config: dict[str, Any] = {"infer_backend": "pt", "max_memory": {0: "3GB", 1: second}, "max_model_len": length}
+    found = only([request(**config)], gpus)
+    assert texts(found) == [f"quantization: {method}", f"max_memory: {{0: 3GB, 1: {second}, cpu: {cpu}}}"]
+    assert loses in found.fixes[0].loses
+    (model,) = solved([request(quantization=method, **config)], gpus).models
+    first, last = model.ranks
+    for rank in (first, last):
+        assert rank.weights.certainty == "exact"
+        assert sum(term.bytes for term in rank.weights.terms) == rank.weights.bytes
+    assert first.layers is not None
+    assert last.layers == (first.layers[1] + 1, 28)
+
+
+def test_a_quantised_checkpoint_is_not_quantised_again() -> None:
+    """The plan says so before anything starts."""
+    shape = replace(request().architecture, quantization="awq")
+    found = only([replace(request(infer_backend="pt", quantization="bnb-nf4"), architecture=shape)], "24GiB")
+    assert found.code == "not_planned"
+    assert "quantization: bnb-nf4, but this checkpoint is quantised already (by awq)" in found.message
+
+
+def test_a_limit_is_raised_before_it_is_left_out_and_the_weights_come_last() -> None:
     """Where the cards have more than `max_memory` says."""
     found = only([request(infer_backend="pt", max_memory={0: "3GB", 1: "10GB"}, max_model_len=4096)], "8GiB,24GiB")
     assert texts(found) == [
         "max_memory: {0: 3GB, 1: 14.5GB}",
         "leave out max_memory",
-        "infer_backend: vllm, without max_memory",
+        "quantization: bnb-int8",
     ]
 
 

@@ -7,7 +7,7 @@ from serve_app.facts.inventory import parse_gpus
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.memory import Figure
 from serve_app.planning.model_request import ModelRequest
-from serve_app.planning.plan import TERMS, ModelPlan
+from serve_app.planning.plan import TERMS, ModelPlan, RankPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.terms import total
 from tests.planning.model_requests import request
@@ -30,6 +30,7 @@ def figures(model: ModelPlan) -> list[Figure]:
         (request(infer_backend="pt", num_gpus=2, max_model_len=4096), "8GiB,24GiB"),
         (request(infer_backend="pt", max_memory={0: "6GiB", "cpu": "30GiB"}, max_model_len=4096), "8GiB"),
         (request(infer_backend="vllm", quantization="fp8"), "24GiB"),
+        (request(infer_backend="pt", max_model_len=4096, speculative={"method": "ngram"}), "24GiB"),
     ],
 )
 def test_terms_add_up(asked: ModelRequest, gpus: str) -> None:
@@ -40,6 +41,41 @@ def test_terms_add_up(asked: ModelRequest, gpus: str) -> None:
     assert len(found) >= 2
     for figure in found:
         assert total(figure.terms) == figure.bytes
+
+
+def test_speculation_takes_the_logits_of_its_tokens() -> None:
+    """For all rows, and at most for the tokens of one chunk. The KV cache and the weights stay as they are."""
+
+    def rank(**fields: object) -> RankPlan:
+        plan = make_plan(
+            [request(infer_backend="pt", max_model_len=4096, max_num_seqs=16, **fields)], parse_gpus("24GiB")
+        )
+        return plan.models[0].ranks[0]
+
+    plain, four = rank(), rank(speculative={"method": "ngram"})
+    many = rank(speculative={"method": "ngram", "num_speculative_tokens": 32})
+    terms = {term.name: term for term in four.activation.terms}
+    drafted = terms["logits of drafted tokens"]
+    assert dict(drafted.factors)["drafted tokens"] == 16 * 4
+    assert four.weights == plain.weights
+    assert four.activation.bytes - plain.activation.bytes == pytest.approx(1.1 * drafted.bytes, abs=2)
+    assert many.activation.bytes - plain.activation.bytes == pytest.approx(8 * 1.1 * drafted.bytes, abs=10)
+
+
+def test_a_plan_says_what_does_not_speculate() -> None:
+    """A model with states answers without drafts, and vLLM's memory for drafts is not known."""
+    speculative = {"method": "ngram"}
+    hybrid = request("qwen3-next", infer_backend="pt", max_model_len=4096, num_gpus=4, speculative=speculative)
+    (model,) = make_plan([hybrid], parse_gpus("4x80GiB")).models
+    assert any("it does not speculate, because its cache has states" in reason for reason in model.reasons)
+    assert "logits of drafted tokens" not in {term.name for rank in model.ranks for term in rank.activation.terms}
+    for fields in ({"infer_backend": "vllm"}, {"infer_backend": "auto", "tensor_parallel_size": 2}):
+        of_vllm = request(speculative=speculative, **fields)
+        assert "the plan does not know how much memory vLLM takes for it" in of_vllm.unplanned
+    free = request(infer_backend="auto", max_model_len=4096, speculative=speculative)
+    (model,) = make_plan([free], parse_gpus("24GiB")).models
+    assert model.backend == "pt"
+    assert "speculative is set, whose memory the plan knows only for pt" in model.reasons
 
 
 def test_a_measured_figure_says_so() -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve_app.config import ModelConfig
+from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.facts.calibration import Calibrations, calibration_file
@@ -203,10 +204,14 @@ def test_an_engine_on_somebody_elses_gpu_is_refused() -> None:
 def serve_context(monkeypatch: pytest.MonkeyPatch) -> list[ReplicaReport]:
     """A replica without Serve; the reports that it writes."""
     written: list[ReplicaReport] = []
+
+    def drop(*_: object) -> None:
+        pass
+
     context = SimpleNamespace(app_name="m", replica_id=SimpleNamespace(unique_id="r0"))
     monkeypatch.setattr(memory_watch.serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(memory_watch.ray.util, "get_node_ip_address", lambda: "192.0.2.1")
-    monkeypatch.setattr(memory_watch, "ReplicaMetrics", lambda: SimpleNamespace(told=lambda *_: None))
+    monkeypatch.setattr(memory_watch, "ReplicaMetrics", lambda: SimpleNamespace(told=drop, drafted=drop))
     monkeypatch.setattr(memory_watch, "write_report", written.append)
     monkeypatch.setattr(memory_watch, "forget_report", lambda *_: written.clear())
     monkeypatch.setattr(memory_watch, "REPORT_EVERY_S", 0.01)
@@ -229,6 +234,10 @@ class StubbornEngine:
     def cache_blocks(self) -> int:
         """As vLLM would say."""
         return 90
+
+    def draft_counts(self) -> DraftCounts:
+        """As with speculation."""
+        return DraftCounts(2, 8, 5, [2, 2, 1, 0])
 
     def load(self) -> float:
         """Half full."""

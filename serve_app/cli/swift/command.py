@@ -192,11 +192,11 @@ REASONS: dict[str, str] = {
     "max_pixels": "with vllm, set engine_args: {mm_processor_kwargs: {max_pixels: …}}. pt takes text only.",
     "norm_bbox": "boxes in messages are not rewritten here.",
     **_each(
-        "weights are not quantized while they load. Use a quantized checkpoint (swift export makes one), or "
-        "infer_backend: vllm with quantization: fp8 or bitsandbytes.",
-        "quant_method quant_bits hqq_axis bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant "
-        "bnb_4bit_quant_storage",
+        "it belongs to hqq, which is not here. pt's quantization: bnb-nf4 or bnb-int8 is nearest.",
+        "hqq_axis",
     ),
+    "bnb_4bit_compute_dtype": "layers in 4 bits compute in dtype here.",
+    "bnb_4bit_quant_storage": "weights in 4 bits are stored as bytes here.",
     "max_new_tokens": "swift has it as a default that a request may exceed. Send max_tokens with each request. To cap "
     "all requests, set engine_args: {override_generation_config: {max_new_tokens: …}}.",
     **{name: _PER_REQUEST.format(name) for name in ("stream", "logprobs", "top_logprobs")},
@@ -242,7 +242,10 @@ REASONS: dict[str, str] = {
     ),
 }
 # from_swift.py handles these arguments one by one.
-HANDLED = frozenset({"model", "infer_backend", "served_model_name", "host", "port", "api_key", "vllm_engine_kwargs"})
+HANDLED = frozenset(
+    {"model", "infer_backend", "served_model_name", "host", "port", "api_key", "vllm_engine_kwargs"}
+    | {"quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
+)
 KNOWN = frozenset(TARGETS) | frozenset(REASONS) | HANDLED
 
 

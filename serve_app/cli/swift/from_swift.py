@@ -26,6 +26,8 @@ from serve_app.cli.swift.command import (
     read_mapping,
     read_number,
 )
+from serve_app.cli.swift.quantization import NAMES as QUANTIZATION
+from serve_app.cli.swift.quantization import quantization_of
 from serve_app.config import ModelConfig, parse_max_memory
 from serve_app.errors import ConfigError, nearest
 
@@ -65,6 +67,7 @@ def translate(command: str) -> Translation:
     if swift_backend in ("sglang", "lmdeploy"):
         draft.note(f"--infer_backend {swift_backend}: this engine is not here. vllm, the nearest one, is set instead.")
     _add_arguments(draft, parsed, swift_backend)
+    _add_quantization(draft, parsed)
     _add_variables(draft, parsed.variables)
     _add_differences(draft, parsed)
     name = _name(draft, parsed)
@@ -145,6 +148,20 @@ def _add_arguments(draft: _Draft, parsed: SwiftCommand, swift_backend: str) -> N
         for key, value in read_mapping(name, parsed.arguments[name]).items():
             own = key in ModelConfig.model_fields
             draft.put(f"--{name} {key}", key if own else f"engine_args.{key}", value)
+
+
+def _add_quantization(draft: _Draft, parsed: SwiftCommand) -> None:
+    given = [name for name in QUANTIZATION if name in parsed.arguments]
+    if not given:
+        return
+    shown = " ".join(_shown(name, parsed.arguments[name]) for name in given)
+    method, reason = quantization_of(parsed, draft.backend)
+    if method is None:
+        draft.note(f"{shown}: {reason}")
+    elif draft.put(shown, "quantization", method) and method == "bnb-nf4":
+        name = "bnb_4bit_use_double_quant"
+        if name in parsed.arguments and not read_flag(name, parsed.arguments[name]):
+            draft.note(f"--{name} false: the scales are always quantized too here.")
 
 
 def _is_idle(draft: _Draft, name: str, words: tuple[str, ...], swift_backend: str) -> bool:

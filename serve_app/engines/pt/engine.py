@@ -2,26 +2,32 @@
 
 import asyncio
 import gc
+import logging
 
 import torch
 from starlette.types import ASGIApp
 
-from serve_app.config import ModelConfig
+from serve_app.config import ModelConfig, SpeculativeConfig
+from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.model_runner import Runner
 from serve_app.engines.pt.core.scheduler import Limits
+from serve_app.engines.pt.core.speculator import NgramSettings, Speculator
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.load.cache_budget import cache_tokens
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.load.packed_linear import PackedLinear
-from serve_app.engines.pt.load.probe import ProbeResult, probe
+from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
+from serve_app.engines.pt.load.quantization import weight_tensors
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.pt_kv_buffers import cells
+
+logger = logging.getLogger("ray.serve")
 
 DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
 DEFAULT_MAX_QUEUED_REQUESTS = 192
@@ -41,6 +47,7 @@ class PtEngine:
         self._libraries = 0
         self._weights: dict[torch.device, int] = {}
         self._runner: Runner | None = None
+        self._speculator: Speculator | None = None
 
     async def start(self) -> ASGIApp:
         """Loads the model in a thread, starts the engine's thread, and returns the application."""
@@ -50,7 +57,10 @@ class PtEngine:
         self._runner = probed.runner
         max_queued = self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS
         limits = self._limits(loaded, probed)
-        self._generator = Generator(self.name, loaded, probed, limits, max_queued, step_timeout_s(self._config))
+        if self._config.speculative is not None:
+            self._speculator = await asyncio.to_thread(_speculator, self._config.speculative, loaded, probed)
+        timeout_s = step_timeout_s(self._config)
+        self._generator = Generator(self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator)
         app = build_app(self._generator)
         gc.collect()
         gc.freeze()  # What was loaded stays. A full collection of it takes 0.28 s, in which nothing answers.
@@ -66,6 +76,10 @@ class PtEngine:
 
     def cache_blocks(self) -> None:
         """Returns None, because pt's cache has no blocks."""
+
+    def draft_counts(self) -> DraftCounts | None:
+        """Returns what was drafted and accepted since the start, or None without speculation."""
+        return None if self._speculator is None else self._speculator.counts
 
     async def memory(self) -> list[RankMemory]:
         """Returns what this process holds of each device that holds a part of the model."""
@@ -117,6 +131,16 @@ class PtEngine:
         return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)
 
 
+def _speculator(config: SpeculativeConfig, loaded: LoadedModel, probed: ProbeResult) -> Speculator | None:
+    """Returns what drafts tokens for a model, or None for one that cannot verify them, which it logs."""
+    found = verifier(loaded, probed)
+    if isinstance(found, str):
+        logger.warning("speculative: this model does not speculate, because %s. It answers without drafts.", found)
+        return None
+    settings = NgramSettings(config.num_speculative_tokens, config.prompt_lookup_max, config.prompt_lookup_min)
+    return Speculator(found, settings)
+
+
 def step_timeout_s(config: ModelConfig) -> float:
     """Returns the seconds after which a step that has not ended counts as a hang. They are ten times longer if weights
     come from the host's memory or disk in every step, or if the processor computes."""
@@ -126,8 +150,9 @@ def step_timeout_s(config: ModelConfig) -> float:
 
 
 def weight_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
-    """Returns the bytes of all weights by device, including those in oneDNN's order, which are not parameters."""
-    sizes = tensor_bytes(model.parameters())
+    """Returns the bytes of all weights by device, including the scales of quantised ones and those in oneDNN's order,
+    which are not parameters."""
+    sizes = tensor_bytes(weight_tensors(model))
     for module in model.modules():
         if isinstance(module, PackedLinear):
             cpu = torch.device("cpu")

@@ -13,6 +13,7 @@ from serve_app.engines.pt.core.places import Places, Reservation
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler
 from serve_app.engines.pt.core.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
+from serve_app.engines.pt.core.speculator import Speculator
 from serve_app.engines.pt.grammar.compiler import GrammarCompiler
 from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.engines.pt.load.probe import ProbeResult
@@ -44,6 +45,7 @@ class Generator:
         limits: Limits,
         max_queued: int,
         step_timeout_s: float = math.inf,
+        speculator: Speculator | None = None,
     ):
         self.name = name
         self.loaded = loaded
@@ -53,7 +55,8 @@ class Generator:
         self._places = Places(name, limits.max_num_seqs + max_queued)
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
         self._asyncio_loop = asyncio.get_running_loop()
-        self._loop = EngineLoop(probed.runner, Scheduler(limits), Sampler(loaded.eos_ids), self._deliver)
+        scheduler, sampler = Scheduler(limits), Sampler(loaded.eos_ids)
+        self._loop = EngineLoop(probed.runner, scheduler, sampler, self._deliver, speculator)
         self._loop.start()
         self._step_timeout_s = step_timeout_s
         self._hang = ""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import (
     DynamicLayer,
@@ -16,6 +17,9 @@ from transformers.cache_utils import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 # Layers of hybrids keep a state for each row that does not grow: dictionaries of tensors with rows first, and
 # dictionaries of what is known of them. They are attributes of
@@ -155,6 +159,27 @@ def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch
     pattern, key_of, _ = build_glob_alternation(list(plan))
     found = ((name, pattern.search(name)) for name in model.state_dict())
     return {name: plan[key_of[match.lastgroup]] for name, match in found if match}
+
+
+def convertible_linears(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Returns the outputs and inputs of each linear layer that transformers' quantizers for bitsandbytes quantise while
+    a model loads, by its name.
+
+    Uses `transformers.quantizers.base.HfQuantizer.get_modules_to_not_convert`,
+    `transformers.quantizers.quantizers_utils.should_convert_module`, `transformers.pytorch_utils.Conv1D` and the
+    attribute `_keep_in_fp32_modules` of a model; seen in transformers 5.19.
+    """
+    whole = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if not should_convert_module(name, whole):
+            continue
+        if type(module) is nn.Linear:
+            found[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            found[name] = (outputs, inputs)
+    return found
 
 
 def loaded_device_map(model: PreTrainedModel) -> dict[str, int | str]:

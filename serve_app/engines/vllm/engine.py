@@ -144,6 +144,9 @@ class VllmEngine:
         """Returns vLLM's own number. A model without a KV cache has none."""
         return vllm_internals.cache_blocks(self._client)
 
+    def draft_counts(self) -> None:
+        """Returns None, because vLLM exports its own counters under `/metrics` of the model's route."""
+
     async def memory(self) -> list[RankMemory]:
         """Returns what the process of every rank reports. Raises EngineError if vLLM does not answer."""
         try:
@@ -308,6 +311,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "max-num-seqs": config.max_num_seqs,
         "kv-cache-memory-bytes": config.kv_cache_memory_bytes,
         "quantization": config.quantization,
+        "speculative-config": None if config.speculative is None else config.speculative.model_dump(),
         "enforce-eager": config.device == "cpu" or None,
         "worker-extension-cls": "serve_app.engines.vllm.worker.WorkerExtension",
         "allowed-media-domains": NO_MEDIA_HOSTS,

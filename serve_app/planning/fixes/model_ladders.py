@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from serve_app.config import ONLY_PT, ONLY_VLLM, ModelConfig
-from serve_app.planning.backend import DECIDE_FOR_PT
+from serve_app.config import ONLY_PT, ModelConfig
+from serve_app.planning.backend import fields_for_pt
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
@@ -13,6 +13,7 @@ from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import ONLY_GPU
+from serve_app.planning.quantization import BITS
 from serve_app.planning.sizes import gib
 
 # Requests shorter than this are of little use, so no shorter one is offered.
@@ -43,6 +44,8 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     yield from _fewer_sequences(request, backend, trial)
     if on_gpu and backend != "pt":
         yield from _in_8_bits(request, trial)
+    if backend == "pt":
+        yield from _quantized(request)
     yield from _shorter(request)
     yield from _other_backend(request, backend)
     yield from _fewer_replicas(request)
@@ -55,9 +58,9 @@ def backend_of(config: ModelConfig) -> Backend:
     """Returns the backend, also where the fields of one of them decide for `auto`."""
     if config.infer_backend != "auto":
         return config.infer_backend
-    if any(getattr(config, name) for name in ONLY_VLLM):
+    if config.only_vllm:
         return "vllm"
-    return "pt" if config.spill_tiers or any(getattr(config, name) is not None for name in DECIDE_FOR_PT) else "auto"
+    return "pt" if config.spill_tiers or fields_for_pt(config) else "auto"
 
 
 def _own(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladder]:
@@ -113,6 +116,24 @@ def _in_8_bits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
         yield Ladder(price.WEIGHTS_IN_8_BITS, [rung("quantization", "fp8")], lambda _: loses)
 
 
+def _quantized(request: ModelRequest) -> Iterator[Ladder]:
+    """Yields pt's methods of quantising weights while they load, for a model whose quantised size the formulas know.
+    What transformers' own code said is of the whole model."""
+    if request.pt_facts is not None or not request.is_quantizable:
+        return
+    for method, cost in (("bnb-int8", price.WEIGHTS_IN_8_BITS), ("bnb-nf4", price.WEIGHTS_IN_4_BITS)):
+        change = rung("quantization", method)
+        smaller = changed(request, change)
+        if smaller is None:
+            continue
+        saved = sum(a.weights - b.weights for a, b in zip(request.blocks(False), smaller.blocks(False), strict=True))
+        yield _rounded(cost, change, f"precision of the weights ({BITS[method]} bits, which saves {gib(saved)})")
+
+
+def _rounded(cost: int, change: Changes, loses: str) -> Ladder:
+    return Ladder(cost, [change], lambda _: loses)
+
+
 def _shorter(request: ModelRequest) -> Iterator[Ladder]:
     now = request.max_model_len
     lengths = values_below(now, MODEL_LEN_STEP, LEAST_MODEL_LEN)
@@ -131,10 +152,12 @@ def _shorter(request: ModelRequest) -> Iterator[Ladder]:
 def _other_backend(request: ModelRequest, backend: Backend) -> Iterator[Ladder]:
     config = request.config
     if backend == "vllm":
-        without = [name for name in ONLY_VLLM if getattr(config, name)]
+        without = config.only_vllm
         yield _backend("pt", without, "vLLM's speed")
     if backend == "pt" and request.is_planned_for_vllm:
         without = [name for name in REFUSED_BY_VLLM if getattr(config, name) is not None]
+        if config.quantization is not None:
+            without.append("quantization")
         if config.share is not None:
             without.remove("num_gpus")
         yield _backend("vllm", without, "pt's layers over unequal cards")

@@ -15,7 +15,8 @@
 | 14 | no `accelerator_type` | the choice of the card |
 | 15 | a share of a card instead of a whole one | KV cache, and speed while others use the card |
 | 16 | stages on more nodes: `nnodes` with `pipeline_parallel_size` | time on the network for each token |
-| 100 | `quantization: fp8` | precision of the weights |
+| 100 | `quantization: fp8`, or `bnb-int8` with pt | precision of the weights |
+| 105 | `quantization: bnb-nf4` with pt | more precision of the weights |
 | 110 | `max_model_len`, at least half of it | long requests |
 | 120 | the other backend | speed, or fields of the first one |
 | 130 | `max_model_len`, less than half of it | most of the context |
@@ -42,7 +43,8 @@ KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD, PART_OF_A_CARD
     15,
     16,
 )
-WEIGHTS_IN_8_BITS, SHORTER, OTHER_BACKEND, MUCH_SHORTER, FEWER_REPLICAS = 100, 110, 120, 130, 140
+WEIGHTS_IN_8_BITS, WEIGHTS_IN_4_BITS = 100, 105
+SHORTER, OTHER_BACKEND, MUCH_SHORTER, FEWER_REPLICAS = 110, 120, 130, 140
 SPILL, ON_CPU = 1000, 1001
 CARD = 10_000
 

@@ -165,6 +165,22 @@ def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--what", "fits"]) == 2
 
 
+def test_a_model_without_a_file_can_go_over_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It plans as the same fields in a file do, and a file has the field itself."""
+    model = str(CONFIGS / "qwen2-7b")
+    fields = ["--infer-backend", "vllm", "--pipeline-parallel-size", "2", "--max-model-len", "4096"]
+    asked = ["plan", "--model", model, *fields, "--gpus", "12GiB;12GiB", "--json"]
+    assert main(asked) == 1
+    capsys.readouterr()
+    assert main([*asked, "--nnodes", "2"]) == 0
+    (planned,) = json.loads(capsys.readouterr().out)["models"]
+    assert {rank["gpu"] for rank in planned["ranks"]} == {"n1:0", "n2:0"}
+    file = tmp_path / "x.yaml"
+    file.write_text("applications: []")
+    assert main(["plan", str(file), "--nnodes", "2"]) == 2
+    assert "--nnodes goes with --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "gpus", "ranks"),
     [

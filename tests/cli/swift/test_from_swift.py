@@ -441,3 +441,37 @@ def test_a_note_cannot_leave_its_comment() -> None:
     made = of("--system 'a\nport: 1\x85b\u2028c\x1bd' --response_prefix '<think>\n'")
     assert "a port: 1 b c d" in as_yaml(made)
     assert set(yaml.safe_load(as_yaml(made))) == {"http_options", "applications"}
+
+
+@pytest.mark.parametrize(("bits", "method"), [(4, "bnb-nf4"), (8, "bnb-int8")])
+def test_weights_that_swift_quantizes_with_bitsandbytes_carry_over_to_pt(bits: int, method: str) -> None:
+    """With transformers, swift's default backend, and nothing is noted on them."""
+    made = of(f"--quant_method bnb --quant_bits {bits} --bnb_4bit_quant_type nf4")
+    assert made.args["quantization"] == method
+    assert not [note for note in made.notes if "quant" in note]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--quant_method hqq --quant_bits 4", "bnb-nf4 (4 bits) or bnb-int8"),
+        ("--quant_method fp8", "bnb-int8, which takes as much memory"),
+        ("--quant_method eetq", "bnb-int8"),
+        ("--quant_method quanto --quant_bits 8", "bnb-int8"),
+        ("--quant_method bnb", "both have to be given"),
+        ("--quant_bits 4", "both have to be given"),
+        ("--quant_method bnb --quant_bits 4 --bnb_4bit_quant_type fp4", "nf4 only"),
+    ],
+)
+def test_other_ways_to_quantize_are_noted_with_the_nearest_one(options: str, words: str) -> None:
+    """None is taken for another one in silence."""
+    made = of(options)
+    assert "quantization" not in made.args
+    assert words in note_about(made, "--quant")
+
+
+def test_scales_that_stay_whole_in_swift_are_noted() -> None:
+    """Here they are always quantized too."""
+    made = of("--quant_method bnb --quant_bits 4 --bnb_4bit_use_double_quant false")
+    assert made.args["quantization"] == "bnb-nf4"
+    assert "always quantized" in note_about(made, "--bnb_4bit_use_double_quant")

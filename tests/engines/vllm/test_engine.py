@@ -57,6 +57,14 @@ def test_a_rank_that_computes_alone_saves_a_process_on_the_cpu() -> None:
     assert two["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
+def test_speculation_has_vllms_own_argument() -> None:
+    """With both bounds of the match, because vLLM takes one for the other where it is missing."""
+    speculative = {"method": "ngram", "num_speculative_tokens": 3}
+    arguments = engine_arguments(model_config(infer_backend="vllm", speculative=speculative), "n")
+    assert arguments["speculative-config"] == speculative | {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    assert "speculative-config" not in engine_arguments(model_config(infer_backend="vllm"), "n")
+
+
 def test_engine_args_come_last() -> None:
     """In either spelling, and over our own choices."""
     config = model_config(

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlySequence
 
@@ -22,6 +23,7 @@ from serve_app.engines.pt.core.model_runner import Runner
 from serve_app.engines.pt.core.sampler import Sampled, Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler, Step
 from serve_app.engines.pt.core.sequence import Output, Sequence
+from serve_app.engines.pt.core.speculator import Speculator
 from serve_app.engines.torch_internals import is_out_of_memory
 from serve_app.errors import EngineError, OutOfDeviceMemory
 
@@ -43,12 +45,20 @@ Deliver = Callable[[list[Output]], None]
 class EngineLoop(threading.Thread):
     """Generates for all submitted sequences together. All methods but `run` may be called from any thread."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, sampler: Sampler, deliver: Deliver):
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        deliver: Deliver,
+        speculator: Speculator | None = None,
+    ):
         super().__init__(name="pt-engine", daemon=True)
         self._runner = runner
         self._scheduler = scheduler
         self._sampler = sampler
         self._deliver = deliver
+        self._speculator = speculator
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._closing = threading.Lock()
@@ -151,7 +161,7 @@ class EngineLoop(threading.Thread):
         try:
             step = self._scheduler.schedule()  # Prompts come first, since a first token is more urgent.
             self._settle(self._prefill(step))
-            self._settle(self._decode(self._scheduler.decoding))
+            self._settle(self._decode(self._scheduler.decoding, self._scheduler.spare_tokens(step)))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -188,19 +198,74 @@ class EngineLoop(threading.Thread):
             ]
         return self._advance(step.prefill, result)
 
-    def _decode(self, sequences: ReadOnlySequence[Sequence]) -> list[Output]:
-        """Returns a token for each sequence. Raises if memory runs out or the device is broken."""
+    def _decode(self, sequences: ReadOnlySequence[Sequence], spare: int) -> list[Output]:
+        """Returns a token for each sequence, and more for those whose drafts hold. At most `spare` drafted tokens are
+        computed. Raises if memory runs out or the device is broken."""
         if not sequences:
             return []
+        speculator = self._speculator
+        drafts = None if speculator is None else speculator.propose(sequences, spare)
+        begin = time.monotonic()
         try:
-            logits = self._runner.decode(sequences)
+            if speculator is None or drafts is None:
+                logits = self._runner.decode(sequences)
+            else:
+                logits = speculator.verify(sequences, drafts)
         except Exception as error:
+            if speculator is not None:
+                speculator.rest()
             _raise_if_fatal(error)
             logger.exception("A step failed with %d sequences in it.", len(sequences))
             self._runner.reset()
             return [Output(sequence, error=error) for sequence in self._scheduler.retreat()]
         self._tick()
-        return self._advance(sequences, logits)
+        if speculator is None:
+            return self._advance(sequences, logits)
+        if drafts is None:
+            outputs = self._advance(sequences, logits)
+            speculator.note_plain(len(sequences), time.monotonic() - begin)
+            return outputs
+        outputs = self._accept(speculator, sequences, drafts, logits)
+        speculator.note_drafted(sequences, drafts, _tokens_of(outputs), time.monotonic() - begin)
+        return outputs
+
+    def _accept(
+        self,
+        speculator: Speculator,
+        sequences: ReadOnlySequence[Sequence],
+        drafts: ReadOnlySequence[ReadOnlySequence[int]],
+        logits: torch.Tensor,
+    ) -> list[Output]:
+        """Returns the tokens of a pass over drafts, and keeps those in the cache.
+
+        The next token is chosen as without a draft, from the same logits and the same random number. If it is the
+        drafted one, the logits after it hold too. So a token t that was drafted is accepted with its probability p(t),
+        another one comes with its own, and the text with a seed is the one without speculation.
+        """
+        until = time.monotonic() + PATIENCE_S
+        outputs = newest = self._advance(sequences, logits[:, 0])
+        for place in range(1, logits.shape[1]):
+            going = {output.sequence for output in newest if not output.is_last}
+            rows = [
+                row
+                for row, sequence in enumerate(sequences)
+                if sequence in going and list(drafts[row][place - 1 : place]) == sequence.output_ids[-1:]
+            ]
+            # A mask that is late ends the acceptance and parks nobody, because the next step may find it ready.
+            late = self._sampler.late([sequences[row] for row in rows], max(0.0, until - time.monotonic()))
+            rows = [row for row in rows if sequences[row] not in late]
+            if not rows:
+                break
+            try:
+                newest = self._choose([sequences[row] for row in rows], logits[rows, place])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                speculator.rest()  # The tokens so far are chosen and stay.
+                break
+            outputs = outputs + newest
+        speculator.keep(_tokens_of(outputs))
+        return outputs
 
     def _advance(self, sequences: ReadOnlySequence[Sequence], logits: torch.Tensor) -> list[Output]:
         late = self._sampler.late(sequences, PATIENCE_S)
@@ -208,6 +273,10 @@ class EngineLoop(threading.Thread):
             self._park(late)
             rows = [row for row, sequence in enumerate(sequences) if sequence not in late]
             sequences, logits = [sequences[row] for row in rows], logits[rows]
+        return self._choose(sequences, logits)
+
+    def _choose(self, sequences: ReadOnlySequence[Sequence], logits: torch.Tensor) -> list[Output]:
+        """Returns the next token of each sequence, of which none may be late, and appends it to the sequence."""
         outputs = []
         for sequence, choice in zip(sequences, self._sample(list(sequences), logits), strict=True):
             if isinstance(choice, Exception):
@@ -244,6 +313,8 @@ class EngineLoop(threading.Thread):
         ]
 
     def _recover(self) -> list[Output]:
+        if self._speculator is not None:
+            self._speculator.rest()
         self._runner.reset()
         return [
             Output(
@@ -270,6 +341,11 @@ class EngineLoop(threading.Thread):
                 self._inbox.get_nowait()()
         error = EngineError("the pt engine has stopped")
         self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])
+
+
+def _tokens_of(outputs: ReadOnlySequence[Output]) -> Counter[Sequence]:
+    """Returns how many tokens each sequence has got."""
+    return Counter(output.sequence for output in outputs if output.token_id is not None)
 
 
 def _raise_if_fatal(error: Exception) -> None:

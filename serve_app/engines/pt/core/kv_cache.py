@@ -9,6 +9,7 @@ The layers are part of a stock `DynamicCache`, so every model and every device m
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,11 @@ class BatchCache:
         return all(isinstance(layer, RectangleLayer) or has_only_state(layer) for layer in self.cache.layers)
 
     @property
+    def can_roll_back(self) -> bool:
+        """Returns whether the last tokens of a row can be taken back. A state has all tokens in it for good."""
+        return self.is_joinable and not self.has_states
+
+    @property
     def bytes_by_device(self) -> dict[torch.device, int]:
         """Returns the bytes of all key and value buffers by device."""
         sizes: dict[torch.device, int] = {}
@@ -168,6 +174,24 @@ class BatchCache:
     def advance(self, columns: int) -> None:
         """Extends the window by what the last forward pass wrote."""
         self.window.end += columns
+
+    def roll_back(self, tokens: ReadOnlySequence[int], lengths: ReadOnlySequence[int]) -> None:
+        """Takes back the last tokens of each row, whose number may differ by row. `lengths` are the tokens that each
+        row keeps.
+
+        All rows must end at one column, so a row that takes back more than another one moves to the right. Only one
+        row of one layer's buffer is copied at a time. A cache without rows has nothing to take back.
+        """
+        window, least = self.window, min(tokens, default=0)
+        window.end -= least
+        for row, (taken, length) in enumerate(zip(tokens, lengths, strict=True)):
+            by = taken - least
+            if not by:
+                continue
+            source, target = slice(window.end - by - length, window.end - by), slice(window.end - length, window.end)
+            for layer in self._rectangles():
+                for buffer in layer.buffers():  # The two places overlap, so the tokens are copied before.
+                    buffer[row, :, target] = buffer[row, :, source].clone()
 
     def join(self, other: "BatchCache") -> None:
         """Appends the rows of `other`, which ends at its own end. `other` is of no use afterwards."""

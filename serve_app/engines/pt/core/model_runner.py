@@ -6,8 +6,8 @@ which is slow but right for every model. It is used if the probe finds that join
 
 import gc
 import inspect
+from collections.abc import Mapping, Set
 from collections.abc import Sequence as ReadOnlySequence
-from collections.abc import Set
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,25 @@ class Runner(Protocol):
         ...
 
 
+class Verifier(Runner, Protocol):
+    """This is a runner that can also compute several tokens of each running sequence at once and take some back."""
+
+    def verify(
+        self, sequences: ReadOnlySequence[Sequence], drafts: ReadOnlySequence[ReadOnlySequence[int]]
+    ) -> torch.Tensor:
+        """Computes the last token of each sequence and its drafted tokens in one pass.
+
+        Returns logits of shape (sequences, 1 + the most drafted tokens, vocabulary). Those at place j are for the token
+        after the last one and j drafted ones, and mean nothing beyond a sequence's own draft. `keep` has to follow.
+        """
+        ...
+
+    def keep(self, tokens: Mapping[Sequence, int]) -> None:
+        """Takes all tokens of the last `verify` back, except so many of each sequence, counted from its last token
+        before that pass. Sequences that were dropped since then are left out."""
+        ...
+
+
 class BatchRunner:
     """Computes all sequences in one pass, with every device map: hooks move activations, and layers keep their own
     cache.
@@ -72,6 +91,7 @@ class BatchRunner:
         self._group = BatchCache(model.config)
         self._group_rows: list[Sequence] = []
         self._pool = Pool()
+        self._unverified = 0  # These columns at the end are of a `verify` without its `keep`.
         self._most_cells = 0
         self.most_cache_bytes: dict[torch.device, int] = {}
 
@@ -84,6 +104,11 @@ class BatchRunner:
     def pad_prompts(self) -> bool:
         """Returns whether prompts of different lengths may share a pass."""
         return not self._batch.has_states
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Returns whether the last tokens of a sequence can be taken back, as speculation needs it."""
+        return self._batch.can_roll_back
 
     @property
     def bytes_per_cell(self) -> dict[torch.device, float]:
@@ -117,7 +142,7 @@ class BatchRunner:
         if step.pools:
             self._pool.add(self._hidden(ids, positions, mask, group), columns[None] >= pads[:, None])
         else:
-            logits = self._logits(ids, positions, mask, group)
+            logits = self._logits(ids, positions, mask, group, last=1)[:, -1]
         self._note_cache()
         if not step.completes_prefill:
             return None
@@ -148,20 +173,47 @@ class BatchRunner:
 
     def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
         """Does what `Runner` says. The sequences are those in the cache, in any order."""
-        batch, rows = self._batch, self._rows
-        batch.shrink(max(sequence.cached for sequence in rows))
-        batch.reserve(len(rows), columns=1)
-        ids = torch.tensor([[sequence.output_ids[-1]] for sequence in rows])
-        lengths = torch.tensor([sequence.cached for sequence in rows])
-        width = batch.window.width
-        mask = None
-        if int(lengths.min()) < width and batch.has_keys:  # A state has no columns to hide.
-            mask = torch.arange(width + 1)[None] >= (width - lengths)[:, None]
-        logits = self._logits(ids, lengths[:, None], mask, batch)
-        self._note_cache()
+        rows = self._rows
+        logits = self._extend([[sequence.output_ids[-1]] for sequence in rows])[:, -1]
         for sequence in rows:
             sequence.cached += 1
         return _in_order(logits, rows, sequences)
+
+    def verify(
+        self, sequences: ReadOnlySequence[Sequence], drafts: ReadOnlySequence[ReadOnlySequence[int]]
+    ) -> torch.Tensor:
+        """Does what `Verifier` says. The sequences are those in the cache, in any order."""
+        rows, draft_of = self._rows, dict(zip(sequences, drafts, strict=True))
+        logits = self._extend([[sequence.output_ids[-1], *draft_of[sequence]] for sequence in rows])
+        self._unverified = logits.shape[1]
+        return _in_order(logits, rows, sequences)
+
+    def keep(self, tokens: Mapping[Sequence, int]) -> None:
+        """Does what `Verifier` says."""
+        rows, computed = self._rows, self._unverified
+        self._unverified = 0
+        for sequence in rows:
+            sequence.cached += tokens.get(sequence, 0)
+        taken = [computed - tokens.get(sequence, 0) for sequence in rows]
+        self._batch.roll_back(taken, [sequence.cached for sequence in rows])
+
+    def _extend(self, tokens: ReadOnlySequence[ReadOnlySequence[int]]) -> torch.Tensor:
+        """Computes the next tokens of each row in one pass, and returns their logits, of shape (rows, columns,
+        vocabulary). Rows with fewer tokens are filled up on the right, where causal attention hides it from them."""
+        batch, columns = self._batch, max(map(len, tokens))
+        cached = [sequence.cached for sequence in self._rows]
+        batch.shrink(max(cached))
+        batch.reserve(len(tokens), columns)
+        ids = torch.tensor([[*row, *[row[-1]] * (columns - len(row))] for row in tokens])
+        # What fills up has the position of the last token, because a model may know no later one.
+        places = torch.arange(columns)[None].minimum(torch.tensor([[len(row) - 1] for row in tokens]))
+        lengths, width = torch.tensor(cached), batch.window.width
+        mask = None
+        if min(cached) < width and batch.has_keys:  # A state has no columns to hide.
+            mask = torch.arange(width + columns)[None] >= (width - lengths)[:, None]
+        logits = self._logits(ids, lengths[:, None] + places, mask, batch, columns)
+        self._note_cache()
+        return logits
 
     def _note_cache(self) -> None:
         """Keeps in `most_cache_bytes` the most that the cache may have held so far. This includes moments of moving: a
@@ -191,18 +243,18 @@ class BatchRunner:
         """Does what `Runner` says."""
         for sequence in (*self._rows, *self._group_rows):
             sequence.cached = 0
-        self._rows, self._group_rows = [], []
+        self._rows, self._group_rows, self._unverified = [], [], 0
         self._batch, self._group = BatchCache(self._model.config), BatchCache(self._model.config)
         free_memory()
 
     def _logits(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache, last: int
     ) -> torch.Tensor:
-        """Returns the logits of the last column, of shape (rows, vocabulary)."""
+        """Returns the logits of the `last` columns, of shape (rows, `last`, vocabulary)."""
         inputs = self._inputs(ids, positions, mask, cache)
         if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = 1
-        logits: torch.Tensor = self._model(**inputs).logits[:, -1]
+            inputs["logits_to_keep"] = last
+        logits: torch.Tensor = self._model(**inputs).logits[:, -last:]
         cache.advance(ids.shape[1])
         return logits
 

@@ -14,6 +14,7 @@ Laws:
 - a group is computed within GROUP_STEPS steps, or it is one prompt: a request of many long prompts holds up the next
   owner's turn for one group and not for all of them;
 - one owner that has a row leaves every eighth place to others, whose first tokens do not wait for its last ones;
+- tokens that are drafted by speculation count against `chunk_tokens` too, together with the step's chunk of prompts;
 - a pass that fails is tried again in smaller parts until the sequence that fails is alone, and that one is given up;
 - a sequence that waits for its output format is parked: it holds no place in the batch, so nobody waits for it. One
   that is late for once comes back before those that wait; a format that is slow at every token costs its owner turns,
@@ -110,6 +111,11 @@ class Scheduler:
             return Step()
         end = min(self._longest, self._position + max(1, self._step_tokens(group[0]) // len(group)))
         return Step(group, self._position, end, self._longest)
+
+    def spare_tokens(self, step: Step) -> int:
+        """Returns how many tokens the step may compute beside its chunk of prompts and one token for each running
+        sequence. Drafted tokens share the chunk's budget, so nobody waits for them longer than for a chunk."""
+        return max(0, self._limits.chunk_tokens - len(step.prefill) * (step.end - step.begin))
 
     def complete(self, step: Step) -> None:
         """Notes that the chunk was computed."""

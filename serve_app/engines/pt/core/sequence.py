@@ -51,7 +51,7 @@ class Sequence:
 
     Sequences of one `owner`, the request that they came with, wait in one line (`FairQueue`). A sequence that `pools`
     generates nothing: its prompt's vector is its only output. `cached` counts the tokens whose keys and values are in
-    the batch cache; `sampling` is the sampler's own state.
+    the batch cache; `sampling` is the sampler's own state, and `drafting` the speculator's.
     """
 
     prompt_ids: ReadOnlySequence[int]
@@ -61,6 +61,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     cached: int = 0
     sampling: Any = None
+    drafting: Any = None
 
     @property
     def length(self) -> int:

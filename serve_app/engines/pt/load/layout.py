@@ -17,6 +17,7 @@ from serve_app.engines.pt.core.kv_cache import BatchCache
 from serve_app.engines.pt.core.model_runner import arguments_of, forward_inputs
 from serve_app.engines.pt.load.block_names import block_names
 from serve_app.engines.pt.load.probe import ALONE
+from serve_app.engines.pt.load.quantization import quantized_sizes
 from serve_app.engines.pt.transformers_internals import loaded_dtypes
 from serve_app.engines.torch_internals import WithoutData
 from serve_app.facts.engine_facts import BlockNames, PtFacts
@@ -38,12 +39,14 @@ def read_config(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any,
     return config, config.dtype or config.get_text_config().dtype or torch.float32
 
 
-def layout_of(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PtFacts:
-    """Returns the sizes of a model that is loaded in `dtype`.
+def layout_of(
+    hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False, quantization: str | None = None
+) -> PtFacts:
+    """Returns the sizes of a model that is loaded in `dtype`, and quantised by one of pt's methods if it is given.
 
     Raises what transformers raises if it cannot build the model, and ValueError for a model whose layers are not found.
     """
-    return layout_of_model(model_without_storage(hf_config, dtype, trust_remote_code), dtype)
+    return layout_of_model(model_without_storage(hf_config, dtype, trust_remote_code), dtype, quantization)
 
 
 def model_without_storage(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -57,10 +60,11 @@ def model_without_storage(hf_config: Any, dtype: torch.dtype, trust_remote_code:
     return model
 
 
-def layout_of_model(model: PreTrainedModel, dtype: torch.dtype) -> PtFacts:
+def layout_of_model(model: PreTrainedModel, dtype: torch.dtype, quantization: str | None = None) -> PtFacts:
     """Returns the sizes of a model on the meta device. Raises ValueError if its layers are not found."""
     names = block_names(model)
-    weights, buffers = _by_block(_loaded_sizes(model, dtype), names), _by_block(_buffer_sizes(model), names)
+    rounded = {} if quantization is None else quantized_sizes(model, quantization)
+    weights, buffers = _by_block(_loaded_sizes(model, dtype, rounded), names), _by_block(_buffer_sizes(model), names)
     kv, state, alone = _cache_sizes(model, names)
     return PtFacts(
         layers=weights[1:-1], before=weights[0], after=weights[-1], kv=kv, state=state, buffers=buffers, names=names,
@@ -68,14 +72,14 @@ def layout_of_model(model: PreTrainedModel, dtype: torch.dtype) -> PtFacts:
     )  # fmt: skip
 
 
-def _loaded_sizes(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+def _loaded_sizes(model: PreTrainedModel, dtype: torch.dtype, rounded: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """Returns the bytes of each tensor that a checkpoint has: parameters, the shared ones once, and buffers that are
-    saved."""
+    saved. `rounded` are those of quantised weights."""
     dtypes = loaded_dtypes(model, dtype)
     saved = model.state_dict().keys()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in saved or isinstance(tensor, nn.Parameter):
-            yield name, tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
+            yield name, rounded.get(name, tensor.numel() * dtypes.get(name, tensor.dtype).itemsize)
 
 
 def _buffer_sizes(model: PreTrainedModel) -> Iterator[tuple[str, int]]:

@@ -19,6 +19,7 @@ from serve_app.engines.pt.accelerate_internals import balanced_limits, execution
 from serve_app.engines.pt.load.attention import use_grouped_attention
 from serve_app.engines.pt.load.device_map import DeviceName, device_map_of
 from serve_app.engines.pt.load.packed_linear import pack_linears
+from serve_app.engines.pt.load.quantization import quantization_options, settle, stored_method
 from serve_app.engines.pt.transformers_internals import loaded_device_map, unsplit_blocks
 from serve_app.errors import ConfigError, EngineError
 from serve_app.planning.memory import context
@@ -64,10 +65,11 @@ def load_model(config: ModelConfig, planned: ModelPlan | None = None) -> LoadedM
     if config.chat_template is not None:
         tokenizer.chat_template = _read_template(config.chat_template)
     max_model_len = _max_model_len(config, hf_config)
+    quantizer = quantization_options(config, hf_config, _dtype(config, hf_config))
     placement, cache_tokens = _placement(config, hf_config, planned)
     uses_disk = isinstance(placement["device_map"], dict) and "disk" in placement["device_map"].values()
     offload = TemporaryDirectory(prefix="serve-app-offload-") if uses_disk else None
-    options = placement | common | {"offload_folder": None if offload is None else offload.name}
+    options = placement | common | quantizer | {"offload_folder": None if offload is None else offload.name}
     model = _read_weights(config, options)
     device_map = loaded_device_map(model)
     _require_opened(config, device_map, {})
@@ -89,6 +91,7 @@ def _read_weights(config: ModelConfig, options: Mapping[str, Any]) -> PreTrained
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **options)
     except Exception as error:
         raise EngineError(f"model: {config.model} cannot be loaded: {_one_line(error)}") from error
+    settle(model)
     return model.eval()
 
 
@@ -105,24 +108,33 @@ def _can_run(model: PreTrainedModel) -> bool:
 def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> tuple[dict[str, Any], int | None]:
     """Returns the options of `from_pretrained` for devices, and the tokens of KV cache that the plan has room for.
 
-    A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules.
+    A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules. So is a model
+    that is quantised while it loads and whose `device_map` names a way to spread it.
     """
     free = gpu_memory(config)
     if config.max_memory:
         _cap_allocators(device_limits(config, free))
-    if getattr(hf_config, "quantization_config", None) is None or isinstance(config.device_map, dict):
+    is_whole = stored_method(hf_config) is None
+    if is_whole or isinstance(config.device_map, dict):
         try:
             device_map = _planned_map(config, hf_config, planned)
             if planned is not None and device_map is not None:
                 return {"device_map": device_map}, planned.kv_tokens
+            if config.quantization is not None and not isinstance(config.device_map, dict):
+                return _own_placement(config, free), None
             return {"device_map": dict(choose_device_map(config, hf_config, free))}, None
         except (EngineError, ConfigError):
             raise
         except Exception as error:
             raise EngineError(f"device_map: {config.model} cannot be planned: {_one_line(error)}") from error
+    return _own_placement(config, free), None
+
+
+def _own_placement(config: ModelConfig, free: Mapping[int, int]) -> dict[str, Any]:
+    """Returns the options with which transformers places a quantised model itself."""
     if config.device == "cpu":
-        return {"device_map": {"": "cpu"}}, None
-    return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}, None
+        return {"device_map": {"": "cpu"}}
+    return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}
 
 
 def _planned_map(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> dict[str, DeviceName] | None:
@@ -140,11 +152,16 @@ def _cap_allocators(limits: Mapping[DeviceName, int]) -> None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - context("cuda").bytes) / total), index)
 
 
+def _dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
+    """Returns the type of weights that are not quantised."""
+    dtype: torch.dtype | None = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return dtype or torch.float32
+
+
 def _without_weights(config: ModelConfig, hf_config: Any) -> PreTrainedModel:
-    dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with no_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            hf_config, trust_remote_code=config.trust_remote_code, dtype=dtype or torch.float32
+            hf_config, trust_remote_code=config.trust_remote_code, dtype=_dtype(config, hf_config)
         )
     model.tie_weights()
     return model
@@ -239,8 +256,7 @@ def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[De
 def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[DeviceName, int], balanced: bool) -> DeviceMap:
     """Returns accelerate's own map of a model without weights. It may choose a tier that is not in `limits`."""
     model = _without_weights(config, hf_config)
-    dtype = hf_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    blocks, dtype = unsplit_blocks(model), dtype or torch.float32
+    blocks, dtype = unsplit_blocks(model), _dtype(config, hf_config)
     if balanced:
         limits = balanced_limits(model, limits, blocks, dtype, low_zero=config.device_map == "balanced_low_0")
     return inferred_map(model, limits, blocks, dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from serve_app.engines.pt.accelerate_internals import has_hook, set_hooked_forward
+from serve_app.engines.pt.bitsandbytes_internals import is_quantized
 from serve_app.engines.torch_internals import in_onednn_order, multiplies_with_onednn, onednn_linear
 
 # oneDNN chooses the order for this many rows. Any number works with any order, but one for a single row is slow for
@@ -94,9 +95,10 @@ def pack_linears(model: nn.Module, copy_tied: bool) -> int:
 
 def _leave_the_file(model: nn.Module) -> None:
     """Copies what is left on the CPU. Loaded weights are views of the mapped file, all of which one view keeps."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for parameter in () if is_quantized(module) else _own(module):  # Quantised weights were made anew.
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
 
 
 def _turn_plain(linear: nn.Linear) -> None:
@@ -106,7 +108,7 @@ def _turn_plain(linear: nn.Linear) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+    return type(module) is nn.Linear and not is_quantized(module)
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, SerialRunner, free_memory
+from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, SerialRunner, Verifier, free_memory
 from serve_app.engines.pt.core.scheduler import Step
 from serve_app.engines.pt.core.sequence import SamplingParams, Sequence
 from serve_app.engines.pt.load.model_loader import LoadedModel
@@ -65,6 +65,51 @@ def probe(loaded: LoadedModel) -> ProbeResult:
         return _fall_back(serial, f"joined sequences got other logits (difference {difference:.2g} of their spread)")
     batched.reset()
     return ProbeResult(batched, "", bytes_per_token, batched.pad_prompts)
+
+
+def verifier(loaded: LoadedModel, probed: ProbeResult) -> Verifier | str:
+    """Returns the runner if it can verify drafted tokens of this model, or else the reason why it cannot.
+
+    Several tokens of two rows are computed at once, some of them are taken back, and the logits are compared with those
+    of the same texts alone, as at the model's load.
+    """
+    runner = probed.runner
+    if not isinstance(runner, BatchRunner):
+        return "it runs one request at a time without a cache"
+    if not runner.can_roll_back:
+        return "its cache has states, from which no token can be taken back"
+    try:
+        difference = _compare_drafts(runner, SerialRunner(loaded.model, loaded.input_device), loaded)
+    except Exception as error:
+        return f"verifying drafts failed: {type(error).__name__}: {error}"
+    finally:
+        runner.reset()
+    if not difference <= TOLERANCE.get(loaded.model.dtype, 1e-1):
+        return f"drafted tokens got other logits than the same tokens alone (difference {difference:.2g})"
+    return runner
+
+
+def _compare_drafts(batched: BatchRunner, serial: SerialRunner, loaded: LoadedModel) -> float:
+    """Returns the largest difference between the logits of drafts and single logits, in spreads."""
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    params, worst = SamplingParams(max_tokens=8 * STEPS), 0.0
+    rows = [Sequence([(7 * place + length) % vocabulary for place in range(length)], params) for length in (5, 11)]
+    with torch.inference_mode():
+        for row in rows:
+            batched.prefill(Step((row,), 0, row.length, row.length))
+            row.output_ids.append(row.length % vocabulary)
+        for kept in ((1, 3), (2, 1), (3, 3)):  # Of one more token than are drafted, so many are kept in each row.
+            drafts = [[(5 * place + row.length) % vocabulary for place in range(2)] for row in rows]
+            logits = batched.verify(rows, drafts).float().cpu()
+            for number, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+                texts = [Sequence([*row.token_ids, *draft[:place]], params) for place in range(len(draft) + 1)]
+                expected = serial.decode(texts).float().cpu()
+                spread = (expected.max() - expected.min()).clamp(min=1e-9)
+                worst = max(worst, float((logits[number] - expected).abs().nan_to_num(torch.inf).max() / spread))
+            batched.keep(dict(zip(rows, kept, strict=True)))
+            for row, draft, tokens in zip(rows, drafts, kept, strict=True):
+                row.output_ids += [*draft[: tokens - 1], row.length % vocabulary]
+    return worst
 
 
 def _fall_back(serial: SerialRunner, reason: str) -> ProbeResult:

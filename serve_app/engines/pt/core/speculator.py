@@ -1,0 +1,205 @@
+"""Decides which tokens are drafted in a step, and whether it pays.
+
+Laws:
+- It changes only how many tokens a pass computes, and never which tokens come (`EngineLoop`).
+- It drafts only if the step is expected to give more tokens in a second than a step without drafts. How long steps take
+  is measured for each number of rows, and how many drafted tokens hold is measured for each sequence. So it stops by
+  itself when the batch is full or a text does not repeat itself, and tries again later.
+- Drafts stay within the step's tokens and within the cache that the scheduler has counted for the rows.
+- After a pass that failed, there are no drafts for a while, since a smaller pass may succeed.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as ReadOnlySequence
+from dataclasses import dataclass
+
+import torch
+
+from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.pt.core.model_runner import Verifier
+from serve_app.engines.pt.core.ngram import TokenArray, continuation, look_up
+from serve_app.engines.pt.core.sequence import Sequence
+from serve_app.engines.pt.core.step_times import StepTimes
+
+# A step with drafts has to be better by this factor, because both times and acceptance are estimates.
+WORTH = 1.15
+# After so many steps with drafts, one has none. Drafts are compared with its time, which changes with the length of the
+# texts and with what else the machine does. After a surprise the next one comes soon, and later ones at twice the
+# distance each.
+REFRESH_STEPS, MOST_REFRESH_STEPS = 4, 32
+# There are no drafts in so many steps after a pass that failed.
+REST_STEPS = 256
+# What a sequence has seen of its drafts counts by this much less after each draft, and after each step in which it had
+# a draft that was not used.
+FADE, FADE_UNUSED = 0.9, 63 / 64
+
+
+@dataclass(frozen=True)
+class NgramSettings:
+    """Says how to draft. The names are vLLM's: at most `num_speculative_tokens` after a match of `prompt_lookup_min` to
+    `prompt_lookup_max` tokens."""
+
+    num_speculative_tokens: int
+    prompt_lookup_max: int
+    prompt_lookup_min: int
+
+
+class _Drafting:
+    """Is what is known of one sequence: its tokens, and how many of its drafted tokens have held."""
+
+    def __init__(self, sequence: Sequence):
+        self.tokens = TokenArray(sequence)
+        self._held = 0.0
+        self._tried = 0.0
+
+    def expected(self, tokens: int) -> float:
+        """Returns how many of so many drafted tokens are expected to hold. One that was never tried has even odds."""
+        odds = (self._held + 1) / (self._tried + 2)
+        return sum(odds**place for place in range(1, tokens + 1))
+
+    def note(self, tried: int, accepted: int) -> None:
+        """Takes how many tokens of a draft were compared and how many of them have held. What comes after the first
+        wrong one is not compared."""
+        self._held = FADE * self._held + accepted
+        self._tried = FADE * self._tried + tried
+
+    def fade(self) -> None:
+        """Forgets a little, so that a text that begins to repeat itself later is noticed."""
+        self._held *= FADE_UNUSED
+        self._tried *= FADE_UNUSED
+
+
+class Speculator:
+    """Drafts by n-gram lookup for a runner that can verify. It is used on the engine's thread alone, except for
+    `counts`."""
+
+    def __init__(self, runner: Verifier, settings: NgramSettings, times: StepTimes | None = None):
+        self._runner = runner
+        self._settings = settings
+        self._times = StepTimes() if times is None else times
+        self._resting = 0
+        self._since_plain, self._refresh_steps = 0, REFRESH_STEPS
+        self.counts = DraftCounts(accepted_per_pos=[0] * settings.num_speculative_tokens)
+
+    def propose(self, sequences: ReadOnlySequence[Sequence], spare: int) -> list[list[int]] | None:
+        """Returns the drafted tokens of each sequence, some of which may have none, or None for a step without drafts.
+
+        `spare` is how many tokens the pass may have beside one for each sequence, those that fill up rows included.
+        """
+        if self._resting:
+            self._resting -= 1
+            return None
+        if self._since_plain >= self._refresh_steps:
+            return None
+        rows = len(sequences)
+        most = min(self._settings.num_speculative_tokens, spare // rows, _room(sequences))
+        if most < 1 or not self._could_pay(rows, most):
+            return None
+        places = [self._look_up(sequence) for sequence in sequences]
+        tokens = self._best(sequences, places, most)
+        if tokens:
+            return [
+                [] if place is None else continuation(_of(sequence).tokens.ids(), place, min(tokens, _left(sequence)))
+                for sequence, place in zip(sequences, places, strict=True)
+            ]
+        if any(place is not None for place in places):
+            self._times.forget(rows)
+            for sequence, place in zip(sequences, places, strict=True):
+                if place is not None:
+                    _of(sequence).fade()
+        return None
+
+    def verify(
+        self, sequences: ReadOnlySequence[Sequence], drafts: ReadOnlySequence[ReadOnlySequence[int]]
+    ) -> torch.Tensor:
+        """Does what `Verifier` says."""
+        return self._runner.verify(sequences, drafts)
+
+    def keep(self, tokens: Mapping[Sequence, int]) -> None:
+        """Does what `Verifier` says."""
+        self._runner.keep(tokens)
+
+    def rest(self) -> None:
+        """Stops drafting for a while, because a pass has failed."""
+        self._resting = REST_STEPS
+
+    def note_plain(self, rows: int, seconds: float) -> None:
+        """Takes the time of a step without drafts."""
+        is_refresh, self._since_plain = self._since_plain >= self._refresh_steps, 0
+        if self._times.add_plain(rows, seconds):
+            self._refresh_steps = REFRESH_STEPS
+        elif is_refresh:
+            self._refresh_steps = min(2 * self._refresh_steps, MOST_REFRESH_STEPS)
+
+    def note_drafted(
+        self,
+        sequences: ReadOnlySequence[Sequence],
+        drafts: ReadOnlySequence[ReadOnlySequence[int]],
+        tokens: Mapping[Sequence, int],
+        seconds: float,
+    ) -> None:
+        """Takes the time of a step with drafts, and how many tokens each sequence has got in it."""
+        rows, counts = len(sequences), self.counts
+        self._since_plain += 1
+        self._times.add_drafted(rows, rows * max(map(len, drafts)), seconds)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            got = tokens.get(sequence, 0)
+            if not draft or not got:  # A sequence that was parked or has failed says nothing of its draft.
+                continue
+            newest = sequence.output_ids[-got:]
+            accepted = sum(one == other for one, other in zip(draft, newest, strict=False))
+            _of(sequence).note(min(len(draft), got), accepted)
+            counts.drafts += 1
+            counts.draft_tokens += len(draft)
+            counts.accepted_tokens += accepted
+            for place in range(accepted):
+                counts.accepted_per_pos[place] += 1
+
+    def _could_pay(self, rows: int, most: int) -> bool:
+        """Returns whether drafts pay if all of them hold. Only then is it worth to look for any."""
+        ratio = self._times.ratio(rows, rows * most)
+        if ratio is None:
+            return False
+        if (1 + most) / ratio > WORTH:
+            return True
+        self._times.forget(rows)
+        return False
+
+    def _look_up(self, sequence: Sequence) -> int | None:
+        if _left(sequence) < 1:
+            return None
+        return look_up(_of(sequence).tokens.ids(), self._settings.prompt_lookup_max, self._settings.prompt_lookup_min)
+
+    def _best(self, sequences: ReadOnlySequence[Sequence], places: ReadOnlySequence[int | None], most: int) -> int:
+        """Returns how many tokens to draft for each sequence: as many as give the most tokens in a second of `most`,
+        half of them and so on, or 0."""
+        rows, best, best_gain = len(sequences), 0, WORTH
+        drafting = [sequence for sequence, place in zip(sequences, places, strict=True) if place is not None]
+        tokens = min(most, max(map(_left, drafting), default=0))
+        while tokens:
+            held = sum(_of(sequence).expected(min(tokens, _left(sequence))) for sequence in drafting)
+            ratio = self._times.ratio(rows, rows * tokens)
+            gain = 0.0 if ratio is None else (1 + held / rows) / ratio
+            if gain > best_gain:
+                best, best_gain = tokens, gain
+            tokens //= 2
+        return best
+
+
+def _of(sequence: Sequence) -> _Drafting:
+    if sequence.drafting is None:
+        sequence.drafting = _Drafting(sequence)
+    drafting: _Drafting = sequence.drafting
+    return drafting
+
+
+def _left(sequence: Sequence) -> int:
+    """Returns how many drafted tokens the sequence can use. One more token comes after them."""
+    return sequence.params.max_tokens - len(sequence.output_ids) - 1
+
+
+def _room(sequences: ReadOnlySequence[Sequence]) -> int:
+    """Returns for how many drafted tokens all rows have room in the cache that was counted for them, which is as long
+    as the longest need among them. The row that is longest now may need fewer tokens."""
+    longest = max(sequence.cached for sequence in sequences)
+    return max(sequence.need for sequence in sequences) - longest - 1
