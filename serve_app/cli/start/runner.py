@@ -218,7 +218,14 @@ class Runner:
         if not models or len(models) < len(self.start.applications) - len(self.start.routers):
             return
         self.view.wait_for([f"checking whether the nodes could hold the models of {self.start.file}"])
-        problems = unplaced(models, ray_nodes(), as_empty(ray_inventory()))
+        from ray.exceptions import RayError
+
+        try:
+            problems = unplaced(models, ray_nodes(), as_empty(ray_inventory()))
+        except RayError as error:
+            why = " ".join(str(error).split())[:MOST_REASON]
+            self.view.event(f"a node did not report its GPUs, so whether the models have a place is not checked: {why}")
+            return
         if len(problems) < len(models):
             return
         for name, problem in problems.items():

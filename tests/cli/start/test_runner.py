@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
+from ray.exceptions import GetTimeoutError
 
 from serve_app import ray_serve
 from serve_app.cli.start import run as run_module
@@ -286,6 +287,16 @@ def test_a_file_without_a_place_takes_nothing_over(world: World) -> None:
     assert f"leaving the Serve at {ADDRESS} running, which was not taken over" in told
     world.applications, world.calls = None, []
     assert runner(joins=ADDRESS).run() == 0
+    assert "deploy" in world.calls
+
+
+def test_a_node_that_does_not_report_its_gpus_hinders_no_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal says that the check is missing."""
+    world.applications = {"b": {"status": "RUNNING"}}
+    monkeypatch.setattr(runner_module, "ray_inventory", failing(GetTimeoutError("no answer\nin 60 s")))
+    stream = io.StringIO()
+    assert runner(StartView(stream), ADDRESS).run() == 0
+    assert "whether the models have a place is not checked: no answer in 60 s" in stream.getvalue()
     assert "deploy" in world.calls
 
 
