@@ -119,7 +119,7 @@ def _in_8_bits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
 def _quantized(request: ModelRequest) -> Iterator[Ladder]:
     """Yields pt's methods of quantising weights while they load, for a model whose quantised size the formulas know.
     What transformers' own code said is of the whole model."""
-    if request.pt_facts is not None or not request.is_quantizable:
+    if request.pt_facts is not None or not request.is_quantizable or "unknown" in request.architecture.layers:
         return
     for method, cost in (("bnb-int8", price.WEIGHTS_IN_8_BITS), ("bnb-nf4", price.WEIGHTS_IN_4_BITS)):
         change = rung("quantization", method)

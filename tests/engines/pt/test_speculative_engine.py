@@ -20,7 +20,8 @@ from tests.engines.pt.api_client import chat, events
 WORDINGS = [wording for entry in ENTRIES for wording in (entry["question"], *entry["also"])]
 SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+# Two engines compute many answers.
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 
 @asynccontextmanager
