@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticKnownError
 
 from serve_app.errors import ConfigError, nearest
 from serve_app.field_errors import field_errors
@@ -178,6 +179,34 @@ def _size_or_none(value: object) -> int | None:
     return size
 
 
+def _whole(value: object) -> object:
+    """Returns the value. pydantic would take true for 1."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type")
+    return value
+
+
+def _number(value: object) -> object:
+    """Returns the value. pydantic would take true for 1.0."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("float_type")
+    return value
+
+
+def _flag(value: object) -> object:
+    """Returns the value. pydantic would take such as 'yes' for true."""
+    if isinstance(value, str):
+        raise PydanticKnownError("bool_type")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Positive = Annotated[Whole, Field(gt=0)]
+Seconds = Annotated[Number, Field(gt=0)]
+
+
 def _known_speculation(value: object) -> object:
     """Returns the value. Raises ValueError for a method or a field that only vLLM has, or nobody."""
     if not isinstance(value, Mapping):
@@ -195,9 +224,6 @@ def _known_speculation(value: object) -> object:
     return value
 
 
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
-
 MAX_BODY_BYTES = 32 * 2**20
 MAX_BODIES_BYTES = 2**30
 BODY_TIMEOUT_S = 60.0
@@ -211,9 +237,9 @@ class SpeculativeConfig(_Strict):
     """
 
     method: Literal["ngram"]
-    num_speculative_tokens: Annotated[int, Field(ge=1, le=32)] = 4
-    prompt_lookup_max: Annotated[int, Field(ge=1, le=32)] = 4
-    prompt_lookup_min: Annotated[int, Field(ge=1, le=32)] = 2
+    num_speculative_tokens: Annotated[Whole, Field(ge=1, le=32)] = 4
+    prompt_lookup_max: Annotated[Whole, Field(ge=1, le=32)] = 4
+    prompt_lookup_min: Annotated[Whole, Field(ge=1, le=32)] = 2
 
     @model_validator(mode="after")
     def _has_a_range(self) -> Self:
@@ -246,11 +272,11 @@ class ModelConfig(_Strict):
     model: Annotated[str, Field(min_length=1)]
     infer_backend: Literal["pt", "vllm", "auto"]
     revision: str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
     chat_template: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["cuda", "cpu"] = "cuda"
-    device_map: str | dict[str, int | str] | None = None
+    device_map: str | dict[str, Whole | str] | None = None
     max_memory: Annotated[dict[MaxMemoryKey, int] | None, BeforeValidator(_max_memory_or_none)] = None
     tensor_parallel_size: Positive | None = None
     pipeline_parallel_size: Positive | None = None
@@ -263,12 +289,12 @@ class ModelConfig(_Strict):
     max_body_bytes: Positive = MAX_BODY_BYTES
     body_timeout_s: Seconds = BODY_TIMEOUT_S
     kv_cache_memory_bytes: Annotated[int | None, BeforeValidator(_size_or_none)] = None
-    gpu_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    gpu_ids: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1)] | None = None
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     quantization: str | None = None
     speculative: Annotated[SpeculativeConfig | None, BeforeValidator(_known_speculation)] = None
-    num_cpus: Annotated[float, Field(gt=0)] = 1.0
-    num_gpus: Annotated[float, Field(ge=0.001, le=1024)] | None = None
+    num_cpus: Annotated[Number, Field(gt=0)] = 1.0
+    num_gpus: Annotated[Number, Field(ge=0.001, le=1024)] | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -419,14 +445,30 @@ def _vllm_limits_problem(config: ModelConfig) -> str | None:
     for field in ("gpu_ids", "num_gpus"):
         if getattr(config, field) is not None:
             return f"{field}: max_memory names the GPUs and how much each may give. Leave {field} out."
-    named = len(config.gpu_indices)
-    if named and named != config.ranks:
+    return _named_gpus_problem(config, len(config.gpu_indices))
+
+
+def _named_gpus_problem(config: ModelConfig, named: int) -> str | None:
+    """Returns why vLLM's stages do not take as many GPUs as `max_memory` names, or None if they do. It speaks of fields
+    that were written."""
+    if named in (0, config.ranks):
+        return None
+    size = config.tensor_parallel_size or 1
+    start = f"max_memory names {named} GPUs, but "
+    if not config.pipeline_layers and not config.pipeline_parallel_size:
         return (
-            f"max_memory names {named} GPUs, but tensor_parallel_size is {config.tensor_parallel_size or 1} and there "
-            f"{'is 1 stage' if config.stages == 1 else f'are {config.stages} stages'}, which is {config.ranks} GPUs. "
-            "Name as many GPUs, or leave pipeline_parallel_size out, and each stage has tensor_parallel_size of them."
+            f"{start}tensor_parallel_size is {size}, and each stage has so many of them. Name {config.ranks} GPUs, or "
+            f"{config.ranks + size}."
         )
-    return None
+    stages = "pipeline_layers has" if config.pipeline_layers else "pipeline_parallel_size sets"
+    each = f" of {size} GPUs each (tensor_parallel_size)" if size > 1 else ""
+    start += f"{stages} {config.stages} stage{'' if config.stages == 1 else 's'}{each}. Name {config.ranks} GPUs"
+    if named % size:
+        return f"{start}."
+    if config.pipeline_layers is None:
+        return f"{start}, or leave pipeline_parallel_size out, and there are {named // size} stages."
+    out = "pipeline_layers and pipeline_parallel_size" if config.pipeline_parallel_size else "pipeline_layers"
+    return f"{start}, or leave {out} out, and the plan cuts the layers into {named // size} stages."
 
 
 def _pipeline_problem(config: ModelConfig) -> str | None:
@@ -458,7 +500,7 @@ def _nodes_problem(config: ModelConfig) -> str | None:
 def _vllm_number_problem(arguments: Mapping[str, Any]) -> str | None:
     """Returns why a number that the memory plan needs is not usable, or None if all are."""
     share = arguments.get("gpu_memory_utilization")
-    if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+    if share is not None and not (_is_number(share) and 0 < share <= 1):
         return f"engine_args.gpu_memory_utilization: {share!r} must be a number above 0 and at most 1, such as 0.9."
     try:
         token_count(arguments.get("max_num_batched_tokens", 1))
@@ -466,6 +508,10 @@ def _vllm_number_problem(arguments: Mapping[str, Any]) -> str | None:
         given = arguments["max_num_batched_tokens"]
         return f"engine_args.max_num_batched_tokens: {given!r} must be a whole number above 0, such as 8192 or 8k."
     return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def token_count(value: object) -> int:
@@ -598,7 +644,7 @@ class RouterConfig(_Strict):
     the address is meant to be open, without API keys, to other machines.
     """
 
-    allow_open_access: bool = False
+    allow_open_access: Flag = False
     aliases: dict[str, str] = Field(default_factory=dict)
     default_model: str | None = None
     fallbacks: dict[str, list[str]] = Field(default_factory=dict)
@@ -609,9 +655,9 @@ class RouterConfig(_Strict):
     first_byte_timeout_s: Seconds = 600.0
     idle_timeout_s: Seconds = 300.0
     total_timeout_s: Seconds = 3600.0
-    max_retries: Annotated[int, Field(ge=0)] = 3
+    max_retries: Annotated[Whole, Field(ge=0)] = 3
     max_waiting_requests: Positive = 1024
-    max_held_requests: Annotated[int, Field(ge=0)] = 256
+    max_held_requests: Annotated[Whole, Field(ge=0)] = 256
     hold_timeout_s: Seconds = 300.0
     discovery_interval_s: Seconds = 2.0
 

@@ -8,6 +8,10 @@ from serve_app.errors import nearest
 # A message shows this many characters of a value.
 MOST_SHOWN = 60
 
+# Other programs call these values so. They are called this here.
+_FOREIGN_VALUES = {
+    "gpu": "cuda", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32",
+}  # fmt: skip
 # These are the words for pydantic's types of errors. Braces hold names of the error's context.
 _EXPECTED = {
     "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
@@ -28,12 +32,13 @@ def field_errors(errors: Iterable[Any], given: object) -> list[str]:
     """Returns a line for each field that is wrong. `errors` are those of `ValidationError.errors()`, and `given` is
     what was validated.
 
-    Where a field may be of several types, pydantic has an error for each of them, which become one line here.
+    Where a field may be of several types, pydantic has an error for each of them, which become one line here. A field
+    has no line of its own if a part of it has one: pydantic then says of a list that it is too short, for example.
     """
     lines: list[str] = []
     choices: dict[str, list[Any]] = {}
     for error in errors:
-        where = _place(error["loc"], given)
+        where = _place(error["loc"], given, is_missing=error["type"] == "missing")
         if error["type"] == "missing":
             lines.append(f"missing field '{where}'.")
         elif error["type"] == "value_error":
@@ -41,18 +46,20 @@ def field_errors(errors: Iterable[Any], given: object) -> list[str]:
             lines.append(text if not where or text.startswith(where) else f"{where}: {text}")
         else:
             choices.setdefault(where, []).append(error)
-    return lines + [_line(where, found) for where, found in choices.items()]
+    wrong = [where for where in choices if not any(other.startswith(f"{where}.") for other in choices)]
+    return lines + [_line(where, choices[where]) for where in wrong]
 
 
-def _place(path: Sequence[int | str], given: object) -> str:
-    """Returns the path of a field. pydantic puts the names of types into it, which are no keys of what was given."""
+def _place(path: Sequence[int | str], given: object, is_missing: bool) -> str:
+    """Returns the path of a field. pydantic puts the names of types into it, which are no keys of what was given. The
+    last part of the path of a missing field is its name."""
     parts, value = [], given
     for number, part in enumerate(path):
         is_item = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
         if is_item or (isinstance(value, Mapping) and part in value):
             value = value[part]  # type: ignore[index]  # It is a list with a number or a mapping.
-        elif not isinstance(value, Mapping) or number < len(path) - 1 or "[" in str(part):
-            continue  # It is the name of a type. The last part may be that of a field that is missing.
+        elif not is_missing or number < len(path) - 1:
+            continue  # It is the name of a type.
         parts.append(str(part))
     return ".".join(parts)
 
@@ -63,11 +70,17 @@ def _line(where: str, errors: Sequence[Any]) -> str:
     text = repr(found)
     text = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
     known = [name.strip(" '") for error in errors for name in _names(error)]
-    hint = nearest(found, known) if isinstance(found, str) else ""
+    hint = _meant(found, known) if isinstance(found, str) else ""
     label = f"{where}: " if where else ""
     if errors[0]["loc"][-1:] == ("[key]",):
         label += "as a name, "
     return f"{label}expected {expected}, got {text}.{hint}"
+
+
+def _meant(found: str, known: Sequence[str]) -> str:
+    """Returns the question whether one of these names was meant, or an empty text if none is near."""
+    meant = _FOREIGN_VALUES.get(found.lower())
+    return f" Did you mean '{meant}'?" if meant in known else nearest(found, known)
 
 
 def _expected(error: Any) -> str:

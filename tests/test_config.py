@@ -95,8 +95,13 @@ def test_tiers_are_opened_by_naming_them() -> None:
         ({"infer_backend": "vllm", "max_memory": {0: "3GB"}, "gpu_ids": [0]}, "gpu_ids: max_memory names the GPUs"),
         ({"infer_backend": "vllm", "max_memory": {0: "3GB"}, "num_gpus": 0.5}, "num_gpus: max_memory names the GPUs"),
         (
+            {"infer_backend": "vllm", "max_memory": {0: "3GB", 1: "3GB", 2: "3GB"}, "pipeline_layers": [14, 14]},
+            "names 3 GPUs, but pipeline_layers has 2 stages. Name 2 GPUs, or leave pipeline_layers out",
+        ),
+        ({"infer_backend": "vllm", "engine_args": {"gpu_memory_utilization": True}}, "True must be a number above 0"),
+        (
             {"infer_backend": "vllm", "max_memory": {0: "3GB", 1: "3GB"}, "pipeline_parallel_size": 3},
-            "max_memory names 2 GPUs.*are 3 stages, which is 3 GPUs",
+            "names 2 GPUs, but pipeline_parallel_size sets 3 stages. Name 3 GPUs, or leave pipeline_parallel_size out",
         ),
         (
             {"infer_backend": "vllm", "max_memory": {0: "3GB", 1: "3GB", 2: "3GB"}, "tensor_parallel_size": 2},

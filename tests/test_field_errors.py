@@ -1,8 +1,8 @@
 """What a wrong field of a config is called: where it is, what was expected, and what was found."""
 
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -26,7 +26,7 @@ def told(args: dict[str, Any], kind: type[ModelConfig | RouterConfig] = ModelCon
         ({"max_num_seqs": "two"}, "max_num_seqs: expected a whole number, got 'two'."),
         ({"max_num_seqs": 1.5}, "max_num_seqs: expected a whole number, got 1.5."),
         ({"max_num_seqs": 0}, "max_num_seqs: expected a number above 0, got 0."),
-        ({"num_gpus": 9999}, "num_gpus: expected a number of at most 1024.0, got 9999."),
+        ({"num_gpus": 9999}, "num_gpus: expected a number of at most 1024, got 9999."),
         ({"num_cpus": "many"}, "num_cpus: expected a number, got 'many'."),
         ({"trust_remote_code": "perhaps"}, "trust_remote_code: expected true or false, got 'perhaps'."),
         ({"model": ""}, "model: expected a text of 1 or more characters, got ''."),
@@ -39,6 +39,13 @@ def told(args: dict[str, Any], kind: type[ModelConfig | RouterConfig] = ModelCon
         ({"gpu_ids": 3}, "gpu_ids: expected a list, got 3."),
         ({"gpu_ids": []}, "gpu_ids: expected a list of 1 or more items, got []."),
         ({"gpu_ids": [0, "x"]}, "gpu_ids.1: expected a whole number, got 'x'."),
+        ({"max_num_seqs": True}, "max_num_seqs: expected a whole number, got True."),
+        ({"num_cpus": True}, "num_cpus: expected a number, got True."),
+        ({"gpu_ids": [True]}, "gpu_ids.0: expected a whole number, got True."),
+        ({"device_map": {"model": True}}, "device_map.model: expected a whole number or a text, got True."),
+        ({"trust_remote_code": "yes"}, "trust_remote_code: expected true or false, got 'yes'."),
+        ({"device": "gpu"}, "expected 'cuda' or 'cpu', got 'gpu'. Did you mean 'cuda'?"),
+        ({"dtype": "fp16"}, "got 'fp16'. Did you mean 'float16'?"),
         ({"model": ["x" * 500]}, "xxx …."),
     ],
 )
@@ -46,6 +53,38 @@ def test_a_wrong_field_of_a_model(args: dict[str, Any], line: str) -> None:
     """With the nearest name where there is a list of names, and short whatever was found."""
     assert line in told(args)
     assert len(told(args)) < 200
+    assert "\n" not in told(args)
+
+
+def test_each_wrong_item_of_a_list_has_a_line_and_the_list_has_none() -> None:
+    """pydantic says that the list is too short if it has no right item."""
+    assert told({"infer_backend": "vllm", "pipeline_layers": [14.5, 13.5]}).splitlines() == [
+        "pipeline_layers.0: expected a whole number, got 14.5.",
+        "pipeline_layers.1: expected a whole number, got 13.5.",
+    ]
+
+
+def types_in(annotation: Any) -> set[Any]:
+    """The types that a field may have, without what is inside of lists and mappings."""
+    if get_origin(annotation) is Annotated:
+        return types_in(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {each for part in get_args(annotation) for each in types_in(part)}
+    return {annotation}
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, RouterConfig])
+def test_true_is_no_number_and_a_text_is_no_flag(kind: type[ModelConfig | RouterConfig]) -> None:
+    """In any field. Numbers in quotes stay numbers."""
+    base = {"model": "m", "infer_backend": "vllm"} if kind is ModelConfig else {}
+    kinds = {name: types_in(field.annotation) for name, field in kind.model_fields.items()}
+    assert sum(bool(found & {int, float, bool}) for found in kinds.values()) > 8
+    for name in [name for name, found in kinds.items() if found & {int, float} and bool not in found]:
+        wanted = "is not a size" if name == "kv_cache_memory_bytes" else "expected a"
+        assert wanted in told(base | {name: True}, kind), name
+    for name in [name for name, found in kinds.items() if bool in found]:
+        assert "expected true or false" in told(base | {name: "yes"}, kind), name
+    assert ModelConfig.from_args({"model": "m", "infer_backend": "vllm", "max_num_seqs": "2"}).max_num_seqs == 2
 
 
 @pytest.mark.parametrize(
@@ -88,6 +127,9 @@ def test_a_count_of_replicas_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert str(caught.value) == f"{file}: applications[0] (m): {wanted}"
     assert main(["check", str(file)]) == 2
     assert wanted in capsys.readouterr().err
+    file.write_text(file.read_text().replace("two", "true"))
+    with pytest.raises(ConfigError, match="num_replicas: expected a whole number or 'auto', got True"):
+        read_applications(file)
 
 
 def test_what_ray_serve_refuses_is_told_in_the_same_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

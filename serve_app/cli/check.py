@@ -22,6 +22,7 @@ from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.field_errors import field_errors
+from serve_app.planning.resource_demand import Demand
 
 # If no cluster runs, the environment against which a file is checked has this name.
 HERE = "this environment"
@@ -233,17 +234,41 @@ def unknown_options(document: dict[str, Any], deployment: set[str], scaling: set
     return problems
 
 
+def unplaced(
+    applications: Sequence[ApplicationSpec], nodes: Sequence[Node], inventory: Inventory
+) -> dict[str, ServeAppError]:
+    """Returns why the nodes could not hold these models, by name, for those that they could not hold. Each is judged
+    alone."""
+    request_of = requests_of([application.model_settings() for application in applications], inventory)
+    found = {}
+    for application in applications:
+        try:
+            _demand_of(application, nodes, inventory, request_of)
+        except ServeAppError as error:
+            found[application.name] = error
+    return found
+
+
 def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory, request_of: RequestOf) -> bool:
     count = application.least_replicas
     try:
-        resolved = resolve_model(application.model_settings(), nodes, inventory, request_of=request_of)
-        require_all_replicas(resolved.config, count, resolved.demand, nodes, inventory, request_of)
+        demand = _demand_of(application, nodes, inventory, request_of)
     except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False
     takes = "a replica takes" if count == 1 else f"each of {count} replicas takes"
-    print(f"ok  {application.name}: {takes} {resolved.demand}")
+    print(f"ok  {application.name}: {takes} {demand}")
     return True
+
+
+def _demand_of(
+    application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory, request_of: RequestOf
+) -> Demand:
+    """Returns what each replica of a model asks of Ray. Raises ServeAppError if the nodes could not hold those with
+    which it starts."""
+    resolved = resolve_model(application.model_settings(), nodes, inventory, request_of=request_of)
+    require_all_replicas(resolved.config, application.least_replicas, resolved.demand, nodes, inventory, request_of)
+    return resolved.demand
 
 
 def _cluster(address: str | None) -> tuple[list[Node], Inventory, dict[str, NodeEnvironment], str]:

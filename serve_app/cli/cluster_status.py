@@ -125,7 +125,9 @@ def missing_for(asked: Sequence[Mapping[str, float]], nodes: Sequence[Node], lef
     free on them.
     """
     parts = [node_from_resources("", resources) for resources in asked]
-    first, *others = (Demand(part.cpus, part.gpus, part.vram_gib) for part in parts)
+    first, *others = (
+        Demand(part.cpus, part.gpus, part.vram_gib, next(iter(part.accelerator_types), None)) for part in parts
+    )
     demand = replace(first, elsewhere=tuple(others))
     if demand.fits(left):
         return ""

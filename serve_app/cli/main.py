@@ -261,7 +261,12 @@ def _add_plan(commands: Any) -> None:
     planning.add_argument(
         "--explain", metavar="NAME", help="print every term of a model's plan with its formula and its source"
     )
-    planning.add_argument("--compare", type=Path, metavar="FILE", help="print the plan beside that of another file")
+    planning.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="print the plan beside that of another file, and exit 0 if that one fits and 1 if not",
+    )
     one = planning.add_argument_group("models without a file")
     one.add_argument("--model", action="append", help="a local folder or a Hugging Face id; may be given several times")
     one.add_argument("--infer-backend", choices=["pt", "vllm", "auto"], default="auto")
@@ -269,6 +274,7 @@ def _add_plan(commands: Any) -> None:
     one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     one.add_argument("--tensor-parallel-size", type=int)
     one.add_argument("--pipeline-parallel-size", type=int)
+    one.add_argument("--nnodes", type=int, help="the number of nodes over which vLLM's stages go")
     one.add_argument("--max-model-len", type=int)
     one.add_argument("--max-num-seqs", type=int)
     one.add_argument("--max-memory", help="a bound for each device, such as '{0: 3GB, 1: 10GB}'")

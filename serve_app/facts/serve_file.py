@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.config import ModelConfig, RouterConfig
+from serve_app.config import ModelConfig, RouterConfig, Whole
 from serve_app.errors import ConfigError, nearest
 from serve_app.field_errors import field_errors
 
@@ -25,7 +25,7 @@ class DeploymentSpec(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = ""
-    num_replicas: Annotated[int, Field(ge=0, le=100_000)] | Literal["auto"] | None = None
+    num_replicas: Annotated[Whole, Field(ge=0, le=100_000)] | Literal["auto"] | None = None
     autoscaling_config: dict[str, Any] | Literal["auto"] | None = None
     user_config: dict[str, Any] | None = None
 

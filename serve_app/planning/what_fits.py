@@ -25,7 +25,7 @@ class Way:
 
     `own_model_len` is the length that the config or the model asks for. `max_model_len` is the longest request that
     fits, and `requests` is how many of that length run at once; both are 0 if nothing fits, for the reason in
-    `problem`.
+    `problem`, and then `missing_bytes` says what the devices lack, or is 0 if memory is not the reason.
     """
 
     model: str
@@ -38,6 +38,7 @@ class Way:
     devices: tuple[str, ...] = ()
     problem: str = ""
     stages: int = 1
+    missing_bytes: int = 0
 
     @property
     def holds_all(self) -> bool:
@@ -50,7 +51,18 @@ class Way:
         return {**plain, "devices": list(self.devices)}
 
 
-_FIELDS = ("model", "backend", "gpus", "own_model_len", "max_model_len", "requests", "kv_tokens", "problem", "stages")
+_FIELDS = (
+    "model",
+    "backend",
+    "gpus",
+    "own_model_len",
+    "max_model_len",
+    "requests",
+    "kv_tokens",
+    "problem",
+    "stages",
+    "missing_bytes",
+)
 
 
 def what_fits(requests: Iterable[ModelRequest], inventory: Inventory) -> list[Way]:
@@ -92,7 +104,8 @@ def _choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
 
 def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
     config = choice.config
-    ranks = config.ranks if config.infer_backend == "vllm" else max(1, int(config.num_gpus or 1))
+    spread = max(1, int(config.num_gpus or 1), len(config.gpu_indices))
+    ranks = config.ranks if config.infer_backend == "vllm" else spread
     gpus = 0 if config.device == "cpu" else ranks
     stages = config.stages if config.infer_backend == "vllm" else 1
     empty = Way(request.name, config.infer_backend, gpus, request.max_model_len, stages=stages)
@@ -105,7 +118,7 @@ def _way(request: ModelRequest, choice: Choice, inventory: Inventory) -> Way:
     least = request.at_once.tokens if request.at_once is not None else 0
     found = whole.models[0] if whole.fits else longest(least, request.max_model_len, planned)
     if found is None:
-        return replace(empty, problem=whole.problems[0].message)
+        return replace(empty, problem=whole.problems[0].message, missing_bytes=whole.problems[0].missing_bytes)
     return replace(
         empty,
         max_model_len=found.max_model_len,

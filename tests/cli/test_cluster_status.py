@@ -123,6 +123,18 @@ def test_a_replica_over_nodes_waits_for_all_of_them() -> None:
     assert "is about to start on them" in missing_for(asked, cluster, [cluster[0], node(cpus=4)])
 
 
+def test_a_kind_of_gpu_that_no_node_has_is_told() -> None:
+    """Of any of the nodes, as Ray counts it."""
+    kind = {"accelerator_type:L4": 0.001}
+    cluster = [Node("a", 4, 2, accelerator_types=("L4",)), Node("b", 4, 2, accelerator_types=("A100",))]
+    asked = [{"CPU": 2.0, "GPU": 1.0, **kind}]
+    assert missing_for(asked, cluster, cluster) == ""
+    assert "A replica needs 1 GPU, accelerator_type L4, 2 CPUs on one node, and no living node has it" in (
+        missing_for(asked, cluster[1:], cluster[1:])
+    )
+    assert "the living nodes do not have it" in missing_for([*asked, *asked], cluster, cluster)
+
+
 def test_a_replica_that_loads_waits_for_nobody() -> None:
     """It has its GPU already, so Ray has none left."""
     asked = model(0, 1, {"GPU": 1})

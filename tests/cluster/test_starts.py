@@ -3,10 +3,12 @@
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
+import yaml
 
 from serve_app.deploy.serve_env import NAMES
 from tests.cluster.conftest import model
@@ -77,13 +79,15 @@ def test_a_run_in_which_nothing_serves_ends_by_itself() -> None:
 
 
 def test_a_cluster_gets_what_its_nodes_lack() -> None:
-    """`serve-app run --address` hands the settings to Serve with the config; Ctrl-C ends Serve and leaves Ray."""
+    """`serve-app run --address` hands the settings to Serve with the config; Ctrl-C ends Serve and leaves Ray. A run
+    that cannot serve leaves both."""
     run = ServeAppRun([ROUTER, model("tiny-pt", infer_backend="pt")], joins=True)
     try:
         run.wait_until(all_ready)
         assert answer(run) == ANSWERS[QUESTIONS[0]]
         assert any("bin/haproxy" in command for command in run.processes().values())
         assert f"Ray was started without {len(NAMES)} of the settings" in run.output()
+        assert_left_alone_by_a_file_without_a_place(run)
         run.process.send_signal(signal.SIGINT)
         assert run.process.wait(90) == 0
         assert run.head is not None
@@ -93,6 +97,23 @@ def test_a_cluster_gets_what_its_nodes_lack() -> None:
         run.head.wait(60)
     finally:
         run.clean_up()
+
+
+def assert_left_alone_by_a_file_without_a_place(run: ServeAppRun) -> None:
+    """A second run in the same cluster whose file no node can hold ends with 1, and the models serve as before."""
+    file = run.folder / "large.yaml"
+    file.write_text(yaml.safe_dump({"applications": [ROUTER, model("tiny-pt", infer_backend="pt", num_cpus=500)]}))
+    before = {pid for pid, command in run.processes().items() if "ServeReplica" in command}
+    done = subprocess.run(
+        [BIN / "serve-app", "run", file, f"--address={run.gcs_address()}"],
+        env=run.environment, cwd=run.folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "tiny-pt cannot be placed: " in done.stdout
+    assert f"no model of {file} has a place on the nodes, so nothing was changed." in done.stdout
+    assert "which was not taken over" in done.stdout
+    assert {pid for pid, command in run.processes().items() if "ServeReplica" in command} == before
+    assert answer(run) == ANSWERS[QUESTIONS[0]]
 
 
 def test_plain_serve_run_serves_the_same_file() -> None:

@@ -346,5 +346,6 @@ def layer_range(layers: tuple[int, int], model: ModelPlan) -> str:
     ends_with_head = last == top and not model.spilled
     parts = ["embedding"] if first < 0 else []
     low, high = max(first, 0), last - 1 if ends_with_head else last
-    parts += [f"layers {low} to {high}"] if high >= low else []
+    several = [f"layers {low} to {high}"] if high > low else []
+    parts += [f"layer {low}"] if high == low else several
     return ", ".join([*parts, "norm and head"] if ends_with_head else parts)

@@ -13,8 +13,8 @@ from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.planning.model_request import ModelRequest
 
 MODEL_OPTIONS = (
-    "infer_backend", "tensor_parallel_size", "pipeline_parallel_size", "max_model_len", "max_num_seqs", "max_memory",
-    "num_gpus", "quantization",
+    "infer_backend", "tensor_parallel_size", "pipeline_parallel_size", "nnodes", "max_model_len", "max_num_seqs",
+    "max_memory", "num_gpus", "quantization",
 )  # fmt: skip
 
 

@@ -94,12 +94,19 @@ def fits_page(ways: Sequence[Way]) -> Page:
     for way in ways:
         name = "" if way.model == last else printable(way.model)
         last = way.model
-        where = printable(", ".join(way.devices) or way.problem)
+        where = printable(", ".join(way.devices) or _reason(way.problem, way.missing_bytes))
         gpus = str(way.gpus) if way.gpus else "CPU"
         gpus += f" in {way.stages} stages" if way.stages > 1 else ""
         rows.append((name, way.backend, gpus, _length(way), str(way.requests or "-"), where))
     titles = ("model", "backend", "GPUs", "longest request", "at once", "where")
     return Page(titles, tuple(rows), prose=frozenset({5}), numbers=frozenset({3, 4}))
+
+
+def _reason(message: str, missing: int) -> str:
+    """Returns one short sentence on what does not fit. The plan itself has the whole message."""
+    if missing > 0:
+        return f"it needs {gib(missing)} more memory than is free."
+    return f"{message.partition('. ')[0].rstrip('.')}."
 
 
 def _length(way: Way) -> str:
@@ -125,7 +132,8 @@ def _comparison(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
 
 
 def _verdict(plan: Plan) -> str:
-    return "fits" if plan.fits else f"{len({problem.model for problem in plan.problems})} do not fit"
+    count = len({problem.model for problem in plan.problems})
+    return "fits" if plan.fits else "1 model does not fit" if count == 1 else f"{count} models do not fit"
 
 
 def _devices(plan: Plan) -> dict[str, str]:
@@ -145,4 +153,5 @@ def _models(plan: Plan) -> dict[str, str]:
             f"{model.backend} on {where}: {gib(sum(rank.share.bytes for rank in model.ranks))}, "
             f"{model.max_full_length_requests} × {model.max_model_len:,} tokens at once"
         )
-    return found | {problem.model: "does not fit" for problem in plan.problems if problem.model not in found}
+    reasons = {item.model: _reason(item.message, item.missing_bytes) for item in reversed(plan.problems)}
+    return found | {name: f"does not fit: {reason}" for name, reason in reasons.items() if name not in found}

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from serve_app.cli.check import require_serves_schema
+from serve_app.cli.check import require_serves_schema, unplaced
 from serve_app.cli.exit_codes import INTERRUPTED
 from serve_app.cli.start.view import StartView
 from serve_app.deploy.serve_env import for_cluster, found_on_nodes, with_environment
 from serve_app.errors import ConfigError
+from serve_app.facts.inventory import as_empty, ray_inventory
+from serve_app.facts.nodes import ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec
 from serve_app.ray_serve import NAMESPACE
 
@@ -71,13 +73,20 @@ class _Stop(KeyboardInterrupt):
     """Is raised by the first SIGINT or SIGTERM."""
 
 
+class _NothingServes(Exception):
+    """No model of the file can be served."""
+
+
 @dataclass
 class Runner:
-    """Starts what `start` names, shows it in `view`, and ends it."""
+    """Starts what `start` names, shows it in `view`, and ends it.
+
+    A Serve that was there before ends only by a signal. A run that fails leaves it, because it served before.
+    """
 
     start: Start
     view: StartView
-    # These say whether the end of this run is the end of Serve, and whether Serve was there before it.
+    # These say whether the file was deployed or Serve was started, and whether Serve was there before.
     _serves: bool = field(default=False, init=False)
     _found_serve: bool = field(default=False, init=False)
     _stopped_at: float | None = field(default=None, init=False)
@@ -90,9 +99,11 @@ class Runner:
             self._start_ray()
             self._start_serve()
             self._watch()
-            code = 1
         except KeyboardInterrupt:
-            pass
+            self._stopped_at = self._stopped_at or time.monotonic()
+        except _NothingServes as error:
+            self.view.event(f"{self.start.command} has failed: {error}")
+            code = 1
         except SystemExit as error:
             code = self._code_of(error)
         except ConfigError:
@@ -111,6 +122,7 @@ class Runner:
     def _code_of(self, error: SystemExit) -> int:
         """Returns 0 if a signal ended the start, and otherwise the code with which a library has ended it."""
         if self._stopped_at is not None or error.code == signal.SIGTERM:  # Ray's own handler exits with the number.
+            self._stopped_at = self._stopped_at or time.monotonic()
             return 0
         self.view.event(f"{self.start.command} has failed: a library has ended it with SystemExit: {error.code}")
         return error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -147,8 +159,11 @@ class Runner:
         self._heed_signals()  # Ray has set its own handler of SIGTERM.
         if self.start.joins is None:
             dashboard = f"dashboard http://{context.dashboard_url}, " if context.dashboard_url else ""
+            # A Ray that a program starts asks for a token unless the variable says otherwise.
+            has_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+            first = "export RAY_AUTH_MODE=token and " if has_token else ""
             self.view.event(
-                f"Ray is up ({dashboard}--address {context.address_info['gcs_address']} for other commands)"
+                f"Ray is up ({dashboard}{first}--address {context.address_info['gcs_address']} for other commands)"
             )
         else:
             self.view.event(f"joined the Ray cluster at {self.start.joins}")
@@ -176,7 +191,8 @@ class Runner:
         self.view.event("Serve is up")
 
     def _take_over(self) -> None:
-        """Checks the Serve that runs already. Raises ConfigError if it would lose applications without --replace."""
+        """Checks the Serve that runs already. Raises ConfigError if it would lose applications without --replace, and
+        _NothingServes if no node could hold any model of the file."""
         from serve_app.ray_serve import serve_details
 
         self._found_serve = True
@@ -188,11 +204,33 @@ class Runner:
                 f"{', '.join(lost)}, so they would end. Add them to the file, start a Ray of its own with --address "
                 "local, or give --replace to let them end."
             )
+        self._require_a_place()
         self.view.event("Serve runs there already, so its http_options and controller_options stay as they are")
         if lost:
             self.view.event(f"because of --replace, these end with this run or before: {', '.join(lost)}")
         if kept := sorted(running & set(self.start.names)):
             self.view.event(f"taking over {', '.join(kept)}: each becomes what the file says, and ends with this run")
+
+    def _require_a_place(self) -> None:
+        """Raises _NothingServes if the file has nothing but models that no node could hold, even an empty one. Serve
+        would replace what it runs by them."""
+        models = [application for application in self.start.applications if application.is_model]
+        if not models or len(models) < len(self.start.applications) - len(self.start.routers):
+            return
+        self.view.wait_for([f"checking whether the nodes could hold the models of {self.start.file}"])
+        from ray.exceptions import RayError
+
+        try:
+            problems = unplaced(models, ray_nodes(), as_empty(ray_inventory()))
+        except RayError as error:
+            why = " ".join(str(error).split())[:MOST_REASON]
+            self.view.event(f"a node did not report its GPUs, so whether the models have a place is not checked: {why}")
+            return
+        if len(problems) < len(models):
+            return
+        for name, problem in problems.items():
+            self.view.event(f"{name} cannot be placed: {problem}")
+        raise _NothingServes(f"no model of {self.start.file} has a place on the nodes, so nothing was changed.")
 
     def _with_settings_of_nodes(self) -> Mapping[str, Any]:
         """Returns the config with the settings that the nodes of a joined cluster lack."""
@@ -210,8 +248,8 @@ class Runner:
         return with_environment(self.start.document, settings)
 
     def _watch(self) -> None:
-        """Shows how the applications come up, and then each change. A signal ends it. It returns if nothing serves,
-        because each application of the file has failed for good."""
+        """Shows how the applications come up, and then each change. A signal ends it. Raises _NothingServes if each
+        application of the file has failed for good."""
         from serve_app.cli.start.watch import StartWatch
 
         watch = StartWatch(self.start.names, self.start.others, self.start.routers, self.view)
@@ -219,17 +257,17 @@ class Runner:
             watch.look()
             time.sleep(START_INTERVAL_S)
         if watch.serves_nothing:
-            self.view.event(
-                f"{self.start.command} has failed: nothing in {self.start.file} can be served. The reasons are above. "
-                "Correct the file and run it again."
+            raise _NothingServes(
+                f"nothing in {self.start.file} can be served. The reasons are above. Correct the file and run it again."
             )
-            return
         while True:
             watch.look()
             time.sleep(LATER_INTERVAL_S)
 
     def _stop(self) -> bool:
-        """Stops Serve if it was started here, and leaves or stops Ray. Returns whether it could."""
+        """Stops Serve if this run has started it or a signal ends it, and leaves or stops Ray. Returns whether it
+        could."""
+        ends_serve = self._serves and (self._stopped_at is not None or not self._found_serve)
         self._stopped_at = self._stopped_at or time.monotonic()
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
@@ -237,22 +275,23 @@ class Runner:
             return True
         try:
             self.view.close()
-            if self._found_serve and not self._serves:
-                self.view.event(f"leaving the Serve at {self.start.joins} running, which was not taken over")
+            if self._found_serve and not ends_serve:
+                what = f"with the applications of {self.start.file}" if self._serves else "which was not taken over"
+                self.view.event(f"leaving the Serve at {self.start.joins} running, {what}")
             else:
                 self.view.event("stopping; press Ctrl-C again to exit immediately")
         finally:  # This happens whatever becomes of the terminal.
-            problem = self._shut_down(ray)
+            problem = self._shut_down(ray, ends_serve)
         if problem:
             rest = f"it may go on at {self.start.joins}" if self.start.joins else "it ends with its Ray"
             self.view.event(f"Serve did not answer when it was told to stop, so {rest}: {problem}")
         self.view.event(f"{self.start.command} has stopped")
         return not problem
 
-    def _shut_down(self, ray: ModuleType) -> str:
+    def _shut_down(self, ray: ModuleType, ends_serve: bool) -> str:
         """Returns why Serve could not be stopped, or an empty text. Ray's head may be dead, for example."""
         try:
-            if self._serves:
+            if ends_serve:
                 from ray import serve
 
                 serve.shutdown()

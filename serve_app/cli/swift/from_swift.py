@@ -28,7 +28,7 @@ from serve_app.cli.swift.command import (
 )
 from serve_app.cli.swift.quantization import NAMES as QUANTIZATION
 from serve_app.cli.swift.quantization import quantization_of
-from serve_app.config import ModelConfig
+from serve_app.config import ModelConfig, parse_max_memory
 from serve_app.errors import ConfigError, nearest
 
 # These are swift's own defaults.
@@ -190,7 +190,13 @@ def _add_argument(draft: _Draft, name: str, words: tuple[str, ...]) -> None:
     if name == "max_batch_size" and value < 0:
         draft.note(f"{shown}: there is always a limit here. max_num_seqs is 32 unless you set it.")
         return
+    if name == "max_memory":
+        value = _limits(draft, shown, value)
+        if not value:
+            return
     is_set = draft.put(shown, path, value)
+    if name == "max_memory" and not is_set:
+        draft.note(f"{shown}: THE MODEL HAS NO LIMITS NOW, and takes the memory of whole GPUs.")
     if is_set and name == "max_memory" and draft.backend == "vllm":
         draft.note(
             f"{shown}: it carries over. Each of these GPUs becomes a stage of vLLM's pipeline with as many whole "
@@ -200,6 +206,26 @@ def _add_argument(draft: _Draft, name: str, words: tuple[str, ...]) -> None:
         )
     if is_set and name == "max_model_len" and draft.backend == "vllm":
         draft.note(f"{shown}: it carries over and bounds vLLM here. swift passes only --vllm_max_model_len to vLLM.")
+
+
+def _limits(draft: _Draft, shown: str, limits: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Returns what of `max_memory` holds here, and leaves a note on the rest. Raises ConfigError for a limit that
+    cannot be read, because without it the model would take whole GPUs."""
+    try:
+        parse_max_memory(limits)
+    except ConfigError as error:
+        raise ConfigError(f"--max_memory: {str(error).removeprefix('max_memory: ')}") from None
+    tiers = [key for key in limits if key in ("cpu", "disk")]
+    if not tiers or draft.backend != "vllm":
+        return dict(limits)
+    names = " and ".join(tiers)
+    kept = {key: size for key, size in limits.items() if key not in tiers}
+    rest = "The limits of the GPUs stay." if kept else "It names no GPU, so THE MODEL HAS NO LIMITS NOW."
+    draft.note(
+        f"{shown}: {names} {'is' if len(tiers) == 1 else 'are'} left out, because vLLM keeps all layers on GPUs. "
+        f"{rest} With infer_backend: pt, layers that the GPUs have no room for go there."
+    )
+    return kept
 
 
 def _add_single_device(draft: _Draft, shown: str, device: str) -> None:

@@ -102,6 +102,10 @@ def _network(changes: Changes) -> str:
     return f"time for each token on the network between {nodes} nodes"
 
 
+def _cards(count: int) -> str:
+    return "1 card" if count == 1 else f"{count} cards"
+
+
 def fewer_cards(request: ModelRequest, backend: str) -> Iterator[Ladder]:
     """Yields fewer cards. This helps where there are not so many, or where a larger card holds the whole model."""
     config = request.config
@@ -113,16 +117,16 @@ def fewer_cards(request: ModelRequest, backend: str) -> Iterator[Ladder]:
             price.FEWER_CARDS,
             rungs,
             lambda changes: (
-                f"the memory of {(config.stages - (changes[0].value or 1)) * config.ranks // config.stages} cards"
+                f"the memory of {_cards((config.stages - (changes[0].value or 1)) * config.ranks // config.stages)}"
             ),
         )
     if backend == "vllm" and (now := config.tensor_parallel_size or 1) > 1:
         sizes = [size for size in request.valid_tensor_parallel_sizes() if size < now]
         rungs = [rung("tensor_parallel_size", size) for size in reversed(sizes)]
-        yield Ladder(price.FEWER_CARDS, rungs, lambda changes: f"the speed of {now - changes[0].value} cards")
+        yield Ladder(price.FEWER_CARDS, rungs, lambda changes: f"the speed of {_cards(now - changes[0].value)}")
     if backend == "pt" and config.max_memory is None and (count := int(config.num_gpus or 1)) > 1:
         rungs = [rung("num_gpus", number) for number in range(count - 1, 0, -1)]
-        yield Ladder(price.FEWER_CARDS, rungs, lambda changes: f"{count - changes[0].value} cards")
+        yield Ladder(price.FEWER_CARDS, rungs, lambda changes: _cards(count - changes[0].value))
 
 
 def other_cards(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:

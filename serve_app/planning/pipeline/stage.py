@@ -180,7 +180,7 @@ def even_split(layers: int, stages: int) -> tuple[int, ...]:
 def too_small(stages: Sequence[Stage], max_model_len: int) -> NoPipeline:
     """Returns the refusal of a split whose stages are too large for their cards, with figures."""
     parts = [
-        f"stage {number} of {len(stages)} on {', '.join(stage.cards.ids)} (layers {stage.start} to {stage.end - 1}) "
+        f"stage {number} of {len(stages)} on {', '.join(stage.cards.ids)} ({_layers(stage)}) "
         f"takes {_gib(stage.weights + stage.buffers)} GiB of weights and {_gib(stage.kv_cache)} GiB of KV cache on "
         f"each card, which has room for {_gib(max(stage.room, 0))} GiB: {_gib(-stage.spare)} GiB too much"
         for number, stage in enumerate(stages, 1)
@@ -188,6 +188,11 @@ def too_small(stages: Sequence[Stage], max_model_len: int) -> NoPipeline:
     ]
     text = f"for one request of {max_model_len} tokens, {'; '.join(parts)}"
     return NoPipeline(text, tuple(stage for stage in stages if stage.spare < 0))
+
+
+def _layers(stage: Stage) -> str:
+    first, last = stage.start, stage.end - 1
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def _gib(size: int) -> str:

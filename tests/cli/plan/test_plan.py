@@ -185,6 +185,43 @@ def test_explain_names_limits_and_the_layers_of_each_part(backend: str, capsys: 
 
 
 @pytest.mark.parametrize(
+    ("field", "gpus", "words"),
+    [
+        ("pipeline_layers: [27, 1]", "24GiB,8GiB", "n1:1: layer 27, norm and head"),
+        ("pipeline_layers: [27, 1]", "24GiB,2GiB", "stage 2 of 2 on n1:1 (layer 27) takes"),
+        ("pipeline_parallel_size: 3", "20GiB,8GiB", "loses the memory of 1 card; gains"),
+    ],
+)
+def test_one_layer_and_one_card_are_singular(
+    field: str, gpus: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the plan, in its problems and in its fixes."""
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "applications:\n- {name: q, import_path: 'serve_app.app:model', route_prefix: /models/q, args: {model: "
+        f"'{CONFIGS / 'qwen2-7b'}', infer_backend: vllm, max_model_len: 4096, {field}}}}}\n"
+    )
+    main(["plan", str(file), "--gpus", gpus])
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_without_a_file_can_go_over_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It plans as the same fields in a file do, and a file has the field itself."""
+    model = str(CONFIGS / "qwen2-7b")
+    fields = ["--infer-backend", "vllm", "--pipeline-parallel-size", "2", "--max-model-len", "4096"]
+    asked = ["plan", "--model", model, *fields, "--gpus", "12GiB;12GiB", "--json"]
+    assert main(asked) == 1
+    capsys.readouterr()
+    assert main([*asked, "--nnodes", "2"]) == 0
+    (planned,) = json.loads(capsys.readouterr().out)["models"]
+    assert {rank["gpu"] for rank in planned["ranks"]} == {"n1:0", "n2:0"}
+    file = tmp_path / "x.yaml"
+    file.write_text("applications: []")
+    assert main(["plan", str(file), "--nnodes", "2"]) == 2
+    assert "--nnodes goes with --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "gpus", "ranks"),
     [
         (["--infer-backend", "vllm"], "8GiB", 1),

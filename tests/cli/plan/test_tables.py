@@ -1,5 +1,6 @@
 """`--what fits` and `--compare` on pages of every width."""
 
+import json
 import re
 from pathlib import Path
 
@@ -51,6 +52,40 @@ def test_no_word_of_a_table_is_cut(
         assert all(len(line) <= most or len(line.split()) <= 2 for line in told.splitlines())
         assert "…" not in told
     assert words["400"] == words[columns]
+
+
+@pytest.mark.parametrize(("gpus", "verdict", "code"), [("8GiB", "1 model does not fit", 1), ("2x80GiB", "fits", 0)])
+def test_a_comparison_gives_the_reason_and_the_code_of_the_second_file(
+    file: Path, gpus: str, verdict: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one sentence. The first file has no say in the code."""
+    demo = tmp_path / "demo.yaml"
+    demo.write_text("applications:\n" + FILE[FILE.index("- {name: demo") :])
+    assert main(["plan", str(demo), "--gpus", gpus, "--compare", str(file)]) == code
+    told = capsys.readouterr().out
+    assert verdict in told
+    assert bool(re.search(r"does not fit: it needs [\d.]+ GiB more memory than is free\.", told)) == bool(code)
+    assert main(["plan", str(file), "--gpus", gpus, "--compare", str(demo)]) == 0
+
+
+def test_a_way_that_does_not_fit_has_one_sentence_and_the_number_of_its_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`max_memory` decides how many GPUs pt has. Data has the whole reason."""
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "applications:\n- {name: m, import_path: 'serve_app.app:model', route_prefix: /models/m, "
+        f"args: {{model: '{CONFIGS / 'qwen2-7b'}', infer_backend: pt, max_memory: {{0: 2GB, 1: 3GB}}}}}}\n"
+    )
+    command = ["plan", str(path), "--gpus", "8GiB,8GiB", "--what", "fits"]
+    assert main(command) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"m pt 2 does not fit - it needs [\d.]+ GiB more memory than is free\.$", told)
+    main([*command, "--json"])
+    (way,) = json.loads(capsys.readouterr().out)
+    assert "max_memory allows" in way["problem"]
+    assert way["missing_bytes"] > 0
 
 
 def test_a_page_becomes_paragraphs_where_it_is_too_narrow() -> None:

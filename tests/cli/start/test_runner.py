@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
+from ray.exceptions import GetTimeoutError
 
 from serve_app import ray_serve
 from serve_app.cli.start import run as run_module
@@ -24,7 +25,8 @@ from serve_app.cli.start.runner import Runner, Start, _Stop
 from serve_app.cli.start.view import StartView
 from serve_app.deploy import node_env
 from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, serve_environment
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, PlacementError, ServeAppError
+from serve_app.facts.inventory import Inventory
 from serve_app.facts.serve_file import ApplicationSpec
 
 ADDRESS = "10.0.0.1:6379"
@@ -38,6 +40,8 @@ class World:
         self.is_up = False
         # What Serve runs; None where no Serve runs.
         self.applications: dict[str, Any] | None = None
+        # The models of the file that no node could hold, and why.
+        self.unplaced: dict[str, ServeAppError] = {}
         # Called in the place of the step of that name.
         self.instead: dict[str, Callable[[], None]] = {}
         self.deployed: dict[str, Any] = {}
@@ -53,6 +57,9 @@ class World:
         monkeypatch.setattr(ray_serve, "serve_details", lambda _: {"applications": self.applications or {}})
         monkeypatch.setattr(ray_serve, "deploy", self._deploy)
         monkeypatch.setattr(runner_module, "require_serves_schema", lambda _: None)
+        monkeypatch.setattr(runner_module, "ray_nodes", lambda: [])
+        monkeypatch.setattr(runner_module, "ray_inventory", lambda: Inventory(()))
+        monkeypatch.setattr(runner_module, "unplaced", lambda *_: self.unplaced)
         monkeypatch.setattr(start_watch, "StartWatch", self._watch)
         monkeypatch.setattr(node_env, "node_environments", lambda: self.nodes)
         monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -112,6 +119,19 @@ def test_a_signal_ends_everything_with_code_0(world: World) -> None:
     """Serve before Ray."""
     assert runner().run() == 0
     assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
+
+
+@pytest.mark.parametrize(("mode", "words"), [(None, "export RAY_AUTH_MODE=token and "), ("disabled", "")])
+def test_the_address_is_told_with_what_other_commands_need(
+    world: World, mode: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray asks for a token unless the environment says otherwise, and other commands use it only if they are told."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    stream = io.StringIO()
+    assert runner(StartView(stream)).run() == 0
+    assert f"Ray is up ({words}--address 127.0.0.1:6379 for other commands)" in stream.getvalue()
 
 
 def test_a_failure_is_told_and_ends_everything_with_code_1(world: World) -> None:
@@ -223,6 +243,61 @@ def test_a_serve_that_was_taken_over_ends_with_the_run(world: World) -> None:
     assert runner(StartView(stream), ADDRESS).run() == 0
     assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
     assert "taking over b: " in stream.getvalue()
+
+
+def watching(serves_nothing: bool, look: Callable[[], None]) -> Callable[..., Any]:
+    """A watch whose start is over."""
+    return lambda *_: SimpleNamespace(is_over=True, serves_nothing=serves_nothing, look=look)
+
+
+def test_a_file_that_can_serve_nothing_does_not_end_the_serve_that_was_there(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What served before goes on, and so does what another failure of this run leaves. A signal ends it as ever."""
+    world.applications = {"b": {"status": "RUNNING"}}
+    look = failing(AssertionError("it watches on"))
+    for nothing, words in ((True, "nothing in x.yaml can be served."), (False, "AssertionError: it watches on")):
+        stream, world.calls = io.StringIO(), []
+        monkeypatch.setattr(start_watch, "StartWatch", watching(nothing, look))
+        assert runner(StartView(stream), ADDRESS).run() == 1
+        assert f"serve-app run has failed: {words}" in stream.getvalue()
+        assert f"leaving the Serve at {ADDRESS} running, with the applications of x.yaml" in stream.getvalue()
+        assert world.calls == ["ray.init", "serve.start", "deploy", "ray.shutdown"]
+    world.calls = []
+    monkeypatch.setattr(start_watch, "StartWatch", watching(False, failing(SystemExit(signal.SIGTERM))))
+    assert runner(joins=ADDRESS).run() == 0
+    assert "serve.shutdown" in world.calls
+
+
+def test_a_file_without_a_place_takes_nothing_over(world: World) -> None:
+    """Where Serve runs already and no node could hold any model of the file. One that could is enough to go on, and a
+    Serve of its own is started in any case, since nothing is lost there."""
+    world.applications = {"b": {"status": "RUNNING"}}
+    world.unplaced = {"a": PlacementError("no node has 500 CPUs.")}
+    assert runner(joins=ADDRESS).run() == 0
+    assert "deploy" in world.calls
+    stream, world.calls = io.StringIO(), []
+    world.unplaced |= {"b": ConfigError("its folder is empty.")}
+    assert runner(StartView(stream), ADDRESS).run() == 1
+    assert world.calls == ["ray.init", "ray.shutdown"]
+    told = stream.getvalue()
+    assert "a cannot be placed: no node has 500 CPUs." in told
+    assert "b cannot be placed: its folder is empty." in told
+    assert "has failed: no model of x.yaml has a place on the nodes, so nothing was changed." in told
+    assert f"leaving the Serve at {ADDRESS} running, which was not taken over" in told
+    world.applications, world.calls = None, []
+    assert runner(joins=ADDRESS).run() == 0
+    assert "deploy" in world.calls
+
+
+def test_a_node_that_does_not_report_its_gpus_hinders_no_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal says that the check is missing."""
+    world.applications = {"b": {"status": "RUNNING"}}
+    monkeypatch.setattr(runner_module, "ray_inventory", failing(GetTimeoutError("no answer\nin 60 s")))
+    stream = io.StringIO()
+    assert runner(StartView(stream), ADDRESS).run() == 0
+    assert "whether the models have a place is not checked: no answer in 60 s" in stream.getvalue()
+    assert "deploy" in world.calls
 
 
 def test_applications_that_the_file_lacks_are_not_ended_unasked(world: World) -> None:

@@ -221,10 +221,26 @@ def test_max_memory_is_read_however_the_shell_left_it(written: str) -> None:
 
 
 def test_a_size_that_means_bits_to_accelerate_is_not_guessed() -> None:
-    """ "3gb" is left out, with the spelling that is meant."""
-    made = of("--max_memory '{0: 3gb}'")
+    """ "3gb" ends the command with the spelling that is meant: without the limit, the model would take whole GPUs."""
+    for backend in ("transformers", "vllm"):
+        with pytest.raises(ConfigError, match=r"--max_memory: max_memory\[0\]: unknown unit 'gb' in '3gb'. Write 3GB"):
+            of(f"--infer_backend {backend} --max_memory '{{0: 3gb}}'")
+
+
+def test_what_vllm_cannot_honour_of_max_memory_does_not_lose_the_rest() -> None:
+    """The limits of the GPUs stay. If none is left, the note says that the model has no limits."""
+    made = of("--infer_backend vllm --max_memory '{0: 3GB, 1: 10GB, cpu: 20GB}'")
+    assert made.args["max_memory"] == {0: "3GB", 1: "10GB"}
+    notes = [note for note in made.notes if note.startswith("--max_memory")]
+    assert "cpu is left out, because vLLM keeps all layers on GPUs. The limits of the GPUs stay." in notes[0]
+    assert "it carries over" in notes[1]
+    made = of("--infer_backend vllm --max_memory '{cpu: 20GB, disk: 40GB}'")
     assert "max_memory" not in made.args
-    assert "Write 3GB" in note_about(made, "--max_memory")
+    assert "cpu and disk are left out" in note_about(made, "--max_memory")
+    assert "THE MODEL HAS NO LIMITS NOW" in note_about(made, "--max_memory")
+    made = of("--device_map '{\"\": 0}' --max_memory '{0: 3GB}'")
+    assert "max_memory" not in made.args
+    assert any("THE MODEL HAS NO LIMITS NOW" in note for note in made.notes)
 
 
 @pytest.mark.parametrize(
