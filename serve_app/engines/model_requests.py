@@ -10,7 +10,7 @@ from serve_app.engines.model_facts import answers
 from serve_app.errors import ConfigError
 from serve_app.facts.card_capability import HOPPER, Capability, capability_text, card_capability, read_capability
 from serve_app.facts.checkpoint import Checkpoint, read_checkpoint
-from serve_app.facts.engine_facts import CardFacts, EngineFacts, TensorFacts, VllmFacts
+from serve_app.facts.engine_facts import CardFacts, EngineFacts, PtFacts, TensorFacts, VllmFacts
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.known_facts import Answer, Question, known_answer
 from serve_app.facts.model_code import code_digest
@@ -165,7 +165,19 @@ def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest
     versions = {f"{item.questions[field].engine}_version": item.questions[field].version for field in known}
     others = _others(answered)
     facts = EngineFacts(**{field: answer.facts for field, answer in known.items()}, **versions, others=others)  # type: ignore[arg-type]
-    return replace(request, facts_problem=text, engine_facts=facts)
+    return replace(request, facts_problem=text, engine_facts=_with_known_pt(item, facts))
+
+
+def _with_known_pt(item: Unanswered, facts: EngineFacts) -> EngineFacts:
+    """Returns the facts with what transformers' code said of a model that is to run with vLLM, if that was kept or is
+    shipped. The search for fixes tries pt with it, for which alone no engine is asked."""
+    if item.request.config.infer_backend != "vllm" or item.request.architecture.has_formulas:
+        return facts
+    question = _of_pt(item.request.config, item.checkpoint)
+    known = known_answer(question)
+    if known is None or not isinstance(known.facts, PtFacts):
+        return facts
+    return replace(facts, pt=known.facts, pt_version=question.version)
 
 
 def _joined(answers: Mapping[str, Answer]) -> dict[str, Answer]:

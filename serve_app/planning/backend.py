@@ -142,7 +142,7 @@ def _pipelines(request: ModelRequest, inventory: Inventory) -> Iterator[tuple[in
         return
     if config.gpu_ids is not None or config.share is not None or not request.is_planned_for_vllm:
         return
-    if request.tensor_parallel_problem(1):
+    if config.pipeline_layers is not None or request.tensor_parallel_problem(1):  # A single number is one stage.
         return
     if not request.is_planned_for_vllm or request.rank_facts(1).no_stages:
         return

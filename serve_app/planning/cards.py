@@ -9,6 +9,7 @@ from dataclasses import replace
 from serve_app.facts.card_capability import Capability, capability_text, card_capability
 from serve_app.facts.inventory import Device
 from serve_app.planning.model_request import ModelRequest, held_otherwise
+from serve_app.planning.pipeline.card_groups import Card
 from serve_app.planning.shortage import Shortage
 
 # The least that vLLM 0.32 takes by method (`get_min_capability`).
@@ -31,6 +32,19 @@ def on_cards(request: ModelRequest, devices: Sequence[Device]) -> ModelRequest:
     if facts is request.engine_facts:
         return request
     return replace(request, engine_facts=facts, memo=request.memo.setdefault(("card", facts.capability), {}))
+
+
+def oldest_cards(cards: Sequence[Card]) -> frozenset[str]:
+    """Returns the ids of the cards of the least known capability, or nothing where fewer than two are known.
+
+    vLLM asks the card of the first stage by which it chooses the number format and the kernels of all its ranks, and
+    the plan's figures are those of the oldest card (`on_cards`), so only these may be the first stage.
+    """
+    known = {card.id: card_capability(card.name) for card in cards}
+    capabilities = {capability for capability in known.values() if capability is not None}
+    if len(capabilities) < 2:
+        return frozenset()
+    return frozenset(card for card, capability in known.items() if capability == min(capabilities))
 
 
 def card_problem(request: ModelRequest, devices: Sequence[Device]) -> Shortage | None:

@@ -4,14 +4,16 @@ The stages are solved (`pipeline/solver.py`), or counted where the config has `p
 what is free, less its reserve, or its limit, less activations, CUDA graphs and context.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from itertools import islice, pairwise, permutations
+from itertools import islice, pairwise
+from math import factorial
 
 from serve_app.facts.card_bandwidth import card_bandwidth
 from serve_app.facts.engine_facts import RankFacts
 from serve_app.facts.inventory import Device, node_of
 from serve_app.planning import memory
+from serve_app.planning.cards import oldest_cards
 from serve_app.planning.fit_vllm import (
     NO_CACHE_BYTES,
     VLLM_CPU_KV_BYTES,
@@ -41,6 +43,8 @@ from serve_app.planning.sizes import gib
 
 # Where `pipeline_layers` is set and the cards have no names, so many orders of unequal cards are counted.
 MOST_ORDERS = 120
+# The orders of nodes of which the pipeline is solved, in a plan and in a trial of the search for fixes.
+MOST_NODE_ORDERS, MOST_TRIAL_ORDERS = 24, 2
 
 # What a rank takes beside its layers, by the number of its stage: activations and context.
 Beside = Sequence[tuple[Figure, Figure]]
@@ -84,6 +88,24 @@ def fit_stages(
     if isinstance(held, Shortage):
         return held
     return _plan(request, held, seats, beside, _least_blocks(request, facts, held, demand), rows, reasons)
+
+
+def layers_problem(request: ModelRequest) -> Shortage | None:
+    """Returns a shortage if `pipeline_layers` has another number of layers than the model, whatever the devices are.
+    vLLM takes its tensor parallel size."""
+    layers = request.config.pipeline_layers
+    if request.config.infer_backend != "vllm" or layers is None:
+        return None
+    own = len(request.rank_facts(_tp(request)).layers)
+    if sum(layers) == own:
+        return None
+    return Shortage(
+        "no_stages",
+        f"pipeline_layers: {list(layers)}: the stages have {sum(layers)} layers together, and must have the model's "
+        f"{own} together. Change the numbers, or leave pipeline_layers out, and the plan finds the layers of each "
+        "stage.",
+        0,
+    )
 
 
 def _without_stages(request: ModelRequest, seats: Seats, limits: Sequence[int], found: NoPipeline) -> Shortage:
@@ -136,9 +158,10 @@ def _solved(
     """Returns the stages on these cards. Cards that are named with `pipeline_layers` are stages in that order, and
     otherwise the order is free, because the replica decides in which order vLLM sees its cards."""
     config, tp = request.config, _tp(request)
-    if config.nodes > 1:
-        return _over_nodes(request, facts, cards, demand)
     named, layers = config.named_gpus, config.pipeline_layers
+    oldest = oldest_cards(cards)
+    if config.nodes > 1:
+        return _over_nodes(request, facts, cards, demand, oldest)
     is_fixed = config.device == "cpu" or bool(named and layers)
     # Cards come in the order of their numbers, and the config may name them in another one.
     places = [sorted(named).index(index) for index in named] if is_fixed and named else range(len(cards))
@@ -146,31 +169,74 @@ def _solved(
     groups = _consecutive(ordered, tp) if is_fixed else next(groups_of(ordered, tp, config.stages), None)
     if groups is None:
         return _unequal(cards, tp)
+    groups = _marked(groups, oldest)
+    if is_fixed and not groups[0].may_be_first:
+        return _newer_first(groups, oldest)
     if layers is None:
-        return solve(facts, groups, demand, may_reorder=not is_fixed, needs_figures=not request.is_trial)
-    orders = [groups] if is_fixed else islice(_orders(groups), MOST_ORDERS)
-    return _best(count(facts, order, layers, demand) for order in orders)
+        in_order = groups if is_fixed else _oldest_first(groups)
+        return solve(facts, in_order, demand, may_reorder=not is_fixed, needs_figures=not request.is_trial)
+    orders, is_all = ([groups], False) if is_fixed else _most_orders([(group,) for group in groups], MOST_ORDERS)
+    return _best((count(facts, order, layers, demand) for order in orders), is_all)
 
 
 def _over_nodes(
-    request: ModelRequest, facts: RankFacts, cards: Sequence[Card], demand: Demand
+    request: ModelRequest, facts: RankFacts, cards: Sequence[Card], demand: Demand, oldest: Set[str]
 ) -> Pipeline | NoPipeline | Shortage:
     """Returns the stages on the cards of several nodes, which come node by node. A node's stages stay together, so that
-    each link between nodes is used once for a token, and the nodes may be in any order, but not hosts, which are
-    alike."""
+    each link between nodes is used once for a token, and the nodes may be in any order."""
     layers = request.config.pipeline_layers
     groups = _consecutive(cards, _tp(request))
     if groups is None:
         return _unequal(cards, _tp(request))
     by_node: dict[str, list[StageCards]] = {}
-    for group in groups:
+    for group in _marked(groups, oldest):
         by_node.setdefault(node_of(group.ids[0]), []).append(group)
-    nodes = tuple(map(tuple, by_node.values()))
-    orders = permutations(nodes) if request.config.device != "cpu" else (nodes,)
-    tried = dict.fromkeys(tuple(group for node in order for group in node) for order in islice(orders, MOST_ORDERS))
-    return _best(
-        solve(facts, order, demand, may_reorder=False) if layers is None else count(facts, order, layers, demand)
-        for order in tried
+    orders, is_all = _most_orders(list(by_node.values()), most_node_orders(request))
+    if not orders:
+        return _newer_first(_marked(groups, oldest), oldest)
+    found = (
+        solve(facts, order, demand, may_reorder=False, needs_figures=not request.is_trial)
+        if layers is None
+        else count(facts, order, layers, demand)
+        for order in orders
+    )
+    # The cards of a node that differ in their room could be in other orders, too.
+    return _best(found, is_all and all(len({group.kind for group in node}) == 1 for node in by_node.values()))
+
+
+def most_node_orders(request: ModelRequest) -> int:
+    """Returns in how many orders at most the nodes of a replica are tried. A trial takes fewer: an order that fits in
+    it is one of those that the plan tries."""
+    most = MOST_TRIAL_ORDERS if request.is_trial else MOST_NODE_ORDERS
+    return min(most, factorial(min(request.config.nodes, MOST_NODE_ORDERS)))
+
+
+def _most_orders(units: Sequence[Sequence[StageCards]], most: int) -> tuple[list[tuple[StageCards, ...]], bool]:
+    """Returns up to `most` orders of these units, each of which keeps its stages together, with an oldest card first.
+    Says whether these are all."""
+    orders = (tuple(group for unit in order for group in unit) for order in _orders(tuple(map(tuple, units)), True))
+    found = list(islice(orders, most + 1))
+    return found[:most], len(found) <= most
+
+
+def _marked(groups: Sequence[StageCards], oldest: Set[str]) -> tuple[StageCards, ...]:
+    """Returns the stages with a mark on those that may be the first one."""
+    return tuple(replace(group, may_be_first=not oldest or group.ids[0] in oldest) for group in groups)
+
+
+def _oldest_first(groups: tuple[StageCards, ...]) -> tuple[StageCards, ...]:
+    """Returns the stages with the first of those that may be the first one in front."""
+    first = next(number for number, group in enumerate(groups) if group.may_be_first)
+    return (groups[first], *groups[:first], *groups[first + 1 :])
+
+
+def _newer_first(groups: Sequence[StageCards], oldest: Set[str]) -> Shortage:
+    return Shortage(
+        "no_stages",
+        f"pipeline_layers: the first stage would be on {', '.join(groups[0].ids)}, but vLLM chooses the number format "
+        "and the kernels of all stages by the card of the first one, so that must be the oldest of them. Put "
+        f"{' or '.join(sorted(oldest))} first.",
+        0,
     )
 
 
@@ -185,24 +251,28 @@ def _consecutive(cards: Sequence[Card], size: int) -> tuple[StageCards, ...] | N
     return tuple(found)
 
 
-def _orders(groups: tuple[StageCards, ...]) -> Iterator[tuple[StageCards, ...]]:
-    """Yields the orders of the stages' cards that make a difference, the given one first."""
-    if not groups:
+def _orders(units: tuple[tuple[StageCards, ...], ...], are_first: bool) -> Iterator[tuple[tuple[StageCards, ...], ...]]:
+    """Yields the orders of these units of stages that make a difference, the given one first. `are_first` says whether
+    no other stage is before them."""
+    if not units:
         yield ()
     seen = set()
-    for number, group in enumerate(groups):
-        if group.kind not in seen:
-            seen.add(group.kind)
-            for rest in _orders(groups[:number] + groups[number + 1 :]):
-                yield (group, *rest)
+    for number, unit in enumerate(units):
+        kinds = tuple(group.kind for group in unit)
+        if kinds not in seen and (unit[0].may_be_first or not are_first):
+            seen.add(kinds)
+            for rest in _orders(units[:number] + units[number + 1 :], False):
+                yield (unit, *rest)
 
 
-def _best(found: Iterable[Pipeline | NoPipeline]) -> Pipeline | NoPipeline:
-    """Returns the pipeline that holds most, or what comes nearest to one. Of equals it is the first."""
+def _best(found: Iterable[Pipeline | NoPipeline], every_order: bool) -> Pipeline | NoPipeline:
+    """Returns the pipeline that holds most, or what comes nearest to one. Of equals it is the first. `every_order` is
+    that of the pipeline."""
     every = list(found)
     pipelines = [each for each in every if isinstance(each, Pipeline)]
     if pipelines:
-        return max(pipelines, key=lambda each: (each.blocks, -max(stage.read_ps for stage in each.stages)))
+        best = max(pipelines, key=lambda each: (each.blocks, -max(stage.read_ps for stage in each.stages)))
+        return replace(best, every_order=every_order)
     return min((each for each in every if isinstance(each, NoPipeline)), key=lambda each: each.missing_bytes)
 
 
@@ -297,12 +367,19 @@ def _plan(
 
 
 def _why(request: ModelRequest, found: Pipeline) -> str:
-    layers = " + ".join(map(str, found.partition))
+    layers, first = " + ".join(map(str, found.partition)), found.stages[0].cards
+    oldest = ""
+    if any(not stage.cards.may_be_first for stage in found.stages):
+        oldest = (
+            f" with the oldest of them, {', '.join(first.ids)}, first, by which vLLM chooses the number format and the "
+            "kernels of all stages"
+        )
     if request.config.pipeline_layers is not None:
-        return f"pipeline_layers sets {layers} layers"
+        return f"pipeline_layers sets {layers} layers{oldest and ' on its cards'}{oldest}"
     even = even_split(sum(found.partition), len(found.partition))
     beside = "" if even == found.partition else f", and vLLM's own split is {' + '.join(map(str, even))}"
-    return f"no other split than {layers} layers holds more KV cache on these cards{beside}"
+    where = "on these cards" if found.every_order else "on these cards in this order"
+    return f"no other split than {layers} layers holds more KV cache {where}{oldest}{beside}"
 
 
 def _links(request: ModelRequest, found: Pipeline) -> list[str]:

@@ -99,10 +99,29 @@ class ModelPlan:
 
     @property
     def spare_kv_bytes(self) -> int:
-        """Returns the bytes of KV cache beyond what it must hold (`kv_bytes_needed`): on the tightest rank of vLLM, and
-        on all devices of pt together."""
+        """Returns the bytes of KV cache beyond what it must hold (`kv_bytes_needed`): on a rank of vLLM, and on all
+        devices of pt together. All of vLLM's stages have the same number of blocks, and what is needed is that of the
+        widest, which has most bytes."""
         caches = [rank.kv_cache.bytes for rank in self.ranks]
-        return max(0, (min(caches) if self.backend == "vllm" else sum(caches)) - self.kv_bytes_needed)
+        return max(0, (max(caches) if self.backend == "vllm" else sum(caches)) - self.kv_bytes_needed)
+
+    def stage_kv_bytes_per_request(self, rank: RankPlan) -> int:
+        """Returns the bytes of KV cache of a request of `max_model_len` on a rank of vLLM. All stages have as many
+        blocks, so their caches differ as their blocks do."""
+        widest = max(each.kv_cache.bytes for each in self.ranks)
+        return self.kv_bytes_per_request * rank.kv_cache.bytes // widest if widest else 0
+
+    def limit_of(self, rank: RankPlan) -> int | None:
+        """Returns the limit of `max_memory` on the device of a rank in bytes, or None if it has none. With whole GPUs,
+        the replica counts its own from 0."""
+        named, caps = self.config.gpu_indices, self.config.max_memory or {}
+        if not caps or not rank.device.is_gpu:
+            return None
+        if rank.device.by_index:
+            return caps.get(rank.device.index or 0)
+        indices = sorted(each.device.index or 0 for each in self.ranks)
+        place = rank.seat[0] if self.backend == "pt" else indices.index(rank.device.index or 0)
+        return caps.get(named[place]) if place < len(named) else None
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""

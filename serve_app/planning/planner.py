@@ -14,7 +14,7 @@ from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.cards import card_problem, knows_kernels, on_cards
 from serve_app.planning.fit_pt import fit_pt
-from serve_app.planning.fit_stages import fit_stages
+from serve_app.planning.fit_stages import fit_stages, layers_problem, most_node_orders
 from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.model_request import ModelRequest
@@ -301,7 +301,7 @@ def _problem_anywhere(request: ModelRequest) -> Shortage | None:
         return Shortage("facts_missing", request.missing_facts, 0)
     if request.unplanned:
         return Shortage("not_planned", request.unplanned, 0)
-    return _tensor_parallel_problem(request) or _length_problem(request)
+    return _tensor_parallel_problem(request) or layers_problem(request) or _length_problem(request)
 
 
 def _why_not_vllm(nearest: Shortage) -> str:
@@ -317,7 +317,11 @@ def _cost(request: ModelRequest) -> int:
     layers = len(request.architecture.layers)
     if request.config.infer_backend == "pt":
         return max(PT_PLACEMENTS, layers * PT_PLACEMENTS // PT_LAYERS)
-    return 1 if request.config.stages == 1 else 1 + STAGED_PLACEMENTS * layers**2 // STAGED_LAYERS**2
+    if request.config.stages == 1:
+        return 1
+    # Each order of nodes is solved by itself, and the work of that grows with the stages.
+    orders = most_node_orders(request) * request.config.stages if request.config.nodes > 1 else 1
+    return 1 + orders * STAGED_PLACEMENTS * layers**2 // STAGED_LAYERS**2
 
 
 def _leftover(placed: Placed) -> tuple[int, str]:
@@ -556,7 +560,10 @@ def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
     if config.nodes > 1 and (config.device == "cpu" or inventory.gpus):
         return _too_few_nodes(unit, inventory)
     if config.device == "cpu":
-        return "device: cpu needs host memory, but the inventory names none."
+        return (
+            "device: cpu needs the memory of a host, and the inventory names none. Use --inventory with memory: for a "
+            "node, or leave --gpus out to plan for this machine."
+        )
     if not inventory.gpus:
         fields = [name for name in ONLY_GPU if getattr(config, name) is not None]
         also = f" and leave out {' and '.join(fields)}" if fields else ""

@@ -1,6 +1,7 @@
 """vLLM's stages in a plan: every figure counted again, limits, places, order, choices and what is refused."""
 
 from dataclasses import replace
+from time import process_time
 from typing import Any
 
 import pytest
@@ -13,13 +14,13 @@ from serve_app.config import ModelConfig
 from serve_app.facts.calibration import Calibration, setting_key
 from serve_app.facts.engine_facts import EngineFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device, Inventory, parse_gpus
-from serve_app.planning import memory, terms
+from serve_app.planning import fit_stages, memory, terms
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.kv_groups import bytes_per_block, cache_groups, kv_bytes_per_request
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, Plan
-from serve_app.planning.planner import make_plan
+from serve_app.planning.planner import STAGED_PLACEMENTS, make_plan
 from serve_app.planning.resolve import kv_blocks, pinned, resolve, vllm_memory
 from tests.planning.model_requests import request
 
@@ -391,3 +392,136 @@ def test_stages_are_shown_as_layers_are() -> None:
     assert [rank["layers"] for rank in plain["ranks"]] == [[-1, first - 1]] * 2 + [[first, 28]] * 2
     explained = [line for line in explain.lines(model) if line.startswith("n1:")]
     assert [line.partition(": ")[0] for line in explained] == ["n1:0, n1:1", "n1:2, n1:3"]
+
+
+@pytest.mark.parametrize("gpus", ["A100-40GB,T4", "T4,A100-40GB", "H100-80GB,A100-80GB", "A100-40GB,H100-80GB,T4"])
+def test_the_oldest_card_is_the_first_stage(gpus: str) -> None:
+    """Its capability is the one by which vLLM chooses for all stages, and the one of the plan's facts."""
+    names = gpus.split(",")
+    oldest = next(name for name in ("T4", "A100-80GB", "A100-40GB") if name in names)
+    model = only(staged(pipeline_parallel_size=len(names)), gpus)
+    recount(staged(pipeline_parallel_size=len(names)), model)
+    assert model.ranks[0].device.index == names.index(oldest)
+    assert any(f"n1:{names.index(oldest)}, first, by which vLLM chooses" in reason for reason in model.reasons)
+    layers = [20, *[8 // (len(names) - 1)] * (len(names) - 1)]
+    assert only(staged(pipeline_layers=layers), gpus).ranks[0].device.index == names.index(oldest)
+
+
+def test_cards_of_one_or_no_known_capability_have_any_order() -> None:
+    """The larger card is the first stage if that holds more, and no reason speaks of age."""
+    for gpus in ("RTX4090,L4", "24GiB,16GiB"):
+        model = only(staged(pipeline_parallel_size=2), gpus)
+        assert not any("oldest" in reason for reason in model.reasons)
+
+
+def test_an_order_of_the_config_that_has_a_newer_card_first_is_refused_with_the_reason() -> None:
+    """The order of `gpu_ids` with `pipeline_layers` is the user's."""
+    fields = {"pipeline_layers": [20, 8]}
+    (problem,) = planned(staged(gpu_ids=[0, 1], **fields), "A100-40GB,T4", by_index=True).problems
+    assert "the first stage would be on n1:0" in problem.message
+    assert "Put n1:1 first" in problem.message
+    model = only(staged(gpu_ids=[1, 0], **fields), "A100-40GB,T4", by_index=True)
+    assert [rank.device.index for rank in model.ranks] == [1, 0]
+
+
+@pytest.mark.parametrize("layers", [[29], [28, 1], [14, 15]])
+@pytest.mark.parametrize("backend", ["auto", "vllm"])
+def test_layers_that_are_not_the_models_are_refused_in_words(layers: list[int], backend: str) -> None:
+    """One number is a pipeline of one stage."""
+    asked = staged(infer_backend=backend, pipeline_layers=layers)
+    (problem,) = planned(asked, "2x24GiB").problems
+    assert "29 layers together, and must have the model's 28 together" in problem.message
+    assert only(staged(infer_backend=backend, pipeline_layers=[28]), "2x24GiB").pipeline_layers == (28,)
+
+
+def nodes_of(*sizes: int) -> str:
+    """Nodes with a GPU of so many GiB each."""
+    return ";".join(f"{size}GiB" for size in sizes)
+
+
+def test_equal_nodes_have_one_order_and_few_unequal_ones_have_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each order is a pipeline that is solved."""
+    solved: list[object] = []
+    solve = fit_stages.solve
+    monkeypatch.setattr(fit_stages, "solve", lambda *args, **more: (solved.append(args), solve(*args, **more))[1])
+    equal = only(staged("llama-3-70b", nnodes=5, pipeline_parallel_size=5), nodes_of(48, 48, 48, 48, 48))
+    assert len(solved) == 1
+    assert "in this order" not in " ".join(equal.reasons)
+    solved.clear()
+    mixed = only(staged("llama-3-70b", nnodes=4, pipeline_parallel_size=4), nodes_of(40, 48, 64, 80))
+    assert len(solved) == 24
+    assert "in this order" not in " ".join(mixed.reasons)
+    many = only(staged("llama-3-70b", nnodes=5, pipeline_parallel_size=5), nodes_of(24, 32, 40, 48, 64))
+    assert "holds more KV cache on these cards in this order" in " ".join(many.reasons)
+
+
+def test_the_search_over_unequal_nodes_is_bounded() -> None:
+    """The orders of nodes count as placements, so that the budget of the search bounds them."""
+    asked = staged("llama-3-70b", nnodes=8, pipeline_parallel_size=8, max_model_len=8192)
+    inventory = replace(parse_gpus(nodes_of(6, 8, 9, 10, 11, 12, 14, 16)), calibrations={})
+    plan = make_plan([asked], inventory)
+    assert plan.problems
+    assert plan.placements > 24 * STAGED_PLACEMENTS
+    started = process_time()
+    with_fixes(plan, [asked], inventory)
+    assert process_time() - started < 20
+
+
+def test_a_model_on_the_cpu_asks_for_the_memory_of_a_host_after_its_layers_are_right() -> None:
+    """An inventory of GPUs alone has no host memory."""
+    (wrong,) = planned(staged(device="cpu", pipeline_layers=[20, 9]), "24GiB").problems
+    assert "must have the model's 28 together" in wrong.message
+    (right,) = planned(staged(device="cpu", pipeline_layers=[20, 8]), "24GiB").problems
+    assert "Use --inventory with memory: for a node, or leave --gpus out" in right.message
+
+
+@pytest.mark.parametrize("backend", ["auto", "vllm"])
+def test_layers_that_do_not_fit_are_left_out(backend: str) -> None:
+    """The plan finds others for as many stages, which loses nothing."""
+    for layers in ([14, 14], [20, 9]):
+        (problem,) = planned(staged(infer_backend=backend, pipeline_layers=layers), "8GiB,16GiB").problems
+        fix = problem.fixes[0]
+        assert fix.text == "pipeline_parallel_size: 2, without pipeline_layers"
+        solved = only(staged(pipeline_parallel_size=2), "8GiB,16GiB")
+        parts = " + ".join(map(str, solved.pipeline_layers))
+        assert f"stages of {parts} layers and {solved.max_full_length_requests} requests" in fix.gains
+        assert fix.loses == ""
+    both = staged(infer_backend=backend, pipeline_layers=[14, 14], pipeline_parallel_size=2)
+    assert planned(both, "8GiB,16GiB").problems[0].fixes[0].text == "leave out pipeline_layers"
+
+
+def test_the_number_of_nodes_is_corrected_by_one() -> None:
+    """Where the stages fit on one node less, or need one more."""
+    fewer = planned(staged("llama-3-70b", nnodes=3, pipeline_parallel_size=3), "48GiB,48GiB,48GiB;80GiB")
+    assert [fix.text for fix in fewer.problems[0].fixes][:1] == ["nnodes: 2"]
+    more = planned(staged("llama-3-70b", nnodes=2, pipeline_parallel_size=3), "64GiB;64GiB;64GiB")
+    texts = {fix.text: fix.loses for fix in more.problems[0].fixes}
+    assert texts["nnodes: 3"] == "time for each token on the network between 3 nodes"
+    one = planned(staged(nnodes=2, pipeline_parallel_size=2), "16GiB,16GiB")
+    assert "leave out nnodes" in [fix.text for fix in one.problems[0].fixes]
+
+
+def test_auto_is_offered_more_nodes_with_vllm_named() -> None:
+    """`auto` itself tries stages on one node only."""
+    (problem,) = planned(staged("llama-3-70b", infer_backend="auto"), "96GiB;96GiB").problems
+    texts = {fix.text: fix.loses for fix in problem.fixes}
+    lost = texts["infer_backend: vllm, nnodes: 2, pipeline_parallel_size: 2"]
+    assert lost == "time for each token on the network between 2 nodes"
+
+
+def test_a_limit_that_makes_pt_of_auto_says_what_it_costs() -> None:
+    """And to leave all limits out comes after a change of one."""
+    (problem,) = planned(staged(infer_backend="auto", max_memory={0: "3GB", 1: "10GB"}), "8GiB,16GiB").problems
+    assert problem.fixes[0].text == "max_memory: {0: 3GB, 1: 14.5GB}"
+    assert problem.fixes[0].loses == "vLLM's speed, since infer_backend: auto means pt then"
+    assert [fix.loses for fix in problem.fixes if fix.text == "leave out max_memory"] == ["all limits of max_memory"]
+
+
+def test_what_is_to_spare_on_stages_agrees_with_the_requests_at_once() -> None:
+    """All stages have as many blocks, so each holds as many requests."""
+    model = only(staged(max_memory={0: "3.5GB", 1: "16GB"}), "8GiB,16GiB")
+    assert model.max_full_length_requests == 2
+    assert model.kv_bytes_per_request <= model.spare_kv_bytes < 2 * model.kv_bytes_per_request
+    for rank in model.ranks:
+        layers = model.pipeline_layers[rank.seat[0]]
+        assert model.stage_kv_bytes_per_request(rank) == layers * 8 * 2**20

@@ -324,7 +324,7 @@ def _lines(model: ModelPlan) -> tuple[str, ...]:
         if model.asked_for:
             lines.append(f"beside {model.asked_for}, {gib(model.spare_kv_bytes)} of KV cache{where} is to spare")
     lines += [
-        f"{ranges(devices)}: {_layer_range(layers, model)}" for layers, devices in _devices_by_layers(model).items()
+        f"{ranges(devices)}: {layer_range(layers, model)}" for layers, devices in _devices_by_layers(model).items()
     ]
     lines += [f"{tier}: {gib(size)} of weights, which is slow" for tier, size in model.spilled.items()]
     return tuple(lines)
@@ -339,7 +339,8 @@ def _devices_by_layers(model: ModelPlan) -> dict[tuple[int, int], list[Device]]:
     return found
 
 
-def _layer_range(layers: tuple[int, int], model: ModelPlan) -> str:
+def layer_range(layers: tuple[int, int], model: ModelPlan) -> str:
+    """Returns the numbers of a rank's first and last layer in words, with the embedding and the head."""
     first, last = layers
     top = max(rank.layers[1] for rank in model.ranks if rank.layers is not None)
     ends_with_head = last == top and not model.spilled

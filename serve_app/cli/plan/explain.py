@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.cli.plan.chart import LABELS, MARKS, counted_on, printable, title_of
+from serve_app.cli.plan.chart import LABELS, MARKS, counted_on, layer_range, printable, title_of
 from serve_app.errors import ConfigError
 from serve_app.planning.memory import RESERVE_SHARE, Figure, reserve
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
@@ -98,18 +98,33 @@ def lines(model: ModelPlan, is_attempt: bool = False) -> Iterator[str]:
         yield printable(
             f"{names if model.pipeline_layers else device.id}: {gib(device.total_bytes)}{kept if device.is_gpu else ''}"
         )
+        yield from _place_lines(rank, model)
         for kind in TERMS:
             source = LEAST_CACHE if is_attempt and kind == "kv_cache" else _source(kind, getattr(rank, kind), model)
             yield from _figure_lines(kind, getattr(rank, kind), source)
         yield f"  {'sum':<12} {_size(rank.share):>12}  {rank.share.certainty}"
     yield ""
-    size = f"{gib(model.kv_bytes_per_request)} of KV cache{counted_on(model)}"
+    where = " on a rank of the stage with most of it" if model.pipeline_layers else counted_on(model)
+    size = f"{gib(model.kv_bytes_per_request)} of KV cache{where}"
     yield (
         f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, "
         f"and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
     )
     if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
+
+
+def _place_lines(rank: RankPlan, model: ModelPlan) -> Iterator[str]:
+    """Yields the limit of `max_memory` on a rank's card, its layers, and for a stage of vLLM what a request takes
+    there."""
+    if (limit := model.limit_of(rank)) is not None:
+        yield f"  max_memory allows {gib(limit)} of it, context and activations included"
+    if rank.layers is None:
+        return
+    yield f"  {layer_range(rank.layers, model)}"
+    if model.pipeline_layers:
+        size = gib(model.stage_kv_bytes_per_request(rank))
+        yield f"  one request of {model.max_model_len:,} tokens takes {size} of KV cache here"
 
 
 def to_json(model: ModelPlan) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def more_cards(request: ModelRequest, backend: str, trial: Trial) -> Iterator[La
         if sizes and config.max_memory is None:
             yield Ladder(price.MORE_CARDS, [rung("tensor_parallel_size", size) for size in sizes])
         yield from _stages(request, most)
-        yield from _more_nodes(request, trial)
+        yield from _more_nodes(request, trial, ())
+    if backend == "auto" and config.share is None and request.is_planned_for_vllm:
+        yield from _more_nodes(request, trial, (Change("infer_backend", "vllm"),))
     if backend == "pt" and config.max_memory is None and config.device_map is None:  # `auto` tries all by itself.
         counts = range(max(1, int(config.num_gpus or 1)) + 1, most + 1)
         if counts:
@@ -59,9 +61,9 @@ def _stages(request: ModelRequest, most: int) -> Iterator[Ladder]:
         yield Ladder(price.MORE_CARDS, rungs)
 
 
-def _more_nodes(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
+def _more_nodes(request: ModelRequest, trial: Trial, beside: Changes) -> Iterator[Ladder]:
     """Yields stages on several nodes, for a model that has one node now. Few are tried, because each costs a solved
-    pipeline for each order of the nodes."""
+    pipeline for each order of the nodes. `beside` are changes that come with each."""
     config = request.config
     is_free = config.max_memory is None and config.gpu_ids is None and config.pipeline_layers is None
     nodes = [gpus for gpus in trial.inventory.node_gpus().values() if not gpus[0].by_index]
@@ -70,16 +72,34 @@ def _more_nodes(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
     size = config.tensor_parallel_size or 1
     most = min(sum(len(gpus) // size for gpus in nodes), len(request.architecture.layers), MOST_STAGES_OVER_NODES)
     rungs = [
-        (Change("nnodes", count), Change("pipeline_parallel_size", stages))
+        (*beside, Change("nnodes", count), Change("pipeline_parallel_size", stages))
         for stages in range(max(2, config.stages), most + 1)
         for count in range(2, min(len(nodes), stages) + 1)
     ]
     if rungs:
-        yield Ladder(
-            price.MORE_NODES,
-            rungs,
-            lambda changes: f"time for each token on the network between {changes[0].value} nodes",
-        )
+        yield Ladder(price.MORE_NODES, rungs, _network)
+
+
+def own_pipeline(request: ModelRequest, backend: str, trial: Trial) -> Iterator[Ladder]:
+    """Yields a pipeline whose layers the plan finds, and one node more or less for one that is on several."""
+    config = request.config
+    if backend != "vllm":
+        return
+    if (layers := config.pipeline_layers) is not None:
+        is_counted = config.pipeline_parallel_size is not None or len(layers) == 1
+        solved = rung("pipeline_layers", None)
+        if not is_counted:
+            solved = rung("pipeline_parallel_size", len(layers), "pipeline_layers")
+        yield Ladder(price.OWN_LAYERS, [solved], opens=True)
+    if config.nodes > 1:
+        yield Ladder(price.FEWER_NODES, [rung("nnodes", config.nodes - 1 if config.nodes > 2 else None)])
+    if 1 < config.nodes < min(config.stages, len(trial.inventory.node_gpus())):
+        yield Ladder(price.MORE_NODES, [rung("nnodes", config.nodes + 1)], _network)
+
+
+def _network(changes: Changes) -> str:
+    nodes = next(change.value for change in changes if change.field == "nnodes")
+    return f"time for each token on the network between {nodes} nodes"
 
 
 def _cards(count: int) -> str:
@@ -125,7 +145,10 @@ def other_cards(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
             rungs.append(rung("gpu_ids", list(chosen)) if ids else rung("max_memory", _as_yaml(value)))
     if rungs:
         yield Ladder(price.OTHER_CARDS, list({str(item): item for item in rungs}.values()))
-    yield Ladder(price.NO_LIMIT, [rung("gpu_ids" if ids else "max_memory", None)], opens=True)
+    if ids:
+        yield Ladder(price.NO_LIMIT, [rung("gpu_ids", None)], opens=True)
+    else:
+        yield Ladder(price.NO_MAX_MEMORY, [rung("max_memory", None)], lambda _: "all limits of max_memory", opens=True)
 
 
 def shares(request: ModelRequest, backend: str, code: str, trial: Trial) -> Iterator[Ladder]:

@@ -7,7 +7,14 @@ from serve_app.config import ONLY_PT, ModelConfig
 from serve_app.planning.backend import fields_for_pt
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fixes import price
-from serve_app.planning.fixes.card_ladders import fewer_cards, limits, more_cards, other_cards, shares
+from serve_app.planning.fixes.card_ladders import (
+    fewer_cards,
+    limits,
+    more_cards,
+    other_cards,
+    own_pipeline,
+    shares,
+)
 from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladder, changed, rung, values_below
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
@@ -33,6 +40,7 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     on_gpu = config.device == "cuda"
     if on_gpu:
         yield from more_cards(request, backend, trial)
+        yield from own_pipeline(request, backend, trial)
         yield from other_cards(request, trial)
         yield from shares(request, backend, code, trial)
         yield from limits(request, trial)

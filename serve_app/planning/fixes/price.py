@@ -4,17 +4,20 @@
 |---|---|---|
 | 1 | more cards: `tensor_parallel_size`, `num_gpus` | nothing, since the cards are idle |
 | 1 | other cards: the numbers in `gpu_ids` or `max_memory` | nothing |
+| 1 | no `pipeline_layers`, so that the plan finds the layers of each stage | nothing |
+| 1 | the same stages on one node less: `nnodes` | nothing |
 | 2 | a higher `max_memory`, or more cards in it | nothing that others use |
 | 2 | a larger share: `num_gpus`, `gpu_memory_utilization` | nothing that others use |
 | 2 | `kv_cache_memory_bytes`, `max_num_seqs` and `max_model_len` for what is asked for | nothing |
-| 3 | no `max_memory`, `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
+| 3 | no `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
+| 4 | no `max_memory` | its limits, but nothing that others use |
 | 10 | `kv_cache_dtype: fp8` | a little precision of the KV cache |
 | 11 | a lower `max_num_seqs` | requests that run at once |
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
 | 13 | fewer cards | speed |
 | 14 | no `accelerator_type` | the choice of the card |
 | 15 | a share of a card instead of a whole one | KV cache, and speed while others use the card |
-| 16 | stages on more nodes: `nnodes` with `pipeline_parallel_size` | time on the network for each token |
+| 16 | stages on more nodes: `nnodes`, mostly with `pipeline_parallel_size` | time on the network for each token |
 | 100 | `quantization: fp8`, or `bnb-int8` with pt | precision of the weights |
 | 105 | `quantization: bnb-nf4` with pt | more precision of the weights |
 | 110 | `max_model_len`, at least half of it | long requests |
@@ -31,9 +34,10 @@ Pairs are tried only where nothing with the same worst loss or less helps alone,
 length and the number of requests: then the cheapest pair that keeps both is one of the fixes.
 """
 
-MORE_CARDS = OTHER_CARDS = 1
+MORE_CARDS = OTHER_CARDS = OWN_LAYERS = FEWER_NODES = 1
 LIMIT = SHARE = OWN = 2
 NO_LIMIT = 3
+NO_MAX_MEMORY = 4
 KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD, PART_OF_A_CARD, MORE_NODES = (
     10,
     11,

@@ -137,9 +137,20 @@ class _Search:
             return None
         parts = [ladder.loses(part) for ladder, part in zip(ladders, changes, strict=True)]
         others = costs_for_others(self.model, self.trial.plan, after.plan)
-        loses = " and ".join(filter(None, (*parts, _decided(request, every), others)))
+        own = _decided(request, every) or self._other_engine(request, every, after)
+        loses = " and ".join(filter(None, (*parts, own, others)))
         gains = gains_of(self.cured, self.trial.plan, after.plan, frozenset({self.model}) - {self.cured})
         return Fix(self.model, as_lines(request, every), sum(ladder.price for ladder in ladders), loses, gains)
+
+    def _other_engine(self, request: ModelRequest, changes: Changes, after: Trial) -> str:
+        """Returns that `auto` runs pt with these changes where vLLM came nearest without them, or an empty text."""
+        new = changed(request, changes)
+        if new is None or {backend_of(new.config), backend_of(request.config)} != {"auto"}:
+            return ""
+        before = next((found.attempt for found in self.trial.plan.problems if found.model == self.model), None)
+        engines = {model.backend for model in after.plan.models if model.name == self.model}
+        is_other = before is not None and before.infer_backend == "vllm" and engines == {"pt"}
+        return "vLLM's speed, since infer_backend: auto means pt then" if is_other else ""
 
 
 def _decided(request: ModelRequest, changes: Changes) -> str:

@@ -6,8 +6,8 @@ from serve_app.planning.sizes import gib
 
 
 def gains_of(name: str, before: Plan, after: Plan, others: frozenset[str] = frozenset()) -> str:
-    """Returns where the model fits with a fix, what its tightest replica has to spare, which idle cards it uses, and
-    where other models go. Of these it leaves out `others`, of which another fix speaks."""
+    """Returns where the model fits with a fix, what its tightest replica has to spare or runs at once, which idle cards
+    it uses, and where other models go. Of these it leaves out `others`, of which another fix speaks."""
     text = _fits_on(name, after)
     replicas = _replicas(name, after)
     used = {rank.device.id for model in replicas for rank in model.ranks}
@@ -34,7 +34,19 @@ def _fits_on(name: str, after: Plan) -> str:
     replicas = _replicas(name, after)
     spare = min((model.spare_kv_bytes for model in replicas), default=0)
     asked_for = next((f" beside {model.asked_for}" for model in replicas if model.asked_for), "")
-    return f"{name} fits on {_places(name, after)} with {gib(spare)} of KV cache to spare{asked_for}"
+    text = f"{name} fits on {_places(name, after)}"
+    if not asked_for and any(model.backend == "pt" or model.pipeline_layers for model in replicas):
+        return f"{text} with {_at_once(replicas)}"
+    return f"{text} with {gib(spare)} of KV cache to spare{asked_for}"
+
+
+def _at_once(replicas: list[ModelPlan]) -> str:
+    """Returns the layers of vLLM's stages, and how many requests run at once. Over devices with other layers each, the
+    bytes that are left do not say that."""
+    worst = min(replicas, key=lambda model: model.max_full_length_requests)
+    count = worst.max_full_length_requests
+    stages = f"stages of {' + '.join(map(str, worst.pipeline_layers))} layers and " if worst.pipeline_layers else ""
+    return f"{stages}{count} request{'' if count == 1 else 's'} of {worst.max_model_len} tokens at once"
 
 
 def _moves(before: Plan, after: Plan, told: frozenset[str]) -> list[str]:

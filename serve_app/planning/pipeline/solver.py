@@ -41,8 +41,9 @@ def solve(
     """Returns the best pipeline that has one stage on each of `cards`, or why there is none.
 
     `facts` are those of the tensor parallel size that the stages have. With `may_reorder`, the cards may be stages in
-    any order, and `Pipeline.every_order` says whether all orders were tried. Without `needs_figures`, a refusal for
-    lack of room does not say which stages lack it, which saves most of its time. Raises ValueError without cards.
+    any order that has one first that may be (`StageCards.may_be_first`), and `Pipeline.every_order` says whether all
+    were tried. Without `needs_figures`, a refusal for lack of room does not say which stages lack it, which saves most
+    of its time. Raises ValueError without cards, or where the first one given may not be the first stage.
     """
     table = _table(facts, cards, demand)
     if isinstance(table, NoPipeline):
@@ -89,6 +90,8 @@ def _table(facts: RankFacts, cards: Sequence[StageCards], demand: Demand) -> "_T
     """Returns the model and its cards as the search needs them, or why no split is possible whatever the rooms are."""
     if not cards:
         raise ValueError("a pipeline has at least one stage, and no cards are given")
+    if not cards[0].may_be_first:
+        raise ValueError(f"{', '.join(cards[0].ids)} may not be the first stage")
     if facts.no_stages:
         return NoPipeline(f"vLLM does not split this model into stages: {facts.no_stages}")
     try:
@@ -231,7 +234,10 @@ class _Search:
 
     def _costs(self, cost: Callable[[int, Span], int]) -> list[Costs]:
         spans = self.table.model.spans.items()
-        return [{key: cost(kind, span) for key, span in spans} for kind in range(len(self.table.of_kind))]
+        return [
+            {key: cost(kind, span) for key, span in spans if cards.may_be_first or span.start > 0}
+            for kind, cards in enumerate(self.table.of_kind)
+        ]
 
     def _cheapest(self, costs: Sequence[Costs], fold: Fold, may_reorder: bool, most: int | None = None) -> Path | None:
         """Returns the cheapest path whose stages cost at most `most` each."""

@@ -37,17 +37,19 @@ class Rooms:
 class StageCards:
     """These are the equal cards of one stage, one for each tensor parallel rank. `rooms` are those of each card.
 
-    `bandwidth` is the memory bandwidth of a card in GB/s, or None where it is not known.
+    `bandwidth` is the memory bandwidth of a card in GB/s, or None where it is not known. `may_be_first` says whether
+    they may be the first stage.
     """
 
     ids: tuple[str, ...]
     rooms: Rooms
     bandwidth: int | None = None
+    may_be_first: bool = True
 
     @property
-    def kind(self) -> tuple[Rooms, int | None]:
+    def kind(self) -> tuple[Rooms, int | None, bool]:
         """Returns what makes a difference to the solver. Stages of one kind can change places."""
-        return self.rooms, self.bandwidth
+        return self.rooms, self.bandwidth, self.may_be_first
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Pipeline:
 
     All stages have `blocks` blocks of KV cache, of which a request of `max_model_len` takes `blocks_per_request` and
     vLLM keeps one empty. `is_timed` says whether the bandwidth of all cards is known. `compared` is how many beginnings
-    of splits the search compared, and `every_order` says whether it tried other orders of the cards.
+    of splits the search compared, and `every_order` says whether it tried all orders of the cards that are allowed.
     """
 
     stages: tuple[Stage, ...]

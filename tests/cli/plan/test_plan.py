@@ -165,6 +165,25 @@ def test_explain_shows_every_term(file: Path, capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(file), "--gpus", "24GiB", "--explain", "q", "--what", "fits"]) == 2
 
 
+@pytest.mark.parametrize("backend", ["vllm", "pt"])
+def test_explain_names_limits_and_the_layers_of_each_part(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A request's KV cache is told for each of vLLM's stages, which have other numbers of layers."""
+    asked = ["plan", "--model", str(CONFIGS / "qwen2-7b"), "--infer-backend", backend, "--max-model-len", "4096"]
+    limited = ["--max-memory", "{0: 6GiB, 1: 15GiB}", "--gpus", "8GiB,16GiB", "--explain", "qwen2-7b"]
+    assert main([*asked, *limited]) == 0
+    out = capsys.readouterr().out
+    first, second = out.index("n1:0: 8.00 GiB"), out.index("n1:1: 16.00 GiB")
+    limits = [out.index(f"max_memory allows {size} GiB of it") for size in ("6.00", "15.00")]
+    assert min(first, second) < min(limits) < max(first, second) < max(limits)
+    assert "embedding, layers 0 to " in out
+    assert "to 27, norm and head" in out
+    sizes = re.findall(r"one request of 4,096 tokens takes ([\d.]+) MiB of KV cache here", out)
+    if backend == "vllm":  # A layer takes 8 MiB for 4096 tokens: 2 × 4 heads × 128 × 2 bytes.
+        assert sum(map(float, sizes)) == pytest.approx(28 * 8, abs=0.1)
+    else:
+        assert not sizes
+
+
 @pytest.mark.parametrize(
     ("field", "gpus", "words"),
     [
@@ -309,3 +328,21 @@ def test_what_contradicts_itself_or_is_another_thing_is_refused(
     """With what was expected."""
     assert main(["plan", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        (["--max-memory", "{0: 24GB, 1: 24GB, 2: 16GB}"], "infer_backend: pt"),
+        (["--pipeline-parallel-size", "3"], "infer_backend: pt, num_gpus: 3, without pipeline_parallel_size"),
+    ],
+)
+def test_the_other_backend_comes_before_a_card(
+    options: list[str], fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model for which there are no formulas, what transformers says is shipped, though vLLM is to run it."""
+    model = ["--model", str(CONFIGS / "gemma-3-27b-it"), "--infer-backend", "vllm", "--max-model-len", "4096"]
+    assert main(["plan", *model, *options, "--gpus", "24GiB,24GiB,16GiB", "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert fix in [each["text"] for each in problem["fixes"]]
+    assert all(each["field"] != "gpus" for each in problem["fixes"])
