@@ -34,7 +34,7 @@ async def test_stages_give_the_known_answers_to_many_at_once(ranked: RankedServe
 def test_wrong_layers_are_refused_before_anything_starts(ranked: RankedServe) -> None:
     """By the builder of the application, with the field and its cure. No replica of it was made."""
     told = ranked.wait_until(lambda models: models.get(WRONG, {}).get("status") == "failed")[WRONG]
-    assert "pipeline_layers: [1, 2]: the stages have 1, 2 layers, which must be at least 1 each and 4" in str(told)
+    assert "pipeline_layers: [1, 2]: the stages have 3 layers together, and must have the model's 4" in str(told)
     assert f"ServeReplica:{WRONG}" not in ranked.output()
 
 

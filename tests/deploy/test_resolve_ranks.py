@@ -25,9 +25,9 @@ def split(**fields: object) -> ModelConfig:
     [
         (
             {"pipeline_layers": [1, 2]},
-            r"pipeline_layers: \[1, 2\]: the stages have 1, 2 layers, which must be",
+            r"pipeline_layers: \[1, 2\]: the stages have 3 layers together",
         ),
-        ({"pipeline_layers": [27]}, "and 28 together"),
+        ({"pipeline_layers": [27]}, "the model's 28 together"),
         ({"pipeline_parallel_size": 29}, "29 stages need a layer each, and the model has 28"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size: 3 is not valid"),
     ],

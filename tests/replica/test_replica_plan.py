@@ -229,7 +229,7 @@ def test_the_log_names_the_layers_and_the_cards_of_each_stage() -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"pipeline_layers": [6, 21]}, "the stages have 6, 21 layers, which must be at least 1 each and 28 together"),
+        ({"pipeline_layers": [6, 21]}, "the stages have 27 layers together, and must have the model's 28 together"),
         ({"pipeline_parallel_size": 29}, "pipeline_parallel_size: 29: 29 stages need a layer each"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size: 3 is not valid"),
     ],
