@@ -63,10 +63,9 @@ class Row:
     p95_first_token_ms: float
 
 
-def build_model(folder: Path, dtype: str) -> None:
-    """Writes a Qwen2 of about 100 M parameters."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
+def shape(is_tied: bool) -> Qwen2Config:
+    """The shape of a Qwen2 of about 100 M parameters. With `is_tied`, its head is its embedding."""
+    return Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=768,
         intermediate_size=2048,
@@ -74,11 +73,17 @@ def build_model(folder: Path, dtype: str) -> None:
         num_attention_heads=12,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
+        tie_word_embeddings=is_tied,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
     )
+
+
+def build_model(folder: Path, dtype: str) -> None:
+    """Writes a model of that shape, with its head tied."""
+    torch.manual_seed(0)
+    config = shape(is_tied=True)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
 
 

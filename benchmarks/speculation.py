@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
-from benchmarks.pt_engine import CONTEXT, VOCABULARY, grouped_attention, load_runner
+from benchmarks.pt_engine import VOCABULARY, grouped_attention, load_runner, shape
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler
@@ -59,19 +59,7 @@ class Row:
 def build_model(folder: Path, dtype: str) -> list[int]:
     """Writes the model, and returns which token follows each token: one cycle through all of them."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=13,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = shape(is_tied=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     cycle = torch.randperm(VOCABULARY)
     after = torch.empty_like(cycle)

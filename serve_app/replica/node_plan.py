@@ -37,15 +37,11 @@ def plan_over_nodes(config: ModelConfig, views: Sequence[BundleView], facts: Eng
     planned = plan_on(config, [device for view in views for device in _devices(view)], facts)
     if planned is None or config.device == "cpu":
         return planned
-    places = {(view.name, gpu.index): view.gpus.index(gpu) for view in views for gpu in view.gpus}
-    starts, start = {}, 0
-    for view in views:
-        starts[view.name], start = start, start + len(view.gpus)
-    ranks = []
-    for rank in planned.ranks:
-        device = rank.device
-        place = starts[device.node] + places[device.node, device.index or 0]
-        ranks.append(replace(rank, device=replace(device, index=place)))
+    places = [(view.name, gpu.index) for view in views for gpu in view.gpus]
+    ranks = [
+        replace(rank, device=replace(rank.device, index=places.index((rank.device.node, rank.device.index or 0))))
+        for rank in planned.ranks
+    ]
     return replace(planned, ranks=tuple(ranks))
 
 
