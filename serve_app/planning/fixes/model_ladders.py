@@ -19,7 +19,7 @@ from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladde
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
 from serve_app.planning.model_request import ModelRequest
-from serve_app.planning.planner import ONLY_GPU
+from serve_app.planning.no_device import ONLY_GPU
 from serve_app.planning.quantization import BITS
 from serve_app.planning.sizes import gib
 
