@@ -153,9 +153,9 @@ def pools(draw: st.DrawFn) -> tuple[list[Terms], dict[str, int], int]:
         for _ in range(draw(st.integers(1, 3))):
             devices = draw(st.sets(st.sampled_from(sorted(budget)), min_size=1))
             options.append({device: draw(st.integers(1, budget[device])) for device in sorted(devices)})
-        seconds = [draw(DURATION) for _ in range(5)]
-        priority = draw(st.integers(-3, 3))
-        found.append(Terms(f"r{number}", "m", tuple(options), draw(st.integers(0, 8)), *seconds, priority))
+        wake, start, leave, stay, drain = (draw(DURATION) for _ in range(5))
+        host, priority = draw(st.integers(0, 8)), draw(st.integers(-3, 3))
+        found.append(Terms(f"r{number}", "m", tuple(options), host, wake, start, leave, stay, drain, priority))
     return found, budget, draw(st.integers(0, 24))
 
 
