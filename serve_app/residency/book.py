@@ -1,0 +1,191 @@
+"""Keeps the leases of one pool: what its replicas tell, what was decided, and what each has to be told.
+
+It does no I/O and has no clock, so `keeper.py` gives it the time.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from serve_app.residency.member import HOLDS_A_LEASE, Bytes, Demand, Member, Pool, State, Terms
+from serve_app.residency.policy import Forget, Leave, Order, Wake, decide, fits_alone, longest_wait_s
+
+
+@dataclass(frozen=True)
+class Report:
+    """This is what a replica tells about itself. Ages are in seconds, because its clock is not the keeper's.
+
+    `orders_seen` counts the orders that it has got from this keeper since it joined. An older report than the last
+    order says nothing about its state, which the order has changed.
+    """
+
+    terms: Terms
+    state: State
+    lease: Bytes = field(default_factory=dict)
+    has_copy: bool = False
+    waiting: int = 0
+    oldest_age_s: float = 0.0
+    running: int = 0
+    idle_s: float = 0.0
+    orders_seen: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """This is an order with its reason in words and the time, in seconds since 1970."""
+
+    order: Order
+    reason: str
+    at: float
+
+
+@dataclass
+class _Entry:
+    member: Member
+    undelivered: list[Order] = field(default_factory=list)
+    ordered: int = 0
+    is_known: bool = True  # False for a replica that an earlier keeper knew and that has told nothing to this one
+
+
+class Book:
+    """Holds the replicas of one pool. All times are seconds of one clock."""
+
+    def __init__(self, budget: Bytes, host_budget: int):
+        self.budget, self.host_budget = dict(budget), host_budget
+        self._entries: dict[str, _Entry] = {}
+
+    @property
+    def pool(self) -> Pool:
+        """Returns the pool with all replicas, also those of which only the lease is known."""
+        return Pool(self.budget, self.host_budget, tuple(entry.member for entry in self._entries.values()))
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Returns the bound of the policy for these replicas."""
+        return longest_wait_s(entry.member for entry in self._entries.values())
+
+    def knows(self, replica: str) -> bool:
+        """Returns whether the replica has joined this keeper."""
+        entry = self._entries.get(replica)
+        return entry is not None and entry.is_known
+
+    def problem(self, terms: Terms) -> str | None:
+        """Returns why a replica cannot be in this pool, or None."""
+        if fits_alone(terms.options, self.budget):
+            return None
+        needs = " or ".join(_amounts(option) for option in terms.options)
+        return f"'{terms.model}' needs {needs}, and the whole pool has {_amounts(self.budget)}."
+
+    def restore(self, record: Mapping[str, Any], now: float) -> None:
+        """Takes over what an earlier keeper wrote of a replica (`record`). Its lease counts until it joins or dies."""
+        terms = Terms(**{**record["terms"], "options": tuple(record["terms"]["options"])})
+        demand = Demand(last_used=now)
+        member = Member(terms, record["state"], now, record["lease"], record["has_copy"], demand)
+        self._entries[terms.replica] = _Entry(member, is_known=False)
+
+    def record(self, replica: str) -> dict[str, Any]:
+        """Returns what another keeper must know of a replica if this one dies."""
+        member = self._entries[replica].member
+        return {
+            "terms": asdict(member.terms),
+            "state": member.state,
+            "lease": dict(member.lease),
+            "has_copy": member.has_copy,
+        }
+
+    def join(self, report: Report, now: float) -> None:
+        """Adds a replica, or takes what it says for true if it is known: it has got no order that it does not know of,
+        or has died and forgotten it."""
+        self._entries[report.terms.replica] = _Entry(_member(report, now, since=now))
+
+    def update(self, report: Report, now: float) -> None:
+        """Takes over what a replica tells. It must have joined."""
+        entry = self._entries[report.terms.replica]
+        old = entry.member
+        told = _member(report, now, since=old.since if report.state == old.state else now)
+        if report.orders_seen < entry.ordered:
+            told = replace(old, terms=told.terms, demand=told.demand)
+        entry.member = told
+
+    def remove(self, replica: str) -> None:
+        """Forgets a replica that has ended, with its lease."""
+        self._entries.pop(replica, None)
+
+    def decide(self, now: float, at: float) -> list[Decision]:
+        """Decides by the policy, and writes down the consequences. `at` is the time in seconds since 1970."""
+        pool = self.pool
+        orders = decide(pool, now)
+        decisions = [Decision(order, self._reason(order, now), at) for order in orders]
+        for order in orders:
+            entry = self._entries[order.replica]
+            entry.member = _after(entry.member, order, now)
+            entry.undelivered.append(order)
+            entry.ordered += 1
+        return decisions
+
+    def take(self, replica: str) -> list[Order]:
+        """Returns the orders that the replica has not got yet, once."""
+        entry = self._entries[replica]
+        orders, entry.undelivered = entry.undelivered, []
+        return orders
+
+    def has_orders(self, replica: str) -> bool:
+        """Returns whether there are orders that the replica has not got yet."""
+        return bool(self._entries[replica].undelivered)
+
+    def _reason(self, order: Order, now: float) -> str:
+        member = self._entries[order.replica].member
+        model = member.terms.model
+        match order:
+            case Wake(_, lease):
+                waited = now - member.demand.oldest
+                return (
+                    f"'{model}' gets {_amounts(lease)}: {_requests(member.demand.waiting)} waiting, the oldest for "
+                    f"{waited:.1f} s. It takes about {member.ready_in_s:.1f} s from {member.state}."
+                )
+            case Leave(_, parks, instead):
+                idle = "in use" if member.demand.running else f"idle for {now - member.demand.last_used:.0f} s"
+                return (
+                    f"'{model}' ({idle}, {_requests(member.demand.running)} running) is "
+                    f"{'parked' if parks else 'stopped'} and gives back {_amounts(member.lease)} for "
+                    f"'{self._model(instead)}'."
+                )
+            case Forget(_, instead):
+                return (
+                    f"'{model}' gives back its copy of {_amounts({'host': member.terms.host_bytes})} for the one of "
+                    f"'{self._model(instead)}'."
+                )
+
+    def _model(self, replica: str) -> str:
+        return self._entries[replica].member.terms.model
+
+
+def changes_of(orders: Iterable[Order]) -> list[str]:
+    """Returns the replicas whose records change by these orders."""
+    return list(dict.fromkeys(order.replica for order in orders))
+
+
+def _member(report: Report, now: float, since: float) -> Member:
+    oldest = now - report.oldest_age_s
+    demand = Demand(report.waiting, oldest, report.running, now if report.running else now - report.idle_s)
+    lease = report.lease if report.state in HOLDS_A_LEASE else {}
+    return Member(report.terms, report.state, since, dict(lease), report.has_copy, demand)
+
+
+def _after(member: Member, order: Order, now: float) -> Member:
+    match order:
+        case Wake(_, lease):
+            return replace(member, state="waking", since=now, lease=dict(lease))
+        case Leave(_, parks, _):
+            return replace(member, state="draining", since=now, has_copy=member.has_copy or parks)
+        case Forget():
+            state: State = "stopped" if member.state == "parked" else member.state
+            return replace(member, state=state, since=now if state != member.state else member.since, has_copy=False)
+
+
+def _amounts(sizes: Bytes) -> str:
+    return ", ".join(f"{size / 2**30:.2f} GiB of {device}" for device, size in sorted(sizes.items()))
+
+
+def _requests(count: int) -> str:
+    return f"{count} request{'' if count == 1 else 's'}"

@@ -1,0 +1,288 @@
+"""Runs the book of one pool as an actor, which grants leases to the replicas of its node.
+
+Its death loses nothing. Each lease is in Ray's key-value store before a replica hears of it, so the next keeper knows
+all of them, and counts each until its replica joins or is seen to be dead. Replicas hold what they have meanwhile, and
+requests for others wait.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from serve_app.ray_serve import NAMESPACE, delete_stored, store, stored, stored_keys
+from serve_app.residency.book import Book, Decision, Report, changes_of
+from serve_app.residency.life_lock import lives
+from serve_app.residency.member import Bytes, Member
+from serve_app.residency.policy import Order
+
+logger = logging.getLogger("ray.serve")
+
+PREFIX = "serve-app-lease"
+# These are seconds. Replicas that wait are looked at again because others come of age.
+LOOK_EVERY_S, LOOK_FOR_DEATHS_S = 0.1, 1.0
+# A call for orders returns after this many seconds without one, so that no dead replica holds one for ever.
+POLL_S = 20.0
+# A keeper without replicas ends after this many seconds, and gives its GPUs back to Ray.
+LONELY_S = 60.0
+MOST_DECISIONS = 100
+
+
+@dataclass(frozen=True)
+class PoolName:
+    """Names a pool on one node, by the node's id."""
+
+    pool: str
+    node: str
+
+    @property
+    def actor(self) -> str:
+        """Returns the name of its keeper's actor."""
+        return f"serve-app-keeper/{self.pool}/{self.node}"
+
+    def key(self, replica: str) -> bytes:
+        """Returns the key of a replica's record in Ray's store."""
+        return f"{PREFIX}/{self.pool}/{self.node}/{replica}".encode()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Is the answer to a replica that joins: the name of this run of the keeper, or why it cannot join."""
+
+    run: str
+    problem: str | None = None
+
+
+class Keeper(Protocol):
+    """Is what a replica asks of the keeper. Every method raises an exception while it cannot be reached."""
+
+    async def join(self, report: Report) -> Joined:
+        """Adds a replica, or adds it again with what it says for true."""
+        ...
+
+    async def update(self, run: str, report: Report) -> bool:
+        """Takes over what has changed. Returns False if the replica has to join again."""
+        ...
+
+    async def orders(self, run: str, replica: str) -> list[Order] | None:
+        """Waits for orders. Returns None if the replica has to join again."""
+        ...
+
+    async def leave(self, replica: str) -> None:
+        """Forgets a replica that has freed all its memory."""
+        ...
+
+
+class Records(Protocol):
+    """Is where leases are kept, which outlives the keeper. Its methods raise an exception while it does not answer."""
+
+    def write(self, key: bytes, value: bytes) -> None:
+        """Writes a record, so that a keeper that starts later finds it."""
+        ...
+
+    def delete(self, key: bytes) -> None:
+        """Deletes a record."""
+        ...
+
+    def read(self, prefix: bytes) -> list[bytes]:
+        """Returns all records whose keys begin with `prefix`."""
+        ...
+
+
+class RayRecords:
+    """Keeps records in Ray's key-value store."""
+
+    def write(self, key: bytes, value: bytes) -> None:
+        """Writes in about a millisecond."""
+        store(key, value)
+
+    def delete(self, key: bytes) -> None:
+        """Deletes in about a millisecond."""
+        delete_stored(key)
+
+    def read(self, prefix: bytes) -> list[bytes]:
+        """Returns the records in the order of their keys."""
+        return [value for key in stored_keys(prefix) if (value := stored(key)) is not None]
+
+
+class KeeperActor:
+    """Grants the leases of one pool. All methods run on one event loop, one after the other between their waits."""
+
+    def __init__(
+        self,
+        name: PoolName,
+        budget: Bytes,
+        host_budget: int,
+        records: Records | None = None,
+        lives: Callable[[str], bool] = lives,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._name, self._records, self._lives, self._clock = name, records or RayRecords(), lives, clock
+        self._book = Book(budget, host_budget)
+        self._run = secrets.token_hex(4)
+        self._unsaved: set[str] = set()
+        self._written: dict[str, bytes] = {}
+        self._news = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+        self._decisions: deque[Decision] = deque(maxlen=MOST_DECISIONS)
+        self._alone_since = clock()
+        self._looked_for_deaths = clock()
+        for value in self._records.read(name.key("")):
+            self._book.restore(json.loads(value), clock())
+
+    async def join(self, report: Report) -> Joined:
+        """See `Keeper.join`."""
+        if (problem := self._book.problem(report.terms)) is not None:
+            return Joined(self._run, problem)
+        self._book.join(report, self._clock())
+        await self._changed([report.terms.replica])
+        return Joined(self._run)
+
+    async def update(self, run: str, report: Report) -> bool:
+        """See `Keeper.update`."""
+        replica = report.terms.replica
+        if run != self._run or not self._book.knows(replica):
+            return False
+        self._book.update(report, self._clock())
+        await self._changed([replica])
+        return True
+
+    async def orders(self, run: str, replica: str) -> list[Order] | None:
+        """See `Keeper.orders`. An order is given out only once its lease is written down."""
+        try:
+            async with asyncio.timeout(POLL_S), self._news:
+                while run == self._run and self._book.knows(replica):
+                    if self._book.has_orders(replica) and replica not in self._unsaved:
+                        return self._book.take(replica)
+                    await self._news.wait()
+        except TimeoutError:
+            return []
+        return None
+
+    async def leave(self, replica: str) -> None:
+        """See `Keeper.leave`."""
+        await self._forget([replica])
+
+    async def decisions(self) -> list[Decision]:
+        """Returns the last decisions, the oldest first."""
+        return list(self._decisions)
+
+    async def _changed(self, replicas: Iterable[str]) -> None:
+        """Decides anew, writes down what has changed, and wakes the calls that wait for orders."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._watch())
+        decisions = self._book.decide(self._clock(), time.time())
+        for decision in decisions:
+            self._decisions.append(decision)
+            logger.info("%s", decision.reason)
+        self._unsaved.update(replicas, changes_of(decision.order for decision in decisions))
+        self._save()
+        async with self._news:
+            self._news.notify_all()
+
+    def _save(self) -> None:
+        for replica in list(self._unsaved):
+            try:
+                if not self._book.knows(replica):
+                    self._records.delete(self._name.key(replica))
+                    self._written.pop(replica, None)
+                elif (record := json.dumps(self._book.record(replica)).encode()) != self._written.get(replica):
+                    self._records.write(self._name.key(replica), record)
+                    self._written[replica] = record
+            except Exception as error:  # Ray's head may be restarting. No order goes out until it is written down.
+                logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
+                return
+            self._unsaved.discard(replica)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            now = self._clock()
+            if now - self._looked_for_deaths >= LOOK_FOR_DEATHS_S:
+                self._looked_for_deaths = now
+                if dead := await asyncio.to_thread(self._dead, self._book.pool.members):
+                    await self._forget(dead)
+            members = self._book.pool.members
+            if self._unsaved or any(member.demand.waiting and not member.lease for member in members):
+                await self._changed([])
+            if members:
+                self._alone_since = now
+            elif now - self._alone_since > LONELY_S:
+                _end()
+
+    def _dead(self, members: Iterable[Member]) -> list[str]:
+        return [member.name for member in members if not self._lives(member.name)]
+
+    async def _forget(self, replicas: Iterable[str]) -> None:
+        for replica in replicas:
+            self._book.remove(replica)
+        await self._changed(replicas)
+
+
+def _end() -> None:
+    """Ends this actor for good. The next replica makes another one."""
+    import ray
+
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+class RayKeeper:
+    """Reaches the keeper of a pool on this node, and makes it if there is none.
+
+    `options` are Ray's, with what the pool may take of the node's GPUs in Ray's books.
+    """
+
+    def __init__(self, name: PoolName, budget: Bytes, host_budget: int, options: dict[str, Any] | None = None):
+        self._name, self._budget, self._host_budget = name, dict(budget), host_budget
+        self._options = options or {}
+        self._actor: Any = None
+
+    async def join(self, report: Report) -> Joined:
+        """See `Keeper.join`."""
+        self._actor = None  # The last one may have ended for good.
+        joined: Joined = await (await self._handle()).join.remote(report)
+        return joined
+
+    async def update(self, run: str, report: Report) -> bool:
+        """See `Keeper.update`."""
+        is_known: bool = await (await self._handle()).update.remote(run, report)
+        return is_known
+
+    async def orders(self, run: str, replica: str) -> list[Order] | None:
+        """See `Keeper.orders`."""
+        orders: list[Order] | None = await (await self._handle()).orders.remote(run, replica)
+        return orders
+
+    async def leave(self, replica: str) -> None:
+        """See `Keeper.leave`."""
+        if self._actor is not None:
+            await self._actor.leave.remote(replica)
+
+    async def _handle(self) -> Any:
+        if self._actor is None:
+            self._actor = await asyncio.to_thread(self._connect)
+        return self._actor
+
+    def _connect(self) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return (
+            ray.remote(KeeperActor)
+            .options(
+                name=self._name.actor,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                max_concurrency=1000,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(self._name.node, soft=False),
+                **{"num_cpus": 0, **self._options},
+            )
+            .remote(self._name, self._budget, self._host_budget)
+        )

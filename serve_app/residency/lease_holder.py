@@ -1,0 +1,100 @@
+"""Is a replica's side of its pool: it tells the keeper what has changed, and does what the keeper orders.
+
+It goes on whatever happens to the keeper. While there is none, the replica keeps what it has.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from serve_app.errors import EngineError
+from serve_app.residency.book import Report
+from serve_app.residency.keeper import Keeper
+from serve_app.residency.policy import Order
+
+logger = logging.getLogger("ray.serve")
+
+# These are seconds: between two tries to reach the keeper, between two updates, and for the goodbye.
+TRY_AGAIN_S, UPDATE_EVERY_S, LEAVE_TIMEOUT_S = 0.5, 0.05, 5.0
+
+
+class LeaseHolder:
+    """Talks with the keeper from `start` to `stop`. `report` says what the replica is now, and `obey` carries out one
+    order and returns when that is done."""
+
+    def __init__(self, keeper: Keeper, report: Callable[[], Report], obey: Callable[[Order], Awaitable[None]]):
+        self._keeper, self._report, self._obey = keeper, report, obey
+        self._run: str | None = None
+        self._orders_seen = 0
+        self._change = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Joins the pool. Raises EngineError if the replica does not fit into it."""
+        run = await self._joined()
+        self._tasks = [asyncio.create_task(self._listen(run)), asyncio.create_task(self._tell())]
+
+    def changed(self) -> None:
+        """Says that the report is another one now."""
+        self._change.set()
+
+    async def stop(self, replica: str) -> None:
+        """Gives everything back. The replica must have freed its memory."""
+        for task in self._tasks:
+            task.cancel()
+        with suppress(Exception):  # The keeper sees by itself that the replica has ended.
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await self._keeper.leave(replica)
+
+    async def _joined(self) -> str:
+        """Joins the pool, and returns the name of the keeper's run. Only the task that listens does this, and never
+        while it waits for orders, so no order of an earlier run can be on its way."""
+        self._run = None
+        while True:
+            self._orders_seen = 0
+            try:
+                joined = await self._keeper.join(self._report())
+            except Exception as error:  # Ray raises several kinds while an actor restarts.
+                logger.debug("The keeper of the pool does not answer: %s", error)
+                await asyncio.sleep(TRY_AGAIN_S)
+                continue
+            if joined.problem is not None:
+                raise EngineError(joined.problem)
+            self._run = joined.run
+            return joined.run
+
+    async def _listen(self, run: str) -> None:
+        while True:
+            try:
+                orders = await self._keeper.orders(run, self._report().terms.replica)
+            except Exception as error:
+                logger.debug("The keeper of the pool does not answer: %s", error)
+                orders = None
+            if orders is None:
+                await asyncio.sleep(TRY_AGAIN_S)
+                run = await self._joined()
+                continue
+            for order in orders:
+                self._orders_seen += 1
+                await self._obey(order)
+                self.changed()
+
+    async def _tell(self) -> None:
+        while True:
+            await self._change.wait()
+            self._change.clear()
+            if not await self._told():
+                self._change.set()  # It is told again once the other task has joined.
+                await asyncio.sleep(TRY_AGAIN_S)
+            await asyncio.sleep(UPDATE_EVERY_S)
+
+    async def _told(self) -> bool:
+        if self._run is None:
+            return False
+        try:
+            return await self._keeper.update(self._run, replace(self._report(), orders_seen=self._orders_seen))
+        except Exception as error:
+            logger.debug("The keeper of the pool does not answer: %s", error)
+            return False

@@ -1,0 +1,76 @@
+"""Shows to other processes of a node whether a replica lives, by a lock that the kernel frees when it dies.
+
+Memory of a replica is free only when its engine's processes have ended too. They may end some seconds later, and are
+found by a variable of their environment.
+"""
+
+import fcntl
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from serve_app.errors import EngineError
+
+# The processes that a replica starts inherit this variable, whose value is the replica's name.
+MARK = "SERVE_APP_LEASE_OF"
+
+
+def lock_folder() -> Path:
+    """Returns the folder of the locks of this user's replicas on this node, and makes it if there is none."""
+    folder = Path(tempfile.gettempdir(), f"serve-app-leases-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
+        raise EngineError(f"{folder} belongs to user {status.st_uid} or is no folder. Remove it.")
+    return folder
+
+
+class LifeLock:
+    """Is held by a replica from its start to its end."""
+
+    def __init__(self, replica: str, folder: Path | None = None):
+        self._path = _path(replica, folder or lock_folder())
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.environ[MARK] = replica
+
+    def release(self) -> None:
+        """Says that the replica has ended and holds no memory any more."""
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+        os.close(self._file)
+
+
+def lives(replica: str, folder: Path | None = None) -> bool:
+    """Returns whether the replica or a process that it has started lives. It blocks for some milliseconds if the
+    replica itself does not."""
+    path = _path(replica, folder or lock_folder())
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    if _has_processes(replica):
+        return True
+    path.unlink(missing_ok=True)
+    return False
+
+
+def _path(replica: str, folder: Path) -> Path:
+    return folder / "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in replica)
+
+
+def _has_processes(replica: str) -> bool:
+    mark = f"{MARK}={replica}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):  # It belongs to another user, or has ended meanwhile.
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    return True
+    return False
