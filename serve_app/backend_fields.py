@@ -43,7 +43,7 @@ SERVER_ARGS = re.compile(r"host|port|uds|ssl_.*|uvicorn_.*|api_server_count|head
 def backend_problem(config: "ModelConfig") -> str | None:
     """Returns why the fields of a model contradict its backend, its device or each other, or None if they agree."""
     of_backend = {"vllm": _vllm_problem, "pt": _pt_problem, "auto": _auto_problem}[config.infer_backend]
-    return of_backend(config) or _device_problem(config)
+    return of_backend(config) or _device_problem(config) or _residency_problem(config)
 
 
 def _vllm_problem(config: "ModelConfig") -> str | None:
@@ -285,4 +285,28 @@ def _device_problem(config: "ModelConfig") -> str | None:
             f"num_gpus is {config.num_gpus:g}, but max_memory or device_map names {len(config.gpu_indices)} GPUs. "
             "Leave num_gpus out, and it follows them."
         )
+    return None
+
+
+def _residency_problem(config: "ModelConfig") -> str | None:
+    """Returns why a model cannot share the memory of a pool, or None if it can or does not."""
+    swaps = config.swaps
+    if swaps is None:
+        return None
+    for field in ("nnodes", "num_gpus", "gpu_ids"):
+        if getattr(config, field) is not None:
+            return (
+                f"{field}: a model with residency: {{policy: swap}} gets its devices from its pool, which is on one "
+                f"node. Leave {field} out, and name the pool's devices in pool_memory."
+            )
+    memory = swaps.pool_memory or {}
+    named = sorted(key for key in memory if isinstance(key, int))
+    if config.device == "cpu":
+        if "cpu" not in memory or named:
+            return "residency.pool_memory: with device: cpu it says what resident models may take, such as {cpu: 8GB}."
+        return None
+    if swaps.pool_memory is not None and not named:
+        return "residency.pool_memory names no GPU. Add one, such as {0: 20GB, cpu: 64GB}, or set device: cpu."
+    if "disk" in memory:
+        return "residency.pool_memory: parked models of GPUs are kept in the host's memory. Write cpu instead of disk."
     return None

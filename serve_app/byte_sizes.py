@@ -40,22 +40,22 @@ def parse_bytes(value: object, where: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
-def parse_max_memory(value: object) -> dict[MaxMemoryKey, int]:
+def parse_max_memory(value: object, field: str = "max_memory") -> dict[MaxMemoryKey, int]:
     """Returns the bytes for each device: a GPU's index, "cpu" or "disk".
 
     It takes a mapping, or a string of one as in `swift deploy --max_memory '{0: "3GB", 1: "10GB"}'`.
     """
     mapping = _read_mapping(value) if isinstance(value, str) else value
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"max_memory: expected a mapping such as {{0: 3GB, 1: 10GB}}, got {value!r}.")
+        raise ConfigError(f"{field}: expected a mapping such as {{0: 3GB, 1: 10GB}}, got {value!r}.")
     if not mapping:
-        raise ConfigError("max_memory is empty. Leave it out, or name a device, such as {0: 3GB}.")
+        raise ConfigError(f"{field} is empty. Leave it out, or name a device, such as {{0: 3GB}}.")
     parsed: dict[MaxMemoryKey, int] = {}
     for key, size in mapping.items():
-        device = _parse_device(key)
+        device = _parse_device(key, field)
         if device in parsed:
-            raise ConfigError(f"max_memory: device {device} is named twice.")
-        parsed[device] = parse_bytes(size, f"max_memory[{device}]")
+            raise ConfigError(f"{field}: device {device} is named twice.")
+        parsed[device] = parse_bytes(size, f"{field}[{device}]")
     return parsed
 
 
@@ -71,10 +71,10 @@ def _read_mapping(text: str) -> object:
         return text
 
 
-def _parse_device(key: object) -> MaxMemoryKey:
+def _parse_device(key: object, field: str) -> MaxMemoryKey:
     text = str(key).strip()
     if isinstance(key, bool) or not (match := re.fullmatch(r"(?:cuda:|gpu:)?(\d+)|(cpu|disk)", text)):
-        raise ConfigError(f"max_memory: unknown device '{text}'. Use a GPU index (0, 1, …), cpu or disk.")
+        raise ConfigError(f"{field}: unknown device '{text}'. Use a GPU index (0, 1, …), cpu or disk.")
     index, tier = match.groups()
     return int(index) if index is not None else tier  # type: ignore[return-value]
 

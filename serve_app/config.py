@@ -74,6 +74,20 @@ def _max_memory_or_none(value: object) -> dict[MaxMemoryKey, int] | None:
         raise ValueError(str(error)) from None
 
 
+def _pool_memory_or_none(value: object) -> dict[MaxMemoryKey, int] | None:
+    try:
+        return None if value is None else parse_max_memory(value, "pool_memory")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _host_memory_or_none(value: object) -> int | None:
+    try:
+        return None if value is None else 0 if value == 0 else parse_bytes(value, "host_memory")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
 def _size_or_none(value: object) -> int | None:
     try:
         size = None if value is None else parse_bytes(value, "kv_cache_memory_bytes")
@@ -156,6 +170,35 @@ class SpeculativeConfig(_Strict):
         return self
 
 
+class ResidencyConfig(_Strict):
+    """Says whether a model holds its memory for as long as it is deployed (`pinned`), or shares it with the others of
+    its pool, of which those hold it that are asked (`swap`).
+
+    A pool is on one node. `pool_memory` is what its resident models may take together of each device: GPUs by index, or
+    `cpu` for models on the processor. The next slower tier that it names, `cpu` for GPUs and `disk` for the processor,
+    is what copies of the weights of parked models may take. All models of a pool say the same `pool_memory`.
+    `host_memory` is the most that the copy of this model may take, so 0 stops it instead of parking it. Once resident,
+    it stays for `min_resident_s` seconds, and when it must leave, requests that run have `drain_s` seconds to end. Each
+    step of `priority` makes the model count twice as much when it is decided who leaves.
+    """
+
+    policy: Literal["pinned", "swap"]
+    pool: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "default"
+    pool_memory: Annotated[dict[MaxMemoryKey, int] | None, BeforeValidator(_pool_memory_or_none)] = None
+    host_memory: Annotated[int | None, BeforeValidator(_host_memory_or_none)] = None
+    min_resident_s: Annotated[Number, Field(ge=0, le=3600)] = 5.0
+    drain_s: Annotated[Number, Field(ge=0, le=3600)] = 30.0
+    priority: Annotated[Whole, Field(ge=-10, le=10)] = 0
+
+    @model_validator(mode="after")
+    def _is_used(self) -> Self:
+        """Refuses fields of swapping where nothing swaps."""
+        given = sorted(self.model_fields_set - {"policy"})
+        if self.policy == "pinned" and given:
+            raise ValueError(f"{given[0]} works with policy: swap only. Leave it out, or set policy: swap.")
+        return self
+
+
 class ModelConfig(_Strict):
     """This is a model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
 
@@ -169,6 +212,7 @@ class ModelConfig(_Strict):
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `speculative` drafts tokens with both engines. For vLLM it is the argument `speculative_config`.
+    `residency` says whether the model holds its memory all the time or shares it with others that swap.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
     `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route. The router has its own.
@@ -198,6 +242,7 @@ class ModelConfig(_Strict):
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     quantization: str | None = None
     speculative: Annotated[SpeculativeConfig | None, BeforeValidator(_known_speculation)] = None
+    residency: ResidencyConfig | None = None
     num_cpus: Annotated[Number, Field(gt=0)] = 1.0
     num_gpus: Annotated[Number, Field(ge=0.001, le=1024)] | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)
@@ -271,6 +316,11 @@ class ModelConfig(_Strict):
     def share(self) -> float | None:
         """Returns the share of one GPU that `num_gpus` sets, or None if the replica has whole GPUs."""
         return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None
+
+    @property
+    def swaps(self) -> ResidencyConfig | None:
+        """Returns how the model shares memory with others, or None if it holds its own all the time."""
+        return self.residency if self.residency is not None and self.residency.policy == "swap" else None
 
     @property
     def vllm_args(self) -> dict[str, Any]:
