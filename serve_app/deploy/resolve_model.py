@@ -61,6 +61,8 @@ def resolve_model(
     If the plan cannot decide (there is no `inventory`, the architecture is unknown, or NVML does not see the GPUs),
     a config that names its backend stays as it is, and the engine finds out. Raises ConfigError or PlacementError.
     """
+    if config.swaps is not None:
+        return _in_pool(config, nodes, inventory, request_of or _request)
     resolved = _planned(config, inventory, unclaimed, request_of or _request)
     if resolved is None and config.infer_backend == "vllm" and config.max_memory is not None:
         raise PlacementError(f"max_memory: {UNPLANNED_LIMITS}")
@@ -69,6 +71,19 @@ def resolve_model(
     # A model that was read and could not be planned has no facts, and its replica must not plan it either.
     none = NO_FACTS if _needs_plan(config, inventory) else None
     return Resolved(with_absolute_paths(chosen), demand, none if resolved is None else resolved.facts)
+
+
+def _in_pool(
+    config: ModelConfig, nodes: Sequence[Node], inventory: Inventory | None, request_of: RequestOf
+) -> Resolved:
+    """Returns a model that shares the memory of a pool. Its replica asks Ray for CPUs only, because the pool's keeper
+    asks for the GPUs, once for all of its models."""
+    facts = None
+    if inventory is not None and _needs_plan(config, inventory):
+        with suppress(ConfigError):  # The replica cannot plan it either, and says why.
+            facts = request_of(config, inventory).engine_facts
+    demand = require_room(config, nodes, Demand(config.num_cpus))
+    return Resolved(with_absolute_paths(config), demand, facts)
 
 
 def require_all_replicas(

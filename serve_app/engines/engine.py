@@ -11,6 +11,27 @@ from serve_app.engines.rank_memory import RankMemory
 from serve_app.planning.plan import ModelPlan
 
 
+class Parking(Protocol):
+    """This is what an engine does that can leave its devices and come back without loading its model again."""
+
+    async def park(self) -> None:
+        """Frees the weights and the KV cache of the devices, and keeps copies in the host's memory, or in a file for a
+        model on the CPU. Sequences that run stand still, and new ones wait. Raises EngineError if it cannot."""
+        ...
+
+    async def wake(self) -> None:
+        """Brings everything back. Sequences go on without a change. Raises EngineError if there is no memory."""
+        ...
+
+    def copy_bytes(self) -> int:
+        """Returns what the copies take now."""
+        ...
+
+    async def forget_copy(self) -> None:
+        """Frees the copies of an engine that is awake."""
+        ...
+
+
 class Engine(Protocol):
     """This is one loaded model behind an ASGI application with OpenAI's endpoints.
 
@@ -36,6 +57,10 @@ class Engine(Protocol):
 
     def draft_counts(self) -> DraftCounts | None:
         """Returns what the engine has counted of its speculation, or None if it has none or exports them itself."""
+        ...
+
+    def parking(self) -> Parking | None:
+        """Returns how it parks, or None if it cannot, and is stopped and started again instead."""
         ...
 
     async def memory(self) -> Sequence[RankMemory]:

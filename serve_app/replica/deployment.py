@@ -18,7 +18,7 @@ from serve_app.access.door import Inside, require_door, stand_behind
 from serve_app.access.gate import Gate, KeyedApp
 from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
-from serve_app.config import ModelConfig
+from serve_app.config import ModelConfig, ResidencyConfig
 from serve_app.engines.engine import Engine, create_engine
 from serve_app.errors import ServeAppError
 from serve_app.facts.engine_facts import EngineFacts
@@ -28,6 +28,7 @@ from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
 from serve_app.replica.node_plan import bundle_order, given_views, gpus_of, plan_over_nodes
+from serve_app.replica.pool import pool_member
 from serve_app.replica.replica_plan import plan_replica, split_line, visible_order, with_planned_memory
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
@@ -71,6 +72,9 @@ class Model:
     async def _start(self, started: float) -> None:
         """Plans and starts the engine while no other one starts on any of its GPUs. `started` is when the replica did,
         by the monotonic clock."""
+        if self._config.swaps is not None:
+            await self._start_in_pool(self._config.swaps, started)
+            return
         gpus = _gpus(self._config)
         async with starting_alone([gpu.uuid for gpu in gpus], notify):
             if self._config.nodes > 1:
@@ -82,9 +86,19 @@ class Model:
             if line := split_line(planned, gpus):
                 say(line)
             self._engine: Engine = create_engine(with_planned_memory(self._config, planned), self.name, planned)
-            self._app: ASGIApp = await self._engine.start()
-            self._watch = MemoryWatch(self._config, self._engine, planned, gpus)
-            await self._watch.start(time.monotonic() - started)
+            await self._start_engine(planned, gpus, started)
+
+    async def _start_in_pool(self, swaps: ResidencyConfig, started: float) -> None:
+        """Starts an engine that has memory only while the keeper of its pool has leased it some. No start lock is
+        needed, because leases never overlap."""
+        member = await asyncio.to_thread(pool_member, self._config, swaps, self._facts)
+        self._engine = member.engine(self.name)
+        await self._start_engine(member.planned, member.gpus, started)
+
+    async def _start_engine(self, planned: ModelPlan | None, gpus: Sequence[Gpu], started: float) -> None:
+        self._app: ASGIApp = await self._engine.start()
+        self._watch = MemoryWatch(self._config, self._engine, planned, gpus)
+        await self._watch.start(time.monotonic() - started)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return KeyedApp(self._own_route, self._gate, self.name, self._config)

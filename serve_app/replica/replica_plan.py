@@ -26,6 +26,7 @@ from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import STAGES, ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import UNPLANNED_LIMITS, pipeline_fields, vllm_memory
+from serve_app.residency.pool_plan import plan_in_pool
 
 logger = logging.getLogger("ray.serve")
 NODE = "here"
@@ -78,6 +79,23 @@ def plan_on(
         logger.warning("This model takes a part of the reserve: %s", message)
         return without_reserve.models[0]
     raise EngineError(f"{message} {why()}".strip())
+
+
+def plan_alone(config: ModelConfig, devices: Sequence[Device], facts: EngineFacts | None) -> ModelPlan:
+    """Returns the plan of a model that may have all that is free on these devices when its turn comes.
+
+    Raises EngineError if that is too little, or if the plan does not know the model, because nothing else says what it
+    takes of the memory that it shares.
+    """
+    if (request := _request(config, facts)) is None:
+        raise EngineError(
+            "residency: the memory plan does not know this model, so it cannot share memory with others. Leave "
+            "residency out."
+        )
+    plan = plan_in_pool(request, devices)
+    if not plan.fits:
+        raise EngineError(plan.problems[0].message)
+    return plan.models[0]
 
 
 def _without_reserve(device: Device) -> Device:

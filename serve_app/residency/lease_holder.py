@@ -40,6 +40,12 @@ class LeaseHolder:
         """Says that the report is another one now."""
         self._change.set()
 
+    def require_alive(self) -> None:
+        """Raises EngineError if the pool does not take the replica any more, as after a change of its memory."""
+        for task in self._tasks:
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise EngineError(f"the replica has lost its pool: {error}")
+
     async def stop(self, replica: str) -> None:
         """Gives everything back. The replica must have freed its memory."""
         for task in self._tasks:

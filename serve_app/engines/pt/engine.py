@@ -81,6 +81,9 @@ class PtEngine:
         """Returns what was drafted and accepted since the start, or None without speculation."""
         return None if self._speculator is None else self._speculator.counts
 
+    def parking(self) -> None:
+        """Returns None, because its weights stay where they were loaded."""
+
     async def memory(self) -> list[RankMemory]:
         """Returns what this process holds of each device that holds a part of the model."""
         return await asyncio.to_thread(self._memory)

@@ -147,6 +147,9 @@ class VllmEngine:
     def draft_counts(self) -> None:
         """Returns None, because vLLM exports its own counters under `/metrics` of the model's route."""
 
+    def parking(self) -> None:
+        """Returns None, because vLLM is stopped and started again."""
+
     async def memory(self) -> list[RankMemory]:
         """Returns what the process of every rank reports. Raises EngineError if vLLM does not answer."""
         try:
@@ -258,10 +261,11 @@ def environment(config: ModelConfig) -> dict[str, str]:
             # vLLM compiles small functions of its sampler at their first use, and no client gets a token for seconds.
             "TORCH_COMPILE_DISABLE": "1",
         }
-        if config.ranks == 1:
-            # This saves a process, because the worker runs inside the engine process.
+        if config.ranks == 1 and config.swaps is None:
+            # This saves a process, because the worker runs inside the engine process. An engine that comes and goes has
+            # a process of its own, because only the end of a process gives all of its memory back.
             settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        else:
+        elif config.ranks > 1:
             # After the death of a rank, the others may wait for it and hear nothing. vLLM says that the engine is dead
             # only after so many seconds and four more. A stop in order takes them half a second.
             settings["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "1"

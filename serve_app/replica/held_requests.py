@@ -1,0 +1,184 @@
+"""Holds requests while an engine is away, and counts those that wait and those that run."""
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Awaitable, Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import ModelUnavailable
+from serve_app.wire.openai_errors import error_object, error_response
+
+# These methods ask about the engine and need none of its memory.
+METHODS_WITHOUT_WORK = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class HeldRequests:
+    """Is an ASGI application in front of an engine's. `changed` is called with every change of the counts."""
+
+    def __init__(self, name: str, changed: Callable[[], None], clock: Callable[[], float] = time.monotonic):
+        self._name, self._changed, self._clock = name, changed, clock
+        self._app: ASGIApp | None = None
+        self._app_for_questions: ASGIApp | None = None
+        self._opened, self._idle = asyncio.Event(), asyncio.Event()
+        self._idle.set()
+        self._numbers = itertools.count()
+        self._waiting: dict[int, float] = {}
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._still_since: float | None = None
+        self._failure = ""
+        self.last_used = clock()
+
+    @property
+    def waiting(self) -> int:
+        """Returns how many requests wait, with those that stand still in an engine that is parked."""
+        return len(self._waiting) + (0 if self._still_since is None else len(self._running))
+
+    @property
+    def oldest_age_s(self) -> float:
+        """Returns the seconds for which the oldest of them waits."""
+        begun = [*self._waiting.values()]
+        if self._still_since is not None and self._running:
+            begun.append(self._still_since)
+        return self._clock() - min(begun, default=self._clock())
+
+    @property
+    def running(self) -> int:
+        """Returns how many requests run in the engine."""
+        return len(self._running) if self._still_since is None else 0
+
+    @property
+    def idle_s(self) -> float:
+        """Returns the seconds since a request ran, which is 0 if one runs."""
+        return 0.0 if self.running else self._clock() - self.last_used
+
+    def open(self, app: ASGIApp) -> None:
+        """Lets all requests through to this application, and those go on that stood still."""
+        self._app = self._app_for_questions = app
+        self._still_since = None
+        self.last_used = self._clock()
+        self._opened.set()
+        self._changed()
+
+    def close(self) -> None:
+        """Holds requests from now on. Those that run go on."""
+        self._app = None
+        self._opened.clear()
+        self._changed()
+
+    def stand_still(self) -> None:
+        """Says that the engine is parked. Its application still answers questions that need no memory."""
+        self._still_since = self._clock()
+        self._changed()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Returns whether all requests that run have ended within the time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def cut(self) -> None:
+        """Ends all requests that run as those of a lost engine, which the router sends or continues again."""
+        self._app_for_questions = None
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def fail(self, reason: str) -> None:
+        """Refuses all that wait and all that come, because the engine does not come back."""
+        self._failure = reason
+        self._opened.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one ASGI connection."""
+        app = self._app
+        if scope["type"] == "http" and scope["method"] in METHODS_WITHOUT_WORK and self._app_for_questions is not None:
+            await self._app_for_questions(scope, receive, send)
+        elif scope["type"] != "http":
+            if app is not None:
+                await app(scope, receive, send)
+        else:
+            await self._run(scope, receive, send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        number = next(self._numbers)
+        if self._app is None:
+            await self._wait(number)
+        if self._app is None:
+            await _refuse(self._unavailable(), scope, receive, send)
+            return
+        cut = _Cut(send, self._unavailable())
+        task = asyncio.ensure_future(_awaited(self._app(scope, receive, cut.send)))
+        self._running[number] = task
+        self._idle.clear()
+        self._changed()
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():  # The client has left.
+                task.cancel()
+                await asyncio.wait({task})
+                raise
+            await cut.end(scope, receive)
+        finally:
+            self._running.pop(number, None)
+            self.last_used = self._clock()
+            if not self._running:
+                self._idle.set()
+            self._changed()
+
+    async def _wait(self, number: int) -> None:
+        self._waiting[number] = self._clock()
+        self._changed()
+        try:
+            while self._app is None and not self._failure:
+                await self._opened.wait()
+                await asyncio.sleep(0)
+        finally:
+            del self._waiting[number]
+            self._changed()
+
+    def _unavailable(self) -> ModelUnavailable:
+        reason = self._failure or "it gave its memory to another model"
+        return ModelUnavailable(f"'{self._name}' cannot answer: {reason}.", retry_after_s=1.0)
+
+
+class _Cut:
+    """Passes an answer on, and ends it with an error that the router knows as that of a lost engine."""
+
+    def __init__(self, send: Send, error: ModelUnavailable):
+        self._send, self._error = send, error
+        self._is_stream, self._has_head = False, False
+
+    async def send(self, message: Message) -> None:
+        """Passes a message on."""
+        if message["type"] == "http.response.start":
+            self._has_head = True
+            headers = {bytes(name).lower(): bytes(value) for name, value in message.get("headers", [])}
+            self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        await self._send(message)
+
+    async def end(self, scope: Scope, receive: Receive) -> None:
+        """Ends the answer. Raises RuntimeError if only a broken connection can say that it is not whole."""
+        if not self._has_head:
+            await _refuse(self._error, scope, receive, self._send)
+        elif self._is_stream:
+            event = f"data: {json.dumps(error_object(self._error))}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+        else:
+            raise RuntimeError(self._error.message)
+
+
+async def _awaited(work: Awaitable[None]) -> None:
+    await work
+
+
+async def _refuse(error: ModelUnavailable, scope: Scope, receive: Receive, send: Send) -> None:
+    await error_response(error)(scope, receive, send)

@@ -1,0 +1,238 @@
+"""Is an engine that shares its memory with others of a pool: it holds memory only while the keeper has leased it some.
+
+It is an `Engine` itself, around a real one that comes and goes. A replica is `stopped` (there is no engine), `parked`
+(the engine lives and its memory is in a copy on the host), or holds a lease and is `waking`, `resident` or `draining`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp
+
+from serve_app.config import ResidencyConfig
+from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.engine import Engine, Parking
+from serve_app.engines.rank_memory import RankMemory
+from serve_app.errors import EngineError, ServeAppError
+from serve_app.replica.held_requests import HeldRequests
+from serve_app.residency.book import Report
+from serve_app.residency.keeper import Keeper
+from serve_app.residency.lease_holder import LeaseHolder
+from serve_app.residency.life_lock import LifeLock
+from serve_app.residency.member import Bytes, State, Terms
+from serve_app.residency.policy import Forget, Leave, Order, Wake
+from serve_app.terminal import notify, say
+
+logger = logging.getLogger("ray.serve")
+
+# These are guesses in seconds until the times are measured.
+FIRST_START_S, FIRST_WAKE_S, FIRST_LEAVE_S = 30.0, 2.0, 0.5
+
+
+@dataclass(frozen=True)
+class Seat:
+    """This is one way to run: the bytes that it takes of each device, and what makes the engine for it."""
+
+    lease: Bytes
+    make: Callable[[], Engine]
+
+
+class SwappingEngine:
+    """Runs the engine of one replica while it has a lease. `weights` are the bytes of a copy of its weights, as
+    planned, and `replica` is the replica's name, which no other one has."""
+
+    def __init__(
+        self,
+        name: str,
+        replica: str,
+        swaps: ResidencyConfig,
+        seats: Sequence[Seat],
+        weights: int,
+        keeper: Keeper,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._name, self._replica, self._swaps, self._clock = name, replica, swaps, clock
+        self._seats, self._weights = list(seats), weights
+        self._seat: Seat | None = None
+        self._state: State = "stopped"
+        self._has_copy = False
+        self._may_park = swaps.host_memory is None or swaps.host_memory >= weights
+        self._start_s, self._wake_s, self._leave_s = FIRST_START_S, FIRST_WAKE_S, FIRST_LEAVE_S
+        self._engine: Engine | None = None
+        self._app: ASGIApp | None = None
+        self._failure: ServeAppError | None = None
+        self._first: asyncio.Future[None] | None = None
+        self._first_since = clock()
+        self._requests = HeldRequests(name, self._changed, clock)
+        self._holder = LeaseHolder(keeper, self._report, self._obey)
+        self._lock: LifeLock | None = None
+
+    async def start(self) -> ASGIApp:
+        """Joins the pool, waits until the engine has been loaded for the first time, and returns the application."""
+        self._lock = LifeLock(self._replica)
+        self._first = asyncio.get_running_loop().create_future()
+        self._first_since = self._clock()
+        await self._holder.start()
+        await self._first
+        return self._requests
+
+    @property
+    def state(self) -> State:
+        """Returns whether it has its memory."""
+        return self._state
+
+    @property
+    def ready_in_s(self) -> float:
+        """Returns the measured seconds until it is resident, once it may have its memory."""
+        return {"parked": self._wake_s, "stopped": self._start_s}.get(self._state, 0.0)
+
+    async def check_health(self) -> None:
+        """Raises EngineError if the engine has failed, or the pool has refused the replica."""
+        if self._failure is not None:
+            raise self._failure
+        self._holder.require_alive()
+        if self._engine is not None and self._state in ("resident", "parked"):
+            await self._engine.check_health()
+
+    def load(self) -> float:
+        """Returns the engine's load, and 1 while requests wait for it."""
+        if self._engine is None or self._state not in ("resident", "draining"):
+            return 1.0 if self._requests.waiting else 0.0
+        return self._engine.load()
+
+    def cache_blocks(self) -> int | None:
+        """Returns the engine's, or None while there is no engine."""
+        return None if self._engine is None else self._engine.cache_blocks()
+
+    def draft_counts(self) -> DraftCounts | None:
+        """Returns the engine's, or None while there is no engine."""
+        return None if self._engine is None else self._engine.draft_counts()
+
+    def parking(self) -> Parking | None:
+        """Returns None, because only the keeper has it parked."""
+        return None
+
+    async def memory(self) -> Sequence[RankMemory]:
+        """Returns what the engine holds, which is nothing while it is away."""
+        if self._engine is None or self._state != "resident":
+            return ()
+        return await self._engine.memory()
+
+    async def stop(self) -> None:
+        """Frees everything, then leaves the pool."""
+        self._requests.fail("the replica stops")
+        await self._end_engine()
+        await self._holder.stop(self._replica)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _changed(self) -> None:
+        self._holder.changed()
+
+    def _report(self) -> Report:
+        requests, first = self._requests, self._first is not None and not self._first.done()
+        age_s = max(requests.oldest_age_s, self._clock() - self._first_since if first else 0.0)
+        return Report(
+            self._terms(), self._state, {} if self._seat is None else self._seat.lease, self._has_copy,
+            requests.waiting + int(first), age_s, requests.running, requests.idle_s,
+        )  # fmt: skip
+
+    def _terms(self) -> Terms:
+        swaps, parked = self._swaps, self._state == "parked" and self._seat is not None
+        options = (self._seat,) if parked else self._seats  # A copy goes back to where it came from.
+        parks = self._may_park and (self._engine is None or self._engine.parking() is not None)
+        return Terms(
+            self._replica, self._name, tuple(seat.lease for seat in options if seat is not None),
+            self._weights if parks else 0, self._wake_s, self._start_s, self._leave_s, swaps.min_resident_s,
+            swaps.drain_s, swaps.priority,
+        )  # fmt: skip
+
+    async def _obey(self, order: Order) -> None:
+        """Carries out an order. What goes wrong ends this replica, which Serve replaces."""
+        try:
+            match order:
+                case Wake(_, lease):
+                    await self._wake(lease)
+                case Leave(_, parks, _):
+                    await self._leave(parks)
+                case Forget():
+                    await self._forget()
+        except Exception as error:
+            await self._fail(error)
+
+    async def _wake(self, lease: Bytes) -> None:
+        begin, was = self._clock(), self._state
+        self._state = "waking"
+        self._changed()
+        if self._engine is None:
+            self._seat = next(seat for seat in self._seats if dict(seat.lease) == dict(lease))
+            self._engine = self._seat.make()
+            self._app = await self._engine.start()
+        else:
+            await self._parking().wake()
+        took = self._clock() - begin
+        if was == "parked":
+            self._wake_s = took
+        else:
+            self._start_s = took
+        self._state = "resident"
+        assert self._app is not None, "the engine has started"
+        self._requests.open(self._app)
+        say(f"'{self._name}' is resident after {took:.1f} s from {was}, with {self._requests.running} requests")
+        if self._first is not None and not self._first.done():
+            self._first.set_result(None)
+
+    async def _leave(self, parks: bool) -> None:
+        self._state = "draining"
+        self._requests.close()
+        has_ended = await self._requests.drained(self._swaps.drain_s)
+        begin = self._clock()
+        if parks and self._engine is not None and self._engine.parking() is not None:
+            await self._parking().park()
+            self._requests.stand_still()
+            self._state, self._has_copy = "parked", True
+        else:
+            if not has_ended:
+                await self._requests.cut()
+            await self._end_engine()
+        self._leave_s = self._clock() - begin
+        self._changed()
+        say(f"'{self._name}' is {self._state} after {self._leave_s:.1f} s")
+
+    async def _forget(self) -> None:
+        if self._state == "parked":
+            await self._requests.cut()
+            await self._end_engine()
+        elif self._engine is not None and (parking := self._engine.parking()) is not None:
+            await parking.forget_copy()
+        self._has_copy = False
+
+    async def _end_engine(self) -> None:
+        engine, self._engine, self._app = self._engine, None, None
+        if engine is not None:
+            await engine.stop()
+        self._state, self._seat, self._has_copy = "stopped", None, False
+
+    async def _fail(self, error: Exception) -> None:
+        logger.exception("'%s' has lost its engine.", self._name)
+        reason = error if isinstance(error, ServeAppError) else EngineError(f"{type(error).__name__}: {error}")
+        self._failure = reason
+        notify(f"'{self._name}' cannot go on: {reason}")
+        self._requests.fail(str(reason))
+        try:
+            await self._requests.cut()
+            await self._end_engine()
+        except Exception:  # Its memory is free once the replica has ended.
+            logger.exception("The engine of '%s' could not be stopped.", self._name)
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(reason)
+
+    def _parking(self) -> Parking:
+        parking = None if self._engine is None else self._engine.parking()
+        if parking is None:
+            raise EngineError("the engine cannot park")
+        return parking
