@@ -31,8 +31,8 @@ _EXPECTED = {
 
 
 def field_errors(errors: Iterable[Any], given: object, kind: type[BaseModel] | None = None) -> list[str]:
-    """Returns a line for each field that is wrong. `errors` are those of `ValidationError.errors()`, `given` is what was
-    validated, and `kind` is the model that validated it, whose parts have the names that an unknown field may have.
+    """Returns a line for each field that is wrong. `errors` are those of `ValidationError.errors()`, and `given` is
+    what was validated. `kind` is the model that validated it, whose parts have the names that may be written there.
 
     Where a field may be of several types, pydantic has an error for each of them, which become one line here. A field
     has no line of its own if a part of it has one: pydantic then says of a list that it is too short, for example.
