@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from serve_app.ray_serve import NAMESPACE, delete_stored, store, stored, stored_keys
 from serve_app.residency.book import Book, Decision, Report, changes_of
 from serve_app.residency.life_lock import lives
-from serve_app.residency.member import Bytes, Member
+from serve_app.residency.member import Bytes, Member, Pool
 from serve_app.residency.policy import Order
 
 logger = logging.getLogger("ray.serve")
@@ -171,6 +171,19 @@ class KeeperActor:
     async def decisions(self) -> list[Decision]:
         """Returns the last decisions, the oldest first."""
         return list(self._decisions)
+
+    async def pool(self) -> Pool:
+        """Returns the pool as it is known now."""
+        return self._book.pool
+
+    async def longest_wait_s(self) -> float:
+        """Returns the bound of the policy for the replicas of this moment."""
+        return self._book.longest_wait_s
+
+    def stop(self) -> None:
+        """Ends the keeper without a word to anybody."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def _changed(self, replicas: Iterable[str]) -> None:
         """Decides anew, writes down what has changed, and wakes the calls that wait for orders."""

@@ -1,0 +1,290 @@
+"""A keeper and its replicas in one process, on a clock that jumps: what each death leaves, and that no two replicas
+hold the same bytes."""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.errors import EngineError
+from serve_app.residency.book import Report
+from serve_app.residency.keeper import Joined, KeeperActor, PoolName
+from serve_app.residency.lease_holder import LeaseHolder
+from serve_app.residency.life_lock import LifeLock, lives
+from serve_app.residency.member import Bytes, State, Terms
+from serve_app.residency.policy import Forget, Leave, Order, Wake
+
+USES_VIRTUAL_CLOCK = True
+NAME = PoolName("default", "node")
+BUDGET = 2
+
+
+class Memory:
+    """Records in this process, which outlive a keeper. It can be out of order for a while."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes] = {}
+        self.is_down = False
+
+    def write(self, key: bytes, value: bytes) -> None:
+        """Raises OSError while it is down."""
+        self._require()
+        self.values[key] = value
+
+    def delete(self, key: bytes) -> None:
+        """Raises OSError while it is down."""
+        self._require()
+        self.values.pop(key, None)
+
+    def read(self, prefix: bytes) -> list[bytes]:
+        """All that begin so."""
+        return [value for key, value in self.values.items() if key.startswith(prefix)]
+
+    def leased(self) -> int:
+        """The sum of all leases that are written down."""
+        return sum(json.loads(value)["lease"].get("cpu", 0) for value in self.values.values())
+
+    def _require(self) -> None:
+        if self.is_down:
+            raise OSError("no head")
+
+
+class Cluster:
+    """A keeper that may die, and replicas that pretend to load."""
+
+    def __init__(self) -> None:
+        self.records, self.dead, self.replicas = Memory(), set[str](), list[Replica]()
+        self.calls: set[asyncio.Task[Any]] = set()
+        self.keeper = self._made()
+
+    def _made(self) -> KeeperActor:
+        clock = asyncio.get_running_loop().time
+        return KeeperActor(NAME, {"cpu": BUDGET}, 100, self.records, lambda name: name not in self.dead, clock)
+
+    def kill_keeper(self) -> None:
+        """Ends it with all that it knows. The calls that wait for it fail, and then there is another one."""
+        for call in self.calls:
+            call.cancel()
+        self.keeper.stop()
+        self.keeper = self._made()
+
+    async def join(self, report: Report) -> Joined:
+        """Goes to the keeper of this moment, as the other methods do."""
+        joined: Joined = await self._ask(self.keeper.join(report))
+        return joined
+
+    async def update(self, run: str, report: Report) -> bool:
+        """See `join`."""
+        return bool(await self._ask(self.keeper.update(run, report)))
+
+    async def orders(self, run: str, replica: str) -> list[Order] | None:
+        """See `join`."""
+        orders: list[Order] | None = await self._ask(self.keeper.orders(run, replica))
+        return orders
+
+    async def leave(self, replica: str) -> None:
+        """See `join`."""
+        await self._ask(self.keeper.leave(replica))
+
+    async def _ask(self, call: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.create_task(call)
+        self.calls.add(task)
+        task.add_done_callback(self.calls.discard)
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise ConnectionError("the keeper has died")
+        return task.result()
+
+    def check(self) -> None:
+        """No two hold the same bytes, whatever the keeper believes."""
+        held = sum(replica.held for replica in self.replicas if replica.name not in self.dead)
+        assert held <= BUDGET, held
+
+
+class Replica:
+    """One that takes a second to load and half a second to free its memory. Requests for it end as soon as it is
+    resident."""
+
+    def __init__(self, cluster: Cluster, name: str, size: int = 1):
+        self.name, self.cluster, self.size = name, cluster, size
+        self.state: State = "stopped"
+        self.has_copy, self.held = False, 0
+        self.waiting: list[float] = []
+        self.served, self.longest = 0, 0.0
+        self.seen: Counter[str] = Counter()
+        self.holder = LeaseHolder(cluster, self.report, self.obey)
+        cluster.replicas.append(self)
+
+    def now(self) -> float:
+        """Seconds of the loop."""
+        return asyncio.get_running_loop().time()
+
+    def report(self) -> Report:
+        """What it is now."""
+        terms = Terms(self.name, self.name, ({"cpu": self.size},), 1, 1.0, 1.0, 0.5, 2.0, 1.0)
+        lease: Bytes = {"cpu": self.size} if self.state in ("waking", "resident", "draining") else {}
+        age_s = self.now() - min(self.waiting, default=self.now())
+        return Report(terms, self.state, lease, self.has_copy, len(self.waiting), age_s, 0, 10.0)
+
+    def ask(self) -> None:
+        """One request."""
+        self.waiting.append(self.now())
+        self._serve()
+        self.holder.changed()
+
+    def _serve(self) -> None:
+        if self.state == "resident":
+            self.longest = max([self.longest, *(self.now() - begun for begun in self.waiting)])
+            self.served, self.waiting = self.served + len(self.waiting), []
+
+    async def obey(self, order: Order) -> None:
+        """Loads, leaves or forgets."""
+        self.seen[type(order).__name__] += 1
+        if isinstance(order, Wake):
+            self.state, self.held = "waking", self.size
+            self.cluster.check()
+            await asyncio.sleep(1.0)
+            self.state = "resident"
+            self._serve()
+        elif isinstance(order, Leave):
+            self.state = "draining"
+            await asyncio.sleep(0.5)
+            self.state, self.held = ("parked" if order.parks else "stopped"), 0
+            self.has_copy = order.parks
+        elif isinstance(order, Forget):
+            self.has_copy = False
+            self.state = "stopped" if self.state == "parked" else self.state
+
+    def die(self) -> None:
+        """By SIGKILL: nothing is told, and its memory is free once the keeper sees it."""
+        for task in self.holder._tasks:
+            task.cancel()
+        self.cluster.dead.add(self.name)
+        self.held = 0
+
+
+async def started(cluster: Cluster, *names: str) -> list[Replica]:
+    """Replicas that have joined."""
+    replicas = [Replica(cluster, name) for name in names]
+    for replica in replicas:
+        await replica.holder.start()
+    return replicas
+
+
+async def until(is_so: Callable[[], bool], timeout_s: float = 100.0) -> None:
+    """Waits for at most so many seconds of the loop."""
+    async with asyncio.timeout(timeout_s):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_three_share_the_memory_for_two() -> None:
+    """Each is served in its turn, and one of the others leaves for it."""
+    cluster = Cluster()
+    replicas = await started(cluster, "a", "b", "c")
+    for replica in replicas:
+        replica.ask()
+    await until(lambda: all(replica.served for replica in replicas))
+    assert sorted(replica.state for replica in replicas) == ["parked", "resident", "resident"]
+    decisions = await cluster.keeper.decisions()
+    assert [type(decision.order).__name__ for decision in decisions] == ["Wake", "Wake", "Leave", "Wake"]
+    await until(lambda: cluster.records.leased() == 2)
+
+
+async def test_no_order_goes_out_before_its_lease_is_written_down() -> None:
+    """While Ray's head is away, requests wait."""
+    cluster = Cluster()
+    (replica,) = await started(cluster, "a")
+    cluster.records.is_down = True
+    replica.ask()
+    await asyncio.sleep(5)
+    assert replica.state == "stopped"
+    cluster.records.is_down = False
+    await until(lambda: replica.served == 1, 2.0)
+
+
+async def test_the_death_of_a_keeper_loses_nothing() -> None:
+    """Who is resident stays so, and who waits is served by the next keeper, which counts all leases from its start."""
+    cluster = Cluster()
+    a, b, c = await started(cluster, "a", "b", "c")
+    a.ask()
+    b.ask()
+    await until(lambda: a.served == b.served == 1)
+    cluster.kill_keeper()
+    c.ask()
+    await until(lambda: c.served == 1)
+    assert sorted(replica.seen["Wake"] for replica in (a, b, c)) == [1, 1, 1]
+
+
+async def test_the_lease_of_a_dead_replica_is_free() -> None:
+    """Once the keeper has seen that it is dead, also if it died while there was no keeper."""
+    cluster = Cluster()
+    a, b, c = await started(cluster, "a", "b", "c")
+    a.ask()
+    b.ask()
+    await until(lambda: a.served == b.served == 1)
+    a.die()
+    c.ask()
+    await until(lambda: c.served == 1)
+    assert not b.seen["Leave"]
+    c.die()
+    cluster.kill_keeper()
+    (d,) = await started(cluster, "d")
+    d.ask()
+    await until(lambda: d.served == 1)
+    assert not b.seen["Leave"]
+
+
+async def test_one_that_leaves_in_order_is_forgotten() -> None:
+    """Its record too."""
+    cluster = Cluster()
+    (replica,) = await started(cluster, "a")
+    await replica.holder.stop("a")
+    assert not cluster.records.values
+    assert not (await cluster.keeper.pool()).members
+
+
+async def test_one_that_does_not_fit_cannot_join() -> None:
+    """It says so at its start."""
+    cluster = Cluster()
+    with pytest.raises(EngineError, match="needs"):
+        await Replica(cluster, "large", size=3).holder.start()
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_the_law_holds_through_deaths(seed: int) -> None:
+    """Keepers and replicas die at random while requests come. No bytes are held twice, and all requests are served."""
+    draw, cluster = random.Random(seed), Cluster()
+    replicas = await started(cluster, *"abcdef")
+    asked = 0
+    for _ in range(200):
+        await asyncio.sleep(draw.expovariate(4.0))
+        draw.choice(replicas).ask()
+        asked += 1
+        if draw.random() < 0.05:
+            cluster.kill_keeper()
+        if draw.random() < 0.05:
+            place = draw.randrange(len(replicas))
+            old = replicas[place]
+            old.die()
+            (replicas[place],) = await started(cluster, f"{old.name}{asked}")
+            replicas[place].waiting = old.waiting
+            replicas[place].holder.changed()
+    await until(lambda: not any(replica.waiting for replica in replicas), 600)
+    assert sum(replica.served for replica in cluster.replicas) == asked
+    assert max(replica.longest for replica in cluster.replicas) < await cluster.keeper.longest_wait_s() + 30
+
+
+def test_a_lock_shows_that_a_replica_lives(tmp_path: Path) -> None:
+    """The kernel frees it with its process; one that was never there is dead."""
+    lock = LifeLock("a#b/1", tmp_path)
+    assert lives("a#b/1", tmp_path)
+    assert not lives("other", tmp_path)
+    lock.release()
+    assert not lives("a#b/1", tmp_path)
+    assert not list(tmp_path.iterdir())
