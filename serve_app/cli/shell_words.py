@@ -31,11 +31,10 @@ def is_operator(word: str) -> bool:
 
 def without_wrappers(words: list[str]) -> tuple[dict[str, str], list[str]]:
     """Returns the variables that are set before a command, and the words of the command itself."""
-    words = list(words)
-    while words and words[0] in WRAPPERS:
-        words.pop(0)
     variables: dict[str, str] = {}
-    while words and (match := _ASSIGNMENT.fullmatch(words[0])):
-        variables[match[1]] = match[2]
-        words.pop(0)
-    return variables, words
+    for place, word in enumerate(words):
+        if match := _ASSIGNMENT.fullmatch(word):
+            variables[match[1]] = match[2]
+        elif word not in WRAPPERS:
+            return variables, words[place:]
+    return variables, []
