@@ -127,6 +127,7 @@ class KeeperActor:
         self._run = secrets.token_hex(4)
         self._unsaved: set[str] = set()
         self._written: dict[str, bytes] = {}
+        self._waits_for_store = False
         self._news = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
         self._decisions: deque[Decision] = deque(maxlen=MOST_DECISIONS)
@@ -208,9 +209,12 @@ class KeeperActor:
                     self._records.write(self._name.key(replica), record)
                     self._written[replica] = record
             except Exception as error:  # Ray's head may be restarting. No order goes out until it is written down.
-                logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
+                if not self._waits_for_store:
+                    logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
+                self._waits_for_store = True
                 return
             self._unsaved.discard(replica)
+        self._waits_for_store = False
 
     async def _watch(self) -> None:
         while True:
