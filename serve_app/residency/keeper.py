@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from serve_app.ray_serve import NAMESPACE, delete_stored, store, stored, stored_keys
 from serve_app.residency.book import Book, Decision, Report, changes_of
 from serve_app.residency.life_lock import lives
-from serve_app.residency.member import Bytes, Member, Pool
+from serve_app.residency.member import Bytes, Member, Pool, State
 from serve_app.residency.policy import Order
 
 logger = logging.getLogger("ray.serve")
@@ -108,6 +108,19 @@ class RayRecords:
     def read(self, prefix: bytes) -> list[bytes]:
         """Returns the records in the order of their keys."""
         return [value for key in stored_keys(prefix) if (value := stored(key)) is not None]
+
+
+def states_by_model() -> dict[str, list[State]]:
+    """Returns the states of all replicas that share memory, by the model's name, as keepers have written them down.
+
+    It blocks for about a millisecond for each replica. Raises RayError or RuntimeError while Ray's head does not
+    answer.
+    """
+    found: dict[str, list[State]] = {}
+    for value in RayRecords().read(PREFIX.encode()):
+        record = json.loads(value)
+        found.setdefault(record["terms"]["model"], []).append(record["state"])
+    return found
 
 
 class KeeperActor:

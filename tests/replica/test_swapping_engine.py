@@ -18,7 +18,8 @@ from serve_app.config import ResidencyConfig
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
-from serve_app.replica.swapping_engine import Seat, SwappingEngine
+from serve_app.replica.report import ResidencyReport
+from serve_app.replica.swapping_engine import FIRST_WAKE_S, Seat, SwappingEngine
 from serve_app.residency import life_lock
 from serve_app.router.engine_loss import is_lost_event
 from tests.residency.one_process import LocalKeeper
@@ -160,7 +161,7 @@ async def test_each_is_loaded_once_at_its_start() -> None:
     a, b = await pool("a", "b")
     assert [a.engine.state, b.engine.state] == ["parked", "resident"]
     assert (a.log, b.log) == (["start", "park"], ["start"])
-    assert a.engine.ready_in_s > 0
+    assert a.engine.residency() == ResidencyReport("parked", "default", FIRST_WAKE_S)
 
 
 async def test_a_request_wakes_its_model_and_is_answered() -> None:
@@ -168,6 +169,9 @@ async def test_a_request_wakes_its_model_and_is_answered() -> None:
     a, b = await pool("a", "b")
     assert (await a.ask(1)).json() == {"text": "done"}
     assert (a.log, b.log) == (["start", "park", "wake"], ["start", "park"])
+    assert b.engine.residency().ready_in_s == FIRST_WAKE_S
+    await b.ask(1)
+    assert a.engine.residency().ready_in_s == 1.0
 
 
 async def test_questions_need_no_memory() -> None:
