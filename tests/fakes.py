@@ -191,7 +191,7 @@ def router_app(
     """The router's forwarder before these models, and its application, without the gate in front of it."""
     gate = gate or open_gate()
     forwarder = Forwarder(RouterConfig(**config), directory, upstream, RouterMetrics(), gate)
-    return forwarder, build_app(forwarder, directory, gate)  # type: ignore[arg-type]
+    return forwarder, build_app(forwarder, directory, gate, lambda: {"a": ["parked"]})  # type: ignore[arg-type]
 
 
 def forwarder_of(models: Models, **config: Any) -> tuple[Forwarder, httpx.AsyncClient]:

@@ -59,6 +59,7 @@ def report(seen: ClusterStatus) -> str:
         lines.append(row.format(model.name, model.state, f"{model.running}/{model.wanted}", load, model.error).rstrip())
         if model.missing:
             lines.append(f"    {model.missing}")
+        lines += [f"    {line}" for line in _residency(model)]
     lines += ["", *_devices(seen), *_blocks(seen)]
     silent = [f"{model.name} {view.replica}" for model in seen.models for view in model.replicas if _is_silent(view)]
     if silent:
@@ -68,6 +69,16 @@ def report(seen: ClusterStatus) -> str:
         "Every model has its replicas." if seen.is_whole else "Some models have fewer replicas than they should.",
     ]
     return "\n".join(lines)
+
+
+def _residency(model: ModelView) -> list[str]:
+    """Returns a line for each replica that shares its memory with others."""
+    lines = []
+    for view in model.replicas:
+        if view.report is not None and (residency := view.report.residency) is not None:
+            back = f", and back in about {residency.ready_in_s:.1f} s" if residency.ready_in_s else ""
+            lines.append(f"{view.replica} is {residency.state} in pool '{residency.pool}'{back}")
+    return lines
 
 
 def _is_silent(view: ReplicaView) -> bool:

@@ -30,6 +30,7 @@ from serve_app.replica.memory_watch import MemoryWatch
 from serve_app.replica.node_plan import bundle_order, given_views, gpus_of, plan_over_nodes
 from serve_app.replica.pool import pool_member
 from serve_app.replica.replica_plan import plan_replica, split_line, visible_order, with_planned_memory
+from serve_app.replica.report import ResidencyReport
 from serve_app.replica.start_lock import starting_alone
 from serve_app.replica.whole_body import WholeBody
 from serve_app.terminal import notify, say
@@ -92,12 +93,18 @@ class Model:
         """Starts an engine that has memory only while the keeper of its pool has leased it some. No start lock is
         needed, because leases never overlap."""
         member = await asyncio.to_thread(pool_member, self._config, swaps, self._facts)
-        self._engine = member.engine(self.name)
-        await self._start_engine(member.planned, member.gpus, started)
+        self._engine = engine = member.engine(self.name)
+        await self._start_engine(member.planned, member.gpus, started, engine.residency)
 
-    async def _start_engine(self, planned: ModelPlan | None, gpus: Sequence[Gpu], started: float) -> None:
+    async def _start_engine(
+        self,
+        planned: ModelPlan | None,
+        gpus: Sequence[Gpu],
+        started: float,
+        residency: Callable[[], ResidencyReport | None] = lambda: None,
+    ) -> None:
         self._app: ASGIApp = await self._engine.start()
-        self._watch = MemoryWatch(self._config, self._engine, planned, gpus)
+        self._watch = MemoryWatch(self._config, self._engine, planned, gpus, residency)
         await self._watch.start(time.monotonic() - started)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ray
 from ray import serve
@@ -33,6 +33,7 @@ from serve_app.replica.report import (
     BlocksReport,
     DeviceReport,
     ReplicaReport,
+    ResidencyReport,
     forget_report,
     has_ranks,
     write_report,
@@ -53,8 +54,16 @@ RankKey = tuple[str, int, str]
 class MemoryWatch:
     """Watches one engine from the moment when it is ready. `gpus` are those of the replica in its own order."""
 
-    def __init__(self, config: ModelConfig, engine: Engine, planned: ModelPlan | None, gpus: Sequence[Gpu]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        planned: ModelPlan | None,
+        gpus: Sequence[Gpu],
+        residency: Callable[[], ResidencyReport | None] = lambda: None,
+    ):
         self._config, self._engine, self._planned, self._gpus = config, engine, planned, gpus
+        self._residency = residency
         context = serve.get_replica_context()
         self._application, self._replica = context.app_name, context.replica_id.unique_id
         self._node = ray.util.get_node_ip_address()
@@ -135,7 +144,7 @@ class MemoryWatch:
         load, devices, blocks = self._engine.load(), self._devices(ranks), self._blocks()
         report = ReplicaReport(
             self._application, self._replica, self._node, os.getpid(), self._config.model, self._config.infer_backend,
-            load, self._ready_after_s, time.time(), devices, blocks,
+            load, self._ready_after_s, time.time(), devices, blocks, self._residency(),
         )  # fmt: skip
         with self._telling:
             if not self._is_over:

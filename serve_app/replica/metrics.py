@@ -56,6 +56,25 @@ class ReplicaMetrics:
                     gauge.set(size, tags=tags)
 
 
+class SwapMetrics:
+    """These count the swaps of one replica: how often it came or went, the seconds that took, and the bytes that it
+    took or gave back. The kind is the state from which it came or into which it went."""
+
+    def __init__(self) -> None:
+        kind = ("direction", "kind")
+        self._swaps = metrics.Counter("serve_app_swaps", "The replica took its memory or gave it back.", kind)
+        self._seconds = metrics.Counter("serve_app_swap_seconds", "Seconds that swaps took.", kind)
+        self._bytes = metrics.Counter("serve_app_swap_bytes", "Bytes that were taken or given back.", kind)
+
+    def swapped(self, before: str, after: str, seconds: float, size: int) -> None:
+        """Counts one swap from a state to another one."""
+        tags = {"direction": "in", "kind": before} if after == "resident" else {"direction": "out", "kind": after}
+        self._swaps.inc(tags=tags)
+        for counter, amount in ((self._seconds, seconds), (self._bytes, size)):
+            if amount > 0:
+                counter.inc(amount, tags=tags)
+
+
 def _raise(counter: metrics.Counter, by: int, tags: dict[str, str] | None = None) -> None:
     """Raises a counter, which Ray does not raise by 0."""
     if by:

@@ -60,11 +60,22 @@ class ReplicaReport:
     written_at: float
     devices: Sequence[DeviceReport]
     blocks: "BlocksReport | None" = None
+    residency: "ResidencyReport | None" = None
 
     @property
     def has_ranks(self) -> bool:
         """Returns whether the engine has several processes, each of which reports on its own."""
         return has_ranks(self.devices)
+
+
+@dataclass(frozen=True)
+class ResidencyReport:
+    """This is the state of a replica that shares its memory with others (`residency/member.py`), the name of its pool,
+    and the measured seconds that it takes to become resident once it may."""
+
+    state: str
+    pool: str
+    ready_in_s: float
 
 
 @dataclass(frozen=True)
@@ -128,8 +139,13 @@ def parsed_report(text: bytes) -> ReplicaReport | None:
     try:
         item = json.loads(text)
         devices = tuple(DeviceReport(**device) for device in item.pop("devices"))
-        blocks = item.pop("blocks")
-        return ReplicaReport(**item, devices=devices, blocks=None if blocks is None else BlocksReport(**blocks))
+        blocks, residency = item.pop("blocks"), item.pop("residency")
+        return ReplicaReport(
+            **item,
+            devices=devices,
+            blocks=None if blocks is None else BlocksReport(**blocks),
+            residency=None if residency is None else ResidencyReport(**residency),
+        )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 

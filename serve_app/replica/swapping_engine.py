@@ -18,6 +18,8 @@ from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError, ServeAppError
 from serve_app.replica.held_requests import HeldRequests
+from serve_app.replica.metrics import SwapMetrics
+from serve_app.replica.report import ResidencyReport
 from serve_app.residency.book import Report
 from serve_app.residency.keeper import Keeper
 from serve_app.residency.lease_holder import LeaseHolder
@@ -69,6 +71,7 @@ class SwappingEngine:
         self._requests = HeldRequests(name, self._changed, clock)
         self._holder = LeaseHolder(keeper, self._report, self._obey)
         self._lock: LifeLock | None = None
+        self._metrics = SwapMetrics()
 
     async def start(self) -> ASGIApp:
         """Joins the pool, waits until the engine has been loaded for the first time, and returns the application."""
@@ -84,10 +87,10 @@ class SwappingEngine:
         """Returns whether it has its memory."""
         return self._state
 
-    @property
-    def ready_in_s(self) -> float:
-        """Returns the measured seconds until it is resident, once it may have its memory."""
-        return {"parked": self._wake_s, "stopped": self._start_s}.get(self._state, 0.0)
+    def residency(self) -> ResidencyReport:
+        """Returns its state for `serve-app status`, with the measured seconds until it is resident once it may be."""
+        seconds = {"parked": self._wake_s, "stopped": self._start_s}.get(self._state, 0.0)
+        return ResidencyReport(self._state, self._swaps.pool, round(seconds, 2))
 
     async def check_health(self) -> None:
         """Raises EngineError if the engine has failed, or the pool has refused the replica."""
@@ -182,12 +185,14 @@ class SwappingEngine:
         self._state = "resident"
         assert self._app is not None, "the engine has started"
         self._requests.open(self._app)
+        self._metrics.swapped(was, "resident", took, sum(lease.values()))
         say(f"'{self._name}' is resident after {took:.1f} s from {was}, with {self._requests.running} requests")
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
 
     async def _leave(self, parks: bool) -> None:
         self._state = "draining"
+        freed = 0 if self._seat is None else sum(self._seat.lease.values())
         self._requests.close()
         has_ended = await self._requests.drained(self._swaps.drain_s)
         begin = self._clock()
@@ -200,6 +205,7 @@ class SwappingEngine:
                 await self._requests.cut()
             await self._end_engine()
         self._leave_s = self._clock() - begin
+        self._metrics.swapped("resident", self._state, self._leave_s, freed)
         self._changed()
         say(f"'{self._name}' is {self._state} after {self._leave_s:.1f} s")
 

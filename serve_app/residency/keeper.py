@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from serve_app.ray_serve import NAMESPACE, delete_stored, store, stored, stored_keys
 from serve_app.residency.book import Book, Decision, Report, changes_of
 from serve_app.residency.life_lock import lives
-from serve_app.residency.member import Bytes, Member, Pool
+from serve_app.residency.member import Bytes, Member, Pool, State
 from serve_app.residency.policy import Order
 
 logger = logging.getLogger("ray.serve")
@@ -110,6 +110,19 @@ class RayRecords:
         return [value for key in stored_keys(prefix) if (value := stored(key)) is not None]
 
 
+def states_by_model() -> dict[str, list[State]]:
+    """Returns the states of all replicas that share memory, by the model's name, as keepers have written them down.
+
+    It blocks for about a millisecond for each replica. Raises RayError or RuntimeError while Ray's head does not
+    answer.
+    """
+    found: dict[str, list[State]] = {}
+    for value in RayRecords().read(PREFIX.encode()):
+        record = json.loads(value)
+        found.setdefault(record["terms"]["model"], []).append(record["state"])
+    return found
+
+
 class KeeperActor:
     """Grants the leases of one pool. All methods run on one event loop, one after the other between their waits."""
 
@@ -127,6 +140,7 @@ class KeeperActor:
         self._run = secrets.token_hex(4)
         self._unsaved: set[str] = set()
         self._written: dict[str, bytes] = {}
+        self._waits_for_store = False
         self._news = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
         self._decisions: deque[Decision] = deque(maxlen=MOST_DECISIONS)
@@ -208,9 +222,12 @@ class KeeperActor:
                     self._records.write(self._name.key(replica), record)
                     self._written[replica] = record
             except Exception as error:  # Ray's head may be restarting. No order goes out until it is written down.
-                logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
+                if not self._waits_for_store:
+                    logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
+                self._waits_for_store = True
                 return
             self._unsaved.discard(replica)
+        self._waits_for_store = False
 
     async def _watch(self) -> None:
         while True:

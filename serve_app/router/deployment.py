@@ -6,12 +6,13 @@ It is a reverse proxy that understands one field of a request, `model`. Everythi
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,6 +28,7 @@ from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
 from serve_app.errors import ConfigError, RequestError
 from serve_app.ray_serve import replicas_listen_for_http
+from serve_app.residency.keeper import states_by_model
 from serve_app.router.announcer import announce
 from serve_app.router.directory import ModelDirectory, ModelStatus
 from serve_app.router.forwarder import Forwarder
@@ -39,6 +41,10 @@ from serve_app.terminal import notify
 from serve_app.wire.openai_errors import error_response, route_error_response
 
 logger = logging.getLogger("ray.serve")
+
+# Which models hold their memory is read again after this many seconds.
+RESIDENCY_FRESH_S = 0.5
+States = Mapping[str, Sequence[str]]
 
 
 class Router:
@@ -85,8 +91,11 @@ class Router:
         self._is_configured = True
 
 
-def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate) -> Starlette:
-    """Returns the router's application. Its lifespan shows on the terminal how the models come up."""
+def build_app(
+    forwarder: Forwarder, directory: ModelDirectory, gate: Gate, states: Callable[[], States] = states_by_model
+) -> Starlette:
+    """Returns the router's application. Its lifespan shows on the terminal how the models come up. `states` returns
+    those of replicas that share memory, by the model's name, and may block."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -101,7 +110,7 @@ def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate) -> St
             task.cancel()
         await forwarder.close()
 
-    endpoints = _Endpoints(forwarder, directory)
+    endpoints = _Endpoints(forwarder, directory, states)
     return Starlette(
         routes=[
             Route("/health", endpoints.health),
@@ -117,10 +126,13 @@ def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate) -> St
 
 
 class _Endpoints:
-    def __init__(self, forwarder: Forwarder, directory: ModelDirectory):
+    def __init__(self, forwarder: Forwarder, directory: ModelDirectory, states: Callable[[], States]):
         self._forwarder = forwarder
         self._directory = directory
         self._created = int(time.time())
+        self._states = states
+        self._residency_seen: States = {}
+        self._residency_read_at = float("-inf")
 
     async def health(self, _: Request) -> Response:
         """GET /health answers 200 while the process is up."""
@@ -132,6 +144,7 @@ class _Endpoints:
         It answers 200 as soon as one serves, so that one broken model does not make the others unreachable.
         """
         models = await self._directory.models()
+        residency = await self._residency()
         ready = [model for model in models.values() if model.is_open]
         body = {
             "status": "ready" if len(ready) == len(models) > 0 else "degraded" if ready else "unavailable",
@@ -140,12 +153,24 @@ class _Endpoints:
                     "status": model.state,
                     "replicas": model.replicas,
                     "message": model.message,
+                    **({"residency": residency[model.name]} if model.name in residency else {}),
                     **self._forwarder.queued(model.name),
                 }
                 for model in map(self._directory.seen_from_outside, models.values())
             },
         }
         return JSONResponse(body, status_code=200 if ready else 503)
+
+    async def _residency(self) -> States:
+        """Returns the states of the replicas that share memory, as they were read last, which is done at most twice a
+        second."""
+        if time.monotonic() - self._residency_read_at > RESIDENCY_FRESH_S:
+            self._residency_read_at = time.monotonic()
+            try:
+                self._residency_seen = await asyncio.to_thread(self._states)
+            except (RayError, RuntimeError) as error:  # Ray's head may be restarting.
+                logger.warning("Which models are resident cannot be read: %s", error)
+        return self._residency_seen
 
     async def openapi(self, _: Request) -> Response:
         """GET /openapi.json answers with the OpenAPI document, which names the models of this moment."""

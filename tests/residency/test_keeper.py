@@ -2,103 +2,31 @@
 hold the same bytes."""
 
 import asyncio
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from serve_app.errors import EngineError
 from serve_app.residency.book import Report
-from serve_app.residency.keeper import Joined, KeeperActor, PoolName
 from serve_app.residency.lease_holder import LeaseHolder
 from serve_app.residency.life_lock import LifeLock, lives
 from serve_app.residency.member import Bytes, State, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake
+from tests.residency.one_process import LocalKeeper
 
 USES_VIRTUAL_CLOCK = True
-NAME = PoolName("default", "node")
 BUDGET = 2
 
 
-class Memory:
-    """Records in this process, which outlive a keeper. It can be out of order for a while."""
+class Cluster(LocalKeeper):
+    """A keeper, and replicas that pretend to load."""
 
     def __init__(self) -> None:
-        self.values: dict[bytes, bytes] = {}
-        self.is_down = False
-
-    def write(self, key: bytes, value: bytes) -> None:
-        """Raises OSError while it is down."""
-        self._require()
-        self.values[key] = value
-
-    def delete(self, key: bytes) -> None:
-        """Raises OSError while it is down."""
-        self._require()
-        self.values.pop(key, None)
-
-    def read(self, prefix: bytes) -> list[bytes]:
-        """All that begin so."""
-        return [value for key, value in self.values.items() if key.startswith(prefix)]
-
-    def leased(self) -> int:
-        """The sum of all leases that are written down."""
-        return sum(json.loads(value)["lease"].get("cpu", 0) for value in self.values.values())
-
-    def _require(self) -> None:
-        if self.is_down:
-            raise OSError("no head")
-
-
-class Cluster:
-    """A keeper that may die, and replicas that pretend to load."""
-
-    def __init__(self) -> None:
-        self.records, self.dead, self.replicas = Memory(), set[str](), list[Replica]()
-        self.calls: set[asyncio.Task[Any]] = set()
-        self.keeper = self._made()
-
-    def _made(self) -> KeeperActor:
-        clock = asyncio.get_running_loop().time
-        return KeeperActor(NAME, {"cpu": BUDGET}, 100, self.records, lambda name: name not in self.dead, clock)
-
-    def kill_keeper(self) -> None:
-        """Ends it with all that it knows. The calls that wait for it fail, and then there is another one."""
-        for call in self.calls:
-            call.cancel()
-        self.keeper.stop()
-        self.keeper = self._made()
-
-    async def join(self, report: Report) -> Joined:
-        """Goes to the keeper of this moment, as the other methods do."""
-        joined: Joined = await self._ask(self.keeper.join(report))
-        return joined
-
-    async def update(self, run: str, report: Report) -> bool:
-        """See `join`."""
-        return bool(await self._ask(self.keeper.update(run, report)))
-
-    async def orders(self, run: str, replica: str) -> list[Order] | None:
-        """See `join`."""
-        orders: list[Order] | None = await self._ask(self.keeper.orders(run, replica))
-        return orders
-
-    async def leave(self, replica: str) -> None:
-        """See `join`."""
-        await self._ask(self.keeper.leave(replica))
-
-    async def _ask(self, call: Coroutine[Any, Any, Any]) -> Any:
-        task = asyncio.create_task(call)
-        self.calls.add(task)
-        task.add_done_callback(self.calls.discard)
-        await asyncio.wait({task})
-        if task.cancelled():
-            raise ConnectionError("the keeper has died")
-        return task.result()
+        super().__init__(BUDGET)
+        self.replicas: list[Replica] = []
 
     def check(self) -> None:
         """No two hold the same bytes, whatever the keeper believes."""

@@ -199,6 +199,8 @@ async def test_ready_is_200_as_soon_as_one_model_serves() -> None:
         reply = await session.get("/ready")
         assert (reply.status_code, reply.json()["status"]) == (200, "degraded")
         assert reply.json()["models"]["b"]["status"] == "loading"
+        assert reply.json()["models"]["a"]["residency"] == ["parked"]
+        assert "residency" not in reply.json()["models"]["b"]
         assert (await session.get("/health")).json() == {"status": "ok"}
         assert (await session.get("/v1/models/nobody")).status_code == 404
 

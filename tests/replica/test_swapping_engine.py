@@ -1,0 +1,265 @@
+"""An engine that has memory only while its pool has leased it some, in front of which requests wait."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from serve_app.config import ResidencyConfig
+from serve_app.engines.engine import Engine, Parking
+from serve_app.engines.rank_memory import RankMemory
+from serve_app.errors import EngineError
+from serve_app.replica.report import ResidencyReport
+from serve_app.replica.swapping_engine import FIRST_WAKE_S, Seat, SwappingEngine
+from serve_app.residency import life_lock
+from serve_app.router.engine_loss import is_lost_event
+from tests.residency.one_process import LocalKeeper
+
+USES_VIRTUAL_CLOCK = True
+
+
+@pytest.fixture(autouse=True)
+def _locks_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has replicas of the same names."""
+    monkeypatch.setattr(life_lock, "lock_folder", lambda: tmp_path)
+
+
+class Small:
+    """A small engine that needs 10 s to load and 1 s to park or wake. `POST /run` takes the seconds that it asks for,
+    which pass only while it is there."""
+
+    def __init__(self, log: list[str], parks: bool = True, fails: bool = False):
+        self.log, self._parks, self._fails = log, parks, fails
+        self.is_awake = asyncio.Event()
+        self.copy = 0
+
+    async def start(self) -> ASGIApp:
+        """Loads."""
+        await asyncio.sleep(10)
+        if self._fails:
+            raise EngineError("the weights are broken")
+        self.log.append("start")
+        self.is_awake.set()
+        return Starlette(
+            routes=[
+                Route("/run", self._run, methods=["POST"]),
+                Route("/stream", self._stream, methods=["POST"]),
+                Route("/v1/models", lambda _: JSONResponse({"data": []})),
+            ]
+        )
+
+    async def _pass(self, seconds: float) -> None:
+        for _ in range(round(seconds * 10)):
+            await self.is_awake.wait()
+            await asyncio.sleep(0.1)
+
+    async def _run(self, request: Request) -> Response:
+        await self._pass((await request.json())["seconds"])
+        return JSONResponse({"text": "done"})
+
+    async def _stream(self, request: Request) -> Response:
+        seconds = (await request.json())["seconds"]
+
+        async def pieces() -> Any:
+            for _ in range(round(seconds)):
+                await self._pass(1)
+                yield b'data: {"text": "x"}\n\n'
+            yield b"data: [DONE]\n\n"
+
+        return StreamingResponse(pieces(), media_type="text/event-stream")
+
+    async def check_health(self) -> None:
+        """Is always well."""
+
+    def load(self) -> float:
+        """A half."""
+        return 0.5
+
+    def cache_blocks(self) -> None:
+        """None."""
+
+    def draft_counts(self) -> None:
+        """None."""
+
+    def parking(self) -> Parking | None:
+        """Itself."""
+        return self if self._parks else None
+
+    async def memory(self) -> Sequence[RankMemory]:
+        """Nothing."""
+        return ()
+
+    async def stop(self) -> None:
+        """Ends."""
+        self.log.append("stop")
+
+    async def park(self) -> None:
+        """In a second."""
+        self.is_awake.clear()
+        await asyncio.sleep(1)
+        self.copy = 1
+        self.log.append("park")
+
+    async def wake(self) -> None:
+        """In a second."""
+        await asyncio.sleep(1)
+        self.log.append("wake")
+        self.is_awake.set()
+
+    def copy_bytes(self) -> int:
+        """One."""
+        return self.copy
+
+    async def forget_copy(self) -> None:
+        """At once."""
+        self.copy = 0
+        self.log.append("forget")
+
+
+class Made:
+    """A replica in a pool for one, and a client of its application."""
+
+    def __init__(self, keeper: LocalKeeper, name: str, swaps: dict[str, Any] | None = None, **engine: bool):
+        self.log: list[str] = []
+        config = ResidencyConfig(policy="swap", min_resident_s=2, drain_s=5, **(swaps or {}))
+
+        def make() -> Engine:
+            return Small(self.log, **engine)
+
+        clock = asyncio.get_running_loop().time
+        self.engine = SwappingEngine(name, f"{name}#1", config, [Seat({"cpu": 1}, make)], 1, keeper, clock)
+        self.client: httpx.AsyncClient
+
+    async def start(self) -> "Made":
+        """Once it has been resident for the first time."""
+        app = await self.engine.start()
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine", timeout=1000)
+        return self
+
+    async def ask(self, seconds: float, path: str = "/run") -> httpx.Response:
+        """One request that runs for so long."""
+        return await self.client.post(path, json={"seconds": seconds})
+
+
+async def pool(*names: str, **engine: bool) -> list[Made]:
+    """Replicas of a pool that has memory for one."""
+    keeper = LocalKeeper(budget=1)
+    return list(await asyncio.gather(*(Made(keeper, name, **engine).start() for name in names)))
+
+
+async def test_each_is_loaded_once_at_its_start() -> None:
+    """So a broken model is known at once, and the time of a start is measured."""
+    a, b = await pool("a", "b")
+    assert [a.engine.state, b.engine.state] == ["parked", "resident"]
+    assert (a.log, b.log) == (["start", "park"], ["start"])
+    assert a.engine.residency() == ResidencyReport("parked", "default", FIRST_WAKE_S)
+
+
+async def test_a_request_wakes_its_model_and_is_answered() -> None:
+    """The other one parks for it."""
+    a, b = await pool("a", "b")
+    assert (await a.ask(1)).json() == {"text": "done"}
+    assert (a.log, b.log) == (["start", "park", "wake"], ["start", "park"])
+    assert b.engine.residency().ready_in_s == FIRST_WAKE_S
+    await b.ask(1)
+    assert a.engine.residency().ready_in_s == 1.0
+
+
+async def test_questions_need_no_memory() -> None:
+    """A parked model still tells its models, and nobody leaves for that."""
+    a, b = await pool("a", "b")
+    assert (await a.client.get("/v1/models")).status_code == 200
+    assert b.engine.state == "resident"
+
+
+async def test_requests_that_run_have_their_time() -> None:
+    """A short one ends before its model leaves. A long one stands still and goes on later, without a loss."""
+    a, b = await pool("a", "b")
+    short, long = asyncio.create_task(b.ask(4)), asyncio.create_task(b.ask(60))
+    await asyncio.sleep(1)
+    await a.ask(1)
+    assert short.done()
+    assert not long.done()
+    assert (await long).json() == {"text": "done"}
+    assert b.log == ["start", "park", "wake"]
+
+
+async def test_one_that_cannot_park_is_stopped() -> None:
+    """A stream that it must cut ends as one of a lost engine, which the router continues elsewhere or later."""
+    a, b = await pool("a", "b", parks=False)
+    stream = asyncio.create_task(b.ask(100, "/stream"))
+    whole = asyncio.create_task(b.ask(100))
+    await asyncio.sleep(1)
+    await a.ask(1)
+    assert is_lost_event((await stream).content)
+    assert b'"x"' in (await stream).content
+    assert (await whole).status_code == 503
+    assert json.loads((await whole).content)["error"]["code"] == "model_unavailable"
+    assert (a.log, b.log) == (["start", "stop", "start"], ["start", "stop"])
+
+
+async def test_a_model_may_have_no_copy() -> None:
+    """With host_memory: 0 it is stopped."""
+    keeper = LocalKeeper(budget=1)
+    a, b = Made(keeper, "a", {"host_memory": 0}), Made(keeper, "b")
+    await asyncio.gather(a.start(), b.start())
+    assert a.log == ["start", "stop"]
+
+
+async def test_a_copy_makes_room_for_another_one() -> None:
+    """The host has memory for one copy, and that of the model that counts more is kept."""
+    keeper = LocalKeeper(budget=1, host_budget=1)
+    a = await Made(keeper, "a").start()
+    b = await Made(keeper, "b", {"priority": 5}).start()
+    assert (a.log, a.engine.state) == (["start", "park"], "parked")
+    c = await Made(keeper, "c").start()
+    assert (a.log, a.engine.state) == (["start", "park", "stop"], "stopped")
+    assert (b.log, b.engine.state) == (["start", "park"], "parked")
+    await a.ask(1)
+    assert (c.log, c.engine.state) == (["start", "stop"], "stopped")
+
+
+async def test_a_model_that_cannot_load_fails_its_start() -> None:
+    """And gives its lease back."""
+    keeper = LocalKeeper(budget=1)
+    broken, good = Made(keeper, "a", fails=True), Made(keeper, "b")
+    started = asyncio.create_task(good.start())
+    with pytest.raises(EngineError, match="the weights are broken"):
+        await broken.start()
+    with pytest.raises(EngineError, match="the weights are broken"):
+        await broken.engine.check_health()
+    await started
+    assert good.engine.state == "resident"
+
+
+async def test_a_stop_gives_everything_back() -> None:
+    """Those that wait are told so."""
+    a, b = await pool("a", "b")
+    waiting = asyncio.create_task(a.ask(1))
+    await asyncio.sleep(0.01)
+    await a.engine.stop()
+    assert (await waiting).status_code == 503
+    await b.engine.stop()
+    assert b.log[-1] == "stop"
+
+
+async def test_a_client_that_leaves_waits_no_more() -> None:
+    """Its model is not woken for nobody."""
+    a, b = await pool("a", "b")
+    busy = asyncio.create_task(b.ask(3))
+    await asyncio.sleep(0.5)
+    waiting = asyncio.create_task(a.ask(1))
+    await asyncio.sleep(0.5)
+    waiting.cancel()
+    await busy
+    await asyncio.sleep(60)
+    assert b.engine.state == "resident"
