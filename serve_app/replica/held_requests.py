@@ -51,14 +51,13 @@ class HeldRequests:
 
     @property
     def idle_s(self) -> float:
-        """Returns the seconds since a request ran, which is 0 if one runs."""
+        """Returns the seconds since a request ran, or since the beginning, which is 0 if one runs."""
         return 0.0 if self.running else self._clock() - self.last_used
 
     def open(self, app: ASGIApp) -> None:
         """Lets all requests through to this application, and those go on that stood still."""
         self._app = self._app_for_questions = app
         self._still_since = None
-        self.last_used = self._clock()
         self._opened.set()
         self._changed()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from serve_app.planning.sizes import gib
 from serve_app.residency.member import HOLDS_A_LEASE, Bytes, Demand, Member, Pool, State, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake, decide, fits_alone, longest_wait_s
 
@@ -152,7 +153,7 @@ class Book:
                 )
             case Forget(_, instead):
                 return (
-                    f"'{model}' gives back its copy of {_amounts({'host': member.terms.host_bytes})} for the one of "
+                    f"'{model}' gives back its copy of {gib(member.terms.host_bytes)} for the one of "
                     f"'{self._model(instead)}'."
                 )
 
@@ -184,7 +185,7 @@ def _after(member: Member, order: Order, now: float) -> Member:
 
 
 def _amounts(sizes: Bytes) -> str:
-    return ", ".join(f"{size / 2**30:.2f} GiB of {device}" for device, size in sorted(sizes.items()))
+    return ", ".join(f"{gib(size)} of {device}" for device, size in sorted(sizes.items()))
 
 
 def _requests(count: int) -> str:

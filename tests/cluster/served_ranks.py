@@ -133,9 +133,9 @@ async def outcome(session: aiohttp.ClientSession, url: str, question: str, is_st
 
 
 @asynccontextmanager
-async def session_for() -> AsyncIterator[aiohttp.ClientSession]:
+async def session_for(timeout_s: float = REPLACED_TIMEOUT_S) -> AsyncIterator[aiohttp.ClientSession]:
     """A client without a bound on its connections."""
-    timeout = aiohttp.ClientTimeout(total=REPLACED_TIMEOUT_S)
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         yield session
 
