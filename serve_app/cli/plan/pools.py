@@ -16,7 +16,8 @@ STEP = 64 * MIB
 def pool_title(pool: PoolPlan) -> str:
     """Returns the heading of a pool."""
     count = len(pool.models)
-    return f"pool '{pool.name}': {count} model{'' if count == 1 else 's'} share {amounts(pool.budget)}"
+    who = "1 model has" if count == 1 else f"{count} models share"
+    return f"pool '{pool.name}': {who} {amounts(pool.budget)}"
 
 
 def pool_lines(pool: PoolPlan) -> Iterator[str]:
