@@ -56,7 +56,7 @@ class _Strict(BaseModel):
         try:
             return cls.model_validate(args)
         except ValidationError as error:
-            raise ConfigError("\n".join(field_errors(error.errors(), args))) from None
+            raise ConfigError("\n".join(field_errors(error.errors(), args, cls))) from None
 
 
 def _unknown_field(name: str, known: Mapping[str, object]) -> str:

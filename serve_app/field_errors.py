@@ -1,7 +1,9 @@
 """Says in our words what pydantic finds wrong in a file: the field, what was expected, and what was found."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import BaseModel
 
 from serve_app.errors import nearest
 
@@ -28,9 +30,9 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def field_errors(errors: Iterable[Any], given: object) -> list[str]:
+def field_errors(errors: Iterable[Any], given: object, kind: type[BaseModel] | None = None) -> list[str]:
     """Returns a line for each field that is wrong. `errors` are those of `ValidationError.errors()`, and `given` is
-    what was validated.
+    what was validated. `kind` is the model that validated it, whose parts have the names that may be written there.
 
     Where a field may be of several types, pydantic has an error for each of them, which become one line here. A field
     has no line of its own if a part of it has one: pydantic then says of a list that it is too short, for example.
@@ -41,6 +43,9 @@ def field_errors(errors: Iterable[Any], given: object) -> list[str]:
         where = _place(error["loc"], given, is_missing=error["type"] == "missing")
         if error["type"] == "missing":
             lines.append(f"missing field '{where}'.")
+        elif error["type"] == "extra_forbidden":
+            *path, name = error["loc"]
+            lines.append(_unknown(str(name), _place(path, given, is_missing=False), _names_at(kind, path)))
         elif error["type"] == "value_error":
             text = str(error["ctx"]["error"])
             lines.append(text if not where or text.startswith(where) else f"{where}: {text}")
@@ -62,6 +67,30 @@ def _place(path: Sequence[int | str], given: object, is_missing: bool) -> str:
             continue  # It is the name of a type.
         parts.append(str(part))
     return ".".join(parts)
+
+
+def _unknown(name: str, where: str, known: Sequence[str]) -> str:
+    """Returns the line of a field that the model at a place does not have. `known` are those that it has, or nothing if
+    they are not known."""
+    label = f"{where}: " if where else ""
+    listed = f" Known fields: {', '.join(known)}." if known else ""
+    return f"{label}unknown field '{name}'.{nearest(name, known) or listed}"
+
+
+def _names_at(kind: object, path: Sequence[int | str]) -> list[str]:
+    """Returns the fields of the model at a path below another model, or nothing where no model is found. Parts of the
+    path that are keys, numbers or names of types lead no deeper."""
+    for part in path:
+        found = next((each for each in _models(kind) if part in each.model_fields), None)
+        kind = kind if found is None else found.model_fields[str(part)].annotation
+    return [name for each in _models(kind) for name in each.model_fields]
+
+
+def _models(kind: object) -> list[type[BaseModel]]:
+    """Returns the models in a type, such as that of a field that may be a list of them or None."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [model for each in get_args(kind) for model in _models(each)]
 
 
 def _line(where: str, errors: Sequence[Any]) -> str:

@@ -5,11 +5,13 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve_app.cli.main import main
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import read_applications
+from serve_app.field_errors import field_errors
 
 
 def told(args: dict[str, Any], kind: type[ModelConfig | RouterConfig] = ModelConfig) -> str:
@@ -47,6 +49,10 @@ def told(args: dict[str, Any], kind: type[ModelConfig | RouterConfig] = ModelCon
         ({"device": "gpu"}, "expected 'cuda' or 'cpu', got 'gpu'. Did you mean 'cuda'?"),
         ({"dtype": "fp16"}, "got 'fp16'. Did you mean 'float16'?"),
         ({"model": ["x" * 500]}, "xxx …."),
+        (
+            {"residency": {"policy": "swap", "min_residnt_s": 3}},
+            "residency: unknown field 'min_residnt_s'. Did you mean 'min_resident_s'?",
+        ),
     ],
 )
 def test_a_wrong_field_of_a_model(args: dict[str, Any], line: str) -> None:
@@ -54,6 +60,40 @@ def test_a_wrong_field_of_a_model(args: dict[str, Any], line: str) -> None:
     assert line in told(args)
     assert len(told(args)) < 200
     assert "\n" not in told(args)
+
+
+def test_an_unknown_field_of_a_part_is_told_with_those_that_the_part_has() -> None:
+    """The field that is missing instead has its own line, and a name that is near no other gets the list."""
+    assert told({"residency": {"polcy": "swap"}}).splitlines() == [
+        "missing field 'residency.policy'.",
+        "residency: unknown field 'polcy'. Did you mean 'policy'?",
+    ]
+    assert told({"residency": {"policy": "swap", "zz": 1}}) == (
+        "residency: unknown field 'zz'. Known fields: policy, pool, pool_memory, host_memory, min_resident_s, drain_s, "
+        "priority."
+    )
+
+
+class _Item(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    size: int = 0
+
+
+class _Shelf(BaseModel):
+    items: list[_Item] = []
+    named: dict[str, _Item | None] = {}
+
+
+def test_a_part_in_a_list_or_a_mapping_is_found_too() -> None:
+    """The place has its number or its key. Without the model, the names that it may have are not known."""
+    given = {"items": [{"siez": 1}], "named": {"a": {"siez": 1}}}
+    with pytest.raises(ValidationError) as caught:
+        _Shelf.model_validate(given)
+    assert field_errors(caught.value.errors(), given, _Shelf) == [
+        "items.0: unknown field 'siez'. Did you mean 'size'?",
+        "named.a: unknown field 'siez'. Did you mean 'size'?",
+    ]
+    assert field_errors(caught.value.errors(), given)[0] == "items.0: unknown field 'siez'."
 
 
 def test_each_wrong_item_of_a_list_has_a_line_and_the_list_has_none() -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
 from serve_app.access.origin import is_loopback
 from serve_app.cli.cluster import connected
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
+from serve_app.cli.plan.pools import amounts, long_waits
 from serve_app.config import ModelConfig
 from serve_app.deploy.node_env import node_environments, this_environment
 from serve_app.deploy.resolve_model import RequestOf, requests_of, require_all_replicas, resolve_model
 from serve_app.deploy.serve_env import NAMES, NodeEnvironment, file_environment, lacking
-from serve_app.errors import ConfigError, ServeAppError, nearest
-from serve_app.facts.inventory import Inventory, local_inventory, ray_inventory
+from serve_app.errors import ConfigError, PlacementError, ServeAppError, nearest
+from serve_app.facts.inventory import Inventory, as_empty, local_inventory, ray_inventory
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.field_errors import field_errors
+from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.pool import PoolPlan
+from serve_app.planning.resolve import fix_lines
 from serve_app.planning.resource_demand import Demand
+from serve_app.residency.pools import plan_file, pool_problems
 
 # If no cluster runs, the environment against which a file is checked has this name.
 HERE = "this environment"
@@ -49,22 +55,27 @@ def check(file: Path, address: str | None) -> int:
         print(f"note: {note}")
     models = [application for application in applications if application.is_model]
     request_of = requests_of([application.model_settings() for application in models], inventory)
-    placed = [_report(application, nodes, inventory, request_of) for application in models]
+    pools = _in_pools(models, inventory, request_of)
+    for note in long_waits(pools.plans, applications):
+        print(f"note: {note}")
+    placed = [_report(application, nodes, inventory, request_of, pools) for application in models]
     return 0 if all(placed) else 1
 
 
 def require_valid(applications: Sequence[ApplicationSpec]) -> None:
     """Raises one ConfigError that lists the mistakes of all applications."""
     problems = []
+    configs: dict[str, ModelConfig] = {}
     for application in applications:
         try:
             if application.is_model:
-                ModelConfig.from_args(application.args)
+                configs[application.name] = ModelConfig.from_args(application.args)
             elif application.is_router:
                 application.router_settings()
         except ConfigError as error:
             problems += [f"{application.name}: {line}" for line in str(error).splitlines()]
         problems += [f"{application.name}: {line}" for line in wrong_engine_args(application)]
+    problems += pool_problems(configs)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -240,24 +251,77 @@ def unplaced(
     """Returns why the nodes could not hold these models, by name, for those that they could not hold. Each is judged
     alone."""
     request_of = requests_of([application.model_settings() for application in applications], inventory)
+    pools = _in_pools(applications, inventory, request_of)
     found = {}
     for application in applications:
         try:
+            pools.require_place(application.name)
             _demand_of(application, nodes, inventory, request_of)
         except ServeAppError as error:
             found[application.name] = error
     return found
 
 
-def _report(application: ApplicationSpec, nodes: Sequence[Node], inventory: Inventory, request_of: RequestOf) -> bool:
+@dataclass(frozen=True)
+class _Pools:
+    """These are the models of a file that swap, by name: what they take of their pools, or why they have no place."""
+
+    takes: Mapping[str, str]
+    problems: Mapping[str, str]
+    plans: Sequence[PoolPlan]
+
+    def require_place(self, name: str) -> None:
+        """Raises PlacementError if a model swaps and has no place in its pool. Other models have one here."""
+        if name in self.problems:
+            raise PlacementError(self.problems[name])
+
+
+def _in_pools(applications: Sequence[ApplicationSpec], inventory: Inventory, request_of: RequestOf) -> _Pools:
+    """Plans the models that swap beside those that hold their GPUs all the time, on devices as if they were empty,
+    because what runs there now may be what is about to be replaced."""
+    configs = {item.name: (item.model_settings(), item.least_replicas) for item in applications}
+    if not any(config.swaps for config, _ in configs.values()):
+        return _Pools({}, {}, ())
+    requests: list[ModelRequest] = []
+    unread: dict[str, str] = {}
+    for name, (config, count) in configs.items():
+        if config.swaps is None and config.device == "cpu":
+            continue
+        try:
+            requests.append(replace(request_of(config, inventory), name=name, replicas=count))
+        except ConfigError as error:
+            unread |= {name: str(error)} if config.swaps is not None else {}
+    plan = plan_file(requests, as_empty(inventory))
+    problems = {
+        problem.model: "\n".join([problem.message, *fix_lines(problem.fixes)])
+        for problem in plan.problems
+        if configs[problem.model][0].swaps is not None
+    }
+    takes = {
+        model.model.name: f"{amounts(model.leases[0])} of the pool '{pool.name}' while it is resident"
+        for pool in plan.pools
+        for model in pool.models
+    }
+    return _Pools(takes, unread | problems, plan.pools)
+
+
+def _report(
+    application: ApplicationSpec,
+    nodes: Sequence[Node],
+    inventory: Inventory,
+    request_of: RequestOf,
+    pools: _Pools,
+) -> bool:
     count = application.least_replicas
     try:
+        pools.require_place(application.name)
         demand = _demand_of(application, nodes, inventory, request_of)
     except ServeAppError as error:
         print(f"NO  {application.name}: {error}")
         return False
     takes = "a replica takes" if count == 1 else f"each of {count} replicas takes"
-    print(f"ok  {application.name}: {takes} {demand}")
+    in_pool = f", and {pools.takes[application.name]}" if application.name in pools.takes else ""
+    print(f"ok  {application.name}: {takes} {demand}{in_pool}")
     return True
 
 

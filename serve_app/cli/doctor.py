@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -21,6 +22,7 @@ from serve_app.facts.gpus import Gpu, local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
 from serve_app.facts.packages import installed_version
 from serve_app.planning.resource_demand import GIB
+from serve_app.planning.sizes import gib
 from serve_app.ray_serve import ray_may_run_here
 
 # These are the distributions to look for. vLLM's CPU build has a name of its own.
@@ -68,7 +70,7 @@ class Torch:
 @dataclass(frozen=True)
 class Machine:
     """What was found on this machine. Sizes are in bytes, `gpu_error` is NVML's error, and `cluster` is None if no Ray
-    cluster runs here.
+    cluster runs here. `locked_bytes` is what a process may lock of the memory, and None without a limit.
 
     `without_settings` says by node how many of the settings of `serve-app node-env` the node lacks.
     """
@@ -92,6 +94,7 @@ class Machine:
     without_settings: Mapping[str, int] = field(default_factory=dict)
     python_path: str = sys.executable
     haproxy_error: str = ""
+    locked_bytes: int | None = None
 
 
 def doctor() -> int:
@@ -137,7 +140,14 @@ def gather() -> Machine:
         cluster_error=cluster_error,
         without_settings=without_settings,
         haproxy_error=_haproxy_error(),
+        locked_bytes=_locked_bytes(),
     )
+
+
+def _locked_bytes() -> int | None:
+    """Returns how much memory a process may lock (`ulimit -l`), or None if there is no limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _torch() -> Torch | None:
@@ -267,6 +277,7 @@ def facts_of(machine: Machine) -> list[str]:
     rows += [
         ("CPUs", str(machine.cpus)),
         ("memory", f"{_gib(machine.memory_bytes)}, {_gib(machine.available_bytes)} available"),
+        ("locked", _locked(machine)),
         ("disk", f"{_gib(machine.temp_free_bytes)} free under {machine.temp_folder}"),
         (SHM, shm),
     ]
@@ -282,6 +293,16 @@ def facts_of(machine: Machine) -> list[str]:
         for where, count in machine.without_settings.items()
     ]
     return [f"{name:<13} {text}" for name, text in rows]
+
+
+def _locked(machine: Machine) -> str:
+    """Returns how much memory a process may lock. Models that swap keep copies in locked memory on a node with GPUs."""
+    if machine.locked_bytes is None:
+        return "no limit on locked memory (ulimit -l)"
+    limit = f"{gib(machine.locked_bytes)} of memory at most can be locked (ulimit -l)"
+    if not machine.gpus or machine.locked_bytes >= machine.memory_bytes // 2:
+        return limit
+    return f"{limit}. Copies of parked models may need more: ulimit -l unlimited, or docker run --ulimit memlock=-1"
 
 
 def _gib(size: int) -> str:

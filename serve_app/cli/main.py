@@ -69,6 +69,10 @@ def _run(options: argparse.Namespace) -> int:
         from serve_app.cli.swift.from_swift import from_swift
 
         return from_swift(options.swift_command)
+    if options.command == "from-llama-swap":
+        from serve_app.cli.llama_swap.from_llama_swap import from_llama_swap
+
+        return from_llama_swap(options.config)
     if options.command == "status":
         from serve_app.cli.status import status
 
@@ -136,6 +140,14 @@ def _parser() -> argparse.ArgumentParser:
         "carry over is listed in comments at its top, with the reason. Exits 2 if it is not such a command.",
     )
     swift.add_argument("swift_command", metavar="COMMAND", help="the whole command line, as one quoted word")
+    swapping = commands.add_parser(
+        "from-llama-swap",
+        help="prints a Serve config file made from the config.yaml of llama-swap",
+        description="Translates a config file of llama-swap into a Serve config file. Models that `vllm serve` runs "
+        "become applications, of which those that llama-swap swaps share a pool. What does not carry over is listed in "
+        "comments at its top, with the reason. Exits 2 if it is no such file, or if none of its models can be served.",
+    )
+    swapping.add_argument("config", type=Path, help="the config.yaml of llama-swap")
     commands.add_parser(
         "doctor",
         help="says what this machine has, and what would not work on it",

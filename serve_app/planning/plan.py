@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device
 from serve_app.planning.memory import ZERO, Figure
 from serve_app.planning.pt_kv_buffers import full_length_requests
+
+if TYPE_CHECKING:
+    from serve_app.planning.pool import PoolPlan
 
 # vLLM reads the layers of each stage of its pipeline in this environment variable, and has no argument for them.
 STAGES = "VLLM_PP_LAYER_PARTITION"
@@ -305,7 +308,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """This is the plan of all models on all devices.
+    """This is the plan of all models on all devices. `models` are those that hold their memory all the time, and
+    `pools` have those that share it.
 
     `joint_fixes` make all models fit together, with at most one fix for each. `placements` were tried to make the plan.
     `is_search_cut` says that the search for fixes reached its bound, so there may be more or cheaper ones.
@@ -317,6 +321,7 @@ class Plan:
     joint_fixes: tuple[Fix, ...] = ()
     placements: int = field(default=0, compare=False)
     is_search_cut: bool = False
+    pools: tuple["PoolPlan", ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -356,6 +361,14 @@ class Plan:
         """Returns the bytes that are planned on a device."""
         return sum(rank.share.bytes for rank in self.ranks_on(device))
 
+    def pooled(self, device: Device) -> int:
+        """Returns the bytes of a device that pools hold for the models that share them."""
+        return sum(pool.budget.get(device.id, 0) for pool in self.pools)
+
+    def spare(self, device: Device) -> int:
+        """Returns the bytes of a device that nothing is planned to take, below zero if more is planned than is free."""
+        return device.free_bytes - self.planned(device) - self.pooled(device)
+
     def ranks_on(self, device: Device) -> Iterable[RankPlan]:
         """Returns the shares of a device."""
         return (rank for model in self.models for rank in model.ranks if rank.device.id == device.id)
@@ -370,7 +383,8 @@ class Plan:
                 "total_bytes": device.total_bytes,
                 "free_bytes": device.free_bytes,
                 "planned_bytes": self.planned(device),
-                "spare_bytes": device.free_bytes - self.planned(device),
+                **({"pool_bytes": self.pooled(device)} if self.pools else {}),
+                "spare_bytes": self.spare(device),
             }
             for device in self.devices
         ]
@@ -379,6 +393,7 @@ class Plan:
             "notes": self.notes,
             "gpus": devices,
             "models": [model.to_json() for model in self.models],
+            **({"pools": [pool.to_json() for pool in self.pools]} if self.pools else {}),
             "problems": [problem.to_json() for problem in self.problems],
             "joint_fixes": [fix.to_json() for fix in self.joint_fixes],
         }

@@ -16,6 +16,9 @@ NCCL_BYTES = 256 * MIB
 # CUDA graphs of vLLM's default sizes have a private pool each, which is small for small models.
 GRAPH_BYTES_PER_LAYER = 10 * MIB
 GRAPH_BASE_BYTES = 256 * MIB
+# A sleeping vLLM engine keeps its CUDA context, its kernels and its graphs. Users report 1 GiB and more of cards of 24
+# to 80 GiB (vllm#32714). It was not measured here.
+SLEEPING_BYTES = 1024 * MIB
 # A rank of vLLM on the CPU takes this beyond its libraries, its tensors and its activations, as measured at full load
 # by `tests.cluster.served_ranks`. Its layers are not fused, so several copies of an activation exist at once, and its
 # allocator keeps what requests have touched.
@@ -88,6 +91,11 @@ def cuda_context(tp: int) -> list[Term]:
     """Returns the CUDA context, with NCCL's buffers if ranks talk."""
     found = [Term("CUDA context and kernels", (("bytes", CONTEXT_BYTES),))]
     return [*found, Term("NCCL's buffers", (("bytes", NCCL_BYTES),))] if tp > 1 else found
+
+
+def sleeping_vllm() -> Term:
+    """Returns what a rank of vLLM keeps of its GPU while the engine sleeps."""
+    return Term("CUDA context and graphs of a sleeping engine", (("bytes", SLEEPING_BYTES),))
 
 
 def vllm_cpu_context(tp: int, stages: int, threads: int) -> list[Term]:

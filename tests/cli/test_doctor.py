@@ -344,3 +344,21 @@ def test_without_an_answer_of_nvml_there_are_no_processes(fails: str, monkeypatc
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert gpu_processes() == []
     assert not nvml.is_open
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "no limit on locked memory (ulimit -l)"),
+        ({"locked_bytes": 40 * GIB}, "40.00 GiB of memory at most can be locked (ulimit -l)"),
+        ({"locked_bytes": 8 * 2**20}, "docker run --ulimit memlock=-1"),
+        ({"locked_bytes": 8 * 2**20, "gpus": ()}, "8.0 MiB of memory at most can be locked (ulimit -l)"),
+    ],
+)
+def test_what_may_be_locked_is_a_fact_with_its_cure_where_copies_of_weights_may_need_more(
+    changes: dict[str, Any], line: str
+) -> None:
+    """It is no problem, since only models that swap on GPUs need it."""
+    (fact,) = [fact for fact in facts_of(replace(GOOD, **changes)) if fact.startswith("locked ")]
+    assert fact.endswith(line)
+    assert problems_of(replace(GOOD, **{**changes, "gpus": GOOD.gpus})) == []

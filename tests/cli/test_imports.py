@@ -59,6 +59,7 @@ def test_a_local_model_is_planned_without_ray_and_engines(tmp_path: Path, where:
     ("words", "code"),
     [
         (["from-swift", "swift deploy --model x"], 0),
+        (["from-llama-swap", "/no/such/file.yaml"], 2),
         (["new-key", "team-a"], 0),
         (["status"], 2),
         (["plan", "--model", "/no/such/folder", "--gpus", "8GiB"], 2),

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
+from serve_app.cli.plan.pools import pool_lines, pool_title
 from serve_app.facts.inventory import Device
 from serve_app.planning.memory import GIB, Certainty, Figure
 from serve_app.planning.no_device import RUN_ON_CPU
 from serve_app.planning.plan import TERMS, Fix, ModelPlan, Plan, Problem, RankPlan
+from serve_app.planning.pool import PoolPlan
 from serve_app.planning.sizes import gib
 
-Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "spare", "others"]
+Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "pool", "spare", "others"]
 
 # These are the kinds of blocks in the order in which a bar has them, and what a reader calls them.
 LABELS: dict[Kind, str] = {
@@ -24,6 +26,7 @@ LABELS: dict[Kind, str] = {
     "activation": "activations",
     "graph": "CUDA graphs",
     "context": "context",
+    "pool": "pools of models that swap",
     "spare": "spare",
     "others": "held by others",
 }
@@ -74,6 +77,7 @@ class Bar:
 
     devices: tuple[Device, ...]
     occupants: tuple[Occupant, ...]
+    pool: Block
     spare: Block
     others: Block
     length: float = 1.0
@@ -97,7 +101,7 @@ class Bar:
     def blocks(self) -> tuple[Block, ...]:
         """Returns all blocks from left to right, and leaves out empty ones."""
         planned = (block for occupant in self.occupants for block in occupant.blocks)
-        return tuple(block for block in (*planned, self.spare, self.others) if block.figure.bytes)
+        return tuple(block for block in (*planned, self.pool, self.spare, self.others) if block.figure.bytes)
 
 
 @dataclass(frozen=True)
@@ -153,12 +157,18 @@ class Chart:
 
 def chart_of(plan: Plan) -> Chart:
     """Returns the picture of a plan."""
-    bars = [_bar(device, plan) for device in plan.devices if device.is_gpu or any(plan.ranks_on(device))]
+    bars = [
+        _bar(device, plan)
+        for device in plan.devices
+        if device.is_gpu or any(plan.ranks_on(device)) or plan.pooled(device)
+    ]
     merged = _merged(bars) if len(bars) > MOST_SINGLE_BARS else bars
     scaled, own_scales = _scaled(merged)
     notes = [BY_INDEX] if any(device.by_index for device in plan.devices) else []
     notes += ["The devices differ so much in size that each bar has a scale of its own."] if own_scales else []
-    models, problems = tuple(_model_notes(plan.models)), tuple(map(_problem_note, plan.problems))
+    swapping = [model.model for pool in plan.pools for model in pool.models]
+    models = (*_model_notes([*plan.models, *swapping]), *map(_pool_note, plan.pools))
+    problems = tuple(map(_problem_note, plan.problems))
     joint = tuple(map(_fix_note, plan.joint_fixes))
     return Chart(_verdict(plan), plan.fits, (*notes, *plan.notes), tuple(scaled), models, problems, joint)
 
@@ -254,9 +264,10 @@ def _bar(device: Device, plan: Plan) -> Bar:
         for rank in model.ranks
         if rank.device.id == device.id
     )
-    spare = max(0, device.free_bytes - plan.planned(device))
+    spare = max(0, plan.spare(device))
     others = max(0, device.total_bytes - device.free_bytes)
-    return Bar((device,), occupants, Block("spare", Figure(spare)), Block("others", Figure(others)))
+    pool = Block("pool", Figure(plan.pooled(device)))
+    return Bar((device,), occupants, pool, Block("spare", Figure(spare)), Block("others", Figure(others)))
 
 
 def _blocks(rank: RankPlan) -> tuple[Block, ...]:
@@ -269,7 +280,7 @@ def _merged(bars: Sequence[Bar]) -> list[Bar]:
     def likeness(bar: Bar) -> object:
         device = bar.devices[0]
         occupants = tuple((occupant.name, occupant.blocks) for occupant in bar.occupants)
-        return device.is_gpu, device.name, device.total_bytes, bar.spare, bar.others, occupants
+        return device.is_gpu, device.name, device.total_bytes, bar.pool, bar.spare, bar.others, occupants
 
     return [_joined(list(group)) for _, group in groupby(bars, likeness)]
 
@@ -308,6 +319,10 @@ def _model_notes(models: Iterable[ModelPlan]) -> Iterator[ModelNote]:
         where = ranges([rank.device for model in group for rank in model.ranks])
         title = title_of(first) if len(group) == 1 else f"{printable(first.name)}, {len(group)} replicas"
         yield ModelNote(f"{title}: {first.backend}{tp} on {where}", _lines(first))
+
+
+def _pool_note(pool: PoolPlan) -> ModelNote:
+    return ModelNote(printable(pool_title(pool)), tuple(map(printable, pool_lines(pool))))
 
 
 def _lines(model: ModelPlan) -> tuple[str, ...]:

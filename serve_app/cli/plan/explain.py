@@ -75,13 +75,14 @@ class Explained:
 def explained(plan: Plan, name: str) -> list[Explained]:
     """Returns a model's replicas, one for each way in which they are placed, and each kind of those that have no place.
     Raises ConfigError if the model is not in the plan."""
-    placed = {tuple(rank.share for rank in model.ranks): model for model in plan.models if model.name == name}
+    everything = [*plan.models, *(each.model for pool in plan.pools for each in pool.models)]
+    placed = {tuple(rank.share for rank in model.ranks): model for model in everything if model.name == name}
     problems = [problem for problem in plan.problems if problem.model == name]
     found = [Explained(model) for model in placed.values()]
     found += [Explained(problem.nearest and problem.nearest(), problem) for problem in problems]
     if found:
         return found
-    planned = [*(model.name for model in plan.models), *(problem.model for problem in plan.problems)]
+    planned = [*(model.name for model in everything), *(problem.model for problem in plan.problems)]
     names = ", ".join(dict.fromkeys(planned))
     raise ConfigError(f"plan: --explain {name}: there is no such model. The plan has {names or 'none'}.")
 

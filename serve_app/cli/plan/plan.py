@@ -8,14 +8,15 @@ from pathlib import Path
 
 from serve_app.cli.cluster import connected
 from serve_app.cli.output_file import require_folder, write_file
+from serve_app.cli.plan.pools import long_waits
 from serve_app.cli.plan.requests import MODEL_OPTIONS, requests_of_file, requests_of_options
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory, local_inventory, parse_gpus, ray_inventory, read_inventory
-from serve_app.planning.fixes import with_fixes
+from serve_app.facts.serve_file import read_applications
 from serve_app.planning.model_request import AtOnce, ModelRequest
 from serve_app.planning.plan import Plan
-from serve_app.planning.planner import make_plan
 from serve_app.planning.what_fits import what_fits
+from serve_app.residency.pools import plan_file
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -29,13 +30,16 @@ def plan(options: argparse.Namespace) -> int:
         requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
     if options.what == "fits":
         return _what_fits(requests, inventory, options.json)
-    made = _planned(requests, inventory)
+    made = plan_file(requests, inventory)
     if options.compare is not None:
         others = requests_of_file(options.compare, inventory)
-        other = _planned([replace(request, at_once=requests[0].at_once) for request in others], inventory)
+        other = plan_file([replace(request, at_once=requests[0].at_once) for request in others], inventory)
         return _compare(made, other, (str(options.config or "the models"), str(options.compare)), options.json)
     if options.explain is not None:
         return _explain(made, options.explain, options.json)
+    if options.config is not None and made.pools:
+        for note in long_waits(made.pools, read_applications(options.config)):
+            print(f"note: {note}", file=sys.stderr)  # stdout is for the plan.
     _show(made, options)
     return 0 if made.fits else 1
 
@@ -92,17 +96,15 @@ def _show(made: Plan, options: argparse.Namespace) -> None:
 
         write_plan(made, options.config, options.write)
         print(f"The file with what was chosen is {options.write}.", file=sys.stderr)
+        if made.pools:
+            print("Models that swap stay in it as they were, because their pools place them.", file=sys.stderr)
 
 
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
     """Returns the plan of a Serve config file for these GPUs, or those of the cluster or this machine. Raises
     ConfigError."""
     devices = _inventory(gpus, inventory, address)
-    return _planned(requests_of_file(path, devices), devices)
-
-
-def _planned(requests: list[ModelRequest], inventory: Inventory) -> Plan:
-    return with_fixes(make_plan(requests, inventory), requests, inventory)
+    return plan_file(requests_of_file(path, devices), devices)
 
 
 def _require_one_way(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from serve_app.errors import ConfigError
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.planning.model_request import ModelRequest
+from serve_app.residency.pools import pool_problems
 
 MODEL_OPTIONS = (
     "infer_backend", "tensor_parallel_size", "pipeline_parallel_size", "nnodes", "max_model_len", "max_num_seqs",
@@ -34,14 +35,16 @@ def requests_of_file(path: Path | None, inventory: Inventory) -> list[ModelReque
             f"{path}: it has no application with import_path serve_app.app:model, so there is nothing to plan."
         )
     read, problems, cards = [], [], cards_of(inventory)
+    configs: dict[str, ModelConfig] = {}
     for application in applications:
         try:
-            config = application.model_settings()
+            config = configs[application.name] = application.model_settings()
             read.append(read_request(application.name, config, application.least_replicas, cards))
         except ConfigError as error:
             text = str(error)
             problems.append(text if text.startswith(f"{application.name}: ") else f"{application.name}: {text}")
         problems += [f"{application.name}: {line}" for line in wrong_engine_args(application)]
+    problems += pool_problems(configs)
     if problems:
         raise ConfigError("\n".join(problems))
     for note in doubtful_engine_args(applications):  # stdout is for the plan, which may be JSON.

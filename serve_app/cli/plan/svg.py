@@ -40,6 +40,7 @@ LIGHT: dict[Kind, tuple[str, str]] = {
     "activation": ("#e3a51b", "#1f1a0b"),
     "graph": ("#a8489a", "#ffffff"),
     "context": ("#6a6d80", "#ffffff"),
+    "pool": ("#2a7f8c", "#ffffff"),
     "spare": ("#e8ebf1", "#4a5060"),
     "others": ("#b9471a", "#ffffff"),
 }
@@ -49,6 +50,7 @@ DARK: dict[Kind, tuple[str, str]] = {
     "activation": ("#efb93d", "#1f1a0b"),
     "graph": ("#cf7ac3", "#1c0a19"),
     "context": ("#9a9db2", "#101117"),
+    "pool": ("#52b0bf", "#04161a"),
     "spare": ("#262b36", "#b3b9c7"),
     "others": ("#e0703f", "#1f0b03"),
 }
@@ -271,6 +273,7 @@ def _sentences(chart: Chart) -> Iterable[str]:
     """Yields what the picture says as sentences for a reader who does not see it."""
     for bar in chart.bars:
         parts = [f"{occupant.title} {gib(occupant.share.bytes)}" for occupant in bar.occupants]
+        parts += [f"pools {gib(bar.pool.figure.bytes)}"] if bar.pool.figure.bytes else []
         parts += [f"spare {gib(bar.spare.figure.bytes)}"]
         parts += [f"held by others {gib(bar.others.figure.bytes)}"] if bar.others.figure.bytes else []
         yield f"{bar.title} ({bar.card}): {', '.join(parts)}."

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from serve_app.cli.page_console import PageConsole
 from serve_app.cli.plan.chart import printable
+from serve_app.facts.inventory import Device
 from serve_app.planning.plan import Plan
 from serve_app.planning.sizes import gib
 from serve_app.planning.what_fits import Way
@@ -138,20 +139,29 @@ def _verdict(plan: Plan) -> str:
 
 def _devices(plan: Plan) -> dict[str, str]:
     return {
-        device.id: f"{gib(plan.planned(device))} planned, {gib(max(0, device.free_bytes - plan.planned(device)))} spare"
+        device.id: _device(plan, device)
         for device in plan.devices
-        if device.is_gpu or plan.planned(device)
+        if device.is_gpu or plan.planned(device) or plan.pooled(device)
     }
+
+
+def _device(plan: Plan, device: Device) -> str:
+    held = plan.pooled(device)
+    pools = f"{gib(held)} in pools, " if held else ""
+    return f"{gib(plan.planned(device))} planned, {pools}{gib(max(0, plan.spare(device)))} spare"
 
 
 def _models(plan: Plan) -> dict[str, str]:
     found = {}
-    for model in plan.models:
+    swapping = {model.model.name: pool.name for pool in plan.pools for model in pool.models}
+    for model in (*plan.models, *(each.model for pool in plan.pools for each in pool.models)):
         name = model.name if model.replica == 0 else f"{model.name} #{model.replica}"
         where = ", ".join(rank.device.id for rank in model.ranks)
         found[name] = (
             f"{model.backend} on {where}: {gib(sum(rank.share.bytes for rank in model.ranks))}, "
             f"{model.max_full_length_requests} × {model.max_model_len:,} tokens at once"
         )
+        if model.name in swapping:
+            found[name] += f", while it is resident in the pool {swapping[model.name]}"
     reasons = {item.model: _reason(item.message, item.missing_bytes) for item in reversed(plan.problems)}
     return found | {name: f"does not fit: {reason}" for name, reason in reasons.items() if name not in found}

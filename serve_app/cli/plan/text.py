@@ -27,7 +27,9 @@ from serve_app.cli.plan.chart import (
     printable,
     title_of,
 )
+from serve_app.planning.memory import ZERO
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
+from serve_app.planning.pool import PoolPlan
 from serve_app.planning.sizes import gib
 
 # These are the columns of a page. A page that is not a terminal is as wide as the table of figures needs.
@@ -41,6 +43,7 @@ STYLES: dict[Kind, str] = {
     "activation": "#e0a526 on #b8831a",
     "graph": "#c06fb0 on #9a558c",
     "context": "#a9a9bd on #85859a",
+    "pool": "#4fb3bf on #3a8a94",
     "spare": "bright_black",
     "others": "#e0662f on #7a3416",
 }
@@ -55,8 +58,8 @@ class Signs:
     cut: str
 
 
-UNICODE = Signs(dict(zip(LABELS, "█▓▒░▚·╳", strict=True)), "─", "…")
-ASCII = Signs(dict(zip(LABELS, "#=~-+.x", strict=True)), "-", ".")
+UNICODE = Signs(dict(zip(LABELS, "█▓▒░▚▞·╳", strict=True)), "─", "…")
+ASCII = Signs(dict(zip(LABELS, "#=~-+%.x", strict=True)), "-", ".")
 
 
 def print_plan(plan: Plan) -> None:
@@ -74,6 +77,8 @@ def page(plan: Plan, width: int, signs: Signs = UNICODE) -> list[Text]:
     for bar in chart.bars:
         lines += [Text(), *_bar_lines(bar, width, signs)]
     lines += [Text(), *_table(plan, width)]
+    for pool in plan.pools:
+        lines += [Text(), *_pool_table(pool, width)]
     for note in chart.notes:
         prose, *commands = note.splitlines()
         lines += [Text(), *_wrapped(f"NOTE {prose}", width, indent=5)]
@@ -205,15 +210,36 @@ def _table(plan: Plan, width: int) -> list[Text]:
     devices = max((cell_len(printable(device.id)) for device, _ in rows), default=0)
     models = max((cell_len(title_of(model)) for _, ranks in rows for model, _ in ranks), default=0)
     form = _Form(max(10, devices), max(24, models), width)
-    lines = [form.head] if form.is_wide else []
+    lines = [form.head] if form.is_wide and plan.models else []
     for device, ranks in rows:
         for model, rank in ranks:
             lines += form.row(printable(device.id), model, rank)
         others = device.total_bytes - device.free_bytes
         of = f"of {gib(device.total_bytes)}" + (f", {gib(others)} held by others" if others > 0 else "")
         name = set_cell_size(printable(device.id), form.device)
-        spare = gib(device.free_bytes - plan.planned(device))
+        if held := plan.pooled(device):
+            lines += _wrapped(f"{name} pools {gib(held)} of models that swap", max(width, form.width), indent=4)
+        spare = gib(plan.spare(device))
         lines += _wrapped(f"{name} spare {spare} {of} ({printable(device.name)})", max(width, form.width), indent=4)
+    return lines
+
+
+def _pool_table(pool: PoolPlan, width: int) -> list[Text]:
+    """Returns what each model of a pool takes of each device while it is resident, and what the pool has of it."""
+    rows = [(printable(rank.device.id), model.model, rank) for model in pool.models for rank in model.model.ranks]
+    devices = max((cell_len(printable(device)) for device in pool.budget), default=0)
+    models = max((cell_len(title_of(model)) for _, model, _ in rows), default=0)
+    form = _Form(max(10, devices), max(24, models), width)
+    lines = _wrapped(f"Pool '{printable(pool.name)}', each model as if it were resident alone:", width)
+    lines += [form.head] if form.is_wide else []
+    for device, model, rank in rows:
+        lines += form.row(device, model, rank)
+    kept = pool.residue
+    for device, size in pool.budget.items():
+        name = set_cell_size(printable(device), form.device)
+        parked = kept.get(device, ZERO)
+        text = f", parked models keep {marked(parked)} of it" if parked.bytes else ""
+        lines += _wrapped(f"{name} pool {gib(size)}{text}", max(width, form.width), indent=4)
     return lines
 
 

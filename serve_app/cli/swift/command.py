@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shlex
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import Any
 import yaml
 
 from serve_app.byte_sizes import UNITS
+from serve_app.cli.shell_words import is_operator, shell_words, without_wrappers
 from serve_app.errors import ConfigError
 
 # The values of these arguments are never repeated in a note.
 SECRET = frozenset({"api_key", "hub_token"})
-# These words may come before the command.
-WRAPPERS = frozenset({"env", "exec", "nohup", "sudo", "time"})
 # accelerate accepts binary units in any case. Lower-case "gb" means bits to it, so that is left as it is.
 BINARY_UNIT = re.compile(r"([kmgt])ib$", re.IGNORECASE)
 
@@ -265,12 +263,7 @@ class SwiftCommand:
 def parse(command: str) -> SwiftCommand:
     """Reads a command line. Raises ConfigError for one that is not `swift deploy`."""
     words, rest = _words(command)
-    while words and words[0] in WRAPPERS:
-        words.pop(0)
-    variables: dict[str, str] = {}
-    while words and (match := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", words[0], re.DOTALL)):
-        variables[match[1]] = match[2]
-        words.pop(0)
+    variables, words = without_wrappers(words)
     notes = [f"'{rest}': this part is for the shell and is not read here."] if rest else []
     arguments, repeated = _arguments(_without_program(words, command))
     shown = " ".join(word for name, values in arguments.items() if name not in SECRET for word in values)
@@ -282,18 +275,9 @@ def parse(command: str) -> SwiftCommand:
 
 def _words(command: str) -> tuple[list[str], str]:
     """Returns the command's words, and what follows them in the shell, such as `> log &`."""
-    joined = re.sub(r"(?<=\s)\d(?=>)", "", re.sub(r"\\\r?\n", " ", command))
-    lexer = shlex.shlex(joined, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
-    lexer.commenters = ""
-    try:
-        words = list(lexer)
-    except ValueError as error:
-        raise ConfigError(f"the command cannot be read: {error}. Close every quote.") from None
-    for place, word in enumerate(words):
-        if word and set(word) <= set("();<>|&"):
-            return words[:place], " ".join(words[place:])
-    return words, ""
+    words = shell_words(command)
+    place = next((place for place, word in enumerate(words) if is_operator(word)), len(words))
+    return words[:place], " ".join(words[place:])
 
 
 def _without_program(words: list[str], command: str) -> list[str]:

@@ -6,10 +6,8 @@ What carries over becomes `args` of one model. Every other argument gets a note 
 import re
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import yaml
 
 from serve_app.byte_sizes import parse_max_memory
 from serve_app.cli.swift.command import (
@@ -29,6 +27,7 @@ from serve_app.cli.swift.command import (
 )
 from serve_app.cli.swift.quantization import NAMES as QUANTIZATION
 from serve_app.cli.swift.quantization import quantization_of
+from serve_app.cli.translation import Draft, TranslatedFile, TranslatedModel
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, nearest
 
@@ -64,7 +63,7 @@ def translate(command: str) -> Translation:
     swift_backend = parsed.one("infer_backend", "transformers")
     if swift_backend not in BACKENDS:
         raise ConfigError(f"--infer_backend: '{swift_backend}' is unknown. swift has {', '.join(BACKENDS)}.")
-    draft = _Draft({"model": _model(parsed), "infer_backend": BACKENDS[swift_backend]}, list(parsed.notes))
+    draft = Draft({"model": _model(parsed), "infer_backend": BACKENDS[swift_backend]}, list(parsed.notes), MORE)
     if swift_backend in ("sglang", "lmdeploy"):
         draft.note(f"--infer_backend {swift_backend}: this engine is not here. vllm, the nearest one, is set instead.")
     _add_arguments(draft, parsed, swift_backend)
@@ -77,49 +76,6 @@ def translate(command: str) -> Translation:
 
 
 # --- what becomes of each argument -------------------------------------------------------------------------------
-
-
-@dataclass
-class _Draft:
-    """Collects the args. ModelConfig accepts them at every step."""
-
-    args: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def backend(self) -> str:
-        return str(self.args["infer_backend"])
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def put(self, source: str, path: str, value: Any) -> bool:
-        """Sets a field and returns True. If the field is set already or ModelConfig refuses it, leaves a note instead.
-
-        Dots in `path` lead below `engine_args`.
-        """
-        first, *keys = path.split(".")
-        if not keys and first in self.args:
-            self.note(f"{source}: another argument has set {first} to {self.args[first]} already.")
-            return False
-        for key in reversed(keys):
-            value = {key: value}
-        changed = self.args | {first: _merged(self.args.get(first, {}), value) if keys else value}
-        try:
-            ModelConfig.from_args(changed)
-        except ConfigError as error:
-            reason = " ".join(str(error).split()).removeprefix(f"{path}: ").removeprefix(f"{first}: ")
-            more = MORE.get(first, "") if self.backend == "vllm" else ""
-            self.note(f"{source}: {reason} {more}".strip())
-            return False
-        self.args = changed
-        return True
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return new
-    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def _shown(name: str, words: tuple[str, ...]) -> str:
@@ -137,7 +93,7 @@ def _model(parsed: SwiftCommand) -> str:
     return model
 
 
-def _add_arguments(draft: _Draft, parsed: SwiftCommand, swift_backend: str) -> None:
+def _add_arguments(draft: Draft, parsed: SwiftCommand, swift_backend: str) -> None:
     ordered = [name for name in TARGETS if name in parsed.arguments]
     ordered += [name for name in parsed.arguments if name not in TARGETS and name not in HANDLED]
     for name in ordered:
@@ -151,7 +107,7 @@ def _add_arguments(draft: _Draft, parsed: SwiftCommand, swift_backend: str) -> N
             draft.put(f"--{name} {key}", key if own else f"engine_args.{key}", value)
 
 
-def _add_quantization(draft: _Draft, parsed: SwiftCommand) -> None:
+def _add_quantization(draft: Draft, parsed: SwiftCommand) -> None:
     given = [name for name in QUANTIZATION if name in parsed.arguments]
     if not given:
         return
@@ -165,7 +121,7 @@ def _add_quantization(draft: _Draft, parsed: SwiftCommand) -> None:
             draft.note(f"--{name} false: the scales are always quantized too here.")
 
 
-def _is_idle(draft: _Draft, name: str, words: tuple[str, ...], swift_backend: str) -> bool:
+def _is_idle(draft: Draft, name: str, words: tuple[str, ...], swift_backend: str) -> bool:
     """Returns whether an argument belongs to another backend of swift than the chosen one, and leaves a note on it."""
     owner = name.partition("_")[0]
     if owner not in ("vllm", "sglang", "lmdeploy") or owner == swift_backend or name not in KNOWN:
@@ -174,7 +130,7 @@ def _is_idle(draft: _Draft, name: str, words: tuple[str, ...], swift_backend: st
     return True
 
 
-def _add_argument(draft: _Draft, name: str, words: tuple[str, ...]) -> None:
+def _add_argument(draft: Draft, name: str, words: tuple[str, ...]) -> None:
     shown = _shown(name, words)
     refused = (NOT_WITH_PT if draft.backend == "pt" else NOT_WITH_VLLM).get(name) or REASONS.get(name)
     if refused:
@@ -209,7 +165,7 @@ def _add_argument(draft: _Draft, name: str, words: tuple[str, ...]) -> None:
         draft.note(f"{shown}: it carries over and bounds vLLM here. swift passes only --vllm_max_model_len to vLLM.")
 
 
-def _limits(draft: _Draft, shown: str, limits: Mapping[Any, Any]) -> dict[Any, Any]:
+def _limits(draft: Draft, shown: str, limits: Mapping[Any, Any]) -> dict[Any, Any]:
     """Returns what of `max_memory` holds here, and leaves a note on the rest. Raises ConfigError for a limit that
     cannot be read, because without it the model would take whole GPUs."""
     try:
@@ -229,14 +185,14 @@ def _limits(draft: _Draft, shown: str, limits: Mapping[Any, Any]) -> dict[Any, A
     return kept
 
 
-def _add_single_device(draft: _Draft, shown: str, device: str) -> None:
+def _add_single_device(draft: Draft, shown: str, device: str) -> None:
     if device == "cpu":
         draft.put(shown, "device", "cpu")
         return
     draft.note(f"{shown}: a model takes one GPU unless told otherwise, and Ray chooses which.")
 
 
-def _add_variables(draft: _Draft, variables: Mapping[str, str]) -> None:
+def _add_variables(draft: Draft, variables: Mapping[str, str]) -> None:
     for name, value in variables.items():
         if name == "CUDA_VISIBLE_DEVICES":
             _add_visible_gpus(draft, value)
@@ -251,7 +207,7 @@ def _add_variables(draft: _Draft, variables: Mapping[str, str]) -> None:
             )
 
 
-def _add_visible_gpus(draft: _Draft, value: str) -> None:
+def _add_visible_gpus(draft: Draft, value: str) -> None:
     gpus = [item for item in value.split(",") if item.strip()]
     shown = f"CUDA_VISIBLE_DEVICES={value}"
     if gpus in ([], ["-1"]):
@@ -275,7 +231,7 @@ def _add_visible_gpus(draft: _Draft, value: str) -> None:
     )
 
 
-def _add_differences(draft: _Draft, parsed: SwiftCommand) -> None:
+def _add_differences(draft: Draft, parsed: SwiftCommand) -> None:
     """Adds notes on what swift does by default and this project does not."""
     model, config = draft.args["model"], ModelConfig.from_args(draft.args)
     if model.startswith(("/", ".", "~")):
@@ -303,7 +259,7 @@ def _uses_hugging_face(parsed: SwiftCommand) -> bool:
     return read_flag("use_hf", parsed.arguments.get("use_hf", (variable,)))
 
 
-def _name(draft: _Draft, parsed: SwiftCommand) -> str:
+def _name(draft: Draft, parsed: SwiftCommand) -> str:
     """Returns the application's name, which clients send as `model`. The default is the end of the model's path, as in
     swift."""
     wanted = parsed.one("served_model_name", "") or draft.args["model"].rstrip("/").rpartition("/")[2]
@@ -317,7 +273,7 @@ def _name(draft: _Draft, parsed: SwiftCommand) -> str:
     return name
 
 
-def _address(draft: _Draft, parsed: SwiftCommand) -> tuple[str, int]:
+def _address(draft: Draft, parsed: SwiftCommand) -> tuple[str, int]:
     host = parsed.one("host", DEFAULT_HOST)
     port = int(read_number("port", (parsed.one("port", str(DEFAULT_PORT)),)))
     if "api_key" in parsed.arguments:
@@ -333,45 +289,8 @@ def _address(draft: _Draft, parsed: SwiftCommand) -> tuple[str, int]:
 # --- printing ----------------------------------------------------------------------------------------------------
 
 
-class _Inline(dict[Any, Any]):
-    """This is a mapping that is printed on one line."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Prints `_Inline` on one line."""
-
-
-_Dumper.add_representer(
-    _Inline, lambda dumper, value: dumper.represent_mapping("tag:yaml.org,2002:map", value.items(), flow_style=True)
-)
-
-
 def as_yaml(translation: Translation) -> str:
     """Returns the Serve config file, with the notes as comments at its top."""
-    args = {key: _Inline(value) if key == "max_memory" else value for key, value in translation.args.items()}
-    top = {"http_options": {"host": translation.http_host, "port": translation.http_port}}
-    router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
-    model = {
-        "name": translation.name,
-        "import_path": "serve_app.app:model",
-        "route_prefix": f"/models/{translation.name}",
-        "args": args,
-    }
-    parts = (_header(translation.notes), _dump(top), "applications:\n" + _dump([router]), _dump([model]))
-    return "\n".join(parts)
-
-
-def _header(notes: tuple[str, ...]) -> str:
-    lines = [
-        "`serve-app from-swift` made this file. Check it with `serve-app check`, and start it with `serve-app run`."
-    ]
-    if notes:
-        lines.append("These things are different from swift, or did not carry over:")
-    for note in notes:
-        printable = "".join(char if char.isprintable() else " " for char in note)
-        lines += textwrap.wrap(printable, 116, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-    return "".join(f"# {line}\n" for line in lines)
-
-
-def _dump(value: object) -> str:
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+    model = TranslatedModel(translation.name, translation.args)
+    host, port, notes = translation.http_host, translation.http_port, translation.notes
+    return TranslatedFile("from-swift", "swift", host, port, [model], notes=notes).text()

@@ -63,6 +63,8 @@ def changed(request: ModelRequest, changes: Iterable[Change]) -> ModelRequest | 
         fields["max_memory"] = {key: f"{size / 1000}KB" for key, size in fields["max_memory"].items()}
     if fields.get("kv_cache_memory_bytes") is not None:
         fields["kv_cache_memory_bytes"] = f"{fields['kv_cache_memory_bytes'] / 1000}KB"
+    if request.config.residency is not None:  # Its sizes are bytes, which a file does not write.
+        fields["residency"] = request.config.residency
     replicas = request.replicas
     for change in changes:
         if change.field == "num_replicas":

@@ -1,0 +1,400 @@
+"""Plans a whole file: the models that hold their memory all the time, and beside them the pools that others share.
+
+A pool has what `pool_memory` names before any other model is placed. A pool without it has what the others leave of a
+node's GPUs. Each of its models is planned as its replica plans it, as if it had the pool alone.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from serve_app.config import ModelConfig, ResidencyConfig
+from serve_app.facts.inventory import Device, Inventory
+from serve_app.planning.fixes import with_fixes
+from serve_app.planning.memory import GIB, MIB, reserve
+from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.no_device import no_device
+from serve_app.planning.plan import Change, Fix, ModelPlan, Plan, Problem
+from serve_app.planning.planner import make_plan, with_accounting
+from serve_app.planning.pool import COPIES_SHARE, PoolModel, PoolPlan, residue, residue_of, stops_because, weights_of
+from serve_app.planning.resident_sets import resident_sets
+from serve_app.planning.shortage import available
+from serve_app.planning.sizes import gib
+from serve_app.planning.swap_times import guessed_times
+from serve_app.residency.member import Member, Terms
+from serve_app.residency.policy import longest_wait_s
+from serve_app.residency.pool_plan import plan_in_pool
+
+# A larger `pool_memory` is looked for in these steps.
+STEP = 256 * MIB
+
+
+def pool_problems(configs: Mapping[str, ModelConfig]) -> list[str]:
+    """Returns a line for each model, by name, whose `pool_memory` is another one than that of the first of its pool."""
+    first: dict[str, tuple[str, ResidencyConfig]] = {}
+    problems = []
+    for name, config in configs.items():
+        if config.swaps is None:
+            continue
+        other, theirs = first.setdefault(config.swaps.pool, (name, config.swaps))
+        if theirs.pool_memory != config.swaps.pool_memory:
+            problems.append(
+                f"{name}: residency.pool_memory is {_shown(config.swaps)}, but that of '{other}' is {_shown(theirs)}, "
+                f"and both are in the pool '{config.swaps.pool}'. Write the same in both, or name another pool."
+            )
+    return problems
+
+
+def plan_file(requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
+    """Returns the plan of all models with fixes. Models that swap are in its `pools`, and those that do not fit are
+    among its problems."""
+    swapping = _by_pool(requests)
+    if not swapping:
+        return with_fixes(make_plan(requests, inventory), requests, inventory)
+    counted = _counted(requests, inventory)
+    pinned = [request for request in requests if request.config.swaps is None]
+    named = {name: group for name, group in swapping.items() if _swaps(group[0]).pool_memory is not None}
+    placed, left = _placed(named, counted, (), counted.devices)
+    plan = with_fixes(make_plan(pinned, replace(counted, devices=left)), pinned, replace(counted, devices=left))
+    rest = {name: group for name, group in swapping.items() if name not in named}
+    others, _ = _placed(rest, counted, plan.models, _left_by(plan, left))
+    found = [*placed, *others]
+    pools = tuple(pool for pool, _ in found if pool is not None)
+    problems = tuple(problem for _, problems in found for problem in problems)
+    return replace(plan, devices=counted.devices, problems=(*plan.problems, *problems), pools=pools)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """This is a place for a pool on one node: its devices as a plan has them, with the budget free on each, and the
+    host of the node, if the inventory has it."""
+
+    node: str
+    devices: tuple[Device, ...]
+    budget: Mapping[str, int]
+    host: Device | None
+    wanted: Mapping[str, int]  # It is more than the budget where a device has less.
+
+    @property
+    def tier(self) -> str:
+        return "cpu" if self.devices[0].is_gpu else "disk"
+
+
+# A pool with its problems. There is no pool if no node has a place for it.
+_Found = tuple[PoolPlan | None, list[Problem]]
+
+
+def _placed(
+    groups: Mapping[str, Sequence[ModelRequest]],
+    inventory: Inventory,
+    beside: Sequence[ModelPlan],
+    left: tuple[Device, ...],
+) -> tuple[list[_Found], tuple[Device, ...]]:
+    """Returns the pools, each on the node where most of its models fit, and the devices without what they hold. `left`
+    are those of which they may take what is free, beside these models."""
+    found: list[_Found] = []
+    for name, group in groups.items():
+        rooms = _rooms(_swaps(group[0]), group[0].config.device == "cpu", left)
+        tried = [(room, *_pool(name, group, room, beside)) for room in rooms]
+        if not tried:
+            found.append((None, _no_room(group, replace(inventory, devices=left))))
+            continue
+        room, pool, problems = min(tried, key=lambda item: (len(item[2]), -sum(item[0].budget.values())))
+        found.append((pool, problems))
+        left = _without(left, room, pool)
+    return found, left
+
+
+def _rooms(swaps: ResidencyConfig, on_cpu: bool, left: Sequence[Device]) -> list[_Room]:
+    """Returns the places that a pool could have. Of nodes that are alike it has only the first."""
+    rooms: dict[object, _Room] = {}
+    for node in dict.fromkeys(device.node for device in left):
+        own = [device for device in left if device.node == node]
+        host = next((device for device in own if not device.is_gpu), None)
+        if on_cpu:
+            wanted = {host: (swaps.pool_memory or {})["cpu"]} if host is not None else {}
+        elif swaps.pool_memory is None:
+            wanted = {device: available(device, device.free_bytes) for device in own if device.is_gpu}
+            wanted = {device: size for device, size in wanted.items() if size > 0}
+        else:
+            gpus = {device.index: device for device in own if device.is_gpu}
+            named = {key: size for key, size in swaps.pool_memory.items() if isinstance(key, int)}
+            wanted = {gpus[index]: size for index, size in named.items()} if named.keys() <= gpus.keys() else {}
+        if wanted:
+            room = _room(node, wanted, host)
+            likeness = [(device.index, device.name, device.total_bytes, device.free_bytes) for device in room.devices]
+            rooms.setdefault((*likeness, host and host.free_bytes), room)
+    return list(rooms.values())
+
+
+def _room(node: str, wanted: Mapping[Device, int], host: Device | None) -> _Room:
+    """Returns the room with no more than there is. Memory of a host is never quite free nor quite taken, so all of it
+    counts."""
+    budget, devices = {}, []
+    for device, size in wanted.items():
+        most = available(device, device.free_bytes) if device.is_gpu else device.total_bytes
+        budget[device.id] = max(0, min(size, most))
+        kept = reserve(device.total_bytes) if device.is_gpu else 0
+        devices.append(replace(device, free_bytes=budget[device.id] + kept, by_index=device.is_gpu or None))
+    return _Room(node, tuple(devices), budget, host, {device.id: size for device, size in wanted.items()})
+
+
+def _pool(
+    name: str, group: Sequence[ModelRequest], room: _Room, beside: Sequence[ModelPlan]
+) -> tuple[PoolPlan, list[Problem]]:
+    """Returns the plan of a pool on one node, and what does not fit."""
+    copies_budget, tier_free = _copies(_swaps(group[0]), room)
+    problems = _too_much(group[0], room)
+    models: list[PoolModel] = []
+    for request in group:
+        found, problem = _alone(request, room)
+        if found is None:
+            problems.append(problem or Problem("no_device", request.name, "it has no place."))
+            continue
+        models += [
+            _model(replace(found, replica=number), request, room, copies_budget)
+            for number in range(max(1, request.replicas))
+        ]
+    kept, crowded = _beside_residue(models, room, name)
+    problems += crowded
+    taken = {device: figure.bytes for device, figure in residue_of(kept).items()}
+    budget = {device: size - taken.get(device, 0) for device, size in room.budget.items()}
+    sets = resident_sets({model.title: model.leases_beside_residue for model in kept}, budget)
+    wait_s = longest_wait_s(map(_member, kept))
+    notes = tuple(_notes(group[0], room, beside))
+    return PoolPlan(
+        name, room.node, room.budget, room.tier, copies_budget, tier_free, tuple(kept), sets, wait_s, notes
+    ), problems
+
+
+def _alone(request: ModelRequest, room: _Room) -> tuple[ModelPlan | None, Problem | None]:
+    """Returns the plan of a model that has the pool alone, or why it does not fit even so, with fixes."""
+    unit, here = replace(request, replicas=1), Inventory(room.devices)
+    plan = plan_in_pool(unit, room.devices)
+    if plan.fits:
+        return plan.models[0], None
+    (problem, *_) = with_fixes(plan, [unit], here).problems
+    swaps = _swaps(request)
+    fixes = problem.fixes
+    if swaps.pool_memory is not None:  # A larger card would not help, since the pool takes no more of it.
+        more = _more_memory(unit, room, swaps)
+        fixes = (*more, *(fix for fix in fixes if fix.changes[0].field != "gpus"))
+    text = ", ".join(f"{gib(size)} of {device}" for device, size in room.budget.items())
+    message = f"It does not fit even alone in the pool '{swaps.pool}', which has {text}: {problem.message}"
+    return None, replace(problem, message=message, fixes=fixes, replicas=max(1, request.replicas))
+
+
+def _more_memory(request: ModelRequest, room: _Room, swaps: ResidencyConfig) -> tuple[Fix, ...]:
+    """Returns the least `pool_memory` with which a model fits alone, on one of the pool's GPUs or else on all of them.
+    It is proven by planning again, and there is none if the cards themselves are too small."""
+    gpus = [device for device in room.devices if device.is_gpu]
+    tries = [(device,) for device in gpus] + ([tuple(gpus)] if len(gpus) > 1 else [])
+    steps = max((device.total_bytes for device in gpus), default=0) // STEP
+
+    def fits(chosen: Sequence[Device], extra: int) -> dict[str, int] | None:
+        budget = dict(room.budget)
+        for device in chosen:
+            most = device.total_bytes - reserve(device.total_bytes)
+            budget[device.id] = min(most // STEP * STEP, (budget[device.id] // STEP + extra) * STEP)
+        grown = [replace(device, free_bytes=budget[device.id] + reserve(device.total_bytes)) for device in gpus]
+        return budget if plan_in_pool(request, grown).fits else None
+
+    for chosen in tries:
+        low, high = 1, steps
+        if fits(chosen, high) is None:
+            continue
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(chosen, middle) is not None else (middle + 1, high)
+        budget = fits(chosen, low) or {}
+        sizes = {device.index: f"{budget[device.id] / GIB:g}GiB" for device in gpus}
+        tiers = {key: f"{size / GIB:g}GiB" for key, size in (swaps.pool_memory or {}).items() if isinstance(key, str)}
+        change = Change("residency.pool_memory", {**sizes, **tiers})
+        gains = f"{request.name} fits alone in the pool '{swaps.pool}', whose other models must say the same"
+        return (Fix(request.name, (change,), gains=gains),)
+    return ()
+
+
+def _model(planned: ModelPlan, request: ModelRequest, room: _Room, copies_budget: int | None) -> PoolModel:
+    """Returns what a model takes of a pool."""
+    reason = stops_because(planned, room.tier, copies_budget)
+    parks, on_gpu = not reason, planned.ranks[0].device.is_gpu
+    weights = weights_of(planned)
+    times = guessed_times(planned.backend, weights, on_gpu, parks)
+    copy = weights if parks else 0
+    leases = (_lease(planned), *_elsewhere(planned, request, room))
+    return PoolModel(planned, leases, residue(planned) if parks else {}, copy, reason, times)
+
+
+def _lease(planned: ModelPlan) -> dict[str, int]:
+    lease: dict[str, int] = {}
+    for rank in planned.ranks:
+        lease[rank.device.id] = lease.get(rank.device.id, 0) + rank.share.bytes
+    return lease
+
+
+def _elsewhere(planned: ModelPlan, request: ModelRequest, room: _Room) -> list[dict[str, int]]:
+    """Returns the leases on the other GPUs of the pool of a model that takes a single one."""
+    own = _lease(planned)
+    if len(own) > 1 or request.config.max_memory is not None:
+        return []
+    tried = (
+        plan_in_pool(replace(request, replicas=1), [device])
+        for device in room.devices
+        if device.is_gpu and device.id not in own
+    )
+    return [_lease(plan.models[0]) for plan in tried if plan.fits]
+
+
+def _beside_residue(models: Sequence[PoolModel], room: _Room, pool: str) -> tuple[list[PoolModel], list[Problem]]:
+    """Returns the models that fit beside what the others keep of the pool while they are parked, and the problems of
+    those that do not."""
+    taken = {device: figure.bytes for device, figure in residue_of(models).items()}
+    kept, problems = [], []
+    for model in models:
+        missing = [
+            max(size + taken.get(device, 0) - room.budget[device] for device, size in lease.items())
+            for lease in model.leases_beside_residue
+        ]
+        if min(missing) <= 0:
+            kept.append(model)
+            continue
+        text = ", ".join(f"{gib(size)} of {device}" for device, size in taken.items())
+        problems.append(
+            Problem(
+                "residue",
+                model.model.name,
+                f"It lacks {gib(min(missing))} in the pool '{pool}' beside what the processes of parked models keep "
+                f"there, which is a guess of {text} together. Raise pool_memory, lower kv_cache_memory_bytes of this "
+                "model, or set host_memory: 0 for others, which are stopped then instead of parked.",
+                min(missing),
+            )
+        )
+    return kept, problems
+
+
+def _member(model: PoolModel) -> Member:
+    swaps = model.model.config.swaps
+    assert swaps is not None, "the model of a pool swaps"
+    times = model.times
+    terms = Terms(
+        model.title, model.model.name, model.leases, model.copy_bytes, times.wake_s, times.start_s, times.leave_s,
+        swaps.min_resident_s, swaps.drain_s, swaps.priority,
+    )  # fmt: skip
+    return Member(terms)
+
+
+def _copies(swaps: ResidencyConfig, room: _Room) -> tuple[int | None, int | None]:
+    """Returns what copies of parked models may take, and what the node has free of that, each None if it is not known.
+    No inventory knows disks."""
+    tier = "cpu" if room.tier == "cpu" else "disk"
+    named = (swaps.pool_memory or {}).get(tier)  # type: ignore[call-overload]  # It is a key of this kind.
+    if tier == "disk":
+        return named, None
+    if room.host is None:
+        return named, None
+    return (int(COPIES_SHARE * room.host.total_bytes) if named is None else named), room.host.free_bytes
+
+
+def _too_much(request: ModelRequest, room: _Room) -> list[Problem]:
+    """Returns a problem for each device that has less than `pool_memory` says."""
+    return [
+        Problem(
+            "pool_memory",
+            request.name,
+            f"residency.pool_memory: {gib(room.wanted[device])} of {device} is more than it has left for the pool "
+            f"'{_swaps(request).pool}' ({gib(size)}, without what is kept free of a card). Lower it in all models of "
+            "the pool.",
+            room.wanted[device] - size,
+        )
+        for device, size in room.budget.items()
+        if size < room.wanted[device]
+    ]
+
+
+def _no_room(group: Sequence[ModelRequest], left: Inventory) -> list[Problem]:
+    """Returns the problems of models whose pool has a place on no node."""
+    named = sorted(key for key in _swaps(group[0]).pool_memory or {} if isinstance(key, int))
+    if named and left.gpus:
+        nodes = "; ".join(
+            f"{node} has {', '.join(str(gpu.index) for gpu in gpus)}" for node, gpus in left.node_gpus().items()
+        )
+        message = f"residency.pool_memory names GPU {', '.join(map(str, named))}, and no node has that: {nodes}."
+        return [Problem("pool_memory", request.name, message) for request in group]
+    if left.gpus and group[0].config.device != "cpu":
+        message = (
+            f"Other models and pools leave nothing of any GPU to the pool '{_swaps(group[0]).pool}'. Bound what they "
+            "take, or name the pool's share in pool_memory, which it then has before others are placed."
+        )
+        return [Problem("pool_memory", request.name, message) for request in group]
+    return [Problem("no_device", request.name, no_device(replace(request, replicas=0), left)) for request in group]
+
+
+def _notes(request: ModelRequest, room: _Room, beside: Sequence[ModelPlan]) -> Iterable[str]:
+    swaps = _swaps(request)
+    others = sorted({model.name for model in beside for rank in model.ranks if rank.device.node == room.node})
+    if swaps.pool_memory is None and others and room.devices[0].is_gpu:
+        sizes = ", ".join(f"{device.index}: {room.budget[device.id] // MIB}MiB" for device in room.devices)
+        yield (
+            f"It shares {room.node} with {', '.join(others)}. Write pool_memory: {{{sizes}}} in all of its models, "
+            "because without it the pool asks Ray for all GPUs of its node."
+        )
+
+
+def _without(left: Iterable[Device], room: _Room, pool: PoolPlan) -> tuple[Device, ...]:
+    """Returns the devices without what a pool holds."""
+    found = []
+    for device in left:
+        held = room.budget.get(device.id, 0)
+        if device.id == (room.host and room.host.id) and pool.tier == "cpu":
+            held += min(pool.copies_bytes, pool.copies_budget or 0)
+        found.append(_less(device, held))
+    return tuple(found)
+
+
+def _left_by(plan: Plan, devices: Iterable[Device]) -> tuple[Device, ...]:
+    """Returns the devices with what the models of a plan leave of them."""
+    return tuple(_less(device, plan.planned(device)) for device in devices)
+
+
+def _less(device: Device, held: int) -> Device:
+    """Returns a device without the bytes that are held of it, which is all of a GPU that Ray counts as a whole."""
+    is_whole = device.is_gpu and not device.by_index
+    return replace(device, free_bytes=0 if held and is_whole else max(0, device.free_bytes - held))
+
+
+def _counted(requests: Sequence[ModelRequest], inventory: Inventory) -> Inventory:
+    """Returns the inventory with Ray's kind of accounting, which is by index if it is still open and a pool names
+    GPUs."""
+    names_gpus = any(
+        isinstance(key, int)
+        for request in requests
+        if request.config.swaps is not None
+        for key in request.config.swaps.pool_memory or {}
+    )
+    if not names_gpus:
+        return with_accounting(requests, inventory)
+    devices = (
+        replace(device, by_index=True) if device.is_gpu and device.by_index is None else device
+        for device in inventory.devices
+    )
+    return replace(inventory, devices=tuple(devices))
+
+
+def _by_pool(requests: Iterable[ModelRequest]) -> dict[str, list[ModelRequest]]:
+    found: dict[str, list[ModelRequest]] = {}
+    for request in requests:
+        if request.config.swaps is not None:
+            found.setdefault(request.config.swaps.pool, []).append(request)
+    return found
+
+
+def _swaps(request: ModelRequest) -> ResidencyConfig:
+    swaps = request.config.swaps
+    assert swaps is not None, "the models of a pool swap"
+    return swaps
+
+
+def _shown(swaps: ResidencyConfig) -> str:
+    if swaps.pool_memory is None:
+        return "left out"
+    return "{" + ", ".join(f"{key}: {gib(size)}" for key, size in swaps.pool_memory.items()) + "}"
