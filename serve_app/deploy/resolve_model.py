@@ -86,8 +86,8 @@ def _in_pool(
         for node in nodes:
             if not node.gpus and not node.vram_gib:
                 raise PlacementError(
-                    f"residency: the replica asks Ray for no GPU of its own, so it could come to {node.name}, which has "
-                    "none. Set accelerator_type, which ties it to nodes with such GPUs."
+                    f"residency: the replica asks Ray for no GPU of its own, so it could come to {node.name}, which "
+                    "has none. Set accelerator_type, which ties it to nodes with such GPUs."
                 )
     demand = require_room(config, nodes, Demand(config.num_cpus))
     return Resolved(with_absolute_paths(config), demand, facts)
