@@ -61,7 +61,9 @@ class PoolMember:
         replica = serve.get_replica_context().replica_id.unique_id
         weights = sum(rank.weights.bytes for rank in self.planned.ranks)
         seats = [Seat(seat.lease, partial(self._make, seat.planned, name)) for seat in self.seats]
-        return SwappingEngine(name, replica, self.swaps, seats, weights, self.keeper)
+        # A process keeps CUDA's context for as long as it lives.
+        residue = {key: self.planned.ranks[0].context.bytes for key in self.seats[0].lease} if self.gpus else {}
+        return SwappingEngine(name, replica, self.swaps, seats, weights, self.keeper, residue=residue)
 
     def _make(self, planned: ModelPlan, name: str) -> Engine:
         if self.gpus:
