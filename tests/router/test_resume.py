@@ -212,7 +212,7 @@ async def test_the_end_of_all_time_is_a_timeout_in_a_resume_too(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(dispatcher, "resume", never)
-    events = await stream(Replicas(engine, [1]), "/v1/completions", TEXT, total_timeout_s=0.5)
+    events = await stream(Replicas(engine, [1]), "/v1/completions", TEXT, total_timeout_s=1.0)
     assert events[-1]["error"]["code"] == "timeout"
     assert "total_timeout_s" in events[-1]["error"]["message"]
 
