@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp
 
-from serve_app.config import ResidencyConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError, ServeAppError
+from serve_app.model_fields import ResidencyConfig
 from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.metrics import SwapMetrics
 from serve_app.replica.report import ResidencyReport

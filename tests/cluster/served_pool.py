@@ -42,7 +42,7 @@ KEEPER, REPLICA = "ray::KeeperActor", "ray::ServeReplica:m"
 RECORDER = """
 import json, signal, sys, time
 import ray
-from serve_app.residency.keeper import PREFIX, RayRecords
+from serve_app.residency.lease_records import PREFIX
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 most, reads, going = {}, 0, [True]
 signal.signal(signal.SIGTERM, lambda *_: going.clear())

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from serve_app.config import ModelConfig, ResidencyConfig
+from serve_app.config import ModelConfig
 from serve_app.errors import EngineError
 from serve_app.facts.gpus import Gpu
+from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
 from serve_app.replica.pool import cpu_seats, gpu_budget, gpu_seats, host_budget, ray_options, show_gpus
 from tests.planning.model_requests import CONFIGS
