@@ -82,6 +82,13 @@ def _in_pool(
     if inventory is not None and _needs_plan(config, inventory):
         with suppress(ConfigError):  # The replica cannot plan it either, and says why.
             facts = request_of(config, inventory).engine_facts
+    if config.device != "cpu" and config.accelerator_type is None:
+        for node in nodes:
+            if not node.gpus and not node.vram_gib:
+                raise PlacementError(
+                    f"residency: the replica asks Ray for no GPU of its own, so it could come to {node.name}, which "
+                    "has none. Set accelerator_type, which ties it to nodes with such GPUs."
+                )
     demand = require_room(config, nodes, Demand(config.num_cpus))
     return Resolved(with_absolute_paths(config), demand, facts)
 

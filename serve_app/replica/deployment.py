@@ -18,12 +18,13 @@ from serve_app.access.door import Inside, require_door, stand_behind
 from serve_app.access.gate import Gate, KeyedApp
 from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
-from serve_app.config import ModelConfig, ResidencyConfig
+from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine, create_engine
 from serve_app.errors import ServeAppError
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
 from serve_app.facts.process_memory import held_by_others, is_held
+from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch

@@ -13,18 +13,20 @@ import ray
 from ray import serve
 
 from serve_app.byte_sizes import MaxMemoryKey
-from serve_app.config import ModelConfig, ResidencyConfig
+from serve_app.config import ModelConfig
 from serve_app.engines.engine import Engine, create_engine
 from serve_app.errors import EngineError
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.gpus import Gpu, local_gpus
 from serve_app.facts.inventory import Device
 from serve_app.facts.nodes import VRAM_RESOURCE
+from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.replica_plan import NODE, plan_alone, with_planned_memory
 from serve_app.replica.swapping_engine import Seat, SwappingEngine
-from serve_app.residency.keeper import PoolName, RayKeeper
+from serve_app.residency.keeper import RayKeeper
+from serve_app.residency.lease_records import PoolName
 from serve_app.residency.member import Bytes
 
 # Copies of parked models may take this share of what the host has where the config does not say how much.
@@ -61,7 +63,9 @@ class PoolMember:
         replica = serve.get_replica_context().replica_id.unique_id
         weights = sum(rank.weights.bytes for rank in self.planned.ranks)
         seats = [Seat(seat.lease, partial(self._make, seat.planned, name)) for seat in self.seats]
-        return SwappingEngine(name, replica, self.swaps, seats, weights, self.keeper)
+        # A process keeps CUDA's context for as long as it lives.
+        residue = dict.fromkeys(self.seats[0].lease, self.planned.ranks[0].context.bytes) if self.gpus else {}
+        return SwappingEngine(name, replica, self.swaps, seats, weights, self.keeper, residue=residue)
 
     def _make(self, planned: ModelPlan, name: str) -> Engine:
         if self.gpus:

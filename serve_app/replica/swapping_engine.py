@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp
 
-from serve_app.config import ResidencyConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError, ServeAppError
+from serve_app.model_fields import ResidencyConfig
 from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.metrics import SwapMetrics
 from serve_app.replica.report import ResidencyReport
@@ -44,7 +44,8 @@ class Seat:
 
 class SwappingEngine:
     """Runs the engine of one replica while it has a lease. `weights` are the bytes of a copy of its weights, as
-    planned, and `replica` is the replica's name, which no other one has."""
+    planned, `residue` is what it keeps of devices while it is parked, and `replica` is the replica's name, which no
+    other one has."""
 
     def __init__(
         self,
@@ -55,9 +56,10 @@ class SwappingEngine:
         weights: int,
         keeper: Keeper,
         clock: Callable[[], float] = time.monotonic,
+        residue: Bytes | None = None,
     ):
         self._name, self._replica, self._swaps, self._clock = name, replica, swaps, clock
-        self._seats, self._weights = list(seats), weights
+        self._seats, self._weights, self._residue = list(seats), weights, dict(residue or {})
         self._seat: Seat | None = None
         self._state: State = "stopped"
         self._has_copy = False
@@ -151,7 +153,7 @@ class SwappingEngine:
         return Terms(
             self._replica, self._name, tuple(seat.lease for seat in options if seat is not None),
             self._weights if parks else 0, self._wake_s, self._start_s, self._leave_s, swaps.min_resident_s,
-            swaps.drain_s, swaps.priority,
+            swaps.drain_s, swaps.priority, self._residue,
         )  # fmt: skip
 
     async def _obey(self, order: Order) -> None:
@@ -211,6 +213,7 @@ class SwappingEngine:
 
     async def _forget(self) -> None:
         if self._state == "parked":
+            self._state = "draining"
             await self._requests.cut()
             await self._end_engine()
         elif self._engine is not None and (parking := self._engine.parking()) is not None:

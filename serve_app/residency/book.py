@@ -169,7 +169,7 @@ def changes_of(orders: Iterable[Order]) -> list[str]:
 def _member(report: Report, now: float, since: float) -> Member:
     oldest = now - report.oldest_age_s
     demand = Demand(report.waiting, oldest, report.running, now if report.running else now - report.idle_s)
-    lease = report.lease if report.state in HOLDS_A_LEASE else {}
+    lease = report.lease if report.state in HOLDS_A_LEASE else report.terms.residue if report.state == "parked" else {}
     return Member(report.terms, report.state, since, dict(lease), report.has_copy, demand)
 
 
@@ -178,10 +178,11 @@ def _after(member: Member, order: Order, now: float) -> Member:
         case Wake(_, lease):
             return replace(member, state="waking", since=now, lease=dict(lease))
         case Leave(_, parks, _):
-            return replace(member, state="draining", since=now, has_copy=member.has_copy or parks)
+            return replace(member, state="draining", since=now, has_copy=parks)
         case Forget():
-            state: State = "stopped" if member.state == "parked" else member.state
-            return replace(member, state=state, since=now if state != member.state else member.since, has_copy=False)
+            if member.state != "parked":
+                return replace(member, has_copy=False)
+            return replace(member, state="draining", since=now, has_copy=False)
 
 
 def _amounts(sizes: Bytes) -> str:

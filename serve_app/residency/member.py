@@ -7,8 +7,8 @@ from typing import Literal
 # These are bytes by device, which is the GPU's UUID or "cpu".
 Bytes = Mapping[str, int]
 
-# A replica holds a lease in all states but `parked` and `stopped`. `draining` is until its requests have ended and its
-# memory is free.
+# A replica holds no lease while it is `stopped`, and its `residue` while it is `parked`. `draining` is until its
+# requests have ended and its memory is free.
 State = Literal["stopped", "parked", "waking", "resident", "draining"]
 HOLDS_A_LEASE: tuple[State, ...] = ("waking", "resident", "draining")
 
@@ -18,10 +18,11 @@ class Terms:
     """This is what does not change about a replica while it lives, except that its times are measured again.
 
     Each of `options` is a lease with which it can run, the best first. `host_bytes` is what its copy takes of the
-    host's memory, and 0 if it cannot park and is stopped instead. `wake_s` and `start_s` are the measured seconds until
-    it is resident from parked and from stopped, and `leave_s` those in which it frees its memory once its requests have
-    ended. A busy replica that must leave has `drain_s` seconds for the requests that run. Each step of `priority` makes
-    it count twice as much as one that is otherwise alike.
+    host's memory, and 0 if it cannot park and is stopped instead. `residue` is what it keeps of the devices while it is
+    parked, such as CUDA's context. `wake_s` and `start_s` are the measured seconds until it is resident from parked and
+    from stopped, and `leave_s` those in which it frees its memory once its requests have ended. A busy replica that
+    must leave has `drain_s` seconds for the requests that run. Each step of `priority` makes it count twice as much as
+    one that is otherwise alike.
     """
 
     replica: str
@@ -34,6 +35,7 @@ class Terms:
     min_resident_s: float
     drain_s: float
     priority: int = 0
+    residue: Bytes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ class Member:
     def name(self) -> str:
         """Returns the replica's name, which no other one has."""
         return self.terms.replica
+
+    @property
+    def gives(self) -> dict[str, int]:
+        """Returns the bytes that are free once it has left. One that can park keeps its residue."""
+        ends = self.state == "parked" or (self.state == "draining" and not self.has_copy)
+        keeps = {} if ends or not self.terms.host_bytes else self.terms.residue
+        return {device: size - keeps.get(device, 0) for device, size in self.lease.items()}
 
     @property
     def return_s(self) -> float:

@@ -43,7 +43,8 @@ class Leave:
 
 @dataclass(frozen=True)
 class Forget:
-    """The replica must free its copy in the host's memory, because another one that parks is worth more."""
+    """The replica must free its copy in the host's memory, because another one that parks is worth more, or because
+    what it keeps of a device while it is parked is needed. One that is parked is stopped by this."""
 
     replica: str
     instead: str
@@ -60,23 +61,29 @@ def decide(pool: Pool, now: float) -> list[Order]:
     promised = dict(free)
     for member in pool.members:
         if member.state == "draining":
-            _add(promised, member.lease)
-    staying = [member for member in pool.members if member.state in ("resident", "waking")]
+            _add(promised, member.gives)
+    staying = [member for member in pool.members if member.state in ("resident", "waking", "parked")]
     copies = _Copies(pool, now)
+    leaving: list[Member] = []
     for waiter in waiters(pool):
-        chosen = _choose(waiter, staying, promised, now)
+        if waiter in leaving:  # What it keeps while it is parked goes to one that waits longer.
+            continue
+        others = [member for member in staying if member.name != waiter.name]
+        chosen = _choose(waiter, others, _sum(promised, waiter.lease), now)
         if chosen is None:
             continue
-        lease, victims = chosen
-        staying = [member for member in staying if member not in victims]
-        if all(may_leave(victim, now) for victim in victims):  # None leaves early, since its bytes would be idle.
-            orders += [order for victim in victims for order in copies.leave(victim, waiter)]
-        if not victims and _fits(lease, free):
-            orders.append(Wake(waiter.name, lease))
-            _take(free, lease)
-        for victim in victims:
-            _add(promised, victim.lease)
-        _take(promised, lease)
+        staying = [member for member in others if member not in chosen.victims]
+        leaving += chosen.victims
+        if all(may_leave(victim, now) for victim in chosen.victims):  # None leaves early, its bytes would lie idle.
+            orders += [order for victim in chosen.victims for order in copies.leave(victim, waiter, chosen.parks)]
+        if not chosen.victims and _fits(chosen.lease, _sum(free, waiter.lease)):
+            orders.append(Wake(waiter.name, chosen.lease))
+            _add(free, waiter.lease)
+            _take(free, chosen.lease)
+        for victim in chosen.victims:
+            _add(promised, _gives(victim, chosen.parks))
+        _add(promised, waiter.lease)
+        _take(promised, chosen.lease)
     return orders
 
 
@@ -87,8 +94,8 @@ def waiters(pool: Pool) -> list[Member]:
 
 
 def may_leave(member: Member, now: float) -> bool:
-    """Returns whether a replica has been resident for long enough."""
-    return member.state == "resident" and now - member.since >= stay_s(member, now)
+    """Returns whether a replica has been resident for long enough. One that is parked may always be stopped."""
+    return member.state == "parked" or (member.state == "resident" and now - member.since >= stay_s(member, now))
 
 
 def stay_s(member: Member, now: float) -> float:
@@ -113,12 +120,13 @@ def longest_wait_s(members: Iterable[Member]) -> float:
     """Returns the most seconds for which a request waits until its replica is resident, in a pool of these replicas.
 
     The one that waits longest needs that all residents may leave, which each does at the latest after it has woken, has
-    stayed for its time and has drained. Then it wakes. Before that, every other replica may have had its turn once.
+    stayed for its time, has drained, and has parked and then been stopped. Then it wakes. Before that, every other
+    replica may have had its turn once.
     """
     every = list(members)
     if not every:
         return 0.0
-    stay = max(_longest_stay_s(member) + member.terms.drain_s + member.terms.leave_s for member in every)
+    stay = max(_longest_stay_s(member) + member.terms.drain_s + 2 * member.terms.leave_s for member in every)
     come = max(max(member.terms.start_s, member.terms.wake_s) for member in every)
     return len(every) * (stay + 2 * come)
 
@@ -128,24 +136,34 @@ def fits_alone(options: Sequence[Bytes], budget: Bytes) -> bool:
     return any(_fits(option, budget) for option in options)
 
 
-def _choose(
-    waiter: Member, staying: Sequence[Member], free: Mapping[str, int], now: float
-) -> tuple[Bytes, list[Member]] | None:
-    """Returns the lease for which the least value has to leave, and who leaves. A choice that has to wait until a
-    replica may leave is taken only if no other one is possible, and then the one that is possible first."""
-    found = []
+@dataclass(frozen=True)
+class _Choice:
+    """This is the lease that a replica will have, and those that leave for it. They may not park if what they would
+    keep of a device is needed too."""
+
+    lease: Bytes
+    victims: list[Member]
+    parks: bool
+
+
+def _choose(waiter: Member, staying: Sequence[Member], free: Mapping[str, int], now: float) -> _Choice | None:
+    """Returns the choice for which the least value has to leave. One that has to wait until a replica may leave is
+    taken only if no other one is possible, and then the one that is possible first."""
+    found: list[tuple[tuple[float, bool, float, int], _Choice]] = []
     for number, lease in enumerate(waiter.terms.options):
-        victims = _victims(lease, staying, free, now)
-        if victims is not None:
-            waits_s = max((_leaves_in_s(victim, now) for victim in victims), default=0.0)
-            found.append((waits_s, sum(value(victim, now) for victim in victims), number, lease, victims))
-    if not found:
-        return None
-    _, _, _, lease, victims = min(found, key=lambda item: item[:3])
-    return lease, victims
+        for parks in (True, False):
+            victims = _victims(lease, staying, free, now, parks)
+            if victims is not None:
+                waits_s = max((_leaves_in_s(victim, now) for victim in victims), default=0.0)
+                worth = sum(value(victim, now) for victim in victims)
+                found.append(((waits_s, not parks, worth, number), _Choice(lease, victims, parks)))
+                break
+    return min(found, key=lambda item: item[0])[1] if found else None
 
 
-def _victims(lease: Bytes, staying: Sequence[Member], free: Mapping[str, int], now: float) -> list[Member] | None:
+def _victims(
+    lease: Bytes, staying: Sequence[Member], free: Mapping[str, int], now: float, parks: bool
+) -> list[Member] | None:
     """Returns the replicas that leave so that the lease fits, or None if it would not fit without all of them. Those
     that may leave first come first, and of these those of the least value."""
     room = dict(free)
@@ -153,24 +171,31 @@ def _victims(lease: Bytes, staying: Sequence[Member], free: Mapping[str, int], n
     for member in sorted(staying, key=lambda member: (_leaves_in_s(member, now), value(member, now), member.name)):
         if _fits(lease, room):
             break
-        if any(room.get(device, 0) < size and member.lease.get(device) for device, size in lease.items()):
+        gives = _gives(member, parks)
+        if any(room.get(device, 0) < size and gives.get(device) for device, size in lease.items()):
             victims.append(member)
-            _add(room, member.lease)
+            _add(room, gives)
     if not _fits(lease, room):
         return None
     for member in sorted(victims, key=lambda member: -value(member, now)):  # The last one may have been enough.
         without = dict(room)
-        _take(without, member.lease)
+        _take(without, _gives(member, parks))
         if _fits(lease, without):
             victims.remove(member)
             room = without
     return victims
 
 
+def _gives(member: Member, parks: bool) -> Bytes:
+    return member.gives if parks else member.lease
+
+
 def _leaves_in_s(member: Member, now: float) -> float:
     """Returns the seconds until a replica may leave, as far as they are known."""
     if member.state == "waking":
         return member.ready_in_s + _longest_stay_s(member)
+    if member.state == "parked":
+        return 0.0
     return max(0.0, member.since + stay_s(member, now) - now)
 
 
@@ -182,9 +207,13 @@ class _Copies:
         self._room = pool.host_budget - pool.copied_bytes
         self._held = [member for member in pool.members if member.has_copy]
 
-    def leave(self, victim: Member, waiter: Member) -> list[Order]:
-        """Returns the order to leave, after those that make room for its copy. A copy goes only for one of greater
-        value, and never that of the replica that is about to wake."""
+    def leave(self, victim: Member, waiter: Member, parks: bool) -> list[Order]:
+        """Returns the order to leave, after those that make room for its copy if it `parks`. A copy goes only for one
+        of greater value, and never that of the replica that is about to wake."""
+        if victim.state == "parked" or not parks:
+            self._held = [member for member in self._held if member != victim]
+            is_parked = victim.state == "parked"
+            return [Forget(victim.name, waiter.name) if is_parked else Leave(victim.name, False, waiter.name)]
         if not victim.terms.host_bytes or victim in self._held:
             return [Leave(victim.name, victim in self._held, waiter.name)]
         room, worth, gone = self._room, value(victim, self._now), list[Member]()
@@ -203,6 +232,12 @@ class _Copies:
 
 def _fits(lease: Bytes, room: Mapping[str, int]) -> bool:
     return all(size <= room.get(device, 0) for device, size in lease.items())
+
+
+def _sum(room: Mapping[str, int], more: Bytes) -> dict[str, int]:
+    both = dict(room)
+    _add(both, more)
+    return both
 
 
 def _add(room: dict[str, int], lease: Bytes) -> None:

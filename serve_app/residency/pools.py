@@ -7,8 +7,9 @@ node's GPUs. Each of its models is planned as its replica plans it, as if it had
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.config import ModelConfig, ResidencyConfig
+from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory
+from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import GIB, MIB, reserve
 from serve_app.planning.model_request import ModelRequest

@@ -28,7 +28,7 @@ from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
 from serve_app.errors import ConfigError, RequestError
 from serve_app.ray_serve import replicas_listen_for_http
-from serve_app.residency.keeper import states_by_model
+from serve_app.residency.lease_records import states_by_model
 from serve_app.router.announcer import announce
 from serve_app.router.directory import ModelDirectory, ModelStatus
 from serve_app.router.forwarder import Forwarder

@@ -42,7 +42,7 @@ KEEPER, REPLICA = "ray::KeeperActor", "ray::ServeReplica:m"
 RECORDER = """
 import json, signal, sys, time
 import ray
-from serve_app.residency.keeper import PREFIX, RayRecords
+from serve_app.residency.lease_records import PREFIX
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 most, reads, going = {}, 0, [True]
 signal.signal(signal.SIGTERM, lambda *_: going.clear())
@@ -83,7 +83,7 @@ class PoolOnNodes(RayCluster):
             application["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
             served.append(application)
         assert parse_bytes(PT_CACHE, "") < EACH
-        super().__init__({"applications": [router, *served]}, worker_cpus=[float(len(served))] * workers)
+        super().__init__({"applications": [router, *served]}, worker_cpus=[len(served)] * workers)
         self.wait_until_ready(600)
 
     def wait_until_ready(self, timeout_s: float = 300.0) -> None:
@@ -105,13 +105,13 @@ class PoolOnNodes(RayCluster):
             [BIN / "python", "-c", RECORDER, self.gcs], env=self.environment, stdout=subprocess.PIPE, text=True
         )
 
-    def kill(self, what: str, draw: random.Random) -> bool:
+    def end_one(self, what: str, draw: random.Random) -> bool:
         """One process of this kind, or the only worker, which another one replaces. Returns whether there was one."""
         if what == "node":
             number = draw.choice(list(self.workers))
             self.kill_worker(number)
             self.workers.pop(number)
-            self.add_worker(number + 1, float(len(self.names)))
+            self.add_worker(number + 1, len(self.names))
             return True
         found = self.pids({"keeper": KEEPER, "replica": REPLICA}[what])
         if found:
@@ -182,7 +182,7 @@ async def trouble(cluster: PoolOnNodes, kills: Sequence[str], for_s: float) -> C
     order = draw.sample(list(kills), len(kills))
     for what in order:
         await asyncio.sleep(for_s / (len(order) + 1))
-        done[what] += await asyncio.to_thread(cluster.kill, what, draw)
+        done[what] += await asyncio.to_thread(cluster.end_one, what, draw)
     return done
 
 

@@ -15,6 +15,8 @@ from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts
 from serve_app.facts.inventory import parse_gpus
 from serve_app.facts.known_facts import Answer, Question
 from serve_app.facts.nodes import Node
+from serve_app.planning.resource_demand import Demand
+from tests.planning.model_requests import CONFIGS
 
 FACTS = VllmFacts({1: RankFacts((10**8, 10**8), 0, 0, 0, (CacheLayer(0, "full", 16, 65536),))})
 
@@ -80,3 +82,17 @@ def test_quantised_weights_are_asked_about_for_the_cards_of_the_cluster(
     assert {question.settings["rules"] for question in calls[0]} == {"cuda"}
     requests_of([quantised], inventory)
     assert [question.settings["rules"] for question in calls[1]] == ["cuda"] * 2 + ["cuda 7.5"] * 2 + ["cuda 8.0"] * 2
+
+
+def test_a_model_that_swaps_asks_ray_for_no_gpu() -> None:
+    """Its pool has them. On a cluster with nodes of both kinds it must be tied to those with GPUs."""
+    swaps = {"model": str(CONFIGS / "gemma3"), "infer_backend": "vllm", "residency": {"policy": "swap"}, "num_cpus": 2}
+    config = ModelConfig.from_args(swaps)
+    resolved = resolve_model(config, [Node("n1", 8, 1)], parse_gpus("24GiB"))
+    assert resolved.demand == Demand(cpus=2)
+    assert resolved.config == config
+    both = [Node("n1", 8, 1, accelerator_types=("L4",)), Node("n2", 8, 0)]
+    with pytest.raises(PlacementError, match="could come to n2, which has none. Set accelerator_type"):
+        resolve_model(config, both, parse_gpus("24GiB"))
+    tied = ModelConfig.from_args({**swaps, "accelerator_type": "L4"})
+    assert resolve_model(tied, both, parse_gpus("24GiB")).demand.accelerator_type == "L4"

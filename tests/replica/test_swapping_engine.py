@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve_app.config import ResidencyConfig
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
+from serve_app.model_fields import ResidencyConfig
 from serve_app.replica.report import ResidencyReport
 from serve_app.replica.swapping_engine import FIRST_WAKE_S, Seat, SwappingEngine
 from serve_app.residency import life_lock

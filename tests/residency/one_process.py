@@ -6,7 +6,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from serve_app.residency.book import Report
-from serve_app.residency.keeper import Joined, KeeperActor, PoolName
+from serve_app.residency.keeper import Joined, KeeperActor
+from serve_app.residency.lease_records import PoolName
 from serve_app.residency.policy import Order
 
 NAME = PoolName("default", "node")

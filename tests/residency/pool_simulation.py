@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from serve_app.residency.member import HOLDS_A_LEASE, Bytes, Demand, Member, Pool, Terms
+from serve_app.residency.member import Bytes, Demand, Member, Pool, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake, decide, longest_wait_s, stay_s
 
 # The keeper looks at this interval in seconds while requests wait.
@@ -150,7 +150,9 @@ class Simulation:
 
     def _left(self, number: int) -> None:
         replica = self._replicas[number]
-        self._change(number, state="parked" if replica.member.has_copy and replica.parks else "stopped", lease={})
+        parks = replica.member.has_copy and replica.parks
+        lease = replica.member.terms.residue if parks else {}
+        self._change(number, state="parked" if parks else "stopped", lease=lease)
 
     def _die(self, number: int) -> None:
         replica = self._replicas[number]
@@ -177,7 +179,7 @@ class Simulation:
                     assert self.now - member.since >= member.terms.min_resident_s
                     self.swaps += 1
                     replica.parks = parks
-                    self._change(number, state="draining", has_copy=member.has_copy or parks)
+                    self._change(number, state="draining", has_copy=parks)
                     for request, ends in replica.running.items():  # The change has made their ends void.
                         self._later(ends, ("end", number, request, replica.life))
                     if replica.running:
@@ -187,7 +189,9 @@ class Simulation:
                 case Forget():
                     assert member.has_copy
                     if member.state == "parked":
-                        self._change(number, state="stopped", has_copy=False)
+                        replica.parks = False
+                        self._change(number, state="draining", has_copy=False)
+                        self._drained(number)
                     else:
                         replica.member = replace(member, has_copy=False)
 
@@ -197,7 +201,8 @@ class Simulation:
             assert pool.leased(device) <= size, device
         assert pool.copied_bytes <= pool.host_budget
         for member in pool.members:
-            assert bool(member.lease) == (member.state in HOLDS_A_LEASE), member
+            assert member.lease or member.state not in ("waking", "resident"), member
+            assert not member.lease or member.state != "stopped", member
         oldest = min((begun for replica in self._replicas for begun, _ in replica.waiting), default=self.now)
         # A death makes the pool load once more what it had loaded, so each allows the wait of one more turn.
         assert self.now - oldest <= (1 + deaths) * self._bound + 2 * LOOK_EVERY_S, (self.now - oldest, self._bound)

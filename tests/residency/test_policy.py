@@ -133,6 +133,22 @@ def test_a_copy_in_the_hosts_memory() -> None:
     assert decide(pool(used, waiting("b", state="stopped"), kept, host=1), NOW) == [Leave("a", False, "b")]
 
 
+def test_what_a_parked_one_keeps_of_a_device_counts() -> None:
+    """A replica that leaves gives the rest only. If that is too little, another one that is parked is stopped."""
+    keeps = {"residue": {"cpu": 1}}
+    a = Member(terms("a", {"cpu": 4}, **keeps), "resident", 0.0, {"cpu": 4})
+    b = Member(terms("b", {"cpu": 4}, **keeps), "parked", 0.0, {"cpu": 1}, True, Demand(1, 980))
+    assert decide(pool(a, b, budget=5), NOW) == [Leave("a", True, "b")]
+    gone = Member(terms("a", {"cpu": 4}, **keeps), "parked", 0.0, {"cpu": 1}, True)
+    assert decide(pool(gone, b, budget=5), NOW) == [Wake("b", {"cpu": 4})]
+    c = Member(terms("c", {"cpu": 4}, **keeps), "parked", 0.0, {"cpu": 1}, True)
+    assert decide(pool(gone, b, c, budget=5), NOW) == [Forget("a", "b")]
+    whole = Member(terms("b", {"cpu": 5}, **keeps), "stopped", demand=Demand(1, 980))
+    assert decide(pool(a, whole, budget=5), NOW) == [Leave("a", False, "b")]
+    stopping = Member(terms("a", {"cpu": 4}, **keeps), "draining", NOW, {"cpu": 1})
+    assert decide(pool(stopping, b, c, budget=5), NOW) == []
+
+
 def test_whether_it_fits_alone() -> None:
     """One of its leases must fit in the whole pool."""
     assert fits_alone([{"gpu-0": 9}, {"gpu-1": 4}], {"gpu-0": 8, "gpu-1": 8})
@@ -155,7 +171,10 @@ def pools(draw: st.DrawFn) -> tuple[list[Terms], dict[str, int], int]:
             options.append({device: draw(st.integers(1, budget[device])) for device in sorted(devices)})
         wake, start, leave, stay, drain = (draw(DURATION) for _ in range(5))
         host, priority = draw(st.integers(0, 8)), draw(st.integers(-3, 3))
-        found.append(Terms(f"r{number}", "m", tuple(options), host, wake, start, leave, stay, drain, priority))
+        residue = {device: draw(st.integers(0, size)) for device, size in options[0].items()}
+        options = options[:1] if any(residue.values()) else options
+        kept = residue if any(residue.values()) else {}
+        found.append(Terms(f"r{number}", "m", tuple(options), host, wake, start, leave, stay, drain, priority, kept))
     return found, budget, draw(st.integers(0, 24))
 
 
