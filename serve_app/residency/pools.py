@@ -5,7 +5,7 @@ node's GPUs. Each of its models is planned as its replica plans it, as if it had
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory
@@ -15,15 +15,15 @@ from serve_app.planning.memory import GIB, MIB, reserve
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.no_device import no_device
 from serve_app.planning.plan import Change, Fix, ModelPlan, Plan, Problem
-from serve_app.planning.planner import make_plan, with_accounting
-from serve_app.planning.pool import COPIES_SHARE, PoolModel, PoolPlan, residue, residue_of, stops_because, weights_of
+from serve_app.planning.planner import make_plan
+from serve_app.planning.pool import PoolModel, PoolPlan, residue, residue_of, stops_because, weights_of
 from serve_app.planning.resident_sets import resident_sets
-from serve_app.planning.shortage import available
 from serve_app.planning.sizes import gib
 from serve_app.planning.swap_times import guessed_times
 from serve_app.residency.member import Member, Terms
 from serve_app.residency.policy import longest_wait_s
 from serve_app.residency.pool_plan import plan_in_pool
+from serve_app.residency.rooms import Room, counted, left_by, room_for_copies, rooms_of, without_pool
 
 # A larger `pool_memory` is looked for in these steps.
 STEP = 256 * MIB
@@ -51,33 +51,17 @@ def plan_file(requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
     swapping = _by_pool(requests)
     if not swapping:
         return with_fixes(make_plan(requests, inventory), requests, inventory)
-    counted = _counted(requests, inventory)
+    whole = counted(requests, inventory)
     pinned = [request for request in requests if request.config.swaps is None]
     named = {name: group for name, group in swapping.items() if _swaps(group[0]).pool_memory is not None}
-    placed, left = _placed(named, counted, (), counted.devices)
-    plan = with_fixes(make_plan(pinned, replace(counted, devices=left)), pinned, replace(counted, devices=left))
+    placed, left = _placed(named, whole, (), whole.devices)
+    plan = with_fixes(make_plan(pinned, replace(whole, devices=left)), pinned, replace(whole, devices=left))
     rest = {name: group for name, group in swapping.items() if name not in named}
-    others, _ = _placed(rest, counted, plan.models, _left_by(plan, left))
+    others, _ = _placed(rest, whole, plan.models, left_by(plan, left))
     found = [*placed, *others]
     pools = tuple(pool for pool, _ in found if pool is not None)
     problems = tuple(problem for _, problems in found for problem in problems)
-    return replace(plan, devices=counted.devices, problems=(*plan.problems, *problems), pools=pools)
-
-
-@dataclass(frozen=True)
-class _Room:
-    """This is a place for a pool on one node: its devices as a plan has them, with the budget free on each, and the
-    host of the node, if the inventory has it."""
-
-    node: str
-    devices: tuple[Device, ...]
-    budget: Mapping[str, int]
-    host: Device | None
-    wanted: Mapping[str, int]  # It is more than the budget where a device has less.
-
-    @property
-    def tier(self) -> str:
-        return "cpu" if self.devices[0].is_gpu else "disk"
+    return replace(plan, devices=whole.devices, problems=(*plan.problems, *problems), pools=pools)
 
 
 # A pool with its problems. There is no pool if no node has a place for it.
@@ -94,56 +78,22 @@ def _placed(
     are those of which they may take what is free, beside these models."""
     found: list[_Found] = []
     for name, group in groups.items():
-        rooms = _rooms(_swaps(group[0]), group[0].config.device == "cpu", left)
+        rooms = rooms_of(_swaps(group[0]), group[0].config.device == "cpu", left)
         tried = [(room, *_pool(name, group, room, beside)) for room in rooms]
         if not tried:
             found.append((None, _no_room(group, replace(inventory, devices=left))))
             continue
         room, pool, problems = min(tried, key=lambda item: (len(item[2]), -sum(item[0].budget.values())))
         found.append((pool, problems))
-        left = _without(left, room, pool)
+        left = without_pool(left, room, pool)
     return found, left
 
 
-def _rooms(swaps: ResidencyConfig, on_cpu: bool, left: Sequence[Device]) -> list[_Room]:
-    """Returns the places that a pool could have. Of nodes that are alike it has only the first."""
-    rooms: dict[object, _Room] = {}
-    for node in dict.fromkeys(device.node for device in left):
-        own = [device for device in left if device.node == node]
-        host = next((device for device in own if not device.is_gpu), None)
-        if on_cpu:
-            wanted = {host: (swaps.pool_memory or {})["cpu"]} if host is not None else {}
-        elif swaps.pool_memory is None:
-            wanted = {device: available(device, device.free_bytes) for device in own if device.is_gpu}
-            wanted = {device: size for device, size in wanted.items() if size > 0}
-        else:
-            gpus = {device.index: device for device in own if device.is_gpu}
-            named = {key: size for key, size in swaps.pool_memory.items() if isinstance(key, int)}
-            wanted = {gpus[index]: size for index, size in named.items()} if named.keys() <= gpus.keys() else {}
-        if wanted:
-            room = _room(node, wanted, host)
-            likeness = [(device.index, device.name, device.total_bytes, device.free_bytes) for device in room.devices]
-            rooms.setdefault((*likeness, host and host.free_bytes), room)
-    return list(rooms.values())
-
-
-def _room(node: str, wanted: Mapping[Device, int], host: Device | None) -> _Room:
-    """Returns the room with no more than there is. Memory of a host is never quite free nor quite taken, so all of it
-    counts."""
-    budget, devices = {}, []
-    for device, size in wanted.items():
-        most = available(device, device.free_bytes) if device.is_gpu else device.total_bytes
-        budget[device.id] = max(0, min(size, most))
-        kept = reserve(device.total_bytes) if device.is_gpu else 0
-        devices.append(replace(device, free_bytes=budget[device.id] + kept, by_index=device.is_gpu or None))
-    return _Room(node, tuple(devices), budget, host, {device.id: size for device, size in wanted.items()})
-
-
 def _pool(
-    name: str, group: Sequence[ModelRequest], room: _Room, beside: Sequence[ModelPlan]
+    name: str, group: Sequence[ModelRequest], room: Room, beside: Sequence[ModelPlan]
 ) -> tuple[PoolPlan, list[Problem]]:
     """Returns the plan of a pool on one node, and what does not fit."""
-    copies_budget, tier_free = _copies(_swaps(group[0]), room)
+    copies_budget, tier_free = room_for_copies(_swaps(group[0]), room)
     problems = _too_much(group[0], room)
     models: list[PoolModel] = []
     for request in group:
@@ -167,7 +117,7 @@ def _pool(
     ), problems
 
 
-def _alone(request: ModelRequest, room: _Room) -> tuple[ModelPlan | None, Problem | None]:
+def _alone(request: ModelRequest, room: Room) -> tuple[ModelPlan | None, Problem | None]:
     """Returns the plan of a model that has the pool alone, or why it does not fit even so, with fixes."""
     unit, here = replace(request, replicas=1), Inventory(room.devices)
     plan = plan_in_pool(unit, room.devices)
@@ -184,7 +134,7 @@ def _alone(request: ModelRequest, room: _Room) -> tuple[ModelPlan | None, Proble
     return None, replace(problem, message=message, fixes=fixes, replicas=max(1, request.replicas))
 
 
-def _more_memory(request: ModelRequest, room: _Room, swaps: ResidencyConfig) -> tuple[Fix, ...]:
+def _more_memory(request: ModelRequest, room: Room, swaps: ResidencyConfig) -> tuple[Fix, ...]:
     """Returns the least `pool_memory` with which a model fits alone, on one of the pool's GPUs or else on all of them.
     It is proven by planning again, and there is none if the cards themselves are too small."""
     gpus = [device for device in room.devices if device.is_gpu]
@@ -215,7 +165,7 @@ def _more_memory(request: ModelRequest, room: _Room, swaps: ResidencyConfig) -> 
     return ()
 
 
-def _model(planned: ModelPlan, request: ModelRequest, room: _Room, copies_budget: int | None) -> PoolModel:
+def _model(planned: ModelPlan, request: ModelRequest, room: Room, copies_budget: int | None) -> PoolModel:
     """Returns what a model takes of a pool."""
     reason = stops_because(planned, room.tier, copies_budget)
     parks, on_gpu = not reason, planned.ranks[0].device.is_gpu
@@ -233,7 +183,7 @@ def _lease(planned: ModelPlan) -> dict[str, int]:
     return lease
 
 
-def _elsewhere(planned: ModelPlan, request: ModelRequest, room: _Room) -> list[dict[str, int]]:
+def _elsewhere(planned: ModelPlan, request: ModelRequest, room: Room) -> list[dict[str, int]]:
     """Returns the leases on the other GPUs of the pool of a model that takes a single one."""
     own = _lease(planned)
     if len(own) > 1 or request.config.max_memory is not None:
@@ -246,7 +196,7 @@ def _elsewhere(planned: ModelPlan, request: ModelRequest, room: _Room) -> list[d
     return [_lease(plan.models[0]) for plan in tried if plan.fits]
 
 
-def _beside_residue(models: Sequence[PoolModel], room: _Room, pool: str) -> tuple[list[PoolModel], list[Problem]]:
+def _beside_residue(models: Sequence[PoolModel], room: Room, pool: str) -> tuple[list[PoolModel], list[Problem]]:
     """Returns the models that fit beside what the others keep of the pool while they are parked, and the problems of
     those that do not."""
     taken = {device: figure.bytes for device, figure in residue_of(models).items()}
@@ -284,19 +234,7 @@ def _member(model: PoolModel) -> Member:
     return Member(terms)
 
 
-def _copies(swaps: ResidencyConfig, room: _Room) -> tuple[int | None, int | None]:
-    """Returns what copies of parked models may take, and what the node has free of that, each None if it is not known.
-    No inventory knows disks."""
-    tier = "cpu" if room.tier == "cpu" else "disk"
-    named = (swaps.pool_memory or {}).get(tier)  # type: ignore[call-overload]  # It is a key of this kind.
-    if tier == "disk":
-        return named, None
-    if room.host is None:
-        return named, None
-    return (int(COPIES_SHARE * room.host.total_bytes) if named is None else named), room.host.free_bytes
-
-
-def _too_much(request: ModelRequest, room: _Room) -> list[Problem]:
+def _too_much(request: ModelRequest, room: Room) -> list[Problem]:
     """Returns a problem for each device that has less than `pool_memory` says."""
     return [
         Problem(
@@ -330,7 +268,7 @@ def _no_room(group: Sequence[ModelRequest], left: Inventory) -> list[Problem]:
     return [Problem("no_device", request.name, no_device(replace(request, replicas=0), left)) for request in group]
 
 
-def _notes(request: ModelRequest, room: _Room, beside: Sequence[ModelPlan]) -> Iterable[str]:
+def _notes(request: ModelRequest, room: Room, beside: Sequence[ModelPlan]) -> Iterable[str]:
     swaps = _swaps(request)
     others = sorted({model.name for model in beside for rank in model.ranks if rank.device.node == room.node})
     if swaps.pool_memory is None and others and room.devices[0].is_gpu:
@@ -339,46 +277,6 @@ def _notes(request: ModelRequest, room: _Room, beside: Sequence[ModelPlan]) -> I
             f"It shares {room.node} with {', '.join(others)}. Write pool_memory: {{{sizes}}} in all of its models, "
             "because without it the pool asks Ray for all GPUs of its node."
         )
-
-
-def _without(left: Iterable[Device], room: _Room, pool: PoolPlan) -> tuple[Device, ...]:
-    """Returns the devices without what a pool holds."""
-    found = []
-    for device in left:
-        held = room.budget.get(device.id, 0)
-        if device.id == (room.host and room.host.id) and pool.tier == "cpu":
-            held += min(pool.copies_bytes, pool.copies_budget or 0)
-        found.append(_less(device, held))
-    return tuple(found)
-
-
-def _left_by(plan: Plan, devices: Iterable[Device]) -> tuple[Device, ...]:
-    """Returns the devices with what the models of a plan leave of them."""
-    return tuple(_less(device, plan.planned(device)) for device in devices)
-
-
-def _less(device: Device, held: int) -> Device:
-    """Returns a device without the bytes that are held of it, which is all of a GPU that Ray counts as a whole."""
-    is_whole = device.is_gpu and not device.by_index
-    return replace(device, free_bytes=0 if held and is_whole else max(0, device.free_bytes - held))
-
-
-def _counted(requests: Sequence[ModelRequest], inventory: Inventory) -> Inventory:
-    """Returns the inventory with Ray's kind of accounting, which is by index if it is still open and a pool names
-    GPUs."""
-    names_gpus = any(
-        isinstance(key, int)
-        for request in requests
-        if request.config.swaps is not None
-        for key in request.config.swaps.pool_memory or {}
-    )
-    if not names_gpus:
-        return with_accounting(requests, inventory)
-    devices = (
-        replace(device, by_index=True) if device.is_gpu and device.by_index is None else device
-        for device in inventory.devices
-    )
-    return replace(inventory, devices=tuple(devices))
 
 
 def _by_pool(requests: Iterable[ModelRequest]) -> dict[str, list[ModelRequest]]:
