@@ -36,13 +36,6 @@ class PoolModel:
         """Returns the model's name, with its replica's number from the second one on."""
         return self.model.name if self.model.replica == 0 else f"{self.model.name} #{self.model.replica}"
 
-    @property
-    def leases_beside_residue(self) -> tuple[Mapping[str, int], ...]:
-        """Returns the leases without what the process keeps anyway on the devices of the best one."""
-        best, *others = self.leases
-        rest = {device: max(0, size - self.residue.get(device, ZERO).bytes) for device, size in best.items()}
-        return (rest, *others)
-
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""
         return {
@@ -62,7 +55,8 @@ class PoolPlan:
 
     `budget` is what they may take together, in bytes by device. `tier` is where the copies of parked models are, "cpu"
     or "disk". `copies_budget` is what all copies may take there, and `tier_free` what the node has free of it, each
-    None if the plan does not know it. `longest_wait_s` is the bound of the policy with guessed times.
+    None if the plan does not know it. `crowded` are the resident sets beside which not all others can be parked,
+    because of what they would keep of the devices. `longest_wait_s` is the policy's bound with guessed times.
     """
 
     name: str
@@ -73,6 +67,7 @@ class PoolPlan:
     tier_free: int | None
     models: tuple[PoolModel, ...]
     sets: ResidentSets
+    crowded: tuple[tuple[str, ...], ...]
     longest_wait_s: float
     notes: tuple[str, ...] = ()
 
@@ -104,6 +99,7 @@ class PoolPlan:
             "resident_sets": [list(names) for names in self.sets.shown],
             "more_resident_sets": self.sets.more,
             "is_search_cut": self.sets.is_cut,
+            "crowded_sets": [list(names) for names in self.crowded],
             "copies": {
                 "tier": self.tier,
                 "bytes": self.copies_bytes,

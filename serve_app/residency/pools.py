@@ -17,7 +17,7 @@ from serve_app.planning.no_device import no_device
 from serve_app.planning.plan import Change, Fix, ModelPlan, Plan, Problem
 from serve_app.planning.planner import make_plan
 from serve_app.planning.pool import PoolModel, PoolPlan, residue, residue_of, stops_because, weights_of
-from serve_app.planning.resident_sets import resident_sets
+from serve_app.planning.resident_sets import ResidentSets, resident_sets
 from serve_app.planning.sizes import gib
 from serve_app.planning.swap_times import guessed_times
 from serve_app.residency.member import Member, Terms
@@ -105,15 +105,19 @@ def _pool(
             _model(replace(found, replica=number), request, room, copies_budget)
             for number in range(max(1, request.replicas))
         ]
-    kept, crowded = _beside_residue(models, room, name)
-    problems += crowded
-    taken = {device: figure.bytes for device, figure in residue_of(kept).items()}
-    budget = {device: size - taken.get(device, 0) for device, size in room.budget.items()}
-    sets = resident_sets({model.title: model.leases_beside_residue for model in kept}, budget)
-    wait_s = longest_wait_s(map(_member, kept))
-    notes = tuple(_notes(group[0], room, beside))
+    sets = resident_sets({model.title: model.leases for model in models}, room.budget)
     return PoolPlan(
-        name, room.node, room.budget, room.tier, copies_budget, tier_free, tuple(kept), sets, wait_s, notes
+        name,
+        room.node,
+        room.budget,
+        room.tier,
+        copies_budget,
+        tier_free,
+        tuple(models),
+        sets,
+        _crowded(models, sets, room.budget),
+        longest_wait_s(map(_member, models)),
+        tuple(_notes(group[0], room, beside)),
     ), problems
 
 
@@ -196,31 +200,17 @@ def _elsewhere(planned: ModelPlan, request: ModelRequest, room: Room) -> list[di
     return [_lease(plan.models[0]) for plan in tried if plan.fits]
 
 
-def _beside_residue(models: Sequence[PoolModel], room: Room, pool: str) -> tuple[list[PoolModel], list[Problem]]:
-    """Returns the models that fit beside what the others keep of the pool while they are parked, and the problems of
-    those that do not."""
-    taken = {device: figure.bytes for device, figure in residue_of(models).items()}
-    kept, problems = [], []
-    for model in models:
-        missing = [
-            max(size + taken.get(device, 0) - room.budget[device] for device, size in lease.items())
-            for lease in model.leases_beside_residue
-        ]
-        if min(missing) <= 0:
-            kept.append(model)
-            continue
-        text = ", ".join(f"{gib(size)} of {device}" for device, size in taken.items())
-        problems.append(
-            Problem(
-                "residue",
-                model.model.name,
-                f"It lacks {gib(min(missing))} in the pool '{pool}' beside what the processes of parked models keep "
-                f"there, which is a guess of {text} together. Raise pool_memory, lower kv_cache_memory_bytes of this "
-                "model, or set host_memory: 0 for others, which are stopped then instead of parked.",
-                min(missing),
-            )
-        )
-    return kept, problems
+def _crowded(models: Sequence[PoolModel], sets: ResidentSets, budget: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
+    """Returns those of the sets shown that do not fit beside what all other models keep of the devices while they are
+    parked, so that some of these have to be stopped."""
+    found = []
+    for names in sets.shown:
+        inside = [model for model in models if model.title in names]
+        kept = residue_of(model for model in models if model.title not in names)
+        room = {device: size - (kept[device].bytes if device in kept else 0) for device, size in budget.items()}
+        if resident_sets({model.title: model.leases for model in inside}, room).shown != (names,):
+            found.append(names)
+    return tuple(found)
 
 
 def _member(model: PoolModel) -> Member:
@@ -230,6 +220,7 @@ def _member(model: PoolModel) -> Member:
     terms = Terms(
         model.title, model.model.name, model.leases, model.copy_bytes, times.wake_s, times.start_s, times.leave_s,
         swaps.min_resident_s, swaps.drain_s, swaps.priority,
+        {device: figure.bytes for device, figure in model.residue.items()},
     )  # fmt: skip
     return Member(terms)
 

@@ -28,9 +28,12 @@ def pool_lines(pool: PoolPlan) -> Iterator[str]:
     yield from _set_lines(pool)
     if kept := {device: figure.bytes for device, figure in pool.residue.items() if figure.bytes}:
         yield (
-            f"the processes of parked models keep ~{amounts(kept)} together (CUDA contexts and graphs, a guess), which "
-            "no resident model can have"
+            f"the processes of all models keep ~{amounts(kept)} while they are parked (CUDA contexts and graphs, a "
+            "guess)"
         )
+    if pool.crowded:
+        sets = "; or ".join(map(_joined, pool.crowded))
+        yield f"beside these, not all others can be parked, and some are stopped to free what they keep: {sets}"
     yield from _copy_lines(pool)
     for model in pool.models:
         yield _time_line(model)

@@ -55,18 +55,22 @@ def test_the_plan_has_a_table_and_sentences_for_a_pool(
     assert "Pool 'default', each model as if it were resident alone: device model weights" in out
     assert "n1:0 a 14.19 3.55 ~2.36 ~0.58 ~0.55 ~21.22" in out
     assert "n1:0 pool 40.00 GiB, parked models keep ~2.80 of it" in out
-    assert "pool 'default': 3 models share 40.00 GiB of n1:0 no two of them are resident together" in out
+    assert "pool 'default': 3 models share 40.00 GiB of n1:0 resident together are at most: a and b; or b and c" in out
+    assert "some are stopped to free what they keep: a and b; or b and c" in out
     assert "the weights of all take 42.56 GiB of host memory; the pool may take 64.00 GiB of it" in out
     assert "b: ~2.4 s to wake from a copy of 14.19 GiB, ~30 s to start" in out
     assert "a request waits for its model for at most" in out
-    assert "no other model is resident beside a. 3.33 GiB of its KV cache is more than" in out
-    assert "kv_cache_memory_bytes: 256MiB is the least" in out
     assert out.endswith("Everything fits.")
     assert err == "" or err.startswith("note: a request may wait")
 
 
 def test_what_a_hint_says_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the least KV cache and less of a batch, two of three are resident."""
+    """With the least KV cache and a smaller batch, two of three are resident, and none of them before."""
+    path = written(tmp_path, *(application(name, residency=SWAP) for name in "abc"))
+    out, _ = printed(["plan", str(path), "--gpus", "80GiB"], 0, capsys)
+    assert "no two of them are resident together" in out
+    assert "no other model is resident beside a. 3.33 GiB of its KV cache is more than" in out
+    assert "kv_cache_memory_bytes: 256MiB is the least" in out
     small = {"residency": SWAP, "kv_cache_memory_bytes": "256MiB", "max_num_seqs": 64}
     path = written(tmp_path, *(application(name, **small) for name in "abc"))
     out, _ = printed(["plan", str(path), "--gpus", "80GiB"], 0, capsys)
@@ -80,7 +84,7 @@ def test_json_has_pools(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = json.loads(capsys.readouterr().out)
     (pool,) = plan["pools"]
     assert pool["budget_bytes"] == {"n1:0": 40 * 2**30}
-    assert pool["resident_sets"] == [["a"], ["c"], ["b"]]
+    assert pool["resident_sets"] == pool["crowded_sets"] == [["a", "b"], ["b", "c"]]
     assert [model["name"] for model in pool["models"]] == ["a", "b", "c"]
     assert pool["models"][0]["leases"] == [{"n1:0": pool["models"][0]["ranks"][0]["share_bytes"]}]
     assert pool["copies"]["bytes"] == sum(model["copy_bytes"] for model in pool["models"])
