@@ -53,8 +53,12 @@ DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 # pt rounds the weights by these methods while it loads them. `planning/quantization.py` has their sizes.
 PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8")
+# With this value of `quantization`, the plan chooses whole weights or one of these methods for pt.
+AUTO_QUANTIZATION = "auto"
+# pt keeps its KV cache in 8 bits by these types. vLLM has the first three by the same names.
+PT_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 
-# Only vLLM honours these fields, except a `quantization` of pt's.
+# Only vLLM honours these fields, except a `quantization` of pt's. `kv_cache_dtype` depends on its value too.
 ONLY_VLLM = (
     "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes", "quantization", "engine_args",
     "gpu_ids",
@@ -263,6 +267,7 @@ class ModelConfig(_Strict):
     `nnodes` is the number of nodes over which the stages of each replica go. Each node takes `num_cpus` then.
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
+    `kv_cache_dtype` is the type of an element of KV cache. vLLM has more of them than pt.
     `speculative` drafts tokens with both engines. For vLLM it is the argument `speculative_config`.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
@@ -292,6 +297,7 @@ class ModelConfig(_Strict):
     gpu_ids: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1)] | None = None
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     quantization: str | None = None
+    kv_cache_dtype: str | None = None
     speculative: Annotated[SpeculativeConfig | None, BeforeValidator(_known_speculation)] = None
     num_cpus: Annotated[Number, Field(gt=0)] = 1.0
     num_gpus: Annotated[Number, Field(ge=0.001, le=1024)] | None = None
@@ -308,14 +314,25 @@ class ModelConfig(_Strict):
     @property
     def only_vllm(self) -> list[str]:
         """Returns the fields that are set and that only vLLM honours."""
-        own = {"quantization"} if self.quantization in PT_QUANTIZATIONS else set()
-        return [name for name in ONLY_VLLM if getattr(self, name) and name not in own]
+        pt = self.values_of_pt
+        found = [name for name in ONLY_VLLM if getattr(self, name) and name not in pt]
+        return found if self.kv_cache_dtype in (None, "auto", *PT_CACHE_DTYPES) else [*found, "kv_cache_dtype"]
 
     @property
     def only_pt(self) -> list[str]:
         """Returns the fields that are set and that only pt honours, or that decide for it with `auto`."""
-        own = ["quantization"] if self.quantization in PT_QUANTIZATIONS else []
-        return own + [name for name in ONLY_PT if getattr(self, name)]
+        return self.values_of_pt + [name for name in ONLY_PT if getattr(self, name)]
+
+    @property
+    def values_of_pt(self) -> list[str]:
+        """Returns the fields that both engines have and whose values here only pt has."""
+        found = ["quantization"] if self.quantization in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION) else []
+        return [*found, "kv_cache_dtype"] if self.kv_cache_dtype == "int8" else found
+
+    @property
+    def pt_cache_dtype(self) -> str | None:
+        """Returns the type of pt's KV cache in 8 bits, or None for the model's own type."""
+        return self.kv_cache_dtype if self.kv_cache_dtype in PT_CACHE_DTYPES else None
 
     @property
     def gpu_indices(self) -> tuple[int, ...]:
@@ -381,10 +398,15 @@ class ModelConfig(_Strict):
 
 
 def _vllm_problem(config: ModelConfig) -> str | None:
-    if config.quantization in PT_QUANTIZATIONS:
+    if "quantization" in config.values_of_pt:
         return (
             f"quantization: {config.quantization} is a method of pt. Use infer_backend: pt, or a method of vLLM such "
             "as fp8."
+        )
+    if "kv_cache_dtype" in config.values_of_pt:
+        return (
+            f"kv_cache_dtype: {config.kv_cache_dtype} is a type of pt's. Use infer_backend: pt, or a type of vLLM's "
+            "such as fp8."
         )
     if (problem := _vllm_limits_problem(config)) is not None:
         return problem
@@ -421,10 +443,13 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         )
     if config.speculative is not None and "speculative_config" in named:
         return "engine_args.speculative_config says the same as the field speculative. Leave one of the two out."
+    if config.kv_cache_dtype is not None and "kv_cache_dtype" in named:
+        return "engine_args.kv_cache_dtype says the same as the field kv_cache_dtype. Leave one of the two out."
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
-    for field in sorted(named & (ModelConfig.model_fields.keys() | {"served_model_name"})):
+    own = (ModelConfig.model_fields.keys() | {"served_model_name"}) - {"kv_cache_dtype"}
+    for field in sorted(named & own):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
     return None
@@ -540,7 +565,7 @@ def _pt_problem(config: ModelConfig) -> str | None:
         return problem
     if config.gpu_ids is not None:
         return "gpu_ids: with pt, max_memory names the GPUs, such as {1: 10GB}. Write it there."
-    if (problem := _pt_quantization_problem(config)) is not None:
+    if (problem := _pt_quantization_problem(config) or _pt_cache_problem(config)) is not None:
         return problem
     if config.engine_args:
         return "engine_args go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
@@ -553,10 +578,10 @@ def _pt_quantization_problem(config: ModelConfig) -> str | None:
     method = config.quantization
     if method is None:
         return None
-    if method not in PT_QUANTIZATIONS:
+    if method not in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION):
         return (
             f"quantization: pt does not know '{method}'.{nearest(method, PT_QUANTIZATIONS)} It rounds weights by "
-            f"{', '.join(PT_QUANTIZATIONS)} while it loads them. For a checkpoint that is quantised already, leave the "
+            f"{', '.join(PT_QUANTIZATIONS)} while it loads them, or by what the plan chooses (auto). For a checkpoint that is quantised already, leave the "
             "field out, since pt reads its method from config.json. Methods of vLLM need infer_backend: vllm."
         )
     mapped = config.device_map.values() if isinstance(config.device_map, dict) else ()
@@ -569,6 +594,17 @@ def _pt_quantization_problem(config: ModelConfig) -> str | None:
             f"Leave {tier} out, or leave quantization out."
         )
     return None
+
+
+def _pt_cache_problem(config: ModelConfig) -> str | None:
+    """Returns why pt has no KV cache of this type, or None if it has."""
+    name = config.kv_cache_dtype
+    if name in (None, "auto", *PT_CACHE_DTYPES):
+        return None
+    return (
+        f"kv_cache_dtype: pt does not have '{name}'.{nearest(name or '', PT_CACHE_DTYPES)} It has auto (the model's "
+        f"own type), {', '.join(PT_CACHE_DTYPES)}. Other types of vLLM's need infer_backend: vllm."
+    )
 
 
 def _auto_problem(config: ModelConfig) -> str | None:

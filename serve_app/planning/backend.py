@@ -16,8 +16,7 @@ SPECULATES = "speculative is set, whose memory the plan knows only for pt"
 
 def fields_for_pt(config: ModelConfig) -> list[str]:
     """Returns the fields that are set and that decide for pt with `auto`."""
-    own = ["quantization"] if config.quantization in PT_QUANTIZATIONS else []
-    return own + [name for name in DECIDE_FOR_PT if getattr(config, name) is not None]
+    return config.values_of_pt + [name for name in DECIDE_FOR_PT if getattr(config, name) is not None]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ from serve_app.planning.vllm_arguments import asked_arguments, effective, uncoun
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
+# These are the ends of sentences that say why a model has no KV cache in 8 bits in pt.
+ALONE = "runs one request at a time without a cache in pt. Leave kv_cache_dtype out"
+NO_KEYS = "keeps states and no keys and values. Leave kv_cache_dtype out"
 # The formulas know the KV cache of these types: the model's own type, and 8 bits.
 FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 # vLLM holds weights of these methods in about the bytes in which they are stored; the margin of guesses covers what it
@@ -29,7 +32,7 @@ HELD_AS_STORED = frozenset({"awq", "gptq", "fp8", "compressed-tensors", "mxfp4",
 
 def cache_dtype(config: ModelConfig) -> str:
     """Returns the type of vLLM's KV cache as a config asks for it, which is "auto" if it does not say."""
-    return str(config.vllm_args.get("kv_cache_dtype") or "auto")
+    return str(config.kv_cache_dtype or config.vllm_args.get("kv_cache_dtype") or "auto")
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,17 @@ class ModelRequest:
         known = {None, "fp8" if can_round else None, self.architecture.quantization, *PT_QUANTIZATIONS}
         if config.quantization not in known:
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
-        return self._pt_quantization_problem or self.missing_facts
+        return self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts
+
+    @property
+    def _pt_cache_problem(self) -> str:
+        """Returns why pt cannot keep the KV cache of this model in 8 bits, or an empty text if it can or need not."""
+        name, facts = self.config.pt_cache_dtype, self.pt_facts
+        if self.config.infer_backend != "pt" or name is None or facts is None:
+            return ""
+        if facts.alone:
+            return f"kv_cache_dtype: {name}, but {self.architecture.name} {ALONE}."
+        return "" if any(facts.kv) else f"kv_cache_dtype: {name}, but {self.architecture.name} {NO_KEYS}."
 
     @property
     def _pt_quantization_problem(self) -> str:
@@ -380,11 +393,11 @@ class ModelRequest:
 
     def blocks(self, copies_tied: bool) -> list[Block]:
         """Returns the blocks of pt's layer map, as `blocks_of` does."""
-        key = ("blocks", self.element_bytes, copies_tied, self.pt_quantization)
+        in_8_bits = self.config.pt_cache_dtype is not None
+        key = ("blocks", self.element_bytes, copies_tied, self.pt_quantization, in_8_bits)
         if key not in self.memo:
-            self.memo[key] = blocks_of(
-                self.tensors, self.architecture, self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization
-            )
+            sizes = (self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization, in_8_bits)
+            self.memo[key] = blocks_of(self.tensors, self.architecture, *sizes)
         found: list[Block] = self.memo[key]
         return found
 

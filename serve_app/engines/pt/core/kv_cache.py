@@ -92,11 +92,16 @@ class RectangleLayer(GrowingLayer):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     @property
+    def read_bytes(self) -> int:
+        """Returns the bytes that keys and values in 8 bits take in the model's type while they are read. It is 0 for
+        those that are kept in that type."""
+        return sum(map(self.codec.decoded_bytes, filter(None, (self.key_buffers, self.value_buffers))))
+
+    @property
     def transient_bytes(self) -> int:
         """Returns the most bytes that this layer takes beside its buffers for a moment: copies of them while they are
         moved, or its keys and values in the model's type while they are read."""
-        read = sum(map(self.codec.decoded_bytes, filter(None, (self.key_buffers, self.value_buffers))))
-        return max(self.kept_bytes, read)
+        return max(self.kept_bytes, self.read_bytes)
 
     def allocate(self, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Returns buffers of the window's capacity for tensors of shape (rows, heads, tokens, size)."""
@@ -151,6 +156,12 @@ class BatchCache:
     def buffer_bytes(self) -> int:
         """Returns the bytes of all key and value buffers."""
         return sum(self.bytes_by_device.values())
+
+    @property
+    def read_bytes(self) -> int:
+        """Returns the bytes that the keys and values of all layers would take in the model's type, of which there is
+        one layer at a time, if they are kept in 8 bits."""
+        return sum(layer.read_bytes for layer in self._rectangles())
 
     @property
     def state_bytes(self) -> int:
