@@ -581,8 +581,9 @@ def _pt_quantization_problem(config: ModelConfig) -> str | None:
     if method not in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION):
         return (
             f"quantization: pt does not know '{method}'.{nearest(method, PT_QUANTIZATIONS)} It rounds weights by "
-            f"{', '.join(PT_QUANTIZATIONS)} while it loads them, or by what the plan chooses (auto). For a checkpoint that is quantised already, leave the "
-            "field out, since pt reads its method from config.json. Methods of vLLM need infer_backend: vllm."
+            f"{', '.join(PT_QUANTIZATIONS)} while it loads them, or by what the plan chooses (auto). "
+            "For a checkpoint that is quantised already, leave the field out, since pt reads its method from "
+            "config.json. Methods of vLLM need infer_backend: vllm."
         )
     mapped = config.device_map.values() if isinstance(config.device_map, dict) else ()
     places = {*(config.max_memory or {}), *mapped}

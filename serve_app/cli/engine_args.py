@@ -1,5 +1,5 @@
-"""Compares the `engine_args`, `quantization` and `kv_cache_dtype` of a config file with the arguments of vLLM and the values that these
-take, without importing vLLM."""
+"""Compares the `engine_args`, `quantization` and `kv_cache_dtype` of a config file with the arguments of vLLM and the
+values that these take, without importing vLLM."""
 
 from collections.abc import Iterable, Mapping
 

@@ -30,9 +30,9 @@ class Block:
     layer).
 
     `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence. `read` is what a token of a cache
-    in 8 bits takes in the model's type, which each layer has while it is computed, and 0 for a cache in that type. Of `weights`, `values` are
-    quantised, and `scales` belong to these. `unpacked` is what its largest quantised weight takes whole, and `loading`
-    what it takes while it is quantised.
+    in 8 bits takes in the model's type, which each layer has while it is computed, and 0 for a cache in that type.
+    Of `weights`, `values` are quantised, and `scales` belong to these. `unpacked` is what its largest quantised weight
+    takes whole, and `loading` what it takes while it is quantised.
     """
 
     number: int
@@ -243,7 +243,9 @@ def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows
 def _fill(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int) -> LayerMap:
     parts: list[list[Block]] = [[] for _ in limits]
     device, position = 0, 0
-    weights = largest = kv = state = 0  # These are sums over the blocks of the present device, and its largest `transient`.
+    weights = largest = kv = state = (
+        0  # These are sums over the blocks of the present device, and its largest `transient`.
+    )
     while position < len(blocks) and device < len(limits):
         block = blocks[position]
         cache = tokens * (kv + block.kv + max(largest, block.transient)) + rows * (state + block.state)

@@ -11,6 +11,7 @@ from serve_app.config import ModelConfig, SpeculativeConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
+from serve_app.engines.pt.core.cache_codec import CacheCodec
 from serve_app.engines.pt.core.model_runner import Runner
 from serve_app.engines.pt.core.scheduler import Limits
 from serve_app.engines.pt.core.speculator import NgramSettings, Speculator
@@ -114,7 +115,7 @@ class PtEngine:
 
     def _load(self) -> tuple[LoadedModel, ProbeResult]:
         loaded = load_model(self._config, self._planned)
-        return loaded, probe(loaded)
+        return loaded, probe(loaded, CacheCodec(self._config.pt_cache_dtype))
 
     def _limits(self, loaded: LoadedModel, probed: ProbeResult) -> Limits:
         if probed.reason:

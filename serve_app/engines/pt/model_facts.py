@@ -3,9 +3,10 @@
     python -m serve_app.engines.pt.model_facts JOBS.json ANSWERS.jsonl
 
 JOBS.json is a list. Each job has `folder`, which holds a config.json and needs no weights, `dtype`, `quantization` if
-pt quantises the weights while they load, `kv_cache_dtype` if its cache is in 8 bits, and `trust_remote_code`, without which no code of the folder runs.
-`facts_worker.py` says what ANSWERS.jsonl becomes. `facts` are as `facts_to_json` writes `PtFacts`, or `TensorFacts` for
-a job with `wants: tensors`, for which no code of the folder ever runs. The process uses no network.
+pt quantises the weights while they load, `kv_cache_dtype` if its cache is in 8 bits, and `trust_remote_code`, without
+which no code of the folder runs. `facts_worker.py` says what ANSWERS.jsonl becomes. `facts` are as `facts_to_json`
+writes `PtFacts`, or `TensorFacts` for a job with `wants: tensors`, for which no code of the folder ever runs. The
+process uses no network.
 """
 
 import json

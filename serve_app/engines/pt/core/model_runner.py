@@ -106,6 +106,11 @@ class BatchRunner:
         return self._batch.is_joinable
 
     @property
+    def has_keys(self) -> bool:
+        """Returns whether the model's cache has keys and values, and not only states."""
+        return self._batch.has_keys
+
+    @property
     def pad_prompts(self) -> bool:
         """Returns whether prompts of different lengths may share a pass."""
         return not self._batch.has_states
@@ -221,9 +226,8 @@ class BatchRunner:
         return logits
 
     def _note_cache(self) -> None:
-        """Keeps in `most_cache_bytes` the most that the cache may have held so far. This includes moments of moving: a
-        group exists twice while it is joined, and one layer exists twice while it is moved, or is in the model's type while
-        it is read."""
+        """Keeps in `most_cache_bytes` the most that the cache may have held so far. A group exists twice while it is
+        joined, and one layer exists twice while it is moved, or in the model's type too while it is read."""
         if (room := self._batch.cells + self._group.cells) <= self._most_cells:
             return
         self._most_cells = room
