@@ -3,7 +3,7 @@ values that these take, without importing vLLM."""
 
 from collections.abc import Iterable, Mapping
 
-from serve_app.config import AUTO_QUANTIZATION, PT_CACHE_DTYPES, PT_QUANTIZATIONS
+from serve_app.backend_fields import AUTO_QUANTIZATION, PT_CACHE_DTYPES, PT_QUANTIZATIONS
 from serve_app.engines.vllm.arguments import VERSION, unknown_arguments
 from serve_app.engines.vllm.values import unknown_values
 from serve_app.facts.packages import has_vllm_plugins, installed_version

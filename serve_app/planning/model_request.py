@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config import ONLY_VLLM, PT_QUANTIZATIONS, ModelConfig
+from serve_app.backend_fields import AUTO_QUANTIZATION, ONLY_VLLM, PT_QUANTIZATIONS
+from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
@@ -143,14 +144,20 @@ class ModelRequest:
             return "speculative: the plan does not know how much memory vLLM takes for it."
         for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
-        if config.quantization in PT_QUANTIZATIONS and (own := self.architecture.quantization) is not None:
+        rounds_in_pt = config.quantization in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION)
+        if rounds_in_pt and (own := self.architecture.quantization) is not None:
             return (
                 f"quantization: {config.quantization}, but this checkpoint is quantised already (by {own}). Leave "
                 "quantization out, or use the checkpoint with whole weights."
             )
+        if config.quantization == AUTO_QUANTIZATION and not self.architecture.has_formulas:
+            return (
+                f"quantization: auto: the plan has no formulas for {self.architecture.name}, so it cannot compare the "
+                "methods. Name one (bnb-int8 or bnb-nf4), or leave quantization out."
+            )
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
-        known = {None, "fp8" if can_round else None, self.architecture.quantization, *PT_QUANTIZATIONS}
-        if config.quantization not in known:
+        known = {None, "fp8" if can_round else None, self.architecture.quantization}
+        if config.quantization not in known and not rounds_in_pt:
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         return self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts
 

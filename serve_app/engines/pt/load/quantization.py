@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from serve_app.backend_fields import AUTO_QUANTIZATION
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.bitsandbytes_internals import (
     is_quantized,
@@ -44,6 +45,11 @@ def quantization_options(config: ModelConfig, hf_config: Any, dtype: torch.dtype
         raise ConfigError(
             f"quantization: {config.quantization}, but {config.model} is quantised already (by {stored}). Leave "
             "quantization out, or use the checkpoint with whole weights."
+        )
+    if config.quantization == AUTO_QUANTIZATION:
+        raise EngineError(
+            "quantization: auto is chosen by the memory plan before a model is loaded, and there was none. Name the "
+            "method, or leave quantization out."
         )
     _require_package(config.quantization, f"quantization: {config.quantization} needs")
     return {"quantization_config": _quantizer(config.quantization, dtype)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from serve_app.config import PT_CACHE_DTYPES
+from serve_app.backend_fields import PT_CACHE_DTYPES
 from serve_app.engines.pt.core.cache_codec import TYPES, WHOLE, CacheCodec
 from serve_app.engines.pt.core.kv_cache import BatchCache, RectangleLayer
 from serve_app.engines.pt.core.model_runner import BatchRunner
