@@ -11,7 +11,7 @@ from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.quantization import BITS, loading_bytes
+from serve_app.planning.quantization import BITS, loading_bytes, unpacked_elements
 from serve_app.planning.shortage import Shortage, available, bounds_of, rows_problem, shortage, small_cache
 from serve_app.planning.sizes import gib
 from serve_app.planning.terms import (
@@ -222,6 +222,8 @@ def _pt_overhead(
         activation += memory.guessed([unpacked_weight(unpacked)])
         if loading > activation.bytes:
             activation = memory.guessed([loading_weight(loading)])
+    elif elements := unpacked_elements(request.tensors):
+        activation += memory.guessed([unpacked_weight(elements * request.element_bytes)])
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:
         activation, _, context = memory.calibrated(measured, activation, ZERO, context)

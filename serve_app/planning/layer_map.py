@@ -19,7 +19,7 @@ from serve_app.planning.memory import (
     pt_kv_bytes_per_token,
     pt_state_bytes,
 )
-from serve_app.planning.quantization import loading_bytes, quantized_tensor
+from serve_app.planning.quantization import BNB_SCALES, loading_bytes, quantized_tensor
 
 _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$)")
 
@@ -201,7 +201,7 @@ def _is_dropped(name: str, facts: PtFacts) -> bool:
 
 
 # transformers keeps this in float32 whatever the model's type is.
-_FLOAT32 = re.compile(r"(?:^|\.)e_score_correction_bias$")
+_FLOAT32 = re.compile(rf"(?:^|\.)e_score_correction_bias$|{BNB_SCALES.pattern}")
 
 
 def _sums(numbered: Iterable[tuple[int, Tensor]], layers: int, element_bytes: int) -> dict[int, int]:

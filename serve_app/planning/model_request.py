@@ -16,6 +16,7 @@ from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
 from serve_app.planning.layer_map import Block, blocks_of
 from serve_app.planning.memory import Figure
+from serve_app.planning.quantization import PACKAGES, held_tensors
 from serve_app.planning.terms import stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
@@ -178,7 +179,24 @@ class ModelRequest:
         method, config = self.architecture.quantization, self.config
         if config.infer_backend != "pt" or method is None or (method == "fp8" and config.device != "cpu"):
             return ""
-        return f"infer_backend: pt: {held_otherwise(f'{method} weights')}"
+        if not self.tensors or self.pt_tensors is not None:
+            return ""
+        packages = " and ".join(name.replace("_", "-") for name in PACKAGES.get(method, ()))
+        needs = f" Without {packages} transformers cannot load them at all." if packages else ""
+        return f"infer_backend: pt: {held_otherwise(f'{method} weights')}{needs}"
+
+    @property
+    def pt_tensors(self) -> tuple[Tensor, ...] | None:
+        """Returns the tensors that transformers holds, which are not those that are stored for some quantised
+        checkpoints, or None if the plan does not know them."""
+        method, on_cpu = self.architecture.quantization, self.config.device == "cpu"
+        if method is None or (method == "fp8" and not on_cpu):
+            return self.tensors
+        key = ("held", on_cpu)
+        if key not in self.memo:
+            self.memo[key] = held_tensors(method, self.tensors, on_cpu)
+        found: tuple[Tensor, ...] | None = self.memo[key]
+        return found
 
     @property
     def is_planned_for_pt(self) -> bool:
@@ -401,10 +419,11 @@ class ModelRequest:
     def blocks(self, copies_tied: bool) -> list[Block]:
         """Returns the blocks of pt's layer map, as `blocks_of` does."""
         in_8_bits = self.config.pt_cache_dtype is not None
-        key = ("blocks", self.element_bytes, copies_tied, self.pt_quantization, in_8_bits)
+        tensors = self.tensors if self.pt_tensors is None else self.pt_tensors
+        key = ("blocks", self.config.device, self.element_bytes, copies_tied, self.pt_quantization, in_8_bits)
         if key not in self.memo:
             sizes = (self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization, in_8_bits)
-            self.memo[key] = blocks_of(self.tensors, self.architecture, *sizes)
+            self.memo[key] = blocks_of(tensors, self.architecture, *sizes)
         found: list[Block] = self.memo[key]
         return found
 

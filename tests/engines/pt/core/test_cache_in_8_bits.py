@@ -26,8 +26,8 @@ WITH_KEYS = [name for name in JOINED if name != "mamba2"]
 # One type of whole numbers and one of floats. The others differ from them in numbers alone.
 KINDS = ("int8", "fp8")
 # A difference of rounding may put an element on the other side of a step of 8 bits, which moves logits by so much of
-# their spread.
-TIE = 2e-2
+# their spread. So the models are in float64, where that is rare; states of linear attention are in float32 even there.
+TIE = 5e-2
 
 
 def alone(model: PreTrainedModel, sequence: Sequence, codec: CacheCodec) -> list[int]:
@@ -63,13 +63,13 @@ def assert_as_alone(model: PreTrainedModel, sequence: Sequence, codec: CacheCode
 @pytest.mark.parametrize("name", WITH_KEYS)
 def test_joined_answers_are_those_of_each_prompt_alone(name: str, kind: str) -> None:
     """32 requests join and leave at every step, with prompts in chunks and several layers of sliding windows."""
-    model, codec = tiny_model(name), CacheCodec(kind)
+    model, codec = tiny_model(name).double(), CacheCodec(kind)
     result = probe(loaded(model), codec)
     assert result.reason == ""
     sequences = requests(32)
     assert all(output.error is None for output in run_all(result.runner, sequences, pad=result.pad_prompts))
     same = [assert_as_alone(model, sequence, codec) for sequence in sequences]
-    assert sum(same) >= 30
+    assert sum(same) >= 31
 
 
 def rectangles(cache: BatchCache) -> list[RectangleLayer]:
@@ -155,7 +155,7 @@ def test_the_own_type_is_kept_as_it_is() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_out_of_memory_changes_no_answer(kind: str) -> None:
     """16 requests; the run is repeated for every sixth of its forward passes, which fails."""
-    model, codec = tiny_model("llama"), CacheCodec(kind)
+    model, codec = tiny_model("llama").double(), CacheCodec(kind)
     forward = model.forward
     for at in itertools.count(1, 6):
         sequences = requests(16, seed=3)
@@ -164,8 +164,7 @@ def test_out_of_memory_changes_no_answer(kind: str) -> None:
         calls = model.forward.calls
         model.forward = forward
         assert all(output.error is None for output in ends)
-        for sequence in sequences:
-            assert_as_alone(model, sequence, codec)
+        assert all([assert_as_alone(model, sequence, codec) for sequence in sequences])
         if calls < at:
             break
     assert at > 30
@@ -174,11 +173,10 @@ def test_out_of_memory_changes_no_answer(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_taken_back_leaves_the_others_as_they_are(kind: str) -> None:
     """Values and scales move together when drafted tokens are refused, by other numbers of tokens in each row."""
-    model, codec, draw = tiny_model("llama"), CacheCodec(kind), random.Random(0)
+    model, codec, draw = tiny_model("llama").double(), CacheCodec(kind), random.Random(0)
     runner = BatchRunner(model, CPU, codec)
-    sequences = requests(3, seed=1)
-    for sequence in sequences:
-        sequence.params.max_tokens = 12
+    params = SamplingParams(max_tokens=9, temperature=0)
+    sequences = [Sequence(list(each.prompt_ids), params) for each in requests(3, seed=1)]
     with torch.inference_mode():
         for sequence in sequences:
             logits = runner.prefill(Step((sequence,), 0, sequence.length, sequence.length))
@@ -190,9 +188,7 @@ def test_what_is_taken_back_leaves_the_others_as_they_are(kind: str) -> None:
             runner.keep(dict.fromkeys(sequences, 1))
             for row, sequence in enumerate(sequences):
                 sequence.output_ids.append(int(logits[row, 0].argmax()))
-    for sequence in sequences:
-        sequence.params.max_tokens = len(sequence.output_ids)
-        assert_as_alone(model, sequence, codec)
+    assert all([assert_as_alone(model, sequence, codec) for sequence in sequences])
 
 
 def test_a_model_that_speculates_does_so_in_8_bits() -> None:
