@@ -71,6 +71,8 @@ class ModelRequest:
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    # This says that transformers makes the weights of this FP8 checkpoint whole, as it does on old cards.
+    fp8_is_whole: bool = field(default=False, compare=False, repr=False)
     # This says that only the verdict counts, as in a search for fixes, so that a refusal needs no figures.
     is_trial: bool = field(default=False, compare=False, repr=False)
 
@@ -189,12 +191,12 @@ class ModelRequest:
     def pt_tensors(self) -> tuple[Tensor, ...] | None:
         """Returns the tensors that transformers holds, which are not those that are stored for some quantised
         checkpoints, or None if the plan does not know them."""
-        method, on_cpu = self.architecture.quantization, self.config.device == "cpu"
-        if method is None or (method == "fp8" and not on_cpu):
+        method, is_whole = self.architecture.quantization, self.fp8_is_whole or self.config.device == "cpu"
+        if method is None or (method == "fp8" and not is_whole):
             return self.tensors
-        key = ("held", on_cpu)
+        key = ("held", is_whole)
         if key not in self.memo:
-            self.memo[key] = held_tensors(method, self.tensors, on_cpu)
+            self.memo[key] = held_tensors(method, self.tensors)
         found: tuple[Tensor, ...] | None = self.memo[key]
         return found
 

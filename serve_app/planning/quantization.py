@@ -83,12 +83,12 @@ def loading_bytes(method: str, elements: int, element_bytes: int) -> int:
     return elements * (element_bytes + (2 if method == "bnb-int8" else 0))
 
 
-def held_tensors(method: str, tensors: Sequence[Tensor], on_cpu: bool) -> tuple[Tensor, ...] | None:
+def held_tensors(method: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """Returns what transformers (5.19) holds of a checkpoint that is quantised by `method`, or None if that is not
     known.
 
-    Weights of bitsandbytes stay as they are stored. Those in FP8 become whole weights in the model's type on the CPU;
-    on GPUs that depends on the card (`cards.py`). The sizes are compared with loaded models in
+    Weights of bitsandbytes stay as they are stored. Those in FP8 become whole weights in the model's type, on the CPU
+    and on old cards (`cards.py`). The sizes are compared with loaded models in
     tests/engines/pt/load/test_stored_quantization.py.
     """
     if not tensors:
@@ -101,7 +101,7 @@ def held_tensors(method: str, tensors: Sequence[Tensor], on_cpu: bool) -> tuple[
             if tensor.name.endswith(_NESTED)
         ]
         return (*kept, *means)
-    if method == "fp8" and on_cpu:
+    if method == "fp8":
         whole = [
             replace(tensor, dtype="BF16") if tensor.dtype in _FP8 else tensor
             for tensor in tensors

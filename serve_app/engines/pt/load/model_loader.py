@@ -108,9 +108,9 @@ def _can_run(model: PreTrainedModel) -> bool:
 def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> tuple[dict[str, Any], int | None]:
     """Returns the options of `from_pretrained` for devices, and the tokens of KV cache that the plan has room for.
 
-    A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules, unless it is one
-    of bitsandbytes, whose sizes the plan knows. So is a model that is quantised while it loads and whose `device_map`
-    names a way to spread it.
+    A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules, unless it is
+    one of bitsandbytes, whose sizes the plan knows. So is a model that is quantised while it loads and whose
+    `device_map` names a way to spread it.
     """
     free = gpu_memory(config)
     if config.max_memory:

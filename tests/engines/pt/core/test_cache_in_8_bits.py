@@ -164,7 +164,7 @@ def test_out_of_memory_changes_no_answer(kind: str) -> None:
         calls = model.forward.calls
         model.forward = forward
         assert all(output.error is None for output in ends)
-        assert all([assert_as_alone(model, sequence, codec) for sequence in sequences])
+        assert all(assert_as_alone(model, sequence, codec) for sequence in sequences)
         if calls < at:
             break
     assert at > 30
@@ -188,7 +188,7 @@ def test_what_is_taken_back_leaves_the_others_as_they_are(kind: str) -> None:
             runner.keep(dict.fromkeys(sequences, 1))
             for row, sequence in enumerate(sequences):
                 sequence.output_ids.append(int(logits[row, 0].argmax()))
-    assert all([assert_as_alone(model, sequence, codec) for sequence in sequences])
+    assert all(assert_as_alone(model, sequence, codec) for sequence in sequences)
 
 
 def test_a_model_that_speculates_does_so_in_8_bits() -> None:
