@@ -663,7 +663,8 @@ def test_fp8_counts_whole_on_old_cards() -> None:
             else [tensor]
         )
     )
-    small = replace(whole, tensors=stored, architecture=replace(whole.architecture, quantization="fp8"))
+    shape = replace(whole.architecture, quantization="fp8")
+    small = replace(whole, tensors=stored, architecture=shape, memo={})
     weights = {
         gpus: make_plan([asked], parse_gpus(gpus)).models[0].ranks[0].weights.bytes
         for gpus, asked in (("A100-80GB", small), ("H100-80GB", small), ("80GiB", whole))
