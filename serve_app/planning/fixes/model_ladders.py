@@ -117,7 +117,9 @@ def _fewer_sequences(request: ModelRequest, backend: Backend, trial: Trial) -> I
 def _in_8_bits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
     is_known = all(knows_kernels(request, gpu) for gpu in trial.inventory.gpus)
     if is_known and not request.kv_cache_dtype.startswith("fp8"):
-        cache = rung(f"{ARGUMENT}kv_cache_dtype", "fp8")
+        # An argument of vLLM's would decide `auto`, and pt has the field too.
+        field = "kv_cache_dtype" if backend_of(request.config) == "auto" else f"{ARGUMENT}kv_cache_dtype"
+        cache = rung(field, "fp8")
         yield Ladder(price.KV_IN_8_BITS, [cache], lambda _: CACHE_PRECISION)
     rounded = changed(request, rung("quantization", "fp8")) if request.is_quantizable else None
     if rounded is not None:

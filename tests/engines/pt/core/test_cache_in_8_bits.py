@@ -1,5 +1,6 @@
 """A KV cache in 8 bits takes what the plan says, and an answer does not depend on the rows that run beside it."""
 
+import asyncio
 import itertools
 import random
 from pathlib import Path
@@ -10,15 +11,20 @@ from transformers import AutoConfig, PreTrainedModel
 
 from serve_app.backend_fields import PT_CACHE_DTYPES
 from serve_app.engines.pt.core.cache_codec import TYPES, WHOLE, CacheCodec
+from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.kv_cache import BatchCache, RectangleLayer
 from serve_app.engines.pt.core.model_runner import BatchRunner
-from serve_app.engines.pt.core.scheduler import Step
+from serve_app.engines.pt.core.sampler import Sampler
+from serve_app.engines.pt.core.scheduler import Limits, Scheduler, Step
 from serve_app.engines.pt.core.sequence import SamplingParams, Sequence
+from serve_app.engines.pt.engine import PtEngine
 from serve_app.engines.pt.load.layout import layout_of
 from serve_app.engines.pt.load.probe import probe, verifier
 from serve_app.errors import EngineError
-from serve_app.facts.checkpoint import read_checkpoint
-from serve_app.planning.layer_map import Block, blocks_of
+from serve_app.facts.checkpoint import DEMO_MODEL, model_path, read_checkpoint
+from serve_app.planning.layer_map import Block, BlockGroup, blocks_of
+from serve_app.planning.pt_kv_buffers import cells
+from tests.builders import model_config
 from tests.engines.pt.core.test_model_runner import CPU, FailingOnce, loaded, requests, run_all
 from tests.engines.pt.tiny_models import JOINED, tiny_model
 
@@ -205,6 +211,52 @@ def test_a_model_without_such_a_cache_is_refused(name: str, words: str) -> None:
     """At the start, with the field to leave out."""
     with pytest.raises(EngineError, match=rf"kv_cache_dtype: int8, but this model {words}.*Leave kv_cache_dtype out"):
         probe(loaded(tiny_model(name)), CacheCodec("int8"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3-next", "deepseek-v3"])
+def test_the_engine_counts_a_token_as_the_plan_does(name: str, kind: str, tmp_path: Path) -> None:
+    """With what one layer takes while it is moved or read, by which both divide the room that there is."""
+    tiny_model(name).save_pretrained(tmp_path)
+    measured = sum(probe(loaded(tiny_model(name)), CacheCodec(kind)).bytes_per_token.values())
+    for blocks in planned(tmp_path, torch.float32, kind):
+        assert BlockGroup(tuple(blocks)).cache(1, 0) == measured
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", [500, 2000])
+def test_the_buffers_never_exceed_the_budget(budget: int, kind: str) -> None:
+    """While rows join, leave and grow, with what one layer takes for a moment beside all buffers."""
+    result = probe(loaded(tiny_model("gemma3")), CacheCodec(kind))
+    runner, draw, most = result.runner, random.Random(7), 0.0
+    assert isinstance(runner, BatchRunner)
+    runner.max_cells = budget
+    scheduler = Scheduler(Limits(16, budget, chunk_tokens=24, pad_prompts=result.pad_prompts, cells=cells))
+    loop = EngineLoop(runner, scheduler, Sampler(), lambda _: None)
+    with torch.inference_mode():
+        for _ in range(200):
+            if draw.random() < 0.3:
+                prompt, tokens = draw.randint(1, 60), draw.randint(1, 60)
+                scheduler.add(Sequence([1] * prompt, SamplingParams(tokens, temperature=0)))
+            loop._step()
+            held = sum(runner.cache_bytes.values()) + sum(runner._batch.transient_bytes.values())
+            most = max(most, held / sum(result.bytes_per_token.values()))
+    assert 0 < most <= budget
+
+
+def test_the_engine_serves_with_it() -> None:
+    """It starts, and has nearly twice the tokens of cache from the same bytes."""
+    found = []
+    for kind in (None, "int8"):
+        config = model_config(
+            model=model_path(DEMO_MODEL), device="cpu", dtype="bfloat16", kv_cache_dtype=kind,
+            kv_cache_memory_bytes="1MiB", max_num_seqs=32,
+        )  # fmt: skip
+        engine = PtEngine(config, "m")
+        asyncio.run(engine.start())
+        found.append(engine.generator.limits.max_cache_tokens)
+        asyncio.run(engine.stop())
+    assert 1.4 * found[0] < found[1] < 2 * found[0]  # The demo model's heads have 16 elements for each scale.
 
 
 def test_half_of_the_bytes_hold_twice_the_tokens() -> None:
