@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.backend_fields import PT_CACHE_DTYPES, PT_QUANTIZATIONS
 from serve_app.config import ModelConfig
 from serve_app.demo import MODEL_DIR
 from serve_app.engines.pt.core.cache_codec import CacheCodec
@@ -25,6 +24,7 @@ from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler
 from serve_app.engines.pt.core.sequence import SamplingParams, Sequence
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
+from serve_app.model_fields import PT_CACHE_DTYPES, PT_QUANTIZATIONS
 from tests.demo_answers import ENTRIES
 
 

@@ -3,11 +3,11 @@ values that these take, without importing vLLM."""
 
 from collections.abc import Iterable, Mapping
 
-from serve_app.backend_fields import AUTO_QUANTIZATION, PT_CACHE_DTYPES, PT_QUANTIZATIONS
 from serve_app.engines.vllm.arguments import VERSION, unknown_arguments
 from serve_app.engines.vllm.values import unknown_values
 from serve_app.facts.packages import has_vllm_plugins, installed_version
 from serve_app.facts.serve_file import ApplicationSpec
+from serve_app.model_fields import AUTO_QUANTIZATION, PT_CACHE_DTYPES, PT_QUANTIZATIONS
 
 
 def wrong_engine_args(application: ApplicationSpec) -> list[str]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from serve_app.backend_fields import AUTO_QUANTIZATION
 from serve_app.config import ModelConfig
 from serve_app.engines.model_requests import Unanswered, answered, cards_of, read_request
 from serve_app.errors import ConfigError, PlacementError
@@ -12,6 +11,7 @@ from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.engine_facts import NO_FACTS
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
+from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve, resolve_on_cpu
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room

@@ -4,9 +4,9 @@ with their reasons."""
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.backend_fields import AUTO_QUANTIZATION, ONLY_PT
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Inventory
+from serve_app.model_fields import AUTO_QUANTIZATION, ONLY_PT
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.sizes import gib
 

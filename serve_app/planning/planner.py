@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.backend_fields import AUTO_QUANTIZATION
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory
+from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.backend import Choice, choices, quantization_reason
 from serve_app.planning.cards import card_problem, knows_kernels, on_cards
 from serve_app.planning.fit_pt import fit_pt

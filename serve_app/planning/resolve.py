@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
-from serve_app.backend_fields import AUTO_QUANTIZATION
 from serve_app.config import ModelConfig
 from serve_app.errors import PlacementError
 from serve_app.facts.card_capability import Capability, card_capability
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
+from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.backend import QUANTIZATIONS
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import MIB, vllm_batch, vllm_defaults

@@ -7,9 +7,9 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
-from serve_app.backend_fields import AUTO_QUANTIZATION
 from serve_app.cli.output_file import write_file
 from serve_app.errors import ConfigError
+from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.plan import Plan
 from serve_app.planning.resolve import pinned
 

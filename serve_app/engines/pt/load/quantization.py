@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from serve_app.backend_fields import AUTO_QUANTIZATION
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.bitsandbytes_internals import (
     is_quantized,
@@ -20,6 +19,7 @@ from serve_app.engines.pt.bitsandbytes_internals import (
 )
 from serve_app.engines.pt.transformers_internals import convertible_linears
 from serve_app.errors import ConfigError, EngineError
+from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.quantization import PACKAGES, quantized
 
 

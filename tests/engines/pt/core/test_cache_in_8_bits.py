@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from serve_app.backend_fields import PT_CACHE_DTYPES
 from serve_app.engines.pt.core.cache_codec import TYPES, WHOLE, CacheCodec
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.kv_cache import BatchCache, RectangleLayer
@@ -22,6 +21,7 @@ from serve_app.engines.pt.load.layout import layout_of
 from serve_app.engines.pt.load.probe import probe, verifier
 from serve_app.errors import EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path, read_checkpoint
+from serve_app.model_fields import PT_CACHE_DTYPES
 from serve_app.planning.layer_map import Block, BlockGroup, blocks_of
 from serve_app.planning.pt_kv_buffers import cells
 from tests.builders import model_config

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from serve_app.config import PT_QUANTIZATIONS
 from serve_app.engines.pt.load.layout import layout_of
 from serve_app.engines.pt.load.probe import probe
 from serve_app.engines.pt.load.quantization import settle
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.engine_facts import EngineFacts
+from serve_app.model_fields import PT_QUANTIZATIONS
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.quantization import unpacked_elements
 from tests.builders import model_config
