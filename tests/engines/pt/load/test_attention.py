@@ -33,3 +33,14 @@ def test_it_equals_the_stock_function(groups: int, queries: int, masked: bool) -
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.5)
     got, _ = grouped_sdpa(module, query, key, value, mask, scaling=0.5)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_mask_for_each_query_head_stays_with_its_head() -> None:
+    """Query heads whose masks differ cannot be the queries of one key head."""
+    query, key, value = torch.randn(4, 6, 1, 8), torch.randn(4, 2, 20, 8), torch.randn(4, 2, 20, 8)
+    mask = torch.randn(4, 6, 1, 20)
+    module = Groups(3)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.5)
+    got, _ = grouped_sdpa(module, query, key, value, mask, scaling=0.5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
