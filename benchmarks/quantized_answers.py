@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.backend_fields import PT_QUANTIZATIONS
 from serve_app.config import ModelConfig
 from serve_app.demo import MODEL_DIR
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
+from serve_app.model_fields import PT_QUANTIZATIONS
 from tests.demo_answers import ENTRIES
 
 

@@ -1,4 +1,4 @@
-"""Says which fields of a model each backend honours, and why fields contradict each other.
+"""Says why the fields of a model contradict its backend, its device or each other.
 
 Nothing is accepted and then ignored: a field that the chosen backend cannot honour is refused, with the reason and the
 field to use instead.
@@ -6,27 +6,15 @@ field to use instead.
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from serve_app.byte_sizes import token_count
 from serve_app.errors import nearest
-
-if TYPE_CHECKING:
-    from serve_app.config import ModelConfig
+from serve_app.model_fields import PT_QUANTIZATIONS, ModelFields
 
 # These are accelerate's ways to spread layers over the GPUs by itself.
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
-# pt rounds the weights by these methods while it loads them. `planning/quantization.py` has their sizes.
-PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8")
-
-# Only vLLM honours these fields, except a `quantization` of pt's.
-ONLY_VLLM = (
-    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes", "quantization", "engine_args",
-    "gpu_ids",
-)  # fmt: skip
-# Only pt honours these fields, except that vLLM honours `max_memory` too. So with `auto` the plan decides there.
-ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
 # These arguments of vLLM take more GPUs than tensor_parallel_size and pipeline_parallel_size say.
 UNPLACED = frozenset(
     {
@@ -40,13 +28,13 @@ UNPLACED = frozenset(
 SERVER_ARGS = re.compile(r"host|port|uds|ssl_.*|uvicorn_.*|api_server_count|headless|root_path|grpc.*|config|api_key")
 
 
-def backend_problem(config: "ModelConfig") -> str | None:
+def backend_problem(config: ModelFields) -> str | None:
     """Returns why the fields of a model contradict its backend, its device or each other, or None if they agree."""
     of_backend = {"vllm": _vllm_problem, "pt": _pt_problem, "auto": _auto_problem}[config.infer_backend]
     return of_backend(config) or _device_problem(config)
 
 
-def _vllm_problem(config: "ModelConfig") -> str | None:
+def _vllm_problem(config: ModelFields) -> str | None:
     if config.quantization in PT_QUANTIZATIONS:
         return (
             f"quantization: {config.quantization} is a method of pt. Use infer_backend: pt, or a method of vLLM such "
@@ -90,13 +78,13 @@ def _vllm_problem(config: "ModelConfig") -> str | None:
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
-    for field in sorted(named & (type(config).model_fields.keys() | {"served_model_name"})):
+    for field in sorted(named & (ModelFields.model_fields.keys() | {"served_model_name"})):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
     return None
 
 
-def _vllm_limits_problem(config: "ModelConfig") -> str | None:
+def _vllm_limits_problem(config: ModelFields) -> str | None:
     """Returns why vLLM cannot be held to `max_memory`, or None if it can. It is cut into stages that keep to it."""
     if config.max_memory is None:
         return None
@@ -114,7 +102,7 @@ def _vllm_limits_problem(config: "ModelConfig") -> str | None:
     return _named_gpus_problem(config, len(config.gpu_indices))
 
 
-def _named_gpus_problem(config: "ModelConfig", named: int) -> str | None:
+def _named_gpus_problem(config: ModelFields, named: int) -> str | None:
     """Returns why vLLM's stages do not take as many GPUs as `max_memory` names, or None if they do. It speaks of fields
     that were written."""
     if named in (0, config.ranks):
@@ -137,7 +125,7 @@ def _named_gpus_problem(config: "ModelConfig", named: int) -> str | None:
     return f"{start}, or leave {out} out, and the plan cuts the layers into {named // size} stages."
 
 
-def _pipeline_problem(config: "ModelConfig") -> str | None:
+def _pipeline_problem(config: ModelFields) -> str | None:
     """Returns why the number of stages and the layers of each contradict each other, or None if they agree."""
     layers, size = config.pipeline_layers, config.pipeline_parallel_size
     if layers is None or size in (None, len(layers)):
@@ -148,7 +136,7 @@ def _pipeline_problem(config: "ModelConfig") -> str | None:
     )
 
 
-def _nodes_problem(config: "ModelConfig") -> str | None:
+def _nodes_problem(config: ModelFields) -> str | None:
     """Returns why a replica cannot go over `nnodes` nodes, or None if it can. Each node has whole stages."""
     if config.nodes == 1:
         return None
@@ -180,7 +168,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _pt_problem(config: "ModelConfig") -> str | None:
+def _pt_problem(config: ModelFields) -> str | None:
     if config.tensor_parallel_size is not None:
         return (
             "tensor_parallel_size: pt places whole layers and has no tensor parallelism. Use max_memory to spread "
@@ -203,7 +191,7 @@ def _pt_problem(config: "ModelConfig") -> str | None:
     return None
 
 
-def _pt_quantization_problem(config: "ModelConfig") -> str | None:
+def _pt_quantization_problem(config: ModelFields) -> str | None:
     """Returns why pt cannot quantise the weights as it loads them, or None. Quantised layers stay on the devices on
     which they were made."""
     method = config.quantization
@@ -227,7 +215,7 @@ def _pt_quantization_problem(config: "ModelConfig") -> str | None:
     return None
 
 
-def _auto_problem(config: "ModelConfig") -> str | None:
+def _auto_problem(config: ModelFields) -> str | None:
     """Returns why `auto` cannot choose. Fields of one backend decide for it, and fields of both contradict each
     other."""
     only_vllm = config.only_vllm
@@ -240,7 +228,7 @@ def _auto_problem(config: "ModelConfig") -> str | None:
     return _vllm_problem(config) if only_vllm else _pt_problem(config)
 
 
-def _device_map_problem(config: "ModelConfig") -> str | None:
+def _device_map_problem(config: ModelFields) -> str | None:
     if config.device_map is None:
         return None
     if config.device_map == {}:
@@ -263,7 +251,7 @@ def _device_map_problem(config: "ModelConfig") -> str | None:
     return None
 
 
-def _device_problem(config: "ModelConfig") -> str | None:
+def _device_problem(config: ModelFields) -> str | None:
     if config.device == "cpu":
         if config.gpu_indices:
             field = "max_memory" if config.max_memory else "gpu_ids" if config.gpu_ids else "device_map"

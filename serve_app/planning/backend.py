@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve_app.backend_fields import ONLY_PT, PT_QUANTIZATIONS
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Inventory
+from serve_app.model_fields import ONLY_PT, PT_QUANTIZATIONS
 from serve_app.planning.model_request import ModelRequest
 
 # With one of these fields alone, `auto` means pt. vLLM keeps to `max_memory` too, so there the plan decides.

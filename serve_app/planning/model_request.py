@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.backend_fields import ONLY_VLLM, PT_QUANTIZATIONS
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
+from serve_app.model_fields import ONLY_VLLM, PT_QUANTIZATIONS
 from serve_app.planning import memory
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from starlette.types import ASGIApp
 
-from serve_app.config import ModelConfig, SpeculativeConfig
+from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
@@ -25,6 +25,7 @@ from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
+from serve_app.model_fields import SpeculativeConfig
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.pt_kv_buffers import cells

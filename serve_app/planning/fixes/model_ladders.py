@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from serve_app.backend_fields import ONLY_PT
 from serve_app.config import ModelConfig
+from serve_app.model_fields import ONLY_PT
 from serve_app.planning.backend import fields_for_pt
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fixes import price
