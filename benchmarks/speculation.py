@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.pt_engine import VOCABULARY, grouped_attention, load_runner, shape
+from benchmarks.pt_engine import VOCABULARY, load_runner, shape
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler
 from serve_app.engines.pt.core.sequence import Output, SamplingParams, Sequence
 from serve_app.engines.pt.core.speculator import NgramSettings, Speculator
+from serve_app.engines.pt.load.attention import use_grouped_attention
 
 PROMPT, ANSWER = 160, 128
 # One token of so many is another one in the prompt than in the answer.
@@ -104,7 +105,8 @@ def seconds(runner: Any, limits: Any, sequences: list[Sequence], speculator: Spe
     for sequence in sequences:
         scheduler.add(sequence)
     start = time.monotonic()
-    with torch.inference_mode(), grouped_attention():
+    use_grouped_attention()
+    with torch.inference_mode():
         while left:
             loop._step()
     return time.monotonic() - start

@@ -10,7 +10,7 @@ from typing import Any
 
 from serve_app.byte_sizes import token_count
 from serve_app.errors import nearest
-from serve_app.model_fields import PT_QUANTIZATIONS, ModelFields
+from serve_app.model_fields import AUTO_QUANTIZATION, PT_CACHE_DTYPES, PT_QUANTIZATIONS, ModelFields
 
 # These are accelerate's ways to spread layers over the GPUs by itself.
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -35,10 +35,15 @@ def backend_problem(config: ModelFields) -> str | None:
 
 
 def _vllm_problem(config: ModelFields) -> str | None:
-    if config.quantization in PT_QUANTIZATIONS:
+    if "quantization" in config.values_of_pt:
         return (
             f"quantization: {config.quantization} is a method of pt. Use infer_backend: pt, or a method of vLLM such "
             "as fp8."
+        )
+    if "kv_cache_dtype" in config.values_of_pt:
+        return (
+            f"kv_cache_dtype: {config.kv_cache_dtype} is a type of pt's. Use infer_backend: pt, or a type of vLLM's "
+            "such as fp8."
         )
     if (problem := _vllm_limits_problem(config)) is not None:
         return problem
@@ -75,10 +80,13 @@ def _vllm_problem(config: ModelFields) -> str | None:
         )
     if config.speculative is not None and "speculative_config" in named:
         return "engine_args.speculative_config says the same as the field speculative. Leave one of the two out."
+    if config.kv_cache_dtype is not None and "kv_cache_dtype" in named:
+        return "engine_args.kv_cache_dtype says the same as the field kv_cache_dtype. Leave one of the two out."
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
-    for field in sorted(named & (ModelFields.model_fields.keys() | {"served_model_name"})):
+    own = (ModelFields.model_fields.keys() | {"served_model_name"}) - {"kv_cache_dtype"}
+    for field in sorted(named & own):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
     return None
@@ -184,7 +192,7 @@ def _pt_problem(config: ModelFields) -> str | None:
         return problem
     if config.gpu_ids is not None:
         return "gpu_ids: with pt, max_memory names the GPUs, such as {1: 10GB}. Write it there."
-    if (problem := _pt_quantization_problem(config)) is not None:
+    if (problem := _pt_quantization_problem(config) or _pt_cache_problem(config)) is not None:
         return problem
     if config.engine_args:
         return "engine_args go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
@@ -197,11 +205,12 @@ def _pt_quantization_problem(config: ModelFields) -> str | None:
     method = config.quantization
     if method is None:
         return None
-    if method not in PT_QUANTIZATIONS:
+    if method not in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION):
         return (
             f"quantization: pt does not know '{method}'.{nearest(method, PT_QUANTIZATIONS)} It rounds weights by "
-            f"{', '.join(PT_QUANTIZATIONS)} while it loads them. For a checkpoint that is quantised already, leave the "
-            "field out, since pt reads its method from config.json. Methods of vLLM need infer_backend: vllm."
+            f"{', '.join(PT_QUANTIZATIONS)} while it loads them, or by what the plan chooses (auto). For a checkpoint "
+            "that is quantised already, leave the field out, since pt reads its method from config.json. Methods of "
+            "vLLM need infer_backend: vllm."
         )
     mapped = config.device_map.values() if isinstance(config.device_map, dict) else ()
     places = {*(config.max_memory or {}), *mapped}
@@ -213,6 +222,17 @@ def _pt_quantization_problem(config: ModelFields) -> str | None:
             f"Leave {tier} out, or leave quantization out."
         )
     return None
+
+
+def _pt_cache_problem(config: ModelFields) -> str | None:
+    """Returns why pt has no KV cache of this type, or None if it has."""
+    name = config.kv_cache_dtype
+    if name in (None, "auto", *PT_CACHE_DTYPES):
+        return None
+    return (
+        f"kv_cache_dtype: pt does not have '{name}'.{nearest(name or '', PT_CACHE_DTYPES)} It has auto (the model's "
+        f"own type), {', '.join(PT_CACHE_DTYPES)}. Other types of vLLM's need infer_backend: vllm."
+    )
 
 
 def _auto_problem(config: ModelFields) -> str | None:

@@ -40,8 +40,12 @@ NOT_HERE = {
 
 # pt rounds the weights by these methods while it loads them. `planning/quantization.py` has their sizes.
 PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8")
+# With this value of `quantization`, the plan chooses whole weights or one of these methods for pt.
+AUTO_QUANTIZATION = "auto"
+# pt keeps its KV cache in 8 bits by these types. vLLM has the first three by the same names.
+PT_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 
-# Only vLLM honours these fields, except a `quantization` of pt's.
+# Only vLLM honours these fields, except a `quantization` of pt's. `kv_cache_dtype` depends on its value too.
 ONLY_VLLM = (
     "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes", "quantization", "engine_args",
     "gpu_ids",
@@ -221,6 +225,7 @@ class ModelFields(Strict):
     `nnodes` is the number of nodes over which the stages of each replica go. Each node takes `num_cpus` then.
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
+    `kv_cache_dtype` is the type of an element of KV cache. vLLM has more of them than pt.
     `speculative` drafts tokens with both engines. For vLLM it is the argument `speculative_config`.
     `residency` says whether the model holds its memory all the time or shares it with others that swap.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
@@ -251,6 +256,7 @@ class ModelFields(Strict):
     gpu_ids: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1)] | None = None
     accelerator_type: Annotated[str, Field(min_length=1)] | None = None
     quantization: str | None = None
+    kv_cache_dtype: str | None = None
     speculative: Annotated[SpeculativeConfig | None, BeforeValidator(_known_speculation)] = None
     residency: ResidencyConfig | None = None
     num_cpus: Annotated[Number, Field(gt=0)] = 1.0
@@ -260,14 +266,25 @@ class ModelFields(Strict):
     @property
     def only_vllm(self) -> list[str]:
         """Returns the fields that are set and that only vLLM honours."""
-        own = {"quantization"} if self.quantization in PT_QUANTIZATIONS else set()
-        return [name for name in ONLY_VLLM if getattr(self, name) and name not in own]
+        pt = self.values_of_pt
+        found = [name for name in ONLY_VLLM if getattr(self, name) and name not in pt]
+        return found if self.kv_cache_dtype in (None, "auto", *PT_CACHE_DTYPES) else [*found, "kv_cache_dtype"]
 
     @property
     def only_pt(self) -> list[str]:
         """Returns the fields that are set and that only pt honours, or that decide for it with `auto`."""
-        own = ["quantization"] if self.quantization in PT_QUANTIZATIONS else []
-        return own + [name for name in ONLY_PT if getattr(self, name)]
+        return self.values_of_pt + [name for name in ONLY_PT if getattr(self, name)]
+
+    @property
+    def values_of_pt(self) -> list[str]:
+        """Returns the fields that both engines have and whose values here only pt has."""
+        found = ["quantization"] if self.quantization in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION) else []
+        return [*found, "kv_cache_dtype"] if self.kv_cache_dtype == "int8" else found
+
+    @property
+    def pt_cache_dtype(self) -> str | None:
+        """Returns the type of pt's KV cache in 8 bits, or None for the model's own type."""
+        return self.kv_cache_dtype if self.kv_cache_dtype in PT_CACHE_DTYPES else None
 
     @property
     def gpu_indices(self) -> tuple[int, ...]:

@@ -128,6 +128,8 @@ def _of_pt(config: ModelConfig, checkpoint: Checkpoint) -> Question:
     settings: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if config.quantization in PT_QUANTIZATIONS:  # Most configs have none, whose answers are shipped.
         settings["quantization"] = config.quantization
+    if config.pt_cache_dtype is not None:
+        settings["kv_cache_dtype"] = config.pt_cache_dtype
     settings |= _code(config, checkpoint)
     return Question("pt", facts_version("pt"), checkpoint.config, settings)
 

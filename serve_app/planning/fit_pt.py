@@ -11,10 +11,16 @@ from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.quantization import BITS, loading_bytes
+from serve_app.planning.quantization import BITS, loading_bytes, unpacked_elements
 from serve_app.planning.shortage import Shortage, available, bounds_of, rows_problem, shortage, small_cache
 from serve_app.planning.sizes import gib
-from serve_app.planning.terms import left_over_layer, loading_weight, quantized_weights, unpacked_weight
+from serve_app.planning.terms import (
+    cache_in_8_bits,
+    left_over_layer,
+    loading_weight,
+    quantized_weights,
+    unpacked_weight,
+)
 
 PT_CHUNK_TOKENS = 512
 # On the CPU, pt gets no more than this share of the memory that is available, since other replicas share it, and no
@@ -216,6 +222,8 @@ def _pt_overhead(
         activation += memory.guessed([unpacked_weight(unpacked)])
         if loading > activation.bytes:
             activation = memory.guessed([loading_weight(loading)])
+    elif elements := unpacked_elements(request.tensors):
+        activation += memory.guessed([unpacked_weight(elements * request.element_bytes)])
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:
         activation, _, context = memory.calibrated(measured, activation, ZERO, context)
@@ -247,13 +255,13 @@ def _pt_plan(
     for number, ((device, _), part) in enumerate(zip(devices, mapped.parts, strict=True)):
         if not part.blocks and not (number == 0 and mapped.rest.blocks):
             continue
-        kept = mapped.rest.cache(tokens, rows) if number == 0 else 0
+        groups = [part, mapped.rest] if number == 0 else [part]
         numbers = [block.number for block in part.blocks]
         activation, context = overheads[number]
         if number == 0 and mapped.rest.blocks:
             room = left_over_layer(max(block.weights for block in mapped.rest.blocks))
             activation += Figure(room.bytes, terms=(room,))
-        cache = Figure(part.cache(tokens, rows) + kept)
+        cache = sum((_pt_cache(request, group, tokens, rows) for group in groups), ZERO)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
         weights = _pt_weights(request, part)
@@ -269,6 +277,17 @@ def _pt_plan(
         kv_bytes_needed=whole.cache(least, 1 if request.at_once is None else request.at_once.requests),
         asked_for="" if request.at_once is None else request.at_once.text,
     )  # fmt: skip
+
+
+def _pt_cache(request: ModelRequest, group: BlockGroup, tokens: int, rows: int) -> Figure:
+    """Returns the KV cache of some blocks on a device, with the terms of one in 8 bits."""
+    size = group.cache(tokens, rows)
+    if request.config.pt_cache_dtype is None or not any(block.kv for block in group.blocks):
+        return Figure(size)
+    elements = sum(block.read for block in group.blocks) // request.element_bytes
+    scales = sum(block.kv for block in group.blocks) - elements
+    read, states = max(block.transient for block in group.blocks), sum(block.state for block in group.blocks)
+    return Figure(size, terms=tuple(cache_in_8_bits(tokens, elements, scales, read, rows * states)))
 
 
 def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:

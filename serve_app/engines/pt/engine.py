@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+from functools import partial
 
 import torch
 from starlette.types import ASGIApp
@@ -11,6 +12,7 @@ from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
+from serve_app.engines.pt.core.cache_codec import CacheCodec
 from serve_app.engines.pt.core.model_runner import Runner
 from serve_app.engines.pt.core.scheduler import Limits
 from serve_app.engines.pt.core.speculator import NgramSettings, Speculator
@@ -21,6 +23,7 @@ from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
 from serve_app.engines.pt.load.quantization import weight_tensors
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.model_fields import SpeculativeConfig
@@ -54,12 +57,13 @@ class PtEngine:
         """Loads the model in a thread, starts the engine's thread, and returns the application."""
         torch.set_num_threads(max(1, int(self._config.num_cpus)))
         self._libraries = resident_bytes()
-        loaded, probed = await asyncio.to_thread(self._load)
+        loaded, probed = await in_thread_of_its_own(self._load)
         self._runner = probed.runner
         max_queued = self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS
         limits = self._limits(loaded, probed)
         if self._config.speculative is not None:
-            self._speculator = await asyncio.to_thread(_speculator, self._config.speculative, loaded, probed)
+            make = partial(_speculator, self._config.speculative, loaded, probed)
+            self._speculator = await in_thread_of_its_own(make)
         timeout_s = step_timeout_s(self._config)
         self._generator = Generator(self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator)
         app = build_app(self._generator)
@@ -118,7 +122,7 @@ class PtEngine:
 
     def _load(self) -> tuple[LoadedModel, ProbeResult]:
         loaded = load_model(self._config, self._planned)
-        return loaded, probe(loaded)
+        return loaded, probe(loaded, CacheCodec(self._config.pt_cache_dtype))
 
     def _limits(self, loaded: LoadedModel, probed: ProbeResult) -> Limits:
         if probed.reason:
