@@ -11,6 +11,37 @@ from serve_app.engines.rank_memory import RankMemory
 from serve_app.planning.plan import ModelPlan
 
 
+class Parking(Protocol):
+    """Is what an engine that can park does: it leaves its devices for a while and keeps its process and its requests.
+
+    The weights go to a copy on the host, which is made when the engine parks for the first time and is kept, because
+    weights do not change. All of it runs on the replica's event loop, after `start`.
+    """
+
+    async def park(self) -> None:
+        """Frees the weights and the KV cache of the devices. Sequences that run stand still between two of their
+        tokens and go on after `wake` without a change, and new ones wait. Health stays good.
+
+        Raises EngineError if the engine is not awake, or if the host has no room for the copies. Everything is as
+        before then.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Brings weights and KV cache back. Raises EngineError if the engine is not parked, or if the devices have no
+        room any more. In the second case the engine is dead, as its health says."""
+        ...
+
+    def copy_bytes(self) -> int:
+        """Returns the bytes that the copies take on the host now: of memory for GPUs, and of a temporary file for the
+        CPU, which the kernel may keep in memory."""
+        ...
+
+    async def forget_copy(self) -> None:
+        """Frees the copy of the weights. The next `park` makes it again. Raises EngineError while it is parked."""
+        ...
+
+
 class Engine(Protocol):
     """This is one loaded model behind an ASGI application with OpenAI's endpoints.
 
@@ -40,6 +71,10 @@ class Engine(Protocol):
 
     async def memory(self) -> Sequence[RankMemory]:
         """Returns what each rank is measured to hold of each device now. Raises EngineError if it cannot be read."""
+        ...
+
+    def parking(self) -> Parking | None:
+        """Returns how the started engine parks, or None if it cannot."""
         ...
 
     async def stop(self) -> None:

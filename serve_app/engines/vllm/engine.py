@@ -156,6 +156,9 @@ class VllmEngine:
             raise EngineError(f"vLLM does not report what it holds: {_reason(error)}") from error
         return [RankMemory(**answer) for answer in answers]
 
+    def parking(self) -> None:
+        """Returns None, because it cannot park."""
+
     async def stop(self) -> None:
         """Shuts the engine's processes down, and removes the files that they shared."""
         await self._stack.aclose()
