@@ -12,23 +12,33 @@ from serve_app.planning.plan import ModelPlan
 
 
 class Parking(Protocol):
-    """This is what an engine does that can leave its devices and come back without loading its model again."""
+    """Is what an engine that can park does: it leaves its devices for a while and keeps its process and its requests.
+
+    The weights go to a copy on the host, which is made when the engine parks for the first time and is kept, because
+    weights do not change. All of it runs on the replica's event loop, after `start`.
+    """
 
     async def park(self) -> None:
-        """Frees the weights and the KV cache of the devices, and keeps copies in the host's memory, or in a file for a
-        model on the CPU. Sequences that run stand still, and new ones wait. Raises EngineError if it cannot."""
+        """Frees the weights and the KV cache of the devices. Sequences that run stand still between two of their
+        tokens and go on after `wake` without a change, and new ones wait. Health stays good.
+
+        Raises EngineError if the engine is not awake, or if the host has no room for the copies. Everything is as
+        before then.
+        """
         ...
 
     async def wake(self) -> None:
-        """Brings everything back. Sequences go on without a change. Raises EngineError if there is no memory."""
+        """Brings weights and KV cache back. Raises EngineError if the engine is not parked, or if the devices have no
+        room any more. In the second case the engine is dead, as its health says."""
         ...
 
     def copy_bytes(self) -> int:
-        """Returns what the copies take now."""
+        """Returns the bytes that the copies take on the host now: of memory for GPUs, and of a temporary file for the
+        CPU, which the kernel may keep in memory."""
         ...
 
     async def forget_copy(self) -> None:
-        """Frees the copies of an engine that is awake."""
+        """Frees the copy of the weights. The next `park` makes it again. Raises EngineError while it is parked."""
         ...
 
 

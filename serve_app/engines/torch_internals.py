@@ -47,6 +47,46 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return cast(torch.Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
+def onednn_memory(packed: torch.Tensor) -> tuple[int, int]:
+    """Returns the address and the bytes of a weight in oneDNN's order, which has no storage that torch shows.
+
+    Uses `torch.ops.mkldnn.data_ptr` and `torch.ops.mkldnn._nbytes`, seen in torch 2.13.
+    """
+    return int(torch.ops.mkldnn.data_ptr(packed)), int(torch.ops.mkldnn._nbytes(packed))
+
+
+def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """Returns the storages of a tensor, which are several if it is made of others, as torchao's are.
+
+    Uses `__tensor_flatten__` of such tensors, seen in torch 2.13. Raises NotImplementedError for a tensor without a
+    storage.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):
+        names = tensor.__tensor_flatten__()[0]
+        return [storage for name in names for storage in storages_of(getattr(tensor, name))]
+    return [tensor.untyped_storage()]
+
+
+def pin_memory(tensor: torch.Tensor) -> bool:
+    """Locks a tensor of the host's memory for copies from and to GPUs, and returns whether CUDA could do it. Copies
+    with memory that is not locked are slower.
+
+    torch's own pinned tensors take up to twice the memory, because their sizes are rounded up to powers of two. Uses
+    `cudaHostRegister` of `torch.cuda.cudart()`, seen in torch 2.13.
+    """
+    if not torch.cuda.is_available() or not tensor.numel():
+        return False
+    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
+
+
+def unpin_memory(tensor: torch.Tensor) -> None:
+    """Takes back what `pin_memory` has done.
+
+    Uses `cudaHostUnregister` of `torch.cuda.cudart()`, seen in torch 2.13.
+    """
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether the error is CUDA's or the CPU allocator's, which is known only by its text (`NO_CPU_MEMORY`).
 

@@ -198,8 +198,7 @@ class SwappingEngine:
         self._requests.close()
         has_ended = await self._requests.drained(self._swaps.drain_s)
         begin = self._clock()
-        if parks and self._engine is not None and self._engine.parking() is not None:
-            await self._parking().park()
+        if parks and await self._parked():
             self._requests.stand_still()
             self._state, self._has_copy = "parked", True
         else:
@@ -210,6 +209,18 @@ class SwappingEngine:
         self._metrics.swapped("resident", self._state, self._leave_s, freed)
         self._changed()
         say(f"'{self._name}' is {self._state} after {self._leave_s:.1f} s")
+
+    async def _parked(self) -> bool:
+        """Parks the engine, and returns whether it has. It is stopped instead if the host has no room for its copy."""
+        parking = None if self._engine is None else self._engine.parking()
+        if parking is None:
+            return False
+        try:
+            await parking.park()
+        except EngineError as error:
+            logger.warning("'%s' cannot park and is stopped instead: %s", self._name, error)
+            return False
+        return True
 
     async def _forget(self) -> None:
         if self._state == "parked":

@@ -1,8 +1,10 @@
 """What this project uses of torch beyond its documentation."""
 
 import ast
+import ctypes
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,10 @@ from serve_app.engines.torch_internals import (
     is_out_of_memory,
     multiplies_with_onednn,
     onednn_linear,
+    onednn_memory,
+    pin_memory,
+    storages_of,
+    unpin_memory,
 )
 from tests.contracts.contract import as_imported_with, contract, untested
 
@@ -59,6 +65,58 @@ def test_a_weight_is_ordered_once_for_any_number_of_rows() -> None:
     for rows in (1, ROWS, 100):
         x = torch.randn(rows, 24)
         torch.testing.assert_close(onednn_linear(x, ordered, linear.bias), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@contract("torch", "torch.ops.mkldnn.data_ptr and _nbytes", onednn_memory)
+@torch.inference_mode()
+def test_an_ordered_weight_is_moved_by_its_bytes() -> None:
+    """They lie at an address, and the product is the same once they have been taken away and brought back."""
+    linear = nn.Linear(96, 64)
+    ordered = in_onednn_order(linear.weight.detach(), ROWS)
+    address, size = onednn_memory(ordered)
+    assert 96 * 64 * 4 <= size < 2 * 96 * 64 * 4
+    kept = ctypes.string_at(address, size)
+    x = torch.randn(5, 96)
+    before = onednn_linear(x, ordered, linear.bias)
+    ctypes.memset(address, 0, size)
+    assert torch.equal(onednn_linear(x, ordered, None), torch.zeros(5, 64))
+    ctypes.memmove(address, kept, size)
+    assert torch.equal(onednn_linear(x, ordered, linear.bias), before)
+
+
+class _Pair(torch.Tensor):
+    """A tensor that is made of two others, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, first: torch.Tensor, second: torch.Tensor) -> "_Pair":
+        pair = torch.Tensor._make_wrapper_subclass(cls, first.shape, dtype=first.dtype)
+        pair.first, pair.second = first, second
+        return pair
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["first", "second"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError
+
+
+@contract("torch", "__tensor_flatten__ of tensors that are made of others", storages_of)
+def test_a_tensor_that_is_made_of_others_has_their_storages() -> None:
+    """And any other one its own, which its views share."""
+    first, second = torch.zeros(4, 5), torch.zeros(3)
+    assert [storage.data_ptr() for storage in storages_of(first[2:])] == [first.data_ptr()]
+    found = storages_of(_Pair(first, second))
+    assert [storage.data_ptr() for storage in found] == [first.data_ptr(), second.data_ptr()]
+
+
+@contract("torch", "cudaHostRegister of torch.cuda.cudart()", pin_memory, unpin_memory)
+def test_memory_is_locked_where_there_is_a_gpu() -> None:
+    """Elsewhere nothing is locked, and copies work all the same."""
+    host = torch.zeros(2**20, dtype=torch.uint8)
+    assert pin_memory(host) == torch.cuda.is_available()
+    if torch.cuda.is_available():
+        unpin_memory(host)
 
 
 @contract("torch", "what its allocator on the CPU says where there is no memory", is_out_of_memory)

@@ -3,17 +3,23 @@
 import asyncio
 import gc
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from starlette.types import ASGIApp
+from transformers import PreTrainedModel
 
 from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.engine import Parking
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.cache_codec import CacheCodec
-from serve_app.engines.pt.core.model_runner import Runner
+from serve_app.engines.pt.core.kept_texts import KeptTexts
+from serve_app.engines.pt.core.model_runner import BatchRunner, Runner
+from serve_app.engines.pt.core.parked_memory import ParkedMemory
+from serve_app.engines.pt.core.prompt_cache import PromptCache, PromptCacheCounts
 from serve_app.engines.pt.core.scheduler import Limits
 from serve_app.engines.pt.core.speculator import NgramSettings, Speculator
 from serve_app.engines.pt.generator import Generator
@@ -22,6 +28,7 @@ from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
 from serve_app.engines.pt.load.quantization import weight_tensors
+from serve_app.engines.pt.load.weight_parts import copy_on_host, weight_parts, why_not_movable
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import EngineError
@@ -41,9 +48,14 @@ SLOW_STEP_TIMEOUT_S = 600.0
 
 
 class PtEngine:
-    """Runs one model with transformers and accelerate in this process."""
+    """Runs one model with transformers and accelerate in this process.
 
-    def __init__(self, config: ModelConfig, name: str, planned: ModelPlan | None = None):
+    The keys and values of texts that have ended take at most `prompt_cache_bytes` of the host's memory, and none if it
+    is 0.
+    """
+
+    def __init__(self, config: ModelConfig, name: str, planned: ModelPlan | None = None, prompt_cache_bytes: int = 0):
+        self._prompt_cache = PromptCache(prompt_cache_bytes) if prompt_cache_bytes else None
         self.name = name
         self._config = config
         self._planned = planned
@@ -52,6 +64,7 @@ class PtEngine:
         self._weights: dict[torch.device, int] = {}
         self._runner: Runner | None = None
         self._speculator: Speculator | None = None
+        self._memory_to_park: ParkedMemory | None = None
 
     async def start(self) -> ASGIApp:
         """Loads the model in a thread, starts the engine's thread, and returns the application."""
@@ -65,7 +78,14 @@ class PtEngine:
             make = partial(_speculator, self._config.speculative, loaded, probed)
             self._speculator = await in_thread_of_its_own(make)
         timeout_s = step_timeout_s(self._config)
-        self._generator = Generator(self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator)
+        kept_texts = None
+        if self._prompt_cache is not None and isinstance(probed.runner, BatchRunner) and probed.runner.can_roll_back:
+            kept_texts = KeptTexts(self._prompt_cache, probed.runner)
+        self._generator = Generator(
+            self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator, kept_texts
+        )
+        self._weights = weight_bytes(loaded.model)  # They do not change, and a parked engine cannot be asked.
+        self._memory_to_park = self._movable([loaded.model], [probed.runner])
         app = build_app(self._generator)
         gc.collect()
         gc.freeze()  # What was loaded stays. A full collection of it takes 0.28 s, in which nothing answers.
@@ -86,12 +106,33 @@ class PtEngine:
         """Returns what was drafted and accepted since the start, or None without speculation."""
         return None if self._speculator is None else self._speculator.counts
 
-    def parking(self) -> None:
-        """Returns None, because its weights stay where they were loaded."""
+    def prompt_cache_counts(self) -> PromptCacheCounts | None:
+        """Returns what the prompt cache has counted since the start, or None without one."""
+        return None if self._prompt_cache is None else self._prompt_cache.counts
 
     async def memory(self) -> list[RankMemory]:
         """Returns what this process holds of each device that holds a part of the model."""
         return await asyncio.to_thread(self._memory)
+
+    def parking(self) -> Parking | None:
+        """Returns this engine, or None if its weights cannot be moved, for a reason that was logged at the start."""
+        return None if self._memory_to_park is None else self
+
+    async def park(self) -> None:
+        """Does what `Parking` says."""
+        await asyncio.wrap_future(self.generator.park(self._parked_memory))
+
+    async def wake(self) -> None:
+        """Does what `Parking` says."""
+        await asyncio.wrap_future(self.generator.wake())
+
+    def copy_bytes(self) -> int:
+        """Does what `Parking` says."""
+        return self._parked_memory.copy_bytes
+
+    async def forget_copy(self) -> None:
+        """Does what `Parking` says."""
+        await asyncio.to_thread(self._parked_memory.forget_copy)
 
     async def stop(self) -> None:
         """Ends the thread and removes the offloaded weights."""
@@ -99,6 +140,8 @@ class PtEngine:
             return
         gc.unfreeze()
         await asyncio.to_thread(self._generator.stop, STOP_TIMEOUT_S)
+        if self._memory_to_park is not None and self._generator.has_ended:
+            self._memory_to_park.close()
         if self._generator.loaded.offload is not None:
             self._generator.loaded.offload.cleanup()
 
@@ -109,13 +152,33 @@ class PtEngine:
             raise EngineError("the pt engine has not been started")
         return self._generator
 
+    @property
+    def _parked_memory(self) -> ParkedMemory:
+        if self._memory_to_park is None:
+            raise EngineError("This engine cannot park.")
+        return self._memory_to_park
+
+    def _movable(self, models: Sequence[PreTrainedModel], runners: Sequence[Runner]) -> ParkedMemory | None:
+        """Returns what parks the models and the caches of their runners, or None if that cannot be done, which it
+        logs."""
+        reasons = [reason for model in models if (reason := why_not_movable(model, self._config.device))]
+        if reasons:
+            logger.warning("This model cannot park: %s.", reasons[0])
+            return None
+        parts = [part for model in models for part in weight_parts(model)]
+        return ParkedMemory(
+            parts,
+            lambda: [tensor for runner in runners for tensor in runner.cache_tensors()],
+            copy_on_host(self._config.device),
+        )
+
     def _memory(self) -> list[RankMemory]:
-        if not self._weights:  # The weights do not change.
-            self._weights = weight_bytes(self.generator.loaded.model)
         now, most = (getattr(self._runner, name, {}) for name in ("cache_bytes", "most_cache_bytes"))
-        kind = "cpu" if self._config.device == "cpu" else "cuda"
+        kind, is_parked = "cpu" if self._config.device == "cpu" else "cuda", self.generator.is_parked
         return [
             rank_memory(device, size, now.get(device, 0), self._libraries, most.get(device, 0))
+            if not is_parked
+            else rank_memory(device, 0, 0, self._libraries, most.get(device, 0))
             for device, size in self._weights.items()
             if device.type == kind
         ]

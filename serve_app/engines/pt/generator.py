@@ -5,15 +5,18 @@ import logging
 import math
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ReadOnlySequence
+from concurrent.futures import Future
 from contextlib import aclosing, nullcontext
 from functools import cached_property, partial
 
 from serve_app.engines.pt.core.engine_loop import EngineLoop
+from serve_app.engines.pt.core.kept_texts import KeptTexts
 from serve_app.engines.pt.core.places import Places, Reservation
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler
 from serve_app.engines.pt.core.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
 from serve_app.engines.pt.core.speculator import Speculator
+from serve_app.engines.pt.core.standstill import Movable
 from serve_app.engines.pt.grammar.compiler import GrammarCompiler
 from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.engines.pt.load.probe import ProbeResult
@@ -46,6 +49,7 @@ class Generator:
         max_queued: int,
         step_timeout_s: float = math.inf,
         speculator: Speculator | None = None,
+        kept_texts: KeptTexts | None = None,
     ):
         self.name = name
         self.loaded = loaded
@@ -56,7 +60,7 @@ class Generator:
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
         self._asyncio_loop = asyncio.get_running_loop()
         scheduler, sampler = Scheduler(limits), Sampler(loaded.eos_ids)
-        self._loop = EngineLoop(probed.runner, scheduler, sampler, self._deliver, speculator)
+        self._loop = EngineLoop(probed.runner, scheduler, sampler, self._deliver, speculator, kept_texts)
         self._loop.start()
         self._step_timeout_s = step_timeout_s
         self._hang = ""
@@ -68,6 +72,24 @@ class Generator:
             raise EngineError(self._hang)
         if self._loop.has_ended:
             raise EngineError("the pt engine's thread has ended. The replica will be replaced.")
+
+    def park(self, memory: Movable) -> "Future[None]":
+        """Frees the memory between two steps. See `EngineLoop.park`. Texts wait until `wake`."""
+        return self._loop.park(memory)
+
+    def wake(self) -> "Future[None]":
+        """Brings the memory back. See `EngineLoop.wake`."""
+        return self._loop.wake()
+
+    @property
+    def has_ended(self) -> bool:
+        """Returns whether the thread has ended."""
+        return self._loop.has_ended
+
+    @property
+    def is_parked(self) -> bool:
+        """Returns whether the memory is elsewhere or on its way back."""
+        return self._loop.is_parked
 
     def stop(self, timeout_s: float) -> None:
         """Ends the thread, and blocks for at most `timeout_s` seconds. The event loop's thread must not call it."""

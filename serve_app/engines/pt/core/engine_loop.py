@@ -5,6 +5,8 @@ Laws:
 - One sequence's error ends that sequence and no other. A pass that fails is tried again in smaller parts, from the
   tokens so far, until the sequence that fails is alone. Running out of memory is such a failure.
 - No sequence waits for another one's output format.
+- While the engine is parked, its memory is elsewhere and its thread stands still between two steps. What is asked of it
+  meanwhile waits, and a sequence that was running goes on after the wake with the token that came next.
 """
 
 import contextlib
@@ -15,15 +17,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlySequence
+from concurrent.futures import Future
 
 import torch
 
 from serve_app.engines.pt.core.heap import trim_heap
+from serve_app.engines.pt.core.kept_texts import KeptTexts
 from serve_app.engines.pt.core.model_runner import Runner
 from serve_app.engines.pt.core.sampler import Sampled, Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler, Step
 from serve_app.engines.pt.core.sequence import Output, Sequence
 from serve_app.engines.pt.core.speculator import Speculator
+from serve_app.engines.pt.core.standstill import Movable, Standstill
 from serve_app.engines.torch_internals import is_out_of_memory
 from serve_app.errors import EngineError, OutOfDeviceMemory
 
@@ -52,6 +57,7 @@ class EngineLoop(threading.Thread):
         sampler: Sampler,
         deliver: Deliver,
         speculator: Speculator | None = None,
+        kept_texts: KeptTexts | None = None,
     ):
         super().__init__(name="pt-engine", daemon=True)
         self._runner = runner
@@ -59,11 +65,13 @@ class EngineLoop(threading.Thread):
         self._sampler = sampler
         self._deliver = deliver
         self._speculator = speculator
+        self._kept_texts = kept_texts
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._closing = threading.Lock()
         self._closed = False
         self._busy_since: float | None = None
+        self._standstill = Standstill()
 
     @property
     def has_ended(self) -> bool:
@@ -73,25 +81,47 @@ class EngineLoop(threading.Thread):
 
     @property
     def stuck_s(self) -> float:
-        """Returns the seconds since a loop with work has ended a pass or begun, or 0 while it has no work."""
+        """Returns the seconds since a loop with work has ended a pass or begun, or 0 while it has no work or is
+        parked."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     def submit(self, sequence: Sequence) -> None:
         """Starts generating. The outputs come through `deliver`. Raises EngineError once the loop has ended."""
-        self._put(lambda: self._scheduler.add(sequence))
+        self._put(lambda: self._add(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
         """Frees the sequence's place before the next step. No output follows."""
         self._inbox.put(lambda: self._drop([sequence]))
 
+    def park(self, memory: Movable) -> "Future[None]":
+        """Moves the memory out before the next step, and computes nothing until `wake`. Returns what is done when the
+        memory is free, and has an EngineError if nothing was moved. Raises EngineError unless it is awake."""
+        self._require_open()
+        asked = self._standstill.ask_to_park()
+        self._inbox.put(lambda: self._stand_still(memory))
+        return asked
+
+    def wake(self) -> "Future[None]":
+        """Brings the memory back and goes on. Returns what is done when steps may run again, and has an EngineError if
+        the memory does not come back, with which the loop ends. Raises EngineError unless it is parked."""
+        self._require_open()
+        return self._standstill.ask_to_wake()
+
+    @property
+    def is_parked(self) -> bool:
+        """Returns whether the memory is elsewhere or on its way back."""
+        return self._standstill.state in ("parked", "waking")
+
     def stop(self, timeout_s: float) -> None:
-        """Ends the loop, so that every remaining sequence gets an error. Waits at most `timeout_s` seconds."""
+        """Ends the loop, also a parked one, so that every remaining sequence gets an error. Waits at most `timeout_s`
+        seconds."""
 
         def end() -> None:
             self._stopping = True
 
         self._inbox.put(end)
+        self._standstill.ask_to_end()
         if self.is_alive():
             self.join(timeout_s)
 
@@ -110,9 +140,22 @@ class EngineLoop(threading.Thread):
 
     def _put(self, work: Callable[[], None]) -> None:
         with self._closing:
-            if self._closed:
-                raise EngineError("the pt engine has stopped")
+            self._require_open()
             self._inbox.put(work)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError("the pt engine has stopped")
+
+    def _stand_still(self, memory: Movable) -> None:
+        if self._stopping or self._closed:
+            return
+        self._tick()
+        self._standstill.stand(memory, self._tick, self._rest)
+        self._tick()
+
+    def _rest(self) -> None:
+        self._busy_since = None
 
     def _read_inbox(self) -> None:
         if not self._scheduler.running and not self._scheduler.waiting and not self._stopping:
@@ -143,6 +186,11 @@ class EngineLoop(threading.Thread):
     def _tick(self) -> None:
         self._busy_since = time.monotonic()
 
+    def _add(self, sequence: Sequence) -> None:
+        self._scheduler.add(sequence)
+        if self._kept_texts is not None and self._kept_texts.saves_a_pass(sequence):
+            self._scheduler.set_apart(sequence)
+
     def _look_at_parked(self) -> None:
         """Puts those back whose masks have come, and ends those whose format cannot be followed."""
         parked = self._scheduler.parked
@@ -160,6 +208,8 @@ class EngineLoop(threading.Thread):
         out_of_memory = False
         try:
             step = self._scheduler.schedule()  # Prompts come first, since a first token is more urgent.
+            if self._kept_texts is not None and (tokens := self._kept_texts.begin(step)):
+                step = self._scheduler.skip(tokens)
             self._settle(self._prefill(step))
             self._settle(self._decode(self._scheduler.decoding, self._scheduler.spare_tokens(step)))
         except Exception as error:
@@ -330,16 +380,19 @@ class EngineLoop(threading.Thread):
         if sequences:
             self._scheduler.remove(sequences)
             for sequence in sequences:
+                if self._kept_texts is not None:
+                    self._kept_texts.note_end(sequence)
                 self._runner.drop(sequence)
                 self._sampler.forget(sequence)
 
     def _abandon(self) -> None:
+        error = EngineError("the pt engine has stopped")
         with self._closing:
             self._closed = True
+        self._standstill.end(error)
         while not self._inbox.empty():
             with contextlib.suppress(Exception):  # Even freeing fails on a broken device, but all must end.
                 self._inbox.get_nowait()()
-        error = EngineError("the pt engine has stopped")
         self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])
 
 

@@ -58,12 +58,15 @@ class RectangleLayer(GrowingLayer):
         self.codec = codec
         self.key_buffers: tuple[torch.Tensor, ...] = ()
         self.value_buffers: tuple[torch.Tensor, ...] = ()
+        # These are the first tokens of the only row, which are written when there are buffers on the right device.
+        self.first_tokens: tuple[torch.Tensor, ...] = ()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Writes the new tokens after the window, and returns the window with them, as the model reads it."""
         keys, values = self.codec.encode(key_states), self.codec.encode(value_states)
         if not self.key_buffers:
             self.key_buffers, self.value_buffers = self.allocate(keys), self.allocate(values)
+            self._write_first_tokens()
         window, end = self.window, self.window.end + key_states.shape[-2]
         for buffers, states in ((self.key_buffers, keys), (self.value_buffers, values)):
             for buffer, new in zip(buffers, states, strict=True):
@@ -108,6 +111,11 @@ class RectangleLayer(GrowingLayer):
         # The buffers must be zeros, since a masked column has weight 0, and 0 times a stray NaN would be NaN.
         return tuple(_zeros(part, self.window) for part in states)
 
+    def _write_first_tokens(self) -> None:
+        for buffer, tokens in zip(self.buffers(), self.first_tokens, strict=False):
+            buffer[0, :, : tokens.shape[1]] = tokens
+        self.first_tokens = ()
+
     def move(self, target: Window) -> None:
         """Replaces the buffers by larger ones, or moves the window within new ones."""
         old = self.window
@@ -151,6 +159,11 @@ class BatchCache:
             for buffer in layer.buffers():
                 sizes[buffer.device] = sizes.get(buffer.device, 0) + buffer.nbytes
         return sizes
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns all that the cache holds: buffers of keys and values, and states."""
+        buffers = [buffer for layer in self._rectangles() for buffer in layer.buffers()]
+        return buffers + [state for layer in self.cache.layers if has_state(layer) for state in states_of(layer)]
 
     @property
     def buffer_bytes(self) -> int:
@@ -202,6 +215,22 @@ class BatchCache:
         if cells(window.rows, window.width) < self.cells:
             capacity = window.width + SLACK
             self._move(Window(window.rows, 0, window.width, row_capacity(window.rows), capacity))
+
+    def begin_with(self, layers: ReadOnlySequence[ReadOnlySequence[torch.Tensor]], tokens: int) -> None:
+        """Gives the only row of an empty cache its first tokens. `layers` are what `row` returned of a row that begins
+        with them. They are written in the next forward pass."""
+        for layer, kept in zip(self._rectangles(), layers, strict=True):
+            layer.first_tokens = tuple(tensor[:, :tokens] for tensor in kept)
+        self.window.end = tokens
+
+    def row(self, row: int, tokens: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Returns copies of the last `tokens` tokens of a row in the host's memory: for each layer with keys and values
+        its tensors of shape (heads, tokens, size)."""
+        columns = slice(self.window.end - tokens, self.window.end)
+        return tuple(
+            tuple(buffer[row, :, columns].to("cpu", copy=True) for buffer in layer.buffers())
+            for layer in self._rectangles()
+        )
 
     def advance(self, columns: int) -> None:
         """Extends the window by what the last forward pass wrote."""

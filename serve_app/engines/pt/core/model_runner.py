@@ -20,6 +20,9 @@ from serve_app.engines.pt.core.scheduler import Step
 from serve_app.engines.pt.core.sequence import Sequence
 from serve_app.planning.pt_kv_buffers import cells
 
+# These are keys and values of one text: for each layer its tensors of shape (heads, tokens, size).
+Layers = ReadOnlySequence[ReadOnlySequence[torch.Tensor]]
+
 
 class Runner(Protocol):
     """Computes logits, and knows which sequences are in its cache.
@@ -53,6 +56,10 @@ class Runner(Protocol):
         """Frees the whole cache."""
         ...
 
+    def cache_tensors(self) -> list[torch.Tensor]:
+        """Returns all tensors of the cache, which are of no use without their numbers."""
+        ...
+
 
 class Verifier(Runner, Protocol):
     """This is a runner that can also compute several tokens of each running sequence at once and take some back."""
@@ -70,6 +77,24 @@ class Verifier(Runner, Protocol):
     def keep(self, tokens: Mapping[Sequence, int]) -> None:
         """Takes all tokens of the last `verify` back, except so many of each sequence, counted from its last token
         before that pass. Sequences that were dropped since then are left out."""
+        ...
+
+
+class TextKeeper(Runner, Protocol):
+    """This is a runner that can also hand out the keys and values of a text, and begin another text with them."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Returns the bytes of a running sequence's keys and values for one token."""
+        ...
+
+    def kept(self, sequence: Sequence) -> Layers | None:
+        """Returns copies of the sequence's keys and values in the host's memory, or None if it is not running."""
+        ...
+
+    def begin_with(self, step: Step, layers: Layers, tokens: int) -> None:
+        """Begins the only prompt of the step, of which the first `tokens` tokens are those of `layers`. Its next chunk
+        has to begin after them."""
         ...
 
 
@@ -177,6 +202,22 @@ class BatchRunner:
             self._batch.compact()
         self._group.reserve(len(step.prefill), step.longest)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Does what `TextKeeper` says."""
+        return self._batch.buffer_bytes / max(1, self._batch.cells)
+
+    def kept(self, sequence: Sequence) -> Layers | None:
+        """Does what `TextKeeper` says. States have all tokens of a text in them, so a cache with states cannot."""
+        if sequence not in self._rows or not self.can_roll_back:
+            return None
+        return self._batch.row(self._rows.index(sequence), sequence.cached)
+
+    def begin_with(self, step: Step, layers: Layers, tokens: int) -> None:
+        """Does what `TextKeeper` says."""
+        self._begin(step)
+        self._group.begin_with(layers, tokens)
+
     def drop_prompts(self) -> None:
         """Does what `Runner` says."""
         self._group, self._group_rows, self._pool = self._new_cache(), [], Pool()
@@ -256,6 +297,10 @@ class BatchRunner:
         self._rows, self._group_rows, self._unverified = [], [], 0
         self._batch, self._group = self._new_cache(), self._new_cache()
         free_memory()
+
+    def cache_tensors(self) -> list[torch.Tensor]:
+        """Does what `Runner` says."""
+        return self._batch.tensors() + self._group.tensors()
 
     def _logits(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache, last: int
@@ -353,6 +398,10 @@ class SerialRunner:
     def reset(self) -> None:
         """Does what `Runner` says."""
         free_memory()
+
+    def cache_tensors(self) -> list[torch.Tensor]:
+        """Returns nothing, because there is no cache."""
+        return []
 
     def _pass(self, sequence: Sequence) -> torch.Tensor:
         inputs: dict[str, Any] = {"input_ids": torch.tensor([sequence.token_ids], device=self._device)}

@@ -106,6 +106,19 @@ class Scheduler:
         if not self._prefilling:
             self._prefilling, self._position = self._admit(), 0
             self._longest = max((sequence.length for sequence in self._prefilling), default=0)
+        return self._chunk()
+
+    def skip(self, tokens: int) -> Step:
+        """Returns the first chunk of the prompt that is being computed by itself, after its first `tokens` tokens,
+        which are in the cache already."""
+        self._position = tokens
+        return self._chunk()
+
+    def set_apart(self, sequence: Sequence) -> None:
+        """Has a waiting sequence's prompt be computed by itself."""
+        self._apart.add(sequence)
+
+    def _chunk(self) -> Step:
         group = tuple(self._prefilling)
         if not group:
             return Step()

@@ -39,6 +39,11 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         return onednn_linear(x, self._packed, self.bias)
 
     @property
+    def packed(self) -> torch.Tensor:
+        """Returns the weight in oneDNN's order."""
+        return self._packed
+
+    @property
     def packed_bytes(self) -> int:
         """Returns bytes of the weight in oneDNN's order, without its padding."""
         return int(self.in_features * self.out_features * self._packed.element_size())

@@ -1,0 +1,115 @@
+"""Keeps the keys and values of texts that have ended in the host's memory, for prompts that begin with them.
+
+Laws:
+- Only whole tokens from a text's first one on are taken, so keys have the positions at which they were computed.
+- The kept texts take at most `budget` bytes together. The one that was used longest ago goes first, and a text that is
+  larger than the whole budget is not kept.
+- It saves time and changes no text: what it brings is what the model would compute.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence as ReadOnlySequence
+from dataclasses import dataclass
+
+import numpy
+import numpy.typing
+import torch
+
+Ids = numpy.typing.NDArray[numpy.int64]
+
+# Fewer tokens are computed faster than they are looked up and copied.
+LEAST_TOKENS = 64
+ID_BYTES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class KeptText:
+    """This is a text: its ids, and for each layer its tensors of shape (heads, tokens, size) in the host's memory."""
+
+    ids: Ids
+    layers: ReadOnlySequence[ReadOnlySequence[torch.Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Returns the bytes of everything that is kept."""
+        tensors: int = sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        return tensors + int(self.ids.nbytes)
+
+
+@dataclass
+class PromptCacheCounts:
+    """Says what was asked of the cache since the start, and what it holds now. Tokens are those of prompts."""
+
+    queries: int = 0
+    hits: int = 0
+    query_tokens: int = 0
+    hit_tokens: int = 0
+    evictions: int = 0
+    texts: int = 0
+    bytes: int = 0
+
+
+class PromptCache:
+    """Is used on the engine's thread alone, except for `counts`. `budget` is in bytes."""
+
+    def __init__(self, budget: int):
+        self._budget = budget
+        # The text that was used last comes last.
+        self._texts: OrderedDict[KeptText, None] = OrderedDict()
+        self.counts = PromptCacheCounts()
+
+    def longest_start(self, ids: ReadOnlySequence[int]) -> tuple[KeptText, int] | None:
+        """Returns the kept text that begins as these ids do for the most tokens, with the number of these tokens, or
+        None if there are fewer than LEAST_TOKENS. The last id is never among them, because its logits are wanted."""
+        wanted = _array(ids)
+        best, most = None, LEAST_TOKENS - 1
+        for text in self._texts:
+            common = min(_common(text.ids, wanted), len(wanted) - 1)
+            if common > most:
+                best, most = text, common
+        if best is None:
+            return None
+        self._texts.move_to_end(best)
+        return best, most
+
+    def wants(self, ids: ReadOnlySequence[int], bytes_per_token: float) -> bool:
+        """Returns whether a text of these ids should be kept. One that a kept text begins with is there already."""
+        if len(ids) < LEAST_TOKENS or len(ids) * (bytes_per_token + ID_BYTES) > self._budget:
+            return False
+        new = _array(ids)
+        for text in self._texts:
+            if _common(text.ids, new) == len(new):
+                self._texts.move_to_end(text)
+                return False
+        return True
+
+    def make_room(self, ids: ReadOnlySequence[int], bytes_per_token: float) -> None:
+        """Frees the texts that these ids begin with, which one of these ids replaces, and others as the budget asks."""
+        new = _array(ids)
+        for other in [other for other in self._texts if _common(other.ids, new) == len(other.ids)]:
+            self._forget(other)
+        size = int(len(ids) * (bytes_per_token + ID_BYTES))
+        while self._texts and self.counts.bytes + size > self._budget:
+            self._forget(next(iter(self._texts)))
+            self.counts.evictions += 1
+
+    def keep(self, ids: ReadOnlySequence[int], layers: ReadOnlySequence[ReadOnlySequence[torch.Tensor]]) -> None:
+        """Keeps a text for which there is room."""
+        text = KeptText(_array(ids), layers)
+        self._texts[text] = None
+        self.counts.texts, self.counts.bytes = len(self._texts), self.counts.bytes + text.bytes
+
+    def _forget(self, text: KeptText) -> None:
+        del self._texts[text]
+        self.counts.texts, self.counts.bytes = len(self._texts), self.counts.bytes - text.bytes
+
+
+def _array(ids: ReadOnlySequence[int]) -> Ids:
+    return numpy.asarray(ids, dtype=numpy.int64)
+
+
+def _common(one: Ids, other: Ids) -> int:
+    """Returns how many ids both begin with."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    return int(differs.argmax()) if differs.any() else length
