@@ -3,7 +3,7 @@
 It does no I/O and has no clock, so `keeper.py` gives it the time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -84,15 +84,13 @@ class Book:
         member = Member(terms, record["state"], now, record["lease"], record["has_copy"], demand)
         self._entries[terms.replica] = _Entry(member, is_known=False)
 
-    def record(self, replica: str) -> dict[str, Any]:
-        """Returns what another keeper must know of a replica if this one dies."""
-        member = self._entries[replica].member
-        return {
-            "terms": asdict(member.terms),
-            "state": member.state,
-            "lease": dict(member.lease),
-            "has_copy": member.has_copy,
-        }
+    def records(self) -> list[dict[str, Any]]:
+        """Returns what another keeper must know of each replica if this one dies, as JSON has it."""
+        members = (entry.member for entry in self._entries.values())
+        return [
+            {"terms": asdict(each.terms), "state": each.state, "lease": dict(each.lease), "has_copy": each.has_copy}
+            for each in members
+        ]
 
     def join(self, report: Report, now: float) -> None:
         """Adds a replica, or takes what it says for true if it is known: it has got no order that it does not know of,
@@ -159,11 +157,6 @@ class Book:
 
     def _model(self, replica: str) -> str:
         return self._entries[replica].member.terms.model
-
-
-def changes_of(orders: Iterable[Order]) -> list[str]:
-    """Returns the replicas whose records change by these orders."""
-    return list(dict.fromkeys(order.replica for order in orders))
 
 
 def _member(report: Report, now: float, since: float) -> Member:

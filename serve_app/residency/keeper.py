@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serve_app.ray_serve import NAMESPACE
-from serve_app.residency.book import Book, Decision, Report, changes_of
+from serve_app.residency.book import Book, Decision, Report
 from serve_app.residency.lease_records import PoolName, RayRecords, Records
 from serve_app.residency.life_lock import lives
 from serve_app.residency.member import Bytes, Member, Pool
-from serve_app.residency.policy import Order
+from serve_app.residency.policy import Order, waiters
 
 logger = logging.getLogger("ray.serve")
 
@@ -76,23 +76,21 @@ class KeeperActor:
         self._name, self._records, self._lives, self._clock = name, records or RayRecords(), lives, clock
         self._book = Book(budget, host_budget)
         self._run = secrets.token_hex(4)
-        self._unsaved: set[str] = set()
-        self._written: dict[str, bytes] = {}
-        self._waits_for_store = False
+        self._written, self._is_saved = b"", True
         self._news = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
         self._decisions: deque[Decision] = deque(maxlen=MOST_DECISIONS)
         self._alone_since = clock()
         self._looked_for_deaths = clock()
-        for value in self._records.read(name.key("")):
-            self._book.restore(json.loads(value), clock())
+        for record in json.loads(self._records.read(name.key) or "[]"):
+            self._book.restore(record, clock())
 
     async def join(self, report: Report) -> Joined:
         """See `Keeper.join`."""
         if (problem := self._book.problem(report.terms)) is not None:
             return Joined(self._run, problem)
         self._book.join(report, self._clock())
-        await self._changed([report.terms.replica])
+        await self._changed()
         return Joined(self._run)
 
     async def update(self, run: str, report: Report) -> bool:
@@ -101,7 +99,7 @@ class KeeperActor:
         if run != self._run or not self._book.knows(replica):
             return False
         self._book.update(report, self._clock())
-        await self._changed([replica])
+        await self._changed()
         return True
 
     async def orders(self, run: str, replica: str) -> list[Order] | None:
@@ -109,7 +107,7 @@ class KeeperActor:
         try:
             async with asyncio.timeout(POLL_S), self._news:
                 while run == self._run and self._book.knows(replica):
-                    if self._book.has_orders(replica) and replica not in self._unsaved:
+                    if self._book.has_orders(replica) and self._is_saved:
                         return self._book.take(replica)
                     await self._news.wait()
         except TimeoutError:
@@ -137,7 +135,7 @@ class KeeperActor:
         if self._task is not None:
             self._task.cancel()
 
-    async def _changed(self, replicas: Iterable[str]) -> None:
+    async def _changed(self) -> None:
         """Decides anew, writes down what has changed, and wakes the calls that wait for orders."""
         if self._task is None:
             self._task = asyncio.create_task(self._watch())
@@ -145,27 +143,23 @@ class KeeperActor:
         for decision in decisions:
             self._decisions.append(decision)
             logger.info("%s", decision.reason)
-        self._unsaved.update(replicas, changes_of(decision.order for decision in decisions))
         self._save()
         async with self._news:
             self._news.notify_all()
 
     def _save(self) -> None:
-        for replica in list(self._unsaved):
-            try:
-                if not self._book.knows(replica):
-                    self._records.delete(self._name.key(replica))
-                    self._written.pop(replica, None)
-                elif (record := json.dumps(self._book.record(replica)).encode()) != self._written.get(replica):
-                    self._records.write(self._name.key(replica), record)
-                    self._written[replica] = record
-            except Exception as error:  # Ray's head may be restarting. No order goes out until it is written down.
-                if not self._waits_for_store:
-                    logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
-                self._waits_for_store = True
-                return
-            self._unsaved.discard(replica)
-        self._waits_for_store = False
+        """Writes all leases down in one piece. No order goes out before that."""
+        record = json.dumps(self._book.records()).encode()
+        if record == self._written:
+            return
+        try:
+            self._records.write(self._name.key, record)
+        except Exception as error:  # Ray's head may be restarting.
+            if self._is_saved:
+                logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
+            self._is_saved = False
+            return
+        self._written, self._is_saved = record, True
 
     async def _watch(self) -> None:
         while True:
@@ -176,8 +170,8 @@ class KeeperActor:
                 if dead := await asyncio.to_thread(self._dead, self._book.pool.members):
                     await self._forget(dead)
             members = self._book.pool.members
-            if self._unsaved or any(member.demand.waiting and not member.lease for member in members):
-                await self._changed([])
+            if not self._is_saved or waiters(self._book.pool):
+                await self._changed()
             if members:
                 self._alone_since = now
             elif now - self._alone_since > LONELY_S:
@@ -189,7 +183,7 @@ class KeeperActor:
     async def _forget(self, replicas: Iterable[str]) -> None:
         for replica in replicas:
             self._book.remove(replica)
-        await self._changed(replicas)
+        await self._changed()
 
 
 def _end() -> None:

@@ -1,13 +1,16 @@
-"""Keeps leases in Ray's key-value store, which outlives the keepers that write them there."""
+"""Keeps the leases of pools in Ray's key-value store, which outlives the keepers that write them there.
+
+A pool has one record, so what is read is always what a keeper knew at one moment.
+"""
 
 import json
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from serve_app.ray_serve import delete_stored, store, stored, stored_keys
 from serve_app.residency.member import State
 
-PREFIX = "serve-app-lease"
+PREFIX = "serve-app-leases/"
 
 
 @dataclass(frozen=True)
@@ -22,24 +25,21 @@ class PoolName:
         """Returns the name of its keeper's actor."""
         return f"serve-app-keeper/{self.pool}/{self.node}"
 
-    def key(self, replica: str) -> bytes:
-        """Returns the key of a replica's record in Ray's store."""
-        return f"{PREFIX}/{self.pool}/{self.node}/{replica}".encode()
+    @property
+    def key(self) -> bytes:
+        """Returns the key of its record in Ray's store."""
+        return f"{PREFIX}{self.pool}/{self.node}".encode()
 
 
 class Records(Protocol):
-    """Is where leases are kept, which outlives the keeper. Its methods raise an exception while it does not answer."""
+    """Is where leases are kept. Its methods raise an exception while it does not answer."""
 
     def write(self, key: bytes, value: bytes) -> None:
         """Writes a record, so that a keeper that starts later finds it."""
         ...
 
-    def delete(self, key: bytes) -> None:
-        """Deletes a record."""
-        ...
-
-    def read(self, prefix: bytes) -> list[bytes]:
-        """Returns all records whose keys begin with `prefix`."""
+    def read(self, key: bytes) -> bytes | None:
+        """Returns a record, or None if there is none."""
         ...
 
 
@@ -50,23 +50,35 @@ class RayRecords:
         """Writes in about a millisecond."""
         store(key, value)
 
-    def delete(self, key: bytes) -> None:
-        """Deletes in about a millisecond."""
-        delete_stored(key)
+    def read(self, key: bytes) -> bytes | None:
+        """Reads in about a millisecond."""
+        return stored(key)
 
-    def read(self, prefix: bytes) -> list[bytes]:
-        """Returns the records in the order of their keys."""
-        return [value for key in stored_keys(prefix) if (value := stored(key)) is not None]
+
+def read_pools() -> dict[PoolName, list[dict[str, Any]]]:
+    """Returns the records of all replicas of each pool, as `Book.record` has them. A node that has died leaves its
+    record behind, which is removed here.
+
+    It blocks for some milliseconds. Raises RayError or RuntimeError while Ray's head does not answer.
+    """
+    import ray
+
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    found = {}
+    for key in stored_keys(PREFIX.encode()):
+        pool, _, node = key.decode().removeprefix(PREFIX).rpartition("/")
+        if node not in alive:
+            delete_stored(key)
+        elif value := stored(key):
+            found[PoolName(pool, node)] = json.loads(value)
+    return found
 
 
 def states_by_model() -> dict[str, list[State]]:
-    """Returns the states of all replicas that share memory, by the model's name, as keepers have written them down.
-
-    It blocks for about a millisecond for each replica. Raises RayError or RuntimeError while Ray's head does not
-    answer.
-    """
+    """Returns the states of all replicas that share memory, by the model's name. It blocks and raises as `read_pools`
+    does."""
     found: dict[str, list[State]] = {}
-    for value in RayRecords().read(PREFIX.encode()):
-        record = json.loads(value)
-        found.setdefault(record["terms"]["model"], []).append(record["state"])
+    for records in read_pools().values():
+        for record in records:
+            found.setdefault(record["terms"]["model"], []).append(record["state"])
     return found

@@ -42,24 +42,21 @@ KEEPER, REPLICA = "ray::KeeperActor", "ray::ServeReplica:m"
 RECORDER = """
 import json, signal, sys, time
 import ray
-from serve_app.residency.lease_records import PREFIX
+from serve_app.residency.lease_records import read_pools
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 most, reads, going = {}, 0, [True]
 signal.signal(signal.SIGTERM, lambda *_: going.clear())
 while going:
-    sums = {}
     try:
-        from serve_app.ray_serve import stored, stored_keys
-        for key in stored_keys(PREFIX.encode()):
-            pool = key.decode().rpartition("/")[0]
-            value = stored(key)
-            for size in (json.loads(value)["lease"].values() if value else ()):
-                sums[pool] = sums.get(pool, 0) + size
+        for name, records in read_pools().items():
+            sums = {}
+            for record in records:
+                for device, size in record["lease"].items():
+                    sums[device] = sums.get(device, 0) + size
+            most[name.node] = max([most.get(name.node, 0), *sums.values()])
         reads += 1
     except Exception as error:
         print(repr(error), file=sys.stderr)
-    for pool, size in sums.items():
-        most[pool] = max(most.get(pool, 0), size)
     time.sleep(0.02)
 print(json.dumps({"reads": reads, "most": most}))
 """

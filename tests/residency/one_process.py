@@ -25,18 +25,13 @@ class Memory:
         self._require()
         self.values[key] = value
 
-    def delete(self, key: bytes) -> None:
-        """Raises OSError while it is down."""
-        self._require()
-        self.values.pop(key, None)
-
-    def read(self, prefix: bytes) -> list[bytes]:
-        """All that begin so."""
-        return [value for key, value in self.values.items() if key.startswith(prefix)]
+    def read(self, key: bytes) -> bytes | None:
+        """What was written last."""
+        return self.values.get(key)
 
     def leased(self) -> int:
         """The sum of all leases that are written down."""
-        return sum(json.loads(value)["lease"].get("cpu", 0) for value in self.values.values())
+        return sum(record["lease"].get("cpu", 0) for value in self.values.values() for record in json.loads(value))
 
     def _require(self) -> None:
         if self.is_down:

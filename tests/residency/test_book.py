@@ -62,14 +62,14 @@ def test_another_keeper_counts_the_leases_of_all() -> None:
     first = book(Report(terms("a"), "stopped", waiting=1))
     first.decide(NOW, AT)
     second = Book({"cpu": 4 * GIB}, 8 * GIB)
-    second.restore(first.record("a"), NOW)
+    second.restore(first.records()[0], NOW)
     second.join(Report(terms("b"), "stopped", waiting=1), NOW)
     assert not second.knows("a")
     assert second.decide(NOW + 1, AT) == []
     second.join(Report(terms("a"), "parked"), NOW + 2)  # It has never got the order.
     assert [decision.order.replica for decision in second.decide(NOW + 2, AT)] == ["b"]
     third = Book({"cpu": 4 * GIB}, 8 * GIB)
-    third.restore(first.record("a"), NOW)
+    third.restore(first.records()[0], NOW)
     third.join(Report(terms("b"), "stopped", waiting=1), NOW)
     third.remove("a")
     assert [decision.order.replica for decision in third.decide(NOW + 1, AT)] == ["b"]
