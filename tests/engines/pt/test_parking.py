@@ -27,6 +27,8 @@ from tests.engines.pt.test_speculative_engine import SPECULATIVE, WORDINGS, answ
 # Two engines compute many answers.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
+SLOW = pytest.mark.slow
+
 # An engine is parked for so many seconds, and runs for so many in between.
 PARKED_S, AWAKE_S = 0.02, 0.1
 
@@ -71,7 +73,7 @@ async def parking() -> AsyncIterator[tuple[PtEngine, httpx.AsyncClient]]:
 Parking = tuple[PtEngine, httpx.AsyncClient]
 
 
-@pytest.mark.parametrize("at_once", [1, 8, 32])
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=SLOW), pytest.param(8, marks=SLOW), 32])
 async def test_every_question_has_the_same_answer(plain: httpx.AsyncClient, parking: Parking, at_once: int) -> None:
     """In the middle of prompts and texts."""
     engine, client = parking
@@ -82,6 +84,7 @@ async def test_every_question_has_the_same_answer(plain: httpx.AsyncClient, park
     assert max(parks) >= min(at_once, 4)
 
 
+@SLOW
 async def test_whatever_is_asked_for_has_the_same_answer(plain: httpx.AsyncClient, parking: Parking) -> None:
     """Formats, tools, stop strings, log probabilities, penalties, choices and seeds, and prompts of many chunks."""
     engine, client = parking
@@ -177,6 +180,7 @@ def larger_model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+@SLOW
 async def test_parking_frees_weights_and_cache(larger_model: str) -> None:
     """95 % of both by the kernel's count, with eight texts of a thousand tokens in the middle, which go on."""
     engine = PtEngine(model_config(model=larger_model, device="cpu", dtype="float32"), "larger")
@@ -242,6 +246,7 @@ async def test_a_parked_engine_stops() -> None:
         assert engine.copy_bytes() == 0
 
 
+@SLOW
 async def test_a_conversation_goes_on_after_the_park(larger_model: str) -> None:
     """With a prompt cache, its next turn computes the new tokens only, and its words are those of an engine without."""
     history = [7 + number % 90 for number in range(1500)]
