@@ -125,8 +125,8 @@ async def converse(folder: str, tokens: int) -> dict[str, Any]:
     fields = {"model": folder, "infer_backend": "pt", "device": "cpu", "dtype": "float32", "num_cpus": 2}
     figures: dict[str, Any] = {}
     texts = []
-    for budget in (CACHE_BYTES, 0):
-        engine = PtEngine(ModelConfig.from_args(fields), "parked", None, budget)
+    for budget in (CACHE_MEMORY, None):
+        engine = PtEngine(ModelConfig.from_args({**fields, "prompt_cache_memory": budget}), "parked")
         await engine.start()
         if budget:
             first = await first_token(engine, history)

@@ -54,6 +54,11 @@ def _vllm_problem(config: ModelFields) -> str | None:
         )
     if config.max_queued_requests is not None:
         return "max_queued_requests: vLLM's queue cannot be bounded. Set Serve's own under 'deployments:' instead."
+    if config.prompt_cache_memory is not None:
+        return (
+            "prompt_cache_memory works with pt only. vLLM keeps the beginnings of prompts in its KV cache "
+            "(engine_args: {enable_prefix_caching: true}, which is its default)."
+        )
     if config.step_timeout_s is not None:
         return (
             "step_timeout_s works with pt only. For vLLM, set VLLM_ENGINE_ITERATION_TIMEOUT_S under runtime_env "

@@ -51,7 +51,7 @@ ONLY_VLLM = (
     "gpu_ids",
 )  # fmt: skip
 # Only pt honours these fields, except that vLLM honours `max_memory` too. So with `auto` the plan decides there.
-ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
+ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests", "prompt_cache_memory")
 
 
 class Strict(BaseModel):
@@ -109,6 +109,16 @@ def _size_or_none(value: object) -> int | None:
         raise ValueError(str(error)) from None
     if size == 0:
         raise ValueError("kv_cache_memory_bytes must be more than zero. Leave it out, and the plan chooses it.")
+    return size
+
+
+def _prompt_cache_or_none(value: object) -> int | None:
+    try:
+        size = None if value is None else parse_bytes(value, "prompt_cache_memory")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    if size == 0:
+        raise ValueError("prompt_cache_memory must be more than zero. Leave it out, and no text is kept.")
     return size
 
 
@@ -227,6 +237,8 @@ class ModelFields(Strict):
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `kv_cache_dtype` is the type of an element of KV cache. vLLM has more of them than pt.
     `speculative` drafts tokens with both engines. For vLLM it is the argument `speculative_config`.
+    `prompt_cache_memory` is what pt may take of the host's memory to keep the keys and values of texts that have ended,
+    for prompts that begin with them.
     `residency` says whether the model holds its memory all the time or shares it with others that swap.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
@@ -259,6 +271,7 @@ class ModelFields(Strict):
     kv_cache_dtype: str | None = None
     speculative: Annotated[SpeculativeConfig | None, BeforeValidator(_known_speculation)] = None
     residency: ResidencyConfig | None = None
+    prompt_cache_memory: Annotated[int | None, BeforeValidator(_prompt_cache_or_none)] = None
     num_cpus: Annotated[Number, Field(gt=0)] = 1.0
     num_gpus: Annotated[Number, Field(ge=0.001, le=1024)] | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)

@@ -50,12 +50,11 @@ SLOW_STEP_TIMEOUT_S = 600.0
 class PtEngine:
     """Runs one model with transformers and accelerate in this process.
 
-    The keys and values of texts that have ended take at most `prompt_cache_bytes` of the host's memory, and none if it
-    is 0.
+    The keys and values of texts that have ended take at most the config's `prompt_cache_memory` of the host's memory.
     """
 
-    def __init__(self, config: ModelConfig, name: str, planned: ModelPlan | None = None, prompt_cache_bytes: int = 0):
-        self._prompt_cache = PromptCache(prompt_cache_bytes) if prompt_cache_bytes else None
+    def __init__(self, config: ModelConfig, name: str, planned: ModelPlan | None = None):
+        self._prompt_cache = PromptCache(config.prompt_cache_memory) if config.prompt_cache_memory else None
         self.name = name
         self._config = config
         self._planned = planned

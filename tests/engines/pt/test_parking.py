@@ -251,8 +251,9 @@ async def test_a_conversation_goes_on_after_the_park(larger_model: str) -> None:
     """With a prompt cache, its next turn computes the new tokens only, and its words are those of an engine without."""
     history = [7 + number % 90 for number in range(1500)]
     texts = []
-    for budget in (0, 256 * 2**20):
-        engine = PtEngine(model_config(model=larger_model, device="cpu", dtype="float32"), "m", None, budget)
+    for budget in (None, "256MiB"):
+        config = model_config(model=larger_model, device="cpu", dtype="float32", prompt_cache_memory=budget)
+        engine = PtEngine(config, "m")
         transport = httpx.ASGITransport(app=await engine.start())
         async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=120) as client:
             turn = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
