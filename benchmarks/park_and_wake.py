@@ -40,7 +40,7 @@ from serve_app.facts.process_memory import resident_bytes
 
 PROMPT = [5 + number % 50 for number in range(64)]
 # Models that are built have a context of so many tokens, and a prompt cache has so many bytes.
-CONTEXT, CACHE_BYTES = 16384, 2**30
+CONTEXT, CACHE_MEMORY = 16384, "1GiB"
 # A start is given so many seconds.
 TIMEOUT_S = 300
 
