@@ -14,10 +14,12 @@ from serve_app.access.limiter import ActorLimiter
 from serve_app.access.limits import KeyLimits, Verdict, Windows
 from serve_app.config import RouterConfig
 from serve_app.errors import ModelNotFound, ModelUnavailable
+from serve_app.residency.lease_records import PoolName
 from serve_app.router.deployment import build_app
 from serve_app.router.directory import ModelStatus
 from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
+from serve_app.router.residency import Residency
 from serve_app.router.upstream.protocol import ReplicaLost, Upstream
 from serve_app.wire.asgi import HttpRequest
 
@@ -26,6 +28,10 @@ Reply = Callable[[HttpRequest], "tuple[int, list[bytes | float | Exception]]"]
 KEY = [(b"authorization", b"Bearer sk-a")]
 AUTH = {"authorization": "Bearer sk-a"}
 OUTSIDE = {"x-api-key": "sk-outside"}
+
+
+# A replica of the model "a" is parked, as keepers write it down.
+POOLS = {PoolName("default", "n"): [{"terms": {"model": "a", "wake_s": 1.5, "start_s": 30.0}, "state": "parked"}]}
 
 
 class LocalLimiter:
@@ -190,8 +196,9 @@ def router_app(
 ) -> tuple[Forwarder, Any]:
     """The router's forwarder before these models, and its application, without the gate in front of it."""
     gate = gate or open_gate()
-    forwarder = Forwarder(RouterConfig(**config), directory, upstream, RouterMetrics(), gate)
-    return forwarder, build_app(forwarder, directory, gate, lambda: {"a": ["parked"]})  # type: ignore[arg-type]
+    residency = Residency(lambda: POOLS)
+    forwarder = Forwarder(RouterConfig(**config), directory, upstream, RouterMetrics(), gate, residency)
+    return forwarder, build_app(forwarder, directory, gate, residency)  # type: ignore[arg-type]
 
 
 def forwarder_of(models: Models, **config: Any) -> tuple[Forwarder, httpx.AsyncClient]:

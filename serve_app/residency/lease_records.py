@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serve_app.ray_serve import delete_stored, store, stored, stored_keys
-from serve_app.residency.member import State
 
 PREFIX = "serve-app-leases/"
 
@@ -71,14 +70,4 @@ def read_pools() -> dict[PoolName, list[dict[str, Any]]]:
             delete_stored(key)
         elif value := stored(key):
             found[PoolName(pool, node)] = json.loads(value)
-    return found
-
-
-def states_by_model() -> dict[str, list[State]]:
-    """Returns the states of all replicas that share memory, by the model's name. It blocks and raises as `read_pools`
-    does."""
-    found: dict[str, list[State]] = {}
-    for records in read_pools().values():
-        for record in records:
-            found.setdefault(record["terms"]["model"], []).append(record["state"])
     return found

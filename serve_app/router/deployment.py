@@ -6,13 +6,12 @@ It is a reverse proxy that understands one field of a request, `model`. Everythi
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -28,12 +27,12 @@ from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
 from serve_app.errors import ConfigError, RequestError
 from serve_app.ray_serve import replicas_listen_for_http
-from serve_app.residency.lease_records import states_by_model
 from serve_app.router.announcer import announce
 from serve_app.router.directory import ModelDirectory, ModelStatus
 from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
 from serve_app.router.openapi import POST_PATHS, openapi_document
+from serve_app.router.residency import Residency
 from serve_app.router.upstream.addresses import ReplicaAddresses
 from serve_app.router.upstream.http import HttpUpstream
 from serve_app.router.upstream.protocol import HandleUpstream
@@ -41,10 +40,6 @@ from serve_app.terminal import notify
 from serve_app.wire.openai_errors import error_response, route_error_response
 
 logger = logging.getLogger("ray.serve")
-
-# Which models hold their memory is read again after this many seconds.
-RESIDENCY_FRESH_S = 0.5
-States = Mapping[str, Sequence[str]]
 
 
 class Router:
@@ -65,11 +60,12 @@ class Router:
         self._gate = Gate(source, ActorLimiter())
         over_http = HttpUpstream(directory, handles, self._gate, ReplicaAddresses())
         upstream = over_http if replicas_listen_for_http() else handles
-        self._forwarder = Forwarder(config, directory, upstream, metrics, self._gate)
+        self._residency = Residency()
+        self._forwarder = Forwarder(config, directory, upstream, metrics, self._gate, self._residency)
         stand_behind(Inside(self._gate, lambda: self._forwarder.config, refused=metrics.refused))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return KeyedRouter(build_app(self._forwarder, self._directory, self._gate), self._gate)
+        return KeyedRouter(build_app(self._forwarder, self._directory, self._gate, self._residency), self._gate)
 
     async def check_health(self) -> None:
         """Checks the access to this router. Serve calls this, and replaces the replica if it raises an exception."""
@@ -91,11 +87,8 @@ class Router:
         self._is_configured = True
 
 
-def build_app(
-    forwarder: Forwarder, directory: ModelDirectory, gate: Gate, states: Callable[[], States] = states_by_model
-) -> Starlette:
-    """Returns the router's application. Its lifespan shows on the terminal how the models come up. `states` returns
-    those of replicas that share memory, by the model's name, and may block."""
+def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate, residency: Residency) -> Starlette:
+    """Returns the router's application. Its lifespan shows on the terminal how the models come up."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -110,7 +103,7 @@ def build_app(
             task.cancel()
         await forwarder.close()
 
-    endpoints = _Endpoints(forwarder, directory, states)
+    endpoints = _Endpoints(forwarder, directory, residency)
     return Starlette(
         routes=[
             Route("/health", endpoints.health),
@@ -126,13 +119,11 @@ def build_app(
 
 
 class _Endpoints:
-    def __init__(self, forwarder: Forwarder, directory: ModelDirectory, states: Callable[[], States]):
+    def __init__(self, forwarder: Forwarder, directory: ModelDirectory, residency: Residency):
         self._forwarder = forwarder
         self._directory = directory
         self._created = int(time.time())
-        self._states = states
-        self._residency_seen: States = {}
-        self._residency_read_at = float("-inf")
+        self._residency = residency
 
     async def health(self, _: Request) -> Response:
         """GET /health answers 200 while the process is up."""
@@ -144,7 +135,7 @@ class _Endpoints:
         It answers 200 as soon as one serves, so that one broken model does not make the others unreachable.
         """
         models = await self._directory.models()
-        residency = await self._residency()
+        residency = await self._residency.states()
         ready = [model for model in models.values() if model.is_open]
         body = {
             "status": "ready" if len(ready) == len(models) > 0 else "degraded" if ready else "unavailable",
@@ -160,17 +151,6 @@ class _Endpoints:
             },
         }
         return JSONResponse(body, status_code=200 if ready else 503)
-
-    async def _residency(self) -> States:
-        """Returns the states of the replicas that share memory, as they were read last, which is done at most twice a
-        second."""
-        if time.monotonic() - self._residency_read_at > RESIDENCY_FRESH_S:
-            self._residency_read_at = time.monotonic()
-            try:
-                self._residency_seen = await asyncio.to_thread(self._states)
-            except (RayError, RuntimeError) as error:  # Ray's head may be restarting.
-                logger.warning("Which models are resident cannot be read: %s", error)
-        return self._residency_seen
 
     async def openapi(self, _: Request) -> Response:
         """GET /openapi.json answers with the OpenAPI document, which names the models of this moment."""

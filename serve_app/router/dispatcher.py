@@ -3,8 +3,8 @@ configuration names stand-ins. It also finds a replica that continues a stream w
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from serve_app.config import RouterConfig
 from serve_app.errors import (
@@ -16,11 +16,13 @@ from serve_app.errors import (
     RequestError,
     UnreadableAnswer,
 )
+from serve_app.router.comments import commented
 from serve_app.router.directory import Directory
 from serve_app.router.engine_loss import is_lost_status
 from serve_app.router.exchange import Exchange
 from serve_app.router.metrics import RouterMetrics
 from serve_app.router.queues import ModelQueue, Queues
+from serve_app.router.residency import Residency
 from serve_app.router.resume import Resumed, resume
 from serve_app.router.suspicion import Suspicion
 from serve_app.router.transcript import CannotResume, Transcript
@@ -49,10 +51,11 @@ RequestTo = Callable[[str], Awaitable[HttpRequest]]
 class Dispatcher:
     """Dispatches all requests of one router replica."""
 
-    def __init__(self, directory: Directory, upstream: Upstream, metrics: RouterMetrics):
+    def __init__(self, directory: Directory, upstream: Upstream, metrics: RouterMetrics, residency: Residency):
         self._directory = directory
         self._upstream = upstream
         self._metrics = metrics
+        self._residency = residency
         self._suspicion = Suspicion()
         self.queues = Queues()
         self._waiting_room = WaitingRoom(directory, upstream, self.queues)
@@ -179,7 +182,7 @@ class Dispatcher:
         with self._place(name, config) as queue:
             try:
                 with exchange.timing.sending():
-                    async with asyncio.timeout(seconds):
+                    async with asyncio.timeout(seconds), self._waking(exchange, name):
                         answer = await first_piece(await self._upstream.send(name, request))
             except TimeoutError:
                 text = f"'{name}' sent no byte within {seconds:g} s (first_byte_timeout_s)."
@@ -190,6 +193,17 @@ class Dispatcher:
                 return answer, answer.lost(f"it answered with {answer.status}")
             queue.answered()
             return answer, None
+
+    @asynccontextmanager
+    async def _waking(self, exchange: Exchange, name: str) -> AsyncIterator[None]:
+        """Tells a client that asked for comments if the replica has to become resident before it answers."""
+        wake_s = await self._residency.wake_s(name) if exchange.downstream.wants_comments else None
+        if wake_s is None:
+            yield
+            return
+        text = f"waking '{name}', which takes about {wake_s:.1f} s once it is its turn"
+        async with commented(exchange.downstream, lambda: text):
+            yield
 
     async def _given_up(
         self, exchange: Exchange, config: RouterConfig, name: str, answer: Answer | None, lost: ReplicaLost

@@ -23,6 +23,7 @@ from serve_app.router.exchange import Exchange
 from serve_app.router.metrics import RouterMetrics
 from serve_app.router.names import candidates
 from serve_app.router.relay import Relay
+from serve_app.router.residency import Residency
 from serve_app.router.upstream.protocol import Upstream
 from serve_app.wire.arrival import MOST_ID_BYTES, read_body, require_plain_path, require_small_headers
 from serve_app.wire.asgi import HttpRequest, endpoint, unless_gone
@@ -45,13 +46,19 @@ class Forwarder:
     runs."""
 
     def __init__(
-        self, config: RouterConfig, directory: Directory, upstream: Upstream, metrics: RouterMetrics, gate: Gate
+        self,
+        config: RouterConfig,
+        directory: Directory,
+        upstream: Upstream,
+        metrics: RouterMetrics,
+        gate: Gate,
+        residency: Residency,
     ):
         self.config = config
         self._gate = gate
         self._upstream = upstream
         self._metrics = metrics
-        self._dispatcher = Dispatcher(directory, upstream, metrics)
+        self._dispatcher = Dispatcher(directory, upstream, metrics, residency)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one kind of request, POST with a JSON body, as an ASGI application."""

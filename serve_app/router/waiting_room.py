@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
+from functools import partial
 
 from serve_app.config import RouterConfig
 from serve_app.errors import ModelUnavailable
+from serve_app.router.comments import commented
 from serve_app.router.directory import ControllerSilent, Directory, ModelStatus
 from serve_app.router.downstream import Downstream
 from serve_app.router.queues import Queues
@@ -17,8 +18,6 @@ logger = logging.getLogger("ray.serve")
 
 # A model that is loading is checked at this interval in seconds.
 LOOK_AGAIN_S = 0.25
-# A client that asked for comments gets one at this interval in seconds. Proxies often cut silent connections after 60.
-COMMENT_EVERY_S = 5.0
 # This request is sent to a sleeping model. It waits where Serve counts waiting requests, so a replica is started.
 WAKE_CALL = HttpRequest("GET", "/health", b"", [(b"accept", b"*/*")], b"")
 
@@ -49,7 +48,7 @@ class WaitingRoom:
             raise self._directory.unavailable(model)
         with self._queues[name].hold(config, self._directory.load_time_s(name)):
             try:
-                async with asyncio.timeout(config.hold_timeout_s), self._comments(downstream, name):
+                async with asyncio.timeout(config.hold_timeout_s), commented(downstream, partial(self._loading, name)):
                     await self._until_ready(name)
             except TimeoutError:
                 raise self._directory.unavailable(await self._directory.find(name)) from None
@@ -98,18 +97,5 @@ class WaitingRoom:
         if not call.cancelled() and (error := call.exception()) is not None:
             logger.warning("A model could not be woken: %s: %s", type(error).__name__, error)
 
-    @asynccontextmanager
-    async def _comments(self, downstream: Downstream, name: str) -> AsyncIterator[None]:
-        """Tells the client how long it still has to wait, if it asked for that."""
-        telling = asyncio.create_task(self._tell(downstream, name)) if downstream.wants_comments else None
-        try:
-            yield
-        finally:
-            if telling is not None:
-                telling.cancel()
-                await asyncio.wait({telling})  # Awaiting it itself would swallow a cancellation of this task.
-
-    async def _tell(self, downstream: Downstream, name: str) -> None:
-        while True:
-            await downstream.comment(f"loading '{name}', about {self._directory.load_time_s(name):.0f} s left")
-            await asyncio.sleep(COMMENT_EVERY_S)
+    def _loading(self, name: str) -> str:
+        return f"loading '{name}', about {self._directory.load_time_s(name):.0f} s left"
