@@ -284,6 +284,25 @@ async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytes
     assert refused.text.endswith('data: {"error": {"code": 404}}\n\n')
 
 
+async def test_a_client_that_streams_may_be_told_that_its_model_is_parked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the measured seconds of a wake. A model that shares no memory is not spoken of."""
+    models = Models(a=says(b"data: 1\n\n"), b=says(b"data: 2\n\n"))
+    send = models.send
+
+    async def late(name: str, request: HttpRequest) -> Any:
+        await asyncio.sleep(0.1)
+        return await send(name, request)
+
+    monkeypatch.setattr(models, "send", late)
+    _, client = forwarder_of(models)
+    async with client:
+        parked, plain = [
+            await client.post("/v1/x", json={"model": name, "stream": True}, headers=PROGRESS) for name in "ab"
+        ]
+    assert parked.text.startswith(": waking 'a', which takes about 1.5 s once it is its turn\n\ndata: 1\n\n")
+    assert plain.text.startswith("data: 2\n\n")
+
+
 async def test_a_refusal_that_is_no_json_or_breaks_is_an_event_too() -> None:
     """For a client whose stream has begun with comments."""
     for reply in (says(b"bad gateway", status=404), says(ReplicaLost("died"), status=404)):
