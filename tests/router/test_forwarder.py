@@ -286,7 +286,7 @@ async def test_a_client_that_streams_may_be_told_how_long_it_waits(caplog: pytes
 
 async def test_a_client_that_streams_may_be_told_that_its_model_is_parked(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the measured seconds of a wake. A model that shares no memory is not spoken of."""
-    models = Models(a=says(b"data: 1\n\n"), b=says(b"data: 2\n\n"))
+    models = Models(a=says(b"data: 1\n\n", b"data: [DONE]\n\n"), b=says(b"data: 2\n\n", b"data: [DONE]\n\n"))
     send = models.send
 
     async def late(name: str, request: HttpRequest) -> Any:
