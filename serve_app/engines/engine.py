@@ -14,16 +14,17 @@ from serve_app.planning.plan import ModelPlan
 class Parking(Protocol):
     """Is what an engine that can park does: it leaves its devices for a while and keeps its process and its requests.
 
-    The weights go to a copy on the host, which is made when the engine parks for the first time and is kept, because
-    weights do not change. All of it runs on the replica's event loop, after `start`.
+    The weights go to a copy on the host. pt makes it when it parks for the first time and keeps it, because weights do
+    not change. vLLM frees it at each wake. All of it runs on the replica's event loop, after `start`.
     """
 
     async def park(self) -> None:
         """Frees the weights and the KV cache of the devices. Sequences that run stand still between two of their
-        tokens and go on after `wake` without a change, and new ones wait. Health stays good.
+        tokens and go on after `wake`, and new ones wait. pt has kept their keys and values, and vLLM computes them
+        again. Health stays good.
 
-        Raises EngineError if the engine is not awake, or if the host has no room for the copies. Everything is as
-        before then.
+        Raises EngineError if the engine is not awake, or if the host has no room for the copies. In the second case pt
+        is as before, and vLLM is dead, as its health says.
         """
         ...
 
@@ -34,7 +35,7 @@ class Parking(Protocol):
 
     def copy_bytes(self) -> int:
         """Returns the bytes that the copies take on the host now: of memory for GPUs, and of a temporary file for the
-        CPU, which the kernel may keep in memory."""
+        CPU, which the kernel may keep in memory. It is 0 after a `wake` that has freed them."""
         ...
 
     async def forget_copy(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads what this process, one rank of an engine, holds of one device."""
+"""Reads what this process, one rank of an engine, holds of one device and of the host's pinned memory."""
 
 import os
 from collections.abc import Iterable
@@ -39,3 +39,14 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> dict[torch.device, int]:
     for (device, _), size in storages.items():
         sizes[device] = sizes.get(device, 0) + size
     return sizes
+
+
+def pinned_bytes() -> int:
+    """Returns the bytes of pinned memory that torch holds in this process, in use or kept for later. It is 0 without
+    CUDA."""
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
+
+
+def free_pinned_cache() -> None:
+    """Gives the pinned memory back that torch keeps for later. It does nothing without CUDA."""
+    torch.accelerator.empty_host_cache()

@@ -10,6 +10,7 @@ from serve_app.planning.resident_sets import ResidentSets
 from serve_app.planning.sizes import gib
 from serve_app.planning.swap_times import SwapTimes
 from serve_app.planning.terms import sleeping_vllm
+from serve_app.planning.vllm_arguments import sleep_is_off
 
 # Copies of parked models may take this share of the host's memory where the config does not say how much.
 COPIES_SHARE = 0.5
@@ -144,6 +145,8 @@ def stops_because(planned: ModelPlan, tier: str, copies_budget: int | None) -> s
     most = None if swaps is None else swaps.host_memory
     if planned.backend == "vllm" and not planned.ranks[0].device.is_gpu:
         return "vLLM cannot sleep on the CPU"
+    if planned.backend == "vllm" and sleep_is_off(planned.config.engine_args):
+        return "engine_args has enable_sleep_mode: false"
     if most == 0:
         return "host_memory is 0"
     if most is not None and copy > most:

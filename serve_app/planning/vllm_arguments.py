@@ -19,7 +19,7 @@ ASKED = frozenset({
 })  # fmt: skip
 # These change neither of them. The plan counts what the first line changes otherwise.
 HARMLESS = frozenset({
-    "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "max_num_batched_tokens",
+    "enable_sleep_mode", "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "max_num_batched_tokens",
     # What a server accepts and answers
     "allow_credentials", "allowed_headers", "allowed_local_media_path", "allowed_media_domains", "allowed_methods",
     "allowed_origins", "anthropic_disabled_thinking_effort", "chat_template", "chat_template_content_format",
@@ -120,3 +120,10 @@ def _positive(name: str, value: Any) -> tuple[str, Any]:
 def _keeps_encoders(limits: Any) -> bool:
     """Returns whether the model keeps its encoders: vLLM leaves out those of a kind whose limit is 0."""
     return isinstance(limits, Mapping) and all(type(limit) is int and limit > 0 for limit in limits.values())
+
+
+def sleep_is_off(engine_args: Mapping[str, Any]) -> bool:
+    """Returns whether these arguments keep vLLM from sleeping, in either spelling of their names. serve-app switches
+    its sleep mode on for a model that shares the GPUs of a pool, and a user may switch it off."""
+    given = {name.replace("-", "_"): value for name, value in engine_args.items()}
+    return given.get("enable_sleep_mode") is False

@@ -23,6 +23,7 @@ from serve_app.facts.nodes import VRAM_RESOURCE
 from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
 from serve_app.planning.plan import ModelPlan
+from serve_app.planning.pool import residue
 from serve_app.replica.replica_plan import NODE, plan_alone, with_planned_memory
 from serve_app.replica.swapping_engine import Seat, SwappingEngine
 from serve_app.residency.keeper import RayKeeper
@@ -36,10 +37,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class PlannedSeat:
-    """This is one plan of a replica in its pool, and the lease that it takes."""
+    """This is one plan of a replica in its pool, the lease that it takes, and what its process keeps of each device
+    while it is parked. Both are bytes by the names of `lease_key`."""
 
     planned: ModelPlan
     lease: Bytes
+    residue: Bytes
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,8 @@ class PoolMember:
         """Returns the engine of the model `name` for clients."""
         replica = serve.get_replica_context().replica_id.unique_id
         weights = sum(rank.weights.bytes for rank in self.planned.ranks)
-        seats = [Seat(seat.lease, partial(self._make, seat.planned, name)) for seat in self.seats]
-        # A process keeps CUDA's context for as long as it lives.
-        residue = dict.fromkeys(self.seats[0].lease, self.planned.ranks[0].context.bytes) if self.gpus else {}
-        return SwappingEngine(name, replica, self.swaps, seats, weights, self.keeper, residue=residue)
+        seats = [Seat(seat.lease, partial(self._make, seat.planned, name), seat.residue) for seat in self.seats]
+        return SwappingEngine(name, replica, self.swaps, seats, weights, self.keeper)
 
     def _make(self, planned: ModelPlan, name: str) -> Engine:
         if self.gpus:
@@ -197,7 +198,9 @@ def lease_key(index: int | None) -> str:
 
 def _seat(planned: ModelPlan, gpus: Sequence[Gpu] = ()) -> PlannedSeat:
     lease: dict[str, int] = {}
+    keys: dict[str, str] = {}
     for rank in planned.ranks:
         key = lease_key(None if rank.device.index is None else gpus[rank.device.index].index)
+        keys[rank.device.id] = key
         lease[key] = lease.get(key, 0) + rank.share.bytes
-    return PlannedSeat(planned, lease)
+    return PlannedSeat(planned, lease, {keys[device]: figure.bytes for device, figure in residue(planned).items()})

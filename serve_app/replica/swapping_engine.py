@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp
 
@@ -36,16 +36,17 @@ FIRST_START_S, FIRST_WAKE_S, FIRST_LEAVE_S = 30.0, 2.0, 0.5
 
 @dataclass(frozen=True)
 class Seat:
-    """This is one way to run: the bytes that it takes of each device, and what makes the engine for it."""
+    """This is one way to run: the bytes that it takes of each device, what makes the engine for it, and the bytes that
+    the engine keeps of each device while it is parked."""
 
     lease: Bytes
     make: Callable[[], Engine]
+    residue: Bytes = field(default_factory=dict)
 
 
 class SwappingEngine:
     """Runs the engine of one replica while it has a lease. `weights` are the bytes of a copy of its weights, as
-    planned, `residue` is what it keeps of devices while it is parked, and `replica` is the replica's name, which no
-    other one has."""
+    planned, and `replica` is the replica's name, which no other one has."""
 
     def __init__(
         self,
@@ -56,10 +57,9 @@ class SwappingEngine:
         weights: int,
         keeper: Keeper,
         clock: Callable[[], float] = time.monotonic,
-        residue: Bytes | None = None,
     ):
         self._name, self._replica, self._swaps, self._clock = name, replica, swaps, clock
-        self._seats, self._weights, self._residue = list(seats), weights, dict(residue or {})
+        self._seats, self._weights = list(seats), weights
         self._seat: Seat | None = None
         self._state: State = "stopped"
         self._has_copy = False
@@ -153,7 +153,7 @@ class SwappingEngine:
         return Terms(
             self._replica, self._name, tuple(seat.lease for seat in options if seat is not None),
             self._weights if parks else 0, self._wake_s, self._start_s, self._leave_s, swaps.min_resident_s,
-            swaps.drain_s, swaps.priority, self._residue,
+            swaps.drain_s, swaps.priority, dict((self._seat or self._seats[0]).residue),
         )  # fmt: skip
 
     async def _obey(self, order: Order) -> None:
@@ -179,6 +179,7 @@ class SwappingEngine:
             self._app = await self._engine.start()
         else:
             await self._parking().wake()
+            self._has_copy = self._parking().copy_bytes() > 0
         took = self._clock() - begin
         if was == "parked":
             self._wake_s = took
@@ -193,14 +194,14 @@ class SwappingEngine:
             self._first.set_result(None)
 
     async def _leave(self, parks: bool) -> None:
-        self._state = "draining"
+        self._state, self._has_copy = "draining", parks  # Its copy has a place in the pool from now on.
         freed = 0 if self._seat is None else sum(self._seat.lease.values())
         self._requests.close()
         has_ended = await self._requests.drained(self._swaps.drain_s)
         begin = self._clock()
         if parks and await self._parked():
             self._requests.stand_still()
-            self._state, self._has_copy = "parked", True
+            self._state = "parked"
         else:
             if not has_ended:
                 await self._requests.cut()

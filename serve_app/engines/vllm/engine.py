@@ -27,10 +27,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
+from serve_app.engines.engine import Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.bounds import MOST_CHOICES
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
+from serve_app.engines.vllm.parking import VllmParking, can_park
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
@@ -50,6 +52,11 @@ NO_MEDIA_HOSTS = ["media-urls-are-closed.invalid"]
 # regular expression of 6 kB stops its engine for all clients. As with xgrammar, an object has only its own properties.
 BOUNDED_FORMATS = {"backend": "guidance", "disable_additional_properties": True}
 
+# These variables have the settings of torch's allocators. torch reads the first one that is set.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# Buffers of a step are smaller than these MB, and nearly all of torch's segments of weights are larger.
+MOST_CACHED_MB = 16
+
 # This is in seconds. The engine answers between two steps.
 MEMORY_TIMEOUT_S = 30.0
 
@@ -64,15 +71,19 @@ class VllmEngine:
         self._client: Any = None
         self._server = SimpleNamespace(should_exit=False)
         self._shared_files: list[str] = []
+        self._sleeps: VllmParking | None = None
 
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
         os.environ.update(environment(self._config) | _cluster(self._config))
-        args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name))
+        sleeps = await asyncio.to_thread(can_park, self._config)
+        args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name, sleeps))
         try:
-            return await self._build(args)
+            app = await self._build(args)
         except Exception as error:
             raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
+        self._sleeps = VllmParking(self._client, self._lost) if sleeps else None
+        return app
 
     async def _build(self, args: Namespace) -> ASGIApp:
         self._client = await self._stack.enter_async_context(
@@ -147,8 +158,13 @@ class VllmEngine:
     def draft_counts(self) -> None:
         """Returns None, because vLLM exports its own counters under `/metrics` of the model's route."""
 
-    def parking(self) -> None:
-        """Returns None, because vLLM is stopped and started again."""
+    def parking(self) -> Parking | None:
+        """Returns how it sleeps, or None if it cannot, for a reason that was logged at the start, or before `start`."""
+        return self._sleeps
+
+    def _lost(self) -> None:
+        """Has the health check say that the engine is dead."""
+        self._server.should_exit = True
 
     async def memory(self) -> list[RankMemory]:
         """Returns what the process of every rank reports. Raises EngineError if vLLM does not answer."""
@@ -250,6 +266,11 @@ def environment(config: ModelConfig) -> dict[str, str]:
         "VLLM_MAX_NUM_BAD_WORDS": str(MOST_BAD_WORDS),
         "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": str(MOST_BAD_WORDS_TOKENS),
     }
+    if config.swaps is not None and config.device == "cuda" and not any(name in os.environ for name in ALLOCATOR):
+        # torch keeps pinned memory for later and rounds its size up to a power of two, unless it is larger than this.
+        # The copy of an engine that sleeps would take up to twice the bytes of its weights, which its pool would not
+        # know.
+        settings[ALLOCATOR[0]] = f"pinned_max_cached_size_mb:{MOST_CACHED_MB}"
     if config.pipeline_layers is not None:
         settings[STAGES] = ",".join(map(str, config.pipeline_layers))
         _require_same_stages(settings[STAGES])
@@ -298,8 +319,9 @@ def _require_same_stages(layers: str) -> None:
         )
 
 
-def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
-    """Returns the arguments of `vllm serve` for this model by their long names. The user's `engine_args` come last."""
+def engine_arguments(config: ModelConfig, name: str, sleeps: bool = False) -> dict[str, Any]:
+    """Returns the arguments of `vllm serve` for this model by their long names. `sleeps` says whether the engine must
+    be able to sleep. The user's `engine_args` come last."""
     arguments: dict[str, Any] = {
         "model": config.model,
         "served-model-name": name,
@@ -318,6 +340,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "kv-cache-dtype": config.kv_cache_dtype,
         "speculative-config": None if config.speculative is None else config.speculative.model_dump(),
         "enforce-eager": config.device == "cpu" or None,
+        "enable-sleep-mode": sleeps or None,
         "worker-extension-cls": "serve_app.engines.vllm.worker.WorkerExtension",
         "allowed-media-domains": NO_MEDIA_HOSTS,
         "structured-outputs-config": BOUNDED_FORMATS,

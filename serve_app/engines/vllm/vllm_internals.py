@@ -187,6 +187,36 @@ async def ask_ranks(client: EngineClient, method: str) -> list[Any]:
     return answers
 
 
+def can_sleep() -> bool:
+    """Returns whether vLLM's engine can free its GPUs and keep its process on this machine.
+
+    Uses `is_sleep_mode_available` and `is_cumem_allocator_available` of `vllm.platforms.current_platform`. vLLM asks
+    both when it reads its arguments, and does not start where one is false; seen in vLLM 0.32.
+    """
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_sleep_mode_available() and current_platform.is_cumem_allocator_available())
+
+
+async def sleep(client: EngineClient) -> None:
+    """Copies the weights to the host, and frees them and the KV cache on the GPUs. Requests that run stand still, and
+    new ones wait.
+
+    Uses `AsyncLLM.sleep` with level 1 and the mode "keep". In this mode the scheduler preempts what runs, as it does
+    where the KV cache is full, and computes it again from its tokens after the wake; seen in vLLM 0.32.
+    """
+    await client.sleep(level=1, mode="keep")
+
+
+async def wake(client: EngineClient) -> bool:
+    """Brings the weights and an empty KV cache back, and lets requests go on. Returns whether all memory is there.
+
+    Uses `AsyncLLM.wake_up`, seen in vLLM 0.32.
+    """
+    is_awake: bool = await client.wake_up()
+    return is_awake
+
+
 def worker_device(worker: Any) -> Any:
     """Returns the `torch.device` of a worker. Uses its attribute `device`, seen in vLLM 0.32."""
     return worker.device

@@ -1,5 +1,5 @@
-"""Adds methods of ours to vLLM's worker processes: what a rank holds, which files it shares, and what a pipeline
-stage lacks on the CPU.
+"""Adds methods of ours to vLLM's worker processes: what a rank holds of its device and of the host, which files it
+shares, and what a pipeline stage lacks on the CPU.
 
 vLLM makes this class a base of its worker (`worker_extension_cls`), and the engine calls the methods in every rank.
 """
@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from serve_app.engines.measure import rank_memory, tensor_bytes
+from serve_app.engines.measure import free_pinned_cache, pinned_bytes, rank_memory, tensor_bytes
 from serve_app.engines.vllm.vllm_internals import (
     prepare_stage,
     remove_shared_files,
@@ -43,6 +43,14 @@ class WorkerExtension:
     def serve_app_forget_shared_files(self) -> None:
         """Removes the names of the files that this rank shares with others of its node, once all have opened them."""
         remove_shared_files(shared_files(self))
+
+    def serve_app_host_bytes(self) -> int:
+        """Returns the bytes of pinned memory that this rank holds on the host, with what torch keeps for later."""
+        return pinned_bytes()
+
+    def serve_app_free_host_cache(self) -> None:
+        """Gives pinned memory back that this rank does not use, such as the copy of an engine that has woken."""
+        free_pinned_cache()
 
     def serve_app_prepare_stage(self) -> None:
         """Makes the buffer in which this rank gets its input from the stage before. It is called on the CPU, before the
