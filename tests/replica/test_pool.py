@@ -10,6 +10,7 @@ from serve_app.errors import EngineError
 from serve_app.facts.gpus import Gpu
 from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
+from serve_app.planning.pool import residue
 from serve_app.replica.pool import cpu_seats, gpu_budget, gpu_seats, host_budget, ray_options, show_gpus
 from tests.planning.model_requests import CONFIGS
 
@@ -63,6 +64,19 @@ def test_a_model_may_go_to_any_card_on_which_it_fits(backend: str) -> None:
     assert all(9 * GIB < sum(seat.lease.values()) < 12 * GIB for seat in seats)
 
 
+@pytest.mark.parametrize("backend", ["pt", "vllm"])
+def test_a_parked_model_keeps_of_each_card_what_the_plan_says(backend: str) -> None:
+    """By the names of the leases. vLLM keeps its graphs beside its context."""
+    model = config(infer_backend=backend)
+    assert model.swaps is not None
+    seats = gpu_seats(model, CARDS, gpu_budget(model.swaps, CARDS), by_index=False, facts=None)
+    for seat in seats:
+        (planned,) = residue(seat.planned).values()
+        assert seat.residue == dict.fromkeys(seat.lease, planned.bytes)
+        context = seat.planned.ranks[0].context.bytes
+        assert seat.residue[next(iter(seat.lease))] > context if backend == "vllm" else planned.bytes == context
+
+
 def test_one_that_does_not_fit_is_refused_with_the_figures() -> None:
     """Before anything starts."""
     model = config()
@@ -78,6 +92,7 @@ def test_the_processor_is_planned_by_the_budget_of_the_pool() -> None:
     assert model.swaps is not None
     (seat,) = cpu_seats(model, model.swaps, None)
     assert 10 * 2**20 < seat.lease["cpu"] < 64 * 2**20
+    assert seat.residue == {}
     assert seat.planned.config.kv_cache_memory_bytes == sum(rank.kv_cache.bytes for rank in seat.planned.ranks)
     small = config(device="cpu", model="serve-app/demo", dtype="float32", max_model_len=None, residency=_on_cpu("8MiB"))
     assert small.swaps is not None

@@ -37,8 +37,8 @@ class Small:
     """A small engine that needs 10 s to load and 1 s to park or wake. `POST /run` takes the seconds that it asks for,
     which pass only while it is there."""
 
-    def __init__(self, log: list[str], parks: bool = True, fails: bool = False):
-        self.log, self._parks, self._fails = log, parks, fails
+    def __init__(self, log: list[str], parks: bool = True, fails: bool = False, keeps_copy: bool = True):
+        self.log, self._parks, self._fails, self._keeps_copy = log, parks, fails, keeps_copy
         self.is_awake = asyncio.Event()
         self.copy = 0
 
@@ -112,6 +112,7 @@ class Small:
     async def wake(self) -> None:
         """In a second."""
         await asyncio.sleep(1)
+        self.copy = int(self._keeps_copy)
         self.log.append("wake")
         self.is_awake.set()
 
@@ -226,6 +227,41 @@ async def test_a_copy_makes_room_for_another_one() -> None:
     assert (b.log, b.engine.state) == (["start", "park"], "parked")
     await a.ask(1)
     assert (c.log, c.engine.state) == (["start", "stop"], "stopped")
+
+
+def copies(keeper: LocalKeeper) -> dict[str, bool]:
+    """Which replicas have a copy, as the keeper's book has it."""
+    return {member.terms.model: member.has_copy for member in keeper.keeper._book.pool.members}
+
+
+@pytest.mark.parametrize("keeps_copy", [True, False])
+async def test_the_book_knows_whether_a_copy_stays_after_a_wake(keeps_copy: bool) -> None:
+    """pt keeps it, and vLLM frees it. A copy that is being made has its place in the host's memory already."""
+    keeper = LocalKeeper(budget=1)
+    a, b = await asyncio.gather(*(Made(keeper, name, keeps_copy=keeps_copy).start() for name in "ab"))
+    assert copies(keeper) == {"a": True, "b": False}
+    busy, asked = asyncio.create_task(b.ask(60)), asyncio.create_task(a.ask(1))
+    await asyncio.sleep(8)  # It has to stay for three times the guessed 2 s of a wake.
+    assert b.engine.state == "draining"
+    assert copies(keeper) == {"a": True, "b": True}
+    await asked
+    assert copies(keeper) == {"a": keeps_copy, "b": True}
+    await busy
+    assert copies(keeper) == {"a": True, "b": keeps_copy}
+
+
+async def test_a_replica_keeps_the_residue_of_the_devices_that_it_has() -> None:
+    """Its second way to run is on another device, which keeps something else."""
+    keeper, log = LocalKeeper(budget=10), list[str]()
+    seats = [Seat({"gpu": 10}, lambda: Small(log), {"gpu": 3}), Seat({"cpu": 10}, lambda: Small(log), {"cpu": 2})]
+    config = ResidencyConfig(policy="swap", min_resident_s=2, drain_s=5)
+    engine = SwappingEngine("a", "a#1", config, seats, 1, keeper, asyncio.get_running_loop().time)
+    await engine.start()
+    await asyncio.sleep(1)
+    (member,) = keeper.keeper._book.pool.members
+    assert member.lease == {"cpu": 10}
+    assert member.gives == {"cpu": 8}
+    await engine.stop()
 
 
 async def test_a_model_that_cannot_load_fails_its_start() -> None:
