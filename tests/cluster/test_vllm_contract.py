@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.engines.vllm import vllm_internals
+from serve_app.engines.vllm.parking import VllmParking
 from serve_app.engines.vllm.worker import WorkerExtension
 from tests.cluster.vllm_contract import ROWS
 from tests.contracts.contract import ROOT, contract
@@ -75,6 +76,16 @@ def test_every_rank_says_what_it_holds(told: dict[str, Any]) -> None:
     """The plan is compared with it."""
     assert told["ask_ranks"]["weights"] > 300_000
     assert told["ask_ranks"]["kv_cache"] > 2**29
+
+
+@contract(
+    "vllm", "what its sleep mode does to requests that run",
+    vllm_internals.sleep, vllm_internals.wake, VllmParking,
+)  # fmt: skip
+def test_a_text_goes_on_after_a_sleep(told: dict[str, Any]) -> None:
+    """It stands still meanwhile, loses its KV cache, and is computed again from its tokens. A request that comes while
+    the engine sleeps waits too."""
+    assert told["sleep"] == {"waits": True, "same": True, "preempted": 1, "lost": []}
 
 
 @contract("vllm", "check_health of its engine", vllm_internals.require_alive)

@@ -8,6 +8,7 @@ the demo model on the CPU, and kills it at the end.
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import psutil
 
 from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.engine import VllmEngine
+from serve_app.engines.vllm.parking import VllmParking
 from serve_app.errors import EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.replica.whole_body import WholeBody
@@ -23,6 +25,8 @@ from tests.builders import model_config
 
 ROWS = 4
 TIMEOUT_S = 30.0
+# A text of so many tokens takes long enough to be met while it is made.
+LONG = 1500
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 
 
@@ -39,6 +43,44 @@ async def tokens_of(http: httpx.AsyncClient) -> int:
     answer = (await http.post("/v1/chat/completions", json=CHAT)).json()
     tokens: int = answer["usage"]["completion_tokens"]
     return tokens
+
+
+async def sleep_within_a_text(client: Any, http: httpx.AsyncClient) -> dict[str, Any]:
+    """What becomes of a text while the engine sleeps, which frees no memory on the CPU but takes the KV cache of all
+    that runs."""
+    body = {"model": "demo", "prompt": [5] * 20, "max_tokens": LONG, "temperature": 0, "ignore_eos": True}
+
+    async def text() -> str:
+        answer = (await http.post("/v1/completions", json=body)).json()
+        return str(answer["choices"][0]["text"])
+
+    lost: list[str] = []
+    parking = VllmParking(client, lambda: lost.append("lost"))
+    expected, begin = await text(), time.monotonic()
+    asked = asyncio.create_task(text())
+    async with asyncio.timeout(TIMEOUT_S):
+        while not vllm_internals.gauges()[vllm_internals.RUNNING]:
+            await asyncio.sleep(0.01)
+    await parking.park()
+    parked_after_s = time.monotonic() - begin
+    waits = not (await asyncio.wait({asked}, timeout=3 + 2 * parked_after_s))[0]
+    await vllm_internals.require_alive(client)
+    later = asyncio.create_task(text())
+    await parking.wake()
+    return {
+        "waits": waits,
+        "same": [await asked, await later] == [expected] * 2,
+        "preempted": preempted(),
+        "lost": lost,
+    }
+
+
+def preempted() -> float:
+    """How many sequences have lost their KV cache and were computed again."""
+    from prometheus_client import REGISTRY
+
+    samples = [sample for family in REGISTRY.collect() for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == "vllm:num_preemptions_total")
 
 
 async def after_death(engine: VllmEngine, http: httpx.AsyncClient) -> dict[str, Any]:
@@ -88,6 +130,7 @@ async def calls() -> dict[str, Any]:
         "cache_blocks": lambda: at_once(lambda: vllm_internals.cache_blocks(client)),
         "gauges": lambda: at_once(shown_gauges),
         "ask_ranks": memory,
+        "sleep": lambda: sleep_within_a_text(client, http),
         "require_alive": lambda: vllm_internals.require_alive(client),
         "engine_dead_error": lambda: after_death(engine, http),
     }

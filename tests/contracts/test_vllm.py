@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import httpx
 import pytest
 import yaml
 
@@ -19,9 +20,10 @@ from serve_app.engines.vllm import arguments, values, vllm_internals
 from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST, WHOLE_NUMBERS
 from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
-from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES
+from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES, Guard, guarded
 from serve_app.engines.vllm.worker import WorkerExtension
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from serve_app.replica.whole_body import WholeBody
 from serve_app.router.engine_loss import is_lost_event
 from tests.builders import model_config
 from tests.cluster import test_vllm_contract
@@ -302,6 +304,68 @@ def test_a_worker_has_no_name_of_ours() -> None:
     ours = {name for name in dir(WorkerExtension) if not name.startswith("__")}
     for worker in (Worker, CPUWorker):
         assert ours & set(dir(worker)) == set()
+
+
+@contract(
+    "vllm", "its sleep mode", vllm_internals.can_sleep, vllm_internals.sleep, vllm_internals.wake, engine_arguments
+)  # fmt: skip
+def test_it_can_sleep_only_where_it_has_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM asks its platform the same two questions, and refuses its own argument where an answer is no."""
+    from vllm.config.model import ModelConfig
+    from vllm.platforms import current_platform
+    from vllm.v1.engine import PauseMode
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert not vllm_internals.can_sleep()  # This build has no CUDA.
+    questions = ("is_sleep_mode_available", "is_cumem_allocator_available")
+    for yes in ([], questions[:1], questions[1:], questions):
+        for name in questions:
+            monkeypatch.setattr(current_platform, name, lambda answer=name in yes: answer)
+        assert vllm_internals.can_sleep() == (list(yes) == list(questions))
+    source = inspect.getsource(ModelConfig)
+    assert [name for name in questions if f"not current_platform.{name}()" not in source] == []
+    assert {"level", "mode"} <= inspect.signature(AsyncLLM.sleep).parameters.keys()
+    assert "keep" in get_args(PauseMode)
+    assert inspect.signature(AsyncLLM.wake_up).parameters["tags"].default is None
+    args = engine_arguments(model_config(infer_backend="vllm"), "n", sleeps=True)
+    assert args["enable-sleep-mode"] is True
+    assert "enable-sleep-mode" in vllm_internals.option_names(vllm_internals.argument_parser())
+
+
+@contract("vllm", "what level 1 of its sleep keeps", vllm_internals.sleep)
+def test_weights_are_kept_on_the_host_and_the_cache_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the tags of its allocator. The copy is gone after a wake."""
+    from vllm import device_allocator
+    from vllm.device_allocator.cumem import CuMemAllocator
+    from vllm.device_allocator.sleep_mode_backend import CuMemBackend
+
+    asked: list[tuple[str, ...]] = []
+    allocator = SimpleNamespace(sleep=lambda offload_tags: asked.append(offload_tags))
+    monkeypatch.setattr(device_allocator, "get_mem_allocator_instance", lambda: allocator)
+    CuMemBackend().suspend(1)
+    assert "weights" in asked[0]
+    assert "kv_cache" not in asked[0]
+    assert "data.cpu_backup_tensor = None" in inspect.getsource(CuMemAllocator.wake_up)
+
+
+@contract("vllm", "the endpoints of its developer mode", vllm_internals.built_application, ENDPOINTS)
+async def test_no_client_can_put_the_engine_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has such endpoints where its operator sets a variable, and the guard refuses them."""
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    theirs = posted("generate", None)
+    developers = {"/sleep", "/wake_up", "/release_kv_cache_memory", "/collective_rpc", "/pause", "/resume"}
+    assert developers <= theirs
+    model: Any = SimpleNamespace(is_multimodal_model=False, hf_config=SimpleNamespace(num_labels=1))
+    app = vllm_internals.built_application(vllm_internals.argument_parser().parse_args([]), ("generate",), model)
+    asked: list[str] = []
+    engine: Any = SimpleNamespace(sleep=asked.append, wake_up=asked.append)
+    app.state.engine_client = engine
+    guard = WholeBody(guarded(app, Guard(100, 10)), model_config(infer_backend="vllm"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=guard), base_url="http://vllm") as http:
+        for path in sorted(developers | {f"{path}/" for path in developers}):
+            answer = await http.post(path, params={"level": 1}, json={})
+            assert (answer.status_code, "is not served" in answer.text) == (400, True), path
+    assert asked == []
 
 
 def posted(task: str, pooling: str | None) -> set[str]:
