@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from serve_app.engines.measure import rank_memory, tensor_bytes
+from serve_app.engines.measure import free_pinned_cache, pinned_bytes, rank_memory, tensor_bytes
 from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import PtEngine, weight_bytes
 from serve_app.engines.rank_memory import RankMemory
@@ -35,6 +35,21 @@ def test_on_the_cpu_the_libraries_are_not_the_models() -> None:
     assert (seen.device, seen.pid, seen.context) == ("cpu", os.getpid(), 0)
     assert seen.held is not None
     assert 0.9 * kept.nbytes < seen.held < 1.5 * kept.nbytes
+
+
+def test_pinned_memory_is_counted_by_the_name_that_torch_has() -> None:
+    """Without CUDA there is none, and nothing to give back."""
+    assert "allocated_bytes.{current," in (torch.cuda.host_memory_stats.__doc__ or "")
+    if not torch.cuda.is_available():
+        assert pinned_bytes() == 0
+        free_pinned_cache()
+        return
+    own = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    assert pinned_bytes() >= own.nbytes
+    held = pinned_bytes()
+    del own
+    free_pinned_cache()
+    assert pinned_bytes() <= held - 2**26
 
 
 def test_the_rest_is_what_is_no_weight_cache_or_context() -> None:
