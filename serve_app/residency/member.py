@@ -53,8 +53,9 @@ class Demand:
 class Member:
     """This is one replica of a pool, with the lease that it holds and the time since which it has been in its state.
 
-    `has_copy` says whether it keeps a copy of its weights in the host's memory. It keeps one from the first time that
-    it parks, also while it is resident, because weights do not change and the next parking is free then.
+    `has_copy` says whether it has a copy of its weights in the host's memory, or has been told to make one. pt keeps
+    one from the first time that it parks, also while it is resident, because weights do not change and the next parking
+    is free then. vLLM's is gone after each wake.
     """
 
     terms: Terms

@@ -10,6 +10,10 @@ from serve_app.engines.pt.engine import PtEngine
 from serve_app.engines.vllm.engine import VllmEngine
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.facts.gpus import local_gpus
+from serve_app.facts.inventory import Device
+from serve_app.planning.pool import residue
+from serve_app.replica.replica_plan import plan_alone
+from serve_app.replica.whole_body import WholeBody
 from tests.builders import model_config
 from tests.demo_answers import ANSWERS, QUESTIONS
 
@@ -83,6 +87,57 @@ async def test_pt_parks_on_a_gpu(quantization: str | None) -> None:
         assert await asked == expected
     assert parks
     await engine.stop()
+
+
+async def test_vllm_sleeps_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights and its cache are free while it sleeps, its texts stay, and it keeps no more of the card than the
+    plan says. Nothing else may run on the card."""
+    monkeypatch.delenv("VLLM_SERVER_DEV_MODE", raising=False)
+    config = model_config(
+        model=model_path(DEMO_MODEL), infer_backend="vllm", dtype="float32", kv_cache_memory_bytes="2GiB",
+        residency={"policy": "swap"},
+    )  # fmt: skip
+    (gpu, *_) = local_gpus()
+    device = Device("here", 0, gpu.name, gpu.total_bytes, gpu.total_bytes)
+    planned = plan_alone(config, [device], None)
+    (kept,) = residue(planned).values()
+    torch.cuda.mem_get_info()  # This process has its own context from here on.
+    before_start = _used()
+    engine = VllmEngine(config, "demo")
+    app = WholeBody(await engine.start(), config)
+    parking = engine.parking()
+    assert parking is not None
+    body = {"prompt": [5] * 300, "max_tokens": 150, "temperature": 0, "ignore_eos": True}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://gpu", timeout=60) as session:
+
+        async def texts() -> list[str]:
+            replies = await asyncio.gather(*(session.post("/v1/completions", json=body) for _ in range(8)))
+            return [reply.json()["choices"][0]["text"] for reply in replies]
+
+        expected = await texts()
+        (rank,) = await engine.memory()
+        for _ in range(3):
+            asked = asyncio.create_task(texts())
+            await asyncio.sleep(0.1)
+            awake = _used()
+            await parking.park()
+            asleep = _used()
+            assert awake - asleep >= 0.95 * (rank.weights + rank.kv_cache)
+            assert rank.weights <= parking.copy_bytes() <= rank.weights + 64 * 2**20
+            with capsys.disabled():
+                print(f"asleep it keeps {(asleep - before_start) / 2**20:.0f} MiB, planned {kept.bytes / 2**20:.0f}")
+            assert asleep - before_start <= kept.bytes
+            await parking.wake()
+            assert parking.copy_bytes() == 0
+            assert await asked == expected
+            assert await texts() == expected
+    await engine.stop()
+
+
+def _used() -> int:
+    """Bytes of the first GPU that all processes have together."""
+    free, total = torch.cuda.mem_get_info(0)
+    return total - free
 
 
 async def test_vllm_answers_on_a_gpu() -> None:
