@@ -156,6 +156,8 @@ def test_who_fits_only_without_what_others_keep_is_crowded_and_not_refused() -> 
         ({"pool_memory": {0: "40GiB", "cpu": "6GiB"}}, {}, "all copies may take 6.00 GiB of cpu"),
         ({"pool_memory": {"cpu": "60GiB"}}, {"device": "cpu"}, "vLLM cannot sleep on the CPU"),
         ({"pool_memory": {"cpu": "60GiB"}}, {"device": "cpu", "infer_backend": "pt"}, ""),
+        ({"pool_memory": {0: "40GiB"}}, {"engine_args": {"enable-sleep-mode": False}}, "enable_sleep_mode: false"),
+        ({"pool_memory": {0: "40GiB"}}, {"engine_args": {"enable_sleep_mode": True}}, ""),
         (
             {"pool_memory": {"cpu": "60GiB", "disk": "6GiB"}},
             {"device": "cpu", "infer_backend": "pt"},
