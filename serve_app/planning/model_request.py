@@ -22,6 +22,7 @@ from serve_app.planning.vllm_arguments import asked_arguments, effective, uncoun
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
+PT_MAX_QUEUED_REQUESTS = 192
 # These are the ends of sentences that say why a model has no KV cache in 8 bits in pt.
 ALONE = "runs one request at a time without a cache in pt. Leave kv_cache_dtype out"
 NO_KEYS = "keeps states and no keys and values. Leave kv_cache_dtype out"

@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import json
+import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,13 +18,25 @@ METHODS_WITHOUT_WORK = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class HeldRequests:
-    """Is an ASGI application in front of an engine's. `changed` is called with every change of the counts."""
+    """Is an ASGI application in front of an engine's. `changed` is called with every change of the counts.
 
-    def __init__(self, name: str, changed: Callable[[], None], clock: Callable[[], float] = time.monotonic):
-        self._name, self._changed, self._clock = name, changed, clock
+    At most `most_running` requests are in the engine at one time, which is what it takes, and none is refused because
+    many have gathered while the engine was away. Requests go in by the order in which they came.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        changed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+        most_running: float = math.inf,
+    ):
+        self._name, self._changed, self._clock, self._most = name, changed, clock, most_running
+        self._line: deque[asyncio.Future[None]] = deque()
+        self._inside = 0  # Those that were let in and have not ended.
         self._app: ASGIApp | None = None
         self._app_for_questions: ASGIApp | None = None
-        self._opened, self._idle = asyncio.Event(), asyncio.Event()
+        self._idle = asyncio.Event()
         self._idle.set()
         self._numbers = itertools.count()
         self._waiting: dict[int, float] = {}
@@ -58,13 +72,12 @@ class HeldRequests:
         """Lets all requests through to this application, and those go on that stood still."""
         self._app = self._app_for_questions = app
         self._still_since = None
-        self._opened.set()
+        self._let_in()
         self._changed()
 
     def close(self) -> None:
         """Holds requests from now on. Those that run go on."""
         self._app = None
-        self._opened.clear()
         self._changed()
 
     def stand_still(self) -> None:
@@ -93,7 +106,7 @@ class HeldRequests:
     def fail(self, reason: str) -> None:
         """Refuses all that wait and all that come, because the engine does not come back."""
         self._failure = reason
-        self._opened.set()
+        self._let_in()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one ASGI connection."""
@@ -108,8 +121,14 @@ class HeldRequests:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         number = next(self._numbers)
-        if self._app is None:
-            await self._wait(number)
+        await self._enter(number)
+        try:
+            await self._run_inside(number, scope, receive, send)
+        finally:
+            self._inside -= 1
+            self._let_in()
+
+    async def _run_inside(self, number: int, scope: Scope, receive: Receive, send: Send) -> None:
         if self._app is None:
             await _refuse(self._unavailable(), scope, receive, send)
             return
@@ -133,16 +152,43 @@ class HeldRequests:
                 self._idle.set()
             self._changed()
 
-    async def _wait(self, number: int) -> None:
+    async def _enter(self, number: int) -> None:
+        """Returns once the request is inside. The engine is there then, unless it does not come back."""
+        if self._may_enter and not self._line:
+            self._inside += 1
+            return
         self._waiting[number] = self._clock()
         self._changed()
         try:
-            while self._app is None and not self._failure:
-                await self._opened.wait()
-                await asyncio.sleep(0)
+            while True:
+                await self._turn()
+                if self._app is not None or self._failure:
+                    return
+                self._inside -= 1  # It has left again before this request has run.
         finally:
             del self._waiting[number]
             self._changed()
+
+    async def _turn(self) -> None:
+        """Waits in the line, at whose end the request is inside."""
+        turn = asyncio.get_running_loop().create_future()
+        self._line.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # It was let in at the same moment.
+                self._inside -= 1
+            raise
+
+    @property
+    def _may_enter(self) -> bool:
+        return bool(self._failure) or (self._app is not None and self._inside < self._most)
+
+    def _let_in(self) -> None:
+        while self._line and self._may_enter:
+            if not (turn := self._line.popleft()).done():  # The client of another one has left.
+                self._inside += 1
+                turn.set_result(None)
 
     def _unavailable(self) -> ModelUnavailable:
         reason = self._failure or "it gave its memory to another model"

@@ -1,5 +1,6 @@
 """Brings a replica into its pool: the pool's devices and budget, the replica's plan in it, and the pool's keeper."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from serve_app.facts.inventory import Device
 from serve_app.facts.nodes import VRAM_RESOURCE
 from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
+from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.replica_plan import NODE, plan_alone, with_planned_memory
 from serve_app.replica.swapping_engine import Seat, SwappingEngine
@@ -65,7 +67,10 @@ class PoolMember:
         seats = [Seat(seat.lease, partial(self._make, seat.planned, name)) for seat in self.seats]
         # A process keeps CUDA's context for as long as it lives.
         residue = dict.fromkeys(self.seats[0].lease, self.planned.ranks[0].context.bytes) if self.gpus else {}
-        return SwappingEngine(name, replica, self.swaps, seats, weights, self.keeper, residue=residue)
+        most = sequences(self.config) if self.config.infer_backend == "pt" else math.inf
+        return SwappingEngine(
+            name, replica, self.swaps, seats, weights, self.keeper, residue=residue, most_running=most
+        )
 
     def _make(self, planned: ModelPlan, name: str) -> Engine:
         if self.gpus:
@@ -91,6 +96,11 @@ def pool_member(config: ModelConfig, swaps: ResidencyConfig, facts: EngineFacts 
     options = ray_options(swaps, gpus, total)
     seats = gpu_seats(config, gpus, budget, "resources" in options, facts)
     return PoolMember(config, swaps, seats, keeper_of(swaps, budget, on_cpu, options), gpus)
+
+
+def sequences(config: ModelConfig) -> int:
+    """Returns how many sequences pt takes at once: those that run, and those that wait in it."""
+    return (config.max_num_seqs or PT_MAX_NUM_SEQS) + (config.max_queued_requests or PT_MAX_QUEUED_REQUESTS)
 
 
 def cpu_budget(swaps: ResidencyConfig) -> Bytes:

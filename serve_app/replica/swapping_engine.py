@@ -6,6 +6,7 @@ It is an `Engine` itself, around a real one that comes and goes. A replica is `s
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class Seat:
 
 class SwappingEngine:
     """Runs the engine of one replica while it has a lease. `weights` are the bytes of a copy of its weights, as
-    planned, `residue` is what it keeps of devices while it is parked, and `replica` is the replica's name, which no
-    other one has."""
+    planned, `residue` is what it keeps of devices while it is parked, `most_running` is the number of requests that the
+    engine takes at once, and `replica` is the replica's name, which no other one has."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class SwappingEngine:
         keeper: Keeper,
         clock: Callable[[], float] = time.monotonic,
         residue: Bytes | None = None,
+        most_running: float = math.inf,
     ):
         self._name, self._replica, self._swaps, self._clock = name, replica, swaps, clock
         self._seats, self._weights, self._residue = list(seats), weights, dict(residue or {})
@@ -70,7 +72,7 @@ class SwappingEngine:
         self._failure: ServeAppError | None = None
         self._first: asyncio.Future[None] | None = None
         self._first_since = clock()
-        self._requests = HeldRequests(name, self._changed, clock)
+        self._requests = HeldRequests(name, self._changed, clock, most_running)
         self._holder = LeaseHolder(keeper, self._report, self._obey)
         self._lock: LifeLock | None = None
         self._metrics = SwapMetrics()

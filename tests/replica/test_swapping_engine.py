@@ -12,12 +12,13 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.model_fields import ResidencyConfig
+from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.report import ResidencyReport
 from serve_app.replica.swapping_engine import FIRST_WAKE_S, Seat, SwappingEngine
 from serve_app.residency import life_lock
@@ -250,6 +251,40 @@ async def test_a_stop_gives_everything_back() -> None:
     assert (await waiting).status_code == 503
     await b.engine.stop()
     assert b.log[-1] == "stop"
+
+
+async def test_no_more_go_in_than_the_engine_takes() -> None:
+    """Those that have gathered while it was away go in one after the other, in the order in which they came."""
+    ended, running, most = [], 0, 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(1)
+        running -= 1
+        ended.append(scope["path"])
+        await Response("done")(scope, receive, send)
+
+    held = HeldRequests("m", lambda: None, asyncio.get_running_loop().time, most_running=2)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(held), base_url="http://engine", timeout=1000)
+    asked = []
+    for number in range(5):
+        asked.append(asyncio.create_task(client.post(f"/{number}")))
+        await asyncio.sleep(0.01)
+    asked[1].cancel()
+    await asyncio.sleep(0.01)
+    assert (held.waiting, held.running) == (4, 0)
+    held.open(app)
+    await asyncio.sleep(0.5)
+    assert (held.waiting, held.running) == (2, 2)
+    held.close()
+    await asyncio.sleep(5)
+    assert (held.waiting, held.running) == (2, 0)
+    held.open(app)
+    replies = await asyncio.gather(*asked, return_exceptions=True)
+    assert [getattr(reply, "status_code", None) for reply in replies] == [200, None, 200, 200, 200]
+    assert (ended, most, held.waiting) == (["/0", "/2", "/3", "/4"], 2, 0)
 
 
 async def test_a_client_that_leaves_waits_no_more() -> None:

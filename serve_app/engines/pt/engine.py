@@ -34,14 +34,14 @@ from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.model_fields import SpeculativeConfig
-from serve_app.planning.model_request import PT_MAX_NUM_SEQS
+from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.pt_kv_buffers import cells
 
 logger = logging.getLogger("ray.serve")
 
 DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
-DEFAULT_MAX_QUEUED_REQUESTS = 192
+DEFAULT_MAX_QUEUED_REQUESTS = PT_MAX_QUEUED_REQUESTS
 STOP_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
 SLOW_STEP_TIMEOUT_S = 600.0
