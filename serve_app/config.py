@@ -207,6 +207,9 @@ Positive = Annotated[Whole, Field(gt=0)]
 Seconds = Annotated[Number, Field(gt=0)]
 
 
+SPECULATIVE_METHODS = ("ngram", "draft_model")
+
+
 def _known_speculation(value: object) -> object:
     """Returns the value. Raises ValueError for a method or a field that only vLLM has, or nobody."""
     if not isinstance(value, Mapping):
@@ -218,10 +221,11 @@ def _known_speculation(value: object) -> object:
                 f"unknown field '{name}'.{nearest(name, SpeculativeConfig.model_fields)} Known fields: "
                 f"{', '.join(SpeculativeConfig.model_fields)}. {elsewhere}"
             )
-    if value.get("method") != "ngram":
-        given = f"unknown method {value['method']!r}." if "method" in value else "there is no method."
-        raise ValueError(f"{given} Write method: ngram. {elsewhere}")
-    return value
+    method = value.get("method", "draft_model" if "model" in value else None)
+    if method not in SPECULATIVE_METHODS:
+        given = f"unknown method {method!r}." if "method" in value else "there is no method."
+        raise ValueError(f"{given} Write method: ngram, or model: and the folder or id of a draft model. {elsewhere}")
+    return {**value, "method": method}
 
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -234,21 +238,47 @@ class SpeculativeConfig(_Strict):
 
     With the method `ngram`, up to `num_speculative_tokens` tokens are drafted from the place in prompt and answer where
     the last `prompt_lookup_max` tokens stood before, or fewer of them, down to `prompt_lookup_min`.
+    With the method `draft_model`, which is that of a config with `model` and no method, a smaller model drafts them.
+    `model` is a local folder or a Hugging Face id, of which `revision` is a version, and `quantization` rounds its
+    weights while they are loaded, by a method of the backend.
     """
 
-    method: Literal["ngram"]
+    method: Literal["ngram", "draft_model"]
     num_speculative_tokens: Annotated[Whole, Field(ge=1, le=32)] = 4
     prompt_lookup_max: Annotated[Whole, Field(ge=1, le=32)] = 4
     prompt_lookup_min: Annotated[Whole, Field(ge=1, le=32)] = 2
+    model: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    quantization: str | None = None
 
     @model_validator(mode="after")
-    def _has_a_range(self) -> Self:
+    def _has_what_its_method_needs(self) -> Self:
+        own = ("prompt_lookup_max", "prompt_lookup_min") if self.method == "ngram" else _OF_A_DRAFT_MODEL
+        for name in (*_OF_A_DRAFT_MODEL, "prompt_lookup_max", "prompt_lookup_min"):
+            if name not in own and name in self.model_fields_set and getattr(self, name) is not None:
+                other = "draft_model" if self.method == "ngram" else "ngram"
+                raise ValueError(f"{name} belongs to method: {other}, and the method is {self.method}. Leave it out.")
+        if self.method == "draft_model" and self.model is None:
+            raise ValueError("method: draft_model needs model: and the folder or id of a smaller model.")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min is {self.prompt_lookup_min}, but prompt_lookup_max is {self.prompt_lookup_max}. "
                 "Raise prompt_lookup_max, or lower prompt_lookup_min."
             )
         return self
+
+    @property
+    def for_vllm(self) -> dict[str, Any]:
+        """Returns vLLM's `speculative_config`. It has both bounds of the match, because vLLM takes one for the other
+        where it is missing."""
+        fields = self.model_dump(exclude_none=True)
+        if self.method == "draft_model":
+            del fields["prompt_lookup_max"], fields["prompt_lookup_min"]
+        return fields
+
+
+# Only the method `draft_model` has these fields of `speculative`.
+_OF_A_DRAFT_MODEL = ("model", "revision", "quantization")
 
 
 class ModelConfig(_Strict):
@@ -263,7 +293,8 @@ class ModelConfig(_Strict):
     `nnodes` is the number of nodes over which the stages of each replica go. Each node takes `num_cpus` then.
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
-    `speculative` drafts tokens with both engines. For vLLM it is the argument `speculative_config`.
+    `speculative` drafts tokens with both engines, by lookup or with a second model. For vLLM it is the argument
+    `speculative_config`.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
     `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route. The router has its own.
@@ -316,6 +347,25 @@ class ModelConfig(_Strict):
         """Returns the fields that are set and that only pt honours, or that decide for it with `auto`."""
         own = ["quantization"] if self.quantization in PT_QUANTIZATIONS else []
         return own + [name for name in ONLY_PT if getattr(self, name)]
+
+    @property
+    def draft(self) -> "ModelConfig | None":
+        """Returns the config of the model that drafts for this one in pt, or None if none does. It runs beside this
+        one on one of its devices, and takes the `dtype` that this one is told to take."""
+        spec = self.speculative
+        if spec is None or spec.model is None:
+            return None
+        return ModelConfig(
+            model=spec.model,
+            infer_backend="pt",
+            revision=spec.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+            device=self.device,
+            max_num_seqs=self.max_num_seqs,
+            quantization=spec.quantization,
+            num_cpus=self.num_cpus,
+        )
 
     @property
     def gpu_indices(self) -> tuple[int, ...]:
@@ -385,6 +435,11 @@ def _vllm_problem(config: ModelConfig) -> str | None:
         return (
             f"quantization: {config.quantization} is a method of pt. Use infer_backend: pt, or a method of vLLM such "
             "as fp8."
+        )
+    if config.speculative is not None and config.speculative.quantization in PT_QUANTIZATIONS:
+        return (
+            f"speculative.quantization: {config.speculative.quantization} is a method of pt. Use infer_backend: pt, or "
+            "a method of vLLM such as fp8."
         )
     if (problem := _vllm_limits_problem(config)) is not None:
         return problem
@@ -551,14 +606,17 @@ def _pt_quantization_problem(config: ModelConfig) -> str | None:
     """Returns why pt cannot quantise the weights as it loads them, or None. Quantised layers stay on the devices on
     which they were made."""
     method = config.quantization
-    if method is None:
-        return None
-    if method not in PT_QUANTIZATIONS:
+    drafts = None if config.speculative is None else config.speculative.quantization
+    for field, name in (("quantization", method), ("speculative.quantization", drafts)):
+        if name is None or name in PT_QUANTIZATIONS:
+            continue
         return (
-            f"quantization: pt does not know '{method}'.{nearest(method, PT_QUANTIZATIONS)} It rounds weights by "
+            f"{field}: pt does not know '{name}'.{nearest(name, PT_QUANTIZATIONS)} It rounds weights by "
             f"{', '.join(PT_QUANTIZATIONS)} while it loads them. For a checkpoint that is quantised already, leave the "
             "field out, since pt reads its method from config.json. Methods of vLLM need infer_backend: vllm."
         )
+    if method is None:
+        return None
     mapped = config.device_map.values() if isinstance(config.device_map, dict) else ()
     places = {*(config.max_memory or {}), *mapped}
     tiers = {"disk"} if config.device == "cpu" else {"cpu", "disk"}

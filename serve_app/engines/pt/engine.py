@@ -3,6 +3,9 @@
 import asyncio
 import gc
 import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from starlette.types import ASGIApp
@@ -11,11 +14,15 @@ from serve_app.config import ModelConfig, SpeculativeConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
-from serve_app.engines.pt.core.model_runner import Runner
+from serve_app.engines.pt.core.draft_model import DraftModel
+from serve_app.engines.pt.core.drafter import Drafter
+from serve_app.engines.pt.core.model_runner import Runner, Verifier
+from serve_app.engines.pt.core.ngram_drafter import NgramDrafter, NgramSettings
 from serve_app.engines.pt.core.scheduler import Limits
-from serve_app.engines.pt.core.speculator import NgramSettings, Speculator
+from serve_app.engines.pt.core.speculator import Speculator
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.load.cache_budget import cache_tokens
+from serve_app.engines.pt.load.draft import LoadedDraft, load_draft
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
@@ -47,6 +54,7 @@ class PtEngine:
         self._libraries = 0
         self._weights: dict[torch.device, int] = {}
         self._runner: Runner | None = None
+        self._draft: LoadedDraft | None = None
         self._speculator: Speculator | None = None
 
     async def start(self) -> ASGIApp:
@@ -55,10 +63,15 @@ class PtEngine:
         self._libraries = resident_bytes()
         loaded, probed = await asyncio.to_thread(self._load)
         self._runner = probed.runner
+        speculative, verifies = self._config.speculative, None
+        if speculative is not None:
+            verifies = await asyncio.to_thread(_verifier, loaded, probed)
+        if speculative is not None and speculative.model is not None and verifies is not None:
+            self._draft = await asyncio.to_thread(load_draft, self._config, loaded, self._planned)
         max_queued = self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS
         limits = self._limits(loaded, probed)
-        if self._config.speculative is not None:
-            self._speculator = await asyncio.to_thread(_speculator, self._config.speculative, loaded, probed)
+        if speculative is not None and verifies is not None:
+            self._speculator = Speculator(verifies, _drafter(speculative, self._draft, limits))
         timeout_s = step_timeout_s(self._config)
         self._generator = Generator(self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator)
         app = build_app(self._generator)
@@ -103,8 +116,12 @@ class PtEngine:
 
     def _memory(self) -> list[RankMemory]:
         if not self._weights:  # The weights do not change.
-            self._weights = weight_bytes(self.generator.loaded.model)
-        now, most = (getattr(self._runner, name, {}) for name in ("cache_bytes", "most_cache_bytes"))
+            models = [self.generator.loaded.model, *([self._draft.loaded.model] if self._draft else [])]
+            self._weights = _sum(map(weight_bytes, models))
+        runners = [self._runner, *([self._draft.runner] if self._draft else [])]
+        now, most = (
+            _sum(getattr(runner, name, {}) for runner in runners) for name in ("cache_bytes", "most_cache_bytes")
+        )
         kind = "cpu" if self._config.device == "cpu" else "cuda"
         return [
             rank_memory(device, size, now.get(device, 0), self._libraries, most.get(device, 0))
@@ -125,20 +142,43 @@ class PtEngine:
         if loaded.cache_tokens is not None and self._config.device == "cuda":
             tokens = loaded.cache_tokens  # The plan counted everything beside it, so no guess is needed.
         else:
-            tokens = cache_tokens(self._config, probed.bytes_per_token, least=cells(1, 1), most=most)
+            sizes = [probed.bytes_per_token, *([self._draft.bytes_per_token] if self._draft else [])]
+            tokens = cache_tokens(self._config, _sum(sizes), least=cells(1, 1), most=most)
             tokens = min(tokens, loaded.cache_tokens or tokens)
         probed.runner.max_cells = tokens
         return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)
 
 
-def _speculator(config: SpeculativeConfig, loaded: LoadedModel, probed: ProbeResult) -> Speculator | None:
-    """Returns what drafts tokens for a model, or None for one that cannot verify them, which it logs."""
+def _verifier(loaded: LoadedModel, probed: ProbeResult) -> Verifier | None:
+    """Returns the runner of a model that can verify drafted tokens, or None, which it logs."""
     found = verifier(loaded, probed)
     if isinstance(found, str):
         logger.warning("speculative: this model does not speculate, because %s. It answers without drafts.", found)
         return None
-    settings = NgramSettings(config.num_speculative_tokens, config.prompt_lookup_max, config.prompt_lookup_min)
-    return Speculator(found, settings)
+    return found
+
+
+def _drafter(config: SpeculativeConfig, draft: LoadedDraft | None, limits: Limits) -> Drafter:
+    """Returns what drafts tokens: the draft model, whose cache has room for as many tokens as that of `limits`, or the
+    lookup."""
+    tokens = config.num_speculative_tokens
+    if draft is None:
+        return NgramDrafter(NgramSettings(tokens, config.prompt_lookup_max, config.prompt_lookup_min))
+    draft.runner.max_cells = limits.max_cache_tokens
+    own = replace(limits, pad_prompts=draft.pad_prompts)
+    return DraftModel(draft.runner, own, tokens, draft.loaded.max_model_len)
+
+
+Size = TypeVar("Size", int, float)
+
+
+def _sum(parts: Iterable[Mapping[torch.device, Size]]) -> dict[torch.device, Size]:
+    """Returns the sums by device."""
+    total: dict[torch.device, Size] = {}
+    for part in parts:
+        for device, size in part.items():
+            total[device] = total.get(device, 0) + size
+    return total
 
 
 def step_timeout_s(config: ModelConfig) -> float:

@@ -1,17 +1,24 @@
 """An engine that speculates gives the answers of one that does not, over HTTP."""
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
+import torch
+from transformers import AutoModelForCausalLM
 
 from serve_app.engines.pt.core.step_times import StepTimes
 from serve_app.engines.pt.engine import PtEngine
+from serve_app.errors import ConfigError, EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from serve_app.replica.replica_plan import plan_replica
 from tests.builders import model_config
 from tests.demo_answers import ENTRIES
 from tests.engines.pt.api.test_structured_output import PERSON, WEATHER, schema_format
@@ -27,7 +34,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 @asynccontextmanager
 async def started(**fields: Any) -> AsyncIterator[tuple[PtEngine, httpx.AsyncClient]]:
     """An engine with the demo model, and its client."""
-    config = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=32, **fields)
+    own = {"model": model_path(DEMO_MODEL), "device": "cpu", "dtype": "float32", "max_num_seqs": 32}
+    config = model_config(**own | fields)
     engine = PtEngine(config, "demo")
     transport = httpx.ASGITransport(app=await engine.start())
     async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=120) as client:
@@ -35,14 +43,40 @@ async def started(**fields: Any) -> AsyncIterator[tuple[PtEngine, httpx.AsyncCli
     await engine.stop()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def both() -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient, PtEngine]]:
+@pytest.fixture(scope="module")
+def draft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft for the demo model: the same one with other weights, by a small share of each weight's size. It often
+    chooses the same token."""
+    folder = tmp_path_factory.mktemp("draft") / "model"
+    write_draft(folder)
+    return folder
+
+
+def write_draft(folder: Path, words: int = 0, **changes: Any) -> None:
+    """Writes the demo model with other weights, changed fields of its config, and so many tokens more."""
+    shutil.copytree(model_path(DEMO_MODEL), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
+    if words:
+        model.resize_token_embeddings(model.config.vocab_size + words)
+    model.config.update(changes)
+    model.save_pretrained(folder)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["ngram", "draft_model"])
+async def both(
+    request: pytest.FixtureRequest, draft_folder: Path
+) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient, PtEngine]]:
     """The client of a plain engine, that of one that drafts whenever it can, whatever it costs, and that engine."""
+    speculative = {"ngram": SPECULATIVE, "draft_model": {"model": str(draft_folder), "num_speculative_tokens": 3}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepTimes, "ratio", lambda *_: 1.0)
         async with AsyncExitStack() as stack:
             _, plain = await stack.enter_async_context(started())
-            engine, drafting = await stack.enter_async_context(started(speculative=SPECULATIVE))
+            engine, drafting = await stack.enter_async_context(started(speculative=speculative[request.param]))
             yield plain, drafting, engine
 
 
@@ -113,6 +147,43 @@ async def test_whatever_is_asked_for_has_the_same_answer(both: Both) -> None:
     for at_once in (1, 28):
         assert await answers(drafting, bodies, at_once) == await answers(plain, bodies, at_once)
     assert engine.draft_counts().accepted_tokens > before + 50  # type: ignore[union-attr]
+
+
+async def test_the_plan_counts_what_both_models_hold(draft_folder: Path) -> None:
+    """Weights to the byte, and no more cache than was planned, for a whole and a quantised draft."""
+    for method in (None, "bnb-nf4"):
+        spec = {"model": str(draft_folder), "num_speculative_tokens": 3} | ({"quantization": method} if method else {})
+        config = model_config(
+            model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=8, speculative=spec
+        )
+        planned = plan_replica(config, ())
+        assert planned is not None
+        async with started(max_num_seqs=8, speculative=spec) as (engine, client):
+            assert (await answers(client, [chat(text) for text in WORDINGS[:12]], 12))[0]
+            (held,) = await engine.memory()
+            assert held.weights == planned.ranks[0].weights.bytes
+            assert 0 < held.most_kv_cache <= planned.ranks[0].kv_cache.bytes
+            assert engine.generator.limits.max_cache_tokens <= planned.kv_tokens
+
+
+async def test_a_draft_that_cannot_draft_is_refused_at_the_start(tmp_path: Path, draft_folder: Path) -> None:
+    """Other tokens, other numbers of the same tokens, and no such folder, each by the field's name."""
+    write_draft(tmp_path / "more", words=8)
+    shutil.copytree(draft_folder, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    one, other = list(words)[300:302]
+    words[one], words[other] = words[other], words[one]
+    file.write_text(json.dumps(tokenizer))
+    for folder, complaint in (
+        ("more", r"^speculative\.model: .*more has embeddings of 776 tokens, and the model .* has 768\."),
+        ("other", r"^speculative\.model: .*other has a vocabulary of the same size, but with other tokens"),
+        ("none", r"^speculative: the draft model cannot be used\. model: "),
+    ):
+        with pytest.raises((ConfigError, EngineError), match=complaint):
+            async with started(speculative={"model": str(tmp_path / folder)}):
+                pass
 
 
 async def test_an_engine_without_the_field_counts_nothing() -> None:

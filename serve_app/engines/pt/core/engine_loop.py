@@ -293,7 +293,7 @@ class EngineLoop(threading.Thread):
     def _park(self, late: ReadOnlySequence[Sequence]) -> None:
         self._scheduler.park(late)
         for sequence in late:
-            self._runner.drop(sequence)
+            self._free(sequence)
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled | Exception]:
         """Returns the next tokens. If that fails, it samples row by row, so that only the row at fault has an error."""
@@ -330,8 +330,14 @@ class EngineLoop(threading.Thread):
         if sequences:
             self._scheduler.remove(sequences)
             for sequence in sequences:
-                self._runner.drop(sequence)
+                self._free(sequence)
                 self._sampler.forget(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        """Frees the sequence's part of the caches."""
+        self._runner.drop(sequence)
+        if self._speculator is not None:
+            self._speculator.drop(sequence)
 
     def _abandon(self) -> None:
         with self._closing:
