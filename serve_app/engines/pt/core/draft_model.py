@@ -49,6 +49,8 @@ class DraftModel:
     """Drafts with the model of `runner`, whose cache is held to `limits`. `max_model_len` is the draft's context in
     tokens. It is used on the engine's thread alone."""
 
+    computes_ahead = True
+
     def __init__(self, runner: BatchRunner, limits: Limits, num_speculative_tokens: int, max_model_len: int):
         columns = num_speculative_tokens + 1
         # Rows that end at different tokens are filled up to one column, which the scheduler has to count.

@@ -16,6 +16,8 @@ class Drafter(Protocol):
     """Guesses the next tokens of the running sequences. A wrong guess costs time and changes no text."""
 
     num_speculative_tokens: int
+    # This says that `able` computes so much that it is called only where drafts are expected to pay for all sequences.
+    computes_ahead: bool
 
     def able(self, sequences: ReadOnlySequence[Sequence]) -> list[bool]:
         """Returns for which of the running sequences it can draft in this step. It may compute for a while to be able

@@ -21,6 +21,8 @@ class NgramSettings:
 class NgramDrafter:
     """Drafts what stood after an earlier occurrence of a text's last tokens. It keeps nothing between steps."""
 
+    computes_ahead = False
+
     def __init__(self, settings: NgramSettings):
         self._settings = settings
         self._places: list[int | None] = []

@@ -75,23 +75,31 @@ class Speculator:
         most = min(self._drafter.num_speculative_tokens, spare // rows, _room(sequences))
         if most < 1 or not self._could_pay(rows, most):
             return None
+        able = [_left(sequence) > 0 for sequence in sequences]
+        if self._drafter.computes_ahead and not self._best(sequences, able, most):
+            self._pass_over(sequences, able)
+            return None
         able = [
-            able and _left(sequence) > 0
-            for sequence, able in zip(sequences, self._drafter.able(sequences), strict=True)
+            can and _left(sequence) > 0 for sequence, can in zip(sequences, self._drafter.able(sequences), strict=True)
         ]
         tokens = self._best(sequences, able, most)
-        if tokens:
-            begin = time.monotonic()
-            counts = [min(tokens, _left(sequence)) if can else 0 for sequence, can in zip(sequences, able, strict=True)]
-            drafts = self._drafter.draft(sequences, counts)
-            self._drafting_s = time.monotonic() - begin
-            return drafts
-        if any(able):
-            self._times.forget(rows)
-            for sequence, can in zip(sequences, able, strict=True):
-                if can:
-                    drafting_of(sequence).fade()
-        return None
+        if not tokens:
+            self._pass_over(sequences, able)
+            return None
+        counts = [min(tokens, _left(sequence)) if can else 0 for sequence, can in zip(sequences, able, strict=True)]
+        begin = time.monotonic()
+        drafts = self._drafter.draft(sequences, counts)
+        self._drafting_s = time.monotonic() - begin
+        return drafts
+
+    def _pass_over(self, sequences: ReadOnlySequence[Sequence], able: ReadOnlySequence[bool]) -> None:
+        """Notes that the drafts of this step would not have paid, so that they are tried again later."""
+        if not any(able):
+            return
+        self._times.forget(len(sequences))
+        for sequence, can in zip(sequences, able, strict=True):
+            if can:
+                drafting_of(sequence).fade()
 
     def verify(
         self, sequences: ReadOnlySequence[Sequence], drafts: ReadOnlySequence[ReadOnlySequence[int]]
