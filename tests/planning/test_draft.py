@@ -12,6 +12,7 @@ from serve_app.facts.inventory import parse_gpus
 from serve_app.facts.weights import tensors_without_weights
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.layer_map import BlockGroup
+from serve_app.planning.memory import RESERVE_SHARE
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
@@ -89,26 +90,35 @@ def test_the_drafts_weights_are_quantised_only_if_that_is_asked_for() -> None:
 def test_what_does_not_fit_is_refused_with_the_drafts_part() -> None:
     """And the cheapest fix leaves the draft out, where the model alone fits."""
     asked = drafting(max_model_len=8192)
-    (found,) = plan_of(asked, "18GiB").problems
+    large = one(asked, "40GiB")
+    least = large.ranks[0].share.bytes - large.spare_kv_bytes
+    card = f"{(least - 0.5 * GIB) / GIB / (1 - RESERVE_SHARE):.3f}GiB"
+    (found,) = plan_of(asked, card).problems
     assert found.code == "over_commit"
     assert "Of these, the draft model takes 0.92 GiB for weights and " in found.message
     assert found.fixes[0].text == "leave out speculative"
     assert "the speed that drafts give" in found.fixes[0].effect
-    assert one(request(infer_backend="pt", max_model_len=8192), "18GiB").ranks
+    assert one(request(infer_backend="pt", max_model_len=8192), card).ranks
     assert found.nearest is not None
     nearest = found.nearest()
     assert nearest is not None
     assert nearest.ranks[0].has_draft
 
 
-@pytest.mark.parametrize(("limits", "seat"), [({0: "6GB", 1: "15GB"}, 0), ({0: "2.6GB", 1: "19GB"}, 1)])
-def test_it_lies_on_the_first_card_where_both_models_fit(limits: dict[int, str], seat: int) -> None:
-    """The first one has the embedding of 1.1 GB anyway, and the draft takes 1 GB of weights."""
-    model = one(drafting(max_memory=limits, max_model_len=1024, max_num_seqs=4), "24GiB,24GiB")
+@pytest.mark.parametrize(
+    ("limits", "layers", "seat"),
+    [({0: "6GB", 1: "15GB"}, 24, 0), ({0: "2.2GB", 1: "20GB"}, 48, 1), ({0: "3GB", 1: "20GB"}, 48, 0)],
+)
+def test_it_lies_on_the_first_card_where_both_models_fit(limits: dict[int, str], layers: int, seat: int) -> None:
+    """The embedding takes 1.1 GB, and drafts of 24 and 48 layers 1 GB and 1.7 GB. So the first card may have the draft
+    alone."""
+    draft = {"num_hidden_layers": layers}
+    model = one(drafting(draft, max_memory=limits, max_model_len=1024, max_num_seqs=4), "24GiB,24GiB")
     assert [rank.has_draft for rank in model.ranks] == [seat == 0, seat == 1]
     for rank, limit in zip(model.ranks, limits.values(), strict=True):
         assert rank.share.bytes <= float(limit.removesuffix("GB")) * GB
-    assert [rank.layers is not None for rank in model.ranks] == [True, True]
+    held = [number for rank in model.ranks if rank.layers for number in range(rank.layers[0], rank.layers[1] + 1)]
+    assert held == list(range(-1, 29))
     assert pinned(model)["infer_backend"] == "pt"
 
 

@@ -125,7 +125,7 @@ def test_out_of_memory_at_any_pass_of_either_model_changes_no_output(first: int)
             calls, at = (calls, at + 4) if calls else (failing.forward.calls, first)
             failing.forward = forward
             assert told(drafted) == told(plain)
-        assert calls > 40
+        assert calls > 15
 
 
 def test_a_draft_that_fails_otherwise_changes_no_output() -> None:
@@ -224,7 +224,7 @@ def test_sampled_tokens_keep_their_distribution() -> None:
         first = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
         texts = torch.tensor([[*prompt, token] for token in range(VOCABULARY)])
         expected = draws * (first[:, None] * model(input_ids=texts).logits[:, -1].softmax(-1)).sum(0)
-    rows = Limits(250, 10**6)
+    rows = Limits(64, 10**6)
     speculator = Restless(BatchRunner(model, CPU), draft_of(noisy(tiny_model("llama")), rows))
     scheduler, sequences = Scheduler(rows), [Sequence(prompt, SamplingParams(3, ignore_eos=True)) for _ in range(draws)]
     loop = EngineLoop(speculator._runner, scheduler, Sampler(frozenset()), lambda _: None, speculator)
