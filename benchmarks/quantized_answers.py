@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.config import PT_QUANTIZATIONS, ModelConfig
+from serve_app.backend_fields import PT_QUANTIZATIONS
+from serve_app.config import ModelConfig
 from serve_app.demo import MODEL_DIR
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
 from tests.demo_answers import ENTRIES

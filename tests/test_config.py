@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.config import ModelConfig, RouterConfig, parse_bytes, parse_max_memory
+from serve_app.byte_sizes import parse_bytes, parse_max_memory
+from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ConfigError
 from serve_app.facts.serve_file import read_applications
 from tests.builders import model_config

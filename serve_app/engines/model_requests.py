@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serve_app.config import PT_QUANTIZATIONS, ModelConfig
+from serve_app.backend_fields import PT_QUANTIZATIONS
+from serve_app.config import ModelConfig
 from serve_app.engines.model_facts import answers
 from serve_app.errors import ConfigError
 from serve_app.facts.card_capability import HOPPER, Capability, capability_text, card_capability, read_capability

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import parse_bytes
+from serve_app.byte_sizes import parse_bytes
 from serve_app.errors import ConfigError, nearest
 from serve_app.facts.calibration import Calibrations, joined, read_calibrations
 from serve_app.facts.field_kind import shown

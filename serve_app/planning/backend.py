@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve_app.config import ONLY_PT, PT_QUANTIZATIONS, ModelConfig
+from serve_app.backend_fields import ONLY_PT, PT_QUANTIZATIONS
+from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Inventory
 from serve_app.planning.model_request import ModelRequest
 

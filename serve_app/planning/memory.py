@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from serve_app.config import ModelConfig, token_count
+from serve_app.byte_sizes import token_count
+from serve_app.config import ModelConfig
 from serve_app.facts.architecture import DTYPE_BYTES, Architecture
 from serve_app.facts.calibration import Calibration
 from serve_app.facts.inventory import Device

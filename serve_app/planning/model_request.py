@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config import ONLY_VLLM, PT_QUANTIZATIONS, ModelConfig
+from serve_app.backend_fields import ONLY_VLLM, PT_QUANTIZATIONS
+from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts

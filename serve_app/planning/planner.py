@@ -5,12 +5,11 @@ shared by pt replicas that say so. The same input gives the same plan.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from serve_app.config import ModelConfig
-from serve_app.facts.inventory import Device, Inventory, is_accelerator_type
+from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.backend import Choice, choices
 from serve_app.planning.cards import card_problem, knows_kernels, on_cards
 from serve_app.planning.fit_pt import fit_pt
@@ -18,12 +17,13 @@ from serve_app.planning.fit_stages import fit_stages, layers_problem, most_node_
 from serve_app.planning.fit_vllm import fit_vllm
 from serve_app.planning.memory import GIB, RESERVE_SHARE
 from serve_app.planning.model_request import ModelRequest
-from serve_app.planning.node_seats import host_seats, node_seats
-from serve_app.planning.pipeline.card_groups import counts_of_kinds
+from serve_app.planning.no_device import no_device
 from serve_app.planning.plan import ModelPlan, Plan, Problem, attempt_of
 from serve_app.planning.resource_demand import native_share
+from serve_app.planning.seats import seats_for, takes_equal_gpus
 from serve_app.planning.shortage import Seats, Shortage, available
 from serve_app.planning.sizes import gib
+from serve_app.planning.state import State
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
@@ -31,68 +31,8 @@ MOST_TRIES = 300
 PT_PLACEMENTS, PT_LAYERS = 10, 64
 # To solve a pipeline of 64 layers costs as much as so many placements of one rank. The work grows with the square.
 STAGED_PLACEMENTS, STAGED_LAYERS = 8, 64
-# Of the ways to choose cards of different kinds for the stages of a pipeline, so many are tried on each node.
-MOST_CHOICES = 16
 # To look through so many devices for places costs as much as one placement.
 DEVICES_PER_PLACEMENT = 16
-
-# With these words ends a message that names the cure itself.
-RUN_ON_CPU = "to run it on the CPU."
-# These fields do not go with `device: cpu`.
-ONLY_GPU = (
-    "max_memory", "device_map", "gpu_ids", "num_gpus", "accelerator_type",
-    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Home:
-    """This is the place of a model's replicas: the indices of their GPUs, and their nodes."""
-
-    indices: tuple[int, ...] = ()
-    nodes: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class State:
-    """What is taken: bytes by device, the devices in whole use, and the shares of the others."""
-
-    used: Mapping[str, int] = field(default_factory=dict)
-    whole: frozenset[str] = frozenset()
-    shares: Mapping[str, float] = field(default_factory=dict)
-    homes: Mapping[str, Home] = field(default_factory=dict)
-
-    def may_host(self, name: str, gpus: Sequence[Device]) -> bool:
-        """Returns whether a node may have a replica of this model. By index, all replicas ask for the same GPUs of a
-        node, so a node has one."""
-        return not gpus[0].by_index or gpus[0].node not in self.homes.get(name, Home()).nodes
-
-    def free(self, device: Device) -> int:
-        """Returns the bytes that are left on a device."""
-        return device.free_bytes - self.used.get(device.id, 0)
-
-    def is_untouched(self, device: Device) -> bool:
-        """Returns whether no replica has a part of the device."""
-        return device.id not in self.used
-
-    def with_plan(self, plan: ModelPlan, devices: Sequence[Device], share: float | None) -> "State":
-        """Returns the state with one more replica. `share` is its fraction of a GPU, or None for whole devices."""
-        used, shares = dict(self.used), dict(self.shares)
-        for device in devices:
-            used.setdefault(device.id, 0)
-        shares_of: dict[str, int] = {}
-        for rank in plan.ranks:  # On the CPU, all ranks of vLLM are on one device.
-            shares_of[rank.device.id] = shares_of.get(rank.device.id, 0) + rank.share.bytes
-        for device in dict.fromkeys(devices):  # By index Ray counts the whole limit, whatever part of it is planned.
-            cap = (plan.config.max_memory or {}).get(device.index or 0, 0) if device.by_index else 0
-            used[device.id] += max(cap, shares_of.get(device.id, 0))
-        if share is not None:
-            for device in devices:
-                shares[device.id] = shares.get(device.id, 0.0) + share
-        whole = {device.id for device in devices if device.is_gpu} if share is None else set()
-        nodes = self.homes.get(plan.name, Home()).nodes | {device.node for device in devices}
-        indices = tuple(device.index for device in devices if device.index is not None)
-        return State(used, self.whole | whole, shares, {**self.homes, plan.name: Home(indices, nodes)})
 
 
 @dataclass
@@ -256,7 +196,7 @@ def _first(
             return item, None
         if best is None or _distance(item) < _distance(best):
             best = item
-    return None, best or Shortage("no_device", _no_device(unit, inventory), 0, attempt_of(unit.config))
+    return None, best or Shortage("no_device", no_device(unit, inventory), 0, attempt_of(unit.config))
 
 
 def _distance(shortage: Shortage) -> tuple[bool, int]:
@@ -284,7 +224,7 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
             continue
         found = [
             _attempt(request, choice, seats, inventory, state)
-            for seats in _seats(request, inventory, state)
+            for seats in seats_for(request, inventory, state)
             if not is_auto or choice.config.infer_backend == "pt" or _is_open(request, seats, state)
         ]
         tally.placements += looks + len(found) * _cost(request)
@@ -363,7 +303,7 @@ def _fit_of(config: ModelConfig) -> Callable[..., ModelPlan | Shortage]:
     """Returns the function that fits a replica on devices: that of pt, of vLLM's equal ranks, or of its stages."""
     if config.infer_backend != "vllm":
         return fit_pt
-    return fit_stages if config.stages > 1 or config.pipeline_layers else fit_vllm
+    return fit_vllm if takes_equal_gpus(config) else fit_stages
 
 
 def _is_open(request: ModelRequest, seats: Seats, state: State) -> bool:
@@ -451,221 +391,3 @@ def _tensor_parallel_problem(request: ModelRequest) -> Shortage | None:
     return Shortage(
         "tensor_parallel", f"tensor_parallel_size: {size} is not valid, because {problem}. {sizes} {valid}.", 0
     )
-
-
-def _seats(request: ModelRequest, inventory: Inventory, state: State) -> Iterator[Seats]:
-    """Yields the sets of devices that a replica could have. Of nodes that are alike it offers only the first."""
-    config = request.config
-    if config.device == "cpu":
-        ranks = config.ranks if config.infer_backend == "vllm" else 1
-        hosts = [device for device in inventory.devices if not device.is_gpu]
-        if config.nodes > 1:
-            yield from host_seats(config, [(host, state.free(host)) for host in hosts])
-            return
-        yield from ([(device, state.free(device) // ranks)] * ranks for device in hosts)
-        return
-    if config.nodes > 1:
-        usable = {node: _unused(gpus, state) for node, gpus in _whole_nodes(request, inventory).items()}
-        yield from node_seats(config, usable)
-        return
-    seen = set()
-    for gpus in inventory.node_gpus().values():
-        if not state.may_host(request.name, gpus) or not _is_of_type(request, gpus):
-            continue
-        signature = tuple(
-            (gpu.index, gpu.by_index, gpu.total_bytes, state.free(gpu), gpu.id in state.whole, state.shares.get(gpu.id))
-            for gpu in gpus
-        )
-        if signature not in seen:
-            seen.add(signature)
-            yield from _seats_on(request, gpus, inventory, state)
-
-
-def _whole_nodes(request: ModelRequest, inventory: Inventory) -> dict[str, list[Device]]:
-    """Returns the GPUs of the nodes of which Ray gives whole ones, by the nodes' names."""
-    nodes = inventory.node_gpus().items()
-    return {node: gpus for node, gpus in nodes if not gpus[0].by_index and _is_of_type(request, gpus)}
-
-
-def _unused(gpus: Sequence[Device], state: State) -> Seats:
-    return [(gpu, state.free(gpu)) for gpu in gpus if state.is_untouched(gpu)]
-
-
-def _is_of_type(request: ModelRequest, gpus: Sequence[Device]) -> bool:
-    """Returns whether a node's GPUs are of the type that the config names. Ray knows a node by its first GPU."""
-    wanted = request.config.accelerator_type
-    return wanted is None or is_accelerator_type(gpus[0].name, wanted)
-
-
-def _seats_on(request: ModelRequest, gpus: Sequence[Device], inventory: Inventory, state: State) -> Iterator[Seats]:
-    """Yields the sets of GPUs of one node. By index, every GPU may be shared; otherwise only by Ray's fractions."""
-    config = request.config
-    by_index = bool(gpus[0].by_index)
-    share = None if by_index else native_share(config, inventory)
-    indices = state.homes.get(request.name, Home()).indices or config.gpu_indices if by_index else ()
-    if indices:
-        named = {gpu.index: gpu for gpu in gpus}
-        if all(index in named for index in indices):
-            chosen = [named[index] for index in indices]
-            # `fit_stages` says which cards cannot be stages.
-            if _fit_of(config) is not fit_vllm or len({gpu.total_bytes for gpu in chosen}) == 1:
-                yield [(gpu, state.free(gpu)) for gpu in chosen]
-        return
-    if not by_index and (config.gpu_ids or config.gpu_indices != tuple(range(len(config.gpu_indices)))):
-        return
-    if share is not None:
-        for gpu in gpus:
-            if gpu.id not in state.whole and state.shares.get(gpu.id, 0.0) + share <= 1.0 + 1e-9:
-                yield [(gpu, state.free(gpu))]
-        return
-    usable = [(gpu, state.free(gpu)) for gpu in gpus if by_index or state.is_untouched(gpu)]
-    if config.infer_backend == "vllm":
-        size = config.tensor_parallel_size or 1
-        yield from _equal(usable, size) if config.stages == 1 else _staged(usable, size, config.stages)
-        return
-    count = max(1, int(config.num_gpus or len(config.gpu_indices)))
-    if count == 1:
-        yield from ([pair] for pair in usable)
-    elif len(usable) >= count:
-        most_free = sorted(usable, key=lambda pair: (-pair[1], pair[0].index))[:count]
-        yield sorted(most_free, key=lambda pair: pair[0].index or 0)
-
-
-def _equal(usable: Seats, size: int) -> Iterator[Seats]:
-    """Yields sets of `size` equal GPUs: for each size of card those with most memory free, and every different one
-    if `size` is 1."""
-    if size == 1:
-        yield from ([pair] for pair in {(gpu.total_bytes, free): (gpu, free) for gpu, free in usable[::-1]}.values())
-        return
-    for total in sorted({gpu.total_bytes for gpu, _ in usable}):
-        equal = [pair for pair in usable if pair[0].total_bytes == total]
-        if len(equal) >= size:
-            yield sorted(equal, key=lambda pair: (-pair[1], pair[0].index))[:size]
-
-
-def _staged(usable: Seats, size: int, stages: int) -> Iterator[Seats]:
-    """Yields sets of GPUs for so many stages of `size` equal GPUs each: for each way to choose kinds of cards, those
-    with most memory free. They come in the order of their numbers."""
-    kinds: dict[tuple[str, int], list[tuple[Device, int]]] = {}
-    for gpu, free in sorted(usable, key=lambda pair: (-pair[1], pair[0].index)):
-        kinds.setdefault((gpu.name, gpu.total_bytes), []).append((gpu, free))
-    groups = list(kinds.values())
-    for counts in islice(counts_of_kinds([len(group) // size for group in groups], stages), MOST_CHOICES):
-        chosen = [pair for group, count in zip(groups, counts, strict=True) for pair in group[: count * size]]
-        yield sorted(chosen, key=lambda pair: pair[0].index or 0)
-
-
-def _no_device(unit: ModelRequest, inventory: Inventory) -> str:
-    config = unit.config
-    if config.nodes > 1 and (config.device == "cpu" or inventory.gpus):
-        return _too_few_nodes(unit, inventory)
-    if config.device == "cpu":
-        return (
-            "device: cpu needs the memory of a host, and the inventory names none. Use --inventory with memory: for a "
-            "node, or leave --gpus out to plan for this machine."
-        )
-    if not inventory.gpus:
-        fields = [name for name in ONLY_GPU if getattr(config, name) is not None]
-        also = f" and leave out {' and '.join(fields)}" if fields else ""
-        return f"there is no GPU. Set device: cpu{also} {RUN_ON_CPU}"
-    if not any(_is_of_type(unit, gpus) for gpus in inventory.node_gpus().values()):
-        names = sorted({gpus[0].name for gpus in inventory.node_gpus().values()})
-        return (
-            f"accelerator_type: no node has {config.accelerator_type} as its first GPU. The nodes have "
-            f"{', '.join(names)}."
-        )
-    if unit.replicas and any(gpu.by_index for gpu in inventory.gpus):
-        return "all replicas of a model ask for the same GPUs by index, so each needs a node of its own."
-    if config.gpu_indices:
-        return _no_index(config, inventory)
-    if config.share is not None:
-        return (
-            f"num_gpus: no GPU has a share of {config.share:g} left. Shares on one GPU must not add up to more than 1."
-        )
-    size = config.tensor_parallel_size or 1
-    count = max(size * config.stages, int(config.num_gpus or 1))
-    most = max(len(gpus) for gpus in inventory.node_gpus().values())
-    if count > most:
-        return _too_many(config, count, most, inventory)
-    if config.stages > 1:
-        return (
-            f"pipeline_parallel_size: no node has {config.stages} times {size} equal GPUs that nothing else uses."
-            if size > 1
-            else f"pipeline_parallel_size: no node has {config.stages} GPUs that nothing else uses."
-        )
-    if config.infer_backend == "vllm" and size > 1:
-        return _unequal(size, inventory)
-    return "every GPU is in use by a model that was placed before."
-
-
-def _too_few_nodes(unit: ModelRequest, inventory: Inventory) -> str:
-    """Returns why a replica cannot go over so many nodes."""
-    config = unit.config
-    if config.device == "cpu":
-        count = sum(not device.is_gpu for device in inventory.devices)
-        return f"nnodes: {config.nnodes} nodes are needed, and the inventory has the memory of {count}."
-    if any(gpus[0].by_index for gpus in inventory.node_gpus().values()):
-        return (
-            "nnodes: a replica over several nodes takes whole GPUs, and a node counts its memory by index here. Start "
-            "its Ray without vram_mib resources."
-        )
-    size, stages = config.tensor_parallel_size or 1, config.stages
-    cards = f"{stages} stages of {size} GPU{'' if size == 1 else 's'} each"
-    found = {node: _unused(gpus, State()) for node, gpus in _whole_nodes(unit, inventory).items()}
-    kinds = {node: {(gpu.name, gpu.total_bytes) for gpu, _ in gpus} for node, gpus in found.items()}
-    mixed = [node for node, names in kinds.items() if len(names) > 1]
-    also = (
-        f" {', '.join(mixed)} {'has' if len(mixed) == 1 else 'have'} GPUs of several kinds, of which Ray gives any, so "
-        "no stage is planned there."
-        if mixed
-        else ""
-    )
-    counts = ", ".join(f"{node} has {len(gpus)}" for node, gpus in list(found.items())[:8])
-    return (
-        f"nnodes: {config.nnodes} nodes are needed that have {cards} together, with equal GPUs on each node that "
-        f"nothing else uses. Of GPUs, {counts or 'no node has any of that kind'}.{also}"
-    )
-
-
-def _too_many(config: ModelConfig, count: int, most: int, inventory: Inventory) -> str:
-    """Returns why a replica cannot have so many GPUs, of which the largest node has `most`."""
-    size, stages = config.tensor_parallel_size or 1, config.stages
-    if stages > 1:
-        field = "pipeline_parallel_size" if size == 1 else f"pipeline_parallel_size {stages} × tensor_parallel_size"
-        elsewhere = " Set nnodes to have stages on several nodes." if len(inventory.gpus) >= count else ""
-        return f"{field}: no node has {count} GPUs. The largest node has {most}.{elsewhere}"
-    field = "tensor_parallel_size" if size > 1 else "num_gpus"
-    return f"{field}: no node has {count} GPUs. The largest node has {most}."
-
-
-def _no_index(config: ModelConfig, inventory: Inventory) -> str:
-    field = "gpu_ids" if config.gpu_ids else "max_memory" if config.max_memory else "device_map"
-    last = config.gpu_indices[-1]
-    most = max(len(gpus) for gpus in inventory.node_gpus().values())
-    if any(gpu.by_index for gpu in inventory.gpus):
-        equal = " as equal GPUs" if _fit_of(config) is fit_vllm and len(config.gpu_indices) > 1 else ""
-        return f"{field} names GPU {last}, but no node has that GPU{equal}. The largest node has {most}."
-    if config.gpu_ids or config.gpu_indices != tuple(range(len(config.gpu_indices))):
-        return (
-            f"{field} names GPU {last}, but with whole GPUs the replica counts its own from 0. Start Ray with "
-            '--num-gpus 0 --resources "$(serve-app node-resources)" to pick GPUs by index.'
-        )
-    return (
-        f"{field} names {len(config.gpu_indices)} GPUs, which Ray gives as whole GPUs here, but no node has "
-        f"that many unused ones. The largest node has {most}."
-    )
-
-
-def _unequal(size: int, inventory: Inventory) -> str:
-    for node, gpus in inventory.node_gpus().items():
-        if len(gpus) >= size:
-            chosen = sorted(gpus, key=lambda gpu: -gpu.total_bytes)[:size]
-            least = min(gpu.total_bytes for gpu in chosen)
-            wasted = sum(gpu.total_bytes - least for gpu in chosen)
-            if wasted:
-                return (
-                    f"tensor_parallel_size: {size} needs equal GPUs. On {node} it would waste {wasted / 2**30:.1f} GiB "
-                    f"of the larger ones. Use pipeline_parallel_size: {size} instead, which gives each GPU as many "
-                    "layers as it has room for."
-                )
-    return f"tensor_parallel_size: no node has {size} equal GPUs that nothing else uses."

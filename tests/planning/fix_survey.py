@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from serve_app.config import parse_bytes
+from serve_app.byte_sizes import parse_bytes
 from serve_app.facts.inventory import Inventory
 from serve_app.planning.fixes import apply, with_fixes
 from serve_app.planning.fixes.hardware import SIZES

@@ -11,8 +11,8 @@ from typing import Literal
 
 from serve_app.facts.inventory import Device
 from serve_app.planning.memory import GIB, Certainty, Figure
+from serve_app.planning.no_device import RUN_ON_CPU
 from serve_app.planning.plan import TERMS, Fix, ModelPlan, Plan, Problem, RankPlan
-from serve_app.planning.planner import RUN_ON_CPU
 from serve_app.planning.sizes import gib
 
 Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "spare", "others"]

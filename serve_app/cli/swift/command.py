@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import UNITS
+from serve_app.byte_sizes import UNITS
 from serve_app.errors import ConfigError
 
 # The values of these arguments are never repeated in a note.

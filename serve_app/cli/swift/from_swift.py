@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from serve_app.byte_sizes import parse_max_memory
 from serve_app.cli.swift.command import (
     HANDLED,
     KNOWN,
@@ -28,7 +29,7 @@ from serve_app.cli.swift.command import (
 )
 from serve_app.cli.swift.quantization import NAMES as QUANTIZATION
 from serve_app.cli.swift.quantization import quantization_of
-from serve_app.config import ModelConfig, parse_max_memory
+from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, nearest
 
 # These are swift's own defaults.

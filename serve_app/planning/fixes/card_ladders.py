@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, islice
 
-from serve_app.config import UNITS, MaxMemoryKey, ModelConfig, parse_bytes, parse_max_memory
+from serve_app.byte_sizes import UNITS, MaxMemoryKey, parse_bytes, parse_max_memory
+from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device
 from serve_app.planning.fixes import price
 from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladder, rung

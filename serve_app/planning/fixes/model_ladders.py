@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from serve_app.config import ONLY_PT, ModelConfig
+from serve_app.backend_fields import ONLY_PT
+from serve_app.config import ModelConfig
 from serve_app.planning.backend import fields_for_pt
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fixes import price
@@ -19,7 +20,7 @@ from serve_app.planning.fixes.ladder import ARGUMENT, MOST_RUNGS, Changes, Ladde
 from serve_app.planning.fixes.trial import Trial
 from serve_app.planning.memory import MIB, vllm_defaults
 from serve_app.planning.model_request import ModelRequest
-from serve_app.planning.planner import ONLY_GPU
+from serve_app.planning.no_device import ONLY_GPU
 from serve_app.planning.quantization import BITS
 from serve_app.planning.sizes import gib
 

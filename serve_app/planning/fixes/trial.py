@@ -7,8 +7,9 @@ from serve_app.facts.inventory import Device, Inventory
 from serve_app.planning.fixes.ladder import Changes, changed
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Plan
-from serve_app.planning.planner import State, Tally, as_counted, fits_beside, make_plan, state_beside
+from serve_app.planning.planner import Tally, as_counted, fits_beside, make_plan, state_beside
 from serve_app.planning.shortage import available
+from serve_app.planning.state import State
 
 # A plan of the search tries so many ways back before it places each model where it can.
 MOST_TRIES = 10

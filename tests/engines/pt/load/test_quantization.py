@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from serve_app.config import PT_QUANTIZATIONS
+from serve_app.backend_fields import PT_QUANTIZATIONS
 from serve_app.engines.pt.engine import weight_bytes
 from serve_app.engines.pt.load import quantization
 from serve_app.engines.pt.load.layout import layout_of
