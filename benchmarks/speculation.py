@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.pt_engine import CONTEXT, VOCABULARY, grouped_attention, load_runner, shape
 from serve_app.engines.pt.core.draft_model import DraftModel
@@ -79,11 +79,12 @@ def build_model(folder: Path, dtype: str) -> list[int]:
 def build_draft(folder: Path, dtype: str, after: list[int]) -> None:
     """Writes the draft model, for which other tokens follow every twelfth one."""
     torch.manual_seed(1)
-    config = shape(is_tied=False)
-    config.update({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4})
+    fields = shape(is_tied=False).to_dict()
+    del fields["layer_types"]  # There is one for each layer.
+    fields |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     known = torch.tensor(after)
     known[EDITED - 1 :: EDITED] = known[EDITED - 1 :: EDITED].roll(1)
-    write_model(folder, config, dtype, known)
+    write_model(folder, Qwen2Config.from_dict(fields), dtype, known)
 
 
 def write_model(folder: Path, config: Any, dtype: str, after: torch.Tensor) -> None:
