@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused_with_the_drafts_part() -> None:
     card = f"{(least - 0.5 * GIB) / GIB / (1 - RESERVE_SHARE):.3f}GiB"
     (found,) = plan_of(asked, card).problems
     assert found.code == "over_commit"
-    assert "Of these, the draft model takes 0.92 GiB for weights and " in found.message
+    assert "Of these, the draft model takes 942.5 MiB for weights and " in found.message
     assert found.fixes[0].text == "leave out speculative"
     assert "the speed that drafts give" in found.fixes[0].effect
     assert one(request(infer_backend="pt", max_model_len=8192), card).ranks
