@@ -50,6 +50,7 @@ class DraftModel:
     tokens. It is used on the engine's thread alone."""
 
     computes_ahead = True
+    first_odds = 0.8
 
     def __init__(self, runner: BatchRunner, limits: Limits, num_speculative_tokens: int, max_model_len: int):
         columns = num_speculative_tokens + 1

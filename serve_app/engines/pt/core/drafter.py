@@ -18,6 +18,8 @@ class Drafter(Protocol):
     num_speculative_tokens: int
     # This says that `able` computes so much that it is called only where drafts are expected to pay for all sequences.
     computes_ahead: bool
+    # A token that is drafted for a new text is expected to hold with this probability.
+    first_odds: float
 
     def able(self, sequences: ReadOnlySequence[Sequence]) -> list[bool]:
         """Returns for which of the running sequences it can draft in this step. It may compute for a while to be able
@@ -51,9 +53,10 @@ class Drafting:
         """Returns the ids of its text, for drafters that search in them."""
         return TokenArray(self._sequence)
 
-    def expected(self, tokens: int) -> float:
-        """Returns how many of so many drafted tokens are expected to hold. One that was never tried has even odds."""
-        odds = (self._held + 1) / (self._tried + 2)
+    def expected(self, tokens: int, first_odds: float) -> float:
+        """Returns how many of so many drafted tokens are expected to hold. `first_odds` are those of one that was never
+        tried."""
+        odds = (self._held + 2 * first_odds) / (self._tried + 2)
         return sum(odds**place for place in range(1, tokens + 1))
 
     def note(self, tried: int, accepted: int) -> None:

@@ -22,6 +22,7 @@ class NgramDrafter:
     """Drafts what stood after an earlier occurrence of a text's last tokens. It keeps nothing between steps."""
 
     computes_ahead = False
+    first_odds = 0.5
 
     def __init__(self, settings: NgramSettings):
         self._settings = settings

@@ -20,7 +20,7 @@ from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.pt.core.drafter import Drafter, drafting_of
 from serve_app.engines.pt.core.model_runner import Verifier
 from serve_app.engines.pt.core.sequence import Sequence
-from serve_app.engines.pt.core.step_times import StepTimes
+from serve_app.engines.pt.core.step_times import FEW, StepTimes
 from serve_app.engines.torch_internals import is_out_of_memory
 
 logger = logging.getLogger("ray.serve")
@@ -43,6 +43,8 @@ class Speculator:
         self._runner = runner
         self._drafter = drafter
         self._drafting_s = 0.0
+        # The first passes of a draft model prepare kernels, so their times say nothing.
+        self._warmups = FEW if drafter.computes_ahead else 0
         self._times = StepTimes() if times is None else times
         self._resting = 0
         self._since_plain, self._refresh_steps = 0, REFRESH_STEPS
@@ -138,7 +140,10 @@ class Speculator:
         """Takes the time of a step with drafts from its pass on, and how many tokens each sequence has got in it."""
         rows, counts = len(sequences), self.counts
         self._since_plain += 1
-        self._times.add_drafted(rows, rows * max(map(len, drafts)), seconds + self._drafting_s)
+        if self._warmups:
+            self._warmups -= 1
+        else:
+            self._times.add_drafted(rows, rows * max(map(len, drafts)), seconds + self._drafting_s)
         for sequence, draft in zip(sequences, drafts, strict=True):
             got = tokens.get(sequence, 0)
             if not draft or not got:  # A sequence that was parked or has failed says nothing of its draft.
@@ -169,7 +174,10 @@ class Speculator:
         drafting = [sequence for sequence, can in zip(sequences, able, strict=True) if can]
         tokens = min(most, max(map(_left, drafting), default=0))
         while tokens:
-            held = sum(drafting_of(sequence).expected(min(tokens, _left(sequence))) for sequence in drafting)
+            held = sum(
+                drafting_of(sequence).expected(min(tokens, _left(sequence)), self._drafter.first_odds)
+                for sequence in drafting
+            )
             ratio = self._times.ratio(rows, rows * tokens)
             gain = 0.0 if ratio is None else (1 + held / rows) / ratio
             if gain > best_gain:
