@@ -9,6 +9,8 @@ WORKERS ?= $(shell n=$$(nproc); echo $$(( n > 4 ? 4 : n )))
 # The tests of a file stay in one worker, in the order of collection. A worker that crashes fails the run.
 SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 export RAY_USAGE_STATS_ENABLED ?= 0
+# Python keeps what it has compiled in .venv. Otherwise every process of Ray and vLLM compiles its imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 serve:
 	@scripts/install.sh

@@ -1,6 +1,7 @@
-"""The pt engine beside what else serves a Hugging Face model on the CPU, in one run.
+"""The pt engine beside what else serves a Hugging Face model, in one run.
 
-    python -m benchmarks.pt_engine [--clients 1,8,32] [--dtype float32] [--rounds 2] [--with-vllm] [--json FILE]
+    python -m benchmarks.pt_engine [--clients 1,8,32] [--dtype float32] [--rounds 2] [--with-vllm] [--device cpu]
+                                   [--json FILE]
 
 A model of about 100 M parameters (Qwen2 architecture, random weights) is built on the spot. Each client asks
 once a round, with a prompt of 8–64 tokens and an output of 16–128 of exact length; arrivals are staggered. The systems
@@ -9,8 +10,12 @@ take turns, round after round, and every figure is a ratio or a rate of this one
     one by one    model.generate for each request in turn
     padded        left-padded model.generate for all requests that wait, as in a static batch
     hf-cb         transformers' own continuous batching
-    vllm          vLLM's engine on the CPU, in a process of its own
+    vllm          vLLM's engine
     serve-app     this project's pt engine
+
+The last two run in a process of their own each, as their replicas do. They are warmed up by the first load, and are
+suspended while others have their turn. vLLM has its turn before and after serve-app's in each round. `--device cuda`
+takes the first GPU for all of them, of which vLLM gets 30 %; CPU time says little then.
 
 Prints one row each: tokens per second of CPU time and of wall time, mean and 95th percentile of the time to the first
 token, in milliseconds.
@@ -18,6 +23,7 @@ token, in milliseconds.
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,11 +33,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -39,6 +47,9 @@ VOCABULARY = 8000
 CONTEXT = 512
 # Seconds between two arrivals of different clients.
 STAGGER_S = 0.05
+# vLLM takes this share of a GPU on which the other systems keep their models.
+GPU_SHARE = 0.3
+SYSTEMS = ("one by one", "padded", "hf-cb", "vllm", "serve-app")
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,22 @@ class Request:
     arrival_s: float
     prompt: list[int]
     tokens: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is told that runs in a process of its own."""
+
+    folder: str
+    dtype: str
+    device: str
+    threads: int
+    chunk_tokens: int
+
+
+# CPU seconds, wall seconds, and the seconds to the first tokens.
+Figures = tuple[float, float, list[float]]
+System = Callable[[list[Request]], Figures]
 
 
 @dataclass(frozen=True)
@@ -133,7 +160,7 @@ def one_by_one(model: Any, load: list[Request]) -> list[float]:
     start, first = time.monotonic(), []
     for request in load:
         wait_until(start + request.arrival_s)
-        ids = torch.tensor([request.prompt])
+        ids = torch.tensor([request.prompt], device=model.device)
         first.append(time.monotonic() - start - request.arrival_s)  # A bound from below: when it begins.
         model.generate(
             input_ids=ids,
@@ -155,6 +182,7 @@ def padded(model: Any, load: list[Request]) -> list[float]:
         waiting = waiting[len(batch) :]
         longest = max(len(request.prompt) for request in batch)
         ids = torch.tensor([[0] * (longest - len(request.prompt)) + request.prompt for request in batch])
+        ids = ids.to(model.device)
         tokens = max(request.tokens for request in batch)
         model.generate(
             input_ids=ids,
@@ -197,20 +225,7 @@ def hf_continuous_batching(model: Any, load: list[Request]) -> list[float]:
     return list(first.values())
 
 
-@contextmanager
-def grouped_attention() -> Iterator[None]:
-    """The engine's attention while it runs; the peers get transformers' own."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    from serve_app.engines.pt.load.attention import use_grouped_attention
-
-    use_grouped_attention()
-    yield
-    AttentionInterface.register("sdpa", sdpa_attention_forward)
-
-
-def load_runner(engine_folder: str, dtype: str, threads: int, chunk_tokens: int) -> Any:
+def load_runner(engine_folder: str, dtype: str, threads: int, chunk_tokens: int, device: str = "cpu") -> Any:
     """The model as a replica loads it: the runner that its probe chose, and its limits."""
     from serve_app.config import ModelConfig
     from serve_app.engines.pt.core.scheduler import Limits
@@ -220,90 +235,101 @@ def load_runner(engine_folder: str, dtype: str, threads: int, chunk_tokens: int)
     from serve_app.engines.pt.load.probe import probe
     from serve_app.planning.pt_kv_buffers import cells
 
-    model = AutoModelForCausalLM.from_pretrained(engine_folder, dtype=getattr(torch, dtype)).eval()
-    pack_linears(model, copy_tied=True)
-    loaded = LoadedModel(model, None, torch.device("cpu"), CONTEXT, frozenset(), {}, None)  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_pretrained(engine_folder, dtype=getattr(torch, dtype)).eval().to(device)
+    pack_linears(model, copy_tied=True)  # Those on a GPU do not change.
+    loaded = LoadedModel(model, None, torch.device(device), CONTEXT, frozenset(), {}, None)  # type: ignore[arg-type]
     probed = probe(loaded)
     config = ModelConfig.from_args(
-        {"model": engine_folder, "infer_backend": "pt", "device": "cpu", "num_cpus": threads}
+        {"model": engine_folder, "infer_backend": "pt", "device": device, "num_cpus": threads}
     )
     tokens = cache_tokens(config, probed.bytes_per_token, cells(1, 1), 2 * cells(32, CONTEXT))
     return probed.runner, Limits(32, tokens, chunk_tokens, cells=cells)
 
 
-def serve_app(
-    engine_folder: str, dtype: str, threads: int, chunk_tokens: int
-) -> Callable[[list[Request]], list[float]]:
-    """The pt engine's own loop, with the scheduler, the cache and the sampler of a replica."""
+async def ask_serve_app(runner: Any, limits: Any, load: list[Request]) -> list[float]:
+    """Seconds to each first token, by the pt engine's own loop with the scheduler, cache and sampler of a replica."""
     from serve_app.engines.pt.core.engine_loop import EngineLoop
     from serve_app.engines.pt.core.sampler import Sampler
     from serve_app.engines.pt.core.scheduler import Scheduler
     from serve_app.engines.pt.core.sequence import Output, SamplingParams, Sequence
 
-    runner, limits = load_runner(engine_folder, dtype, threads, chunk_tokens)
+    loop, queues = asyncio.get_running_loop(), {}
 
-    def run(load: list[Request]) -> list[float]:
-        with grouped_attention():
-            return asyncio.run(go(load))
+    def dispatch(outputs: list[Output]) -> None:
+        for output in outputs:
+            queues[output.sequence].put_nowait(output)
 
-    async def go(load: list[Request]) -> list[float]:
-        loop, queues = asyncio.get_running_loop(), {}
+    engine = EngineLoop(
+        runner, Scheduler(limits), Sampler(), lambda out: loop.call_soon_threadsafe(dispatch, out) and None
+    )
+    engine.start()
+    start = time.monotonic()
 
-        def dispatch(outputs: list[Output]) -> None:
-            for output in outputs:
-                queues[output.sequence].put_nowait(output)
+    async def ask(request: Request) -> float:
+        await asyncio.sleep(request.arrival_s)
+        sequence = Sequence(request.prompt, SamplingParams(request.tokens, temperature=0))
+        queues[sequence] = asyncio.Queue()
+        engine.submit(sequence)
+        first = None
+        while True:
+            output = await queues[sequence].get()
+            if output.error is not None:
+                raise output.error
+            first = first or time.monotonic() - start - request.arrival_s
+            if output.is_last:
+                return first
 
-        engine = EngineLoop(
-            runner, Scheduler(limits), Sampler(), lambda out: loop.call_soon_threadsafe(dispatch, out) and None
-        )
-        engine.start()
-        start = time.monotonic()
-
-        async def ask(request: Request) -> float:
-            await asyncio.sleep(request.arrival_s)
-            sequence = Sequence(request.prompt, SamplingParams(request.tokens, temperature=0))
-            queues[sequence] = asyncio.Queue()
-            engine.submit(sequence)
-            first = None
-            while True:
-                output = await queues[sequence].get()
-                if output.error is not None:
-                    raise output.error
-                first = first or time.monotonic() - start - request.arrival_s
-                if output.is_last:
-                    return first
-
-        first = await asyncio.gather(*map(ask, load))
-        engine.stop(10)
-        return list(first)
-
-    return run
+    first = await asyncio.gather(*map(ask, load))
+    engine.stop(10)
+    return list(first)
 
 
-def vllm_process(folder: str, dtype: str, loads: list[list[Request]], pipe: Any) -> None:
-    """vLLM's asynchronous engine in a process of its own; sends (cpu, wall, first tokens) for each load."""
+def serve_app_process(setup: Setup, pipe: Any) -> None:
+    """The pt engine as in a replica; answers each load from `pipe` with (cpu, wall, first tokens)."""
+    from serve_app.engines.pt.load.attention import use_grouped_attention
+    from serve_app.engines.workers import in_thread_of_its_own
+
+    torch.set_num_threads(setup.threads)
+    use_grouped_attention()
+
+    def load() -> Any:
+        return load_runner(setup.folder, setup.dtype, setup.threads, setup.chunk_tokens, setup.device)
+
+    async def main() -> None:
+        runner, limits = await in_thread_of_its_own(load)
+        pipe.send("ready")
+        while (requests := await asyncio.to_thread(pipe.recv)) is not None:
+            cpu, start = cpu_seconds(), time.monotonic()
+            first = await ask_serve_app(runner, limits, requests)
+            pipe.send((cpu_seconds() - cpu, time.monotonic() - start, first))
+
+    asyncio.run(main())
+
+
+def vllm_process(setup: Setup, pipe: Any) -> None:
+    """vLLM's asynchronous engine; answers each load from `pipe` with (cpu, wall, first tokens)."""
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    def family() -> float:
+        me = psutil.Process()
+        return sum(sum(p.cpu_times()[:2]) for p in [me, *me.children(recursive=True)])
+
     async def main() -> None:
         args = AsyncEngineArgs(
-            model=folder,
+            model=setup.folder,
             skip_tokenizer_init=True,
-            dtype=dtype,
-            enforce_eager=True,
+            dtype=setup.dtype,
+            enforce_eager=setup.device == "cpu",
             max_model_len=CONTEXT,
             max_num_seqs=32,
+            **({} if setup.device == "cpu" else {"gpu_memory_utilization": GPU_SHARE}),
         )
         engine = AsyncLLM.from_engine_args(args)
-        import psutil
-
-        def family() -> float:
-            me = psutil.Process()
-            return sum(sum(p.cpu_times()[:2]) for p in [me, *me.children(recursive=True)])
-
-        for load in loads:
+        pipe.send("ready")
+        while (load := await asyncio.to_thread(pipe.recv)) is not None:
             cpu, start = family(), time.monotonic()
 
             async def ask(request: Request, number: int, start: float = start) -> float:
@@ -322,12 +348,50 @@ def vllm_process(folder: str, dtype: str, loads: list[list[Request]], pipe: Any)
     asyncio.run(main())
 
 
-def measure(run: Callable[[list[Request]], list[float]], load: list[Request]) -> tuple[float, float, list[float]]:
-    """CPU seconds, wall seconds and times to the first token."""
-    cpu, wall = cpu_seconds(), time.monotonic()
-    with torch.inference_mode():
-        first = run(load)
-    return cpu_seconds() - cpu, time.monotonic() - wall, first
+@contextmanager
+def own_process(target: Callable[[Setup, Any], None], setup: Setup) -> Iterator[System]:
+    """Returns what gives one load after the other to an engine in a process of its own.
+
+    It is suspended with its children while others have their turn, since vLLM's idle processes poll and take a core.
+    """
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=target, args=(setup, theirs))
+    process.start()
+    theirs.close()  # So a process that dies is an EOFError here.
+    mine.recv()
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+
+    def run(load: list[Request]) -> Figures:
+        for member in family:
+            member.resume()
+        mine.send(load)
+        figures: Figures = mine.recv()
+        for member in family:
+            member.suspend()
+        return figures
+
+    for member in family:
+        member.suspend()
+    try:
+        yield run
+    finally:
+        for member in family:
+            member.resume()
+        mine.send(None)
+        process.join()
+
+
+def measured(run: Callable[[list[Request]], list[float]]) -> System:
+    """Returns what runs a load in this process and measures it."""
+
+    def measure(load: list[Request]) -> Figures:
+        cpu, wall = cpu_seconds(), time.monotonic()
+        with torch.inference_mode():
+            first = run(load)
+        return cpu_seconds() - cpu, time.monotonic() - wall, first
+
+    return measure
 
 
 def main() -> None:
@@ -336,6 +400,7 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--chunk-tokens", type=int, default=512, help="of serve-app: prompt tokens a step")
     parser.add_argument("--with-vllm", action="store_true")
@@ -353,45 +418,49 @@ def main() -> None:
 
 def run_systems(options: argparse.Namespace, folder: str) -> list[Row]:
     """All systems on all loads; one row each, the median by tokens per CPU second."""
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).eval()
-    # The manager changes the model's attention, so it gets a copy of its own.
-    paged = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).eval()
-    systems: dict[str, Callable[[list[Request]], list[float]]] = {
-        "one by one": lambda load: one_by_one(plain, load),
-        "padded": lambda load: padded(plain, load),
-        "hf-cb": lambda load: hf_continuous_batching(paged, load),
-        "serve-app": serve_app(folder, options.dtype, options.threads, options.chunk_tokens),
-    }
-    for name in filter(None, options.skip.split(",")):
-        del systems[name]
+    setup = Setup(folder, options.dtype, options.device, options.threads, options.chunk_tokens)
     rows = []
-    for clients in map(int, options.clients.split(",")):
-        loads = [load_of(clients, seed) for seed in range(options.rounds)]
-        figures: dict[str, list[Row]] = {}
-        vllm = start_vllm(folder, options.dtype, loads) if options.with_vllm else None
-        for load in loads:
-            for name, run in systems.items():
-                figures.setdefault(name, []).append(row_of(name, clients, options.dtype, load, *measure(run, load)))
-        if vllm is not None:
-            for load in loads:
-                figures.setdefault("vllm", []).append(row_of("vllm", clients, options.dtype, load, *vllm.recv()))
-        for runs in figures.values():
-            row = sorted(runs, key=lambda run: run.tokens_per_cpu_second)[len(runs) // 2]
-            rows.append(row)
-            print(json.dumps(asdict(row)), flush=True)
+    with ExitStack() as processes:
+        systems = start_systems(setup, options, processes)
+        turns = list(systems)
+        if "vllm" in systems and "serve-app" in systems:  # Before and after, so that a machine's drift is nobody's.
+            turns.append("vllm")
+        for clients in map(int, options.clients.split(",")):
+            loads = [load_of(clients, seed) for seed in range(options.rounds)]
+            for name in {"vllm", "serve-app"} & set(systems):
+                systems[name](loads[0])  # It warms up.
+            figures: dict[str, list[Row]] = {}
+            for load, name in itertools.product(loads, turns):
+                figures.setdefault(name, []).append(row_of(name, clients, options.dtype, load, *systems[name](load)))
+            for runs in figures.values():
+                row = sorted(runs, key=lambda run: run.tokens_per_cpu_second)[len(runs) // 2]
+                rows.append(row)
+                print(json.dumps(asdict(row)), flush=True)
     return rows
 
 
-def start_vllm(folder: str, dtype: str, loads: list[list[Request]]) -> Any:
-    """Runs vLLM on all loads and waits for its end, so that nothing else is on the CPUs meanwhile."""
-    mine, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=vllm_process, args=(folder, dtype, [*loads[:1], *loads], theirs)
-    )
-    process.start()
-    mine.recv()  # The first load warms it up.
-    process.join()
-    return mine
+def start_systems(setup: Setup, options: argparse.Namespace, processes: ExitStack) -> dict[str, System]:
+    """Returns the systems of the run in the order of their turns. `processes` ends those in processes of their own."""
+    skipped = set(filter(None, options.skip.split(",")))
+    if unknown := skipped - set(SYSTEMS):
+        raise SystemExit(f"--skip: there is no system {', '.join(sorted(unknown))}. The systems are {SYSTEMS}.")
+
+    def model() -> Any:
+        dtype = getattr(torch, setup.dtype)
+        return AutoModelForCausalLM.from_pretrained(setup.folder, dtype=dtype).eval().to(setup.device)
+
+    systems: dict[str, System] = {}
+    if plain_ones := {"one by one", "padded"} - skipped:
+        plain = model()
+        runs = {"one by one": partial(one_by_one, plain), "padded": partial(padded, plain)}
+        systems |= {name: measured(run) for name, run in runs.items() if name in plain_ones}
+    if "hf-cb" not in skipped:  # The manager changes the model's attention, so it gets a copy of its own.
+        systems["hf-cb"] = measured(partial(hf_continuous_batching, model()))
+    if options.with_vllm and "vllm" not in skipped:
+        systems["vllm"] = processes.enter_context(own_process(vllm_process, setup))
+    if "serve-app" not in skipped:
+        systems["serve-app"] = processes.enter_context(own_process(serve_app_process, setup))
+    return systems
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from benchmarks.pt_engine import CONTEXT, VOCABULARY, grouped_attention, load_runner, shape
+from benchmarks.pt_engine import CONTEXT, VOCABULARY, load_runner, shape
 from serve_app.engines.pt.core.draft_model import DraftModel
 from serve_app.engines.pt.core.drafter import Drafter
 from serve_app.engines.pt.core.engine_loop import EngineLoop
@@ -43,6 +43,7 @@ from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler
 from serve_app.engines.pt.core.sequence import Output, SamplingParams, Sequence
 from serve_app.engines.pt.core.speculator import Speculator
+from serve_app.engines.pt.load.attention import use_grouped_attention
 
 PROMPT, ANSWER = 160, 128
 # One token of so many is another one in the prompt than in the answer.
@@ -128,7 +129,8 @@ def seconds(runner: Any, limits: Any, sequences: list[Sequence], speculator: Spe
     for sequence in sequences:
         scheduler.add(sequence)
     start = time.monotonic()
-    with torch.inference_mode(), grouped_attention():
+    use_grouped_attention()
+    with torch.inference_mode():
         while left:
             loop._step()
     return time.monotonic() - start

@@ -1,4 +1,4 @@
-"""Says which fields of a model each backend honours, and why fields contradict each other.
+"""Says why the fields of a model contradict its backend, its device or each other.
 
 Nothing is accepted and then ignored: a field that the chosen backend cannot honour is refused, with the reason and the
 field to use instead.
@@ -6,27 +6,15 @@ field to use instead.
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from serve_app.byte_sizes import token_count
 from serve_app.errors import nearest
-
-if TYPE_CHECKING:
-    from serve_app.config import ModelConfig
+from serve_app.model_fields import AUTO_QUANTIZATION, PT_CACHE_DTYPES, PT_QUANTIZATIONS, ModelFields
 
 # These are accelerate's ways to spread layers over the GPUs by itself.
 DEVICE_MAP_NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
 
-# pt rounds the weights by these methods while it loads them. `planning/quantization.py` has their sizes.
-PT_QUANTIZATIONS = ("bnb-nf4", "bnb-int8")
-
-# Only vLLM honours these fields, except a `quantization` of pt's.
-ONLY_VLLM = (
-    "tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "nnodes", "quantization", "engine_args",
-    "gpu_ids",
-)  # fmt: skip
-# Only pt honours these fields, except that vLLM honours `max_memory` too. So with `auto` the plan decides there.
-ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests")
 # These arguments of vLLM take more GPUs than tensor_parallel_size and pipeline_parallel_size say.
 UNPLACED = frozenset(
     {
@@ -40,17 +28,22 @@ UNPLACED = frozenset(
 SERVER_ARGS = re.compile(r"host|port|uds|ssl_.*|uvicorn_.*|api_server_count|headless|root_path|grpc.*|config|api_key")
 
 
-def backend_problem(config: "ModelConfig") -> str | None:
+def backend_problem(config: ModelFields) -> str | None:
     """Returns why the fields of a model contradict its backend, its device or each other, or None if they agree."""
     of_backend = {"vllm": _vllm_problem, "pt": _pt_problem, "auto": _auto_problem}[config.infer_backend]
     return of_backend(config) or _device_problem(config)
 
 
-def _vllm_problem(config: "ModelConfig") -> str | None:
-    if config.quantization in PT_QUANTIZATIONS:
+def _vllm_problem(config: ModelFields) -> str | None:
+    if "quantization" in config.values_of_pt:
         return (
             f"quantization: {config.quantization} is a method of pt. Use infer_backend: pt, or a method of vLLM such "
             "as fp8."
+        )
+    if "kv_cache_dtype" in config.values_of_pt:
+        return (
+            f"kv_cache_dtype: {config.kv_cache_dtype} is a type of pt's. Use infer_backend: pt, or a type of vLLM's "
+            "such as fp8."
         )
     if config.speculative is not None and config.speculative.quantization in PT_QUANTIZATIONS:
         return (
@@ -92,16 +85,19 @@ def _vllm_problem(config: "ModelConfig") -> str | None:
         )
     if config.speculative is not None and "speculative_config" in named:
         return "engine_args.speculative_config says the same as the field speculative. Leave one of the two out."
+    if config.kv_cache_dtype is not None and "kv_cache_dtype" in named:
+        return "engine_args.kv_cache_dtype says the same as the field kv_cache_dtype. Leave one of the two out."
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
-    for field in sorted(named & (type(config).model_fields.keys() | {"served_model_name"})):
+    own = (ModelFields.model_fields.keys() | {"served_model_name"}) - {"kv_cache_dtype"}
+    for field in sorted(named & own):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
     return None
 
 
-def _vllm_limits_problem(config: "ModelConfig") -> str | None:
+def _vllm_limits_problem(config: ModelFields) -> str | None:
     """Returns why vLLM cannot be held to `max_memory`, or None if it can. It is cut into stages that keep to it."""
     if config.max_memory is None:
         return None
@@ -119,7 +115,7 @@ def _vllm_limits_problem(config: "ModelConfig") -> str | None:
     return _named_gpus_problem(config, len(config.gpu_indices))
 
 
-def _named_gpus_problem(config: "ModelConfig", named: int) -> str | None:
+def _named_gpus_problem(config: ModelFields, named: int) -> str | None:
     """Returns why vLLM's stages do not take as many GPUs as `max_memory` names, or None if they do. It speaks of fields
     that were written."""
     if named in (0, config.ranks):
@@ -142,7 +138,7 @@ def _named_gpus_problem(config: "ModelConfig", named: int) -> str | None:
     return f"{start}, or leave {out} out, and the plan cuts the layers into {named // size} stages."
 
 
-def _pipeline_problem(config: "ModelConfig") -> str | None:
+def _pipeline_problem(config: ModelFields) -> str | None:
     """Returns why the number of stages and the layers of each contradict each other, or None if they agree."""
     layers, size = config.pipeline_layers, config.pipeline_parallel_size
     if layers is None or size in (None, len(layers)):
@@ -153,7 +149,7 @@ def _pipeline_problem(config: "ModelConfig") -> str | None:
     )
 
 
-def _nodes_problem(config: "ModelConfig") -> str | None:
+def _nodes_problem(config: ModelFields) -> str | None:
     """Returns why a replica cannot go over `nnodes` nodes, or None if it can. Each node has whole stages."""
     if config.nodes == 1:
         return None
@@ -185,7 +181,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _pt_problem(config: "ModelConfig") -> str | None:
+def _pt_problem(config: ModelFields) -> str | None:
     if config.tensor_parallel_size is not None:
         return (
             "tensor_parallel_size: pt places whole layers and has no tensor parallelism. Use max_memory to spread "
@@ -201,24 +197,29 @@ def _pt_problem(config: "ModelConfig") -> str | None:
         return problem
     if config.gpu_ids is not None:
         return "gpu_ids: with pt, max_memory names the GPUs, such as {1: 10GB}. Write it there."
-    if (problem := _pt_quantization_problem(config)) is not None:
+    if (problem := _pt_quantization_problem(config) or _pt_cache_problem(config)) is not None:
         return problem
     if config.engine_args:
         return "engine_args go to vLLM, and pt takes none. Leave them out, or use infer_backend: vllm."
     return None
 
 
-def _pt_quantization_problem(config: "ModelConfig") -> str | None:
+def _pt_quantization_problem(config: ModelFields) -> str | None:
     """Returns why pt cannot quantise the weights as it loads them, or None. Quantised layers stay on the devices on
     which they were made."""
     method = config.quantization
     drafts = None if config.speculative is None else config.speculative.quantization
-    for field, name in (("quantization", method), ("speculative.quantization", drafts)):
-        if name is not None and name not in PT_QUANTIZATIONS:
+    known = (
+        ("quantization", method, (*PT_QUANTIZATIONS, AUTO_QUANTIZATION), ", or by what the plan chooses (auto)"),
+        ("speculative.quantization", drafts, PT_QUANTIZATIONS, ""),
+    )
+    for field, name, methods, beside in known:
+        if name is not None and name not in methods:
             return (
                 f"{field}: pt does not know '{name}'.{nearest(name, PT_QUANTIZATIONS)} It rounds weights by "
-                f"{', '.join(PT_QUANTIZATIONS)} while it loads them. For a checkpoint that is quantised already, leave "
-                "the field out, since pt reads its method from config.json. Methods of vLLM need infer_backend: vllm."
+                f"{', '.join(PT_QUANTIZATIONS)} while it loads them{beside}. For a checkpoint that is quantised "
+                "already, leave the field out, since pt reads its method from config.json. Methods of vLLM need "
+                "infer_backend: vllm."
             )
     if method is None:
         return None
@@ -234,7 +235,18 @@ def _pt_quantization_problem(config: "ModelConfig") -> str | None:
     return None
 
 
-def _auto_problem(config: "ModelConfig") -> str | None:
+def _pt_cache_problem(config: ModelFields) -> str | None:
+    """Returns why pt has no KV cache of this type, or None if it has."""
+    name = config.kv_cache_dtype
+    if name in (None, "auto", *PT_CACHE_DTYPES):
+        return None
+    return (
+        f"kv_cache_dtype: pt does not have '{name}'.{nearest(name or '', PT_CACHE_DTYPES)} It has auto (the model's "
+        f"own type), {', '.join(PT_CACHE_DTYPES)}. Other types of vLLM's need infer_backend: vllm."
+    )
+
+
+def _auto_problem(config: ModelFields) -> str | None:
     """Returns why `auto` cannot choose. Fields of one backend decide for it, and fields of both contradict each
     other."""
     only_vllm = config.only_vllm
@@ -247,7 +259,7 @@ def _auto_problem(config: "ModelConfig") -> str | None:
     return _vllm_problem(config) if only_vllm else _pt_problem(config)
 
 
-def _device_map_problem(config: "ModelConfig") -> str | None:
+def _device_map_problem(config: ModelFields) -> str | None:
     if config.device_map is None:
         return None
     if config.device_map == {}:
@@ -270,7 +282,7 @@ def _device_map_problem(config: "ModelConfig") -> str | None:
     return None
 
 
-def _device_problem(config: "ModelConfig") -> str | None:
+def _device_problem(config: ModelFields) -> str | None:
     if config.device == "cpu":
         if config.gpu_indices:
             field = "max_memory" if config.max_memory else "gpu_ids" if config.gpu_ids else "device_map"

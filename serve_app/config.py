@@ -1,237 +1,20 @@
 """Defines what a user writes: one `ModelConfig` for each model and one `RouterConfig`, both as `args` in a Ray Serve
-config file.
-
-Field names are those of ms-swift, Hugging Face and vLLM. `backend_fields.py` refuses the fields that the chosen backend
-cannot honour.
+config file. Nothing is accepted and then ignored.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import Field, model_validator
 
-from serve_app.backend_fields import ONLY_PT, ONLY_VLLM, PT_QUANTIZATIONS, backend_problem
-from serve_app.byte_sizes import MaxMemoryKey, parse_bytes, parse_max_memory
-from serve_app.errors import ConfigError, nearest
-from serve_app.field_errors import field_errors
+from serve_app.backend_fields import backend_problem
+from serve_app.model_fields import BODY_TIMEOUT_S, MAX_BODY_BYTES, Flag, ModelFields, Positive, Seconds, Strict, Whole
 
-# These names come from other programs, and are called this here.
-FOREIGN_NAMES = {
-    "torch_dtype": "dtype",
-    "model_path": "model",
-    "model_id": "model",
-    "backend": "infer_backend",
-    "max_length": "max_model_len",
-    "max_batch_size": "max_num_seqs",
-    "tp": "tensor_parallel_size",
-    "tensor_parallel": "tensor_parallel_size",
-    "pp": "pipeline_parallel_size",
-    "pipeline_parallel": "pipeline_parallel_size",
-    "quant_method": "quantization",
-    "speculative_config": "speculative",
-}
-NOT_HERE = {
-    "served_model_name": "the model's name is the application's 'name'.",
-    "name": "the model's name is the application's 'name', one level up.",
-    "port": "the port belongs under 'http_options' at the top of the file.",
-    "host": "the host belongs under 'http_options' at the top of the file.",
-    "num_replicas": "scaling belongs under 'deployments: [{name: Model, num_replicas: …}]' of the application.",
-    "autoscaling_config": "scaling belongs under 'deployments: [{name: Model, autoscaling_config: …}]'.",
-    "gpu_memory_utilization": "with vllm, write it under 'engine_args'. With pt, use 'max_memory'.",
-}
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
-
-    @classmethod
-    def from_args(cls, args: Mapping[str, Any] | None) -> Self:
-        """Returns the config that the `args` of one application describe. Raises ConfigError with a line for each
-        mistake."""
-        args = dict(args or {})
-        unknown = [_unknown_field(name, cls.model_fields) for name in args if name not in cls.model_fields]
-        if unknown:
-            raise ConfigError("\n".join(unknown))
-        try:
-            return cls.model_validate(args)
-        except ValidationError as error:
-            raise ConfigError("\n".join(field_errors(error.errors(), args))) from None
-
-
-def _unknown_field(name: str, known: Mapping[str, object]) -> str:
-    if name in NOT_HERE:
-        return f"unknown field '{name}': {NOT_HERE[name]}"
-    if name in FOREIGN_NAMES and FOREIGN_NAMES[name] in known:
-        return f"unknown field '{name}'. Did you mean '{FOREIGN_NAMES[name]}'?"
-    return f"unknown field '{name}'.{nearest(name, known) or ' Known fields: ' + ', '.join(known) + '.'}"
-
-
-def _max_memory_or_none(value: object) -> dict[MaxMemoryKey, int] | None:
-    try:
-        return None if value is None else parse_max_memory(value)
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-
-
-def _size_or_none(value: object) -> int | None:
-    try:
-        size = None if value is None else parse_bytes(value, "kv_cache_memory_bytes")
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-    if size == 0:
-        raise ValueError("kv_cache_memory_bytes must be more than zero. Leave it out, and the plan chooses it.")
-    return size
-
-
-def _whole(value: object) -> object:
-    """Returns the value. pydantic would take true for 1."""
-    if isinstance(value, bool):
-        raise PydanticKnownError("int_type")
-    return value
-
-
-def _number(value: object) -> object:
-    """Returns the value. pydantic would take true for 1.0."""
-    if isinstance(value, bool):
-        raise PydanticKnownError("float_type")
-    return value
-
-
-def _flag(value: object) -> object:
-    """Returns the value. pydantic would take such as 'yes' for true."""
-    if isinstance(value, str):
-        raise PydanticKnownError("bool_type")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Number = Annotated[float, BeforeValidator(_number)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
-Positive = Annotated[Whole, Field(gt=0)]
-Seconds = Annotated[Number, Field(gt=0)]
-
-
-SPECULATIVE_METHODS = ("ngram", "draft_model")
-
-
-def _known_speculation(value: object) -> object:
-    """Returns the value. Raises ValueError for a method or a field that only vLLM has, or nobody."""
-    if not isinstance(value, Mapping):
-        return value
-    elsewhere = "With vllm, all its methods work under engine_args: {speculative_config: …}."
-    for name in map(str, value):
-        if name not in SpeculativeConfig.model_fields:
-            raise ValueError(
-                f"unknown field '{name}'.{nearest(name, SpeculativeConfig.model_fields)} Known fields: "
-                f"{', '.join(SpeculativeConfig.model_fields)}. {elsewhere}"
-            )
-    method = value.get("method", "draft_model" if "model" in value else None)
-    if method not in SPECULATIVE_METHODS:
-        given = f"unknown method {method!r}." if "method" in value else "there is no method."
-        raise ValueError(f"{given} Write method: ngram, or model: and the folder or id of a draft model. {elsewhere}")
-    return {**value, "method": method}
-
-
-MAX_BODY_BYTES = 32 * 2**20
+# All bodies together that a router replica holds at one time, if its config does not say.
 MAX_BODIES_BYTES = 2**30
-BODY_TIMEOUT_S = 60.0
 
 
-class SpeculativeConfig(_Strict):
-    """Says how an engine drafts tokens that one pass then verifies. All names are those of vLLM's speculative_config.
-
-    With the method `ngram`, up to `num_speculative_tokens` tokens are drafted from the place in prompt and answer where
-    the last `prompt_lookup_max` tokens stood before, or fewer of them, down to `prompt_lookup_min`.
-    With the method `draft_model`, which is that of a config with `model` and no method, a smaller model drafts them.
-    `model` is a local folder or a Hugging Face id, of which `revision` is a version, and `quantization` rounds its
-    weights while they are loaded, by a method of the backend.
-    """
-
-    method: Literal["ngram", "draft_model"]
-    num_speculative_tokens: Annotated[Whole, Field(ge=1, le=32)] = 4
-    prompt_lookup_max: Annotated[Whole, Field(ge=1, le=32)] = 4
-    prompt_lookup_min: Annotated[Whole, Field(ge=1, le=32)] = 2
-    model: Annotated[str, Field(min_length=1)] | None = None
-    revision: str | None = None
-    quantization: str | None = None
-
-    @model_validator(mode="after")
-    def _has_what_its_method_needs(self) -> Self:
-        own = ("prompt_lookup_max", "prompt_lookup_min") if self.method == "ngram" else _OF_A_DRAFT_MODEL
-        for name in (*_OF_A_DRAFT_MODEL, "prompt_lookup_max", "prompt_lookup_min"):
-            if name not in own and name in self.model_fields_set and getattr(self, name) is not None:
-                other = "draft_model" if self.method == "ngram" else "ngram"
-                raise ValueError(f"{name} belongs to method: {other}, and the method is {self.method}. Leave it out.")
-        if self.method == "draft_model" and self.model is None:
-            raise ValueError("method: draft_model needs model: and the folder or id of a smaller model.")
-        if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ValueError(
-                f"prompt_lookup_min is {self.prompt_lookup_min}, but prompt_lookup_max is {self.prompt_lookup_max}. "
-                "Raise prompt_lookup_max, or lower prompt_lookup_min."
-            )
-        return self
-
-    @property
-    def for_vllm(self) -> dict[str, Any]:
-        """Returns vLLM's `speculative_config`. It has both bounds of the match, because vLLM takes one for the other
-        where it is missing."""
-        fields = self.model_dump(exclude_none=True)
-        if self.method == "draft_model":
-            del fields["prompt_lookup_max"], fields["prompt_lookup_min"]
-        return fields
-
-
-# Only the method `draft_model` has these fields of `speculative`.
-_OF_A_DRAFT_MODEL = ("model", "revision", "quantization")
-
-
-class ModelConfig(_Strict):
-    """This is a model: what to load, with which engine, and on which devices. Sizes are in bytes and lengths in tokens.
-
-    `model` is a local folder, a Hugging Face id, or `serve-app/demo`, the model that ships with this package.
-    `max_memory` caps what a replica may take of each GPU, by index. vLLM has a stage of its pipeline on each, or on
-    `tensor_parallel_size` of them. With pt it also opens the `cpu` and `disk` tiers.
-    `gpu_ids` names vLLM's GPUs, by index, on nodes that advertise their memory by index.
-    `pipeline_parallel_size` is the number of stages of whole layers, each on `tensor_parallel_size` GPUs, and
-    `pipeline_layers` is the number of layers of each stage, the first stage first.
-    `nnodes` is the number of nodes over which the stages of each replica go. Each node takes `num_cpus` then.
-    `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
-    `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
-    `speculative` drafts tokens with both engines, by lookup or with a second model. For vLLM it is the argument
-    `speculative_config`.
-    `engine_args` goes to vLLM as it stands, for anything that has no field here.
-    A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
-    `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route. The router has its own.
-    """
-
-    model: Annotated[str, Field(min_length=1)]
-    infer_backend: Literal["pt", "vllm", "auto"]
-    revision: str | None = None
-    trust_remote_code: Flag = False
-    chat_template: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["cuda", "cpu"] = "cuda"
-    device_map: str | dict[str, Whole | str] | None = None
-    max_memory: Annotated[dict[MaxMemoryKey, int] | None, BeforeValidator(_max_memory_or_none)] = None
-    tensor_parallel_size: Positive | None = None
-    pipeline_parallel_size: Positive | None = None
-    pipeline_layers: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    nnodes: Positive | None = None
-    max_model_len: Positive | None = None
-    max_num_seqs: Positive | None = None
-    max_queued_requests: Positive | None = None
-    step_timeout_s: Seconds | None = None
-    max_body_bytes: Positive = MAX_BODY_BYTES
-    body_timeout_s: Seconds = BODY_TIMEOUT_S
-    kv_cache_memory_bytes: Annotated[int | None, BeforeValidator(_size_or_none)] = None
-    gpu_ids: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    accelerator_type: Annotated[str, Field(min_length=1)] | None = None
-    quantization: str | None = None
-    speculative: Annotated[SpeculativeConfig | None, BeforeValidator(_known_speculation)] = None
-    num_cpus: Annotated[Number, Field(gt=0)] = 1.0
-    num_gpus: Annotated[Number, Field(ge=0.001, le=1024)] | None = None
-    engine_args: dict[str, Any] = Field(default_factory=dict)
+class ModelConfig(ModelFields):
+    """This is a model whose fields agree with its backend, with its device and with each other."""
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
@@ -240,21 +23,10 @@ class ModelConfig(_Strict):
         return self
 
     @property
-    def only_vllm(self) -> list[str]:
-        """Returns the fields that are set and that only vLLM honours."""
-        own = {"quantization"} if self.quantization in PT_QUANTIZATIONS else set()
-        return [name for name in ONLY_VLLM if getattr(self, name) and name not in own]
-
-    @property
-    def only_pt(self) -> list[str]:
-        """Returns the fields that are set and that only pt honours, or that decide for it with `auto`."""
-        own = ["quantization"] if self.quantization in PT_QUANTIZATIONS else []
-        return own + [name for name in ONLY_PT if getattr(self, name)]
-
-    @property
     def draft(self) -> "ModelConfig | None":
         """Returns the config of the model that drafts for this one in pt, or None if none does. It runs beside this
-        one on one of its devices, and takes the `dtype` that this one is told to take."""
+        one on one of its devices, and takes the `dtype` that this one is told to take. Its KV cache is in its own type
+        whatever `kv_cache_dtype` is."""
         spec = self.speculative
         if spec is None or spec.model is None:
             return None
@@ -270,70 +42,8 @@ class ModelConfig(_Strict):
             num_cpus=self.num_cpus,
         )
 
-    @property
-    def gpu_indices(self) -> tuple[int, ...]:
-        """Returns the GPUs that `max_memory`, `gpu_ids` or a mapping in `device_map` names, in order."""
-        mapped = self.device_map.values() if isinstance(self.device_map, dict) else ()
-        named = (*(self.max_memory or {}), *(self.gpu_ids or ()), *mapped)
-        return tuple(sorted({device for device in named if isinstance(device, int)}))
 
-    @property
-    def stages(self) -> int:
-        """Returns the number of vLLM's pipeline stages, which is 1 without a pipeline. If `max_memory` names the GPUs
-        and nothing else says how many stages there are, each has `tensor_parallel_size` of them."""
-        if self.pipeline_parallel_size or self.pipeline_layers:
-            return self.pipeline_parallel_size or len(self.pipeline_layers or ())
-        if not self.max_memory or self.infer_backend == "pt":
-            return 1
-        return max(1, len(self.gpu_indices) // (self.tensor_parallel_size or 1))
-
-    @property
-    def named_gpus(self) -> tuple[int, ...]:
-        """Returns the GPUs that `gpu_ids` or `max_memory` names, as they are written. With `pipeline_layers` this is
-        the order of the stages."""
-        return tuple(dict.fromkeys(key for key in self.gpu_ids or self.max_memory or () if isinstance(key, int)))
-
-    @property
-    def ranks(self) -> int:
-        """Returns the number of vLLM's processes that compute, each of which has a GPU of its own if there are
-        several."""
-        return (self.tensor_parallel_size or 1) * self.stages
-
-    @property
-    def nodes(self) -> int:
-        """Returns the number of nodes that one replica takes."""
-        return self.nnodes or 1
-
-    @property
-    def ranks_of_nodes(self) -> list[int]:
-        """Returns the number of vLLM's ranks on each node, if each has as many whole stages as any other or one
-        more."""
-        least, more = divmod(self.stages, self.nodes)
-        return [(self.tensor_parallel_size or 1) * (least + (number < more)) for number in range(self.nodes)]
-
-    @property
-    def rank_threads(self) -> int:
-        """Returns the number of threads with which each of vLLM's ranks computes on the CPU. Those of a node share its
-        CPUs."""
-        return max(1, int(self.num_cpus) // max(self.ranks_of_nodes))
-
-    @property
-    def share(self) -> float | None:
-        """Returns the share of one GPU that `num_gpus` sets, or None if the replica has whole GPUs."""
-        return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None
-
-    @property
-    def vllm_args(self) -> dict[str, Any]:
-        """Returns `engine_args` with underscores in their names, because vLLM takes dashes as well."""
-        return {name.replace("-", "_"): value for name, value in self.engine_args.items()}
-
-    @property
-    def spill_tiers(self) -> frozenset[str]:
-        """Returns the slower tiers, "cpu" and "disk", that the user opened by naming them."""
-        return frozenset(key for key in self.max_memory or {} if isinstance(key, str))
-
-
-class RouterConfig(_Strict):
+class RouterConfig(Strict):
     """This is the router: its names, limits and waiting. Sizes are in bytes and times in seconds, and all hold for each
     router replica.
 

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,11 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.warm_vllm import WarmVllm
+
+# Before any test starts a process. Where this is set, as in many images, each of a hundred processes compiles torch,
+# Ray and vLLM again, which is half of what their import costs.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Before any test imports torch. The tests' models are so small that a second thread costs more than it computes, and
 # ten times more where the other processor works on other tests.

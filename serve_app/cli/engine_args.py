@@ -1,5 +1,5 @@
-"""Compares the `engine_args` and `quantization` of a config file with the arguments of vLLM and the values that these
-take, without importing vLLM."""
+"""Compares the `engine_args`, `quantization` and `kv_cache_dtype` of a config file with the arguments of vLLM and the
+values that these take, without importing vLLM."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,6 +7,7 @@ from serve_app.engines.vllm.arguments import VERSION, unknown_arguments
 from serve_app.engines.vllm.values import unknown_values
 from serve_app.facts.packages import has_vllm_plugins, installed_version
 from serve_app.facts.serve_file import ApplicationSpec
+from serve_app.model_fields import AUTO_QUANTIZATION, PT_CACHE_DTYPES, PT_QUANTIZATIONS
 
 
 def wrong_engine_args(application: ApplicationSpec) -> list[str]:
@@ -35,7 +36,10 @@ def _unknown(application: ApplicationSpec) -> list[str]:
     arguments = {str(name): value for name, value in given.items()} if isinstance(given, Mapping) else {}
     has_plugins = has_vllm_plugins()
     values = unknown_values({name.replace("-", "_"): value for name, value in arguments.items()}, has_plugins)
-    fields = {"quantization": application.args.get("quantization")}
+    of_pt = {"quantization": (*PT_QUANTIZATIONS, AUTO_QUANTIZATION), "kv_cache_dtype": PT_CACHE_DTYPES}
+    fields = {
+        name: application.args.get(name) for name in of_pt if application.args.get(name) not in of_pt[name]
+    }  # A value of pt's with vLLM is refused with the config (`config.py`).
     return [
         *unknown_arguments(arguments),
         *(f"engine_args.{name}: {sentence}" for name, sentence in values),

@@ -279,7 +279,10 @@ def _add_plan(commands: Any) -> None:
     one.add_argument("--max-num-seqs", type=int)
     one.add_argument("--max-memory", help="a bound for each device, such as '{0: 3GB, 1: 10GB}'")
     one.add_argument("--num-gpus", type=float)
-    one.add_argument("--quantization", help="bnb-nf4 or bnb-int8 with pt, and a method of vLLM's such as fp8 with vllm")
+    one.add_argument(
+        "--quantization", help="bnb-nf4, bnb-int8 or auto with pt, and a method of vLLM's such as fp8 with vllm"
+    )
+    one.add_argument("--kv-cache-dtype", help="fp8 or int8 with pt, and a type of vLLM's such as fp8 with vllm")
 
 
 def _add_diff(commands: Any) -> None:

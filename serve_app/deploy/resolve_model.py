@@ -11,19 +11,30 @@ from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.engine_facts import NO_FACTS
 from serve_app.facts.inventory import Inventory
 from serve_app.facts.nodes import Node
+from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve, resolve_on_cpu
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room
 from serve_app.terminal import notify
 
+# This is why a field that leaves a choice to the plan needs one.
+NO_PLAN = (
+    "is chosen by the memory plan, and there is no plan of this model here, because the devices of the cluster are not "
+    "known. Name the method (bnb-int8 or bnb-nf4), or leave quantization out."
+)
 # It reads a model for the cards of an inventory, or gives the request that was made of it. It may raise ConfigError.
 RequestOf = Callable[[ModelConfig, Inventory], ModelRequest]
 
 
 def needs_devices(config: ModelConfig) -> bool:
-    """Returns whether the model is planned before it starts: its place depends on the sizes of GPUs, or vLLM splits it
-    over ranks on the CPU, which vLLM may refuse."""
-    return config.device != "cpu" or config.infer_backend == "auto" or _is_split_on_cpu(config)
+    """Returns whether the model is planned before it starts: its place depends on the sizes of GPUs, the plan chooses
+    its backend or its quantization, or vLLM splits it over ranks on the CPU, which vLLM may refuse."""
+    return config.device != "cpu" or _plan_chooses(config) or _is_split_on_cpu(config)
+
+
+def _plan_chooses(config: ModelConfig) -> bool:
+    """Returns whether a field leaves a choice to the plan, without which there is no start."""
+    return config.infer_backend == "auto" or config.quantization == AUTO_QUANTIZATION
 
 
 def _is_split_on_cpu(config: ModelConfig) -> bool:
@@ -64,6 +75,8 @@ def resolve_model(
     resolved = _planned(config, inventory, unclaimed, request_of or _request)
     if resolved is None and config.infer_backend == "vllm" and config.max_memory is not None:
         raise PlacementError(f"max_memory: {UNPLANNED_LIMITS}")
+    if resolved is None and config.quantization == AUTO_QUANTIZATION:
+        raise PlacementError(f"quantization: auto {NO_PLAN}")
     chosen = config if resolved is None else resolved.config
     demand = require_room(chosen, nodes, None if resolved is None else resolved.demand)
     # A model that was read and could not be planned has no facts, and its replica must not plan it either.
@@ -97,7 +110,7 @@ def require_all_replicas(
 def _planned(
     config: ModelConfig, inventory: Inventory | None, unclaimed: Inventory | None, request_of: RequestOf
 ) -> Resolved | None:
-    is_auto = config.infer_backend == "auto"
+    is_auto = _plan_chooses(config)
     if inventory is None or not _needs_plan(config, inventory):
         return None
     try:
@@ -108,15 +121,18 @@ def _planned(
         return None
     if request.unplanned and not is_auto:
         return None
-    return resolve_on_cpu(request, inventory) if _is_split_on_cpu(config) else resolve(request, inventory, unclaimed)
+    if request.unplanned and config.infer_backend != "auto":
+        raise PlacementError(request.unplanned)
+    is_on_cpu = config.device == "cpu" and config.infer_backend != "auto"
+    return resolve_on_cpu(request, inventory) if is_on_cpu else resolve(request, inventory, unclaimed)
 
 
 def _needs_plan(config: ModelConfig, inventory: Inventory | None) -> bool:
-    """Returns whether the model is planned: its place depends on GPUs, and these are known, or it is split on the
-    CPU."""
+    """Returns whether the model is planned: its place depends on GPUs, and these are known, or the plan chooses for it,
+    or it is split on the CPU."""
     if inventory is None or not needs_devices(config):
         return False
-    return bool(inventory.gpus) or config.infer_backend == "auto" or _is_split_on_cpu(config)
+    return bool(inventory.gpus) or _plan_chooses(config) or _is_split_on_cpu(config)
 
 
 def _request(config: ModelConfig, inventory: Inventory) -> ModelRequest:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serve_app.backend_fields import PT_QUANTIZATIONS
 from serve_app.config import ModelConfig
 from serve_app.engines.model_facts import answers
 from serve_app.errors import ConfigError
@@ -17,6 +16,7 @@ from serve_app.facts.known_facts import Answer, Question, known_answer
 from serve_app.facts.model_code import code_digest
 from serve_app.facts.packages import facts_version
 from serve_app.facts.weights import CANNOT_BUILD, Tensor, tensors_without_weights
+from serve_app.model_fields import PT_QUANTIZATIONS
 from serve_app.planning.model_request import ModelRequest
 
 # vLLM is asked about these tensor parallel sizes at once. Another size of a config is a question of its own, in the
@@ -140,6 +140,8 @@ def _of_pt(config: ModelConfig, checkpoint: Checkpoint) -> Question:
     settings: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if config.quantization in PT_QUANTIZATIONS:  # Most configs have none, whose answers are shipped.
         settings["quantization"] = config.quantization
+    if config.pt_cache_dtype is not None:
+        settings["kv_cache_dtype"] = config.pt_cache_dtype
     settings |= _code(config, checkpoint)
     return Question("pt", facts_version("pt"), checkpoint.config, settings)
 

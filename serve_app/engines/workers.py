@@ -1,4 +1,4 @@
-"""Has threads for what takes time with each request: decoding its body, its template, its tokens and its answer.
+"""Has threads for what takes time: a model's load, and with each request its body, template, tokens and answer.
 
 No work that grows with a request runs on the event loop. Large requests wait only behind large ones, and what waits has
 a bound, so that one client's large requests cannot delay all the others.
@@ -20,6 +20,24 @@ MOST_WAITING_SMALL = 1024
 MOST_WAITING_LARGE = 32
 
 T = TypeVar("T")
+
+
+async def in_thread_of_its_own(work: Callable[[], T]) -> T:
+    """Returns `work()`, which runs in a new thread that has ended before this returns. Raises its errors.
+
+    It is for work that computes with torch before the engine's thread does. OpenMP gives each thread that computes
+    helpers of its own, which live as long as that thread. GNU's OpenMP lets helpers spin for a moment between two
+    operations, but if there are more helpers than cores they sleep at once, and each of the hundreds of operations of
+    a step has to wake them. So no thread that has computed may stay beside the engine's.
+    """
+    threads = ThreadPoolExecutor(1, thread_name_prefix="pt-load")
+    try:
+        result = await asyncio.get_running_loop().run_in_executor(threads, work)
+    except BaseException:
+        threads.shutdown(wait=False)  # The work may go on after a cancellation.
+        raise
+    threads.shutdown()  # The work is done, so the thread ends at once.
+    return result
 
 
 class Workers:

@@ -176,12 +176,19 @@ def _outline(config: Mapping[str, Any], where: str) -> Architecture:
         vocabulary=number("vocabulary", text, DEFAULT_VOCABULARY),
         max_model_len=number("max_model_len", text, DEFAULT_CONTEXT),
         layers=tuple(repeat("unknown", number("layers", text))),
-        quantization=str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
+        quantization=_quantization_method(quantization) if isinstance(quantization, Mapping) else None,
         names_kv_cache=_names_kv_cache(quantization),
         has_scaled_positions=_has_scaled_positions(text),
         has_formulas=False,
         encoder_width=max((_encoder_width(part) for part in encoders), default=0),
     )
+
+
+def _quantization_method(quantization: Mapping[str, Any]) -> str:
+    """Returns the method of a quantization_config by its name. Older checkpoints of bitsandbytes have none."""
+    if quantization.get("quant_method") is None and quantization.keys() & {"load_in_4bit", "load_in_8bit"}:
+        return "bitsandbytes"
+    return str(quantization.get("quant_method"))
 
 
 def _names_kv_cache(quantization: Any) -> bool:
@@ -240,7 +247,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], model_type: str, f
         rope_size=size("qk_rope_head_dim"),
         key_size=size("qk_nope_head_dim") + size("qk_rope_head_dim"),
         value_size=size("v_head_dim"),
-        quantization=str(quantization.get("quant_method")) if quantization else None,
+        quantization=_quantization_method(quantization) if quantization else None,
         names_kv_cache=_names_kv_cache(quantization),
         has_scaled_positions=_has_scaled_positions(text),
         rotary_elements=_rotary_elements(

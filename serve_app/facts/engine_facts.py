@@ -115,7 +115,8 @@ class PtFacts:
     sequence. `before` holds the embedding and what is computed before the layers, and `after` the norm and the head. A
     tied head, of `tied_head` bytes, is in `before` alone. `buffers` are what the model makes itself, for `before`, each
     layer and `after`.
-    `alone` says why pt computes one request at a time without a cache, and is empty if it does not.
+    `alone` says why pt computes one request at a time without a cache, and is empty if it does not. `read` is what the
+    cache of a token takes in each layer in the model's type, if it is kept in 8 bits, and is empty otherwise.
     """
 
     layers: tuple[int, ...]
@@ -127,6 +128,7 @@ class PtFacts:
     names: BlockNames
     tied_head: int = 0
     alone: str = ""
+    read: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -221,8 +223,10 @@ def _pt_facts(plain: Mapping[str, Any]) -> PtFacts:
     names = BlockNames(tuple(map(str, named["layers"])), tuple(map(str, named["before"])), int(named["count"]))
     facts = PtFacts(
         sizes("layers"), int(plain["before"]), int(plain["after"]), sizes("kv"), sizes("state"), sizes("buffers"),
-        names, int(plain["tied_head"]), str(plain["alone"]),
+        names, int(plain["tied_head"]), str(plain["alone"]), tuple(map(int, plain.get("read", ()))),
     )  # fmt: skip
+    if len(facts.read) not in (0, names.count):
+        raise ValueError("its lists have different lengths")
     if not len(facts.layers) == len(facts.kv) == len(facts.state) == len(facts.buffers) - 2 == names.count:
         raise ValueError("its lists have different lengths")
     return facts

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.config import ModelConfig, RouterConfig, Whole
+from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ConfigError, nearest
 from serve_app.field_errors import field_errors
+from serve_app.model_fields import Whole
 
 # People write these for `args`, and so they do words that are near it, such as `arguments`.
 FOREIGN_ARGS = ("params", "parameters", "config")

@@ -1,29 +1,33 @@
-"""Decides what `infer_backend: auto` becomes. It gives the ways to run a model, the best first, with their reasons."""
+"""Decides what `infer_backend: auto` and `quantization: auto` become. It gives the ways to run a model, the best first,
+with their reasons."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from serve_app.backend_fields import ONLY_PT, PT_QUANTIZATIONS
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Inventory
+from serve_app.model_fields import AUTO_QUANTIZATION, ONLY_PT
 from serve_app.planning.model_request import ModelRequest
+from serve_app.planning.sizes import gib
 
 # With one of these fields alone, `auto` means pt. vLLM keeps to `max_memory` too, so there the plan decides.
 DECIDE_FOR_PT = (*(name for name in ONLY_PT if name != "max_memory"), "step_timeout_s")
 # `auto` tries stages on at most so many cards.
 MOST_STAGED_CARDS = 8
+# `quantization: auto` tries these in their order, the least loss first. None keeps the weights whole.
+QUANTIZATIONS = (None, "bnb-int8", "bnb-nf4")
 SPECULATES = "speculative is set, whose memory the plan knows only for pt"
 
 
 def fields_for_pt(config: ModelConfig) -> list[str]:
     """Returns the fields that are set and that decide for pt with `auto`."""
-    own = ["quantization"] if config.quantization in PT_QUANTIZATIONS else []
-    return own + [name for name in DECIDE_FOR_PT if getattr(config, name) is not None]
+    return config.values_of_pt + [name for name in DECIDE_FOR_PT if getattr(config, name) is not None]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """This is a config without `auto`, and the reasons for it."""
+    """This is a config without `auto`, and the reasons for it. `quantization: auto` is still to be explained, because
+    its reason is what the plan found before (`quantization_reason`)."""
 
     config: ModelConfig
     reasons: tuple[str, ...]
@@ -31,6 +35,24 @@ class Choice:
 
 def choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     """Yields the ways to run a model, in the order in which they are tried."""
+    if request.config.quantization != AUTO_QUANTIZATION:
+        yield from _choices(request, inventory)
+        return
+    for method in QUANTIZATIONS:
+        for choice in _choices(request, inventory):
+            yield replace(choice, config=choice.config.model_copy(update={"quantization": method}))
+
+
+def quantization_reason(method: str | None, lacking: Mapping[str | None, int]) -> str:
+    """Returns why `quantization: auto` takes this method. `lacking` are the bytes that the methods before it lack at
+    least, where they came nearest."""
+    if method is None:
+        return "quantization: auto keeps the weights whole, because they fit"
+    lost = [f"{name or 'whole weights'} lack{'s' if name else ''} {gib(size)}" for name, size in lacking.items()]
+    return f"quantization: auto takes {method}, because {' and '.join(lost) or 'nothing before it fits'}"
+
+
+def _choices(request: ModelRequest, inventory: Inventory) -> Iterator[Choice]:
     config = request.config
     if config.infer_backend != "auto":
         yield Choice(config, (f"infer_backend: {config.infer_backend} is set",))

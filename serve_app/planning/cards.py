@@ -22,8 +22,11 @@ _COMPRESSED = frozenset({"mla", "sliding_mla"})
 
 
 def on_cards(request: ModelRequest, devices: Sequence[Device]) -> ModelRequest:
-    """Returns the model as vLLM's code has it on the oldest of these cards, where it was asked about them, or else the
-    model itself. What was computed of one card is kept apart from that of another."""
+    """Returns the model as vLLM's code has it on the oldest of these cards, where it was asked about them, or as
+    transformers has it on cards where it makes FP8 whole, or else the model itself. What was computed of one card is
+    kept apart from that of another."""
+    if _makes_fp8_whole(request, devices):
+        return replace(request, fp8_is_whole=True, memo=request.memo.setdefault("whole fp8", {}))
     known = [card_capability(device.name) for device in devices if device.is_gpu]
     capabilities = [capability for capability in known if capability is not None]
     if not capabilities or not request.engine_facts.others:
@@ -50,11 +53,22 @@ def oldest_cards(cards: Sequence[Card]) -> frozenset[str]:
 def card_problem(request: ModelRequest, devices: Sequence[Device]) -> Shortage | None:
     """Returns why an engine does not take the model's weights on one of these devices, or a plan does not know what
     they become there, or None."""
+    if _makes_fp8_whole(request, devices):
+        return None
     find = _vllm_problem if request.config.infer_backend == "vllm" else _pt_problem
     for device in devices:
         if device.is_gpu and (problem := find(request, device)) is not None:
             return problem
     return None
+
+
+def _makes_fp8_whole(request: ModelRequest, devices: Sequence[Device]) -> bool:
+    """Returns whether transformers makes the weights of an FP8 checkpoint whole on each of these cards. It decides by
+    one card for all of them, so cards that differ in it are refused."""
+    if request.config.infer_backend != "pt" or request.architecture.quantization != "fp8":
+        return False
+    known = [card_capability(device.name) if device.is_gpu else None for device in devices]
+    return all(capability is not None and capability < LEAST_FP8_IN_PT for capability in known)
 
 
 def _vllm_problem(request: ModelRequest, device: Device) -> Shortage | None:

@@ -11,10 +11,11 @@ from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.pt_kv_buffers import budget_for, cells, full_length_requests
-from serve_app.planning.quantization import BITS, loading_bytes
+from serve_app.planning.quantization import BITS, loading_bytes, unpacked_elements
 from serve_app.planning.shortage import Shortage, available, bounds_of, rows_problem, shortage, small_cache
 from serve_app.planning.sizes import gib
 from serve_app.planning.terms import (
+    cache_in_8_bits,
     draft_cache,
     draft_weights,
     left_over_layer,
@@ -283,11 +284,7 @@ def _pt_overhead(
     drafted = _drafted_tokens(request, rows)
     peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens, drafted)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
-    if request.pt_quantization is not None:
-        unpacked, loading = _whole_weights(request, blocks)
-        activation += memory.guessed([unpacked_weight(unpacked)])
-        if loading > activation.bytes:
-            activation = memory.guessed([loading_weight(loading)])
+    activation = _with_whole_weight(request, blocks, activation)
     if draft is not None and draft.seat == rank:
         own = _draft_activation(request, draft, rows)
         activation = own if own.bytes > activation.bytes else activation
@@ -302,12 +299,18 @@ def _draft_activation(request: ModelRequest, draft: _Draft, rows: int) -> Figure
     own, drafted = draft.request, _drafted_tokens(request, rows)
     tokens = min(request.max_model_len, 4096)
     peaks = memory.pt_activation(own.architecture, own.element_bytes, rows, PT_CHUNK_TOKENS, tokens, drafted)
-    activation = peaks["layer"] + peaks["head"]
-    if own.pt_quantization is not None:
-        unpacked, loading = _whole_weights(own, draft.blocks)
+    return _with_whole_weight(own, draft.blocks, peaks["layer"] + peaks["head"])
+
+
+def _with_whole_weight(request: ModelRequest, blocks: Sequence[Block], activation: Figure) -> Figure:
+    """Returns the activations with room for the largest quantised weight as a whole one, or for what it takes while it
+    is quantised, if that is more than all activations."""
+    if request.pt_quantization is not None:
+        unpacked, loading = _whole_weights(request, blocks)
         activation += memory.guessed([unpacked_weight(unpacked)])
-        if loading > activation.bytes:
-            activation = memory.guessed([loading_weight(loading)])
+        return memory.guessed([loading_weight(loading)]) if loading > activation.bytes else activation
+    if elements := unpacked_elements(request.tensors):
+        activation += memory.guessed([unpacked_weight(elements * request.element_bytes)])
     return activation
 
 
@@ -338,13 +341,14 @@ def _pt_plan(
         has_draft = draft is not None and draft.seat == number
         if not part.blocks and not has_draft and not (number == 0 and mapped.rest.blocks):
             continue
-        kept = mapped.rest.cache(tokens, rows) if number == 0 else 0
+        groups = [part, mapped.rest] if number == 0 else [part]
         numbers = [block.number for block in part.blocks]
         activation, context = overheads[number]
         if number == 0 and mapped.rest.blocks:
             room = left_over_layer(max(block.weights for block in mapped.rest.blocks))
             activation += Figure(room.bytes, terms=(room,))
-        cache, weights = Figure(part.cache(tokens, rows) + kept), _pt_weights(request, part)
+        cache = sum((_pt_cache(request, group, tokens, rows) for group in groups), ZERO)
+        weights = _pt_weights(request, part)
         if draft is not None and has_draft:
             weights, cache = _with_draft(draft, weights, cache, part, tokens, rows)
         layers = (min(numbers), max(numbers)) if numbers else None
@@ -369,15 +373,27 @@ def _with_draft(
     draft: _Draft, weights: Figure, cache: Figure, part: BlockGroup, tokens: int, rows: int
 ) -> tuple[Figure, Figure]:
     """Returns the weights and the cache of the blocks `part` on a device, and those of the draft model beside them. At
-    one moment, one layer of either model is moved, so the copy of the larger one counts."""
+    one moment, one layer of either model is moved or read, so the larger one counts. The draft model's cache is in its
+    own type, also beside one in 8 bits."""
     group, request = BlockGroup(draft.blocks), draft.request
     own = _pt_weights(request, group)
     weights = Figure(weights.bytes, terms=weights.terms or (model_weights(weights.bytes),))
     weights += Figure(own.bytes, terms=(draft_weights(own.bytes, request.pt_quantization),))
     both = BlockGroup((*part.blocks, *draft.blocks)).cache(tokens, rows)
     more = both - part.cache(tokens, rows)
-    terms = (model_cache(cache.bytes), draft_cache(more))
+    terms = (*(cache.terms or (model_cache(cache.bytes),)), draft_cache(more))
     return weights, Figure(cache.bytes + more, terms=tuple(term for term in terms if term.bytes))
+
+
+def _pt_cache(request: ModelRequest, group: BlockGroup, tokens: int, rows: int) -> Figure:
+    """Returns the KV cache of some blocks on a device, with the terms of one in 8 bits."""
+    size = group.cache(tokens, rows)
+    if request.config.pt_cache_dtype is None or not any(block.kv for block in group.blocks):
+        return Figure(size)
+    elements = sum(block.read for block in group.blocks) // request.element_bytes
+    scales = sum(block.kv for block in group.blocks) - elements
+    read, states = max(block.transient for block in group.blocks), sum(block.state for block in group.blocks)
+    return Figure(size, terms=tuple(cache_in_8_bits(tokens, elements, scales, read, rows * states)))
 
 
 def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:

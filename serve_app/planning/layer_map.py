@@ -7,13 +7,19 @@ for the largest of them, since they are computed there.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.engine_facts import BlockNames, PtFacts
 from serve_app.facts.weights import FLOATS, Tensor
-from serve_app.planning.memory import LAYER, loaded, pt_kv_bytes_per_token, pt_state_bytes
-from serve_app.planning.quantization import loading_bytes, quantized_tensor
+from serve_app.planning.memory import (
+    LAYER,
+    loaded,
+    pt_kv_bytes_in_8_bits,
+    pt_kv_bytes_per_token,
+    pt_state_bytes,
+)
+from serve_app.planning.quantization import BNB_SCALES, loading_bytes, quantized_tensor
 
 _FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe|word_embeddings\w*)(?:\.|$)")
 
@@ -23,9 +29,10 @@ class Block:
     """This is a part that cannot be split: the embedding (number -1), a layer, or the norm and head (after the last
     layer).
 
-    `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence. Of `weights`, `values` are
-    quantised, and `scales` belong to these. `unpacked` is what its largest quantised weight takes whole, and `loading`
-    what it takes while it is quantised.
+    `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence. `read` is what a token of a cache
+    in 8 bits takes in the model's type, which each layer has while it is computed, and 0 for a cache in that type.
+    Of `weights`, `values` are quantised, and `scales` belong to these. `unpacked` is what its largest quantised weight
+    takes whole, and `loading` what it takes while it is quantised.
     """
 
     number: int
@@ -36,6 +43,13 @@ class Block:
     scales: int = 0
     unpacked: int = 0
     loading: int = 0
+    read: int = 0
+
+    @property
+    def transient(self) -> int:
+        """Returns the most that its cache takes for a token beside `kv` for a moment: a copy of it while its buffers
+        are moved, or what is read of it."""
+        return max(self.kv, self.read)
 
 
 def block_number(name: str, names: BlockNames) -> int:
@@ -80,14 +94,14 @@ class BlockGroup:
         return sum(block.weights for block in self.blocks)
 
     def cache(self, tokens: int, rows: int) -> int:
-        """Returns the bytes of cache, with the copy of one layer while its buffers are moved."""
+        """Returns the bytes of cache, with what one layer takes for a moment while it is moved or read."""
         return cache_bytes(self.blocks, tokens, rows)
 
 
 def cache_bytes(blocks: Iterable[Block], tokens: int, rows: int) -> int:
     """Returns what `BlockGroup.cache` does, for any blocks."""
     blocks = tuple(blocks)
-    largest = max((block.kv for block in blocks), default=0)
+    largest = max((block.transient for block in blocks), default=0)
     return tokens * (sum(block.kv for block in blocks) + largest) + rows * sum(block.state for block in blocks)
 
 
@@ -98,6 +112,7 @@ def blocks_of(
     facts: PtFacts | None = None,
     copies_tied: bool = False,
     quantization: str | None = None,
+    in_8_bits: bool = False,
 ) -> list[Block]:
     """Returns the blocks of a model in their order, by what transformers says of it, or else by this project's formulas
     over the tensors of its checkpoint. A tied head lies with the embedding, or, with `copies_tied`, is a copy.
@@ -105,7 +120,7 @@ def blocks_of(
     With `facts`, the cache is always theirs. The weights are theirs too, because a checkpoint may hold what is not
     loaded. Only a quantised checkpoint says itself how large its weights are, because `facts` are of a model whose
     weights have one type. `quantization` is the method by which whole weights are quantised while they load; `facts`
-    are of a model that is quantised so.
+    are of a model that is quantised so. With `in_8_bits`, the cache is kept in 8 bits, as that of `facts` must be then.
     """
     rounded: dict[int, _Rounded] = {}
     if facts is None:
@@ -114,16 +129,22 @@ def blocks_of(
                         element_bytes)  # fmt: skip
         if quantization is not None:
             rounded = _rounded(quantization, tensors, architecture, element_bytes)
-        kv = pt_kv_bytes_per_token(architecture, element_bytes)
+        whole = pt_kv_bytes_per_token(architecture, element_bytes)
+        kv = pt_kv_bytes_in_8_bits(architecture, element_bytes) if in_8_bits else whole
+        read = whole if in_8_bits else {}
         state = pt_state_bytes(architecture, element_bytes)
         head = architecture.vocabulary * architecture.hidden_size * element_bytes if architecture.tied else 0
     else:
         weights = _weights(facts, tensors, element_bytes)
         kv, state, head = dict(enumerate(facts.kv)), dict(enumerate(facts.state)), facts.tied_head
+        read = dict(enumerate(facts.read))
     if copies_tied:  # `packed_linear.py` orders the head's weights anew.
         weights[len(weights) - 2] += head
     return [
-        _block(number, size, kv.get(number, 0), state.get(number, 0), rounded.get(number, _Rounded()))
+        replace(
+            _block(number, size, kv.get(number, 0), state.get(number, 0), rounded.get(number, _Rounded())),
+            read=read.get(number, 0),
+        )
         for number, size in weights.items()
     ]
 
@@ -180,7 +201,7 @@ def _is_dropped(name: str, facts: PtFacts) -> bool:
 
 
 # transformers keeps this in float32 whatever the model's type is.
-_FLOAT32 = re.compile(r"(?:^|\.)e_score_correction_bias$")
+_FLOAT32 = re.compile(rf"(?:^|\.)e_score_correction_bias$|{BNB_SCALES.pattern}")
 
 
 def _sums(numbered: Iterable[tuple[int, Tensor]], layers: int, element_bytes: int) -> dict[int, int]:
@@ -236,14 +257,14 @@ def _fill(
 ) -> LayerMap:
     parts: list[list[Block]] = [[] for _ in limits]
     device, position = 0, 0
-    # These are sums over what lies on the present device, and its largest `kv`.
+    # These are sums over what lies on the present device, and its largest `transient`.
     weights, largest, kv, state = _sums_of(beside.get(0))
     while position < len(blocks) and device < len(limits):
         block = blocks[position]
-        cache = tokens * (kv + block.kv + max(largest, block.kv)) + rows * (state + block.state)
+        cache = tokens * (kv + block.kv + max(largest, block.transient)) + rows * (state + block.state)
         if weights + block.weights + cache <= limits[device]:
             weights, kv, state = weights + block.weights, kv + block.kv, state + block.state
-            largest = max(largest, block.kv)
+            largest = max(largest, block.transient)
             parts[device].append(block)
             position += 1
         else:
@@ -253,8 +274,9 @@ def _fill(
 
 
 def _sums_of(group: BlockGroup | None) -> tuple[int, int, int, int]:
-    """Returns the weights of a group, and the largest `kv`, the `kv` and the `state` of its blocks."""
+    """Returns the weights of a group, and the largest `transient`, the `kv` and the `state` of its blocks."""
     if group is None:
         return 0, 0, 0, 0
-    kv = [block.kv for block in group.blocks]
-    return group.weights, max(kv, default=0), sum(kv), sum(block.state for block in group.blocks)
+    blocks = group.blocks
+    largest = max((block.transient for block in blocks), default=0)
+    return group.weights, largest, sum(block.kv for block in blocks), sum(block.state for block in blocks)

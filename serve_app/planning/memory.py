@@ -267,10 +267,26 @@ def pt_kv_bytes_per_token(architecture: Architecture, element_bytes: int) -> dic
 
     Sliding-window layers keep all tokens here, and MLA keeps its compressed keys and values, as transformers 5.19 does.
     """
-    standard = 2 * architecture.kv_heads * architecture.head_size
-    compressed = architecture.latent_size + architecture.rope_size
-    elements = {"full": standard, "sliding": standard, "mla": compressed, "linear": 0}
+    elements = {kind: size * heads for kind, (size, heads) in _pt_vectors(architecture).items()}
     return {number: elements[kind] * element_bytes for number, kind in enumerate(architecture.layers)}
+
+
+def pt_kv_bytes_in_8_bits(architecture: Architecture, element_bytes: int) -> dict[int, int]:
+    """Returns `pt_kv_bytes_per_token` of a cache in 8 bits: a byte for each element, and a scale in the model's type
+    for each key and value of a head."""
+    sizes = {
+        kind: size * heads + (2 * heads * element_bytes if size else 0)
+        for kind, (size, heads) in _pt_vectors(architecture).items()
+    }
+    return {number: sizes[kind] for number, kind in enumerate(architecture.layers)}
+
+
+def _pt_vectors(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Returns the elements of a key and a value together, and the number of heads that have one of each, by the kind of
+    layer."""
+    standard = 2 * architecture.head_size, architecture.kv_heads
+    compressed = architecture.latent_size + architecture.rope_size, 1
+    return {"full": standard, "sliding": standard, "mla": compressed, "linear": (0, 0)}
 
 
 def pt_state_bytes(architecture: Architecture, element_bytes: int) -> dict[int, int]:

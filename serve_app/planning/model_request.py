@@ -4,23 +4,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.backend_fields import ONLY_VLLM, PT_QUANTIZATIONS
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
 from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
 from serve_app.facts.inventory import Device
 from serve_app.facts.weights import Tensor
+from serve_app.model_fields import AUTO_QUANTIZATION, ONLY_VLLM, PT_QUANTIZATIONS
 from serve_app.planning import memory
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
 from serve_app.planning.layer_map import Block, blocks_of
 from serve_app.planning.memory import Figure
+from serve_app.planning.quantization import PACKAGES, held_tensors
 from serve_app.planning.terms import stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
+# These are the ends of sentences that say why a model has no KV cache in 8 bits in pt.
+ALONE = "runs one request at a time without a cache in pt. Leave kv_cache_dtype out"
+NO_KEYS = "keeps states and no keys and values. Leave kv_cache_dtype out"
 # The formulas know the KV cache of these types: the model's own type, and 8 bits.
 FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 # vLLM holds weights of these methods in about the bytes in which they are stored; the margin of guesses covers what it
@@ -30,7 +34,7 @@ HELD_AS_STORED = frozenset({"awq", "gptq", "fp8", "compressed-tensors", "mxfp4",
 
 def cache_dtype(config: ModelConfig) -> str:
     """Returns the type of vLLM's KV cache as a config asks for it, which is "auto" if it does not say."""
-    return str(config.vllm_args.get("kv_cache_dtype") or "auto")
+    return str(config.kv_cache_dtype or config.vllm_args.get("kv_cache_dtype") or "auto")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class ModelRequest:
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    # This says that transformers makes the weights of this FP8 checkpoint whole, as it does on old cards.
+    fp8_is_whole: bool = field(default=False, compare=False, repr=False)
     # This says that only the verdict counts, as in a search for fixes, so that a refusal needs no figures.
     is_trial: bool = field(default=False, compare=False, repr=False)
 
@@ -169,16 +175,32 @@ class ModelRequest:
             return "speculative: the plan does not know how much memory vLLM takes for it."
         for name in uncounted_arguments(self._arguments):
             return f"engine_args.{name}: the plan does not know how much memory it takes."
-        if config.quantization in PT_QUANTIZATIONS and (own := self.architecture.quantization) is not None:
+        rounds_in_pt = config.quantization in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION)
+        if rounds_in_pt and (own := self.architecture.quantization) is not None:
             return (
                 f"quantization: {config.quantization}, but this checkpoint is quantised already (by {own}). Leave "
                 "quantization out, or use the checkpoint with whole weights."
             )
+        if config.quantization == AUTO_QUANTIZATION and not self.architecture.has_formulas:
+            return (
+                f"quantization: auto: the plan has no formulas for {self.architecture.name}, so it cannot compare the "
+                "methods. Name one (bnb-int8 or bnb-nf4), or leave quantization out."
+            )
         can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
-        known = {None, "fp8" if can_round else None, self.architecture.quantization, *PT_QUANTIZATIONS}
-        if config.quantization not in known:
+        known = {None, "fp8" if can_round else None, self.architecture.quantization}
+        if config.quantization not in known and not rounds_in_pt:
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
-        return self._pt_quantization_problem or self.missing_facts or self._draft_problem
+        return self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts or self._draft_problem
+
+    @property
+    def _pt_cache_problem(self) -> str:
+        """Returns why pt cannot keep the KV cache of this model in 8 bits, or an empty text if it can or need not."""
+        name, facts = self.config.pt_cache_dtype, self.pt_facts
+        if self.config.infer_backend != "pt" or name is None or facts is None:
+            return ""
+        if facts.alone:
+            return f"kv_cache_dtype: {name}, but {self.architecture.name} {ALONE}."
+        return "" if any(facts.kv) else f"kv_cache_dtype: {name}, but {self.architecture.name} {NO_KEYS}."
 
     @property
     def _pt_quantization_problem(self) -> str:
@@ -187,7 +209,24 @@ class ModelRequest:
         method, config = self.architecture.quantization, self.config
         if config.infer_backend != "pt" or method is None or (method == "fp8" and config.device != "cpu"):
             return ""
-        return f"infer_backend: pt: {held_otherwise(f'{method} weights')}"
+        if not self.tensors or self.pt_tensors is not None:
+            return ""
+        packages = " and ".join(name.replace("_", "-") for name in PACKAGES.get(method, ()))
+        needs = f" Without {packages} transformers cannot load them at all." if packages else ""
+        return f"infer_backend: pt: {held_otherwise(f'{method} weights')}{needs}"
+
+    @property
+    def pt_tensors(self) -> tuple[Tensor, ...] | None:
+        """Returns the tensors that transformers holds, which are not those that are stored for some quantised
+        checkpoints, or None if the plan does not know them."""
+        method, is_whole = self.architecture.quantization, self.fp8_is_whole or self.config.device == "cpu"
+        if method is None or (method == "fp8" and not is_whole):
+            return self.tensors
+        key = ("held", is_whole)
+        if key not in self.memo:
+            self.memo[key] = held_tensors(method, self.tensors)
+        found: tuple[Tensor, ...] | None = self.memo[key]
+        return found
 
     @property
     def is_planned_for_pt(self) -> bool:
@@ -410,11 +449,12 @@ class ModelRequest:
 
     def blocks(self, copies_tied: bool) -> list[Block]:
         """Returns the blocks of pt's layer map, as `blocks_of` does."""
-        key = ("blocks", self.element_bytes, copies_tied, self.pt_quantization)
+        in_8_bits = self.config.pt_cache_dtype is not None
+        tensors = self.tensors if self.pt_tensors is None else self.pt_tensors
+        key = ("blocks", self.config.device, self.element_bytes, copies_tied, self.pt_quantization, in_8_bits)
         if key not in self.memo:
-            self.memo[key] = blocks_of(
-                self.tensors, self.architecture, self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization
-            )
+            sizes = (self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization, in_8_bits)
+            self.memo[key] = blocks_of(tensors, self.architecture, *sizes)
         found: list[Block] = self.memo[key]
         return found
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device, Inventory
-from serve_app.planning.backend import Choice, choices
+from serve_app.model_fields import AUTO_QUANTIZATION
+from serve_app.planning.backend import Choice, choices, quantization_reason
 from serve_app.planning.cards import card_problem, knows_kernels, on_cards
 from serve_app.planning.fit_pt import fit_pt
 from serve_app.planning.fit_stages import fit_stages, layers_problem, most_node_orders
@@ -213,11 +214,15 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
     """Yields all ways to place a unit, the best first, and the reasons why the others fail."""
     is_auto = unit.config.infer_backend == "auto"
     refused: Shortage | None = None  # This is how near vLLM came, which is a reason for pt.
+    lacking: dict[str | None, int] = {}  # This is how near each method of `quantization: auto` came.
     looks = 1 + len(inventory.devices) // DEVICES_PER_PLACEMENT
     for choice in choices(unit, inventory):
         request = replace(unit, config=choice.config)
         if refused is not None and choice.config.infer_backend == "pt":
             choice = replace(choice, reasons=(*choice.reasons, _why_not_vllm(refused)))
+        method = choice.config.quantization
+        if unit.config.quantization == AUTO_QUANTIZATION:
+            choice = replace(choice, reasons=(*choice.reasons, quantization_reason(method, lacking)))
         attempt = attempt_of(choice.config)
         if (problem := _problem_anywhere(request)) is not None:
             yield replace(problem, attempt=attempt)
@@ -232,6 +237,9 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
         shortages = [replace(item, attempt=attempt) for item in found if isinstance(item, Shortage)]
         if choice.config.infer_backend == "vllm":
             refused = min(filter(None, (refused, *shortages)), key=_distance, default=None)
+        lacks = [item.missing for item in shortages if item.missing > 0]
+        if lacks and len(shortages) == len(found):
+            lacking[method] = min(*lacks, lacking.get(method, lacks[0]))
         yield from shortages
 
 

@@ -10,6 +10,8 @@ from serve_app.errors import PlacementError
 from serve_app.facts.card_capability import Capability, card_capability
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.inventory import Inventory, as_empty
+from serve_app.model_fields import AUTO_QUANTIZATION
+from serve_app.planning.backend import QUANTIZATIONS
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import MIB, vllm_batch, vllm_defaults
 from serve_app.planning.model_request import ModelRequest
@@ -58,15 +60,20 @@ def resolve(request: ModelRequest, inventory: Inventory, unclaimed: Inventory | 
 
 def resolve_on_cpu(request: ModelRequest, inventory: Inventory) -> Resolved:
     """Returns the config of a model on the CPU as it is. Memory of a host is never quite free nor quite taken, so a
-    shortage of it refuses nothing here, and the replica tells of it.
+    shortage of it refuses nothing here, and the replica tells of it. `quantization: auto` becomes what the plan chose,
+    or the method with the smallest weights if nothing fits.
 
     Raises PlacementError if vLLM cannot split the model over ranks in this way.
     """
     plan = make_plan([request], as_empty(inventory))
     if any(problem.is_of_split for problem in plan.problems):
         raise PlacementError(problem_text(plan))
-    (demand,) = demands_of(request.config, [])
-    return Resolved(request.config, demand, request.engine_facts)
+    config = request.config
+    if config.quantization == AUTO_QUANTIZATION:
+        method = plan.models[0].config.quantization if plan.fits else QUANTIZATIONS[-1]
+        config = config.model_copy(update={"quantization": method})
+    (demand,) = demands_of(config, [])
+    return Resolved(config, demand, request.engine_facts)
 
 
 def _with_gpus(model: ModelPlan) -> ModelConfig:

@@ -199,6 +199,20 @@ def draft_cache(size: int) -> Term:
     return Term("KV cache of the draft model for as many tokens", (("bytes", size),))
 
 
+def cache_in_8_bits(tokens: int, elements: int, scales: int, read: int, states: int) -> list[Term]:
+    """Returns pt's KV cache in 8 bits on a device, for so many tokens. `elements`, `scales` and `read` are bytes for a
+    token: of all layers as they are kept, and of the largest layer in the model's type. `states` are of all rows."""
+    found = [
+        Term("keys and values in 8 bits", (("tokens", tokens), ("bytes for a token in all layers", elements))),
+        Term("their scales", (("tokens", tokens), ("bytes for a token in all layers", scales))),
+        Term(
+            "the largest layer's keys and values in the model's type while they are read",
+            (("tokens", tokens), ("bytes for a token", read)),
+        ),
+    ]
+    return [*found, Term("states of all rows", (("bytes", states),))] if states else found
+
+
 def unpacked_weight(size: int) -> Term:
     """Returns what the largest quantised weight takes while it is computed: many kernels make it whole."""
     return Term("the largest quantised weight in the model's type while it is computed", (("bytes", size),))

@@ -146,7 +146,7 @@ async def test_websockets_stop_at_the_door(tmp_path: Path, is_open: bool, origin
 
 async def test_a_body_over_the_limit_is_refused_before_serve(tmp_path: Path) -> None:
     """A declared one unread."""
-    serve, limits = Serve(), RouterConfig(max_body_bytes=1000, body_timeout_s=0.2)
+    serve, limits = Serve(), RouterConfig(max_body_bytes=1000, body_timeout_s=0.5)
 
     async def pieces(count: int, pause_s: float = 0) -> AsyncIterator[bytes]:
         for _ in range(count):

@@ -118,6 +118,15 @@ def test_a_plugin_of_vllm_may_add_to_its_registries(tmp_path: Path, monkeypatch:
     assert line.startswith("engine_args.kv_cache_dtype: ")
 
 
+@pytest.mark.parametrize("args", ["quantization: bnb-nf4", "quantization: auto", "kv_cache_dtype: int8"])
+def test_values_of_pt_are_not_compared_with_those_of_vllm(tmp_path: Path, args: str) -> None:
+    """A file with a method that only pt has can be planned."""
+    file = tmp_path / "x.yaml"
+    file.write_text(MISSPELT.replace("ARGS", args).replace("infer_backend: vllm", "infer_backend: pt"))
+    assert wrong_engine_args(read_applications(file)[0]) == []
+    assert main(["plan", str(file)]) == 0
+
+
 def test_dashes_and_negated_flags_are_vllms_too() -> None:
     """As on its command line."""
     assert unknown_arguments(["max-num-batched-tokens", "no_enable_prefix_caching", "no-enforce-eager"]) == []

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from serve_app.cli.haproxy import fitting, tightened
@@ -52,19 +53,7 @@ def test_open_listeners_are_taken_out() -> None:
 
 def test_clients_do_not_steer_serve(tmp_path: Path) -> None:
     """HAProxy itself takes Serve's own headers out, in any spelling, and others not."""
-    port = free_port()
-    file = tmp_path / "haproxy.cfg"
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        file.write_text(tightened(
-            "defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n"
-            f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend b\n"
-            f"backend b\n    server s 127.0.0.1:{server.getsockname()[1]}\n"))  # fmt: skip
-        command = [sys.executable, "-m", "serve_app.cli.haproxy", "-db", "-f", str(file)]
-        haproxy = stack.enter_context(subprocess.Popen(command))
-        stack.callback(haproxy.kill)
-        _wait(lambda: _is_open(port))
-        client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+    with behind_haproxy(tmp_path, "") as (client, server), contextlib.ExitStack() as stack:
         lines = ("GET / HTTP/1.1", "Host: a", "X-Request-Disconnect-Disabled: ?1", "x-request-timeout-seconds: 9",
                  "serve_multiplexed_model_id: m", "Serve-Multiplexed-Model-Id: m", "x-other: 1", "", "")  # fmt: skip
         client.sendall("\r\n".join(lines).encode())
@@ -111,20 +100,8 @@ def test_a_client_that_leaves_before_its_answer_is_noticed(tmp_path: Path) -> No
 
     With Ray's own `option splice-request` it stays open for as long as the server works, at 100 % of a core.
     """
-    port = free_port()
-    file = tmp_path / "haproxy.cfg"
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        file.write_text(tightened(
-            "defaults\n    mode http\n    option abortonclose\n    option splice-request\n    timeout connect 5s\n"
-            "    timeout client 60s\n    timeout server 60s\n"
-            f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend b\n"
-            f"backend b\n    server s 127.0.0.1:{server.getsockname()[1]}\n"))  # fmt: skip
-        command = [sys.executable, "-m", "serve_app.cli.haproxy", "-db", "-f", str(file)]
-        haproxy = stack.enter_context(subprocess.Popen(command))
-        stack.callback(haproxy.kill)
-        _wait(lambda: _is_open(port))
-        client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+    options = "    option abortonclose\n    option splice-request\n"
+    with behind_haproxy(tmp_path, options) as (client, server), contextlib.ExitStack() as stack:
         client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n")
         served = stack.enter_context(server.accept()[0])
         served.settimeout(10)
@@ -135,6 +112,26 @@ def test_a_client_that_leaves_before_its_answer_is_noticed(tmp_path: Path) -> No
         client.close()
         with contextlib.suppress(ConnectionResetError):  # either way of closing; a timeout is neither
             assert served.recv(4096) == b""
+
+
+@contextlib.contextmanager
+def behind_haproxy(folder: Path, options: str) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A client's connection to HAProxy with these options among its defaults, and the socket of the one server that it
+    knows, on which nobody has answered yet."""
+    port = free_port()
+    file = folder / "haproxy.cfg"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        file.write_text(tightened(
+            f"defaults\n    mode http\n{options}"
+            "    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n"
+            f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend b\n"
+            f"backend b\n    server s 127.0.0.1:{server.getsockname()[1]}\n"))  # fmt: skip
+        command = [sys.executable, "-m", "serve_app.cli.haproxy", "-db", "-f", str(file)]
+        haproxy = stack.enter_context(subprocess.Popen(command))
+        stack.callback(haproxy.kill)
+        _wait(lambda: _is_open(port))
+        yield stack.enter_context(socket.create_connection(("127.0.0.1", port))), server
 
 
 def _is_open(port: int) -> bool:

@@ -16,6 +16,7 @@ from tests.cluster.serve_run import ServeRun
 FOLDER = Path(__file__).parent
 # Files whose tests may run beside each other, in the order in which workers get them: the long ones first.
 IN_TURN = (
+    "test_nodes.py",
     "test_traffic.py",
     "test_ranks.py",
     "test_run.py",

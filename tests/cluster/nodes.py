@@ -19,30 +19,48 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import httpx
 import psutil
 
-from tests.cluster.serve_run import BIN, ServeRun, free_port
+from tests.cluster.serve_run import BIN, START_TIMEOUT_S, STOP_TIMEOUT_S, ServeRun, free_port
 from tests.cluster.storm import Trouble, config, storm
 
 
 class RayCluster(ServeRun):
     """A head and workers instead of `serve run`. Their processes carry the mark too."""
 
-    def __init__(self, config: dict[str, Any], worker_cpus: list[float]):
+    def __init__(self, config: dict[str, Any], worker_cpus: list[float], settings: Mapping[str, str] | None = None):
+        """`settings` go into the environment of Ray's processes."""
         super().__init__({**config, "proxy_location": "HeadOnly"}, cpus=0, start=False)
         self.environment.pop("RAY_OVERRIDE_RESOURCES")
+        self.environment |= settings or {}
         self.gcs = f"127.0.0.1:{free_port()}"
         self.dashboard = free_port()
         self.workers: dict[int, subprocess.Popen[bytes]] = {}
         head = ["--head", f"--port={self.gcs.rpartition(':')[2]}", f"--dashboard-port={self.dashboard}"]
         self.process = self._ray_start("head", [*head, "--num-cpus=0"])
-        self._serve_when_it_answers("status")
+        self._wait_for_dashboard()
         for number, cpus in enumerate(worker_cpus):
             self.add_worker(number, cpus)
-        self._serve_when_it_answers("deploy", str(self.config_file))
+        self._deploy_when_it_answers()
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> dict[int, str]:
+        """Ends the workers with the signal, and then kills the head. Returns what is left.
+
+        A worker whose head ended first would look for it for a minute, and a head that is asked to end waits half a
+        minute for Serve's controller.
+        """
+        for worker in self.workers.values():
+            if worker.poll() is None:
+                worker.send_signal(how)
+        for worker in self.workers.values():
+            worker.wait(STOP_TIMEOUT_S)
+        self.kill()
+        self.process.wait(STOP_TIMEOUT_S)
+        return super().stop(how)
 
     def add_worker(self, number: int, cpus: float) -> None:
         """A raylet with so many CPUs. Returns when it is there: two that start at once on one address fail."""
@@ -122,11 +140,23 @@ class RayCluster(ServeRun):
     def _serve(self, command: str, *arguments: str) -> str:
         return self._call(command, *arguments, address=f"http://127.0.0.1:{self.dashboard}")
 
-    def _serve_when_it_answers(self, *arguments: str) -> None:
+    def _wait_for_dashboard(self) -> None:
+        """Until the head answers for Serve. To ask by HTTP costs less than a process of `serve status` each time."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                url = f"http://127.0.0.1:{self.dashboard}/api/serve/applications/"
+                if httpx.get(url, timeout=30).status_code == 200:
+                    return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no dashboard answers:\n{self.output()[-3000:]}")
+            time.sleep(0.2)
+
+    def _deploy_when_it_answers(self) -> None:
         deadline = time.monotonic() + 60
         while True:
             try:
-                self._serve(*arguments)
+                self._serve("deploy", str(self.config_file))
                 return
             except subprocess.CalledProcessError as error:
                 if time.monotonic() > deadline:

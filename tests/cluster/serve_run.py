@@ -1,5 +1,6 @@
 """Starts `serve run` as a user would, with ports, folders and a cluster of its own, and stops it."""
 
+import contextlib
 import json
 import os
 import re
@@ -217,9 +218,14 @@ class ServeRun:
             time.sleep(0.5)
         return left
 
-    def clean_up(self) -> None:
-        """Ends what is left, by pid, and removes the folder."""
+    def kill(self) -> None:
+        """Ends what is left, by pid."""
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # It ended meanwhile.
+                os.kill(pid, signal.SIGKILL)
+
+    def clean_up(self) -> None:
+        """Ends what is left, and removes the folder."""
+        self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._claim.close()

@@ -19,18 +19,22 @@ import time
 from collections import Counter
 from typing import Any
 
+import aiohttp
 import psutil
 
 from tests.cluster.conftest import model
 from tests.cluster.nodes import RayCluster
 from tests.cluster.ranks import AT_ONCE, CACHE
-from tests.cluster.served_ranks import CLIENTS, NAME, WAYS, outcome, session_for
+from tests.cluster.served_ranks import CLIENTS, HEALTH_CHECK_PERIOD_S, NAME, WAYS, outcome, session_for
 from tests.demo_answers import QUESTIONS
 
 LAYERS = "1+3"
 # The title of a rank's process, which is known by the order of the pids.
 RANK = "ray::NodeRank"
 VICTIMS = ("rank:0", "rank:1", "engine", "replica", "node:other", "node:own")
+# Ray takes a node for dead after five failed calls to its raylet. A dead one fails each at once, and a slow one has ten
+# seconds for each as before, so a short period only takes the waiting away.
+SETTINGS = {"RAY_health_check_period_ms": "500"}
 MISSING = "A replica needs 1 CPU and 1 CPU on 2 nodes"
 
 
@@ -44,9 +48,10 @@ class TwoNodes(RayCluster):
             NAME, infer_backend="vllm", kv_cache_memory_bytes=CACHE, max_model_len=1024, pipeline_layers=split,
             nnodes=2, num_cpus=1,
         )  # fmt: skip
+        served["deployments"] = [{"name": "Model", "health_check_period_s": HEALTH_CHECK_PERIOD_S}]
         served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
         self._gone: list[subprocess.Popen[bytes]] = []
-        super().__init__({"applications": [router, served]}, worker_cpus=[1, 1])
+        super().__init__({"applications": [router, served]}, worker_cpus=[1, 1], settings=SETTINGS)
         self.wait_until_ready()
 
     def clean_up(self) -> None:
@@ -108,14 +113,19 @@ class TwoNodes(RayCluster):
 
 
 async def answers(cluster: TwoNodes) -> dict[str, dict[str, int]]:
-    """What clients saw by name and by route: one after the other, streamed, and so many at once."""
+    """What clients saw by name and by route: a client of each way that asks one question after the other, streamed and
+    not, and then so many at once."""
+
+    async def client(session: aiohttp.ClientSession, url: str) -> list[str]:
+        return [await outcome(session, url, question, streamed) for question in QUESTIONS for streamed in (0, 1)]
+
     told = {}
     async with session_for() as session:
-        for way, path in WAYS.items():
-            url = cluster.url + path
-            seen = [await outcome(session, url, question, streamed) for question in QUESTIONS for streamed in (0, 1)]
+        urls = {way: cluster.url + path for way, path in WAYS.items()}
+        seen = await asyncio.gather(*(client(session, url) for url in urls.values()))
+        for (way, url), one in zip(urls.items(), seen, strict=True):
             asked = (outcome(session, url, QUESTIONS[n % len(QUESTIONS)], n % 2 == 0) for n in range(AT_ONCE))
-            told[way] = dict(Counter([*seen, *await asyncio.gather(*asked)]))
+            told[way] = dict(Counter([*one, *await asyncio.gather(*asked)]))
     return told
 
 

@@ -24,8 +24,8 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
-from serve_app.config import PT_QUANTIZATIONS
 from serve_app.demo import MODEL_DIR
+from serve_app.model_fields import PT_QUANTIZATIONS
 from serve_app.replica.replica_plan import plan_replica
 from tests.builders import model_config
 from tests.cluster.conftest import model

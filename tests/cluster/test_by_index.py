@@ -20,7 +20,7 @@ def test_ray_counts_what_the_plan_counts() -> None:
             [sys.executable, "-m", "tests.cluster.by_index_script", folder],
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=300,
             check=False,
             env={**os.environ, "RAY_ADDRESS": "", "RAY_USAGE_STATS_ENABLED": "0"},
         )

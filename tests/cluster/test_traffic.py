@@ -97,7 +97,7 @@ def test_a_long_redirect_is_an_answer(serve: MortalServe) -> None:
         f"{serve.url}/v1/completions/?{'x' * 9000}", json={"model": "mortal"}, headers=HEADERS, timeout=60
     )
     assert (reply.status_code, len(reply.headers["location"]) > 9000) == (307, True), reply.text
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_nothing_but_health_answers_without_a_key(serve: MortalServe) -> None:

@@ -192,3 +192,10 @@ def test_a_model_around_a_known_text_model_is_an_outline() -> None:
     found = read_architecture({"model_type": "granite_speech", "encoder_config": {}, "text_config": QWEN}, "model: x")
     assert not found.has_formulas
     assert read_architecture({"text_config": QWEN}, "model: x").has_formulas
+
+
+def test_an_older_checkpoint_of_bitsandbytes_names_no_method() -> None:
+    """It says only with how many bits it is to be loaded."""
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        config = {**QWEN, "quantization_config": {bits: True}}
+        assert read_architecture(config, "x").quantization == "bitsandbytes"

@@ -174,10 +174,12 @@ def _with(old: ModelRequest, change: Fields) -> ModelRequest | None:
         if fields.get("num_gpus", 0) >= 1:
             del fields["num_gpus"]
     arguments = dict(fields.get("engine_args", {}))
+    fields["infer_backend"] = change.get("infer_backend", fields["infer_backend"])
     for name, value in change.items():
         if name == "num_replicas":
             continue
-        place = arguments if name in (U, "kv_cache_dtype") else fields
+        in_arguments = name == U or (name == "kv_cache_dtype" and fields["infer_backend"] == "vllm")
+        place = arguments if in_arguments else fields
         if value is NO_LINE:
             if name not in place:
                 return None  # It changes nothing.

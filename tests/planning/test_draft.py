@@ -73,6 +73,43 @@ def test_both_models_are_counted_on_a_card() -> None:
     assert "has_draft" not in alone.ranks[0].to_json()
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("int8", "40GiB"), ("fp8", "8GiB,13GiB")])
+def test_the_drafts_cache_keeps_its_own_type_beside_one_in_8_bits(name: str, gpus: str) -> None:
+    """The target's cache has a byte for each element and its scales, the draft's has two, and the one layer that is in
+    the model's type while it is read is the larger one of both models."""
+    asked = drafting(max_model_len=2048, max_num_seqs=4, kv_cache_dtype=name, num_gpus=len(gpus.split(",")))
+    both = one(asked, gpus)
+    layers = 28 * 2 * 4 * (128 + 2) + 24 * 2 * 2 * 64 * 2
+    read = 2 * 4 * 128 * 2
+    assert sum(rank.kv_cache.bytes for rank in both.ranks) == both.kv_tokens * (layers + len(both.ranks) * read)
+    (rank,) = (rank for rank in both.ranks if rank.has_draft)
+    for figure in (rank.weights, rank.kv_cache):
+        assert sum(term.bytes for term in figure.terms) == figure.bytes
+    text = "\n".join(lines(both))
+    for part in ("keys and values in 8 bits", "their scales", "KV cache of the draft model for as many tokens"):
+        assert part in text
+
+
+def test_the_drafts_layers_may_be_the_largest_that_are_read() -> None:
+    """Then the room for one layer grows by the difference, and the terms still add up."""
+    wide = {"num_attention_heads": 16, "num_key_value_heads": 16, "hidden_size": 1024}
+    asked = drafting(wide, max_model_len=1024, max_num_seqs=1, kv_cache_dtype="int8")
+    both = one(asked, "40GiB")
+    (rank,) = both.ranks
+    own = 2 * 16 * 64 * 2
+    assert rank.kv_cache.bytes == both.kv_tokens * (28 * 2 * 4 * (128 + 2) + 24 * own + own)
+    assert sum(term.bytes for term in rank.kv_cache.terms) == rank.kv_cache.bytes
+
+
+def test_auto_chooses_the_targets_method_beside_the_draft() -> None:
+    """What the draft takes decides too: with it, whole weights do not fit on a card where they fit alone."""
+    fields = {"quantization": "auto", "max_model_len": 2048, "max_num_seqs": 1}
+    assert one(request(infer_backend="pt", **fields), "15.75GiB").config.quantization is None
+    both = one(drafting(**fields), "15.75GiB")
+    assert both.config.quantization == "bnb-int8"
+    assert both.ranks[0].has_draft
+
+
 def test_the_drafts_weights_are_quantised_only_if_that_is_asked_for() -> None:
     """The method of the model that it drafts for says nothing of it."""
 

@@ -629,15 +629,16 @@ def test_a_quantised_config_without_weights_makes_no_whole_tensors() -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "gpus", "planned"),
     [
-        ("fp8", {}, "H100-80GB", True), ("fp8", {}, "RTX4090", True), ("fp8", {}, "A100-80GB", False),
-        ("fp8", {}, "80GiB", False), ("fp8", {"device": "cpu"}, "64GiB", False), ("awq", {}, "H100-80GB", False),
+        ("fp8", {}, "H100-80GB", True), ("fp8", {}, "RTX4090", True), ("fp8", {}, "A100-80GB", True),
+        ("fp8", {}, "80GiB", False), ("fp8", {"device": "cpu"}, "64GiB", True), ("awq", {}, "H100-80GB", False),
         ("mxfp4", {}, "H100-80GB", False), ("compressed-tensors", {}, "H100-80GB", False),
     ],
 )  # fmt: skip
-def test_pt_counts_a_quantised_checkpoint_only_where_transformers_keeps_it(
+def test_pt_counts_a_quantised_checkpoint_where_it_is_known_what_transformers_makes_of_it(
     method: str, settings: dict[str, Any], gpus: str, planned: bool
 ) -> None:
-    """It makes FP8 whole on the CPU and below compute capability 8.9, and other methods depend on packages."""
+    """It makes FP8 whole on the CPU and below compute capability 8.9, which counts too, where the card is known. Other
+    methods depend on packages."""
     whole = request(infer_backend="pt", max_model_len=1024, **settings)
     small = replace(whole, architecture=replace(whole.architecture, quantization=method))
     inventory = parse_gpus(gpus)
@@ -648,3 +649,27 @@ def test_pt_counts_a_quantised_checkpoint_only_where_transformers_keeps_it(
     if not planned:
         assert plan.problems[0].code == "not_planned"
         assert f"{method} weights take here" in plan.problems[0].message
+
+
+def test_fp8_counts_whole_on_old_cards() -> None:
+    """Twice the bytes of a weight, without its scales, and on no card that transformers decides about for another."""
+    whole = request(infer_backend="pt", max_model_len=1024, num_gpus=1)
+    stored = tuple(
+        each
+        for tensor in whole.tensors
+        for each in (
+            [replace(tensor, dtype="F8_E4M3"), Tensor(f"{tensor.name}_scale_inv", "F32", (8, 8))]
+            if tensor.name.endswith("_proj.weight")
+            else [tensor]
+        )
+    )
+    shape = replace(whole.architecture, quantization="fp8")
+    small = replace(whole, tensors=stored, architecture=shape, memo={})
+    weights = {
+        gpus: make_plan([asked], parse_gpus(gpus)).models[0].ranks[0].weights.bytes
+        for gpus, asked in (("A100-80GB", small), ("H100-80GB", small), ("80GiB", whole))
+    }
+    assert weights["A100-80GB"] == weights["80GiB"] > 1.5 * weights["H100-80GB"]
+    mixed = replace(small, config=small.config.model_copy(update={"num_gpus": 2.0}))
+    (problem,) = make_plan([mixed], parse_gpus("A100-80GB,RTX4090")).problems
+    assert problem.code == "not_planned"

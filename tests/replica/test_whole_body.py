@@ -40,7 +40,7 @@ async def test_a_body_within_the_limits_arrives_whole() -> None:
 
 async def test_a_body_that_is_too_large_or_too_slow_is_refused_with_the_setting() -> None:
     """Declared or not."""
-    async with client(max_body_bytes=1000, body_timeout_s=0.2) as session:
+    async with client(max_body_bytes=1000, body_timeout_s=0.5) as session:
         declared = await session.post("/", content=b"x" * 1001)
         undeclared = await session.post("/", content=pieces(11, 100))
         slow = await session.post("/", content=pieces(100, 1, pause_s=0.05))

@@ -104,12 +104,14 @@ async def test_rivals_are_tried_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     lose(courts, 0.0, *suspects)
     lose(courts, 5.0, *suspects)
     tried: list[Suspect] = []
+    is_tried, goes_on = asyncio.Event(), asyncio.Event()
 
     async def again(suspect: Suspect) -> bool:
         try:
             await courts.before_next_try("m", suspect)
             tried.append(suspect)
-            await asyncio.sleep(0.05)
+            is_tried.set()
+            await goes_on.wait()
             if suspect is poison:
                 lose(courts, 10.0, poison, Suspect())
                 await courts.before_next_try("m", suspect)
@@ -120,8 +122,10 @@ async def test_rivals_are_tried_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
     async with asyncio.timeout(5):
         tasks = [asyncio.create_task(again(suspect)) for suspect in suspects]
-        await asyncio.sleep(0.04)
+        await is_tried.wait()
+        await asyncio.sleep(0.04)  # The others could come now, whose time to settle is over.
         assert len(tried) == 1
+        goes_on.set()
         assert await asyncio.gather(*tasks) == [True, False, True, True]
     assert all(courts.evidence("m", suspect).deaths == 0 for suspect in suspects)
 

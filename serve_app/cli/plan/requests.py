@@ -14,7 +14,7 @@ from serve_app.planning.model_request import ModelRequest
 
 MODEL_OPTIONS = (
     "infer_backend", "tensor_parallel_size", "pipeline_parallel_size", "nnodes", "max_model_len", "max_num_seqs",
-    "max_memory", "num_gpus", "quantization",
+    "max_memory", "num_gpus", "quantization", "kv_cache_dtype",
 )  # fmt: skip
 
 

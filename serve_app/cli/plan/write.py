@@ -9,6 +9,7 @@ from ruamel.yaml.comments import CommentedMap
 
 from serve_app.cli.output_file import write_file
 from serve_app.errors import ConfigError
+from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.plan import Plan
 from serve_app.planning.resolve import pinned
 
@@ -35,6 +36,7 @@ def pinned_text(made: Plan, text: str) -> str:
     # Replicas share one config, so the replica with the least room decides for all of them.
     roomiest_first = sorted(made.models, key=lambda model: -model.ranks[0].kv_cache.bytes)
     chosen = {model.name: pinned(model) for model in roomiest_first}
+    methods = {model.name: model.config.quantization for model in roomiest_first}
     seen: set[int] = set()
     for application in document["applications"]:
         if application.get("name") in chosen:
@@ -44,6 +46,8 @@ def pinned_text(made: Plan, text: str) -> str:
             seen.add(id(arguments))
             for field, value in chosen[application["name"]].items():
                 arguments[field] = value
+            if arguments.get("quantization") == AUTO_QUANTIZATION:
+                arguments["quantization"] = methods[application["name"]]  # None keeps the weights whole.
     out = StringIO()
     yaml.dump(document, out)
     return out.getvalue()

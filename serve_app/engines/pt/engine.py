@@ -5,15 +5,17 @@ import gc
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 from starlette.types import ASGIApp
 
-from serve_app.config import ModelConfig, SpeculativeConfig
+from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
+from serve_app.engines.pt.core.cache_codec import CacheCodec
 from serve_app.engines.pt.core.draft_model import DraftModel
 from serve_app.engines.pt.core.drafter import Drafter
 from serve_app.engines.pt.core.model_runner import Runner, Verifier
@@ -28,8 +30,10 @@ from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
 from serve_app.engines.pt.load.quantization import weight_tensors
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
+from serve_app.model_fields import SpeculativeConfig
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.pt_kv_buffers import cells
@@ -61,13 +65,13 @@ class PtEngine:
         """Loads the model in a thread, starts the engine's thread, and returns the application."""
         torch.set_num_threads(max(1, int(self._config.num_cpus)))
         self._libraries = resident_bytes()
-        loaded, probed = await asyncio.to_thread(self._load)
+        loaded, probed = await in_thread_of_its_own(self._load)
         self._runner = probed.runner
         speculative, verifies = self._config.speculative, None
         if speculative is not None:
-            verifies = await asyncio.to_thread(_verifier, loaded, probed)
+            verifies = await in_thread_of_its_own(partial(_verifier, loaded, probed))
         if speculative is not None and speculative.model is not None and verifies is not None:
-            self._draft = await asyncio.to_thread(load_draft, self._config, loaded, self._planned)
+            self._draft = await in_thread_of_its_own(partial(load_draft, self._config, loaded, self._planned))
         max_queued = self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS
         limits = self._limits(loaded, probed)
         if speculative is not None and verifies is not None:
@@ -131,7 +135,7 @@ class PtEngine:
 
     def _load(self) -> tuple[LoadedModel, ProbeResult]:
         loaded = load_model(self._config, self._planned)
-        return loaded, probe(loaded)
+        return loaded, probe(loaded, CacheCodec(self._config.pt_cache_dtype))
 
     def _limits(self, loaded: LoadedModel, probed: ProbeResult) -> Limits:
         if probed.reason:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from serve_app.backend_fields import ONLY_PT
 from serve_app.config import ModelConfig
+from serve_app.model_fields import ONLY_PT
 from serve_app.planning.backend import fields_for_pt
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fixes import price
@@ -29,6 +29,7 @@ LEAST_MODEL_LEN = 1024
 MODEL_LEN_STEP = 256
 # kv_cache_memory_bytes is lowered in steps of so many bytes.
 CACHE_STEP = 64 * MIB
+CACHE_PRECISION = "a little precision of the KV cache (8 bits)"
 # vLLM refuses these fields.
 REFUSED_BY_VLLM = (*ONLY_PT, "step_timeout_s")
 
@@ -56,6 +57,7 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     if request.drafter is not None:
         yield Ladder(price.NO_DRAFT, [rung("speculative", None)], lambda _: "the speed that drafts give")
     if backend == "pt":
+        yield from _cache_in_8_bits(request)
         yield from _quantized(request)
     yield from _shorter(request)
     yield from _other_backend(request, backend)
@@ -117,14 +119,24 @@ def _fewer_sequences(request: ModelRequest, backend: Backend, trial: Trial) -> I
 def _in_8_bits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
     is_known = all(knows_kernels(request, gpu) for gpu in trial.inventory.gpus)
     if is_known and not request.kv_cache_dtype.startswith("fp8"):
-        cache = rung(f"{ARGUMENT}kv_cache_dtype", "fp8")
-        yield Ladder(price.KV_IN_8_BITS, [cache], lambda _: "a little precision of the KV cache (8 bits)")
+        # An argument of vLLM's would decide `auto`, and pt has the field too.
+        field = "kv_cache_dtype" if backend_of(request.config) == "auto" else f"{ARGUMENT}kv_cache_dtype"
+        cache = rung(field, "fp8")
+        yield Ladder(price.KV_IN_8_BITS, [cache], lambda _: CACHE_PRECISION)
     rounded = changed(request, rung("quantization", "fp8")) if request.is_quantizable else None
     if rounded is not None:
         tp = request.config.tensor_parallel_size or 1
         saved = request.rank_weights(tp).bytes - rounded.rank_weights(tp).bytes
         loses = f"precision of the weights (8 bits, which saves {gib(saved)})"
         yield Ladder(price.WEIGHTS_IN_8_BITS, [rung("quantization", "fp8")], lambda _: loses)
+
+
+def _cache_in_8_bits(request: ModelRequest) -> Iterator[Ladder]:
+    """Yields pt's KV cache in 8 bits, for a model whose cache the formulas know. What transformers' own code said is of
+    a cache in the model's own type."""
+    config = request.config
+    if request.pt_facts is None and config.pt_cache_dtype is None and "unknown" not in request.architecture.layers:
+        yield Ladder(price.KV_IN_8_BITS, [rung("kv_cache_dtype", "fp8")], lambda _: CACHE_PRECISION)
 
 
 def _quantized(request: ModelRequest) -> Iterator[Ladder]:
@@ -167,8 +179,8 @@ def _other_backend(request: ModelRequest, backend: Backend) -> Iterator[Ladder]:
         yield _backend("pt", without, "vLLM's speed")
     if backend == "pt" and request.is_planned_for_vllm:
         without = [name for name in REFUSED_BY_VLLM if getattr(config, name) is not None]
-        if config.quantization is not None:
-            without.append("quantization")
+        own = ["quantization"] if config.quantization is not None else []
+        without += [*own, *(name for name in config.values_of_pt if name not in own)]
         if config.share is not None:
             without.remove("num_gpus")
         yield _backend("vllm", without, "pt's layers over unequal cards")

@@ -11,7 +11,7 @@
 | 2 | `kv_cache_memory_bytes`, `max_num_seqs` and `max_model_len` for what is asked for | nothing |
 | 3 | no `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
 | 4 | no `max_memory` | its limits, but nothing that others use |
-| 10 | `kv_cache_dtype: fp8` | a little precision of the KV cache |
+| 10 | `kv_cache_dtype: fp8`, with vLLM under `engine_args` | a little precision of the KV cache |
 | 11 | a lower `max_num_seqs` | requests that run at once |
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
 | 13 | fewer cards | speed |

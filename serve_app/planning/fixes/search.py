@@ -116,7 +116,10 @@ class _Search:
         key = frozenset(map(str, changes))
         if key not in self.known:
             self.known[key] = self.trial.helped(self.cured, {self.model: changes})
-        return self.known[key]
+        found = self.known[key]
+        # Whatever is tried after a change that helps is a smaller one, until the next fields are.
+        self.trial.budget.refines = self.trial.budget.refines or found is not None
+        return found
 
     def extend(self, fixes: list[Fix], ways: Iterable[tuple[Ladder, ...]], most: int = MOST_FIXES) -> None:
         """Adds the fixes by these ladders or pairs of ladders up to so many, but no second one of the same fields."""
@@ -124,8 +127,10 @@ class _Search:
             if len(fixes) >= most:
                 return
             single = len(ladders) == 1
+            self.trial.budget.refines = False
             changes = least(ladders[0], self.works) if single else least_pair(ladders[0], ladders[1], self.works_with)
             fix = None if changes is None else self._fix(ladders, changes)
+            self.trial.budget.refines = False
             if fix is not None and _kind(fix) not in map(_kind, fixes):
                 fixes.append(fix)
                 self.keepers.extend([fix] if _keeps(ladders) else [])

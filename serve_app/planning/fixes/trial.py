@@ -13,17 +13,27 @@ from serve_app.planning.state import State
 
 # A plan of the search tries so many ways back before it places each model where it can.
 MOST_TRIES = 10
+# A change that helps may spend so many placements beyond the budget until it is as small as can be, because one that is
+# larger than it has to be would be offered otherwise.
+MOST_OVERDRAWN = 6000
 # If a plan costs more placements than this, a change is first tried with all other models where they are.
 MOST_FULL = 400
 
 
 @dataclass
 class Budget:
-    """This is how many placements may still be tried. `is_cut` says that more were wanted."""
+    """This is how many placements may still be tried. `is_cut` says that more were wanted. While a change that helps is
+    made smaller (`refines`), `MOST_OVERDRAWN` more may be tried."""
 
     left: int
     is_cut: bool = False
     spent: int = 0
+    refines: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Returns whether one more plan may be tried."""
+        return self.left > (-MOST_OVERDRAWN if self.refines else 0)
 
     def part(self, parts: int) -> "Budget":
         """Returns one of so many equal parts of what is left."""
@@ -91,8 +101,8 @@ class Trial:
         return after if not after.problems & (self.settled | {cured}) else None
 
     def _has_budget(self) -> bool:
-        self.budget.is_cut = self.budget.is_cut or self.budget.left <= 0
-        return self.budget.left > 0
+        self.budget.is_cut = self.budget.is_cut or not self.budget.is_open
+        return self.budget.is_open
 
     def _fits_beside(self, cured: str, changes: Mapping[str, Changes], inventory: Inventory | None) -> bool:
         """Returns whether the model fits where the others stay where they are. This is a fast test for large plans,

@@ -115,30 +115,40 @@ async def answers(client: httpx.AsyncClient, bodies: list[dict[str, Any]], at_on
             deltas = [event["choices"][0] for event in events(reply.text) if event["choices"]]
             text = "".join(delta["delta"].get("content") or "" for delta in deltas)
             return text, deltas[-1]["finish_reason"], events(reply.text)[-1].get("usage")
-        return rounded({key: reply.json()[key] for key in ("choices", "usage")})
+        return without_ids({key: reply.json()[key] for key in ("choices", "usage")})
 
     return await asyncio.gather(*map(ask, bodies))
 
 
-def rounded(value: Any) -> Any:
-    """Without the rounding errors of log probabilities, and without the numbers of tool calls."""
+def without_ids(value: Any) -> Any:
+    """Without the numbers of tool calls."""
     if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items() if key != "id"}
+        return {key: without_ids(item) for key, item in value.items() if key != "id"}
+    return [without_ids(item) for item in value] if isinstance(value, list) else value
+
+
+def near(value: Any) -> Any:
+    """What equals it but for the rounding errors of log probabilities."""
+    if isinstance(value, dict):
+        return {key: near(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 3) if isinstance(value, float) else value
+        return [near(item) for item in value]
+    return pytest.approx(value, abs=1e-3) if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize(
     "at_once", [pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow), 32]
 )
 async def test_every_wording_has_the_same_answer(plain: Plain, drafting: Drafting, at_once: int) -> None:
-    """All wordings of the demo's questions, greedy."""
+    """All wordings of the demo's questions, greedy. A draft model is asked for every fifth of them unless there are 32
+    at once, because each of its passes takes time."""
     client, engine = drafting
+    every = 5 if at_once < 32 and engine._config.speculative.model else 1  # type: ignore[union-attr]
     bodies = [chat(wording) for wording in WORDINGS]
     assert len(bodies) == 175
     before = engine.draft_counts().draft_tokens  # type: ignore[union-attr]
-    assert await answers(client, bodies, at_once) == await plain.answers(bodies)
+    expected = (await plain.answers(bodies))[::every]
+    assert await answers(client, bodies[::every], at_once) == near(expected)
     assert engine.draft_counts().draft_tokens > before + 100  # type: ignore[union-attr]
 
 
@@ -165,20 +175,20 @@ async def test_whatever_is_asked_for_has_the_same_answer(plain: Plain, drafting:
     bodies = [chat(text, **extra) for extra in fields for text in ("Hello", repeat)]
     before = engine.draft_counts().accepted_tokens  # type: ignore[union-attr]
     for at_once in (1, 28):
-        assert await answers(client, bodies, at_once) == await plain.answers(bodies)
+        assert await answers(client, bodies, at_once) == near(await plain.answers(bodies))
     assert engine.draft_counts().accepted_tokens > before + 50  # type: ignore[union-attr]
 
 
 async def test_the_plan_counts_what_both_models_hold(draft_folder: Path) -> None:
-    """Weights to the byte, and no more cache than was planned, for a whole and a quantised draft."""
-    for method in (None, "bnb-nf4"):
+    """Weights to the byte, and no more cache than was planned, for a whole draft, and for a quantised one whose cache
+    is in its own type beside one in 8 bits."""
+    for method, kept in ((None, "auto"), ("bnb-nf4", "int8")):
         spec = {"model": str(draft_folder), "num_speculative_tokens": 3} | ({"quantization": method} if method else {})
-        config = model_config(
-            model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=8, speculative=spec
-        )
+        fields = {"device": "cpu", "dtype": "float32", "max_num_seqs": 8, "kv_cache_dtype": kept, "speculative": spec}
+        config = model_config(model=model_path(DEMO_MODEL), **fields)
         planned = plan_replica(config, ())
         assert planned is not None
-        async with started(max_num_seqs=8, speculative=spec) as (engine, client):
+        async with started(**fields) as (engine, client):
             assert (await answers(client, [chat(text) for text in WORDINGS[:12]], 12))[0]
             (held,) = await engine.memory()
             assert held.weights == planned.ranks[0].weights.bytes

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from serve_app.engines.pt.core.cache_codec import WHOLE, CacheCodec
 from serve_app.engines.pt.transformers_internals import (
     GrowingLayer,
     cache_with,
@@ -45,29 +46,33 @@ class Window:
 
 
 class RectangleLayer(GrowingLayer):
-    """Keys and values of one layer, shape (row_capacity, heads, column_capacity, head size).
+    """Keys and values of one layer, each in buffers of shape (row_capacity, heads, column_capacity, size). In 8 bits,
+    they have a buffer of scales too, whose size is 1.
 
     It also replaces sliding-window layers: it keeps all tokens, and the model's mask hides those outside the window.
     """
 
-    def __init__(self, window: Window):
+    def __init__(self, window: Window, codec: CacheCodec = WHOLE):
         super().__init__()
         self.window = window
-        self.key_buffer: torch.Tensor | None = None
-        self.value_buffer: torch.Tensor | None = None
+        self.codec = codec
+        self.key_buffers: tuple[torch.Tensor, ...] = ()
+        self.value_buffers: tuple[torch.Tensor, ...] = ()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Writes the new tokens after the window, and returns the window with them."""
+        """Writes the new tokens after the window, and returns the window with them, as the model reads it."""
+        keys, values = self.codec.encode(key_states), self.codec.encode(value_states)
+        if not self.key_buffers:
+            self.key_buffers, self.value_buffers = self.allocate(keys), self.allocate(values)
+        window, end = self.window, self.window.end + key_states.shape[-2]
+        for buffers, states in ((self.key_buffers, keys), (self.value_buffers, values)):
+            for buffer, new in zip(buffers, states, strict=True):
+                buffer[: window.rows, :, window.end : end] = new
+        return self._read(self.key_buffers, end), self._read(self.value_buffers, end)
+
+    def _read(self, buffers: tuple[torch.Tensor, ...], end: int) -> torch.Tensor:
         window = self.window
-        if self.key_buffer is None or self.value_buffer is None:
-            self.key_buffer, self.value_buffer = self.allocate(key_states), self.allocate(value_states)
-        end = window.end + key_states.shape[-2]
-        self.key_buffer[: window.rows, :, window.end : end] = key_states
-        self.value_buffer[: window.rows, :, window.end : end] = value_states
-        return (
-            self.key_buffer[: window.rows, :, window.start : end],
-            self.value_buffer[: window.rows, :, window.start : end],
-        )
+        return self.codec.decode([buffer[: window.rows, :, window.start : end] for buffer in buffers])
 
     def get_seq_length(self) -> int:
         """Returns the columns in use before the tokens of the running forward pass."""
@@ -77,34 +82,54 @@ class RectangleLayer(GrowingLayer):
         """Returns the length and offset of what `update` will return."""
         return self.window.width + query_length, 0
 
-    def buffers(self) -> Iterator[torch.Tensor]:
+    def buffers(self) -> tuple[torch.Tensor, ...]:
         """Returns the allocated buffers."""
-        return (buffer for buffer in (self.key_buffer, self.value_buffer) if buffer is not None)
+        return self.key_buffers + self.value_buffers
 
-    def allocate(self, states: torch.Tensor) -> torch.Tensor:
-        """Returns a buffer of the window's capacity for states of shape (rows, heads, tokens, size)."""
-        # The buffer must be zeros, since a masked column has weight 0, and 0 times a stray NaN would be NaN.
-        _, heads, _, size = states.shape
-        return states.new_zeros(self.window.row_capacity, heads, self.window.column_capacity, size)
+    @property
+    def kept_bytes(self) -> int:
+        """Returns the bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def read_bytes(self) -> int:
+        """Returns the bytes that keys and values in 8 bits take in the model's type while they are read. It is 0 for
+        those that are kept in that type."""
+        return sum(map(self.codec.decoded_bytes, filter(None, (self.key_buffers, self.value_buffers))))
+
+    @property
+    def transient_bytes(self) -> int:
+        """Returns the most bytes that this layer takes beside its buffers for a moment: copies of them while they are
+        moved, or its keys and values in the model's type while they are read."""
+        return max(self.kept_bytes, self.read_bytes)
+
+    def allocate(self, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Returns buffers of the window's capacity for tensors of shape (rows, heads, tokens, size)."""
+        # The buffers must be zeros, since a masked column has weight 0, and 0 times a stray NaN would be NaN.
+        return tuple(_zeros(part, self.window) for part in states)
 
     def move(self, target: Window) -> None:
         """Replaces the buffers by larger ones, or moves the window within new ones."""
         old = self.window
+        keys = len(self.key_buffers)
         moved = []
         for buffer in self.buffers():
-            new = buffer.new_zeros(target.row_capacity, buffer.shape[1], target.column_capacity, buffer.shape[3])
+            new = _zeros(buffer, target)
             new[: old.rows, :, target.start : target.end] = buffer[: old.rows, :, old.start : old.end]
             moved.append(new)
-        if moved:
-            self.key_buffer, self.value_buffer = moved
+        self.key_buffers, self.value_buffers = tuple(moved[:keys]), tuple(moved[keys:])
+
+
+def _zeros(part: torch.Tensor, window: Window) -> torch.Tensor:
+    return part.new_zeros(window.row_capacity, part.shape[1], window.column_capacity, part.shape[3])
 
 
 class BatchCache:
     """This is a `DynamicCache` whose rows can be joined, removed and extended."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, codec: CacheCodec = WHOLE):
         self.window = Window()
-        self.cache = cache_with(config, lambda: RectangleLayer(self.window))
+        self.cache = cache_with(config, lambda: RectangleLayer(self.window, codec))
         self.has_states = any(map(has_state, self.cache.layers))
         self.has_keys = any(isinstance(layer, RectangleLayer) for layer in self.cache.layers)
 
@@ -133,17 +158,24 @@ class BatchCache:
         return sum(self.bytes_by_device.values())
 
     @property
+    def read_bytes(self) -> int:
+        """Returns the bytes that the keys and values of all layers would take in the model's type, of which there is
+        one layer at a time, if they are kept in 8 bits."""
+        return sum(layer.read_bytes for layer in self._rectangles())
+
+    @property
     def state_bytes(self) -> int:
         """Returns the bytes of all states of rows."""
         return sum(tensor.nbytes for layer in self.cache.layers if has_state(layer) for tensor in states_of(layer))
 
     @property
-    def largest_layer_bytes(self) -> dict[torch.device, int]:
-        """Returns the bytes of the largest layer's buffers by device."""
+    def transient_bytes(self) -> dict[torch.device, int]:
+        """Returns by device the most bytes that a layer takes beside its buffers for a moment. Layers are moved and
+        read one after the other."""
         sizes: dict[torch.device, int] = {}
         for layer in self._rectangles():
-            for device, size in ((buffer.device, 2 * buffer.nbytes) for buffer in layer.buffers()):
-                sizes[device] = max(size, sizes.get(device, 0))
+            for device in {buffer.device for buffer in layer.buffers()}:
+                sizes[device] = max(layer.transient_bytes, sizes.get(device, 0))
         return sizes
 
     def reserve(self, rows: int, columns: int, left: int = 0) -> None:
@@ -239,14 +271,14 @@ class BatchCache:
     def _adopt(self, other: "BatchCache") -> None:
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             if isinstance(mine, RectangleLayer):
-                mine.key_buffer, mine.value_buffer = theirs.key_buffer, theirs.value_buffer
+                mine.key_buffers, mine.value_buffers = theirs.key_buffers, theirs.value_buffers
             else:
                 join_states(mine, theirs)
         vars(self.window).update(vars(other.window))
 
     def _free(self) -> None:
         for layer in self._rectangles():
-            layer.key_buffer = layer.value_buffer = None
+            layer.key_buffers = layer.value_buffers = ()
         vars(self.window).update(vars(Window()))
 
     def _rectangles(self) -> Iterator[RectangleLayer]:
@@ -255,9 +287,9 @@ class BatchCache:
 
 def _copy_rows(mine: RectangleLayer, theirs: RectangleLayer, rows: slice, columns: slice) -> None:
     source = theirs.window
-    if theirs.key_buffer is None or theirs.value_buffer is None:
+    if not theirs.key_buffers:
         return
-    if mine.key_buffer is None or mine.value_buffer is None:
-        mine.key_buffer, mine.value_buffer = mine.allocate(theirs.key_buffer), mine.allocate(theirs.value_buffer)
-    for target, buffer in ((mine.key_buffer, theirs.key_buffer), (mine.value_buffer, theirs.value_buffer)):
+    if not mine.key_buffers:
+        mine.key_buffers, mine.value_buffers = mine.allocate(theirs.key_buffers), mine.allocate(theirs.value_buffers)
+    for target, buffer in zip(mine.buffers(), theirs.buffers(), strict=True):
         target[rows, :, columns] = buffer[: source.rows, :, source.start : source.end]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from serve_app.engines.pt.core.cache_codec import WHOLE, CacheCodec
 from serve_app.engines.pt.core.embedding import Pool
 from serve_app.engines.pt.core.kv_cache import BatchCache
 from serve_app.engines.pt.core.scheduler import Step
@@ -82,23 +83,32 @@ class BatchRunner:
 
     max_cells: int | None = None
 
-    def __init__(self, model: PreTrainedModel, input_device: torch.device):
+    def __init__(self, model: PreTrainedModel, input_device: torch.device, codec: CacheCodec = WHOLE):
         self._model = model
         self._device = input_device
+        self._codec = codec
         self._takes = arguments_of(model)
-        self._batch = BatchCache(model.config)
+        self._batch = self._new_cache()
         self._rows: list[Sequence] = []
-        self._group = BatchCache(model.config)
+        self._group = self._new_cache()
         self._group_rows: list[Sequence] = []
         self._pool = Pool()
         self._unverified = 0  # These columns at the end are of a `verify` without its `keep`.
         self._most_cells = 0
         self.most_cache_bytes: dict[torch.device, int] = {}
 
+    def _new_cache(self) -> BatchCache:
+        return BatchCache(self._model.config, self._codec)
+
     @property
     def is_joinable(self) -> bool:
         """Returns whether the model's cache has only layers that can be joined."""
         return self._batch.is_joinable
+
+    @property
+    def has_keys(self) -> bool:
+        """Returns whether the model's cache has keys and values, and not only states."""
+        return self._batch.has_keys
 
     @property
     def pad_prompts(self) -> bool:
@@ -113,8 +123,8 @@ class BatchRunner:
     @property
     def bytes_per_cell(self) -> dict[torch.device, float]:
         """Returns the bytes of the running sequences' cache for one token by device, at the moment when a layer is
-        moved."""
-        largest = self._batch.largest_layer_bytes
+        moved or read."""
+        largest = self._batch.transient_bytes
         sizes = self._batch.bytes_by_device
         return {device: (size + largest[device]) / max(1, self._batch.cells) for device, size in sizes.items()}
 
@@ -154,12 +164,12 @@ class BatchRunner:
             sequence.cached = sequence.length
         self._batch.join(group)
         self._rows += rows
-        self._group, self._group_rows = BatchCache(self._model.config), []
+        self._group, self._group_rows = self._new_cache(), []
         return _in_order(logits, rows, step.prefill)
 
     def _begin(self, step: Step) -> None:
         """Makes a cache for the prompts of a new group."""
-        self._group, self._group_rows = BatchCache(self._model.config), list(step.prefill)
+        self._group, self._group_rows = self._new_cache(), list(step.prefill)
         self._pool = Pool()
         self._group.window.rows = len(step.prefill)
         more = cells(len(step.prefill), step.longest)
@@ -169,7 +179,7 @@ class BatchRunner:
 
     def drop_prompts(self) -> None:
         """Does what `Runner` says."""
-        self._group, self._group_rows, self._pool = BatchCache(self._model.config), [], Pool()
+        self._group, self._group_rows, self._pool = self._new_cache(), [], Pool()
 
     def decode(self, sequences: ReadOnlySequence[Sequence]) -> torch.Tensor:
         """Does what `Runner` says. The sequences are those in the cache, in any order."""
@@ -239,13 +249,13 @@ class BatchRunner:
         return logits
 
     def _note_cache(self) -> None:
-        """Keeps in `most_cache_bytes` the most that the cache may have held so far. This includes moments of moving: a
-        group exists twice while it is joined, and one layer exists twice while it is moved."""
+        """Keeps in `most_cache_bytes` the most that the cache may have held so far. A group exists twice while it is
+        joined, and one layer exists twice while it is moved, or in the model's type too while it is read."""
         if (room := self._batch.cells + self._group.cells) <= self._most_cells:
             return
         self._most_cells = room
         running, group = self._batch.bytes_by_device, self._group.bytes_by_device
-        largest = self._batch.largest_layer_bytes
+        largest = self._batch.transient_bytes
         for device in {*running, *group}:
             size = running.get(device, 0) + 2 * group.get(device, 0) + largest.get(device, 0)
             self.most_cache_bytes[device] = max(size, self.most_cache_bytes.get(device, 0))
@@ -267,7 +277,7 @@ class BatchRunner:
         for sequence in (*self._rows, *self._group_rows):
             sequence.cached = 0
         self._rows, self._group_rows, self._unverified = [], [], 0
-        self._batch, self._group = BatchCache(self._model.config), BatchCache(self._model.config)
+        self._batch, self._group = self._new_cache(), self._new_cache()
         free_memory()
 
     def _logits(

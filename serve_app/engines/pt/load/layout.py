@@ -7,12 +7,13 @@ there with pt's own cache. So the sizes are those of the code that will run.
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from serve_app.engines.pt.core.cache_codec import CacheCodec
 from serve_app.engines.pt.core.kv_cache import BatchCache
 from serve_app.engines.pt.core.model_runner import arguments_of, forward_inputs
 from serve_app.engines.pt.load.block_names import block_names
@@ -40,13 +41,19 @@ def read_config(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any,
 
 
 def layout_of(
-    hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False, quantization: str | None = None
+    hf_config: Any,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> PtFacts:
-    """Returns the sizes of a model that is loaded in `dtype`, and quantised by one of pt's methods if it is given.
+    """Returns the sizes of a model that is loaded in `dtype`, and quantised by one of pt's methods if it is given. Its
+    KV cache is in 8 bits if one of pt's types for it is given.
 
     Raises what transformers raises if it cannot build the model, and ValueError for a model whose layers are not found.
     """
-    return layout_of_model(model_without_storage(hf_config, dtype, trust_remote_code), dtype, quantization)
+    model = model_without_storage(hf_config, dtype, trust_remote_code)
+    return layout_of_model(model, dtype, quantization, kv_cache_dtype)
 
 
 def model_without_storage(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -60,15 +67,17 @@ def model_without_storage(hf_config: Any, dtype: torch.dtype, trust_remote_code:
     return model
 
 
-def layout_of_model(model: PreTrainedModel, dtype: torch.dtype, quantization: str | None = None) -> PtFacts:
+def layout_of_model(
+    model: PreTrainedModel, dtype: torch.dtype, quantization: str | None = None, kv_cache_dtype: str | None = None
+) -> PtFacts:
     """Returns the sizes of a model on the meta device. Raises ValueError if its layers are not found."""
     names = block_names(model)
     rounded = {} if quantization is None else quantized_sizes(model, quantization)
     weights, buffers = _by_block(_loaded_sizes(model, dtype, rounded), names), _by_block(_buffer_sizes(model), names)
-    kv, state, alone = _cache_sizes(model, names)
+    cache, alone = _cache_sizes(model, names, CacheCodec(kv_cache_dtype))
     return PtFacts(
-        layers=weights[1:-1], before=weights[0], after=weights[-1], kv=kv, state=state, buffers=buffers, names=names,
-        tied_head=_tied_head(model), alone=alone,
+        layers=weights[1:-1], before=weights[0], after=weights[-1], kv=cache.kv, state=cache.state, buffers=buffers,
+        names=names, tied_head=_tied_head(model), alone=alone, read=() if kv_cache_dtype is None else cache.read,
     )  # fmt: skip
 
 
@@ -102,35 +111,44 @@ def _by_block(sizes: Iterator[tuple[str, int]], names: BlockNames) -> tuple[int,
     return tuple(sums)
 
 
-def _cache_sizes(model: PreTrainedModel, names: BlockNames) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """Returns the bytes of cache for a token and for a sequence by layer, and why pt runs one request at a
-    time if it does."""
+class _CacheSizes(NamedTuple):
+    """The bytes of cache by layer: for a token as it is kept, for a token while it is read from 8 bits, and for a
+    sequence."""
+
+    kv: tuple[int, ...]
+    read: tuple[int, ...]
+    state: tuple[int, ...]
+
+
+def _cache_sizes(model: PreTrainedModel, names: BlockNames, codec: CacheCodec) -> tuple[_CacheSizes, str]:
+    """Returns the bytes of cache, and why pt runs one request at a time if it does."""
     none = (0,) * names.count
+    no_cache = _CacheSizes(none, none, none)
     try:
         if not BatchCache(model.config).is_joinable:
-            return none, none, "its cache has layers of a kind that cannot be joined"
-        first, second = (_measured(model, names, rows, tokens) for rows, tokens in PASSES)
+            return no_cache, "its cache has layers of a kind that cannot be joined"
+        first, second = (_measured(model, names, rows, tokens, codec) for rows, tokens in PASSES)
     except Exception as error:
-        return none, none, f"it does not run with a cache: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return no_cache, f"it does not run with a cache: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if first != second:
         raise ValueError(f"the cache of {type(model).__name__} does not grow by the same bytes for each token")
-    alone = "other rows change its answers" if model.config.model_type in ALONE else ""
-    return tuple(first[0]), tuple(first[1]), alone
+    return first, "other rows change its answers" if model.config.model_type in ALONE else ""
 
 
-def _measured(model: PreTrainedModel, names: BlockNames, rows: int, tokens: int) -> tuple[list[int], list[int]]:
-    """Returns what a pass of `rows` sequences of `tokens` tokens puts into the cache, in bytes for a token and for a
-    sequence, by the layer that was running when it came in."""
-    cache = BatchCache(model.config)
+def _measured(model: PreTrainedModel, names: BlockNames, rows: int, tokens: int, codec: CacheCodec) -> _CacheSizes:
+    """Returns what a pass of `rows` sequences of `tokens` tokens puts into the cache, by the layer that was running
+    when it came in."""
+    cache = BatchCache(model.config, codec)
     cache.window.rows = rows
     cache.reserve(rows, tokens)
-    kv, state = [0] * names.count, [0] * names.count
-    seen: Mapping[str, int] = {"kv": 0, "state": 0}
+    kv, read, state = ([0] * names.count for _ in range(3))
+    seen: Mapping[str, int] = {"kv": 0, "read": 0, "state": 0}
 
     def note(number: int) -> None:
         nonlocal seen
-        now = {"kv": cache.buffer_bytes, "state": cache.state_bytes}
+        now = {"kv": cache.buffer_bytes, "read": cache.read_bytes, "state": cache.state_bytes}
         kv[number] += (now["kv"] - seen["kv"]) // cache.cells
+        read[number] += (now["read"] - seen["read"]) // cache.cells
         state[number] += (now["state"] - seen["state"]) // rows
         seen = now
 
@@ -150,4 +168,4 @@ def _measured(model: PreTrainedModel, names: BlockNames, rows: int, tokens: int)
         for hook in hooks:
             hook.remove()
     note(names.count - 1)  # It is what a module outside of the layers has put there.
-    return kv, state
+    return _CacheSizes(tuple(kv), tuple(read), tuple(state))

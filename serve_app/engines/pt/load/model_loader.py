@@ -108,19 +108,21 @@ def _can_run(model: PreTrainedModel) -> bool:
 def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> tuple[dict[str, Any], int | None]:
     """Returns the options of `from_pretrained` for devices, and the tokens of KV cache that the plan has room for.
 
-    A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules. So is a model
-    that is quantised while it loads and whose `device_map` names a way to spread it.
+    A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules, unless it is
+    one of bitsandbytes, whose sizes the plan knows. So is a model that is quantised while it loads and whose
+    `device_map` names a way to spread it.
     """
     free = gpu_memory(config)
     if config.max_memory:
         _cap_allocators(device_limits(config, free))
-    is_whole = stored_method(hf_config) is None
-    if is_whole or isinstance(config.device_map, dict):
+    stored = stored_method(hf_config)
+    if stored in (None, "bitsandbytes") or isinstance(config.device_map, dict):
         try:
             device_map = _planned_map(config, hf_config, planned)
             if planned is not None and device_map is not None:
                 return {"device_map": device_map}, planned.kv_tokens
-            if config.quantization is not None and not isinstance(config.device_map, dict):
+            is_quantised = config.quantization is not None or stored is not None
+            if is_quantised and not isinstance(config.device_map, dict):
                 return _own_placement(config, free), None
             return {"device_map": dict(choose_device_map(config, hf_config, free))}, None
         except (EngineError, ConfigError):

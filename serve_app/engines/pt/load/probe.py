@@ -10,16 +10,22 @@ from typing import NamedTuple
 
 import torch
 
+from serve_app.engines.pt.core.cache_codec import WHOLE, CacheCodec
 from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, SerialRunner, Verifier, free_memory
 from serve_app.engines.pt.core.scheduler import Step
 from serve_app.engines.pt.core.sequence import SamplingParams, Sequence
 from serve_app.engines.pt.load.model_loader import LoadedModel
+from serve_app.errors import EngineError
+from serve_app.planning.model_request import ALONE as RUNS_ALONE
+from serve_app.planning.model_request import NO_KEYS
 
 logger = logging.getLogger("ray.serve")
 
 STEPS = 4
 # Logits may differ by rounding, up to this share of their spread, by the bits of the type.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+# A KV cache in 8 bits that changes logits by more than this share of their spread is logged.
+MUCH_IN_8_BITS = 0.25
 
 
 # Small random models of these types fail the probe in transformers 5.19 (`python -m tests.planning.pt_survey`). Some
@@ -47,8 +53,42 @@ class ProbeResult(NamedTuple):
     pad_prompts: bool = True
 
 
-def probe(loaded: LoadedModel) -> ProbeResult:
-    """Returns the runner for a model and what was found out about it."""
+def probe(loaded: LoadedModel, codec: CacheCodec = WHOLE) -> ProbeResult:
+    """Returns the runner for a model and what was found out about it.
+
+    Whether rows can be joined is found out with the cache in the model's own type, and then holds in 8 bits too. Raises
+    EngineError for a model whose cache cannot be in 8 bits if `codec` asks for it.
+    """
+    found = _probe(loaded)
+    if codec == WHOLE:
+        return found
+    if found.reason:
+        raise EngineError(f"kv_cache_dtype: {codec.name}, but this model {RUNS_ALONE}. The reason: {found.reason}.")
+    return _in_8_bits(loaded, codec)
+
+
+def _in_8_bits(loaded: LoadedModel, codec: CacheCodec) -> ProbeResult:
+    """Returns the runner with a cache in 8 bits, and what such a cache takes."""
+    batched = BatchRunner(loaded.model, loaded.input_device, codec)
+    if not batched.has_keys:
+        raise EngineError(f"kv_cache_dtype: {codec.name}, but this model {NO_KEYS}.")
+    difference, bytes_per_token = _compare(batched, SerialRunner(loaded.model, loaded.input_device), loaded)
+    if not difference < float("inf"):
+        raise EngineError(
+            f"kv_cache_dtype: {codec.name}, but this model then computes numbers that are not finite. Use another "
+            "type, or leave kv_cache_dtype out."
+        )
+    if difference > MUCH_IN_8_BITS:
+        logger.warning(
+            "kv_cache_dtype: %s changes the logits of this model by %.2g of their spread, which is much.",
+            codec.name,
+            difference,
+        )
+    batched.reset()
+    return ProbeResult(batched, "", bytes_per_token, batched.pad_prompts)
+
+
+def _probe(loaded: LoadedModel) -> ProbeResult:
     serial = SerialRunner(loaded.model, loaded.input_device)
     try:
         batched = BatchRunner(loaded.model, loaded.input_device)
@@ -71,19 +111,21 @@ def verifier(loaded: LoadedModel, probed: ProbeResult) -> Verifier | str:
     """Returns the runner if it can verify drafted tokens of this model, or else the reason why it cannot.
 
     Several tokens of two rows are computed at once, some of them are taken back, and the logits are compared with those
-    of the same texts alone, as at the model's load.
+    of the same texts alone, as at the model's load. The cache is in the model's own type then, because 8 bits change
+    the logits.
     """
     runner = probed.runner
     if not isinstance(runner, BatchRunner):
         return "it runs one request at a time without a cache"
     if not runner.can_roll_back:
         return "its cache has states, from which no token can be taken back"
+    checked = BatchRunner(loaded.model, loaded.input_device)
     try:
-        difference = _compare_drafts(runner, SerialRunner(loaded.model, loaded.input_device), loaded)
+        difference = _compare_drafts(checked, SerialRunner(loaded.model, loaded.input_device), loaded)
     except Exception as error:
         return f"verifying drafts failed: {type(error).__name__}: {error}"
     finally:
-        runner.reset()
+        checked.reset()
     if not difference <= TOLERANCE.get(loaded.model.dtype, 1e-1):
         return f"drafted tokens got other logits than the same tokens alone (difference {difference:.2g})"
     return runner

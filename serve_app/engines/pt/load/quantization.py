@@ -19,14 +19,8 @@ from serve_app.engines.pt.bitsandbytes_internals import (
 )
 from serve_app.engines.pt.transformers_internals import convertible_linears
 from serve_app.errors import ConfigError, EngineError
-from serve_app.planning.quantization import quantized
-
-# These packages quantise, or read what was quantised, by method. Checkpoints of other methods are left to
-# transformers.
-PACKAGES = {
-    "awq": "gptqmodel", "bitsandbytes": "bitsandbytes", "bnb-int8": "bitsandbytes", "bnb-nf4": "bitsandbytes",
-    "compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "torchao": "torchao",
-}  # fmt: skip
+from serve_app.model_fields import AUTO_QUANTIZATION
+from serve_app.planning.quantization import PACKAGES, quantized
 
 
 def quantization_options(config: ModelConfig, hf_config: Any, dtype: torch.dtype) -> dict[str, Any]:
@@ -37,13 +31,18 @@ def quantization_options(config: ModelConfig, hf_config: Any, dtype: torch.dtype
     """
     stored = stored_method(hf_config)
     if config.quantization is None:
-        if stored is not None:
+        if stored is not None:  # Checkpoints of methods that need no package are left to transformers.
             _require_package(stored, f"model: {config.model} is quantised by {stored}, which needs")
         return {}
     if stored is not None:
         raise ConfigError(
             f"quantization: {config.quantization}, but {config.model} is quantised already (by {stored}). Leave "
             "quantization out, or use the checkpoint with whole weights."
+        )
+    if config.quantization == AUTO_QUANTIZATION:
+        raise EngineError(
+            "quantization: auto is chosen by the memory plan before a model is loaded, and there was none. Name the "
+            "method, or leave quantization out."
         )
     _require_package(config.quantization, f"quantization: {config.quantization} needs")
     return {"quantization_config": _quantizer(config.quantization, dtype)}
@@ -93,7 +92,9 @@ def _quantizer(method: str, dtype: torch.dtype) -> Any:
 
 
 def _require_package(method: str, what: str) -> None:
-    package = PACKAGES.get(method)
-    if package is not None and find_spec(package) is None:
-        name = package.replace("_", "-")
-        raise EngineError(f"{what} the package {name}, which is not installed here. Install it (pip install {name}).")
+    for package in PACKAGES.get(method, ()):
+        if find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise EngineError(
+                f"{what} the package {name}, which is not installed here. Install it (pip install {name})."
+            )

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from serve_app.config import PT_QUANTIZATIONS
 from serve_app.engines.pt.core.draft_model import DraftModel
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.model_runner import BatchRunner
@@ -16,6 +15,7 @@ from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler
 from serve_app.engines.pt.core.sequence import SamplingParams, Sequence
 from serve_app.engines.pt.core.speculator import Speculator
+from serve_app.model_fields import PT_QUANTIZATIONS
 from serve_app.planning.pt_kv_buffers import cells
 from tests.engines.pt.core.test_model_runner import FailingOnce
 from tests.engines.pt.core.test_speculation import (
@@ -55,8 +55,10 @@ def draft_of(model: PreTrainedModel, limits: Limits | None = None, longest: int 
     return DraftModel(BatchRunner(model, CPU), limits or Limits(8, 10**6, chunk_tokens=48), TOKENS, longest)
 
 
-@pytest.mark.parametrize("count", [1, 8, pytest.param(32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [*((kind, count) for kind in KINDS for count in (1, 8)), pytest.param("greedy", 32, marks=pytest.mark.slow)],
+)
 def test_drafts_change_no_output(kind: str, count: int) -> None:
     """Whatever is asked for, in rows that join and leave. With a seed, the sampled text is the same too."""
     model = tiny_model("llama")

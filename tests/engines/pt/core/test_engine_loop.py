@@ -336,12 +336,21 @@ def test_an_idle_loop_gives_memory_back_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine_loop, "IDLE_S", 0.05)
     monkeypatch.setattr(engine_loop, "trim_heap", lambda: given.append(1))
     with running(CountingRunner()) as (loop, outputs):
-        time.sleep(0.3)
+        wait_for(lambda: len(given) == 1)
+        time.sleep(0.2)
         assert len(given) == 1
         loop.submit(sequence(start=0, max_tokens=5))
         until_the_end(outputs)
-        time.sleep(0.3)
+        wait_for(lambda: len(given) == 2)
+        time.sleep(0.2)
         assert len(given) == 2
+
+
+def wait_for(happens: Callable[[], bool]) -> None:
+    """Waits for at most 10 s, since a machine may be slow."""
+    deadline = time.monotonic() + 10
+    while not happens() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def test_free_pages_of_the_heap_go_back() -> None:

@@ -190,7 +190,7 @@ def test_the_buffers_never_exceed_the_budget(name: str, budget: int) -> None:
                 sequences.append(Sequence([1] * prompt, SamplingParams(tokens, temperature=0)))
                 scheduler.add(sequences[-1])
             loop._step()
-            held = sum(runner.cache_bytes.values()) + sum(runner._batch.largest_layer_bytes.values())
+            held = sum(runner.cache_bytes.values()) + sum(runner._batch.transient_bytes.values())
             most = max(most, held / sum(result.bytes_per_token.values()))
     assert 0 < most <= budget
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from serve_app.backend_fields import PT_QUANTIZATIONS
 from serve_app.engines.pt.engine import weight_bytes
 from serve_app.engines.pt.load import quantization
 from serve_app.engines.pt.load.layout import layout_of
@@ -17,6 +16,7 @@ from serve_app.engines.pt.load.probe import probe
 from serve_app.engines.pt.load.quantization import quantization_options, stored_method
 from serve_app.errors import ConfigError, EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path, read_checkpoint
+from serve_app.model_fields import PT_QUANTIZATIONS
 from serve_app.planning.layer_map import blocks_of
 from serve_app.planning.quantization import quantized
 from tests.builders import model_config
