@@ -1,7 +1,6 @@
 """An engine that has memory only while its pool has leased it some, in front of which requests wait."""
 
 import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.model_fields import ResidencyConfig
+from serve_app.replica import held_requests
 from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.report import ResidencyReport
-from serve_app.replica.swapping_engine import FIRST_WAKE_S, Seat, SwappingEngine
+from serve_app.replica.swapping_engine import FIRST_WAKE_S, MOST_WAKE_S, Seat, SwappingEngine
 from serve_app.residency import life_lock
-from serve_app.router.engine_loss import is_lost_event
+from serve_app.router.engine_loss import is_away, is_lost_event
 from tests.residency.one_process import LocalKeeper
 
 USES_VIRTUAL_CLOCK = True
@@ -201,10 +201,16 @@ async def test_one_that_cannot_park_is_stopped() -> None:
     whole = asyncio.create_task(b.ask(100))
     await asyncio.sleep(1)
     await a.ask(1)
-    assert is_lost_event((await stream).content)
-    assert b'"x"' in (await stream).content
+    told = (await stream).content
+    assert is_lost_event(told)
+    assert is_away(told)
+    assert b'"x"' in told
     assert (await whole).status_code == 503
-    assert json.loads((await whole).content)["error"]["code"] == "model_unavailable"
+    assert is_away((await whole).content)
+    assert (await a.client.get("/v1/models")).status_code == 200
+    refused = await b.client.get("/v1/models")
+    assert (refused.status_code, is_away(refused.content)) == (503, False)
+    assert b.engine.state == "stopped"
     assert (a.log, b.log) == (["start", "stop", "start"], ["start", "stop"])
 
 
@@ -230,7 +236,7 @@ async def test_a_copy_makes_room_for_another_one() -> None:
 
 
 async def test_a_model_that_cannot_load_fails_its_start() -> None:
-    """And gives its lease back."""
+    """Its lease is free once its process has ended, because nobody knows what it has loaded."""
     keeper = LocalKeeper(budget=1)
     broken, good = Made(keeper, "a", fails=True), Made(keeper, "b")
     started = asyncio.create_task(good.start())
@@ -238,8 +244,60 @@ async def test_a_model_that_cannot_load_fails_its_start() -> None:
         await broken.start()
     with pytest.raises(EngineError, match="the weights are broken"):
         await broken.engine.check_health()
+    await broken.engine.stop()
+    await asyncio.sleep(60)
+    assert good.engine.state == "stopped"
+    keeper.dead.add("a#1")
     await started
     assert good.engine.state == "resident"
+
+
+async def test_a_stop_in_the_middle_of_a_load_gives_nothing_back() -> None:
+    """What it has loaded by then is free only once its process has ended."""
+    keeper = LocalKeeper(budget=1)
+    a, b = Made(keeper, "a"), Made(keeper, "b")
+    starting, waiting = asyncio.create_task(a.start()), asyncio.create_task(b.start())
+    await asyncio.sleep(5)
+    starting.cancel()
+    await a.engine.stop()
+    await asyncio.sleep(60)
+    assert b.engine.state == "stopped"
+    keeper.dead.add("a#1")
+    await waiting
+    assert b.engine.state == "resident"
+
+
+async def test_a_stream_that_stands_still_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody takes the silence for an end."""
+    monkeypatch.setattr(held_requests, "COMMENT_EVERY_S", 1.0)
+    a, b = await pool("a", "b")
+    stream = asyncio.create_task(b.ask(30, "/stream"))
+    await asyncio.sleep(1)
+    busy = asyncio.create_task(a.ask(100))
+    text = (await stream).text
+    assert ": parked\n\n" in text
+    assert text.count('"x"') == 30
+    await busy
+
+
+async def test_an_order_that_hangs_ends_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would hold its lease for ever, and look healthy."""
+    keeper = LocalKeeper(budget=1)
+    a = Made(keeper, "a")
+
+    async def hangs(_: Small) -> ASGIApp:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(Small, "start", hangs)
+    starting = asyncio.create_task(a.start())
+    await asyncio.sleep(MOST_WAKE_S - 1)
+    await a.engine.check_health()
+    await asyncio.sleep(2)
+    with pytest.raises(EngineError, match="still waking"):
+        await a.engine.check_health()
+    starting.cancel()
+    await a.engine.stop()
 
 
 async def test_a_stop_gives_everything_back() -> None:
