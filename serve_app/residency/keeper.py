@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from serve_app.ray_serve import NAMESPACE
 from serve_app.residency.book import Book, Decision, Report
-from serve_app.residency.lease_records import PoolName, RayRecords, Records
+from serve_app.residency.lease_records import PoolName, RayRecords, Records, remove_dead
 from serve_app.residency.life_lock import Process, lives
 from serve_app.residency.member import Bytes, Member, Pool
 from serve_app.residency.policy import Order, waiters
@@ -272,6 +272,7 @@ class RayKeeper:
             ) from None
 
     def _connect(self) -> Any:
+        remove_dead()
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

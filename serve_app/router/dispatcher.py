@@ -202,7 +202,7 @@ class Dispatcher:
     @asynccontextmanager
     async def _waking(self, exchange: Exchange, name: str) -> AsyncIterator[None]:
         """Tells a client that asked for comments if the replica has to become resident before it answers."""
-        wake_s = await self._residency.wake_s(name) if exchange.downstream.wants_comments else None
+        wake_s = self._residency.wake_s(name) if exchange.downstream.wants_comments else None
         if wake_s is None:
             yield
             return

@@ -79,8 +79,8 @@ def test_what_the_processes_of_others_keep_is_not_there() -> None:
     made = book(Report(keeps, "parked", {"cpu": GIB}))
     assert made.problem(terms("b", 3 * GIB)) is None
     assert made.problem(terms("b", 4 * GIB)) == (
-        "'model-b' needs 4.00 GiB of cpu, and the whole pool has 4.00 GiB of cpu, of which the processes of others leave "
-        "3.00 GiB of cpu."
+        "'model-b' needs 4.00 GiB of cpu, and the whole pool has 4.00 GiB of cpu, of which the processes of others "
+        "leave 3.00 GiB of cpu."
     )
 
 
