@@ -355,11 +355,9 @@ def test_no_client_can_put_the_engine_to_sleep(monkeypatch: pytest.MonkeyPatch) 
     theirs = posted("generate", None)
     developers = {"/sleep", "/wake_up", "/release_kv_cache_memory", "/collective_rpc", "/pause", "/resume"}
     assert developers <= theirs
-    model: Any = SimpleNamespace(is_multimodal_model=False, hf_config=SimpleNamespace(num_labels=1))
-    app = vllm_internals.built_application(vllm_internals.argument_parser().parse_args([]), ("generate",), model)
     asked: list[str] = []
-    engine: Any = SimpleNamespace(sleep=asked.append, wake_up=asked.append)
-    app.state.engine_client = engine
+    app = application("generate", None)
+    app.state.engine_client = SimpleNamespace(sleep=asked.append, wake_up=asked.append)
     guard = WholeBody(guarded(app, Guard(100, 10)), model_config(infer_backend="vllm"))
 
     async def answers() -> dict[str, tuple[int, bool]]:
@@ -373,8 +371,8 @@ def test_no_client_can_put_the_engine_to_sleep(monkeypatch: pytest.MonkeyPatch) 
     assert asked == []
 
 
-def posted(task: str, pooling: str | None) -> set[str]:
-    """The paths that vLLM's own application of such a model takes a body at."""
+def application(task: str, pooling: str | None) -> Any:
+    """vLLM's own application of such a model."""
     kinds = {"embed": "bi-encoder", "classify": "cross-encoder", "token_embed": "late-interaction"}
     model: Any = SimpleNamespace(
         hf_config=SimpleNamespace(num_labels=1),
@@ -384,7 +382,12 @@ def posted(task: str, pooling: str | None) -> set[str]:
         get_pooling_task=lambda _: pooling,
     )
     args = vllm_internals.argument_parser().parse_args([])
-    routes: Any = vllm_internals.built_application(args, (task,), model).routes
+    return vllm_internals.built_application(args, (task,), model)
+
+
+def posted(task: str, pooling: str | None) -> set[str]:
+    """The paths that it takes a body at."""
+    routes = application(task, pooling).routes
     return {route.path for route in routes if set(getattr(route, "methods", None) or ()) - READING}
 
 
