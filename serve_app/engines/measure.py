@@ -49,4 +49,5 @@ def pinned_bytes() -> int:
 
 def free_pinned_cache() -> None:
     """Gives the pinned memory back that torch keeps for later. It does nothing without CUDA."""
-    torch.accelerator.empty_host_cache()
+    if torch.cuda.is_available():
+        torch.accelerator.empty_host_cache()
