@@ -367,7 +367,7 @@ def test_no_client_can_put_the_engine_to_sleep(monkeypatch: pytest.MonkeyPatch) 
             said = {path: await http.post(path, params={"level": 1}, json={}) for path in paths}
         return {path: (answer.status_code, "is not served" in answer.text) for path, answer in said.items()}
 
-    assert set(asyncio.run(answers()).values()) == {(400, True)}
+    assert set(asyncio.run(answers()).values()) == {(404, True)}
     assert asked == []
 
 
