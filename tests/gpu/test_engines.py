@@ -89,10 +89,9 @@ async def test_pt_parks_on_a_gpu(quantization: str | None) -> None:
     await engine.stop()
 
 
-async def test_vllm_sleeps_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_vllm_sleeps_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """Its weights and its cache are free while it sleeps, its texts stay, and it keeps no more of the card than the
     plan says. Nothing else may run on the card."""
-    monkeypatch.delenv("VLLM_SERVER_DEV_MODE", raising=False)
     config = model_config(
         model=model_path(DEMO_MODEL), infer_backend="vllm", dtype="float32", kv_cache_memory_bytes="2GiB",
         residency={"policy": "swap"},

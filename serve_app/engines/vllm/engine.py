@@ -54,7 +54,9 @@ BOUNDED_FORMATS = {"backend": "guidance", "disable_additional_properties": True}
 
 # These variables have the settings of torch's allocators. torch reads the first one that is set.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-# Buffers of a step are smaller than these MB, and nearly all of torch's segments of weights are larger.
+# torch keeps pinned memory for later and rounds its size up to a power of two, unless it is larger than these MB. The
+# copy of an engine that sleeps would take up to twice the bytes of its weights, which its pool would not know. Buffers
+# of a step are smaller, and nearly all of torch's segments of weights are larger.
 MOST_CACHED_MB = 16
 
 # This is in seconds. The engine answers between two steps.
@@ -267,9 +269,6 @@ def environment(config: ModelConfig) -> dict[str, str]:
         "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": str(MOST_BAD_WORDS_TOKENS),
     }
     if config.swaps is not None and config.device == "cuda" and not any(name in os.environ for name in ALLOCATOR):
-        # torch keeps pinned memory for later and rounds its size up to a power of two, unless it is larger than this.
-        # The copy of an engine that sleeps would take up to twice the bytes of its weights, which its pool would not
-        # know.
         settings[ALLOCATOR[0]] = f"pinned_max_cached_size_mb:{MOST_CACHED_MB}"
     if config.pipeline_layers is not None:
         settings[STAGES] = ",".join(map(str, config.pipeline_layers))
