@@ -19,6 +19,7 @@ IN_TURN = (
     "test_nodes.py",
     "test_traffic.py",
     "test_ranks.py",
+    "test_pool.py",
     "test_run.py",
     "test_starts.py",
     "test_by_index.py",

@@ -83,7 +83,12 @@ class PoolOnNodes(RayCluster):
             served.append(application)
         assert parse_bytes(PT_CACHE, "") < EACH
         super().__init__({"applications": [router, *served]}, worker_cpus=[len(served)] * workers)
-        self.wait_until_ready(600)
+        try:
+            self.wait_until_ready(600)
+        except BaseException:  # Nobody else has it to end it.
+            self.stop(signal.SIGTERM)
+            self.clean_up()
+            raise
 
     def wait_until_ready(self, timeout_s: float = 300.0) -> None:
         """Until each model has been resident once. Raises TimeoutError."""

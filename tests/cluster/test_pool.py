@@ -1,0 +1,67 @@
+"""Three models that share memory for one: who is asked has it, and no death costs a request."""
+
+import asyncio
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.cluster.served_pool import PoolOnNodes, run_rate
+from tests.cluster.served_ranks import session_for
+from tests.cluster.storm import ask
+from tests.demo_answers import ANSWERS, QUESTIONS
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[PoolOnNodes]:
+    """It, once each model has been loaded."""
+    started = PoolOnNodes(pt=3, vllm=0, room=1)
+    try:
+        yield started
+    finally:
+        started.stop(signal.SIGTERM)
+        started.clean_up()
+
+
+def test_each_model_answers_by_name_and_by_route(cluster: PoolOnNodes) -> None:
+    """Many at once, streamed, for all models in turn. One of them has its memory afterwards, and others are parked."""
+
+    async def asked() -> Counter[str]:
+        async with session_for() as session:
+            seen = await asyncio.gather(
+                *(
+                    ask(session, cluster.url + path, "/v1/chat/completions", body(name, question))
+                    for question in QUESTIONS[:4]
+                    for name in cluster.names
+                    for path in ("", f"/models/{name}")
+                )
+            )
+        wanted = [ANSWERS[question] for question in QUESTIONS[:4] for _ in range(2 * len(cluster.names))]
+        return Counter(
+            "right" if told["text"] == text and told["ends"] == 1 else str(told)
+            for told, text in zip(seen, wanted, strict=True)
+        )
+
+    assert asyncio.run(asked()) == {"right": 4 * 2 * len(cluster.names)}
+    models = httpx.get(f"{cluster.url}/ready", timeout=10).json()["models"]
+    states = Counter(state for model in models.values() for state in model["residency"])
+    assert states["resident"] + states["waking"] + states["draining"] <= 1
+    assert states["parked"] >= len(cluster.names) - 1
+
+
+def test_no_death_costs_a_request_or_breaks_the_law(cluster: PoolOnNodes) -> None:
+    """The keeper and replicas die by SIGKILL, while the leases are read all the time."""
+    told = asyncio.run(run_rate(cluster, 150, 10.0, random.Random(5).sample(["keeper", "replica", "replica"], 3)))
+    assert told["outcomes"] == {"right": 150}, told
+    assert told["killed"] == {"keeper": 1, "replica": 2}
+    assert told["law_held"], told
+    assert told["most_leased"] > 0
+
+
+def body(name: str, question: str) -> dict[str, object]:
+    """A greedy question, streamed."""
+    message = {"role": "user", "content": question}
+    return {"model": name, "messages": [message], "temperature": 0, "max_tokens": 200, "stream": True}
