@@ -49,9 +49,10 @@ from tests.cluster.served_ranks import session_for
 
 CASES = ("alternate", "pinned", "first_token")
 PINNED, BOTH, ONE = "demo", ("both0", "both1"), ("one0", "one1")
-# A model takes a little more than its 377 MB of weights and this KV cache, so the second pool has room for one.
-KV_CACHE, ROOM = "96MiB", {"both": "1200MiB", "one": "640MiB"}
-CPUS = 8
+# The KV cache holds 32 requests of full length, which is a full batch. A model takes a little more than its 377 MB of
+# weights and this cache, so the second pool has room for one.
+KV_CACHE, ROOM = "232MiB", {"both": "1300MiB", "one": "700MiB"}
+CPUS, CONTEXT = 8, 128
 TOKENS, STREAMED, CLIENTS, READERS = 16, 200, 32, 4
 TIMEOUT_S = 600.0
 # Ray forwards a replica's line after some tenths of a second. A model that idles for so long may leave at once.
@@ -67,7 +68,7 @@ class SwappingServe(ServeRun):
         applications = [router, model(PINNED, infer_backend="pt", num_cpus=1)]
         for pool, names in (("both", BOTH), ("one", ONE)):
             swaps = {"policy": "swap", "pool": pool, "pool_memory": {"cpu": ROOM[pool], "disk": "2GiB"}}
-            fields = {"infer_backend": "pt", "max_model_len": 512, "kv_cache_memory_bytes": KV_CACHE, "num_cpus": 1}
+            fields = {"infer_backend": "pt", "max_model_len": CONTEXT, "kv_cache_memory_bytes": KV_CACHE, "num_cpus": 1}
             applications += [model(name, **{**fields, "model": folder, "residency": swaps}) for name in names]
         super().__init__({"applications": applications}, cpus=CPUS, is_set_before_ray=True)
         wanted = {PINNED, *BOTH, *ONE}
