@@ -45,7 +45,6 @@ from serve_app.model_fields import ResidencyConfig
 from serve_app.residency.policy import WORTH_OF_A_SWAP
 from tests.cluster.conftest import model
 from tests.cluster.serve_run import ServeRun
-from tests.cluster.served_ranks import session_for
 
 CASES = ("alternate", "pinned", "first_token")
 PINNED, BOTH, ONE = "demo", ("both0", "both1"), ("one0", "one1")
@@ -263,7 +262,8 @@ async def first_token(serve: SwappingServe, session: aiohttp.ClientSession, roun
 
 async def measure(serve: SwappingServe, options: argparse.Namespace) -> None:
     """Prints the figures of each case that is asked for."""
-    async with session_for(TIMEOUT_S) as session:
+    timeout, without_bound = aiohttp.ClientTimeout(total=TIMEOUT_S), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=without_bound, timeout=timeout) as session:
         for case in options.cases.split(","):
             if case == "alternate":
                 await alternate(serve, session, options.requests)
