@@ -45,6 +45,11 @@ def _vllm_problem(config: ModelFields) -> str | None:
             f"kv_cache_dtype: {config.kv_cache_dtype} is a type of pt's. Use infer_backend: pt, or a type of vLLM's "
             "such as fp8."
         )
+    if config.speculative is not None and config.speculative.quantization in PT_QUANTIZATIONS:
+        return (
+            f"speculative.quantization: {config.speculative.quantization} is a method of pt. Use infer_backend: pt, or "
+            "a method of vLLM such as fp8."
+        )
     if (problem := _vllm_limits_problem(config)) is not None:
         return problem
     if config.device_map is not None:
@@ -208,15 +213,21 @@ def _pt_quantization_problem(config: ModelFields) -> str | None:
     """Returns why pt cannot quantise the weights as it loads them, or None. Quantised layers stay on the devices on
     which they were made."""
     method = config.quantization
+    drafts = None if config.speculative is None else config.speculative.quantization
+    known = (
+        ("quantization", method, (*PT_QUANTIZATIONS, AUTO_QUANTIZATION), ", or by what the plan chooses (auto)"),
+        ("speculative.quantization", drafts, PT_QUANTIZATIONS, ""),
+    )
+    for field, name, methods, beside in known:
+        if name is not None and name not in methods:
+            return (
+                f"{field}: pt does not know '{name}'.{nearest(name, PT_QUANTIZATIONS)} It rounds weights by "
+                f"{', '.join(PT_QUANTIZATIONS)} while it loads them{beside}. For a checkpoint that is quantised "
+                "already, leave the field out, since pt reads its method from config.json. Methods of vLLM need "
+                "infer_backend: vllm."
+            )
     if method is None:
         return None
-    if method not in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION):
-        return (
-            f"quantization: pt does not know '{method}'.{nearest(method, PT_QUANTIZATIONS)} It rounds weights by "
-            f"{', '.join(PT_QUANTIZATIONS)} while it loads them, or by what the plan chooses (auto). For a checkpoint "
-            "that is quantised already, leave the field out, since pt reads its method from config.json. Methods of "
-            "vLLM need infer_backend: vllm."
-        )
     mapped = config.device_map.values() if isinstance(config.device_map, dict) else ()
     places = {*(config.max_memory or {}), *mapped}
     tiers = {"disk"} if config.device == "cpu" else {"cpu", "disk"}

@@ -22,6 +22,26 @@ class ModelConfig(ModelFields):
             raise ValueError(problem)
         return self
 
+    @property
+    def draft(self) -> "ModelConfig | None":
+        """Returns the config of the model that drafts for this one in pt, or None if none does. It runs beside this
+        one on one of its devices, and takes the `dtype` that this one is told to take. Its KV cache is in its own type
+        whatever `kv_cache_dtype` is."""
+        spec = self.speculative
+        if spec is None or spec.model is None:
+            return None
+        return ModelConfig(
+            model=spec.model,
+            infer_backend="pt",
+            revision=spec.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+            device=self.device,
+            max_num_seqs=self.max_num_seqs,
+            quantization=spec.quantization,
+            num_cpus=self.num_cpus,
+        )
+
 
 class RouterConfig(Strict):
     """This is the router: its names, limits and waiting. Sizes are in bytes and times in seconds, and all hold for each

@@ -22,6 +22,7 @@ ServeAppError                 it says what went wrong, where, and what to do
     ├── Overloaded            429, with retry-after
     ├── UnreadableAnswer      502
     ├── ModelUnavailable      503, with retry-after
+    │   └── EngineAway        503, when the engine gave its memory to another model
     └── DeadlineExceeded      504
 """
 
@@ -157,6 +158,13 @@ class ModelUnavailable(RequestError):
     status = 503
     type = "server_error"
     code = "model_unavailable"
+
+
+class EngineAway(ModelUnavailable):
+    """The engine of the model gave its memory to another model while the request ran. It will be back, so the router
+    sends the request or the rest of it again, and does not count this as the loss of a replica."""
+
+    code = "engine_away"
 
 
 class Unauthorized(RequestError):

@@ -150,6 +150,9 @@ Positive = Annotated[Whole, Field(gt=0)]
 Seconds = Annotated[Number, Field(gt=0)]
 
 
+SPECULATIVE_METHODS = ("ngram", "draft_model")
+
+
 def _known_speculation(value: object) -> object:
     """Returns the value. Raises ValueError for a method or a field that only vLLM has, or nobody."""
     if not isinstance(value, Mapping):
@@ -161,10 +164,11 @@ def _known_speculation(value: object) -> object:
                 f"unknown field '{name}'.{nearest(name, SpeculativeConfig.model_fields)} Known fields: "
                 f"{', '.join(SpeculativeConfig.model_fields)}. {elsewhere}"
             )
-    if value.get("method") != "ngram":
-        given = f"unknown method {value['method']!r}." if "method" in value else "there is no method."
-        raise ValueError(f"{given} Write method: ngram. {elsewhere}")
-    return value
+    method = value.get("method", "draft_model" if "model" in value else None)
+    if method not in SPECULATIVE_METHODS:
+        given = f"unknown method {method!r}." if "method" in value else "there is no method."
+        raise ValueError(f"{given} Write method: ngram, or model: and the folder or id of a draft model. {elsewhere}")
+    return {**value, "method": method}
 
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -176,21 +180,47 @@ class SpeculativeConfig(Strict):
 
     With the method `ngram`, up to `num_speculative_tokens` tokens are drafted from the place in prompt and answer where
     the last `prompt_lookup_max` tokens stood before, or fewer of them, down to `prompt_lookup_min`.
+    With the method `draft_model`, which is that of a config with `model` and no method, a smaller model drafts them.
+    `model` is a local folder or a Hugging Face id, of which `revision` is a version, and `quantization` rounds its
+    weights while they are loaded, by a method of the backend.
     """
 
-    method: Literal["ngram"]
+    method: Literal["ngram", "draft_model"]
     num_speculative_tokens: Annotated[Whole, Field(ge=1, le=32)] = 4
     prompt_lookup_max: Annotated[Whole, Field(ge=1, le=32)] = 4
     prompt_lookup_min: Annotated[Whole, Field(ge=1, le=32)] = 2
+    model: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    quantization: str | None = None
 
     @model_validator(mode="after")
-    def _has_a_range(self) -> Self:
+    def _has_what_its_method_needs(self) -> Self:
+        own = ("prompt_lookup_max", "prompt_lookup_min") if self.method == "ngram" else _OF_A_DRAFT_MODEL
+        for name in (*_OF_A_DRAFT_MODEL, "prompt_lookup_max", "prompt_lookup_min"):
+            if name not in own and name in self.model_fields_set and getattr(self, name) is not None:
+                other = "draft_model" if self.method == "ngram" else "ngram"
+                raise ValueError(f"{name} belongs to method: {other}, and the method is {self.method}. Leave it out.")
+        if self.method == "draft_model" and self.model is None:
+            raise ValueError("method: draft_model needs model: and the folder or id of a smaller model.")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min is {self.prompt_lookup_min}, but prompt_lookup_max is {self.prompt_lookup_max}. "
                 "Raise prompt_lookup_max, or lower prompt_lookup_min."
             )
         return self
+
+    @property
+    def for_vllm(self) -> dict[str, Any]:
+        """Returns vLLM's `speculative_config`. It has both bounds of the match, because vLLM takes one for the other
+        where it is missing."""
+        fields = self.model_dump(exclude_none=True)
+        if self.method == "draft_model":
+            del fields["prompt_lookup_max"], fields["prompt_lookup_min"]
+        return fields
+
+
+# Only the method `draft_model` has these fields of `speculative`.
+_OF_A_DRAFT_MODEL = ("model", "revision", "quantization")
 
 
 class ResidencyConfig(Strict):
@@ -236,7 +266,8 @@ class ModelFields(Strict):
     `accelerator_type` ties it to nodes of one kind of GPU, by Ray's name for it, such as L4 or A100.
     `num_gpus` below 1 is a share of one GPU, which holds all that the replica takes there, its CUDA context too.
     `kv_cache_dtype` is the type of an element of KV cache. vLLM has more of them than pt.
-    `speculative` drafts tokens with both engines. For vLLM it is the argument `speculative_config`.
+    `speculative` drafts tokens with both engines, by lookup or with a second model. For vLLM it is the argument
+    `speculative_config`.
     `prompt_cache_memory` is what pt may take of the host's memory to keep the keys and values of texts that have ended,
     for prompts that begin with them.
     `residency` says whether the model holds its memory all the time or shares it with others that swap.

@@ -197,6 +197,7 @@ def router_app(
     """The router's forwarder before these models, and its application, without the gate in front of it."""
     gate = gate or open_gate()
     residency = Residency(lambda: POOLS)
+    residency._replicas = {"a": POOLS[PoolName("default", "n")]}  # As if they had been read.
     forwarder = Forwarder(RouterConfig(**config), directory, upstream, RouterMetrics(), gate, residency)
     return forwarder, build_app(forwarder, directory, gate, residency)  # type: ignore[arg-type]
 

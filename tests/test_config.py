@@ -324,7 +324,7 @@ def test_speculation_has_vllms_names() -> None:
     for backend in ("pt", "vllm", "auto"):
         config = model_config(infer_backend=backend, speculative={"method": "ngram", "num_speculative_tokens": 3})
         assert config.speculative is not None
-        assert config.speculative.model_dump() == {
+        assert config.speculative.model_dump(exclude_none=True) == {
             "method": "ngram",
             "num_speculative_tokens": 3,
             "prompt_lookup_max": 4,
@@ -337,11 +337,19 @@ def test_speculation_has_vllms_names() -> None:
     [
         (
             {"method": "eagle"},
-            r"^speculative: unknown method 'eagle'\. Write method: ngram\. With vllm, all its methods",
+            r"^speculative: unknown method 'eagle'\. Write method: ngram, or model: .*\. With vllm, all its methods",
         ),
-        ({"num_speculative_tokens": 2}, r"^speculative: there is no method\. Write method: ngram\."),
+        ({"num_speculative_tokens": 2}, r"^speculative: there is no method\. Write method: ngram, or model: and the"),
         ({"method": "ngram", "num_tokens": 2}, r"^speculative: unknown field 'num_tokens'\."),
-        ({"method": "ngram", "model": "x"}, r"Known fields: method, num_speculative_tokens, .* engine_args"),
+        ({"method": "ngram", "models": "x"}, r"Known fields: method, num_speculative_tokens, .* engine_args"),
+        (
+            {"method": "ngram", "model": "x"},
+            r"^speculative: model belongs to method: draft_model, and the method",
+        ),
+        ({"model": "x", "prompt_lookup_max": 3}, r"^speculative: prompt_lookup_max belongs to method: ngram, and the"),
+        ({"method": "draft_model"}, r"^speculative: method: draft_model needs model: and the folder or id of a smal"),
+        ({"model": ""}, r"^speculative\.model: "),
+        ({"model": "x", "quantization": "fp8"}, r"^speculative\.quantization: pt does not know 'fp8'\."),
         (
             {"method": "ngram", "num_speculative_tokens": 0},
             r"^speculative\.num_speculative_tokens: expected a number of at least 1, got 0",
@@ -358,6 +366,30 @@ def test_speculation_that_cannot_be_meant_is_refused(fields: object, complaint: 
     """The message names the field and what to write."""
     with pytest.raises(ConfigError, match=complaint):
         model_config(speculative=fields)
+
+
+def test_a_draft_model_is_a_model_of_pt_of_its_own() -> None:
+    """With the type, the device and the sequences of the model that it drafts for. No method means `draft_model`, as
+    with vLLM."""
+    spec = {"model": "draft", "num_speculative_tokens": 3, "quantization": "bnb-nf4"}
+    config = model_config(speculative=spec, dtype="bfloat16", device="cpu", max_num_seqs=7, num_cpus=2)
+    assert config.speculative is not None
+    assert config.speculative.method == "draft_model"
+    draft = config.draft
+    assert draft is not None
+    assert (draft.model, draft.dtype, draft.device, draft.quantization) == ("draft", "bfloat16", "cpu", "bnb-nf4")
+    assert (draft.max_num_seqs, draft.num_cpus, draft.speculative, draft.draft) == (7, 2, None, None)
+    assert model_config(speculative={"method": "ngram"}).draft is None
+    with pytest.raises(ConfigError, match=r"^speculative.quantization: bnb-nf4 is a method of pt"):
+        model_config(infer_backend="vllm", speculative=spec)
+    vllm = model_config(infer_backend="vllm", speculative={"model": "draft", "quantization": "fp8"})
+    assert vllm.speculative is not None
+    assert vllm.speculative.for_vllm == {
+        "method": "draft_model",
+        "model": "draft",
+        "num_speculative_tokens": 4,
+        "quantization": "fp8",
+    }
 
 
 def test_speculation_is_set_in_one_place() -> None:

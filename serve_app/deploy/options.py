@@ -12,6 +12,8 @@ from serve_app.ray_serve import HEAD_NODE, MIDDLEWARES_VARIABLE
 # One replica takes this many requests at once beyond what its config asks for. The engine has its own queue, and
 # Serve's default of 5 would starve a batching engine.
 MAX_ONGOING_REQUESTS = 256
+# So many more requests may wait in a replica whose engine has given its memory to another model.
+MAX_HELD_REQUESTS = 1024
 # This is vLLM's own max_num_seqs on cards from 70 GiB, which is its largest default.
 VLLM_MOST_ROWS = 1024
 ROUTER_MAX_ONGOING_REQUESTS = 10_000
@@ -80,7 +82,8 @@ def _max_ongoing_requests(config: ModelConfig) -> int:
     is full."""
     default = VLLM_MOST_ROWS if config.infer_backend == "vllm" and config.device == "cuda" else 0
     rows = config.max_num_seqs or default
-    return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS
+    held = MAX_HELD_REQUESTS if config.swaps is not None else 0
+    return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS + held
 
 
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:

@@ -36,11 +36,12 @@ Tell = Callable[[str], None]
 class Unanswered:
     """This is a model whose checkpoint was read, and what an engine has to be asked about it, by the fields of
     `EngineFacts`, with `ON` and `ONE_SIZE` behind those for other cards and for another size. "tensors" is asked for a
-    model without files of weights."""
+    model without files of weights. `draft` is the model that drafts for it, if there is one."""
 
     request: ModelRequest
     checkpoint: Checkpoint
     questions: dict[str, Question]
+    draft: "Unanswered | None" = None
 
 
 def read_request(name: str, config: ModelConfig, replicas: int = 1, cards: Collection[Capability] = ()) -> Unanswered:
@@ -48,7 +49,18 @@ def read_request(name: str, config: ModelConfig, replicas: int = 1, cards: Colle
     planned. Raises ConfigError if they cannot be read."""
     checkpoint = read_checkpoint(config.model, config.revision)
     request = ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
-    return Unanswered(request, checkpoint, questions_of(request, checkpoint, cards))
+    return Unanswered(request, checkpoint, questions_of(request, checkpoint, cards), _read_draft(name, config))
+
+
+def _read_draft(name: str, config: ModelConfig) -> Unanswered | None:
+    """Returns the model that drafts for one of pt, or None if there is none. Raises ConfigError."""
+    draft = config.draft
+    if draft is None or config.infer_backend == "vllm":
+        return None
+    try:
+        return read_request(f"the draft of {name}", draft)
+    except ConfigError as error:
+        raise ConfigError(f"speculative.{error}") from None
 
 
 def cards_of(inventory: Inventory | None) -> frozenset[Capability]:
@@ -147,7 +159,8 @@ def _code(config: ModelConfig, checkpoint: Checkpoint) -> dict[str, str]:
 def answered(unanswered: Sequence[Unanswered], tell: Tell | None) -> list[ModelRequest]:
     """Returns the requests with what the engines say. Without `tell` no process is started for it, and only what was
     kept or is shipped is known. Raises ConfigError for a model without files of weights that cannot be built."""
-    flat = [(item, question) for item in unanswered for question in item.questions.values()]
+    everything = [*unanswered, *(item.draft for item in unanswered if item.draft is not None)]
+    flat = [(item, question) for item in everything for question in item.questions.values()]
     questions = {question.key: (question, item.checkpoint.folder) for item, question in flat}
     if tell is None:
         found = {key: known_answer(question) or Answer(None) for key, (question, _) in questions.items()}
@@ -168,7 +181,8 @@ def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest
     versions = {f"{item.questions[field].engine}_version": item.questions[field].version for field in known}
     others = _others(answered)
     facts = EngineFacts(**{field: answer.facts for field, answer in known.items()}, **versions, others=others)  # type: ignore[arg-type]
-    return replace(request, facts_problem=text, engine_facts=_with_known_pt(item, facts))
+    draft = None if item.draft is None else _with_answers(item.draft, found)
+    return replace(request, facts_problem=text, engine_facts=_with_known_pt(item, facts), draft=draft)
 
 
 def _with_known_pt(item: Unanswered, facts: EngineFacts) -> EngineFacts:

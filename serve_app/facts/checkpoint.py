@@ -35,7 +35,19 @@ def with_absolute_paths(config: ModelConfig) -> ModelConfig:
         if not file.is_file():
             raise ConfigError(f"chat_template: there is no file {file.absolute()}.")
         template = str(file.absolute())
-    return config.model_copy(update={"model": model_path(config.model), "chat_template": template})
+    speculative = config.speculative
+    if speculative is not None and speculative.model is not None:
+        speculative = speculative.model_copy(update={"model": draft_path(speculative.model)})
+    own = {"model": model_path(config.model), "chat_template": template, "speculative": speculative}
+    return config.model_copy(update=own)
+
+
+def draft_path(model: str) -> str:
+    """Returns what `model_path` does for a draft model. Its ConfigError names the field `speculative.model`."""
+    try:
+        return model_path(model)
+    except ConfigError as error:
+        raise ConfigError(f"speculative.{error}") from None
 
 
 def model_path(model: str) -> str:

@@ -30,14 +30,15 @@ def calibration_setting(
     rank: int,
     ranks: int,
     stages: int = 1,
+    draft: Architecture | None = None,
 ) -> Mapping[str, object]:
     """Returns the setting of one rank of `ranks`. All ranks of vLLM are alike and count as number 0; those of pt are
     not. Of a pipeline of so many `stages`, the ranks of a stage are alike and count as the first one of them.
 
     `engine` names the engine's packages with their versions (`facts.packages`). The folder of the model is left out,
-    because the same shape takes the same memory, wherever it was loaded from.
+    because the same shape takes the same memory, wherever it was loaded from. `draft` is the shape of the model that
+    drafts for it.
     """
-    shape = (architecture.name, len(architecture.layers), architecture.hidden_size, architecture.intermediate_size)
     asked = {
         "dtype": config.dtype if config.dtype != "auto" else architecture.dtype,
         "quantization": config.quantization or architecture.quantization,
@@ -45,12 +46,17 @@ def calibration_setting(
         "max_num_seqs": config.max_num_seqs,
         "kv_cache_dtype": config.kv_cache_dtype,
         "speculative": None if config.speculative is None else config.speculative.num_speculative_tokens,
+        "draft": None if draft is None else _shape(draft),
         **{name: config.vllm_args[name] for name in _ARGUMENTS if name in config.vllm_args},
     }
     return {
-        "model": [*shape, architecture.vocabulary],
+        "model": [*_shape(architecture), architecture.vocabulary],
         "engine": engine,
         "device": f"{card_model(device.name)} {round(device.total_bytes / GIB)}" if device.is_gpu else "cpu",
         "rank": f"{rank} of {ranks}" + (f" in {stages} stages" if stages > 1 else ""),
         **{name: value for name, value in asked.items() if value is not None},
     }
+
+
+def _shape(architecture: Architecture) -> list[object]:
+    return [architecture.name, len(architecture.layers), architecture.hidden_size, architecture.intermediate_size]

@@ -1,7 +1,7 @@
 """Decides whether one replica of pt fits on given devices, and what it takes of each, by arithmetic alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from serve_app.facts.inventory import Device
@@ -16,8 +16,12 @@ from serve_app.planning.shortage import Shortage, available, bounds_of, rows_pro
 from serve_app.planning.sizes import gib
 from serve_app.planning.terms import (
     cache_in_8_bits,
+    draft_cache,
+    draft_weights,
     left_over_layer,
     loading_weight,
+    model_cache,
+    model_weights,
     quantized_weights,
     unpacked_weight,
 )
@@ -28,18 +32,56 @@ PT_CHUNK_TOKENS = 512
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """This is the draft model of a replica: its parts, all of which lie on the device with the number `seat`."""
+
+    request: ModelRequest
+    blocks: tuple[Block, ...]
+    seat: int
+
+
+def _beside(draft: _Draft | None) -> Mapping[int, BlockGroup]:
+    """Returns what a draft model puts on its device, as `map_layers` takes it."""
+    return {} if draft is None else {draft.seat: BlockGroup(draft.blocks)}
+
+
 def fit_pt(
     request: ModelRequest, devices: Sequence[tuple[Device, int]], limits: Sequence[int], reasons: Sequence[str]
 ) -> ModelPlan | Shortage:
     """Returns one replica of pt over `devices`. It takes at most its limit in bytes of each, and no more than is
-    free."""
+    free.
+
+    A draft model lies on the first device where both models fit. If there is none, the shortage is that of the first
+    device.
+    """
+    drafter = request.drafter
+    if drafter is None:
+        return _fit(request, None, devices, limits, reasons)
+    blocks = tuple(drafter.blocks(copies_tied=not devices[0][0].is_gpu))
+    first = _fit(request, _Draft(drafter, blocks, 0), devices, limits, reasons)
+    if isinstance(first, ModelPlan):
+        return first
+    others = (_fit(request, _Draft(drafter, blocks, seat), devices, limits, reasons) for seat in range(1, len(devices)))
+    return next((found for found in others if isinstance(found, ModelPlan)), first)
+
+
+def _fit(
+    request: ModelRequest,
+    draft: _Draft | None,
+    devices: Sequence[tuple[Device, int]],
+    limits: Sequence[int],
+    reasons: Sequence[str],
+) -> ModelPlan | Shortage:
     rows = request.pt_rows
     if request.config.speculative is not None and request.no_speculation:
         reasons = (*reasons, f"it does not speculate, because {request.no_speculation}")
     on_cpu = not devices[0][0].is_gpu and request.config.max_memory is None
     blocks = request.blocks(copies_tied=on_cpu)
+    everything = BlockGroup((*blocks, *(draft.blocks if draft is not None else ())))
     overheads = [
-        _pt_overhead(request, blocks, device, rank, len(devices), rows) for rank, (device, _) in enumerate(devices)
+        _pt_overhead(request, draft, blocks, device, rank, len(devices), rows)
+        for rank, (device, _) in enumerate(devices)
     ]
     rooms = [
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
@@ -49,7 +91,7 @@ def fit_pt(
     spills = bool(request.config.spill_tiers - (set() if devices[0][0].is_gpu else {"cpu"}))
 
     def at(tokens: int) -> LayerMap | None:
-        return map_layers(blocks, rooms, tokens, rows, spills)
+        return map_layers(blocks, rooms, tokens, rows, spills, _beside(draft))
 
     least = cells(1, request.max_model_len)
     if (problem := rows_problem(request, rows)) is not None:
@@ -58,7 +100,7 @@ def fit_pt(
     if wanted is not None:
         least = max(least, budget_for(wanted.requests, wanted.tokens))
     if request.config.kv_cache_memory_bytes is not None:  # The engine then takes requests as long as that allows.
-        per_token = max(1, BlockGroup(tuple(blocks)).cache(1, 0))
+        per_token = max(1, everything.cache(1, 0))
         most = request.config.kv_cache_memory_bytes // per_token
         if wanted is not None and most < least:
             return small_cache(request, least * per_token)
@@ -66,25 +108,27 @@ def fit_pt(
     mapped = at(least)
     if mapped is None:
         bounds = bounds_of(request, devices, limits)
-        whole = BlockGroup(tuple(blocks))
-        short = _pt_shortage(request, devices, overheads, rooms, whole, least, spills, bounds)
-        short = replace(short, nearest=partial(_nearest, request, devices, overheads, rooms, blocks, least, reasons))
-        return _with_whole_layers(request, short, devices, blocks, rooms, least, rows, spills)
+        short = _pt_shortage(request, draft, devices, overheads, rooms, everything, least, spills, bounds)
+        nearest = partial(_nearest, request, draft, devices, overheads, rooms, blocks, least, reasons)
+        return _with_whole_layers(
+            request, draft, replace(short, nearest=nearest), devices, blocks, rooms, least, rows, spills
+        )
     left = len(mapped.rest.blocks)
 
     def keeps(tokens: int) -> bool:  # More cache must not drive layers to a slower tier.
         more = at(tokens)
         return more is not None and len(more.rest.blocks) <= left
 
-    tokens = _most_tokens(request, keeps, least, rows, devices[0], BlockGroup(tuple(blocks)))
+    tokens = _most_tokens(request, keeps, least, rows, devices[0], everything)
     mapped = at(tokens) or mapped
     if (problem := _tier_problem(request, mapped)) is not None:
         return problem
-    return _pt_plan(request, devices, overheads, mapped, (tokens, least), rows, reasons)
+    return _pt_plan(request, draft, devices, overheads, mapped, (tokens, least), rows, reasons)
 
 
 def _nearest(
     request: ModelRequest,
+    draft: _Draft | None,
     devices: Sequence[tuple[Device, int]],
     overheads: Sequence[tuple[Figure, Figure]],
     rooms: Sequence[int],
@@ -97,8 +141,13 @@ def _nearest(
     rows, whole = request.pt_rows, BlockGroup(tuple(blocks))
     roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
     roomy[-1] += whole.weights + whole.cache(tokens, rows)
-    filled = map_layers(blocks, roomy, tokens, rows, spills=False)
-    return None if filled is None else _pt_plan(request, devices, overheads, filled, (tokens, tokens), rows, reasons)
+    beside = _beside(draft)
+    for seat, group in beside.items():
+        roomy[seat] += group.weights + group.cache(tokens, rows)
+    filled = map_layers(blocks, roomy, tokens, rows, False, beside)
+    if filled is None:
+        return None
+    return _pt_plan(request, draft, devices, overheads, filled, (tokens, tokens), rows, reasons)
 
 
 def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:
@@ -117,6 +166,7 @@ def _tier_problem(request: ModelRequest, mapped: LayerMap) -> Shortage | None:
 
 def _pt_shortage(
     request: ModelRequest,
+    draft: _Draft | None,
     devices: Sequence[tuple[Device, int]],
     overheads: Sequence[tuple[Figure, Figure]],
     rooms: Sequence[int],
@@ -137,6 +187,13 @@ def _pt_shortage(
     missing = whole.weights + cache - sum(rooms)
     fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
     short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, [device for device, _ in devices])
+    if draft is not None:
+        own = BlockGroup(draft.blocks)
+        text = (
+            f" Of these, the draft model takes {gib(own.weights)} for weights and {gib(own.cache(tokens, 0))} of KV "
+            "cache."
+        )
+        short = replace(short, message=short.message + text)
     if spills or not device.is_gpu:
         return short
     tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
@@ -145,6 +202,7 @@ def _pt_shortage(
 
 def _with_whole_layers(
     request: ModelRequest,
+    draft: _Draft | None,
     short: Shortage,
     devices: Sequence[tuple[Device, int]],
     blocks: Sequence[Block],
@@ -159,9 +217,11 @@ def _with_whole_layers(
         return short
 
     def fits(extra: int) -> bool:
-        return map_layers(blocks, [room + extra for room in rooms], tokens, rows, spills) is not None
+        wider = [room + extra for room in rooms]
+        return map_layers(blocks, wider, tokens, rows, spills, _beside(draft)) is not None
 
-    low, high = 1, max(BlockGroup((block,)).cache(tokens, rows) + block.weights for block in blocks) + 1
+    groups = [BlockGroup((block,)) for block in blocks] + ([BlockGroup(draft.blocks)] if draft is not None else [])
+    low, high = 1, sum(sorted(group.cache(tokens, rows) + group.weights for group in groups)[-2:]) + 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
@@ -206,10 +266,17 @@ def _drafted_tokens(request: ModelRequest, rows: int) -> int:
 
 
 def _pt_overhead(
-    request: ModelRequest, blocks: Sequence[Block], device: Device, rank: int, ranks: int, rows: int
+    request: ModelRequest,
+    draft: _Draft | None,
+    blocks: Sequence[Block],
+    device: Device,
+    rank: int,
+    ranks: int,
+    rows: int,
 ) -> tuple[Figure, Figure]:
     """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`. The activations have room
-    for what a weight takes that is quantised before there are any."""
+    for what a weight takes that is quantised before there are any. A draft model computes before the other one, so
+    the larger of both counts."""
     alone = request.pt_facts is not None and bool(request.pt_facts.alone)
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
@@ -217,17 +284,34 @@ def _pt_overhead(
     drafted = _drafted_tokens(request, rows)
     peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens, drafted)
     activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
-    if request.pt_quantization is not None:
-        unpacked, loading = _whole_weights(request, blocks)
-        activation += memory.guessed([unpacked_weight(unpacked)])
-        if loading > activation.bytes:
-            activation = memory.guessed([loading_weight(loading)])
-    elif elements := unpacked_elements(request.tensors):
-        activation += memory.guessed([unpacked_weight(elements * request.element_bytes)])
+    activation = _with_whole_weight(request, blocks, activation)
+    if draft is not None and draft.seat == rank:
+        own = _draft_activation(request, draft, rows)
+        activation = own if own.bytes > activation.bytes else activation
     context = memory.context("cuda" if device.is_gpu else "cpu")
     if (measured := request.measured(device, rank, ranks)) is not None:
         activation, _, context = memory.calibrated(measured, activation, ZERO, context)
     return activation, context
+
+
+def _draft_activation(request: ModelRequest, draft: _Draft, rows: int) -> Figure:
+    """Returns the peak of a step of the draft model, which is computed whole on one device."""
+    own, drafted = draft.request, _drafted_tokens(request, rows)
+    tokens = min(request.max_model_len, 4096)
+    peaks = memory.pt_activation(own.architecture, own.element_bytes, rows, PT_CHUNK_TOKENS, tokens, drafted)
+    return _with_whole_weight(own, draft.blocks, peaks["layer"] + peaks["head"])
+
+
+def _with_whole_weight(request: ModelRequest, blocks: Sequence[Block], activation: Figure) -> Figure:
+    """Returns the activations with room for the largest quantised weight as a whole one, or for what it takes while it
+    is quantised, if that is more than all activations."""
+    if request.pt_quantization is not None:
+        unpacked, loading = _whole_weights(request, blocks)
+        activation += memory.guessed([unpacked_weight(unpacked)])
+        return memory.guessed([loading_weight(loading)]) if loading > activation.bytes else activation
+    if elements := unpacked_elements(request.tensors):
+        activation += memory.guessed([unpacked_weight(elements * request.element_bytes)])
+    return activation
 
 
 def _whole_weights(request: ModelRequest, blocks: Sequence[Block]) -> tuple[int, int]:
@@ -243,6 +327,7 @@ def _whole_weights(request: ModelRequest, blocks: Sequence[Block]) -> tuple[int,
 
 def _pt_plan(
     request: ModelRequest,
+    draft: _Draft | None,
     devices: Sequence[tuple[Device, int]],
     overheads: Sequence[tuple[Figure, Figure]],
     mapped: LayerMap,
@@ -253,7 +338,8 @@ def _pt_plan(
     """Returns the plan of a replica. `budget` is the tokens of its KV cache, and the least that it needs."""
     ranks, (tokens, least) = [], budget
     for number, ((device, _), part) in enumerate(zip(devices, mapped.parts, strict=True)):
-        if not part.blocks and not (number == 0 and mapped.rest.blocks):
+        has_draft = draft is not None and draft.seat == number
+        if not part.blocks and not has_draft and not (number == 0 and mapped.rest.blocks):
             continue
         groups = [part, mapped.rest] if number == 0 else [part]
         numbers = [block.number for block in part.blocks]
@@ -262,11 +348,14 @@ def _pt_plan(
             room = left_over_layer(max(block.weights for block in mapped.rest.blocks))
             activation += Figure(room.bytes, terms=(room,))
         cache = sum((_pt_cache(request, group, tokens, rows) for group in groups), ZERO)
+        weights = _pt_weights(request, part)
+        if draft is not None and has_draft:
+            weights, cache = _with_draft(draft, weights, cache, part, tokens, rows)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
-        weights = _pt_weights(request, part)
-        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat))
-    whole = BlockGroup(tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks))
+        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat, has_draft))
+    own = tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks)
+    whole = BlockGroup((*own, *(draft.blocks if draft is not None else ())))
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
         kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
@@ -276,7 +365,24 @@ def _pt_plan(
         spilled=_spilled(request, mapped),
         kv_bytes_needed=whole.cache(least, 1 if request.at_once is None else request.at_once.requests),
         asked_for="" if request.at_once is None else request.at_once.text,
+        draft=None if draft is None else draft.request.architecture,
     )  # fmt: skip
+
+
+def _with_draft(
+    draft: _Draft, weights: Figure, cache: Figure, part: BlockGroup, tokens: int, rows: int
+) -> tuple[Figure, Figure]:
+    """Returns the weights and the cache of the blocks `part` on a device, and those of the draft model beside them. At
+    one moment, one layer of either model is moved or read, so the larger one counts. The draft model's cache is in its
+    own type, also beside one in 8 bits."""
+    group, request = BlockGroup(draft.blocks), draft.request
+    own = _pt_weights(request, group)
+    weights = Figure(weights.bytes, terms=weights.terms or (model_weights(weights.bytes),))
+    weights += Figure(own.bytes, terms=(draft_weights(own.bytes, request.pt_quantization),))
+    both = BlockGroup((*part.blocks, *draft.blocks)).cache(tokens, rows)
+    more = both - part.cache(tokens, rows)
+    terms = (*(cache.terms or (model_cache(cache.bytes),)), draft_cache(more))
+    return weights, Figure(cache.bytes + more, terms=tuple(term for term in terms if term.bytes))
 
 
 def _pt_cache(request: ModelRequest, group: BlockGroup, tokens: int, rows: int) -> Figure:

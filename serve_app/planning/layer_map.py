@@ -6,7 +6,7 @@ for the largest of them, since they are computed there.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from serve_app.facts.architecture import Architecture
@@ -219,33 +219,46 @@ class LayerMap:
     rest: BlockGroup
 
 
-def map_layers(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int, spills: bool) -> LayerMap | None:
-    """Fills the devices in turn, each to its limit in bytes for weights and cache.
+def map_layers(
+    blocks: Sequence[Block],
+    limits: Sequence[int],
+    tokens: int,
+    rows: int,
+    spills: bool,
+    beside: Mapping[int, BlockGroup] | None = None,
+) -> LayerMap | None:
+    """Fills the devices in turn, each to its limit in bytes for weights and cache. `beside` is what lies on a device
+    anyway, by the device's number, such as a draft model.
 
     Without `spills` all blocks must find a place, or there is no map. With it, what is left over is computed on the
     first device, which keeps its cache and has room for the largest left-over block.
     """
-    mapped = _fill(blocks, limits, tokens, rows)
+    beside = beside or {}
+    if any(group.weights + group.cache(tokens, rows) > limits[device] for device, group in beside.items()):
+        return None
+    mapped = _fill(blocks, limits, tokens, rows, beside)
     if not mapped.rest.blocks:
         return mapped
     if not spills:
         return None
+    own = beside[0].weights + beside[0].cache(tokens, rows) if 0 in beside else 0
     while True:  # Room kept on the first device may leave more blocks over, so it repeats until nothing changes.
         rest = mapped.rest
         kept = max(block.weights for block in rest.blocks) + rest.cache(tokens, rows)
-        if kept > limits[0]:
+        if kept + own > limits[0]:
             return None
-        mapped = _fill(blocks, [limits[0] - kept, *limits[1:]], tokens, rows)
+        mapped = _fill(blocks, [limits[0] - kept, *limits[1:]], tokens, rows, beside)
         if len(mapped.rest.blocks) <= len(rest.blocks):
             return mapped
 
 
-def _fill(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int) -> LayerMap:
+def _fill(
+    blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int, beside: Mapping[int, BlockGroup]
+) -> LayerMap:
     parts: list[list[Block]] = [[] for _ in limits]
     device, position = 0, 0
-    weights = largest = kv = state = (
-        0  # These are sums over the blocks of the present device, and its largest `transient`.
-    )
+    # These are sums over what lies on the present device, and its largest `transient`.
+    weights, largest, kv, state = _sums_of(beside.get(0))
     while position < len(blocks) and device < len(limits):
         block = blocks[position]
         cache = tokens * (kv + block.kv + max(largest, block.transient)) + rows * (state + block.state)
@@ -256,5 +269,14 @@ def _fill(blocks: Sequence[Block], limits: Sequence[int], tokens: int, rows: int
             position += 1
         else:
             device += 1
-            weights = largest = kv = state = 0
+            weights, largest, kv, state = _sums_of(beside.get(device))
     return LayerMap(tuple(BlockGroup(tuple(part)) for part in parts), BlockGroup(tuple(blocks[position:])))
+
+
+def _sums_of(group: BlockGroup | None) -> tuple[int, int, int, int]:
+    """Returns the weights of a group, and the largest `transient`, the `kv` and the `state` of its blocks."""
+    if group is None:
+        return 0, 0, 0, 0
+    blocks = group.blocks
+    largest = max((block.transient for block in blocks), default=0)
+    return group.weights, largest, sum(block.kv for block in blocks), sum(block.state for block in blocks)

@@ -22,6 +22,7 @@ from serve_app.planning.vllm_arguments import asked_arguments, effective, uncoun
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
+PT_MAX_QUEUED_REQUESTS = 192
 # These are the ends of sentences that say why a model has no KV cache in 8 bits in pt.
 ALONE = "runs one request at a time without a cache in pt. Leave kv_cache_dtype out"
 NO_KEYS = "keeps states and no keys and values. Leave kv_cache_dtype out"
@@ -53,7 +54,8 @@ class AtOnce:
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
-    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `engine_facts` is what the engines'
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `draft` is the model that drafts for
+    it, if its config names one. `engine_facts` is what the engines'
     own code says of an architecture for which there are no formulas, and `facts_problem` is why an engine said nothing.
 
     `memo` keeps sums over the tensors, which are the same for every device and every replica. `calibrations` and
@@ -68,6 +70,7 @@ class ModelRequest:
     at_once: AtOnce | None = None
     engine_facts: EngineFacts = NO_FACTS
     facts_problem: str = ""
+    draft: "ModelRequest | None" = None
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -100,6 +103,32 @@ class ModelRequest:
         if "linear" in self.architecture.layers or (facts is not None and any(facts.state)):
             return "its cache has states, from which no token can be taken back"
         return ""
+
+    @property
+    def drafter(self) -> "ModelRequest | None":
+        """Returns the model that drafts for this one in pt, with the settings that this config gives it, or None if
+        none does."""
+        config = self.config.draft
+        if config is None or self.draft is None or self.config.infer_backend == "vllm" or self.no_speculation:
+            return None
+        return replace(self.draft, config=config)
+
+    @property
+    def _draft_problem(self) -> str:
+        """Returns why the draft model cannot draft for this one, or why the plan does not know what it takes, or an
+        empty text."""
+        draft = self.drafter
+        if draft is None:
+            return ""
+        name, own, target = draft.config.model, draft.architecture.vocabulary, self.architecture.vocabulary
+        if own != target:
+            return (
+                f"speculative.model: {name} has a vocabulary of {own} tokens, and the model that it drafts for has one "
+                f"of {target}. The two must be equal. Choose a smaller model of the same family."
+            )
+        if draft.no_speculation:
+            return f"speculative.model: {name} cannot draft, because {draft.no_speculation}. Choose another model."
+        return f"speculative.model: {name}: {draft.unplanned}" if draft.unplanned else ""
 
     @property
     def kv_element_bytes(self) -> int:
@@ -162,7 +191,7 @@ class ModelRequest:
         known = {None, "fp8" if can_round else None, self.architecture.quantization}
         if config.quantization not in known and not rounds_in_pt:
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
-        return self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts
+        return self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts or self._draft_problem
 
     @property
     def _pt_cache_problem(self) -> str:
@@ -357,8 +386,9 @@ class ModelRequest:
         if not self.calibrations:
             return None
         engine = self.engine_versions.get(self.config.infer_backend, "")
+        drafter = None if self.drafter is None else self.drafter.architecture
         setting = calibration_setting(
-            self.config, self.architecture, self.max_model_len, engine, device, rank, ranks, stages
+            self.config, self.architecture, self.max_model_len, engine, device, rank, ranks, stages, drafter
         )
         return self.calibrations.get(setting_key(setting))
 

@@ -36,6 +36,7 @@ class RankPlan:
     context: Figure = ZERO
     layers: tuple[int, int] | None = None
     seat: tuple[int, int] = (0, 1)
+    has_draft: bool = False
 
     @property
     def share(self) -> Figure:
@@ -47,8 +48,9 @@ class RankPlan:
         figures = {name: getattr(self, name) for name in TERMS} | {"share": self.share}
         numbers = {f"{name}_bytes": figure.bytes for name, figure in figures.items()}
         certainty = {name: figure.certainty for name, figure in figures.items()}
-        layers = {} if self.layers is None else {"layers": list(self.layers)}
-        return {"gpu": self.device.id, **numbers, "certainty": certainty, **layers}
+        layers: dict[str, Any] = {} if self.layers is None else {"layers": list(self.layers)}
+        draft = {"has_draft": True} if self.has_draft else {}
+        return {"gpu": self.device.id, **numbers, "certainty": certainty, **layers, **draft}
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class ModelPlan:
     kv_bytes_needed: int = 0
     # The requests that are asked for at once (`--for`), in words, or an empty text.
     asked_for: str = ""
+    # This is the shape of the model that drafts for this one in pt, or None.
+    draft: Architecture | None = None
     # This says whether vLLM is known to make blocks of that size on these cards.
     knows_blocks: bool = True
 

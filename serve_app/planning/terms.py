@@ -187,6 +187,26 @@ def quantized_weights(whole: int, values: int, scales: int, bits: int) -> list[T
     ]
 
 
+def model_weights(size: int) -> Term:
+    """Returns the weights of the model itself on a device that has a draft model too."""
+    return Term("the model's own weights", (("bytes", size),))
+
+
+def draft_weights(size: int, method: str | None) -> Term:
+    """Returns the weights of the draft model, which `method` quantises while they load."""
+    return Term(f"weights of the draft model{f' in {method}' if method else ''}", (("bytes", size),))
+
+
+def model_cache(size: int) -> Term:
+    """Returns the KV cache of the model itself on a device that has a draft model too."""
+    return Term("the model's own KV cache", (("bytes", size),))
+
+
+def draft_cache(size: int) -> Term:
+    """Returns the KV cache of the draft model, which has room for as many tokens as that of the model itself."""
+    return Term("KV cache of the draft model for as many tokens", (("bytes", size),))
+
+
 def cache_in_8_bits(tokens: int, elements: int, scales: int, read: int, states: int) -> list[Term]:
     """Returns pt's KV cache in 8 bits on a device, for so many tokens. `elements`, `scales` and `read` are bytes for a
     token: of all layers as they are kept, and of the largest layer in the model's type. `states` are of all rows."""

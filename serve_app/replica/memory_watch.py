@@ -217,6 +217,7 @@ def calibrations_of(
             plan.device,
             *plan.seat,
             planned.pipeline_parallel_size,
+            planned.draft,
         )
         measured = Calibration(
             setting, max(0, rank.rest - hidden_weights(rank, plan)), rank.context if plan.device.is_gpu else None

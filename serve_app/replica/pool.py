@@ -1,5 +1,6 @@
 """Brings a replica into its pool: the pool's devices and budget, the replica's plan in it, and the pool's keeper."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -22,10 +23,11 @@ from serve_app.facts.inventory import Device
 from serve_app.facts.nodes import VRAM_RESOURCE
 from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
+from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.replica_plan import NODE, plan_alone, with_planned_memory
 from serve_app.replica.swapping_engine import Seat, SwappingEngine
-from serve_app.residency.keeper import RayKeeper
+from serve_app.residency.keeper import PoolSettings, RayKeeper
 from serve_app.residency.lease_records import PoolName
 from serve_app.residency.member import Bytes
 
@@ -65,7 +67,12 @@ class PoolMember:
         seats = [Seat(seat.lease, partial(self._make, seat.planned, name)) for seat in self.seats]
         # A process keeps CUDA's context for as long as it lives.
         residue = dict.fromkeys(self.seats[0].lease, self.planned.ranks[0].context.bytes) if self.gpus else {}
-        return SwappingEngine(name, replica, self.swaps, seats, weights, self.keeper, residue=residue)
+        most = sequences(self.config) if self.config.infer_backend == "pt" else math.inf
+        is_pt = self.config.infer_backend == "pt"
+        return SwappingEngine(
+            name, replica, self.swaps, seats, weights, self.keeper,
+            residue=residue, keeps_residue=is_pt, most_running=most,
+        )  # fmt: skip
 
     def _make(self, planned: ModelPlan, name: str) -> Engine:
         if self.gpus:
@@ -93,6 +100,11 @@ def pool_member(config: ModelConfig, swaps: ResidencyConfig, facts: EngineFacts 
     return PoolMember(config, swaps, seats, keeper_of(swaps, budget, on_cpu, options), gpus)
 
 
+def sequences(config: ModelConfig) -> int:
+    """Returns how many sequences pt takes at once: those that run, and those that wait in it."""
+    return (config.max_num_seqs or PT_MAX_NUM_SEQS) + (config.max_queued_requests or PT_MAX_QUEUED_REQUESTS)
+
+
 def cpu_budget(swaps: ResidencyConfig) -> Bytes:
     """Returns what resident models of a pool on the processor may take."""
     return {"cpu": (swaps.pool_memory or {})["cpu"]}
@@ -104,7 +116,8 @@ def host_budget(swaps: ResidencyConfig, on_cpu: bool) -> int:
     tier: MaxMemoryKey = "disk" if on_cpu else "cpu"
     if tier in named:
         return named[tier]
-    there = shutil.disk_usage(tempfile.gettempdir()).free if on_cpu else psutil.virtual_memory().total
+    # What is there in all does not change, and all replicas of a pool must find the same.
+    there = shutil.disk_usage(tempfile.gettempdir()).total if on_cpu else psutil.virtual_memory().total
     return int(HOST_SHARE * there)
 
 
@@ -172,13 +185,19 @@ def ray_options(swaps: ResidencyConfig, gpus: Sequence[Gpu], total: Mapping[str,
     resources = {VRAM_RESOURCE.format(index=gpu.index): budget[lease_key(gpu.index)] // MIB for gpu in gpus}
     if resources.keys() <= total.keys():
         return {"resources": resources}
+    if len(gpus) != total.get("GPU", 0):  # Ray gives any of its GPUs, by its own choice.
+        raise EngineError(
+            f"residency.pool_memory names {len(gpus)} GPUs, and Ray has {total.get('GPU', 0):g} whole ones on this "
+            "node. A pool has all of them, or parts of them on a node that advertises its memory by index "
+            '(ray start --num-gpus 0 --resources "$(serve-app node-resources)").'
+        )
     return {"num_gpus": len(gpus)}
 
 
 def keeper_of(swaps: ResidencyConfig, budget: Bytes, on_cpu: bool, options: Mapping[str, Any]) -> RayKeeper:
     """Returns the way to the keeper of this node's pool."""
     node = ray.get_runtime_context().get_node_id()
-    return RayKeeper(PoolName(swaps.pool, node), budget, host_budget(swaps, on_cpu), dict(options))
+    return RayKeeper(PoolName(swaps.pool, node), PoolSettings(budget, host_budget(swaps, on_cpu), dict(options)))
 
 
 def show_gpus(planned: ModelPlan, gpus: Sequence[Gpu]) -> None:

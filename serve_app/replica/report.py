@@ -139,7 +139,7 @@ def parsed_report(text: bytes) -> ReplicaReport | None:
     try:
         item = json.loads(text)
         devices = tuple(DeviceReport(**device) for device in item.pop("devices"))
-        blocks, residency = item.pop("blocks"), item.pop("residency")
+        blocks, residency = item.pop("blocks"), item.pop("residency", None)
         return ReplicaReport(
             **item,
             devices=devices,

@@ -6,6 +6,7 @@ It is an `Engine` itself, around a real one that comes and goes. A replica is `s
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from serve_app.replica.report import ResidencyReport
 from serve_app.residency.book import Report
 from serve_app.residency.keeper import Keeper
 from serve_app.residency.lease_holder import LeaseHolder
-from serve_app.residency.life_lock import LifeLock
+from serve_app.residency.life_lock import LifeLock, this_process
 from serve_app.residency.member import Bytes, State, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake
 from serve_app.terminal import notify, say
@@ -32,6 +33,8 @@ logger = logging.getLogger("ray.serve")
 
 # These are guesses in seconds until the times are measured.
 FIRST_START_S, FIRST_WAKE_S, FIRST_LEAVE_S = 30.0, 2.0, 0.5
+# An order that takes more seconds than these has hung, and the replica is replaced. A large model loads for minutes.
+MOST_WAKE_S, MOST_LEAVE_S = 1800.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,12 @@ class Seat:
 
 
 class SwappingEngine:
-    """Runs the engine of one replica while it has a lease. `weights` are the bytes of a copy of its weights, as
-    planned, `residue` is what it keeps of devices while it is parked, and `replica` is the replica's name, which no
-    other one has."""
+    """Runs the engine of one replica while it has a lease.
+
+    `weights` are the bytes of a copy of its weights, as planned, and `residue` is what it keeps of devices while it is
+    parked, and when it is stopped too if it `keeps_residue`. `most_running` is the number of requests that the engine
+    takes at once, and `replica` is the replica's name, which no other one has.
+    """
 
     def __init__(
         self,
@@ -57,9 +63,12 @@ class SwappingEngine:
         keeper: Keeper,
         clock: Callable[[], float] = time.monotonic,
         residue: Bytes | None = None,
+        keeps_residue: bool = False,
+        most_running: float = math.inf,
     ):
         self._name, self._replica, self._swaps, self._clock = name, replica, swaps, clock
-        self._seats, self._weights, self._residue = list(seats), weights, dict(residue or {})
+        self._seats, self._weights = list(seats), weights
+        self._residue, self._keeps_residue = dict(residue or {}), keeps_residue
         self._seat: Seat | None = None
         self._state: State = "stopped"
         self._has_copy = False
@@ -70,8 +79,12 @@ class SwappingEngine:
         self._failure: ServeAppError | None = None
         self._first: asyncio.Future[None] | None = None
         self._first_since = clock()
-        self._requests = HeldRequests(name, self._changed, clock)
-        self._holder = LeaseHolder(keeper, self._report, self._obey)
+        self._lease: Bytes = {}
+        self._started: Engine | None = None  # This one has not returned from its start.
+        self._order_ends: float | None = None
+        self._process = this_process()
+        self._requests = HeldRequests(name, self._changed, clock, most_running)
+        self._holder = LeaseHolder(keeper, self._report, self._obey, notify)
         self._lock: LifeLock | None = None
         self._metrics = SwapMetrics()
 
@@ -81,6 +94,11 @@ class SwappingEngine:
         self._first = asyncio.get_running_loop().create_future()
         self._first_since = self._clock()
         await self._holder.start()
+        ended = asyncio.ensure_future(self._holder.ended())
+        await asyncio.wait({self._first, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not self._first.done():
+            self._holder.require_alive()
         await self._first
         return self._requests
 
@@ -99,6 +117,8 @@ class SwappingEngine:
         if self._failure is not None:
             raise self._failure
         self._holder.require_alive()
+        if self._order_ends is not None and self._clock() > self._order_ends:
+            raise EngineError(f"the replica is still {self._state}, which takes far longer than it should")
         if self._engine is not None and self._state in ("resident", "parked"):
             await self._engine.check_health()
 
@@ -127,10 +147,18 @@ class SwappingEngine:
         return await self._engine.memory()
 
     async def stop(self) -> None:
-        """Frees everything, then leaves the pool."""
+        """Frees everything, then leaves the pool. If that breaks off a load, or if the engine has failed, its memory is
+        free only once this process has ended, and the keeper waits for that."""
         self._requests.fail("the replica stops")
-        await self._end_engine()
-        await self._holder.stop(self._replica)
+        was_obeying = await self._holder.stop()
+        engine = self._engine or self._started
+        self._engine = self._started = None
+        self._requests.end()
+        if engine is not None:
+            await engine.stop()
+        if was_obeying or self._failure is not None:
+            return
+        await self._holder.leave(self._replica)
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -142,7 +170,7 @@ class SwappingEngine:
         requests, first = self._requests, self._first is not None and not self._first.done()
         age_s = max(requests.oldest_age_s, self._clock() - self._first_since if first else 0.0)
         return Report(
-            self._terms(), self._state, {} if self._seat is None else self._seat.lease, self._has_copy,
+            self._terms(), self._state, self._lease, self._has_copy,
             requests.waiting + int(first), age_s, requests.running, requests.idle_s,
         )  # fmt: skip
 
@@ -153,11 +181,13 @@ class SwappingEngine:
         return Terms(
             self._replica, self._name, tuple(seat.lease for seat in options if seat is not None),
             self._weights if parks else 0, self._wake_s, self._start_s, self._leave_s, swaps.min_resident_s,
-            swaps.drain_s, swaps.priority, self._residue,
+            swaps.drain_s, swaps.priority, self._residue, self._keeps_residue, self._process,
         )  # fmt: skip
 
     async def _obey(self, order: Order) -> None:
         """Carries out an order. What goes wrong ends this replica, which Serve replaces."""
+        most_s = MOST_LEAVE_S + self._swaps.drain_s if isinstance(order, Leave) else MOST_WAKE_S
+        self._order_ends = self._clock() + most_s
         try:
             match order:
                 case Wake(_, lease):
@@ -168,15 +198,17 @@ class SwappingEngine:
                     await self._forget()
         except Exception as error:
             await self._fail(error)
+        self._order_ends = None
 
     async def _wake(self, lease: Bytes) -> None:
         begin, was = self._clock(), self._state
-        self._state = "waking"
+        self._state, self._lease = "waking", lease
         self._changed()
         if self._engine is None:
             self._seat = next(seat for seat in self._seats if dict(seat.lease) == dict(lease))
-            self._engine = self._seat.make()
-            self._app = await self._engine.start()
+            self._started = self._seat.make()
+            self._app = await self._started.start()
+            self._engine, self._started = self._started, None
         else:
             await self._parking().wake()
         took = self._clock() - begin
@@ -194,13 +226,13 @@ class SwappingEngine:
 
     async def _leave(self, parks: bool) -> None:
         self._state = "draining"
-        freed = 0 if self._seat is None else sum(self._seat.lease.values())
+        freed = sum(self._lease.values())
         self._requests.close()
         has_ended = await self._requests.drained(self._swaps.drain_s)
         begin = self._clock()
         if parks and await self._parked():
             self._requests.stand_still()
-            self._state, self._has_copy = "parked", True
+            self._state, self._has_copy, self._lease = "parked", True, self._residue
         else:
             if not has_ended:
                 await self._requests.cut()
@@ -223,19 +255,21 @@ class SwappingEngine:
         return True
 
     async def _forget(self) -> None:
+        self._has_copy = False
         if self._state == "parked":
             self._state = "draining"
             await self._requests.cut()
             await self._end_engine()
         elif self._engine is not None and (parking := self._engine.parking()) is not None:
             await parking.forget_copy()
-        self._has_copy = False
 
     async def _end_engine(self) -> None:
-        engine, self._engine, self._app = self._engine, None, None
+        engine, self._engine, self._app, self._seat = self._engine, None, None, None
+        self._requests.end()
         if engine is not None:
             await engine.stop()
-        self._state, self._seat, self._has_copy = "stopped", None, False
+        self._state, self._has_copy = "stopped", False
+        self._lease = self._residue if self._keeps_residue else {}
 
     async def _fail(self, error: Exception) -> None:
         logger.exception("'%s' has lost its engine.", self._name)
@@ -243,11 +277,7 @@ class SwappingEngine:
         self._failure = reason
         notify(f"'{self._name}' cannot go on: {reason}")
         self._requests.fail(str(reason))
-        try:
-            await self._requests.cut()
-            await self._end_engine()
-        except Exception:  # Its memory is free once the replica has ended.
-            logger.exception("The engine of '%s' could not be stopped.", self._name)
+        # The lease stays until this process has ended, because nobody knows what the engine still holds.
         if self._first is not None and not self._first.done():
             self._first.set_exception(reason)
 

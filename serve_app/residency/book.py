@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from serve_app.planning.sizes import gib
-from serve_app.residency.member import HOLDS_A_LEASE, Bytes, Demand, Member, Pool, State, Terms
+from serve_app.residency.member import Bytes, Demand, Member, Pool, State, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake, decide, fits_alone, longest_wait_s
 
 
@@ -71,15 +71,22 @@ class Book:
         return entry is not None and entry.is_known
 
     def problem(self, terms: Terms) -> str | None:
-        """Returns why a replica cannot be in this pool, or None."""
-        if fits_alone(terms.options, self.budget):
+        """Returns why a replica cannot be in this pool, or None. What the processes of others keep for ever is not
+        there for it."""
+        room = dict(self.budget)
+        others = [entry.member.terms for name, entry in self._entries.items() if name != terms.replica]
+        for device, size in ((d, s) for other in others if other.keeps_residue for d, s in other.residue.items()):
+            room[device] = room.get(device, 0) - size
+        if fits_alone(terms.options, room):
             return None
         needs = " or ".join(_amounts(option) for option in terms.options)
-        return f"'{terms.model}' needs {needs}, and the whole pool has {_amounts(self.budget)}."
+        kept = "" if room == self.budget else f", of which the processes of others leave {_amounts(room)}"
+        return f"'{terms.model}' needs {needs}, and the whole pool has {_amounts(self.budget)}{kept}."
 
     def restore(self, record: Mapping[str, Any], now: float) -> None:
         """Takes over what an earlier keeper wrote of a replica (`record`). Its lease counts until it joins or dies."""
-        terms = Terms(**{**record["terms"], "options": tuple(record["terms"]["options"])})
+        told = record["terms"]
+        terms = Terms(**{**told, "options": tuple(told["options"]), "process": tuple(told["process"])})
         demand = Demand(last_used=now)
         member = Member(terms, record["state"], now, record["lease"], record["has_copy"], demand)
         self._entries[terms.replica] = _Entry(member, is_known=False)
@@ -102,6 +109,8 @@ class Book:
         entry = self._entries[report.terms.replica]
         old = entry.member
         told = _member(report, now, since=old.since if report.state == old.state else now)
+        if told.state == "draining":  # It has a copy only later, but the room for it is taken already.
+            told = replace(told, has_copy=old.has_copy)
         if report.orders_seen < entry.ordered:
             told = replace(old, terms=told.terms, demand=told.demand)
         entry.member = told
@@ -162,8 +171,7 @@ class Book:
 def _member(report: Report, now: float, since: float) -> Member:
     oldest = now - report.oldest_age_s
     demand = Demand(report.waiting, oldest, report.running, now if report.running else now - report.idle_s)
-    lease = report.lease if report.state in HOLDS_A_LEASE else report.terms.residue if report.state == "parked" else {}
-    return Member(report.terms, report.state, since, dict(lease), report.has_copy, demand)
+    return Member(report.terms, report.state, since, dict(report.lease), report.has_copy, demand)
 
 
 def _after(member: Member, order: Order, now: float) -> Member:

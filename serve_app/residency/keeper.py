@@ -11,14 +11,14 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from serve_app.ray_serve import NAMESPACE
 from serve_app.residency.book import Book, Decision, Report
-from serve_app.residency.lease_records import PoolName, RayRecords, Records
-from serve_app.residency.life_lock import lives
+from serve_app.residency.lease_records import PoolName, RayRecords, Records, remove_dead
+from serve_app.residency.life_lock import Process, lives
 from serve_app.residency.member import Bytes, Member, Pool
 from serve_app.residency.policy import Order, waiters
 
@@ -30,14 +30,28 @@ LOOK_EVERY_S, LOOK_FOR_DEATHS_S = 0.1, 1.0
 POLL_S = 20.0
 # A keeper without replicas ends after this many seconds, and gives its GPUs back to Ray.
 LONELY_S = 60.0
+# A keeper answers in milliseconds. It takes some seconds until a new one runs.
+ANSWER_TIMEOUT_S = 30.0
 MOST_DECISIONS = 100
 
 
 @dataclass(frozen=True)
+class PoolSettings:
+    """Says what resident replicas of a pool may take of each device, what copies may take of the host, and Ray's
+    options for the keeper, which has the pool's GPUs in Ray's books."""
+
+    budget: Bytes
+    host_budget: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Joined:
-    """Is the answer to a replica that joins: the name of this run of the keeper, or why it cannot join."""
+    """Is the answer to a replica that joins: the name of this run of the keeper with the settings that it has, or why
+    the replica cannot join."""
 
     run: str
+    settings: PoolSettings
     problem: str | None = None
 
 
@@ -67,31 +81,32 @@ class KeeperActor:
     def __init__(
         self,
         name: PoolName,
-        budget: Bytes,
-        host_budget: int,
+        settings: PoolSettings,
         records: Records | None = None,
-        lives: Callable[[str], bool] = lives,
+        lives: Callable[[str, Process], bool] = lives,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._name, self._records, self._lives, self._clock = name, records or RayRecords(), lives, clock
-        self._book = Book(budget, host_budget)
+        self._settings = settings
+        self._book = Book(settings.budget, settings.host_budget)
         self._run = secrets.token_hex(4)
-        self._written, self._is_saved = b"", True
-        self._news = asyncio.Condition()
-        self._task: asyncio.Task[None] | None = None
+        self._written, self._is_saved, self._is_warned = b"[]", True, False
+        self._writing, self._news = asyncio.Lock(), asyncio.Condition()
         self._decisions: deque[Decision] = deque(maxlen=MOST_DECISIONS)
         self._alone_since = clock()
         self._looked_for_deaths = clock()
         for record in json.loads(self._records.read(name.key) or "[]"):
             self._book.restore(record, clock())
+        # Ray runs this on the actor's loop. It must not wait for a call, since all replicas may have died too.
+        self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def join(self, report: Report) -> Joined:
         """See `Keeper.join`."""
         if (problem := self._book.problem(report.terms)) is not None:
-            return Joined(self._run, problem)
+            return Joined(self._run, self._settings, problem)
         self._book.join(report, self._clock())
         await self._changed()
-        return Joined(self._run)
+        return Joined(self._run, self._settings)
 
     async def update(self, run: str, report: Report) -> bool:
         """See `Keeper.update`."""
@@ -132,53 +147,64 @@ class KeeperActor:
 
     def stop(self) -> None:
         """Ends the keeper without a word to anybody."""
-        if self._task is not None:
-            self._task.cancel()
+        self._task.cancel()
 
     async def _changed(self) -> None:
         """Decides anew, writes down what has changed, and wakes the calls that wait for orders."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._watch())
         decisions = self._book.decide(self._clock(), time.time())
         for decision in decisions:
             self._decisions.append(decision)
             logger.info("%s", decision.reason)
-        self._save()
+        self._is_saved = self._record() == self._written
+        await self._save()
         async with self._news:
             self._news.notify_all()
 
-    def _save(self) -> None:
-        """Writes all leases down in one piece. No order goes out before that."""
-        record = json.dumps(self._book.records()).encode()
-        if record == self._written:
-            return
-        try:
-            self._records.write(self._name.key, record)
-        except Exception as error:  # Ray's head may be restarting.
-            if self._is_saved:
-                logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
-            self._is_saved = False
-            return
-        self._written, self._is_saved = record, True
+    def _record(self) -> bytes:
+        return json.dumps(self._book.records()).encode()
+
+    async def _save(self) -> None:
+        """Writes all leases down in one piece. No order goes out before that. Ray's store blocks, so a thread waits for
+        it."""
+        async with self._writing:
+            if (record := self._record()) != self._written:
+                try:
+                    await asyncio.to_thread(self._records.write, self._name.key, record)
+                except Exception as error:  # Ray's head may be restarting.
+                    if not self._is_warned:
+                        logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
+                    self._is_warned = True
+                    return
+                self._written, self._is_warned = record, False
+            self._is_saved = (
+                self._record() == self._written
+            )  # It may have changed meanwhile, and is written again then.
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            now = self._clock()
-            if now - self._looked_for_deaths >= LOOK_FOR_DEATHS_S:
-                self._looked_for_deaths = now
-                if dead := await asyncio.to_thread(self._dead, self._book.pool.members):
-                    await self._forget(dead)
-            members = self._book.pool.members
-            if not self._is_saved or waiters(self._book.pool):
-                await self._changed()
-            if members:
-                self._alone_since = now
-            elif now - self._alone_since > LONELY_S:
-                _end()
+            try:
+                await self._look()
+            except Exception:  # Nothing else would see deaths, or write down what could not be written.
+                logger.exception("The keeper of the pool '%s' could not look at its replicas.", self._name.pool)
+                await asyncio.sleep(LOOK_FOR_DEATHS_S)
+
+    async def _look(self) -> None:
+        now = self._clock()
+        if now - self._looked_for_deaths >= LOOK_FOR_DEATHS_S:
+            self._looked_for_deaths = now
+            if dead := await asyncio.to_thread(self._dead, self._book.pool.members):
+                await self._forget(dead)
+        pool = self._book.pool
+        if not self._is_saved or waiters(pool):
+            await self._changed()
+        if pool.members:
+            self._alone_since = now
+        elif now - self._alone_since > LONELY_S:
+            _end()
 
     def _dead(self, members: Iterable[Member]) -> list[str]:
-        return [member.name for member in members if not self._lives(member.name)]
+        return [member.name for member in members if not self._lives(member.name, member.terms.process)]
 
     async def _forget(self, replicas: Iterable[str]) -> None:
         for replica in replicas:
@@ -194,43 +220,59 @@ def _end() -> None:
 
 
 class RayKeeper:
-    """Reaches the keeper of a pool on this node, and makes it if there is none.
+    """Reaches the keeper of a pool on this node, and makes it if there is none."""
 
-    `options` are Ray's, with what the pool may take of the node's GPUs in Ray's books.
-    """
-
-    def __init__(self, name: PoolName, budget: Bytes, host_budget: int, options: dict[str, Any] | None = None):
-        self._name, self._budget, self._host_budget = name, dict(budget), host_budget
-        self._options = options or {}
+    def __init__(self, name: PoolName, settings: PoolSettings):
+        self._name, self._settings = name, settings
         self._actor: Any = None
+        self._has_joined = False
 
     async def join(self, report: Report) -> Joined:
-        """See `Keeper.join`."""
+        """See `Keeper.join`.
+
+        A replica that joins for the first time brings the newest config. If that gives the pool other settings, the
+        keeper is replaced by one that has them, which costs nothing, since leases outlive it.
+        """
         self._actor = None  # The last one may have ended for good.
-        joined: Joined = await (await self._handle()).join.remote(report)
+        joined: Joined = await self._ask("join", report)
+        if not self._has_joined and joined.settings != self._settings:
+            logger.warning("The settings of the pool '%s' have changed, so its keeper is replaced.", self._name.pool)
+            await asyncio.to_thread(_kill, self._actor)
+            self._actor = None
+            joined = await self._ask("join", report)
+        self._has_joined = True
         return joined
 
     async def update(self, run: str, report: Report) -> bool:
         """See `Keeper.update`."""
-        is_known: bool = await (await self._handle()).update.remote(run, report)
-        return is_known
+        return bool(await self._ask("update", run, report))
 
     async def orders(self, run: str, replica: str) -> list[Order] | None:
         """See `Keeper.orders`."""
-        orders: list[Order] | None = await (await self._handle()).orders.remote(run, replica)
+        orders: list[Order] | None = await self._ask("orders", run, replica, timeout_s=POLL_S + ANSWER_TIMEOUT_S)
         return orders
 
     async def leave(self, replica: str) -> None:
         """See `Keeper.leave`."""
         if self._actor is not None:
-            await self._actor.leave.remote(replica)
+            await self._ask("leave", replica)
 
-    async def _handle(self) -> Any:
-        if self._actor is None:
-            self._actor = await asyncio.to_thread(self._connect)
-        return self._actor
+    async def _ask(self, method: str, *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+        """Calls the actor. Raises TimeoutError if it does not answer, as one for which Ray has no place."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._actor is None:
+                    self._actor = await asyncio.to_thread(self._connect)
+                return await getattr(self._actor, method).remote(*arguments)
+        except TimeoutError:
+            asked = dict(self._settings.options) or "nothing"
+            raise TimeoutError(
+                f"it has not answered for {timeout_s:g} s. It asks Ray for {asked}, which others may hold. Set "
+                "residency.pool_memory to what they leave."
+            ) from None
 
     def _connect(self) -> Any:
+        remove_dead()
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -244,7 +286,13 @@ class RayKeeper:
                 max_restarts=-1,
                 max_concurrency=1000,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(self._name.node, soft=False),
-                **{"num_cpus": 0, **self._options},
+                **{"num_cpus": 0, **self._settings.options},
             )
-            .remote(self._name, self._budget, self._host_budget)
+            .remote(self._name, self._settings)
         )
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor, no_restart=True)

@@ -18,22 +18,35 @@ logger = logging.getLogger("ray.serve")
 
 # These are seconds: between two tries to reach the keeper, between two updates, and for the goodbye.
 TRY_AGAIN_S, UPDATE_EVERY_S, LEAVE_TIMEOUT_S = 0.5, 0.05, 5.0
+# A replica that starts gives up after so many seconds without an answer of the keeper.
+JOIN_TIMEOUT_S = 300.0
 
 
 class LeaseHolder:
     """Talks with the keeper from `start` to `stop`. `report` says what the replica is now, and `obey` carries out one
-    order and returns when that is done."""
+    order and returns when that is done. `tell` gets what a person must know."""
 
-    def __init__(self, keeper: Keeper, report: Callable[[], Report], obey: Callable[[Order], Awaitable[None]]):
-        self._keeper, self._report, self._obey = keeper, report, obey
+    def __init__(
+        self,
+        keeper: Keeper,
+        report: Callable[[], Report],
+        obey: Callable[[Order], Awaitable[None]],
+        tell: Callable[[str], None] = logger.warning,
+    ):
+        self._keeper, self._report, self._obey, self._say = keeper, report, obey, tell
         self._run: str | None = None
         self._orders_seen = 0
+        self._is_obeying = False
         self._change = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Joins the pool. Raises EngineError if the replica does not fit into it."""
-        run = await self._joined()
+        """Joins the pool. Raises EngineError if the replica does not fit into it, or if there is no keeper."""
+        try:
+            async with asyncio.timeout(JOIN_TIMEOUT_S):
+                run = await self._joined()
+        except TimeoutError:
+            raise EngineError(f"the keeper of the pool has not answered for {JOIN_TIMEOUT_S:g} s") from None
         self._tasks = [asyncio.create_task(self._listen(run)), asyncio.create_task(self._tell())]
 
     def changed(self) -> None:
@@ -46,10 +59,21 @@ class LeaseHolder:
             if task.done() and not task.cancelled() and (error := task.exception()) is not None:
                 raise EngineError(f"the replica has lost its pool: {error}")
 
-    async def stop(self, replica: str) -> None:
-        """Gives everything back. The replica must have freed its memory."""
+    async def ended(self) -> None:
+        """Returns when the pool does not take the replica any more."""
+        await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    async def stop(self) -> bool:
+        """Listens no more, and returns whether that has broken off an order. Who knows then what the engine holds."""
+        was_obeying = self._is_obeying
         for task in self._tasks:
             task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        return was_obeying
+
+    async def leave(self, replica: str) -> None:
+        """Gives everything back. The replica must have freed its memory."""
         with suppress(Exception):  # The keeper sees by itself that the replica has ended.
             async with asyncio.timeout(LEAVE_TIMEOUT_S):
                 await self._keeper.leave(replica)
@@ -57,13 +81,15 @@ class LeaseHolder:
     async def _joined(self) -> str:
         """Joins the pool, and returns the name of the keeper's run. Only the task that listens does this, and never
         while it waits for orders, so no order of an earlier run can be on its way."""
-        self._run = None
+        self._run, is_told = None, False
         while True:
             self._orders_seen = 0
             try:
                 joined = await self._keeper.join(self._report())
             except Exception as error:  # Ray raises several kinds while an actor restarts.
-                logger.debug("The keeper of the pool does not answer: %s", error)
+                if isinstance(error, TimeoutError) and not is_told:
+                    is_told = True
+                    self._say(f"waiting for the keeper of the pool: {error}")
                 await asyncio.sleep(TRY_AGAIN_S)
                 continue
             if joined.problem is not None:
@@ -84,7 +110,9 @@ class LeaseHolder:
                 continue
             for order in orders:
                 self._orders_seen += 1
+                self._is_obeying = True
                 await self._obey(order)
+                self._is_obeying = False
                 self.changed()
 
     async def _tell(self) -> None:

@@ -55,19 +55,35 @@ class RayRecords:
 
 
 def read_pools() -> dict[PoolName, list[dict[str, Any]]]:
-    """Returns the records of all replicas of each pool, as `Book.record` has them. A node that has died leaves its
-    record behind, which is removed here.
+    """Returns the records of all replicas of each pool of a living node, as `Book.records` has them.
 
     It blocks for some milliseconds. Raises RayError or RuntimeError while Ray's head does not answer.
     """
-    import ray
+    names, alive = _names(), _alive()
+    found = {}
+    for key, name in names.items():
+        if name.node in alive and (value := stored(key)):
+            found[name] = json.loads(value)
+    return found
 
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+def remove_dead() -> None:
+    """Removes the records that dead nodes have left behind. It blocks and raises as `read_pools` does."""
+    names, alive = _names(), _alive()  # In this order, because a keeper writes only once its node is known.
+    for key, name in names.items():
+        if name.node not in alive:
+            delete_stored(key)
+
+
+def _names() -> dict[bytes, PoolName]:
     found = {}
     for key in stored_keys(PREFIX.encode()):
         pool, _, node = key.decode().removeprefix(PREFIX).rpartition("/")
-        if node not in alive:
-            delete_stored(key)
-        elif value := stored(key):
-            found[PoolName(pool, node)] = json.loads(value)
+        found[key] = PoolName(pool, node)
     return found
+
+
+def _alive() -> set[str]:
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -2,11 +2,12 @@
 
 Memory of a replica is free only when its engine's processes have ended too. They may end some seconds later, and are
 found by a variable of their environment.
+
+The files are in /tmp itself, whatever TMPDIR says, since a keeper and its replicas may have different ones.
 """
 
 import fcntl
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,11 +15,22 @@ from serve_app.errors import EngineError
 
 # The processes that a replica starts inherit this variable, whose value is the replica's name.
 MARK = "SERVE_APP_LEASE_OF"
+# A process started at the same time as another one if the two times differ by less than so many seconds.
+SAME_START_S = 1.0
+
+Process = tuple[int, float]
+
+
+def this_process() -> Process:
+    """Returns the pid of this process, and when it started in seconds since 1970."""
+    import psutil
+
+    return os.getpid(), psutil.Process().create_time()
 
 
 def lock_folder() -> Path:
     """Returns the folder of the locks of this user's replicas on this node, and makes it if there is none."""
-    folder = Path(tempfile.gettempdir(), f"serve-app-leases-{os.getuid()}")
+    folder = Path("/tmp", f"serve-app-leases-{os.getuid()}")  # noqa: S108
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
@@ -42,17 +54,18 @@ class LifeLock:
         os.close(self._file)
 
 
-def lives(replica: str, folder: Path | None = None) -> bool:
-    """Returns whether the replica or a process that it has started lives. It blocks for some milliseconds if the
-    replica itself does not."""
+def lives(replica: str, process: Process, folder: Path | None = None) -> bool:
+    """Returns whether the replica, which is this process, or a process that it has started lives. It blocks for some
+    milliseconds if the replica itself does not."""
     path = _path(replica, folder or lock_folder())
     try:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
+    except FileNotFoundError:  # Whoever tidies /tmp may have removed it.
+        return _is_alive(process) or _has_processes(replica)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.utime(file)  # Files that are old are tidied away.
         return True
     finally:
         os.close(file)
@@ -64,6 +77,17 @@ def lives(replica: str, folder: Path | None = None) -> bool:
 
 def _path(replica: str, folder: Path) -> Path:
     return folder / "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in replica)
+
+
+def _is_alive(process: Process) -> bool:
+    import psutil
+
+    pid, started = process
+    with suppress(psutil.Error):
+        found = psutil.Process(pid)
+        same = abs(found.create_time() - started) < SAME_START_S
+        return bool(same and found.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _has_processes(replica: str) -> bool:

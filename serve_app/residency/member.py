@@ -7,10 +7,9 @@ from typing import Literal
 # These are bytes by device, which is the GPU's UUID or "cpu".
 Bytes = Mapping[str, int]
 
-# A replica holds no lease while it is `stopped`, and its `residue` while it is `parked`. `draining` is until its
-# requests have ended and its memory is free.
+# A replica holds its `residue` while it is `parked`, and nothing while it is `stopped`, unless its process keeps it.
+# `draining` is until its requests have ended and its memory is free.
 State = Literal["stopped", "parked", "waking", "resident", "draining"]
-HOLDS_A_LEASE: tuple[State, ...] = ("waking", "resident", "draining")
 
 
 @dataclass(frozen=True)
@@ -19,10 +18,11 @@ class Terms:
 
     Each of `options` is a lease with which it can run, the best first. `host_bytes` is what its copy takes of the
     host's memory, and 0 if it cannot park and is stopped instead. `residue` is what it keeps of the devices while it is
-    parked, such as CUDA's context. `wake_s` and `start_s` are the measured seconds until it is resident from parked and
-    from stopped, and `leave_s` those in which it frees its memory once its requests have ended. A busy replica that
-    must leave has `drain_s` seconds for the requests that run. Each step of `priority` makes it count twice as much as
-    one that is otherwise alike.
+    parked, such as CUDA's context, and `keeps_residue` says that its process keeps that even when it is stopped.
+    `wake_s` and `start_s` are the measured seconds until it is resident from parked and from stopped, and `leave_s`
+    those in which it frees its memory once its requests have ended. A busy replica that must leave has `drain_s`
+    seconds for the requests that run. Each step of `priority` makes it count twice as much as one that is otherwise
+    alike. `process` is its process: the pid, and when that started in seconds since 1970.
     """
 
     replica: str
@@ -36,6 +36,8 @@ class Terms:
     drain_s: float
     priority: int = 0
     residue: Bytes = field(default_factory=dict)
+    keeps_residue: bool = False
+    process: tuple[int, float] = (0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,14 @@ class Member:
     def gives(self) -> dict[str, int]:
         """Returns the bytes that are free once it has left. One that can park keeps its residue."""
         ends = self.state == "parked" or (self.state == "draining" and not self.has_copy)
-        keeps = {} if ends or not self.terms.host_bytes else self.terms.residue
+        parks = not ends and self.terms.host_bytes
+        keeps = self.terms.residue if parks or self.terms.keeps_residue else {}
+        return {device: size - keeps.get(device, 0) for device, size in self.lease.items()}
+
+    @property
+    def all_gives(self) -> dict[str, int]:
+        """Returns the bytes that are free once it has been stopped."""
+        keeps = self.terms.residue if self.terms.keeps_residue else {}
         return {device: size - keeps.get(device, 0) for device, size in self.lease.items()}
 
     @property

@@ -70,7 +70,10 @@ def decide(pool: Pool, now: float) -> list[Order]:
             continue
         others = [member for member in staying if member.name != waiter.name]
         chosen = _choose(waiter, others, _sum(promised, waiter.lease), now)
-        if chosen is None:
+        if chosen is None:  # It has to wait for one that leaves already, and nobody may take its place meanwhile.
+            if fits_alone(waiter.terms.options, pool.budget):
+                for device in (device for option in waiter.terms.options for device in option):
+                    promised[device] = min(0, promised.get(device, 0))
             continue
         staying = [member for member in others if member not in chosen.victims]
         leaving += chosen.victims
@@ -187,7 +190,7 @@ def _victims(
 
 
 def _gives(member: Member, parks: bool) -> Bytes:
-    return member.gives if parks else member.lease
+    return member.gives if parks else member.all_gives
 
 
 def _leaves_in_s(member: Member, now: float) -> float:
@@ -206,10 +209,12 @@ class _Copies:
         self._now = now
         self._room = pool.host_budget - pool.copied_bytes
         self._held = [member for member in pool.members if member.has_copy]
+        self._leaving: list[Member] = []
 
     def leave(self, victim: Member, waiter: Member, parks: bool) -> list[Order]:
         """Returns the order to leave, after those that make room for its copy if it `parks`. A copy goes only for one
         of greater value, and never that of the replica that is about to wake."""
+        self._leaving.append(victim)
         if victim.state == "parked" or not parks:
             self._held = [member for member in self._held if member != victim]
             is_parked = victim.state == "parked"
@@ -217,7 +222,11 @@ class _Copies:
         if not victim.terms.host_bytes or victim in self._held:
             return [Leave(victim.name, victim in self._held, waiter.name)]
         room, worth, gone = self._room, value(victim, self._now), list[Member]()
-        others = [member for member in self._held if member != waiter and member.state in ("parked", "resident")]
+        others = [
+            member
+            for member in self._held
+            if member != waiter and member not in self._leaving and member.state in ("parked", "resident")
+        ]
         for member in sorted(others, key=lambda member: (value(member, self._now), member.name)):
             if room >= victim.terms.host_bytes or value(member, self._now) >= worth:
                 break

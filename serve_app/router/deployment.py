@@ -96,6 +96,7 @@ def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate, resid
         await forwarder.start()
         tasks = [
             asyncio.create_task(directory.keep_fresh()),
+            asyncio.create_task(residency.keep_fresh()),
             asyncio.create_task(announce(directory, gate.source.is_open)),
         ]
         yield
@@ -135,7 +136,7 @@ class _Endpoints:
         It answers 200 as soon as one serves, so that one broken model does not make the others unreachable.
         """
         models = await self._directory.models()
-        residency = await self._residency.states()
+        residency = self._residency.states()
         ready = [model for model in models.values() if model.is_open]
         body = {
             "status": "ready" if len(ready) == len(models) > 0 else "degraded" if ready else "unavailable",

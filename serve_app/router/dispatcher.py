@@ -105,12 +105,17 @@ class Dispatcher:
         ModelUnavailable if it cannot continue.
         """
         record, reason, patience = exchange.record, str(lost), Patience()
-        self._suspicion.lost(record.model, exchange.suspect, lost.death)
+        is_away = isinstance(lost, NotOpen)  # A model that gave its memory to another one may do so many times.
+        if not is_away:
+            self._suspicion.lost(record.model, exchange.suspect, lost.death)
         while transcript is not None and record.resumes < config.max_retries:
             record.resumed()
             await _backoff(record.resumes)
             try:
-                return await self._go_on_once(exchange, config, request, transcript)
+                resumed = await self._go_on_once(exchange, config, request, transcript)
+                if is_away:
+                    record.not_resumed()
+                return resumed
             except HarmfulRequest:
                 raise
             except NotOpen as closed:  # Nothing was tried, so it goes back into the waiting room.
@@ -197,7 +202,7 @@ class Dispatcher:
     @asynccontextmanager
     async def _waking(self, exchange: Exchange, name: str) -> AsyncIterator[None]:
         """Tells a client that asked for comments if the replica has to become resident before it answers."""
-        wake_s = await self._residency.wake_s(name) if exchange.downstream.wants_comments else None
+        wake_s = self._residency.wake_s(name) if exchange.downstream.wants_comments else None
         if wake_s is None:
             yield
             return

@@ -10,9 +10,10 @@ is, because it would be the same everywhere.
   from the others by their messages: that of `EngineDeadError`, and the empty one of `EngineGenerateError`.
 """
 
+import json
 from typing import Any
 
-from serve_app.errors import ModelUnavailable
+from serve_app.errors import EngineAway, ModelUnavailable
 from serve_app.router.transcript import events
 
 LOST_STATUSES = frozenset({502, 503, 504})
@@ -25,14 +26,35 @@ def is_lost_status(status: int) -> bool:
 
 
 def is_lost_event(piece: bytes) -> bool:
-    """Returns whether one of these server-sent events says that the engine behind a living replica is lost."""
+    """Returns whether one of these server-sent events says that the engine behind a living replica is lost or away."""
+    return any(_is_lost(error.get("code"), error.get("message")) for error in _errors(piece))
+
+
+def is_away(piece: bytes) -> bool:
+    """Returns whether a body or server-sent events say that the engine is only away, because it gave its memory to
+    another model. Nothing is lost then, and it comes back."""
+    return b'"%s"' % EngineAway.code.encode() in piece and any(
+        error.get("code") == EngineAway.code for error in (*_errors(piece), *_body_error(piece))
+    )
+
+
+def _errors(piece: bytes) -> list[dict[str, Any]]:
     if b'"error"' not in piece:
-        return False
+        return []
     errors = [event["error"] for event in events(piece) if isinstance(event, dict) and "error" in event]
-    return any(isinstance(error, dict) and _is_lost(error.get("code"), error.get("message")) for error in errors)
+    return [error for error in errors if isinstance(error, dict)]
+
+
+def _body_error(piece: bytes) -> list[dict[str, Any]]:
+    try:
+        body = json.loads(piece)
+    except ValueError:
+        return []
+    error = body.get("error") if isinstance(body, dict) else None
+    return [error] if isinstance(error, dict) else []
 
 
 def _is_lost(code: Any, message: Any) -> bool:
     if code == 500:
         return not message or str(message).startswith(VLLM_DEAD)
-    return code == ModelUnavailable.code or code in LOST_STATUSES
+    return code in (ModelUnavailable.code, EngineAway.code) or code in LOST_STATUSES

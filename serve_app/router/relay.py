@@ -10,11 +10,11 @@ import msgspec
 from serve_app.config import RouterConfig
 from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
 from serve_app.router.dispatcher import Dispatcher
-from serve_app.router.engine_loss import is_lost_event
+from serve_app.router.engine_loss import is_away, is_lost_event
 from serve_app.router.exchange import Exchange
 from serve_app.router.resume import Resumed
 from serve_app.router.transcript import Transcript, WholeEvents, may_resume
-from serve_app.router.upstream.protocol import Answer, ReplicaLost, is_stream
+from serve_app.router.upstream.protocol import Answer, NotOpen, ReplicaLost, is_stream
 from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.openai_errors import error_object
@@ -118,7 +118,8 @@ class Relay:
                 deadline.moved()
                 events = whole.feed(piece)
                 if is_lost_event(events):
-                    raise current.answer.lost("its engine died")
+                    away = NotOpen("its engine gave its memory to another model")
+                    raise away if is_away(events) else current.answer.lost("its engine died")
                 if current.rest is not None:
                     events = current.rest.rewrite(events)
                 if transcript is not None and events:

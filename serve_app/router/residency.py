@@ -2,53 +2,55 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from ray.exceptions import RayError
 
 from serve_app.residency.lease_records import PoolName, read_pools
 
 logger = logging.getLogger("ray.serve")
 
-# What the keepers have written down is read again after this many seconds, and only if somebody asks.
-FRESH_S = 0.5
+# What the keepers have written down is read at this interval in seconds.
+READ_EVERY_S = 1.0
 
 Pools = Mapping[PoolName, Sequence[Mapping[str, Any]]]
 
 
 class Residency:
-    """Reads the records of all pools for one router replica. `read` returns them and may block."""
+    """Holds the records of all pools for one router replica, as they were read last, so that no request waits for Ray's
+    head. `read` returns them and may block."""
 
     def __init__(self, read: Callable[[], Pools] = read_pools):
         self._read = read
         self._replicas: dict[str, list[Mapping[str, Any]]] = {}
-        self._read_at = float("-inf")
-        self._lock = asyncio.Lock()
+        self._is_warned = False
 
-    async def states(self) -> dict[str, list[str]]:
+    async def keep_fresh(self) -> None:
+        """Reads them for ever. One task of the router runs this."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(READ_EVERY_S)
+
+    async def refresh(self) -> None:
+        """Reads them once. What was read last stays if that fails, which is logged once."""
+        try:
+            self._replicas = _by_model(await asyncio.to_thread(self._read))
+            self._is_warned = False
+        except Exception as error:  # Ray's head may be restarting, or another version may have written them.
+            if not self._is_warned:
+                logger.warning("Which models are resident cannot be read: %s", error)
+            self._is_warned = True
+
+    def states(self) -> dict[str, list[str]]:
         """Returns the states of the replicas of each model that shares memory, by the model's name."""
-        replicas = await self._fresh()
-        return {name: [record["state"] for record in records] for name, records in replicas.items()}
+        return {name: [record["state"] for record in records] for name, records in self._replicas.items()}
 
-    async def wake_s(self, name: str) -> float | None:
+    def wake_s(self, name: str) -> float | None:
         """Returns the measured seconds that the model takes to become resident once it is its turn, or None if a
         replica of it is resident, or if the model does not share memory."""
-        records = (await self._fresh()).get(name, [])
+        records = self._replicas.get(name, [])
         if not records or any(record["state"] == "resident" for record in records):
             return None
         return min(_seconds(record) for record in records)
-
-    async def _fresh(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        async with self._lock:
-            if time.monotonic() - self._read_at > FRESH_S:
-                try:
-                    self._replicas = _by_model(await asyncio.to_thread(self._read))
-                except (RayError, RuntimeError) as error:  # Ray's head may be restarting.
-                    logger.warning("Which models are resident cannot be read: %s", error)
-                self._read_at = time.monotonic()
-        return self._replicas
 
 
 def _by_model(pools: Pools) -> dict[str, list[Mapping[str, Any]]]:

@@ -70,7 +70,9 @@ class PoolOnNodes(RayCluster):
         self.budget = room * EACH
         own = {"min_resident_s": 1, "drain_s": 5, **residency}
         shared = {"policy": "swap", "pool_memory": {"cpu": f"{self.budget // 2**20}MiB", "disk": "2GiB"}, **own}
-        router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
+        # All that comes may have to wait while a model is away or its replica is replaced.
+        bounds = {"max_held_requests": 5000, "max_waiting_requests": 5000, "hold_timeout_s": TIMEOUT_S}
+        router = {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/", "args": bounds}
         served = []
         for number, name in enumerate(self.names):
             fields = {"infer_backend": "pt", "kv_cache_memory_bytes": PT_CACHE}

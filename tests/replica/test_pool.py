@@ -51,6 +51,8 @@ def test_the_keeper_asks_ray_once_for_all_models() -> None:
     by_index = ray_options(swaps(pool_memory={0: "10GiB"}), CARDS[:1], {"vram_mib_0": 24576})
     assert by_index == {"resources": {"vram_mib_0": 10240}}
     assert ray_options(swaps(), [], {}) == {}
+    with pytest.raises(EngineError, match="names 1 GPUs, and Ray has 2 whole ones"):
+        ray_options(swaps(pool_memory={0: "10GiB"}), CARDS[:1], {"CPU": 8, "GPU": 2})
 
 
 @pytest.mark.parametrize("backend", ["pt", "vllm"])

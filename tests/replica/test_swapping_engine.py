@@ -1,7 +1,6 @@
 """An engine that has memory only while its pool has leased it some, in front of which requests wait."""
 
 import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,18 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.model_fields import ResidencyConfig
+from serve_app.replica import held_requests
+from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.report import ResidencyReport
-from serve_app.replica.swapping_engine import FIRST_WAKE_S, Seat, SwappingEngine
+from serve_app.replica.swapping_engine import FIRST_WAKE_S, MOST_WAKE_S, Seat, SwappingEngine
 from serve_app.residency import life_lock
-from serve_app.router.engine_loss import is_lost_event
+from serve_app.router.engine_loss import is_away, is_lost_event
 from tests.residency.one_process import LocalKeeper
 
 USES_VIRTUAL_CLOCK = True
@@ -200,10 +201,16 @@ async def test_one_that_cannot_park_is_stopped() -> None:
     whole = asyncio.create_task(b.ask(100))
     await asyncio.sleep(1)
     await a.ask(1)
-    assert is_lost_event((await stream).content)
-    assert b'"x"' in (await stream).content
+    told = (await stream).content
+    assert is_lost_event(told)
+    assert is_away(told)
+    assert b'"x"' in told
     assert (await whole).status_code == 503
-    assert json.loads((await whole).content)["error"]["code"] == "model_unavailable"
+    assert is_away((await whole).content)
+    assert (await a.client.get("/v1/models")).status_code == 200
+    refused = await b.client.get("/v1/models")
+    assert (refused.status_code, is_away(refused.content)) == (503, False)
+    assert b.engine.state == "stopped"
     assert (a.log, b.log) == (["start", "stop", "start"], ["start", "stop"])
 
 
@@ -229,7 +236,7 @@ async def test_a_copy_makes_room_for_another_one() -> None:
 
 
 async def test_a_model_that_cannot_load_fails_its_start() -> None:
-    """And gives its lease back."""
+    """Its lease is free once its process has ended, because nobody knows what it has loaded."""
     keeper = LocalKeeper(budget=1)
     broken, good = Made(keeper, "a", fails=True), Made(keeper, "b")
     started = asyncio.create_task(good.start())
@@ -237,8 +244,60 @@ async def test_a_model_that_cannot_load_fails_its_start() -> None:
         await broken.start()
     with pytest.raises(EngineError, match="the weights are broken"):
         await broken.engine.check_health()
+    await broken.engine.stop()
+    await asyncio.sleep(60)
+    assert good.engine.state == "stopped"
+    keeper.dead.add("a#1")
     await started
     assert good.engine.state == "resident"
+
+
+async def test_a_stop_in_the_middle_of_a_load_gives_nothing_back() -> None:
+    """What it has loaded by then is free only once its process has ended."""
+    keeper = LocalKeeper(budget=1)
+    a, b = Made(keeper, "a"), Made(keeper, "b")
+    starting, waiting = asyncio.create_task(a.start()), asyncio.create_task(b.start())
+    await asyncio.sleep(5)
+    starting.cancel()
+    await a.engine.stop()
+    await asyncio.sleep(60)
+    assert b.engine.state == "stopped"
+    keeper.dead.add("a#1")
+    await waiting
+    assert b.engine.state == "resident"
+
+
+async def test_a_stream_that_stands_still_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody takes the silence for an end."""
+    monkeypatch.setattr(held_requests, "COMMENT_EVERY_S", 1.0)
+    a, b = await pool("a", "b")
+    stream = asyncio.create_task(b.ask(30, "/stream"))
+    await asyncio.sleep(1)
+    busy = asyncio.create_task(a.ask(100))
+    text = (await stream).text
+    assert ": parked\n\n" in text
+    assert text.count('"x"') == 30
+    await busy
+
+
+async def test_an_order_that_hangs_ends_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would hold its lease for ever, and look healthy."""
+    keeper = LocalKeeper(budget=1)
+    a = Made(keeper, "a")
+
+    async def hangs(_: Small) -> ASGIApp:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(Small, "start", hangs)
+    starting = asyncio.create_task(a.start())
+    await asyncio.sleep(MOST_WAKE_S - 1)
+    await a.engine.check_health()
+    await asyncio.sleep(2)
+    with pytest.raises(EngineError, match="still waking"):
+        await a.engine.check_health()
+    starting.cancel()
+    await a.engine.stop()
 
 
 async def test_a_stop_gives_everything_back() -> None:
@@ -250,6 +309,40 @@ async def test_a_stop_gives_everything_back() -> None:
     assert (await waiting).status_code == 503
     await b.engine.stop()
     assert b.log[-1] == "stop"
+
+
+async def test_no_more_go_in_than_the_engine_takes() -> None:
+    """Those that have gathered while it was away go in one after the other, in the order in which they came."""
+    ended, running, most = [], 0, 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(1)
+        running -= 1
+        ended.append(scope["path"])
+        await Response("done")(scope, receive, send)
+
+    held = HeldRequests("m", lambda: None, asyncio.get_running_loop().time, most_running=2)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(held), base_url="http://engine", timeout=1000)
+    asked = []
+    for number in range(5):
+        asked.append(asyncio.create_task(client.post(f"/{number}")))
+        await asyncio.sleep(0.01)
+    asked[1].cancel()
+    await asyncio.sleep(0.01)
+    assert (held.waiting, held.running) == (4, 0)
+    held.open(app)
+    await asyncio.sleep(0.5)
+    assert (held.waiting, held.running) == (2, 2)
+    held.close()
+    await asyncio.sleep(5)
+    assert (held.waiting, held.running) == (2, 0)
+    held.open(app)
+    replies = await asyncio.gather(*asked, return_exceptions=True)
+    assert [getattr(reply, "status_code", None) for reply in replies] == [200, None, 200, 200, 200]
+    assert (ended, most, held.waiting) == (["/0", "/2", "/3", "/4"], 2, 0)
 
 
 async def test_a_client_that_leaves_waits_no_more() -> None:

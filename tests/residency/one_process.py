@@ -6,7 +6,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from serve_app.residency.book import Report
-from serve_app.residency.keeper import Joined, KeeperActor
+from serve_app.residency.keeper import Joined, KeeperActor, PoolSettings
 from serve_app.residency.lease_records import PoolName
 from serve_app.residency.policy import Order
 
@@ -44,15 +44,13 @@ class LocalKeeper:
 
     def __init__(self, budget: int, host_budget: int = 100) -> None:
         self.records, self.dead = Memory(), set[str]()
-        self.budget, self.host_budget = budget, host_budget
+        self.settings = PoolSettings({"cpu": budget}, host_budget)
         self.calls: set[asyncio.Task[Any]] = set()
         self.keeper = self._made()
 
     def _made(self) -> KeeperActor:
         clock = asyncio.get_running_loop().time
-        return KeeperActor(
-            NAME, {"cpu": self.budget}, self.host_budget, self.records, lambda name: name not in self.dead, clock
-        )
+        return KeeperActor(NAME, self.settings, self.records, lambda name, _: name not in self.dead, clock)
 
     def kill_keeper(self) -> None:
         """Ends it with all that it knows. The calls that wait for it fail, and then there is another one."""

@@ -1,5 +1,7 @@
 """What a keeper knows of its replicas, and what it tells them."""
 
+from dataclasses import replace
+
 from serve_app.residency.book import Book, Report
 from serve_app.residency.member import Terms
 from serve_app.residency.policy import Leave, Wake
@@ -55,6 +57,31 @@ def test_a_lease_ends_only_when_the_memory_is_free() -> None:
     assert made.decide(NOW + 12, AT) == []
     made.update(Report(terms("a"), "parked", has_copy=True, orders_seen=1), NOW + 13)
     assert [decision.order for decision in made.decide(NOW + 13, AT)] == [Wake("b", {"cpu": 4 * GIB})]
+
+
+def test_the_room_for_a_copy_is_taken_while_its_replica_drains() -> None:
+    """It makes the copy only at the end, and says until then that it has none."""
+    small = replace(terms("a"), host_bytes=GIB)
+    made = Book({"cpu": 8 * GIB}, GIB)
+    for name in "ab":
+        made.join(Report(replace(small, replica=name), "resident", {"cpu": 4 * GIB}, idle_s=60.0), NOW)
+    made.join(Report(terms("c", 4 * GIB), "stopped", waiting=1, oldest_age_s=9.0), NOW)
+    (first,) = made.decide(NOW + 10, AT)
+    assert first.order == Leave("a", True, "c")
+    made.update(Report(replace(small, replica="a"), "draining", {"cpu": 4 * GIB}, orders_seen=1), NOW + 11)
+    made.join(Report(terms("d", 4 * GIB), "stopped", waiting=1, oldest_age_s=8.0), NOW + 11)
+    assert [decision.order for decision in made.decide(NOW + 11, AT)] == [Leave("b", False, "d")]
+
+
+def test_what_the_processes_of_others_keep_is_not_there() -> None:
+    """A replica that could never run beside them is refused when it joins."""
+    keeps = replace(terms("a", 2 * GIB), residue={"cpu": GIB}, keeps_residue=True)
+    made = book(Report(keeps, "parked", {"cpu": GIB}))
+    assert made.problem(terms("b", 3 * GIB)) is None
+    assert made.problem(terms("b", 4 * GIB)) == (
+        "'model-b' needs 4.00 GiB of cpu, and the whole pool has 4.00 GiB of cpu, of which the processes of others "
+        "leave 3.00 GiB of cpu."
+    )
 
 
 def test_another_keeper_counts_the_leases_of_all() -> None:

@@ -12,7 +12,7 @@ import pytest
 from serve_app.errors import EngineError
 from serve_app.residency.book import Report
 from serve_app.residency.lease_holder import LeaseHolder
-from serve_app.residency.life_lock import LifeLock, lives
+from serve_app.residency.life_lock import LifeLock, lives, this_process
 from serve_app.residency.member import Bytes, State, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake
 from tests.residency.one_process import LocalKeeper
@@ -188,7 +188,8 @@ async def test_one_that_leaves_in_order_is_forgotten() -> None:
     """Its record too."""
     cluster = Cluster()
     (replica,) = await started(cluster, "a")
-    await replica.holder.stop("a")
+    await replica.holder.stop()
+    await replica.holder.leave("a")
     assert list(cluster.records.values.values()) == [b"[]"]
     assert not (await cluster.keeper.pool()).members
 
@@ -226,9 +227,16 @@ async def test_the_law_holds_through_deaths(seed: int) -> None:
 
 def test_a_lock_shows_that_a_replica_lives(tmp_path: Path) -> None:
     """The kernel frees it with its process; one that was never there is dead."""
+    nobody = (2**22 - 1, 1.0)
     lock = LifeLock("a#b/1", tmp_path)
-    assert lives("a#b/1", tmp_path)
-    assert not lives("other", tmp_path)
+    assert lives("a#b/1", nobody, tmp_path)
+    assert not lives("other", nobody, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    assert lives("a#b/1", this_process(), tmp_path)  # Somebody has tidied the folder.
+    assert not lives("a#b/1", nobody, tmp_path)
     lock.release()
-    assert not lives("a#b/1", tmp_path)
+    again = LifeLock("a#b/1", tmp_path)
+    again.release()
+    assert not lives("a#b/1", nobody, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -100,6 +100,22 @@ def test_a_later_waiter_gets_what_the_oldest_does_not_need() -> None:
     assert decide(Pool(cards, 0, (busy, first, second)), NOW) == [Wake("c", {"gpu-1": 4})]
 
 
+def test_nobody_takes_the_place_of_one_that_must_wait_for_another_to_leave() -> None:
+    """What a replica that parks keeps is too much for the oldest, which has to wait until that one can be stopped."""
+    leaves = Member(terms("x", {"cpu": 50}, residue={"cpu": 1}), "draining", NOW, {"cpu": 50}, True)
+    oldest, later = waiting("a", 100, oldest=980, state="stopped"), waiting("b", 40, oldest=985, state="stopped")
+    assert decide(pool(leaves, oldest, later, budget=100), NOW) == []
+    too_large = waiting("a", 101, oldest=980, state="stopped")
+    assert decide(pool(leaves, too_large, later, budget=100), NOW) == [Wake("b", {"cpu": 40})]
+
+
+def test_none_parks_and_forgets_at_once() -> None:
+    """The host has room for one copy, and the one that leaves first keeps it."""
+    first, second = resident("a", 4, wake_s=1.0), resident("e", 4, wake_s=50.0)
+    orders = decide(pool(first, second, waiting("c", 8, state="stopped"), host=1), NOW)
+    assert orders == [Leave("a", True, "c"), Leave("e", False, "c")]
+
+
 def test_two_share_what_one_leaves() -> None:
     """No further replica leaves for the second waiter, and what is free now is given once."""
     idle = resident("a", 8)

@@ -18,24 +18,16 @@ async def test_the_seconds_until_a_model_is_resident() -> None:
         PoolName("default", "n2"): [record("a", "draining", 0.5), record("c", "parked")],
     }
     residency = Residency(lambda: pools)
-    assert [await residency.wake_s(name) for name in "abcd"] == [0.5, 20.0, None, None]
-    assert await residency.states() == {"a": ["parked", "draining"], "b": ["stopped"], "c": ["resident", "parked"]}
+    await residency.refresh()
+    assert [residency.wake_s(name) for name in "abcd"] == [0.5, 20.0, None, None]
+    assert residency.states() == {"a": ["parked", "draining"], "b": ["stopped"], "c": ["resident", "parked"]}
 
 
-async def test_it_is_read_only_if_it_is_old() -> None:
-    """However many ask, and the last reading stays while Ray's head is away."""
-    reads = []
-
-    def read() -> dict[PoolName, list[dict[str, Any]]]:
-        reads.append(1)
-        if len(reads) > 1:
-            raise RuntimeError("no head")
-        return {PoolName("default", "n"): [record("a", "parked")]}
-
-    residency = Residency(read)
-    for _ in range(10):
-        assert await residency.states() == {"a": ["parked"]}
-    assert len(reads) == 1
-    residency._read_at = float("-inf")
-    assert await residency.states() == {"a": ["parked"]}
-    assert len(reads) == 2
+async def test_what_was_read_last_stays_while_nothing_can_be_read() -> None:
+    """Whatever goes wrong."""
+    name = PoolName("default", "n")
+    answers = [{name: [record("a", "parked")]}, {name: [{"other": 1}]}]
+    residency = Residency(lambda: answers.pop(0))  # The third time it raises IndexError.
+    for _ in range(3):
+        await residency.refresh()
+        assert residency.states() == {"a": ["parked"]}

@@ -120,6 +120,8 @@ def _place_lines(rank: RankPlan, model: ModelPlan) -> Iterator[str]:
     there."""
     if (limit := model.limit_of(rank)) is not None:
         yield f"  max_memory allows {gib(limit)} of it, context and activations included"
+    if rank.has_draft:
+        yield "  the draft model (speculative.model)"
     if rank.layers is None:
         return
     yield f"  {layer_range(rank.layers, model)}"

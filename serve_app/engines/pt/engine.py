@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from starlette.types import ASGIApp
@@ -16,14 +18,18 @@ from serve_app.engines.engine import Parking
 from serve_app.engines.measure import rank_memory, tensor_bytes
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.cache_codec import CacheCodec
+from serve_app.engines.pt.core.draft_model import DraftModel
+from serve_app.engines.pt.core.drafter import Drafter
 from serve_app.engines.pt.core.kept_texts import KeptTexts
-from serve_app.engines.pt.core.model_runner import BatchRunner, Runner
+from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, Verifier
+from serve_app.engines.pt.core.ngram_drafter import NgramDrafter, NgramSettings
 from serve_app.engines.pt.core.parked_memory import ParkedMemory
 from serve_app.engines.pt.core.prompt_cache import PromptCache, PromptCacheCounts
 from serve_app.engines.pt.core.scheduler import Limits
-from serve_app.engines.pt.core.speculator import NgramSettings, Speculator
+from serve_app.engines.pt.core.speculator import Speculator
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.load.cache_budget import cache_tokens
+from serve_app.engines.pt.load.draft import LoadedDraft, load_draft
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
 from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
@@ -34,14 +40,14 @@ from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import EngineError
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.model_fields import SpeculativeConfig
-from serve_app.planning.model_request import PT_MAX_NUM_SEQS
+from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.pt_kv_buffers import cells
 
 logger = logging.getLogger("ray.serve")
 
 DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
-DEFAULT_MAX_QUEUED_REQUESTS = 192
+DEFAULT_MAX_QUEUED_REQUESTS = PT_MAX_QUEUED_REQUESTS
 STOP_TIMEOUT_S = 10.0
 STEP_TIMEOUT_S = 60.0
 SLOW_STEP_TIMEOUT_S = 600.0
@@ -62,6 +68,7 @@ class PtEngine:
         self._libraries = 0
         self._weights: dict[torch.device, int] = {}
         self._runner: Runner | None = None
+        self._draft: LoadedDraft | None = None
         self._speculator: Speculator | None = None
         self._memory_to_park: ParkedMemory | None = None
 
@@ -71,11 +78,15 @@ class PtEngine:
         self._libraries = resident_bytes()
         loaded, probed = await in_thread_of_its_own(self._load)
         self._runner = probed.runner
+        speculative, verifies = self._config.speculative, None
+        if speculative is not None:
+            verifies = await in_thread_of_its_own(partial(_verifier, loaded, probed))
+        if speculative is not None and speculative.model is not None and verifies is not None:
+            self._draft = await in_thread_of_its_own(partial(load_draft, self._config, loaded, self._planned))
         max_queued = self._config.max_queued_requests or DEFAULT_MAX_QUEUED_REQUESTS
         limits = self._limits(loaded, probed)
-        if self._config.speculative is not None:
-            make = partial(_speculator, self._config.speculative, loaded, probed)
-            self._speculator = await in_thread_of_its_own(make)
+        if speculative is not None and verifies is not None:
+            self._speculator = Speculator(verifies, _drafter(speculative, self._draft, limits))
         timeout_s = step_timeout_s(self._config)
         kept_texts = None
         if self._prompt_cache is not None and isinstance(probed.runner, BatchRunner) and probed.runner.can_roll_back:
@@ -83,8 +94,10 @@ class PtEngine:
         self._generator = Generator(
             self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator, kept_texts
         )
-        self._weights = weight_bytes(loaded.model)  # They do not change, and a parked engine cannot be asked.
-        self._memory_to_park = self._movable([loaded.model], [probed.runner])
+        drafts = [] if self._draft is None else [self._draft]
+        models = [loaded.model, *(draft.loaded.model for draft in drafts)]
+        self._weights = _sum(map(weight_bytes, models))  # They do not change, and a parked engine cannot be asked.
+        self._memory_to_park = self._movable(models, [probed.runner, *(draft.runner for draft in drafts)])
         app = build_app(self._generator)
         gc.collect()
         gc.freeze()  # What was loaded stays. A full collection of it takes 0.28 s, in which nothing answers.
@@ -172,7 +185,10 @@ class PtEngine:
         )
 
     def _memory(self) -> list[RankMemory]:
-        now, most = (getattr(self._runner, name, {}) for name in ("cache_bytes", "most_cache_bytes"))
+        runners = [self._runner, *([self._draft.runner] if self._draft else [])]
+        now, most = (
+            _sum(getattr(runner, name, {}) for runner in runners) for name in ("cache_bytes", "most_cache_bytes")
+        )
         kind, is_parked = "cpu" if self._config.device == "cpu" else "cuda", self.generator.is_parked
         return [
             rank_memory(device, size, now.get(device, 0), self._libraries, most.get(device, 0))
@@ -195,20 +211,43 @@ class PtEngine:
         if loaded.cache_tokens is not None and self._config.device == "cuda":
             tokens = loaded.cache_tokens  # The plan counted everything beside it, so no guess is needed.
         else:
-            tokens = cache_tokens(self._config, probed.bytes_per_token, least=cells(1, 1), most=most)
+            sizes = [probed.bytes_per_token, *([self._draft.bytes_per_token] if self._draft else [])]
+            tokens = cache_tokens(self._config, _sum(sizes), least=cells(1, 1), most=most)
             tokens = min(tokens, loaded.cache_tokens or tokens)
         probed.runner.max_cells = tokens
         return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)
 
 
-def _speculator(config: SpeculativeConfig, loaded: LoadedModel, probed: ProbeResult) -> Speculator | None:
-    """Returns what drafts tokens for a model, or None for one that cannot verify them, which it logs."""
+def _verifier(loaded: LoadedModel, probed: ProbeResult) -> Verifier | None:
+    """Returns the runner of a model that can verify drafted tokens, or None, which it logs."""
     found = verifier(loaded, probed)
     if isinstance(found, str):
         logger.warning("speculative: this model does not speculate, because %s. It answers without drafts.", found)
         return None
-    settings = NgramSettings(config.num_speculative_tokens, config.prompt_lookup_max, config.prompt_lookup_min)
-    return Speculator(found, settings)
+    return found
+
+
+def _drafter(config: SpeculativeConfig, draft: LoadedDraft | None, limits: Limits) -> Drafter:
+    """Returns what drafts tokens: the draft model, whose cache has room for as many tokens as that of `limits`, or the
+    lookup."""
+    tokens = config.num_speculative_tokens
+    if draft is None:
+        return NgramDrafter(NgramSettings(tokens, config.prompt_lookup_max, config.prompt_lookup_min))
+    draft.runner.max_cells = limits.max_cache_tokens
+    own = replace(limits, pad_prompts=draft.pad_prompts)
+    return DraftModel(draft.runner, own, tokens, draft.loaded.max_model_len)
+
+
+Size = TypeVar("Size", int, float)
+
+
+def _sum(parts: Iterable[Mapping[torch.device, Size]]) -> dict[torch.device, Size]:
+    """Returns the sums by device."""
+    total: dict[torch.device, Size] = {}
+    for part in parts:
+        for device, size in part.items():
+            total[device] = total.get(device, 0) + size
+    return total
 
 
 def step_timeout_s(config: ModelConfig) -> float:

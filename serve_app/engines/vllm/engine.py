@@ -316,7 +316,7 @@ def engine_arguments(config: ModelConfig, name: str) -> dict[str, Any]:
         "kv-cache-memory-bytes": config.kv_cache_memory_bytes,
         "quantization": config.quantization,
         "kv-cache-dtype": config.kv_cache_dtype,
-        "speculative-config": None if config.speculative is None else config.speculative.model_dump(),
+        "speculative-config": None if config.speculative is None else config.speculative.for_vllm,
         "enforce-eager": config.device == "cpu" or None,
         "worker-extension-cls": "serve_app.engines.vllm.worker.WorkerExtension",
         "allowed-media-domains": NO_MEDIA_HOSTS,

@@ -54,6 +54,8 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     yield from _fewer_sequences(request, backend, trial)
     if on_gpu and backend != "pt":
         yield from _in_8_bits(request, trial)
+    if request.drafter is not None:
+        yield Ladder(price.NO_DRAFT, [rung("speculative", None)], lambda _: "the speed that drafts give")
     if backend == "pt":
         yield from _cache_in_8_bits(request)
         yield from _quantized(request)

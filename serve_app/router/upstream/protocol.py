@@ -9,7 +9,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.errors import Overloaded
 from serve_app.router.directory import Directory, ModelDirectory
-from serve_app.router.engine_loss import is_lost_event
+from serve_app.router.engine_loss import is_away, is_lost_event, is_lost_status
 from serve_app.router.suspicion import Death
 from serve_app.wire.asgi import HttpRequest, decode_head
 from serve_app.wire.headers import Headers
@@ -193,11 +193,13 @@ class BegunAnswer:
 async def first_piece(answer: Answer) -> Answer:
     """Returns the answer after its first piece has come, because engines send the head of a stream before they begin.
 
-    Raises ReplicaLost, also if that piece says that the engine is lost.
+    Raises ReplicaLost, also if that piece says that the engine is lost, and NotOpen if it says that it is away.
     """
     pieces = answer.pieces()
     try:
         first = await anext(pieces, None)
+        if first is not None and (is_stream(answer) or is_lost_status(answer.status)) and is_away(first):
+            raise NotOpen("its engine gave its memory to another model")
         if first is not None and is_stream(answer) and is_lost_event(first):
             raise answer.lost("its engine died")
         return BegunAnswer(answer, first, pieces)

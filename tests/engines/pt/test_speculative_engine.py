@@ -1,17 +1,24 @@
 """An engine that speculates gives the answers of one that does not, over HTTP."""
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
+import torch
+from transformers import AutoModelForCausalLM
 
 from serve_app.engines.pt.core.step_times import StepTimes
 from serve_app.engines.pt.engine import PtEngine
+from serve_app.errors import ConfigError, EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from serve_app.replica.replica_plan import plan_replica
 from tests.builders import model_config
 from tests.demo_answers import ENTRIES
 from tests.engines.pt.api.test_structured_output import PERSON, WEATHER, schema_format
@@ -27,7 +34,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 @asynccontextmanager
 async def started(**fields: Any) -> AsyncIterator[tuple[PtEngine, httpx.AsyncClient]]:
     """An engine with the demo model, and its client."""
-    config = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=32, **fields)
+    own = {"model": model_path(DEMO_MODEL), "device": "cpu", "dtype": "float32", "max_num_seqs": 32}
+    config = model_config(**own | fields)
     engine = PtEngine(config, "demo")
     transport = httpx.ASGITransport(app=await engine.start())
     async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=120) as client:
@@ -35,18 +43,64 @@ async def started(**fields: Any) -> AsyncIterator[tuple[PtEngine, httpx.AsyncCli
     await engine.stop()
 
 
+@pytest.fixture(scope="module")
+def draft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft for the demo model: the same one with other weights, by a small share of each weight's size. It often
+    chooses the same token."""
+    folder = tmp_path_factory.mktemp("draft") / "model"
+    write_draft(folder)
+    return folder
+
+
+def write_draft(folder: Path, words: int = 0, **changes: Any) -> None:
+    """Writes the demo model with other weights, changed fields of its config, and so many tokens more."""
+    shutil.copytree(model_path(DEMO_MODEL), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
+    if words:
+        model.resize_token_embeddings(model.config.vocab_size + words)
+    model.config.update(changes)
+    model.save_pretrained(folder)
+
+
+class Plain:
+    """An engine without speculation. It is asked once for the answers to the same requests, 32 at a time."""
+
+    def __init__(self, client: httpx.AsyncClient):
+        self._client = client
+        self._known: dict[str, list[Any]] = {}
+
+    async def answers(self, bodies: list[dict[str, Any]]) -> list[Any]:
+        """What `answers` gives for each request."""
+        key = json.dumps(bodies)
+        if key not in self._known:
+            self._known[key] = await answers(self._client, bodies, 32)
+        return self._known[key]
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def both() -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient, PtEngine]]:
-    """The client of a plain engine, that of one that drafts whenever it can, whatever it costs, and that engine."""
+async def plain() -> AsyncIterator[Plain]:
+    """The engine that does not speculate."""
+    async with started() as (_, client):
+        yield Plain(client)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["ngram", "draft_model"])
+async def drafting(
+    request: pytest.FixtureRequest, draft_folder: Path
+) -> AsyncIterator[tuple[httpx.AsyncClient, PtEngine]]:
+    """The client of an engine that drafts whenever it can, whatever it costs, and that engine."""
+    speculative = {"ngram": SPECULATIVE, "draft_model": {"model": str(draft_folder), "num_speculative_tokens": 3}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepTimes, "ratio", lambda *_: 1.0)
-        async with AsyncExitStack() as stack:
-            _, plain = await stack.enter_async_context(started())
-            engine, drafting = await stack.enter_async_context(started(speculative=SPECULATIVE))
-            yield plain, drafting, engine
+        async with started(speculative=speculative[request.param]) as (engine, client):
+            yield client, engine
 
 
-Both = tuple[httpx.AsyncClient, httpx.AsyncClient, PtEngine]
+Drafting = tuple[httpx.AsyncClient, PtEngine]
 
 
 async def answers(client: httpx.AsyncClient, bodies: list[dict[str, Any]], at_once: int) -> list[Any]:
@@ -85,19 +139,22 @@ def near(value: Any) -> Any:
 @pytest.mark.parametrize(
     "at_once", [pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow), 32]
 )
-async def test_every_wording_has_the_same_answer(both: Both, at_once: int) -> None:
-    """All wordings of the demo's questions, greedy."""
-    plain, drafting, engine = both
+async def test_every_wording_has_the_same_answer(plain: Plain, drafting: Drafting, at_once: int) -> None:
+    """All wordings of the demo's questions, greedy. A draft model is asked for every fifth of them unless there are 32
+    at once, because each of its passes takes time."""
+    client, engine = drafting
+    every = 5 if at_once < 32 and engine._config.speculative.model else 1  # type: ignore[union-attr]
     bodies = [chat(wording) for wording in WORDINGS]
     assert len(bodies) == 175
     before = engine.draft_counts().draft_tokens  # type: ignore[union-attr]
-    assert await answers(drafting, bodies, at_once) == near(await answers(plain, bodies, at_once))
+    expected = (await plain.answers(bodies))[::every]
+    assert await answers(client, bodies[::every], at_once) == near(expected)
     assert engine.draft_counts().draft_tokens > before + 100  # type: ignore[union-attr]
 
 
-async def test_whatever_is_asked_for_has_the_same_answer(both: Both) -> None:
+async def test_whatever_is_asked_for_has_the_same_answer(plain: Plain, drafting: Drafting) -> None:
     """Mixed in one batch: formats, tools, stop strings, log probabilities, biases, penalties, choices, seeds, ends."""
-    plain, drafting, engine = both
+    client, engine = drafting
     repeat = "repeat repeat repeat repeat"
     fields: list[dict[str, Any]] = [
         {"response_format": schema_format(PERSON)},
@@ -118,8 +175,45 @@ async def test_whatever_is_asked_for_has_the_same_answer(both: Both) -> None:
     bodies = [chat(text, **extra) for extra in fields for text in ("Hello", repeat)]
     before = engine.draft_counts().accepted_tokens  # type: ignore[union-attr]
     for at_once in (1, 28):
-        assert await answers(drafting, bodies, at_once) == near(await answers(plain, bodies, at_once))
+        assert await answers(client, bodies, at_once) == near(await plain.answers(bodies))
     assert engine.draft_counts().accepted_tokens > before + 50  # type: ignore[union-attr]
+
+
+async def test_the_plan_counts_what_both_models_hold(draft_folder: Path) -> None:
+    """Weights to the byte, and no more cache than was planned, for a whole draft, and for a quantised one whose cache
+    is in its own type beside one in 8 bits."""
+    for method, kept in ((None, "auto"), ("bnb-nf4", "int8")):
+        spec = {"model": str(draft_folder), "num_speculative_tokens": 3} | ({"quantization": method} if method else {})
+        fields = {"device": "cpu", "dtype": "float32", "max_num_seqs": 8, "kv_cache_dtype": kept, "speculative": spec}
+        config = model_config(model=model_path(DEMO_MODEL), **fields)
+        planned = plan_replica(config, ())
+        assert planned is not None
+        async with started(**fields) as (engine, client):
+            assert (await answers(client, [chat(text) for text in WORDINGS[:12]], 12))[0]
+            (held,) = await engine.memory()
+            assert held.weights == planned.ranks[0].weights.bytes
+            assert 0 < held.most_kv_cache <= planned.ranks[0].kv_cache.bytes
+            assert engine.generator.limits.max_cache_tokens <= planned.kv_tokens
+
+
+async def test_a_draft_that_cannot_draft_is_refused_at_the_start(tmp_path: Path, draft_folder: Path) -> None:
+    """Other tokens, other numbers of the same tokens, and no such folder, each by the field's name."""
+    write_draft(tmp_path / "more", words=8)
+    shutil.copytree(draft_folder, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    one, other = list(words)[300:302]
+    words[one], words[other] = words[other], words[one]
+    file.write_text(json.dumps(tokenizer))
+    for folder, complaint in (
+        ("more", r"^speculative\.model: .*more has embeddings of 776 tokens, and the model .* has 768\."),
+        ("other", r"^speculative\.model: .*other has a vocabulary of the same size, but with other tokens"),
+        ("none", r"^speculative: the draft model cannot be used\. model: "),
+    ):
+        with pytest.raises((ConfigError, EngineError), match=complaint):
+            async with started(speculative={"model": str(tmp_path / folder)}):
+                pass
 
 
 async def test_an_engine_without_the_field_counts_nothing() -> None:

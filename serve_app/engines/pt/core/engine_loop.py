@@ -343,7 +343,7 @@ class EngineLoop(threading.Thread):
     def _park(self, late: ReadOnlySequence[Sequence]) -> None:
         self._scheduler.park(late)
         for sequence in late:
-            self._runner.drop(sequence)
+            self._free(sequence)
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[Sampled | Exception]:
         """Returns the next tokens. If that fails, it samples row by row, so that only the row at fault has an error."""
@@ -382,8 +382,14 @@ class EngineLoop(threading.Thread):
             for sequence in sequences:
                 if self._kept_texts is not None:
                     self._kept_texts.note_end(sequence)
-                self._runner.drop(sequence)
+                self._free(sequence)
                 self._sampler.forget(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        """Frees the sequence's part of the caches."""
+        self._runner.drop(sequence)
+        if self._speculator is not None:
+            self._speculator.drop(sequence)
 
     def _abandon(self) -> None:
         error = EngineError("the pt engine has stopped")

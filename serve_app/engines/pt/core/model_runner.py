@@ -234,10 +234,32 @@ class BatchRunner:
         self, sequences: ReadOnlySequence[Sequence], drafts: ReadOnlySequence[ReadOnlySequence[int]]
     ) -> torch.Tensor:
         """Does what `Verifier` says. The sequences are those in the cache, in any order."""
-        rows, draft_of = self._rows, dict(zip(sequences, drafts, strict=True))
-        logits = self._extend([[sequence.output_ids[-1], *draft_of[sequence]] for sequence in rows])
-        self._unverified = logits.shape[1]
+        pairs = zip(sequences, drafts, strict=True)
+        return self.extend(sequences, [[sequence.output_ids[-1], *draft] for sequence, draft in pairs])
+
+    def extend(
+        self,
+        sequences: ReadOnlySequence[Sequence],
+        tokens: ReadOnlySequence[ReadOnlySequence[int]],
+        logits_of: int | None = None,
+    ) -> torch.Tensor:
+        """Computes the next tokens of each sequence, of which each needs one at least, in one pass. The sequences are
+        those in the cache, in any order.
+
+        Returns logits of shape (sequences, the most tokens, vocabulary), or those of the last `logits_of` places alone.
+        They mean nothing beyond a sequence's own tokens. `keep` has to follow.
+        """
+        rows, tokens_of = self._rows, dict(zip(sequences, tokens, strict=True))
+        logits = self._extend([tokens_of[sequence] for sequence in rows], logits_of)
+        self._unverified = max(map(len, tokens))
         return _in_order(logits, rows, sequences)
+
+    def take_back(self, tokens: Mapping[Sequence, int]) -> None:
+        """Takes so many of the last tokens of each sequence back, and none of those that are not named."""
+        rows = self._rows
+        for sequence in rows:
+            sequence.cached -= tokens.get(sequence, 0)
+        self._batch.roll_back([tokens.get(sequence, 0) for sequence in rows], [sequence.cached for sequence in rows])
 
     def keep(self, tokens: Mapping[Sequence, int]) -> None:
         """Does what `Verifier` says."""
@@ -248,9 +270,10 @@ class BatchRunner:
         taken = [computed - tokens.get(sequence, 0) for sequence in rows]
         self._batch.roll_back(taken, [sequence.cached for sequence in rows])
 
-    def _extend(self, tokens: ReadOnlySequence[ReadOnlySequence[int]]) -> torch.Tensor:
+    def _extend(self, tokens: ReadOnlySequence[ReadOnlySequence[int]], logits_of: int | None = None) -> torch.Tensor:
         """Computes the next tokens of each row in one pass, and returns their logits, of shape (rows, columns,
-        vocabulary). Rows with fewer tokens are filled up on the right, where causal attention hides it from them."""
+        vocabulary), or those of the last `logits_of` columns. Rows with fewer tokens are filled up on the right, where
+        causal attention hides it from them."""
         batch, columns = self._batch, max(map(len, tokens))
         cached = [sequence.cached for sequence in self._rows]
         batch.shrink(max(cached))
@@ -262,7 +285,7 @@ class BatchRunner:
         mask = None
         if min(cached) < width and batch.has_keys:  # A state has no columns to hide.
             mask = torch.arange(width + columns)[None] >= (width - lengths)[:, None]
-        logits = self._logits(ids, lengths[:, None] + places, mask, batch, columns)
+        logits = self._logits(ids, lengths[:, None] + places, mask, batch, logits_of or columns)
         self._note_cache()
         return logits
 

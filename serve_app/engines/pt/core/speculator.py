@@ -9,17 +9,21 @@ Laws:
 - After a pass that failed, there are no drafts for a while, since a smaller pass may succeed.
 """
 
+import logging
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as ReadOnlySequence
-from dataclasses import dataclass
 
 import torch
 
 from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.pt.core.drafter import Drafter, drafting_of
 from serve_app.engines.pt.core.model_runner import Verifier
-from serve_app.engines.pt.core.ngram import TokenArray, continuation, look_up
 from serve_app.engines.pt.core.sequence import Sequence
-from serve_app.engines.pt.core.step_times import StepTimes
+from serve_app.engines.pt.core.step_times import FEW, StepTimes
+from serve_app.engines.torch_internals import is_out_of_memory
+
+logger = logging.getLogger("ray.serve")
 
 # A step with drafts has to be better by this factor, because both times and acceptance are estimates.
 WORTH = 1.15
@@ -29,57 +33,22 @@ WORTH = 1.15
 REFRESH_STEPS, MOST_REFRESH_STEPS = 4, 32
 # There are no drafts in so many steps after a pass that failed.
 REST_STEPS = 256
-# What a sequence has seen of its drafts counts by this much less after each draft, and after each step in which it had
-# a draft that was not used.
-FADE, FADE_UNUSED = 0.9, 63 / 64
-
-
-@dataclass(frozen=True)
-class NgramSettings:
-    """Says how to draft. The names are vLLM's: at most `num_speculative_tokens` after a match of `prompt_lookup_min` to
-    `prompt_lookup_max` tokens."""
-
-    num_speculative_tokens: int
-    prompt_lookup_max: int
-    prompt_lookup_min: int
-
-
-class _Drafting:
-    """Is what is known of one sequence: its tokens, and how many of its drafted tokens have held."""
-
-    def __init__(self, sequence: Sequence):
-        self.tokens = TokenArray(sequence)
-        self._held = 0.0
-        self._tried = 0.0
-
-    def expected(self, tokens: int) -> float:
-        """Returns how many of so many drafted tokens are expected to hold. One that was never tried has even odds."""
-        odds = (self._held + 1) / (self._tried + 2)
-        return sum(odds**place for place in range(1, tokens + 1))
-
-    def note(self, tried: int, accepted: int) -> None:
-        """Takes how many tokens of a draft were compared and how many of them have held. What comes after the first
-        wrong one is not compared."""
-        self._held = FADE * self._held + accepted
-        self._tried = FADE * self._tried + tried
-
-    def fade(self) -> None:
-        """Forgets a little, so that a text that begins to repeat itself later is noticed."""
-        self._held *= FADE_UNUSED
-        self._tried *= FADE_UNUSED
 
 
 class Speculator:
-    """Drafts by n-gram lookup for a runner that can verify. It is used on the engine's thread alone, except for
+    """Has a drafter draft for a runner that can verify. It is used on the engine's thread alone, except for
     `counts`."""
 
-    def __init__(self, runner: Verifier, settings: NgramSettings, times: StepTimes | None = None):
+    def __init__(self, runner: Verifier, drafter: Drafter, times: StepTimes | None = None):
         self._runner = runner
-        self._settings = settings
+        self._drafter = drafter
+        self._drafting_s = 0.0
+        # The first passes of a draft model prepare kernels, so their times say nothing.
+        self._warmups = FEW if drafter.computes_ahead else 0
         self._times = StepTimes() if times is None else times
         self._resting = 0
         self._since_plain, self._refresh_steps = 0, REFRESH_STEPS
-        self.counts = DraftCounts(accepted_per_pos=[0] * settings.num_speculative_tokens)
+        self.counts = DraftCounts(accepted_per_pos=[0] * drafter.num_speculative_tokens)
 
     def propose(self, sequences: ReadOnlySequence[Sequence], spare: int) -> list[list[int]] | None:
         """Returns the drafted tokens of each sequence, some of which may have none, or None for a step without drafts.
@@ -91,23 +60,48 @@ class Speculator:
             return None
         if self._since_plain >= self._refresh_steps:
             return None
+        try:
+            return self._drafts(sequences, spare)
+        except Exception as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise  # Every later call of the device fails.
+            if is_out_of_memory(error):
+                logger.warning("Out of memory for drafts of %d sequences: %s", len(sequences), error)
+            else:
+                logger.exception("Drafting failed with %d sequences.", len(sequences))
+        self.rest()  # This is outside `except`, whose traceback still holds the tensors.
+        return None
+
+    def _drafts(self, sequences: ReadOnlySequence[Sequence], spare: int) -> list[list[int]] | None:
         rows = len(sequences)
-        most = min(self._settings.num_speculative_tokens, spare // rows, _room(sequences))
+        most = min(self._drafter.num_speculative_tokens, spare // rows, _room(sequences))
         if most < 1 or not self._could_pay(rows, most):
             return None
-        places = [self._look_up(sequence) for sequence in sequences]
-        tokens = self._best(sequences, places, most)
-        if tokens:
-            return [
-                [] if place is None else continuation(_of(sequence).tokens.ids(), place, min(tokens, _left(sequence)))
-                for sequence, place in zip(sequences, places, strict=True)
-            ]
-        if any(place is not None for place in places):
-            self._times.forget(rows)
-            for sequence, place in zip(sequences, places, strict=True):
-                if place is not None:
-                    _of(sequence).fade()
-        return None
+        able = [_left(sequence) > 0 for sequence in sequences]
+        if self._drafter.computes_ahead and not self._best(sequences, able, most):
+            self._pass_over(sequences, able)
+            return None
+        able = [
+            can and _left(sequence) > 0 for sequence, can in zip(sequences, self._drafter.able(sequences), strict=True)
+        ]
+        tokens = self._best(sequences, able, most)
+        if not tokens:
+            self._pass_over(sequences, able)
+            return None
+        counts = [min(tokens, _left(sequence)) if can else 0 for sequence, can in zip(sequences, able, strict=True)]
+        begin = time.monotonic()
+        drafts = self._drafter.draft(sequences, counts)
+        self._drafting_s = time.monotonic() - begin
+        return drafts
+
+    def _pass_over(self, sequences: ReadOnlySequence[Sequence], able: ReadOnlySequence[bool]) -> None:
+        """Notes that the drafts of this step would not have paid, so that they are tried again later."""
+        if not any(able):
+            return
+        self._times.forget(len(sequences))
+        for sequence, can in zip(sequences, able, strict=True):
+            if can:
+                drafting_of(sequence).fade()
 
     def verify(
         self, sequences: ReadOnlySequence[Sequence], drafts: ReadOnlySequence[ReadOnlySequence[int]]
@@ -119,9 +113,14 @@ class Speculator:
         """Does what `Verifier` says."""
         self._runner.keep(tokens)
 
+    def drop(self, sequence: Sequence) -> None:
+        """Frees what is kept of a sequence that does not run any more."""
+        self._drafter.drop(sequence)
+
     def rest(self) -> None:
-        """Stops drafting for a while, because a pass has failed."""
+        """Stops drafting for a while and frees what that needs, because a pass has failed."""
         self._resting = REST_STEPS
+        self._drafter.reset()
 
     def note_plain(self, rows: int, seconds: float) -> None:
         """Takes the time of a step without drafts."""
@@ -138,17 +137,20 @@ class Speculator:
         tokens: Mapping[Sequence, int],
         seconds: float,
     ) -> None:
-        """Takes the time of a step with drafts, and how many tokens each sequence has got in it."""
+        """Takes the time of a step with drafts from its pass on, and how many tokens each sequence has got in it."""
         rows, counts = len(sequences), self.counts
         self._since_plain += 1
-        self._times.add_drafted(rows, rows * max(map(len, drafts)), seconds)
+        if self._warmups:
+            self._warmups -= 1
+        else:
+            self._times.add_drafted(rows, rows * max(map(len, drafts)), seconds + self._drafting_s)
         for sequence, draft in zip(sequences, drafts, strict=True):
             got = tokens.get(sequence, 0)
             if not draft or not got:  # A sequence that was parked or has failed says nothing of its draft.
                 continue
             newest = sequence.output_ids[-got:]
             accepted = sum(one == other for one, other in zip(draft, newest, strict=False))
-            _of(sequence).note(min(len(draft), got), accepted)
+            drafting_of(sequence).note(min(len(draft), got), accepted)
             counts.drafts += 1
             counts.draft_tokens += len(draft)
             counts.accepted_tokens += accepted
@@ -165,32 +167,23 @@ class Speculator:
         self._times.forget(rows)
         return False
 
-    def _look_up(self, sequence: Sequence) -> int | None:
-        if _left(sequence) < 1:
-            return None
-        return look_up(_of(sequence).tokens.ids(), self._settings.prompt_lookup_max, self._settings.prompt_lookup_min)
-
-    def _best(self, sequences: ReadOnlySequence[Sequence], places: ReadOnlySequence[int | None], most: int) -> int:
+    def _best(self, sequences: ReadOnlySequence[Sequence], able: ReadOnlySequence[bool], most: int) -> int:
         """Returns how many tokens to draft for each sequence: as many as give the most tokens in a second of `most`,
         half of them and so on, or 0."""
         rows, best, best_gain = len(sequences), 0, WORTH
-        drafting = [sequence for sequence, place in zip(sequences, places, strict=True) if place is not None]
+        drafting = [sequence for sequence, can in zip(sequences, able, strict=True) if can]
         tokens = min(most, max(map(_left, drafting), default=0))
         while tokens:
-            held = sum(_of(sequence).expected(min(tokens, _left(sequence))) for sequence in drafting)
+            held = sum(
+                drafting_of(sequence).expected(min(tokens, _left(sequence)), self._drafter.first_odds)
+                for sequence in drafting
+            )
             ratio = self._times.ratio(rows, rows * tokens)
             gain = 0.0 if ratio is None else (1 + held / rows) / ratio
             if gain > best_gain:
                 best, best_gain = tokens, gain
             tokens //= 2
         return best
-
-
-def _of(sequence: Sequence) -> _Drafting:
-    if sequence.drafting is None:
-        sequence.drafting = _Drafting(sequence)
-    drafting: _Drafting = sequence.drafting
-    return drafting
 
 
 def _left(sequence: Sequence) -> int:

@@ -15,10 +15,11 @@ from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.kv_cache import BatchCache
 from serve_app.engines.pt.core.model_runner import BatchRunner
 from serve_app.engines.pt.core.ngram import TokenArray, continuation, look_up
+from serve_app.engines.pt.core.ngram_drafter import NgramDrafter, NgramSettings
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler, Step
 from serve_app.engines.pt.core.sequence import Output, SamplingParams, Sequence
-from serve_app.engines.pt.core.speculator import NgramSettings, Speculator
+from serve_app.engines.pt.core.speculator import Speculator
 from serve_app.engines.pt.core.step_times import StepTimes
 from serve_app.engines.pt.load.probe import probe, verifier
 from serve_app.planning.pt_kv_buffers import cells
@@ -43,7 +44,7 @@ class Oracle(Speculator):
     """Drafts what the text will be, of which some tokens are made wrong, with random lengths."""
 
     def __init__(self, runner: BatchRunner, future: dict[tuple[int, ...], list[int]], wrong: float, seed: int = 0):
-        super().__init__(runner, SETTINGS, FreeTimes())
+        super().__init__(runner, NgramDrafter(SETTINGS), FreeTimes())
         self._future, self._wrong, self._draw = future, wrong, random.Random(seed)
         self.passes = 0
 
@@ -176,7 +177,7 @@ def test_looked_up_drafts_change_no_output_and_save_passes(count: int) -> None:
     sequences = requests(count, texts=2, max_tokens=60, ignore_eos=True)
     plain = run(BatchRunner(model, CPU), sequences)
     runner = BatchRunner(model, CPU)
-    speculator = Speculator(runner, SETTINGS, FreeTimes())
+    speculator = Speculator(runner, NgramDrafter(SETTINGS), FreeTimes())
     drafted = run(runner, requests(count, texts=2, max_tokens=60, ignore_eos=True), speculator)
     assert told(drafted) == told(plain)
     assert speculator.counts.accepted_tokens > 20 * count
@@ -361,7 +362,7 @@ def test_the_buffers_never_exceed_the_budget(budget: int) -> None:
         return result
 
     runner._logits = noting  # type: ignore[method-assign]
-    speculator = Speculator(runner, SETTINGS, FreeTimes())
+    speculator = Speculator(runner, NgramDrafter(SETTINGS), FreeTimes())
     run(runner, requests(40, texts=9, max_tokens=50, ignore_eos=True), speculator, limits=limits)
     assert 0 < most <= budget
     assert speculator.counts.accepted_tokens > 100
@@ -374,9 +375,9 @@ def test_drafted_tokens_share_the_budget_of_a_step(monkeypatch: pytest.MonkeyPat
     chunk, passes = 24, []
     extend, prefill = runner._extend, runner.prefill
 
-    def noting(tokens: ReadOnlySequence[ReadOnlySequence[int]]) -> torch.Tensor:
+    def noting(tokens: ReadOnlySequence[ReadOnlySequence[int]], *more: object) -> torch.Tensor:
         passes.append((len(tokens), len(tokens) * max(map(len, tokens))))
-        return extend(tokens)
+        return extend(tokens, *more)  # type: ignore[arg-type]
 
     prompts = [0]
 
@@ -389,7 +390,7 @@ def test_drafted_tokens_share_the_budget_of_a_step(monkeypatch: pytest.MonkeyPat
     run(
         runner,
         requests(20, texts=1, max_tokens=30, ignore_eos=True),
-        Speculator(runner, SETTINGS, FreeTimes()),
+        Speculator(runner, NgramDrafter(SETTINGS), FreeTimes()),
         limits=Limits(8, 10**6, chunk_tokens=chunk),
     )
     assert max(tokens - rows for rows, tokens in passes) > 0
@@ -431,7 +432,7 @@ def test_sampled_tokens_keep_their_distribution(drafted: int) -> None:
         def propose(self, sequences: ReadOnlySequence[Sequence], spare: int) -> list[list[int]] | None:
             return [[drafted] * max(0, 2 - len(sequence.output_ids)) for sequence in sequences]
 
-    speculator = Always(runner, SETTINGS, FreeTimes())  # type: ignore[arg-type]
+    speculator = Always(runner, NgramDrafter(SETTINGS), FreeTimes())  # type: ignore[arg-type]
     sequences = [Sequence([number], SamplingParams(3, seed=number)) for number in range(6000)]
     scheduler = Scheduler(Limits(64, 10**9))
     loop = EngineLoop(runner, scheduler, Sampler(), lambda _: None, speculator)  # type: ignore[arg-type]
@@ -503,7 +504,7 @@ def test_the_array_follows_the_sequence() -> None:
 def pay(per_token: float, text: ReadOnlySequence[int], rows: int, steps: int = 200) -> float:
     """The share of steps with drafts if a step takes 1 s and each drafted token `per_token` more, for rows of one
     text, of which each draft holds."""
-    speculator = Speculator(None, SETTINGS)  # type: ignore[arg-type]
+    speculator = Speculator(None, NgramDrafter(SETTINGS))  # type: ignore[arg-type]
     sequences = [Sequence(text, SamplingParams(max_tokens=10**4)) for _ in range(rows)]
     for sequence in sequences:
         sequence.output_ids.append(text[0])
@@ -535,7 +536,7 @@ def test_it_drafts_while_that_pays_and_stops_where_it_does_not() -> None:
 
 def test_a_time_that_was_measured_in_a_bad_moment_is_measured_again() -> None:
     """Steps without drafts took 10 s while something else ran, and take 1 s now; with drafts, 6 s for 5 tokens."""
-    speculator = Speculator(None, SETTINGS)  # type: ignore[arg-type]
+    speculator = Speculator(None, NgramDrafter(SETTINGS))  # type: ignore[arg-type]
     sequence = Sequence([1] * 20, SamplingParams(max_tokens=10**5), output_ids=[1])
     for _ in range(10):
         speculator.note_plain(1, 10.0)
@@ -573,7 +574,7 @@ def test_it_pays_though_other_work_holds_steps_up(
     all takes up to six times as long. New texts come every 60 steps.
     """
     draw = random.Random(seed)
-    speculator = Speculator(None, SETTINGS)  # type: ignore[arg-type]
+    speculator = Speculator(None, NgramDrafter(SETTINGS))  # type: ignore[arg-type]
     taken, tokens, burst, left = 0.0, 0, 1.0, 0
     sequences: list[Sequence] = []
     for step in range(2000):
@@ -605,7 +606,7 @@ def test_it_pays_though_other_work_holds_steps_up(
 
 def test_a_text_that_does_not_repeat_itself_is_left_alone() -> None:
     """Drafts that never hold take less than 3 % of the time, and a text that begins to repeat itself is noticed."""
-    speculator = Speculator(None, SETTINGS)  # type: ignore[arg-type]
+    speculator = Speculator(None, NgramDrafter(SETTINGS))  # type: ignore[arg-type]
     sequence = Sequence([1] * 20, SamplingParams(max_tokens=10**4), output_ids=[1])
 
     def steps(count: int, accepted: Callable[[int], int]) -> tuple[int, float]:
