@@ -15,7 +15,7 @@ run in the order A-B-A, and a figure of A is the mean of its two runs. Prints a 
                               that a model stays for at least `min_resident_s`, and in use for three times its wake
     pinned        the demo model streams to 4 clients while `--rate` requests of 16 new tokens come in a second,
                   alternating between `both0` and `both1`, which stay (A), or `one0` and `one1`, which swap (B)
-                  p50_ratio, p99_ratio    milliseconds between two tokens of a stream in B over A, at most 1.5
+                  p50_ratio, p99_ratio    milliseconds between two arrivals of tokens of a stream in B over A, at most 1.5
     first_token   a request of one new token to a model that is parked, while the other one idles in its memory
                   share       its seconds as a share of the wake, as the replica measured it, and a usual first token,
                               at most 1.2
@@ -171,7 +171,8 @@ async def alternate(serve: SwappingServe, session: aiohttp.ClientSession, reques
 
 
 async def read_streams(session: aiohttp.ClientSession, url: str, until: float) -> list[float]:
-    """Streams texts of the pinned model until then. Returns the seconds between each two tokens."""
+    """Streams texts of the pinned model until then. Returns the seconds between each two arrivals. Tokens that arrive
+    together are one arrival: Serve joins the events that wait, so gaps between tokens would mostly be zero."""
     body = {
         "model": PINNED, "prompt": PROMPT, "max_tokens": STREAMED, "temperature": 0, "ignore_eos": True, "stream": True,
     }  # fmt: skip
@@ -181,8 +182,8 @@ async def read_streams(session: aiohttp.ClientSession, url: str, until: float) -
         async with session.post(f"{url}/v1/completions", json=body) as reply:
             if reply.status != 200:
                 raise RuntimeError(f"'{PINNED}' answered {reply.status}: {(await reply.text())[:500]}")
-            async for line in reply.content:
-                if line.startswith(b"data: {"):
+            async for piece in reply.content.iter_any():
+                if b"data: {" in piece:
                     now = time.monotonic()
                     if last is not None:
                         gaps.append(now - last)
@@ -223,7 +224,7 @@ async def pinned(serve: SwappingServe, session: aiohttp.ClientSession, rate: flo
         gaps, sent, woke = await beside(serve, session, names, rate, seconds)
         p50, p99 = (1000 * gaps[int(part * len(gaps))] for part in (0.5, 0.99))
         rows.append({"beside": kind, "p50_ms": round(p50, 2), "p99_ms": round(p99, 2)})
-        rows[-1] |= {"most_ms": round(1000 * gaps[-1], 1), "tokens": len(gaps), "requests": sent, "wakes": woke}
+        rows[-1] |= {"most_ms": round(1000 * gaps[-1], 1), "arrivals": len(gaps), "requests": sent, "wakes": woke}
     stay, swap = [row for row in rows if row["beside"] == "both resident"], rows[2]
     ratios = {
         f"{part}_ratio": round(swap[f"{part}_ms"] / statistics.mean(row[f"{part}_ms"] for row in stay), 3)
