@@ -171,8 +171,10 @@ async def alternate(serve: SwappingServe, session: aiohttp.ClientSession, reques
 
 
 async def read_streams(session: aiohttp.ClientSession, url: str, until: float) -> list[float]:
-    """Streams texts of the pinned model until then. Returns the seconds between each two arrivals. Tokens that arrive
-    together are one arrival: Serve joins the events that wait, so gaps between tokens would mostly be zero."""
+    """Streams texts of the pinned model until then. Returns the seconds between each two arrivals of tokens.
+
+    Tokens that come together are one arrival: Serve joins events that wait, so most gaps between tokens were zero.
+    """
     body = {
         "model": PINNED, "prompt": PROMPT, "max_tokens": STREAMED, "temperature": 0, "ignore_eos": True, "stream": True,
     }  # fmt: skip
