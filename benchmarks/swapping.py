@@ -15,7 +15,7 @@ run in the order A-B-A, and a figure of A is the mean of its two runs. Prints a 
                               that a model stays for at least `min_resident_s`, and in use for three times its wake
     pinned        the demo model streams to 4 clients while `--rate` requests of 16 new tokens come in a second,
                   alternating between `both0` and `both1`, which stay (A), or `one0` and `one1`, which swap (B)
-                  p50_ratio, p99_ratio    milliseconds between two arrivals of tokens of a stream in B over A, at most 1.5
+                  p50_ratio, p99_ratio    milliseconds between two arrivals of a stream in B over A, at most 1.5
     first_token   a request of one new token to a model that is parked, while the other one idles in its memory
                   share       its seconds as a share of the wake, as the replica measured it, and a usual first token,
                               at most 1.2
