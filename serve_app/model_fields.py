@@ -239,7 +239,7 @@ class ResidencyConfig(Strict):
     pool: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "default"
     pool_memory: Annotated[dict[MaxMemoryKey, int] | None, BeforeValidator(_pool_memory_or_none)] = None
     host_memory: Annotated[int | None, BeforeValidator(_host_memory_or_none)] = None
-    min_resident_s: Annotated[Number, Field(ge=0, le=3600)] = 5.0
+    min_resident_s: Annotated[Number, Field(ge=0, le=3600)] = 1.0
     drain_s: Annotated[Number, Field(ge=0, le=3600)] = 30.0
     priority: Annotated[Whole, Field(ge=-10, le=10)] = 0
 

@@ -223,7 +223,7 @@ class SwappingEngine:
         assert self._app is not None, "the engine has started"
         self._requests.open(self._app)
         self._metrics.swapped(was, "resident", took, sum(lease.values()))
-        say(f"'{self._name}' is resident after {took:.1f} s from {was}, with {self._requests.running} requests")
+        say(f"'{self._name}' is resident after {took:.2f} s from {was}, with {self._requests.running} requests")
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
 
@@ -243,7 +243,7 @@ class SwappingEngine:
         self._leave_s = self._clock() - begin
         self._metrics.swapped("resident", self._state, self._leave_s, freed)
         self._changed()
-        say(f"'{self._name}' is {self._state} after {self._leave_s:.1f} s")
+        say(f"'{self._name}' is {self._state} after {self._leave_s:.2f} s")
 
     async def _parked(self) -> bool:
         """Parks the engine, and returns whether it has. It is stopped instead if the host has no room for its copy."""
