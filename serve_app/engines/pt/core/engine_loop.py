@@ -125,6 +125,12 @@ class EngineLoop(threading.Thread):
         if self.is_alive():
             self.join(timeout_s)
 
+    def release(self) -> None:
+        """Lets go of the model, its caches and all sequences, whoever still holds this object. The thread must have
+        ended."""
+        assert not self.is_alive(), "a thread that runs needs them"
+        del self._runner, self._scheduler, self._sampler, self._speculator, self._kept_texts
+
     def run(self) -> None:
         """Runs the loop, which sleeps while there is nothing to generate."""
         try:
