@@ -6,6 +6,7 @@ of its server and its engine are not documented, and they move between releases.
 which takes 20 s of processor time.
 """
 
+import asyncio
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -130,16 +131,24 @@ async def server_application(
     Uses `build_app` of `vllm.entrypoints.launchers.app`, which returns an application whose middleware is built, and
     `init_app_state` of `vllm.entrypoints.launchers.api_server.app_state`; seen in vLLM 0.32.
     """
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-
     tasks = await client.get_supported_tasks()
-    app = built_application(args, tasks, client.model_config)
+    app, init_app_state = await asyncio.to_thread(
+        lambda: (built_application(args, tasks, client.model_config), _init_app_state())
+    )
     app.state.server = server
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
     app.middleware_stack = app.build_middleware_stack()
     await init_app_state(client, app.state, args, tasks)
     return app
+
+
+def _init_app_state() -> Callable[..., Awaitable[None]]:
+    """Returns vLLM's function of that name. To import it takes seconds."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+    function: Callable[..., Awaitable[None]] = init_app_state
+    return function
 
 
 def built_application(args: Namespace, tasks: Iterable[str], model_config: Any) -> Starlette:
