@@ -237,9 +237,15 @@ def test_a_parked_loop_that_stops_touches_nothing() -> None:
 
 def test_a_stop_before_the_park_has_begun_ends_both() -> None:
     """Nobody waits for ever for a park that does not come."""
-    hold = threading.Event()
-    with running(CountingRunner(lambda _: hold.wait(20))) as (loop, _):
+    is_in_step, hold = threading.Event(), threading.Event()
+
+    def wait(_: Sequence) -> None:
+        is_in_step.set()
+        hold.wait(20)
+
+    with running(CountingRunner(wait)) as (loop, _):
         loop.submit(sequence(1))
+        assert is_in_step.wait(20)
         stopper = threading.Thread(target=loop.stop, args=(10,))
         stopper.start()
         time.sleep(0.1)
