@@ -51,7 +51,9 @@ async def ticking(seen: dict[str, Any], what: str) -> AsyncIterator[None]:
 
 def engine_processes() -> int:
     """The processes of engines. Python's own resource tracker stays as long as this process."""
-    commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    children = psutil.Process().children(recursive=True)
+    alive = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    commands = [" ".join(child.cmdline()) for child in alive]
     return sum("resource_tracker" not in command for command in commands)
 
 
