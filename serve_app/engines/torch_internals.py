@@ -5,7 +5,7 @@ The operations of `torch.ops.mkldnn` are those that torch's own inductor compile
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -69,14 +69,28 @@ def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
 
 def pin_memory(tensor: torch.Tensor) -> bool:
     """Locks a tensor of the host's memory for copies from and to GPUs, and returns whether CUDA could do it. Copies
-    with memory that is not locked are slower.
+    with memory that is not locked are slower. CUDA keeps the error of a lock that fails, and torch would raise it at
+    the next kernel, so it is taken back here.
 
     torch's own pinned tensors take up to twice the memory, because their sizes are rounded up to powers of two. Uses
     `cudaHostRegister` of `torch.cuda.cudart()`, seen in torch 2.13.
     """
     if not torch.cuda.is_available() or not tensor.numel():
         return False
-    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
+    if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0:
+        return True
+    forget_cuda_error()
+    return False
+
+
+def forget_cuda_error() -> None:
+    """Takes back the error that CUDA keeps for this thread after a call of its API has failed.
+
+    `torch.cuda.cudart()` has no `cudaGetLastError`. torch calls it after every kernel and raises what it says, and CUDA
+    has forgotten the error then; seen in torch 2.13.
+    """
+    with suppress(RuntimeError):  # A device that is broken says so again at the next kernel.
+        torch.ones(1, device="cuda")
 
 
 def unpin_memory(tensor: torch.Tensor) -> None:

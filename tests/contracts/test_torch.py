@@ -13,6 +13,7 @@ from torch import nn
 from serve_app.engines import torch_internals
 from serve_app.engines.torch_internals import (
     WithoutData,
+    forget_cuda_error,
     gpu_uuid,
     in_onednn_order,
     is_out_of_memory,
@@ -117,6 +118,34 @@ def test_memory_is_locked_where_there_is_a_gpu() -> None:
     assert pin_memory(host) == torch.cuda.is_available()
     if torch.cuda.is_available():
         unpin_memory(host)
+
+
+@contract("torch", "cudaGetLastError after each kernel", forget_cuda_error)
+def test_a_lock_that_fails_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next kernel of the model would raise it. Memory that is locked already cannot be locked again."""
+    if torch.cuda.is_available():
+        host = torch.zeros(2**20, dtype=torch.uint8)
+        assert pin_memory(host)
+        assert not pin_memory(host)
+        assert torch.ones(2, device="cuda").tolist() == [1, 1]
+        unpin_memory(host)
+        return
+    kept, make_ones = ["an error"], torch.ones
+
+    class Cudart:
+        def cudaHostRegister(self, *_: int) -> int:
+            return 712
+
+    def ones(*sizes: int, device: str) -> torch.Tensor:
+        if kept:
+            raise torch.AcceleratorError(kept.pop())
+        return make_ones(*sizes)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    monkeypatch.setattr(torch, "ones", ones)
+    assert not pin_memory(torch.zeros(2**20, dtype=torch.uint8))
+    assert kept == []
 
 
 @contract("torch", "what its allocator on the CPU says where there is no memory", is_out_of_memory)

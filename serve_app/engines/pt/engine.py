@@ -20,6 +20,7 @@ from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.cache_codec import CacheCodec
 from serve_app.engines.pt.core.draft_model import DraftModel
 from serve_app.engines.pt.core.drafter import Drafter
+from serve_app.engines.pt.core.heap import free_everything
 from serve_app.engines.pt.core.kept_texts import KeptTexts
 from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, Verifier
 from serve_app.engines.pt.core.ngram_drafter import NgramDrafter, NgramSettings
@@ -139,29 +140,34 @@ class PtEngine:
         await asyncio.wrap_future(self.generator.wake())
 
     def copy_bytes(self) -> int:
-        """Does what `Parking` says."""
-        return self._parked_memory.copy_bytes
+        """Does what `Parking` says. It is 0 before `start` and after `stop`."""
+        return 0 if self._memory_to_park is None else self._memory_to_park.copy_bytes
 
     async def forget_copy(self) -> None:
         """Does what `Parking` says."""
         await asyncio.to_thread(self._parked_memory.forget_copy)
 
     async def stop(self) -> None:
-        """Ends the thread and removes the offloaded weights."""
+        """Ends the thread, removes the offloaded weights, and frees the memory of the model and its caches. All that
+        takes time happens in threads. A thread that hangs keeps its memory."""
         if self._generator is None:
             return
+        offload = self._generator.loaded.offload
         gc.unfreeze()
         await asyncio.to_thread(self._generator.stop, STOP_TIMEOUT_S)
         if self._memory_to_park is not None and self._generator.has_ended:
-            self._memory_to_park.close()
-        if self._generator.loaded.offload is not None:
-            self._generator.loaded.offload.cleanup()
+            await asyncio.to_thread(self._memory_to_park.close)
+        if offload is not None:
+            await asyncio.to_thread(offload.cleanup)
+        self._generator = self._runner = self._draft = self._speculator = None
+        self._memory_to_park = self._prompt_cache = None
+        await in_thread_of_its_own(free_everything)
 
     @property
     def generator(self) -> Generator:
-        """Returns the running model. Raises EngineError before `start`."""
+        """Returns the running model. Raises EngineError before `start` and after `stop`."""
         if self._generator is None:
-            raise EngineError("the pt engine has not been started")
+            raise EngineError("the pt engine does not run")
         return self._generator
 
     @property

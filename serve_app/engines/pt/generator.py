@@ -35,9 +35,9 @@ MOST_AT_ONCE = 16
 class Generator:
     """This is one loaded model and the thread that runs it. It is made and used on one event loop.
 
-    `serial_reason` says why the model runs one request at a time, and is empty if requests are joined. A thread that
-    has work but ends no pass for `step_timeout_s` seconds counts as dead, and what waits for it ends with an
-    EngineError.
+    `loaded` is there until `stop`. `serial_reason` says why the model runs one request at a time, and is empty if
+    requests are joined. A thread that has work but ends no pass for `step_timeout_s` seconds counts as dead, and what
+    waits for it ends with an EngineError.
     """
 
     def __init__(
@@ -53,6 +53,11 @@ class Generator:
     ):
         self.name = name
         self.loaded = loaded
+        self.tokenizer = loaded.tokenizer
+        self.generation_config = loaded.model.generation_config
+        # The number of token ids that the model knows, which is the width of its logits.
+        self.vocabulary: int = loaded.model.get_input_embeddings().num_embeddings
+        self._eos_ids, self._max_model_len = loaded.eos_ids, loaded.max_model_len
         self.limits = limits
         self.serial_reason = probed.reason
         self._kinds = {skip: TokenKinds.of(loaded.tokenizer, skip) for skip in (True, False)}
@@ -92,32 +97,33 @@ class Generator:
         return self._loop.is_parked
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the thread, and blocks for at most `timeout_s` seconds. The event loop's thread must not call it."""
+        """Ends the thread, and blocks for at most `timeout_s` seconds. The event loop's thread must not call it.
+
+        It lets go of the model and its caches then, because clients that still read their answers hold this object. A
+        thread that has not ended in time keeps them.
+        """
         self._asyncio_loop.call_soon_threadsafe(self._watch.cancel)
         self._loop.stop(timeout_s)
         if "grammars" in vars(self):
             self.grammars.close()
+        if not self._loop.is_alive():
+            self._loop.release()
+            del self.loaded
 
     @property
     def max_tokens_per_request(self) -> int:
         """Returns the most tokens of prompt and output together, which the model's context or the cache bounds."""
-        return min(self.loaded.max_model_len, self.limits.longest)
-
-    @cached_property
-    def vocabulary(self) -> int:
-        """Returns how many token ids the model knows, which is the width of its logits."""
-        size: int = self.loaded.model.get_input_embeddings().num_embeddings
-        return size
+        return min(self._max_model_len, self.limits.longest)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Returns the compiler of output formats. It is made at the first use, which takes a fraction of a second."""
-        return GrammarCompiler(self.loaded.tokenizer, self.vocabulary, self.loaded.eos_ids)
+        return GrammarCompiler(self.tokenizer, self.vocabulary, self._eos_ids)
 
     @cached_property
     def longest_token(self) -> int:
         """Returns the number of characters of the vocabulary's longest token."""
-        return max(map(len, self.loaded.tokenizer.get_vocab()), default=1)
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     @property
     def in_flight(self) -> int:
@@ -219,7 +225,7 @@ class Generator:
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         # Cleaning up spaces would change what the model wrote, and text that has been sent already.
-        text: str = self.loaded.tokenizer.decode(
+        text: str = self.tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text

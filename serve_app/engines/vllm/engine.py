@@ -100,7 +100,8 @@ class VllmEngine:
         if not vllm_internals.transfers_caches(args):
             handlers[vllm_internals.generation_error()] = _format_ended
         app = await vllm_internals.server_application(args, self._client, self._server, handlers)
-        return disconnect_before_cancel(guarded(app, self._guard()))
+        # A copy of a large tokenizer takes a second.
+        return disconnect_before_cancel(guarded(app, await asyncio.to_thread(self._guard)))
 
     async def _finish_ranks(self) -> None:
         """Does what vLLM leaves undone at the start of its ranks.

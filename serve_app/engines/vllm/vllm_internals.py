@@ -6,10 +6,12 @@ of its server and its engine are not documented, and they move between releases.
 which takes 20 s of processor time.
 """
 
+import asyncio
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
+
+from serve_app.engines.workers import in_thread_of_its_own
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 # The engine's client is an `AsyncLLM`.
@@ -67,21 +71,55 @@ def transfers_caches(args: Namespace) -> bool:
     return args.kv_transfer_config is not None or args.ec_transfer_config is not None
 
 
-def running_engine(args: Namespace, over_nodes: bool = False) -> AbstractAsyncContextManager[EngineClient]:
+@asynccontextmanager
+async def running_engine(args: Namespace, over_nodes: bool = False) -> AsyncIterator[EngineClient]:
     """Starts the engine's process, yields its client, and ends the process. `over_nodes` says that the ranks are on the
     nodes of the replica's placement group.
 
-    Uses `vllm.entrypoints.launchers.api_server.entry.build_async_engine_client` and, because only a class of executors
+    vLLM's own `build_async_engine_client` waits for the engine's process on the event loop, for as long as a model
+    loads, and for its end too. So both happen in threads here. A client that is made outside of an event loop starts
+    its tasks later, by `_run_output_handler`. Without it, the death of an idle engine would be noticed by its monitor
+    alone. If the start is cancelled, `AsyncLLM.__del__` ends the process once the thread is done.
+
+    Uses `AsyncLLM.reset_mm_cache`, `_run_output_handler` and `shutdown`, and the config's `shutdown_timeout`, as
+    `vllm.entrypoints.launchers.api_server.entry` does; seen in vLLM 0.32.
+    """
+    client = await in_thread_of_its_own(partial(_engine_client, args, over_nodes))
+    try:
+        client._run_output_handler()
+        await client.reset_mm_cache()
+        yield client
+    finally:
+        await in_thread_of_its_own(partial(client.shutdown, timeout=client.vllm_config.shutdown_timeout))
+
+
+def _engine_client(args: Namespace, over_nodes: bool) -> EngineClient:
+    """Returns the client of an engine that is ready. It blocks until then and must not run on an event loop.
+
+    Uses `vllm.engine.arg_utils.AsyncEngineArgs`, `AsyncLLM.from_vllm_config` of `vllm.v1.engine.async_llm`,
+    `propagate_flash_late_interaction` of `vllm.entrypoints.launchers.cli_args` and, because only a class of executors
     says that it has pipelines, the argument `distributed_executor_backend` as a class; seen in vLLM 0.32.
     """
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     if over_nodes:
         from serve_app.engines.vllm.vllm_node_executor import NodeExecutor
 
         args.distributed_executor_backend = NodeExecutor
-    engine: AbstractAsyncContextManager[EngineClient] = build_async_engine_client(args)
-    return engine
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    propagate_flash_late_interaction(args, engine_args)
+    usage = UsageContext.OPENAI_API_SERVER
+    client: EngineClient = AsyncLLM.from_vllm_config(
+        engine_args.create_engine_config(usage_context=usage),
+        usage_context=usage,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    return client
 
 
 async def server_application(
@@ -93,16 +131,24 @@ async def server_application(
     Uses `build_app` of `vllm.entrypoints.launchers.app`, which returns an application whose middleware is built, and
     `init_app_state` of `vllm.entrypoints.launchers.api_server.app_state`; seen in vLLM 0.32.
     """
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-
     tasks = await client.get_supported_tasks()
-    app = built_application(args, tasks, client.model_config)
+    app, init_app_state = await asyncio.to_thread(
+        lambda: (built_application(args, tasks, client.model_config), _init_app_state())
+    )
     app.state.server = server
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
     app.middleware_stack = app.build_middleware_stack()
     await init_app_state(client, app.state, args, tasks)
     return app
+
+
+def _init_app_state() -> Callable[..., Awaitable[None]]:
+    """Returns vLLM's function of that name. To import it takes seconds."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+    function: Callable[..., Awaitable[None]] = init_app_state
+    return function
 
 
 def built_application(args: Namespace, tasks: Iterable[str], model_config: Any) -> Starlette:

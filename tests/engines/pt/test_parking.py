@@ -247,6 +247,37 @@ async def test_a_parked_engine_stops() -> None:
 
 
 @SLOW
+async def test_a_stopped_engine_frees_weights_and_cache(larger_model: str) -> None:
+    """95 % of both by the kernel's count, in the middle of eight texts and while clients hold its application. A second
+    engine of the process gives the same text."""
+    config = model_config(model=larger_model, device="cpu", dtype="float32")
+    said = []
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            engine = PtEngine(config, "larger")
+            transport = httpx.ASGITransport(app=await engine.start())
+            client = await stack.enter_async_context(
+                httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=120)
+            )
+            body = {"model": "larger", "prompt": [7] * 900, "temperature": 0, "ignore_eos": True}
+            said.append((await client.post("/v1/completions", json={**body, "max_tokens": 8})).json()["choices"])
+            asked = [
+                asyncio.create_task(client.post("/v1/completions", json={**body, "max_tokens": 1000})) for _ in range(8)
+            ]
+            while len(engine._runner._rows) < 8:  # type: ignore[union-attr]  # noqa: ASYNC110  a thread sets no event
+                await asyncio.sleep(0.01)
+            held = (await engine.memory())[0]
+            before = resident_bytes()
+            await engine.stop()
+            freed = before - resident_bytes()
+            assert freed >= 0.95 * (held.weights + 8 * 900 * BYTES_PER_TOKEN)
+            assert [reply.status_code for reply in await asyncio.gather(*asked)] == [503] * 8
+            with pytest.raises(EngineError, match="does not run"):
+                await engine.check_health()
+    assert said[0] == said[1]
+
+
+@SLOW
 async def test_a_conversation_goes_on_after_the_park(larger_model: str) -> None:
     """With a prompt cache, its next turn computes the new tokens only, and its words are those of an engine without."""
     history = [7 + number % 90 for number in range(1500)]

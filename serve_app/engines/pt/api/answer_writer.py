@@ -131,7 +131,7 @@ class AnswerWriter:
     def _logprobs(self, job: Job, logprobs: Sequence[Logprobs], start: int = 0) -> Any:
         if job.params.logprobs is None or not logprobs:
             return None
-        return job.shape.logprobs(list(logprobs), self._generator.loaded.tokenizer, start)
+        return job.shape.logprobs(list(logprobs), self._generator.tokenizer, start)
 
     def _head(self, job: Job, kind: str) -> dict[str, Any]:
         number = uuid.uuid4().hex

@@ -37,7 +37,7 @@ class JobBuilder:
         prompts = tokenize()
         max_tokens = self._prompts.max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
-        params = asked.sampling(max_tokens, self._generator.loaded.model.generation_config)
+        params = asked.sampling(max_tokens, self._generator.generation_config)
         readers = [reader for prompt in prompts for reader in self._readers(asked, prompt)]
         return Job(asked, prompts, params, shape, readers, self._openings(asked, prompts))
 
@@ -45,7 +45,7 @@ class JobBuilder:
         """Returns the text that each choice begins with, which is the prompt if it is to be echoed."""
         if not (isinstance(asked, CompletionRequest) and asked.echo):
             return [""] * asked.sequences
-        decode = self._generator.loaded.tokenizer.decode
+        decode = self._generator.tokenizer.decode
         texts = [decode(prompt, skip_special_tokens=True) for prompt in prompts]
         return [text for text in texts for _ in range(asked.choices)]
 
@@ -58,7 +58,7 @@ class JobBuilder:
             return [NamedCallReader(asked.named_tool) for _ in choices]
         if asked.tool_choice == "required":
             return [CallListReader() for _ in choices]
-        tokenizer = self._generator.loaded.tokenizer
+        tokenizer = self._generator.tokenizer
         template = response_template(tokenizer)
         if template is None:
             raise InvalidRequest(

@@ -29,7 +29,7 @@ class Prompts:
 
     def of_chat(self, asked: ChatRequest) -> list[int]:
         """Returns the token ids of a conversation, through the model's chat template."""
-        tokenizer = self._generator.loaded.tokenizer
+        tokenizer = self._generator.tokenizer
         for name in asked.chat_template_kwargs:
             if name in TEMPLATE_METHOD_ARGUMENTS:
                 raise InvalidRequest(
@@ -84,12 +84,12 @@ class Prompts:
         """Returns the text of token ids, for /detokenize."""
         self._check_total(len(asked.tokens), "tokens")
         self.check_ids(asked.tokens, "tokens")
-        text: str = self._generator.loaded.tokenizer.decode(asked.tokens)
+        text: str = self._generator.tokenizer.decode(asked.tokens)
         return text
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns the token ids of a text."""
-        ids: list[int] = self._generator.loaded.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self._generator.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
     def _check_total(self, tokens: int, name: str) -> None:

@@ -125,14 +125,21 @@ class EngineLoop(threading.Thread):
         if self.is_alive():
             self.join(timeout_s)
 
+    def release(self) -> None:
+        """Lets go of the model, its caches and all sequences, whoever still holds this object. The thread must have
+        ended."""
+        assert not self.is_alive(), "a thread that runs needs them"
+        del self._runner, self._scheduler, self._sampler, self._speculator, self._kept_texts
+
     def run(self) -> None:
         """Runs the loop, which sleeps while there is nothing to generate."""
         try:
             with torch.inference_mode():
                 while not self._stopping:
                     self._read_inbox()
-                    self._look_at_parked()
-                    self._step()
+                    if not self._stopping:
+                        self._look_at_parked()
+                        self._step()
         except Exception:
             logger.exception("The pt engine's thread has ended, so its replica has to be replaced.")
         finally:
@@ -152,6 +159,8 @@ class EngineLoop(threading.Thread):
             return
         self._tick()
         self._standstill.stand(memory, self._tick, self._rest)
+        if memory.is_out:  # It has to end, and what else was asked of it may not touch memory that is not there.
+            self._stopping = True
         self._tick()
 
     def _rest(self) -> None:
@@ -377,13 +386,16 @@ class EngineLoop(threading.Thread):
         ]
 
     def _drop(self, sequences: ReadOnlySequence[Sequence]) -> None:
-        if sequences:
-            self._scheduler.remove(sequences)
-            for sequence in sequences:
-                if self._kept_texts is not None:
-                    self._kept_texts.note_end(sequence)
-                self._free(sequence)
-                self._sampler.forget(sequence)
+        if not sequences:
+            return
+        self._scheduler.remove(sequences)
+        if self._closed:  # The caches go as a whole, and of a parked engine they are not even there.
+            return
+        for sequence in sequences:
+            if self._kept_texts is not None:
+                self._kept_texts.note_end(sequence)
+            self._free(sequence)
+            self._sampler.forget(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         """Frees the sequence's part of the caches."""

@@ -3,6 +3,8 @@
 import ctypes
 import gc
 
+import torch
+
 
 def trim_heap() -> None:
     """Gives free memory that Python and the C library keep back to the system.
@@ -14,3 +16,12 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def free_everything() -> None:
+    """Gives back the memory of a model that nothing refers to any more: the host's as `trim_heap` does, and that of
+    GPUs which torch's allocator keeps, or which other processes have opened and closed. It takes some 0.3 s."""
+    trim_heap()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.ipc_collect()

@@ -2,10 +2,12 @@
 compute already.
 """
 
+import logging
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from torch import nn
 from serve_app.engines.pt.core.memory_part import Part, Tick
 from serve_app.engines.torch_internals import pin_memory, storages_of, unpin_memory
 
+logger = logging.getLogger("ray.serve")
+
+# Host memory is locked in pieces of so many bytes, so that the watchdog sees each of them end: the kernel takes and
+# clears all of their pages meanwhile. No copy goes over the border of two pieces.
+PIECE_BYTES = 2**30
 # Copies begin at multiples of so many bytes, as torch's own tensors do.
 ALIGNMENT = 512
 
@@ -51,7 +58,7 @@ class StorageCopy:
             self._groups.append((part.module, places))
         self._size = offset
         self._host: torch.Tensor | None = None
-        self._is_pinned = False
+        self._pinned: list[torch.Tensor] = []
 
     @property
     def bytes(self) -> int:
@@ -62,19 +69,20 @@ class StorageCopy:
         """Does what `MemoryCopy` says."""
         if self._host is not None or not self._size:
             return
-        host = torch.frombuffer(mmap.mmap(-1, self._size), dtype=torch.uint8)
-        is_pinned = pin_memory(host)
+        private = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        host = torch.frombuffer(private, dtype=torch.uint8)
+        pinned = _pinned_pieces(host, tick)
         try:
             for _, places in self._groups:
                 for place in places:
-                    _copy(place, host).copy_(_bytes_of(place.storage), non_blocking=True)
+                    for storage, copy in _pieces(place, host):
+                        copy.copy_(storage, non_blocking=True)
                 self._synchronize()
                 tick()
         except BaseException:
-            if is_pinned:
-                unpin_memory(host)
+            _unpin(pinned)
             raise
-        self._host, self._is_pinned = host, is_pinned
+        self._host, self._pinned = host, pinned
 
     def free(self) -> None:
         """Does what `MemoryCopy` says."""
@@ -98,7 +106,8 @@ class StorageCopy:
             for place in places:
                 stream = streams[place.storage.device]
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
-                    _bytes_of(place.storage).copy_(_copy(place, self._host), non_blocking=self._is_pinned)
+                    for storage, copy in _pieces(place, self._host):
+                        storage.copy_(copy, non_blocking=bool(self._pinned))
             _wait_at(module, {place.storage.device: streams[place.storage.device] for place in places})
             tick()
 
@@ -107,9 +116,8 @@ class StorageCopy:
         if self._host is not None:
             with suppress(RuntimeError):  # The last copies may be on their way, unless the device is broken.
                 self._synchronize()
-            if self._is_pinned:
-                unpin_memory(self._host)
-            self._host = None
+            _unpin(self._pinned)
+            self._host, self._pinned = None, []
 
     def _devices(self) -> set[torch.device]:
         return {place.storage.device for _, places in self._groups for place in places}
@@ -124,8 +132,43 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _copy(place: _Place, host: torch.Tensor) -> torch.Tensor:
-    return host[place.offset : place.offset + place.size]
+def _pieces(place: _Place, host: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the bytes of a storage beside those of its copy, in parts that each lie within one piece of the host's
+    memory."""
+    storage, begin, end = _bytes_of(place.storage), place.offset, place.offset + place.size
+    while begin < end:
+        until = min(end, (begin // PIECE_BYTES + 1) * PIECE_BYTES)
+        yield storage[begin - place.offset : until - place.offset], host[begin:until]
+        begin = until
+
+
+def _pinned_pieces(host: torch.Tensor, tick: Tick) -> list[torch.Tensor]:
+    """Locks all of the host's memory and returns its pieces, or none if CUDA cannot lock one of them."""
+    pinned: list[torch.Tensor] = []
+    for piece in host.split(PIECE_BYTES):
+        if not pin_memory(piece):
+            _unpin(pinned)
+            if torch.cuda.is_available():
+                _warn_of_slow_copies()
+            return []
+        pinned.append(piece)
+        tick()
+    return pinned
+
+
+def _unpin(pieces: Iterable[torch.Tensor]) -> None:
+    for piece in pieces:
+        unpin_memory(piece)
+
+
+@cache
+def _warn_of_slow_copies() -> None:
+    """Logs it once in a process, because every park would say the same."""
+    logger.warning(
+        "CUDA cannot lock the host memory for copies of parked models, so parking and waking take several times as "
+        "long. Raise the limit of locked memory: `ulimit -l unlimited` before Ray starts, or `--ulimit memlock=-1` for "
+        "a container of Docker."
+    )
 
 
 def _side_stream(device: torch.device) -> Any:

@@ -315,6 +315,40 @@ def test_random_parks_beside_cancels() -> None:
         assert_greedy(model, output.sequence)
 
 
+@pytest.mark.parametrize("locked", [100, 3])
+def test_host_memory_is_locked_piece_by_piece(
+    large: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, locked: int
+) -> None:
+    """The watchdog hears of each piece, and storages lie across their borders. If one of them cannot be locked, none
+    is, which is said once."""
+    piece, now, ticks = 5 * 2**20, set[tuple[int, int]](), list[int]()
+
+    def pin(tensor: torch.Tensor) -> bool:
+        if len(now) == locked:
+            return False
+        now.add((tensor.data_ptr(), tensor.nbytes))
+        return True
+
+    monkeypatch.setattr(storage_copy, "PIECE_BYTES", piece)
+    monkeypatch.setattr(storage_copy, "pin_memory", pin)
+    monkeypatch.setattr(storage_copy, "unpin_memory", lambda tensor: now.remove((tensor.data_ptr(), tensor.nbytes)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    storage_copy._warn_of_slow_copies.cache_clear()
+    expected, pieces = [tensor.clone() for tensor in large], -(-sum(tensor.nbytes for tensor in large) // piece)
+    for _ in range(2):
+        copy = storages([Part(tuple(large))])
+        copy.save(lambda: ticks.append(len(now)))
+        assert len(now) == (pieces if locked > pieces else 0)
+        assert all(size <= piece for _, size in now)
+        copy.free()
+        copy.restore(lambda: ticks.append(len(now)))
+        assert all(map(torch.equal, large, expected))
+        copy.close()
+        assert not now
+    assert set(range(1, min(locked, pieces) + 1)) <= set(ticks)
+    assert caplog.text.count("ulimit -l") == (0 if locked > pieces else 1)
+
+
 class FakeStream:
     """A stream of a GPU, which counts what waits for its events."""
 

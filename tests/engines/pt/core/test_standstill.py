@@ -3,14 +3,16 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.memory_part import Tick
-from serve_app.engines.pt.core.sequence import Output
+from serve_app.engines.pt.core.sampler import Sampler
+from serve_app.engines.pt.core.scheduler import Limits, Scheduler, Step
+from serve_app.engines.pt.core.sequence import Output, Sequence
 from serve_app.errors import EngineError
 from tests.engines.pt.core.test_engine_loop import CountingRunner, running, sequence, until_the_end
 
@@ -189,11 +191,61 @@ def test_a_parked_loop_stops() -> None:
         assert memory.moves == ["out"]
 
 
+class Keeping:
+    """Keeps texts, which reads the caches of those that end."""
+
+    def __init__(self, read: Callable[[], None]):
+        self._read = read
+
+    def saves_a_pass(self, _: Sequence) -> bool:
+        """Nothing is kept."""
+        return False
+
+    def begin(self, _: Step) -> int:
+        """Nothing is kept."""
+        return 0
+
+    def note_end(self, _: Sequence) -> None:
+        """Reads the cache."""
+        self._read()
+
+
+def test_a_parked_loop_that_stops_touches_nothing() -> None:
+    """What was cancelled while it was parked would be kept, and a step would compute, from memory that is free."""
+    memory, touched = Memory(), list[str]()
+    runner = CountingRunner(lambda _: touched.append("a step") if memory.is_out else None)
+    keeping = Keeping(lambda: touched.append("a text") if memory.is_out else None)
+    outputs: queue.Queue[Output] = queue.Queue()
+    loop = EngineLoop(
+        runner, Scheduler(Limits(8, max_cache_tokens=10**12)), Sampler(),
+        lambda step: [outputs.put(o) for o in step] and None, None, keeping,  # type: ignore[arg-type]
+    )  # fmt: skip
+    loop.start()
+    texts = [sequence(start, max_tokens=10**9, ignore_eos=True) for start in (1, 2)]
+    for text in texts:
+        loop.submit(text)
+    while {outputs.get(timeout=10).sequence for _ in range(4)} != set(texts):
+        pass
+    loop.park(memory).result(10)
+    loop.cancel(texts[0])
+    loop.stop(timeout_s=10)
+    assert not loop.is_alive()
+    assert touched == []
+    assert runner.dropped == []
+    assert until_the_end(outputs)[-1].sequence is texts[1]
+
+
 def test_a_stop_before_the_park_has_begun_ends_both() -> None:
     """Nobody waits for ever for a park that does not come."""
-    hold = threading.Event()
-    with running(CountingRunner(lambda _: hold.wait(20))) as (loop, _):
+    is_in_step, hold = threading.Event(), threading.Event()
+
+    def wait(_: Sequence) -> None:
+        is_in_step.set()
+        hold.wait(20)
+
+    with running(CountingRunner(wait)) as (loop, _):
         loop.submit(sequence(1))
+        assert is_in_step.wait(20)
         stopper = threading.Thread(target=loop.stop, args=(10,))
         stopper.start()
         time.sleep(0.1)
