@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import ray
 from ray import serve
 
@@ -19,6 +18,7 @@ from serve_app.engines.engine import Engine, create_engine
 from serve_app.errors import EngineError
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.gpus import Gpu, local_gpus
+from serve_app.facts.host_memory import host_memory_bytes
 from serve_app.facts.inventory import Device
 from serve_app.facts.nodes import VRAM_RESOURCE
 from serve_app.model_fields import ResidencyConfig
@@ -118,7 +118,7 @@ def host_budget(swaps: ResidencyConfig, on_cpu: bool) -> int:
     if tier in named:
         return named[tier]
     # What is there in all does not change, and all replicas of a pool must find the same.
-    there = shutil.disk_usage(tempfile.gettempdir()).total if on_cpu else psutil.virtual_memory().total
+    there = shutil.disk_usage(tempfile.gettempdir()).total if on_cpu else host_memory_bytes()
     return int(HOST_SHARE * there)
 
 
@@ -126,7 +126,7 @@ def cpu_seats(config: ModelConfig, swaps: ResidencyConfig, facts: EngineFacts | 
     """Returns the plan of a model on the processor, as if it had the whole pool. Raises EngineError if that is too
     little."""
     size = cpu_budget(swaps)["cpu"]
-    device = Device(NODE, None, "memory", max(size, psutil.virtual_memory().total), size)
+    device = Device(NODE, None, "memory", max(size, host_memory_bytes()), size)
     return [_seat(plan_alone(config, [device], facts))]
 
 
