@@ -255,8 +255,9 @@ def test_the_engine_serves_with_it() -> None:
         )  # fmt: skip
         engine = PtEngine(config, "m")
         await engine.start()
+        most = engine.generator.limits.max_cache_tokens
         await engine.stop()
-        return engine.generator.limits.max_cache_tokens
+        return most
 
     async def both() -> list[int]:
         return [await tokens(None), await tokens("int8")]
