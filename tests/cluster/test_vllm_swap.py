@@ -11,8 +11,9 @@ import pytest
 from tests.cluster.vllm_swap import LIVES
 from tests.contracts.contract import ROOT
 
-# Serve's health checks run on the loop. Importing a large library holds Python's lock for parts of a second.
-LONGEST_GAP_S = 1.0
+# Serve's health checks run on the loop and have 30 s. Importing a large library holds Python's lock for parts of a
+# second, which a slow machine makes several of.
+LONGEST_GAP_S = 8.0
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,6 @@ def test_each_life_answers_and_leaves_no_process(lives: list[dict[str, Any]]) ->
 
 @pytest.mark.parametrize("what", ["start", "stop"])
 def test_the_loop_stays_free(lives: list[dict[str, Any]], what: str) -> None:
-    """The start takes many times longer than the longest gap."""
-    assert max(life[f"{what}_gap_s"] for life in lives) < LONGEST_GAP_S, lives
-    assert min(life["start_s"] for life in lives) > 3 * LONGEST_GAP_S
+    """Its longest gap is far shorter than a start."""
+    gaps = [life[f"{what}_gap_s"] for life in lives]
+    assert max(gaps) < min(LONGEST_GAP_S, 0.5 * min(life["start_s"] for life in lives)), lives

@@ -81,8 +81,8 @@ async def running_engine(args: Namespace, over_nodes: bool = False) -> AsyncIter
     its tasks later, by `_run_output_handler`. Without it, the death of an idle engine would be noticed by its monitor
     alone. If the start is cancelled, `AsyncLLM.__del__` ends the process once the thread is done.
 
-    Uses `AsyncLLM.reset_mm_cache`, `_run_output_handler` and `shutdown`, and the config's `shutdown_timeout`, as
-    `vllm.entrypoints.launchers.api_server.entry` does; seen in vLLM 0.32.
+    Uses `AsyncLLM.reset_mm_cache`, `_run_output_handler`, `output_handler` and `shutdown`, and the config's
+    `shutdown_timeout`, as `vllm.entrypoints.launchers.api_server.entry` does; seen in vLLM 0.32.
     """
     client = await in_thread_of_its_own(partial(_engine_client, args, over_nodes))
     try:
@@ -90,6 +90,8 @@ async def running_engine(args: Namespace, over_nodes: bool = False) -> AsyncIter
         await client.reset_mm_cache()
         yield client
     finally:
+        if client.output_handler is not None:  # It would log the end of the engine's process as a death.
+            client.output_handler.cancel()
         await in_thread_of_its_own(partial(client.shutdown, timeout=client.vllm_config.shutdown_timeout))
 
 
