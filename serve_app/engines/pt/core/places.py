@@ -2,6 +2,9 @@
 
 A request takes its places before anything is built for it, and all at once. So requests that arrive together cannot
 pass the bound together. All of this is used on one event loop.
+
+A request of several sequences leaves the last places to requests of one, unless it is alone. Otherwise a client that
+sends many prompts at once would fill the queue to the last place, and others would be refused.
 """
 
 import time
@@ -13,6 +16,8 @@ from serve_app.errors import InvalidRequest, Overloaded
 
 # The times of this many returned places give the rate.
 RATE_WINDOW = 32
+# This share of the places is left to requests of one sequence.
+SHARE_OF_SINGLES = 1 / 8
 
 
 class Places:
@@ -36,10 +41,12 @@ class Places:
                 f"The request asks for {count} sequences (prompts times n), but the model takes at most {self.most} at "
                 "once. Send several requests."
             )
-        over = self.taken + count - self.most
+        left = int(self.most * SHARE_OF_SINGLES) if count > 1 and self.taken else 0
+        over = self.taken + count - (self.most - left)
         if over > 0:
             raise Overloaded(
-                f"The model '{self._name}' has {self.taken} sequences already and takes at most {self.most}.",
+                f"The model '{self._name}' has {self.taken} sequences already and takes at most {self.most}"
+                + (f", of which the last {left} are for requests of one." if left else "."),
                 retry_after_s=self._seconds_per_place() * over,
             )
         self.taken += count

@@ -23,6 +23,18 @@ def test_what_is_reserved_counts_at_once() -> None:
     assert places.taken == 0
 
 
+def test_a_request_of_many_leaves_the_last_places_to_others() -> None:
+    """Two of them cannot fill the queue together, and one that is alone may."""
+    places = Places("m", 16)
+    with places.reserve(16):
+        assert places.taken == 16
+    with places.reserve(8):
+        with pytest.raises(Overloaded, match="takes at most 16, of which the last 2 are for requests of one"):
+            places.reserve(7)
+        with places.reserve(6), places.reserve(1), places.reserve(1):
+            assert places.taken == 16
+
+
 def test_a_reservation_gives_back_what_it_took_and_no_more() -> None:
     """In parts, and the rest at its end, even where it is ended twice."""
     places = Places("m", 4)
