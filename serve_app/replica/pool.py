@@ -25,15 +25,13 @@ from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
 from serve_app.planning.plan import ModelPlan
-from serve_app.planning.pool import residue
+from serve_app.planning.pool import COPIES_SHARE, residue
 from serve_app.replica.replica_plan import NODE, plan_alone, with_planned_memory
 from serve_app.replica.swapping_engine import Seat, SwappingEngine
 from serve_app.residency.keeper import PoolSettings, RayKeeper
 from serve_app.residency.lease_records import PoolName
 from serve_app.residency.member import Bytes
 
-# Copies of parked models may take this share of what the host has where the config does not say how much.
-HOST_SHARE = 0.5
 MIB = 2**20
 
 
@@ -119,7 +117,7 @@ def host_budget(swaps: ResidencyConfig, on_cpu: bool) -> int:
         return named[tier]
     # What is there in all does not change, and all replicas of a pool must find the same.
     there = shutil.disk_usage(tempfile.gettempdir()).total if on_cpu else host_memory_bytes()
-    return int(HOST_SHARE * there)
+    return int(COPIES_SHARE * there)
 
 
 def cpu_seats(config: ModelConfig, swaps: ResidencyConfig, facts: EngineFacts | None) -> list[PlannedSeat]:

@@ -109,7 +109,8 @@ class SwappingEngine:
         return self._state
 
     def residency(self) -> ResidencyReport:
-        """Returns its state for `serve-app status`, with the measured seconds until it is resident once it may be."""
+        """Returns its state for `serve-app status`, with the seconds until it is resident once it may
+        be, as they were measured last, or a guess before that."""
         seconds = {"parked": self._wake_s, "stopped": self._start_s}.get(self._state, 0.0)
         return ResidencyReport(self._state, self._swaps.pool, round(seconds, 2))
 
@@ -119,7 +120,9 @@ class SwappingEngine:
             raise self._failure
         self._holder.require_alive()
         if self._order_ends is not None and self._clock() > self._order_ends:
-            raise EngineError(f"the replica is still {self._state}, which takes far longer than it should")
+            raise EngineError(
+                f"the replica is still {self._state}, which takes far longer than it should, so it is replaced"
+            )
         if self._engine is not None and self._state in ("resident", "parked"):
             await self._engine.check_health()
 

@@ -11,9 +11,8 @@ from serve_app.planning.memory import GIB, reserve
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.pool import COPIES_SHARE, PoolPlan
+from serve_app.planning.pool import PoolPlan
 from serve_app.planning.sizes import gib
-from serve_app.replica.pool import HOST_SHARE
 from serve_app.residency.pool_plan import plan_in_pool
 from serve_app.residency.pools import plan_file, pool_problems
 from tests.planning.model_requests import request
@@ -73,7 +72,6 @@ def test_a_model_is_planned_as_its_replica_plans_it() -> None:
     size = 80 * GIB
     own = plan_in_pool(swapping("a"), [Device("here", 0, "80GiB", size, 40 * GIB + reserve(size), True)])
     assert sum(pool_of(plan).models[0].leases[0].values()) == own.models[0].ranks[0].share.bytes
-    assert COPIES_SHARE == HOST_SHARE
 
 
 def test_a_pool_without_memory_of_its_own_has_what_the_others_leave() -> None:
