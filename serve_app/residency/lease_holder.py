@@ -47,8 +47,8 @@ class LeaseHolder:
                 run = await self._joined()
         except TimeoutError:
             raise EngineError(
-                f"the keeper of the pool has not answered for {JOIN_TIMEOUT_S:g} s. If others hold the GPUs that it asks "
-                "Ray for (`ray status`), set residency.pool_memory to what they leave."
+                f"the keeper of the pool has not answered for {JOIN_TIMEOUT_S:g} s. If others hold the GPUs that it "
+                "asks Ray for (`ray status`), set residency.pool_memory to what they leave."
             ) from None
         self._tasks = [asyncio.create_task(self._listen(run)), asyncio.create_task(self._tell())]
 
