@@ -149,18 +149,13 @@ async def wake(session: aiohttp.ClientSession) -> dict[str, Any]:
 
 async def told_by_metrics(serve: ServeRun) -> dict[str, float]:
     """What Prometheus would read of the sleeping model: its last load's time, and the sum of its requests' waits."""
-    (file,) = serve.folder.glob("ray/prom_metrics_service_discovery.json")
     wanted = {"ray_serve_app_load_time_seconds", "ray_serve_app_queue_time_seconds_sum"}
     found: dict[str, float] = {}
-    async with aiohttp.ClientSession() as session:
-        for target in (target for item in json.loads(file.read_text()) for target in item["targets"]):
-            async with session.get(f"http://{target}/metrics") as reply:
-                lines = (await reply.text()).splitlines()
-            for line in lines:
-                name, _, value = line.rpartition(" ")
-                kind = name.partition("{")[0]
-                if kind in wanted and 'model="sleepy"' in name:
-                    found[kind] = found.get(kind, 0.0) + float(value)
+    for line in await asyncio.to_thread(serve.metrics):
+        name, _, value = line.rpartition(" ")
+        kind = name.partition("{")[0]
+        if kind in wanted and 'model="sleepy"' in name:
+            found[kind] = found.get(kind, 0.0) + float(value)
     return found
 
 

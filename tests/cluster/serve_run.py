@@ -145,6 +145,16 @@ class ServeRun:
             time.sleep(0.25)
         raise TimeoutError(f"not settled after {timeout_s} s: {models}\n{self.output()[-4000:]}")
 
+    def metrics(self) -> list[str]:
+        """The lines that Prometheus reads of this cluster now. Ray names addresses before anyone listens there, and
+        some of a head that never do, so an address that refuses the connection has no lines."""
+        (file,) = self.folder.glob("ray/prom_metrics_service_discovery.json")
+        lines: list[str] = []
+        for target in (target for item in json.loads(file.read_text()) for target in item["targets"]):
+            with contextlib.suppress(httpx.TransportError):
+                lines += httpx.get(f"http://{target}/metrics", timeout=10).text.splitlines()
+        return lines
+
     def output(self) -> str:
         """What the terminal shows, without colours."""
         return re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))

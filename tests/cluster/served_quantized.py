@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -91,13 +90,11 @@ async def at_once(url: str, name: str) -> dict[str, int]:
 
 def drafted(serve: ServeRun, name: str) -> dict[str, float]:
     """What Prometheus reads of the model's drafts now: drafted and accepted tokens."""
-    (file,) = serve.folder.glob("ray/prom_metrics_service_discovery.json")
     found: dict[str, float] = {}
-    for target in (target for item in json.loads(file.read_text()) for target in item["targets"]):
-        for line in httpx.get(f"http://{target}/metrics", timeout=10).text.splitlines():
-            match = re.match(r"ray_vllm_spec_decode_num_(draft|accepted)_tokens_total\{(.*)\} (\S+)$", line)
-            if match and f'"{name}"' in match[2]:
-                found[match[1]] = found.get(match[1], 0) + float(match[3])
+    for line in serve.metrics():
+        match = re.match(r"ray_vllm_spec_decode_num_(draft|accepted)_tokens_total\{(.*)\} (\S+)$", line)
+        if match and f'"{name}"' in match[2]:
+            found[match[1]] = found.get(match[1], 0) + float(match[3])
     return found
 
 

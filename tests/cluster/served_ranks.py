@@ -8,7 +8,6 @@ turn, with what clients saw by name meanwhile and what was left of the replica.
 """
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -19,7 +18,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
-import httpx
 
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.replica_plan import plan_replica
@@ -94,13 +92,11 @@ class RankedServe(ServeRun):
         return found
 
     def _rank_gauges(self, name: str) -> dict[str, float]:
-        (file,) = self.folder.glob("ray/prom_metrics_service_discovery.json")
         found = {}
-        for target in (target for item in json.loads(file.read_text()) for target in item["targets"]):
-            for line in httpx.get(f"http://{target}/metrics", timeout=10).text.splitlines():
-                labels, _, value = line.rpartition(" ")
-                if labels.startswith(f"{name}{{") and f'application="{NAME}"' in labels:
-                    found[labels.partition('rank="')[2].partition('"')[0]] = float(value)
+        for line in self.metrics():
+            labels, _, value = line.rpartition(" ")
+            if labels.startswith(f"{name}{{") and f'application="{NAME}"' in labels:
+                found[labels.partition('rank="')[2].partition('"')[0]] = float(value)
         return found
 
     def wait_for_another(self, replica: int) -> None:
