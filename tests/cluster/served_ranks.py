@@ -32,8 +32,9 @@ from tests.demo_answers import ANSWERS, QUESTIONS
 NAME, WRONG = "ranked", "wrong"
 WAYS = {"by name": "", "by route": f"/models/{NAME}"}
 CLIENTS = 8
-# What a rank holds beside weights and cache differs by 40 MiB from start to start, of which this is a small share.
-SERVED_CACHE = "512MiB"
+# What a rank holds beside weights and cache differs by 40 MiB from start to start, which is less than a tenth of the
+# smallest rank with this cache.
+SERVED_CACHE = "1GiB"
 # vLLM's max_num_seqs on the CPU, and a prompt of which several are in a step of 2048 tokens.
 MOST_ROWS, LONG_PROMPT = 128, 900
 REPLACED_TIMEOUT_S = 300.0
