@@ -36,6 +36,12 @@ def adapter_room(config: ModelFields, ranks: Iterable[int]) -> AdapterRoom:
     return AdapterRoom(loras, config.max_lora_rank or rounded_rank(most))
 
 
+def kept_adapters(config: ModelFields) -> int:
+    """Returns how many adapters vLLM keeps in the host's memory. By default these are all that the config names, and
+    one more, because a version that is replaced stays until its requests have ended."""
+    return config.max_cpu_loras or max(config.max_loras or 1, len(config.adapters) + 1)
+
+
 def rounded_rank(rank: int) -> int:
     """Returns the smallest rank of buffers that holds adapters of this rank, or the largest one if none does."""
     return next((most for most in LORA_RANKS if most >= rank), LORA_RANKS[-1])
