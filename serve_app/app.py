@@ -20,18 +20,20 @@ from serve_app.access.keys import configured_keys
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.deploy.options import model_options, replica_environment, router_options
 from serve_app.deploy.resolve_model import needs_devices, resolve_model
+from serve_app.engines.adapters import with_adapter_room
 from serve_app.errors import PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
 from serve_app.ray_serve import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, listening_host
 from serve_app.replica.deployment import Model
 from serve_app.router.deployment import Router
+from serve_app.terminal import notify
 
 
 def model(args: dict[str, Any]) -> Application:
     """Returns the application of one model. Raises RayServeException for a mistake of the user's."""
     try:
-        config = ModelConfig.from_args(args)
+        config = with_adapter_room(ModelConfig.from_args(args), notify)
         agree_on_model(configured_keys(), ClusterRecord(), this_node(), listening_host())
         inventory = _inventory(config)
         resolved = resolve_model(

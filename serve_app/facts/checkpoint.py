@@ -125,7 +125,7 @@ def _from_hub(model: str, revision: str | None) -> tuple[Path, list[Tensor]]:
     except HFValidationError as error:
         reason = shorten(str(error), MOST_REASON, placeholder=" …")
         raise ConfigError(f"model: {shown(model)} is neither a local folder nor a Hugging Face id: {reason}") from None
-    _require_hub(model)
+    require_hub(model)
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision))
         return file.parent, hub_tensors(model, revision)
@@ -136,7 +136,7 @@ def _from_hub(model: str, revision: str | None) -> tuple[Path, list[Tensor]]:
         raise ConfigError(f"model: {model} cannot be read from the Hugging Face hub: {reason}") from None
 
 
-def _require_hub(model: str) -> None:
+def require_hub(model: str) -> None:
     """Raises ConfigError if the hub cannot be reached, because its own client would try for half a minute.
 
     A client that is offline by its settings, or that uses a proxy, finds out by itself.

@@ -10,13 +10,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from starlette.types import ASGIApp
 
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
-from serve_app.errors import EngineError, ServeAppError
+from serve_app.errors import AdapterError, EngineError, ServeAppError
 from serve_app.model_fields import ResidencyConfig
 from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.metrics import SwapMetrics
@@ -88,6 +89,7 @@ class SwappingEngine:
         self._holder = LeaseHolder(keeper, self._report, self._obey, notify)
         self._lock: LifeLock | None = None
         self._metrics = SwapMetrics()
+        self._adapters: dict[str, Path] = {}
 
     async def start(self) -> ASGIApp:
         """Joins the pool, waits until the engine has been loaded for the first time, and returns the application."""
@@ -149,6 +151,18 @@ class SwappingEngine:
         if self._engine is None or self._state != "resident":
             return ()
         return await self._engine.memory()
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Does what `Engine` says. An engine that is stopped gets it when it starts again."""
+        if self._engine is not None:
+            await self._engine.load_adapter(name, folder)
+        self._adapters[name] = folder
+
+    async def unload_adapter(self, name: str) -> None:
+        """Does what `Engine` says."""
+        self._adapters.pop(name, None)
+        if self._engine is not None:
+            await self._engine.unload_adapter(name)
 
     async def stop(self) -> None:
         """Frees everything, then leaves the pool. If that breaks off a load, or if the engine has failed, its memory is
@@ -213,6 +227,7 @@ class SwappingEngine:
             self._residue = self._seat.residue
             self._started = self._seat.make()
             self._app = await self._started.start()
+            await self._bring_adapters(self._started)
             self._engine, self._started = self._started, None
         else:
             await self._parking().wake()
@@ -229,6 +244,15 @@ class SwappingEngine:
         say(f"'{self._name}' is resident after {took:.2f} s from {was}, with {self._requests.running} requests")
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
+
+    async def _bring_adapters(self, engine: Engine) -> None:
+        """Gives a new engine the adapters that the last one had. One that is broken by now is missing there, which
+        concerns no other one, and requests for it say so."""
+        for name, folder in list(self._adapters.items()):
+            try:
+                await engine.load_adapter(name, folder)
+            except AdapterError as error:
+                notify(f"'{self._name}' has lost its adapter '{name}': {error}")
 
     async def _leave(self, parks: bool) -> None:
         self._state = "draining"
