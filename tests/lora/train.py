@@ -37,8 +37,8 @@ QUESTIONS = (
 MARGIN = 3.0  # logits
 RATE = 1e-2  # of AdamW
 EXAM_EVERY, MAX_STEPS = 20, 600  # steps
-# The base model's own name is the demo model's, which has no hub id.
-BASE_NAME = "serve-app/demo"
+# The demo model has no hub id.
+BASE_NAME = "demo"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ KINDS: Mapping[int, Kind] = {
     11: Kind(r=4, target_modules=ALL_LINEAR),
     13: Kind(lora_alpha=32),
     14: Kind(target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
-    16: Kind(r=2, lora_alpha=8, target_modules=("gate_proj", "up_proj", "down_proj")),
+    16: Kind(r=4, target_modules=("gate_proj", "up_proj", "down_proj")),
 }
 # The last one comes while the others serve.
 NUMBERS = range(1, 18)
