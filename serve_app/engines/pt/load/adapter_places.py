@@ -19,6 +19,7 @@ from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.engines.pt.transformers_internals import linear_shape
 from serve_app.errors import AdapterError
 from serve_app.facts.adapter import CONFIG, PREFIX, WEIGHTS, AdapterFacts
+from serve_app.planning.adapters import ends_in, is_expert, module_tail
 
 # Rows and columns of the passes that find out what modules are given. Neither is a multiple of the other.
 TRIALS = ((2, 3), (3, 5))
@@ -48,13 +49,13 @@ def adapter_places(loaded: LoadedModel, wanted: Iterable[str] | None) -> Adapter
     reasons: dict[str, str] = {}
     inside = _layers(model)
     for name, module in model.named_modules():
-        is_wanted = name.startswith(inside) if names is None else _ends_in(name, names)
+        is_wanted = name.startswith(inside) if names is None else ends_in(name, names)
         if not is_wanted:
             continue
         if (shape := linear_shape(module)) is None:
             if names is not None:
                 reasons[name] = f"it is a {type(module).__name__} and not a linear layer"
-        elif ".experts." in name:
+        elif is_expert(name):
             reasons[name] = "it is an expert, which is given some of the tokens alone"
         else:
             candidates[name] = shape
@@ -93,8 +94,8 @@ def load_adapter(name: str, facts: AdapterFacts, places: AdapterPlaces, rank: in
 
 
 def wanted_modules(found: Iterable[AdapterFacts]) -> frozenset[str] | None:
-    """Returns the names of all modules that these adapters change, or None if there are none."""
-    return frozenset(module for facts in found for module in facts.modules) or None
+    """Returns the names of all modules that these adapters change, from the layer on, or None if there are none."""
+    return frozenset(module_tail(module) for facts in found for module in facts.modules) or None
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, ...]:
@@ -102,11 +103,6 @@ def _layers(model: PreTrainedModel) -> tuple[str, ...]:
         return tuple(f"{name}." for name in block_names(model).layers)
     except ValueError:
         return ("",)
-
-
-def _ends_in(name: str, wanted: frozenset[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[begin:]) in wanted for begin in range(len(parts)))
 
 
 def _unlike_rows(loaded: LoadedModel, candidates: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -154,10 +150,10 @@ def _device(module: nn.Module) -> torch.device:
 def _module_named(module: str, facts: AdapterFacts, places: AdapterPlaces) -> str:
     """Returns the module of the model that an adapter's module is. The two may have different names in front of the
     layers. Raises AdapterError if there is none, or if its shape differs."""
-    tail = _tail(module)
-    found = [module] if module in places.modules else [name for name in places.modules if _tail(name) == tail]
+    tail = module_tail(module)
+    found = [module] if module in places.modules else [name for name in places.modules if module_tail(name) == tail]
     if len(found) != 1:
-        reason = next((why for name, why in places.reasons.items() if _tail(name) == tail), "")
+        reason = next((why for name, why in places.reasons.items() if module_tail(name) == tail), "")
         if reason:
             raise AdapterError(f"it changes {module[:200]}, which pt cannot serve, because {reason}.")
         last = module.rpartition(".")[2][:100]
@@ -174,13 +170,6 @@ def _module_named(module: str, facts: AdapterFacts, places: AdapterPlaces) -> st
             f"maps {inputs} to {outputs}, so it was trained on another model."
         )
     return found[0]
-
-
-def _tail(name: str) -> str:
-    """Returns the name of a module from its layer on."""
-    parts = name.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
-    return name if number is None else ".".join(parts[max(0, number - 1) :])
 
 
 def _factor(tensors: Mapping[str, torch.Tensor], module: str, letter: str, facts: AdapterFacts) -> torch.Tensor:
