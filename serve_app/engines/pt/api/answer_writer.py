@@ -49,7 +49,7 @@ class AnswerWriter:
         RequestError.
         """
         with ExitStack() as stack:
-            places = stack.enter_context(self._generator.reserve(asked.sequences))
+            places = stack.enter_context(self._generator.reserve(asked.sequences, asked.model))
             job = await self._workers.run(size, lambda: self._builder.build(asked, shape, default_tokens, tokenize))
             if asked.grammar is not None:
                 grammars = await asyncio.to_thread(lambda: self._generator.grammars)
@@ -139,7 +139,7 @@ class AnswerWriter:
             "id": job.shape.id_prefix + number,
             "object": kind,
             "created": int(time.time()),
-            "model": self._generator.name,
+            "model": job.model,
         }
 
 

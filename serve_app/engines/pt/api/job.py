@@ -29,7 +29,8 @@ class Shape:
 class Job:
     """One checked request says what to generate, and how its answer is written. `n` choices follow each prompt.
 
-    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with.
+    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with. `model` is the name of
+    the model or adapter that answers.
     """
 
     request: ChatRequest | CompletionRequest
@@ -38,6 +39,7 @@ class Job:
     shape: Shape
     readers: list[MessageReader]
     openings: list[str]
+    model: str
 
     @property
     def prompt_tokens(self) -> int:
