@@ -1,6 +1,7 @@
 """Reads a model's adapters and holds them against the model, in the builder, in commands and in replicas."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +26,15 @@ def with_adapter_room(config: ModelConfig, tell: Callable[[str], None] = lambda 
             tell(f"adapters.{name}: {error}")
     room = adapter_room(config, ranks)
     return config.model_copy(update={"max_loras": room.max_loras, "max_lora_rank": room.max_lora_rank})
+
+
+def readable_adapters(config: ModelConfig) -> tuple[AdapterFacts, ...]:
+    """Returns what the config's adapters are, without those that cannot be read, which fail when they are loaded."""
+    found = []
+    for name, source in config.adapters.items():
+        with suppress(AdapterError):
+            found.append(found_adapter(config, name, source))
+    return tuple(found)
 
 
 def found_adapter(config: ModelConfig, name: str, source: str) -> AdapterFacts:

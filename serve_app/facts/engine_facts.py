@@ -190,9 +190,9 @@ class EngineFacts:
 
     `vllm_adapters` is what it says of the buffers for LoRA adapters, if the model has room for some.
 
-    The first two hold for cards of the compute capability `capability`. `others` has what vLLM says on other cards, which is
-    asked for quantised weights. `vllm_version` and `pt_version` are those of the packages whose code was asked, and are
-    empty where nothing was."""
+    The first two hold for cards of the compute capability `capability`. `others` has what vLLM says on other cards,
+    which is asked for quantised weights. `vllm_version` and `pt_version` are those of the packages whose code was
+    asked, and are empty where nothing was."""
 
     vllm: VllmFacts | None = None
     vllm_fp8: VllmFacts | None = None

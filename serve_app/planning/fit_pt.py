@@ -15,6 +15,7 @@ from serve_app.planning.quantization import BITS, loading_bytes, unpacked_elemen
 from serve_app.planning.shortage import Shortage, available, bounds_of, rows_problem, shortage, small_cache
 from serve_app.planning.sizes import gib
 from serve_app.planning.terms import (
+    adapter_buffers,
     cache_in_8_bits,
     draft_cache,
     draft_weights,
@@ -139,8 +140,8 @@ def _nearest(
     """Returns the plan of a replica that does not fit. What no device has room for counts on the last one, and the
     first one has the embedding."""
     rows, whole = request.pt_rows, BlockGroup(tuple(blocks))
-    roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
-    roomy[-1] += whole.weights + whole.cache(tokens, rows)
+    roomy = [max(rooms[0], blocks[0].weights + blocks[0].adapters), *rooms[1:]]
+    roomy[-1] += whole.weights + whole.adapters + whole.cache(tokens, rows)
     beside = _beside(draft)
     for seat, group in beside.items():
         roomy[seat] += group.weights + group.cache(tokens, rows)
@@ -175,7 +176,7 @@ def _pt_shortage(
     spills: bool,
     bounds: str,
 ) -> Shortage:
-    device, first = devices[0][0], whole.blocks[0].weights
+    device, first = devices[0][0], whole.blocks[0].weights + whole.blocks[0].adapters
     if not spills and rooms[0] < first:
         return Shortage(
             "over_commit",
@@ -184,8 +185,8 @@ def _pt_shortage(
             first - rooms[0],
         )
     cache = whole.cache(tokens, request.pt_rows)
-    missing = whole.weights + cache - sum(rooms)
-    fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
+    missing = whole.weights + whole.adapters + cache - sum(rooms)
+    fixed = Figure(whole.weights + whole.adapters) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
     short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, [device for device, _ in devices])
     if draft is not None:
         own = BlockGroup(draft.blocks)
@@ -221,7 +222,8 @@ def _with_whole_layers(
         return map_layers(blocks, wider, tokens, rows, spills, _beside(draft)) is not None
 
     groups = [BlockGroup((block,)) for block in blocks] + ([BlockGroup(draft.blocks)] if draft is not None else [])
-    low, high = 1, sum(sorted(group.cache(tokens, rows) + group.weights for group in groups)[-2:]) + 1
+    sizes = sorted(group.cache(tokens, rows) + group.weights + group.adapters for group in groups)
+    low, high = 1, sum(sizes[-2:]) + 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
@@ -353,7 +355,8 @@ def _pt_plan(
             weights, cache = _with_draft(draft, weights, cache, part, tokens, rows)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
-        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat, has_draft))
+        adapters = sum((_pt_adapters(request, group) for group in groups), ZERO)
+        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat, has_draft, adapters))
     own = tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks)
     whole = BlockGroup((*own, *(draft.blocks if draft is not None else ())))
     return ModelPlan(
@@ -394,6 +397,15 @@ def _pt_cache(request: ModelRequest, group: BlockGroup, tokens: int, rows: int) 
     scales = sum(block.kv for block in group.blocks) - elements
     read, states = max(block.transient for block in group.blocks), sum(block.state for block in group.blocks)
     return Figure(size, terms=tuple(cache_in_8_bits(tokens, elements, scales, read, rows * states)))
+
+
+def _pt_adapters(request: ModelRequest, group: BlockGroup) -> Figure:
+    """Returns the buffers for LoRA adapters of blocks that are computed on a device."""
+    room = request.adapter_room
+    if room is None or not group.adapters:
+        return ZERO
+    unit = group.adapters // (room.max_loras * room.max_lora_rank)
+    return Figure(group.adapters, terms=(adapter_buffers(room.max_loras, room.max_lora_rank, unit),))
 
 
 def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:

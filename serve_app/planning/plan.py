@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # vLLM reads the layers of each stage of its pipeline in this environment variable, and has no argument for them.
 STAGES = "VLLM_PP_LAYER_PARTITION"
 
-TERMS = ("weights", "kv_cache", "activation", "graph", "context")
+TERMS = ("weights", "adapters", "kv_cache", "activation", "graph", "context")
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class RankPlan:
     layers: tuple[int, int] | None = None
     seat: tuple[int, int] = (0, 1)
     has_draft: bool = False
+    # These are the buffers for LoRA adapters, and on the CPU the adapters that vLLM keeps beside them.
+    adapters: Figure = ZERO
 
     @property
     def share(self) -> Figure:
         """Returns the sum of all terms."""
-        return self.weights + self.kv_cache + self.activation + self.graph + self.context
+        return self.weights + self.adapters + self.kv_cache + self.activation + self.graph + self.context
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""
@@ -88,6 +90,8 @@ class ModelPlan:
     draft: Architecture | None = None
     # This says whether vLLM is known to make blocks of that size on these cards.
     knows_blocks: bool = True
+    # This is the most that the adapters take of the host's memory, which all ranks keep there together.
+    host_adapters: Figure = ZERO
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -134,6 +138,8 @@ class ModelPlan:
         """Returns it as `serve-app plan --json` prints it."""
         plain = {name: getattr(self, name) for name in _MODEL_FIELDS}
         spilled = {"spilled_bytes": dict(self.spilled)} if self.spilled else {}
+        if self.config.has_adapters:
+            plain |= {"host_adapters_bytes": self.host_adapters.bytes}
         if self.pipeline_layers:
             plain |= {
                 "pipeline_parallel_size": self.pipeline_parallel_size,

@@ -148,7 +148,7 @@ class VllmAdapters:
         if running := set(self._running.get(name, ())):
             await asyncio.wait(running)
         while vllm_internals.is_adapter_used(self._client, version.adapter):
-            await asyncio.sleep(ENDED_POLL_S)
+            await asyncio.sleep(ENDED_POLL_S)  # noqa: ASYNC110  # vLLM has no event for it.
         async with self._lock:
             if self._is_awake:
                 await self._free(version)
@@ -189,8 +189,8 @@ def _own_folder() -> tuple[Path, IO[bytes]]:
     """Returns a new folder with a file that this process has locked, and that file. Removes the folders of processes
     that have been killed, whose files nobody has locked any more."""
     for folder in Path(tempfile.gettempdir()).glob(f"{COPIES}*"):
-        with suppress(OSError), (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), (folder / LOCK).open("rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(folder)
     folder = Path(tempfile.mkdtemp(prefix=COPIES))
     # Nobody sees the file before it is locked.

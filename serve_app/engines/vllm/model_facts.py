@@ -7,9 +7,9 @@ JOBS.json is a list. A job has `folder` (with a config.json), `tensor_parallel_s
 an H100 (the default), such as "cuda 8.0" for what it does on a card of that compute capability, or "cpu" for what its
 CPU build does on this machine, and is the same in all jobs, because a process has one platform. `engine_args` may have
 further arguments of vLLM. A job with `wants: adapters` asks for the buffers for LoRA adapters, and has
-`lora_target_modules` if they are only for some modules. `facts_worker.py` says what ANSWERS.jsonl becomes. `facts` are as `facts_to_json` writes
-`VllmFacts` or `VllmAdapterFacts`. Each tensor parallel size that vLLM refuses is among them, with vLLM's reason. An `error` is a fault of
-ours or of this machine, at any size.
+`lora_target_modules` if they are only for some modules. `facts_worker.py` says what ANSWERS.jsonl becomes. `facts` are
+as `facts_to_json` writes `VllmFacts` or `VllmAdapterFacts`. Each tensor parallel size that vLLM refuses is among them,
+with vLLM's reason. An `error` is a fault of ours or of this machine, at any size.
 
 The process never asks the network.
 """
@@ -292,7 +292,6 @@ class Parts:
             else:
                 parts.before += size
         return parts
-
 
     @staticmethod
     def layers_of(model: Any, config: Any, specs: Mapping[str, Any]) -> tuple[str, int]:

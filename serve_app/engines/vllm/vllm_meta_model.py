@@ -193,7 +193,7 @@ def adapter_buffers(config: VllmConfig, model: Model) -> dict[str, list[Any]]:
 
     from serve_app.engines.measure import plain_tensors
 
-    class Manager(model_manager.LoRAModelManager):
+    class Manager(model_manager.LoRAModelManager):  # type: ignore[misc]
         def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
             reads_media = model_manager.supports_multimodal(self.model)
             self.supports_mm = reads_media and hasattr(self.model, "get_mm_mapping")
