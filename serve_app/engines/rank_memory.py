@@ -32,7 +32,8 @@ class RankMemory:
     @property
     def rest(self) -> int | None:
         """Returns what was held at least, at some moment, beyond weights, cache, adapters and context: activations,
-        graphs, and what the allocator keeps. The peak and the cache's own may be of different moments, so it may have been more."""
+        graphs, and what the allocator keeps. The peak and the cache's own may be of different moments, so it may have
+        been more."""
         if self.peak is None or self.context is None:
             return None
         return max(0, self.peak - self.weights - self.most_kv_cache - self.adapters - self.context)

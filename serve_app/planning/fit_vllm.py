@@ -75,9 +75,9 @@ def _plan(
     reasons: Sequence[str],
     cache: int,
 ) -> ModelPlan:
-    """Returns the plan of equal ranks with `cache` bytes of KV cache each. `figures` are weights, adapters, activations,
-    graphs and context of a rank, and `cache_sizes` are the bytes of a request, those that vLLM keeps empty, and the
-    least that is needed."""
+    """Returns the plan of equal ranks with `cache` bytes of KV cache each. `figures` are weights, adapters,
+    activations, graphs and context of a rank, and `cache_sizes` are the bytes of a request, those that vLLM keeps
+    empty, and the least that is needed."""
     weights, adapters, activation, graph, context = figures
     per_request, spare, least = cache_sizes
     tp, length, wanted = len(seats), request.max_model_len, request.at_once

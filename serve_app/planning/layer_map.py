@@ -241,9 +241,7 @@ def map_layers(
     first device, which keeps its cache and its adapters and has room for the largest left-over block.
     """
     beside = beside or {}
-    if any(
-        group.weights + group.adapters + group.cache(tokens, rows) > limits[device] for device, group in beside.items()
-    ):
+    if any(group.weights + group.cache(tokens, rows) > limits[device] for device, group in beside.items()):
         return None
     mapped = _fill(blocks, limits, tokens, rows, beside)
     if not mapped.rest.blocks:

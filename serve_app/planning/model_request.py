@@ -350,7 +350,7 @@ class ModelRequest:
         return self._adapter_figure(tp, terms.adapter_buffers(room.max_loras, room.max_lora_rank, size))
 
     def kept_adapters(self) -> Figure:
-        """Returns the most that adapters take of the host's memory for one rank of vLLM, which has all of them whole."""
+        """Returns the most that adapters take of the host's memory for one rank of vLLM, which has them whole."""
         room = self.adapter_room
         if room is None:
             return memory.ZERO

@@ -73,7 +73,7 @@ def vllm_activation(
 
 
 def adapter_buffers(adapters: int, rank: int, unit: int) -> Term:
-    """Returns an engine's buffers for LoRA adapters, of which `unit` bytes are one adapter's for each unit of its rank."""
+    """Returns an engine's buffers for LoRA adapters, of which `unit` bytes are one adapter's for each unit of rank."""
     return Term("buffers for adapters", (("max_loras", adapters), ("max_lora_rank", rank), ("bytes of a rank", unit)))
 
 

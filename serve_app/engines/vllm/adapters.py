@@ -147,8 +147,9 @@ class VllmAdapters:
         # A request is counted before vLLM looks its adapter up, so this waits for newer ones too.
         if running := set(self._running.get(name, ())):
             await asyncio.wait(running)
-        while vllm_internals.is_adapter_used(self._client, version.adapter):
-            await asyncio.sleep(ENDED_POLL_S)  # noqa: ASYNC110  # vLLM has no event for it.
+        # vLLM has no event for this.
+        while vllm_internals.is_adapter_used(self._client, version.adapter):  # noqa: ASYNC110
+            await asyncio.sleep(ENDED_POLL_S)
         async with self._lock:
             if self._is_awake:
                 await self._free(version)
