@@ -19,6 +19,7 @@ from torch import nn
 from serve_app.engines.pt.core.lora.adapter import Adapter
 from serve_app.engines.pt.core.lora.groups import Groups, groups_of
 from serve_app.engines.pt.core.lora.slots import AdapterSlots
+from serve_app.engines.torch_internals import has_pre_hooks
 
 
 class AdapterBank:
@@ -88,8 +89,10 @@ class AdapterBank:
         if self._held[slot] is not adapter:
             self._held[slot] = None  # A copy that fails leaves nobody's factors.
             self._last = _Pass([], 0)
+            factors = adapter.factors
+            assert factors is not None, "the host keeps the factors of adapters in use"
             for name, target in self._targets.items():
-                target.write(slot, adapter.factors.get(name))
+                target.write(slot, factors.get(name))
             self._held[slot] = adapter
         return slot
 
@@ -187,7 +190,7 @@ class _Target:
 def _attach(module: nn.Module, add: Adder) -> None:
     """Has a module pass its inputs and outputs to `add`. The weights, the hooks of others and the module's class stay
     as they are."""
-    if not module._forward_pre_hooks:
+    if not has_pre_hooks(module):
         forward = module.forward
 
         def with_adapters(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
