@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import random
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,8 +12,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.adapters import random_adapter
+from benchmarks.park_and_wake import build
+from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import PtEngine
 from serve_app.errors import AdapterError
 from serve_app.facts.adapter import read_adapter
@@ -20,11 +24,14 @@ from serve_app.facts.checkpoint import DEMO_MODEL, model_path, read_checkpoint
 from serve_app.planning.adapters import AdapterRoom, buffer_bytes, buffered_modules
 from tests.builders import model_config
 from tests.demo_answers import ANSWERS
+from tests.engines.pt.lora_adapters import merged as merged_model
 from tests.lora import ADAPTERS_DIR
 from tests.lora.train import QUESTIONS, merged, read_answers
 
 pytestmark = pytest.mark.asyncio
 
+TOKENS = 24
+TIE = 1e-4
 NAMES = [f"a{number:02}" for number in range(1, 17)]
 SAID = read_answers() | {"demo": {question: ANSWERS[question] for question in QUESTIONS}}
 
@@ -274,3 +281,63 @@ async def test_vectors_are_the_adapter_s() -> None:
             wanted = torch.nn.functional.normalize(states, dim=0)
             for item in answer["data"]:
                 assert torch.allclose(torch.tensor(item["embedding"]), wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+async def test_a_model_of_100_million_parameters_answers_as_merged_models_do(tmp_path: Path) -> None:
+    """Through the real generator, sixteen at once over three random adapters of all linear modules and the base.
+
+    The tokens are those of peft's merged model, greedy and alone. Where one differs, the merged model's logits of the
+    two tokens are a tie: they differ by less than TIE of their spread, which rounding may decide either way. The texts
+    differ then from that token on, so the rest is not compared.
+    """
+    path = build("100M", tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(path)
+    shapes = {
+        name: (module.in_features, module.out_features)
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+    folders = {f"r{seed}": random_adapter(tmp_path / f"r{seed}", shapes, seed) for seed in range(3)}
+    adapters = {name: str(folder) for name, folder in folders.items()}
+    config = model_config(
+        model=path, device="cpu", dtype="float32", num_cpus=2, adapters=adapters, max_loras=2, max_lora_rank=8
+    )
+    engine = PtEngine(config, "demo")
+    await engine.start()
+    for name, folder in folders.items():
+        await engine.load_adapter(name, folder)
+    draw = random.Random(3)
+    asked = [(model, [draw.randrange(8000) for _ in range(draw.randint(5, 40))]) for model in [*folders, None] * 4]
+
+    async def tokens_of(model: str | None, prompt: list[int]) -> list[int]:
+        params = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=0)
+        with engine.generator.reserve(1, model) as places:
+            pieces = [piece async for piece in engine.generator.generate(prompt, params, places=places)]
+        return [item.token_id for piece in pieces for item in piece.logprobs]
+
+    found = await asyncio.gather(*(tokens_of(*item) for item in asked))
+    await engine.stop()
+    texts, same = dict[str | None, set[tuple[int, ...]]](), 0
+    for name in [*folders, None]:
+        model = base if name is None else merged_model(base, folders[name])
+        for (asked_model, prompt), tokens in zip(asked, found, strict=True):
+            if asked_model != name:
+                continue
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
+            best = logits.argmax(-1).tolist()
+            first = next((place for place in range(TOKENS) if best[place] != tokens[place]), None)
+            same += first is None
+            if first is not None:
+                gap = float(logits[first, best[first]] - logits[first, tokens[first]])
+                assert gap < TIE * float(logits[first].max() - logits[first].min())
+            texts.setdefault(name, set()).add(tuple(tokens))
+    assert same >= len(asked) - 2
+    assert len(texts) == 4
+    with torch.inference_mode():  # The adapters do change what comes.
+        prompt = asked[0][1]
+        logits = [
+            model(input_ids=torch.tensor([prompt])).logits[0, -1] for model in (base, merged_model(base, folders["r0"]))
+        ]
+    assert int(logits[0].argmax()) != int(logits[1].argmax()) or float((logits[0] - logits[1]).abs().max()) > 0.05
