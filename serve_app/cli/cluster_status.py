@@ -9,7 +9,7 @@ from serve_app.facts.nodes import Node, node_from_resources
 from serve_app.planning.resource_demand import Demand
 from serve_app.ray_serve import MODEL_DEPLOYMENT
 from serve_app.replica.report import STALE_S, ReplicaReport
-from serve_app.router.directory import ModelStatus, read_status
+from serve_app.router.model_status import ModelStatus, read_status
 
 # The reports are found by application and replica.
 Reports = Mapping[tuple[str, str], ReplicaReport]

@@ -148,7 +148,7 @@ def test_targets_of_http_are_told_from_others() -> None:
     assert [ray_serve.is_http(group) for group in groups] == [True, False]
 
 
-@contract("ray", "the message about a constructor that takes long", "serve_app/router/directory.py")
+@contract("ray", "the message about a constructor that takes long", "serve_app/router/model_status.py")
 def test_serve_says_of_a_slow_constructor_what_is_looked_for() -> None:
     """Only where the replica has its place. That one waits for a place is another message, which is shown."""
     from ray.serve._private import deployment_state
