@@ -108,7 +108,7 @@ def summarize(message: str) -> str:
 def living_replicas(application: Mapping[str, Any]) -> frozenset[str]:
     """Returns the ids of a model's replicas that take requests."""
     deployment = application["deployments"].get(MODEL_DEPLOYMENT) or {}
-    return frozenset(item["replica_id"] for item in deployment.get("replicas") or () if _is_serving(item))
+    return frozenset(str(item.get("replica_id")) for item in deployment.get("replicas") or () if _is_serving(item))
 
 
 def adapter_statuses(
