@@ -290,7 +290,7 @@ def _readable_adapters(config: ModelConfig) -> list[AdapterFacts]:
     found = []
     for name, source in config.adapters.items():
         with suppress(AdapterError):
-            found.append(found_adapter(config, name, source))
+            found.append(found_adapter(source, name in config.allow_pickled_adapters))
     return found
 
 
