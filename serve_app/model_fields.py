@@ -186,6 +186,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Positive = Annotated[Whole, Field(gt=0)]
+NamedAdapters = Annotated[dict[str, str], BeforeValidator(_named_adapters)]
 Seconds = Annotated[Number, Field(gt=0)]
 
 
@@ -291,6 +292,14 @@ class ResidencyConfig(Strict):
         return self
 
 
+class LiveFields(Strict):
+    """These are the fields of a model that change while its replicas run. The `user_config` of its deployment may have
+    them, and they replace those of `args` then."""
+
+    adapters: NamedAdapters | None = None
+    allow_pickled_adapters: tuple[str, ...] | None = None
+
+
 class ModelFields(Strict):
     """These are the fields of a model: what to load, with which engine, and on which devices. Sizes are in bytes and
     lengths in tokens.
@@ -350,7 +359,7 @@ class ModelFields(Strict):
     prompt_cache_memory: Annotated[int | None, BeforeValidator(_prompt_cache_or_none)] = None
     num_cpus: Annotated[Number, Field(gt=0)] = 1.0
     num_gpus: Annotated[Number, Field(ge=0.001, le=1024)] | None = None
-    adapters: Annotated[dict[str, str], BeforeValidator(_named_adapters)] = Field(default_factory=dict)
+    adapters: NamedAdapters = Field(default_factory=dict)
     adapters_folder: Annotated[str, Field(min_length=1)] | None = None
     max_loras: Annotated[Whole, Field(ge=1, le=MOST_ADAPTERS)] | None = None
     max_lora_rank: Annotated[Whole | None, BeforeValidator(_rank_of_vllm)] = None

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,6 +75,14 @@ def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
         names = tensor.__tensor_flatten__()[0]
         return [storage for name in names for storage in storages_of(getattr(tensor, name))]
     return [tensor.untyped_storage()]
+
+
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Returns whether functions see, and may replace, what a module is given before its `forward` does.
+
+    Uses the attribute `_forward_pre_hooks` of a module, seen in torch 2.13.
+    """
+    return bool(module._forward_pre_hooks)
 
 
 def pin_memory(tensor: torch.Tensor) -> bool:

@@ -38,8 +38,21 @@ def with_absolute_paths(config: ModelConfig) -> ModelConfig:
     speculative = config.speculative
     if speculative is not None and speculative.model is not None:
         speculative = speculative.model_copy(update={"model": draft_path(speculative.model)})
-    own = {"model": model_path(config.model), "chat_template": template, "speculative": speculative}
+    folder = config.adapters_folder
+    own = {
+        "model": model_path(config.model),
+        "chat_template": template,
+        "speculative": speculative,
+        "adapters": {name: _absolute_folder(source) for name, source in config.adapters.items()},
+        "adapters_folder": None if folder is None else os.path.abspath(os.path.expanduser(folder)),
+    }
     return config.model_copy(update=own)
+
+
+def _absolute_folder(source: str) -> str:
+    """Returns the absolute path of a folder that exists, and anything else as it is, which may be a Hugging Face id."""
+    folder = os.path.expanduser(source)
+    return os.path.abspath(folder) if os.path.isdir(folder) else source
 
 
 def draft_path(model: str) -> str:

@@ -248,11 +248,16 @@ class SwappingEngine:
     async def _bring_adapters(self, engine: Engine) -> None:
         """Gives a new engine the adapters that the last one had. One that is broken by now is missing there, which
         concerns no other one, and requests for it say so."""
-        for name, folder in list(self._adapters.items()):
+        brought: dict[str, Path] = {}
+        while missing := [item for item in self._adapters.items() if brought.get(item[0]) != item[1]]:
+            name, folder = missing[0]  # Others may come and go meanwhile.
+            brought[name] = folder
             try:
                 await engine.load_adapter(name, folder)
             except AdapterError as error:
                 notify(f"'{self._name}' has lost its adapter '{name}': {error}")
+        for name in brought.keys() - self._adapters.keys():
+            await engine.unload_adapter(name)
 
     async def _leave(self, parks: bool) -> None:
         self._state = "draining"

@@ -15,6 +15,7 @@ from serve_app.engines.torch_internals import (
     WithoutData,
     forget_cuda_error,
     gpu_uuid,
+    has_pre_hooks,
     in_onednn_order,
     is_out_of_memory,
     is_view,
@@ -213,3 +214,14 @@ def test_code_that_reads_numbers_runs_without_data() -> None:
         hidden[mask] = torch.ones(0, 4)
         assert [tuple(part.shape) for part in hidden.split(numbers[:3].tolist())] == [(6, 4), (0, 4), (0, 4)]
     assert torch.arange(3).tolist() == [0, 1, 2]
+
+
+@contract("torch", "Module._forward_pre_hooks", has_pre_hooks)
+def test_functions_before_a_module_s_forward_are_seen() -> None:
+    """Layers of 8 bits have some."""
+    linear = nn.Linear(2, 2)
+    assert not has_pre_hooks(linear)
+    hook = linear.register_forward_pre_hook(lambda *_: None)
+    assert has_pre_hooks(linear)
+    hook.remove()
+    assert not has_pre_hooks(linear)

@@ -23,10 +23,12 @@ def tensors() -> list[Tensor]:
 
 
 def facts(**modules: AdapterModule) -> AdapterFacts:
+    """An adapter with these modules."""
     return AdapterFacts(Path("/adapter"), "LORA", 8, 16.0, False, False, False, "none", False, (), (), (), "", modules)
 
 
 def test_without_adapters_all_linear_modules_of_the_layers_have_buffers() -> None:
+    """Experts, embeddings, heads and packed weights are left out."""
     assert buffered_modules(None, [], tensors()) == {
         "model.layers.0.self_attn.q_proj": (64, 96),
         "model.layers.1.self_attn.q_proj": (64, 96),
@@ -35,6 +37,7 @@ def test_without_adapters_all_linear_modules_of_the_layers_have_buffers() -> Non
 
 
 def test_the_modules_of_all_known_adapters_have_buffers() -> None:
+    """By their names from the layer on, and also where the base's weights are packed."""
     one = facts(**{"model.layers.0.self_attn.q_proj": AdapterModule(8, 64, 96)})
     two = facts(
         **{
@@ -51,10 +54,12 @@ def test_the_modules_of_all_known_adapters_have_buffers() -> None:
 
 
 def test_named_modules_alone_have_buffers() -> None:
+    """A head has them if it is named."""
     found = buffered_modules(("lm_head", "self_attn.q_proj"), [], tensors())
     assert set(found) == {"lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}
 
 
 def test_buffers_take_two_factors_of_each_module_for_every_slot() -> None:
+    """The largest rank counts, whatever an adapter has."""
     assert buffer_bytes({"a": (64, 96), "b": (128, 64)}, AdapterRoom(3, 16), 2) == 3 * 16 * (64 + 96 + 128 + 64) * 2
     assert buffer_bytes({}, AdapterRoom(3, 16), 2) == 0

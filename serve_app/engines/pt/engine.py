@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from transformers import PreTrainedModel
 
 from serve_app.config import ModelConfig
-from serve_app.engines.adapters import found_adapter
+from serve_app.engines.adapters import readable_adapters
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Parking
 from serve_app.engines.measure import rank_memory, tensor_bytes
@@ -25,7 +25,7 @@ from serve_app.engines.pt.core.draft_model import DraftModel
 from serve_app.engines.pt.core.drafter import Drafter
 from serve_app.engines.pt.core.heap import free_everything
 from serve_app.engines.pt.core.kept_texts import KeptTexts
-from serve_app.engines.pt.core.lora.adapter import Adapter
+from serve_app.engines.pt.core.lora.adapter import Adapter, Factors
 from serve_app.engines.pt.core.lora.bank import AdapterBank
 from serve_app.engines.pt.core.lora.slots import AdapterSlots
 from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, Verifier
@@ -103,7 +103,15 @@ class PtEngine:
         if self._prompt_cache is not None and isinstance(probed.runner, BatchRunner) and probed.runner.can_roll_back:
             kept_texts = KeptTexts(self._prompt_cache, probed.runner)
         self._generator = Generator(
-            self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator, kept_texts
+            self.name,
+            loaded,
+            probed,
+            limits,
+            max_queued,
+            timeout_s,
+            self._speculator,
+            kept_texts,
+            self._config.max_cpu_loras,
         )
         drafts = [] if self._draft is None else [self._draft]
         models = [loaded.model, *(draft.loaded.model for draft in drafts)]
@@ -162,7 +170,8 @@ class PtEngine:
         """Does what `Engine` says. The files are read in a thread, and the adapter goes to a device when the first
         request for it has its turn."""
         generator = self.generator
-        await generator.put_adapter(await in_thread_of_its_own(partial(self._read_adapter, name, folder)))
+        adapter = await in_thread_of_its_own(partial(self._read_adapter, name, folder))
+        await generator.put_adapter(adapter, partial(self._read_again, adapter, folder))
 
     async def unload_adapter(self, name: str) -> None:
         """Does what `Engine` says."""
@@ -242,7 +251,7 @@ class PtEngine:
         assert config.max_lora_rank is not None, "the room for adapters is known"
         wanted: Collection[str] | None = config.lora_target_modules
         if wanted is None:
-            wanted = wanted_modules(_readable_adapters(config))
+            wanted = wanted_modules(readable_adapters(config))
         self._adapter_places = adapter_places(loaded, wanted)
         dtype = loaded.model.get_input_embeddings().weight.dtype
         slots = AdapterSlots(config.max_loras)
@@ -253,6 +262,12 @@ class PtEngine:
             raise AdapterError("this model was started without room for adapters.")
         facts = read_adapter(folder)
         return load_adapter(name, facts, self._adapter_places, self._bank.rank, self._bank.dtype)
+
+    def _read_again(self, adapter: Adapter, folder: Path) -> Mapping[str, Factors]:
+        again = self._read_adapter(adapter.name, folder)
+        if again.digest != adapter.digest or again.factors is None:
+            raise AdapterError(f"the files in {folder} have changed since the adapter was loaded. Load it again.")
+        return again.factors
 
     def _limits(self, loaded: LoadedModel, probed: ProbeResult) -> Limits:
         if probed.reason:
@@ -268,15 +283,6 @@ class PtEngine:
             tokens = min(tokens, loaded.cache_tokens or tokens)
         probed.runner.max_cells = tokens
         return Limits(rows, tokens, pad_prompts=probed.pad_prompts, cells=cells)
-
-
-def _readable_adapters(config: ModelConfig) -> list[AdapterFacts]:
-    """Returns what the config's adapters are, without those that cannot be read, which fail when they are loaded."""
-    found = []
-    for name, source in config.adapters.items():
-        with suppress(AdapterError):
-            found.append(found_adapter(config, name, source))
-    return found
 
 
 def _verifier(loaded: LoadedModel, probed: ProbeResult) -> Verifier | None:

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.kept_texts import KeptTexts
 from serve_app.engines.pt.core.lora.adapter import Adapter
-from serve_app.engines.pt.core.lora.registry import AdapterRegistry, Entry
+from serve_app.engines.pt.core.lora.registry import AdapterRegistry, Entry, ReadAgain
 from serve_app.engines.pt.core.places import Places, Reservation
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler
@@ -52,6 +52,7 @@ class Generator:
         step_timeout_s: float = math.inf,
         speculator: Speculator | None = None,
         kept_texts: KeptTexts | None = None,
+        max_cpu_loras: int | None = None,
     ):
         self.name = name
         self.loaded = loaded
@@ -66,7 +67,7 @@ class Generator:
         self._places = Places(name, limits.max_num_seqs + max_queued)
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
         self._asyncio_loop = asyncio.get_running_loop()
-        self._adapters = AdapterRegistry()
+        self._adapters = AdapterRegistry(max_cpu_loras)
         self._retiring: set[asyncio.Task[None]] = set()
         bank = probed.runner.adapters
         scheduler, sampler = Scheduler(limits, None if bank is None else bank.slots), Sampler(loaded.eos_ids)
@@ -148,11 +149,8 @@ class Generator:
             return None
         adapter = model.removeprefix(f"{self.name}:")
         if adapter not in self._adapters:
-            also = ", ".join(f"'{name}'" for name in self.adapters[:8])
-            raise ModelNotFound(
-                f"This route serves '{self.name}'{f' and its adapters {also}' if also else ''}, not '{model[:200]}'.",
-                param="model",
-            )
+            # The adapters are not listed, because the client's key may not be for them.
+            raise ModelNotFound(f"This route serves '{self.name}', not '{model[:200]}'.", param="model")
         return adapter
 
     @property
@@ -160,10 +158,11 @@ class Generator:
         """Returns the names of the adapters that clients may ask for."""
         return self._adapters.names
 
-    async def put_adapter(self, adapter: Adapter) -> None:
+    async def put_adapter(self, adapter: Adapter, read_again: ReadAgain) -> None:
         """Has new requests get this adapter. If it replaces another one, this returns when the requests that run with
-        that one have ended. What is kept of it is freed before the next step."""
-        await self._retire(self._adapters.put(adapter))
+        that one have ended. What is kept of it is freed before the next step. `read_again` is for factors that the
+        host's memory has not kept."""
+        await self._retire(self._adapters.put(adapter, read_again))
 
     async def remove_adapter(self, name: str) -> None:
         """Has nobody get the adapter any more, and returns as `put_adapter` does. It may be unknown."""
@@ -176,6 +175,7 @@ class Generator:
 
         async def retire() -> None:
             await entry.unused()
+            self._adapters.forget(entry)
             self._loop.forget_adapter(entry.adapter)
 
         task = asyncio.create_task(retire())
@@ -213,13 +213,14 @@ class Generator:
         the batch before the next step. Raises what went wrong in a step of one of them.
         """
         self.require_alive()
+        adapter = await self._adapters.present(places.lease)
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         owner, texts = object(), dict[Sequence, _Text]()
         decode = partial(self._decode, skip_special_tokens=skip_special_tokens)
         kinds = self._kinds[skip_special_tokens]
         try:
             for number, (prompt_ids, params) in enumerate(choices):
-                sequence = Sequence(prompt_ids, params, owner=owner, adapter=places.adapter)
+                sequence = Sequence(prompt_ids, params, owner=owner, adapter=adapter)
                 texts[sequence] = _Text(number, params.min_tokens, TextStream(decode, stop, kinds))
                 self._outputs[sequence] = outputs
                 self._loop.submit(sequence)
@@ -257,7 +258,8 @@ class Generator:
         """Returns the prompt's vector. It waits for its turn like a text, gives back one of `places`, and raises what
         `generate` raises."""
         self.require_alive()
-        sequence = Sequence(prompt_ids, SamplingParams(max_tokens=0), owner=owner, pools=True, adapter=places.adapter)
+        adapter = await self._adapters.present(places.lease)
+        sequence = Sequence(prompt_ids, SamplingParams(max_tokens=0), owner=owner, pools=True, adapter=adapter)
         outputs = self._outputs[sequence] = asyncio.Queue()
         ended = False
         try:

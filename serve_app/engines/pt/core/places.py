@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from serve_app.engines.pt.core.lora.adapter import Adapter
 from serve_app.engines.pt.core.lora.registry import Lease
 from serve_app.errors import InvalidRequest, Overloaded
 
@@ -70,17 +69,12 @@ class Places:
 
 
 class Reservation:
-    """Holds the places of one request, and its adapter."""
+    """Holds the places of one request, and the lease of its adapter, which is None for the base model."""
 
     def __init__(self, places: Places, count: int, lease: Lease | None = None):
         self._places = places
         self._left = count
-        self._lease = lease
-
-    @property
-    def adapter(self) -> Adapter | None:
-        """Returns the request's adapter, or None for the base model."""
-        return None if self._lease is None else self._lease.adapter
+        self.lease = lease
 
     def release(self, count: int = 1) -> None:
         """Gives `count` places back for sequences that have ended before the others, but no more than are left."""
@@ -88,8 +82,8 @@ class Reservation:
         if count:
             self._left -= count
             self._places.give_back(count)
-        if not self._left and self._lease is not None:
-            self._lease.end()
+        if not self._left and self.lease is not None:
+            self.lease.end()
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """Finds the modules of a loaded model that LoRA adapters may change, and reads an adapter's factors for them."""
 
+import hashlib
 import json
 import math
 import re
@@ -77,6 +78,7 @@ def load_adapter(name: str, facts: AdapterFacts, places: AdapterPlaces, rank: in
     module_of = {module: _module_named(module, facts, places) for module in facts.modules}
     scaling = _scalings(facts)
     try:
+        digest = _digest(facts)
         tensors = load_file(facts.folder / WEIGHTS)
     except Exception as error:
         raise AdapterError(f"{facts.folder / WEIGHTS} cannot be read: {type(error).__name__}: {error}") from error
@@ -90,7 +92,15 @@ def load_adapter(name: str, facts: AdapterFacts, places: AdapterPlaces, rank: in
                     f"{facts.folder / WEIGHTS}: {module[:200]} has numbers that are not finite in {dtype}."
                 )
         factors[target] = Factors(a.to(dtype).contiguous(), b.t().to(dtype).contiguous())
-    return Adapter(name, factors)
+    return Adapter(name, factors, facts.rank, digest)
+
+
+def _digest(facts: AdapterFacts) -> str:
+    found = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        with (facts.folder / name).open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def wanted_modules(found: Iterable[AdapterFacts]) -> frozenset[str] | None:

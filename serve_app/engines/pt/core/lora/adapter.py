@@ -18,24 +18,23 @@ class Factors(NamedTuple):
     b: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Adapter:
-    """This is one adapter by the names of the modules that it changes.
+    """This is one adapter by the names of the modules that it changes. `rank` is the largest rank of these, and
+    `digest` tells whether its files are the same as before.
 
     `version` differs for any two adapters of this process, also for two of one name. What is kept of a text, such as
-    its keys and values, belongs to the version that it was computed with.
+    its keys and values, belongs to the version that it was computed with. `factors` is None while the host's memory
+    does not keep them.
     """
 
     name: str
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, Factors] | None
+    rank: int = 0
+    digest: str = ""
     version: int = field(default_factory=lambda: next(_versions))
-
-    @property
-    def rank(self) -> int:
-        """Returns the largest rank of its modules."""
-        return max((factors.a.shape[0] for factors in self.factors.values()), default=0)
 
     @property
     def bytes(self) -> int:
         """Returns the bytes that it takes of the host's memory."""
-        return sum(factors.a.nbytes + factors.b.nbytes for factors in self.factors.values())
+        return sum(factors.a.nbytes + factors.b.nbytes for factors in (self.factors or {}).values())

@@ -9,16 +9,21 @@ Laws:
 - Weights stay as they are, so it works with any type of them, and with layers that accelerate brings at every pass.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from serve_app.engines.pt.core.lora.adapter import Adapter
+from serve_app.engines.pt.core.lora.adapter import Adapter, Factors
 from serve_app.engines.pt.core.lora.groups import Groups, groups_of
 from serve_app.engines.pt.core.lora.slots import AdapterSlots
+from serve_app.engines.torch_internals import has_pre_hooks
+
+# Steps compute a chunk of prompts and then the running rows, so passes alternate.
+KEPT_PASSES = 4
 
 
 class AdapterBank:
@@ -45,7 +50,8 @@ class AdapterBank:
             for name, (inputs, outputs, device) in places.items()
         }
         self._pass: _Pass | None = None
-        self._last = _Pass([], 0)
+        # The last passes, by the slots of their rows.
+        self._passes: OrderedDict[tuple[int | None, ...], _Pass] = OrderedDict()
         for name, target in self._targets.items():
             _attach(model.get_submodule(name), self._adder(target))
 
@@ -68,13 +74,17 @@ class AdapterBank:
         if not any(adapters):
             yield
             return
-        slots = [None if adapter is None else self._loaded(adapter) for adapter in adapters]
-        if slots != self._last.slots:
-            self._last = _Pass(slots, max(adapter.rank for adapter in adapters if adapter is not None))
-        self._pass = self._last
+        slots = tuple(None if adapter is None else self._loaded(adapter) for adapter in adapters)
+        self._pass = self._passes.get(slots)
+        if self._pass is None:
+            rank = max(adapter.rank for adapter in adapters if adapter is not None)
+            self._pass = self._passes[slots] = _Pass(slots, rank)
+            if len(self._passes) > KEPT_PASSES:
+                self._passes.popitem(last=False)
         try:
             yield
         finally:
+            self._pass.forget_inputs()
             self._pass = None
 
     def remove(self, adapter: Adapter) -> None:
@@ -87,19 +97,17 @@ class AdapterBank:
         slot = self.slots.slot_of(adapter)
         if self._held[slot] is not adapter:
             self._held[slot] = None  # A copy that fails leaves nobody's factors.
-            self._last = _Pass([], 0)
+            self._passes.clear()
+            factors = adapter.factors
+            assert factors is not None, "the host keeps the factors of adapters in use"
             for name, target in self._targets.items():
-                target.write(slot, adapter.factors.get(name))
+                target.write(slot, factors.get(name))
             self._held[slot] = adapter
         return slot
 
     def _adder(self, target: "_Target") -> "Adder":
         def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            now = self._pass
-            if now is None:
-                return y
-            used = now.used & target.members
-            return target.add(x, y, now, used) if used else y
+            return y if self._pass is None else self._pass.add(target, x, y)
 
         return add
 
@@ -108,23 +116,25 @@ class AdapterBank:
 Adder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class _Pass:
-    """Is one pass, or several with the same rows. `slots` are those of its rows, and `rank` is the largest rank."""
+class _Target:
+    """Has the buffers of one module: `a` of shape (slots, rank, inputs) and `b` of shape (slots, rank, outputs).
+    `members` has the bits of the slots whose adapters change the module."""
 
-    def __init__(self, slots: Sequence[int | None], rank: int):
-        self.slots = list(slots)
-        self.rank = rank
-        self.used = 0
-        for slot in slots:
-            self.used |= 0 if slot is None else 1 << slot
-        self._groups: dict[tuple[int, torch.device], _Indices] = {}
+    def __init__(self, inputs: int, outputs: int, slots: int, rank: int, dtype: torch.dtype, device: torch.device):
+        self.a = torch.zeros(slots, rank, inputs, dtype=dtype, device=device)
+        self.b = torch.zeros(slots, rank, outputs, dtype=dtype, device=device)
+        self.members = 0
 
-    def groups(self, used: int, device: torch.device) -> "_Indices":
-        """Returns the groups of the rows whose slots are among the bits of `used`."""
-        found = self._groups.get((used, device))
-        if found is None:
-            found = self._groups[used, device] = _Indices(groups_of(self.slots, used), device)
-        return found
+    def write(self, slot: int, factors: Factors | None) -> None:
+        """Puts the factors of an adapter, or none, into a slot. What they leave of its rank becomes zeros."""
+        self.members &= ~(1 << slot)
+        if factors is None:
+            return
+        for buffer, factor in zip((self.a, self.b), factors, strict=True):
+            rank = factor.shape[0]
+            buffer[slot, :rank].copy_(factor, non_blocking=True)
+            buffer[slot, rank:].zero_()
+        self.members |= 1 << slot
 
 
 class _Indices:
@@ -140,54 +150,86 @@ class _Indices:
         )
 
 
-class _Target:
-    """Has the buffers of one module: `a` of shape (slots, rank, inputs) and `b` of shape (slots, rank, outputs).
-    `members` has the bits of the slots whose adapters change the module."""
+class _Product(NamedTuple):
+    """Is how one module's rows are multiplied: `a` of shape (groups, inputs, rank) and `b` of (groups, rank, outputs)
+    are views of its buffers if the slots lie side by side, and else they are all slots, to be gathered each time."""
 
-    def __init__(self, inputs: int, outputs: int, slots: int, rank: int, dtype: torch.dtype, device: torch.device):
-        self.a = torch.zeros(slots, rank, inputs, dtype=dtype, device=device)
-        self.b = torch.zeros(slots, rank, outputs, dtype=dtype, device=device)
-        self.members = 0
+    indices: _Indices
+    a: torch.Tensor
+    b: torch.Tensor
 
-    def write(self, slot: int, factors: Any) -> None:
-        """Puts the factors of an adapter, or none, into a slot. What they leave of its rank becomes zeros."""
-        self.members &= ~(1 << slot)
-        if factors is None:
-            return
-        for buffer, factor in zip((self.a, self.b), factors, strict=True):
-            rank = factor.shape[0]
-            buffer[slot, :rank].copy_(factor, non_blocking=True)
-            buffer[slot, rank:].zero_()
-        self.members |= 1 << slot
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, now: _Pass, used: int) -> torch.Tensor:
-        """Returns the output `y` of the module for `x` with what the adapters of the slots in `used` add to it. Both
-        have the rows of the pass first, each with all its tokens."""
-        groups, count = now.groups(used, self.a.device), len(now.slots)
-        if groups.range is not None:
-            a, b = self.a[groups.range, : now.rank], self.b[groups.range, : now.rank]
+class _Pass:
+    """Is one pass, or several with the same rows. `slots` are those of its rows, and `rank` is the largest rank."""
+
+    def __init__(self, slots: Sequence[int | None], rank: int):
+        self._slots = slots
+        self._rank = rank
+        self._used = 0
+        for slot in slots:
+            self._used |= 0 if slot is None else 1 << slot
+        self._indices: dict[tuple[int, torch.device], _Indices] = {}
+        self._products: dict[_Target, _Product | None] = {}
+        # Modules that follow each other often have the same input, whose rows are taken once.
+        self._taken: tuple[torch.Tensor, _Indices, torch.Tensor] | None = None
+
+    def forget_inputs(self) -> None:
+        """Lets go of the last input."""
+        self._taken = None
+
+    def add(self, target: _Target, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Returns the output `y` of the module for `x` with what the adapters add to it. Both have the rows of the pass
+        first, each with all its tokens."""
+        if target not in self._products:
+            self._products[target] = self._product(target)
+        product = self._products[target]
+        if product is None:
+            return y
+        indices, a, b = product
+        if indices.range is None:
+            a, b = a.index_select(0, indices.slots), b.index_select(0, indices.slots)
+        inputs = self._inputs(x, indices, a)
+        inner = torch.bmm(inputs, a)
+        added = torch.bmm(inner, b)
+        y, count = y.contiguous(), len(self._slots)
+        flat = y.view(count, -1)
+        added = added.view(-1, flat.shape[1])
+        if indices.put is not None:
+            added = added.index_select(0, indices.put)
+        if added.dtype != y.dtype:
+            added = added.to(y.dtype)
+        if indices.rows is None:
+            flat.add_(added)
         else:
-            a, b = (factor[:, : now.rank].index_select(0, groups.slots) for factor in (self.a, self.b))
-        inputs = x.to(device=a.device, dtype=a.dtype).reshape(count, -1)
-        if groups.take is not None:
-            inputs = inputs.index_select(0, groups.take)
-        inner = torch.bmm(inputs.view(groups.count, -1, a.shape[2]), a.transpose(1, 2))
-        added = torch.bmm(inner, b).view(inputs.shape[0], -1)
-        if groups.put is not None:
-            added = added.index_select(0, groups.put)
-        added = added.to(device=y.device, dtype=y.dtype)
-        y = y.contiguous()
-        if groups.rows is None:
-            y.view(count, -1).add_(added)
-        else:
-            y.view(count, -1).index_add_(0, groups.rows.to(y.device), added)
+            flat.index_add_(0, indices.rows, added)
         return y
+
+    def _inputs(self, x: torch.Tensor, indices: _Indices, a: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of an input in groups, of shape (groups, rows and tokens, inputs)."""
+        if self._taken is not None and self._taken[0] is x and self._taken[1] is indices:
+            return self._taken[2]
+        inputs = x.to(device=a.device, dtype=a.dtype).reshape(len(self._slots), -1)
+        if indices.take is not None:
+            inputs = inputs.index_select(0, indices.take)
+        inputs = inputs.view(indices.count, -1, a.shape[1])
+        self._taken = x, indices, inputs
+        return inputs
+
+    def _product(self, target: _Target) -> _Product | None:
+        used, device = self._used & target.members, target.a.device
+        if not used:
+            return None
+        indices = self._indices.get((used, device))
+        if indices is None:
+            indices = self._indices[used, device] = _Indices(groups_of(self._slots, used), device)
+        slots = slice(None) if indices.range is None else indices.range
+        return _Product(indices, target.a[slots, : self._rank].transpose(1, 2), target.b[slots, : self._rank])
 
 
 def _attach(module: nn.Module, add: Adder) -> None:
     """Has a module pass its inputs and outputs to `add`. The weights, the hooks of others and the module's class stay
     as they are."""
-    if not module._forward_pre_hooks:
+    if not has_pre_hooks(module):
         forward = module.forward
 
         def with_adapters(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:

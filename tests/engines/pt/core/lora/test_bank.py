@@ -30,16 +30,19 @@ PROMPTS = ([5, 9, 2], [7] * 11, [1, 2, 3, 4, 5, 6, 7], [50], [3, 4, 90, 12, 33])
 def bank_of(
     model: PreTrainedModel, rank: int = 8, slots: int = 4, wanted: list[str] | None = None
 ) -> tuple[AdapterBank, AdapterPlaces]:
+    """The buffers of a model on the CPU, and the modules that have them."""
     loaded = LoadedModel(model, None, CPU, 256, frozenset(), {}, None)  # type: ignore[arg-type]
     places = adapter_places(loaded, wanted)
     return AdapterBank(model, places.modules, AdapterSlots(slots), rank, torch.float32), places
 
 
 def adapter_of(folder: Path, bank: AdapterBank, places: AdapterPlaces) -> Adapter:
+    """The adapter of a folder, as the engine reads it."""
     return load_adapter(folder.name, read_adapter(folder), places, bank.rank, bank.dtype)
 
 
 def admit(bank: AdapterBank, *adapters: Adapter) -> None:
+    """Gives each adapter a slot."""
     for adapter in adapters:
         assert bank.slots.admit(adapter, {})
 
@@ -62,6 +65,7 @@ def mixed_logits(runner: Runner, adapters: list[Adapter | None]) -> torch.Tensor
 
 
 def expected(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
+    """The logits after a prompt and one more token, alone and without a cache."""
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=torch.tensor([[*prompt, 17]]), use_cache=False).logits[0, -1]
     return logits
@@ -109,12 +113,14 @@ def test_mixed_rows_equal_merged_models(name: str, tmp_path: Path) -> None:
 
 
 def runner_without_rows(model: PreTrainedModel, bank: AdapterBank) -> BatchRunner:
+    """A runner whose model has the buffers."""
     runner = BatchRunner(model, CPU)
     runner.adapters = bank
     return runner
 
 
 def logits_one_by_one(runner: BatchRunner, adapters: list[Adapter | None]) -> torch.Tensor:
+    """The logits of one prompt with the first adapter, in two chunks."""
     row = Sequence(PROMPTS[-1], SamplingParams(max_tokens=8), adapter=adapters[0])
     with torch.inference_mode():
         runner.prefill(Step((row,), 0, 2, row.length))
@@ -145,6 +151,7 @@ def test_quantised_weights_have_adapters_beside_them(method: str, tmp_path: Path
 
 
 def test_a_model_that_runs_one_by_one_has_adapters(tmp_path: Path) -> None:
+    """A module that the model does not call is refused by name."""
     model = tiny_model("mamba")
     folder = random_adapter(model, tmp_path / "m", 1, ["in_proj", "x_proj"])
     other, base = merged(model, folder), expected(model, PROMPTS[0])
@@ -163,6 +170,7 @@ def test_a_model_that_runs_one_by_one_has_adapters(tmp_path: Path) -> None:
 
 
 def test_patterns_of_rank_and_alpha_are_peft_s(tmp_path: Path) -> None:
+    """The first key that fits a module counts."""
     model = tiny_model("llama")
     folder = random_adapter(
         model,
@@ -201,6 +209,7 @@ def test_a_slot_is_used_again_by_an_adapter_of_lower_rank(tmp_path: Path) -> Non
 
 
 def test_packed_weights_and_a_tied_head_have_adapters(tmp_path: Path) -> None:
+    """The head alone changes, and not the embedding that shares its weight."""
     model = tiny_model("llama")
     names = [*linear_names(model), "lm_head"]
     folder = random_adapter(model, tmp_path / "h", 1, names)
@@ -215,6 +224,7 @@ def test_packed_weights_and_a_tied_head_have_adapters(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_changed_is_refused_by_name(tmp_path: Path) -> None:
+    """The message says what to do about it."""
     model = tiny_model("qwen2-moe")
     bank, places = bank_of(model, rank=4, wanted=["q_proj", "embed_tokens"])
     cases = {
@@ -229,6 +239,7 @@ def test_what_cannot_be_changed_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """They would reach the rows of others."""
     model = tiny_model("llama")
     folder = random_adapter(model, tmp_path / "n", 1, ["q_proj"])
     file = folder / "adapter_model.safetensors"
@@ -252,6 +263,7 @@ def test_a_pattern_that_is_a_regular_expression_is_refused(tmp_path: Path) -> No
 
 
 def test_the_buffers_take_what_their_shapes_say() -> None:
+    """Slots times rank times inputs and outputs."""
     bank, _ = bank_of(tiny_model("llama"), rank=16, slots=3, wanted=["q_proj", "down_proj"])
     per_layer = (32 + 32) + (48 + 32)
     assert bank.bytes_by_device == {CPU: 3 * 16 * per_layer * 2 * 4}

@@ -21,6 +21,7 @@ def added(groups: Groups, count: int) -> dict[int, int]:
 
 
 def test_every_row_gets_its_own_slot_for_any_mix() -> None:
+    """What is computed for nothing has a bound, too."""
     draw = random.Random(5)
     for _ in range(3000):
         slots = draw.choice((1, 2, 8, 16))
@@ -41,10 +42,12 @@ def test_every_row_gets_its_own_slot_for_any_mix() -> None:
 
 
 def test_rows_of_one_adapter_need_no_numbers() -> None:
+    """Nothing is copied then."""
     assert groups_of([3, 3, 3], 1 << 3) == Groups((3,), 3, None, None, None, is_range=True)
 
 
 def test_one_large_group_among_small_ones_is_split() -> None:
+    """Small groups are not filled up to its size."""
     groups = groups_of([0] * 30 + list(range(1, 16)), 2**16 - 1)
     assert not groups.is_range
     assert len(groups.slots) * groups.size <= 75

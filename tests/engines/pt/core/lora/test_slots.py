@@ -9,10 +9,12 @@ from serve_app.engines.pt.core.sequence import SamplingParams, Sequence
 
 
 def adapters(count: int) -> list[Adapter]:
+    """So many adapters without factors."""
     return [Adapter(f"a{number}", {}) for number in range(count)]
 
 
 def sequence(adapter: Adapter | None, tokens: int = 4, owner: object = None) -> Sequence:
+    """One sequence of an adapter, of a request of its own unless `owner` says otherwise."""
     return Sequence([1, 2, 3], SamplingParams(max_tokens=tokens), owner=owner or object(), adapter=adapter)
 
 
@@ -26,6 +28,7 @@ class Run:
         self.step_number = 0
 
     def step(self) -> None:
+        """Admits what may run, and gives each running sequence a token."""
         self.step_number += 1
         step = self.scheduler.schedule()
         for item in step.prefill:
@@ -41,6 +44,7 @@ class Run:
 
 
 def test_the_adapter_used_longest_ago_goes_first() -> None:
+    """The order of use counts, and not that of arrival."""
     slots = AdapterSlots(2)
     one, two, three = adapters(3)
     for adapter in (one, two, one, three):
@@ -51,6 +55,7 @@ def test_the_adapter_used_longest_ago_goes_first() -> None:
 
 
 def test_an_adapter_with_a_running_sequence_keeps_its_slot() -> None:
+    """The other one waits until it has ended."""
     slots = AdapterSlots(1)
     one, two = adapters(2)
     assert slots.admit(one, {})
@@ -61,6 +66,7 @@ def test_an_adapter_with_a_running_sequence_keeps_its_slot() -> None:
 
 
 def test_base_rows_and_other_adapters_do_not_wait_for_a_slot() -> None:
+    """Only the adapter that makes room gets no further rows."""
     run = Run(slots=2)
     one, two, three = adapters(3)
     first = [sequence(one, 40), sequence(two, 20)]
@@ -97,6 +103,7 @@ def test_a_stream_of_requests_for_the_same_adapters_starves_nobody() -> None:
 
 
 def test_waiting_adapters_come_in_the_order_of_their_line() -> None:
+    """With one slot, one after the other."""
     run = Run(slots=1)
     names = adapters(6)
     items = [sequence(adapter, 6) for adapter in names]
@@ -108,6 +115,7 @@ def test_waiting_adapters_come_in_the_order_of_their_line() -> None:
 
 
 def test_a_waiting_adapter_whose_requests_have_left_closes_nobody() -> None:
+    """The slot that was to be freed for it stays open."""
     run = Run(slots=1)
     one, two = adapters(2)
     run.scheduler.add(sequence(one, 50))
@@ -126,6 +134,7 @@ def test_a_waiting_adapter_whose_requests_have_left_closes_nobody() -> None:
 
 
 def test_everything_runs_to_its_end_for_any_requests() -> None:
+    """With few slots, few rows, and clients that leave."""
     for seed in range(60):
         draw = random.Random(seed)
         run = Run(slots=draw.randint(1, 4), rows=draw.randint(1, 6))
@@ -153,6 +162,7 @@ def test_everything_runs_to_its_end_for_any_requests() -> None:
 
 
 def test_a_removed_adapter_leaves_its_slot_and_its_place_in_the_line() -> None:
+    """Those behind it move up."""
     slots = AdapterSlots(1)
     one, two, three = adapters(3)
     assert slots.admit(one, {})
