@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ from serve_app.engines.pt.load.weight_parts import copy_on_host, weight_parts, w
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import AdapterError, EngineError
-from serve_app.facts.adapter import AdapterFacts, read_adapter
+from serve_app.facts.adapter import read_adapter
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.model_fields import SpeculativeConfig
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
