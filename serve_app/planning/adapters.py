@@ -107,6 +107,21 @@ def adapter_problem(adapter: AdapterFacts, backend: str, max_lora_rank: int, bas
     )
 
 
+def target_problem(adapter: AdapterFacts, wanted: Collection[str] | None) -> str | None:
+    """Returns which module of an adapter is none of those that adapters may change (`lora_target_modules`), or None.
+    vLLM would leave such a module out and answer with the rest."""
+    if wanted is None:
+        return None
+    for name in adapter.modules:
+        if not ends_in(name, wanted):
+            last = name.rpartition(".")[2]
+            return (
+                f"it changes {name[:200]}, and lora_target_modules is {', '.join(wanted)[:200]}. Add {last[:100]} to "
+                "it, which restarts the model's replicas."
+            )
+    return None
+
+
 def base_note(adapter: AdapterFacts, model: str) -> str | None:
     """Returns a note if the adapter names another base model than this one, or None. Folders of the same last name
     count as the same model."""
