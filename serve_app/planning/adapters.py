@@ -36,9 +36,9 @@ def adapter_room(config: ModelFields, ranks: Iterable[int]) -> AdapterRoom:
     return AdapterRoom(loras, config.max_lora_rank or rounded_rank(most))
 
 
-def kept_adapters(config: ModelFields) -> int:
-    """Returns how many adapters vLLM keeps in the host's memory. By default these are all that the config names, and
-    one more, because a version that is replaced stays until its requests have ended."""
+def kept_count(config: ModelFields) -> int:
+    """Returns how many adapters an engine keeps in the host's memory. By default these are all that the config names,
+    and one more, because a version that is replaced stays until its requests have ended."""
     return config.max_cpu_loras or max(config.max_loras or 1, len(config.adapters) + 1)
 
 

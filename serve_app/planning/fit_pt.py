@@ -1,11 +1,12 @@
 """Decides whether one replica of pt fits on given devices, and what it takes of each, by arithmetic alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
+from serve_app.planning.adapters import kept_count
 from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.model_request import ModelRequest
@@ -19,6 +20,7 @@ from serve_app.planning.terms import (
     cache_in_8_bits,
     draft_cache,
     draft_weights,
+    kept_adapters,
     left_over_layer,
     loading_weight,
     model_cache,
@@ -88,6 +90,8 @@ def _fit(
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
         for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
     ]
+    if not devices[0][0].is_gpu:
+        rooms[0] -= _kept_adapters(request, [BlockGroup(tuple(blocks))]).bytes
     # For a model on the CPU, only the disk is a slower tier.
     spills = bool(request.config.spill_tiers - (set() if devices[0][0].is_gpu else {"cpu"}))
 
@@ -339,6 +343,7 @@ def _pt_plan(
 ) -> ModelPlan:
     """Returns the plan of a replica. `budget` is the tokens of its KV cache, and the least that it needs."""
     ranks, (tokens, least) = [], budget
+    kept = _kept_adapters(request, (*mapped.parts, mapped.rest))
     for number, ((device, _), part) in enumerate(zip(devices, mapped.parts, strict=True)):
         has_draft = draft is not None and draft.seat == number
         if not part.blocks and not has_draft and not (number == 0 and mapped.rest.blocks):
@@ -356,6 +361,8 @@ def _pt_plan(
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
         adapters = sum((_pt_adapters(request, group) for group in groups), ZERO)
+        if number == 0 and not device.is_gpu:  # They are in the same memory.
+            adapters += kept
         ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat, has_draft, adapters))
     own = tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks)
     whole = BlockGroup((*own, *(draft.blocks if draft is not None else ())))
@@ -369,6 +376,7 @@ def _pt_plan(
         kv_bytes_needed=whole.cache(least, 1 if request.at_once is None else request.at_once.requests),
         asked_for="" if request.at_once is None else request.at_once.text,
         draft=None if draft is None else draft.request.architecture,
+        host_adapters=kept,
     )  # fmt: skip
 
 
@@ -406,6 +414,16 @@ def _pt_adapters(request: ModelRequest, group: BlockGroup) -> Figure:
         return ZERO
     unit = group.adapters // (room.max_loras * room.max_lora_rank)
     return Figure(group.adapters, terms=(adapter_buffers(room.max_loras, room.max_lora_rank, unit),))
+
+
+def _kept_adapters(request: ModelRequest, parts: Iterable[BlockGroup]) -> Figure:
+    """Returns the most that adapters take of the host's memory, where pt has all of them."""
+    room, size = request.adapter_room, sum(part.adapters for part in parts)
+    if room is None or not size:
+        return ZERO
+    unit = size // (room.max_loras * room.max_lora_rank)
+    term = kept_adapters(kept_count(request.config), room.max_lora_rank, unit)
+    return Figure(term.bytes, terms=(term,))
 
 
 def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:

@@ -22,7 +22,7 @@ from serve_app.facts.weights import Tensor
 from serve_app.model_fields import AUTO_QUANTIZATION, ONLY_VLLM, PT_QUANTIZATIONS
 from serve_app.planning import memory, terms
 from serve_app.planning.adapter_bytes import pt_adapter_bytes, rank_adapters_by_formula, with_adapters
-from serve_app.planning.adapters import AdapterRoom, kept_adapters
+from serve_app.planning.adapters import AdapterRoom, kept_count
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
 from serve_app.planning.layer_map import Block, blocks_of, known_block, stored_block
@@ -355,7 +355,7 @@ class ModelRequest:
         if room is None:
             return memory.ZERO
         unit = self.rank_adapters(1).total
-        return self._adapter_figure(1, terms.kept_adapters(kept_adapters(self.config), room.max_lora_rank, unit))
+        return self._adapter_figure(1, terms.kept_adapters(kept_count(self.config), room.max_lora_rank, unit))
 
     def _adapter_figure(self, tp: int, term: Term) -> Figure:
         facts = self.engine_facts.vllm_adapters

@@ -238,6 +238,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--replicas", type=int, default=2)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
     begin = time.monotonic()
     serve = AdapterServe(dict.fromkeys(options.only, options.replicas))
     print(json.dumps({"ready_after_s": round(time.monotonic() - begin, 1)}), flush=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from serve_app.cli.plan.chart import LABELS, MARKS, counted_on, layer_range, printable, title_of
 from serve_app.errors import ConfigError
-from serve_app.planning.adapters import kept_adapters
+from serve_app.planning.adapters import kept_count
 from serve_app.planning.memory import RESERVE_SHARE, Figure, reserve
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
 from serve_app.planning.sizes import gib
@@ -114,9 +114,10 @@ def lines(model: ModelPlan, is_attempt: bool = False) -> Iterator[str]:
         f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, "
         f"and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
     )
-    if model.config.has_adapters and model.backend == "vllm":
-        most = f"{_size(model.host_adapters)} of the host's memory"
-        yield f"vLLM keeps up to {kept_adapters(model.config)} adapters, which take up to {most} in all ranks together."
+    if model.config.has_adapters:
+        most, ranks = f"{_size(model.host_adapters)} of the host's memory", len(model.ranks)
+        all_ranks = " in all ranks together" if model.backend == "vllm" and ranks > 1 else ""
+        yield f"Up to {kept_count(model.config)} adapters are kept, which take up to {most}{all_ranks}."
     if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
 

@@ -80,6 +80,7 @@ class PtEngine:
         self._speculator: Speculator | None = None
         self._memory_to_park: ParkedMemory | None = None
         self._bank: AdapterBank | None = None
+        self._buffers: Mapping[torch.device, int] = {}
         self._adapter_places = AdapterPlaces({})
 
     async def start(self) -> ASGIApp:
@@ -115,7 +116,8 @@ class PtEngine:
         drafts = [] if self._draft is None else [self._draft]
         models = [loaded.model, *(draft.loaded.model for draft in drafts)]
         # They do not change, and a parked engine cannot be asked.
-        self._weights = _sum([*map(weight_bytes, models), self._bank.bytes_by_device if self._bank else {}])
+        self._weights = _sum(map(weight_bytes, models))
+        self._buffers = self._bank.bytes_by_device if self._bank else {}
         self._memory_to_park = self._movable(models, [probed.runner, *(draft.runner for draft in drafts)])
         app = build_app(self._generator)
         gc.collect()
@@ -228,7 +230,9 @@ class PtEngine:
         )
         kind, is_parked = "cpu" if self._config.device == "cpu" else "cuda", self.generator.is_parked
         return [
-            rank_memory(device, size, now.get(device, 0), self._libraries, most.get(device, 0))
+            rank_memory(
+                device, size, now.get(device, 0), self._libraries, most.get(device, 0), self._buffers.get(device, 0)
+            )
             if not is_parked
             else rank_memory(device, 0, 0, self._libraries, most.get(device, 0))
             for device, size in self._weights.items()

@@ -35,7 +35,7 @@ from serve_app.engines.vllm.bounds import MOST_CHOICES
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.engines.vllm.parking import VllmParking, can_park
 from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
-from serve_app.planning.adapters import kept_adapters
+from serve_app.planning.adapters import kept_count
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
 from serve_app.wire.openai_errors import error_response, route_error_response
@@ -387,7 +387,7 @@ def _adapter_arguments(config: ModelConfig) -> dict[str, Any]:
         "enable-lora": True,
         "max-loras": config.max_loras,
         "max-lora-rank": config.max_lora_rank,
-        "max-cpu-loras": kept_adapters(config),
+        "max-cpu-loras": kept_count(config),
         "lora-target-modules": None if config.lora_target_modules is None else list(config.lora_target_modules),
     }
 
