@@ -46,8 +46,8 @@ def facts_of(answer: dict[str, Any]) -> VllmAdapterFacts:
 
 
 def test_a_small_model_is_counted_by_hand(told: dict[str, dict[str, Any]]) -> None:
-    """The demo model has 128 channels, as many in its heads and half of that in those of keys and values, and 384 in the
-    feed-forward part. Of each projection one factor is split, and three projections and two are each one layer."""
+    """The demo model has 128 channels, as many in its heads and half of that in those of keys and values, and 384 in
+    the feed-forward part. Of each projection one factor is split, and three projections and two are each one layer."""
     whole = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384)
     split = (128 + 64) + 2 * (128 + 32) + (64 + 128) + 2 * (128 + 192) + (192 + 128)
     assert [facts_of(told["demo"]).ranks[tp].layers for tp in SIZES] == [(2 * whole,) * 4, (2 * split,) * 4]
