@@ -21,9 +21,9 @@ class DeviceReport:
     """What one rank of a replica was planned and measured to hold of one device in bytes. Unknown figures are None.
 
     `device` is the GPU's UUID or "cpu", and `index` is the GPU's number on its node. `held`, `peak`, `weights`,
-    `kv_cache` and `adapters` are as in `RankMemory`. `rank` is the number of the engine's process: vLLM has one for each rank, and
-    they share the device "cpu", while pt has one process for all devices. `node` is the address of the rank's node, or
-    empty if it is the replica's.
+    `kv_cache` and `adapters` are as in `RankMemory`, and `planned_adapters` is what of `planned` is for adapters.
+    `rank` is the number of the engine's process: vLLM has one for each rank, and they share the device "cpu", while pt
+    has one process for all devices. `node` is the address of the rank's node, or empty if it is the replica's.
     """
 
     device: str

@@ -18,8 +18,9 @@ PLAIN = ("qwen2-7b", "llama-3.1-8b")
 OTHERS = ("qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite", "qwen3-next", "qwen2.5-vl-7b", "llama-3.1-8b-fp8",
           "mamba2-1.3b", "bge-m3")  # fmt: skip
 SIZES = (1, 2)
-# Guesses may be above by this share, before their margin.
-MOST_ABOVE = 0.1
+# Guesses may be above by this share, before their margin. vLLM makes no buffers for the embedding and the head of some
+# models.
+MOST_ABOVE = 0.2
 
 
 def job_of(folder: str, **fields: Any) -> dict[str, Any]:
@@ -69,9 +70,17 @@ def test_every_kind_of_model_has_an_answer(told: dict[str, dict[str, Any]], name
     """Its bytes, or vLLM's reason, and no fault of ours."""
     facts = facts_of(told[name])
     assert facts.ranks.keys() | facts.refusals.keys() == set(SIZES)
+    assert bool(facts.ranks) == (name != "mamba2-1.3b")
     for rank in facts.ranks.values():
-        assert min(rank.layers, default=0) >= 0
-        assert rank.total > 0
+        assert min(rank.layers) > 0
+
+
+def test_experts_have_buffers_of_their_own(told: dict[str, dict[str, Any]]) -> None:
+    """Qwen3 30B A3B has 128 of them in each layer, of three projections of 2048 to 768 channels or back, and a
+    router."""
+    attention = 2 * (2048 + 4096) + 2 * (2048 + 512)
+    experts = 128 * 3 * (2048 + 768)
+    assert facts_of(told["qwen3-30b-a3b"]).ranks[1].layers == (2 * (attention + experts + 2048 + 128),) * 48
 
 
 def test_named_modules_alone_have_buffers(told: dict[str, dict[str, Any]]) -> None:
