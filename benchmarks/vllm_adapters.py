@@ -2,6 +2,7 @@
 for pt.
 
     python -m benchmarks.vllm_adapters [--clients 32] [--tokens 64] [--rounds 5] [--max-loras 16]
+                                       [--targets q_proj v_proj]
 
 Two engines with the demo model run at the same time, each in a process of its own, because vLLM has one engine in a
 process: one without room for adapters, and one with the sixteen adapters of `tests/lora`. In each round one after the
@@ -54,7 +55,9 @@ async def load(http: httpx.AsyncClient, models: list[str], tokens: int, seed: in
 
 async def serve(options: argparse.Namespace) -> None:
     """Starts one engine, and answers lines of JSON on stdin: the models to ask and a seed."""
-    room = {"max_loras": options.max_loras, "max_lora_rank": RANK, "max_cpu_loras": ADAPTERS + 1}
+    room: dict[str, Any] = {"max_loras": options.max_loras, "max_lora_rank": RANK, "max_cpu_loras": ADAPTERS + 1}
+    if options.targets:
+        room["lora_target_modules"] = options.targets
     config = ModelConfig.from_args(
         {
             "model": model_path(DEMO_MODEL), "infer_backend": "vllm", "device": "cpu", "dtype": "float32",
@@ -64,7 +67,7 @@ async def serve(options: argparse.Namespace) -> None:
     )  # fmt: skip
     engine = VllmEngine(config, BASE)
     app = WholeBody(await engine.start(), config)
-    names = sorted(path.name for path in DEMO_ADAPTERS.iterdir())[:ADAPTERS] if options.child == "adapters" else []
+    names = named(options.targets) if options.child == "adapters" else []
     for name in names:
         await engine.load_adapter(name, DEMO_ADAPTERS / name)
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://vllm", timeout=TIMEOUT_S)
@@ -74,6 +77,16 @@ async def serve(options: argparse.Namespace) -> None:
             asked = json.loads(line)
             print(json.dumps(await load(http, asked["models"], options.tokens, asked["seed"])), flush=True)
     await engine.stop()
+
+
+def named(targets: list[str] | None) -> list[str]:
+    """The adapters that change these modules alone, or any."""
+    found = []
+    for path in sorted(DEMO_ADAPTERS.iterdir()):
+        changed = json.loads((path / "adapter_config.json").read_text())["target_modules"]
+        if targets is None or set(changed) <= set(targets):
+            found.append(path.name)
+    return found[:ADAPTERS]
 
 
 class Child:
@@ -145,6 +158,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-loras", type=int, default=ADAPTERS)
+    parser.add_argument("--targets", nargs="*", help="lora_target_modules, and only the adapters of these")
     parser.add_argument("--child", choices=("base", "adapters"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

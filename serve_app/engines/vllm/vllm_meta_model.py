@@ -182,9 +182,10 @@ def adapter_buffers(config: VllmConfig, model: Model) -> dict[str, list[Any]]:
     model's modules are replaced by vLLM's own that take adapters. Raises whatever vLLM raises for a model without
     support of them.
 
-    What computes with the buffers is left out, because it needs a GPU or weights. Uses `vllm.model_executor.models.supports_lora`,
-    `vllm.lora.model_manager.LoRAModelManager`, and of that `_init_punica_wrapper`, `modules`, `supports_mm`,
-    `supports_tower_connector_lora`, `mm_mapping` and `punica_wrapper_mapping`; seen in vLLM 0.32.
+    What computes with the buffers is left out, because it needs a GPU or weights. Uses
+    `vllm.model_executor.models.supports_lora`, `vllm.lora.model_manager.LoRAModelManager`, and of that
+    `_init_punica_wrapper`, `modules`, `supports_mm`, `supports_tower_connector_lora`, `mm_mapping` and
+    `punica_wrapper_mapping`; seen in vLLM 0.32.
     """
     import torch
     from vllm.config import set_current_vllm_config
