@@ -4,7 +4,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.served_adapters import AT_ONCE, ENGINES, AdapterServe, at_once, death, live
+from tests.cluster.served_adapters import (
+    AT_ONCE,
+    ENGINES,
+    LATE,
+    AdapterServe,
+    at_once,
+    death,
+    live,
+    outcome,
+    session_for,
+)
+from tests.cluster.vllm_adapters import CLOSED
+from tests.lora import ADAPTERS_DIR
 
 # All replicas have a change of the file this many seconds after Serve has accepted it.
 MOST_LIVE_S = 5.0
@@ -44,3 +56,14 @@ async def test_streams_are_taken_up_again_with_their_adapters(served: AdapterSer
     found = await death(served, "pt")
     assert found["seen"] == {"right": 2 * AT_ONCE}
     assert found["after"] == {"right": AT_ONCE}
+
+
+@pytest.mark.parametrize("path", CLOSED)
+@pytest.mark.parametrize("way", ["", "/models/vllm"])
+async def test_no_client_loads_an_adapter(served: AdapterServe, way: str, path: str) -> None:
+    """By vLLM's own endpoints, which would take any folder of the machine."""
+    body = {"model": "vllm", "lora_name": "smuggled", "lora_path": str(ADAPTERS_DIR / LATE)}
+    async with session_for() as session:
+        async with session.post(f"{served.url}{way}{path}", json=body) as reply:
+            assert reply.status == 404
+        assert ": 404 " in await outcome(session, served.url, ("smuggled", "Who are you?", ""), False)
