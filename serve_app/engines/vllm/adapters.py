@@ -9,6 +9,7 @@ another one has computed.
 import asyncio
 import fcntl
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -32,6 +33,11 @@ ENDED_POLL_S = 0.02
 # The folders of copies begin like this, and each has a file of this name.
 COPIES, LOCK = "serve-app-adapters-", "lock"
 MOST_REASON = 500
+# vLLM puts these around the words of the rank that has refused an adapter.
+OF_THE_CALL = re.compile(
+    r"^\w*(?:Error|Exception): Call to add_lora method failed: (?:Worker failed with error ')?"
+    r"|', please check the stack trace above.*$"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +141,7 @@ class VllmAdapters:
             adapter = await vllm_internals.add_adapter(self._client, self._models, name, copy)
         except Exception as error:
             _remove(copy)
-            reason = self._reason(error).replace(str(copy), name)
+            reason = OF_THE_CALL.sub("", self._reason(error)).replace(str(copy), name)
             raise AdapterError(f"vLLM does not take it: {reason[:MOST_REASON]}") from error
         previous = self._served.get(name)
         self._served[name] = Version(copy, adapter)
@@ -170,10 +176,28 @@ class VllmAdapters:
         try:
             for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(folder / name, copy / name)
+            _require_finite(copy / WEIGHTS, folder / WEIGHTS)
         except OSError as error:
             _remove(copy)
             raise AdapterError(f"{error.filename or folder} cannot be copied: {error.strerror or error}.") from error
+        except AdapterError:
+            _remove(copy)
+            raise
         return copy
+
+
+def _require_finite(file: Path, shown: Path) -> None:
+    """Raises AdapterError unless all numbers of an adapter are finite. On the CPU, others would spoil all rows."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            wrong = next((name for name in names if not bool(tensors.get_tensor(name).isfinite().all())), None)
+    except SafetensorError as error:
+        raise AdapterError(f"{shown} cannot be read: {error}") from None
+    if wrong is not None:
+        raise AdapterError(f"{shown}: {wrong[:200]} has numbers that are not finite.")
 
 
 def _asked(scope: Scope) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from serve_app.engines.measure import free_pinned_cache, pinned_bytes, rank_memory, tensor_bytes
 from serve_app.engines.vllm.vllm_internals import (
     adapter_tensors,
+    correct_cpu_adapters,
     prepare_stage,
     remove_shared_files,
     shared_files,
@@ -21,6 +22,7 @@ from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.resource_demand import BUNDLES
 
 # vLLM imports this file before it loads the model.
+correct_cpu_adapters()
 LIBRARIES = resident_bytes()
 
 

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.engines.vllm import adapters, vllm_internals
@@ -114,6 +116,7 @@ def served(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         return adapter
 
     monkeypatch.setattr(vllm_internals, "add_adapter", add)
+    monkeypatch.setattr(adapters, "_require_finite", lambda *_: None)
     found = VllmAdapters(engine, engine)
     yield found
     found.close()
@@ -233,6 +236,21 @@ async def test_adapters_wait_for_an_engine_that_is_parked(served: VllmAdapters, 
     assert list(engine.loaded.values()) == [b"three"]
     assert set(engine.lora_requests) == {"sql"}
     assert len(list(served._copies.glob("*/"))) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
+def test_numbers_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    """The message names the user's file and the tensor. What is no safetensors file is refused too."""
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"some.lora_A.weight": torch.tensor([[1.0, value]])}, file)
+    if value == 1.0:
+        adapters._require_finite(file, Path("/own/file"))
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(AdapterError, match="/own/file cannot be read"):
+            adapters._require_finite(file, Path("/own/file"))
+        return
+    with pytest.raises(AdapterError, match=r"/own/file: some\.lora_A\.weight has numbers that are not finite"):
+        adapters._require_finite(file, Path("/own/file"))
 
 
 async def test_copies_of_a_process_that_was_killed_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
