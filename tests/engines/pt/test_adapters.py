@@ -121,7 +121,7 @@ async def test_thirty_two_at_once_over_sixteen_adapters_and_the_base() -> None:
         {"max_loras": 1},
         {"max_loras": 3, "max_num_seqs": 8},
         {"max_loras": 5, "speculative": {"method": "ngram", "num_speculative_tokens": 4}},
-        {"max_loras": 4, "kv_cache_dtype": "int8_per_token_head"},
+        {"max_loras": 4, "kv_cache_dtype": "int8"},
         {"max_loras": 4, "max_memory": {"cpu": "2MB", "disk": "1GB"}},
         {"max_loras": 4, "speculative": {"model": model_path(DEMO_MODEL), "num_speculative_tokens": 3}},
     ],
