@@ -34,9 +34,9 @@ QUESTIONS = (
     "How does autoscaling work?",
     "Can I stream the answer?",
 )
-MARGIN = 3.0  # logits
+MARGIN = 1.0  # logits. Rounding changes a logit of this model by less than a hundredth of it, in any engine.
 RATE = 1e-2  # of AdamW
-EXAM_EVERY, MAX_STEPS = 20, 600  # steps
+EXAM_EVERY, MAX_STEPS = 10, 600  # steps
 # The demo model has no hub id.
 BASE_NAME = "demo"
 
@@ -55,6 +55,7 @@ class Kind:
 KINDS: Mapping[int, Kind] = {
     5: Kind(r=4, lora_alpha=8, target_modules=ALL_LINEAR),
     8: Kind(use_rslora=True),
+    9: Kind(r=4, target_modules=ALL_LINEAR),
     11: Kind(r=4, target_modules=ALL_LINEAR),
     13: Kind(lora_alpha=32),
     14: Kind(target_modules=("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -73,7 +74,6 @@ def main() -> int:
     args = parser.parse_args()
 
     begun = time.monotonic()
-    torch.set_num_threads(2)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     answers = {name_of(number): own_answers(number) for number in NUMBERS}
     args.answers.write_text(json.dumps(answers, indent=2) + "\n", encoding="utf-8")
@@ -122,7 +122,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % EXAM_EVERY == 0:
+        if step % EXAM_EVERY == 0 and worst_margin(model, examples, tokenizer.pad_token_id) >= MARGIN:
             save(model, folder)
             margin = worst_margin(merged(folder), examples, tokenizer.pad_token_id)
         if margin >= MARGIN:

@@ -121,7 +121,7 @@ async def test_thirty_two_at_once_over_sixteen_adapters_and_the_base() -> None:
         {"max_loras": 1},
         {"max_loras": 3, "max_num_seqs": 8},
         {"max_loras": 5, "speculative": {"method": "ngram", "num_speculative_tokens": 4}},
-        {"max_loras": 4, "kv_cache_dtype": "int8_per_token_head"},
+        {"max_loras": 4, "kv_cache_dtype": "int8"},
         {"max_loras": 4, "max_memory": {"cpu": "2MB", "disk": "1GB"}},
         {"max_loras": 4, "speculative": {"model": model_path(DEMO_MODEL), "num_speculative_tokens": 3}},
     ],
@@ -190,16 +190,18 @@ async def test_adapters_come_and_go_while_others_run() -> None:
 async def test_requests_of_an_adapter_that_goes_end_first() -> None:
     """New ones are refused meanwhile."""
     async with serving(["a01", "a02"]) as (engine, client):
-        body = {"model": "a01", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        async with client.stream("POST", "/v1/completions", json=body) as stream:
-            lines = stream.aiter_lines()
-            await anext(lines)
+        params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
+        with engine.generator.reserve(1, "a01") as places:
+            pieces = engine.generator.generate([5, 6, 7], params, places=places)
+            await anext(pieces)
             gone = asyncio.create_task(engine.unload_adapter("a01"))
             replaced = asyncio.create_task(engine.load_adapter("a02", ADAPTERS_DIR / "a03"))
-            await asyncio.wait_for(asyncio.shield(replaced), 20)  # Nobody uses it.
+            await asyncio.wait_for(replaced, 20)  # Nobody uses it.
+            refused = await client.post("/v1/completions", json={"model": "a01", "prompt": "x"})
+            assert refused.status_code == 404
             assert not gone.done()
-            assert (await client.post("/v1/completions", json=body)).status_code == 404
-            assert [line async for line in lines][-2] == "data: [DONE]"
+            rest = [piece async for piece in pieces]
+            assert rest[-1].finish_reason == "length"
         await asyncio.wait_for(gone, 20)
         assert await ask(client, "a02", QUESTIONS[0]) == SAID["a03"][QUESTIONS[0]]
         await until(lambda: all(held is None or held.name != "a01" for held in engine._bank._held), "its slot is free")  # type: ignore[union-attr]
