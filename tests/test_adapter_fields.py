@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serve_app.cli.adapter_notes import adapter_notes
 from serve_app.cli.changes import changes
 from serve_app.cli.check import dangling_names, require_valid
 from serve_app.config import ModelConfig
@@ -168,3 +169,24 @@ def test_diff_says_that_other_adapters_restart_nothing(old: dict[str, Any], new:
     """As long as the room for them stays."""
     (change,) = changes({"applications": [application("a", **old)]}, {"applications": [application("a", **new)]})
     assert change.kind == kind
+
+
+def test_check_notes_what_could_not_be_served(tmp_path: Path) -> None:
+    """By the folders of this machine. Nothing is downloaded for it."""
+    model = str(base(tmp_path / "base"))
+    adapters = {
+        "good": str(adapter(tmp_path / "good", base_model_name_or_path="x/base")),
+        "other": str(adapter(tmp_path / "other")),
+        "dora": str(adapter(tmp_path / "dora", use_dora=True)),
+        "none": "/nowhere/x",
+        "hub": "org/hub",
+    }
+    found = adapter_notes(read_applications(file(tmp_path, application("a", model=model, adapters=adapters), router())))
+    assert found[0] == (
+        "a: adapters.dora: it would not be served from this machine: it is a DoRA (use_dora), which no engine here "
+        "serves. Merge it into its base model."
+    )
+    assert found[1:] == [
+        "a: adapters.none: it would not be served from this machine: there is no folder /nowhere/x. Write a local "
+        "folder or a Hugging Face id."
+    ]
