@@ -177,7 +177,7 @@ class AdapterShelf:
             del self._workers[name]
 
     async def _load(self, name: str, entry: Entry, wanted: Wanted) -> None:
-        before = entry.converted
+        before, converted = entry.converted, None
         if entry.loaded is None and entry.state.state != "failed":  # A failure is told until it is one no more.
             self._put(name, entry, AdapterState("loading"))
         try:
@@ -185,6 +185,8 @@ class AdapterShelf:
                 folder, note, converted = await asyncio.to_thread(self._read, name, wanted)
             await self._engine.load_adapter(name, folder)
         except Exception as error:
+            if converted is not None:
+                converted.cleanup()
             if not isinstance(error, AdapterError):
                 logger.exception("The adapter '%s' could not be loaded.", name)
             self._failed(name, entry, wanted, str(error) if isinstance(error, AdapterError) else repr(error))
