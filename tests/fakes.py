@@ -134,6 +134,10 @@ class ModelsFake:
         except ModelNotFound:
             return None
 
+    def application(self, name: str) -> str:
+        """Its own, as of a model that is no adapter."""
+        return name
+
     def require_hope(self, model: ModelStatus) -> None:
         """As in the real directory."""
         if model.state == "failed":
