@@ -219,7 +219,7 @@ def _leave_kernels_of_experts_out() -> None:
     """Has vLLM's layer of experts with adapters ask for no kernel, which a layer gets with its weights. It sets what
     the layer's buffers are made by.
 
-    Replaces `vllm.lora.layers.fused_moe.FusedMoEWithLoRA.__init__`; seen in vLLM 0.32.
+    Replaces `__init__` and `set_mapping` of `vllm.lora.layers.fused_moe.FusedMoEWithLoRA`; seen in vLLM 0.32.
     """
     from vllm.lora.layers import fused_moe
     from vllm.lora.layers.base import BaseLayerWithLoRA
@@ -227,6 +227,7 @@ def _leave_kernels_of_experts_out() -> None:
     def init(self: Any, base_layer: Any) -> None:
         BaseLayerWithLoRA.__init__(self)
         self.base_layer, self.moe_config = base_layer, base_layer.moe_config
+        self._shared_experts = base_layer._shared_experts
         parallel = self.moe_config.moe_parallel_config
         self.tp_size, self.tp_rank = parallel.tp_size, parallel.tp_rank
         self.device = fused_moe._get_lora_device(base_layer)
@@ -235,6 +236,7 @@ def _leave_kernels_of_experts_out() -> None:
         self.n_slices = self.local_num_experts * (self._w13_slices + 1)
 
     fused_moe.FusedMoEWithLoRA.__init__ = init
+    fused_moe.FusedMoEWithLoRA.set_mapping = BaseLayerWithLoRA.set_mapping
 
 
 @contextmanager
