@@ -3,9 +3,10 @@
     python -m tests.cluster.served_adapters [--only pt vllm] [--replicas 2]
 
 starts a Serve with the demo model on each engine and sixteen of the adapters of `tests/lora`, whose answers are known
-word for word. It prints a line of JSON for each engine: what 32 clients saw at once over all adapters and the base, by
-name and by route, and what clients saw while a seventeenth adapter was deployed, then a broken one, both were taken out
-again, and a replica was killed. It exits with 1 if any answer was another one or none.
+word for word. It prints a line of JSON with what clients saw while a seventeenth adapter was deployed to each engine,
+together with a broken one, and both were taken out again; and one for each engine: what 32 clients saw at once over all
+adapters and the base, by name and by route, and while a replica was killed. It exits with 1 if any answer was another
+one or none.
 """
 
 import argparse
@@ -87,9 +88,10 @@ class AdapterServe(ServeRun):
         """The processes of a model's replicas."""
         return {pid for pid, command in self.processes().items() if re.search(rf"ServeReplica:{engine}:Model", command)}
 
-    async def changed(self, engine: str, adapters: dict[str, str], holds: Any) -> float:
-        """Deploys these adapters. Returns the seconds from the end of `serve deploy` until it holds of `/ready`."""
-        self.adapters[engine] = adapters
+    async def changed(self, adapters: Mapping[str, dict[str, str]], holds: Any) -> float:
+        """Deploys these adapters of each engine. Returns the seconds from the end of `serve deploy` until it holds of
+        `/ready`."""
+        self.adapters |= adapters
         await asyncio.to_thread(self.deploy, self.settings())
         begin = time.monotonic()
         await asyncio.to_thread(self.wait_until, holds, LIVE_TIMEOUT_S)
@@ -165,29 +167,40 @@ class Load:
         return dict(self.seen)
 
 
-async def live(serve: AdapterServe, engine: str) -> dict[str, Any]:
-    """What clients see while adapters come and go, and after how many seconds all replicas have each change."""
-    before, late = serve.pids(engine), named(engine, LATE)
-    first, broken = folders(engine, FIRST), named(engine, "broken")
+async def live(serve: AdapterServe) -> dict[str, Any]:
+    """What clients of all engines see while an adapter comes to each of them, together with a broken one, and both go
+    again, and after how many seconds all replicas have each change."""
+    engines = list(serve.replicas)
+    before = {engine: serve.pids(engine) for engine in engines}
+    first = {engine: folders(engine, FIRST) for engine in engines}
+    more = {engine: folders(engine, [*FIRST, LATE]) | {named(engine, "broken"): BROKEN} for engine in engines}
+    late, broken = ([named(engine, name) for engine in engines] for name in (LATE, "broken"))
     async with session_for() as session:
-        load = Load(serve, engine, session, FIRST)
-        more_s = await serve.changed(engine, folders(engine, [*FIRST, LATE]), lambda told: serve.has(told, late))
-        load.adapters.append(LATE)
-        own = OWN[LATE]
-        late_ones = await asyncio.gather(
-            *(outcome(session, serve.url, (late, question, own[question]), True) for question in own)
+
+        async def ask_each(names: Sequence[str], question: str, right: str) -> list[str]:
+            return [await outcome(session, serve.url, (name, question, right), False) for name in names]
+
+        loads = [Load(serve, engine, session, FIRST) for engine in engines]
+        more_s = await serve.changed(
+            more,
+            lambda told: (
+                all(serve.has(told, name) for name in late) and all(serve.has(told, name, "failed") for name in broken)
+            ),
         )
-        with_broken = folders(engine, [*FIRST, LATE]) | {broken: BROKEN}
-        broken_s = await serve.changed(engine, with_broken, lambda told: serve.has(told, broken, "failed"))
-        refused = await outcome(session, serve.url, (broken, "Who are you?", ""), False)
-        load.adapters.remove(LATE)
-        await asyncio.sleep(2)  # Until nobody asks it any more.
-        less_s = await serve.changed(engine, first, lambda told: late not in told and broken not in told)
-        gone = await outcome(session, serve.url, (late, "Who are you?", ""), False)
-        seen = await load.end()
+        for load in loads:
+            load.adapters.append(LATE)
+        late_ones = [text for question, right in OWN[LATE].items() for text in await ask_each(late, question, right)]
+        refused = await ask_each(broken, "Who are you?", "")
+        for load in loads:
+            load.adapters.remove(LATE)
+        await asyncio.sleep(1)  # Until nobody asks it any more.
+        less_s = await serve.changed(first, lambda told: not {*late, *broken} & told.keys())
+        gone = await ask_each(late, "Who are you?", "")
+        seen = [await load.end() for load in loads]
     return {
-        "more_s": more_s, "late": dict(Counter(late_ones)), "broken_s": broken_s, "broken": refused, "less_s": less_s,
-        "gone": gone, "seen": seen, "same_processes": serve.pids(engine) == before,
+        "more_s": more_s, "late": dict(Counter(late_ones)), "broken": refused, "less_s": less_s, "gone": gone,
+        "seen": dict(zip(engines, seen, strict=True)),
+        "same_processes": {engine: serve.pids(engine) for engine in engines} == before,
     }  # fmt: skip
 
 
@@ -216,20 +229,17 @@ async def death(serve: AdapterServe, engine: str) -> dict[str, Any]:
 
 
 async def findings(serve: AdapterServe, engine: str) -> dict[str, Any]:
-    """All of it for one engine."""
+    """What many clients of one engine see, and what becomes of their streams when a replica dies."""
     found: dict[str, Any] = {"engine": engine}
     for way in ("by name", "by route"):
         found[way] = await at_once(serve, engine, way)
-    found |= await live(serve, engine)
     found["death"] = await death(serve, engine)
     return found
 
 
-def is_right(found: Mapping[str, Any]) -> bool:
+def is_right(counts: Sequence[Mapping[str, int]]) -> bool:
     """Whether every answer was right."""
-    counts = [found["by name"], found["by route"], found["late"], found["seen"]]
-    counts += [found["death"]["seen"], found["death"]["after"]]
-    return all(set(count) == {"right"} for count in counts) and found["same_processes"]
+    return all(set(count) == {"right"} for count in counts)
 
 
 def main() -> int:
@@ -244,10 +254,14 @@ def main() -> int:
     print(json.dumps({"ready_after_s": round(time.monotonic() - begin, 1)}), flush=True)
     status = 0
     try:
+        found = asyncio.run(live(serve))
+        print(json.dumps(found), flush=True)
+        status |= not (is_right([found["late"], *found["seen"].values()]) and found["same_processes"])
         for engine in options.only:
             found = asyncio.run(findings(serve, engine))
             print(json.dumps(found), flush=True)
-            status |= not is_right(found)
+            of_death = found["death"]
+            status |= not is_right([found["by name"], found["by route"], of_death["seen"], of_death["after"]])
     except BaseException:
         print(serve.output()[-5000:], file=sys.stderr)
         raise
