@@ -262,8 +262,8 @@ async def test_a_parked_engine_keeps_its_adapters() -> None:
         await engine.park()
         await engine.load_adapter("a04", ADAPTERS_DIR / "a04")
         await engine.unload_adapter("a04")
-        await engine.load_adapter("a05", ADAPTERS_DIR / "a05")
-        running.append(asyncio.create_task(assert_all_right(client, ["a05"], 2)))
+        await engine.load_adapter("a06", ADAPTERS_DIR / "a06")
+        running.append(asyncio.create_task(assert_all_right(client, ["a06"], 2)))
         await engine.wake()
         await asyncio.gather(*running)
 
