@@ -42,7 +42,7 @@ async def serving(names: list[str] = NAMES, **fields: Any) -> AsyncIterator[tupl
     adapters = {name: str(ADAPTERS_DIR / name) for name in names}
     room = {"max_loras": 16, "max_lora_rank": 8}
     config = model_config(
-        model=model_path(DEMO_MODEL), device="cpu", dtype="float32", num_cpus=2, adapters=adapters, **(room | fields)
+        model=model_path(DEMO_MODEL), device="cpu", dtype="float32", num_cpus=1, adapters=adapters, **(room | fields)
     )
     engine = PtEngine(config, "demo")
     app = await engine.start()
