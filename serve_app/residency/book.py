@@ -65,6 +65,10 @@ class Book:
         """Returns the bound of the policy for these replicas."""
         return longest_wait_s(entry.member for entry in self._entries.values())
 
+    def member(self, replica: str) -> Member:
+        """Returns a replica of the pool, as it will be once it has its orders."""
+        return self._entries[replica].member
+
     def knows(self, replica: str) -> bool:
         """Returns whether the replica has joined this keeper."""
         entry = self._entries.get(replica)

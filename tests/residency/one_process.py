@@ -29,9 +29,14 @@ class Memory:
         """What was written last."""
         return self.values.get(key)
 
+    def leases(self) -> dict[str, int]:
+        """The leases that are written down, by the replica's name."""
+        records = (record for value in self.values.values() for record in json.loads(value))
+        return {record["terms"]["replica"]: record["lease"].get("cpu", 0) for record in records}
+
     def leased(self) -> int:
         """The sum of all leases that are written down."""
-        return sum(record["lease"].get("cpu", 0) for value in self.values.values() for record in json.loads(value))
+        return sum(self.leases().values())
 
     def _require(self) -> None:
         if self.is_down:
