@@ -91,7 +91,7 @@ class SwappingEngine:
 
     async def start(self) -> ASGIApp:
         """Joins the pool, waits until the engine has been loaded for the first time, and returns the application."""
-        self._lock = LifeLock(self._replica)
+        self._lock = LifeLock(self._replica, self._swaps.pool, self._name)
         self._first = asyncio.get_running_loop().create_future()
         self._first_since = self._clock()
         await self._holder.start()
@@ -206,7 +206,8 @@ class SwappingEngine:
 
     async def _wake(self, lease: Bytes) -> None:
         begin, was = self._clock(), self._state
-        self._state, self._lease = "waking", lease
+        self._state = "waking"
+        self._hold(lease)
         self._changed()
         if self._engine is None:
             self._seat = next(seat for seat in self._seats if dict(seat.lease) == dict(lease))
@@ -238,7 +239,8 @@ class SwappingEngine:
         begin = self._clock()
         if parks and await self._parked():
             self._requests.stand_still()
-            self._state, self._has_copy, self._lease = "parked", True, self._residue
+            self._state, self._has_copy = "parked", True
+            self._hold(self._residue)
         else:
             if not has_ended:
                 await self._requests.cut()
@@ -275,7 +277,13 @@ class SwappingEngine:
         if engine is not None:
             await engine.stop()
         self._state, self._has_copy = "stopped", False
-        self._lease = self._residue if self._keeps_residue else {}
+        self._hold(self._residue if self._keeps_residue else {})
+
+    def _hold(self, lease: Bytes) -> None:
+        """Sets what the replica holds. Its lock says so too, to whoever comes after its node of Ray has died."""
+        self._lease = lease
+        if self._lock is not None:
+            self._lock.hold(lease)
 
     async def _fail(self, error: Exception) -> None:
         logger.exception("'%s' has lost its engine.", self._name)

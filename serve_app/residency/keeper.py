@@ -19,7 +19,7 @@ from serve_app.ray_serve import NAMESPACE
 from serve_app.residency.book import Book, Decision, Report
 from serve_app.residency.counted import Counted
 from serve_app.residency.lease_records import PoolName, RayRecords, Records, remove_dead
-from serve_app.residency.life_lock import Process, lives
+from serve_app.residency.life_lock import Holding, Process, left_behind, lives
 from serve_app.residency.member import Bytes, Member, Pool
 from serve_app.residency.policy import Order, waiters
 
@@ -86,6 +86,7 @@ class KeeperActor:
         records: Records | None = None,
         lives: Callable[[str, Process], bool] = lives,
         clock: Callable[[], float] = time.monotonic,
+        left_behind: Callable[[str], list[Holding]] = left_behind,
     ):
         self._name, self._records, self._lives, self._clock = name, records or RayRecords(), lives, clock
         self._settings = settings
@@ -100,6 +101,9 @@ class KeeperActor:
         self._counted = Counted(records)
         for record in records:
             self._book.restore(record, clock())
+        for holding in left_behind(name.pool):
+            logger.info("'%s' of an earlier node of Ray still ends, and what it holds is not free yet.", holding.model)
+            self._book.add_left_behind(holding, clock())
         # Ray runs this on the actor's loop. It must not wait for a call, since all replicas may have died too.
         self._task = asyncio.get_running_loop().create_task(self._watch())
 

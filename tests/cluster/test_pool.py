@@ -1,15 +1,18 @@
 """Three models that share memory for one: who is asked has it, and no death costs a request."""
 
 import asyncio
+import json
 import random
 import signal
 from collections import Counter
 from collections.abc import Iterator
 
 import httpx
+import psutil
 import pytest
 
-from tests.cluster.served_pool import PoolOnNodes, run_rate
+from serve_app.residency.life_lock import lock_folder
+from tests.cluster.served_pool import REPLICA, PoolOnNodes, run_rate
 from tests.cluster.served_ranks import session_for
 from tests.cluster.storm import ask
 from tests.demo_answers import ANSWERS, QUESTIONS
@@ -50,6 +53,15 @@ def test_each_model_answers_by_name_and_by_route(cluster: PoolOnNodes) -> None:
     states = Counter(state for model in models.values() for state in model["residency"])
     assert states["resident"] + states["waking"] + states["draining"] <= 1
     assert states["parked"] >= len(cluster.names) - 1
+
+
+def test_the_lock_of_each_replica_says_what_it_holds(cluster: PoolOnNodes) -> None:
+    """With the raylet that has started it, so that the next node of Ray on this machine can wait for it."""
+    holdings = [json.loads(path.read_text()) for path in lock_folder().iterdir()]
+    own = {told["process"][0]: told for told in holdings if told["process"][0] in cluster.pids(REPLICA)}
+    assert sorted(told["model"] for told in own.values()) == cluster.names
+    assert {psutil.Process(told["raylet"][0]).exe().rpartition("/")[2] for told in own.values()} == {"raylet"}
+    assert 0 < sum(told["lease"].get("cpu", 0) for told in own.values()) <= cluster.budget
 
 
 def test_no_death_costs_a_request_or_breaks_the_law(cluster: PoolOnNodes) -> None:

@@ -5,14 +5,13 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from serve_app.errors import EngineError
 from serve_app.residency.book import Report
 from serve_app.residency.lease_holder import LeaseHolder
-from serve_app.residency.life_lock import LifeLock, lives, this_process
+from serve_app.residency.life_lock import Holding
 from serve_app.residency.member import Bytes, State, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake
 from tests.residency.one_process import LocalKeeper
@@ -205,6 +204,25 @@ async def test_the_lease_of_a_dead_replica_is_free() -> None:
     assert not b.seen["Leave"]
 
 
+async def test_what_replicas_of_a_dead_node_hold_is_not_free() -> None:
+    """A new node of Ray has another id and a keeper that knows nothing. Who waits gets the memory of the old node's
+    replica when its processes have ended, and not before, also through the death of the new keeper."""
+    cluster = Cluster()
+    cluster.left = [Holding("old", "old", "default", (1, 1.0), (2, 1.0), {"cpu": BUDGET})]
+    cluster.kill_keeper()
+    (replica,) = await started(cluster, "a")
+    replica.ask()
+    await asyncio.sleep(10)
+    assert replica.state == "stopped"
+    cluster.left = []
+    cluster.kill_keeper()
+    await asyncio.sleep(10)
+    assert replica.state == "stopped"
+    cluster.dead.add("old")
+    await until(lambda: replica.served == 1, 5.0)
+    assert [member.name for member in (await cluster.keeper.pool()).members] == ["a"]
+
+
 async def test_one_that_leaves_in_order_is_forgotten() -> None:
     """Its record too."""
     cluster = Cluster()
@@ -248,20 +266,3 @@ async def test_the_law_holds_through_deaths(seed: int) -> None:
     await until(lambda: not any(replica.waiting for replica in replicas), 600)
     assert sum(replica.served for replica in cluster.replicas) == asked
     assert max(replica.longest for replica in cluster.replicas) < await cluster.keeper.longest_wait_s() + 30
-
-
-def test_a_lock_shows_that_a_replica_lives(tmp_path: Path) -> None:
-    """The kernel frees it with its process; one that was never there is dead."""
-    nobody = (2**22 - 1, 1.0)
-    lock = LifeLock("a#b/1", tmp_path)
-    assert lives("a#b/1", nobody, tmp_path)
-    assert not lives("other", nobody, tmp_path)
-    (file,) = tmp_path.iterdir()
-    file.unlink()
-    assert lives("a#b/1", this_process(), tmp_path)  # Somebody has tidied the folder.
-    assert not lives("a#b/1", nobody, tmp_path)
-    lock.release()
-    again = LifeLock("a#b/1", tmp_path)
-    again.release()
-    assert not lives("a#b/1", nobody, tmp_path)
-    assert not list(tmp_path.iterdir())
