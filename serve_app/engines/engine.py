@@ -7,6 +7,7 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.planning.plan import ModelPlan
 
@@ -68,6 +69,11 @@ class Engine(Protocol):
 
     def draft_counts(self) -> DraftCounts | None:
         """Returns what the engine has counted of its speculation, or None if it has none or exports them itself."""
+        ...
+
+    def prompt_cache_counts(self) -> PromptCacheCounts | None:
+        """Returns what the engine has counted of the texts that it keeps for later prompts, or None if it keeps none or
+        exports that itself."""
         ...
 
     def parking(self) -> Parking | None:

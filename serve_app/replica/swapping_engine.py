@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Engine, Parking
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError, ServeAppError
 from serve_app.model_fields import ResidencyConfig
@@ -75,6 +76,7 @@ class SwappingEngine:
         self._has_copy = False
         self._may_park = swaps.host_memory is None or swaps.host_memory >= weights
         self._start_s, self._wake_s, self._leave_s = FIRST_START_S, FIRST_WAKE_S, FIRST_LEAVE_S
+        self._guessed: set[State] = {"parked", "stopped"}  # It has not come back from these yet.
         self._engine: Engine | None = None
         self._app: ASGIApp | None = None
         self._failure: ServeAppError | None = None
@@ -109,10 +111,11 @@ class SwappingEngine:
         return self._state
 
     def residency(self) -> ResidencyReport:
-        """Returns its state for `serve-app status`, with the seconds until it is resident once it may
-        be, as they were measured last, or a guess before that."""
+        """Returns its state for `serve-app status`, with the seconds until it is resident once it may be, as they were
+        measured last, or as a guess before that."""
         seconds = {"parked": self._wake_s, "stopped": self._start_s}.get(self._state, 0.0)
-        return ResidencyReport(self._state, self._swaps.pool, round(seconds, 2))
+        is_guess = self._state in self._guessed
+        return ResidencyReport(self._state, self._swaps.pool, round(seconds, 2), is_guess)
 
     async def check_health(self) -> None:
         """Raises EngineError if the engine has failed, or the pool has refused the replica."""
@@ -139,6 +142,10 @@ class SwappingEngine:
     def draft_counts(self) -> DraftCounts | None:
         """Returns the engine's, or None while there is no engine."""
         return None if self._engine is None else self._engine.draft_counts()
+
+    def prompt_cache_counts(self) -> PromptCacheCounts | None:
+        """Returns the engine's, or None while there is no engine."""
+        return None if self._engine is None else self._engine.prompt_cache_counts()
 
     def parking(self) -> Parking | None:
         """Returns None, because only the keeper has it parked."""
@@ -186,6 +193,7 @@ class SwappingEngine:
             self._replica, self._name, tuple(seat.lease for seat in options if seat is not None),
             self._weights if parks else 0, self._wake_s, self._start_s, self._leave_s, swaps.min_resident_s,
             swaps.drain_s, swaps.priority, self._residue, self._keeps_residue, self._process,
+            "parked" in self._guessed, "stopped" in self._guessed,
         )  # fmt: skip
 
     async def _obey(self, order: Order) -> None:
@@ -223,6 +231,7 @@ class SwappingEngine:
             self._wake_s = took
         else:
             self._start_s = took
+        self._guessed.discard(was)
         self._state = "resident"
         assert self._app is not None, "the engine has started"
         self._requests.open(self._app)

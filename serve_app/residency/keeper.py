@@ -97,9 +97,9 @@ class KeeperActor:
         self._decisions: deque[Decision] = deque(maxlen=MOST_DECISIONS)
         self._alone_since = clock()
         self._looked_for_deaths = clock()
-        records = json.loads(self._records.read(name.key) or "[]")
-        self._counted = Counted(records)
-        for record in records:
+        found = json.loads(self._records.read(name.key) or "[]")
+        self._counted = Counted(found)
+        for record in found:
             self._book.restore(record, clock())
         for holding in left_behind(name.pool):
             logger.info("'%s' of an earlier node of Ray still ends, and what it holds is not free yet.", holding.model)

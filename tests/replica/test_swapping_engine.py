@@ -91,6 +91,9 @@ class Small:
     def draft_counts(self) -> None:
         """None."""
 
+    def prompt_cache_counts(self) -> None:
+        """None."""
+
     def parking(self) -> Parking | None:
         """Itself."""
         return self if self._parks else None
@@ -163,7 +166,7 @@ async def test_each_is_loaded_once_at_its_start() -> None:
     a, b = await pool("a", "b")
     assert [a.engine.state, b.engine.state] == ["parked", "resident"]
     assert (a.log, b.log) == (["start", "park"], ["start"])
-    assert a.engine.residency() == ResidencyReport("parked", "default", FIRST_WAKE_S)
+    assert a.engine.residency() == ResidencyReport("parked", "default", FIRST_WAKE_S, is_guess=True)
 
 
 async def test_a_request_wakes_its_model_and_is_answered() -> None:
