@@ -19,13 +19,14 @@ class Parking(Protocol):
     not change. vLLM frees it at each wake. All of it runs on the replica's event loop, after `start`.
     """
 
-    async def park(self) -> None:
+    async def park(self, still_bytes: int | None = None) -> None:
         """Frees the weights and the KV cache of the devices. Sequences that run stand still between two of their
         tokens and go on after `wake`, and new ones wait. pt has kept their keys and values, and vLLM computes them
         again. Health stays good.
 
         Raises EngineError if the engine is not awake, or if the host has no room for the copies. In the second case pt
-        is as before, and vLLM is dead, as its health says.
+        is as before, and vLLM is dead, as its health says. Raises StillTooLarge if the copy of keys and values would
+        take more than `still_bytes`.
         """
         ...
 

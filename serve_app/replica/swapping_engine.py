@@ -17,7 +17,7 @@ from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
-from serve_app.errors import EngineError, ServeAppError
+from serve_app.errors import EngineError, ServeAppError, StillTooLarge
 from serve_app.model_fields import ResidencyConfig
 from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.metrics import SwapMetrics
@@ -51,7 +51,8 @@ class Seat:
 class SwappingEngine:
     """Runs the engine of one replica while it has a lease.
 
-    `weights` are the bytes of a copy of its weights, as planned. What it keeps of devices while it is parked, it keeps
+    `weights` are the bytes of a copy of its weights, as planned, and `still` those that keys and values of requests
+    which stand still may take beside it. What it keeps of devices while it is parked, it keeps
     when it is stopped too if it `keeps_residue`. `most_running` is the number of requests that the engine takes at
     once, and `replica` is the replica's name, which no other one has.
     """
@@ -67,9 +68,10 @@ class SwappingEngine:
         clock: Callable[[], float] = time.monotonic,
         keeps_residue: bool = False,
         most_running: float = math.inf,
+        still: int = 0,
     ):
         self._name, self._replica, self._swaps, self._clock = name, replica, swaps, clock
-        self._seats, self._weights = list(seats), weights
+        self._seats, self._weights, self._still = list(seats), weights, still
         self._residue, self._keeps_residue = seats[0].residue, keeps_residue
         self._seat: Seat | None = None
         self._state: State = "stopped"
@@ -191,8 +193,8 @@ class SwappingEngine:
         parks = self._may_park and (self._engine is None or self._engine.parking() is not None)
         return Terms(
             self._replica, self._name, tuple(seat.lease for seat in options if seat is not None),
-            self._weights if parks else 0, self._wake_s, self._start_s, self._leave_s, swaps.min_resident_s,
-            swaps.drain_s, swaps.priority, self._residue, self._keeps_residue, self._process,
+            self._weights + self._still if parks else 0, self._wake_s, self._start_s, self._leave_s,
+            swaps.min_resident_s, swaps.drain_s, swaps.priority, self._residue, self._keeps_residue, self._process,
             "parked" in self._guessed, "stopped" in self._guessed,
         )  # fmt: skip
 
@@ -265,7 +267,12 @@ class SwappingEngine:
         if parking is None:
             return False
         try:
-            await parking.park()
+            try:
+                await parking.park(self._still)
+            except StillTooLarge as error:
+                say(f"'{self._name}' sends requests that run back to the router: {error}")
+                await self._requests.cut()
+                await parking.park(self._still)
         except EngineError as error:
             logger.warning("'%s' cannot park and is stopped instead: %s", self._name, error)
             return False

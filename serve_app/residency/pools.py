@@ -16,7 +16,7 @@ from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.no_device import no_device
 from serve_app.planning.plan import Change, Fix, ModelPlan, Plan, Problem
 from serve_app.planning.planner import make_plan
-from serve_app.planning.pool import PoolModel, PoolPlan, residue, residue_of, stops_because, weights_of
+from serve_app.planning.pool import PoolModel, PoolPlan, residue, residue_of, still_bytes, stops_because, weights_of
 from serve_app.planning.resident_sets import ResidentSets, resident_sets
 from serve_app.planning.sizes import gib
 from serve_app.planning.swap_times import guessed_times
@@ -177,7 +177,8 @@ def _model(planned: ModelPlan, request: ModelRequest, room: Room, copies_budget:
     times = guessed_times(planned.backend, weights, on_gpu, parks)
     copy = weights if parks else 0
     leases = (_lease(planned), *_elsewhere(planned, request, room))
-    return PoolModel(planned, leases, residue(planned) if parks else {}, copy, reason, times)
+    still = still_bytes(planned, copies_budget) if parks else 0
+    return PoolModel(planned, leases, residue(planned) if parks else {}, copy, reason, times, still)
 
 
 def _lease(planned: ModelPlan) -> dict[str, int]:
@@ -218,7 +219,8 @@ def _member(model: PoolModel) -> Member:
     assert swaps is not None, "the model of a pool swaps"
     times = model.times
     terms = Terms(
-        model.title, model.model.name, model.leases, model.copy_bytes, times.wake_s, times.start_s, times.leave_s,
+        model.title, model.model.name, model.leases, model.copy_bytes + model.still_bytes,
+        times.wake_s, times.start_s, times.leave_s,
         swaps.min_resident_s, swaps.drain_s, swaps.priority,
         {device: figure.bytes for device, figure in model.residue.items()},
     )  # fmt: skip

@@ -184,6 +184,29 @@ def test_the_copies_are_counted_against_what_the_pool_may_take_and_the_node_has(
     assert pool_of(plan_file(two, cards("80GiB"))).has_room_for_copies is None
 
 
+@pytest.mark.parametrize(
+    ("swap", "backend", "still"),
+    [
+        ({"cpu": "100GiB"}, "pt", 3),
+        ({"cpu": "100GiB"}, "vllm", 0),
+        ({"cpu": "16GiB"}, "pt", 16 - 14.19),
+        ({"cpu": "100GiB", "host_memory": "15GiB"}, "pt", 15 - 14.19),
+    ],
+)
+def test_the_cache_of_requests_that_stand_still_is_counted(swap: dict[str, Any], backend: str, still: float) -> None:
+    """All of it with pt, unless copies may take less. vLLM computes it again."""
+    bounds = {key: value for key, value in swap.items() if key == "host_memory"}
+    memory = {"pool_memory": {0: "40GiB", "cpu": swap["cpu"]}, **bounds}
+    plan = plan_file(
+        [swapping("a", memory, infer_backend=backend, kv_cache_memory_bytes="3GiB")], with_host(cards("80GiB"), 256)
+    )
+    pool = pool_of(plan)
+    (model,) = pool.models
+    assert model.still_bytes == pytest.approx(still * GIB, abs=0.01 * GIB)
+    assert pool.copies_bytes == model.copy_bytes + model.still_bytes
+    assert pool.to_json()["copies"]["still_bytes"] == model.still_bytes
+
+
 def test_a_pool_is_on_the_node_where_most_of_its_models_fit() -> None:
     """A pool of several GPUs offers each of them to a model that takes one."""
     pool = pool_of(plan_file([swapping("a"), swapping("b")], cards("8GiB;24GiB,24GiB")))

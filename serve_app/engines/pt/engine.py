@@ -132,8 +132,9 @@ class PtEngine:
         """Returns this engine, or None if its weights cannot be moved, for a reason that was logged at the start."""
         return None if self._memory_to_park is None else self
 
-    async def park(self) -> None:
+    async def park(self, still_bytes: int | None = None) -> None:
         """Does what `Parking` says."""
+        self._parked_memory.most_cache_bytes = still_bytes
         await asyncio.wrap_future(self.generator.park(self._parked_memory))
 
     async def wake(self) -> None:
