@@ -171,8 +171,8 @@ def still_bytes(planned: ModelPlan, copies_budget: int | None) -> int:
     if planned.backend == "vllm":
         return 0
     swaps = planned.config.swaps
-    bounds = [bound for bound in (swaps and swaps.host_memory, copies_budget) if bound is not None]
-    room = [bound - weights_of(planned) for bound in bounds]
+    own = None if swaps is None else swaps.host_memory
+    room = [bound - weights_of(planned) for bound in (own, copies_budget) if bound is not None]
     return max(0, min([sum(rank.kv_cache.bytes for rank in planned.ranks), *room]))
 
 
