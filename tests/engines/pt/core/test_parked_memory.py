@@ -186,6 +186,37 @@ def test_the_copy_is_made_once_and_can_be_forgotten(large: list[torch.Tensor], m
     assert len(written) == 2 * pieces
 
 
+def test_weights_come_back_in_huge_pages() -> None:
+    """Where the kernel has some: to fill and to free small pages takes it most of a swap."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this kernel has no huge pages")
+    tensor = torch.arange(64 * 2**20, dtype=torch.uint8)
+    expected = tensor.clone()
+    memory = ParkedMemory([Part((tensor,))], list, PageCopy)
+    memory.move_out(nothing)
+    memory.move_back(nothing)
+    assert torch.equal(tensor, expected)
+    begin, size = tensor.data_ptr(), tensor.nbytes
+    inside, huge = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if not name.endswith(":"):
+            first, last = (int(part, 16) for part in name.split("-"))
+            inside = first < begin + size and last > begin
+        elif inside and name == "AnonHugePages:":
+            huge += int(words[0]) * 1024
+    if not huge and size > free_huge_pages():
+        pytest.skip("the memory of this machine is in small pieces")
+    assert huge >= size // 2
+
+
+def free_huge_pages() -> int:
+    """The bytes that the kernel can give in pieces of 2 MiB and more at once."""
+    zones = [list(map(int, line.split()[4:])) for line in Path("/proc/buddyinfo").read_text().splitlines()]
+    return sum(count * 4096 * 2**order for zone in zones for order, count in enumerate(zone) if order >= 9)
+
+
 def test_caches_that_hold_more_than_may_be_copied_stay(large: list[torch.Tensor]) -> None:
     """Nothing is freed then, and with more room they are copied."""
     cache = [torch.arange(2**20)]
