@@ -48,11 +48,12 @@ def this_process() -> Process:
 
 
 def parent_process() -> Process:
-    """Returns the process that has started this one, which is the raylet of a replica's node."""
+    """Returns the process that has started this one, which is the raylet of a replica's node, or the pid 0 if it cannot
+    be seen from here, as from a container of its own."""
     import psutil
 
     parent = psutil.Process().parent()
-    return (os.getppid(), 0.0) if parent is None else (parent.pid, parent.create_time())
+    return (0, 0.0) if parent is None else (parent.pid, parent.create_time())
 
 
 def lock_folder() -> Path:
@@ -101,6 +102,7 @@ def left_behind(pool: str, folder: Path | None = None) -> list[Holding]:
         for holding in found
         if holding.pool == pool
         and any(holding.lease.values())
+        and holding.raylet[0]
         and not _is_alive(holding.raylet)
         and lives(holding.replica, holding.process, there)
     ]
