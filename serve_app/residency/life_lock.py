@@ -96,19 +96,16 @@ def left_behind(pool: str, folder: Path | None = None) -> list[Holding]:
     node counts it. It blocks for some milliseconds for each dead replica, whose file it removes if nothing of it lives.
     """
     there = folder or lock_folder()
-    found = (holding for path in there.iterdir() if (holding := _holding(path)) is not None)
-    return [
+    found = (holding for path in there.iterdir() if (holding := read_holding(path)) is not None)
+    orphans = [
         holding
         for holding in found
-        if holding.pool == pool
-        and any(holding.lease.values())
-        and holding.raylet[0]
-        and not _is_alive(holding.raylet)
-        and lives(holding.replica, holding.process, there)
+        if holding.raylet[0] and not _is_alive(holding.raylet) and lives(holding.replica, holding.process, there)
     ]
+    return [holding for holding in orphans if holding.pool == pool and any(holding.lease.values())]
 
 
-def _holding(path: Path) -> Holding | None:
+def read_holding(path: Path) -> Holding | None:
     """Returns what a file says, or None if it has been removed or another version has written it."""
     try:
         told = json.loads(path.read_bytes().partition(b"\n")[0])

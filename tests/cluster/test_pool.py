@@ -1,7 +1,6 @@
 """Three models that share memory for one: who is asked has it, and no death costs a request."""
 
 import asyncio
-import json
 import random
 import signal
 from collections import Counter
@@ -11,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from serve_app.residency.life_lock import lock_folder
+from serve_app.residency.life_lock import lock_folder, read_holding
 from tests.cluster.served_pool import REPLICA, PoolOnNodes, run_rate
 from tests.cluster.served_ranks import session_for
 from tests.cluster.storm import ask
@@ -57,11 +56,12 @@ def test_each_model_answers_by_name_and_by_route(cluster: PoolOnNodes) -> None:
 
 def test_the_lock_of_each_replica_says_what_it_holds(cluster: PoolOnNodes) -> None:
     """With the raylet that has started it, so that the next node of Ray on this machine can wait for it."""
-    holdings = [json.loads(path.read_text()) for path in lock_folder().iterdir()]
-    own = {told["process"][0]: told for told in holdings if told["process"][0] in cluster.pids(REPLICA)}
-    assert sorted(told["model"] for told in own.values()) == cluster.names
-    assert {psutil.Process(told["raylet"][0]).exe().rpartition("/")[2] for told in own.values()} == {"raylet"}
-    assert 0 < sum(told["lease"].get("cpu", 0) for told in own.values()) <= cluster.budget
+    replicas = set(cluster.pids(REPLICA))
+    found = [holding for path in lock_folder().iterdir() if (holding := read_holding(path)) is not None]
+    own = [holding for holding in found if holding.process[0] in replicas]
+    assert sorted(holding.model for holding in own) == cluster.names
+    assert {psutil.Process(holding.raylet[0]).exe().rpartition("/")[2] for holding in own} == {"raylet"}
+    assert 0 < sum(holding.lease.get("cpu", 0) for holding in own) <= cluster.budget
 
 
 def test_no_death_costs_a_request_or_breaks_the_law(cluster: PoolOnNodes) -> None:
