@@ -71,4 +71,5 @@ def _by_model(pools: Pools) -> dict[str, list[Mapping[str, Any]]]:
 def _wake(record: Mapping[str, Any]) -> Wake:
     """Returns how long a replica takes from its state. One that leaves has to leave first."""
     terms, way = record["terms"], "wake" if record["state"] in ("parked", "draining") else "start"
-    return Wake(float(terms[f"{way}_s"]), bool(terms[f"{way}_is_guess"]))
+    # A keeper of an earlier version did not say what is a guess.
+    return Wake(float(terms[f"{way}_s"]), bool(terms.get(f"{way}_is_guess", False)))
