@@ -127,7 +127,9 @@ class InputMaker:
         """Returns the token ids of a text of any length that the model can take in one or several inputs."""
         self._check_characters([text], MOST_OVER, "prompt")
         with self._tokenizer(size) as tokenizer:
-            found: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False)["input_ids"]
+            found: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)[
+                "input_ids"
+            ]
         return found
 
     @contextmanager
@@ -186,7 +188,12 @@ class InputMaker:
         how = {"truncation": False} if cuts_here else {"truncation": True, "max_length": most}
         try:
             found: Mapping[str, Any] = tokenizer(
-                firsts, seconds, add_special_tokens=cut.add_special_tokens, return_attention_mask=False, **how
+                firsts,
+                seconds,
+                add_special_tokens=cut.add_special_tokens,
+                return_attention_mask=False,
+                verbose=False,
+                **how,
             )
         except Exception as error:  # The tokenizer's own errors have no class of their own.
             if cut.tokens is None:
@@ -264,7 +271,9 @@ class InputMaker:
         """Returns the longest beginning of a text that has at most `most` tokens, as vLLM finds it."""
         self._check_characters([text], MOST_OVER, "documents")
         while text and most:
-            found = tokenizer(text, add_special_tokens=False, truncation=False, return_offsets_mapping=True)
+            found = tokenizer(
+                text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
+            )
             offsets = found["offset_mapping"]
             if len(offsets) <= most:
                 break

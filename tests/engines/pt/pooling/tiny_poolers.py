@@ -36,6 +36,8 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from serve_app.facts.pooling import MODES
+
 WORDS = [f"w{number}" for number in range(90)]
 PAD, UNKNOWN, CLS, SEP, QUERY = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "query:"
 TOKENS = [PAD, UNKNOWN, CLS, SEP, QUERY, *WORDS]
@@ -82,7 +84,8 @@ EMBEDDERS = {
                          max_position_embeddings=128), "DistilBertModel"),
     "electra": Kind(ElectraConfig(**_ENCODER, embedding_size=16), "ElectraModel", ("cls_token",)),
     "albert": Kind(AlbertConfig(**_ENCODER, embedding_size=16), "AlbertModel"),
-    "deberta": Kind(DebertaV2Config(**_ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"]), "DebertaV2Model"),
+    "deberta": Kind(
+        DebertaV2Config(**_ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"]), "DebertaV2Model"),
     "modernbert": Kind(ModernBertConfig(**_ENCODER | _NONE | _MODERN), "ModernBertModel", normalizes=True),
     "nomic": Kind(
         AutoConfig.for_model("nomic_bert", **_ENCODER | {"head_dim": 8}), "NomicBertModel", normalizes=True
@@ -94,7 +97,8 @@ EMBEDDERS = {
     "qwen3": Kind(
         Qwen3Config(**_DECODER), "Qwen3ForCausalLM", ("lasttoken",), normalizes=True, ends=True,
         made_by=AutoModelForCausalLM),
-    "mistral": Kind(MistralConfig(**_DECODER, sliding_window=8), "MistralModel", ("lasttoken",), normalizes=True, ends=True),
+    "mistral": Kind(
+        MistralConfig(**_DECODER, sliding_window=8), "MistralModel", ("lasttoken",), normalizes=True, ends=True),
     "llama alone": Kind(LlamaConfig(**_DECODER), "LlamaModel", None, ends=True),
     "gemma": Kind(
         Gemma3TextConfig(**_DECODER | {"num_hidden_layers": 3}, sliding_window=8, use_bidirectional_attention=True,
@@ -127,14 +131,12 @@ SCORERS = {
 
 
 def tokenizer(ends: bool = False) -> PreTrainedTokenizerBase:
-    """A tokenizer whose words are `WORDS`. A text begins with [CLS] and ends with [SEP], or with `ends` only ends so, as
-    those of decoders do."""
+    """A tokenizer whose words are `WORDS`. A text begins with [CLS] and ends with [SEP]. With `ends` it only ends so,
+    as those of decoders do."""
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(TOKENS)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = [(CLS, TOKENS.index(CLS)), (SEP, TOKENS.index(SEP))]
-    single, pair = (
-        (f"$A {SEP}", f"$A {SEP} $B {SEP}") if ends else (f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B:1 {SEP}:1")
-    )
+    single, pair = (f"$A {SEP}", f"$A {SEP} $B {SEP}") if ends else (f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B:1 {SEP}:1")
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
     names = {"pad_token": PAD, "unk_token": UNKNOWN, "cls_token": CLS, "sep_token": SEP}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
@@ -161,8 +163,7 @@ def save_embedder(folder: Path, name: str, prompts: dict[str, str] | None = None
         return folder
     modules = [("sentence_transformers.models.Transformer", ""), ("sentence_transformers.models.Pooling", "1_Pooling")]
     hidden = kind.config.hidden_size
-    flags = {f"pooling_mode_{mode}": mode in kind.modes for mode in (
-        "cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}  # fmt: skip
+    flags = {flag: flag.removeprefix("pooling_mode_") in kind.modes for flag in MODES}
     _write(folder / "1_Pooling/config.json", {"word_embedding_dimension": hidden, "include_prompt": True, **flags})
     size = hidden * len(kind.modes)
     for number, outputs in enumerate(kind.dense, 2):
@@ -211,7 +212,9 @@ def _save_dense(folder: Path, inputs: int, outputs: int, activation: str) -> Non
     place = activation if "." in activation else f"activation.{activation}"
     fields = {"in_features": inputs, "out_features": outputs, "bias": linear.bias is not None}
     _write(folder / "config.json", fields | {"activation_function": f"torch.nn.modules.{place}"})
-    save_file({f"linear.{name}": tensor.data for name, tensor in linear.named_parameters()}, folder / "model.safetensors")
+    save_file(
+        {f"linear.{name}": tensor.data for name, tensor in linear.named_parameters()}, folder / "model.safetensors"
+    )
 
 
 def _write(file: Path, value: Any) -> None:
