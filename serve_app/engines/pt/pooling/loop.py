@@ -186,6 +186,10 @@ class PoolingLoop(threading.Thread):
             self._compute(group[:middle])
             self._compute(group[middle:])
             return
+        if is_out_of_memory(error):
+            error = OutOfDeviceMemory(
+                f"The device has no memory for an input of {len(group[0])} tokens, even with nothing else in the step."
+            )
         self._tell([Pooled(group[0], error=error)])
 
     def _failure(self, group: list[Input]) -> Exception | None:
@@ -196,11 +200,6 @@ class PoolingLoop(threading.Thread):
             raise
         except Exception as error:
             self._tick()
-            if is_out_of_memory(error):
-                return OutOfDeviceMemory(
-                    f"The device has no memory for an input of {max(map(len, group))} tokens, even with nothing else "
-                    "in the step."
-                )
             return error.with_traceback(None)
         self._tick()
         self._tell([Pooled(item, vector) for item, vector in zip(group, vectors, strict=True)])

@@ -41,7 +41,7 @@ OPERATIONS = (
 def openapi_document(task: Task) -> dict[str, Any]:
     """Returns the document, which is the same for every pt model of this task."""
     schemas: dict[str, Schema] = {}
-    for body in BODIES:
+    for body in BODIES if task == "embed" else BODIES[1:]:
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[body.__name__] = schema

@@ -39,7 +39,7 @@ from serve_app.engines.pt.pooling.protocol import (
 )
 from serve_app.engines.pt.pooling.texts import Cut, InputMaker
 from serve_app.engines.workers import Workers
-from serve_app.errors import EngineError, InvalidRequest, ModelNotFound, ModelUnavailable
+from serve_app.errors import EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
 from serve_app.facts.pooling import ENDPOINTS
 from serve_app.wire.arrival import known_body
 from serve_app.wire.body import RequestBody
@@ -80,7 +80,7 @@ def build_app(pooler: Pooler) -> Starlette:
             Route("/load", endpoints.load),
             Route("/openapi.json", endpoints.openapi),
         ],
-        exception_handlers={InvalidRequest: _refused, HTTPException: _no_such_route, Exception: _unexpected},
+        exception_handlers={RequestError: _refused, HTTPException: _no_such_route, Exception: _unexpected},
     )
 
 
