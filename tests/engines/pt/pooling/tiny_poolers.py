@@ -42,6 +42,8 @@ WORDS = [f"w{number}" for number in range(90)]
 PAD, UNKNOWN, CLS, SEP, QUERY = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "query:"
 TOKENS = [PAD, UNKNOWN, CLS, SEP, QUERY, *WORDS]
 VOCABULARY = len(TOKENS)
+# The tokenizers of these say nothing of the text that a token is of.
+WITHOUT_TYPES = ("gpt2", "qwen3", "mistral", "llama", "gemma3_text", "t5", "modernbert", "distilbert")
 _ENCODER: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0,
@@ -130,7 +132,7 @@ SCORERS = {
 }  # fmt: skip
 
 
-def tokenizer(ends: bool = False) -> PreTrainedTokenizerBase:
+def tokenizer(ends: bool = False, tells_types: bool = True) -> PreTrainedTokenizerBase:
     """A tokenizer whose words are `WORDS`. A text begins with [CLS] and ends with [SEP]. With `ends` it only ends so,
     as those of decoders do."""
     backend = Tokenizer(models.WordLevel({token: number for number, token in enumerate(TOKENS)}, unk_token=UNKNOWN))
@@ -139,7 +141,7 @@ def tokenizer(ends: bool = False) -> PreTrainedTokenizerBase:
     single, pair = (f"$A {SEP}", f"$A {SEP} $B {SEP}") if ends else (f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B:1 {SEP}:1")
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
     names = {"pad_token": PAD, "unk_token": UNKNOWN, "cls_token": CLS, "sep_token": SEP}
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    inputs = ["input_ids", *(["token_type_ids"] if tells_types else []), "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=inputs, model_max_length=96, **names)
 
 
@@ -203,7 +205,7 @@ def _save(folder: Path, kind: Kind, made_by: Any) -> None:
             if parameter.ndim > 1:
                 parameter.mul_(3)
     model.save_pretrained(folder)
-    tokenizer(kind.ends).save_pretrained(folder)
+    tokenizer(kind.ends, tells_types=kind.config.model_type not in WITHOUT_TYPES).save_pretrained(folder)
     change(folder / "config.json", architectures=[kind.architecture], **kind.extra)
 
 
