@@ -51,7 +51,9 @@ ONLY_VLLM = (
     "gpu_ids",
 )  # fmt: skip
 # Only pt honours these fields, except that vLLM honours `max_memory` too. So with `auto` the plan decides there.
-ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests", "prompt_cache_memory")
+ONLY_PT = (
+    "max_memory", "device_map", "num_gpus", "max_queued_requests", "prompt_cache_memory", "max_num_batched_tokens",
+)  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -270,6 +272,7 @@ class ModelFields(Strict):
     `speculative_config`.
     `prompt_cache_memory` is what pt may take of the host's memory to keep the keys and values of texts that have ended,
     for prompts that begin with them.
+    `max_num_batched_tokens` bounds a step of pt with an embedding model or a cross-encoder, with its padding.
     `residency` says whether the model holds its memory all the time or shares it with others that swap.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
@@ -291,6 +294,7 @@ class ModelFields(Strict):
     nnodes: Positive | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
+    max_num_batched_tokens: Positive | None = None
     max_queued_requests: Positive | None = None
     step_timeout_s: Seconds | None = None
     max_body_bytes: Positive = MAX_BODY_BYTES

@@ -9,6 +9,7 @@ from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.facts.checkpoint import read_own_pooling
 from serve_app.planning.plan import ModelPlan
 
 
@@ -95,12 +96,18 @@ def create_engine(config: ModelConfig, name: str, planned: ModelPlan | None = No
 
     `planned` is the plan of this replica, whose devices have the numbers of this process. On GPUs pt places layers and
     bounds its KV cache by it, unless the checkpoint is quantised or `device_map` says how. vLLM's part of it is in the
-    config (`with_planned_memory`).
+    config (`with_planned_memory`). What the model is for is read of its files. Raises ConfigError for files of an
+    embedding model or a cross-encoder that pt cannot serve.
     """
     if config.infer_backend == "vllm":
         from serve_app.engines.vllm.engine import VllmEngine
 
         return VllmEngine(config, name)
+    pooling = read_own_pooling(config.model, config.revision)
+    if pooling is not None:
+        from serve_app.engines.pt.pooling.engine import PoolingEngine
+
+        return PoolingEngine(config, name, pooling, planned)
     from serve_app.engines.pt.engine import PtEngine
 
     return PtEngine(config, name, planned)
