@@ -78,6 +78,9 @@ class PoolingEngine:
     def draft_counts(self) -> None:
         """Returns None, because nothing is drafted."""
 
+    def prompt_cache_counts(self) -> None:
+        """Returns None, because no text is kept."""
+
     async def memory(self) -> list[RankMemory]:
         """Returns what this process holds of each device that holds a part of the model."""
         return await asyncio.to_thread(self._memory)
@@ -86,8 +89,9 @@ class PoolingEngine:
         """Returns this engine, or None if its weights cannot be moved, for a reason that was logged at the start."""
         return None if self._memory_to_park is None else self
 
-    async def park(self) -> None:
-        """Does what `Parking` says."""
+    async def park(self, still_bytes: int | None = None) -> None:
+        """Does what `Parking` says. There is no KV cache, so what stands still takes nothing."""
+        self._parked_memory.most_cache_bytes = still_bytes
         await asyncio.wrap_future(self.pooler.park(self._parked_memory))
 
     async def wake(self) -> None:
