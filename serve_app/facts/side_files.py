@@ -45,8 +45,8 @@ def on_hub(model: str, revision: str | None, is_reachable: Callable[[], bool]) -
 def inner_path(name: str) -> PurePosixPath:
     """Returns the path of a file within a model. Raises ConfigError for one that leaves the model's folder."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ConfigError(f"model: the file {name[:100]!r} is outside of the model's folder.")
+    if path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ConfigError(f"model: the file {name[:100]!r} is not in the model's folder.")
     return path
 
 

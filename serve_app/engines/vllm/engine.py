@@ -31,11 +31,13 @@ from serve_app.engines.engine import Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.bounds import MOST_CHOICES
+from serve_app.engines.vllm.endpoints import OF_TEXT
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.engines.vllm.parking import VllmParking, can_park
 from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
+from serve_app.wire.asgi import endpoint
 from serve_app.wire.openai_errors import error_response, route_error_response
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this variable sets less.
@@ -201,8 +203,10 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     """Answers 404 or 405. vLLM has only the routes of the model's tasks, so a model that generates text has no
-    embeddings."""
+    embeddings. A model that generates none answers 400 to a chat, as it does with pt."""
     assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 404 and (api := OF_TEXT.get(endpoint(request.scope).removesuffix("/"))) is not None:
+        return error_response(InvalidRequest(f"The model does not support {api} API.", param="model"))
     text = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code in (404, 405):
         text += ". vLLM does not serve it for this model."

@@ -143,7 +143,7 @@ def _can_run(model: PreTrainedModel, runs: Callable[[PreTrainedModel], bool]) ->
 
 
 def _placement(
-    config: ModelConfig, hf_config: Any, planned: ModelPlan | None, task: Task
+    config: ModelConfig, hf_config: Any, planned: ModelPlan | None, task: Task = "generate"
 ) -> tuple[dict[str, Any], int | None]:
     """Returns the options of `from_pretrained` for devices, and the tokens of KV cache that the plan has room for.
 

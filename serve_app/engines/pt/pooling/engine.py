@@ -79,7 +79,7 @@ class PoolingEngine:
         """Returns None, because nothing is drafted."""
 
     def prompt_cache_counts(self) -> None:
-        """Returns None, because there is no prompt cache."""
+        """Returns None, because no text is kept."""
 
     async def memory(self) -> list[RankMemory]:
         """Returns what this process holds of each device that holds a part of the model."""
@@ -90,7 +90,8 @@ class PoolingEngine:
         return None if self._memory_to_park is None else self
 
     async def park(self, still_bytes: int | None = None) -> None:
-        """Does what `Parking` says. There are no keys and values, so nothing is too large for `still_bytes`."""
+        """Does what `Parking` says. There is no KV cache, so what stands still takes nothing."""
+        self._parked_memory.most_cache_bytes = still_bytes
         await asyncio.wrap_future(self.pooler.park(self._parked_memory))
 
     async def wake(self) -> None:
