@@ -101,9 +101,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one choice, and how many tokens it has generated so far."""
+    """New text of one choice, and how many tokens it has generated so far. `stopped_by` is the stop string that has
+    ended it."""
 
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
     logprobs: tuple[Logprobs, ...] = ()
+    stopped_by: str | None = None
