@@ -9,11 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve_app.engines.pt.api.fields import Closed
 from serve_app.engines.pt.api.protocol import MOST_MESSAGES, Body, ChatRequest, StopText
-from serve_app.wire.anthropic.chat_request import chat_request
+from serve_app.engines.pt.api.request_error import named_as
+from serve_app.wire.anthropic.chat_request import NAMES, chat_request
 
 # These are for bookkeeping and caching on Anthropic's side and do not change what is generated.
-WITHOUT_EFFECT = frozenset({"metadata", "service_tier", "inference_geo", "cache_control"})
-NEUTRAL_ONLY: dict[str, tuple[Any, ...]] = {"container": (None,), "mcp_servers": (None, [])}
+WITHOUT_EFFECT = frozenset(
+    {"metadata", "service_tier", "inference_geo", "cache_control", "user_profile_id", "workspace_id"}
+)
+NEUTRAL_ONLY: dict[str, tuple[Any, ...]] = {
+    "container": (None,),
+    "mcp_servers": (None, []),
+    "speed": (None, "standard"),
+    "diagnostics": (None,),
+}
 
 Blocks = str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
@@ -126,7 +134,8 @@ def read_messages(
     InvalidRequest."""
     kind.read(body)
     assert isinstance(body, dict), "it was read"
-    return ChatRequest.read(chat_request(body, merge_system))
+    with named_as(NAMES):
+        return ChatRequest.read(chat_request(body, merge_system))
 
 
 def read_counted(body: object, merge_system: bool = False) -> ChatRequest:

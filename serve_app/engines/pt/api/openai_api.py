@@ -116,27 +116,27 @@ class _Endpoints:
 
     async def messages(self, request: Request) -> Response:
         """POST /v1/messages answers a chat of Anthropic's API."""
+        size, asked = await self._read(request, partial(self._chat_of_messages, read_messages))
+        key = _key_name(request)
+        self._require_alive()
+        form = MessagesForm(self._generator.name)
         with named_as(MESSAGES_NAMES):
-            size, asked = await self._read(request, partial(self._chat_of_messages, read_messages))
-            key = _key_name(request)
-            self._require_alive()
-            form = MessagesForm(self._generator.name)
             return await self._writer.answer(size, asked, key, form, None, lambda: [self._prompts.of_chat(asked)])
 
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/messages/count_tokens answers with the tokens of a chat's prompt."""
+        size, asked = await self._read(request, partial(self._chat_of_messages, read_counted))
         with named_as(MESSAGES_NAMES):
-            size, asked = await self._read(request, partial(self._chat_of_messages, read_counted))
             ids = await self._workers.run(size, lambda: self._prompts.of_chat(asked))
         return json_response(msgspec.json.encode({"input_tokens": len(ids)}))
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses answers a chat of OpenAI's newer API, of which nothing is stored."""
+        size, asked = await self._read(request, read_responses)
+        key, chat = _key_name(request), asked.chat
+        self._require_alive()
+        form = ResponsesForm(self._generator.name, self._generator.tokenizer, asked.body)
         with named_as(RESPONSES_NAMES):
-            size, asked = await self._read(request, read_responses)
-            key, chat = _key_name(request), asked.chat
-            self._require_alive()
-            form = ResponsesForm(self._generator.name, self._generator.tokenizer, asked.body)
             return await self._writer.answer(size, chat, key, form, None, lambda: [self._prompts.of_chat(chat)])
 
     def _form(self, shape: Shape) -> OpenAIForm:

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.engines.pt.api.fields import Closed, StreamOptions, StructuredOutputs
 from serve_app.engines.pt.api.protocol import MOST_MESSAGES, Body, ChatRequest, Effort
-from serve_app.wire.responses.chat_request import STORED, chat_request, require_stateless
+from serve_app.engines.pt.api.request_error import named_as
+from serve_app.wire.responses.chat_request import NAMES, STORED, chat_request, require_stateless
 
 # These are for bookkeeping on OpenAI's side, or bound what only hosted tools do. Nothing is stored, whatever `store`
 # says, which OpenAI's clients leave at its default, true.
@@ -131,4 +132,5 @@ def read_responses(body: object) -> AskedResponse:
         require_stateless(body)
     ResponsesRequest.read(body)
     assert isinstance(body, dict), "it was read"
-    return AskedResponse(ChatRequest.read(chat_request(body)), body)
+    with named_as(NAMES):
+        return AskedResponse(ChatRequest.read(chat_request(body)), body)
