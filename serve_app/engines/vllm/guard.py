@@ -69,7 +69,8 @@ class Guard:
         body.require_countable(most_parts=MOST_PARTS)
         fields = _fields(body)
         require_bounded_numbers(fields)
-        choices, texts = _choices(fields), TEXTS
+        choices = _choices(fields)
+        texts: tuple[str, ...] = TEXTS
         if path.removesuffix("/") == RESPONSES:
             require_stateless({name: _bytes(fields, name) not in (b"null", b"false") for name in STORED})
             texts = (*TEXTS, "input")
