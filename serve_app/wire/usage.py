@@ -23,7 +23,7 @@ _COUNT = re.compile(
 )
 _COUNT_END = b'_tokens"'
 # A count has at most this many bytes before and after the beginning of _COUNT_END, and at most the third in total.
-_BEFORE, _BEHIND, _KEPT = 21, 40, 80
+_BEFORE, _BEHIND, _KEPT = 21, 40, 64
 # The names of the Messages and Responses APIs. In the first one, what a cache had is not part of the input.
 _ALSO = {b"prompt": (b"input", b"cache_read_input", b"cache_creation_input"), b"completion": (b"output",)}
 # If usage is asked for, pt writes this into every event before the last, as OpenAI does. Some writers leave blanks.
