@@ -39,12 +39,15 @@ class MessagesTranscript(Transcript):
         super().__init__()
         self.index = 0
         self.is_open = False
+        self._opened: set[str] = set()
 
     def _take(self, event: dict[str, Any]) -> None:
         kind = event.get("type")
         if "unreadable" in event:
             self.problem = "one of its events is not JSON"
         self.started = True
+        if kind in OPENINGS:
+            self._opened.add(kind)
         if kind == "content_block_start":
             self.has_output = self.is_open = True
             self.index = event["index"]
@@ -72,7 +75,7 @@ class MessagesTranscript(Transcript):
 
     def without_opening(self, event: Any) -> bytes:
         """Does what `Transcript` says."""
-        is_event = isinstance(event, dict) and event.get("type") not in OPENINGS
+        is_event = isinstance(event, dict) and event.get("type") not in self._opened
         return named_events([event]) if is_event else b""
 
     def _writer(self) -> MessageEvents:

@@ -42,13 +42,17 @@ class ResponsesTranscript(Transcript):
         super().__init__()
         self._response: dict[str, Any] = {"output": []}
         self._item_id: str | None = None
+        self._has_part = False
         self._ends = 0
+        self._opened: set[str] = set()
 
     def _take(self, event: dict[str, Any]) -> None:
         kind = str(event.get("type"))
         if "unreadable" in event:
             self.problem = "one of its events is not JSON"
         self.started = True
+        if kind in OPENINGS:
+            self._opened.add(kind)
         self.sequence = event.get("sequence_number", self.sequence - 1) + 1
         if kind == "response.created":
             self._response = {**event["response"], "output": []}
@@ -57,11 +61,14 @@ class ResponsesTranscript(Transcript):
             if event["item"]["type"] != "message" or self._item_id is not None:
                 self.problem = f"the stream has an item of type '{event['item']['type']}'"
             self._item_id = event["item"]["id"]
+        elif kind == "response.content_part.added":
+            self._has_part = True
         elif kind == "response.output_text.delta":
             self.text += event["delta"]
         elif kind in ENDS:
             self._ends = ENDS.index(kind) + 1
-            self.finish_reason = "stop"
+            is_cut = (event.get("item") or {}).get("status") == "incomplete"
+            self.finish_reason = "length" if is_cut else "stop"
         elif kind in ("response.completed", "response.incomplete", "response.failed", "error"):
             self.done = True
 
@@ -71,11 +78,12 @@ class ResponsesTranscript(Transcript):
 
     def ending(self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int) -> bytes:
         """Does what `Transcript` says."""
-        return named_events(self._writer().stop(self.finish_reason is None, usage(prompt_tokens, sent_tokens)))
+        sent_tokens += self.finish_reason == "stop"  # The token that ends a text is not in it.
+        return named_events(self._writer().stop(self.finish_reason != "stop", usage(prompt_tokens, sent_tokens)))
 
     def without_opening(self, event: Any) -> bytes:
         """Does what `Transcript` says."""
-        if not isinstance(event, dict) or event.get("type") in OPENINGS:
+        if not isinstance(event, dict) or event.get("type") in self._opened:
             return b""
         if isinstance(response := event.get("response"), dict):
             began = {name: self._response[name] for name in ("id", "created_at") if name in self._response}
@@ -85,7 +93,7 @@ class ResponsesTranscript(Transcript):
     def _writer(self) -> ResponseEvents:
         if self._item_id is None:
             return ResponseEvents(self._response, self.sequence)
-        item = Item("message", self._item_id, [self.text], done=self._ends)
+        item = Item("message", self._item_id, [self.text], has_part=self._has_part, done=self._ends)
         if self._ends == len(ENDS):
             return ResponseEvents({**self._response, "output": [item.written("completed")]}, self.sequence)
         return ResponseEvents(self._response, self.sequence, item)

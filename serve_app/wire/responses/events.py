@@ -67,7 +67,7 @@ def usage(input_tokens: int, output_tokens: int, reasoning_tokens: int = 0) -> d
 class Item:
     """This is the item that is being written. `texts` are the pieces of its text or arguments so far.
 
-    `done` counts the events of its end that have been sent, for a stream that another replica continues.
+    `has_part` says that the part of its content has been added, and `done` counts the events of its end that have been sent, for a stream that another replica continues.
     """
 
     kind: Kind
@@ -76,6 +76,7 @@ class Item:
     logprobs: list[Any] = field(default_factory=list)
     call_id: str = ""
     name: str = ""
+    has_part: bool = True
     done: int = 0
 
     def written(self, status: str) -> dict[str, Any]:
@@ -178,12 +179,15 @@ class ResponseEvents:
         return {**self._response, **ended}
 
     def _opened(self, kind: Kind) -> list[Event]:
-        if self._item is not None and self._item.kind == kind:
-            return []
-        events = self.close()
-        self._item = Item(kind, new_id(PREFIXES[kind]))
-        part = self._item.part("")
-        return [*events, self._added(), self._at("response.content_part.added", content_index=0, part=part)]
+        events: list[Event] = []
+        if self._item is None or self._item.kind != kind:
+            events += self.close()
+            self._item = Item(kind, new_id(PREFIXES[kind]), has_part=False)
+            events.append(self._added())
+        if not self._item.has_part:
+            self._item.has_part = True
+            events.append(self._at("response.content_part.added", content_index=0, part=self._item.part("")))
+        return events
 
     def _added(self) -> Event:
         assert self._item is not None, "an item was opened"
