@@ -67,7 +67,8 @@ def usage(input_tokens: int, output_tokens: int, reasoning_tokens: int = 0) -> d
 class Item:
     """This is the item that is being written. `texts` are the pieces of its text or arguments so far.
 
-    `has_part` says that the part of its content has been added, and `done` counts the events of its end that have been sent, for a stream that another replica continues.
+    `has_part` says that the part of its content has been added, and `done` counts the events of its end that have been
+    sent. Both are for a stream that another replica continues.
     """
 
     kind: Kind
