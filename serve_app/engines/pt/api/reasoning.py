@@ -78,10 +78,11 @@ class ThinkReader:
     def _begins(self) -> bool:
         """Returns whether the text begins with the opening tag. Without it, all of the text is the answer."""
         opening, text = self._tags.opening, self._held.lstrip()
-        if text.startswith(opening):
+        is_near = len(self._held) - len(text) <= MOST_SPACE
+        if is_near and text.startswith(opening):
             self._held = text[len(opening) :]
             self._thinks = True
-        elif not opening.startswith(text) or len(self._held) - len(text) > MOST_SPACE:
+        elif not (is_near and opening.startswith(text)):
             self._answers = True
         return self._thinks
 
