@@ -3,6 +3,7 @@
 Both engines then see the same prompt, and the router can continue a stream of either.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_responses_have_vllms_prompt() -> None:
 
     for given in ("Hello", ITEMS):
         asked = {"model": "m", "input": given, "instructions": "You are helpful."}
-        request = ResponsesRequest.model_validate(asked)
+        request = ResponsesRequest.model_validate(deepcopy(asked))  # It changes what it is given.
         theirs = construct_input_messages(request_instructions=request.instructions, request_input=request.input)
         ours = chat_of_responses(asked)["messages"]
         assert [plain(message) for message in ours] == [plain(message) for message in theirs]
