@@ -12,7 +12,8 @@ from serve_app.engines.pt.core.sequence import FinishReason, Logprobs, Piece, Sa
 class Job:
     """One checked request says what to generate. `n` choices follow each prompt.
 
-    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with.
+    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with. `model` is the name that
+    stands in the answer.
     """
 
     request: ChatRequest | CompletionRequest
@@ -20,6 +21,7 @@ class Job:
     params: SamplingParams
     readers: list[MessageReader]
     openings: list[str]
+    model: str
 
     @property
     def prompt_tokens(self) -> int:

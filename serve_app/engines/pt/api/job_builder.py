@@ -40,7 +40,7 @@ class JobBuilder:
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
         params = asked.sampling(max_tokens, self._generator.generation_config)
         readers = [reader for prompt in prompts for reader in self._readers(asked, prompt)]
-        return Job(asked, prompts, params, readers, self._openings(asked, prompts))
+        return Job(asked, prompts, params, readers, self._openings(asked, prompts), self._generator.name)
 
     def _openings(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[str]:
         """Returns the text that each choice begins with, which is the prompt if it is to be echoed."""

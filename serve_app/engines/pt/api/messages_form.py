@@ -1,7 +1,6 @@
 """Writes the answers of Anthropic's Messages API."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -18,11 +17,8 @@ from serve_app.wire.sse import named_events
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-@dataclass(frozen=True)
 class MessagesForm:
-    """Writes answers of one model. `model` is the name that stands in them."""
-
-    model: str
+    """Writes messages."""
 
     def whole(self, job: Job, answers: Sequence[WholeChoice]) -> bytes:
         """Returns the whole message as JSON. An answer without anything has one empty block, as with vLLM."""
@@ -41,7 +37,7 @@ class MessagesForm:
                 "id": new_message_id(),
                 "type": "message",
                 "role": "assistant",
-                "model": self.model,
+                "model": job.model,
                 "content": [*content, *calls],
                 "stop_reason": reason,
                 "stop_sequence": stopped_by,
@@ -51,21 +47,20 @@ class MessagesForm:
 
     def events(self, job: Job) -> EventWriter:
         """Returns the writer of one stream."""
-        return _MessagesEvents(self.model, job)
+        return _MessagesEvents(job)
 
 
 class _MessagesEvents:
     """Does what `EventWriter` says."""
 
-    def __init__(self, model: str, job: Job):
-        self._model = model
+    def __init__(self, job: Job):
         self._job = job
         self._events = MessageEvents()
         self._answer = ChoiceProgress()
         self._arguments: list[str] = []  # They are those of the last call.
 
     def begin(self) -> bytes:
-        return named_events(self._events.start(new_message_id(), self._model, self._job.prompt_tokens))
+        return named_events(self._events.start(new_message_id(), self._job.model, self._job.prompt_tokens))
 
     def add(self, _: int, piece: Piece, delta: Delta) -> bytes:
         self._answer.add(piece, delta)

@@ -119,7 +119,7 @@ class _Endpoints:
         size, asked = await self._read(request, partial(self._chat_of_messages, read_messages))
         key = _key_name(request)
         self._require_alive()
-        form = MessagesForm(self._generator.name)
+        form = MessagesForm()
         with named_as(MESSAGES_NAMES):
             return await self._writer.answer(size, asked, key, form, None, lambda: [self._prompts.of_chat(asked)])
 
@@ -135,12 +135,12 @@ class _Endpoints:
         size, asked = await self._read(request, read_responses)
         key, chat = _key_name(request), asked.chat
         self._require_alive()
-        form = ResponsesForm(self._generator.name, self._generator.tokenizer, asked.body)
+        form = ResponsesForm(self._generator.tokenizer, asked.body)
         with named_as(RESPONSES_NAMES):
             return await self._writer.answer(size, chat, key, form, None, lambda: [self._prompts.of_chat(chat)])
 
     def _form(self, shape: Shape) -> OpenAIForm:
-        return OpenAIForm(shape, self._generator.name, self._generator.tokenizer)
+        return OpenAIForm(shape, self._generator.tokenizer)
 
     def _chat_of_messages(self, read: Callable[..., ChatRequest], body: object) -> ChatRequest:
         return read(body, merge_system=has_system_message(body) and not self._prompts.takes_late_system)

@@ -35,10 +35,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class OpenAIForm:
-    """Writes answers of one model in one shape. `model` is the name that stands in them."""
+    """Writes answers in one shape."""
 
     shape: Shape
-    model: str
     tokenizer: PreTrainedTokenizerBase
 
     def whole(self, job: Job, answers: Sequence[WholeChoice]) -> bytes:
@@ -54,7 +53,7 @@ class OpenAIForm:
             )
             for index, answer in enumerate(answers)
         ]
-        head = msgspec.json.encode(self.head(self.shape.whole_object))
+        head = msgspec.json.encode(self.head(job, self.shape.whole_object))
         usage = msgspec.json.encode(_usage(job, answers))
         return head[:-1] + b',"choices":[' + b",".join(choices) + b'],"usage":' + usage + b"}"
 
@@ -68,14 +67,14 @@ class OpenAIForm:
             return None
         return self.shape.logprobs(list(logprobs), self.tokenizer, start)
 
-    def head(self, kind: str) -> dict[str, Any]:
+    def head(self, job: Job, kind: str) -> dict[str, Any]:
         """Returns the fields before the choices."""
         number = uuid.uuid4().hex
         return {
             "id": self.shape.id_prefix + number,
             "object": kind,
             "created": int(time.time()),
-            "model": self.model,
+            "model": job.model,
         }
 
 
@@ -85,7 +84,7 @@ class _OpenAIEvents:
     def __init__(self, form: OpenAIForm, job: Job):
         self._form = form
         self._job = job
-        self._head = form.head(form.shape.chunk_object)
+        self._head = form.head(job, form.shape.chunk_object)
         self._usage: dict[str, Any] = {"usage": None} if job.request.include_usage else {}
         self._answers = [ChoiceProgress() for _ in job.choices]
 

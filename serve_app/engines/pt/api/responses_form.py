@@ -19,9 +19,8 @@ from serve_app.wire.sse import named_events
 
 @dataclass(frozen=True)
 class ResponsesForm:
-    """Writes answers of one model to the request `asked`, whose fields a response repeats."""
+    """Writes answers to the request `asked`, whose fields a response repeats."""
 
-    model: str
     tokenizer: PreTrainedTokenizerBase
     asked: Mapping[str, Any]
 
@@ -47,7 +46,7 @@ class ResponsesForm:
             "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty,
         }
-        return new_response(self.model, self.asked, sampling)
+        return new_response(job.model, self.asked, sampling)
 
     def add(self, events: ResponseEvents, delta: Delta, logprobs: Sequence[Logprobs]) -> list[Event]:
         """Returns the events of new text and calls. Only the text of the answer has log probabilities."""
