@@ -93,7 +93,7 @@ class Usage:
     def __init__(self) -> None:
         self._said_total: int | None = None
         self._last: dict[bytes, int] = {}
-        self._most: dict[bytes, int] = {}
+        self._most_input = self._most_output = 0
         self._end = b""
 
     @property
@@ -109,10 +109,9 @@ class Usage:
     @property
     def total(self) -> int | None:
         """Returns the tokens of both, or None if the answer has not said it."""
-        output = self._most.get(b"output", 0)
-        if not output:  # The first event of a stream of messages has the input alone.
+        if not self._most_output:  # The first event of a stream of messages has the input alone.
             return self._said_total
-        return max(self._said_total or 0, output + sum(self._most.get(name, 0) for name in _ALSO[b"prompt"]))
+        return max(self._said_total or 0, self._most_input + self._most_output)
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece of the answer."""
@@ -129,7 +128,9 @@ class Usage:
             self._said_total = max(self._said_total or 0, count)
         else:
             self._last[name] = count
-            self._most[name] = max(self._most.get(name, 0), count)
+            # A later event may name less input and more of a cache, which are written in this order.
+            self._most_input = max(self._most_input, sum(self._last.get(key, 0) for key in _ALSO[b"prompt"]))
+            self._most_output = max(self._most_output, self._last.get(b"output", 0))
 
 
 def _sum(counts: dict[bytes, int], name: bytes) -> int:

@@ -253,6 +253,8 @@ def test_usage_of_messages_is_the_sum_of_its_parts() -> None:
         meter = fed(*pieces)
         meter.rest()
         assert (meter.total_tokens(), meter.usage.prompt, meter.usage.completion) == (16, 9, 7)
+    meter = fed(STARTED.replace(b":5", b":9"), ENDED)
+    assert meter.usage.total == 16, "what a cache had is known later"
     used = b'"usage":{"input_tokens":5,"output_tokens":7}}'
     call = b'{"content":[{"type":"tool_use","input":{"input_tokens":0,"output_tokens":0,"total_tokens":1}}],'
     for answer in (call + used, b"{" + used[:-1] + b"," + call[1:-1] + b"}"):

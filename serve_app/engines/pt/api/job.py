@@ -51,6 +51,7 @@ class ChoiceProgress:
     def __init__(self) -> None:
         self.tokens = 0
         self.reasoning_tokens = 0
+        self.kept = 0
         self.characters = 0
         self.stopped_by: str | None = None
         self._has_calls = False
@@ -61,6 +62,7 @@ class ChoiceProgress:
         self.tokens = piece.tokens
         self.characters += len(delta.content)
         self.stopped_by = piece.stopped_by
+        self.kept = piece.kept
         if delta.reasoning:  # The tags count as thinking.
             self.reasoning_tokens = piece.tokens
         self._has_calls = self._has_calls or bool(delta.calls)

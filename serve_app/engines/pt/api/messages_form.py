@@ -88,7 +88,9 @@ class _MessagesEvents:
 
 
 def _usage(job: Job, answer: ChoiceProgress) -> dict[str, int]:
-    return {"input_tokens": job.prompt_tokens, "output_tokens": answer.tokens}
+    """Returns the usage. What the prompt cache had is no part of the input."""
+    kept = {"cache_read_input_tokens": answer.kept} if answer.kept else {}
+    return {"input_tokens": job.prompt_tokens - answer.kept, "output_tokens": answer.tokens, **kept}
 
 
 def _block(call: ToolCall) -> dict[str, Any]:

@@ -138,7 +138,11 @@ def _usage(job: Job, answers: Sequence[ChoiceProgress]) -> dict[str, Any]:
         "completion_tokens": generated,
         "total_tokens": job.prompt_tokens + generated,
     }
-    return usage | ({"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {})
+    if thought:
+        usage["completion_tokens_details"] = {"reasoning_tokens": thought}
+    if kept := sum(answer.kept for answer in answers):  # Several choices have one prompt.
+        usage["prompt_tokens_details"] = {"cached_tokens": min(kept, job.prompt_tokens)}
+    return usage
 
 
 def _event(value: dict[str, Any]) -> bytes:

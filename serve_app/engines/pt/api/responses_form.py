@@ -93,4 +93,4 @@ def _is_cut(job: Job, answer: ChoiceProgress) -> bool:
 
 
 def _usage(job: Job, answer: ChoiceProgress) -> dict[str, Any]:
-    return usage(job.prompt_tokens, answer.tokens, answer.reasoning_tokens)
+    return usage(job.prompt_tokens, answer.tokens, answer.reasoning_tokens, answer.kept)

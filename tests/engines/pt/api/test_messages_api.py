@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from serve_app.engines.pt.engine import PtEngine
 from tests.demo_answers import ANSWERS, QUESTIONS
+from tests.engines.pt.conftest import demo_engine
 
 QUESTION = QUESTIONS[0]
 TOPICS = ["router", "backends"]
@@ -234,3 +235,26 @@ async def test_a_format(claude: anthropic.AsyncAnthropic) -> None:
     (block,) = message.content
     assert block.type == "text"
     assert json.loads(block.text)["topic"] in TOPICS
+
+
+async def test_what_the_prompt_cache_had_is_told() -> None:
+    """In the usage of each API, whole and streamed. All of the prompt together is the same."""
+    engine = PtEngine(demo_engine().model_copy(update={"prompt_cache_memory": 2**26}), "demo")
+    transport = httpx.ASGITransport(app=await engine.start())
+    async with httpx.AsyncClient(transport=transport, base_url="http://pt", timeout=60) as client:
+        long = "Tell me more. " * 60
+        asked = ask(long, temperature=0, max_tokens=20)
+        first, second = [(await client.post("/v1/messages", json=asked)).json() for _ in range(2)]
+        stream = named((await client.post("/v1/messages", json=asked | {"stream": True})).text)
+        chat = (await client.post("/v1/chat/completions", json=asked)).json()
+        body = {"input": long, "temperature": 0, "max_output_tokens": 20}
+        response = (await client.post("/v1/responses", json=body)).json()
+    await engine.stop()
+    assert "cache_read_input_tokens" not in first["usage"]
+    assert second["content"] == first["content"]
+    kept = second["usage"]["cache_read_input_tokens"]
+    assert second["usage"]["input_tokens"] + kept == first["usage"]["input_tokens"]
+    assert stream[-2][1]["usage"] == second["usage"]
+    assert chat["usage"]["prompt_tokens_details"] == {"cached_tokens": kept}
+    assert response["usage"]["input_tokens_details"] == {"cached_tokens": kept}
+    assert response["usage"]["input_tokens"] == first["usage"]["input_tokens"]
