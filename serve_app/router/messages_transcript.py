@@ -98,8 +98,8 @@ class MessagesContinuation:
         return b"".join(named_events(self._rewritten(event)) for event in events(piece) if isinstance(event, dict))
 
     def _rewritten(self, event: dict[str, Any]) -> list[dict[str, Any]]:
-        if "error" in event:
-            return [{"type": "error", "error": event["error"]}]
+        if isinstance(error := event.get("error"), Mapping):
+            return [{"type": "error", "error": {"type": "api_error", "message": str(error.get("message"))}}]
         made: list[dict[str, Any]] = []
         for choice in event.get("choices") or []:
             if text := choice.get("text"):
