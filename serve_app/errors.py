@@ -47,6 +47,10 @@ class EngineError(ServeAppError):
     """An engine could not load its model, or is not running any more."""
 
 
+class StillTooLarge(EngineError):
+    """The sequences that run hold more than may stand still while the engine is parked. The engine is as before."""
+
+
 class RequestError(ServeAppError):
     """This is a refusal that the client sees as OpenAI's error object.
 

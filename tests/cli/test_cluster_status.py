@@ -8,7 +8,7 @@ import pytest
 from serve_app.cli.cluster_status import ClusterStatus, cluster_status, missing_for
 from serve_app.cli.status import report
 from serve_app.facts.nodes import Node
-from serve_app.replica.report import BlocksReport, DeviceReport, ReplicaReport
+from serve_app.replica.report import BlocksReport, DeviceReport, ReplicaReport, ResidencyReport
 from tests.builders import application, node
 
 GIB = 2**30
@@ -167,3 +167,15 @@ def test_another_number_of_blocks_is_a_line() -> None:
     assert [line for line in text.splitlines() if "blocks" in line] == [
         "m r1: the plan has 90 blocks of KV cache, and vLLM has made 89."
     ]
+
+
+def test_what_was_not_measured_is_called_a_guess() -> None:
+    """How long a replica of a pool takes to come back, until it has done so once."""
+    parked = ResidencyReport("parked", "default", 2.0, is_guess=True)
+    stopped = ResidencyReport("stopped", "default", 31.26)
+    reports = [
+        replace(told(f"r{number}", GIB), residency=residency) for number, residency in enumerate((parked, stopped))
+    ]
+    lines = [line.strip() for line in report(seen(2, 2, *reports)).splitlines()]
+    assert "r0 is parked in pool 'default', and back in about 2.0 s (a guess, not measured yet)" in lines
+    assert "r1 is stopped in pool 'default', and back in about 31.3 s" in lines
