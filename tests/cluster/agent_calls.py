@@ -1,6 +1,6 @@
 """Twenty tool calls by each agent of other projects, against both engines, by name and unchanged.
 
-    python -m tests.cluster.agents --python PYTHON [--folder FOLDER]
+    python -m tests.cluster.agent_calls --python PYTHON [--folder FOLDER]
 
 PYTHON is that of an environment with pydantic-ai-slim[openai,anthropic] and openai-agents. The model is that of
 `tool_model.py`, which is trained into FOLDER unless it is there. Prints a line of JSON for each agent and engine. Exits
