@@ -327,8 +327,6 @@ def _residency_problem(config: ModelFields) -> str | None:
                 f"{field}: a model with residency: {{policy: swap}} gets its devices from its pool, which is on one "
                 f"node. Leave {field} out, and name the pool's devices in pool_memory."
             )
-    if config.infer_backend == "auto":
-        return "infer_backend: auto cannot choose for a model with residency: {policy: swap}. Name pt or vllm."
     memory = swaps.pool_memory or {}
     named = sorted(key for key in memory if isinstance(key, int))
     if config.device == "cpu":

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.planning.plan import ModelPlan
 
@@ -19,13 +20,14 @@ class Parking(Protocol):
     not change. vLLM frees it at each wake. All of it runs on the replica's event loop, after `start`.
     """
 
-    async def park(self) -> None:
+    async def park(self, still_bytes: int | None = None) -> None:
         """Frees the weights and the KV cache of the devices. Sequences that run stand still between two of their
         tokens and go on after `wake`, and new ones wait. pt has kept their keys and values, and vLLM computes them
         again. Health stays good.
 
         Raises EngineError if the engine is not awake, or if the host has no room for the copies. In the second case pt
-        is as before, and vLLM is dead, as its health says.
+        is as before, and vLLM is dead, as its health says. Raises StillTooLarge if the copy of keys and values would
+        take more than `still_bytes`.
         """
         ...
 
@@ -69,6 +71,11 @@ class Engine(Protocol):
 
     def draft_counts(self) -> DraftCounts | None:
         """Returns what the engine has counted of its speculation, or None if it has none or exports them itself."""
+        ...
+
+    def prompt_cache_counts(self) -> PromptCacheCounts | None:
+        """Returns what the engine has counted of the texts that it keeps for later prompts, or None if it keeps none or
+        exports that itself."""
         ...
 
     def parking(self) -> Parking | None:

@@ -111,7 +111,6 @@ class HeldRequests:
 
     async def cut(self) -> None:
         """Ends all requests that run as those of a lost engine, which the router sends or continues again."""
-        self._app_for_questions = None
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()

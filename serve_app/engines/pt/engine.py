@@ -17,6 +17,7 @@ from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Parking
 from serve_app.engines.measure import rank_memory, tensor_bytes
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.cache_codec import CacheCodec
 from serve_app.engines.pt.core.draft_model import DraftModel
@@ -26,7 +27,7 @@ from serve_app.engines.pt.core.kept_texts import KeptTexts
 from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, Verifier
 from serve_app.engines.pt.core.ngram_drafter import NgramDrafter, NgramSettings
 from serve_app.engines.pt.core.parked_memory import ParkedMemory
-from serve_app.engines.pt.core.prompt_cache import PromptCache, PromptCacheCounts
+from serve_app.engines.pt.core.prompt_cache import PromptCache
 from serve_app.engines.pt.core.scheduler import Limits
 from serve_app.engines.pt.core.speculator import Speculator
 from serve_app.engines.pt.generator import Generator
@@ -132,8 +133,9 @@ class PtEngine:
         """Returns this engine, or None if its weights cannot be moved, for a reason that was logged at the start."""
         return None if self._memory_to_park is None else self
 
-    async def park(self) -> None:
+    async def park(self, still_bytes: int | None = None) -> None:
         """Does what `Parking` says."""
+        self._parked_memory.most_cache_bytes = still_bytes
         await asyncio.wrap_future(self.generator.park(self._parked_memory))
 
     async def wake(self) -> None:

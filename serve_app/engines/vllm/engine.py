@@ -161,6 +161,9 @@ class VllmEngine:
     def draft_counts(self) -> None:
         """Returns None, because vLLM exports its own counters under `/metrics` of the model's route."""
 
+    def prompt_cache_counts(self) -> None:
+        """Returns None, because vLLM keeps the beginnings of prompts in its KV cache and exports counters of them."""
+
     def parking(self) -> Parking | None:
         """Returns how it sleeps, or None if it cannot, for a reason that was logged at the start, or before `start`."""
         return self._sleeps
