@@ -35,7 +35,7 @@ from serve_app.engines.vllm.endpoints import OF_TEXT
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.engines.vllm.messages_errors import with_messages_errors
 from serve_app.engines.vllm.parking import VllmParking, can_park
-from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
+from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
 from serve_app.wire.asgi import endpoint
@@ -193,6 +193,13 @@ class VllmEngine:
         except Exception as error:
             raise EngineError(f"vLLM does not report what it holds: {_reason(error)}") from error
         return [RankMemory(**answer) for answer in answers]
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Does what `Engine` says."""
+        raise AdapterError("vLLM cannot load adapters.")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Does what `Engine` says."""
 
     async def stop(self) -> None:
         """Shuts the engine's processes down, and removes the files that they shared."""
