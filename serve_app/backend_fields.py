@@ -351,6 +351,11 @@ def _adapters_problem(config: ModelFields) -> str | None:
             "adapters_folder: set max_loras and max_lora_rank, because the memory for adapters is reserved at the "
             "start. For example, max_loras: 4 and max_lora_rank: 16."
         )
+    if config.has_adapters and config.nodes > 1:
+        return (
+            "adapters: vLLM reads the files of an adapter on each node, and with nnodes there is no folder that all of "
+            "them have. Leave nnodes out, or merge the adapter into its base model."
+        )
     given = [name for name in (*room, "max_cpu_loras", "lora_target_modules") if getattr(config, name) is not None]
     if not config.has_adapters and (given or config.allow_pickled_adapters):
         field = given[0] if given else "allow_pickled_adapters"

@@ -4,7 +4,7 @@ An adapter must be plain LoRA: two factors for each module that it changes, with
 name of its base model only gives a note, because people rename folders.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from serve_app.facts.adapter import AdapterFacts, AdapterModule
@@ -36,9 +36,64 @@ def adapter_room(config: ModelFields, ranks: Iterable[int]) -> AdapterRoom:
     return AdapterRoom(loras, config.max_lora_rank or rounded_rank(most))
 
 
+def kept_count(config: ModelFields) -> int:
+    """Returns how many adapters an engine keeps in the host's memory. By default these are all that the config names,
+    and one more, because a version that is replaced stays until its requests have ended."""
+    return config.max_cpu_loras or max(config.max_loras or 1, len(config.adapters) + 1)
+
+
 def rounded_rank(rank: int) -> int:
     """Returns the smallest rank of buffers that holds adapters of this rank, or the largest one if none does."""
     return next((most for most in LORA_RANKS if most >= rank), LORA_RANKS[-1])
+
+
+def buffer_bytes(modules: Mapping[str, tuple[int, int]], room: AdapterRoom, element_bytes: int) -> int:
+    """Returns the bytes of pt's buffers for adapters of modules with these inputs and outputs: for each of them, two
+    factors of the largest rank for every adapter that a batch may have."""
+    widths = sum(inputs + outputs for inputs, outputs in modules.values())
+    return room.max_loras * room.max_lora_rank * widths * element_bytes
+
+
+def buffered_modules(
+    wanted: Collection[str] | None, adapters: Iterable[AdapterFacts], base: Iterable[Tensor]
+) -> dict[str, tuple[int, int]]:
+    """Returns the inputs and outputs of each module for which pt makes buffers, by its name: those that end in one of
+    the `wanted` names (`lora_target_modules`), or else those that the known adapters change, or else, if there are no
+    adapters yet, all linear modules of the layers.
+
+    `base` are the tensors of the base model. Packed weights do not have the shape of their module, so of these only
+    what an adapter changes is known.
+    """
+    own = {
+        module_tail(name): (module.inputs, module.outputs)
+        for facts in adapters
+        for name, module in facts.modules.items()
+        if not module.is_embedding and not is_expert(name)
+    }
+    if wanted is None and own:
+        return own
+    found: dict[str, tuple[int, int]] = {}
+    for tensor in base:
+        name, _, kind = tensor.name.rpartition(".")
+        is_linear = kind == "weight" and len(tensor.shape) == 2 and tensor.dtype in WHOLE_TYPES
+        if (
+            is_linear
+            and not is_expert(name)
+            and (ends_in(name, wanted) if wanted is not None else _layer(module_tail(name)))
+        ):
+            found[name] = (tensor.shape[1], tensor.shape[0])
+    return found
+
+
+def ends_in(name: str, wanted: Collection[str]) -> bool:
+    """Returns whether the last parts of a module's name, or all of it, are one of the `wanted` names."""
+    parts = name.split(".")
+    return any(".".join(parts[begin:]) in wanted for begin in range(len(parts)))
+
+
+def is_expert(name: str) -> bool:
+    """Returns whether a module is one of many experts, which are given some of the tokens alone."""
+    return ".experts." in name
 
 
 def adapter_problem(adapter: AdapterFacts, backend: str, max_lora_rank: int, base: Sequence[Tensor]) -> str | None:
@@ -50,6 +105,21 @@ def adapter_problem(adapter: AdapterFacts, backend: str, max_lora_rank: int, bas
         or _other_tensors_problem(adapter, backend)
         or _base_problem(adapter, base)
     )
+
+
+def target_problem(adapter: AdapterFacts, wanted: Collection[str] | None) -> str | None:
+    """Returns which module of an adapter is none of those that adapters may change (`lora_target_modules`), or None.
+    vLLM would leave such a module out and answer with the rest."""
+    if wanted is None:
+        return None
+    for name in adapter.modules:
+        if not ends_in(name, wanted):
+            last = name.rpartition(".")[2]
+            return (
+                f"it changes {name[:200]}, and lora_target_modules is {', '.join(wanted)[:200]}. Add {last[:100]} to "
+                "it, which restarts the model's replicas."
+            )
+    return None
 
 
 def base_note(adapter: AdapterFacts, model: str) -> str | None:
@@ -110,12 +180,12 @@ def _base_problem(adapter: AdapterFacts, base: Sequence[Tensor]) -> str | None:
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for tensor in base:
         name, _, kind = tensor.name.rpartition(".")
-        found = shapes.setdefault(_tail(name), set())
+        found = shapes.setdefault(module_tail(name), set())
         if kind == "weight" and tensor.dtype in WHOLE_TYPES:
             found.add(tensor.shape)
     layers = {layer for tail in shapes if (layer := _layer(tail))}
     for name, module in adapter.modules.items():
-        tail = _tail(name)
+        tail = module_tail(name)
         if layers and (layer := _layer(tail)) and layer not in layers:
             return f"it changes {name[:200]}, but the base model has no {layer}, so it was trained on another model."
         if (problem := _shape_problem(name, module, adapter, shapes.get(tail, set()))) is not None:
@@ -137,7 +207,7 @@ def _shape_problem(name: str, module: AdapterModule, adapter: AdapterFacts, shap
     )
 
 
-def _tail(name: str) -> str:
+def module_tail(name: str) -> str:
     """Returns the name of a module from its layer on, such as "layers.0.self_attn.q_proj", because what is in front of
     it differs between files and modules. Without a layer it is the last part."""
     parts = name.split(".")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # vLLM reads the layers of each stage of its pipeline in this environment variable, and has no argument for them.
 STAGES = "VLLM_PP_LAYER_PARTITION"
 
-TERMS = ("weights", "kv_cache", "activation", "graph", "context")
+TERMS = ("weights", "adapters", "kv_cache", "activation", "graph", "context")
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,13 @@ class RankPlan:
     layers: tuple[int, int] | None = None
     seat: tuple[int, int] = (0, 1)
     has_draft: bool = False
+    # These are the buffers for LoRA adapters, and on the CPU the adapters that vLLM keeps beside them.
+    adapters: Figure = ZERO
 
     @property
     def share(self) -> Figure:
         """Returns the sum of all terms."""
-        return self.weights + self.kv_cache + self.activation + self.graph + self.context
+        return self.weights + self.adapters + self.kv_cache + self.activation + self.graph + self.context
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""
@@ -92,6 +94,8 @@ class ModelPlan:
     task: Task = "generate"
     # The tokens of a step of a model that makes vectors or scores in pt, and 0 for every other one.
     step_tokens: int = 0
+    # This is the most that the adapters take of the host's memory, which all ranks keep there together.
+    host_adapters: Figure = ZERO
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -138,6 +142,8 @@ class ModelPlan:
         """Returns it as `serve-app plan --json` prints it."""
         plain = {name: getattr(self, name) for name in _MODEL_FIELDS}
         spilled = {"spilled_bytes": dict(self.spilled)} if self.spilled else {}
+        if self.config.has_adapters:
+            plain |= {"host_adapters_bytes": self.host_adapters.bytes}
         if self.pipeline_layers:
             plain |= {
                 "pipeline_parallel_size": self.pipeline_parallel_size,

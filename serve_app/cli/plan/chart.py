@@ -18,11 +18,12 @@ from serve_app.planning.plan import TERMS, Fix, ModelPlan, Plan, Problem, RankPl
 from serve_app.planning.pool import PoolPlan
 from serve_app.planning.sizes import gib
 
-Kind = Literal["weights", "kv_cache", "activation", "graph", "context", "pool", "spare", "others"]
+Kind = Literal["weights", "adapters", "kv_cache", "activation", "graph", "context", "pool", "spare", "others"]
 
 # These are the kinds of blocks in the order in which a bar has them, and what a reader calls them.
 LABELS: dict[Kind, str] = {
     "weights": "weights",
+    "adapters": "adapters",
     "kv_cache": "KV cache",
     "activation": "activations",
     "graph": "CUDA graphs",

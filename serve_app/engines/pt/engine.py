@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from transformers import PreTrainedModel
 
 from serve_app.config import ModelConfig
+from serve_app.engines.adapters import readable_adapters
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Parking
 from serve_app.engines.measure import rank_memory
@@ -24,6 +25,9 @@ from serve_app.engines.pt.core.draft_model import DraftModel
 from serve_app.engines.pt.core.drafter import Drafter
 from serve_app.engines.pt.core.heap import free_everything
 from serve_app.engines.pt.core.kept_texts import KeptTexts
+from serve_app.engines.pt.core.lora.adapter import Adapter, Factors
+from serve_app.engines.pt.core.lora.bank import AdapterBank
+from serve_app.engines.pt.core.lora.slots import AdapterSlots
 from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, Verifier
 from serve_app.engines.pt.core.ngram_drafter import NgramDrafter, NgramSettings
 from serve_app.engines.pt.core.parked_memory import ParkedMemory
@@ -32,6 +36,7 @@ from serve_app.engines.pt.core.scheduler import Limits
 from serve_app.engines.pt.core.speculator import Speculator
 from serve_app.engines.pt.core.step_timeout import step_timeout_s
 from serve_app.engines.pt.generator import Generator
+from serve_app.engines.pt.load.adapter_places import AdapterPlaces, adapter_places, load_adapter, wanted_modules
 from serve_app.engines.pt.load.cache_budget import cache_tokens
 from serve_app.engines.pt.load.draft import LoadedDraft, load_draft
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
@@ -40,6 +45,7 @@ from serve_app.engines.pt.load.weight_parts import copy_on_host, weight_bytes, w
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import AdapterError, EngineError
+from serve_app.facts.adapter import read_adapter
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.model_fields import SpeculativeConfig
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
@@ -71,6 +77,9 @@ class PtEngine:
         self._draft: LoadedDraft | None = None
         self._speculator: Speculator | None = None
         self._memory_to_park: ParkedMemory | None = None
+        self._bank: AdapterBank | None = None
+        self._buffers: Mapping[torch.device, int] = {}
+        self._adapter_places = AdapterPlaces({})
 
     async def start(self) -> ASGIApp:
         """Loads the model in a thread, starts the engine's thread, and returns the application."""
@@ -92,11 +101,21 @@ class PtEngine:
         if self._prompt_cache is not None and isinstance(probed.runner, BatchRunner) and probed.runner.can_roll_back:
             kept_texts = KeptTexts(self._prompt_cache, probed.runner)
         self._generator = Generator(
-            self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator, kept_texts
+            self.name,
+            loaded,
+            probed,
+            limits,
+            max_queued,
+            timeout_s,
+            self._speculator,
+            kept_texts,
+            self._config.max_cpu_loras,
         )
         drafts = [] if self._draft is None else [self._draft]
         models = [loaded.model, *(draft.loaded.model for draft in drafts)]
-        self._weights = _sum(map(weight_bytes, models))  # They do not change, and a parked engine cannot be asked.
+        # They do not change, and a parked engine cannot be asked.
+        self._weights = _sum(map(weight_bytes, models))
+        self._buffers = self._bank.bytes_by_device if self._bank else {}
         self._memory_to_park = self._movable(models, [probed.runner, *(draft.runner for draft in drafts)])
         app = build_app(self._generator)
         gc.collect()
@@ -148,11 +167,15 @@ class PtEngine:
         await asyncio.to_thread(self._parked_memory.forget_copy)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Does what `Engine` says."""
-        raise AdapterError("pt cannot load adapters.")
+        """Does what `Engine` says. The files are read in a thread, and the adapter goes to a device when the first
+        request for it has its turn."""
+        generator = self.generator
+        adapter = await in_thread_of_its_own(partial(self._read_adapter, name, folder))
+        await generator.put_adapter(adapter, partial(self._read_again, adapter, folder))
 
     async def unload_adapter(self, name: str) -> None:
         """Does what `Engine` says."""
+        await self.generator.remove_adapter(name)
 
     async def stop(self) -> None:
         """Ends the thread, removes the offloaded weights, and frees the memory of the model and its caches. All that
@@ -167,7 +190,7 @@ class PtEngine:
         if offload is not None:
             await asyncio.to_thread(offload.cleanup)
         self._generator = self._runner = self._draft = self._speculator = None
-        self._memory_to_park = self._prompt_cache = None
+        self._memory_to_park = self._prompt_cache = self._bank = None
         await in_thread_of_its_own(free_everything)
 
     @property
@@ -191,9 +214,11 @@ class PtEngine:
             logger.warning("This model cannot park: %s.", reasons[0])
             return None
         parts = [part for model in models for part in weight_parts(model)]
+        # Adapters come and go, so their buffers are copied at each park, as the caches are.
+        buffers = [] if self._bank is None else self._bank.tensors()
         return ParkedMemory(
             parts,
-            lambda: [tensor for runner in runners for tensor in runner.cache_tensors()],
+            lambda: [*buffers, *(tensor for runner in runners for tensor in runner.cache_tensors())],
             copy_on_host(self._config.device),
         )
 
@@ -204,7 +229,9 @@ class PtEngine:
         )
         kind, is_parked = "cpu" if self._config.device == "cpu" else "cuda", self.generator.is_parked
         return [
-            rank_memory(device, size, now.get(device, 0), self._libraries, most.get(device, 0))
+            rank_memory(
+                device, size, now.get(device, 0), self._libraries, most.get(device, 0), self._buffers.get(device, 0)
+            )
             if not is_parked
             else rank_memory(device, 0, 0, self._libraries, most.get(device, 0))
             for device, size in self._weights.items()
@@ -213,7 +240,36 @@ class PtEngine:
 
     def _load(self) -> tuple[LoadedModel, ProbeResult]:
         loaded = load_model(self._config, self._planned)
-        return loaded, probe(loaded, CacheCodec(self._config.pt_cache_dtype))
+        probed = probe(loaded, CacheCodec(self._config.pt_cache_dtype))
+        if self._config.has_adapters:
+            probed.runner.adapters = self._bank = self._new_bank(loaded)
+        return loaded, probed
+
+    def _new_bank(self, loaded: LoadedModel) -> AdapterBank:
+        """Returns the buffers for adapters: for the modules that the config names, or else for those that its adapters
+        change, or for all linear layers if there are no adapters yet."""
+        config = self._config
+        assert config.max_loras is not None, "the room for adapters is known"
+        assert config.max_lora_rank is not None, "the room for adapters is known"
+        wanted: Collection[str] | None = config.lora_target_modules
+        if wanted is None:
+            wanted = wanted_modules(readable_adapters(config))
+        self._adapter_places = adapter_places(loaded, wanted)
+        dtype = loaded.model.get_input_embeddings().weight.dtype
+        slots = AdapterSlots(config.max_loras)
+        return AdapterBank(loaded.model, self._adapter_places.modules, slots, config.max_lora_rank, dtype)
+
+    def _read_adapter(self, name: str, folder: Path) -> Adapter:
+        if self._bank is None:
+            raise AdapterError("this model was started without room for adapters.")
+        facts = read_adapter(folder)
+        return load_adapter(name, facts, self._adapter_places, self._bank.rank, self._bank.dtype)
+
+    def _read_again(self, adapter: Adapter, folder: Path) -> Mapping[str, Factors]:
+        again = self._read_adapter(adapter.name, folder)
+        if again.digest != adapter.digest or again.factors is None:
+            raise AdapterError(f"the files in {folder} have changed since the adapter was loaded. Load it again.")
+        return again.factors
 
     def _limits(self, loaded: LoadedModel, probed: ProbeResult) -> Limits:
         if probed.reason:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from serve_app.config import ModelConfig
-from serve_app.model_fields import ONLY_PT
+from serve_app.model_fields import LORA_RANKS, ONLY_PT
 from serve_app.planning.backend import fields_for_pt
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fixes import price
@@ -57,6 +57,7 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
         yield from _in_8_bits(request, trial)
     if request.drafter is not None:
         yield Ladder(price.NO_DRAFT, [rung("speculative", None)], lambda _: "the speed that drafts give")
+    yield from _fewer_adapters(request)
     if backend == "pt":
         yield from _cache_in_8_bits(request)
         yield from _quantized(request)
@@ -133,6 +134,30 @@ def _smaller_steps(request: ModelRequest, backend: Backend) -> Iterator[Ladder]:
 
     if rungs:
         yield Ladder(price.FEWER_SEQUENCES, rungs, loses, climbs=True)
+
+
+def _fewer_adapters(request: ModelRequest) -> Iterator[Ladder]:
+    """Yields less room for LoRA adapters. The rank stays large enough for those that the config names."""
+    room = request.adapter_room
+    if room is None:
+        return
+    now, rank = room.max_loras, room.max_lora_rank
+    if now > 1:
+        yield Ladder(
+            price.FEWER_ADAPTERS,
+            [rung("max_loras", count) for count in range(now - 1, 0, -1)],
+            lambda changes: f"{now - changes[0].value} of {now} different adapters at once",
+            climbs=True,
+        )
+    least = max((adapter.rank for adapter in request.adapters), default=0)
+    ranks = [each for each in reversed(LORA_RANKS) if least <= each < rank]
+    if ranks:
+        yield Ladder(
+            price.SMALLER_ADAPTERS,
+            [rung("max_lora_rank", each) for each in ranks],
+            lambda changes: f"adapters of a rank above {changes[0].value}",
+            climbs=True,
+        )
 
 
 def _in_8_bits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:
