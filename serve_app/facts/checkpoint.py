@@ -41,8 +41,21 @@ def with_absolute_paths(config: ModelConfig) -> ModelConfig:
     speculative = config.speculative
     if speculative is not None and speculative.model is not None:
         speculative = speculative.model_copy(update={"model": draft_path(speculative.model)})
-    own = {"model": model_path(config.model), "chat_template": template, "speculative": speculative}
+    folder = config.adapters_folder
+    own = {
+        "model": model_path(config.model),
+        "chat_template": template,
+        "speculative": speculative,
+        "adapters": {name: _absolute_folder(source) for name, source in config.adapters.items()},
+        "adapters_folder": None if folder is None else os.path.abspath(os.path.expanduser(folder)),
+    }
     return config.model_copy(update=own)
+
+
+def _absolute_folder(source: str) -> str:
+    """Returns the absolute path of a folder that exists, and anything else as it is, which may be a Hugging Face id."""
+    folder = os.path.expanduser(source)
+    return os.path.abspath(folder) if os.path.isdir(folder) else source
 
 
 def draft_path(model: str) -> str:
@@ -143,7 +156,7 @@ def _on_hub(model: str, revision: str | None) -> Find:
 
 def _hub_answers(model: str) -> bool:
     try:
-        _require_hub(model)
+        require_hub(model)
     except ConfigError:
         return False
     return True
@@ -168,7 +181,7 @@ def _from_hub(model: str, revision: str | None) -> tuple[Path, list[Tensor]]:
     except HFValidationError as error:
         reason = shorten(str(error), MOST_REASON, placeholder=" …")
         raise ConfigError(f"model: {shown(model)} is neither a local folder nor a Hugging Face id: {reason}") from None
-    _require_hub(model)
+    require_hub(model)
     try:
         file = Path(hf_hub_download(model, "config.json", revision=revision))
         return file.parent, hub_tensors(model, revision)
@@ -179,7 +192,7 @@ def _from_hub(model: str, revision: str | None) -> tuple[Path, list[Tensor]]:
         raise ConfigError(f"model: {model} cannot be read from the Hugging Face hub: {reason}") from None
 
 
-def _require_hub(model: str) -> None:
+def require_hub(model: str) -> None:
     """Raises ConfigError if the hub cannot be reached, because its own client would try for half a minute.
 
     A client that is offline by its settings, or that uses a proxy, finds out by itself.

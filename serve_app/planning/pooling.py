@@ -39,6 +39,11 @@ def pooling_problem(config: ModelConfig, pooling: Pooling) -> str:
     for name, reason in _OF_TEXT.items():
         if getattr(config, name) not in (None, "auto"):
             return f"{name}: {config.model} is {what}. {reason}. Leave {name} out."
+    if config.has_adapters:
+        return (
+            f"adapters: {config.model} is {what}, and pt serves adapters of models that generate text. Leave out "
+            "adapters, adapters_folder, max_loras and max_lora_rank, or merge the adapter into the model's files."
+        )
     if pooling.task == "classify" and pooling.labels != 1:
         return (
             f"model: {config.model} is a classifier of {pooling.labels} labels, and pt serves those of one label, "

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -38,7 +39,7 @@ from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
 from serve_app.engines.pt.load.weight_parts import copy_on_host, weight_bytes, weight_parts, why_not_movable
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.workers import in_thread_of_its_own
-from serve_app.errors import EngineError
+from serve_app.errors import AdapterError, EngineError
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.model_fields import SpeculativeConfig
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
@@ -145,6 +146,13 @@ class PtEngine:
     async def forget_copy(self) -> None:
         """Does what `Parking` says."""
         await asyncio.to_thread(self._parked_memory.forget_copy)
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Does what `Engine` says."""
+        raise AdapterError("pt cannot load adapters.")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Does what `Engine` says."""
 
     async def stop(self) -> None:
         """Ends the thread, removes the offloaded weights, and frees the memory of the model and its caches. All that

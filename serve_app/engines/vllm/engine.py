@@ -33,8 +33,9 @@ from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.bounds import MOST_CHOICES
 from serve_app.engines.vllm.endpoints import OF_TEXT
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
+from serve_app.engines.vllm.messages_errors import with_messages_errors
 from serve_app.engines.vllm.parking import VllmParking, can_park
-from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
+from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
 from serve_app.wire.asgi import endpoint
@@ -103,7 +104,8 @@ class VllmEngine:
             handlers[vllm_internals.generation_error()] = _format_ended
         app = await vllm_internals.server_application(args, self._client, self._server, handlers)
         # A copy of a large tokenizer takes a second.
-        return disconnect_before_cancel(guarded(app, await asyncio.to_thread(self._guard)))
+        guard = await asyncio.to_thread(self._guard)
+        return with_messages_errors(disconnect_before_cancel(guarded(app, guard)), self._death)
 
     async def _finish_ranks(self) -> None:
         """Does what vLLM leaves undone at the start of its ranks.
@@ -131,6 +133,15 @@ class VllmEngine:
         tokenizer = vllm_internals.tokenizer(self._client)
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         return Guard(model.max_model_len, longest, token_counter(tokenizer), reads_media=model.is_multimodal_model)
+
+    async def _death(self) -> str:
+        """Returns why the engine is dead, or an empty text. The health check then has the replica replaced."""
+        try:
+            await vllm_internals.require_alive(self._client)
+        except Exception as error:
+            self._server.should_exit = True
+            return str(error) or type(error).__name__
+        return ""
 
     async def _engine_died(self, _: Request, error: Exception) -> Response:
         """Answers 503, so that the router sends the request to another replica. The health check has this one
@@ -182,6 +193,13 @@ class VllmEngine:
         except Exception as error:
             raise EngineError(f"vLLM does not report what it holds: {_reason(error)}") from error
         return [RankMemory(**answer) for answer in answers]
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Does what `Engine` says."""
+        raise AdapterError("vLLM cannot load adapters.")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Does what `Engine` says."""
 
     async def stop(self) -> None:
         """Shuts the engine's processes down, and removes the files that they shared."""

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -21,7 +22,7 @@ from serve_app.engines.pt.pooling.pooler import Pooler
 from serve_app.engines.pt.pooling.pooling_api import build_app
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.workers import in_thread_of_its_own
-from serve_app.errors import EngineError
+from serve_app.errors import AdapterError, EngineError
 from serve_app.facts.pooling import Pooling
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.plan import ModelPlan
@@ -105,6 +106,13 @@ class PoolingEngine:
     async def forget_copy(self) -> None:
         """Does what `Parking` says."""
         await asyncio.to_thread(self._parked_memory.forget_copy)
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Raises AdapterError, because the plan refuses adapters of such a model (`pooling_problem`)."""
+        raise AdapterError("pt serves adapters of models that generate text only.")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Does nothing, because there is none."""
 
     async def stop(self) -> None:
         """Ends the thread, removes the offloaded weights, and frees the memory of the model. All that takes time
