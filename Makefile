@@ -35,8 +35,8 @@ lint: install docs
 # and the summary names it (RERUN). One that fails twice fails the run.
 test: lint
 	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster
-	.venv/bin/pytest $(SPREAD) --reruns 1 tests/cluster -m "not alone"
-	.venv/bin/pytest --reruns 1 tests/cluster -m alone
+	.venv/bin/pytest $(SPREAD) --reruns 1 -r aR tests/cluster -m "not alone"
+	.venv/bin/pytest --reruns 1 -r aR tests/cluster -m alone
 
 test-fast: install
 	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster -m "not slow"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -88,11 +88,11 @@ class RecordReader:
         found = {_place(key): adapters for key, adapters in self._known.items() if adapters is not None}
         return {place: adapters for place, adapters in found.items() if place is not None}
 
-    def forget_all_but(self, living: Collection[tuple[str, str]]) -> None:
-        """Deletes records of replicas that have not been among the living ones for `FORGOTTEN_S`. A replica that was
-        killed leaves its record behind."""
+    def forget_all_but(self, lives: Callable[[str, str], bool]) -> None:
+        """Deletes records of replicas that have not lived for `FORGOTTEN_S`, of which `lives` is asked by application
+        and replica. A replica that was killed leaves its record behind."""
         now = self._clock()
-        dead = {key for key in self._known if _place(key) not in living}
+        dead = {key for key in self._known if (place := _place(key)) is None or not lives(*place)}
         self._unknown_since = {key: self._unknown_since.get(key, now) for key in dead}
         for key, since in self._unknown_since.items():
             if now - since > FORGOTTEN_S:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
 from serve_app.access.origin import is_loopback
 from serve_app.adapters.configured import adapter_names, clashes_of
+from serve_app.cli.adapter_notes import adapter_notes
 from serve_app.cli.cluster import connected
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.cli.plan.pools import amounts, long_waits
@@ -50,7 +51,7 @@ def check(file: Path, address: str | None) -> int:
         print(f"note: {note}")
     for note in (*open_access(document, applications, os.environ if is_here else None), *dangling_names(applications)):
         print(f"note: {note}")
-    for note in doubtful_engine_args(applications):
+    for note in (*doubtful_engine_args(applications), *adapter_notes(applications)):
         print(f"note: {note}")
     for note in () if is_here else unheard_keys(document, os.environ):
         print(f"note: {note}")

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from serve_app.errors import AdapterError, ConfigError
 from serve_app.facts.adapter import CONFIG, PICKLED, WEIGHTS, AdapterFacts, adapter_folder, read_adapter
 from serve_app.facts.checkpoint import read_checkpoint
 from serve_app.facts.weights import Tensor
-from serve_app.planning.adapters import adapter_problem, adapter_room, base_note
+from serve_app.planning.adapters import adapter_problem, adapter_room, base_note, target_problem
 
 # A pickled adapter is read whole into the host's memory.
 MOST_PICKLED_BYTES = 8 * 2**30
@@ -30,6 +31,15 @@ def with_adapter_room(config: ModelConfig, tell: Callable[[str], None] = lambda 
             tell(f"adapters.{name}: {error}")
     room = adapter_room(config, ranks)
     return config.model_copy(update={"max_loras": room.max_loras, "max_lora_rank": room.max_lora_rank})
+
+
+def readable_adapters(config: ModelConfig) -> tuple[AdapterFacts, ...]:
+    """Returns what the config's adapters are, without those that cannot be read, which fail when they are loaded."""
+    found = []
+    for name, source in config.adapters.items():
+        with suppress(AdapterError):
+            found.append(found_adapter(source, name in config.allow_pickled_adapters))
+    return tuple(found)
 
 
 def found_adapter(source: str, pickled: bool) -> AdapterFacts:
@@ -76,6 +86,8 @@ class AdapterCheck:
         adapter = found_adapter(source, pickled)
         most, backend = self.config.max_lora_rank, self.config.infer_backend
         assert most is not None, "the room for adapters is known"
-        if (problem := adapter_problem(adapter, backend, most, self.base)) is not None:
+        problem = adapter_problem(adapter, backend, most, self.base)
+        problem = problem or target_problem(adapter, self.config.lora_target_modules)
+        if problem is not None:
             raise AdapterError(problem)
         return adapter, base_note(adapter, self.config.model) or ""

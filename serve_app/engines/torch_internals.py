@@ -56,6 +56,15 @@ def onednn_memory(packed: torch.Tensor) -> tuple[int, int]:
     return int(torch.ops.mkldnn.data_ptr(packed)), int(torch.ops.mkldnn._nbytes(packed))
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor is a view of another one, whose storage it has. Tensors without data have no address by
+    which this could be seen.
+
+    Uses `torch.Tensor._is_view`, seen in torch 2.13.
+    """
+    return bool(tensor._is_view())
+
+
 def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """Returns the storages of a tensor, which are several if it is made of others, as torchao's are.
 

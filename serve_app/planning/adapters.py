@@ -36,6 +36,12 @@ def adapter_room(config: ModelFields, ranks: Iterable[int]) -> AdapterRoom:
     return AdapterRoom(loras, config.max_lora_rank or rounded_rank(most))
 
 
+def kept_count(config: ModelFields) -> int:
+    """Returns how many adapters an engine keeps in the host's memory. By default these are all that the config names,
+    and one more, because a version that is replaced stays until its requests have ended."""
+    return config.max_cpu_loras or max(config.max_loras or 1, len(config.adapters) + 1)
+
+
 def rounded_rank(rank: int) -> int:
     """Returns the smallest rank of buffers that holds adapters of this rank, or the largest one if none does."""
     return next((most for most in LORA_RANKS if most >= rank), LORA_RANKS[-1])
@@ -99,6 +105,21 @@ def adapter_problem(adapter: AdapterFacts, backend: str, max_lora_rank: int, bas
         or _other_tensors_problem(adapter, backend)
         or _base_problem(adapter, base)
     )
+
+
+def target_problem(adapter: AdapterFacts, wanted: Collection[str] | None) -> str | None:
+    """Returns which module of an adapter is none of those that adapters may change (`lora_target_modules`), or None.
+    vLLM would leave such a module out and answer with the rest."""
+    if wanted is None:
+        return None
+    for name in adapter.modules:
+        if not ends_in(name, wanted):
+            last = name.rpartition(".")[2]
+            return (
+                f"it changes {name[:200]}, and lora_target_modules is {', '.join(wanted)[:200]}. Add {last[:100]} to "
+                "it, which restarts the model's replicas."
+            )
+    return None
 
 
 def base_note(adapter: AdapterFacts, model: str) -> str | None:

@@ -23,6 +23,7 @@ class PoolModel:
     `leases` are the ways in which it can be resident, in bytes by device, the best first, which is that of `model`.
     `residue` is what its process keeps of each device while it is parked. `copy_bytes` is what the copy of its weights
     takes of the slower tier, and 0 if it is stopped instead of parked, of which `stops_because` is the reason.
+    `still_bytes` is the most that requests which stand still take beside it.
     """
 
     model: ModelPlan
@@ -31,6 +32,7 @@ class PoolModel:
     copy_bytes: int
     stops_because: str
     times: SwapTimes
+    still_bytes: int = 0
 
     @property
     def title(self) -> str:
@@ -44,6 +46,7 @@ class PoolModel:
             "leases": [dict(lease) for lease in self.leases],
             "parked_bytes": {device: figure.bytes for device, figure in self.residue.items()},
             "copy_bytes": self.copy_bytes,
+            "still_bytes": self.still_bytes,
             "stops_because": self.stops_because or None,
             "guessed_wake_s": round(self.times.wake_s, 1),
             "guessed_start_s": round(self.times.start_s, 1),
@@ -74,8 +77,13 @@ class PoolPlan:
 
     @property
     def copies_bytes(self) -> int:
-        """Returns the bytes of the copies of all models that park."""
-        return sum(model.copy_bytes for model in self.models)
+        """Returns the most bytes of the copies of all models that park."""
+        return sum(model.copy_bytes + model.still_bytes for model in self.models)
+
+    @property
+    def still_bytes(self) -> int:
+        """Returns the part of `copies_bytes` that only requests which stand still take."""
+        return sum(model.still_bytes for model in self.models)
 
     @property
     def has_room_for_copies(self) -> bool | None:
@@ -104,6 +112,7 @@ class PoolPlan:
             "copies": {
                 "tier": self.tier,
                 "bytes": self.copies_bytes,
+                "still_bytes": self.still_bytes,
                 "budget_bytes": self.copies_budget,
                 "free_bytes": self.tier_free,
                 "fit": self.has_room_for_copies,
@@ -132,7 +141,7 @@ def residue(planned: ModelPlan) -> dict[str, Figure]:
         kept = rank.context
         if planned.backend == "vllm":
             kept = max(guessed([sleeping_vllm()]), rank.context + rank.graph, key=lambda figure: figure.bytes)
-        most = max(0, rank.share.bytes - rank.weights.bytes - rank.kv_cache.bytes)
+        most = max(0, rank.share.bytes - rank.weights.bytes - rank.adapters.bytes - rank.kv_cache.bytes)
         kept = kept if kept.bytes <= most else Figure(most, "guessed")
         found[rank.device.id] = found.get(rank.device.id, ZERO) + kept
     return found
@@ -156,6 +165,18 @@ def stops_because(planned: ModelPlan, tier: str, copies_budget: int | None) -> s
     return ""
 
 
+def still_bytes(planned: ModelPlan, copies_budget: int | None) -> int:
+    """Returns the most bytes that the copy of a parked model takes beside its weights, for the keys and values of
+    requests that stand still: all that its KV cache holds, or what the bounds of copies leave. vLLM copies none."""
+    if planned.backend == "vllm":
+        return 0
+    swaps = planned.config.swaps
+    own = None if swaps is None else swaps.host_memory
+    room = [bound - weights_of(planned) for bound in (own, copies_budget) if bound is not None]
+    return max(0, min([sum(rank.kv_cache.bytes for rank in planned.ranks), *room]))
+
+
 def weights_of(planned: ModelPlan) -> int:
-    """Returns the bytes of a model's weights on its devices, which is what a copy of them takes."""
-    return sum(rank.weights.bytes for rank in planned.ranks)
+    """Returns the bytes of a model's weights on its devices, and of its buffers for adapters, which is what a copy of
+    them takes."""
+    return sum(rank.weights.bytes + rank.adapters.bytes for rank in planned.ranks)

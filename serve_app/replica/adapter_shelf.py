@@ -33,8 +33,8 @@ RETRY_S = 30.0
 MOST_START_S = 300.0
 # So many adapters are read from disk at one time.
 READ_AT_ONCE = 2
-# A record that could not be written is written again after these seconds.
-TELL_AGAIN_S = 1.0
+# A record that could not be written is written again after these seconds, and every record after these.
+TELL_AGAIN_S, TELL_EVERY_S = 1.0, 60.0
 # A client is told to wait these seconds for an adapter that is being loaded, or that has failed.
 RETRY_LOADING_S, RETRY_FAILED_S = 5.0, 60.0
 
@@ -177,7 +177,7 @@ class AdapterShelf:
             del self._workers[name]
 
     async def _load(self, name: str, entry: Entry, wanted: Wanted) -> None:
-        before = entry.converted
+        before, converted = entry.converted, None
         if entry.loaded is None and entry.state.state != "failed":  # A failure is told until it is one no more.
             self._put(name, entry, AdapterState("loading"))
         try:
@@ -185,6 +185,8 @@ class AdapterShelf:
                 folder, note, converted = await asyncio.to_thread(self._read, name, wanted)
             await self._engine.load_adapter(name, folder)
         except Exception as error:
+            if converted is not None:
+                converted.cleanup()
             if not isinstance(error, AdapterError):
                 logger.exception("The adapter '%s' could not be loaded.", name)
             self._failed(name, entry, wanted, str(error) if isinstance(error, AdapterError) else repr(error))
@@ -250,9 +252,11 @@ class AdapterShelf:
         self._changed.set()
 
     async def _keep_telling(self) -> None:
-        """Writes what the replica has after each change, for ever."""
+        """Writes what the replica has after each change, and now and then without one, in case it was lost."""
         while True:
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TELL_EVERY_S):
+                    await self._changed.wait()
             self._changed.clear()
             try:
                 await asyncio.to_thread(self._tell, self.states())

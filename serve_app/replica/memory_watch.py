@@ -151,6 +151,8 @@ class MemoryWatch:
                 self._metrics.told(devices, load, blocks)
                 if (counts := self._engine.draft_counts()) is not None:
                     self._metrics.drafted(counts)
+                if (prompts := self._engine.prompt_cache_counts()) is not None:
+                    self._metrics.prompted(prompts)
                 write_report(report)
 
     def _forget(self) -> None:
@@ -288,7 +290,7 @@ def _device_report(
     planned, certainty = (None, "") if plan is None else (plan.share.bytes, plan.share.certainty)
     return DeviceReport(
         rank.device, index, planned, certainty, rank.held, peak, rank.weights + hidden, rank.kv_cache, number,
-        rank.node,
+        rank.node, rank.adapters, None if plan is None else plan.adapters.bytes,
     )  # fmt: skip
 
 

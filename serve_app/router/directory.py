@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from ray import serve
@@ -19,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.adapters.records import RecordReader, Records
 from serve_app.errors import ModelNotFound, ModelUnavailable
 from serve_app.ray_serve import MODEL_DEPLOYMENT, instance_details, running_replicas
-from serve_app.router.model_status import ModelStatus, adapter_statuses, living_replicas, read_status
+from serve_app.router.model_status import ModelStatus, adapter_statuses, may_live, read_status
 
 logger = logging.getLogger("ray.serve")
 
@@ -43,6 +44,10 @@ class Directory(Protocol):
 
     async def look_up(self, name: str) -> ModelStatus | None:
         """Returns what `find` returns, or None for an unknown name."""
+        ...
+
+    def application(self, name: str) -> str:
+        """Returns the name of the application that serves a model, which is another one for an adapter."""
         ...
 
     def require_hope(self, model: ModelStatus) -> None:
@@ -128,6 +133,11 @@ class ModelDirectory:
         if self._known(name) is None:
             await self._refresh(FRESH_ENOUGH_S)
         return self._known(name)
+
+    def application(self, name: str) -> str:
+        """Returns the name of the application that serves a model, which is another one for an adapter."""
+        model = self._known(name)
+        return name if model is None else model.application
 
     def _known(self, name: str) -> ModelStatus | None:
         return self._models.get(self._spellings.get(name, name))
@@ -215,8 +225,7 @@ class ModelDirectory:
         """Returns what replicas have of adapters, as far as Ray's head answers. What was read last stays otherwise."""
         try:
             self._read = await asyncio.to_thread(self._records.read)
-            living = {(name, replica) for name, item in applications.items() for replica in living_replicas(item)}
-            await asyncio.to_thread(self._records.forget_all_but, living)
+            await asyncio.to_thread(self._records.forget_all_but, partial(may_live, applications))
         except (RayError, RuntimeError) as error:
             logger.warning("Which adapters the replicas have cannot be read: %s", error)
         return self._read

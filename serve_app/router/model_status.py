@@ -111,6 +111,15 @@ def living_replicas(application: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(item.get("replica_id")) for item in deployment.get("replicas") or () if _is_serving(item))
 
 
+def may_live(applications: Mapping[str, Any], name: str, replica: str) -> bool:
+    """Returns whether a replica of a model may live. Serve does not say which do while it builds an update, or after it
+    could not."""
+    application = applications.get(name)
+    if application is None:
+        return False
+    return not application["deployments"] or replica in living_replicas(application)
+
+
 def adapter_statuses(
     applications: Mapping[str, Any], models: Mapping[str, ModelStatus], records: Records
 ) -> tuple[dict[str, ModelStatus], dict[str, str]]:
@@ -148,9 +157,8 @@ def _held(
     name: str, application: Mapping[str, Any], records: Records
 ) -> Iterator[tuple[str, Mapping[str, AdapterState]]]:
     """Yields what the living replicas of a model have. Serve does not say which live while it builds an update."""
-    living = living_replicas(application) if application["deployments"] else None
     for (owner, replica), held in records.items():
-        if owner == name and (living is None or replica in living):
+        if owner == name and may_live({name: application}, name, replica):
             yield replica, held
 
 

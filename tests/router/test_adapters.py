@@ -15,7 +15,7 @@ from serve_app.adapters.records import AdapterState, Records
 from serve_app.errors import ModelNotFound
 from serve_app.router import directory as directory_module
 from serve_app.router.directory import ModelDirectory
-from serve_app.router.model_status import ModelStatus, adapter_statuses, read_status
+from serve_app.router.model_status import ModelStatus, adapter_statuses, may_live, read_status
 from serve_app.router.upstream.addresses import ReplicaAddresses
 from serve_app.router.upstream.protocol import require_open
 from serve_app.wire.asgi import HttpRequest
@@ -91,6 +91,21 @@ def test_a_name_that_two_have_means_neither_adapter() -> None:
     assert spellings == {}
 
 
+def test_a_replica_that_serve_tells_nothing_of_may_live() -> None:
+    """Its update could not be built, and it runs on with its adapters. Elsewhere Serve's word counts."""
+    applications = {"qwen": qwen() | {"deployments": {}}, "llama": qwen(replicas=1)}
+    places = (("qwen", "r9"), ("llama", "r0"), ("llama", "r1"), ("x", "r0"))
+    assert [may_live(applications, *place) for place in places] == [True, True, False, False]
+
+
+async def test_what_kills_replicas_is_judged_over_all_adapters_of_a_model(cluster: "Cluster") -> None:
+    """They run in the same replicas, so requests of one are lost with those of another."""
+    await cluster.directory.find("sql")
+    assert [cluster.directory.application(name) for name in ("sql", "qwen:sql", "qwen", "poet")] == [
+        "qwen", "qwen", "qwen", "poet",
+    ]  # fmt: skip
+
+
 class Cluster:
     """Serve's details, the records of replicas, and replicas that answer with what they were sent."""
 
@@ -109,7 +124,7 @@ class Cluster:
         """As a RecordReader does."""
         return self.records
 
-    def forget_all_but(self, living: Any) -> None:
+    def forget_all_but(self, lives: Any) -> None:
         """Nothing is old here."""
 
     async def start(self) -> None:
