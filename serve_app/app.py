@@ -7,6 +7,7 @@ Serve prints a RayServeException as one message and does not try again. After an
 three times, and prints a traceback each time. So user errors are raised here as RayServeException.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -17,21 +18,29 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.access.cluster_record import ClusterRecord, agree_on_model, agree_on_router, this_node
 from serve_app.access.keys import configured_keys
+from serve_app.adapters.configured import clashes_of, lasting_version
+from serve_app.adapters.deployed import deployed_applications
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.deploy.options import model_options, replica_environment, router_options
 from serve_app.deploy.resolve_model import needs_devices, resolve_model
-from serve_app.errors import PlacementError, ServeAppError
+from serve_app.engines.adapters import with_adapter_room
+from serve_app.errors import ConfigError, PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
-from serve_app.ray_serve import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, listening_host
+from serve_app.model_fields import LiveFields
+from serve_app.ray_serve import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, listening_host, with_lasting_version
 from serve_app.replica.deployment import Model
 from serve_app.router.deployment import Router
+from serve_app.terminal import notify
 
 
 def model(args: dict[str, Any]) -> Application:
     """Returns the application of one model. Raises RayServeException for a mistake of the user's."""
     try:
-        config = ModelConfig.from_args(args)
+        given = ModelConfig.from_args(args)
+        config = with_adapter_room(given, notify)
+        if given.has_adapters:
+            require_own_names(deployed_applications())
         agree_on_model(configured_keys(), ClusterRecord(), this_node(), listening_host())
         inventory = _inventory(config)
         resolved = resolve_model(
@@ -43,7 +52,20 @@ def model(args: dict[str, Any]) -> Application:
     runtime_env = _runtime_env()
     environment = replica_environment(resolved.config, resolved.demand, runtime_env.get("env_vars") or {})
     options = model_options(resolved.config, resolved.demand, runtime_env)
+    if given.has_adapters:  # Another adapter in `args` then changes running replicas and does not replace them.
+        live = {name: getattr(resolved.config, name) for name in LiveFields.model_fields}
+        deployment = with_lasting_version(
+            deployment.options(**options, user_config=live), lasting_version(args, runtime_env)
+        )
+        return deployment.bind(resolved.config, environment, resolved.facts)
     return deployment.options(**options).bind(resolved.config, environment, resolved.facts)
+
+
+def require_own_names(applications: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ConfigError if an adapter has a name that another model, adapter or alias has. `applications` are those of
+    a config file by name."""
+    if lines := clashes_of(applications):
+        raise ConfigError("\n".join(lines))
 
 
 def _inventory(config: ModelConfig) -> Inventory | None:

@@ -24,6 +24,8 @@ UNPLACED = frozenset(
         "distributed_executor_backend",
     }
 )
+# These arguments of vLLM follow from the adapters.
+ADAPTER_ARGS = frozenset({"enable_lora", "lora_modules"})
 # These arguments are for vLLM's own HTTP server, which does not run here, since Ray Serve's does.
 SERVER_ARGS = re.compile(r"host|port|uds|ssl_.*|uvicorn_.*|api_server_count|headless|root_path|grpc.*|config|api_key")
 
@@ -31,7 +33,7 @@ SERVER_ARGS = re.compile(r"host|port|uds|ssl_.*|uvicorn_.*|api_server_count|head
 def backend_problem(config: ModelFields) -> str | None:
     """Returns why the fields of a model contradict its backend, its device or each other, or None if they agree."""
     of_backend = {"vllm": _vllm_problem, "pt": _pt_problem, "auto": _auto_problem}[config.infer_backend]
-    return of_backend(config) or _device_problem(config) or _residency_problem(config)
+    return of_backend(config) or _device_problem(config) or _residency_problem(config) or _adapters_problem(config)
 
 
 def _vllm_problem(config: ModelFields) -> str | None:
@@ -59,6 +61,8 @@ def _vllm_problem(config: ModelFields) -> str | None:
         )
     if config.max_queued_requests is not None:
         return "max_queued_requests: vLLM's queue cannot be bounded. Set Serve's own under 'deployments:' instead."
+    if config.max_num_batched_tokens is not None:
+        return "max_num_batched_tokens is a field of pt. With vllm, write it under engine_args."
     if config.prompt_cache_memory is not None:
         return (
             "prompt_cache_memory works with pt only. vLLM keeps the beginnings of prompts in its KV cache "
@@ -92,10 +96,12 @@ def _vllm_problem(config: ModelFields) -> str | None:
         return "engine_args.speculative_config says the same as the field speculative. Leave one of the two out."
     if config.kv_cache_dtype is not None and "kv_cache_dtype" in named:
         return "engine_args.kv_cache_dtype says the same as the field kv_cache_dtype. Leave one of the two out."
+    for field in sorted(named & ADAPTER_ARGS):
+        return f"engine_args.{field}: name the adapters under the field adapters, which sets what vLLM needs for them."
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
-    own = (ModelFields.model_fields.keys() | {"served_model_name"}) - {"kv_cache_dtype"}
+    own = (ModelFields.model_fields.keys() | {"served_model_name"}) - {"kv_cache_dtype", "max_num_batched_tokens"}
     for field in sorted(named & own):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
@@ -333,4 +339,30 @@ def _residency_problem(config: ModelFields) -> str | None:
         return "residency.pool_memory names no GPU. Add one, such as {0: 20GB, cpu: 64GB}, or set device: cpu."
     if "disk" in memory:
         return "residency.pool_memory: parked models of GPUs are kept in the host's memory. Write cpu instead of disk."
+    return None
+
+
+def _adapters_problem(config: ModelFields) -> str | None:
+    """Returns why the fields of adapters contradict each other, or None if they agree. Buffers are made at the start,
+    so adapters that come later need to know their room."""
+    room = ("max_loras", "max_lora_rank")
+    if not config.adapters and config.adapters_folder is not None and not config.has_adapters:
+        return (
+            "adapters_folder: set max_loras and max_lora_rank, because the memory for adapters is reserved at the "
+            "start. For example, max_loras: 4 and max_lora_rank: 16."
+        )
+    if config.has_adapters and config.nodes > 1:
+        return (
+            "adapters: vLLM reads the files of an adapter on each node, and with nnodes there is no folder that all of "
+            "them have. Leave nnodes out, or merge the adapter into its base model."
+        )
+    given = [name for name in (*room, "max_cpu_loras", "lora_target_modules") if getattr(config, name) is not None]
+    if not config.has_adapters and (given or config.allow_pickled_adapters):
+        field = given[0] if given else "allow_pickled_adapters"
+        return (
+            f"{field}: there are no adapters. Name some under adapters, or set both max_loras and max_lora_rank to "
+            "reserve memory for adapters that come later."
+        )
+    if config.max_cpu_loras is not None and config.max_cpu_loras < (config.max_loras or 1):
+        return f"max_cpu_loras is {config.max_cpu_loras}, but max_loras is {config.max_loras}. It must not be smaller."
     return None

@@ -2,12 +2,24 @@
 config file. Nothing is accepted and then ignored.
 """
 
-from typing import Annotated, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from serve_app.backend_fields import backend_problem
-from serve_app.model_fields import BODY_TIMEOUT_S, MAX_BODY_BYTES, Flag, ModelFields, Positive, Seconds, Strict, Whole
+from serve_app.errors import ConfigError
+from serve_app.model_fields import (
+    BODY_TIMEOUT_S,
+    MAX_BODY_BYTES,
+    Flag,
+    LiveFields,
+    ModelFields,
+    Positive,
+    Seconds,
+    Strict,
+    Whole,
+)
 
 # All bodies together that a router replica holds at one time, if its config does not say.
 MAX_BODIES_BYTES = 2**30
@@ -21,6 +33,26 @@ class ModelConfig(ModelFields):
         if (problem := backend_problem(self)) is not None:
             raise ValueError(problem)
         return self
+
+    def with_live(self, user_config: Mapping[str, Any] | None) -> "ModelConfig":
+        """Returns the config with the fields of a deployment's `user_config`, which changes while replicas run. Raises
+        ConfigError with a line for each mistake."""
+        given = dict(user_config or {})
+        for name in given.keys() & (ModelFields.model_fields.keys() - LiveFields.model_fields.keys()):
+            raise ConfigError(
+                f"user_config.{name}: this field does not change while replicas run. Set it under 'args'. user_config "
+                f"of a model may have {' and '.join(LiveFields.model_fields)}."
+            )
+        try:
+            live = LiveFields.from_args(given)
+        except ConfigError as error:
+            raise ConfigError("\n".join(f"user_config: {line}" for line in str(error).splitlines())) from None
+        if live.adapters and not self.has_adapters:
+            raise ConfigError(
+                "user_config.adapters: the model has no room for adapters, because memory for them is reserved at its "
+                "start. Set max_loras and max_lora_rank under 'args', such as max_loras: 4 and max_lora_rank: 16."
+            )
+        return self.model_copy(update=live.model_dump(exclude_none=True))
 
     @property
     def draft(self) -> "ModelConfig | None":

@@ -4,6 +4,7 @@ ServeAppError                 it says what went wrong, where, and what to do
 ├── ConfigError               the config file says something that cannot be meant
 ├── PlacementError            the cluster cannot hold a model
 ├── EngineError               an engine could not load, or it died
+├── AdapterError              an adapter cannot be served, which concerns no other one
 └── RequestError              it is an answer with an HTTP status and the type and code of OpenAI's error object
     ├── InvalidRequest        400
     │   └── ContextTooLong    400
@@ -45,6 +46,10 @@ class PlacementError(ServeAppError):
 
 class EngineError(ServeAppError):
     """An engine could not load its model, or is not running any more."""
+
+
+class AdapterError(ServeAppError):
+    """An adapter cannot be read, or its engine cannot serve it. The model and its other adapters are well."""
 
 
 class StillTooLarge(EngineError):

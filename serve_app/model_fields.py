@@ -3,6 +3,7 @@
 Field names are those of ms-swift, Hugging Face and vLLM.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +28,7 @@ FOREIGN_NAMES = {
     "pipeline_parallel": "pipeline_parallel_size",
     "quant_method": "quantization",
     "speculative_config": "speculative",
+    "lora_modules": "adapters",
 }
 NOT_HERE = {
     "served_model_name": "the model's name is the application's 'name'.",
@@ -35,6 +37,7 @@ NOT_HERE = {
     "host": "the host belongs under 'http_options' at the top of the file.",
     "num_replicas": "scaling belongs under 'deployments: [{name: Model, num_replicas: …}]' of the application.",
     "autoscaling_config": "scaling belongs under 'deployments: [{name: Model, autoscaling_config: …}]'.",
+    "enable_lora": "naming 'adapters' enables them.",
     "gpu_memory_utilization": "with vllm, write it under 'engine_args'. With pt, use 'max_memory'.",
 }
 
@@ -51,7 +54,21 @@ ONLY_VLLM = (
     "gpu_ids",
 )  # fmt: skip
 # Only pt honours these fields, except that vLLM honours `max_memory` too. So with `auto` the plan decides there.
-ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests", "prompt_cache_memory")
+ONLY_PT = (
+    "max_memory", "device_map", "num_gpus", "max_queued_requests", "prompt_cache_memory", "max_num_batched_tokens",
+)  # fmt: skip
+
+
+# A name is part of JSON bodies, of metrics and of paths. ":" is left out, because MODEL:ADAPTER names an adapter too.
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~@+=,-]{0,127}")
+# One model has at most so many adapters by name. What is bounded by it is small: a name, a folder and a state for each.
+MOST_ADAPTERS = 1000
+# vLLM has buffers for these ranks (`MaxLoRARanks` of its LoRAConfig), and pt rounds up to them too.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Without `max_loras`, a batch may have as many different adapters as the model names, but no more than these.
+DEFAULT_MAX_LORAS = 8
+# This is vLLM's own default of `max_lora_rank`, which applies if none of the adapters can be read at the start.
+DEFAULT_LORA_RANK = 16
 
 
 class Strict(BaseModel):
@@ -122,6 +139,30 @@ def _prompt_cache_or_none(value: object) -> int | None:
     return size
 
 
+def _named_adapters(value: object) -> object:
+    """Returns the value. Raises ValueError for a name that no client could write, and for too many of them."""
+    if not isinstance(value, Mapping):
+        return value
+    if len(value) > MOST_ADAPTERS:
+        raise ValueError(f"adapters: there are {len(value)} of them; at most {MOST_ADAPTERS} are allowed.")
+    for name, source in value.items():
+        if not isinstance(name, str) or ADAPTER_NAME.fullmatch(name) is None:
+            raise ValueError(
+                f"adapters: the name {str(name)[:60]!r} must begin with a letter or digit and may have letters, digits "
+                "and ._~@+=,- after it, 128 characters in all."
+            )
+        if not isinstance(source, str) or not source.strip():
+            raise ValueError(f"adapters.{name}: write the folder or the Hugging Face id of a LoRA adapter.")
+    return value
+
+
+def _rank_of_vllm(value: object) -> object:
+    """Returns the value. Raises ValueError for a rank for which vLLM has no buffers."""
+    if value is not None and value not in LORA_RANKS:
+        raise ValueError(f"max_lora_rank: {value!r} must be one of {', '.join(map(str, LORA_RANKS))}.")
+    return value
+
+
 def _whole(value: object) -> object:
     """Returns the value. pydantic would take true for 1."""
     if isinstance(value, bool):
@@ -147,6 +188,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Positive = Annotated[Whole, Field(gt=0)]
+NamedAdapters = Annotated[dict[str, str], BeforeValidator(_named_adapters)]
 Seconds = Annotated[Number, Field(gt=0)]
 
 
@@ -252,6 +294,14 @@ class ResidencyConfig(Strict):
         return self
 
 
+class LiveFields(Strict):
+    """These are the fields of a model that change while its replicas run. The `user_config` of its deployment may have
+    them, and they replace those of `args` then."""
+
+    adapters: NamedAdapters | None = None
+    allow_pickled_adapters: tuple[str, ...] | None = None
+
+
 class ModelFields(Strict):
     """These are the fields of a model: what to load, with which engine, and on which devices. Sizes are in bytes and
     lengths in tokens.
@@ -270,7 +320,14 @@ class ModelFields(Strict):
     `speculative_config`.
     `prompt_cache_memory` is what pt may take of the host's memory to keep the keys and values of texts that have ended,
     for prompts that begin with them.
+    `max_num_batched_tokens` bounds a step of pt with an embedding model or a cross-encoder, with its padding.
     `residency` says whether the model holds its memory all the time or shares it with others that swap.
+    `adapters` are LoRA adapters by the names that clients write, each with its folder or Hugging Face id. Those of a
+    replica that runs are replaced by the deployment's `user_config`. `adapters_folder` is watched, and each of its
+    subfolders is an adapter. `max_loras` is how many different ones a batch may have, `max_lora_rank` the largest rank,
+    and `max_cpu_loras` how many the host's memory keeps; both buffers are made at the start. `lora_target_modules`
+    limits them to modules with these names. `allow_pickled_adapters` names adapters that may be read from
+    adapter_model.bin.
     `engine_args` goes to vLLM as it stands, for anything that has no field here.
     A pt engine that has work but ends no step for `step_timeout_s` seconds hangs, and its replica is replaced.
     `max_body_bytes` and `body_timeout_s` bound a request's body by the model's own route. The router has its own.
@@ -291,6 +348,7 @@ class ModelFields(Strict):
     nnodes: Positive | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
+    max_num_batched_tokens: Positive | None = None
     max_queued_requests: Positive | None = None
     step_timeout_s: Seconds | None = None
     max_body_bytes: Positive = MAX_BODY_BYTES
@@ -305,7 +363,19 @@ class ModelFields(Strict):
     prompt_cache_memory: Annotated[int | None, BeforeValidator(_prompt_cache_or_none)] = None
     num_cpus: Annotated[Number, Field(gt=0)] = 1.0
     num_gpus: Annotated[Number, Field(ge=0.001, le=1024)] | None = None
+    adapters: NamedAdapters = Field(default_factory=dict)
+    adapters_folder: Annotated[str, Field(min_length=1)] | None = None
+    max_loras: Annotated[Whole, Field(ge=1, le=MOST_ADAPTERS)] | None = None
+    max_lora_rank: Annotated[Whole | None, BeforeValidator(_rank_of_vllm)] = None
+    max_cpu_loras: Annotated[Whole, Field(ge=1, le=MOST_ADAPTERS)] | None = None
+    lora_target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    allow_pickled_adapters: tuple[str, ...] = ()
     engine_args: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Returns whether the engine has room for adapters. There may be none yet."""
+        return bool(self.adapters) or (self.max_loras is not None and self.max_lora_rank is not None)
 
     @property
     def only_vllm(self) -> list[str]:

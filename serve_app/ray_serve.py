@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray.serve.schema import HTTPOptionsSchema, TargetGroup
+    from ray.serve.schema import HTTPOptionsSchema, Target, TargetGroup
 
 # Serve gives its controller this name. The limiter is in the same namespace.
 CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
@@ -168,6 +168,13 @@ def is_http(group: "TargetGroup") -> bool:
     return bool(group.protocol == RequestProtocol.HTTP)
 
 
+def replica_of(target: "Target") -> str:
+    """Returns the id of the replica that listens there, or an empty text for a proxy. Uses the form of the names of
+    replicas' actors, `SERVE_REPLICA::APPLICATION#DEPLOYMENT#ID`."""
+    start, _, rest = str(target.name).partition("::")
+    return rest.rpartition("#")[2] if start == "SERVE_REPLICA" else ""
+
+
 def watch_targets(told: Callable[[Iterable["TargetGroup"]], None]) -> Callable[[], None]:
     """Calls `told` in the running event loop with every change of what the controller tells HAProxy: where the replicas
     of each application listen. Returns a function that ends it. An exception of `told` would end it for ever.
@@ -235,6 +242,31 @@ def code_version(application: Mapping[str, Any]) -> str:
     from ray.serve.schema import ServeApplicationSchema
 
     return str(get_app_code_version(ServeApplicationSchema.model_validate(application)))
+
+
+def with_lasting_version(deployment: Any, version: str) -> Any:
+    """Returns a deployment whose replicas Serve keeps for as long as its version is this one, whatever else of the
+    application's `args` changes. Serve itself takes a hash of the import path, `runtime_env` and all of `args`.
+
+    Uses the attribute `_deployment_config` of a deployment and Serve's class of it, whose field `version` Serve sets
+    to that hash just before it writes the config for the controller.
+    """
+    from pydantic import PrivateAttr
+    from ray.serve._private.config import DeploymentConfig
+
+    class Lasting(DeploymentConfig):  # type: ignore[misc]
+        _lasting: str = PrivateAttr(default=version)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, self._lasting if name == "version" else value)
+
+    made = deployment.options()
+    made._deployment_config.__class__ = Lasting
+    made._deployment_config.__pydantic_private__ = {
+        **(made._deployment_config.__pydantic_private__ or {}),
+        "_lasting": version,
+    }
+    return made
 
 
 def haproxy_binary() -> Path:

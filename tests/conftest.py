@@ -29,7 +29,8 @@ atexit.register(shutil.rmtree, os.environ["SERVE_APP_CACHE"], ignore_errors=True
 # These files ask vLLM in one process (`warm_vllm`) or import it, so one worker of pytest-xdist gets all of them.
 ASK_VLLM = frozenset({
     "tests/contracts/test_vllm.py", "tests/contracts/test_vllm_meta_model.py", "tests/planning/test_vllm_facts.py",
-    "tests/planning/test_vllm_memory.py", "tests/planning/pipeline/test_vllm_stages.py", "tests/test_warm_vllm.py",
+    "tests/planning/test_vllm_memory.py", "tests/planning/test_vllm_adapter_facts.py",
+    "tests/planning/pipeline/test_vllm_stages.py", "tests/test_warm_vllm.py",
 })  # fmt: skip
 
 

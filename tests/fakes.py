@@ -16,9 +16,9 @@ from serve_app.config import RouterConfig
 from serve_app.errors import ModelNotFound, ModelUnavailable
 from serve_app.residency.lease_records import PoolName
 from serve_app.router.deployment import build_app
-from serve_app.router.directory import ModelStatus
 from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
+from serve_app.router.model_status import ModelStatus
 from serve_app.router.residency import Residency
 from serve_app.router.upstream.protocol import ReplicaLost, Upstream
 from serve_app.wire.asgi import HttpRequest
@@ -130,6 +130,17 @@ class ModelsFake:
             return ModelStatus(name, self.state_of(name), 1)  # type: ignore[arg-type]
         except KeyError:
             raise ModelNotFound(f"no {name}", param="model") from None
+
+    async def look_up(self, name: str) -> ModelStatus | None:
+        """As in the real directory."""
+        try:
+            return await self.find(name)
+        except ModelNotFound:
+            return None
+
+    def application(self, name: str) -> str:
+        """Its own, as of a model that is no adapter."""
+        return name
 
     def require_hope(self, model: ModelStatus) -> None:
         """As in the real directory."""

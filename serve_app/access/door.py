@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from ray import serve
@@ -56,7 +56,9 @@ LIMITS_OF_PROXY = RouterConfig(max_body_bytes=MAX_BODIES_BYTES // 2)
 
 @dataclass(frozen=True)
 class Inside:
-    """Describes what is behind the door of this process. `model` is None if there are several models.
+    """Describes what is behind the door of this process. `model` is None if there are several models. `adapters`
+    returns the names of its adapters, and is None if it has none; whether a key may use the one that a body names is
+    decided behind the door.
 
     `limits` returns the current limits, and `refused` is called with the status of each refused request. `wakes` means
     that Serve starts a replica for a request that comes in here and finds none.
@@ -67,6 +69,7 @@ class Inside:
     model: str | None = None
     refused: Callable[[int], None] = lambda status: None
     wakes: bool = False
+    adapters: Callable[[], Collection[str]] | None = None
 
 
 _of_this_process: Inside | None = None
@@ -180,7 +183,9 @@ class OuterDoor:
             held = NoBody()
             held.grow(declared_bytes(scope["headers"]))
             return scope, held
-        key = gate.identify(scope["headers"], self._inside.model)
+        key, model = gate.identify(scope["headers"]), self._inside.model
+        if key is not None and model is not None:
+            key.require_any_of(model, () if self._inside.adapters is None else self._inside.adapters())
         return with_identity(scope, key), self._budget.hold(None if key is None else key.name)
 
     async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:

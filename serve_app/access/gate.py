@@ -4,6 +4,7 @@
 """
 
 import hmac
+from collections.abc import Callable, Collection
 from functools import partial
 
 from starlette.responses import Response
@@ -15,9 +16,10 @@ from serve_app.access.limiter import router_token
 from serve_app.access.limits import KeyLimits, Limiter, Verdict, duration
 from serve_app.access.origin import require_own_page
 from serve_app.config import ModelConfig, RouterConfig
-from serve_app.errors import InvalidRequest, RateLimited, RequestError, TokensLimited, Unauthorized
+from serve_app.errors import InvalidRequest, ModelNotFound, RateLimited, RequestError, TokensLimited, Unauthorized
 from serve_app.wire.arrival import read_or_refused, with_body
 from serve_app.wire.asgi import KEY_NAME_HEADER, endpoint, show_routes
+from serve_app.wire.asked_model import Asked, asked_of
 from serve_app.wire.body import Peek, RequestBody
 from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.headers import Headers, header
@@ -32,6 +34,8 @@ DEFAULT_LIMITS = RouterConfig()
 
 # These methods make no model work. They need a key, but cost nothing of its limits.
 FREE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+# Clients look their model up in this list, so a key for an adapter alone may read it by the route of the model.
+LIST = "/v1/models"
 
 
 class Admission:
@@ -77,25 +81,25 @@ class Gate:
         if any(key.limits for key in self.source.ring.keys):
             await self._limiter.warm_up()
 
-    def identify(self, headers: Headers, model: str | None = None) -> ApiKey | None:
+    def identify(self, headers: Headers, asked: Asked | None = None) -> ApiKey | None:
         """Returns the key of a request without charging it, or None if no key is needed.
 
-        Raises Unauthorized, and Forbidden for a `model` that the key may not use. If no key is needed, raises
+        Raises Unauthorized, and Forbidden if the key may not use what is asked for. If no key is needed, raises
         ForeignPage.
         """
         if self.source.is_open:
             require_own_page(headers)
             return None
         ring = self.source.refresh()
-        return _opens(ring.find(header(headers, b"authorization"), header(headers, b"x-api-key")), model)
+        return _opens(ring.find(header(headers, b"authorization"), header(headers, b"x-api-key")), asked)
 
-    def identity_of(self, scope: Scope, model: str | None = None) -> ApiKey | None:
+    def identity_of(self, scope: Scope, asked: Asked | None = None) -> ApiKey | None:
         """Returns the key that the door of this process has found, or else that of `identify`, which says
         what it raises."""
         identity = known_identity(scope)
         if identity is None or (identity.key is None and not self.source.is_open):
-            return self.identify(scope["headers"], model)
-        return _opens(identity.key, model)
+            return self.identify(scope["headers"], asked)
+        return _opens(identity.key, asked)
 
     async def admit(self, key: ApiKey | None, estimated_tokens: int) -> Admission:
         """Lets one request in and charges it to its key. Raises RateLimited if that key has used up a limit."""
@@ -110,9 +114,9 @@ class Gate:
         return Admission(key.name, verdict, self._limiter, limits.tokens_per_minute is not None)
 
 
-def _opens(key: ApiKey | None, model: str | None) -> ApiKey | None:
-    if key is not None and model is not None:
-        key.require(model)
+def _opens(key: ApiKey | None, asked: Asked | None) -> ApiKey | None:
+    if key is not None and asked is not None:
+        key.require(asked)
     return key
 
 
@@ -177,10 +181,22 @@ class KeyedApp:
     This includes paths that do not exist, documentation and metrics. Websockets are refused, because nothing would
     count them. The body is read within `limits` once the key is known. Its length and the limit of its answers give the
     estimate of tokens, which the response corrects.
+
+    `adapters` returns the names of the model's adapters, and is None if it has none. A body then says what is asked
+    for, and the key must be allowed that. A key that is allowed adapters only gets nothing without a body but the list
+    of models.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, model_name: str, limits: RouterConfig | ModelConfig = DEFAULT_LIMITS):
+    def __init__(
+        self,
+        app: ASGIApp,
+        gate: Gate,
+        model_name: str,
+        limits: RouterConfig | ModelConfig = DEFAULT_LIMITS,
+        adapters: Callable[[], Collection[str]] | None = None,
+    ):
         self._limits = limits
+        self._adapters = adapters
         self._app = app
         self._gate = gate
         self._model_name = model_name
@@ -208,19 +224,21 @@ class KeyedApp:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         meter, estimate = UsageMeter(), 0
         try:
-            key = self._gate.identity_of(scope, self._model_name)
+            key = self._gate.identity_of(scope)
+            is_free = scope["method"] in FREE_METHODS
+            self._require_entry(key, is_free and endpoint(scope) != LIST)
             admission = Admission(None if key is None else key.name)
-            if scope["method"] not in FREE_METHODS:
+            if not is_free:
                 body = await read_or_refused(scope, receive, send, self._limits)
                 if body is None:
                     return
                 size = len(body.content)
-                seen = await beside_loop(size, partial(_seen, body))
+                seen = await beside_loop(size, partial(self._seen, body, key))
                 estimate = estimate_tokens(size, seen.token_limit, seen.answers)
                 admission = await self._gate.admit(key, estimate)
                 if admission.counts_tokens:
                     body, meter = await metered_for(admission, endpoint(scope), seen, body)
-                    scope = {**scope, "headers": _of_length(scope["headers"], len(body.content))}
+                    scope = {**scope, "headers": of_length(scope["headers"], len(body.content))}
                 scope, receive = with_body(scope, receive, body)
             scope = {**scope, "headers": with_key_name(scope["headers"], admission.key_name)}
         except RequestError as error:
@@ -243,6 +261,37 @@ class KeyedApp:
         finally:  # A refused request used no tokens.
             await admission.release(0 if status >= 400 else meter.total_tokens(estimate))
 
+    def _require_entry(self, key: ApiKey | None, is_of_model: bool) -> None:
+        """Raises Forbidden for a key with which nothing here may be asked, or not the model itself if it is asked."""
+        if key is None:
+            return
+        if self._adapters is None or is_of_model:
+            key.require(Asked(self._model_name))
+        key.require_any_of(self._model_name, () if self._adapters is None else self._adapters())
+
+    def _seen(self, body: RequestBody, key: ApiKey | None) -> Peek:
+        """Returns what matters of a body, which takes time with a large one. Raises Forbidden and ModelNotFound, and
+        InvalidRequest for a body that does not say what is asked for, if that matters for the key."""
+        adapters = self._adapters
+        try:
+            seen = body.peek()
+        except InvalidRequest:
+            if key is not None and adapters is not None and not key.may_use_all_of(self._model_name):
+                raise
+            return Peek()  # The engine reports what is wrong with it.
+        if key is not None and adapters is not None:
+            key.require(require_asked(self._model_name, adapters(), seen.model))
+        return seen
+
+
+def require_asked(model: str, adapters: Collection[str], name: str | None) -> Asked:
+    """Returns what a name means by a model's own route. Raises ModelNotFound."""
+    asked = asked_of(model, adapters, name)
+    if asked is None:
+        text = f"The model '{name}' does not exist at this route, which serves '{model}' and its adapters."
+        raise ModelNotFound(text, param="model")
+    return asked
+
 
 def with_key_name(headers: Headers, name: str | None) -> list[tuple[bytes, bytes]]:
     """Returns the headers with the name of the request's key, for engines, and without what the client put there."""
@@ -250,14 +299,8 @@ def with_key_name(headers: Headers, name: str | None) -> list[tuple[bytes, bytes
     return kept if name is None else [*kept, (KEY_NAME_HEADER, name.encode())]
 
 
-def _seen(body: RequestBody) -> Peek:
-    try:
-        return body.peek()
-    except InvalidRequest:  # The engine reports what is wrong with it.
-        return Peek()
-
-
-def _of_length(headers: Headers, length: int) -> list[tuple[bytes, bytes]]:
+def of_length(headers: Headers, length: int) -> list[tuple[bytes, bytes]]:
+    """Returns the headers with this length of the body."""
     kept = [pair for pair in headers if pair[0] != b"content-length"]
     return [*kept, (b"content-length", str(length).encode())]
 

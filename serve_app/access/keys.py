@@ -21,7 +21,7 @@ import hmac
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve_app.access.limits import KeyLimits
 from serve_app.errors import ConfigError, Forbidden, Unauthorized, nearest
 from serve_app.terminal import notify
+from serve_app.wire.asked_model import ALL_ADAPTERS, Asked, names_any
 
 logger = logging.getLogger("ray.serve")
 
@@ -60,7 +61,8 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 
 
 class ApiKey(BaseModel):
-    """This is one key as it is known here. `models` is None for all models. Limits are per minute, and None means no
+    """This is one key as it is known here. `models` is None for all models. An adapter is a model of its own there, as
+    ADAPTER or MODEL:ADAPTER, and MODEL:* stands for all adapters of a model. Limits are per minute, and None means no
     limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,15 +79,26 @@ class ApiKey(BaseModel):
         """Returns what the key may use. The result is false if nothing is limited."""
         return KeyLimits(self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
 
-    def may_use(self, model: str) -> bool:
-        """Returns whether the key may use this model."""
-        return self.models is None or model in self.models
+    def may_use(self, asked: Asked) -> bool:
+        """Returns whether the key may use this model or adapter."""
+        return self.models is None or asked.is_in(self.models)
 
-    def require(self, model: str) -> None:
-        """Raises Forbidden if the key may not use the model."""
-        if not self.may_use(model):
+    def may_use_all_of(self, model: str) -> bool:
+        """Returns whether the key may use a model and all of its adapters, so nobody has to know which is asked."""
+        every = Asked(model, ALL_ADAPTERS)
+        return self.models is None or (model in self.models and every.qualified in self.models)
+
+    def require_any_of(self, model: str, adapters: Collection[str]) -> None:
+        """Raises Forbidden if the key may use neither a model nor any of these adapters of it."""
+        if self.models is not None and not names_any(model, adapters, self.models):
+            self.require(Asked(model))
+
+    def require(self, asked: Asked) -> None:
+        """Raises Forbidden if the key may not use the model or adapter."""
+        if not self.may_use(asked):
             names = ", ".join(self.models or ())
-            raise Forbidden(f"The API key '{self.name}' may not use the model '{model}', only {names}.", param="model")
+            text = f"The API key '{self.name}' may not use the model '{asked.name}', only {names}."
+            raise Forbidden(text, param="model")
 
 
 class KeyRing:

@@ -1,14 +1,17 @@
 """Says what `serve deploy` of another config file will do to each application that runs. It is pure.
 
 Serve compares a version of each application: its import path, `args`, `runtime_env` and the policies under
-`deployments:` (`ray_serve.code_version`). Another version replaces all replicas, some at a time. A few of
-the other options do so too, and the rest change in place.
+`deployments:` (`ray_serve.code_version`). That of a model with adapters leaves its adapters out (`app.py`). Another
+version replaces all replicas, some at a time. A few of the other options do so too, and the rest change in place.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from serve_app.adapters.configured import MODEL_PATH, lasting_version
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError
 from serve_app.ray_serve import code_version
 
 Kind = Literal["starts", "stops", "restarts", "changes in place", "stays as it is"]
@@ -65,10 +68,25 @@ def _change(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | N
     why = tuple(f"{path}: {_short(a)} → {_short(b)}" for path, a, b in differences)
     if not differences:
         return Change(name, "stays as it is")
-    versions = [code_version(item) for item in (old, new)]
+    versions = [_version(item) for item in (old, new)]
     options = {part for path, _, _ in differences if path.startswith("deployments.") for part in path.split(".")[2:3]}
     replaces = versions[0] != versions[1] or options & REPLACING
     return Change(name, "restarts" if replaces else "changes in place", why)
+
+
+def _version(application: Mapping[str, Any]) -> str:
+    """Returns what decides whether replicas are replaced. The version of a model with adapters does not follow
+    them."""
+    if application.get("import_path") != MODEL_PATH:
+        return code_version(application)
+    args: Mapping[str, Any] = application.get("args") or {}
+    try:
+        has_adapters = ModelConfig.from_args(args).has_adapters
+    except ConfigError:  # It does not start, so nothing lasts.
+        has_adapters = False
+    if not has_adapters:
+        return code_version(application)
+    return "lasting " + lasting_version(args, application.get("runtime_env") or {})
 
 
 def _by_name(*applications: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
 from serve_app.access.origin import is_loopback
+from serve_app.adapters.configured import adapter_names, clashes_of
+from serve_app.cli.adapter_notes import adapter_notes
 from serve_app.cli.cluster import connected
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.cli.plan.pools import amounts, long_waits
@@ -49,7 +51,7 @@ def check(file: Path, address: str | None) -> int:
         print(f"note: {note}")
     for note in (*open_access(document, applications, os.environ if is_here else None), *dangling_names(applications)):
         print(f"note: {note}")
-    for note in doubtful_engine_args(applications):
+    for note in (*doubtful_engine_args(applications), *adapter_notes(applications)):
         print(f"note: {note}")
     for note in () if is_here else unheard_keys(document, os.environ):
         print(f"note: {note}")
@@ -69,13 +71,15 @@ def require_valid(applications: Sequence[ApplicationSpec]) -> None:
     for application in applications:
         try:
             if application.is_model:
-                configs[application.name] = ModelConfig.from_args(application.args)
+                configs[application.name] = application.model_settings()
             elif application.is_router:
                 application.router_settings()
         except ConfigError as error:
-            problems += [f"{application.name}: {line}" for line in str(error).splitlines()]
+            start = f"{application.name}: "
+            problems += [f"{start}{line.removeprefix(start)}" for line in str(error).splitlines()]
         problems += [f"{application.name}: {line}" for line in wrong_engine_args(application)]
     problems += pool_problems(configs)
+    problems += clashes_of({application.name: application.model_dump() for application in applications})
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -116,6 +120,7 @@ def unheard_keys(document: Mapping[str, Any], environment: Mapping[str, str]) ->
 def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
     """Returns notes on names in the router's config that do not lead to a model of the file."""
     models = {application.name for application in applications if not application.is_router}
+    adapters = adapter_names({application.name: application.model_dump() for application in applications})
     notes = []
     for application in applications:
         if not application.is_router:
@@ -127,7 +132,7 @@ def dangling_names(applications: Sequence[ApplicationSpec]) -> list[str]:
         if config.default_model is not None:
             named.append(("default_model", config.default_model))
         for field, name in named:
-            if name not in models | config.aliases.keys():
+            if name not in models | config.aliases.keys() | adapters:
                 notes.append(f"{application.name}: {field}: this file has no model named '{name}'.")
         for alias in config.aliases.keys() & models:
             notes.append(f"{application.name}: aliases.{alias}: the alias hides the model of that name.")

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from serve_app.adapters.records import Records
 from serve_app.facts.nodes import Node, node_from_resources
 from serve_app.planning.resource_demand import Demand
 from serve_app.ray_serve import MODEL_DEPLOYMENT
 from serve_app.replica.report import STALE_S, ReplicaReport
-from serve_app.router.directory import ModelStatus, read_status
+from serve_app.router.model_status import ModelStatus, adapter_statuses, read_status
 
 # The reports are found by application and replica.
 Reports = Mapping[tuple[str, str], ReplicaReport]
@@ -41,12 +42,24 @@ class ModelView:
     replicas: Sequence[ReplicaView]
     missing: str
     error: str
+    adapters: Sequence["AdapterView"] = ()
 
     @property
     def load(self) -> float | None:
         """Returns the mean of the replicas' loads, or None if no replica has reported one."""
         loads = [view.report.load for view in self.replicas if view.report is not None]
         return sum(loads) / len(loads) if loads else None
+
+
+@dataclass(frozen=True)
+class AdapterView:
+    """This is an adapter of a model, with the number of replicas that have it. `message` says why it has failed, or
+    what else is to be known of it."""
+
+    name: str
+    state: str
+    replicas: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -59,9 +72,13 @@ class ClusterStatus:
 
     @property
     def is_whole(self) -> bool:
-        """Returns whether every model has as many replicas of its last version as it should have."""
+        """Returns whether every model has as many replicas of its last version as it should have, and all of its
+        adapters."""
         return all(
-            model.running >= model.wanted and model.state in ("ready", "asleep") and not model.error
+            model.running >= model.wanted
+            and model.state in ("ready", "asleep")
+            and not model.error
+            and all(adapter.state in ("ready", "asleep") for adapter in model.adapters)
             for model in self.models
         )
 
@@ -77,19 +94,33 @@ def cluster_status(
     reports: Sequence[ReplicaReport],
     now: float,
     bundles: Bundles | None = None,
+    records: Records | None = None,
 ) -> ClusterStatus:
     """Returns the status of all models. `applications` are those of `ServeInstanceDetails`, `ray_nodes` those of
-    `ray.nodes()`, and `available` has the free resources by node id. `bundles` are those of `ray_serve`."""
+    `ray.nodes()`, and `available` has the free resources by node id. `bundles` are those of `ray_serve`, and `records`
+    has what replicas have of adapters."""
     alive = [node for node in ray_nodes if node["Alive"]]
     nodes = [node_from_resources(node["NodeManagerAddress"], node["Resources"]) for node in alive]
     left = [node_from_resources(node["NodeManagerAddress"], available.get(node["NodeID"], {})) for node in alive]
     gone = [_gone(node) for node in ray_nodes if not node["Alive"]]
     fresh = {(report.application, report.replica): report for report in reports if now - report.written_at < STALE_S}
+    statuses = read_status(applications, own_application="")
+    adapters = adapter_statuses(applications, statuses, records or {})[0].values()
     models = [
-        _model(status, applications[name]["deployments"].get(MODEL_DEPLOYMENT) or {}, fresh, nodes, left, bundles or {})
-        for name, status in read_status(applications, own_application="").items()
+        replace(
+            _model(
+                status, applications[name]["deployments"].get(MODEL_DEPLOYMENT) or {}, fresh, nodes, left, bundles or {}
+            ),
+            adapters=[_adapter(adapter) for adapter in adapters if adapter.parent == name],
+        )
+        for name, status in statuses.items()
     ]
     return ClusterStatus(nodes, gone, models)
+
+
+def _adapter(status: ModelStatus) -> AdapterView:
+    message = status.message if status.state in ("ready", "failed") else ""
+    return AdapterView(status.name, status.state, status.replicas, message)
 
 
 def _model(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from serve_app.adapters.records import RecordReader
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.sizes import gib
@@ -41,11 +42,12 @@ def _read(where: str) -> ClusterStatus:
     try:
         applications = serve_details(STATUS_TIMEOUT_S)["applications"]
         nodes, left, reports, asked = ray.nodes(), available_by_node(), read_reports(), waiting_bundles()
+        records = RecordReader().read()
     except ValueError:
         raise ConfigError(f"Ray runs at {where}, but Serve does not. Start it with `serve-app run FILE`.") from None
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
-    return cluster_status(applications, nodes, left, reports, time.time(), asked)
+    return cluster_status(applications, nodes, left, reports, time.time(), asked, records)
 
 
 def report(seen: ClusterStatus) -> str:
@@ -59,16 +61,35 @@ def report(seen: ClusterStatus) -> str:
         lines.append(row.format(model.name, model.state, f"{model.running}/{model.wanted}", load, model.error).rstrip())
         if model.missing:
             lines.append(f"    {model.missing}")
-        lines += [f"    {line}" for line in _residency(model)]
+        lines += [f"    {line}" for line in (*_residency(model), *_adapters(model))]
     lines += ["", *_devices(seen), *_blocks(seen)]
     silent = [f"{model.name} {view.replica}" for model in seen.models for view in model.replicas if _is_silent(view)]
     if silent:
         lines.append(f"These replicas have not reported for a minute or more: {', '.join(silent)}.")
     lines += [
         "",
-        "Every model has its replicas." if seen.is_whole else "Some models have fewer replicas than they should.",
+        "Every model has its replicas." if seen.is_whole else _missing(seen),
     ]
     return "\n".join(lines)
+
+
+def _missing(seen: ClusterStatus) -> str:
+    """Returns what a cluster lacks that is not whole."""
+    is_short = any(model.running < model.wanted or model.error for model in seen.models)
+    broken = [f"{one.name} of {model.name}" for model in seen.models for one in model.adapters if one.state == "failed"]
+    if broken and not is_short:
+        return f"These adapters cannot be served: {', '.join(broken)}."
+    return "Some models have fewer replicas than they should."
+
+
+def _adapters(model: ModelView) -> list[str]:
+    """Returns a line for each adapter."""
+    return [
+        f"adapter {one.name} is {one.state}"
+        + (f" on {one.replicas} of {model.running} replicas" if one.state == "ready" else "")
+        + (f": {one.message}" if one.message else "")
+        for one in model.adapters
+    ]
 
 
 def _residency(model: ModelView) -> list[str]:

@@ -1,6 +1,7 @@
 """Defines an engine: an ASGI application that can be started, asked for its health, and stopped."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from starlette.types import ASGIApp
@@ -9,6 +10,7 @@ from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.facts.checkpoint import read_own_pooling
 from serve_app.planning.plan import ModelPlan
 
 
@@ -85,6 +87,22 @@ class Engine(Protocol):
         """Returns what each rank is measured to hold of each device now. Raises EngineError if it cannot be read."""
         ...
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Makes a LoRA adapter available, for which requests ask by its name in the body's field `model`. The folder is
+        PEFT's, has been checked (`planning/adapters.py`), and has its weights in adapter_model.safetensors.
+
+        If there is one of this name, new requests get the new one, the requests that run end with the old one, and the
+        call returns after that. Calls come one at a time for each name. They may come in any state between `start` and
+        `stop`, also while the engine is parked. Raises AdapterError with the reason if it cannot be served; then
+        the old one stays.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Removes an adapter. Nobody asks for it any more. Returns when its running requests have ended and its memory
+        is free. Does nothing if there is none of this name. Raises AdapterError if that failed."""
+        ...
+
     async def stop(self) -> None:
         """Ends the engine's threads and processes and frees its memory."""
         ...
@@ -95,12 +113,19 @@ def create_engine(config: ModelConfig, name: str, planned: ModelPlan | None = No
 
     `planned` is the plan of this replica, whose devices have the numbers of this process. On GPUs pt places layers and
     bounds its KV cache by it, unless the checkpoint is quantised or `device_map` says how. vLLM's part of it is in the
-    config (`with_planned_memory`).
+    config (`with_planned_memory`). If the config `has_adapters`, its `max_loras` and `max_lora_rank` are set. What the
+    model is for is read of its files. Raises ConfigError for files of an embedding model or a cross-encoder that pt
+    cannot serve.
     """
     if config.infer_backend == "vllm":
         from serve_app.engines.vllm.engine import VllmEngine
 
         return VllmEngine(config, name)
+    pooling = read_own_pooling(config.model, config.revision)
+    if pooling is not None:
+        from serve_app.engines.pt.pooling.engine import PoolingEngine
+
+        return PoolingEngine(config, name, pooling, planned)
     from serve_app.engines.pt.engine import PtEngine
 
     return PtEngine(config, name, planned)

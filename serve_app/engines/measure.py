@@ -6,26 +6,32 @@ from collections.abc import Iterable
 import torch
 
 from serve_app.engines.rank_memory import RankMemory
-from serve_app.engines.torch_internals import gpu_uuid
+from serve_app.engines.torch_internals import gpu_uuid, is_view
 from serve_app.facts.process_memory import gpu_bytes, resident_bytes
 
 
 def rank_memory(
-    device: torch.device, weights: int, kv_cache: int, libraries: int, most_kv_cache: int | None = None
+    device: torch.device,
+    weights: int,
+    kv_cache: int,
+    libraries: int,
+    most_kv_cache: int | None = None,
+    adapters: int = 0,
 ) -> RankMemory:
     """Returns what this process holds. `libraries` is what it held before the model was loaded, for the CPU. Without
     `most_kv_cache`, the cache always has the same size."""
     most = kv_cache if most_kv_cache is None else max(kv_cache, most_kv_cache)
     if device.type != "cuda":
         held = max(0, resident_bytes() - libraries)
-        return RankMemory("cpu", os.getpid(), weights, kv_cache, most, held, held, 0)
+        return RankMemory("cpu", os.getpid(), weights, kv_cache, most, held, held, 0, adapters=adapters)
     uuid = gpu_uuid(device)
     held_here = gpu_bytes(os.getpid()).get(uuid)
     if held_here is None:
-        return RankMemory(uuid, os.getpid(), weights, kv_cache, most, None, None, None)
+        return RankMemory(uuid, os.getpid(), weights, kv_cache, most, None, None, None, adapters=adapters)
     reserved = torch.cuda.memory_reserved(device)
     peak = held_here + torch.cuda.max_memory_reserved(device) - reserved
-    return RankMemory(uuid, os.getpid(), weights, kv_cache, most, held_here, peak, max(0, held_here - reserved))
+    context = max(0, held_here - reserved)
+    return RankMemory(uuid, os.getpid(), weights, kv_cache, most, held_here, peak, context, adapters=adapters)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> dict[torch.device, int]:
@@ -39,6 +45,16 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> dict[torch.device, int]:
     for (device, _), size in storages.items():
         sizes[device] = sizes.get(device, 0) + size
     return sizes
+
+
+def plain_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Returns the tensors of floating point numbers that a module has as plain attributes, alone or in lists, which are
+    neither its parameters nor its buffers. Views of other tensors are left out."""
+    found: list[torch.Tensor] = []
+    for value in vars(module).values():
+        items = value if isinstance(value, list | tuple) else (value,)
+        found += (item for item in items if isinstance(item, torch.Tensor) and not isinstance(item, torch.nn.Parameter))
+    return [tensor for tensor in found if tensor.is_floating_point() and not is_view(tensor)]
 
 
 def pinned_bytes() -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.config import ModelConfig
+from serve_app.engines.adapters import readable_adapters, with_adapter_room
 from serve_app.engines.model_facts import answers
 from serve_app.errors import ConfigError
 from serve_app.facts.card_capability import HOPPER, Capability, capability_text, card_capability, read_capability
@@ -24,6 +25,8 @@ from serve_app.planning.model_request import ModelRequest
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 # The question for the tensors of a config.json has this name.
 TENSORS = "tensors"
+# The question for vLLM's buffers for adapters has this name.
+ADAPTERS = "vllm_adapters"
 # A field of a question about other cards than Hopper ends with this and their capability.
 ON = "@"
 # A field of a question about a tensor parallel size that is none of those ends with this.
@@ -48,7 +51,11 @@ def read_request(name: str, config: ModelConfig, replicas: int = 1, cards: Colle
     """Returns a model with the facts of its checkpoint. `cards` are the compute capabilities for which it is to be
     planned. Raises ConfigError if they cannot be read."""
     checkpoint = read_checkpoint(config.model, config.revision)
-    request = ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas)
+    config, adapters = with_adapter_room(config), readable_adapters(config)
+    request = ModelRequest(
+        name, config, checkpoint.architecture, checkpoint.tensors, replicas, adapters=adapters,
+        pooling=checkpoint.pooling,
+    )  # fmt: skip
     return Unanswered(request, checkpoint, questions_of(request, checkpoint, cards), _read_draft(name, config))
 
 
@@ -75,7 +82,7 @@ def questions_of(
     """Returns what the plan has to know from engines: of vLLM with the config's own type of KV cache and in 8 bits, and
     of pt. Where there are no files of weights, transformers is asked for the tensors of the config.json."""
     config, shape = request.config, request.architecture
-    found = {}
+    found: dict[str, Question] = {}
     if checkpoint.lacks_tensors:
         found[TENSORS] = Question("pt", facts_version("pt"), checkpoint.config, {"wants": TENSORS})
     if config.infer_backend != "pt" and not request.formulas_hold:
@@ -85,7 +92,9 @@ def questions_of(
         found["vllm_fp8"] = _of_vllm(request, checkpoint, "fp8")
         found |= _on_other_cards(request, found, cards)
         found |= _of_own_size(config, found)
-    if config.infer_backend != "vllm" and not shape.has_formulas:
+    if config.infer_backend != "pt" and config.has_adapters:
+        found[ADAPTERS] = _of_adapters(request, checkpoint)
+    if config.infer_backend != "vllm" and (checkpoint.pooling is not None or not shape.has_formulas):
         found["pt"] = _of_pt(config, checkpoint)
     return found
 
@@ -104,6 +113,19 @@ def _of_vllm(request: ModelRequest, checkpoint: Checkpoint, kv_cache_dtype: str 
         settings["engine_args"] = arguments
     settings |= _code(config, checkpoint)
     return Question("vllm", facts_version("vllm"), checkpoint.config, settings)
+
+
+def _of_adapters(request: ModelRequest, checkpoint: Checkpoint) -> Question:
+    """Returns the question for vLLM's buffers for LoRA adapters, which do not depend on the card or the KV cache."""
+    question = _of_vllm(request, checkpoint, None)
+    own = request.config.tensor_parallel_size or 1
+    settings = {
+        **question.settings, "wants": "adapters",
+        "tensor_parallel_sizes": sorted({*TENSOR_PARALLEL_SIZES, own}),
+    }  # fmt: skip
+    if request.config.lora_target_modules is not None:
+        settings["lora_target_modules"] = sorted(request.config.lora_target_modules)
+    return replace(question, settings=settings)
 
 
 def _on_other_cards(
@@ -142,6 +164,8 @@ def _of_pt(config: ModelConfig, checkpoint: Checkpoint) -> Question:
         settings["quantization"] = config.quantization
     if config.pt_cache_dtype is not None:
         settings["kv_cache_dtype"] = config.pt_cache_dtype
+    if checkpoint.pooling is not None:  # Answers for models that generate text are shipped without it.
+        settings["task"] = checkpoint.pooling.task
     settings |= _code(config, checkpoint)
     return Question("pt", facts_version("pt"), checkpoint.config, settings)
 
@@ -188,7 +212,8 @@ def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest
 def _with_known_pt(item: Unanswered, facts: EngineFacts) -> EngineFacts:
     """Returns the facts with what transformers' code said of a model that is to run with vLLM, if that was kept or is
     shipped. The search for fixes tries pt with it, for which alone no engine is asked."""
-    if item.request.config.infer_backend != "vllm" or item.request.architecture.has_formulas:
+    is_by_formula = item.request.architecture.has_formulas and item.request.pooling is None
+    if item.request.config.infer_backend != "vllm" or is_by_formula:
         return facts
     question = _of_pt(item.request.config, item.checkpoint)
     known = known_answer(question)

@@ -13,8 +13,9 @@ class RankMemory:
     `weights` and `kv_cache` are tensors that exist now, and `most_kv_cache` is the most that the cache may have taken
     so far. `held` is all that the process holds. On a GPU it comes from NVML, and is None if the driver does not report
     it. On the CPU it is resident memory beyond that of the loaded libraries. `peak` is the most that `held` was, as far
-    as torch's allocator knows. `context` is held outside that allocator. `node` is the address of the rank's node, or
-    empty if it is the replica's.
+    as torch's allocator knows. `context` is held outside that allocator. `adapters` are the buffers for LoRA adapters,
+    and on the CPU the copies of adapters too. `node` is the address of the rank's node, or empty if it is the
+    replica's.
     """
 
     device: str
@@ -26,11 +27,13 @@ class RankMemory:
     peak: int | None
     context: int | None
     node: str = ""
+    adapters: int = 0
 
     @property
     def rest(self) -> int | None:
-        """Returns what was held at least, at some moment, beyond weights, cache and context: activations, graphs, and
-        what the allocator keeps. The peak and the cache's own may be of different moments, so it may have been more."""
+        """Returns what was held at least, at some moment, beyond weights, cache, adapters and context: activations,
+        graphs, and what the allocator keeps. The peak and the cache's own may be of different moments, so it may have
+        been more."""
         if self.peak is None or self.context is None:
             return None
-        return max(0, self.peak - self.weights - self.most_kv_cache - self.context)
+        return max(0, self.peak - self.weights - self.most_kv_cache - self.adapters - self.context)

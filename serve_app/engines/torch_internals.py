@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,6 +56,15 @@ def onednn_memory(packed: torch.Tensor) -> tuple[int, int]:
     return int(torch.ops.mkldnn.data_ptr(packed)), int(torch.ops.mkldnn._nbytes(packed))
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor is a view of another one, whose storage it has. Tensors without data have no address by
+    which this could be seen.
+
+    Uses `torch.Tensor._is_view`, seen in torch 2.13.
+    """
+    return bool(tensor._is_view())
+
+
 def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """Returns the storages of a tensor, which are several if it is made of others, as torchao's are.
 
@@ -65,6 +75,14 @@ def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
         names = tensor.__tensor_flatten__()[0]
         return [storage for name in names for storage in storages_of(getattr(tensor, name))]
     return [tensor.untyped_storage()]
+
+
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Returns whether functions see, and may replace, what a module is given before its `forward` does.
+
+    Uses the attribute `_forward_pre_hooks` of a module, seen in torch 2.13.
+    """
+    return bool(module._forward_pre_hooks)
 
 
 def pin_memory(tensor: torch.Tensor) -> bool:

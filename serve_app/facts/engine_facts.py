@@ -95,6 +95,34 @@ class VllmFacts:
 
 
 @dataclass(frozen=True)
+class RankAdapters:
+    """This is what vLLM's buffers for one LoRA adapter take on one of the equal ranks of a tensor parallel group, in
+    bytes for each unit of the rank of the adapter.
+
+    `layers` has the buffers of each layer, and `whole` what a rank with all layers has beside them. `beside` is that of
+    the stages of a pipeline, or None if vLLM does not split the model into stages.
+    """
+
+    layers: tuple[int, ...]
+    whole: int
+    beside: BesideLayers | None = None
+
+    @property
+    def total(self) -> int:
+        """Returns the buffers of a rank with all layers."""
+        return sum(self.layers) + self.whole
+
+
+@dataclass(frozen=True)
+class VllmAdapterFacts:
+    """This is what vLLM says of the buffers for LoRA adapters, by the tensor parallel size. `refusals` has vLLM's
+    reasons for sizes with which it takes no adapters."""
+
+    ranks: Mapping[int, RankAdapters] = field(default_factory=dict)
+    refusals: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class BlockNames:
     """This says which modules of a model belong to which block, by their names.
 
@@ -143,7 +171,7 @@ class TensorFacts:
     tensors: tuple[Tensor, ...]
 
 
-Facts = VllmFacts | PtFacts | TensorFacts
+Facts = VllmFacts | VllmAdapterFacts | PtFacts | TensorFacts
 
 
 @dataclass(frozen=True)
@@ -160,9 +188,11 @@ class EngineFacts:
     """This is all that engines say of one model. `vllm` is what vLLM says with the config's own type of KV cache, and
     `vllm_fp8` what it says with `kv_cache_dtype: fp8`. What was not asked, or has no answer, is None.
 
-    Both hold for cards of the compute capability `capability`. `others` has what vLLM says on other cards, which is
-    asked for quantised weights. `vllm_version` and `pt_version` are those of the packages whose code was asked, and are
-    empty where nothing was."""
+    `vllm_adapters` is what it says of the buffers for LoRA adapters, if the model has room for some.
+
+    The first two hold for cards of the compute capability `capability`. `others` has what vLLM says on other cards,
+    which is asked for quantised weights. `vllm_version` and `pt_version` are those of the packages whose code was
+    asked, and are empty where nothing was."""
 
     vllm: VllmFacts | None = None
     vllm_fp8: VllmFacts | None = None
@@ -171,6 +201,7 @@ class EngineFacts:
     pt_version: str = ""
     capability: Capability = HOPPER
     others: tuple[CardFacts, ...] = ()
+    vllm_adapters: VllmAdapterFacts | None = None
 
     def on(self, capability: Capability) -> "EngineFacts":
         """Returns what engines say of the model on cards of this capability, or these facts if vLLM said nothing of
@@ -190,6 +221,8 @@ NO_FACTS = EngineFacts()
 
 def facts_to_json(facts: Facts) -> dict[str, Any]:
     """Returns what `facts_from_json` reads."""
+    if isinstance(facts, VllmAdapterFacts):
+        return {"adapters": asdict(facts)}
     return {"tensors": _tensors_to_json(facts.tensors)} if isinstance(facts, TensorFacts) else asdict(facts)
 
 
@@ -197,6 +230,10 @@ def facts_from_json(engine: str, plain: Mapping[str, Any]) -> Facts:
     """Returns the facts of a decoded answer. Raises KeyError, TypeError or ValueError for another form."""
     if "tensors" in plain:
         return TensorFacts(tuple(tensor for item in plain["tensors"] for tensor in _tensors_of(*item)))
+    if "adapters" in plain:
+        own = plain["adapters"]
+        adapters = {int(tp): _adapters(rank) for tp, rank in own["ranks"].items()}
+        return VllmAdapterFacts(adapters, {int(tp): str(reason) for tp, reason in own["refusals"].items()})
     if engine == "pt":
         return _pt_facts(plain)
     ranks = {int(tp): _rank(rank) for tp, rank in plain["ranks"].items()}
@@ -213,6 +250,11 @@ def _rank(plain: Mapping[str, Any]) -> RankFacts:
         layers=layers, cache=cache, packs_blocks=bool(plain["packs_blocks"]), beside=beside,
         no_stages=str(plain["no_stages"]), dependent=tuple(map(int, plain["dependent"])), **numbers,
     )  # fmt: skip
+
+
+def _adapters(plain: Mapping[str, Any]) -> RankAdapters:
+    beside = None if plain["beside"] is None else BesideLayers(**plain["beside"])
+    return RankAdapters(tuple(map(int, plain["layers"])), int(plain["whole"]), beside)
 
 
 def _pt_facts(plain: Mapping[str, Any]) -> PtFacts:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.errors import ConfigError, nearest
 from serve_app.field_errors import field_errors
-from serve_app.model_fields import Whole
+from serve_app.model_fields import LiveFields, Whole
 
 # People write these for `args`, and so they do words that are near it, such as `arguments`.
 FOREIGN_ARGS = ("params", "parameters", "config")
@@ -100,15 +100,25 @@ class ApplicationSpec(BaseModel):
         """Returns whether the application is our router."""
         return self.import_path == "serve_app.app:router"
 
+    @property
+    def _user_config(self) -> dict[str, Any]:
+        return {name: value for item in self.deployments for name, value in (item.user_config or {}).items()}
+
     def router_settings(self) -> RouterConfig:
         """Returns the router's config with the fields that `user_config` replaces. Raises ConfigError."""
-        changed = {name: value for item in self.deployments for name, value in (item.user_config or {}).items()}
-        return RouterConfig.from_args(self.args | changed)
+        return RouterConfig.from_args(self.args | self._user_config)
 
     def model_settings(self) -> ModelConfig:
-        """Returns the model's config. Raises ConfigError that names the application."""
+        """Returns the model's config with the adapters that `user_config` replaces. Raises ConfigError that names the
+        application."""
         try:
-            return ModelConfig.from_args(self.args)
+            config, live = ModelConfig.from_args(self.args), self._user_config
+            for name in LiveFields.model_fields.keys() & live.keys() & self.args.keys():
+                raise ConfigError(
+                    f"{name}: it is under 'args' and under 'user_config', which would replace it. Write it in one of "
+                    "the two places."
+                )
+            return config.with_live(live)
         except ConfigError as error:
             raise ConfigError("\n".join(f"{self.name}: {line}" for line in str(error).splitlines())) from None
 

@@ -1,11 +1,13 @@
 """Decides whether one replica of pt fits on given devices, and what it takes of each, by arithmetic alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from serve_app.facts.calibration import Calibration
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
+from serve_app.planning.adapters import kept_count
 from serve_app.planning.layer_map import Block, BlockGroup, LayerMap, map_layers
 from serve_app.planning.memory import GIB, ZERO, Figure
 from serve_app.planning.model_request import ModelRequest
@@ -15,9 +17,11 @@ from serve_app.planning.quantization import BITS, loading_bytes, unpacked_elemen
 from serve_app.planning.shortage import Shortage, available, bounds_of, rows_problem, shortage, small_cache
 from serve_app.planning.sizes import gib
 from serve_app.planning.terms import (
+    adapter_buffers,
     cache_in_8_bits,
     draft_cache,
     draft_weights,
+    kept_adapters,
     left_over_layer,
     loading_weight,
     model_cache,
@@ -87,6 +91,8 @@ def _fit(
         min(limit, available(device, free)) - sum(figure.bytes for figure in overhead)
         for (device, free), limit, overhead in zip(devices, limits, overheads, strict=True)
     ]
+    if not devices[0][0].is_gpu:
+        rooms[0] -= _kept_adapters(request, [BlockGroup(tuple(blocks))]).bytes
     # For a model on the CPU, only the disk is a slower tier.
     spills = bool(request.config.spill_tiers - (set() if devices[0][0].is_gpu else {"cpu"}))
 
@@ -139,8 +145,8 @@ def _nearest(
     """Returns the plan of a replica that does not fit. What no device has room for counts on the last one, and the
     first one has the embedding."""
     rows, whole = request.pt_rows, BlockGroup(tuple(blocks))
-    roomy = [max(rooms[0], blocks[0].weights), *rooms[1:]]
-    roomy[-1] += whole.weights + whole.cache(tokens, rows)
+    roomy = [max(rooms[0], blocks[0].weights + blocks[0].adapters), *rooms[1:]]
+    roomy[-1] += whole.weights + whole.adapters + whole.cache(tokens, rows)
     beside = _beside(draft)
     for seat, group in beside.items():
         roomy[seat] += group.weights + group.cache(tokens, rows)
@@ -175,7 +181,7 @@ def _pt_shortage(
     spills: bool,
     bounds: str,
 ) -> Shortage:
-    device, first = devices[0][0], whole.blocks[0].weights
+    device, first = devices[0][0], whole.blocks[0].weights + whole.blocks[0].adapters
     if not spills and rooms[0] < first:
         return Shortage(
             "over_commit",
@@ -184,8 +190,8 @@ def _pt_shortage(
             first - rooms[0],
         )
     cache = whole.cache(tokens, request.pt_rows)
-    missing = whole.weights + cache - sum(rooms)
-    fixed = Figure(whole.weights) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
+    missing = whole.weights + whole.adapters + cache - sum(rooms)
+    fixed = Figure(whole.weights + whole.adapters) + sum((sum(overhead, ZERO) for overhead in overheads), ZERO)
     short = shortage(request, devices[0], fixed, cache, max(missing, 1), bounds, [device for device, _ in devices])
     if draft is not None:
         own = BlockGroup(draft.blocks)
@@ -221,7 +227,8 @@ def _with_whole_layers(
         return map_layers(blocks, wider, tokens, rows, spills, _beside(draft)) is not None
 
     groups = [BlockGroup((block,)) for block in blocks] + ([BlockGroup(draft.blocks)] if draft is not None else [])
-    low, high = 1, sum(sorted(group.cache(tokens, rows) + group.weights for group in groups)[-2:]) + 1
+    sizes = sorted(group.cache(tokens, rows) + group.weights + group.adapters for group in groups)
+    low, high = 1, sum(sizes[-2:]) + 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
@@ -277,6 +284,13 @@ def _pt_overhead(
     """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`. The activations have room
     for what a weight takes that is quantised before there are any. A draft model computes before the other one, so
     the larger of both counts."""
+    context = memory.context("cuda" if device.is_gpu else "cpu")
+    measured = request.measured(device, rank, ranks)
+    if request.pooling is not None:
+        longest = request.max_model_len
+        sizes = (request.architecture, request.element_bytes, request.step_tokens, longest)
+        activation = _with_whole_weight(request, blocks, memory.pt_pooled_activation(*sizes))
+        return _as_measured(measured, activation, context)
     alone = request.pt_facts is not None and bool(request.pt_facts.alone)
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
@@ -288,8 +302,11 @@ def _pt_overhead(
     if draft is not None and draft.seat == rank:
         own = _draft_activation(request, draft, rows)
         activation = own if own.bytes > activation.bytes else activation
-    context = memory.context("cuda" if device.is_gpu else "cpu")
-    if (measured := request.measured(device, rank, ranks)) is not None:
+    return _as_measured(measured, activation, context)
+
+
+def _as_measured(measured: Calibration | None, activation: Figure, context: Figure) -> tuple[Figure, Figure]:
+    if measured is not None:
         activation, _, context = memory.calibrated(measured, activation, ZERO, context)
     return activation, context
 
@@ -337,6 +354,7 @@ def _pt_plan(
 ) -> ModelPlan:
     """Returns the plan of a replica. `budget` is the tokens of its KV cache, and the least that it needs."""
     ranks, (tokens, least) = [], budget
+    kept = _kept_adapters(request, (*mapped.parts, mapped.rest))
     for number, ((device, _), part) in enumerate(zip(devices, mapped.parts, strict=True)):
         has_draft = draft is not None and draft.seat == number
         if not part.blocks and not has_draft and not (number == 0 and mapped.rest.blocks):
@@ -353,19 +371,28 @@ def _pt_plan(
             weights, cache = _with_draft(draft, weights, cache, part, tokens, rows)
         layers = (min(numbers), max(numbers)) if numbers else None
         seat = (number, len(devices))
-        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat, has_draft))
+        adapters = sum((_pt_adapters(request, group) for group in groups), ZERO)
+        if number == 0 and not device.is_gpu:  # They are in the same memory.
+            adapters += kept
+        ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat, has_draft, adapters))
     own = tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks)
     whole = BlockGroup((*own, *(draft.blocks if draft is not None else ())))
+    held = full_length_requests(tokens, request.max_model_len)
+    if request.pooling is not None:  # It has no cache, and a step holds so many inputs.
+        tokens, held = 0, request.step_tokens // request.max_model_len
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
         kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
         kv_tokens=tokens,
-        max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),
+        max_full_length_requests=min(rows, held),
         ranks=tuple(ranks),
         spilled=_spilled(request, mapped),
         kv_bytes_needed=whole.cache(least, 1 if request.at_once is None else request.at_once.requests),
         asked_for="" if request.at_once is None else request.at_once.text,
         draft=None if draft is None else draft.request.architecture,
+        task=request.task,
+        step_tokens=request.step_tokens if request.pooling is not None else 0,
+        host_adapters=kept,
     )  # fmt: skip
 
 
@@ -394,6 +421,25 @@ def _pt_cache(request: ModelRequest, group: BlockGroup, tokens: int, rows: int) 
     scales = sum(block.kv for block in group.blocks) - elements
     read, states = max(block.transient for block in group.blocks), sum(block.state for block in group.blocks)
     return Figure(size, terms=tuple(cache_in_8_bits(tokens, elements, scales, read, rows * states)))
+
+
+def _pt_adapters(request: ModelRequest, group: BlockGroup) -> Figure:
+    """Returns the buffers for LoRA adapters of blocks that are computed on a device."""
+    room = request.adapter_room
+    if room is None or not group.adapters:
+        return ZERO
+    unit = group.adapters // (room.max_loras * room.max_lora_rank)
+    return Figure(group.adapters, terms=(adapter_buffers(room.max_loras, room.max_lora_rank, unit),))
+
+
+def _kept_adapters(request: ModelRequest, parts: Iterable[BlockGroup]) -> Figure:
+    """Returns the most that adapters take of the host's memory, where pt has all of them."""
+    room, size = request.adapter_room, sum(part.adapters for part in parts)
+    if room is None or not size:
+        return ZERO
+    unit = size // (room.max_loras * room.max_lora_rank)
+    term = kept_adapters(kept_count(request.config), room.max_lora_rank, unit)
+    return Figure(term.bytes, terms=(term,))
 
 
 def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:

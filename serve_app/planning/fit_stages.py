@@ -13,6 +13,7 @@ from serve_app.facts.card_bandwidth import card_bandwidth
 from serve_app.facts.engine_facts import RankFacts
 from serve_app.facts.inventory import Device, node_of
 from serve_app.planning import memory
+from serve_app.planning.adapter_bytes import stage_unit
 from serve_app.planning.cards import oldest_cards
 from serve_app.planning.fit_vllm import (
     NO_CACHE_BYTES,
@@ -141,7 +142,9 @@ def _card(request: ModelRequest, device: Device, room: int, beside: Beside) -> C
     def left(activation: Figure, context: Figure) -> int:
         return min(room - context.bytes, most) - (activation.bytes - request.buffers(_tp(request)).bytes) - base
 
-    places = [left(*each) for each in beside]
+    # On the CPU, each rank keeps the adapters too.
+    kept = 0 if device.is_gpu else request.kept_adapters().bytes
+    places = [left(*each) - kept for each in beside]
     rooms = Rooms(
         places[0], min(places[1:-1], default=places[0]), places[-1], layer=graphs(request, device, 1).bytes - base
     )
@@ -337,6 +340,7 @@ def _plan(
     reasons: Sequence[str],
 ) -> ModelPlan:
     tp, stages, widest = _tp(request), found.stages, max(stage.block_bytes for stage in found.stages)
+    count = sum(found.partition)
     devices = {device.id: device for device, _ in seats}
     certainty: Certainty = "guessed" if request.guesses_weights else "exact"
     ranks = []
@@ -348,8 +352,15 @@ def _plan(
             activation, context = beside[device.id][number]
             graph = graphs(request, device, stage.layers)
             seat = (number * tp, len(stages) * tp)
-            weights = Figure(stage.weights, certainty)
-            ranks.append(RankPlan(device, weights, cache, activation, graph, context, layers, seat))
+            unit = (
+                0
+                if request.adapter_room is None
+                else stage_unit(request.rank_adapters(tp), stage.start, stage.end, count)
+            )
+            adapters = request.vllm_adapters(tp, unit)
+            weights = Figure(stage.weights - adapters.bytes, certainty)
+            adapters += ZERO if device.is_gpu else request.kept_adapters()
+            ranks.append(RankPlan(device, weights, cache, activation, graph, context, layers, seat, adapters=adapters))
     full, wanted = found.full_length_requests, request.at_once
     why = (*reasons, _why(request, found), *_links(request, found))
     return ModelPlan(
@@ -363,6 +374,8 @@ def _plan(
         pipeline_layers=found.partition,
         kv_bytes_needed=blocks * widest,
         asked_for="" if wanted is None else wanted.text,
+        task=request.task,
+        host_adapters=sum([request.kept_adapters()] * len(ranks), ZERO),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from serve_app.config import ModelConfig
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
-from serve_app.planning.memory import Figure
+from serve_app.planning.memory import ZERO, Figure
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.shortage import Seats, Shortage, available, bounds_of, rows_problem, shortage, small_cache
@@ -36,19 +36,19 @@ def fit_vllm(
     batched, rows = memory.vllm_batch(request.config, (device for device, _ in seats))
     if (problem := rows_problem(request, rows)) is not None:
         return problem
-    weights = request.rank_weights(tp)
+    weights, adapters = request.rank_weights(tp), _adapters(request, tp, on_gpu)
     activation, context = beside_layers(request, device, tp, (batched, rows))
     graph = graphs(request, device, len(request.architecture.layers))
     if (measured := request.measured(device, 0, tp)) is not None:
         activation, graph, context = memory.calibrated(measured, activation, graph, context)
 
     per_request = request.kv_bytes(tp, request.max_model_len, batched)
-    fixed = weights + activation + graph + context
+    fixed = weights + adapters + activation + graph + context
     room = min(available(device, free), limit) - fixed.bytes
     if (problem := utilization_problem(request, device, min(free, limit), context)) is not None:
         return problem
     most = most_without_context(request.config, device)
-    cache = _cache(request, on_gpu, min(room, most - (weights + activation + graph).bytes), per_request)
+    cache = _cache(request, on_gpu, min(room, most - (weights + adapters + activation + graph).bytes), per_request)
     spare, wanted = request.spare_bytes(tp), request.at_once
     at_once = 0 if wanted is None else wanted.requests * request.kv_bytes(tp, wanted.tokens, batched)
     least = max(per_request, at_once) + spare
@@ -56,7 +56,7 @@ def fit_vllm(
     if request.config.kv_cache_memory_bytes is not None and cache < least:
         return small_cache(request, least)
     sizes = (per_request, spare, least if per_request else 0)
-    planned = partial(_plan, request, seats, (weights, activation, graph, context), sizes, rows, reasons)
+    planned = partial(_plan, request, seats, (weights, adapters, activation, graph, context), sizes, rows, reasons)
     if cache < least or cache > room:
         short = shortage(
             request, (device, free), fixed, needed, needed - min(room, max(cache, 0)),
@@ -69,19 +69,22 @@ def fit_vllm(
 def _plan(
     request: ModelRequest,
     seats: Seats,
-    figures: tuple[Figure, Figure, Figure, Figure],
+    figures: tuple[Figure, Figure, Figure, Figure, Figure],
     cache_sizes: tuple[int, int, int],
     rows: int,
     reasons: Sequence[str],
     cache: int,
 ) -> ModelPlan:
-    """Returns the plan of equal ranks with `cache` bytes of KV cache each. `figures` are weights, activations, graphs
-    and context of a rank, and `cache_sizes` are the bytes of a request, those that vLLM keeps empty, and the least that
-    is needed."""
-    weights, activation, graph, context = figures
+    """Returns the plan of equal ranks with `cache` bytes of KV cache each. `figures` are weights, adapters,
+    activations, graphs and context of a rank, and `cache_sizes` are the bytes of a request, those that vLLM keeps
+    empty, and the least that is needed."""
+    weights, adapters, activation, graph, context = figures
     per_request, spare, least = cache_sizes
     tp, length, wanted = len(seats), request.max_model_len, request.at_once
-    ranks = tuple(RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp)) for each, _ in seats)
+    ranks = tuple(
+        RankPlan(each, weights, Figure(cache), activation, graph, context, seat=(0, tp), adapters=adapters)
+        for each, _ in seats
+    )
     full = (cache - spare) // per_request if per_request else rows
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "vllm", tuple(reasons), tp, length,
@@ -92,7 +95,14 @@ def _plan(
         kv_block_bytes=spare if request.knows_blocks else 0,
         kv_bytes_needed=least,
         asked_for="" if wanted is None else wanted.text,
+        task=request.task,
+        host_adapters=sum([request.kept_adapters()] * tp, ZERO),
     )  # fmt: skip
+
+
+def _adapters(request: ModelRequest, tp: int, on_gpu: bool) -> Figure:
+    """Returns the buffers for LoRA adapters of one of `tp` ranks, and on the CPU the adapters that it keeps too."""
+    return request.vllm_adapters(tp) + (ZERO if on_gpu else request.kept_adapters())
 
 
 def beside_layers(

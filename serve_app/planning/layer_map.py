@@ -32,7 +32,8 @@ class Block:
     `kv` is bytes of cache for a token, and `state` is bytes of cache for a sequence. `read` is what a token of a cache
     in 8 bits takes in the model's type, which each layer has while it is computed, and 0 for a cache in that type.
     Of `weights`, `values` are quantised, and `scales` belong to these. `unpacked` is what its largest quantised weight
-    takes whole, and `loading` what it takes while it is quantised.
+    takes whole, and `loading` what it takes while it is quantised. `adapters` are the buffers for LoRA adapters, which
+    are where the block is computed.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Block:
     unpacked: int = 0
     loading: int = 0
     read: int = 0
+    adapters: int = 0
 
     @property
     def transient(self) -> int:
@@ -92,6 +94,11 @@ class BlockGroup:
     def weights(self) -> int:
         """Returns the bytes of the blocks' weights."""
         return sum(block.weights for block in self.blocks)
+
+    @property
+    def adapters(self) -> int:
+        """Returns the bytes of the blocks' buffers for LoRA adapters."""
+        return sum(block.adapters for block in self.blocks)
 
     def cache(self, tokens: int, rows: int) -> int:
         """Returns the bytes of cache, with what one layer takes for a moment while it is moved or read."""
@@ -231,7 +238,7 @@ def map_layers(
     anyway, by the device's number, such as a draft model.
 
     Without `spills` all blocks must find a place, or there is no map. With it, what is left over is computed on the
-    first device, which keeps its cache and has room for the largest left-over block.
+    first device, which keeps its cache and its adapters and has room for the largest left-over block.
     """
     beside = beside or {}
     if any(group.weights + group.cache(tokens, rows) > limits[device] for device, group in beside.items()):
@@ -244,7 +251,7 @@ def map_layers(
     own = beside[0].weights + beside[0].cache(tokens, rows) if 0 in beside else 0
     while True:  # Room kept on the first device may leave more blocks over, so it repeats until nothing changes.
         rest = mapped.rest
-        kept = max(block.weights for block in rest.blocks) + rest.cache(tokens, rows)
+        kept = max(block.weights for block in rest.blocks) + rest.adapters + rest.cache(tokens, rows)
         if kept + own > limits[0]:
             return None
         mapped = _fill(blocks, [limits[0] - kept, *limits[1:]], tokens, rows, beside)
@@ -257,13 +264,14 @@ def _fill(
 ) -> LayerMap:
     parts: list[list[Block]] = [[] for _ in limits]
     device, position = 0, 0
-    # These are sums over what lies on the present device, and its largest `transient`.
+    # These are sums over what lies on the present device, adapters among the weights, and its largest `transient`.
     weights, largest, kv, state = _sums_of(beside.get(0))
     while position < len(blocks) and device < len(limits):
         block = blocks[position]
         cache = tokens * (kv + block.kv + max(largest, block.transient)) + rows * (state + block.state)
-        if weights + block.weights + cache <= limits[device]:
-            weights, kv, state = weights + block.weights, kv + block.kv, state + block.state
+        held = weights + block.weights + block.adapters
+        if held + cache <= limits[device]:
+            weights, kv, state = held, kv + block.kv, state + block.state
             largest = max(largest, block.transient)
             parts[device].append(block)
             position += 1

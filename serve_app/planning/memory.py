@@ -95,6 +95,30 @@ def rank_bytes(tensor: Tensor, architecture: Architecture, tp: int, element_byte
     return size
 
 
+def is_linear(tensor: Tensor) -> bool:
+    """Returns whether a tensor is the weight of a linear layer, of which vLLM makes one that takes adapters."""
+    return len(tensor.shape) == 2 and bool(_LINEAR.search(_ENDING.sub("", tensor.name)))
+
+
+def is_vocabulary(tensor: Tensor) -> bool:
+    """Returns whether a tensor is the embedding or the head."""
+    return len(tensor.shape) == 2 and bool(_VOCABULARY.search(_ENDING.sub("", tensor.name)))
+
+
+def rank_elements(tensor: Tensor, architecture: Architecture, tp: int) -> int:
+    """Returns the inputs and outputs of a linear layer, or of an embedding, on one of `tp` ranks of vLLM together: the
+    elements of both factors of an adapter of rank 1. Without `fully_sharded_loras`, the factor that reads whole inputs
+    or writes whole outputs is not split."""
+    stem = _ENDING.sub("", tensor.name)
+    outputs, inputs = tensor.shape
+    if _VOCABULARY.search(stem):
+        return outputs + inputs
+    if _ROW.search(stem):
+        return outputs + inputs // tp
+    split = outputs // min(tp, architecture.kv_heads) if _KV.search(stem) else outputs // tp
+    return inputs + (split if _SPLIT.search(stem) or _KV.search(stem) else outputs)
+
+
 def weights_per_rank_in_fp8(
     tensors: Iterable[Tensor], architecture: Architecture, tp: int, element_bytes: int | None
 ) -> Figure:
@@ -300,6 +324,13 @@ def pt_state_bytes(architecture: Architecture, element_bytes: int) -> dict[int, 
     recurrent = value * architecture.linear_key_size
     size = convolution * element_bytes + recurrent * 4
     return {number: size for number, kind in enumerate(architecture.layers) if kind == "linear"}
+
+
+def pt_pooled_activation(architecture: Architecture, element_bytes: int, tokens: int, longest: int) -> Figure:
+    """Returns the peak of a step of a model that makes vectors or scores, with `tokens` tokens in inputs of at most
+    `longest`. It has no cache and no logits."""
+    shape = (architecture.hidden_size, architecture.intermediate_size)
+    return guessed(terms.pt_pooled(*shape, element_bytes, tokens, longest))
 
 
 def pt_activation(

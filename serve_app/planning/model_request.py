@@ -5,19 +5,32 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serve_app.config import ModelConfig
+from serve_app.facts.adapter import AdapterFacts
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.calibration import Calibration, Calibrations, setting_key
-from serve_app.facts.engine_facts import NO_FACTS, BesideLayers, EngineFacts, PtFacts, RankFacts, VllmFacts
+from serve_app.facts.engine_facts import (
+    NO_FACTS,
+    BesideLayers,
+    EngineFacts,
+    PtFacts,
+    RankAdapters,
+    RankFacts,
+    VllmFacts,
+)
 from serve_app.facts.inventory import Device
+from serve_app.facts.pooling import Pooling, Task
 from serve_app.facts.weights import Tensor
 from serve_app.model_fields import AUTO_QUANTIZATION, ONLY_VLLM, PT_QUANTIZATIONS
-from serve_app.planning import memory
+from serve_app.planning import memory, terms
+from serve_app.planning.adapter_bytes import pt_adapter_bytes, rank_adapters_by_formula, with_adapters
+from serve_app.planning.adapters import AdapterRoom, kept_count
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
-from serve_app.planning.layer_map import Block, blocks_of
+from serve_app.planning.layer_map import Block, blocks_of, known_block, stored_block
 from serve_app.planning.memory import Figure
+from serve_app.planning.pooling import POOLED_SEQS, pooling_problem, step_tokens, without_pooling_problem
 from serve_app.planning.quantization import PACKAGES, held_tensors
-from serve_app.planning.terms import stored_weights
+from serve_app.planning.terms import Term, stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
@@ -54,7 +67,8 @@ class AtOnce:
 @dataclass(frozen=True)
 class ModelRequest:
     """This is a model of a config file with the facts of its checkpoint. `tensors` are those of the whole model.
-    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `draft` is the model that drafts for
+    `at_once` is what its KV cache must hold beside one request of `max_model_len`. `adapters` are the LoRA adapters of
+    the config that could be read. `draft` is the model that drafts for
     it, if its config names one. `engine_facts` is what the engines'
     own code says of an architecture for which there are no formulas, and `facts_problem` is why an engine said nothing.
 
@@ -68,9 +82,12 @@ class ModelRequest:
     tensors: tuple[Tensor, ...]
     replicas: int = 1
     at_once: AtOnce | None = None
+    adapters: tuple[AdapterFacts, ...] = ()
     engine_facts: EngineFacts = NO_FACTS
     facts_problem: str = ""
     draft: "ModelRequest | None" = None
+    # This says how a model makes vectors or scores, and is None for one that generates text.
+    pooling: Pooling | None = None
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -88,8 +105,20 @@ class ModelRequest:
         return memory.dtype_bytes(self.architecture, self.config.dtype)
 
     @property
+    def task(self) -> Task:
+        """Returns what the model is for."""
+        return "generate" if self.pooling is None else self.pooling.task
+
+    @property
+    def step_tokens(self) -> int:
+        """Returns the most tokens of a step of a model that pools in pt, with the padding."""
+        return step_tokens(self.config, self.max_model_len)
+
+    @property
     def pt_rows(self) -> int:
         """Returns how many sequences pt runs at once."""
+        if self.pooling is not None:
+            return self.config.max_num_seqs or POOLED_SEQS
         if self.pt_facts is not None and self.pt_facts.alone:
             return 1
         return self.config.max_num_seqs or PT_MAX_NUM_SEQS
@@ -172,6 +201,8 @@ class ModelRequest:
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
         asks_for_vllm = config.infer_backend == "auto" and any(getattr(config, name) for name in ONLY_VLLM)
         takes_vllm = config.infer_backend == "vllm" or asks_for_vllm
+        if not takes_vllm and (problem := self._pooling_problem):
+            return problem
         if config.speculative is not None and takes_vllm:
             return "speculative: the plan does not know how much memory vLLM takes for it."
         for name in uncounted_arguments(self._arguments):
@@ -191,7 +222,14 @@ class ModelRequest:
         known = {None, "fp8" if can_round else None, self.architecture.quantization}
         if config.quantization not in known and not rounds_in_pt:
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
-        return self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts or self._draft_problem
+        own = self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts
+        return own or self._adapters_problem or self._draft_problem
+
+    @property
+    def _pooling_problem(self) -> str:
+        if self.pooling is None:
+            return without_pooling_problem(self.config)
+        return pooling_problem(self.config, self.pooling) if self.config.infer_backend == "pt" else ""
 
     @property
     def _pt_cache_problem(self) -> str:
@@ -234,7 +272,8 @@ class ModelRequest:
         """Returns whether there are formulas for the architecture in pt, or transformers' own facts. A quantised
         checkpoint without its tensors has no size."""
         has_size = self.architecture.quantization is None or bool(self.tensors)
-        return has_size and (self.architecture.has_formulas or self.pt_facts is not None)
+        is_by_formula = self.architecture.has_formulas and self.pooling is None
+        return has_size and (is_by_formula or self.pt_facts is not None)
 
     @property
     def missing_facts(self) -> str:
@@ -300,8 +339,69 @@ class ModelRequest:
     def uses_engine_facts(self) -> bool:
         """Returns whether the plan for this backend counts what the engine's own code said."""
         if self.config.infer_backend == "vllm":
-            return self.uses_vllm_facts
+            return self.uses_vllm_facts or self.engine_facts.vllm_adapters is not None
         return self.pt_facts is not None
+
+    @property
+    def adapter_room(self) -> AdapterRoom | None:
+        """Returns the room for LoRA adapters, or None if the model has none."""
+        config = self.config
+        if not config.has_adapters:
+            return None
+        assert config.max_loras is not None, "the room for adapters is known"
+        assert config.max_lora_rank is not None, "the room for adapters is known"
+        return AdapterRoom(config.max_loras, config.max_lora_rank)
+
+    def rank_adapters(self, tp: int) -> RankAdapters:
+        """Returns what vLLM's buffers for one adapter take on one of `tp` ranks for each unit of its rank, by vLLM's
+        own code, or else by a formula that is a guess."""
+        facts = self.engine_facts.vllm_adapters
+        if facts is not None and tp in facts.ranks:
+            return facts.ranks[tp]
+        key = ("adapters", tp, self.element_bytes)
+        if key not in self.memo:
+            targets = self.config.lora_target_modules
+            self.memo[key] = rank_adapters_by_formula(self.tensors, self.architecture, tp, self.element_bytes, targets)
+        found: RankAdapters = self.memo[key]
+        return found
+
+    def vllm_adapters(self, tp: int, unit: int | None = None) -> Figure:
+        """Returns vLLM's buffers for LoRA adapters on one of `tp` ranks. `unit` are the bytes for each unit of the rank
+        of one adapter, which are those of all layers if it is None."""
+        room = self.adapter_room
+        if room is None:
+            return memory.ZERO
+        size = self.rank_adapters(tp).total if unit is None else unit
+        return self._adapter_figure(tp, terms.adapter_buffers(room.max_loras, room.max_lora_rank, size))
+
+    def kept_adapters(self) -> Figure:
+        """Returns the most that adapters take of the host's memory for one rank of vLLM, which has them whole."""
+        room = self.adapter_room
+        if room is None:
+            return memory.ZERO
+        unit = self.rank_adapters(1).total
+        return self._adapter_figure(1, terms.kept_adapters(kept_count(self.config), room.max_lora_rank, unit))
+
+    def _adapter_figure(self, tp: int, term: Term) -> Figure:
+        facts = self.engine_facts.vllm_adapters
+        is_known = facts is not None and tp in facts.ranks
+        return Figure(term.bytes, terms=(term,)) if is_known else memory.guessed([term])
+
+    @property
+    def _adapters_problem(self) -> str:
+        """Returns why vLLM takes no adapters for this model, or why the plan does not know what they take, or an empty
+        text."""
+        if self.adapter_room is None or self.config.infer_backend != "vllm":
+            return ""
+        facts, size = self.engine_facts.vllm_adapters, self.config.tensor_parallel_size or 1
+        if facts is not None and size in facts.refusals:
+            return f"adapters: vLLM takes none for this model: {facts.refusals[size]}"
+        if facts is None and self.architecture.quantization is not None:
+            return (
+                "adapters: the plan has not been told the bytes of vLLM's buffers for them by vLLM's own code. Run "
+                "`serve-app plan` where vLLM is installed, which asks it and keeps the answer."
+            )
+        return ""
 
     def rank_facts(self, tp: int) -> RankFacts:
         """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
@@ -324,8 +424,18 @@ class ModelRequest:
 
     def stage_facts(self, tp: int) -> RankFacts:
         """Returns `rank_facts`, with the margin of a guess in each part of a quantised checkpoint's weights if it is
-        one. Those that vLLM rounds while it loads them have theirs already."""
-        facts = self.rank_facts(tp)
+        one. Those that vLLM rounds while it loads them have theirs already. Each part has its buffers for adapters
+        too."""
+        return self._with_adapters(self._with_margins(self.rank_facts(tp)), tp)
+
+    def _with_adapters(self, facts: RankFacts, tp: int) -> RankFacts:
+        room = self.adapter_room
+        if room is None:
+            return facts
+        own = self.rank_adapters(tp)
+        return with_adapters(facts, own, self.vllm_adapters(tp).bytes / own.total if own.total else 0)
+
+    def _with_margins(self, facts: RankFacts) -> RankFacts:
         if not self.guesses_weights or self.rounds_weights:
             return facts
 
@@ -452,12 +562,28 @@ class ModelRequest:
         """Returns the blocks of pt's layer map, as `blocks_of` does."""
         in_8_bits = self.config.pt_cache_dtype is not None
         tensors = self.tensors if self.pt_tensors is None else self.pt_tensors
-        key = ("blocks", self.config.device, self.element_bytes, copies_tied, self.pt_quantization, in_8_bits)
+        room = self.adapter_room
+        key = ("blocks", self.config.device, self.element_bytes, copies_tied, self.pt_quantization, in_8_bits, room)
         if key not in self.memo:
             sizes = (self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization, in_8_bits)
-            self.memo[key] = blocks_of(tensors, self.architecture, *sizes)
+            blocks = blocks_of(tensors, self.architecture, *sizes)
+            if self.pooling is not None:  # What comes behind the pooling lies where the last layer is.
+                blocks[-1] = replace(blocks[-1], weights=blocks[-1].weights + self.pooling.dense_bytes)
+            self.memo[key] = blocks if room is None else self._with_pt_adapters(blocks, room)
         found: list[Block] = self.memo[key]
         return found
+
+    def _with_pt_adapters(self, blocks: list[Block], room: AdapterRoom) -> list[Block]:
+        """Returns the blocks with their buffers for LoRA adapters."""
+        wanted = self.config.lora_target_modules
+        sizes = pt_adapter_bytes(wanted, self.adapters, self.tensors, room, self.element_bytes, self._block_of)
+        return [replace(block, adapters=sizes.get(block.number, 0)) for block in blocks]
+
+    def _block_of(self, module: str) -> int:
+        """Returns the number of the block of pt that a module is in."""
+        if self.pt_facts is None:
+            return known_block(module, self.architecture)
+        return stored_block(f"{module}.", self.pt_facts.names)
 
 
 def held_otherwise(what: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device
+from serve_app.facts.pooling import ENDPOINTS, Task
 from serve_app.planning.memory import ZERO, Figure
 from serve_app.planning.pt_kv_buffers import full_length_requests
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 # vLLM reads the layers of each stage of its pipeline in this environment variable, and has no argument for them.
 STAGES = "VLLM_PP_LAYER_PARTITION"
 
-TERMS = ("weights", "kv_cache", "activation", "graph", "context")
+TERMS = ("weights", "adapters", "kv_cache", "activation", "graph", "context")
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class RankPlan:
     layers: tuple[int, int] | None = None
     seat: tuple[int, int] = (0, 1)
     has_draft: bool = False
+    # These are the buffers for LoRA adapters, and on the CPU the adapters that vLLM keeps beside them.
+    adapters: Figure = ZERO
 
     @property
     def share(self) -> Figure:
         """Returns the sum of all terms."""
-        return self.weights + self.kv_cache + self.activation + self.graph + self.context
+        return self.weights + self.adapters + self.kv_cache + self.activation + self.graph + self.context
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as `serve-app plan --json` prints it."""
@@ -88,6 +91,11 @@ class ModelPlan:
     draft: Architecture | None = None
     # This says whether vLLM is known to make blocks of that size on these cards.
     knows_blocks: bool = True
+    task: Task = "generate"
+    # The tokens of a step of a model that makes vectors or scores in pt, and 0 for every other one.
+    step_tokens: int = 0
+    # This is the most that the adapters take of the host's memory, which all ranks keep there together.
+    host_adapters: Figure = ZERO
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -134,11 +142,17 @@ class ModelPlan:
         """Returns it as `serve-app plan --json` prints it."""
         plain = {name: getattr(self, name) for name in _MODEL_FIELDS}
         spilled = {"spilled_bytes": dict(self.spilled)} if self.spilled else {}
+        if self.config.has_adapters:
+            plain |= {"host_adapters_bytes": self.host_adapters.bytes}
         if self.pipeline_layers:
             plain |= {
                 "pipeline_parallel_size": self.pipeline_parallel_size,
                 "pipeline_layers": list(self.pipeline_layers),
             }
+        if self.task != "generate":
+            plain |= {"task": self.task, "endpoints": list(ENDPOINTS[self.task])}
+        if self.step_tokens:
+            plain["max_num_batched_tokens"] = self.step_tokens
         return {**plain, "reasons": list(self.reasons), **spilled, "ranks": [rank.to_json() for rank in self.ranks]}
 
 

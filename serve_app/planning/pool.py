@@ -141,7 +141,7 @@ def residue(planned: ModelPlan) -> dict[str, Figure]:
         kept = rank.context
         if planned.backend == "vllm":
             kept = max(guessed([sleeping_vllm()]), rank.context + rank.graph, key=lambda figure: figure.bytes)
-        most = max(0, rank.share.bytes - rank.weights.bytes - rank.kv_cache.bytes)
+        most = max(0, rank.share.bytes - rank.weights.bytes - rank.adapters.bytes - rank.kv_cache.bytes)
         kept = kept if kept.bytes <= most else Figure(most, "guessed")
         found[rank.device.id] = found.get(rank.device.id, ZERO) + kept
     return found
@@ -177,5 +177,6 @@ def still_bytes(planned: ModelPlan, copies_budget: int | None) -> int:
 
 
 def weights_of(planned: ModelPlan) -> int:
-    """Returns the bytes of a model's weights on its devices, which is what a copy of them takes."""
-    return sum(rank.weights.bytes for rank in planned.ranks)
+    """Returns the bytes of a model's weights on its devices, and of its buffers for adapters, which is what a copy of
+    them takes."""
+    return sum(rank.weights.bytes + rank.adapters.bytes for rank in planned.ranks)

@@ -72,6 +72,18 @@ def vllm_activation(
     ]
 
 
+def adapter_buffers(adapters: int, rank: int, unit: int) -> Term:
+    """Returns an engine's buffers for LoRA adapters, of which `unit` bytes are one adapter's for each unit of rank."""
+    return Term("buffers for adapters", (("max_loras", adapters), ("max_lora_rank", rank), ("bytes of a rank", unit)))
+
+
+def kept_adapters(adapters: int, rank: int, unit: int) -> Term:
+    """Returns the adapters that vLLM keeps in the host's memory, if all of them have the largest rank and change all
+    modules."""
+    factors = (("max_cpu_loras", adapters), ("max_lora_rank", rank), ("bytes of a rank", unit))
+    return Term("adapters in the host's memory", factors)
+
+
 def vllm_received(hidden: int, element: int, batched: int) -> Term:
     """Returns the buffer in which a stage of vLLM's pipeline receives the hidden states and the residual of a whole
     batch. Source: `make_empty_intermediate_tensors` in vLLM 0.32."""
@@ -155,6 +167,18 @@ def pt_layer(
                 ("bytes of an element", element),
             ),
         ),
+    ]
+
+
+def pt_pooled(hidden: int, intermediate: int, element: int, tokens: int, longest: int) -> list[Term]:
+    """Returns what a step of pt has at once in one layer of a model that pools: `tokens` tokens, each of which sees at
+    most `longest`."""
+    width = (f"[6 × hidden_size {hidden} + 3 × intermediate_size {intermediate}]", 6 * hidden + 3 * intermediate)
+    columns = (("tokens of the longest input", longest), ("bytes of an element", element))
+    return [
+        Term("one layer for a step", (("tokens", tokens), width, ("bytes of an element", element))),
+        Term("masks of two kinds, and a copy of one", (("copies", 3), ("tokens", tokens), *columns)),
+        Term("states that are pooled", (("copies", 2), ("tokens", tokens), ("hidden_size", hidden), ("bytes", 4))),
     ]
 
 

@@ -5,9 +5,12 @@ by route, where Serve calls it directly, and by name, where the router calls `ht
 """
 
 import asyncio
+import contextlib
+import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import ray
 from ray import serve
@@ -18,14 +21,20 @@ from serve_app.access.door import Inside, require_door, stand_behind
 from serve_app.access.gate import Gate, KeyedApp
 from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
+from serve_app.adapters.configured import taken_names
+from serve_app.adapters.deployed import deployed_applications
+from serve_app.adapters.records import ReplicaRecord
 from serve_app.config import ModelConfig
+from serve_app.engines.adapters import AdapterCheck
 from serve_app.engines.engine import Engine, create_engine
-from serve_app.errors import ServeAppError
+from serve_app.errors import ConfigError, ServeAppError
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
 from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.plan import ModelPlan
+from serve_app.replica.adapter_route import AdapterRoute
+from serve_app.replica.adapter_shelf import AdapterShelf
 from serve_app.replica.autoscaling import ENGINE_LOAD
 from serve_app.replica.memory_watch import MemoryWatch
 from serve_app.replica.node_plan import bundle_order, given_views, gpus_of, plan_over_nodes
@@ -37,8 +46,12 @@ from serve_app.replica.whole_body import WholeBody
 from serve_app.terminal import notify, say
 from serve_app.wire.asgi import HttpRequest, call_asgi
 
+logger = logging.getLogger("ray.serve")
+
 # A whole GPU may still be held for this many seconds by what ran there before.
 LEAVE_TIMEOUT_S = 20.0
+# Ray's store has this many seconds to delete a record.
+FORGET_TIMEOUT_S = 2.0
 
 
 class Model:
@@ -53,6 +66,8 @@ class Model:
         os.environ.update(environment)
         self.name = serve.get_replica_context().app_name
         self._config, self._facts = config, facts
+        self._shelf: AdapterShelf | None = None
+        self._is_configured = False
         source = configured_keys()
         self._access = await asyncio.to_thread(joined, source)
         self._gate = Gate(source, ActorLimiter())
@@ -60,7 +75,9 @@ class Model:
         say(f"loading {config.model} with {config.infer_backend}")
         try:
             await self._start(started)
-            self._own_route = WholeBody(self._app, config)
+            await self._start_adapters()
+            app = self._app if self._shelf is None else AdapterRoute(self._app, self._shelf.require)
+            self._own_route = WholeBody(app, config)
         except ServeAppError as error:
             await self._stop()
             raise error.with_traceback(None) from None  # Serve would print the traceback three times.
@@ -68,7 +85,7 @@ class Model:
             await self._stop()
             raise
         await self._gate.start()
-        stand_behind(Inside(self._gate, lambda: config, self.name))
+        stand_behind(Inside(self._gate, lambda: config, self.name, adapters=self._adapter_names))
         say(f"ready after {time.monotonic() - started:.0f} s")
 
     async def _start(self, started: float) -> None:
@@ -97,6 +114,45 @@ class Model:
         self._engine = engine = member.engine(self.name)
         await self._start_engine(member.planned, member.gpus, started, engine.residency)
 
+    async def _start_adapters(self) -> None:
+        """Loads the adapters, if the model may have any. One that is broken stops neither the model nor the others."""
+        if not self._config.has_adapters:
+            return
+        self._record = record = ReplicaRecord(self.name, serve.get_replica_context().replica_id.unique_id)
+        check = AdapterCheck(self._config)
+
+        def taken() -> Mapping[str, str]:
+            return taken_names(deployed_applications(), self.name)
+
+        self._shelf = AdapterShelf(self.name, check, self._engine, record.write, taken)
+        await self._shelf.start(self._config)
+
+    @property
+    def _adapter_names(self) -> Callable[[], Collection[str]] | None:
+        return None if self._shelf is None else self._shelf.names
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Lets the adapters of `user_config` replace those of `args`. Serve calls this at the start and after a change.
+
+        A mistake at the start fails the start. A later one is only logged, because Serve would stop the replica. The
+        first call waits for the adapters, so a replica has them before it takes requests. Later ones do not, because
+        Serve sends no requests meanwhile.
+        """
+        try:
+            config = self._config.with_live(user_config)
+        except ConfigError as error:
+            if not self._is_configured:
+                notify(f"'{self.name}' cannot start, because its user_config is wrong: {error}")
+                raise
+            logger.error("The new user_config of '%s' is wrong and was not applied: %s", self.name, error)
+            notify(f"the new user_config of '{self.name}' is wrong and was not applied: {error}")
+            return
+        if self._shelf is not None:
+            await self._shelf.want(config)
+            if not self._is_configured:
+                await self._shelf.settled()
+        self._is_configured = True
+
     async def _start_engine(
         self,
         planned: ModelPlan | None,
@@ -109,7 +165,7 @@ class Model:
         await self._watch.start(time.monotonic() - started)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return KeyedApp(self._own_route, self._gate, self.name, self._config)
+        return KeyedApp(self._own_route, self._gate, self.name, self._config, self._adapter_names)
 
     async def http(self, request: HttpRequest) -> AsyncIterator[bytes]:
         """Answers one request: it yields the head first, and then the body in pieces."""
@@ -141,6 +197,11 @@ class Model:
         return await asyncio.to_thread(plan_over_nodes, self._config, views, self._facts), gpus_of(views)
 
     async def _stop(self) -> None:
+        if self._shelf is not None:
+            await self._shelf.stop()
+            with contextlib.suppress(Exception):  # Readers ignore the record of a replica that is gone.
+                async with asyncio.timeout(FORGET_TIMEOUT_S):
+                    await asyncio.to_thread(self._record.forget)
         if hasattr(self, "_engine"):
             await self._engine.stop()
         if hasattr(self, "_watch"):

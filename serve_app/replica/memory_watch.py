@@ -290,7 +290,7 @@ def _device_report(
     planned, certainty = (None, "") if plan is None else (plan.share.bytes, plan.share.certainty)
     return DeviceReport(
         rank.device, index, planned, certainty, rank.held, peak, rank.weights + hidden, rank.kv_cache, number,
-        rank.node,
+        rank.node, rank.adapters, None if plan is None else plan.adapters.bytes,
     )  # fmt: skip
 
 

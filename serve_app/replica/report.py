@@ -20,10 +20,10 @@ FORGOTTEN_S = 600.0
 class DeviceReport:
     """What one rank of a replica was planned and measured to hold of one device in bytes. Unknown figures are None.
 
-    `device` is the GPU's UUID or "cpu", and `index` is the GPU's number on its node. `held`, `peak`, `weights` and
-    `kv_cache` are as in `RankMemory`. `rank` is the number of the engine's process: vLLM has one for each rank, and
-    they share the device "cpu", while pt has one process for all devices. `node` is the address of the rank's node, or
-    empty if it is the replica's.
+    `device` is the GPU's UUID or "cpu", and `index` is the GPU's number on its node. `held`, `peak`, `weights`,
+    `kv_cache` and `adapters` are as in `RankMemory`, and `planned_adapters` is what of `planned` is for adapters.
+    `rank` is the number of the engine's process: vLLM has one for each rank, and they share the device "cpu", while pt
+    has one process for all devices. `node` is the address of the rank's node, or empty if it is the replica's.
     """
 
     device: str
@@ -36,6 +36,8 @@ class DeviceReport:
     kv_cache: int
     rank: int = 0
     node: str = ""
+    adapters: int = 0
+    planned_adapters: int | None = None
 
     @property
     def where(self) -> str:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from starlette.types import ASGIApp
 
@@ -17,7 +18,7 @@ from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
-from serve_app.errors import EngineError, ServeAppError, StillTooLarge
+from serve_app.errors import AdapterError, EngineError, ServeAppError, StillTooLarge
 from serve_app.model_fields import ResidencyConfig
 from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.metrics import SwapMetrics
@@ -92,6 +93,7 @@ class SwappingEngine:
         self._holder = LeaseHolder(keeper, self._report, self._obey, notify)
         self._lock: LifeLock | None = None
         self._metrics = SwapMetrics()
+        self._adapters: dict[str, Path] = {}
 
     async def start(self) -> ASGIApp:
         """Joins the pool, waits until the engine has been loaded for the first time, and returns the application."""
@@ -159,6 +161,18 @@ class SwappingEngine:
             return ()
         return await self._engine.memory()
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Does what `Engine` says. An engine that is stopped gets it when it starts again."""
+        if self._engine is not None:
+            await self._engine.load_adapter(name, folder)
+        self._adapters[name] = folder
+
+    async def unload_adapter(self, name: str) -> None:
+        """Does what `Engine` says."""
+        self._adapters.pop(name, None)
+        if self._engine is not None:
+            await self._engine.unload_adapter(name)
+
     async def stop(self) -> None:
         """Frees everything, then leaves the pool. If that breaks off a load, or if the engine has failed, its memory is
         free only once this process has ended, and the keeper waits for that."""
@@ -224,6 +238,7 @@ class SwappingEngine:
             self._residue = self._seat.residue
             self._started = self._seat.make()
             self._app = await self._started.start()
+            await self._bring_adapters(self._started)
             self._engine, self._started = self._started, None
         else:
             await self._parking().wake()
@@ -241,6 +256,20 @@ class SwappingEngine:
         say(f"'{self._name}' is resident after {took:.2f} s from {was}, with {self._requests.running} requests")
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
+
+    async def _bring_adapters(self, engine: Engine) -> None:
+        """Gives a new engine the adapters that the last one had. One that is broken by now is missing there, which
+        concerns no other one, and requests for it say so."""
+        brought: dict[str, Path] = {}
+        while missing := [item for item in self._adapters.items() if brought.get(item[0]) != item[1]]:
+            name, folder = missing[0]  # Others may come and go meanwhile.
+            brought[name] = folder
+            try:
+                await engine.load_adapter(name, folder)
+            except AdapterError as error:
+                notify(f"'{self._name}' has lost its adapter '{name}': {error}")
+        for name in brought.keys() - self._adapters.keys():
+            await engine.unload_adapter(name)
 
     async def _leave(self, parks: bool) -> None:
         self._state = "draining"

@@ -4,7 +4,8 @@ import asyncio
 import time
 
 from serve_app.ray_serve import http_options, listening_host
-from serve_app.router.directory import ModelDirectory, ModelStatus
+from serve_app.router.directory import ModelDirectory
+from serve_app.router.model_status import ModelStatus
 from serve_app.router.status_lines import MEND, http_address, serving, state_line
 from serve_app.terminal import notify, say
 

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -25,12 +25,13 @@ from serve_app.access.gate import Gate, KeyedRouter
 from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
-from serve_app.errors import ConfigError, RequestError
+from serve_app.errors import ConfigError, ModelNotFound, RequestError
 from serve_app.ray_serve import replicas_listen_for_http
 from serve_app.router.announcer import announce
-from serve_app.router.directory import ModelDirectory, ModelStatus
+from serve_app.router.directory import ModelDirectory
 from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
+from serve_app.router.model_status import ModelStatus
 from serve_app.router.openapi import POST_PATHS, openapi_document
 from serve_app.router.residency import Residency
 from serve_app.router.upstream.addresses import ReplicaAddresses
@@ -145,6 +146,7 @@ class _Endpoints:
                     "status": model.state,
                     "replicas": model.replicas,
                     "message": model.message,
+                    **({"parent": model.parent} if model.parent else {}),
                     **({"residency": residency[model.name]} if model.name in residency else {}),
                     **self._forwarder.queued(model.name),
                 }
@@ -164,7 +166,9 @@ class _Endpoints:
         models = await self._directory.models()
         data = [self._model_object(model) for model in models.values()]
         aliases = self._forwarder.config.aliases
-        data += [self._model_object(models[name], alias) for alias, name in aliases.items() if name in models]
+        for alias, name in aliases.items():
+            with suppress(ModelNotFound):
+                data.append(self._model_object(await self._directory.find(name), alias))
         return JSONResponse({"object": "list", "data": data})
 
     async def show_model(self, request: Request) -> Response:
@@ -174,13 +178,15 @@ class _Endpoints:
         return JSONResponse(self._model_object(model, name))
 
     def _model_object(self, model: ModelStatus, name: str | None = None) -> dict[str, Any]:
-        """Returns a model's entry. `root` is its own name, which differs from `id` if an alias was asked for."""
+        """Returns a model's entry. `root` is its own name, which differs from `id` if an alias or MODEL:ADAPTER was
+        asked for. An adapter has its model as `parent`."""
         return {
             "id": name or model.name,
             "root": model.name,
             "object": "model",
             "created": self._created,
             "owned_by": "serve-app",
+            **({"parent": model.parent} if model.parent else {}),
             "status": self._directory.seen_from_outside(model).state,
         }
 

@@ -6,27 +6,23 @@ application that could not be built has no deployments at all. It counts as a mo
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.adapters.records import RecordReader, Records
 from serve_app.errors import ModelNotFound, ModelUnavailable
-from serve_app.ray_serve import MODEL_DEPLOYMENT, SLOW_CONSTRUCTOR, instance_details, running_replicas
+from serve_app.ray_serve import MODEL_DEPLOYMENT, instance_details, running_replicas
+from serve_app.router.model_status import ModelStatus, adapter_statuses, may_live, read_status
 
 logger = logging.getLogger("ray.serve")
-
-# "asleep" means that the model is scaled to zero replicas. The first request makes Serve start one.
-State = Literal["ready", "asleep", "loading", "failed", "stopping"]
-
-# A replica takes requests in these states. One on a node that drains does so until another is there.
-SERVING = frozenset({"RUNNING", "PENDING_MIGRATION"})
 
 # A client is told to wait this many seconds for a model of which nothing better is known.
 RETRY_LOADING_S = 10.0
@@ -39,27 +35,19 @@ STATUS_TIMEOUT_S = 10.0
 FRESH_ENOUGH_S = 0.5
 
 
-@dataclass(frozen=True)
-class ModelStatus:
-    """This is one model as clients may see it. If it is not ready, `message` says why. `replicas` counts the running
-    ones."""
-
-    name: str
-    state: State
-    replicas: int
-    message: str = ""
-
-    @property
-    def is_open(self) -> bool:
-        """Returns whether Serve takes requests for it. Those of a sleeping model are held until a replica runs."""
-        return self.state in ("ready", "asleep")
-
-
 class Directory(Protocol):
     """This is the directory of models, as the parts that pass a request on see it."""
 
     async def find(self, name: str) -> ModelStatus:
-        """Returns one model. Raises ModelNotFound for an unknown name."""
+        """Returns one model, by any spelling of its name. Raises ModelNotFound for an unknown name."""
+        ...
+
+    async def look_up(self, name: str) -> ModelStatus | None:
+        """Returns what `find` returns, or None for an unknown name."""
+        ...
+
+    def application(self, name: str) -> str:
+        """Returns the name of the application that serves a model, which is another one for an adapter."""
         ...
 
     def require_hope(self, model: ModelStatus) -> None:
@@ -88,12 +76,19 @@ class ModelDirectory:
 
     Requests are answered from the last reading, so a slow or restarting controller stops no request: replicas and
     handles work without it. Only a request for a model that is not known as ready waits for a new reading.
-    `tell_load` is called with the model and the seconds of each load that was seen.
+    `tell_load` is called with the model and the seconds of each load that was seen. `records` has what the replicas
+    have of adapters.
     """
 
     def __init__(
-        self, own_application: str, interval_s: float, tell_load: Callable[[str, float], None] = lambda *_: None
+        self,
+        own_application: str,
+        interval_s: float,
+        tell_load: Callable[[str, float], None] = lambda *_: None,
+        records: RecordReader | None = None,
     ):
+        self._records = records or RecordReader()
+        self._spellings: Mapping[str, str] = {}
         self._own_application = own_application
         self._interval_s = interval_s
         self._tell_load = tell_load
@@ -104,6 +99,7 @@ class ModelDirectory:
         self._waking_since: dict[str, float] = {}
         self._read_at = self._failed_at = float("-inf")
         self._lock = asyncio.Lock()
+        self._read: Records = {}
 
     async def keep_fresh(self) -> None:
         """Reads Serve's status for ever. One task of the router runs this."""
@@ -121,14 +117,30 @@ class ModelDirectory:
         return self._models
 
     async def find(self, name: str) -> ModelStatus:
-        """Returns one model. Raises ModelNotFound for an unknown name."""
-        model = (await self.models()).get(name)
+        """Returns one model, by any spelling of its name. Raises ModelNotFound for an unknown name."""
+        await self.models()
+        model = self._known(name)
         if model is None or model.state != "ready":
             await self._refresh(FRESH_ENOUGH_S)  # It may have been added or become ready since.
-            model = self._models.get(name)
+            model = self._known(name)
         if model is None:
             raise _not_found(name, self._models)
         return model
+
+    async def look_up(self, name: str) -> ModelStatus | None:
+        """Returns one model, by any spelling of its name, or None for an unknown name."""
+        await self.models()
+        if self._known(name) is None:
+            await self._refresh(FRESH_ENOUGH_S)
+        return self._known(name)
+
+    def application(self, name: str) -> str:
+        """Returns the name of the application that serves a model, which is another one for an adapter."""
+        model = self._known(name)
+        return name if model is None else model.application
+
+    def _known(self, name: str) -> ModelStatus | None:
+        return self._models.get(self._spellings.get(name, name))
 
     async def handle(self, name: str) -> DeploymentHandle[Any]:
         """Returns the handle of a model that can answer now.
@@ -138,14 +150,15 @@ class ModelDirectory:
         model = await self.find(name)
         if not model.is_open:
             raise self.unavailable(model)
-        if name not in self._handles:
+        application = model.application
+        if application not in self._handles:
             try:
                 # The application's handle is not used, since an application whose update failed has none.
-                handle = await asyncio.to_thread(serve.get_deployment_handle, MODEL_DEPLOYMENT, name)
+                handle = await asyncio.to_thread(serve.get_deployment_handle, MODEL_DEPLOYMENT, application)
             except RayServeException:  # The model was deleted since the status was read.
                 raise _unavailable(ModelStatus(name, "stopping", 0)) from None
-            self._handles[name] = handle.options(method_name="http", stream=True)
-        return self._handles[name]
+            self._handles[application] = handle.options(method_name="http", stream=True)
+        return self._handles[application]
 
     def unavailable(self, model: ModelStatus) -> ModelUnavailable:
         """Returns why a model cannot answer now, with the time that is left of its load if it is loading."""
@@ -166,7 +179,7 @@ class ModelDirectory:
     def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
         """Returns the status for clients. A model that a request has woken is loading, though Serve does not say so."""
         if model.state == "asleep" and model.name in self._waking_since:
-            return ModelStatus(model.name, "loading", 0, "a replica is being started for the requests that wait")
+            return replace(model, state="loading", message="a replica is being started for the requests that wait")
         return model
 
     def waking(self, name: str) -> None:
@@ -178,7 +191,8 @@ class ModelDirectory:
         if (since := self._waking_since.pop(name, None)) is not None:
             self._loaded(name, time.monotonic() - since)
         if (model := self._models.get(name)) is not None and model.state == "asleep":
-            self._models[name] = ModelStatus(name, "ready", 1)  # This holds until Serve's status is read again.
+            # This holds until Serve's status is read again.
+            self._models[name] = replace(model, state="ready", replicas=1)
 
     def require_hope(self, model: ModelStatus) -> None:
         """Raises ModelUnavailable if it is no use to wait for the model, which neither loads nor restarts."""
@@ -198,12 +212,23 @@ class ModelDirectory:
             except (TimeoutError, RayError, ValueError):  # The controller may be restarting.
                 self._failed_at = time.monotonic()
                 raise _no_controller() from None
-            models = read_status(details["applications"], self._own_application)
-            self._models = await _with_survivors(models)
+            models = await _with_survivors(read_status(details["applications"], self._own_application), self._models)
+            records = await self._read_records(details["applications"])
+            adapters, self._spellings = adapter_statuses(details["applications"], models, records)
+            self._models = models | adapters
             self._time_loads()
             for gone in self._handles.keys() - self._models.keys():
                 del self._handles[gone]
             self._read_at = time.monotonic()
+
+    async def _read_records(self, applications: Mapping[str, Any]) -> Records:
+        """Returns what replicas have of adapters, as far as Ray's head answers. What was read last stays otherwise."""
+        try:
+            self._read = await asyncio.to_thread(self._records.read)
+            await asyncio.to_thread(self._records.forget_all_but, partial(may_live, applications))
+        except (RayError, RuntimeError) as error:
+            logger.warning("Which adapters the replicas have cannot be read: %s", error)
+        return self._read
 
     def _loaded(self, name: str, seconds: float) -> None:
         self._load_times[name] = seconds
@@ -223,71 +248,30 @@ class ModelDirectory:
                 self._waking_since.pop(name, None)
 
 
-async def _with_survivors(models: dict[str, ModelStatus]) -> dict[str, ModelStatus]:
-    """Returns the models with the replicas that still serve after a failed update, which Serve's status leaves out."""
+async def _with_survivors(models: dict[str, ModelStatus], before: Mapping[str, ModelStatus]) -> dict[str, ModelStatus]:
+    """Returns the models with the replicas that still serve after a failed update, or while an update is being built,
+    which Serve's status leaves out."""
     failed = [name for name, model in models.items() if model.state == "failed"]
-    if not failed:
+    building = [
+        name
+        for name, model in models.items()
+        if model.state == "loading" and name in before and before[name].state == "ready"
+    ]
+    if not failed and not building:
         return models
     try:
-        running = await running_replicas(failed)
+        running = await running_replicas([*failed, *building])
     except (RayError, AttributeError) as error:  # Without an answer they count as failed.
-        logger.warning("It is unknown whether replicas of %s still serve: %s", failed, error)
+        logger.warning("It is unknown whether replicas of %s still serve: %s", [*failed, *building], error)
         return models
     for name in failed:
         if count := running[name]:
             text = f"it serves as before, because its update failed: {models[name].message}"
             models[name] = ModelStatus(name, "ready", count, text)
+    for name in building:
+        if count := running[name]:
+            models[name] = ModelStatus(name, "ready", count)
     return models
-
-
-def read_status(applications: Mapping[str, Any], own_application: str) -> dict[str, ModelStatus]:
-    """Returns the models among the applications of `ServeInstanceDetails` by name."""
-    return {
-        name: _read_application(name, application)
-        for name, application in sorted(applications.items())
-        if name != own_application
-        and (not application["deployments"] or MODEL_DEPLOYMENT in application["deployments"])
-    }
-
-
-def _read_application(name: str, application: Any) -> ModelStatus:
-    deployment = application["deployments"].get(MODEL_DEPLOYMENT)
-    replicas = [] if deployment is None else deployment["replicas"]
-    running = sum(_text(replica["state"]) in SERVING for replica in replicas)
-    status = _text(application["status"])
-    # The deployment's message has the reason. The application's only says that the deployment failed.
-    message = summarize((deployment["message"] if deployment is not None else "") or application["message"])
-    if status == "DELETING":
-        return ModelStatus(name, "stopping", running)
-    if running:
-        return ModelStatus(name, "ready", running)
-    if status == "RUNNING":
-        return ModelStatus(name, "asleep", 0, "it is scaled to zero, and the first request starts a replica")
-    if status == "DEPLOY_FAILED":
-        return ModelStatus(name, "failed", 0, message)
-    # UNHEALTHY means that its replica died, and Serve is starting another one.
-    return ModelStatus(name, "loading", 0, message)
-
-
-def _text(value: Any) -> str:
-    """Returns the text of one of Ray's enumerations, which are strings or contain them."""
-    return str(getattr(value, "value", value))
-
-
-def summarize(message: str) -> str:
-    """Returns a status message of Serve without tracebacks: the last line that names an exception of ours or Python's.
-
-    Serve repeats the whole remote traceback in the message of an application whose constructor failed.
-    """
-    if SLOW_CONSTRUCTOR in message:  # A model takes longer to load than Serve expects of a constructor.
-        return ""
-    message = re.sub(r"^Deploying app '.*?' failed with exception:\n", "", message)
-    if "Traceback (most recent call last)" not in message:
-        return " ".join(message.split())
-    lines = [line.strip() for line in message.splitlines()]
-    starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Exit)\b.*: ", line)]
-    last = " ".join(lines[starts[-1] if starts else -1 :])
-    return re.sub(r"^(serve_app\.errors\.\w+: |(\w+\.)*)", "", last)
 
 
 class ControllerSilent(ModelUnavailable):

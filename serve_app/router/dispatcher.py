@@ -107,7 +107,7 @@ class Dispatcher:
         record, reason, patience = exchange.record, str(lost), Patience()
         is_away = isinstance(lost, NotOpen)  # A model that gave its memory to another one may do so many times.
         if not is_away:
-            self._suspicion.lost(record.model, exchange.suspect, lost.death)
+            self._suspicion.lost(self._directory.application(record.model), exchange.suspect, lost.death)
         while transcript is not None and record.resumes < config.max_retries:
             record.resumed()
             await _backoff(record.resumes)
@@ -127,7 +127,7 @@ class Dispatcher:
                 break
             except (ReplicaLost, TimeoutError, RequestError) as again:
                 if isinstance(again, ReplicaLost):
-                    self._suspicion.lost(record.model, exchange.suspect, again.death)
+                    self._suspicion.lost(self._directory.application(record.model), exchange.suspect, again.death)
                 reason = str(again) or type(again).__name__
                 if isinstance(again, UnreadableAnswer):
                     break
@@ -153,7 +153,7 @@ class Dispatcher:
         model = await self._directory.find(name)
         exchange.record.found(name)
         await self._waiting_room.pass_through(model, exchange.downstream, config, patient)
-        await self._suspicion.before_next_try(name, exchange.suspect)
+        await self._suspicion.before_next_try(self._directory.application(name), exchange.suspect)
 
     async def _open_one(
         self, exchange: Exchange, config: RouterConfig, name: str, request: HttpRequest, patient: bool
@@ -170,7 +170,7 @@ class Dispatcher:
             if isinstance(lost, NotOpen) and not (isinstance(lost, EngineGone) and patience.has_ended()):
                 await asyncio.sleep(LOOK_AGAIN_S)  # Nothing was sent, so it goes back into the waiting room.
                 continue
-            self._suspicion.lost(name, exchange.suspect, lost.death)
+            self._suspicion.lost(self._directory.application(name), exchange.suspect, lost.death)
             if retries >= config.max_retries:
                 return await self._given_up(exchange, config, name, answer, lost)
             if answer is not None:
@@ -202,7 +202,8 @@ class Dispatcher:
     @asynccontextmanager
     async def _waking(self, exchange: Exchange, name: str) -> AsyncIterator[None]:
         """Tells a client that asked for comments if the replica has to become resident before it answers."""
-        wake = self._residency.wake(name) if exchange.downstream.wants_comments else None
+        is_told = exchange.downstream.wants_comments
+        wake = self._residency.wake(self._directory.application(name)) if is_told else None
         if wake is None:
             yield
             return
@@ -217,7 +218,7 @@ class Dispatcher:
         """Ends the tries and returns an answer that says itself that its engine is lost. Raises HarmfulRequest, or
         ModelUnavailable if there is no such answer."""
         try:
-            await self._suspicion.judge(name, exchange.suspect)
+            await self._suspicion.judge(self._directory.application(name), exchange.suspect)
         except BaseException:
             if answer is not None:
                 await answer.close()

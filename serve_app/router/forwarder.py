@@ -8,6 +8,7 @@ error that the client can read.
 import asyncio
 import logging
 import uuid
+from collections.abc import Mapping
 from functools import partial
 
 from starlette.types import Receive, Scope, Send
@@ -21,12 +22,13 @@ from serve_app.router.dispatcher import Dispatcher, RequestTo
 from serve_app.router.downstream import HOP_BY_HOP
 from serve_app.router.exchange import Exchange
 from serve_app.router.metrics import RouterMetrics
-from serve_app.router.names import candidates
+from serve_app.router.names import meant_by, stand_ins
 from serve_app.router.relay import Relay
 from serve_app.router.residency import Residency
 from serve_app.router.upstream.protocol import Upstream
 from serve_app.wire.arrival import MOST_ID_BYTES, read_body, require_plain_path, require_small_headers
 from serve_app.wire.asgi import HttpRequest, endpoint, unless_gone
+from serve_app.wire.asked_model import Asked
 from serve_app.wire.body import RequestBody
 from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.headers import header
@@ -56,6 +58,7 @@ class Forwarder:
     ):
         self.config = config
         self._gate = gate
+        self._directory = directory
         self._upstream = upstream
         self._metrics = metrics
         self._dispatcher = Dispatcher(directory, upstream, metrics, residency)
@@ -104,8 +107,8 @@ class Forwarder:
         size, downstream = len(body.content), exchange.downstream
         seen = await beside_loop(size, body.peek)
         downstream.wants_comments = seen.stream is True and header(scope["headers"], PROGRESS_HEADER) is not None
-        names = candidates(self.config, seen.model)
-        key = self._gate.identity_of(scope, names[0])
+        asked = await self._asked(seen.model)
+        key = self._gate.identity_of(scope, next(iter(asked.values())))
         estimate = estimate_tokens(size, seen.token_limit, seen.answers)
         admission = await self._gate.admit(key, estimate)
         exchange.record.admitted(admission.key_name)
@@ -115,13 +118,27 @@ class Forwarder:
             downstream.metered_by(meter)
         is_refused = False
         try:
-            request_to = _requests(exchange, scope, seen.model, body)
-            await self._answer_of(_allowed(names, key), exchange, request_to)
+            request_to = _requests(exchange, scope, seen.model, asked, body)
+            await self._answer_of(_allowed(asked, key), exchange, request_to)
         except RequestError as error:
             is_refused = not exchange.timing.first and not isinstance(error, DeadlineExceeded)
             raise
         finally:
             await admission.release(exchange.record.tokens_used(estimate, is_refused))
+
+    async def _asked(self, written: str | None) -> dict[str, Asked]:
+        """Returns what may answer for the name that a client wrote, by the names that the directory has for that: what
+        is meant, then what stands in for it. An unknown name is a model's. Raises InvalidRequest."""
+        config = self.config
+        first = await self._look_up(meant_by(config, written))
+        default = config.default_model if written is None else written
+        name, what = first
+        others = stand_ins(config, default, name, what.qualified, what.name)
+        return dict([first, *[await self._look_up(other) for other in others]])
+
+    async def _look_up(self, name: str) -> tuple[str, Asked]:
+        model = await self._directory.look_up(name)
+        return (name, Asked(name)) if model is None else (model.name, model.asked)
 
     async def _answer_of(self, names: list[str], exchange: Exchange, request_to: RequestTo) -> None:
         config = self.config
@@ -137,24 +154,27 @@ class Forwarder:
             await answer.close()
 
 
-def _allowed(names: list[str], key: ApiKey | None) -> list[str]:
+def _allowed(asked: Mapping[str, Asked], key: ApiKey | None) -> list[str]:
     """Returns the names without stand-ins that the key may not use. The model itself was checked already."""
-    return names if key is None else [names[0], *(name for name in names[1:] if key.may_use(name))]
+    return [name for name, what in asked.items() if key is None or key.may_use(what)]
 
 
-def _requests(exchange: Exchange, scope: Scope, asked: str | None, body: RequestBody) -> RequestTo:
-    """Returns a function that makes the request to a model, because an engine refuses a name that is not its own. The
-    body has the name `asked`."""
+def _requests(
+    exchange: Exchange, scope: Scope, written: str | None, asked: Mapping[str, Asked], body: RequestBody
+) -> RequestTo:
+    """Returns a function that makes the request to a model by its name, because an engine refuses a name that is not
+    its own. The body has the name `written`, and `asked` says what each name means."""
     named = header(scope["headers"], b"connection") or b""  # It names this connection's headers (RFC 9110, 7.6.1).
     dropped = REPLACED | {part.strip().lower() for part in named.split(b",")}
     kept = [pair for pair in scope["headers"] if pair[0] not in dropped]
     headers = with_key_name(kept, exchange.record.key)
     headers += [JSON, (b"x-request-id", exchange.record.request_id.encode("latin-1"))]
-    bodies = {asked: body.content}
+    bodies = {written: body.content}
 
     async def request_to(name: str) -> HttpRequest:
-        if name not in bodies:
-            bodies[name] = (await beside_loop(len(body.content), partial(body.with_fields, model=name))).content
-        return HttpRequest(scope["method"], exchange.record.path, scope["query_string"], headers, bodies[name])
+        own = asked[name].name
+        if own not in bodies:
+            bodies[own] = (await beside_loop(len(body.content), partial(body.with_fields, model=own))).content
+        return HttpRequest(scope["method"], exchange.record.path, scope["query_string"], headers, bodies[own])
 
     return request_to

@@ -30,6 +30,7 @@ _MESSAGE = {
 }
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, _IDS]}
+_SEVERAL = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
 _TURNS = {
     "type": "array",
     "minItems": 1,
@@ -48,6 +49,15 @@ _SAMPLING_OF_MESSAGES: Mapping[str, Schema] = {
 _BODIES: Mapping[str, tuple[Mapping[str, Schema], list[str]]] = {
     "Chat": ({"messages": {"type": "array", "items": _MESSAGE, "minItems": 1}, **_GENERATION}, ["messages"]),
     "Completion": ({"prompt": _PROMPT, **_GENERATION}, ["prompt"]),
+    "Embedding": (
+        {"input": _PROMPT, "encoding_format": {"enum": ["float", "base64"]}, "dimensions": _COUNT},
+        ["input"],
+    ),
+    "Score": ({"queries": _SEVERAL, "documents": _SEVERAL}, ["queries", "documents"]),
+    "Rerank": (
+        {"query": _TEXT, "documents": _SEVERAL, "top_n": {"type": "integer", "minimum": 0}},
+        ["query", "documents"],
+    ),
     "Messages": ({"messages": _TURNS, "system": _TEXT, **_SAMPLING_OF_MESSAGES}, ["messages", "max_tokens"]),
     "CountTokens": ({"messages": _TURNS, "system": _TEXT}, ["messages"]),
     "Responses": (
@@ -59,7 +69,6 @@ _BODIES: Mapping[str, tuple[Mapping[str, Schema], list[str]]] = {
         },
         ["input"],
     ),
-    "Embedding": ({"input": _PROMPT, "encoding_format": {"enum": ["float", "base64"]}}, ["input"]),
     "Tokenize": ({"prompt": _TEXT, "add_special_tokens": {"type": "boolean"}}, ["prompt"]),
     "Detokenize": ({"tokens": _IDS}, ["tokens"]),
 }
@@ -87,6 +96,14 @@ _OPERATIONS = (
     ),
     Operation("POST", "/v1/responses", "Answers a chat. Nothing is stored.", reference("Responses"), streams=True),
     Operation("POST", "/v1/embeddings", "Returns the vectors of texts.", reference("Embedding")),
+    *(
+        Operation("POST", path, "Returns a score for each pair of texts.", reference("Score"))
+        for path in ("/score", "/v1/score")
+    ),
+    *(
+        Operation("POST", path, "Orders documents by how well they fit a query.", reference("Rerank"))
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank")
+    ),
     Operation("POST", "/tokenize", "Returns the token ids of a text.", reference("Tokenize")),
     Operation("POST", "/detokenize", "Returns the text of token ids.", reference("Detokenize")),
     Operation("GET", "/openapi.json", "Returns this document."),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from serve_app.ray_serve import ANY_ADDRESS
-from serve_app.router.directory import ModelStatus, State
+from serve_app.router.model_status import ModelStatus, State
 
 if TYPE_CHECKING:
     from ray.serve.schema import HTTPOptionsSchema

@@ -8,8 +8,9 @@ from functools import partial
 from serve_app.config import RouterConfig
 from serve_app.errors import ModelUnavailable
 from serve_app.router.comments import commented
-from serve_app.router.directory import ControllerSilent, Directory, ModelStatus
+from serve_app.router.directory import ControllerSilent, Directory
 from serve_app.router.downstream import Downstream
+from serve_app.router.model_status import ModelStatus
 from serve_app.router.queues import Queues
 from serve_app.router.upstream.protocol import ReplicaLost, Upstream
 from serve_app.wire.asgi import HttpRequest

@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serve_app.access.gate import Admission, Gate, KeyedApp, KeyedRouter, refusal
 from serve_app.access.keys import KeySource
 from serve_app.errors import Forbidden, InvalidRequest, RateLimited, TokensLimited, Unauthorized
+from serve_app.wire.asked_model import Asked
 from serve_app.wire.body import RequestBody
 from serve_app.wire.headers import Headers
 from serve_app.wire.usage import estimate_tokens
@@ -71,7 +72,7 @@ def client(app: Any) -> httpx.AsyncClient:
 
 async def admit(gate: Gate, headers: Headers, model: str | None, estimate: int) -> Admission:
     """As the router does."""
-    return await gate.admit(gate.identify(headers, model), estimate)
+    return await gate.admit(gate.identify(headers, Asked(model) if model else None), estimate)
 
 
 async def test_an_open_gate_asks_for_nothing() -> None:

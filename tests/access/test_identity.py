@@ -24,6 +24,7 @@ from serve_app.errors import Forbidden, ForeignPage, Unauthorized
 from serve_app.replica.whole_body import WholeBody
 from serve_app.wire import body as body_module
 from serve_app.wire.arrival import known_body, with_body
+from serve_app.wire.asked_model import Asked
 from serve_app.wire.body import RequestBody
 from tests.builders import model_config
 from tests.fakes import AUTH, KEY, LocalLimiter, Models, make_gate, router_app, says
@@ -106,7 +107,7 @@ async def test_no_header_says_whose_a_request_is(tmp_path: Path) -> None:
 
 def test_an_identity_stays_in_its_process(tmp_path: Path) -> None:
     """Serve's Python proxy pickles the scope of a request: the replica finds nothing, and asks itself."""
-    key = make_gate(tmp_path)[0].identify(KEY, "m")
+    key = make_gate(tmp_path)[0].identify(KEY, Asked("m"))
     scope, _ = with_body(with_identity({"type": "http", "headers": KEY}, key), _none, RequestBody(b"{}" * 10_000))
     arrived = pickle.loads(pickle.dumps(scope))  # noqa: S301  as Serve does
     assert (known_identity(arrived), known_body(arrived)) == (None, None)
@@ -121,9 +122,9 @@ def test_a_known_key_opens_its_own_models_alone(tmp_path: Path) -> None:
     """Whatever the door was told of the model."""
     gate, _ = make_gate(tmp_path)
     scope = with_identity({"headers": []}, gate.identify(KEY))
-    assert isinstance(gate.identity_of(scope, "m"), ApiKey)
+    assert isinstance(gate.identity_of(scope, Asked("m")), ApiKey)
     with pytest.raises(Forbidden):
-        gate.identity_of(scope, "other")
+        gate.identity_of(scope, Asked("other"))
 
 
 async def test_a_key_that_was_revoked_is_refused_at_the_next_request(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from serve_app.access import keys as keys_module
 from serve_app.access.keys import ApiKey, KeyRing, KeySource, configured_keys, read_keys, sha256_of
 from serve_app.access.limits import KeyLimits
 from serve_app.errors import ConfigError, Forbidden, Unauthorized
+from serve_app.wire.asked_model import Asked
 
 
 class Clock:
@@ -132,10 +133,10 @@ def test_a_key_opens_only_its_models() -> None:
     """403 with the field to blame; without a list it opens all."""
     some = ring(a=("x", "y"), b=None)
     first, second = some.keys
-    first.require("y")
-    second.require("z")
+    first.require(Asked("y"))
+    second.require(Asked("z"))
     with pytest.raises(Forbidden, match="'a' may not use the model 'z', only x, y") as caught:
-        first.require("z")
+        first.require(Asked("z"))
     error = caught.value
     assert (error.status, error.code, error.param) == (403, "model_not_allowed", "model")
 

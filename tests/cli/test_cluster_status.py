@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.adapters.records import AdapterState
 from serve_app.cli.cluster_status import ClusterStatus, cluster_status, missing_for
 from serve_app.cli.status import report
 from serve_app.facts.nodes import Node
@@ -167,6 +168,25 @@ def test_another_number_of_blocks_is_a_line() -> None:
     assert [line for line in text.splitlines() if "blocks" in line] == [
         "m r1: the plan has 90 blocks of KV cache, and vLLM has made 89."
     ]
+
+
+def test_adapters_stand_below_their_model_and_a_broken_one_is_told() -> None:
+    """With the number of replicas that have each, and why one has none."""
+    applications = {"m": model(2, 2, {"CPU": 1})}
+    applications["m"]["deployed_app_config"] = {"import_path": "serve_app.app:model", "args": {"adapters": {"x": "/x"}}}
+    failed = AdapterState("failed", "its rank is 64")
+    records = {("m", "r0"): {"sql": AdapterState("ready"), "bad": failed}, ("m", "r1"): {"bad": failed}}
+    nodes = [ray_node("a", CPU=8)]
+    status = cluster_status(applications, nodes, {"aaaaaaaa": {"CPU": 8.0}}, (), NOW, records=records)
+    lines = [line.strip() for line in report(status).splitlines()]
+    assert "adapter sql is ready on 1 of 2 replicas" in lines
+    assert "adapter bad is failed: its rank is 64" in lines
+    assert "adapter x is loading" in lines
+    assert not status.is_whole
+    assert lines[-1] == "These adapters cannot be served: bad of m."
+    assert {one["name"]: one["replicas"] for one in status.to_json()["models"][0]["adapters"]} == {
+        "bad": 0, "sql": 1, "x": 0,
+    }  # fmt: skip
 
 
 def test_what_was_not_measured_is_called_a_guess() -> None:

@@ -19,12 +19,14 @@ IN_TURN = (
     "test_nodes.py",
     "test_traffic.py",
     "test_ranks.py",
+    "test_adapters.py",
     "test_pool.py",
     "test_run.py",
     "test_starts.py",
     "test_by_index.py",
     "test_vllm_swap.py",
     "test_vllm_contract.py",
+    "test_vllm_adapters.py",
 )
 
 

@@ -5,11 +5,13 @@ import io
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from ray import serve
 from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema, Target, TargetGroup
 
@@ -148,7 +150,35 @@ def test_targets_of_http_are_told_from_others() -> None:
     assert [ray_serve.is_http(group) for group in groups] == [True, False]
 
 
-@contract("ray", "the message about a constructor that takes long", "serve_app/router/directory.py")
+@contract("ray", "the names of replicas' actors", ray_serve.replica_of)
+def test_the_name_of_a_target_ends_with_the_replicas_id() -> None:
+    """The router finds by it where a replica listens that has an adapter."""
+    from ray.serve._private.common import DeploymentID, ReplicaID
+
+    name = ReplicaID("abc123", DeploymentID("Model", "qwen")).to_full_id_str()
+    assert ray_serve.replica_of(Target(ip="10.0.0.1", port=1, instance_id="i", name=name)) == "abc123"
+    assert ray_serve.replica_of(Target(ip="10.0.0.1", port=1, instance_id="i", name="SERVE_PROXY_ACTOR-x")) == ""
+
+
+@contract("ray", "where it sets the version of a deployment", ray_serve.with_lasting_version)
+def test_a_deployment_keeps_the_version_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would give it a hash of all `args`, with which another adapter replaces all replicas."""
+    import ray
+    from ray.serve._private.build_app import build_app
+    from ray.serve._private.deploy_utils import deploy_args_to_deployment_info, get_deploy_args
+
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "01000000"))
+    made = serve.deployment(Model, name="Model").options(user_config={"adapters": {"a": "/x"}}, max_ongoing_requests=7)
+    (built,) = build_app(ray_serve.with_lasting_version(made, "ours").bind(), name="qwen").deployments
+    args = get_deploy_args(
+        "Model", built._replica_config, deployment_config=built._deployment_config, version="serve", ingress=True
+    )
+    info = deploy_args_to_deployment_info(**args, app_name="qwen")
+    assert (info.version, info.deployment_config.user_config) == ("ours", {"adapters": {"a": "/x"}})
+    assert info.deployment_config.max_ongoing_requests == 7
+
+
+@contract("ray", "the message about a constructor that takes long", "serve_app/router/model_status.py")
 def test_serve_says_of_a_slow_constructor_what_is_looked_for() -> None:
     """Only where the replica has its place. That one waits for a place is another message, which is shown."""
     from ray.serve._private import deployment_state

@@ -15,8 +15,10 @@ from serve_app.engines.torch_internals import (
     WithoutData,
     forget_cuda_error,
     gpu_uuid,
+    has_pre_hooks,
     in_onednn_order,
     is_out_of_memory,
+    is_view,
     multiplies_with_onednn,
     onednn_linear,
     onednn_memory,
@@ -53,6 +55,16 @@ def test_onednn_multiplies_with_a_plain_weight(bias: bool) -> None:
     for shape in ((5, 24), (3, 7, 24)):
         x = torch.randn(shape)
         torch.testing.assert_close(onednn_linear(x, linear.weight, linear.bias), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@contract("torch", "torch.Tensor._is_view", is_view)
+def test_a_view_is_told_from_a_tensor_of_its_own(device: str) -> None:
+    """With storage and without."""
+    whole = torch.zeros(2, 3, device=device)
+    assert [is_view(each) for each in (whole, whole[0], whole.view(6), torch.zeros_like(whole))] == [
+        False, True, True, False,
+    ]  # fmt: skip
 
 
 @contract("torch", "torch.ops.mkldnn._reorder_linear_weight", in_onednn_order)
@@ -202,3 +214,14 @@ def test_code_that_reads_numbers_runs_without_data() -> None:
         hidden[mask] = torch.ones(0, 4)
         assert [tuple(part.shape) for part in hidden.split(numbers[:3].tolist())] == [(6, 4), (0, 4), (0, 4)]
     assert torch.arange(3).tolist() == [0, 1, 2]
+
+
+@contract("torch", "Module._forward_pre_hooks", has_pre_hooks)
+def test_functions_before_a_module_s_forward_are_seen() -> None:
+    """Layers of 8 bits have some."""
+    linear = nn.Linear(2, 2)
+    assert not has_pre_hooks(linear)
+    hook = linear.register_forward_pre_hook(lambda *_: None)
+    assert has_pre_hooks(linear)
+    hook.remove()
+    assert not has_pre_hooks(linear)

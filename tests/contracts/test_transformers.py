@@ -26,6 +26,7 @@ from serve_app.engines.pt.transformers_internals import (
     has_only_state,
     has_state,
     join_states,
+    linear_shape,
     loaded_device_map,
     loaded_dtypes,
     own_response_template,
@@ -324,3 +325,14 @@ def test_head_embeddings_routers_and_experts_are_not_quantised() -> None:
     assert mixture["model.layers.1.mlp.shared_expert_gate"] == (1, 32)
     assert not [name for name in mixture if name.endswith((".gate", "lm_head", "embed_tokens")) or ".experts" in name]
     assert convertible_linears(tiny_model("gpt2"))["transformer.h.0.mlp.c_fc"] == (128, 32)
+
+
+@contract("transformers", "Conv1D.nx and Conv1D.nf", linear_shape)
+def test_linear_layers_say_their_inputs_and_outputs() -> None:
+    """Those of GPT-2 have their weights the other way round, and embeddings and norms are none."""
+    shapes = {name: linear_shape(module) for name, module in tiny_model("gpt2").named_modules()}
+    assert shapes["transformer.h.0.attn.c_attn"] == (32, 96)
+    assert shapes["transformer.h.0.mlp.c_proj"] == (128, 32)
+    assert shapes["transformer.wte"] is None
+    assert shapes["transformer.h.0.ln_1"] is None
+    assert linear_shape(tiny_model("llama").model.layers[0].mlp.up_proj) == (32, 48)

@@ -26,7 +26,7 @@ from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.replica.whole_body import WholeBody
 from serve_app.router.engine_loss import is_lost_event
 from tests.builders import model_config
-from tests.cluster import test_vllm_contract
+from tests.cluster import test_vllm_adapters, test_vllm_contract
 from tests.contracts.contract import contract, untested
 
 ENGINE, GUARD = "serve_app/engines/vllm/engine.py", "serve_app/engines/vllm/guard.py"
@@ -57,7 +57,7 @@ OTHERWISE = frozenset({"n", "prompt", "input", "messages", "logit_bias", "vllm_x
 
 def test_each_part_has_a_test() -> None:
     """Here or with an engine, so that an upgrade shows what breaks."""
-    assert test_vllm_contract.ENGINE == ENGINE
+    assert test_vllm_contract.ENGINE == test_vllm_adapters.ENGINE == ENGINE
     assert untested(vllm_internals) == []
 
 

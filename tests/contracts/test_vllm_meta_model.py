@@ -92,6 +92,16 @@ def test_the_configuration_is_read(told: dict[str, Any]) -> None:
     assert told["is_multimodal qwen2.5-vl-7b"] is True
 
 
+@contract("vllm", "how it makes buffers for LoRA adapters", meta.adapter_buffers)
+def test_buffers_for_adapters_have_no_storage(told: dict[str, Any]) -> None:
+    """Of one of two ranks of Llama 3 70B, for two adapters of rank 8. Inputs of q, k, v, gate and up are whole, and so
+    are outputs of o and down."""
+    layer = 8192 * 3 + (8192 + 1024 * 2) // 2 + (8192 // 2 + 8192) + 2 * (8192 + 28672 // 2) + (28672 // 2 + 8192)
+    buffers = told["adapter_buffers llama-3-70b"]
+    assert buffers["devices"] == ["meta"]
+    assert buffers["layer"] == 2 * 8 * layer * 2
+
+
 @contract("vllm", "ParallelLMHead", meta.is_head)
 def test_the_head_is_known(told: dict[str, Any]) -> None:
     """One in each of these models."""

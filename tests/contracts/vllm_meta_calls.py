@@ -50,6 +50,7 @@ def calls() -> dict[str, Any]:
             for function, run in of_model.items():
                 call(f"{function} {name}", run)
         call("stage_of_pipeline", stages)
+        call("adapter_buffers llama-3-70b", buffers)
     return found
 
 
@@ -79,6 +80,18 @@ def stages() -> list[int]:
     config = vllm.engine_config({"model": folder})
     vllm.model_without_storage(config, 1)
     return [*found, len(vllm.cache_specs(config))]
+
+
+def buffers() -> dict[str, Any]:
+    """The bytes of the buffers for adapters in one layer, and where they are."""
+    room = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "dtype": "bfloat16"}
+    config = vllm.engine_config({"model": str(CONFIGS / "llama-3-70b"), "tensor_parallel_size": 2, **room})
+    found = vllm.adapter_buffers(config, vllm.model_without_storage(config, 2))
+    tensors = [tensor for name, own in found.items() if ".layers.7." in name for tensor in own]
+    return {
+        "layer": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "devices": sorted({str(tensor.device) for own in found.values() for tensor in own}),
+    }
 
 
 def states(config: Any, specs: dict[str, Any]) -> list[int]:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
-from serve_app.errors import EngineError, StillTooLarge
+from serve_app.errors import AdapterError, EngineError, StillTooLarge
 from serve_app.model_fields import ResidencyConfig
 from serve_app.replica import held_requests
 from serve_app.replica.held_requests import HeldRequests
@@ -101,6 +101,16 @@ class Small:
     def parking(self) -> Parking | None:
         """Itself."""
         return self if self._parks else None
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Refuses what is broken."""
+        self.log.append(f"load {name}")
+        if name == "broken":
+            raise AdapterError("it is broken")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forgets it."""
+        self.log.append(f"unload {name}")
 
     async def memory(self) -> Sequence[RankMemory]:
         """Nothing."""
@@ -420,3 +430,19 @@ async def test_a_client_that_leaves_waits_no_more() -> None:
     await busy
     await asyncio.sleep(60)
     assert b.engine.state == "resident"
+
+
+async def test_an_engine_that_starts_again_has_its_adapters_again() -> None:
+    """Also those that came while there was no engine. One that is broken by then concerns no other one."""
+    a, b = await pool("a", "b", parks=False)
+    assert (a.engine.state, b.engine.state) == ("stopped", "resident")
+    await b.engine.load_adapter("x", Path("/x"))
+    with pytest.raises(AdapterError):
+        await b.engine.load_adapter("broken", Path("/x"))
+    for name in ("y", "broken", "gone"):
+        await a.engine.load_adapter(name, Path("/y"))
+    await a.engine.unload_adapter("gone")
+    await a.ask(1)
+    assert a.log[-3:] == ["start", "load y", "load broken"]
+    await b.ask(1)
+    assert b.log[-2:] == ["start", "load x"]

@@ -4,7 +4,7 @@ import json
 import shlex
 
 from serve_app.router.announcer import summary
-from serve_app.router.directory import ModelStatus
+from serve_app.router.model_status import ModelStatus
 
 READY = ModelStatus("a", "ready", 1)
 FAILED = ModelStatus("b", "failed", 0, "needs 2 GPUs")

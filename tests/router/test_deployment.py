@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from serve_app.config import RouterConfig
 from serve_app.errors import InvalidRequest, ModelUnavailable
-from serve_app.router.directory import ModelStatus
+from serve_app.router.model_status import ModelStatus
 from serve_app.router.upstream.protocol import HandleUpstream
 from serve_app.wire.asgi import HttpRequest, call_asgi
 from serve_app.wire.body import RequestBody

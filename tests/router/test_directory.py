@@ -3,7 +3,8 @@
 import pytest
 
 from serve_app.router import directory as directory_module
-from serve_app.router.directory import ModelDirectory, read_status, summarize
+from serve_app.router.directory import ModelDirectory
+from serve_app.router.model_status import read_status, summarize
 from tests.builders import application
 
 CONSTRUCTOR_FAILED = """The deployment failed to start 3 times in a row. See controller logs for details. Error:

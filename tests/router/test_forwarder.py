@@ -15,7 +15,8 @@ from serve_app.access.gate import Admission, Gate
 from serve_app.config import RouterConfig
 from serve_app.errors import DeadlineExceeded, UnreadableAnswer
 from serve_app.router import dispatcher, downstream, relay, suspicion
-from serve_app.router.directory import ControllerSilent, ModelStatus
+from serve_app.router.directory import ControllerSilent
+from serve_app.router.model_status import ModelStatus
 from serve_app.router.queues import ModelQueue
 from serve_app.router.suspicion import Death, Suspect
 from serve_app.router.upstream import protocol as upstream

@@ -16,7 +16,8 @@ from serve_app.errors import nearest
 # These have fields of the same names.
 FIELDS = frozenset({
     "revision", "chat_template", "dtype", "quantization", "tensor_parallel_size", "pipeline_parallel_size", "nnodes",
-    "max_model_len", "max_num_seqs", "kv_cache_memory_bytes",
+    "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "max_loras", "max_lora_rank", "max_cpu_loras",
+    "lora_target_modules",
 })  # fmt: skip
 COUNTS = frozenset({"max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"})
 DTYPES = {"half": "float16", "float": "float32"}
@@ -37,6 +38,8 @@ SWAPPING_REASONS = {
     "cache.",
     "nnodes": "a pool is on one node.",
 }
+# Other arguments are judged by these, so they are set before them.
+_FIRST = {"tensor_parallel_size": 0, "lora_modules": 1, "max_loras": 2, "max_lora_rank": 3}
 SECRET = frozenset({"api_key", "hf_token"})
 
 
@@ -44,7 +47,7 @@ def draft_of(command: VllmCommand, name: str, swaps: bool) -> Draft:
     """Returns the `args` of a model with what its command says, and notes on the rest."""
     draft = Draft({"model": command.model, "infer_backend": "vllm"}, list(command.notes))
     names = [each for each in command.arguments if not (each in ("host", "port") or each == "uvicorn_log_level")]
-    for each in sorted(names, key=lambda each: each != "tensor_parallel_size"):
+    for each in sorted(names, key=lambda each: _FIRST.get(each, len(_FIRST))):
         _add(draft, each, command.arguments[each], swaps, name)
     return draft
 
@@ -55,6 +58,11 @@ def _add(draft: Draft, name: str, words: tuple[str, ...], swaps: bool, model: st
     positive = first.removeprefix("no_")
     reason = REASONS.get(first) or (SWAPPING_REASONS.get(first) if swaps else None)
     if first == "served_model_name" and set(words) == {model}:
+        return
+    if first == "lora_modules":
+        _add_adapters(draft, shown, words)
+        return
+    if first == "enable_lora":  # Adapters follow from the other arguments.
         return
     if reason is None and SERVER_ARGS.fullmatch(first):
         reason = "it belongs to vLLM's own HTTP server, which does not run here."
@@ -80,6 +88,21 @@ def _add(draft: Draft, name: str, words: tuple[str, ...], swaps: bool, model: st
         return
     path = first if first in FIELDS else f"engine_args.{first}"
     draft.put(shown, f"{path}.{below}" if below else path, value)
+
+
+def _add_adapters(draft: Draft, shown: str, words: tuple[str, ...]) -> None:
+    """Sets the adapters of `--lora-modules`, which are written as NAME=PATH or as objects of JSON."""
+    found = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if word.startswith("{"):
+            module = _plain(word)
+            name, path = (str(module.get("name")), str(module.get("path"))) if isinstance(module, Mapping) else ("", "")
+        elif not equals:
+            draft.note(f"{shown}: {word} is not written as NAME=PATH.")
+            return
+        found[name] = path
+    draft.put(shown, "adapters", found)
 
 
 def _value(name: str, words: tuple[str, ...]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from serve_app.cli.plan.chart import LABELS, MARKS, counted_on, layer_range, printable, title_of
 from serve_app.errors import ConfigError
+from serve_app.planning.adapters import kept_count
 from serve_app.planning.memory import RESERVE_SHARE, Figure, reserve
 from serve_app.planning.plan import TERMS, ModelPlan, Plan, Problem, RankPlan
 from serve_app.planning.sizes import gib
@@ -18,6 +19,8 @@ SOURCES = {
         "weights",
         "pt",
     ): "the tensors of the checkpoint, in the dtype in which they are loaded, of the layers that are here",
+    ("adapters", "vllm"): "vLLM's buffers for max_loras adapters, as its own layers make them without storage",
+    ("adapters", "pt"): "the buffers of max_loras adapters for each linear layer that adapters may change",
     ("kv_cache", "vllm"): "what the other terms leave of the card, or kv_cache_memory_bytes; vLLM is given it in bytes",
     (
         "kv_cache",
@@ -100,17 +103,25 @@ def lines(model: ModelPlan, is_attempt: bool = False) -> Iterator[str]:
             f"{names if model.pipeline_layers else device.id}: {gib(device.total_bytes)}{kept if device.is_gpu else ''}"
         )
         yield from _place_lines(rank, model)
-        for kind in TERMS:
+        for kind in _kinds(model):
             source = LEAST_CACHE if is_attempt and kind == "kv_cache" else _source(kind, getattr(rank, kind), model)
             yield from _figure_lines(kind, getattr(rank, kind), source)
         yield f"  {'sum':<12} {_size(rank.share):>12}  {rank.share.certainty}"
     yield ""
     where = " on a rank of the stage with most of it" if model.pipeline_layers else counted_on(model)
     size = f"{gib(model.kv_bytes_per_request)} of KV cache{where}"
-    yield (
-        f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, "
-        f"and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
-    )
+    if not model.kv_bytes_per_request:
+        many = f"{model.max_full_length_requests} requests of {model.max_model_len:,} tokens"
+        yield f"It has no KV cache, and {many} run at once."
+    else:
+        yield (
+            f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at "
+            f"once, and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
+        )
+    if model.config.has_adapters:
+        most, ranks = f"{_size(model.host_adapters)} of the host's memory", len(model.ranks)
+        all_ranks = " in all ranks together" if model.backend == "vllm" and ranks > 1 else ""
+        yield f"Up to {kept_count(model.config)} adapters are kept, which take up to {most}{all_ranks}."
     if model.kv_block_bytes and model.knows_blocks:
         yield f"vLLM's blocks take {gib(model.kv_block_bytes)} each in all layers of a rank."
 
@@ -138,6 +149,11 @@ def to_json(model: ModelPlan) -> dict[str, Any]:
         sources = {kind: _source(kind, getattr(rank, kind), model) for kind in TERMS}
         ranks.append({**rank.to_json(), "terms": terms, "sources": sources})
     return {**model.to_json(), "ranks": ranks}
+
+
+def _kinds(model: ModelPlan) -> list[str]:
+    """Returns the terms to show. Those of adapters are shown for a model that has room for some."""
+    return [kind for kind in TERMS if kind != "adapters" or model.config.has_adapters]
 
 
 def _distinct(model: ModelPlan) -> list[RankPlan]:

@@ -36,6 +36,7 @@ PADDING = 8
 # These are the fill and the ink of each kind, in light and in dark surroundings.
 LIGHT: dict[Kind, tuple[str, str]] = {
     "weights": ("#2b6cc4", "#ffffff"),
+    "adapters": ("#8db4ea", "#0b1626"),
     "kv_cache": ("#0f7f5f", "#ffffff"),
     "activation": ("#e3a51b", "#1f1a0b"),
     "graph": ("#a8489a", "#ffffff"),
@@ -46,6 +47,7 @@ LIGHT: dict[Kind, tuple[str, str]] = {
 }
 DARK: dict[Kind, tuple[str, str]] = {
     "weights": ("#4a8be0", "#06121f"),
+    "adapters": ("#a9c9f2", "#06121f"),
     "kv_cache": ("#2fae86", "#04140f"),
     "activation": ("#efb93d", "#1f1a0b"),
     "graph": ("#cf7ac3", "#1c0a19"),

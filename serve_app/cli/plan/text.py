@@ -6,7 +6,7 @@ also differ by their signs, so that nothing is said by colour alone.
 
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
@@ -28,7 +28,7 @@ from serve_app.cli.plan.chart import (
     title_of,
 )
 from serve_app.planning.memory import ZERO
-from serve_app.planning.plan import TERMS, ModelPlan, Plan, RankPlan
+from serve_app.planning.plan import ModelPlan, Plan, RankPlan
 from serve_app.planning.pool import PoolPlan
 from serve_app.planning.sizes import gib
 
@@ -39,6 +39,7 @@ LEAST_LABEL = 4
 # The foreground and background of a kind are near each other, so that a block looks solid.
 STYLES: dict[Kind, str] = {
     "weights": "#2f7ed8 on #2466b3",
+    "adapters": "#8fb8ec on #6f9bd4",
     "kv_cache": "#1aa37a on #138462",
     "activation": "#e0a526 on #b8831a",
     "graph": "#c06fb0 on #9a558c",
@@ -58,8 +59,8 @@ class Signs:
     cut: str
 
 
-UNICODE = Signs(dict(zip(LABELS, "█▓▒░▚▞·╳", strict=True)), "─", "…")
-ASCII = Signs(dict(zip(LABELS, "#=~-+%.x", strict=True)), "-", ".")
+UNICODE = Signs(dict(zip(LABELS, "█▆▓▒░▚▞·╳", strict=True)), "─", "…")
+ASCII = Signs(dict(zip(LABELS, "#a=~-+%.x", strict=True)), "-", ".")
 
 
 def print_plan(plan: Plan) -> None:
@@ -196,7 +197,17 @@ def _wrapped(text: str, width: int, first: int = 0, indent: int = 0, style: str 
 
 # --- the table of figures --------------------------------------------------------------------------------------------
 
-COLUMNS = ("weights", "KV cache", "activation", "graphs", "context", "share")
+# Each column has the name of its figure, what the reader calls it, and its width. That of adapters is there only where
+# a model has some.
+COLUMNS = (
+    ("weights", "weights", 9), ("adapters", "adapters", 9), ("kv_cache", "KV cache", 9),
+    ("activation", "activation", 10), ("graph", "graphs", 9), ("context", "context", 9), ("share", "share", 9),
+)  # fmt: skip
+
+
+def _columns(ranks: Iterable[RankPlan]) -> tuple[tuple[str, str, int], ...]:
+    with_adapters = any(rank.adapters.bytes for rank in ranks)
+    return tuple(column for column in COLUMNS if with_adapters or column[0] != "adapters")
 
 
 def _table(plan: Plan, width: int) -> list[Text]:
@@ -209,7 +220,8 @@ def _table(plan: Plan, width: int) -> list[Text]:
     rows = [(device, ranks) for device, ranks in rows if ranks or device.is_gpu]
     devices = max((cell_len(printable(device.id)) for device, _ in rows), default=0)
     models = max((cell_len(title_of(model)) for _, ranks in rows for model, _ in ranks), default=0)
-    form = _Form(max(10, devices), max(24, models), width)
+    columns = _columns(rank for _, ranks in rows for _, rank in ranks)
+    form = _Form(max(10, devices), max(24, models), width, columns)
     lines = [form.head] if form.is_wide and plan.models else []
     for device, ranks in rows:
         for model, rank in ranks:
@@ -229,7 +241,7 @@ def _pool_table(pool: PoolPlan, width: int) -> list[Text]:
     rows = [(printable(rank.device.id), model.model, rank) for model in pool.models for rank in model.model.ranks]
     devices = max((cell_len(printable(device)) for device in pool.budget), default=0)
     models = max((cell_len(title_of(model)) for _, model, _ in rows), default=0)
-    form = _Form(max(10, devices), max(24, models), width)
+    form = _Form(max(10, devices), max(24, models), width, _columns(rank for _, _, rank in rows))
     lines = _wrapped(f"Pool '{printable(pool.name)}', each model as if it were resident alone:", width)
     lines += [form.head] if form.is_wide else []
     for device, model, rank in rows:
@@ -251,26 +263,26 @@ class _Form:
     device: int
     model: int
     width: int
+    columns: tuple[tuple[str, str, int], ...]
 
     @property
     def is_wide(self) -> bool:
-        return self.device + self.model + 2 + sum(self._widths) + len(self._widths) - 1 <= self.width
-
-    _widths = (9, 9, 10, 9, 9, 9)
+        widths = [width for _, _, width in self.columns]
+        return self.device + self.model + 2 + sum(widths) + len(widths) - 1 <= self.width
 
     @property
     def head(self) -> Text:
-        return self._line("device", "model", COLUMNS, "bold")
+        return self._line("device", "model", [label for _, label, _ in self.columns], "bold")
 
     def row(self, device: str, model: ModelPlan, rank: RankPlan) -> list[Text]:
-        figures = [marked(getattr(rank, name)) for name in (*TERMS, "share")]
+        figures = [marked(getattr(rank, name)) for name, _, _ in self.columns]
         if self.is_wide:
             return [self._line(device, title_of(model), figures)]
-        named = ", ".join(f"{name} {figure}" for name, figure in zip(COLUMNS, figures, strict=True))
+        named = ", ".join(f"{name} {figure}" for (_, name, _), figure in zip(self.columns, figures, strict=True))
         title = Text.assemble(set_cell_size(device, self.device), " ", (title_of(model), "bold"))
         return [title, *_wrapped(named, self.width, first=4, indent=4)]
 
     def _line(self, device: str, model: str, figures: Sequence[str], style: str = "") -> Text:
-        columns = (f"{figure:>{width}}" for figure, width in zip(figures, self._widths, strict=True))
+        columns = (f"{figure:>{width}}" for figure, (_, _, width) in zip(figures, self.columns, strict=True))
         names = f"{set_cell_size(device, self.device)} {set_cell_size(model, self.model)}"
         return Text(f"{names} {' '.join(columns)}", style)

@@ -7,7 +7,7 @@ from typing import Any
 
 from serve_app.planning.sizes import gib
 from serve_app.replica.report import DeviceReport, ReplicaReport
-from serve_app.router.directory import ModelStatus, State, read_status, summarize
+from serve_app.router.model_status import ModelStatus, State, read_status, summarize
 from serve_app.router.status_lines import MEND, serving, state_line
 
 

@@ -86,6 +86,29 @@ def _max_memory(name: str, words: tuple[str, ...]) -> dict[Any, Any]:
     return {_gpu_index(key): _size(size) for key, size in read_mapping(name, words).items()}
 
 
+def _adapters(name: str, words: tuple[str, ...]) -> dict[str, str]:
+    """Returns adapters by name. Those without one are called by the end of their path. Raises ConfigError for a name
+    that is given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        given, equals, path = word.partition("=")
+        adapter, source = (given, path) if equals else (adapter_name(word), word)
+        if adapter in found:
+            raise ConfigError(f"--{name}: the name '{adapter}' appears twice. Write NAME=PATH for each adapter.")
+        found[adapter] = source
+    if not found:
+        raise ConfigError(f"--{name}: it has no value.")
+    return found
+
+
+def adapter_name(source: str) -> str:
+    """Returns a name for an adapter that has none: the end of its path, with the part before if that is a
+    checkpoint's."""
+    parts = [part for part in source.split("/") if part not in ("", ".", "..")]
+    kept = parts[-2:] if parts and parts[-1].startswith("checkpoint") else parts[-1:]
+    return re.sub(r"[^A-Za-z0-9._~@+=,-]+", "-", "-".join(kept)).strip("._~@+=,-") or "adapter"
+
+
 def _gpu_index(device: Any) -> Any:
     match = re.fullmatch(r"(?:cuda:)?(\d+)", str(device))
     return int(match[1]) if match else device
@@ -105,6 +128,8 @@ TARGETS: dict[str, tuple[str, Reader]] = {
     "torch_dtype": ("dtype", read_text),
     "device_map": ("device_map", _device_map),
     "max_memory": ("max_memory", _max_memory),
+    "adapters": ("adapters", _adapters),
+    "vllm_max_lora_rank": ("max_lora_rank", read_number),
     "vllm_tensor_parallel_size": ("tensor_parallel_size", read_number),
     "sglang_tp_size": ("tensor_parallel_size", read_number),
     "lmdeploy_tp": ("tensor_parallel_size", read_number),
@@ -169,11 +194,12 @@ def _each(reason: str, names: str) -> dict[str, str]:
 # These arguments never carry over, for the reasons that are given.
 REASONS: dict[str, str] = {
     **_each(
-        "adapters are not loaded here. Merge them (swift export --merge_lora true) and name that folder as model.",
-        "adapters merge_lora safe_serialization max_shard_size vllm_max_lora_rank",
+        "nothing is merged here, and adapters are served beside their model. To merge them, run swift export "
+        "--merge_lora true, and name that folder as model.",
+        "merge_lora safe_serialization max_shard_size",
     ),
     "model_type": "the architecture is read from the checkpoint's config.json.",
-    "task_type": "models generate text, and pt also answers /v1/embeddings. With vllm, set engine_args: {runner: …}.",
+    "task_type": "the model's own files say what it is for. With vllm, engine_args: {runner: …} says something else.",
     "attn_impl": "the engine chooses it. With vllm, set engine_args: {attention_backend: …}.",
     "experts_impl": "the engine chooses it.",
     "rope_scaling": "write it into the checkpoint's config.json. For vllm, engine_args: {hf_overrides: {…}} works too.",

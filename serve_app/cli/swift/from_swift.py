@@ -152,6 +152,8 @@ def _add_argument(draft: Draft, name: str, words: tuple[str, ...]) -> None:
         if not value:
             return
     is_set = draft.put(shown, path, value)
+    if is_set and name == "adapters":
+        _tell_of_adapters(draft, words, value)
     if name == "max_memory" and not is_set:
         draft.note(f"{shown}: THE MODEL HAS NO LIMITS NOW, and takes the memory of whole GPUs.")
     if is_set and name == "max_memory" and draft.backend == "vllm":
@@ -163,6 +165,19 @@ def _add_argument(draft: Draft, name: str, words: tuple[str, ...]) -> None:
         )
     if is_set and name == "max_model_len" and draft.backend == "vllm":
         draft.note(f"{shown}: it carries over and bounds vLLM here. swift passes only --vllm_max_model_len to vLLM.")
+
+
+def _tell_of_adapters(draft: Draft, words: tuple[str, ...], adapters: Mapping[str, str]) -> None:
+    """Adds notes on what is different of adapters."""
+    unnamed = [word for word in words if "=" not in word]
+    for name, source in adapters.items():
+        if source in unnamed:
+            draft.note(
+                f"--adapters {source}: swift makes an adapter without a name a part of the model. Here it is a model "
+                f"of its own, so clients ask for '{name}'. The model's own name means the model without it."
+            )
+        if not source.startswith("/"):
+            draft.note(f"adapters.{name} {source}: write a local folder as an absolute path.")
 
 
 def _limits(draft: Draft, shown: str, limits: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -3,9 +3,10 @@
 import asyncio
 import gc
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,9 +14,10 @@ from starlette.types import ASGIApp
 from transformers import PreTrainedModel
 
 from serve_app.config import ModelConfig
+from serve_app.engines.adapters import readable_adapters
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Parking
-from serve_app.engines.measure import rank_memory, tensor_bytes
+from serve_app.engines.measure import rank_memory
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.cache_codec import CacheCodec
@@ -23,23 +25,27 @@ from serve_app.engines.pt.core.draft_model import DraftModel
 from serve_app.engines.pt.core.drafter import Drafter
 from serve_app.engines.pt.core.heap import free_everything
 from serve_app.engines.pt.core.kept_texts import KeptTexts
+from serve_app.engines.pt.core.lora.adapter import Adapter, Factors
+from serve_app.engines.pt.core.lora.bank import AdapterBank
+from serve_app.engines.pt.core.lora.slots import AdapterSlots
 from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, Verifier
 from serve_app.engines.pt.core.ngram_drafter import NgramDrafter, NgramSettings
 from serve_app.engines.pt.core.parked_memory import ParkedMemory
 from serve_app.engines.pt.core.prompt_cache import PromptCache
 from serve_app.engines.pt.core.scheduler import Limits
 from serve_app.engines.pt.core.speculator import Speculator
+from serve_app.engines.pt.core.step_timeout import step_timeout_s
 from serve_app.engines.pt.generator import Generator
+from serve_app.engines.pt.load.adapter_places import AdapterPlaces, adapter_places, load_adapter, wanted_modules
 from serve_app.engines.pt.load.cache_budget import cache_tokens
 from serve_app.engines.pt.load.draft import LoadedDraft, load_draft
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
-from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
-from serve_app.engines.pt.load.quantization import weight_tensors
-from serve_app.engines.pt.load.weight_parts import copy_on_host, weight_parts, why_not_movable
+from serve_app.engines.pt.load.weight_parts import copy_on_host, weight_bytes, weight_parts, why_not_movable
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.workers import in_thread_of_its_own
-from serve_app.errors import EngineError
+from serve_app.errors import AdapterError, EngineError
+from serve_app.facts.adapter import read_adapter
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.model_fields import SpeculativeConfig
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
@@ -51,8 +57,6 @@ logger = logging.getLogger("ray.serve")
 DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
 DEFAULT_MAX_QUEUED_REQUESTS = PT_MAX_QUEUED_REQUESTS
 STOP_TIMEOUT_S = 10.0
-STEP_TIMEOUT_S = 60.0
-SLOW_STEP_TIMEOUT_S = 600.0
 
 
 class PtEngine:
@@ -73,6 +77,9 @@ class PtEngine:
         self._draft: LoadedDraft | None = None
         self._speculator: Speculator | None = None
         self._memory_to_park: ParkedMemory | None = None
+        self._bank: AdapterBank | None = None
+        self._buffers: Mapping[torch.device, int] = {}
+        self._adapter_places = AdapterPlaces({})
 
     async def start(self) -> ASGIApp:
         """Loads the model in a thread, starts the engine's thread, and returns the application."""
@@ -94,11 +101,21 @@ class PtEngine:
         if self._prompt_cache is not None and isinstance(probed.runner, BatchRunner) and probed.runner.can_roll_back:
             kept_texts = KeptTexts(self._prompt_cache, probed.runner)
         self._generator = Generator(
-            self.name, loaded, probed, limits, max_queued, timeout_s, self._speculator, kept_texts
+            self.name,
+            loaded,
+            probed,
+            limits,
+            max_queued,
+            timeout_s,
+            self._speculator,
+            kept_texts,
+            self._config.max_cpu_loras,
         )
         drafts = [] if self._draft is None else [self._draft]
         models = [loaded.model, *(draft.loaded.model for draft in drafts)]
-        self._weights = _sum(map(weight_bytes, models))  # They do not change, and a parked engine cannot be asked.
+        # They do not change, and a parked engine cannot be asked.
+        self._weights = _sum(map(weight_bytes, models))
+        self._buffers = self._bank.bytes_by_device if self._bank else {}
         self._memory_to_park = self._movable(models, [probed.runner, *(draft.runner for draft in drafts)])
         app = build_app(self._generator)
         gc.collect()
@@ -149,6 +166,17 @@ class PtEngine:
         """Does what `Parking` says."""
         await asyncio.to_thread(self._parked_memory.forget_copy)
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Does what `Engine` says. The files are read in a thread, and the adapter goes to a device when the first
+        request for it has its turn."""
+        generator = self.generator
+        adapter = await in_thread_of_its_own(partial(self._read_adapter, name, folder))
+        await generator.put_adapter(adapter, partial(self._read_again, adapter, folder))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Does what `Engine` says."""
+        await self.generator.remove_adapter(name)
+
     async def stop(self) -> None:
         """Ends the thread, removes the offloaded weights, and frees the memory of the model and its caches. All that
         takes time happens in threads. A thread that hangs keeps its memory."""
@@ -162,7 +190,7 @@ class PtEngine:
         if offload is not None:
             await asyncio.to_thread(offload.cleanup)
         self._generator = self._runner = self._draft = self._speculator = None
-        self._memory_to_park = self._prompt_cache = None
+        self._memory_to_park = self._prompt_cache = self._bank = None
         await in_thread_of_its_own(free_everything)
 
     @property
@@ -186,9 +214,11 @@ class PtEngine:
             logger.warning("This model cannot park: %s.", reasons[0])
             return None
         parts = [part for model in models for part in weight_parts(model)]
+        # Adapters come and go, so their buffers are copied at each park, as the caches are.
+        buffers = [] if self._bank is None else self._bank.tensors()
         return ParkedMemory(
             parts,
-            lambda: [tensor for runner in runners for tensor in runner.cache_tensors()],
+            lambda: [*buffers, *(tensor for runner in runners for tensor in runner.cache_tensors())],
             copy_on_host(self._config.device),
         )
 
@@ -199,7 +229,9 @@ class PtEngine:
         )
         kind, is_parked = "cpu" if self._config.device == "cpu" else "cuda", self.generator.is_parked
         return [
-            rank_memory(device, size, now.get(device, 0), self._libraries, most.get(device, 0))
+            rank_memory(
+                device, size, now.get(device, 0), self._libraries, most.get(device, 0), self._buffers.get(device, 0)
+            )
             if not is_parked
             else rank_memory(device, 0, 0, self._libraries, most.get(device, 0))
             for device, size in self._weights.items()
@@ -208,7 +240,36 @@ class PtEngine:
 
     def _load(self) -> tuple[LoadedModel, ProbeResult]:
         loaded = load_model(self._config, self._planned)
-        return loaded, probe(loaded, CacheCodec(self._config.pt_cache_dtype))
+        probed = probe(loaded, CacheCodec(self._config.pt_cache_dtype))
+        if self._config.has_adapters:
+            probed.runner.adapters = self._bank = self._new_bank(loaded)
+        return loaded, probed
+
+    def _new_bank(self, loaded: LoadedModel) -> AdapterBank:
+        """Returns the buffers for adapters: for the modules that the config names, or else for those that its adapters
+        change, or for all linear layers if there are no adapters yet."""
+        config = self._config
+        assert config.max_loras is not None, "the room for adapters is known"
+        assert config.max_lora_rank is not None, "the room for adapters is known"
+        wanted: Collection[str] | None = config.lora_target_modules
+        if wanted is None:
+            wanted = wanted_modules(readable_adapters(config))
+        self._adapter_places = adapter_places(loaded, wanted)
+        dtype = loaded.model.get_input_embeddings().weight.dtype
+        slots = AdapterSlots(config.max_loras)
+        return AdapterBank(loaded.model, self._adapter_places.modules, slots, config.max_lora_rank, dtype)
+
+    def _read_adapter(self, name: str, folder: Path) -> Adapter:
+        if self._bank is None:
+            raise AdapterError("this model was started without room for adapters.")
+        facts = read_adapter(folder)
+        return load_adapter(name, facts, self._adapter_places, self._bank.rank, self._bank.dtype)
+
+    def _read_again(self, adapter: Adapter, folder: Path) -> Mapping[str, Factors]:
+        again = self._read_adapter(adapter.name, folder)
+        if again.digest != adapter.digest or again.factors is None:
+            raise AdapterError(f"the files in {folder} have changed since the adapter was loaded. Load it again.")
+        return again.factors
 
     def _limits(self, loaded: LoadedModel, probed: ProbeResult) -> Limits:
         if probed.reason:
@@ -256,22 +317,3 @@ def _sum(parts: Iterable[Mapping[torch.device, Size]]) -> dict[torch.device, Siz
         for device, size in part.items():
             total[device] = total.get(device, 0) + size
     return total
-
-
-def step_timeout_s(config: ModelConfig) -> float:
-    """Returns the seconds after which a step that has not ended counts as a hang. They are ten times longer if weights
-    come from the host's memory or disk in every step, or if the processor computes."""
-    if config.step_timeout_s is not None:
-        return config.step_timeout_s
-    return SLOW_STEP_TIMEOUT_S if config.device == "cpu" or config.spill_tiers else STEP_TIMEOUT_S
-
-
-def weight_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
-    """Returns the bytes of all weights by device, including the scales of quantised ones and those in oneDNN's order,
-    which are not parameters."""
-    sizes = tensor_bytes(weight_tensors(model))
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            cpu = torch.device("cpu")
-            sizes[cpu] = sizes.get(cpu, 0) + module.packed_bytes
-    return sizes

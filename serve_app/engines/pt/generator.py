@@ -11,6 +11,8 @@ from functools import cached_property, partial
 
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.kept_texts import KeptTexts
+from serve_app.engines.pt.core.lora.adapter import Adapter
+from serve_app.engines.pt.core.lora.registry import AdapterRegistry, Entry, ReadAgain
 from serve_app.engines.pt.core.places import Places, Reservation
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler
@@ -22,7 +24,7 @@ from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.engines.pt.load.probe import ProbeResult
 from serve_app.engines.pt.text.text_stream import TextStream
 from serve_app.engines.pt.text.token_kinds import TokenKinds
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, ModelNotFound
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,6 +52,7 @@ class Generator:
         step_timeout_s: float = math.inf,
         speculator: Speculator | None = None,
         kept_texts: KeptTexts | None = None,
+        max_cpu_loras: int | None = None,
     ):
         self.name = name
         self.loaded = loaded
@@ -64,7 +67,10 @@ class Generator:
         self._places = Places(name, limits.max_num_seqs + max_queued)
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
         self._asyncio_loop = asyncio.get_running_loop()
-        scheduler, sampler = Scheduler(limits), Sampler(loaded.eos_ids)
+        self._adapters = AdapterRegistry(max_cpu_loras)
+        self._retiring: set[asyncio.Task[None]] = set()
+        bank = probed.runner.adapters
+        scheduler, sampler = Scheduler(limits, None if bank is None else bank.slots), Sampler(loaded.eos_ids)
         self._loop = EngineLoop(probed.runner, scheduler, sampler, self._deliver, speculator, kept_texts)
         self._loop.start()
         self._step_timeout_s = step_timeout_s
@@ -130,9 +136,52 @@ class Generator:
         """Returns how many sequences run, wait, or are being prepared."""
         return self._places.taken
 
-    def reserve(self, count: int) -> Reservation:
-        """Takes places for `count` sequences, of those that may run or wait. See `Places.reserve`."""
-        return self._places.reserve(count)
+    def reserve(self, count: int, model: str | None = None) -> Reservation:
+        """Takes places for `count` sequences, of those that may run or wait. See `Places.reserve`. `model` is the name
+        by which the client asks for this model or one of its adapters. Raises ModelNotFound if there is none."""
+        adapter = self.adapter_name(model)
+        return self._places.reserve(count, None if adapter is None else partial(self._adapters.lease, adapter))
+
+    def adapter_name(self, model: str | None) -> str | None:
+        """Returns the name of the adapter for which a client asks by `model`, which is ADAPTER or MODEL:ADAPTER, or
+        None for the base model. Raises ModelNotFound if there is neither."""
+        if model is None or model == self.name:
+            return None
+        adapter = model.removeprefix(f"{self.name}:")
+        if adapter not in self._adapters:
+            # The adapters are not listed, because the client's key may not be for them.
+            raise ModelNotFound(f"This route serves '{self.name}', not '{model[:200]}'.", param="model")
+        return adapter
+
+    @property
+    def adapters(self) -> list[str]:
+        """Returns the names of the adapters that clients may ask for."""
+        return self._adapters.names
+
+    async def put_adapter(self, adapter: Adapter, read_again: ReadAgain) -> None:
+        """Has new requests get this adapter. If it replaces another one, this returns when the requests that run with
+        that one have ended. What is kept of it is freed before the next step. `read_again` is for factors that the
+        host's memory has not kept."""
+        await self._retire(self._adapters.put(adapter, read_again))
+
+    async def remove_adapter(self, name: str) -> None:
+        """Has nobody get the adapter any more, and returns as `put_adapter` does. It may be unknown."""
+        await self._retire(self._adapters.pop(name))
+
+    async def _retire(self, entry: Entry | None) -> None:
+        """Forgets an adapter once nobody uses it, also if the caller does not wait for that any more."""
+        if entry is None:
+            return
+
+        async def retire() -> None:
+            await entry.unused()
+            self._adapters.forget(entry)
+            self._loop.forget_adapter(entry.adapter)
+
+        task = asyncio.create_task(retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        await asyncio.shield(task)
 
     async def generate(
         self,
@@ -164,13 +213,14 @@ class Generator:
         the batch before the next step. Raises what went wrong in a step of one of them.
         """
         self.require_alive()
+        adapter = await self._adapters.present(places.lease)
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         owner, texts = object(), dict[Sequence, _Text]()
         decode = partial(self._decode, skip_special_tokens=skip_special_tokens)
         kinds = self._kinds[skip_special_tokens]
         try:
             for number, (prompt_ids, params) in enumerate(choices):
-                sequence = Sequence(prompt_ids, params, owner=owner)
+                sequence = Sequence(prompt_ids, params, owner=owner, adapter=adapter)
                 texts[sequence] = _Text(number, params.min_tokens, TextStream(decode, stop, kinds))
                 self._outputs[sequence] = outputs
                 self._loop.submit(sequence)
@@ -208,7 +258,8 @@ class Generator:
         """Returns the prompt's vector. It waits for its turn like a text, gives back one of `places`, and raises what
         `generate` raises."""
         self.require_alive()
-        sequence = Sequence(prompt_ids, SamplingParams(max_tokens=0), owner=owner, pools=True)
+        adapter = await self._adapters.present(places.lease)
+        sequence = Sequence(prompt_ids, SamplingParams(max_tokens=0), owner=owner, pools=True, adapter=adapter)
         outputs = self._outputs[sequence] = asyncio.Queue()
         ended = False
         try:

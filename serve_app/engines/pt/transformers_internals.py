@@ -182,6 +182,18 @@ def convertible_linears(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return found
 
 
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Returns the inputs and outputs of a linear layer, of whatever kind its weight is, or None for other modules.
+
+    Uses `transformers.pytorch_utils.Conv1D` with `nx` and `nf`, and the attributes `in_features` and `out_features`
+    that transformers' own quantised layers share with `nn.Linear`; seen in transformers 5.19.
+    """
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (sizes[0], sizes[1]) if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None
+
+
 def loaded_device_map(model: PreTrainedModel) -> dict[str, int | str]:
     """Returns the device of each module of a loaded model by its name. The name "" stands for the whole model.
 

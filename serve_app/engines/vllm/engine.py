@@ -30,13 +30,17 @@ from serve_app.config import ModelConfig
 from serve_app.engines.engine import Parking
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.vllm import vllm_internals
+from serve_app.engines.vllm.adapters import VllmAdapters
 from serve_app.engines.vllm.bounds import MOST_CHOICES
+from serve_app.engines.vllm.endpoints import OF_TEXT
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.engines.vllm.messages_errors import with_messages_errors
 from serve_app.engines.vllm.parking import VllmParking, can_park
-from serve_app.errors import ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
+from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
+from serve_app.planning.adapters import kept_count
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
+from serve_app.wire.asgi import endpoint
 from serve_app.wire.openai_errors import error_response, route_error_response
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this variable sets less.
@@ -60,6 +64,10 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # of a step are smaller, and nearly all of torch's segments of weights are larger.
 MOST_CACHED_MB = 16
 
+# vLLM would let clients load any folder of this machine by the first one, and answer with the base model if it does not
+# know an adapter by the second.
+NEVER_SET = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SKIP_MODEL_NAME_VALIDATION")
+
 # This is in seconds. The engine answers between two steps.
 MEMORY_TIMEOUT_S = 30.0
 
@@ -75,17 +83,20 @@ class VllmEngine:
         self._server = SimpleNamespace(should_exit=False)
         self._shared_files: list[str] = []
         self._sleeps: VllmParking | None = None
+        self._adapters: VllmAdapters | None = None
 
     async def start(self) -> ASGIApp:
         """Loads the model and returns vLLM's application."""
         os.environ.update(environment(self._config) | _cluster(self._config))
+        for name in NEVER_SET:
+            os.environ.pop(name, None)
         sleeps = await asyncio.to_thread(can_park, self._config)
         args = await asyncio.to_thread(_parse, engine_arguments(self._config, self._name, sleeps))
         try:
             app = await self._build(args)
         except Exception as error:
             raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
-        self._sleeps = VllmParking(self._client, self._lost) if sleeps else None
+        self._sleeps = VllmParking(self._client, self._lost, self._adapters) if sleeps else None
         return app
 
     async def _build(self, args: Namespace) -> ASGIApp:
@@ -101,9 +112,13 @@ class VllmEngine:
         if not vllm_internals.transfers_caches(args):
             handlers[vllm_internals.generation_error()] = _format_ended
         app = await vllm_internals.server_application(args, self._client, self._server, handlers)
+        served: ASGIApp = app
+        if self._config.has_adapters:
+            self._adapters = VllmAdapters(self._client, vllm_internals.serving_models(app), _reason)
+            served = self._adapters.counted(app)
         # A copy of a large tokenizer takes a second.
         guard = await asyncio.to_thread(self._guard)
-        return with_messages_errors(disconnect_before_cancel(guarded(app, guard)), self._death)
+        return with_messages_errors(disconnect_before_cancel(guarded(served, guard)), self._death)
 
     async def _finish_ranks(self) -> None:
         """Does what vLLM leaves undone at the start of its ranks.
@@ -192,10 +207,23 @@ class VllmEngine:
             raise EngineError(f"vLLM does not report what it holds: {_reason(error)}") from error
         return [RankMemory(**answer) for answer in answers]
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Does what `Engine` says. vLLM's engine loads it between two steps, so all requests wait while it does."""
+        if self._adapters is None:
+            raise AdapterError("this model has no room for adapters. Set max_loras and max_lora_rank.")
+        await self._adapters.load(name, folder)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Does what `Engine` says."""
+        if self._adapters is not None:
+            await self._adapters.unload(name)
+
     async def stop(self) -> None:
         """Shuts the engine's processes down, and removes the files that they shared."""
         await self._stack.aclose()
         self._forget_shared_files()
+        if self._adapters is not None:
+            self._adapters.close()
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], int]:
@@ -212,8 +240,10 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     """Answers 404 or 405. vLLM has only the routes of the model's tasks, so a model that generates text has no
-    embeddings."""
+    embeddings. A model that generates none answers 400 to a chat, as it does with pt."""
     assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 404 and (api := OF_TEXT.get(endpoint(request.scope).removesuffix("/"))) is not None:
+        return error_response(InvalidRequest(f"The model does not support {api} API.", param="model"))
     text = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code in (404, 405):
         text += ". vLLM does not serve it for this model."
@@ -361,8 +391,23 @@ def engine_arguments(config: ModelConfig, name: str, sleeps: bool = False) -> di
         # The router and Ray log requests, and vLLM's line for each request costs time.
         "disable-uvicorn-access-log": True,
     }
+    arguments |= _adapter_arguments(config)
     arguments |= {key.replace("_", "-"): value for key, value in config.engine_args.items()}
     return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _adapter_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Returns the arguments for a model with adapters. vLLM reads those that its host memory does not keep from their
+    files again, for which its engine stands still."""
+    if not config.has_adapters:
+        return {}
+    return {
+        "enable-lora": True,
+        "max-loras": config.max_loras,
+        "max-lora-rank": config.max_lora_rank,
+        "max-cpu-loras": kept_count(config),
+        "lora-target-modules": None if config.lora_target_modules is None else list(config.lora_target_modules),
+    }
 
 
 def _reason(error: Exception) -> str:

@@ -6,9 +6,10 @@ JOBS.json is a list. A job has `folder` (with a config.json), `tensor_parallel_s
 `quantization` and `trust_remote_code` as vLLM has them, which may be missing. `rules` is "cuda" for what vLLM does on
 an H100 (the default), such as "cuda 8.0" for what it does on a card of that compute capability, or "cpu" for what its
 CPU build does on this machine, and is the same in all jobs, because a process has one platform. `engine_args` may have
-further arguments of vLLM. `facts_worker.py` says what ANSWERS.jsonl becomes. `facts` are as `facts_to_json` writes
-`VllmFacts`. Each tensor parallel size that vLLM refuses is among them, with vLLM's reason. An `error` is a fault of
-ours or of this machine, at any size.
+further arguments of vLLM. A job with `wants: adapters` asks for the buffers for LoRA adapters, and has
+`lora_target_modules` if they are only for some modules. `facts_worker.py` says what ANSWERS.jsonl becomes. `facts` are
+as `facts_to_json` writes `VllmFacts` or `VllmAdapterFacts`. Each tensor parallel size that vLLM refuses is among them,
+with vLLM's reason. An `error` is a fault of ours or of this machine, at any size.
 
 The process never asks the network.
 """
@@ -23,7 +24,15 @@ from typing import Any
 
 from serve_app.engines.facts_worker import Job, Refused, outcome, refusals, work
 from serve_app.engines.vllm import vllm_meta_model as vllm
-from serve_app.facts.engine_facts import BesideLayers, CacheLayer, RankFacts, VllmFacts, facts_to_json
+from serve_app.facts.engine_facts import (
+    BesideLayers,
+    CacheLayer,
+    RankAdapters,
+    RankFacts,
+    VllmAdapterFacts,
+    VllmFacts,
+    facts_to_json,
+)
 from serve_app.planning.kv_groups import kv_bytes_per_request
 from serve_app.planning.pipeline.stage import even_split
 
@@ -31,6 +40,8 @@ from serve_app.planning.pipeline.stage import even_split
 COMPARED_TOKENS = (1, 1000, 8192)
 # So many kinds of layers are tried as a stage of their own. Each takes a moment.
 MOST_KINDS = 16
+# The buffers for adapters are asked for with this, and measured with the rank below.
+ADAPTERS, LEAST_RANK = "adapters", 8
 SETTINGS = ("dtype", "kv_cache_dtype", "quantization", "trust_remote_code")
 
 
@@ -52,7 +63,63 @@ def ready(jobs: Sequence[Job]) -> Iterator[None]:
 
 def answer(job: Job) -> dict[str, Any]:
     """Returns the facts of one job, or an error of our own or of this machine."""
-    return outcome(lambda: facts_to_json(_facts(job)), str(job["folder"]))
+    ask = adapter_facts if job.get("wants") == ADAPTERS else _facts
+    return outcome(lambda: facts_to_json(ask(job)), str(job["folder"]))
+
+
+def adapter_facts(job: Job) -> VllmAdapterFacts:
+    """Returns the buffers for LoRA adapters at each tensor parallel size. Raises ValueError if they do not grow with
+    the number and the rank of adapters alone."""
+    ranks, refused = {}, {}
+    for size in map(int, job["tensor_parallel_sizes"]):
+        try:
+            ranks[size] = rank_adapters(job, size)
+        except Refused as error:
+            refused[size] = str(error)
+    return VllmAdapterFacts(ranks, refused)
+
+
+def rank_adapters(job: Mapping[str, Any], tensor_parallel_size: int) -> RankAdapters:
+    """Returns the buffers of one of the equal ranks. Raises Refused if vLLM takes no adapters for the model."""
+    layers, whole = _adapter_bytes(job, tensor_parallel_size, 1, LEAST_RANK)
+    more = _adapter_bytes(job, tensor_parallel_size, 3, 2 * LEAST_RANK)
+    if more != ([6 * size for size in layers], 6 * whole) or any(size % LEAST_RANK for size in (*layers, whole)):
+        raise ValueError("vLLM's buffers for adapters do not grow with their number and their rank alone")
+    found = RankAdapters(tuple(size // LEAST_RANK for size in layers), whole // LEAST_RANK)
+    if len(layers) < 2:
+        return found
+    partition = even_split(len(layers), min(len(layers), 3))
+    beside = []
+    for rank in range(len(partition)):
+        try:
+            with vllm.stage_of_pipeline(rank, partition):
+                stages = {"pipeline_parallel_size": len(partition)}
+                _, size = _adapter_bytes(job, tensor_parallel_size, 1, LEAST_RANK, stages)
+        except Refused:
+            return found
+        beside.append(size // LEAST_RANK)
+    return replace(found, beside=BesideLayers(beside[0], beside[1] if len(beside) > 2 else 0, beside[-1]))
+
+
+def _adapter_bytes(
+    job: Mapping[str, Any], tensor_parallel_size: int, adapters: int, rank: int, more: Mapping[str, Any] | None = None
+) -> tuple[list[int], int]:
+    """Returns the bytes of the buffers for so many adapters of a rank: those of each layer, and all others."""
+    arguments = {"enable_lora": True, "max_loras": adapters, "max_lora_rank": rank, **dict(more or {})}
+    if job.get("lora_target_modules") is not None:
+        arguments["lora_target_modules"] = list(job["lora_target_modules"])
+    with refusals(str(job["folder"])):
+        model, config = _model(job, tensor_parallel_size, arguments)
+        root, count = Parts.layers_of(model, config, vllm.cache_specs(config))
+        buffers = vllm.adapter_buffers(config, model)
+    layers, whole = [0] * count, 0
+    for name, tensors in buffers.items():
+        number, size = _index(name, root), sum(map(size_of, tensors))
+        if number >= 0:
+            layers[number] += size
+        else:
+            whole += size
+    return layers, whole
 
 
 def _facts(job: Job) -> VllmFacts:
@@ -209,10 +276,8 @@ class Parts:
     @classmethod
     def of(cls, model: Any, config: Any, specs: Mapping[str, Any]) -> "Parts":
         """Returns the parts of a model. The layers are the list of modules that has the most caches or attentions."""
-        paths = {id(module): path for path, module in model.named_modules()}
-        cached = {name: paths.get(id(module), name) for name, module in vllm.cached_modules(config).items()}
-        lists = {path: len(module) for path, module in model.named_modules() if type(module).__name__ == "ModuleList"}
-        root = _most_used([cached[name] for name in specs if name in cached] or list(cached.values()), lists)
+        cached, lists = _cached_paths(model, config), _module_lists(model)
+        root, _ = cls.layers_of(model, config, specs)
         heads = tuple(f"{path}." for path, module in model.named_modules() if vllm.is_head(module))
         parts = cls([0] * lists.get(root, 0), 0, 0, {name: _index(cached[name], root) for name in specs})
         is_past, is_text_only = False, not vllm.is_multimodal(config)
@@ -227,6 +292,24 @@ class Parts:
             else:
                 parts.before += size
         return parts
+
+    @staticmethod
+    def layers_of(model: Any, config: Any, specs: Mapping[str, Any]) -> tuple[str, int]:
+        """Returns the path of the list of layers, which may be empty, and how many layers it has."""
+        cached, lists = _cached_paths(model, config), _module_lists(model)
+        root = _most_used([cached[name] for name in specs if name in cached] or list(cached.values()), lists)
+        return root, lists.get(root, 0)
+
+
+def _cached_paths(model: Any, config: Any) -> dict[str, str]:
+    """Returns the paths of the modules with attention or a state, by vLLM's names."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {name: paths.get(id(module), name) for name, module in vllm.cached_modules(config).items()}
+
+
+def _module_lists(model: Any) -> dict[str, int]:
+    """Returns the length of each list of modules, by its path."""
+    return {path: len(module) for path, module in model.named_modules() if type(module).__name__ == "ModuleList"}
 
 
 def _most_used(paths: Iterable[str], lists: Mapping[str, int]) -> str:

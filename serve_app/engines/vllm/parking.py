@@ -6,6 +6,7 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.engines.vllm import vllm_internals
+from serve_app.engines.vllm.adapters import VllmAdapters
 from serve_app.errors import EngineError
 from serve_app.planning.vllm_arguments import sleep_is_off
 
@@ -13,20 +14,23 @@ logger = logging.getLogger("ray.serve")
 
 
 class VllmParking:
-    """Is the `Parking` of a running engine. `lost` is called if the engine cannot be used any more.
+    """Is the `Parking` of a running engine. `lost` is called if the engine cannot be used any more. `adapters` wait
+    while it is parked.
 
     vLLM keeps no KV cache while it sleeps, so sequences that stood still are computed again from their tokens. It
     frees its copy of the weights when it wakes, and makes another one each time that it sleeps.
     """
 
-    def __init__(self, client: Any, lost: Callable[[], None]):
-        self._client, self._lost = client, lost
+    def __init__(self, client: Any, lost: Callable[[], None], adapters: VllmAdapters | None = None):
+        self._client, self._lost, self._adapters = client, lost, adapters
         self._is_parked, self._copy_bytes = False, 0
 
     async def park(self, still_bytes: int | None = None) -> None:
         """Does what `Parking` says. Nothing of the KV cache is copied."""
         if self._is_parked:
             raise EngineError("vLLM is parked already.")
+        if self._adapters is not None:
+            await self._adapters.hold()
         try:
             before = await self._host_bytes()
             await vllm_internals.sleep(self._client)
@@ -48,6 +52,8 @@ class VllmParking:
             self._lost()
             raise EngineError(f"vLLM could not wake: {type(error).__name__}: {error}") from error
         self._is_parked, self._copy_bytes = False, 0
+        if self._adapters is not None:
+            await self._adapters.resume()
 
     def copy_bytes(self) -> int:
         """Does what `Parking` says. The bytes are those of the pinned memory of all ranks."""

@@ -7,6 +7,7 @@ which takes 20 s of processor time.
 """
 
 import asyncio
+import contextlib
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -233,6 +234,165 @@ async def ask_ranks(client: EngineClient, method: str) -> list[Any]:
     """
     answers: list[Any] = await client.collective_rpc(method)
     return answers
+
+
+def serving_models(app: Starlette) -> Any:
+    """Returns the object in which vLLM's server looks up the adapter for which the body's `model` asks.
+
+    Each adapter has a name of the form NAME:NUMBER in vLLM, because two versions of one adapter may run in one step and
+    vLLM tells them apart by their names. Clients see NAME. Uses `app.state.openai_serving_models`, and of that
+    `model_name` and `show_available_models`, which are replaced; seen in vLLM 0.32.
+    """
+    models = app.state.openai_serving_models
+    own_name, own_list = models.model_name, models.show_available_models
+
+    def model_name(lora_request: Any = None) -> str:
+        return public_name(str(own_name(lora_request))) if lora_request is not None else str(own_name())
+
+    async def show_available_models() -> Any:
+        found = await own_list()
+        for card in found.data:
+            if card.parent is not None:
+                card.id = card.root = public_name(card.id)
+        return found
+
+    models.model_name, models.show_available_models = model_name, show_available_models
+    return models
+
+
+def public_name(name: str) -> str:
+    """Returns the name of an adapter for clients, from its name in vLLM."""
+    return name.rpartition(":")[0]
+
+
+async def add_adapter(client: EngineClient, models: Any, name: str, folder: Path) -> Any:
+    """Loads an adapter in all ranks and returns it as vLLM knows it. Requests do not find it yet. Raises whatever vLLM
+    raises for an adapter that it does not take, which is then in no rank.
+
+    Uses `vllm.lora.request.LoRARequest`, `AsyncLLM.add_lora`, and `lora_id_counter` of the serving models, by which
+    vLLM counts adapters; seen in vLLM 0.32.
+    """
+    from vllm.lora.request import LoRARequest
+
+    number = models.lora_id_counter.inc(1)
+    adapter = LoRARequest(lora_name=f"{name}:{number}", lora_int_id=number, lora_path=str(folder))
+    try:
+        await client.add_lora(adapter)
+    except Exception:
+        with contextlib.suppress(Exception):  # The engine may be dead, which its health says.
+            await client.remove_lora(number)  # Some ranks may have taken it.
+        raise
+    return adapter
+
+
+async def remove_adapter(client: EngineClient, adapter: Any) -> None:
+    """Frees an adapter in all ranks. No request may use it any more, because vLLM would load it again.
+
+    Uses `AsyncLLM.remove_lora`, seen in vLLM 0.32.
+    """
+    await client.remove_lora(adapter.lora_int_id)
+
+
+def publish_adapter(models: Any, name: str, adapter: Any) -> None:
+    """Has requests for `name` use this adapter from now on, or no adapter if it is None.
+
+    Uses `OpenAIServingModels.lora_requests`, in which every handler of vLLM's server looks; seen in vLLM 0.32.
+    """
+    if adapter is None:
+        models.lora_requests.pop(name, None)
+    else:
+        models.lora_requests[name] = adapter
+
+
+def is_adapter_used(client: EngineClient, adapter: Any) -> bool:
+    """Returns whether a request that has not ended uses the adapter. Once it is false, the engine has been told to end
+    all of them before it is told anything else.
+
+    Uses `AsyncLLM.output_processor.request_states`, and `lora_request` of each; seen in vLLM 0.32.
+    """
+    states = client.output_processor.request_states.values()
+    used = (state.lora_request for state in states if state.lora_request is not None)
+    return any(request.lora_int_id == adapter.lora_int_id for request in used)
+
+
+def adapter_tensors(worker: Any) -> tuple[list[Any], list[Any]]:
+    """Returns the buffers in which a worker's model computes with adapters, and the tensors of the adapters that its
+    host keeps. Without adapters there are none.
+
+    Uses `model_runner.lora_manager._adapter_manager`, and of that `modules` and `_registered_adapters`, whose items
+    have `loras` with `lora_a` and `lora_b`; seen in vLLM 0.32.
+    """
+    from serve_app.engines.measure import plain_tensors  # It imports torch.
+
+    manager = getattr(worker.model_runner, "lora_manager", None)
+    if manager is None:
+        return [], []
+    inner = manager._adapter_manager
+    buffers = [tensor for module in inner.modules.values() for tensor in plain_tensors(module)]
+    layers = [layer for adapter in inner._registered_adapters.cache.values() for layer in adapter.loras.values()]
+    kept = [tensor for layer in layers for tensor in (*_each(layer.lora_a), *_each(layer.lora_b))]
+    return buffers, kept
+
+
+def _each(factor: Any) -> list[Any]:
+    """Returns the tensors of a factor. Layers that vLLM has packed have one for each part, or None."""
+    return [item for item in (factor if isinstance(factor, list | tuple) else [factor]) if item is not None]
+
+
+def correct_cpu_adapters() -> None:
+    """Has vLLM compute rows without an adapter right beside rows with one, where it runs on the CPU.
+
+    vLLM's functions for the CPU take the last adapter for them; seen in vLLM 0.32. Replaces `update_metadata`,
+    `add_lora_linear`, `add_lora_embedding` and `add_lora_logits` of
+    `vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU`, and uses of it `no_lora`, `token_lora_indices` and
+    `sampler_indices`, in which -1 stands for no adapter.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from serve_app.engines.vllm.adapter_rows import expand, masks, shrunk
+
+    own_update = PunicaWrapperCPU.update_metadata
+
+    def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
+        own_update(self, *args, **kwargs)
+        self.serve_app_masks = {}
+
+    def mask_of(self: Any, x: Any, count: int, rank: int, is_sampled: bool = False) -> Any:
+        known = vars(self).setdefault("serve_app_masks", {})
+        key = count, rank, x.shape[0], x.dtype, is_sampled
+        if key not in known:
+            slots = self.sampler_indices if is_sampled else self.token_lora_indices
+            known[key] = masks(slots[: x.shape[0]], count, rank, x.dtype)
+        return known[key]
+
+    def add_lora_linear(
+        self: Any, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any, **_: Any
+    ) -> None:
+        if self.no_lora:
+            return
+        rows, outputs, offset = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), 0
+        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            hidden = shrunk(rows, a, mask_of(self, rows, a.shape[0], a.shape[-2]), scale)
+            expand(outputs[:, offset : offset + size], hidden, b)
+            offset += size
+
+    def add_lora_embedding(self: Any, y: Any, x: Any, lora_b_stacked: Any, *_: Any, **__: Any) -> None:
+        if not self.no_lora:
+            count, rank = lora_b_stacked.shape[0], lora_b_stacked.shape[-1]
+            expand(y, x.repeat(1, count) * mask_of(self, x, count, rank), lora_b_stacked)
+
+    def add_lora_logits(self: Any, y: Any, x: Any, lora_a: Any, lora_b: Any, scale: float, **_: Any) -> None:
+        if not self.no_lora:
+            rows = x.view(-1, x.shape[-1])
+            mask = mask_of(self, rows, lora_a.shape[0], lora_a.shape[-2], is_sampled=True)
+            expand(y.view(-1, y.shape[-1]), shrunk(rows, lora_a, mask, scale), lora_b)
+
+    for function in (update_metadata, add_lora_linear, add_lora_embedding, add_lora_logits):
+        setattr(PunicaWrapperCPU, function.__name__, function)
 
 
 def can_sleep() -> bool:

@@ -177,6 +177,66 @@ def model_without_storage(config: VllmConfig, tensor_parallel_size: int, has_rea
         return initialize_model(config)
 
 
+def adapter_buffers(config: VllmConfig, model: Model) -> dict[str, list[Any]]:
+    """Returns the tensors of vLLM's buffers for LoRA adapters, by the names of the modules that they belong to. The
+    model's modules are replaced by vLLM's own that take adapters. Raises whatever vLLM raises for a model without
+    support of them.
+
+    What computes with the buffers is left out, because it needs a GPU or weights. Uses
+    `vllm.model_executor.models.supports_lora`, `vllm.lora.model_manager.LoRAModelManager`, and of that
+    `_init_punica_wrapper`, `modules`, `supports_mm`, `supports_tower_connector_lora`, `mm_mapping` and
+    `punica_wrapper_mapping`; seen in vLLM 0.32.
+    """
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.lora import model_manager
+    from vllm.model_executor.models import supports_lora
+
+    from serve_app.engines.measure import plain_tensors
+
+    class Manager(model_manager.LoRAModelManager):  # type: ignore[misc]
+        def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
+            reads_media = model_manager.supports_multimodal(self.model)
+            self.supports_mm = reads_media and hasattr(self.model, "get_mm_mapping")
+            self.supports_tower_connector_lora = False
+            prefix = model_manager.DEFAULT_LANGUAGE_WRAPPER_KEY
+            if self.supports_mm:
+                self.mm_mapping = self.model.get_mm_mapping()
+                prefix = self.mm_mapping.language_model[0]
+            self.punica_wrapper_mapping = {prefix: object()}
+
+    _leave_kernels_of_experts_out()
+    if not supports_lora(model):
+        raise ValueError(f"{type(model).__name__} does not support LoRA yet.")
+    rows, tokens = config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens
+    vocabulary = config.model_config.get_vocab_size()
+    with set_current_vllm_config(config):
+        manager = Manager(model, rows, tokens, vocabulary, config.lora_config, torch.device("meta"), config)
+    return {name: plain_tensors(module) for name, module in manager.modules.items()}
+
+
+def _leave_kernels_of_experts_out() -> None:
+    """Has vLLM's layer of experts with adapters ask for no kernel, which a layer gets with its weights. It sets what
+    the layer's buffers are made by.
+
+    Replaces `vllm.lora.layers.fused_moe.FusedMoEWithLoRA.__init__`; seen in vLLM 0.32.
+    """
+    from vllm.lora.layers import fused_moe
+    from vllm.lora.layers.base import BaseLayerWithLoRA
+
+    def init(self: Any, base_layer: Any) -> None:
+        BaseLayerWithLoRA.__init__(self)
+        self.base_layer, self.moe_config = base_layer, base_layer.moe_config
+        parallel = self.moe_config.moe_parallel_config
+        self.tp_size, self.tp_rank = parallel.tp_size, parallel.tp_rank
+        self.device = fused_moe._get_lora_device(base_layer)
+        self.enable_moe_shared_loras = False
+        self._w13_slices = 2 if self.moe_config.is_act_and_mul else 1
+        self.n_slices = self.local_num_experts * (self._w13_slices + 1)
+
+    fused_moe.FusedMoEWithLoRA.__init__ = init
+
+
 @contextmanager
 def stage_of_pipeline(rank: int, partition: Sequence[int]) -> Iterator[None]:
     """Lets models that are built inside be the stage `rank` of a pipeline whose stages have so many layers.

@@ -10,6 +10,8 @@ from typing import Any
 
 from serve_app.engines.measure import free_pinned_cache, pinned_bytes, rank_memory, tensor_bytes
 from serve_app.engines.vllm.vllm_internals import (
+    adapter_tensors,
+    correct_cpu_adapters,
     prepare_stage,
     remove_shared_files,
     shared_files,
@@ -20,6 +22,7 @@ from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.resource_demand import BUNDLES
 
 # vLLM imports this file before it loads the model.
+correct_cpu_adapters()
 LIBRARIES = resident_bytes()
 
 
@@ -31,10 +34,21 @@ class WorkerExtension:
 
     def serve_app_memory(self) -> dict[str, Any]:
         """Returns the `RankMemory` of this rank as plain values. It runs between two steps, so it is short."""
-        if self._tensors is None:  # The tensors do not change after the start.
+        if self._tensors is None:  # These tensors do not change after the start, and adapters come and go.
             weights, cache = (sum(tensor_bytes(tensors).values()) for tensors in worker_tensors(self))
             self._tensors = weights, cache
-        return asdict(rank_memory(worker_device(self), *self._tensors, LIBRARIES)) | {"node": _node()}
+        weights, cache = self._tensors
+        buffers, kept = self.serve_app_adapter_bytes()
+        device = worker_device(self)
+        adapters = buffers if device.type == "cuda" else buffers + kept
+        found = rank_memory(device, weights, cache, LIBRARIES, adapters=adapters)
+        return asdict(found) | {"node": _node()}
+
+    def serve_app_adapter_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of this rank's buffers for adapters on its device, and those of the adapters that it keeps
+        in the host's memory."""
+        buffers, kept = (sum(tensor_bytes(tensors).values()) for tensors in adapter_tensors(self))
+        return buffers, kept
 
     def serve_app_shared_files(self) -> list[str]:
         """Returns the paths of the files that this rank shares with others, once all ranks have opened them."""

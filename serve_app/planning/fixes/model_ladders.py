@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from serve_app.config import ModelConfig
-from serve_app.model_fields import ONLY_PT
+from serve_app.model_fields import LORA_RANKS, ONLY_PT
 from serve_app.planning.backend import fields_for_pt
 from serve_app.planning.cards import knows_kernels
 from serve_app.planning.fixes import price
@@ -52,10 +52,12 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     yield from _own(request, code, trial)
     yield from _less_cache(request)
     yield from _fewer_sequences(request, backend, trial)
+    yield from _smaller_steps(request, backend)
     if on_gpu and backend != "pt":
         yield from _in_8_bits(request, trial)
     if request.drafter is not None:
         yield Ladder(price.NO_DRAFT, [rung("speculative", None)], lambda _: "the speed that drafts give")
+    yield from _fewer_adapters(request)
     if backend == "pt":
         yield from _cache_in_8_bits(request)
         yield from _quantized(request)
@@ -114,6 +116,48 @@ def _fewer_sequences(request: ModelRequest, backend: Backend, trial: Trial) -> I
 
     if rungs:
         yield Ladder(price.FEWER_SEQUENCES, rungs, loses, climbs=True)
+
+
+def _smaller_steps(request: ModelRequest, backend: Backend) -> Iterator[Ladder]:
+    """Yields smaller steps of a model that pools in pt. A step holds at least one input of full length."""
+    if backend != "pt" or request.pooling is None:
+        return
+    now = request.step_tokens
+    rungs = [
+        rung("max_num_batched_tokens", 2**power)
+        for power in range(14, 7, -1)
+        if request.max_model_len <= 2**power < now
+    ]
+
+    def loses(changes: Changes) -> str:
+        return f"{now - changes[0].value:,} of {now:,} tokens in a step"
+
+    if rungs:
+        yield Ladder(price.FEWER_SEQUENCES, rungs, loses, climbs=True)
+
+
+def _fewer_adapters(request: ModelRequest) -> Iterator[Ladder]:
+    """Yields less room for LoRA adapters. The rank stays large enough for those that the config names."""
+    room = request.adapter_room
+    if room is None:
+        return
+    now, rank = room.max_loras, room.max_lora_rank
+    if now > 1:
+        yield Ladder(
+            price.FEWER_ADAPTERS,
+            [rung("max_loras", count) for count in range(now - 1, 0, -1)],
+            lambda changes: f"{now - changes[0].value} of {now} different adapters at once",
+            climbs=True,
+        )
+    least = max((adapter.rank for adapter in request.adapters), default=0)
+    ranks = [each for each in reversed(LORA_RANKS) if least <= each < rank]
+    if ranks:
+        yield Ladder(
+            price.SMALLER_ADAPTERS,
+            [rung("max_lora_rank", each) for each in ranks],
+            lambda changes: f"adapters of a rank above {changes[0].value}",
+            climbs=True,
+        )
 
 
 def _in_8_bits(request: ModelRequest, trial: Trial) -> Iterator[Ladder]:

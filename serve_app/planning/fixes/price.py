@@ -12,13 +12,15 @@
 | 3 | no `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
 | 4 | no `max_memory` | its limits, but nothing that others use |
 | 10 | `kv_cache_dtype: fp8`, with vLLM under `engine_args` | a little precision of the KV cache |
-| 11 | a lower `max_num_seqs` | requests that run at once |
+| 11 | a lower `max_num_seqs`, or `max_num_batched_tokens` of a model that pools | requests that run at once |
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
 | 13 | fewer cards | speed |
 | 14 | no `accelerator_type` | the choice of the card |
 | 15 | a share of a card instead of a whole one | KV cache, and speed while others use the card |
 | 16 | stages on more nodes: `nnodes`, mostly with `pipeline_parallel_size` | time on the network for each token |
 | 17 | no draft model: `speculative` | the speed that its drafts give |
+| 18 | a lower `max_loras` | requests for different adapters that run at once |
+| 19 | a lower `max_lora_rank` | adapters of a larger rank |
 | 100 | `quantization: fp8`, or `bnb-int8` with pt | precision of the weights |
 | 105 | `quantization: bnb-nf4` with pt | more precision of the weights |
 | 110 | `max_model_len`, at least half of it | long requests |
@@ -50,6 +52,7 @@ KV_IN_8_BITS, FEWER_SEQUENCES, LESS_CACHE, FEWER_CARDS, ANY_CARD, PART_OF_A_CARD
 )
 WEIGHTS_IN_8_BITS, WEIGHTS_IN_4_BITS = 100, 105
 NO_DRAFT = 17
+FEWER_ADAPTERS, SMALLER_ADAPTERS = 18, 19
 SHORTER, OTHER_BACKEND, MUCH_SHORTER, FEWER_REPLICAS = 110, 120, 130, 140
 SPILL, ON_CPU = 1000, 1001
 CARD = 10_000

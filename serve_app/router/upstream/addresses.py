@@ -8,13 +8,13 @@ come last, or not at all.
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import ray
 from ray.serve.schema import TargetGroup
 
-from serve_app.ray_serve import http_options_of_controller, is_http, watch_targets
+from serve_app.ray_serve import http_options_of_controller, is_http, replica_of, watch_targets
 from serve_app.router.suspicion import TOGETHER_S, Death
 
 logger = logging.getLogger("ray.serve")
@@ -32,11 +32,12 @@ ANY_HOST = frozenset({"0.0.0.0", "::", "localhost"})  # noqa: S104
 
 @dataclass
 class ReplicaAddress:
-    """This is one replica's HTTP server. `url` ends with the model's route prefix, and `running` counts the requests of
-    this router."""
+    """This is one replica's HTTP server. `url` ends with the model's route prefix, `replica` is the replica's id, and
+    `running` counts the requests of this router."""
 
     host: str
     url: str
+    replica: str = ""
     running: int = 0
     refusals: int = 0
     refused_at: float = float("-inf")
@@ -138,14 +139,17 @@ class ReplicaAddresses:
             for target in group.targets:
                 host = self._host(target.ip)
                 url = f"http://{host}:{target.port}{group.route_prefix.rstrip('/')}"
-                found.setdefault(group.app_name, []).append(known.get(url) or ReplicaAddress(host, url))
+                found.setdefault(group.app_name, []).append(
+                    known.get(url) or ReplicaAddress(host, url, replica_of(target))
+                )
         self._of_models = found
 
-    def by_preference(self, name: str) -> list[ReplicaAddress]:
+    def by_preference(self, name: str, having: Collection[str] | None = None) -> list[ReplicaAddress]:
         """Returns the replicas of a model that may be asked now, ordered by their requests. Doubtful ones come last,
-        and equals come in any order."""
+        and equals come in any order. `having` are the only ones that may be asked, if some are better than others."""
         now = time.monotonic()
-        willing = [address for address in self._of_models.get(name, ()) if not address.is_out]
+        able = (each for each in self._of_models.get(name, ()) if having is None or each.replica in having)
+        willing = [address for address in able if not address.is_out]
         return sorted(willing, key=lambda a: (a.doubted_until > now, a.running, random.random()))  # noqa: S311
 
     def has(self, name: str) -> bool:

@@ -92,11 +92,12 @@ class HttpUpstream:
 
     async def send(self, name: str, request: HttpRequest) -> Answer:
         """Does what `Upstream` says. If a replica has no room or takes no connection, the request goes to the next."""
-        await require_open(self._directory, name)
+        model = await require_open(self._directory, name)
+        application = model.application
         refusals: list[HttpAnswer] = []  # Two at most: if all are full, asking all would double their load.
         full: Overloaded | None = None
         try:
-            for address in self._addresses.by_preference(name):
+            for address in self._addresses.by_preference(application, model.having):
                 if address.is_out:  # Another request has found its node silent meanwhile.
                     continue
                 if address.is_gone and not await self._is_well(address):
@@ -120,9 +121,9 @@ class HttpUpstream:
                 await refusal.close()
         if full is not None:
             raise full
-        if self._addresses.has_gone(name):  # Over a handle, Ray would choose the same replica.
+        if self._addresses.has_gone(application):  # Over a handle, Ray would choose the same replica.
             raise EngineGone(f"the engines of the replicas of '{name}' are lost and are being replaced")
-        return await self._over_a_handle(name, request)
+        return await self._over_a_handle(name, application, request)
 
     async def close(self) -> None:
         """Closes its connections."""
@@ -130,8 +131,8 @@ class HttpUpstream:
         if self._session is not None:
             await self._session.close()
 
-    async def _over_a_handle(self, name: str, request: HttpRequest) -> Answer:
-        if self._addresses.has(name) and time.monotonic() > self._warned_at + WARN_EVERY_S:
+    async def _over_a_handle(self, name: str, application: str, request: HttpRequest) -> Answer:
+        if self._addresses.has(application) and time.monotonic() > self._warned_at + WARN_EVERY_S:
             self._warned_at = time.monotonic()
             logger.warning(
                 "No replica of '%s' takes a connection from here, so requests go over Ray, at twice the cost. Nodes "

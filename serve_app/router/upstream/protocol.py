@@ -10,6 +10,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from serve_app.errors import Overloaded
 from serve_app.router.directory import Directory, ModelDirectory
 from serve_app.router.engine_loss import is_away, is_lost_event, is_lost_status
+from serve_app.router.model_status import ModelStatus
 from serve_app.router.suspicion import Death
 from serve_app.wire.asgi import HttpRequest, decode_head
 from serve_app.wire.headers import Headers
@@ -53,12 +54,14 @@ class Patience:
         return now > self._until
 
 
-async def require_open(directory: Directory, name: str) -> None:
-    """Raises NotOpen for a model that loads, ModelUnavailable if it has failed, and ModelNotFound if it is unknown."""
+async def require_open(directory: Directory, name: str) -> ModelStatus:
+    """Returns a model that takes requests. Raises NotOpen for a model that loads, ModelUnavailable if it has failed,
+    and ModelNotFound if it is unknown."""
     model = await directory.find(name)
     if not model.is_open:
         directory.require_hope(model)
         raise NotOpen(f"'{name}' is {model.state}")
+    return model
 
 
 class Answer(Protocol):

@@ -230,6 +230,16 @@ def test_arguments_become_fields_or_engine_args(tmp_path: Path) -> None:
     }
 
 
+def test_lora_modules_become_adapters(tmp_path: Path) -> None:
+    """As NAME=PATH or as JSON, with the room for them. That LoRA is on follows from that."""
+    args = args_of(
+        tmp_path,
+        "vllm serve x --max-loras 2 --enable-lora --max-lora-rank 32 --lora-modules a=/a "
+        """'{"name": "b", "path": "/b", "base_model_name": "x"}'""",
+    )
+    assert args == {"adapters": {"a": "/a", "b": "/b"}, "max_loras": 2, "max_lora_rank": 32}
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
@@ -242,6 +252,7 @@ def test_arguments_become_fields_or_engine_args(tmp_path: Path) -> None:
         ("--distributed-executor-backend ray", "changes the GPUs or processes that Ray counts"),
         ("--enable-sleep-mode", "parked by its pool"),
         ("--seed 1 --seed 2", "given twice"),
+        ("--lora-modules /a", "/a is not written as NAME=PATH"),
         ("--enforce-eager stray", "stands without an argument's name"),
     ],
 )

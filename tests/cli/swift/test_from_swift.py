@@ -475,3 +475,20 @@ def test_scales_that_stay_whole_in_swift_are_noted() -> None:
     made = of("--quant_method bnb --quant_bits 4 --bnb_4bit_use_double_quant false")
     assert made.args["quantization"] == "bnb-nf4"
     assert "always quantized" in note_about(made, "--bnb_4bit_use_double_quant")
+
+
+def test_adapters_become_models_of_their_own() -> None:
+    """One without a name gets the end of its path, and a note, since swift makes it a part of the model."""
+    made = of(
+        "--infer_backend vllm --adapters sql=/a/sql /out/v3/checkpoint-20 --vllm_max_lora_rank 32 --merge_lora false"
+    )
+    adapters = {"sql": "/a/sql", "v3-checkpoint-20": "/out/v3/checkpoint-20"}
+    assert read_back(made)["args"]["adapters"] == adapters
+    assert made.args["max_lora_rank"] == 32
+    assert "clients ask for 'v3-checkpoint-20'" in note_about(made, "--adapters /out/v3/checkpoint-20")
+    assert "served beside their model" in note_about(made, "--merge_lora false")
+    assert note_about(of("--adapters a=b"), "adapters.a b").endswith("write a local folder as an absolute path.")
+    with pytest.raises(ConfigError, match="the name 'x' appears twice"):
+        of("--adapters x=/a x=/b")
+    odd = of("--infer_backend vllm --adapters a=/b --vllm_max_lora_rank 24")
+    assert "must be one of" in note_about(odd, "--vllm_max_lora_rank")

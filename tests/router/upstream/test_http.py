@@ -18,7 +18,7 @@ from serve_app.access.gate import Gate
 from serve_app.access.keys import KeySource
 from serve_app.access.limiter import ActorLimiter
 from serve_app.errors import Overloaded, UnreadableAnswer
-from serve_app.router.directory import ModelStatus
+from serve_app.router.model_status import ModelStatus
 from serve_app.router.suspicion import TOGETHER_S
 from serve_app.router.upstream import http as http_upstream
 from serve_app.router.upstream.addresses import REFUSED_S, ReplicaAddress, ReplicaAddresses

@@ -46,7 +46,7 @@ class AnswerWriter:
         RequestError.
         """
         with ExitStack() as stack:
-            places = stack.enter_context(self._generator.reserve(asked.sequences))
+            places = stack.enter_context(self._generator.reserve(asked.sequences, asked.model))
             job = await self._workers.run(size, lambda: self._builder.build(asked, default_tokens, tokenize))
             if asked.grammar is not None:
                 grammars = await asyncio.to_thread(lambda: self._generator.grammars)

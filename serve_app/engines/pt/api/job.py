@@ -12,8 +12,8 @@ from serve_app.engines.pt.core.sequence import FinishReason, Logprobs, Piece, Sa
 class Job:
     """One checked request says what to generate. `n` choices follow each prompt.
 
-    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with. `model` is the name that
-    stands in the answer.
+    Each choice has one of `readers`, and of `openings`, the texts that the choices begin with. `model` is the name of
+    the model or adapter that answers.
     """
 
     request: ChatRequest | CompletionRequest

@@ -40,7 +40,8 @@ class JobBuilder:
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
         params = asked.sampling(max_tokens, self._generator.generation_config)
         readers = [reader for prompt in prompts for reader in self._readers(asked, prompt)]
-        return Job(asked, prompts, params, readers, self._openings(asked, prompts), self._generator.name)
+        model = self._generator.adapter_name(asked.model) or self._generator.name
+        return Job(asked, prompts, params, readers, self._openings(asked, prompts), model)
 
     def _openings(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[str]:
         """Returns the text that each choice begins with, which is the prompt if it is to be echoed."""

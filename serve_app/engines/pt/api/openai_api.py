@@ -36,7 +36,7 @@ from serve_app.engines.pt.api.responses_request import read_responses
 from serve_app.engines.pt.core.places import Reservation
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.workers import Workers
-from serve_app.errors import ContextTooLong, EngineError, ModelNotFound, ModelUnavailable, RequestError
+from serve_app.errors import ContextTooLong, EngineError, ModelUnavailable, RequestError
 from serve_app.wire.anthropic.chat_request import NAMES as MESSAGES_NAMES
 from serve_app.wire.anthropic.errors import MessagesErrors
 from serve_app.wire.arrival import known_body
@@ -149,7 +149,7 @@ class _Endpoints:
         """POST /v1/embeddings answers with the mean of the last hidden states over a text's tokens, of length 1."""
         size, asked = await self._read(request, EmbeddingRequest.read)
         self._require_alive()
-        with self._generator.reserve(asked.sequences) as places:
+        with self._generator.reserve(asked.sequences, asked.model) as places:
             prompts = await self._workers.run(size, partial(self._prompts.of_texts, asked))
             longest, most = max(map(len, prompts)), self._generator.max_tokens_per_request
             if longest > most:
@@ -177,7 +177,8 @@ class _Endpoints:
         ]
         total = sum(map(len, prompts))
         usage = {"prompt_tokens": total, "total_tokens": total}
-        return msgspec.json.encode({"object": "list", "data": data, "model": self._generator.name, "usage": usage})
+        model = self._generator.adapter_name(asked.model) or self._generator.name
+        return msgspec.json.encode({"object": "list", "data": data, "model": model, "usage": usage})
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize answers with the token ids of a prompt, or of messages in the chat template, as vLLM does."""
@@ -200,7 +201,7 @@ class _Endpoints:
         return json_response(await self._workers.run(size, partial(answer, asked)))
 
     async def models(self, _: Request) -> Response:
-        """GET /v1/models lists the one model."""
+        """GET /v1/models lists the one model and its adapters."""
         entry = {
             "id": self._generator.name,
             "object": "model",
@@ -209,7 +210,8 @@ class _Endpoints:
             "max_model_len": self._generator.max_tokens_per_request,
             "batching": not self._generator.serial_reason,
         }
-        return JSONResponse({"object": "list", "data": [entry]})
+        adapters = [entry | {"id": name, "parent": self._generator.name} for name in self._generator.adapters]
+        return JSONResponse({"object": "list", "data": [entry, *adapters]})
 
     async def load(self, _: Request) -> Response:
         """GET /load counts the sequences that run or wait, as vLLM does."""
@@ -237,8 +239,7 @@ class _Endpoints:
         body = known_body(request.scope) or RequestBody(await request.body())
         size = len(body.content)
         asked = await self._workers.run(size, lambda: read(decode_body(body.content, lambda: body.census)))
-        if asked.model not in (None, self._generator.name):
-            raise ModelNotFound(f"This route serves '{self._generator.name}', not '{asked.model}'.", param="model")
+        self._generator.adapter_name(asked.model)
         return size, asked
 
 

@@ -4,17 +4,18 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from serve_app.errors import EngineError, InvalidRequest, ModelUnavailable, RequestError
+from serve_app.errors import AdapterError, EngineError, InvalidRequest, ModelUnavailable, RequestError
 
 # A message names a field or a value in quotes, or begins with a field.
 NAMED = re.compile(r"(?:(?<=')|^)[a-z_]+(?=['\[.:]|$)")
 
 
 def request_error(error: Exception) -> RequestError:
-    """Returns the error that a client sees. A RequestError stays as it is, and an engine that has ended gives 503."""
+    """Returns the error that a client sees. A RequestError stays as it is. An engine that has ended, and an
+    adapter whose files are gone, give 503."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, EngineError):
+    if isinstance(error, EngineError | AdapterError):
         return ModelUnavailable(str(error), retry_after_s=5.0)
     return RequestError(f"The engine failed on this request: {type(error).__name__}: {error}")
 

@@ -23,6 +23,7 @@ import torch
 
 from serve_app.engines.pt.core.heap import trim_heap
 from serve_app.engines.pt.core.kept_texts import KeptTexts
+from serve_app.engines.pt.core.lora.adapter import Adapter
 from serve_app.engines.pt.core.model_runner import Runner
 from serve_app.engines.pt.core.sampler import Sampled, Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler, Step
@@ -94,6 +95,10 @@ class EngineLoop(threading.Thread):
         """Frees the sequence's place before the next step. No output follows."""
         self._inbox.put(lambda: self._drop([sequence]))
 
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """Frees what is kept of an adapter before the next step. No sequence of it may be submitted any more."""
+        self._inbox.put(lambda: self._forget_adapter(adapter))
+
     def park(self, memory: Movable) -> "Future[None]":
         """Moves the memory out before the next step, and computes nothing until `wake`. Returns what is done when the
         memory is free, and has an EngineError if nothing was moved. Raises EngineError unless it is awake."""
@@ -144,6 +149,14 @@ class EngineLoop(threading.Thread):
             logger.exception("The pt engine's thread has ended, so its replica has to be replaced.")
         finally:
             self._abandon()
+
+    def _forget_adapter(self, adapter: Adapter) -> None:
+        if self._closed:
+            return
+        if self._runner.adapters is not None:
+            self._runner.adapters.remove(adapter)
+        if self._kept_texts is not None:
+            self._kept_texts.forget_adapter(adapter)
 
     def _put(self, work: Callable[[], None]) -> None:
         with self._closing:

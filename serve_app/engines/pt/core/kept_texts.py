@@ -2,6 +2,7 @@
 
 import logging
 
+from serve_app.engines.pt.core.lora.adapter import Adapter
 from serve_app.engines.pt.core.model_runner import TextKeeper
 from serve_app.engines.pt.core.prompt_cache import PromptCache
 from serve_app.engines.pt.core.scheduler import Step
@@ -23,7 +24,7 @@ class KeptTexts:
 
     def saves_a_pass(self, sequence: Sequence) -> bool:
         """Returns whether so much of the prompt is kept that it should be computed by itself."""
-        found = None if sequence.pools else self._cache.longest_start(sequence.token_ids)
+        found = None if sequence.pools else self._cache.longest_start(sequence.token_ids, _version(sequence))
         return found is not None and found[1] >= APART_TOKENS
 
     def begin(self, step: Step) -> int:
@@ -35,7 +36,7 @@ class KeptTexts:
         ids = sequence.token_ids
         counts.queries += 1
         counts.query_tokens += len(ids)
-        found = self._cache.longest_start(ids)
+        found = self._cache.longest_start(ids, _version(step.prefill[0]))
         if found is None:
             return 0
         text, tokens = found
@@ -49,10 +50,10 @@ class KeptTexts:
     def note_end(self, sequence: Sequence) -> None:
         """Keeps what the cache has of a sequence that leaves. What the host has no memory for is not kept."""
         ids = sequence.token_ids[: sequence.cached]
-        size = self._runner.bytes_per_token
-        if not size or not self._cache.wants(ids, size):
+        size, adapter = self._runner.bytes_per_token, _version(sequence)
+        if not size or not self._cache.wants(ids, size, adapter):
             return
-        self._cache.make_room(ids, size)
+        self._cache.make_room(ids, size, adapter)
         try:
             layers = self._runner.kept(sequence)
         except Exception as error:
@@ -61,4 +62,12 @@ class KeptTexts:
             logger.warning("The host has no memory to keep a text of %d tokens.", len(ids))
             return
         if layers is not None:
-            self._cache.keep(ids, layers)
+            self._cache.keep(ids, layers, adapter)
+
+    def forget_adapter(self, adapter: Adapter) -> None:
+        """Frees the texts of an adapter that no sequence will use again."""
+        self._cache.forget_adapter(adapter.version)
+
+
+def _version(sequence: Sequence) -> int | None:
+    return None if sequence.adapter is None else sequence.adapter.version

@@ -8,6 +8,7 @@ import gc
 import inspect
 from collections.abc import Mapping, Set
 from collections.abc import Sequence as ReadOnlySequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from serve_app.engines.pt.core.cache_codec import WHOLE, CacheCodec
 from serve_app.engines.pt.core.embedding import Pool
 from serve_app.engines.pt.core.kv_cache import BatchCache
+from serve_app.engines.pt.core.lora.bank import AdapterBank
 from serve_app.engines.pt.core.scheduler import Step
 from serve_app.engines.pt.core.sequence import Sequence
 from serve_app.planning.pt_kv_buffers import cells
@@ -27,10 +29,12 @@ Layers = ReadOnlySequence[ReadOnlySequence[torch.Tensor]]
 class Runner(Protocol):
     """Computes logits, and knows which sequences are in its cache.
 
-    `max_cells` is how many tokens its buffers may have room for, or None for no limit.
+    `max_cells` is how many tokens its buffers may have room for, or None for no limit. `adapters` has the adapters of
+    the sequences, if the model has room for any.
     """
 
     max_cells: int | None
+    adapters: AdapterBank | None
 
     def prefill(self, step: Step) -> torch.Tensor | None:
         """Computes one chunk of the prompts, and returns None unless it was the last.
@@ -107,6 +111,7 @@ class BatchRunner:
     """
 
     max_cells: int | None = None
+    adapters: AdapterBank | None = None
 
     def __init__(self, model: PreTrainedModel, input_device: torch.device, codec: CacheCodec = WHOLE):
         self._model = model
@@ -175,9 +180,9 @@ class BatchRunner:
         positions = (columns[None] - pads[:, None]).clamp(min=0)
         mask = None if not pads.any() else torch.arange(step.end)[None] >= pads[:, None]
         if step.pools:
-            self._pool.add(self._hidden(ids, positions, mask, group), columns[None] >= pads[:, None])
+            self._pool.add(self._hidden(rows, ids, positions, mask, group), columns[None] >= pads[:, None])
         else:
-            logits = self._logits(ids, positions, mask, group, last=1)[:, -1]
+            logits = self._logits(rows, ids, positions, mask, group, last=1)[:, -1]
         self._note_cache()
         if not step.completes_prefill:
             return None
@@ -285,7 +290,7 @@ class BatchRunner:
         mask = None
         if min(cached) < width and batch.has_keys:  # A state has no columns to hide.
             mask = torch.arange(width + columns)[None] >= (width - lengths)[:, None]
-        logits = self._logits(ids, lengths[:, None] + places, mask, batch, logits_of or columns)
+        logits = self._logits(self._rows, ids, lengths[:, None] + places, mask, batch, logits_of or columns)
         self._note_cache()
         return logits
 
@@ -326,21 +331,35 @@ class BatchRunner:
         return self._batch.tensors() + self._group.tensors()
 
     def _logits(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache, last: int
+        self,
+        rows: ReadOnlySequence[Sequence],
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: BatchCache,
+        last: int,
     ) -> torch.Tensor:
         """Returns the logits of the `last` columns, of shape (rows, `last`, vocabulary)."""
         inputs = self._inputs(ids, positions, mask, cache)
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = last
-        logits: torch.Tensor = self._model(**inputs).logits[:, -last:]
+        with _adapters_of(rows, self.adapters):
+            logits: torch.Tensor = self._model(**inputs).logits[:, -last:]
         cache.advance(ids.shape[1])
         return logits
 
     def _hidden(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
+        self,
+        rows: ReadOnlySequence[Sequence],
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: BatchCache,
     ) -> torch.Tensor:
         """Returns the last hidden states, of shape (rows, columns, hidden size)."""
-        states: torch.Tensor = self._model.get_decoder()(**self._inputs(ids, positions, mask, cache)).last_hidden_state
+        inputs = self._inputs(ids, positions, mask, cache)
+        with _adapters_of(rows, self.adapters):
+            states: torch.Tensor = self._model.get_decoder()(**inputs).last_hidden_state
         cache.advance(ids.shape[1])
         return states
 
@@ -348,6 +367,11 @@ class BatchRunner:
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: BatchCache
     ) -> dict[str, Any]:
         return forward_inputs(self._takes, self._device, ids, positions, mask, cache)
+
+
+def _adapters_of(rows: ReadOnlySequence[Sequence], bank: AdapterBank | None) -> AbstractContextManager[None]:
+    """Returns a context in which a pass over these sequences computes each with its adapter."""
+    return nullcontext() if bank is None else bank.rows([sequence.adapter for sequence in rows])
 
 
 def arguments_of(model: PreTrainedModel) -> frozenset[str]:
@@ -392,6 +416,7 @@ class SerialRunner:
     """Computes one sequence at a time without a cache, so each token costs a pass over the whole text."""
 
     max_cells: int | None = None
+    adapters: AdapterBank | None = None
 
     def __init__(self, model: PreTrainedModel, input_device: torch.device):
         self._model = model
@@ -430,13 +455,15 @@ class SerialRunner:
         inputs: dict[str, Any] = {"input_ids": torch.tensor([sequence.token_ids], device=self._device)}
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = 1
-        logits: torch.Tensor = self._model(**inputs, use_cache=False).logits[:, -1]
+        with _adapters_of([sequence], self.adapters):
+            logits: torch.Tensor = self._model(**inputs, use_cache=False).logits[:, -1]
         return logits
 
     def _vector(self, sequence: Sequence) -> torch.Tensor:
         ids = torch.tensor([sequence.token_ids], device=self._device)
         pool = Pool()
-        states = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        with _adapters_of([sequence], self.adapters):
+            states = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         pool.add(states, torch.ones(ids.shape, dtype=torch.bool))
         return pool.vectors()
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
+from serve_app.engines.pt.core.lora.registry import Lease
 from serve_app.errors import InvalidRequest, Overloaded
 
 # The times of this many returned places give the rate.
@@ -30,8 +31,9 @@ class Places:
         self._clock = clock
         self._returns: deque[float] = deque(maxlen=RATE_WINDOW)
 
-    def reserve(self, count: int) -> "Reservation":
+    def reserve(self, count: int, lease: Callable[[], Lease] | None = None) -> "Reservation":
         """Takes `count` places. Use the reservation as a context manager, whose end gives back what is left of it.
+        `lease` takes the request's adapter, if it has one, for as long as it has places.
 
         Raises Overloaded, with the time that the queue needs at the measured rate, if so many are not free now, and
         InvalidRequest if they can never be.
@@ -49,8 +51,9 @@ class Places:
                 + (f", of which the last {left} are for requests of one." if left else "."),
                 retry_after_s=self._seconds_per_place() * over,
             )
+        held = None if lease is None else lease()
         self.taken += count
-        return Reservation(self, count)
+        return Reservation(self, count, held)
 
     def give_back(self, count: int) -> None:
         """Frees places. Only a reservation calls this."""
@@ -66,11 +69,12 @@ class Places:
 
 
 class Reservation:
-    """Holds the places of one request."""
+    """Holds the places of one request, and the lease of its adapter, which is None for the base model."""
 
-    def __init__(self, places: Places, count: int):
+    def __init__(self, places: Places, count: int, lease: Lease | None = None):
         self._places = places
         self._left = count
+        self.lease = lease
 
     def release(self, count: int = 1) -> None:
         """Gives `count` places back for sequences that have ended before the others, but no more than are left."""
@@ -78,6 +82,8 @@ class Reservation:
         if count:
             self._left -= count
             self._places.give_back(count)
+        if not self._left and self.lease is not None:
+            self.lease.end()
 
     def __enter__(self) -> Self:
         return self

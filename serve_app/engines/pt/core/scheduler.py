@@ -18,7 +18,9 @@ Laws:
 - a pass that fails is tried again in smaller parts until the sequence that fails is alone, and that one is given up;
 - a sequence that waits for its output format is parked: it holds no place in the batch, so nobody waits for it. One
   that is late for once comes back before those that wait; a format that is slow at every token costs its owner turns,
-  and nobody else's.
+  and nobody else's;
+- a sequence runs only while its adapter has a slot (`AdapterSlots`); one that waits for a slot holds up nobody who
+  needs none.
 """
 
 import operator
@@ -26,6 +28,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from serve_app.engines.pt.core.fair_queue import FairQueue
+from serve_app.engines.pt.core.lora.adapter import Adapter
+from serve_app.engines.pt.core.lora.slots import AdapterSlots
 from serve_app.engines.pt.core.sequence import Sequence
 
 # After this many steps without running out of memory, one more sequence is tried.
@@ -84,11 +88,12 @@ class Scheduler:
     """Keeps the sequences that wait, those whose prompts are being computed, those that run, and those that are
     parked."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, slots: AdapterSlots | None = None):
         self._limits = limits
+        self._slots = slots
         self._batch_limit = limits.max_num_seqs
         self._calm_steps = 0
-        self._waiting = FairQueue()
+        self._waiting = FairQueue[Sequence]()
         self._prefilling: list[Sequence] = []
         self._position = 0
         self._longest = 0
@@ -224,16 +229,31 @@ class Scheduler:
 
     def _admit(self) -> list[Sequence]:
         group: list[Sequence] = []
-        sated: list[object] = []
-        while (head := self._waiting.head(sated)) is not None and self._joins(group, head):
+        skipped: list[object] = []
+        if self._slots is not None and self._slots.waiting:
+            self._slots.keep_waiting({sequence.adapter for sequence in self._waiting})
+        while (head := self._waiting.head(skipped)) is not None and self._joins(group, head):
             if not self._has_room(group, head):
                 break
-            if self._has_room(group, head, self._spare(group, head)):
+            if self._has_room(group, head, self._spare(group, head)) and self._has_slot(group, head):
                 self._waiting.take(head)
                 group.append(head)
             else:
-                sated.append(head.owner)
+                skipped.append(head.owner)
         return group
+
+    def _has_slot(self, group: list[Sequence], candidate: Sequence) -> bool:
+        """Returns whether the candidate's adapter has a slot, which it gets if it can."""
+        if candidate.adapter is None:
+            return True
+        if self._slots is None:
+            raise ValueError("a model without room for adapters has no sequence with one")
+        running: dict[Adapter, int] = {}
+        for sequence in (*self._running, *group):
+            if sequence.adapter is not None:
+                left = sequence.need - sequence.length
+                running[sequence.adapter] = max(left, running.get(sequence.adapter, 0))
+        return self._slots.admit(candidate.adapter, running)
 
     def _spare(self, group: list[Sequence], candidate: Sequence) -> int:
         """Returns how many rows must be left to other owners, which is 0 if the candidate's owner has none yet.

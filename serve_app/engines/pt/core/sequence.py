@@ -5,6 +5,7 @@ from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from serve_app.engines.pt.core.lora.adapter import Adapter
 from serve_app.engines.pt.grammar.process import Grammar
 
 FinishReason = Literal["stop", "length"]
@@ -50,15 +51,16 @@ class Sequence:
     """This is one prompt and what was generated for it. It belongs to the engine's thread once it is submitted.
 
     Sequences of one `owner`, the request that they came with, wait in one line (`FairQueue`). A sequence that `pools`
-    generates nothing: its prompt's vector is its only output. `cached` counts the tokens whose keys and values are in
-    the batch cache, and `kept` those of the prompt that an earlier text had; `sampling` is the sampler's own state, and
-    `drafting` the speculator's.
+    generates nothing: its prompt's vector is its only output. All of its tokens are computed with `adapter`, or with
+    the base model if that is None. `cached` counts the tokens whose keys and values are in the batch cache, and `kept`
+    those of the prompt that an earlier text had. `sampling` is the sampler's own state, `drafting` the speculator's.
     """
 
     prompt_ids: ReadOnlySequence[int]
     params: SamplingParams
     owner: object = field(default_factory=object, kw_only=True)
     pools: bool = field(default=False, kw_only=True)
+    adapter: Adapter | None = field(default=None, kw_only=True)
     output_ids: list[int] = field(default_factory=list)
     cached: int = 0
     kept: int = 0

@@ -1,0 +1,310 @@
+"""Brings the adapters of one replica to what is wanted of it, while it runs.
+
+Each adapter is on its own: it is read, checked, loaded, replaced and removed beside the others, and what is wrong with
+one is told and stops nothing else. What is wanted comes from the config, from `user_config` and from a watched folder,
+and may change at any time, also while an adapter is being loaded.
+"""
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serve_app.access.gate import require_asked
+from serve_app.adapters.records import Adapters, AdapterState
+from serve_app.config import ModelConfig
+from serve_app.engines.adapters import AdapterCheck, unpickled
+from serve_app.engines.engine import Engine
+from serve_app.errors import AdapterError, ModelNotFound, ModelUnavailable
+from serve_app.replica.watched_folder import Stamp, WatchedFolder, stamp_of
+from serve_app.terminal import notify, say
+from serve_app.wire.asked_model import Asked
+
+logger = logging.getLogger("ray.serve")
+
+# The watched folder is looked at every so many seconds.
+LOOK_EVERY_S = 1.0
+# An adapter that has failed is tried again after these seconds, because its folder may come later than its name.
+RETRY_S = 30.0
+# A replica that starts waits so many seconds for its adapters before it takes requests without them.
+MOST_START_S = 300.0
+# So many adapters are read from disk at one time.
+READ_AT_ONCE = 2
+# A record that could not be written is written again after these seconds, and every record after these.
+TELL_AGAIN_S, TELL_EVERY_S = 1.0, 60.0
+# A client is told to wait these seconds for an adapter that is being loaded, or that has failed.
+RETRY_LOADING_S, RETRY_FAILED_S = 5.0, 60.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """This is what an adapter should be: where it comes from, and the state of its files then."""
+
+    source: str
+    pickled: bool
+    stamp: Stamp
+
+
+@dataclass
+class Entry:
+    """This is what there is of an adapter. `loaded` is what the engine has, and `failed` what it could not be given.
+    `converted` holds the files of one that was pickled, and `told` is the failure that was told last."""
+
+    state: AdapterState
+    told: str = ""
+    loaded: Wanted | None = None
+    failed: Wanted | None = None
+    converted: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+
+class AdapterShelf:
+    """Has the adapters of one replica.
+
+    `tell` writes what the replica has where others read it, and may block. `taken` returns names that others have, with
+    their places, and may block. Both may raise while Ray's head does not answer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        check: AdapterCheck,
+        engine: Engine,
+        tell: Callable[[Adapters], None] = lambda _: None,
+        taken: Callable[[], Mapping[str, str]] = dict,
+    ):
+        self._name, self._check, self._engine, self._tell, self._taken = name, check, engine, tell, taken
+        self._entries: dict[str, Entry] = {}
+        self._named: dict[str, Wanted] = {}
+        self._in_folder: dict[str, Wanted] = {}
+        self._workers: dict[str, asyncio.Task[None]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._reading = asyncio.Semaphore(READ_AT_ONCE)
+        self._changed = asyncio.Event()
+        self._pickled = check.config.allow_pickled_adapters
+        folder = check.config.adapters_folder
+        self._folder = None if folder is None else WatchedFolder(Path(folder).expanduser(), self._notify)
+
+    async def start(self, config: ModelConfig) -> None:
+        """Loads the adapters that the config and the folder name, and returns when each is loaded or has failed. From
+        then on it follows the folder."""
+        if self._folder is not None:
+            await self._look(self._folder, at_once=True)
+            self._go_on(self._follow(self._folder))
+        self._go_on(self._keep_telling())
+        self._go_on(self._try_again())
+        await self.want(config)
+        await self.settled()
+
+    async def want(self, config: ModelConfig) -> None:
+        """Takes the adapters of the config for what is wanted, in place of those before. It returns at once, and they
+        come and go meanwhile."""
+        self._pickled = config.allow_pickled_adapters
+        self._named = await asyncio.to_thread(_named, config)
+        self._work()
+
+    async def settled(self) -> None:
+        """Waits until what is wanted now is loaded or has failed, but for a bounded time."""
+        if workers := list(self._workers.values()):
+            await asyncio.wait(workers, timeout=MOST_START_S)
+
+    async def stop(self) -> None:
+        """Ends its work. The engine is left as it is."""
+        tasks = [*self._workers.values(), *self._background]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for entry in self._entries.values():
+            _clean(entry)
+
+    def names(self) -> Collection[str]:
+        """Returns the adapters that it has or should have."""
+        return self._entries.keys()
+
+    def states(self) -> Adapters:
+        """Returns the state of each adapter."""
+        return {name: entry.state for name, entry in self._entries.items()}
+
+    def require(self, name: str | None) -> Asked:
+        """Returns what a name means here. Raises ModelNotFound, and ModelUnavailable for an adapter that is not loaded
+        yet or could not be."""
+        asked = require_asked(self._name, self._entries, name)
+        if asked.adapter is None:
+            return asked
+        state = self._entries[asked.adapter].state
+        if state.state == "leaving":
+            raise ModelNotFound(f"The model '{asked.name}' is being removed.", param="model")
+        if state.state == "loading":
+            text = f"The model '{asked.name}' is being loaded."
+            raise ModelUnavailable(text, param="model", retry_after_s=RETRY_LOADING_S)
+        if state.state == "failed":
+            text = f"The model '{asked.name}' has failed: {state.message}"
+            raise ModelUnavailable(text, param="model", retry_after_s=RETRY_FAILED_S)
+        return asked
+
+    @property
+    def _wanted(self) -> Mapping[str, Wanted]:
+        return {**self._in_folder, **self._named}
+
+    def _work(self) -> None:
+        """Starts a worker for each adapter that is not as it is wanted and has none."""
+        wanted = self._wanted
+        for name in {*wanted, *self._entries}:
+            entry, want = self._entries.get(name), wanted.get(name)
+            if entry is not None and want is not None and want in (entry.loaded, entry.failed):
+                continue
+            if name not in self._workers:
+                if entry is None:
+                    self._set(name, Entry(AdapterState("loading")))
+                self._workers[name] = asyncio.create_task(self._bring(name))
+
+    async def _bring(self, name: str) -> None:
+        """Does to one adapter what is wanted of it, until that changes no more."""
+        entry = self._entries[name]
+        try:
+            while (wanted := self._wanted.get(name)) is None or wanted not in (entry.loaded, entry.failed):
+                if wanted is None:
+                    await self._remove(name, entry)
+                    if name not in self._wanted:
+                        self._entries.pop(name, None)
+                        self._changed.set()
+                        return
+                else:
+                    await self._load(name, entry, wanted)
+        finally:
+            del self._workers[name]
+
+    async def _load(self, name: str, entry: Entry, wanted: Wanted) -> None:
+        before, converted = entry.converted, None
+        if entry.loaded is None and entry.state.state != "failed":  # A failure is told until it is one no more.
+            self._put(name, entry, AdapterState("loading"))
+        try:
+            async with self._reading:
+                folder, note, converted = await asyncio.to_thread(self._read, name, wanted)
+            await self._engine.load_adapter(name, folder)
+        except Exception as error:
+            if converted is not None:
+                converted.cleanup()
+            if not isinstance(error, AdapterError):
+                logger.exception("The adapter '%s' could not be loaded.", name)
+            self._failed(name, entry, wanted, str(error) if isinstance(error, AdapterError) else repr(error))
+            return
+        if before is not None:
+            before.cleanup()
+        entry.loaded, entry.failed, entry.told, entry.converted = wanted, None, "", converted
+        self._put(name, entry, AdapterState("ready", note))
+        say(f"the adapter '{name}' of '{self._name}' is ready" + (f": {note}" if note else ""))
+
+    def _failed(self, name: str, entry: Entry, wanted: Wanted, reason: str) -> None:
+        """Notes a failure. If there was an adapter of this name before, it stays."""
+        entry.failed = wanted
+        if entry.loaded is None:
+            state = AdapterState("failed", reason)
+        else:
+            state = AdapterState("ready", f"its last version is served, because the new one has failed: {reason}")
+        self._put(name, entry, state)
+        if reason != entry.told:
+            entry.told = reason
+            self._notify(f"the adapter '{name}' of '{self._name}' cannot be served: {reason}")
+
+    async def _remove(self, name: str, entry: Entry) -> None:
+        if entry.loaded is not None:
+            self._put(name, entry, AdapterState("leaving"))
+            try:
+                await self._engine.unload_adapter(name)
+            except Exception as error:  # It takes no requests any more, so only its memory is lost.
+                logger.exception("The adapter '%s' could not be removed.", name)
+                self._notify(f"the adapter '{name}' of '{self._name}' could not be removed whole: {error}")
+            say(f"the adapter '{name}' of '{self._name}' is removed")
+        entry.loaded = entry.failed = None
+        _clean(entry)
+
+    def _read(self, name: str, wanted: Wanted) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
+        """Returns the folder of an adapter that may be loaded, a note on it, and what holds the folder if it is made
+        here. Raises AdapterError."""
+        own = Asked(self._name, name)
+        if name == self._name:
+            raise AdapterError(f"its name '{name}' is that of its model. Rename it.")
+        others = self._taken()
+        for spelling in (own.name, own.qualified):
+            if spelling in others:
+                raise AdapterError(f"the name '{spelling}' is also that of {others[spelling]}. Rename one of them.")
+        adapter, note = self._check.checked(wanted.source, wanted.pickled)
+        if not adapter.is_pickled:
+            return adapter.folder, note, None
+        made = tempfile.TemporaryDirectory(prefix="serve-app-adapter-")
+        try:
+            unpickled(adapter, Path(made.name))
+            adapter, note = self._check.checked(made.name)
+        except BaseException:
+            made.cleanup()
+            raise
+        return adapter.folder, note, made
+
+    def _put(self, name: str, entry: Entry, state: AdapterState) -> None:
+        entry.state = state
+        self._set(name, entry)
+
+    def _set(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
+        self._changed.set()
+
+    async def _keep_telling(self) -> None:
+        """Writes what the replica has after each change, and now and then without one, in case it was lost."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TELL_EVERY_S):
+                    await self._changed.wait()
+            self._changed.clear()
+            try:
+                await asyncio.to_thread(self._tell, self.states())
+            except Exception as error:  # Ray's head may be restarting.
+                logger.warning("What the replica has of adapters could not be told: %s", error)
+                self._changed.set()
+                await asyncio.sleep(TELL_AGAIN_S)
+
+    async def _try_again(self) -> None:
+        """Tries adapters that have failed again and again."""
+        while True:
+            await asyncio.sleep(RETRY_S)
+            for entry in self._entries.values():
+                if entry.failed is not None and entry.state.state in ("failed", "ready"):
+                    entry.failed = None
+            self._work()
+
+    async def _follow(self, folder: WatchedFolder) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            with suppress(Exception):  # What is wrong with the folder has been told.
+                await self._look(folder)
+                self._work()
+
+    async def _look(self, folder: WatchedFolder, at_once: bool = False) -> None:
+        found = await asyncio.to_thread(folder.look, at_once)
+        self._in_folder = {
+            name: Wanted(str(path), name in self._pickled, stamp) for name, (path, stamp) in found.items()
+        }
+
+    def _notify(self, text: str) -> None:
+        logger.warning("%s", text)
+        notify(text)
+
+    def _go_on(self, work: Awaitable[None]) -> None:
+        self._background.add(asyncio.ensure_future(work))
+
+
+def _named(config: ModelConfig) -> dict[str, Wanted]:
+    """Returns what the config wants. The files of local folders are looked at, so that a folder whose files have
+    changed since is loaded again."""
+    return {
+        name: Wanted(source, name in config.allow_pickled_adapters, stamp_of(Path(source).expanduser()))
+        for name, source in config.adapters.items()
+    }
+
+
+def _clean(entry: Entry) -> None:
+    if entry.converted is not None:
+        entry.converted.cleanup()
+        entry.converted = None

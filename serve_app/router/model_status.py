@@ -1,0 +1,182 @@
+"""Reads from Ray Serve's details, and from what replicas have of adapters, which models there are and which serve. It
+is pure."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from serve_app.adapters.configured import named_adapters
+from serve_app.adapters.records import AdapterState, Records
+from serve_app.ray_serve import MODEL_DEPLOYMENT, SLOW_CONSTRUCTOR
+from serve_app.wire.asked_model import Asked
+
+# "asleep" means that the model is scaled to zero replicas. The first request makes Serve start one.
+State = Literal["ready", "asleep", "loading", "failed", "stopping"]
+
+# A replica takes requests in these states. One on a node that drains does so until another is there.
+SERVING = frozenset({"RUNNING", "PENDING_MIGRATION"})
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """This is one model as clients may see it. If it is not ready, `message` says why. `replicas` counts the running
+    ones.
+
+    An adapter is a model of its own, whose `parent` is the model that it belongs to and whose `engine_name` is the name
+    by which engines know it. `having` are the replicas that have it, or None if all of the model's have.
+    """
+
+    name: str
+    state: State
+    replicas: int
+    message: str = ""
+    parent: str = ""
+    engine_name: str = ""
+    having: frozenset[str] | None = None
+
+    @property
+    def application(self) -> str:
+        """Returns the name of the application whose replicas serve it."""
+        return self.parent or self.name
+
+    @property
+    def asked(self) -> Asked:
+        """Returns what a request for it asks for."""
+        return Asked(self.parent, self.engine_name) if self.parent else Asked(self.name)
+
+    @property
+    def is_open(self) -> bool:
+        """Returns whether Serve takes requests for it. Those of a sleeping model are held until a replica runs."""
+        return self.state in ("ready", "asleep")
+
+
+def read_status(applications: Mapping[str, Any], own_application: str) -> dict[str, ModelStatus]:
+    """Returns the models among the applications of `ServeInstanceDetails` by name."""
+    return {
+        name: _read_application(name, application)
+        for name, application in sorted(applications.items())
+        if name != own_application
+        and (not application["deployments"] or MODEL_DEPLOYMENT in application["deployments"])
+    }
+
+
+def _read_application(name: str, application: Any) -> ModelStatus:
+    deployment = application["deployments"].get(MODEL_DEPLOYMENT)
+    replicas = [] if deployment is None else deployment["replicas"]
+    running = sum(map(_is_serving, replicas))
+    status = _text(application["status"])
+    # The deployment's message has the reason. The application's only says that the deployment failed.
+    message = summarize((deployment["message"] if deployment is not None else "") or application["message"])
+    if status == "DELETING":
+        return ModelStatus(name, "stopping", running)
+    if running:
+        return ModelStatus(name, "ready", running)
+    if status == "RUNNING":
+        return ModelStatus(name, "asleep", 0, "it is scaled to zero, and the first request starts a replica")
+    if status == "DEPLOY_FAILED":
+        return ModelStatus(name, "failed", 0, message)
+    # UNHEALTHY means that its replica died, and Serve is starting another one.
+    return ModelStatus(name, "loading", 0, message)
+
+
+def _is_serving(replica: Mapping[str, Any]) -> bool:
+    return _text(replica["state"]) in SERVING
+
+
+def _text(value: Any) -> str:
+    """Returns the text of one of Ray's enumerations, which are strings or contain them."""
+    return str(getattr(value, "value", value))
+
+
+def summarize(message: str) -> str:
+    """Returns a status message of Serve without tracebacks: the last line that names an exception of ours or Python's.
+
+    Serve repeats the whole remote traceback in the message of an application whose constructor failed.
+    """
+    if SLOW_CONSTRUCTOR in message:  # A model takes longer to load than Serve expects of a constructor.
+        return ""
+    message = re.sub(r"^Deploying app '.*?' failed with exception:\n", "", message)
+    if "Traceback (most recent call last)" not in message:
+        return " ".join(message.split())
+    lines = [line.strip() for line in message.splitlines()]
+    starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Exit)\b.*: ", line)]
+    last = " ".join(lines[starts[-1] if starts else -1 :])
+    return re.sub(r"^(serve_app\.errors\.\w+: |(\w+\.)*)", "", last)
+
+
+def living_replicas(application: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the ids of a model's replicas that take requests."""
+    deployment = application["deployments"].get(MODEL_DEPLOYMENT) or {}
+    return frozenset(str(item.get("replica_id")) for item in deployment.get("replicas") or () if _is_serving(item))
+
+
+def may_live(applications: Mapping[str, Any], name: str, replica: str) -> bool:
+    """Returns whether a replica of a model may live. Serve does not say which do while it builds an update, or after it
+    could not."""
+    application = applications.get(name)
+    if application is None:
+        return False
+    return not application["deployments"] or replica in living_replicas(application)
+
+
+def adapter_statuses(
+    applications: Mapping[str, Any], models: Mapping[str, ModelStatus], records: Records
+) -> tuple[dict[str, ModelStatus], dict[str, str]]:
+    """Returns the adapters of all models by name, and the names of `models` and of these by their other spellings.
+
+    An adapter that the config names is known before a replica has it. Where two adapters have one name, or a model has
+    it too, it means none of them, and each is known as MODEL:ADAPTER alone.
+    """
+    found = [
+        _adapter(model, adapter, applications[name], records)
+        for name, model in models.items()
+        for adapter in sorted(_names(name, applications[name], records))
+    ]
+    known = [status for status in found if status is not None]
+    names = [*models, *(status.engine_name for status in known)]
+    statuses, spellings = {}, {}
+    for status in known:
+        is_clear = names.count(status.engine_name) == 1
+        canonical = status.engine_name if is_clear else status.asked.qualified
+        if canonical in models:
+            continue
+        statuses[canonical] = replace(status, name=canonical)
+        if is_clear and status.asked.qualified not in models:
+            spellings[status.asked.qualified] = canonical
+    return statuses, spellings
+
+
+def _names(name: str, application: Mapping[str, Any], records: Records) -> set[str]:
+    """Returns the adapters of a model that its config names, and those that its replicas have."""
+    of_config = named_adapters(application.get("deployed_app_config") or {})
+    return {*map(str, of_config), *(adapter for _, held in _held(name, application, records) for adapter in held)}
+
+
+def _held(
+    name: str, application: Mapping[str, Any], records: Records
+) -> Iterator[tuple[str, Mapping[str, AdapterState]]]:
+    """Yields what the living replicas of a model have. Serve does not say which live while it builds an update."""
+    for (owner, replica), held in records.items():
+        if owner == name and may_live({name: application}, name, replica):
+            yield replica, held
+
+
+def _adapter(model: ModelStatus, adapter: str, application: Mapping[str, Any], records: Records) -> ModelStatus | None:
+    """Returns the status of one adapter, or None if it is known no more. It is as its model is while that does not
+    serve."""
+    is_named = adapter in named_adapters(application.get("deployed_app_config") or {})
+    status = ModelStatus(adapter, model.state, 0, model.message, model.name, adapter)
+    if model.state != "ready":
+        return status if is_named else None
+    states = {replica: held[adapter] for replica, held in _held(model.name, application, records) if adapter in held}
+    having = frozenset(replica for replica, state in states.items() if state.state == "ready")
+    failures = [state.message for state in states.values() if state.state == "failed"]
+    if having:
+        notes = failures or [state.message for state in states.values() if state.message]
+        return replace(status, replicas=len(having), message=notes[0] if notes else "", having=having)
+    if failures and len(failures) == len(states):
+        return replace(status, state="failed", message=failures[0])
+    if is_named or any(state.state == "loading" for state in states.values()):
+        return replace(status, state="loading", message="its replicas load it")
+    return None

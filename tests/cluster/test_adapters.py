@@ -1,0 +1,69 @@
+"""LoRA adapters through Serve: a short form of `served_adapters.py`, with two replicas of pt and one of vLLM."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.served_adapters import (
+    AT_ONCE,
+    ENGINES,
+    LATE,
+    AdapterServe,
+    at_once,
+    death,
+    live,
+    outcome,
+    session_for,
+)
+from tests.cluster.vllm_adapters import CLOSED
+from tests.lora import ADAPTERS_DIR
+
+# All replicas have a change of the file this many seconds after Serve has accepted it.
+MOST_LIVE_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[AdapterServe]:
+    """The running cluster, which the last test ends."""
+    serve = AdapterServe({"pt": 2, "vllm": 1})
+    try:
+        yield serve
+    finally:
+        serve.stop()
+        serve.clean_up()
+
+
+@pytest.mark.parametrize("way", ["by name", "by route"])
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_each_of_many_at_once_gets_its_own_adapters_answer(served: AdapterServe, engine: str, way: str) -> None:
+    """Word for word, over sixteen adapters and the base, streamed and not."""
+    assert await at_once(served, engine, way) == {"right": AT_ONCE}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_adapters_come_and_go_under_load(served: AdapterServe, engine: str) -> None:
+    """By `serve deploy`, without another process, and a broken one harms nobody."""
+    found = await live(served, engine)
+    assert found["same_processes"]
+    assert set(found["seen"]) == set(found["late"]) == {"right"}
+    assert max(found["more_s"], found["less_s"], found["broken_s"]) <= MOST_LIVE_S
+    assert ": 503 " in found["broken"]
+    assert ": 404 " in found["gone"]
+
+
+async def test_streams_are_taken_up_again_with_their_adapters(served: AdapterServe) -> None:
+    """When one of pt's replicas is killed. The one in its place has all adapters."""
+    found = await death(served, "pt")
+    assert found["seen"] == {"right": 2 * AT_ONCE}
+    assert found["after"] == {"right": AT_ONCE}
+
+
+@pytest.mark.parametrize("path", CLOSED)
+@pytest.mark.parametrize("way", ["", "/models/vllm"])
+async def test_no_client_loads_an_adapter(served: AdapterServe, way: str, path: str) -> None:
+    """By vLLM's own endpoints, which would take any folder of the machine."""
+    body = {"model": "vllm", "lora_name": "smuggled", "lora_path": str(ADAPTERS_DIR / LATE)}
+    async with session_for() as session:
+        async with session.post(f"{served.url}{way}{path}", json=body) as reply:
+            assert reply.status == 404
+        assert ": 404 " in await outcome(session, served.url, ("smuggled", "Who are you?", ""), False)

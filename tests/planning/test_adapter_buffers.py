@@ -1,0 +1,65 @@
+"""Which modules pt has buffers for, and what they take, known before anything is loaded."""
+
+from pathlib import Path
+
+from serve_app.facts.adapter import AdapterFacts, AdapterModule
+from serve_app.facts.weights import Tensor
+from serve_app.planning.adapters import AdapterRoom, buffer_bytes, buffered_modules
+
+
+def tensors() -> list[Tensor]:
+    """Two layers, of which one has experts, with an embedding and a head."""
+    return [
+        Tensor("model.embed_tokens.weight", "BF16", (1000, 64)),
+        Tensor("lm_head.weight", "BF16", (1000, 64)),
+        Tensor("model.layers.0.self_attn.q_proj.weight", "BF16", (96, 64)),
+        Tensor("model.layers.0.self_attn.q_proj.bias", "BF16", (96,)),
+        Tensor("model.layers.0.input_layernorm.weight", "BF16", (64,)),
+        Tensor("model.layers.1.self_attn.q_proj.weight", "BF16", (96, 64)),
+        Tensor("model.layers.1.mlp.experts.*.down_proj.weight", "BF16", (64, 32), 8),
+        Tensor("model.layers.1.mlp.shared_expert.down_proj.weight", "BF16", (64, 128)),
+        Tensor("model.layers.1.mlp.packed.weight", "U8", (64, 16)),
+    ]
+
+
+def facts(**modules: AdapterModule) -> AdapterFacts:
+    """An adapter with these modules."""
+    return AdapterFacts(Path("/adapter"), "LORA", 8, 16.0, False, False, False, "none", False, (), (), (), "", modules)
+
+
+def test_without_adapters_all_linear_modules_of_the_layers_have_buffers() -> None:
+    """Experts, embeddings, heads and packed weights are left out."""
+    assert buffered_modules(None, [], tensors()) == {
+        "model.layers.0.self_attn.q_proj": (64, 96),
+        "model.layers.1.self_attn.q_proj": (64, 96),
+        "model.layers.1.mlp.shared_expert.down_proj": (128, 64),
+    }
+
+
+def test_the_modules_of_all_known_adapters_have_buffers() -> None:
+    """By their names from the layer on, and also where the base's weights are packed."""
+    one = facts(**{"model.layers.0.self_attn.q_proj": AdapterModule(8, 64, 96)})
+    two = facts(
+        **{
+            "layers.0.self_attn.q_proj": AdapterModule(4, 64, 96),
+            "model.layers.1.mlp.packed": AdapterModule(4, 64, 64),
+            "model.embed_tokens": AdapterModule(4, 1000, 64, is_embedding=True),
+            "model.layers.1.mlp.experts.3.down_proj": AdapterModule(4, 32, 64),
+        }
+    )
+    assert buffered_modules(None, [one, two], tensors()) == {
+        "layers.0.self_attn.q_proj": (64, 96),
+        "layers.1.mlp.packed": (64, 64),
+    }
+
+
+def test_named_modules_alone_have_buffers() -> None:
+    """A head has them if it is named."""
+    found = buffered_modules(("lm_head", "self_attn.q_proj"), [], tensors())
+    assert set(found) == {"lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}
+
+
+def test_buffers_take_two_factors_of_each_module_for_every_slot() -> None:
+    """The largest rank counts, whatever an adapter has."""
+    assert buffer_bytes({"a": (64, 96), "b": (128, 64)}, AdapterRoom(3, 16), 2) == 3 * 16 * (64 + 96 + 128 + 64) * 2
+    assert buffer_bytes({}, AdapterRoom(3, 16), 2) == 0

@@ -1,0 +1,286 @@
+"""Adapters of a replica come, go and are replaced while it runs, each on its own."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.adapters.records import Adapters, AdapterState
+from serve_app.config import ModelConfig
+from serve_app.engines.adapters import AdapterCheck
+from serve_app.errors import ModelNotFound, ModelUnavailable
+from serve_app.replica import adapter_shelf, watched_folder
+from serve_app.replica.adapter_shelf import AdapterShelf
+from serve_app.wire.asked_model import Asked
+from tests.lora_folders import adapter, base
+from tests.replica.fake_engine import AdapterEngine
+
+pytestmark = pytest.mark.usefixtures("_fast")
+
+
+@pytest.fixture
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds become hundredths."""
+    for module, name, seconds in (
+        (adapter_shelf, "LOOK_EVERY_S", 0.02), (adapter_shelf, "RETRY_S", 0.05), (adapter_shelf, "TELL_AGAIN_S", 0.01),
+        (watched_folder, "SETTLED_S", 0.1), (watched_folder, "INCOMPLETE_S", 0.4), (watched_folder, "AWAY_S", 0.1),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, seconds)
+
+
+class Replica:
+    """A shelf before a small engine, and what it has told."""
+
+    def __init__(self, folder: Path, taken: dict[str, str] | None = None, **config: Any):
+        self.engine = AdapterEngine()
+        given = {"model": str(base(folder / "base")), "infer_backend": "pt", "max_loras": 2, "max_lora_rank": 8}
+        self.config = ModelConfig.from_args(given | config)
+        self.told: list[Adapters] = []
+        self.taken = taken or {}
+        self.shelf = AdapterShelf(
+            "qwen",
+            AdapterCheck(self.config),
+            self.engine,
+            self.told.append,
+            lambda: self.taken,  # type: ignore[arg-type]
+        )
+
+    async def want(self, **adapters: Path | str) -> None:
+        """Asks for these, and waits for all of them."""
+        await self.shelf.want(self.config.with_live({"adapters": {name: str(path) for name, path in adapters.items()}}))
+        await self.shelf.settled()
+
+
+@pytest.fixture
+async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
+    """Without adapters."""
+    made = Replica(tmp_path)
+    await made.shelf.start(made.config)
+    yield made
+    await made.shelf.stop()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Waits a moment for it."""
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_adapters_come_and_go_by_what_is_wanted(replica: Replica, tmp_path: Path) -> None:
+    """Those that stay are not touched, and readers are told each state."""
+    a, b = adapter(tmp_path / "a"), adapter(tmp_path / "b")
+    await replica.want(a=a, b=b)
+    assert replica.engine.adapters == {"a": a, "b": b}
+    assert replica.shelf.require("qwen:a") == Asked("qwen", "a")
+    replica.engine.calls.clear()
+    await replica.want(b=b)
+    assert replica.engine.calls == ["unload a"]
+    assert replica.engine.adapters == {"b": b}
+    with pytest.raises(ModelNotFound):
+        replica.shelf.require("a")
+    await until(lambda: bool(replica.told) and replica.told[-1].keys() == {"b"})
+    assert replica.told[-1]["b"].state == "ready"
+
+
+async def test_a_replica_that_starts_has_all_of_them(tmp_path: Path) -> None:
+    """Those of its config and those of its folder."""
+    adapter(tmp_path / "folder" / "c")
+    made = Replica(tmp_path, adapters={"a": str(adapter(tmp_path / "a"))}, adapters_folder=str(tmp_path / "folder"))
+    await made.shelf.start(made.config)
+    assert made.engine.adapters.keys() == {"a", "c"}
+    await made.shelf.stop()
+
+
+async def test_a_broken_one_fails_alone_and_says_why(replica: Replica, tmp_path: Path) -> None:
+    """By its files, by the engine, by a mistake of ours, and because there is none."""
+    await replica.want(
+        good=adapter(tmp_path / "good"), large=adapter(tmp_path / "large", rank=9), none="/nowhere",
+        bad=adapter(tmp_path / "bad"), bug=adapter(tmp_path / "bug"),
+    )  # fmt: skip
+    states = replica.shelf.states()
+    assert {name: state.state for name, state in states.items()} == {
+        "good": "ready", "large": "failed", "none": "failed", "bad": "failed", "bug": "failed",
+    }  # fmt: skip
+    assert "Set max_lora_rank: 16" in states["large"].message
+    assert "there is no folder /nowhere" in states["none"].message
+    assert states["bad"].message == "the engine does not like it"
+    assert "ZeroDivisionError" in states["bug"].message
+    with pytest.raises(ModelUnavailable, match="The model 'bad' has failed: the engine does not like it") as caught:
+        replica.shelf.require("qwen:bad")
+    assert caught.value.retry_after_s == 60.0
+    assert replica.shelf.require(None) == Asked("qwen")
+
+
+async def test_one_that_failed_is_served_when_its_folder_is_right(replica: Replica, tmp_path: Path) -> None:
+    """Nobody has to ask again."""
+    await replica.want(late=tmp_path / "late")
+    assert replica.shelf.states()["late"].state == "failed"
+    adapter(tmp_path / "late")
+    await until(lambda: replica.shelf.states()["late"] == AdapterState("ready", replica.shelf.states()["late"].message))
+
+
+async def test_running_requests_of_one_that_goes_end_first_and_new_ones_are_refused(
+    replica: Replica, tmp_path: Path
+) -> None:
+    """And one that comes back meanwhile is loaded after that."""
+    folder = adapter(tmp_path / "a")
+    await replica.want(a=folder)
+    replica.engine.running["a"] = 1
+    await replica.shelf.want(replica.config)
+    await until(lambda: replica.shelf.states()["a"].state == "leaving")
+    with pytest.raises(ModelNotFound, match="is being removed"):
+        replica.shelf.require("a")
+    assert replica.engine.adapters == {"a": folder}
+    await replica.shelf.want(replica.config.with_live({"adapters": {"a": str(folder)}}))
+    replica.engine.running["a"] = 0
+    await until(lambda: replica.engine.calls == ["load a", "unload a", "load a"])
+    await replica.shelf.settled()
+    assert replica.shelf.states()["a"].state == "ready"
+
+
+async def test_a_replaced_one_is_served_until_the_new_one_is_there(replica: Replica, tmp_path: Path) -> None:
+    """And stays if the new one is broken, which is told."""
+    old, new = adapter(tmp_path / "old"), adapter(tmp_path / "new")
+    await replica.want(a=old)
+    replica.engine.slow = asyncio.Event()
+    await replica.shelf.want(replica.config.with_live({"adapters": {"a": str(new)}}))
+    await until(lambda: replica.engine.calls == ["load a", "load a"])
+    assert replica.shelf.require("a") == Asked("qwen", "a")
+    replica.engine.slow.set()
+    await replica.shelf.settled()
+    assert replica.engine.adapters == {"a": new}
+    await replica.want(a=adapter(tmp_path / "worse", use_dora=True))
+    state = replica.shelf.states()["a"]
+    assert state.state == "ready"
+    assert "its last version is served, because the new one has failed: it is a DoRA" in state.message
+    assert replica.engine.adapters == {"a": new}
+
+
+async def test_the_same_folder_with_other_files_is_loaded_again(replica: Replica, tmp_path: Path) -> None:
+    """When it is deployed again."""
+    await replica.want(a=adapter(tmp_path / "a", rank=4))
+    await replica.want(a=adapter(tmp_path / "a", rank=8))
+    assert replica.engine.calls == ["load a", "load a"]
+
+
+async def test_names_that_others_have_are_refused(tmp_path: Path) -> None:
+    """With who has it."""
+    made = Replica(tmp_path, {"sql": "adapters.sql of alpha", "qwen:law": "the model qwen:law"})
+    await made.shelf.start(made.config)
+    folder = adapter(tmp_path / "a")
+    await made.want(sql=folder, law=folder, qwen=folder, fine=folder)
+    states = made.shelf.states()
+    assert states["sql"].message == "the name 'sql' is also that of adapters.sql of alpha. Rename one of them."
+    assert "the model qwen:law" in states["law"].message
+    assert "its name 'qwen' is that of its model" in states["qwen"].message
+    assert made.engine.adapters.keys() == {"fine"}
+    await made.shelf.stop()
+
+
+async def test_a_watched_folder_is_followed(tmp_path: Path) -> None:
+    """A half-written adapter is not loaded before it settles, and one that is moved away goes."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    made = Replica(tmp_path, adapters_folder=str(folder))
+    await made.shelf.start(made.config)
+    whole = adapter(tmp_path / "whole", rank=8)
+    weights = (whole / "adapter_model.safetensors").read_bytes()
+    half = folder / "sql"
+    half.mkdir()
+    shutil.copy(whole / "adapter_config.json", half)
+    for end in range(100, len(weights), 300):  # It grows while it is looked at.
+        (half / "adapter_model.safetensors").write_bytes(weights[:end])
+        await asyncio.sleep(0.03)
+        assert made.shelf.names() == set()
+    (half / "adapter_model.safetensors").write_bytes(weights)
+    await until(lambda: made.shelf.states().get("sql", AdapterState("loading")).state == "ready")
+    assert made.engine.calls == ["load sql"]
+    half.rename(tmp_path / "gone")
+    await until(lambda: made.engine.adapters == {})
+    await made.shelf.stop()
+
+
+async def test_an_incomplete_folder_is_told_after_a_while_and_a_name_of_the_config_wins(tmp_path: Path) -> None:
+    """A folder whose copy has stopped is no secret."""
+    folder = tmp_path / "folder"
+    (folder / "empty").mkdir(parents=True)
+    adapter(folder / "a")
+    (folder / "two words").mkdir()
+    own = adapter(tmp_path / "own")
+    made = Replica(tmp_path, adapters={"a": str(own)}, adapters_folder=str(folder))
+    await made.shelf.start(made.config)
+    assert made.engine.adapters == {"a": own}
+    await until(lambda: "empty" in made.shelf.states() and made.shelf.states()["empty"].state == "failed")
+    assert "has no adapter_config.json" in made.shelf.states()["empty"].message
+    assert made.shelf.names() == {"a", "empty"}
+    await made.shelf.stop()
+
+
+async def test_a_folder_that_cannot_be_read_for_a_while_takes_nothing_away(tmp_path: Path) -> None:
+    """Such as a file server that is away."""
+    folder = tmp_path / "folder"
+    adapter(folder / "a")
+    made = Replica(tmp_path, adapters_folder=str(folder))
+    await made.shelf.start(made.config)
+    folder.rename(tmp_path / "away")
+    await asyncio.sleep(0.3)
+    assert made.shelf.states()["a"].state == "ready"
+    await made.shelf.stop()
+
+
+@pytest.mark.slow
+async def test_a_pickled_adapter_that_is_allowed_reaches_the_engine_as_safetensors(tmp_path: Path) -> None:
+    """Only tensors are taken from it, and it is checked like any other."""
+    import torch
+    from safetensors import safe_open
+
+    folder = adapter(tmp_path / "p", rank=4)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    torch.save(tensors, folder / "adapter_model.bin")
+    evil = adapter(tmp_path / "evil")
+    torch.save({"x": Evil()}, evil / "adapter_model.bin")
+    for each in (folder, evil):
+        (each / "adapter_model.safetensors").unlink()
+    made = Replica(tmp_path, allow_pickled_adapters=["p", "evil"])
+    await made.shelf.start(made.config)
+    await made.want(p=folder, q=folder, evil=evil)
+    states = made.shelf.states()
+    assert (states["p"].state, states["q"].state, states["evil"].state) == ("ready", "failed", "failed")
+    assert "name it in allow_pickled_adapters" in states["q"].message
+    assert "holds more than tensors" in states["evil"].message
+    made_folder = made.engine.adapters["p"]
+    assert (made_folder / "adapter_model.safetensors").exists()
+    await made.want()
+    assert not made_folder.exists()
+    await made.shelf.stop()
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('it ran')",))
+
+
+async def test_what_is_told_is_told_again_until_it_arrives(tmp_path: Path) -> None:
+    """Ray's head may be away for a while."""
+    made = Replica(tmp_path)
+    tries = 0
+
+    def tell(adapters: Adapters) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise RuntimeError("no answer")
+        made.told.append(adapters)
+
+    made.shelf._tell = tell
+    await made.shelf.start(made.config)
+    await made.want(a=adapter(tmp_path / "a"))
+    await until(lambda: bool(made.told) and made.told[-1] == {"a": made.shelf.states()["a"]})
+    await made.shelf.stop()

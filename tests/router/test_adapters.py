@@ -1,0 +1,283 @@
+"""Adapters are models of their own at the router, whose replicas are those of their model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray.serve.schema import Target, TargetGroup
+
+from serve_app.access.gate import Gate
+from serve_app.access.keys import KeySource, sha256_of
+from serve_app.adapters.records import AdapterState, Records
+from serve_app.errors import ModelNotFound
+from serve_app.router import directory as directory_module
+from serve_app.router.directory import ModelDirectory
+from serve_app.router.model_status import ModelStatus, adapter_statuses, may_live, read_status
+from serve_app.router.upstream.addresses import ReplicaAddresses
+from serve_app.router.upstream.protocol import require_open
+from serve_app.wire.asgi import HttpRequest
+from serve_app.wire.asked_model import Asked
+from tests.fakes import LocalLimiter, Said, open_gate, router_app
+
+READY, FAILED, LOADING, LEAVING = (AdapterState(state) for state in ("ready", "failed", "loading", "leaving"))  # type: ignore[arg-type]
+
+
+def qwen(*adapters: str, replicas: int = 2, status: str = "RUNNING", live: bool = False) -> dict[str, Any]:
+    """The application of a model as Serve's controller describes it, with these adapters in its config."""
+    config: dict[str, Any] = {"import_path": "serve_app.app:model", "args": {"adapters": {}}, "deployments": []}
+    named = {"adapters": dict.fromkeys(adapters, "/x")}
+    if live:
+        config["deployments"] = [{"name": "Model", "user_config": named}]
+    else:
+        config["args"] = named
+    running = [{"replica_id": f"r{number}", "state": "RUNNING"} for number in range(replicas)]
+    return {
+        "status": status, "message": "", "deployed_app_config": config,
+        "deployments": {"Model": {"status": "HEALTHY", "message": "", "replicas": running}},
+    }  # fmt: skip
+
+
+def statuses(applications: Mapping[str, Any], records: Records) -> dict[str, ModelStatus]:
+    """The adapters of these applications."""
+    return adapter_statuses(applications, read_status(applications, "router"), records)[0]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_adapter_is_ready_once_a_replica_has_it(live: bool) -> None:
+    """It is known before, from the config that Serve was given, and its replicas are those that have it."""
+    applications = {"qwen": qwen("sql", live=live)}
+    (sql,) = statuses(applications, {}).values()
+    assert (sql.name, sql.state, sql.parent, sql.asked) == ("sql", "loading", "qwen", Asked("qwen", "sql"))
+    (sql,) = statuses(applications, {("qwen", "r0"): {"sql": LOADING}, ("qwen", "r1"): {"sql": READY}}).values()
+    assert (sql.state, sql.replicas, sql.having) == ("ready", 1, frozenset({"r1"}))
+    failed = AdapterState("failed", "no file")
+    (sql,) = statuses(applications, {("qwen", "r0"): {"sql": failed}, ("qwen", "r1"): {"sql": READY}}).values()
+    assert (sql.state, sql.message, sql.having) == ("ready", "no file", frozenset({"r1"}))
+    (sql,) = statuses(applications, {("qwen", f"r{n}"): {"sql": failed} for n in (0, 1)}).values()
+    assert (sql.state, sql.message) == ("failed", "no file")
+
+
+def test_records_of_replicas_that_are_gone_count_for_nothing() -> None:
+    """A replica that was killed leaves its record behind, and other models have records too."""
+    records = {("qwen", "dead"): {"sql": READY}, ("llama", "r0"): {"sql": READY}}
+    assert statuses({"qwen": qwen("sql")}, records)["sql"].state == "loading"
+    assert statuses({"qwen": qwen()}, {("qwen", "dead"): {"old": READY}}) == {}
+
+
+def test_an_adapter_of_a_folder_is_known_by_its_replicas_and_one_that_leaves_no_more() -> None:
+    """No config names it."""
+    found = statuses({"qwen": qwen()}, {("qwen", "r0"): {"new": READY, "old": LEAVING}})
+    assert [(name, status.state) for name, status in found.items()] == [("new", "ready")]
+
+
+@pytest.mark.parametrize(
+    ("status", "state"), [("RUNNING", "asleep"), ("DEPLOYING", "loading"), ("DELETING", "stopping")]
+)
+def test_an_adapter_is_as_its_model_while_that_does_not_serve(status: str, state: str) -> None:
+    """So a request for it wakes the model."""
+    assert statuses({"qwen": qwen("sql", replicas=0, status=status)}, {})["sql"].state == state
+
+
+def test_a_name_that_two_have_means_neither_adapter() -> None:
+    """Each is known by its full name. A model keeps its own."""
+    applications = {"a": qwen("x", "b"), "b": qwen("x")}
+    records = {(name, "r0"): {"x": READY, **({"b": READY} if name == "a" else {})} for name in ("a", "b")}
+    found, spellings = adapter_statuses(applications, read_status(applications, "router"), records)
+    assert found.keys() == {"a:x", "b:x", "a:b"}
+    assert (found["b:x"].parent, found["b:x"].engine_name) == ("b", "x")
+    assert spellings == {}
+
+
+def test_a_replica_that_serve_tells_nothing_of_may_live() -> None:
+    """Its update could not be built, and it runs on with its adapters. Elsewhere Serve's word counts."""
+    applications = {"qwen": qwen() | {"deployments": {}}, "llama": qwen(replicas=1)}
+    places = (("qwen", "r9"), ("llama", "r0"), ("llama", "r1"), ("x", "r0"))
+    assert [may_live(applications, *place) for place in places] == [True, True, False, False]
+
+
+async def test_what_kills_replicas_is_judged_over_all_adapters_of_a_model(cluster: "Cluster") -> None:
+    """They run in the same replicas, so requests of one are lost with those of another."""
+    await cluster.directory.find("sql")
+    assert [cluster.directory.application(name) for name in ("sql", "qwen:sql", "qwen", "poet")] == [
+        "qwen", "qwen", "qwen", "poet",
+    ]  # fmt: skip
+
+
+class Cluster:
+    """Serve's details, the records of replicas, and replicas that answer with what they were sent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, applications: dict[str, Any], records: Records):
+        self.applications, self.records = applications, dict(records)
+        self.directory = ModelDirectory("router", 1.0, records=self)  # type: ignore[arg-type]
+        self.sent: list[tuple[str, bytes]] = []
+        monkeypatch.setattr(directory_module, "instance_details", self.details)
+        monkeypatch.setattr(directory_module, "FRESH_ENOUGH_S", 0.0)
+
+    async def details(self) -> dict[str, Any]:
+        """As the controller gives them."""
+        return {"applications": self.applications}
+
+    def read(self) -> Records:
+        """As a RecordReader does."""
+        return self.records
+
+    def forget_all_but(self, lives: Any) -> None:
+        """Nothing is old here."""
+
+    async def start(self) -> None:
+        """As in the real upstream."""
+
+    async def close(self) -> None:
+        """As in the real upstream."""
+
+    async def send(self, name: str, request: HttpRequest) -> Said:
+        """What reached the replicas of which application."""
+        model = await require_open(self.directory, name)
+        self.sent.append((model.application, request.body))
+        return Said(200, [request.body])
+
+
+def keys(folder: Path, **models: list[str] | None) -> Gate:
+    """A gate with these keys."""
+    lines = [
+        f"- {{name: {name}, sha256: {sha256_of(f'sk-{name}')}" + (f", models: {json.dumps(names)}}}" if names else "}")
+        for name, names in models.items()
+    ]
+    (folder / "keys.yaml").write_text("keys:\n" + "\n".join(lines))
+    return Gate(KeySource(folder / "keys.yaml", {}), LocalLimiter())
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """`qwen` with `sql` and `legal`, of which `legal` is broken, and `llama` without adapters."""
+    failed = AdapterState("failed", "its rank is 64")
+    records = {("qwen", f"r{number}"): {"sql": READY, "legal": READY, "broken": failed} for number in (0, 1)}
+    return Cluster(monkeypatch, {"qwen": qwen("sql", "legal", "broken"), "llama": qwen()}, records)
+
+
+async def ask(cluster: Cluster, body: Any, gate: Gate | None = None, key: str = "", **config: Any) -> httpx.Response:
+    """One request by name."""
+    _, app = router_app(cluster.directory, cluster, gate, **config)  # type: ignore[arg-type]
+    headers = {"authorization": f"Bearer sk-{key}"} if key else {}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await client.post("/v1/chat/completions", content=content, headers=headers)
+
+
+@pytest.mark.parametrize("name", ["sql", "qwen:sql", "alias", "stand-in"])
+async def test_both_spellings_aliases_and_fallbacks_lead_to_the_adapter(cluster: Cluster, name: str) -> None:
+    """The engine gets the name that it knows, on a replica of the adapter's model."""
+    fallbacks = {"stand-in": ["qwen:sql"], "gone": ["sql"]}
+    answer = await ask(cluster, {"model": name}, aliases={"alias": "qwen:sql"}, fallbacks=fallbacks)
+    assert answer.json() == {"model": "sql"}
+    assert [application for application, _ in cluster.sent] == ["qwen"]
+
+
+async def test_what_stands_in_for_an_adapter_is_found_by_either_spelling(cluster: Cluster) -> None:
+    """Whichever the config or the client uses."""
+    for written in ("broken", "qwen:broken"):
+        for name in ("broken", "qwen:broken"):
+            answer = await ask(cluster, {"model": name}, fallbacks={written: ["llama"]})
+            assert answer.json() == {"model": "llama"}, (written, name)
+    answer = await ask(cluster, {"model": "broken"})
+    assert answer.status_code == 503
+    assert "The model 'broken' has failed: its rank is 64" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "reached"),
+    [
+        (["sql"], {"sql", "qwen:sql", "sql-alias"}),
+        (["qwen:sql"], {"sql", "qwen:sql", "sql-alias"}),
+        (["qwen"], {"qwen"}),
+        (["qwen:*"], {"sql", "qwen:sql", "legal", "qwen:legal", "sql-alias"}),
+        (["llama"], {"llama"}),
+        (None, {"sql", "qwen:sql", "legal", "qwen:legal", "qwen", "llama", "sql-alias"}),
+    ],
+)
+async def test_a_key_reaches_what_it_is_allowed_by_name(
+    cluster: Cluster, tmp_path: Path, allowed: list[str] | None, reached: set[str]
+) -> None:
+    """An alias opens nothing that its model does not."""
+    gate = keys(tmp_path, k=allowed)
+    for name in ("sql", "qwen:sql", "legal", "qwen:legal", "qwen", "llama", "sql-alias"):
+        answer = await ask(cluster, {"model": name}, gate, "k", aliases={"sql-alias": "sql"})
+        assert answer.status_code == (200 if name in reached else 403), name
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "LEGAL"}, {"model": " legal"}, {"model": "legal "}, {"model": "l\u0435gal"}, {"model": "Qwen:legal"},
+        {"model": "qwen:qwen:legal"}, {"model": "qwen:*"}, {"model": ["legal"]}, {"model": {"a": "legal"}}, {},
+        b'{"model": "sql", "model": "legal"}', b'{"model": "sql", "mod\\u0065l": "legal"}', b"model=legal", b"",
+        json.dumps({"model": "legal"}).encode("utf-16"), b'{"model": "sql"} {"model": "legal"}',
+    ],
+)  # fmt: skip
+async def test_no_trick_reaches_another_adapter_by_name(cluster: Cluster, tmp_path: Path, body: Any) -> None:
+    """A key for `sql` gets `sql` or an error, and nothing is sent for anything else."""
+    answer = await ask(cluster, body, keys(tmp_path, k=["sql"]), "k", fallbacks={"sql": ["legal", "qwen"]})
+    assert answer.status_code in (400, 403, 404)
+    assert cluster.sent == []
+
+
+async def test_the_list_has_adapters_with_their_parent(cluster: Cluster) -> None:
+    """Also by their full name, and under an alias."""
+    _, app = router_app(cluster.directory, cluster, open_gate(), aliases={"law": "qwen:legal"})  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        one = (await client.get("/v1/models/qwen:sql")).json()
+        ready = (await client.get("/ready")).json()
+        unknown = await client.get("/v1/models/poet")
+    by_id = {item["id"]: item for item in listed}
+    assert by_id.keys() == {"qwen", "llama", "sql", "legal", "broken", "law"}
+    assert {item["id"]: item.get("parent") for item in listed if "parent" in item} == {
+        "sql": "qwen", "legal": "qwen", "broken": "qwen", "law": "qwen",
+    }  # fmt: skip
+    assert (by_id["law"]["root"], one["id"], one["root"], one["parent"]) == ("legal", "qwen:sql", "sql", "qwen")
+    assert ready["models"]["broken"] | {"held": 0} == {
+        "status": "failed", "replicas": 0, "message": "its rank is 64", "parent": "qwen", "waiting": 0, "held": 0,
+    }  # fmt: skip
+    assert (ready["status"], unknown.status_code) == ("degraded", 404)
+
+
+async def test_an_adapter_that_comes_is_found_and_one_that_goes_is_not(cluster: Cluster) -> None:
+    """As soon as a replica says so."""
+    with pytest.raises(ModelNotFound):
+        await cluster.directory.find("new")
+    cluster.records["qwen", "r0"] = {"new": READY}
+    assert (await cluster.directory.find("qwen:new")).having == frozenset({"r0"})
+    del cluster.records["qwen", "r0"]
+    await cluster.directory._refresh(0.0)  # As every few seconds.
+    with pytest.raises(ModelNotFound, match="These models exist: llama, qwen, broken, legal, sql"):
+        await cluster.directory.find("new")
+
+
+async def test_a_model_that_is_being_rebuilt_serves_on(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's details have no replicas of it meanwhile."""
+    assert (await cluster.directory.find("sql")).state == "ready"
+
+    async def two(names: list[str]) -> dict[str, int]:
+        return dict.fromkeys(names, 2)
+
+    monkeypatch.setattr(directory_module, "running_replicas", two)
+    cluster.applications["qwen"] |= {"deployments": {}, "status": "DEPLOYING"}
+    await cluster.directory._refresh(0.0)
+    assert (await cluster.directory.find("qwen")).state == "ready"
+    assert (await cluster.directory.find("sql")).having == frozenset({"r0", "r1"})
+
+
+def test_a_request_goes_to_a_replica_that_has_the_adapter() -> None:
+    """By the id in the name of its actor, which the controller tells with each address."""
+    addresses = ReplicaAddresses.__new__(ReplicaAddresses)
+    addresses._of_models, addresses._own_ip, addresses._local_host = {}, "", ""
+    targets = [
+        Target(ip="10.0.0.1", port=30000 + number, instance_id="i", name=f"SERVE_REPLICA::qwen#Model#r{number}")
+        for number in range(3)
+    ]
+    addresses.update([TargetGroup(targets=targets, route_prefix="/models/qwen", protocol="HTTP", app_name="qwen")])  # type: ignore[arg-type]
+    assert {address.replica for address in addresses.by_preference("qwen")} == {"r0", "r1", "r2"}
+    assert [address.replica for address in addresses.by_preference("qwen", frozenset({"r1"}))] == ["r1"]
