@@ -2,6 +2,7 @@
 
     python -m benchmarks.adapters [--model demo|100M] [--adapters 16] [--clients 32] [--tokens 64] [--rounds 5]
                                   [--max-loras N] [--targets attention|all] [--dtype float32] [--device cpu]
+                                  [--threads N]
 
 Two pt engines run in this process, one at a time: one without room for adapters, and one with sixteen adapters of rank
 8 and as many slots. In each round, both answer the same prompts of 16 tokens with texts of exactly `--tokens` tokens,
@@ -111,7 +112,7 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
         adapters = adapters_of(options.model, path, options.adapters, targets, folder)
         fields = {
             "model": path, "infer_backend": "pt", "device": options.device, "dtype": options.dtype,
-            "num_cpus": os.cpu_count(), "max_num_seqs": options.clients,
+            "num_cpus": options.threads, "max_num_seqs": options.clients,
         }  # fmt: skip
         room = {"adapters": adapters, "max_loras": options.max_loras or len(adapters), "max_lora_rank": RANK}
         base = await stack.enter_async_context(running(fields, {}))
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--targets", default="attention", choices=("attention", "all"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     print(json.dumps(asyncio.run(compare(parser.parse_args()))), flush=True)
 
 

@@ -61,6 +61,8 @@ def _vllm_problem(config: ModelFields) -> str | None:
         )
     if config.max_queued_requests is not None:
         return "max_queued_requests: vLLM's queue cannot be bounded. Set Serve's own under 'deployments:' instead."
+    if config.max_num_batched_tokens is not None:
+        return "max_num_batched_tokens is a field of pt. With vllm, write it under engine_args."
     if config.prompt_cache_memory is not None:
         return (
             "prompt_cache_memory works with pt only. vLLM keeps the beginnings of prompts in its KV cache "
@@ -99,7 +101,7 @@ def _vllm_problem(config: ModelFields) -> str | None:
     for field in sorted(named):
         if SERVER_ARGS.fullmatch(field):
             return f"engine_args.{field} belongs to vLLM's own HTTP server, which does not run here. Leave it out."
-    own = (ModelFields.model_fields.keys() | {"served_model_name"}) - {"kv_cache_dtype"}
+    own = (ModelFields.model_fields.keys() | {"served_model_name"}) - {"kv_cache_dtype", "max_num_batched_tokens"}
     for field in sorted(named & own):
         place = "is the application's name" if field == "served_model_name" else "has a field of its own"
         return f"engine_args.{field} {place}. Set it there, not under engine_args."
@@ -327,8 +329,6 @@ def _residency_problem(config: ModelFields) -> str | None:
                 f"{field}: a model with residency: {{policy: swap}} gets its devices from its pool, which is on one "
                 f"node. Leave {field} out, and name the pool's devices in pool_memory."
             )
-    if config.infer_backend == "auto":
-        return "infer_backend: auto cannot choose for a model with residency: {policy: swap}. Name pt or vllm."
     memory = swaps.pool_memory or {}
     named = sorted(key for key in memory if isinstance(key, int))
     if config.device == "cpu":

@@ -52,6 +52,10 @@ class AdapterError(ServeAppError):
     """An adapter cannot be read, or its engine cannot serve it. The model and its other adapters are well."""
 
 
+class StillTooLarge(EngineError):
+    """The sequences that run hold more than may stand still while the engine is parked. The engine is as before."""
+
+
 class RequestError(ServeAppError):
     """This is a refusal that the client sees as OpenAI's error object.
 

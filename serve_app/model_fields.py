@@ -54,7 +54,9 @@ ONLY_VLLM = (
     "gpu_ids",
 )  # fmt: skip
 # Only pt honours these fields, except that vLLM honours `max_memory` too. So with `auto` the plan decides there.
-ONLY_PT = ("max_memory", "device_map", "num_gpus", "max_queued_requests", "prompt_cache_memory")
+ONLY_PT = (
+    "max_memory", "device_map", "num_gpus", "max_queued_requests", "prompt_cache_memory", "max_num_batched_tokens",
+)  # fmt: skip
 
 
 # A name is part of JSON bodies, of metrics and of paths. ":" is left out, because MODEL:ADAPTER names an adapter too.
@@ -318,6 +320,7 @@ class ModelFields(Strict):
     `speculative_config`.
     `prompt_cache_memory` is what pt may take of the host's memory to keep the keys and values of texts that have ended,
     for prompts that begin with them.
+    `max_num_batched_tokens` bounds a step of pt with an embedding model or a cross-encoder, with its padding.
     `residency` says whether the model holds its memory all the time or shares it with others that swap.
     `adapters` are LoRA adapters by the names that clients write, each with its folder or Hugging Face id. Those of a
     replica that runs are replaced by the deployment's `user_config`. `adapters_folder` is watched, and each of its
@@ -345,6 +348,7 @@ class ModelFields(Strict):
     nnodes: Positive | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
+    max_num_batched_tokens: Positive | None = None
     max_queued_requests: Positive | None = None
     step_timeout_s: Seconds | None = None
     max_body_bytes: Positive = MAX_BODY_BYTES

@@ -31,7 +31,11 @@ OUTSIDE = {"x-api-key": "sk-outside"}
 
 
 # A replica of the model "a" is parked, as keepers write it down.
-POOLS = {PoolName("default", "n"): [{"terms": {"model": "a", "wake_s": 1.5, "start_s": 30.0}, "state": "parked"}]}
+POOLS = {
+    PoolName("default", "n"): [
+        {"terms": {"model": "a", "wake_s": 1.5, "start_s": 30.0, "wake_is_guess": False}, "state": "parked"}
+    ]
+}
 
 
 class LocalLimiter:

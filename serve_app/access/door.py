@@ -35,6 +35,7 @@ from serve_app.access.limiter import ActorLimiter
 from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
 from serve_app.errors import ClientGone, ConfigError, Forbidden, InvalidRequest, RequestError
 from serve_app.ray_serve import MIDDLEWARES_VARIABLE, session_header
+from serve_app.wire.anthropic.errors import in_messages_form
 from serve_app.wire.arrival import MOST_ID_BYTES, read_body, with_body
 from serve_app.wire.asgi import endpoint
 from serve_app.wire.body import RequestBody
@@ -143,6 +144,7 @@ class OuterDoor:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = {**scope, "headers": _passed_on(scope["headers"])}
+        send = in_messages_form(scope, send)  # Layers behind the door, Serve among them, write errors in other forms.
         try:
             _require_readable(scope["headers"])
             scope, held = self._entered(scope)

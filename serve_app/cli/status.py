@@ -97,7 +97,8 @@ def _residency(model: ModelView) -> list[str]:
     lines = []
     for view in model.replicas:
         if view.report is not None and (residency := view.report.residency) is not None:
-            back = f", and back in about {residency.ready_in_s:.1f} s" if residency.ready_in_s else ""
+            guess = " (a guess, not measured yet)" if residency.is_guess else ""
+            back = f", and back in about {residency.ready_in_s:.1f} s{guess}" if residency.ready_in_s else ""
             lines.append(f"{view.replica} is {residency.state} in pool '{residency.pool}'{back}")
     return lines
 

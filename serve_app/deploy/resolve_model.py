@@ -9,12 +9,14 @@ from serve_app.engines.model_requests import Unanswered, answered, cards_of, rea
 from serve_app.errors import ConfigError, PlacementError
 from serve_app.facts.checkpoint import with_absolute_paths
 from serve_app.facts.engine_facts import NO_FACTS
-from serve_app.facts.inventory import Inventory
+from serve_app.facts.inventory import Inventory, as_empty
 from serve_app.facts.nodes import Node
 from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve, resolve_on_cpu
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room
+from serve_app.residency.pool_backend import with_backend
+from serve_app.residency.rooms import rooms_of
 from serve_app.terminal import notify
 
 # This is why a field that leaves a choice to the plan needs one.
@@ -91,10 +93,6 @@ def _in_pool(
 ) -> Resolved:
     """Returns a model that shares the memory of a pool. Its replica asks Ray for CPUs only, because the pool's keeper
     asks for the GPUs, once for all of its models."""
-    facts = None
-    if inventory is not None and _needs_plan(config, inventory):
-        with suppress(ConfigError):  # The replica cannot plan it either, and says why.
-            facts = request_of(config, inventory).engine_facts
     if config.device != "cpu" and config.accelerator_type is None:
         for node in nodes:
             if not node.gpus and not node.vram_gib:
@@ -102,8 +100,34 @@ def _in_pool(
                     f"residency: the replica asks Ray for no GPU of its own, so it could come to {node.name}, which "
                     "has none. Set accelerator_type, which ties it to nodes with such GPUs."
                 )
+    facts, is_auto = None, config.infer_backend == "auto"
+    if inventory is not None and _needs_plan(config, inventory):
+        try:
+            request = request_of(config, inventory)
+        except ConfigError:  # The replica cannot plan it either, and says why.
+            if is_auto:
+                raise
+        else:
+            facts = request.engine_facts
+            config = _with_backend_of_pool(request, inventory) if is_auto else config
     demand = require_room(config, nodes, Demand(config.num_cpus))
     return Resolved(with_absolute_paths(config), demand, facts)
+
+
+def _with_backend_of_pool(request: ModelRequest, inventory: Inventory) -> ModelConfig:
+    """Returns the config of a model that swaps with the backend that `auto` means on all nodes."""
+    config = request.config
+    assert config.swaps is not None, "it is in a pool"
+    rooms = rooms_of(config.swaps, config.device == "cpu", as_empty(inventory).devices)
+    found, problem = with_backend(request, rooms)
+    if problem:
+        raise PlacementError(problem)
+    if found.config.infer_backend == "auto":
+        raise PlacementError(
+            f"infer_backend: auto finds no node on which the model fits into the pool '{config.swaps.pool}', even "
+            "alone. `serve-app plan` says what it needs."
+        )
+    return found.config
 
 
 def require_all_replicas(

@@ -8,7 +8,9 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
+from serve_app.facts.checkpoint import read_own_pooling
 from serve_app.planning.plan import ModelPlan
 
 
@@ -19,13 +21,14 @@ class Parking(Protocol):
     not change. vLLM frees it at each wake. All of it runs on the replica's event loop, after `start`.
     """
 
-    async def park(self) -> None:
+    async def park(self, still_bytes: int | None = None) -> None:
         """Frees the weights and the KV cache of the devices. Sequences that run stand still between two of their
         tokens and go on after `wake`, and new ones wait. pt has kept their keys and values, and vLLM computes them
         again. Health stays good.
 
         Raises EngineError if the engine is not awake, or if the host has no room for the copies. In the second case pt
-        is as before, and vLLM is dead, as its health says.
+        is as before, and vLLM is dead, as its health says. Raises StillTooLarge if the copy of keys and values would
+        take more than `still_bytes`.
         """
         ...
 
@@ -71,6 +74,11 @@ class Engine(Protocol):
         """Returns what the engine has counted of its speculation, or None if it has none or exports them itself."""
         ...
 
+    def prompt_cache_counts(self) -> PromptCacheCounts | None:
+        """Returns what the engine has counted of the texts that it keeps for later prompts, or None if it keeps none or
+        exports that itself."""
+        ...
+
     def parking(self) -> Parking | None:
         """Returns how it parks, or None if it cannot, and is stopped and started again instead."""
         ...
@@ -105,12 +113,19 @@ def create_engine(config: ModelConfig, name: str, planned: ModelPlan | None = No
 
     `planned` is the plan of this replica, whose devices have the numbers of this process. On GPUs pt places layers and
     bounds its KV cache by it, unless the checkpoint is quantised or `device_map` says how. vLLM's part of it is in the
-    config (`with_planned_memory`). If the config `has_adapters`, its `max_loras` and `max_lora_rank` are set.
+    config (`with_planned_memory`). If the config `has_adapters`, its `max_loras` and `max_lora_rank` are set. What the
+    model is for is read of its files. Raises ConfigError for files of an embedding model or a cross-encoder that pt
+    cannot serve.
     """
     if config.infer_backend == "vllm":
         from serve_app.engines.vllm.engine import VllmEngine
 
         return VllmEngine(config, name)
+    pooling = read_own_pooling(config.model, config.revision)
+    if pooling is not None:
+        from serve_app.engines.pt.pooling.engine import PoolingEngine
+
+        return PoolingEngine(config, name, pooling, planned)
     from serve_app.engines.pt.engine import PtEngine
 
     return PtEngine(config, name, planned)

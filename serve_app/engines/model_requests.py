@@ -52,7 +52,10 @@ def read_request(name: str, config: ModelConfig, replicas: int = 1, cards: Colle
     planned. Raises ConfigError if they cannot be read."""
     checkpoint = read_checkpoint(config.model, config.revision)
     config, adapters = with_adapter_room(config), readable_adapters(config)
-    request = ModelRequest(name, config, checkpoint.architecture, checkpoint.tensors, replicas, adapters=adapters)
+    request = ModelRequest(
+        name, config, checkpoint.architecture, checkpoint.tensors, replicas, adapters=adapters,
+        pooling=checkpoint.pooling,
+    )  # fmt: skip
     return Unanswered(request, checkpoint, questions_of(request, checkpoint, cards), _read_draft(name, config))
 
 
@@ -91,7 +94,7 @@ def questions_of(
         found |= _of_own_size(config, found)
     if config.infer_backend != "pt" and config.has_adapters:
         found[ADAPTERS] = _of_adapters(request, checkpoint)
-    if config.infer_backend != "vllm" and not shape.has_formulas:
+    if config.infer_backend != "vllm" and (checkpoint.pooling is not None or not shape.has_formulas):
         found["pt"] = _of_pt(config, checkpoint)
     return found
 
@@ -161,6 +164,8 @@ def _of_pt(config: ModelConfig, checkpoint: Checkpoint) -> Question:
         settings["quantization"] = config.quantization
     if config.pt_cache_dtype is not None:
         settings["kv_cache_dtype"] = config.pt_cache_dtype
+    if checkpoint.pooling is not None:  # Answers for models that generate text are shipped without it.
+        settings["task"] = checkpoint.pooling.task
     settings |= _code(config, checkpoint)
     return Question("pt", facts_version("pt"), checkpoint.config, settings)
 
@@ -207,7 +212,8 @@ def _with_answers(item: Unanswered, found: Mapping[str, Answer]) -> ModelRequest
 def _with_known_pt(item: Unanswered, facts: EngineFacts) -> EngineFacts:
     """Returns the facts with what transformers' code said of a model that is to run with vLLM, if that was kept or is
     shipped. The search for fixes tries pt with it, for which alone no engine is asked."""
-    if item.request.config.infer_backend != "vllm" or item.request.architecture.has_formulas:
+    is_by_formula = item.request.architecture.has_formulas and item.request.pooling is None
+    if item.request.config.infer_backend != "vllm" or is_by_formula:
         return facts
     question = _of_pt(item.request.config, item.checkpoint)
     known = known_answer(question)

@@ -3,7 +3,8 @@
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -15,6 +16,8 @@ from serve_app.errors import ConfigError
 from serve_app.facts.architecture import Architecture, read_architecture
 from serve_app.facts.field_kind import shown
 from serve_app.facts.foreign_file import FileMissing, read_object
+from serve_app.facts.pooling import Pooling, read_pooling
+from serve_app.facts.side_files import Find, in_folder, on_hub
 from serve_app.facts.weights import Tensor, hub_tensors, local_tensors
 
 # A hub that takes no connection within this many seconds counts as unreachable.
@@ -87,19 +90,22 @@ def model_path(model: str) -> str:
 @dataclass(frozen=True)
 class Checkpoint:
     """This is the shape of a model, and the tensors of its files. `config` is the decoded config.json, and `folder` is
-    where it lies: the local folder, or the snapshot in the hub's cache."""
+    where it lies: the local folder, or the snapshot in the hub's cache. `pooling` says how it makes vectors or scores,
+    and is None for a model that generates text."""
 
     architecture: Architecture
     tensors: tuple[Tensor, ...]
     config: Mapping[str, Any]
     folder: Path | None = None
+    pooling: Pooling | None = None
 
     @property
     def lacks_tensors(self) -> bool:
         """Returns whether the plan needs the tensors that the config.json would make, because there are no files. It
         has no use for them if the architecture has no formulas or the weights are quantised, because those that would
-        be made are whole."""
-        return not self.tensors and self.architecture.has_formulas and self.architecture.quantization is None
+        be made are whole. Engines say themselves what a model without text takes."""
+        has_use = self.architecture.has_formulas and self.architecture.quantization is None and self.pooling is None
+        return not self.tensors and has_use
 
 
 def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -111,12 +117,49 @@ def read_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     path = model_path(model)
     folder = Path(path)
     if os.path.isdir(folder):
-        config, tensors = _local_config(folder), local_tensors(folder)
+        config, tensors, find = _local_config(folder), local_tensors(folder), in_folder(folder)
     else:
         folder, tensors = _from_hub(path, revision)
-        config = _local_config(folder)
-    architecture = read_architecture(config, f"model: {model}")
-    return Checkpoint(architecture, tuple(tensors), config, folder)
+        config, find = _local_config(folder), _on_hub(path, revision)
+    where = f"model: {model}"
+    architecture = read_architecture(config, where)
+    pooling = read_pooling(config, find, architecture.max_model_len, where)
+    if pooling is not None:
+        architecture = replace(architecture, max_model_len=pooling.length)
+    return Checkpoint(architecture, tuple(tensors), config, folder, pooling)
+
+
+def read_own_pooling(model: str, revision: str | None) -> Pooling | None:
+    """Returns how a model makes vectors or scores, or None for one that generates text, and for one whose config.json
+    cannot be read, of which its engine says why. Raises ConfigError for other files of it that say what pt cannot
+    serve."""
+    try:
+        path = model_path(model)
+        find = side_files(path, revision)
+        file = find("config.json")
+        config = {} if file is None else read_object(file, MOST_CONFIG_BYTES)
+        length = read_architecture(config, f"model: {model}").max_model_len if config else 0
+    except ConfigError:
+        return None
+    return read_pooling(config, find, length, f"model: {model}") if config else None
+
+
+def side_files(model: str, revision: str | None) -> Find:
+    """Returns how the files beside a model's config.json are found. `model` is as `model_path` returns it."""
+    folder = Path(model)
+    return in_folder(folder) if os.path.isdir(folder) else _on_hub(model, revision)
+
+
+def _on_hub(model: str, revision: str | None) -> Find:
+    return on_hub(model, revision, cache(partial(_hub_answers, model)))
+
+
+def _hub_answers(model: str) -> bool:
+    try:
+        require_hub(model)
+    except ConfigError:
+        return False
+    return True
 
 
 def _local_config(folder: Path) -> Mapping[str, Any]:

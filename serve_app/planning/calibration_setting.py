@@ -45,6 +45,7 @@ def calibration_setting(
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "kv_cache_dtype": config.kv_cache_dtype,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
         "speculative": None if config.speculative is None else config.speculative.num_speculative_tokens,
         # vLLM's kernels, and its graphs with adapters and without, take more with them.
         "adapters": [config.max_loras, config.max_lora_rank] if config.has_adapters else None,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from serve_app.facts.calibration import Calibration
 from serve_app.facts.inventory import Device
 from serve_app.planning import memory
 from serve_app.planning.adapters import kept_count
@@ -283,6 +284,13 @@ def _pt_overhead(
     """Returns the activations and the context of pt on one device, the `rank`-th of `ranks`. The activations have room
     for what a weight takes that is quantised before there are any. A draft model computes before the other one, so
     the larger of both counts."""
+    context = memory.context("cuda" if device.is_gpu else "cpu")
+    measured = request.measured(device, rank, ranks)
+    if request.pooling is not None:
+        longest = request.max_model_len
+        sizes = (request.architecture, request.element_bytes, request.step_tokens, longest)
+        activation = _with_whole_weight(request, blocks, memory.pt_pooled_activation(*sizes))
+        return _as_measured(measured, activation, context)
     alone = request.pt_facts is not None and bool(request.pt_facts.alone)
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
@@ -294,8 +302,11 @@ def _pt_overhead(
     if draft is not None and draft.seat == rank:
         own = _draft_activation(request, draft, rows)
         activation = own if own.bytes > activation.bytes else activation
-    context = memory.context("cuda" if device.is_gpu else "cpu")
-    if (measured := request.measured(device, rank, ranks)) is not None:
+    return _as_measured(measured, activation, context)
+
+
+def _as_measured(measured: Calibration | None, activation: Figure, context: Figure) -> tuple[Figure, Figure]:
+    if measured is not None:
         activation, _, context = memory.calibrated(measured, activation, ZERO, context)
     return activation, context
 
@@ -366,16 +377,21 @@ def _pt_plan(
         ranks.append(RankPlan(device, weights, cache, activation, ZERO, context, layers, seat, has_draft, adapters))
     own = tuple(block for part in (*mapped.parts, mapped.rest) for block in part.blocks)
     whole = BlockGroup((*own, *(draft.blocks if draft is not None else ())))
+    held = full_length_requests(tokens, request.max_model_len)
+    if request.pooling is not None:  # It has no cache, and a step holds so many inputs.
+        tokens, held = 0, request.step_tokens // request.max_model_len
     return ModelPlan(
         request.name, request.config, request.architecture, 0, "pt", tuple(reasons), 1, request.max_model_len,
         kv_bytes_per_request=whole.cache(cells(1, request.max_model_len), 1),
         kv_tokens=tokens,
-        max_full_length_requests=min(rows, full_length_requests(tokens, request.max_model_len)),
+        max_full_length_requests=min(rows, held),
         ranks=tuple(ranks),
         spilled=_spilled(request, mapped),
         kv_bytes_needed=whole.cache(least, 1 if request.at_once is None else request.at_once.requests),
         asked_for="" if request.at_once is None else request.at_once.text,
         draft=None if draft is None else draft.request.architecture,
+        task=request.task,
+        step_tokens=request.step_tokens if request.pooling is not None else 0,
         host_adapters=kept,
     )  # fmt: skip
 

@@ -374,6 +374,7 @@ def _plan(
         pipeline_layers=found.partition,
         kv_bytes_needed=blocks * widest,
         asked_for="" if wanted is None else wanted.text,
+        task=request.task,
         host_adapters=sum([request.kept_adapters()] * len(ranks), ZERO),
     )  # fmt: skip
 

@@ -95,6 +95,7 @@ def _plan(
         kv_block_bytes=spare if request.knows_blocks else 0,
         kv_bytes_needed=least,
         asked_for="" if wanted is None else wanted.text,
+        task=request.task,
         host_adapters=sum([request.kept_adapters()] * tp, ZERO),
     )  # fmt: skip
 

@@ -326,6 +326,13 @@ def pt_state_bytes(architecture: Architecture, element_bytes: int) -> dict[int, 
     return {number: size for number, kind in enumerate(architecture.layers) if kind == "linear"}
 
 
+def pt_pooled_activation(architecture: Architecture, element_bytes: int, tokens: int, longest: int) -> Figure:
+    """Returns the peak of a step of a model that makes vectors or scores, with `tokens` tokens in inputs of at most
+    `longest`. It has no cache and no logits."""
+    shape = (architecture.hidden_size, architecture.intermediate_size)
+    return guessed(terms.pt_pooled(*shape, element_bytes, tokens, longest))
+
+
 def pt_activation(
     architecture: Architecture, element_bytes: int, rows: int, chunk: int, tokens: int, drafted: int = 0
 ) -> Mapping[str, Figure]:

@@ -18,6 +18,7 @@ from serve_app.facts.engine_facts import (
     VllmFacts,
 )
 from serve_app.facts.inventory import Device
+from serve_app.facts.pooling import Pooling, Task
 from serve_app.facts.weights import Tensor
 from serve_app.model_fields import AUTO_QUANTIZATION, ONLY_VLLM, PT_QUANTIZATIONS
 from serve_app.planning import memory, terms
@@ -27,6 +28,7 @@ from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
 from serve_app.planning.layer_map import Block, blocks_of, known_block, stored_block
 from serve_app.planning.memory import Figure
+from serve_app.planning.pooling import POOLED_SEQS, pooling_problem, step_tokens, without_pooling_problem
 from serve_app.planning.quantization import PACKAGES, held_tensors
 from serve_app.planning.terms import Term, stored_weights
 from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
@@ -84,6 +86,8 @@ class ModelRequest:
     engine_facts: EngineFacts = NO_FACTS
     facts_problem: str = ""
     draft: "ModelRequest | None" = None
+    # This says how a model makes vectors or scores, and is None for one that generates text.
+    pooling: Pooling | None = None
     memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
     calibrations: Calibrations = field(default_factory=dict, compare=False, repr=False)
     engine_versions: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -101,8 +105,20 @@ class ModelRequest:
         return memory.dtype_bytes(self.architecture, self.config.dtype)
 
     @property
+    def task(self) -> Task:
+        """Returns what the model is for."""
+        return "generate" if self.pooling is None else self.pooling.task
+
+    @property
+    def step_tokens(self) -> int:
+        """Returns the most tokens of a step of a model that pools in pt, with the padding."""
+        return step_tokens(self.config, self.max_model_len)
+
+    @property
     def pt_rows(self) -> int:
         """Returns how many sequences pt runs at once."""
+        if self.pooling is not None:
+            return self.config.max_num_seqs or POOLED_SEQS
         if self.pt_facts is not None and self.pt_facts.alone:
             return 1
         return self.config.max_num_seqs or PT_MAX_NUM_SEQS
@@ -185,6 +201,8 @@ class ModelRequest:
             return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
         asks_for_vllm = config.infer_backend == "auto" and any(getattr(config, name) for name in ONLY_VLLM)
         takes_vllm = config.infer_backend == "vllm" or asks_for_vllm
+        if not takes_vllm and (problem := self._pooling_problem):
+            return problem
         if config.speculative is not None and takes_vllm:
             return "speculative: the plan does not know how much memory vLLM takes for it."
         for name in uncounted_arguments(self._arguments):
@@ -206,6 +224,12 @@ class ModelRequest:
             return f"quantization: the plan does not know how large these weights become with {config.quantization}."
         own = self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts
         return own or self._adapters_problem or self._draft_problem
+
+    @property
+    def _pooling_problem(self) -> str:
+        if self.pooling is None:
+            return without_pooling_problem(self.config)
+        return pooling_problem(self.config, self.pooling) if self.config.infer_backend == "pt" else ""
 
     @property
     def _pt_cache_problem(self) -> str:
@@ -248,7 +272,8 @@ class ModelRequest:
         """Returns whether there are formulas for the architecture in pt, or transformers' own facts. A quantised
         checkpoint without its tensors has no size."""
         has_size = self.architecture.quantization is None or bool(self.tensors)
-        return has_size and (self.architecture.has_formulas or self.pt_facts is not None)
+        is_by_formula = self.architecture.has_formulas and self.pooling is None
+        return has_size and (is_by_formula or self.pt_facts is not None)
 
     @property
     def missing_facts(self) -> str:
@@ -542,6 +567,8 @@ class ModelRequest:
         if key not in self.memo:
             sizes = (self.element_bytes, self.pt_facts, copies_tied, self.pt_quantization, in_8_bits)
             blocks = blocks_of(tensors, self.architecture, *sizes)
+            if self.pooling is not None:  # What comes behind the pooling lies where the last layer is.
+                blocks[-1] = replace(blocks[-1], weights=blocks[-1].weights + self.pooling.dense_bytes)
             self.memo[key] = blocks if room is None else self._with_pt_adapters(blocks, room)
         found: list[Block] = self.memo[key]
         return found

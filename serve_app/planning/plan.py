@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from serve_app.config import ModelConfig
 from serve_app.facts.architecture import Architecture
 from serve_app.facts.inventory import Device
+from serve_app.facts.pooling import ENDPOINTS, Task
 from serve_app.planning.memory import ZERO, Figure
 from serve_app.planning.pt_kv_buffers import full_length_requests
 
@@ -90,6 +91,9 @@ class ModelPlan:
     draft: Architecture | None = None
     # This says whether vLLM is known to make blocks of that size on these cards.
     knows_blocks: bool = True
+    task: Task = "generate"
+    # The tokens of a step of a model that makes vectors or scores in pt, and 0 for every other one.
+    step_tokens: int = 0
     # This is the most that the adapters take of the host's memory, which all ranks keep there together.
     host_adapters: Figure = ZERO
 
@@ -145,6 +149,10 @@ class ModelPlan:
                 "pipeline_parallel_size": self.pipeline_parallel_size,
                 "pipeline_layers": list(self.pipeline_layers),
             }
+        if self.task != "generate":
+            plain |= {"task": self.task, "endpoints": list(ENDPOINTS[self.task])}
+        if self.step_tokens:
+            plain["max_num_batched_tokens"] = self.step_tokens
         return {**plain, "reasons": list(self.reasons), **spilled, "ranks": [rank.to_json() for rank in self.ranks]}
 
 

@@ -318,8 +318,8 @@ def _is_open(request: ModelRequest, seats: Seats, state: State) -> bool:
     """Returns whether `auto` may try vLLM on these GPUs. Stages are solved only where the weights alone would fit."""
     if request.config.stages > 1 and sum(available(*seat) for seat in seats) < request.weights:
         return False
-    # Within limits it takes a part of a GPU that it may share, and otherwise all of it.
-    return request.config.max_memory is not None or _is_unused(seats, state)
+    # Within limits, and within those of a pool, it takes a part of a GPU that it may share, and otherwise all of it.
+    return request.config.max_memory is not None or request.config.swaps is not None or _is_unused(seats, state)
 
 
 def _is_unused(seats: Seats, state: State) -> bool:

@@ -23,6 +23,7 @@ class PoolModel:
     `leases` are the ways in which it can be resident, in bytes by device, the best first, which is that of `model`.
     `residue` is what its process keeps of each device while it is parked. `copy_bytes` is what the copy of its weights
     takes of the slower tier, and 0 if it is stopped instead of parked, of which `stops_because` is the reason.
+    `still_bytes` is the most that requests which stand still take beside it.
     """
 
     model: ModelPlan
@@ -31,6 +32,7 @@ class PoolModel:
     copy_bytes: int
     stops_because: str
     times: SwapTimes
+    still_bytes: int = 0
 
     @property
     def title(self) -> str:
@@ -44,6 +46,7 @@ class PoolModel:
             "leases": [dict(lease) for lease in self.leases],
             "parked_bytes": {device: figure.bytes for device, figure in self.residue.items()},
             "copy_bytes": self.copy_bytes,
+            "still_bytes": self.still_bytes,
             "stops_because": self.stops_because or None,
             "guessed_wake_s": round(self.times.wake_s, 1),
             "guessed_start_s": round(self.times.start_s, 1),
@@ -74,8 +77,13 @@ class PoolPlan:
 
     @property
     def copies_bytes(self) -> int:
-        """Returns the bytes of the copies of all models that park."""
-        return sum(model.copy_bytes for model in self.models)
+        """Returns the most bytes of the copies of all models that park."""
+        return sum(model.copy_bytes + model.still_bytes for model in self.models)
+
+    @property
+    def still_bytes(self) -> int:
+        """Returns the part of `copies_bytes` that only requests which stand still take."""
+        return sum(model.still_bytes for model in self.models)
 
     @property
     def has_room_for_copies(self) -> bool | None:
@@ -104,6 +112,7 @@ class PoolPlan:
             "copies": {
                 "tier": self.tier,
                 "bytes": self.copies_bytes,
+                "still_bytes": self.still_bytes,
                 "budget_bytes": self.copies_budget,
                 "free_bytes": self.tier_free,
                 "fit": self.has_room_for_copies,
@@ -154,6 +163,17 @@ def stops_because(planned: ModelPlan, tier: str, copies_budget: int | None) -> s
     if copies_budget is not None and copy > copies_budget:
         return f"the copy of its weights takes {gib(copy)}, and all copies may take {gib(copies_budget)} of {tier}"
     return ""
+
+
+def still_bytes(planned: ModelPlan, copies_budget: int | None) -> int:
+    """Returns the most bytes that the copy of a parked model takes beside its weights, for the keys and values of
+    requests that stand still: all that its KV cache holds, or what the bounds of copies leave. vLLM copies none."""
+    if planned.backend == "vllm":
+        return 0
+    swaps = planned.config.swaps
+    own = None if swaps is None else swaps.host_memory
+    room = [bound - weights_of(planned) for bound in (own, copies_budget) if bound is not None]
+    return max(0, min([sum(rank.kv_cache.bytes for rank in planned.ranks), *room]))
 
 
 def weights_of(planned: ModelPlan) -> int:

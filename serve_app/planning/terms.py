@@ -170,6 +170,18 @@ def pt_layer(
     ]
 
 
+def pt_pooled(hidden: int, intermediate: int, element: int, tokens: int, longest: int) -> list[Term]:
+    """Returns what a step of pt has at once in one layer of a model that pools: `tokens` tokens, each of which sees at
+    most `longest`."""
+    width = (f"[6 × hidden_size {hidden} + 3 × intermediate_size {intermediate}]", 6 * hidden + 3 * intermediate)
+    columns = (("tokens of the longest input", longest), ("bytes of an element", element))
+    return [
+        Term("one layer for a step", (("tokens", tokens), width, ("bytes of an element", element))),
+        Term("masks of two kinds, and a copy of one", (("copies", 3), ("tokens", tokens), *columns)),
+        Term("states that are pooled", (("copies", 2), ("tokens", tokens), ("hidden_size", hidden), ("bytes", 4))),
+    ]
+
+
 def pt_head(rows: int, vocabulary: int, drafted: int = 0) -> list[Term]:
     """Returns the logits of a step of pt, with two copies for sampling, which is done for one token of each row at a
     time. Drafted tokens have logits and no copies."""

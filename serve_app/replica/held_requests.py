@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 import math
 import time
 from collections import deque
@@ -12,7 +11,9 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import EngineAway, EngineError, ModelUnavailable, RequestError
-from serve_app.wire.openai_errors import error_object, error_response
+from serve_app.wire.asgi import endpoint
+from serve_app.wire.error_events import error_event
+from serve_app.wire.openai_errors import error_response
 
 # These methods ask about the engine and need none of its memory.
 METHODS_WITHOUT_WORK = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -111,7 +112,6 @@ class HeldRequests:
 
     async def cut(self) -> None:
         """Ends all requests that run as those of a lost engine, which the router sends or continues again."""
-        self._app_for_questions = None
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
@@ -247,7 +247,7 @@ class _Cut:
         if not self._has_head:
             await _refuse(self._error, scope, receive, self._send)
         elif self._is_stream:
-            event = f"data: {json.dumps(error_object(self._error))}\n\n".encode()
+            event = error_event(endpoint(scope), self._error)
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
             raise RuntimeError(self._error.message)

@@ -151,6 +151,8 @@ class MemoryWatch:
                 self._metrics.told(devices, load, blocks)
                 if (counts := self._engine.draft_counts()) is not None:
                     self._metrics.drafted(counts)
+                if (prompts := self._engine.prompt_cache_counts()) is not None:
+                    self._metrics.prompted(prompts)
                 write_report(report)
 
     def _forget(self) -> None:

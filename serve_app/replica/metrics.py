@@ -1,10 +1,12 @@
 """Exports a model replica's metrics through Ray's own exporter, which adds the application and the replica."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ray.serve import metrics
 
 from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.replica.report import BlocksReport, DeviceReport
 
 
@@ -28,10 +30,13 @@ class ReplicaMetrics:
         by_place = "Drafted tokens that were accepted, by their place in the draft."
         self._by_place = metrics.Counter("vllm_spec_decode_num_accepted_tokens_per_pos", by_place, ("position",))
         self._told = DraftCounts()
+        self._prompts = _PromptCacheMetrics()
 
     def drafted(self, counts: DraftCounts) -> None:
         """Raises the counters of speculation to what the engine has counted since its start."""
         told = self._told
+        if counts.drafts < told.drafts:  # The engine was stopped and started.
+            told = DraftCounts()
         told.accepted_per_pos += [0] * (len(counts.accepted_per_pos) - len(told.accepted_per_pos))
         now = DraftCounts(
             counts.drafts, counts.draft_tokens, counts.accepted_tokens, list(counts.accepted_per_pos)
@@ -42,6 +47,10 @@ class ReplicaMetrics:
         for place, (count, before) in enumerate(zip(now.accepted_per_pos, told.accepted_per_pos, strict=True)):
             _raise(self._by_place, count - before, {"position": str(place)})
         self._told = now
+
+    def prompted(self, counts: PromptCacheCounts) -> None:
+        """Takes over what the prompt cache has counted since the engine's start, and what it holds."""
+        self._prompts.told(counts)
 
     def told(self, devices: Sequence[DeviceReport], load: float, blocks: BlocksReport) -> None:
         """Sets the gauges to what was measured last. It leaves out what is unknown, because that is not zero."""
@@ -54,6 +63,34 @@ class ReplicaMetrics:
             for gauge, size in ((self._planned, device.planned), (self._held, device.held), (self._peak, device.peak)):
                 if size is not None:
                     gauge.set(size, tags=tags)
+
+
+class _PromptCacheMetrics:
+    """These are of the texts that pt keeps for later prompts, of one replica."""
+
+    def __init__(self) -> None:
+        self._queries = metrics.Counter("serve_app_prompt_cache_queries", "Prompts that were looked up.")
+        self._hits = metrics.Counter("serve_app_prompt_cache_hits", "Prompts that began with a kept text.")
+        self._query_tokens = metrics.Counter("serve_app_prompt_cache_query_tokens", "Tokens of the prompts.")
+        self._hit_tokens = metrics.Counter("serve_app_prompt_cache_hit_tokens", "Tokens that were not computed again.")
+        self._evictions = metrics.Counter("serve_app_prompt_cache_evictions", "Texts that others needed the room of.")
+        self._texts = metrics.Gauge("serve_app_prompt_cache_texts", "Texts that are kept.")
+        self._bytes = metrics.Gauge("serve_app_prompt_cache_bytes", "Bytes of the host's memory that they take.")
+        self._counters = {
+            "queries": self._queries, "hits": self._hits, "query_tokens": self._query_tokens,
+            "hit_tokens": self._hit_tokens, "evictions": self._evictions,
+        }  # fmt: skip
+        self._told = PromptCacheCounts()
+
+    def told(self, counts: PromptCacheCounts) -> None:
+        """Raises the counters, and sets the gauges."""
+        now = replace(counts)  # The engine's thread counts on.
+        before = PromptCacheCounts() if now.queries < self._told.queries else self._told  # It was started again.
+        for name, counter in self._counters.items():
+            _raise(counter, getattr(now, name) - getattr(before, name))
+        self._texts.set(now.texts)
+        self._bytes.set(now.bytes)
+        self._told = now
 
 
 class SwapMetrics:

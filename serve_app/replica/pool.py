@@ -25,7 +25,7 @@ from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
 from serve_app.planning.plan import ModelPlan
-from serve_app.planning.pool import COPIES_SHARE, residue
+from serve_app.planning.pool import COPIES_SHARE, residue, still_bytes
 from serve_app.replica.replica_plan import NODE, plan_alone, with_planned_memory
 from serve_app.replica.swapping_engine import Seat, SwappingEngine
 from serve_app.residency.keeper import PoolSettings, RayKeeper
@@ -67,10 +67,19 @@ class PoolMember:
         weights = sum(rank.weights.bytes for rank in self.planned.ranks)
         seats = [Seat(seat.lease, partial(self._make, seat.planned, name), seat.residue) for seat in self.seats]
         is_pt = self.config.infer_backend == "pt"
+        still = still_bytes(self.planned, host_budget(self.swaps, self.config.device == "cpu"))
         most = sequences(self.config) if is_pt else math.inf
         # A process keeps CUDA's context for as long as it lives. That of vLLM's engine ends with it.
         return SwappingEngine(
-            name, replica, self.swaps, seats, weights, self.keeper, keeps_residue=is_pt, most_running=most
+            name,
+            replica,
+            self.swaps,
+            seats,
+            weights,
+            self.keeper,
+            keeps_residue=is_pt,
+            most_running=most,
+            still=still,
         )
 
     def _make(self, planned: ModelPlan, name: str) -> Engine:

@@ -73,11 +73,12 @@ class ReplicaReport:
 @dataclass(frozen=True)
 class ResidencyReport:
     """This is the state of a replica that shares its memory with others (`residency/member.py`), the name of its pool,
-    and the measured seconds that it takes to become resident once it may."""
+    and the seconds that it takes to become resident once it may, which were measured unless they are a guess."""
 
     state: str
     pool: str
     ready_in_s: float
+    is_guess: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from starlette.types import ASGIApp
 
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Engine, Parking
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
-from serve_app.errors import AdapterError, EngineError, ServeAppError
+from serve_app.errors import AdapterError, EngineError, ServeAppError, StillTooLarge
 from serve_app.model_fields import ResidencyConfig
 from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.metrics import SwapMetrics
@@ -51,7 +52,8 @@ class Seat:
 class SwappingEngine:
     """Runs the engine of one replica while it has a lease.
 
-    `weights` are the bytes of a copy of its weights, as planned. What it keeps of devices while it is parked, it keeps
+    `weights` are the bytes of a copy of its weights, as planned, and `still` those that keys and values of requests
+    which stand still may take beside it. What it keeps of devices while it is parked, it keeps
     when it is stopped too if it `keeps_residue`. `most_running` is the number of requests that the engine takes at
     once, and `replica` is the replica's name, which no other one has.
     """
@@ -67,15 +69,17 @@ class SwappingEngine:
         clock: Callable[[], float] = time.monotonic,
         keeps_residue: bool = False,
         most_running: float = math.inf,
+        still: int = 0,
     ):
         self._name, self._replica, self._swaps, self._clock = name, replica, swaps, clock
-        self._seats, self._weights = list(seats), weights
+        self._seats, self._weights, self._still = list(seats), weights, still
         self._residue, self._keeps_residue = seats[0].residue, keeps_residue
         self._seat: Seat | None = None
         self._state: State = "stopped"
         self._has_copy = False
         self._may_park = swaps.host_memory is None or swaps.host_memory >= weights
         self._start_s, self._wake_s, self._leave_s = FIRST_START_S, FIRST_WAKE_S, FIRST_LEAVE_S
+        self._guessed: set[State] = {"parked", "stopped"}  # It has not come back from these yet.
         self._engine: Engine | None = None
         self._app: ASGIApp | None = None
         self._failure: ServeAppError | None = None
@@ -93,7 +97,7 @@ class SwappingEngine:
 
     async def start(self) -> ASGIApp:
         """Joins the pool, waits until the engine has been loaded for the first time, and returns the application."""
-        self._lock = LifeLock(self._replica)
+        self._lock = LifeLock(self._replica, self._swaps.pool, self._name)
         self._first = asyncio.get_running_loop().create_future()
         self._first_since = self._clock()
         await self._holder.start()
@@ -111,10 +115,11 @@ class SwappingEngine:
         return self._state
 
     def residency(self) -> ResidencyReport:
-        """Returns its state for `serve-app status`, with the seconds until it is resident once it may
-        be, as they were measured last, or a guess before that."""
+        """Returns its state for `serve-app status`, with the seconds until it is resident once it may be, as they were
+        measured last, or as a guess before that."""
         seconds = {"parked": self._wake_s, "stopped": self._start_s}.get(self._state, 0.0)
-        return ResidencyReport(self._state, self._swaps.pool, round(seconds, 2))
+        is_guess = self._state in self._guessed
+        return ResidencyReport(self._state, self._swaps.pool, round(seconds, 2), is_guess)
 
     async def check_health(self) -> None:
         """Raises EngineError if the engine has failed, or the pool has refused the replica."""
@@ -141,6 +146,10 @@ class SwappingEngine:
     def draft_counts(self) -> DraftCounts | None:
         """Returns the engine's, or None while there is no engine."""
         return None if self._engine is None else self._engine.draft_counts()
+
+    def prompt_cache_counts(self) -> PromptCacheCounts | None:
+        """Returns the engine's, or None while there is no engine."""
+        return None if self._engine is None else self._engine.prompt_cache_counts()
 
     def parking(self) -> Parking | None:
         """Returns None, because only the keeper has it parked."""
@@ -198,8 +207,9 @@ class SwappingEngine:
         parks = self._may_park and (self._engine is None or self._engine.parking() is not None)
         return Terms(
             self._replica, self._name, tuple(seat.lease for seat in options if seat is not None),
-            self._weights if parks else 0, self._wake_s, self._start_s, self._leave_s, swaps.min_resident_s,
-            swaps.drain_s, swaps.priority, self._residue, self._keeps_residue, self._process,
+            self._weights + self._still if parks else 0, self._wake_s, self._start_s, self._leave_s,
+            swaps.min_resident_s, swaps.drain_s, swaps.priority, self._residue, self._keeps_residue, self._process,
+            "parked" in self._guessed, "stopped" in self._guessed,
         )  # fmt: skip
 
     async def _obey(self, order: Order) -> None:
@@ -220,7 +230,8 @@ class SwappingEngine:
 
     async def _wake(self, lease: Bytes) -> None:
         begin, was = self._clock(), self._state
-        self._state, self._lease = "waking", lease
+        self._state = "waking"
+        self._hold(lease)
         self._changed()
         if self._engine is None:
             self._seat = next(seat for seat in self._seats if dict(seat.lease) == dict(lease))
@@ -237,6 +248,7 @@ class SwappingEngine:
             self._wake_s = took
         else:
             self._start_s = took
+        self._guessed.discard(was)
         self._state = "resident"
         assert self._app is not None, "the engine has started"
         self._requests.open(self._app)
@@ -267,7 +279,8 @@ class SwappingEngine:
         begin = self._clock()
         if parks and await self._parked():
             self._requests.stand_still()
-            self._state, self._has_copy, self._lease = "parked", True, self._residue
+            self._state, self._has_copy = "parked", True
+            self._hold(self._residue)
         else:
             if not has_ended:
                 await self._requests.cut()
@@ -283,7 +296,12 @@ class SwappingEngine:
         if parking is None:
             return False
         try:
-            await parking.park()
+            try:
+                await parking.park(self._still)
+            except StillTooLarge as error:
+                say(f"'{self._name}' sends requests that run back to the router: {error}")
+                await self._requests.cut()
+                await parking.park(self._still)
         except EngineError as error:
             logger.warning("'%s' cannot park and is stopped instead: %s", self._name, error)
             return False
@@ -304,7 +322,13 @@ class SwappingEngine:
         if engine is not None:
             await engine.stop()
         self._state, self._has_copy = "stopped", False
-        self._lease = self._residue if self._keeps_residue else {}
+        self._hold(self._residue if self._keeps_residue else {})
+
+    def _hold(self, lease: Bytes) -> None:
+        """Sets what the replica holds. Its lock says so too, to whoever comes after its node of Ray has died."""
+        self._lease = lease
+        if self._lock is not None:
+            self._lock.hold(lease)
 
     async def _fail(self, error: Exception) -> None:
         logger.exception("'%s' has lost its engine.", self._name)

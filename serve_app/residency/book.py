@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from serve_app.planning.sizes import gib
+from serve_app.residency.life_lock import Holding
 from serve_app.residency.member import Bytes, Demand, Member, Pool, State, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake, decide, fits_alone, longest_wait_s
 
@@ -65,6 +66,10 @@ class Book:
         """Returns the bound of the policy for these replicas."""
         return longest_wait_s(entry.member for entry in self._entries.values())
 
+    def member(self, replica: str) -> Member:
+        """Returns a replica of the pool, as it will be once it has its orders."""
+        return self._entries[replica].member
+
     def knows(self, replica: str) -> bool:
         """Returns whether the replica has joined this keeper."""
         entry = self._entries.get(replica)
@@ -90,6 +95,14 @@ class Book:
         demand = Demand(last_used=now)
         member = Member(terms, record["state"], now, record["lease"], record["has_copy"], demand)
         self._entries[terms.replica] = _Entry(member, is_known=False)
+
+    def add_left_behind(self, holding: Holding, now: float) -> None:
+        """Counts what a replica of a dead node of Ray still holds on this machine, until it has ended."""
+        terms = Terms(
+            holding.replica, holding.model, (holding.lease,), 0, 0.0, 0.0, 0.0, 0.0, 0.0, process=holding.process
+        )
+        member = Member(terms, "draining", now, dict(holding.lease), demand=Demand(last_used=now))
+        self._entries.setdefault(holding.replica, _Entry(member, is_known=False))
 
     def records(self) -> list[dict[str, Any]]:
         """Returns what another keeper must know of each replica if this one dies, as JSON has it."""

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 from serve_app.ray_serve import NAMESPACE
 from serve_app.residency.book import Book, Decision, Report
+from serve_app.residency.counted import Counted
 from serve_app.residency.lease_records import PoolName, RayRecords, Records, remove_dead
-from serve_app.residency.life_lock import Process, lives
+from serve_app.residency.life_lock import Holding, Process, left_behind, lives
 from serve_app.residency.member import Bytes, Member, Pool
 from serve_app.residency.policy import Order, waiters
 
@@ -85,6 +86,7 @@ class KeeperActor:
         records: Records | None = None,
         lives: Callable[[str, Process], bool] = lives,
         clock: Callable[[], float] = time.monotonic,
+        left_behind: Callable[[str], list[Holding]] = left_behind,
     ):
         self._name, self._records, self._lives, self._clock = name, records or RayRecords(), lives, clock
         self._settings = settings
@@ -95,8 +97,13 @@ class KeeperActor:
         self._decisions: deque[Decision] = deque(maxlen=MOST_DECISIONS)
         self._alone_since = clock()
         self._looked_for_deaths = clock()
-        for record in json.loads(self._records.read(name.key) or "[]"):
+        found = json.loads(self._records.read(name.key) or "[]")
+        self._counted = Counted(found)
+        for record in found:
             self._book.restore(record, clock())
+        for holding in left_behind(name.pool):
+            logger.info("'%s' of an earlier node of Ray still ends, and what it holds is not free yet.", holding.model)
+            self._book.add_left_behind(holding, clock())
         # Ray runs this on the actor's loop. It must not wait for a call, since all replicas may have died too.
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
@@ -118,11 +125,12 @@ class KeeperActor:
         return True
 
     async def orders(self, run: str, replica: str) -> list[Order] | None:
-        """See `Keeper.orders`. An order is given out only once its lease is written down."""
+        """See `Keeper.orders`. An order is given out only once all that it allows is written down. One that only gives
+        back waits for nothing."""
         try:
             async with asyncio.timeout(POLL_S), self._news:
                 while run == self._run and self._book.knows(replica):
-                    if self._book.has_orders(replica) and self._is_saved:
+                    if self._book.has_orders(replica) and self._counted.covers(self._book.member(replica)):
                         return self._book.take(replica)
                     await self._news.wait()
         except TimeoutError:
@@ -156,7 +164,12 @@ class KeeperActor:
             self._decisions.append(decision)
             logger.info("%s", decision.reason)
         self._is_saved = self._record() == self._written
+        if decisions:  # Who leaves need not wait until that is written.
+            await self._notify()
         await self._save()
+        await self._notify()
+
+    async def _notify(self) -> None:
         async with self._news:
             self._news.notify_all()
 
@@ -164,10 +177,11 @@ class KeeperActor:
         return json.dumps(self._book.records()).encode()
 
     async def _save(self) -> None:
-        """Writes all leases down in one piece. No order goes out before that. Ray's store blocks, so a thread waits for
-        it."""
+        """Writes all leases down in one piece. Ray's store blocks, so a thread waits for it."""
         async with self._writing:
             if (record := self._record()) != self._written:
+                records = self._book.records()
+                self._counted.begin(records)
                 try:
                     await asyncio.to_thread(self._records.write, self._name.key, record)
                 except Exception as error:  # Ray's head may be restarting.
@@ -175,6 +189,7 @@ class KeeperActor:
                         logger.warning("The pool '%s' waits for Ray's store: %s", self._name.pool, error)
                     self._is_warned = True
                     return
+                self._counted.end(records)
                 self._written, self._is_warned = record, False
             self._is_saved = (
                 self._record() == self._written

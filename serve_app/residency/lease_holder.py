@@ -12,11 +12,13 @@ from dataclasses import replace
 from serve_app.errors import EngineError
 from serve_app.residency.book import Report
 from serve_app.residency.keeper import Keeper
+from serve_app.residency.member import State
 from serve_app.residency.policy import Order
 
 logger = logging.getLogger("ray.serve")
 
-# These are seconds: between two tries to reach the keeper, between two updates, and for the goodbye.
+# These are seconds: between two tries to reach the keeper, between two updates that nobody waits for, and for the
+# goodbye.
 TRY_AGAIN_S, UPDATE_EVERY_S, LEAVE_TIMEOUT_S = 0.5, 0.05, 5.0
 # A replica that starts gives up after so many seconds without an answer of the keeper.
 JOIN_TIMEOUT_S = 300.0
@@ -37,7 +39,8 @@ class LeaseHolder:
         self._run: str | None = None
         self._orders_seen = 0
         self._is_obeying = False
-        self._change = asyncio.Event()
+        self._change, self._is_urgent = asyncio.Event(), asyncio.Event()
+        self._last_told: tuple[State, bool] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -53,8 +56,11 @@ class LeaseHolder:
         self._tasks = [asyncio.create_task(self._listen(run)), asyncio.create_task(self._tell())]
 
     def changed(self) -> None:
-        """Says that the report is another one now."""
+        """Says that the report is another one now. The keeper is told at once of another state and of the first request
+        that waits, because others wait for these, and of the rest after a moment."""
         self._change.set()
+        if _urgent(self._report()) != self._last_told:
+            self._is_urgent.set()
 
     def require_alive(self) -> None:
         """Raises EngineError if the pool does not take the replica any more, as after a change of its memory."""
@@ -122,16 +128,26 @@ class LeaseHolder:
         while True:
             await self._change.wait()
             self._change.clear()
+            self._is_urgent.clear()
             if not await self._told():
                 self._change.set()  # It is told again once the other task has joined.
                 await asyncio.sleep(TRY_AGAIN_S)
-            await asyncio.sleep(UPDATE_EVERY_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(UPDATE_EVERY_S):
+                    await self._is_urgent.wait()
 
     async def _told(self) -> bool:
         if self._run is None:
             return False
+        report = replace(self._report(), orders_seen=self._orders_seen)
+        self._last_told = _urgent(report)
         try:
-            return await self._keeper.update(self._run, replace(self._report(), orders_seen=self._orders_seen))
+            return await self._keeper.update(self._run, report)
         except Exception as error:
             logger.debug("The keeper of the pool does not answer: %s", error)
             return False
+
+
+def _urgent(report: Report) -> tuple[State, bool]:
+    """Returns the part of a report for whose change other replicas or clients wait."""
+    return report.state, report.waiting > 0

@@ -19,8 +19,9 @@ class Terms:
     Each of `options` is a lease with which it can run, the best first. `host_bytes` is what its copy takes of the
     host's memory, and 0 if it cannot park and is stopped instead. `residue` is what it keeps of the devices while it is
     parked, such as CUDA's context, and `keeps_residue` says that its process keeps that even when it is stopped.
-    `wake_s` and `start_s` are the measured seconds until it is resident from parked and from stopped, and `leave_s`
-    those in which it frees its memory once its requests have ended. A busy replica that must leave has `drain_s`
+    `wake_s` and `start_s` are the seconds until it is resident from parked and from stopped, measured or, as
+    `wake_is_guess` and `start_is_guess` say, guessed. `leave_s` are those in which it frees its memory once its
+    requests have ended. A busy replica that must leave has `drain_s`
     seconds for the requests that run. Each step of `priority` makes it count twice as much as one that is otherwise
     alike. `process` is its process: the pid, and when that started in seconds since 1970.
     """
@@ -38,6 +39,8 @@ class Terms:
     residue: Bytes = field(default_factory=dict)
     keeps_residue: bool = False
     process: tuple[int, float] = (0, 0.0)
+    wake_is_guess: bool = False
+    start_is_guess: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from serve_app.config import ModelConfig
-from serve_app.facts.inventory import Device, Inventory
+from serve_app.facts.inventory import Device, Inventory, as_empty
 from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import GIB, MIB, reserve
@@ -16,12 +16,13 @@ from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.no_device import no_device
 from serve_app.planning.plan import Change, Fix, ModelPlan, Plan, Problem
 from serve_app.planning.planner import make_plan
-from serve_app.planning.pool import PoolModel, PoolPlan, residue, residue_of, stops_because, weights_of
+from serve_app.planning.pool import PoolModel, PoolPlan, residue, residue_of, still_bytes, stops_because, weights_of
 from serve_app.planning.resident_sets import ResidentSets, resident_sets
 from serve_app.planning.sizes import gib
 from serve_app.planning.swap_times import guessed_times
 from serve_app.residency.member import Member, Terms
 from serve_app.residency.policy import longest_wait_s
+from serve_app.residency.pool_backend import with_backend
 from serve_app.residency.pool_plan import plan_in_pool
 from serve_app.residency.rooms import Room, counted, left_by, room_for_copies, rooms_of, without_pool
 
@@ -48,10 +49,11 @@ def pool_problems(configs: Mapping[str, ModelConfig]) -> list[str]:
 def plan_file(requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
     """Returns the plan of all models with fixes. Models that swap are in its `pools`, and those that do not fit are
     among its problems."""
-    swapping = _by_pool(requests)
-    if not swapping:
+    if not any(request.config.swaps for request in requests):
         return with_fixes(make_plan(requests, inventory), requests, inventory)
     whole = counted(requests, inventory)
+    requests, undecided = _with_backends(requests, whole)
+    swapping = _by_pool(requests)
     pinned = [request for request in requests if request.config.swaps is None]
     named = {name: group for name, group in swapping.items() if _swaps(group[0]).pool_memory is not None}
     placed, left = _placed(named, whole, (), whole.devices)
@@ -61,7 +63,23 @@ def plan_file(requests: Sequence[ModelRequest], inventory: Inventory) -> Plan:
     found = [*placed, *others]
     pools = tuple(pool for pool, _ in found if pool is not None)
     problems = tuple(problem for _, problems in found for problem in problems)
-    return replace(plan, devices=whole.devices, problems=(*plan.problems, *problems), pools=pools)
+    return replace(plan, devices=whole.devices, problems=(*plan.problems, *undecided, *problems), pools=pools)
+
+
+def _with_backends(requests: Sequence[ModelRequest], inventory: Inventory) -> tuple[list[ModelRequest], list[Problem]]:
+    """Returns the models that swap with their backends, the others as they are, and a problem for each of the former
+    that has none. Devices count as if they were empty, as they do when the model is deployed."""
+    found, problems = [], []
+    empty = as_empty(inventory).devices
+    for request in requests:
+        swaps = request.config.swaps
+        rooms = [] if swaps is None else rooms_of(swaps, request.config.device == "cpu", empty)
+        chosen, problem = (request, "") if swaps is None else with_backend(request, rooms)
+        if problem:
+            problems.append(Problem("infer_backend", request.name, problem))
+        else:
+            found.append(chosen)
+    return found, problems
 
 
 # A pool with its problems. There is no pool if no node has a place for it.
@@ -177,7 +195,8 @@ def _model(planned: ModelPlan, request: ModelRequest, room: Room, copies_budget:
     times = guessed_times(planned.backend, weights, on_gpu, parks)
     copy = weights if parks else 0
     leases = (_lease(planned), *_elsewhere(planned, request, room))
-    return PoolModel(planned, leases, residue(planned) if parks else {}, copy, reason, times)
+    still = still_bytes(planned, copies_budget) if parks else 0
+    return PoolModel(planned, leases, residue(planned) if parks else {}, copy, reason, times, still)
 
 
 def _lease(planned: ModelPlan) -> dict[str, int]:
@@ -218,7 +237,8 @@ def _member(model: PoolModel) -> Member:
     assert swaps is not None, "the model of a pool swaps"
     times = model.times
     terms = Terms(
-        model.title, model.model.name, model.leases, model.copy_bytes, times.wake_s, times.start_s, times.leave_s,
+        model.title, model.model.name, model.leases, model.copy_bytes + model.still_bytes,
+        times.wake_s, times.start_s, times.leave_s,
         swaps.min_resident_s, swaps.drain_s, swaps.priority,
         {device: figure.bytes for device, figure in model.residue.items()},
     )  # fmt: skip

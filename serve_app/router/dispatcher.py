@@ -202,13 +202,13 @@ class Dispatcher:
     @asynccontextmanager
     async def _waking(self, exchange: Exchange, name: str) -> AsyncIterator[None]:
         """Tells a client that asked for comments if the replica has to become resident before it answers."""
-        wake_s = (
-            self._residency.wake_s(self._directory.application(name)) if exchange.downstream.wants_comments else None
-        )
-        if wake_s is None:
+        is_told = exchange.downstream.wants_comments
+        wake = self._residency.wake(self._directory.application(name)) if is_told else None
+        if wake is None:
             yield
             return
-        text = f"waking '{name}', which takes about {wake_s:.1f} s once it is its turn"
+        guess = " (a guess)" if wake.is_guess else ""
+        text = f"waking '{name}', which takes about {wake.seconds:.1f} s{guess} once it is its turn"
         async with commented(exchange.downstream, lambda: text):
             yield
 

@@ -1,7 +1,6 @@
 """Sends the answer back to the client: its head, the pieces of the body, and what went wrong on the way."""
 
 import asyncio
-import json
 from collections.abc import Coroutine
 from typing import Any
 
@@ -10,8 +9,8 @@ from starlette.types import Message, Send
 from serve_app.access.gate import refusal
 from serve_app.errors import ClientGone, DeadlineExceeded, RequestError
 from serve_app.router.timing import Timing
+from serve_app.wire.error_events import error_event, refusal_event
 from serve_app.wire.headers import Headers
-from serve_app.wire.openai_errors import error_object
 from serve_app.wire.usage import UsageMeter
 
 # These headers belong to a connection and not to the message (RFC 9110, 7.6.1), and the length is set anew.
@@ -33,8 +32,9 @@ class Downstream:
     and `is_early` that the head was sent with the first such comment.
     """
 
-    def __init__(self, send: Send, timing: Timing):
+    def __init__(self, send: Send, timing: Timing, path: str = ""):
         self._send = send
+        self._path = path
         self._timing = timing
         self._extra_headers: Headers = ()
         self.meter = UsageMeter()
@@ -81,19 +81,19 @@ class Downstream:
         """Ends a stream with these events, and with its times as a comment. Raises DeadlineExceeded as `end` does."""
         await _last_words(self.pass_on(events), self._end(self._times()))
 
-    async def end_with_error(self, error: RequestError) -> None:
+    async def end_with_error(self, error: RequestError, sequence_number: int = 0) -> None:
         """Ends a stream with an event that says what went wrong, and with its times if a model has begun it.
 
-        Raises DeadlineExceeded as `end` does.
+        `sequence_number` is the event's number in an API that numbers them. Raises DeadlineExceeded as `end` does.
         """
         self.error_status, self.error_code = error.status, error.code
-        event = b"data: %s\n\n" % json.dumps(error_object(error)).encode()
+        event = error_event(self._path, error, sequence_number)
         await _last_words(self.pass_on(event), self._end(self._times() if self._timing.first else b""))
 
     async def end_with_refusal(self, status: int, text: bytes) -> None:
         """Ends a stream that has only comments with the model's refusal as its event. Raises DeadlineExceeded."""
         self.error_status = status
-        await _last_words(self.pass_on(b"data: %s\n\n" % text), self._end())
+        await _last_words(self.pass_on(refusal_event(self._path, status, text)), self._end())
 
     async def fail(self, error: RequestError) -> None:
         """Reports an error in the way that is left: as an answer before the head, and as an event if the head was sent

@@ -11,10 +11,12 @@ is, because it would be the same everywhere.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from serve_app.errors import EngineAway, ModelUnavailable
 from serve_app.router.transcript import events
+from serve_app.wire.error_events import error_of
 
 LOST_STATUSES = frozenset({502, 503, 504})
 VLLM_DEAD = "EngineCore encountered an issue"
@@ -38,11 +40,10 @@ def is_away(piece: bytes) -> bool:
     )
 
 
-def _errors(piece: bytes) -> list[dict[str, Any]]:
+def _errors(piece: bytes) -> list[Mapping[str, Any]]:
     if b'"error"' not in piece:
         return []
-    errors = [event["error"] for event in events(piece) if isinstance(event, dict) and "error" in event]
-    return [error for error in errors if isinstance(error, dict)]
+    return [error for event in events(piece) if (error := error_of(event)) is not None]
 
 
 def _body_error(piece: bytes) -> list[dict[str, Any]]:

@@ -24,5 +24,5 @@ class Exchange:
     def begin(cls, request_id: str, path: str, send: Send, metrics: RouterMetrics) -> "Exchange":
         """Returns the exchange of a new request. `send` leads back to its client."""
         timing = Timing()
-        downstream = Downstream(send, timing)
+        downstream = Downstream(send, timing, path)
         return cls(timing, downstream, RequestRecord(request_id, path, timing, downstream, metrics))

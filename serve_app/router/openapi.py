@@ -30,11 +30,45 @@ _MESSAGE = {
 }
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, _IDS]}
+_SEVERAL = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
+_TURNS = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"enum": ["user", "assistant"]}, "content": _TEXT},
+    },
+}
+_SAMPLING_OF_MESSAGES: Mapping[str, Schema] = {
+    **{name: _GENERATION[name] for name in ("max_tokens", "temperature", "top_p", "stream")},
+    "stop_sequences": {"type": "array", "items": _TEXT, "maxItems": 4},
+    "top_k": {"type": "integer", "minimum": 0},
+}
 # These are each body's own fields, and those of them that it requires.
 _BODIES: Mapping[str, tuple[Mapping[str, Schema], list[str]]] = {
     "Chat": ({"messages": {"type": "array", "items": _MESSAGE, "minItems": 1}, **_GENERATION}, ["messages"]),
     "Completion": ({"prompt": _PROMPT, **_GENERATION}, ["prompt"]),
-    "Embedding": ({"input": _PROMPT, "encoding_format": {"enum": ["float", "base64"]}}, ["input"]),
+    "Embedding": (
+        {"input": _PROMPT, "encoding_format": {"enum": ["float", "base64"]}, "dimensions": _COUNT},
+        ["input"],
+    ),
+    "Score": ({"queries": _SEVERAL, "documents": _SEVERAL}, ["queries", "documents"]),
+    "Rerank": (
+        {"query": _TEXT, "documents": _SEVERAL, "top_n": {"type": "integer", "minimum": 0}},
+        ["query", "documents"],
+    ),
+    "Messages": ({"messages": _TURNS, "system": _TEXT, **_SAMPLING_OF_MESSAGES}, ["messages", "max_tokens"]),
+    "CountTokens": ({"messages": _TURNS, "system": _TEXT}, ["messages"]),
+    "Responses": (
+        {
+            "input": {"anyOf": [_TEXT, {"type": "array", "items": _MESSAGE, "minItems": 1}]},
+            "instructions": _TEXT,
+            "max_output_tokens": _COUNT,
+            **{name: _GENERATION[name] for name in ("temperature", "top_p", "stream", "user")},
+        },
+        ["input"],
+    ),
     "Tokenize": ({"prompt": _TEXT, "add_special_tokens": {"type": "boolean"}}, ["prompt"]),
     "Detokenize": ({"tokens": _IDS}, ["tokens"]),
 }
@@ -45,7 +79,31 @@ _OPERATIONS = (
     Operation("GET", "/v1/models/{name}", "Returns one model of the list."),
     Operation("POST", "/v1/chat/completions", "Answers a chat.", reference("Chat"), streams=True),
     Operation("POST", "/v1/completions", "Continues a text.", reference("Completion"), streams=True),
+    Operation(
+        "POST",
+        "/v1/messages",
+        "Answers a chat (Anthropic).",
+        reference("Messages"),
+        streams=True,
+        error="MessagesError",
+    ),
+    Operation(
+        "POST",
+        "/v1/messages/count_tokens",
+        "Counts the tokens of a chat's prompt.",
+        reference("CountTokens"),
+        error="MessagesError",
+    ),
+    Operation("POST", "/v1/responses", "Answers a chat. Nothing is stored.", reference("Responses"), streams=True),
     Operation("POST", "/v1/embeddings", "Returns the vectors of texts.", reference("Embedding")),
+    *(
+        Operation("POST", path, "Returns a score for each pair of texts.", reference("Score"))
+        for path in ("/score", "/v1/score")
+    ),
+    *(
+        Operation("POST", path, "Orders documents by how well they fit a query.", reference("Rerank"))
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank")
+    ),
     Operation("POST", "/tokenize", "Returns the token ids of a text.", reference("Tokenize")),
     Operation("POST", "/detokenize", "Returns the text of token ids.", reference("Detokenize")),
     Operation("GET", "/openapi.json", "Returns this document."),

@@ -12,8 +12,8 @@ from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
 from serve_app.router.dispatcher import Dispatcher
 from serve_app.router.engine_loss import is_away, is_lost_event
 from serve_app.router.exchange import Exchange
-from serve_app.router.resume import Resumed
-from serve_app.router.transcript import Transcript, WholeEvents, may_resume
+from serve_app.router.resume import Resumed, transcript_of
+from serve_app.router.transcript import Transcript, WholeEvents
 from serve_app.router.upstream.protocol import Answer, NotOpen, ReplicaLost, is_stream
 from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.body_threads import beside_loop
@@ -90,7 +90,7 @@ class Relay:
 
     async def _events(self, answer: Answer) -> None:
         """Passes on a stream of events. If it cannot continue, its last event says why."""
-        transcript = Transcript() if may_resume(self._request.path) and answer.status == 200 else None
+        transcript = transcript_of(self._request.path) if answer.status == 200 else None
         current: Resumed | None = Resumed(answer, None)
         try:
             while current is not None and current.answer is not None:
@@ -101,7 +101,10 @@ class Relay:
                     await current.answer.close()
                     current = await self._resumed(transcript, error)
         except RequestError as error:
-            await self._downstream.end_with_error(error)  # The client may be the one that does not read.
+            if transcript is not None:
+                transcript.read()
+            sequence = 0 if transcript is None else transcript.sequence
+            await self._downstream.end_with_error(error, sequence)  # The client may be the one that does not read.
             return
         finally:
             if current is not None and current.answer is not None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve_app.residency.lease_records import PoolName, read_pools
 
@@ -13,6 +13,13 @@ logger = logging.getLogger("ray.serve")
 READ_EVERY_S = 1.0
 
 Pools = Mapping[PoolName, Sequence[Mapping[str, Any]]]
+
+
+class Wake(NamedTuple):
+    """Says how many seconds a model takes to become resident, and whether that was only guessed."""
+
+    seconds: float
+    is_guess: bool
 
 
 class Residency:
@@ -44,13 +51,13 @@ class Residency:
         """Returns the states of the replicas of each model that shares memory, by the model's name."""
         return {name: [record["state"] for record in records] for name, records in self._replicas.items()}
 
-    def wake_s(self, name: str) -> float | None:
-        """Returns the measured seconds that the model takes to become resident once it is its turn, or None if a
-        replica of it is resident, or if the model does not share memory."""
+    def wake(self, name: str) -> Wake | None:
+        """Returns how long the model takes to become resident once it is its turn, or None if a replica of it is
+        resident, or if the model does not share memory."""
         records = self._replicas.get(name, [])
         if not records or any(record["state"] == "resident" for record in records):
             return None
-        return min(_seconds(record) for record in records)
+        return min(map(_wake, records))
 
 
 def _by_model(pools: Pools) -> dict[str, list[Mapping[str, Any]]]:
@@ -61,7 +68,8 @@ def _by_model(pools: Pools) -> dict[str, list[Mapping[str, Any]]]:
     return found
 
 
-def _seconds(record: Mapping[str, Any]) -> float:
+def _wake(record: Mapping[str, Any]) -> Wake:
     """Returns how long a replica takes from its state. One that leaves has to leave first."""
-    terms = record["terms"]
-    return float(terms["wake_s"] if record["state"] in ("parked", "draining") else terms["start_s"])
+    terms, way = record["terms"], "wake" if record["state"] in ("parked", "draining") else "start"
+    # A keeper of an earlier version did not say what is a guess.
+    return Wake(float(terms[f"{way}_s"]), bool(terms.get(f"{way}_is_guess", False)))

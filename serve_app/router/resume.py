@@ -1,20 +1,23 @@
 """Continues a lost stream: asks a replica for the token ids of what was sent, and then for the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from serve_app.errors import InvalidRequest
+from serve_app.router import messages_transcript, responses_transcript
 from serve_app.router.engine_loss import is_lost_status
+from serve_app.router.messages_transcript import MessagesTranscript
+from serve_app.router.responses_transcript import ResponsesTranscript
 from serve_app.router.transcript import (
     CannotResume,
-    Continuation,
+    Continued,
     Kind,
+    Repeated,
     Transcript,
     continuation,
-    ending,
     kind_of,
     prompt_request,
 )
@@ -23,16 +26,35 @@ from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.census import decode_body
 
+CHAT = "/v1/chat/completions"
+# The transcript of a stream of each endpoint that can be continued.
+TRANSCRIPTS: Mapping[str, type[Transcript]] = {
+    CHAT: Transcript,
+    "/v1/completions": Transcript,
+    messages_transcript.PATH: MessagesTranscript,
+    responses_transcript.PATH: ResponsesTranscript,
+}
+# How a request to these endpoints is written as one to chat completions.
+CHATS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    messages_transcript.PATH: messages_transcript.chat_of,
+    responses_transcript.PATH: responses_transcript.chat_of,
+}
 JSON_HEADERS = [(b"content-type", b"application/json"), (b"accept", b"application/json")]
 
 
 class Resumed:
     """How a stream continues: with an `answer` to be rewritten or, if it was complete, with its `last` events."""
 
-    def __init__(self, answer: Answer | None, rest: Continuation | None, last: bytes = b""):
+    def __init__(self, answer: Answer | None, rest: Continued | None, last: bytes = b""):
         self.answer = answer
         self.rest = rest
         self.last = last
+
+
+def transcript_of(path: str) -> Transcript | None:
+    """Returns an empty transcript for a stream of this endpoint, or None if it cannot be continued."""
+    kind = TRANSCRIPTS.get(path)
+    return None if kind is None else kind()
 
 
 async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript: Transcript) -> Resumed:
@@ -42,6 +64,8 @@ async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript
         return Resumed(None, None)
     if not transcript.started:  # The client has nothing yet, so the whole request is sent again.
         return Resumed(await _accepted(upstream, name, request), None)
+    if not (transcript.has_output or transcript.problem):
+        return Resumed(await _accepted(upstream, name, request), Repeated(transcript))
     size = len(request.body) + len(transcript.text)
     kind, asked = await beside_loop(size, partial(_asked, request))
     if transcript.problem:
@@ -51,7 +75,7 @@ async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript
     continued = partial(continuation, kind, asked, transcript, prompt_ids, text_ids, max_model_len)
     rest = await beside_loop(size, continued)
     if rest is None or transcript.finish_reason is not None:
-        return Resumed(None, None, ending(kind, asked, transcript, len(prompt_ids), len(text_ids)))
+        return Resumed(None, None, transcript.ending(kind, asked, len(prompt_ids), len(text_ids)))
     return Resumed(await caller.stream("/v1/completions", rest.body), rest)
 
 
@@ -63,7 +87,15 @@ def _asked(request: HttpRequest) -> tuple[Kind, Mapping[str, Any]]:
         raise CannotResume(error.message) from None
     if not isinstance(asked, dict):
         raise CannotResume("the request is not a JSON object")
-    return kind_of(request.path, asked), asked
+    if request.path not in CHATS:
+        return kind_of(request.path, asked), asked
+    try:
+        chat = CHATS[request.path](asked)
+    except InvalidRequest as error:
+        raise CannotResume(error.message) from None
+    except (LookupError, TypeError, AttributeError, ValueError):  # vLLM takes forms that are not read here.
+        raise CannotResume("the request has a form that is not known here") from None
+    return kind_of(CHAT, chat), chat
 
 
 async def _ids(

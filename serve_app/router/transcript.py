@@ -7,13 +7,14 @@ written, but not the one that it would have written, because a `seed` starts ane
 
 These cannot be continued: several choices, log probabilities, tools, formats that a grammar enforces (it would begin
 anew in the middle), penalties (they count the answer's tokens, which are now part of the prompt), reasoning in a field
-of its own, and endpoints other than completions and chat completions.
+of its own, and endpoints other than those of texts: completions, chat completions, messages and responses. A stream
+that has sent nothing of the answer is no exception to them: its request is sent again as a whole.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -55,11 +56,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 class CannotResume(Exception):
     """Says that the stream cannot be continued. The message says why."""
-
-
-def may_resume(path: str) -> bool:
-    """Returns whether streams of this endpoint can be continued at all."""
-    return path in _KINDS
 
 
 def kind_of(path: str, asked: Mapping[str, Any]) -> Kind:
@@ -115,8 +111,20 @@ def _is_text(message: Any) -> bool:
     return content is None or isinstance(content, str)
 
 
+class Continued(Protocol):
+    """Turns another replica's events into events of the first stream."""
+
+    def rewrite(self, piece: bytes) -> bytes:
+        """Returns whole events as the client expects them."""
+        ...
+
+
 class Transcript:
-    """Keeps the events that a client has. `text` and the other attributes are those of the answer's only choice."""
+    """Keeps the events that a client has. `text` and the other attributes are those of the answer's only choice.
+
+    `started` means that there are events, and `has_output` that the answer has begun with one of them. `sequence` is
+    the number of the next event in an API that numbers them.
+    """
 
     def __init__(self) -> None:
         self._unread: list[bytes] = []
@@ -124,6 +132,8 @@ class Transcript:
         self.text = ""
         self.head: dict[str, Any] = {}
         self.started = False
+        self.has_output = False
+        self.sequence = 0
         self.finish_reason: str | None = None
         self.done = False
         self.told_usage = False
@@ -156,11 +166,58 @@ class Transcript:
         self.head = self.head or {name: event[name] for name in ("id", "created", "model") if name in event}
         for choice in event.get("choices") or []:
             delta = choice.get("delta") or {}
+            self.has_output = self.has_output or not _is_opening(choice)
             self.text += choice.get("text") or delta.get("content") or ""
             self.finish_reason = self.finish_reason or choice.get("finish_reason")
             for name in ("tool_calls", "reasoning", "reasoning_content", "function_call", "refusal"):
                 if delta.get(name):
                     self.problem = f"the stream has '{name}'"
+
+    def continued(self, kind: Kind, prompt_tokens: int, sent_tokens: int, body: bytes) -> "ContinuedByText":
+        """Returns the continuation by a completion, whose request is `body`."""
+        return Continuation(kind, self.head, prompt_tokens, sent_tokens, body)
+
+    def ending(self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int) -> bytes:
+        """Returns the last events of a stream whose text is complete. If no event named a reason for its end, it ended
+        by its length. The token that ends a text is counted, though it is not in the text."""
+        sent_tokens += self.finish_reason == "stop"
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "logprobs": None}
+        choice["delta" if kind == "chat" else "text"] = {} if kind == "chat" else ""
+        head = {"object": "chat.completion.chunk" if kind == "chat" else "text_completion", **self.head}
+        parts = [] if self.finish_reason else [as_event({**head, "choices": [choice]})]
+        if (asked.get("stream_options") or {}).get("include_usage") and not self.told_usage:
+            total = prompt_tokens + sent_tokens
+            usage = {"prompt_tokens": prompt_tokens, "completion_tokens": sent_tokens, "total_tokens": total}
+            parts.append(as_event({**head, "choices": [], "usage": usage}))
+        return b"".join([*parts, as_event("[DONE]")])
+
+    def without_opening(self, event: Any) -> bytes:
+        """Returns an event of a request that was sent again as it belongs into the first stream, or nothing for one
+        that comes before the answer, which the client has."""
+        if not isinstance(event, dict) or "error" in event:
+            return as_event(event)
+        choices = event.get("choices") or []
+        if choices and all(_is_opening(choice) for choice in choices):
+            return b""
+        return as_event({**event, **self.head})
+
+
+class Repeated:
+    """Has the events of a request that was sent again, since its stream had sent nothing of the answer."""
+
+    def __init__(self, transcript: Transcript):
+        self._transcript = transcript
+
+    def rewrite(self, piece: bytes) -> bytes:
+        """Does what `Continued` says."""
+        return b"".join(self._transcript.without_opening(event) for event in events(piece))
+
+
+def _is_opening(choice: Mapping[str, Any]) -> bool:
+    """Returns whether a choice's chunk has its role at most."""
+    delta = choice.get("delta")
+    said = isinstance(delta, Mapping) and not any(value for name, value in delta.items() if name != "role")
+    return said and not choice.get("finish_reason")
 
 
 def events(data: bytes) -> Iterator[Any]:
@@ -174,6 +231,15 @@ def events(data: bytes) -> Iterator[Any]:
             yield value if value == "[DONE]" else json.loads(value)
         except ValueError:
             yield {"unreadable": value}
+
+
+class ContinuedByText(Continued, Protocol):
+    """Is a continuation by a completion, whose request is `body`."""
+
+    @property
+    def body(self) -> bytes:
+        """Returns the request's body."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -239,7 +305,7 @@ def continuation(
     prompt_ids: list[int],
     text_ids: list[int],
     max_model_len: int,
-) -> Continuation | None:
+) -> ContinuedByText | None:
     """Returns the request for the rest, or None if no token is left to generate, so the stream has only to be ended."""
     limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
     room = max_model_len - len(prompt_ids)
@@ -251,18 +317,4 @@ def continuation(
     body |= {"prompt": prompt_ids + text_ids, "max_tokens": left, "stream": True}
     if asked.get("min_tokens"):
         body["min_tokens"] = max(0, int(asked["min_tokens"]) - len(text_ids))
-    return Continuation(kind, transcript.head, len(prompt_ids), len(text_ids), msgspec.json.encode(body))
-
-
-def ending(kind: Kind, asked: Mapping[str, Any], transcript: Transcript, prompt_ids: int, text_ids: int) -> bytes:
-    """Returns the last events of a stream whose text is complete. If no event named a reason for its end, it ended by
-    its length. The token that ends a text is counted, though it is not in the text."""
-    text_ids += transcript.finish_reason == "stop"
-    choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "logprobs": None}
-    choice["delta" if kind == "chat" else "text"] = {} if kind == "chat" else ""
-    name = "chat.completion.chunk" if kind == "chat" else "text_completion"
-    parts = [] if transcript.finish_reason else [as_event({"object": name, **transcript.head, "choices": [choice]})]
-    if (asked.get("stream_options") or {}).get("include_usage") and not transcript.told_usage:
-        usage = {"prompt_tokens": prompt_ids, "completion_tokens": text_ids, "total_tokens": prompt_ids + text_ids}
-        parts.append(as_event({"object": name, **transcript.head, "choices": [], "usage": usage}))
-    return b"".join([*parts, as_event("[DONE]")])
+    return transcript.continued(kind, len(prompt_ids), len(text_ids), msgspec.json.encode(body))

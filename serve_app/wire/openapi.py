@@ -25,6 +25,19 @@ ERROR: Schema = {
     },
 }
 
+MESSAGES_ERROR: Schema = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+
 # A schema of a stream is that of each of its events (OpenAPI 3.2). `data` is a JSON document, or [DONE].
 EVENT: Schema = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 
@@ -32,13 +45,14 @@ EVENT: Schema = {"type": "object", "required": ["data"], "properties": {"data": 
 @dataclass(frozen=True)
 class Operation:
     """Describes one method of one path. `body` is a JSON schema, or None if it takes none. `streams` is true if it may
-    stream."""
+    stream, and `error` is the name of its refusals' schema."""
 
     method: str
     path: str
     summary: str
     body: Schema | None = None
     streams: bool = False
+    error: str = "Error"
 
 
 def document(title: str, description: str, operations: Iterable[Operation], schemas: Mapping[str, Schema]) -> Schema:
@@ -53,7 +67,7 @@ def document(title: str, description: str, operations: Iterable[Operation], sche
         "servers": [{"url": "."}],
         "paths": paths,
         "components": {
-            "schemas": {"Error": ERROR, **schemas},
+            "schemas": {"Error": ERROR, "MessagesError": MESSAGES_ERROR, **schemas},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Needed if keys are set."}},
         },
         "security": [{"key": []}, {}],
@@ -74,8 +88,8 @@ def _entry(operation: Operation) -> dict[str, Any]:
         "responses": {
             "200": {"description": "This is the answer.", "content": answer},
             "default": {
-                "description": "This is a refusal as OpenAI's error object.",
-                "content": {"application/json": {"schema": reference("Error")}},
+                "description": "This is a refusal.",
+                "content": {"application/json": {"schema": reference(operation.error)}},
             },
         },
     }

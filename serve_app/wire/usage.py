@@ -16,11 +16,16 @@ from serve_app.wire.body import Peek, RequestBody, is_true
 # An average token has this many bytes, for an estimate before the request. English has four to five.
 BYTES_PER_TOKEN = 4
 
-# Text that a model or a client wrote cannot look like these, because quotes are escaped inside a JSON string.
-_COUNT = re.compile(rb'"(prompt|completion|total)_tokens"\s{0,8}:\s{0,8}(\d{1,12})')
+# Text that a model or a client wrote cannot look like these, because quotes are escaped inside a JSON string. Only the
+# arguments of a tool in Anthropic's form, and the schemas that a response repeats, are JSON of their own.
+_COUNT = re.compile(
+    rb'"(prompt|completion|total|input|output|cache_read_input|cache_creation_input)_tokens"\s{0,8}:\s{0,8}(\d{1,12})'
+)
 _COUNT_END = b'_tokens"'
 # A count has at most this many bytes before and after the beginning of _COUNT_END, and at most the third in total.
-_BEFORE, _BEHIND, _KEPT = 11, 40, 64
+_BEFORE, _BEHIND, _KEPT = 21, 40, 64
+# The names of the Messages and Responses APIs. In the first one, what a cache had is not part of the input.
+_ALSO = {b"prompt": (b"input", b"cache_read_input", b"cache_creation_input"), b"completion": (b"output",)}
 # If usage is asked for, pt writes this into every event before the last, as OpenAI does. Some writers leave blanks.
 _NO_USAGE_YET = re.compile(rb',\s?"usage":\s?null\}')
 # A stream of events begins with one of these, and JSON does not.
@@ -81,13 +86,32 @@ class Usage:
     """Reads what an answer says of its tokens, wherever that is, since engines put long fields after it.
 
     It looks at each byte once and keeps few. `total` is the largest figure, because some answers repeat what the client
-    wrote, which must not make them cheaper. The last one counts for the other two, which are for the metrics.
+    wrote, which must not make them cheaper. The last one counts for the other two, which are for the metrics. Where an
+    engine reports no total, it is the largest input and the largest output together, once there is an output.
     """
 
     def __init__(self) -> None:
-        self.prompt = self.completion = 0
-        self.total: int | None = None
+        self._said_total: int | None = None
+        self._last: dict[bytes, int] = {}
+        self._most_input = self._most_output = 0
         self._end = b""
+
+    @property
+    def prompt(self) -> int:
+        """Returns the tokens of the prompt."""
+        return _sum(self._last, b"prompt")
+
+    @property
+    def completion(self) -> int:
+        """Returns the tokens of the answer."""
+        return _sum(self._last, b"completion")
+
+    @property
+    def total(self) -> int | None:
+        """Returns the tokens of both, or None if the answer has not said it."""
+        if not self._most_output:  # The first event of a stream of messages has the input alone.
+            return self._said_total
+        return max(self._said_total or 0, self._most_input + self._most_output)
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece of the answer."""
@@ -101,11 +125,16 @@ class Usage:
 
     def _said(self, name: bytes, count: int) -> None:
         if name == b"total":
-            self.total = max(self.total or 0, count)
-        elif name == b"prompt":
-            self.prompt = count
+            self._said_total = max(self._said_total or 0, count)
         else:
-            self.completion = count
+            self._last[name] = count
+            # A later event may name less input and more of a cache, which are written in this order.
+            self._most_input = max(self._most_input, sum(self._last.get(key, 0) for key in _ALSO[b"prompt"]))
+            self._most_output = max(self._most_output, self._last.get(b"output", 0))
+
+
+def _sum(counts: dict[bytes, int], name: bytes) -> int:
+    return sum(counts.get(key, 0) for key in (name, *_ALSO[name]))
 
 
 class UsageMeter:

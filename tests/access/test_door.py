@@ -256,3 +256,44 @@ def test_serves_proxy_without_readable_keys_lets_nobody_in(monkeypatch: pytest.M
     inside = made.kwargs["inside"]
     assert inside.wakes
     assert not inside.gate.source.is_open
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/models/m/v1/messages/count_tokens"])
+async def test_errors_of_anthropics_paths_have_its_form(tmp_path: Path, path: str) -> None:
+    """Those of the door, and those of Serve and all others behind it, with their headers."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        status, kind, body = answers.pop(0)
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), *EXTRA]})
+        await send({"type": "http.response.body", "body": body[:3], "more_body": True})
+        await send({"type": "http.response.body", "body": body[3:]})
+
+    answers = [
+        (
+            429,
+            b"application/json",
+            b'{"error": {"message": "too many", "type": "requests", "param": null, "code": "x"}}',
+        ),
+        (500, b"text/plain", b"Internal Server Error"),
+        (200, b"text/event-stream", b"event: ping\n\n"),
+    ]
+    door = OuterDoor(serve, Inside(make_gate(tmp_path)[0], lambda: RouterConfig(max_body_bytes=10), model="m"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://here") as http:
+        nobody = await http.post(path, json={})
+        other = await http.post(path, json={}, headers=OUTSIDE)
+        long = await http.post(path, content=b"x" * 11, headers=AUTH)
+        by_anthropics_header = {"x-api-key": AUTH["authorization"].removeprefix("Bearer ")}
+        limited, broken, stream = [await http.post(path, json={}, headers=by_anthropics_header) for _ in range(3)]
+    said = [(reply.status_code, reply.json()["error"]["type"]) for reply in (nobody, other, long, limited, broken)]
+    assert said == [
+        (401, "authentication_error"), (403, "permission_error"), (413, "request_too_large"),
+        (429, "rate_limit_error"), (500, "api_error"),
+    ]  # fmt: skip
+    assert {reply.json()["type"] for reply in (nobody, other, long, limited, broken)} == {"error"}
+    assert nobody.json()["error"]["code"] == "invalid_api_key"
+    assert limited.json()["error"] == {"type": "rate_limit_error", "message": "too many", "code": "x"}
+    assert (limited.headers["retry-after"], broken.json()["error"]["message"]) == ("3", "Internal Server Error")
+    assert stream.content == b"event: ping\n\n"
+
+
+EXTRA = [(b"retry-after", b"3")]

@@ -9,7 +9,7 @@ from serve_app.adapters.records import AdapterState
 from serve_app.cli.cluster_status import ClusterStatus, cluster_status, missing_for
 from serve_app.cli.status import report
 from serve_app.facts.nodes import Node
-from serve_app.replica.report import BlocksReport, DeviceReport, ReplicaReport
+from serve_app.replica.report import BlocksReport, DeviceReport, ReplicaReport, ResidencyReport
 from tests.builders import application, node
 
 GIB = 2**30
@@ -187,3 +187,15 @@ def test_adapters_stand_below_their_model_and_a_broken_one_is_told() -> None:
     assert {one["name"]: one["replicas"] for one in status.to_json()["models"][0]["adapters"]} == {
         "bad": 0, "sql": 1, "x": 0,
     }  # fmt: skip
+
+
+def test_what_was_not_measured_is_called_a_guess() -> None:
+    """How long a replica of a pool takes to come back, until it has done so once."""
+    parked = ResidencyReport("parked", "default", 2.0, is_guess=True)
+    stopped = ResidencyReport("stopped", "default", 31.26)
+    reports = [
+        replace(told(f"r{number}", GIB), residency=residency) for number, residency in enumerate((parked, stopped))
+    ]
+    lines = [line.strip() for line in report(seen(2, 2, *reports)).splitlines()]
+    assert "r0 is parked in pool 'default', and back in about 2.0 s (a guess, not measured yet)" in lines
+    assert "r1 is stopped in pool 'default', and back in about 31.3 s" in lines

@@ -52,7 +52,10 @@ def bounded(document: dict[str, Any], models: list[str], is_open: bool) -> dict[
             fields["n"] = {"type": "integer", "minimum": 1, "maximum": 2}
             fields.pop("max_completion_tokens", None)
             schema["required"] = [*schema.get("required", []), "max_tokens"]
-        assert name != "Error"
+        if "max_output_tokens" in fields:
+            fields["max_output_tokens"] = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
+            schema["required"] = [*schema.get("required", []), "max_output_tokens"]
+        assert name not in ("Error", "MessagesError")
     return document
 
 

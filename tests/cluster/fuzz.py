@@ -35,6 +35,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
+from serve_app.wire.error_events import error_of
 from tests.cluster.contract import HEADERS, KEY, bounded, config, document_of
 from tests.cluster.fuzz_cases import Cases
 from tests.cluster.hostile_inputs import JSON
@@ -117,9 +118,10 @@ def fault_of(answer: Answer) -> str:
 def _fault_in_stream(body: bytes) -> str:
     for line in body.splitlines():
         with contextlib.suppress(ValueError):
-            event = json.loads(line.removeprefix(b"data: "))
-            error = event.get("error") if isinstance(event, dict) else None
-            if isinstance(error, dict) and (error.get("code") == 500 or error.get("type") == "server_error"):
+            error = error_of(json.loads(line.removeprefix(b"data: ")))
+            # The Responses API has the type, or else the code, as its code.
+            said = () if error is None else (error.get("code"), error.get("type"))
+            if {500, "server_error", "api_error"} & set(said):
                 return "server_error in a stream"
     return ""
 

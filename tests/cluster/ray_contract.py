@@ -14,6 +14,7 @@ from typing import Any
 
 from serve_app import ray_serve
 from serve_app.cli.cluster import connected
+from serve_app.residency.life_lock import parent_process
 
 TIMEOUT_S = 30.0
 
@@ -63,6 +64,16 @@ def groups() -> list[Any]:
     return [[bundle for _, bundle in bundles], {node for node, _ in bundles} <= nodes, waiting.get("waits")]
 
 
+def parent_of_a_worker() -> str:
+    """The name of the program that has started a process of Ray's, which a pool takes for its node's raylet."""
+    import psutil
+    import ray
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(parent_process)
+    pid, _ = ray.get(ask.remote(), timeout=TIMEOUT_S)
+    return psutil.Process(pid).exe().rpartition("/")[2]
+
+
 def calls(model: str) -> dict[str, Callable[[], Any]]:
     """What is asked, by the name of the function."""
     return {
@@ -76,6 +87,7 @@ def calls(model: str) -> dict[str, Callable[[], Any]]:
         "listening_host": ray_serve.listening_host,
         "watch_targets": lambda: asyncio.run(targets()),
         "groups": groups,
+        "parent_of_a_worker": parent_of_a_worker,
         "available_by_node": lambda: [sorted(left) for left in ray_serve.available_by_node().values()],
     }
 

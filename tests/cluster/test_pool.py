@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 import httpx
+import psutil
 import pytest
 
-from tests.cluster.served_pool import PoolOnNodes, run_rate
+from serve_app.residency.life_lock import lock_folder, read_holding
+from tests.cluster.served_pool import REPLICA, PoolOnNodes, run_rate
 from tests.cluster.served_ranks import session_for
 from tests.cluster.storm import ask
 from tests.demo_answers import ANSWERS, QUESTIONS
@@ -50,6 +52,16 @@ def test_each_model_answers_by_name_and_by_route(cluster: PoolOnNodes) -> None:
     states = Counter(state for model in models.values() for state in model["residency"])
     assert states["resident"] + states["waking"] + states["draining"] <= 1
     assert states["parked"] >= len(cluster.names) - 1
+
+
+def test_the_lock_of_each_replica_says_what_it_holds(cluster: PoolOnNodes) -> None:
+    """With the raylet that has started it, so that the next node of Ray on this machine can wait for it."""
+    replicas = set(cluster.pids(REPLICA))
+    found = [holding for path in lock_folder().iterdir() if (holding := read_holding(path)) is not None]
+    own = [holding for holding in found if holding.process[0] in replicas]
+    assert sorted(holding.model for holding in own) == cluster.names
+    assert {psutil.Process(holding.raylet[0]).exe().rpartition("/")[2] for holding in own} == {"raylet"}
+    assert 0 < sum(holding.lease.get("cpu", 0) for holding in own) <= cluster.budget
 
 
 def test_no_death_costs_a_request_or_breaks_the_law(cluster: PoolOnNodes) -> None:

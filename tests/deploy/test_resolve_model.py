@@ -12,7 +12,7 @@ from serve_app.engines import model_requests
 from serve_app.engines.model_requests import Tell
 from serve_app.errors import PlacementError
 from serve_app.facts.engine_facts import CacheLayer, RankFacts, VllmFacts
-from serve_app.facts.inventory import parse_gpus
+from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.facts.known_facts import Answer, Question
 from serve_app.facts.nodes import Node
 from serve_app.planning.resource_demand import Demand
@@ -94,5 +94,14 @@ def test_a_model_that_swaps_asks_ray_for_no_gpu() -> None:
     both = [Node("n1", 8, 1, accelerator_types=("L4",)), Node("n2", 8, 0)]
     with pytest.raises(PlacementError, match="could come to n2, which has none. Set accelerator_type"):
         resolve_model(config, both, parse_gpus("24GiB"))
+    auto = ModelConfig.from_args({**swaps, "infer_backend": "auto"})
+    chosen = resolve_model(auto, [Node("n1", 8, 1)], parse_gpus("24GiB"))
+    assert (chosen.config.infer_backend, chosen.config.num_gpus, chosen.demand) == ("vllm", None, Demand(cpus=2))
+    with pytest.raises(PlacementError, match="auto finds no node on which the model fits into the pool 'default'"):
+        resolve_model(auto, [Node("n1", 8, 1)], parse_gpus("2GiB"))
+    pool = {"policy": "swap", "pool_memory": {"cpu": "60GiB"}}
+    on_cpu = ModelConfig.from_args({**swaps, "infer_backend": "auto", "device": "cpu", "residency": pool})
+    host = Device("n1", None, "memory", 64 * 2**30, 60 * 2**30)
+    assert resolve_model(on_cpu, [Node("n1", 8, 0)], Inventory((host,))).config.infer_backend == "pt"
     tied = ModelConfig.from_args({**swaps, "accelerator_type": "L4"})
     assert resolve_model(tied, both, parse_gpus("24GiB")).demand.accelerator_type == "L4"

@@ -11,6 +11,7 @@ import pytest
 
 from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.facts.calibration import Calibrations, calibration_file
@@ -211,7 +212,7 @@ def serve_context(monkeypatch: pytest.MonkeyPatch) -> list[ReplicaReport]:
     context = SimpleNamespace(app_name="m", replica_id=SimpleNamespace(unique_id="r0"))
     monkeypatch.setattr(memory_watch.serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(memory_watch.ray.util, "get_node_ip_address", lambda: "192.0.2.1")
-    monkeypatch.setattr(memory_watch, "ReplicaMetrics", lambda: SimpleNamespace(told=drop, drafted=drop))
+    monkeypatch.setattr(memory_watch, "ReplicaMetrics", lambda: SimpleNamespace(told=drop, drafted=drop, prompted=drop))
     monkeypatch.setattr(memory_watch, "write_report", written.append)
     monkeypatch.setattr(memory_watch, "forget_report", lambda *_: written.clear())
     monkeypatch.setattr(memory_watch, "REPORT_EVERY_S", 0.01)
@@ -238,6 +239,10 @@ class StubbornEngine:
     def draft_counts(self) -> DraftCounts:
         """As with speculation."""
         return DraftCounts(2, 8, 5, [2, 2, 1, 0])
+
+    def prompt_cache_counts(self) -> PromptCacheCounts:
+        """As with a prompt cache."""
+        return PromptCacheCounts(2, 1, 200, 64, 0, 1, 4096)
 
     def load(self) -> float:
         """Half full."""

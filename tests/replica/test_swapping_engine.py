@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.engines.engine import Engine, Parking
 from serve_app.engines.rank_memory import RankMemory
-from serve_app.errors import AdapterError, EngineError
+from serve_app.errors import AdapterError, EngineError, StillTooLarge
 from serve_app.model_fields import ResidencyConfig
 from serve_app.replica import held_requests
 from serve_app.replica.held_requests import HeldRequests
@@ -41,7 +41,7 @@ class Small:
     def __init__(self, log: list[str], parks: bool = True, fails: bool = False, keeps_copy: bool = True):
         self.log, self._parks, self._fails, self._keeps_copy = log, parks, fails, keeps_copy
         self.is_awake = asyncio.Event()
-        self.copy = 0
+        self.copy, self.runs = 0, 0
 
     async def start(self) -> ASGIApp:
         """Loads."""
@@ -59,9 +59,13 @@ class Small:
         )
 
     async def _pass(self, seconds: float) -> None:
-        for _ in range(round(seconds * 10)):
-            await self.is_awake.wait()
-            await asyncio.sleep(0.1)
+        self.runs += 1
+        try:
+            for _ in range(round(seconds * 10)):
+                await self.is_awake.wait()
+                await asyncio.sleep(0.1)
+        finally:
+            self.runs -= 1
 
     async def _run(self, request: Request) -> Response:
         await self._pass((await request.json())["seconds"])
@@ -91,6 +95,9 @@ class Small:
     def draft_counts(self) -> None:
         """None."""
 
+    def prompt_cache_counts(self) -> None:
+        """None."""
+
     def parking(self) -> Parking | None:
         """Itself."""
         return self if self._parks else None
@@ -113,8 +120,10 @@ class Small:
         """Ends."""
         self.log.append("stop")
 
-    async def park(self) -> None:
-        """In a second."""
+    async def park(self, still_bytes: int | None = None) -> None:
+        """In a second. Each request that runs holds a byte."""
+        if still_bytes is not None and self.runs > still_bytes:
+            raise StillTooLarge(f"they hold {self.runs} bytes")
         self.is_awake.clear()
         await asyncio.sleep(1)
         self.copy = 1
@@ -140,7 +149,9 @@ class Small:
 class Made:
     """A replica in a pool for one, and a client of its application."""
 
-    def __init__(self, keeper: LocalKeeper, name: str, swaps: dict[str, Any] | None = None, **engine: bool):
+    def __init__(
+        self, keeper: LocalKeeper, name: str, swaps: dict[str, Any] | None = None, still: int = 10, **engine: bool
+    ):
         self.log: list[str] = []
         config = ResidencyConfig(policy="swap", min_resident_s=2, drain_s=5, **(swaps or {}))
 
@@ -148,7 +159,7 @@ class Made:
             return Small(self.log, **engine)
 
         clock = asyncio.get_running_loop().time
-        self.engine = SwappingEngine(name, f"{name}#1", config, [Seat({"cpu": 1}, make)], 1, keeper, clock)
+        self.engine = SwappingEngine(name, f"{name}#1", config, [Seat({"cpu": 1}, make)], 1, keeper, clock, still=still)
         self.client: httpx.AsyncClient
 
     async def start(self) -> "Made":
@@ -173,7 +184,7 @@ async def test_each_is_loaded_once_at_its_start() -> None:
     a, b = await pool("a", "b")
     assert [a.engine.state, b.engine.state] == ["parked", "resident"]
     assert (a.log, b.log) == (["start", "park"], ["start"])
-    assert a.engine.residency() == ResidencyReport("parked", "default", FIRST_WAKE_S)
+    assert a.engine.residency() == ResidencyReport("parked", "default", FIRST_WAKE_S, is_guess=True)
 
 
 async def test_a_request_wakes_its_model_and_is_answered() -> None:
@@ -203,6 +214,23 @@ async def test_requests_that_run_have_their_time() -> None:
     assert not long.done()
     assert (await long).json() == {"text": "done"}
     assert b.log == ["start", "park", "wake"]
+
+
+async def test_requests_that_hold_too_much_do_not_stand_still() -> None:
+    """The router sends them again, and the model parks without them."""
+    keeper = LocalKeeper(budget=1)
+    a, b = await asyncio.gather(Made(keeper, "a").start(), Made(keeper, "b", still=1).start())
+    runs = [asyncio.create_task(b.ask(100)) for _ in range(2)]
+    await asyncio.sleep(1)
+    await a.ask(1)
+    for run in runs:
+        assert is_away((await run).content)
+    assert b.log == ["start", "park"]
+    alone = asyncio.create_task(b.ask(100))  # It holds no more than it may.
+    await asyncio.sleep(10)
+    await a.ask(1)
+    assert (await alone).json() == {"text": "done"}
+    assert (await b.client.get("/v1/models")).status_code == 200
 
 
 async def test_one_that_cannot_park_is_stopped() -> None:
@@ -235,7 +263,7 @@ async def test_a_model_may_have_no_copy() -> None:
 
 async def test_a_copy_makes_room_for_another_one() -> None:
     """The host has memory for one copy, and that of the model that counts more is kept."""
-    keeper = LocalKeeper(budget=1, host_budget=1)
+    keeper = LocalKeeper(budget=1, host_budget=11)
     a = await Made(keeper, "a").start()
     b = await Made(keeper, "b", {"priority": 5}).start()
     assert (a.log, a.engine.state) == (["start", "park"], "parked")

@@ -8,6 +8,7 @@ from typing import Any
 from serve_app.residency.book import Report
 from serve_app.residency.keeper import Joined, KeeperActor, PoolSettings
 from serve_app.residency.lease_records import PoolName
+from serve_app.residency.life_lock import Holding
 from serve_app.residency.policy import Order
 
 NAME = PoolName("default", "node")
@@ -29,9 +30,14 @@ class Memory:
         """What was written last."""
         return self.values.get(key)
 
+    def leases(self) -> dict[str, int]:
+        """The leases that are written down, by the replica's name."""
+        records = (record for value in self.values.values() for record in json.loads(value))
+        return {record["terms"]["replica"]: record["lease"].get("cpu", 0) for record in records}
+
     def leased(self) -> int:
         """The sum of all leases that are written down."""
-        return sum(record["lease"].get("cpu", 0) for value in self.values.values() for record in json.loads(value))
+        return sum(self.leases().values())
 
     def _require(self) -> None:
         if self.is_down:
@@ -39,18 +45,21 @@ class Memory:
 
 
 class LocalKeeper:
-    """A keeper of a pool with so much memory. It may die, and `dead` has the names of dead replicas. It is a `Keeper`
-    itself, which asks the one of the moment."""
+    """A keeper of a pool with so much memory. It may die, `dead` has the names of dead replicas, and `left` is what
+    those of dead nodes hold. It is a `Keeper` itself, which asks the one of the moment."""
 
     def __init__(self, budget: int, host_budget: int = 100) -> None:
         self.records, self.dead = Memory(), set[str]()
+        self.left: list[Holding] = []
         self.settings = PoolSettings({"cpu": budget}, host_budget)
         self.calls: set[asyncio.Task[Any]] = set()
         self.keeper = self._made()
 
     def _made(self) -> KeeperActor:
         clock = asyncio.get_running_loop().time
-        return KeeperActor(NAME, self.settings, self.records, lambda name, _: name not in self.dead, clock)
+        return KeeperActor(
+            NAME, self.settings, self.records, lambda name, _: name not in self.dead, clock, lambda _: list(self.left)
+        )
 
     def kill_keeper(self) -> None:
         """Ends it with all that it knows. The calls that wait for it fail, and then there is another one."""

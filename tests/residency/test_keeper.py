@@ -5,14 +5,13 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from serve_app.errors import EngineError
 from serve_app.residency.book import Report
 from serve_app.residency.lease_holder import LeaseHolder
-from serve_app.residency.life_lock import LifeLock, lives, this_process
+from serve_app.residency.life_lock import Holding
 from serve_app.residency.member import Bytes, State, Terms
 from serve_app.residency.policy import Forget, Leave, Order, Wake
 from tests.residency.one_process import LocalKeeper
@@ -29,9 +28,12 @@ class Cluster(LocalKeeper):
         self.replicas: list[Replica] = []
 
     def check(self) -> None:
-        """No two hold the same bytes, whatever the keeper believes."""
-        held = sum(replica.held for replica in self.replicas if replica.name not in self.dead)
+        """No two hold the same bytes, whatever the keeper believes, and the next keeper would count all of them."""
+        alive = [replica for replica in self.replicas if replica.name not in self.dead]
+        held = sum(replica.held for replica in alive)
         assert held <= BUDGET, held
+        counted = self.records.leases()
+        assert all(replica.held <= counted.get(replica.name, 0) for replica in alive), counted
 
 
 class Replica:
@@ -136,6 +138,24 @@ async def test_no_order_goes_out_before_its_lease_is_written_down() -> None:
     await until(lambda: replica.served == 1, 2.0)
 
 
+async def test_one_that_only_gives_back_waits_for_no_record() -> None:
+    """It frees its memory while Ray's head is away, and who gets that waits until it is written down."""
+    cluster = Cluster()
+    a, b, c = await started(cluster, "a", "b", "c")
+    for replica in (a, b, c, a, b, c):  # Each has made its copy then.
+        replica.ask()
+        await until(lambda: not any(each.waiting for each in (a, b, c)))
+        await asyncio.sleep(5)
+    away = next(replica for replica in (a, b, c) if replica.state == "parked")
+    cluster.records.is_down = True
+    away.ask()
+    await until(lambda: sum(replica.state == "parked" for replica in (a, b, c)) == 2)
+    await asyncio.sleep(5)
+    assert away.state == "parked"
+    cluster.records.is_down = False
+    await until(lambda: not away.waiting, 2.0)
+
+
 async def test_the_death_of_a_keeper_loses_nothing() -> None:
     """Who is resident stays so, and who waits is served by the next keeper, which counts all leases from its start."""
     cluster = Cluster()
@@ -184,6 +204,25 @@ async def test_the_lease_of_a_dead_replica_is_free() -> None:
     assert not b.seen["Leave"]
 
 
+async def test_what_replicas_of_a_dead_node_hold_is_not_free() -> None:
+    """A new node of Ray has another id and a keeper that knows nothing. Who waits gets the memory of the old node's
+    replica when its processes have ended, and not before, also through the death of the new keeper."""
+    cluster = Cluster()
+    cluster.left = [Holding("old", "old", "default", (1, 1.0), (2, 1.0), {"cpu": BUDGET})]
+    cluster.kill_keeper()
+    (replica,) = await started(cluster, "a")
+    replica.ask()
+    await asyncio.sleep(10)
+    assert replica.state == "stopped"
+    cluster.left = []
+    cluster.kill_keeper()
+    await asyncio.sleep(10)
+    assert replica.state == "stopped"
+    cluster.dead.add("old")
+    await until(lambda: replica.served == 1, 5.0)
+    assert [member.name for member in (await cluster.keeper.pool()).members] == ["a"]
+
+
 async def test_one_that_leaves_in_order_is_forgotten() -> None:
     """Its record too."""
     cluster = Cluster()
@@ -203,7 +242,8 @@ async def test_one_that_does_not_fit_cannot_join() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 async def test_the_law_holds_through_deaths(seed: int) -> None:
-    """Keepers and replicas die at random while requests come. No bytes are held twice, and all requests are served."""
+    """Keepers and replicas die at random while requests come, and Ray's store is away at times. No bytes are held
+    twice, and all requests are served."""
     draw, cluster = random.Random(seed), Cluster()
     replicas = await started(cluster, *"abcdef")
     asked = 0
@@ -211,6 +251,8 @@ async def test_the_law_holds_through_deaths(seed: int) -> None:
         await asyncio.sleep(draw.expovariate(4.0))
         draw.choice(replicas).ask()
         asked += 1
+        if draw.random() < 0.05:
+            cluster.records.is_down = not cluster.records.is_down
         if draw.random() < 0.05:
             cluster.kill_keeper()
         if draw.random() < 0.05:
@@ -220,23 +262,7 @@ async def test_the_law_holds_through_deaths(seed: int) -> None:
             (replicas[place],) = await started(cluster, f"{old.name}{asked}")
             replicas[place].waiting = old.waiting
             replicas[place].holder.changed()
+    cluster.records.is_down = False
     await until(lambda: not any(replica.waiting for replica in replicas), 600)
     assert sum(replica.served for replica in cluster.replicas) == asked
     assert max(replica.longest for replica in cluster.replicas) < await cluster.keeper.longest_wait_s() + 30
-
-
-def test_a_lock_shows_that_a_replica_lives(tmp_path: Path) -> None:
-    """The kernel frees it with its process; one that was never there is dead."""
-    nobody = (2**22 - 1, 1.0)
-    lock = LifeLock("a#b/1", tmp_path)
-    assert lives("a#b/1", nobody, tmp_path)
-    assert not lives("other", nobody, tmp_path)
-    (file,) = tmp_path.iterdir()
-    file.unlink()
-    assert lives("a#b/1", this_process(), tmp_path)  # Somebody has tidied the folder.
-    assert not lives("a#b/1", nobody, tmp_path)
-    lock.release()
-    again = LifeLock("a#b/1", tmp_path)
-    again.release()
-    assert not lives("a#b/1", nobody, tmp_path)
-    assert not list(tmp_path.iterdir())

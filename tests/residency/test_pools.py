@@ -184,6 +184,66 @@ def test_the_copies_are_counted_against_what_the_pool_may_take_and_the_node_has(
     assert pool_of(plan_file(two, cards("80GiB"))).has_room_for_copies is None
 
 
+@pytest.mark.parametrize(
+    ("swap", "backend", "still"),
+    [
+        ({"cpu": "100GiB"}, "pt", 3),
+        ({"cpu": "100GiB"}, "vllm", 0),
+        ({"cpu": "16GiB"}, "pt", 16 - 14.19),
+        ({"cpu": "100GiB", "host_memory": "15GiB"}, "pt", 15 - 14.19),
+    ],
+)
+def test_the_cache_of_requests_that_stand_still_is_counted(swap: dict[str, Any], backend: str, still: float) -> None:
+    """All of it with pt, unless copies may take less. vLLM computes it again."""
+    bounds = {key: value for key, value in swap.items() if key == "host_memory"}
+    memory = {"pool_memory": {0: "40GiB", "cpu": swap["cpu"]}, **bounds}
+    plan = plan_file(
+        [swapping("a", memory, infer_backend=backend, kv_cache_memory_bytes="3GiB")], with_host(cards("80GiB"), 256)
+    )
+    pool = pool_of(plan)
+    (model,) = pool.models
+    assert model.still_bytes == pytest.approx(still * GIB, abs=0.01 * GIB)
+    assert pool.copies_bytes == model.copy_bytes + model.still_bytes
+    assert pool.to_json()["copies"]["still_bytes"] == model.still_bytes
+
+
+@pytest.mark.parametrize(
+    ("swap", "gpus", "expected"),
+    [
+        ({"pool_memory": {0: "40GiB"}}, "80GiB", ("vllm", 1)),
+        ({}, "80GiB;24GiB,24GiB", ("vllm", 1)),
+        ({}, "10GiB,10GiB", ("vllm", 2)),
+        ({}, "8GiB;24GiB", ("vllm", 1)),
+        ({"pool_memory": {0: "40GiB"}, "host_memory": 0}, "80GiB", ("pt", 1)),
+    ],
+)
+def test_auto_is_decided_for_the_pool(swap: dict[str, Any], gpus: str, expected: tuple[str, int]) -> None:
+    """As for pinned models, but a part of a card is enough, because the pool has that for itself."""
+    only_pt = {"max_queued_requests": 4} if expected[0] == "pt" else {}
+    plan = plan_file([swapping("a", swap, infer_backend="auto", max_num_seqs=16, **only_pt)], cards(gpus))
+    assert plan.fits
+    (model,) = pool_of(plan).models
+    assert (model.model.backend, model.model.tensor_parallel_size) == expected
+
+
+def test_auto_is_refused_where_nodes_would_differ() -> None:
+    """Ray decides to which of them a replica comes. Tied to one kind of node, it is decided."""
+    inventory = cards("T4,T4;L4")
+    (problem,) = plan_file([swapping("a", infer_backend="auto", max_num_seqs=16)], inventory).problems
+    assert (problem.code, problem.model) == ("infer_backend", "a")
+    assert "vllm with tensor_parallel_size: 2 on n1 and vllm on n2, and Ray decides" in problem.message
+    tied = [swapping("a", infer_backend="auto", max_num_seqs=16, accelerator_type="L4")]
+    assert pool_of(plan_file(tied, inventory)).node == "n2"
+
+
+def test_auto_that_fits_nowhere_is_a_problem_with_fixes() -> None:
+    """As that of a model that names its backend."""
+    models = [swapping("a", {"pool_memory": {0: "12GiB"}}, infer_backend="auto")]
+    (problem,) = plan_file(models, cards("80GiB")).problems
+    assert "does not fit even alone" in problem.message
+    assert any("pool_memory" in fix.text for fix in problem.fixes)
+
+
 def test_a_pool_is_on_the_node_where_most_of_its_models_fit() -> None:
     """A pool of several GPUs offers each of them to a model that takes one."""
     pool = pool_of(plan_file([swapping("a"), swapping("b")], cards("8GiB;24GiB,24GiB")))

@@ -8,7 +8,10 @@ from serve_app.router.residency import Residency
 
 def record(model: str, state: str, wake_s: float = 1.0) -> dict[str, Any]:
     """A replica as a keeper writes it down."""
-    return {"terms": {"model": model, "wake_s": wake_s, "start_s": 20.0}, "state": state}
+    return {
+        "terms": {"model": model, "wake_s": wake_s, "start_s": 20.0, "wake_is_guess": False, "start_is_guess": True},
+        "state": state,
+    }
 
 
 async def test_the_seconds_until_a_model_is_resident() -> None:
@@ -19,7 +22,7 @@ async def test_the_seconds_until_a_model_is_resident() -> None:
     }
     residency = Residency(lambda: pools)
     await residency.refresh()
-    assert [residency.wake_s(name) for name in "abcd"] == [0.5, 20.0, None, None]
+    assert [residency.wake(name) for name in "abcd"] == [(0.5, False), (20.0, True), None, None]
     assert residency.states() == {"a": ["parked", "draining"], "b": ["stopped"], "c": ["resident", "parked"]}
 
 

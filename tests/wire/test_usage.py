@@ -233,3 +233,47 @@ async def test_a_stream_by_name_is_charged_by_what_it_used(tmp_path: Path, cut: 
     assert plain.content.startswith(TEXT + DONE)
     assert wanted.content.startswith(TEXT + USAGE + DONE)
     assert limiter.settled == [9, 9]
+
+
+def fed(*pieces: bytes) -> UsageMeter:
+    """A meter that has read a whole answer."""
+    meter = UsageMeter(prompt_tokens=3)
+    for piece in pieces:
+        meter.feed(piece)
+    return meter
+
+
+STARTED = b'event: message_start\ndata: {"message":{"usage":{"input_tokens":5,"output_tokens":0}}}\n\n'
+ENDED = b'event: message_delta\ndata: {"usage":{"input_tokens":5,"cache_read_input_tokens":4,"output_tokens":7}}\n\n'
+
+
+def test_usage_of_messages_is_the_sum_of_its_parts() -> None:
+    """Anthropic's usage has no total, and what a cache had is not part of the input."""
+    for pieces in ([STARTED, ENDED], [STARTED + ENDED], [bytes([byte]) for byte in STARTED + ENDED]):
+        meter = fed(*pieces)
+        meter.rest()
+        assert (meter.total_tokens(), meter.usage.prompt, meter.usage.completion) == (16, 9, 7)
+    meter = fed(STARTED.replace(b":5", b":9"), ENDED)
+    assert meter.usage.total == 16, "what a cache had is known later"
+    used = b'"usage":{"input_tokens":5,"output_tokens":7}}'
+    call = b'{"content":[{"type":"tool_use","input":{"input_tokens":0,"output_tokens":0,"total_tokens":1}}],'
+    for answer in (call + used, b"{" + used[:-1] + b"," + call[1:-1] + b"}"):
+        meter = fed(answer)
+        meter.rest()
+        assert meter.total_tokens() == 12, "what a model wrote does not make it cheaper"
+
+
+def test_a_stream_of_messages_that_was_cut_is_counted_by_its_events() -> None:
+    """Its first event has the input alone."""
+    meter = fed(STARTED, *[b'event: x\ndata: {"delta":{"text":"a"}}\n\n'] * 100)
+    assert meter.total_tokens(estimate=10) == 3 + 101
+    meter.rest()
+    assert meter.total_tokens(estimate=10) == 3 + 101
+
+
+def test_usage_of_responses() -> None:
+    """It has other names, and a total."""
+    details = b'"input_tokens_details":{"cached_tokens":2},"output_tokens_details":{"reasoning_tokens":3}'
+    meter = fed(b'{"usage":{"input_tokens":5,"output_tokens":7,"total_tokens":12,' + details + b"}}")
+    meter.rest()
+    assert (meter.total_tokens(), meter.usage.prompt, meter.usage.completion) == (12, 5, 7)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from serve_app.cli.plan.pools import pool_lines, pool_title
 from serve_app.facts.inventory import Device
+from serve_app.facts.pooling import ENDPOINTS
 from serve_app.planning.memory import GIB, Certainty, Figure
 from serve_app.planning.no_device import RUN_ON_CPU
 from serve_app.planning.plan import TERMS, Fix, ModelPlan, Plan, Problem, RankPlan
@@ -331,6 +332,10 @@ def _lines(model: ModelPlan) -> tuple[str, ...]:
     requests = f"{count} request{'' if count == 1 else 's'}"
     at_once = f"{requests} of {model.max_model_len} tokens at once"
     lines = [f"because {printable('; '.join(model.reasons))}", f"no KV cache; {at_once}"]
+    if model.step_tokens:
+        lines[1] += f", in steps of at most {model.step_tokens} tokens (max_num_batched_tokens)"
+    if model.task != "generate":
+        lines.append(f"it answers {', '.join(ENDPOINTS[model.task])}, and it cannot chat")
     if model.kv_bytes_per_request:
         where = counted_on(model)
         lines[1] = (

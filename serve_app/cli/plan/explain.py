@@ -110,10 +110,14 @@ def lines(model: ModelPlan, is_attempt: bool = False) -> Iterator[str]:
     yield ""
     where = " on a rank of the stage with most of it" if model.pipeline_layers else counted_on(model)
     size = f"{gib(model.kv_bytes_per_request)} of KV cache{where}"
-    yield (
-        f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at once, "
-        f"and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
-    )
+    if not model.kv_bytes_per_request:
+        many = f"{model.max_full_length_requests} requests of {model.max_model_len:,} tokens"
+        yield f"It has no KV cache, and {many} run at once."
+    else:
+        yield (
+            f"One request of {model.max_model_len:,} tokens takes {size}; {model.max_full_length_requests} run at "
+            f"once, and the cache holds {model.full_length_tokens:,} tokens in requests of that length."
+        )
     if model.config.has_adapters:
         most, ranks = f"{_size(model.host_adapters)} of the host's memory", len(model.ranks)
         all_ranks = " in all ranks together" if model.backend == "vllm" and ranks > 1 else ""

@@ -88,7 +88,9 @@ def _set_lines(pool: PoolPlan) -> Iterator[str]:
 def _copy_lines(pool: PoolPlan) -> Iterator[str]:
     stopped = [model for model in pool.models if model.stops_because]
     if pool.copies_bytes:
-        yield f"parked, the weights of all take {gib(pool.copies_bytes)} of {TIERS[pool.tier]}{_room(pool)}"
+        weights = gib(pool.copies_bytes - pool.still_bytes)
+        still = f", and requests that stand still up to {gib(pool.still_bytes)}" if pool.still_bytes else ""
+        yield f"parked, the weights of all take {weights} of {TIERS[pool.tier]}{still}{_room(pool)}"
     reasons: dict[str, list[str]] = {}
     for model in stopped:
         reasons.setdefault(model.stops_because, []).append(model.title)

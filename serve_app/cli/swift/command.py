@@ -199,7 +199,7 @@ REASONS: dict[str, str] = {
         "merge_lora safe_serialization max_shard_size",
     ),
     "model_type": "the architecture is read from the checkpoint's config.json.",
-    "task_type": "models generate text, and pt also answers /v1/embeddings. With vllm, set engine_args: {runner: …}.",
+    "task_type": "the model's own files say what it is for. With vllm, engine_args: {runner: …} says something else.",
     "attn_impl": "the engine chooses it. With vllm, set engine_args: {attention_backend: …}.",
     "experts_impl": "the engine chooses it.",
     "rope_scaling": "write it into the checkpoint's config.json. For vllm, engine_args: {hf_overrides: {…}} works too.",

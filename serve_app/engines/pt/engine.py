@@ -17,7 +17,8 @@ from serve_app.config import ModelConfig
 from serve_app.engines.adapters import readable_adapters
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Parking
-from serve_app.engines.measure import rank_memory, tensor_bytes
+from serve_app.engines.measure import rank_memory
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.cache_codec import CacheCodec
 from serve_app.engines.pt.core.draft_model import DraftModel
@@ -30,18 +31,17 @@ from serve_app.engines.pt.core.lora.slots import AdapterSlots
 from serve_app.engines.pt.core.model_runner import BatchRunner, Runner, Verifier
 from serve_app.engines.pt.core.ngram_drafter import NgramDrafter, NgramSettings
 from serve_app.engines.pt.core.parked_memory import ParkedMemory
-from serve_app.engines.pt.core.prompt_cache import PromptCache, PromptCacheCounts
+from serve_app.engines.pt.core.prompt_cache import PromptCache
 from serve_app.engines.pt.core.scheduler import Limits
 from serve_app.engines.pt.core.speculator import Speculator
+from serve_app.engines.pt.core.step_timeout import step_timeout_s
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.pt.load.adapter_places import AdapterPlaces, adapter_places, load_adapter, wanted_modules
 from serve_app.engines.pt.load.cache_budget import cache_tokens
 from serve_app.engines.pt.load.draft import LoadedDraft, load_draft
 from serve_app.engines.pt.load.model_loader import LoadedModel, load_model
-from serve_app.engines.pt.load.packed_linear import PackedLinear
 from serve_app.engines.pt.load.probe import ProbeResult, probe, verifier
-from serve_app.engines.pt.load.quantization import weight_tensors
-from serve_app.engines.pt.load.weight_parts import copy_on_host, weight_parts, why_not_movable
+from serve_app.engines.pt.load.weight_parts import copy_on_host, weight_bytes, weight_parts, why_not_movable
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.workers import in_thread_of_its_own
 from serve_app.errors import AdapterError, EngineError
@@ -57,8 +57,6 @@ logger = logging.getLogger("ray.serve")
 DEFAULT_MAX_NUM_SEQS = PT_MAX_NUM_SEQS
 DEFAULT_MAX_QUEUED_REQUESTS = PT_MAX_QUEUED_REQUESTS
 STOP_TIMEOUT_S = 10.0
-STEP_TIMEOUT_S = 60.0
-SLOW_STEP_TIMEOUT_S = 600.0
 
 
 class PtEngine:
@@ -151,8 +149,9 @@ class PtEngine:
         """Returns this engine, or None if its weights cannot be moved, for a reason that was logged at the start."""
         return None if self._memory_to_park is None else self
 
-    async def park(self) -> None:
+    async def park(self, still_bytes: int | None = None) -> None:
         """Does what `Parking` says."""
+        self._parked_memory.most_cache_bytes = still_bytes
         await asyncio.wrap_future(self.generator.park(self._parked_memory))
 
     async def wake(self) -> None:
@@ -318,22 +317,3 @@ def _sum(parts: Iterable[Mapping[torch.device, Size]]) -> dict[torch.device, Siz
         for device, size in part.items():
             total[device] = total.get(device, 0) + size
     return total
-
-
-def step_timeout_s(config: ModelConfig) -> float:
-    """Returns the seconds after which a step that has not ended counts as a hang. They are ten times longer if weights
-    come from the host's memory or disk in every step, or if the processor computes."""
-    if config.step_timeout_s is not None:
-        return config.step_timeout_s
-    return SLOW_STEP_TIMEOUT_S if config.device == "cpu" or config.spill_tiers else STEP_TIMEOUT_S
-
-
-def weight_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
-    """Returns the bytes of all weights by device, including the scales of quantised ones and those in oneDNN's order,
-    which are not parameters."""
-    sizes = tensor_bytes(weight_tensors(model))
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            cpu = torch.device("cpu")
-            sizes[cpu] = sizes.get(cpu, 0) + module.packed_bytes
-    return sizes

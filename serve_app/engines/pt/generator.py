@@ -328,4 +328,4 @@ class _Text:
         if not new and reason is None:
             return None
         logprobs, self._logprobs = tuple(self._logprobs), []
-        return Piece(new, self._tokens, reason, logprobs)
+        return Piece(new, self._tokens, reason, logprobs, text.stopped_by, output.sequence.kept)

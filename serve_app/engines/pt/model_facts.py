@@ -3,10 +3,10 @@
     python -m serve_app.engines.pt.model_facts JOBS.json ANSWERS.jsonl
 
 JOBS.json is a list. Each job has `folder`, which holds a config.json and needs no weights, `dtype`, `quantization` if
-pt quantises the weights while they load, `kv_cache_dtype` if its cache is in 8 bits, and `trust_remote_code`, without
-which no code of the folder runs. `facts_worker.py` says what ANSWERS.jsonl becomes. `facts` are as `facts_to_json`
-writes `PtFacts`, or `TensorFacts` for a job with `wants: tensors`, for which no code of the folder ever runs. The
-process uses no network.
+pt quantises the weights while they load, `kv_cache_dtype` if its cache is in 8 bits, `task` unless the model generates
+text, and `trust_remote_code`, without which no code of the folder runs. `facts_worker.py` says what ANSWERS.jsonl
+becomes. `facts` are as `facts_to_json` writes `PtFacts`, or `TensorFacts` for a job with `wants: tensors`, for which
+no code of the folder ever runs. The process uses no network.
 """
 
 import json
@@ -53,11 +53,11 @@ def _tensors(job: Job) -> TensorFacts:
 def _facts(job: Job) -> PtFacts:
     from serve_app.engines.pt.load.layout import layout_of_model, model_without_storage, read_config
 
-    trusts = bool(job.get("trust_remote_code"))
+    trusts, task = bool(job.get("trust_remote_code")), job.get("task", "generate")
     with refusals(str(job["folder"])):
         config, dtype = read_config(Path(job["folder"]), str(job.get("dtype", "auto")), trusts)
-        model = model_without_storage(config, dtype, trusts)
-    return layout_of_model(model, dtype, job.get("quantization"), job.get("kv_cache_dtype"))
+        model = model_without_storage(config, dtype, trusts, task)
+    return layout_of_model(model, dtype, job.get("quantization"), job.get("kv_cache_dtype"), task)
 
 
 if __name__ == "__main__":

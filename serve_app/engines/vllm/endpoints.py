@@ -15,6 +15,12 @@ SERVED = frozenset({
     "/tokenize", "/detokenize",
 })  # fmt: skip
 
+# What a model that makes vectors or scores has no route for, in vLLM's words for it.
+OF_TEXT = {
+    "/v1/chat/completions": "Chat Completions", "/v1/completions": "Completions", "/v1/responses": "Responses",
+    "/v1/messages": "Messages", "/v1/messages/count_tokens": "Messages",
+}  # fmt: skip
+
 
 def require_served(method: str, path: str) -> None:
     """Raises InvalidRequest for another endpoint. vLLM redirects a `path` that ends with a slash."""

@@ -32,12 +32,15 @@ from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.adapters import VllmAdapters
 from serve_app.engines.vllm.bounds import MOST_CHOICES
+from serve_app.engines.vllm.endpoints import OF_TEXT
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
+from serve_app.engines.vllm.messages_errors import with_messages_errors
 from serve_app.engines.vllm.parking import VllmParking, can_park
 from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.adapters import kept_count
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
+from serve_app.wire.asgi import endpoint
 from serve_app.wire.openai_errors import error_response, route_error_response
 
 # On the CPU vLLM takes 92 % of its NUMA node's memory unless this variable sets less.
@@ -114,7 +117,8 @@ class VllmEngine:
             self._adapters = VllmAdapters(self._client, vllm_internals.serving_models(app), _reason)
             served = self._adapters.counted(app)
         # A copy of a large tokenizer takes a second.
-        return disconnect_before_cancel(guarded(served, await asyncio.to_thread(self._guard)))
+        guard = await asyncio.to_thread(self._guard)
+        return with_messages_errors(disconnect_before_cancel(guarded(served, guard)), self._death)
 
     async def _finish_ranks(self) -> None:
         """Does what vLLM leaves undone at the start of its ranks.
@@ -142,6 +146,15 @@ class VllmEngine:
         tokenizer = vllm_internals.tokenizer(self._client)
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         return Guard(model.max_model_len, longest, token_counter(tokenizer), reads_media=model.is_multimodal_model)
+
+    async def _death(self) -> str:
+        """Returns why the engine is dead, or an empty text. The health check then has the replica replaced."""
+        try:
+            await vllm_internals.require_alive(self._client)
+        except Exception as error:
+            self._server.should_exit = True
+            return str(error) or type(error).__name__
+        return ""
 
     async def _engine_died(self, _: Request, error: Exception) -> Response:
         """Answers 503, so that the router sends the request to another replica. The health check has this one
@@ -173,6 +186,9 @@ class VllmEngine:
 
     def draft_counts(self) -> None:
         """Returns None, because vLLM exports its own counters under `/metrics` of the model's route."""
+
+    def prompt_cache_counts(self) -> None:
+        """Returns None, because vLLM keeps the beginnings of prompts in its KV cache and exports counters of them."""
 
     def parking(self) -> Parking | None:
         """Returns how it sleeps, or None if it cannot, for a reason that was logged at the start, or before `start`."""
@@ -224,8 +240,10 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     """Answers 404 or 405. vLLM has only the routes of the model's tasks, so a model that generates text has no
-    embeddings."""
+    embeddings. A model that generates none answers 400 to a chat, as it does with pt."""
     assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 404 and (api := OF_TEXT.get(endpoint(request.scope).removesuffix("/"))) is not None:
+        return error_response(InvalidRequest(f"The model does not support {api} API.", param="model"))
     text = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code in (404, 405):
         text += ". vLLM does not serve it for this model."

@@ -7,7 +7,7 @@ body within them goes to vLLM unchanged.
 
 import codecs
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,8 @@ from serve_app.wire.arrival import known_body
 from serve_app.wire.asgi import endpoint
 from serve_app.wire.body import Fields, RequestBody
 from serve_app.wire.openai_errors import error_response
+from serve_app.wire.responses.chat_request import PATH as RESPONSES
+from serve_app.wire.responses.chat_request import STORED, require_stateless
 
 # A body may have this many lists, objects and keys. vLLM takes some 0.2 ms to read a message.
 MOST_PARTS = 10_000
@@ -59,16 +61,23 @@ class Guard:
     count_tokens: Callable[[str], int] = len
     reads_media: bool = False
 
-    def check(self, body: RequestBody) -> None:
-        """Raises InvalidRequest that names the field. A large body takes time, so the event loop must not call this."""
+    def check(self, body: RequestBody, path: str = "") -> None:
+        """Raises InvalidRequest that names the field. A large body takes time, so the event loop must not call this.
+
+        At the `path` of the Responses API, the input is one conversation, and nothing stored may be referred to.
+        """
         body.require_countable(most_parts=MOST_PARTS)
         fields = _fields(body)
         require_bounded_numbers(fields)
         choices = _choices(fields)
+        texts: tuple[str, ...] = TEXTS
+        if path.removesuffix("/") == RESPONSES:
+            require_stateless({name: _bytes(fields, name) not in (b"null", b"false") for name in STORED})
+            texts = (*TEXTS, "input")
         for name in PROMPTS:
-            if name in fields:
+            if name in fields and name not in texts:
                 self._check_prompts(name, fields[name], choices)
-        self._check_texts(fields)
+        self._check_texts(fields, texts)
         if (count := _bytes(fields, "tokens").count(b",")) >= self._most_characters:
             raise self._too_long("tokens", f"are {count + 1} ids")
         if _bytes(fields, "logit_bias").count(b":") > MOST_BIASES:
@@ -82,8 +91,8 @@ class Guard:
                 raise InvalidRequest(f"'{name}' is not served. Leave it out. {reason}", param=name)
         self._check_bad_words(_bytes(fields, "bad_words"))
 
-    def _check_texts(self, fields: Fields) -> None:
-        for name in () if self.reads_media else TEXTS:
+    def _check_texts(self, fields: Fields, texts: Iterable[str]) -> None:
+        for name in () if self.reads_media else texts:
             if (size := len(_bytes(fields, name))) > ESCAPE_BYTES * self._most_characters:
                 raise self._too_long(name, f"has {size} bytes")
 
@@ -179,8 +188,9 @@ def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
         if scope["type"] != "http" or scope["method"] in READING:
             await app(scope, receive, send)
             return
+        path = endpoint(scope)
         try:
-            require_served(scope["method"], endpoint(scope))
+            require_served(scope["method"], path)
         except RequestError as error:
             response = error_response(error)
             response.status_code = 404
@@ -189,7 +199,7 @@ def guarded(app: ASGIApp, guard: Guard) -> ASGIApp:
         body = known_body(scope)
         assert body is not None, "what vLLM serves has a method with a body, and that was read"
         try:
-            await workers.run(len(body.content), partial(guard.check, body))
+            await workers.run(len(body.content), partial(guard.check, body, path))
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return

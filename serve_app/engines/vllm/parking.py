@@ -25,8 +25,8 @@ class VllmParking:
         self._client, self._lost, self._adapters = client, lost, adapters
         self._is_parked, self._copy_bytes = False, 0
 
-    async def park(self) -> None:
-        """Does what `Parking` says."""
+    async def park(self, still_bytes: int | None = None) -> None:
+        """Does what `Parking` says. Nothing of the KV cache is copied."""
         if self._is_parked:
             raise EngineError("vLLM is parked already.")
         if self._adapters is not None:

@@ -52,6 +52,7 @@ def ladders_of(request: ModelRequest, code: str, trial: Trial) -> Iterator[Ladde
     yield from _own(request, code, trial)
     yield from _less_cache(request)
     yield from _fewer_sequences(request, backend, trial)
+    yield from _smaller_steps(request, backend)
     if on_gpu and backend != "pt":
         yield from _in_8_bits(request, trial)
     if request.drafter is not None:
@@ -112,6 +113,24 @@ def _fewer_sequences(request: ModelRequest, backend: Backend, trial: Trial) -> I
 
     def loses(changes: Changes) -> str:
         return f"{now - changes[0].value} of {now} sequences at once"
+
+    if rungs:
+        yield Ladder(price.FEWER_SEQUENCES, rungs, loses, climbs=True)
+
+
+def _smaller_steps(request: ModelRequest, backend: Backend) -> Iterator[Ladder]:
+    """Yields smaller steps of a model that pools in pt. A step holds at least one input of full length."""
+    if backend != "pt" or request.pooling is None:
+        return
+    now = request.step_tokens
+    rungs = [
+        rung("max_num_batched_tokens", 2**power)
+        for power in range(14, 7, -1)
+        if request.max_model_len <= 2**power < now
+    ]
+
+    def loses(changes: Changes) -> str:
+        return f"{now - changes[0].value:,} of {now:,} tokens in a step"
 
     if rungs:
         yield Ladder(price.FEWER_SEQUENCES, rungs, loses, climbs=True)

@@ -12,7 +12,7 @@
 | 3 | no `gpu_ids`, share or `gpu_memory_utilization` | nothing that others use |
 | 4 | no `max_memory` | its limits, but nothing that others use |
 | 10 | `kv_cache_dtype: fp8`, with vLLM under `engine_args` | a little precision of the KV cache |
-| 11 | a lower `max_num_seqs` | requests that run at once |
+| 11 | a lower `max_num_seqs`, or `max_num_batched_tokens` of a model that pools | requests that run at once |
 | 12 | a smaller share, limit or `kv_cache_memory_bytes` | KV cache, so requests that run at once |
 | 13 | fewer cards | speed |
 | 14 | no `accelerator_type` | the choice of the card |

@@ -57,7 +57,8 @@ def test_the_plan_has_a_table_and_sentences_for_a_pool(
     assert "n1:0 pool 40.00 GiB, parked models keep ~2.80 of it" in out
     assert "pool 'default': 3 models share 40.00 GiB of n1:0 resident together are at most: a and b; or b and c" in out
     assert "some are stopped to free what they keep: a and b; or b and c" in out
-    assert "the weights of all take 42.56 GiB of host memory; the pool may take 64.00 GiB of it" in out
+    assert "the weights of all take 42.56 GiB of host memory, and requests that stand still up to " in out
+    assert "; the pool may take 64.00 GiB of it" in out
     assert "b: ~2.4 s to wake from a copy of 14.19 GiB, ~30 s to start" in out
     assert "a request waits for its model for at most" in out
     assert out.endswith("Everything fits.")
@@ -87,7 +88,7 @@ def test_json_has_pools(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pool["resident_sets"] == pool["crowded_sets"] == [["a", "b"], ["b", "c"]]
     assert [model["name"] for model in pool["models"]] == ["a", "b", "c"]
     assert pool["models"][0]["leases"] == [{"n1:0": pool["models"][0]["ranks"][0]["share_bytes"]}]
-    assert pool["copies"]["bytes"] == sum(model["copy_bytes"] for model in pool["models"])
+    assert pool["copies"]["bytes"] == sum(model["copy_bytes"] + model["still_bytes"] for model in pool["models"])
     assert pool["guessed_longest_wait_s"] > 0
     for gpu in plan["gpus"]:
         assert gpu["planned_bytes"] + gpu["pool_bytes"] + gpu["spare_bytes"] == gpu["free_bytes"]

@@ -7,6 +7,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from serve_app.config import ModelConfig
 from serve_app.engines.pt.engine import PtEngine
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config
@@ -22,11 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)
 
 
+def demo_engine() -> ModelConfig:
+    """The demo model, of which at most four sequences run at a time."""
+    return model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=4)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running_engine() -> AsyncIterator[PtEngine]:
     """One engine for all tests of a module: to load and probe a model takes longer than most of them."""
-    config = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32", max_num_seqs=4)
-    engine = PtEngine(config, "demo")
+    engine = PtEngine(demo_engine(), "demo")
     engine.application = await engine.start()  # type: ignore[attr-defined]
     yield engine
     await engine.stop()

@@ -42,7 +42,7 @@ async def serving(names: list[str] = NAMES, **fields: Any) -> AsyncIterator[tupl
     adapters = {name: str(ADAPTERS_DIR / name) for name in names}
     room = {"max_loras": 16, "max_lora_rank": 8}
     config = model_config(
-        model=model_path(DEMO_MODEL), device="cpu", dtype="float32", num_cpus=2, adapters=adapters, **(room | fields)
+        model=model_path(DEMO_MODEL), device="cpu", dtype="float32", num_cpus=1, adapters=adapters, **(room | fields)
     )
     engine = PtEngine(config, "demo")
     app = await engine.start()
@@ -262,8 +262,8 @@ async def test_a_parked_engine_keeps_its_adapters() -> None:
         await engine.park()
         await engine.load_adapter("a04", ADAPTERS_DIR / "a04")
         await engine.unload_adapter("a04")
-        await engine.load_adapter("a05", ADAPTERS_DIR / "a05")
-        running.append(asyncio.create_task(assert_all_right(client, ["a05"], 2)))
+        await engine.load_adapter("a06", ADAPTERS_DIR / "a06")
+        running.append(asyncio.create_task(assert_all_right(client, ["a06"], 2)))
         await engine.wake()
         await asyncio.gather(*running)
 

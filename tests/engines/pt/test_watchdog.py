@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from serve_app.engines.pt.core.sequence import SamplingParams
-from serve_app.engines.pt.engine import SLOW_STEP_TIMEOUT_S, STEP_TIMEOUT_S, PtEngine, step_timeout_s
+from serve_app.engines.pt.core.step_timeout import SLOW_STEP_TIMEOUT_S, STEP_TIMEOUT_S, step_timeout_s
+from serve_app.engines.pt.engine import PtEngine
 from serve_app.errors import EngineError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.builders import model_config

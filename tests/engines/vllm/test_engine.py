@@ -108,3 +108,13 @@ async def test_what_is_nested_too_deep_is_the_clients_mistake() -> None:
     answer = await _too_deep(request, RecursionError())
     assert answer.status_code == 400
     assert "nested too deep" in json.loads(bytes(answer.body))["error"]["message"]
+
+
+async def test_a_model_without_text_refuses_a_chat_as_pt_does() -> None:
+    """vLLM has no route for it. 400 says what the model cannot do, by its route's prefix too."""
+    for prefix, path in (("", "/v1/chat/completions"), ("/models/m", "/v1/completions")):
+        scope = {"type": "http", "method": "POST", "path": f"{prefix}{path}", "root_path": prefix, "headers": []}
+        answer = await _no_such_route(Request(scope), HTTPException(404, "Not Found"))
+        error = json.loads(bytes(answer.body))["error"]
+        assert (answer.status_code, error["param"]) == (400, "model")
+        assert error["message"].startswith("The model does not support ")

@@ -114,6 +114,29 @@ def test_what_only_python_takes_for_json_does_not_pass_the_checks(body: bytes, s
         GUARD.check(RequestBody(body))
 
 
+@pytest.mark.parametrize("field", ["previous_response_id", "background", "conversation", "prompt"])
+def test_responses_refer_to_nothing_stored(field: str) -> None:
+    """As with pt, and in the same words."""
+    body = RequestBody(json.dumps({"input": "x", field: "resp_x"}).encode())
+    with pytest.raises(RequestError, match="nothing is stored here") as refused:
+        GUARD.check(body, "/v1/responses")
+    assert refused.value.param == field
+    GUARD.check(RequestBody(json.dumps({"input": "x", field: None}).encode()), "/v1/responses")
+
+
+def test_the_input_of_a_response_is_one_conversation() -> None:
+    """It may have more items than there may be prompts, but no more text than the context holds."""
+    items = [{"role": "user", "content": "x"}] * 60
+    GUARD.check(RequestBody(json.dumps({"input": items}).encode()), "/v1/responses")
+    many = Guard(max_model_len=10_000, longest_token=10)
+    body = RequestBody(json.dumps({"input": [{"content": "x"}] * 2000}).encode())
+    many.check(body, "/v1/responses")
+    with pytest.raises(RequestError):
+        many.check(body, "/v1/embeddings")
+    with pytest.raises(RequestError, match="'input' has"):
+        GUARD.check(RequestBody(json.dumps({"input": [{"content": "x" * 4000}] * 2}).encode()), "/v1/responses")
+
+
 def test_media_are_long() -> None:
     """Where the model reads them."""
     body = json.dumps({"messages": [{"role": "user", "content": [{"image_url": "data:" + "x" * 100_000}]}]}).encode()

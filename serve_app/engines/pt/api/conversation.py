@@ -31,6 +31,20 @@ def with_read_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, An
     ]
 
 
+def with_known_roles(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Returns the messages as this chat template reads them. Where it does not know the role developer, such a message
+    is one of the system. Thinking of earlier answers has both of its names."""
+    knows = "developer" in template
+    return [_named(message, knows) for message in messages]
+
+
+def _named(message: dict[str, Any], knows_developer: bool) -> dict[str, Any]:
+    if message["role"] == "developer" and not knows_developer:
+        message = message | {"role": "system"}
+    thinking = message.get("reasoning") or message.get("reasoning_content")
+    return message | {"reasoning": thinking, "reasoning_content": thinking} if thinking else message
+
+
 def _joined(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     content = message["content"]
     if not isinstance(content, list):

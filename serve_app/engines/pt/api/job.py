@@ -1,33 +1,16 @@
-"""Describes a checked request and how its answer is written, in the two shapes of OpenAI's objects."""
+"""Describes a checked request, and gathers what its choices have generated."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from serve_app.engines.pt.api.protocol import ChatRequest, CompletionRequest
 from serve_app.engines.pt.api.tool_calls import Delta, MessageReader
 from serve_app.engines.pt.core.sequence import FinishReason, Logprobs, Piece, SamplingParams
-from serve_app.engines.pt.text.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Says how one endpoint writes its objects. `whole` and `delta` make the part that holds a choice's text and
-    calls."""
-
-    id_prefix: str
-    whole_object: str
-    chunk_object: str
-    whole: Callable[[Delta], dict[str, Any]]
-    delta: Callable[[Delta], dict[str, Any]]
-    opening: dict[str, Any] | None
-    logprobs: LogprobsWriter
 
 
 @dataclass(frozen=True)
 class Job:
-    """One checked request says what to generate, and how its answer is written. `n` choices follow each prompt.
+    """One checked request says what to generate. `n` choices follow each prompt.
 
     Each choice has one of `readers`, and of `openings`, the texts that the choices begin with. `model` is the name of
     the model or adapter that answers.
@@ -36,7 +19,6 @@ class Job:
     request: ChatRequest | CompletionRequest
     prompts: list[list[int]]
     params: SamplingParams
-    shape: Shape
     readers: list[MessageReader]
     openings: list[str]
     model: str
@@ -68,7 +50,10 @@ class ChoiceProgress:
 
     def __init__(self) -> None:
         self.tokens = 0
+        self.reasoning_tokens = 0
+        self.kept = 0
         self.characters = 0
+        self.stopped_by: str | None = None
         self._has_calls = False
         self._reason: FinishReason | None = None
 
@@ -76,6 +61,10 @@ class ChoiceProgress:
         """Takes the next piece of the choice, and the meaning of its text."""
         self.tokens = piece.tokens
         self.characters += len(delta.content)
+        self.stopped_by = piece.stopped_by
+        self.kept = piece.kept
+        if delta.reasoning:  # The tags count as thinking.
+            self.reasoning_tokens = piece.tokens
         self._has_calls = self._has_calls or bool(delta.calls)
         self._reason = piece.finish_reason
 
@@ -112,41 +101,3 @@ class WholeChoice(ChoiceProgress):
     def delta(self) -> Delta:
         """Joins the whole answer. The work grows with it."""
         return Delta.join(self._deltas)
-
-
-def _message(delta: Delta) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": delta.content or (None if delta.calls else "")}
-    if delta.reasoning:
-        message["reasoning_content"] = delta.reasoning
-    if delta.calls:
-        message["tool_calls"] = [call.write() for call in delta.calls]
-    return {"message": message}
-
-
-def _message_delta(delta: Delta) -> dict[str, Any]:
-    fields: dict[str, Any] = {"content": delta.content} if delta.content else {}
-    if delta.reasoning:
-        fields["reasoning_content"] = delta.reasoning
-    if delta.calls:
-        fields["tool_calls"] = [call.write_delta() for call in delta.calls]
-    return {"delta": fields}
-
-
-CHAT = Shape(
-    "chatcmpl-",
-    "chat.completion",
-    "chat.completion.chunk",
-    whole=_message,
-    delta=_message_delta,
-    opening={"delta": {"role": "assistant", "content": ""}, "logprobs": None},
-    logprobs=chat_logprobs,
-)
-TEXT = Shape(
-    "cmpl-",
-    "text_completion",
-    "text_completion",
-    whole=lambda delta: {"text": delta.content},
-    delta=lambda delta: {"text": delta.content},
-    opening=None,
-    logprobs=text_logprobs,
-)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from serve_app.engines.pt.api.job import Job, Shape
+from serve_app.engines.pt.api.job import Job
 from serve_app.engines.pt.api.prompts import Prompts
 from serve_app.engines.pt.api.protocol import ChatRequest, CompletionRequest
+from serve_app.engines.pt.api.reasoning import END_TOKENS, ThinkReader, thinking_tags
 from serve_app.engines.pt.api.tool_calls import (
     CallListReader,
     MessageReader,
@@ -12,6 +13,7 @@ from serve_app.engines.pt.api.tool_calls import (
     PlainReader,
     TemplateReader,
     response_template,
+    thinking_template,
 )
 from serve_app.engines.pt.generator import Generator
 from serve_app.errors import InvalidRequest
@@ -27,7 +29,6 @@ class JobBuilder:
     def build(
         self,
         asked: ChatRequest | CompletionRequest,
-        shape: Shape,
         default_tokens: int | None,
         tokenize: Callable[[], list[list[int]]],
     ) -> Job:
@@ -40,7 +41,7 @@ class JobBuilder:
         params = asked.sampling(max_tokens, self._generator.generation_config)
         readers = [reader for prompt in prompts for reader in self._readers(asked, prompt)]
         model = self._generator.adapter_name(asked.model) or self._generator.name
-        return Job(asked, prompts, params, shape, readers, self._openings(asked, prompts), model)
+        return Job(asked, prompts, params, readers, self._openings(asked, prompts), model)
 
     def _openings(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[str]:
         """Returns the text that each choice begins with, which is the prompt if it is to be echoed."""
@@ -51,21 +52,36 @@ class JobBuilder:
         return [text for text in texts for _ in range(asked.choices)]
 
     def _readers(self, asked: ChatRequest | CompletionRequest, prompt: list[int]) -> list[MessageReader]:
-        """Returns what tells tool calls from text for each choice of a prompt. Raises InvalidRequest if nothing can."""
+        """Returns what tells thinking and tool calls from text for each choice of a prompt. Raises InvalidRequest if
+        nothing can tell calls."""
         choices = range(asked.choices)
-        if not isinstance(asked, ChatRequest) or not asked.offered_tools:
+        if not isinstance(asked, ChatRequest):
             return [PlainReader() for _ in choices]
-        if asked.named_tool is not None:
+        if asked.offered_tools and asked.named_tool is not None:
             return [NamedCallReader(asked.named_tool) for _ in choices]
-        if asked.tool_choice == "required":
+        if asked.offered_tools and asked.tool_choice == "required":
             return [CallListReader() for _ in choices]
+        if asked.grammar is not None:  # The format is all that the model writes, so it does not think before.
+            return [PlainReader() for _ in choices]
+        return [self._free_reader(asked, prompt) for _ in choices]
+
+    def _free_reader(self, asked: ChatRequest, prompt: list[int]) -> MessageReader:
+        """Returns what reads a text that no grammar bounds."""
         tokenizer = self._generator.tokenizer
-        template = response_template(tokenizer)
-        if template is None:
+        template = response_template(tokenizer) if asked.offered_tools else thinking_template(tokenizer)
+        if asked.offered_tools and template is None:
             raise InvalidRequest(
                 "tool_choice 'auto' needs a model whose tokenizer has a response_template, or a chat template with "
                 "<tool_call>. Use this model with 'required', with a named function, or with 'none'.",
                 param="tool_choice",
             )
-        text = tokenizer.decode(prompt)
-        return [TemplateReader(tokenizer, template, text, asked.offered_tools, asked.parallel) for _ in choices]
+        reader: MessageReader = PlainReader()
+        if template is not None:
+            text = tokenizer.decode(prompt)
+            reader = TemplateReader(tokenizer, template, text, asked.offered_tools, asked.parallel)
+            if "thinking" in template["fields"]:
+                return reader
+        tags = thinking_tags(tokenizer)
+        if tags is None:
+            return reader
+        return ThinkReader(reader, tags, tokenizer.decode(prompt[-END_TOKENS:]))

@@ -1,26 +1,28 @@
-"""Builds the pt engine's ASGI application, whose endpoints are OpenAI's and some of vLLM's."""
+"""Builds the pt engine's ASGI application, whose endpoints are OpenAI's, Anthropic's and some of vLLM's."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serve_app.engines.pt.api.answer_writer import AnswerWriter, json_response
-from serve_app.engines.pt.api.job import CHAT, TEXT
 from serve_app.engines.pt.api.job_builder import JobBuilder
+from serve_app.engines.pt.api.messages_form import MessagesForm
+from serve_app.engines.pt.api.messages_request import has_system_message, read_counted, read_messages
+from serve_app.engines.pt.api.openai_form import CHAT, TEXT, OpenAIForm, Shape
 from serve_app.engines.pt.api.openapi import openapi_document
 from serve_app.engines.pt.api.prompts import Prompts
 from serve_app.engines.pt.api.protocol import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -28,22 +30,36 @@ from serve_app.engines.pt.api.protocol import (
     TokenizeRequest,
     read_tokenize,
 )
-from serve_app.engines.pt.api.request_error import request_error
+from serve_app.engines.pt.api.request_error import named_as, request_error
+from serve_app.engines.pt.api.responses_form import ResponsesForm
+from serve_app.engines.pt.api.responses_request import read_responses
 from serve_app.engines.pt.core.places import Reservation
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.workers import Workers
 from serve_app.errors import ContextTooLong, EngineError, ModelUnavailable, RequestError
+from serve_app.wire.anthropic.chat_request import NAMES as MESSAGES_NAMES
+from serve_app.wire.anthropic.errors import MessagesErrors
 from serve_app.wire.arrival import known_body
 from serve_app.wire.asgi import KEY_NAME_HEADER
 from serve_app.wire.body import RequestBody
 from serve_app.wire.census import decode_body
 from serve_app.wire.headers import header
 from serve_app.wire.openai_errors import error_response, route_error_response
+from serve_app.wire.responses.chat_request import NAMES as RESPONSES_NAMES
 
 logger = logging.getLogger("ray.serve")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-Asked = TypeVar("Asked", bound=Body)
+
+
+class _Named(Protocol):
+    """This is what a body asks for, with the model that it names."""
+
+    @property
+    def model(self) -> str | None: ...
+
+
+Asked = TypeVar("Asked", bound=_Named)
 
 # OpenAI's completions endpoint generates this many tokens if the request does not say.
 DEFAULT_COMPLETION_TOKENS = 16
@@ -56,6 +72,9 @@ def build_app(generator: Generator) -> Starlette:
         routes=[
             Route("/v1/chat/completions", _guarded(endpoints.chat), methods=["POST"]),
             Route("/v1/completions", _guarded(endpoints.complete), methods=["POST"]),
+            Route("/v1/responses", _guarded(endpoints.respond), methods=["POST"]),
+            Route("/v1/messages", _guarded(endpoints.messages), methods=["POST"]),
+            Route("/v1/messages/count_tokens", _guarded(endpoints.count_tokens), methods=["POST"]),
             Route("/v1/embeddings", _guarded(endpoints.embed), methods=["POST"]),
             Route("/tokenize", _guarded(endpoints.tokenize), methods=["POST"]),
             Route("/detokenize", _guarded(endpoints.detokenize), methods=["POST"]),
@@ -64,6 +83,7 @@ def build_app(generator: Generator) -> Starlette:
             Route("/load", endpoints.load),
             Route("/openapi.json", endpoints.openapi),
         ],
+        middleware=[Middleware(MessagesErrors)],
         exception_handlers={RequestError: _refused, HTTPException: _no_such_route, Exception: _unexpected},
     )
 
@@ -81,14 +101,49 @@ class _Endpoints:
         size, asked = await self._read(request, ChatRequest.read)
         key = _key_name(request)
         self._require_alive()
-        return await self._writer.answer(size, asked, key, CHAT, None, lambda: [self._prompts.of_chat(asked)])
+        return await self._writer.answer(
+            size, asked, key, self._form(CHAT), None, lambda: [self._prompts.of_chat(asked)]
+        )
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions continues texts."""
         size, asked = await self._read(request, CompletionRequest.read)
         key, tokens = _key_name(request), DEFAULT_COMPLETION_TOKENS
         self._require_alive()
-        return await self._writer.answer(size, asked, key, TEXT, tokens, lambda: self._prompts.of_texts(asked))
+        return await self._writer.answer(
+            size, asked, key, self._form(TEXT), tokens, lambda: self._prompts.of_texts(asked)
+        )
+
+    async def messages(self, request: Request) -> Response:
+        """POST /v1/messages answers a chat of Anthropic's API."""
+        size, asked = await self._read(request, partial(self._chat_of_messages, read_messages))
+        key = _key_name(request)
+        self._require_alive()
+        form = MessagesForm()
+        with named_as(MESSAGES_NAMES):
+            return await self._writer.answer(size, asked, key, form, None, lambda: [self._prompts.of_chat(asked)])
+
+    async def count_tokens(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens answers with the tokens of a chat's prompt."""
+        size, asked = await self._read(request, partial(self._chat_of_messages, read_counted))
+        with named_as(MESSAGES_NAMES):
+            ids = await self._workers.run(size, lambda: self._prompts.of_chat(asked))
+        return json_response(msgspec.json.encode({"input_tokens": len(ids)}))
+
+    async def respond(self, request: Request) -> Response:
+        """POST /v1/responses answers a chat of OpenAI's newer API, of which nothing is stored."""
+        size, asked = await self._read(request, read_responses)
+        key, chat = _key_name(request), asked.chat
+        self._require_alive()
+        form = ResponsesForm(self._generator.tokenizer, asked.body)
+        with named_as(RESPONSES_NAMES):
+            return await self._writer.answer(size, chat, key, form, None, lambda: [self._prompts.of_chat(chat)])
+
+    def _form(self, shape: Shape) -> OpenAIForm:
+        return OpenAIForm(shape, self._generator.tokenizer)
+
+    def _chat_of_messages(self, read: Callable[..., ChatRequest], body: object) -> ChatRequest:
+        return read(body, merge_system=has_system_message(body) and not self._prompts.takes_late_system)
 
     async def embed(self, request: Request) -> Response:
         """POST /v1/embeddings answers with the mean of the last hidden states over a text's tokens, of length 1."""

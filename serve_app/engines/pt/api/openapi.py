@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from serve_app.engines.pt.api.messages_request import CountTokensRequest, MessagesRequest
 from serve_app.engines.pt.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -12,11 +13,15 @@ from serve_app.engines.pt.api.protocol import (
     EmbeddingRequest,
     TokenizeRequest,
 )
+from serve_app.engines.pt.api.responses_request import ResponsesRequest
 from serve_app.wire.openapi import Operation, Schema, document, reference
 
 BODIES: tuple[type[BaseModel], ...] = (
     ChatRequest,
     CompletionRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    ResponsesRequest,
     EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,
@@ -25,6 +30,24 @@ TOKENIZE: Schema = {"anyOf": [reference("TokenizeRequest"), reference("ChatReque
 OPERATIONS = (
     Operation("POST", "/v1/chat/completions", "Answers a chat.", reference("ChatRequest"), streams=True),
     Operation("POST", "/v1/completions", "Continues a text.", reference("CompletionRequest"), streams=True),
+    Operation(
+        "POST",
+        "/v1/messages",
+        "Answers a chat of Anthropic's API.",
+        reference("MessagesRequest"),
+        streams=True,
+        error="MessagesError",
+    ),
+    Operation(
+        "POST",
+        "/v1/messages/count_tokens",
+        "Counts the tokens of a chat's prompt.",
+        reference("CountTokensRequest"),
+        error="MessagesError",
+    ),
+    Operation(
+        "POST", "/v1/responses", "Answers a chat. Nothing is stored.", reference("ResponsesRequest"), streams=True
+    ),
     Operation("POST", "/v1/embeddings", "Returns the mean of the last hidden states.", reference("EmbeddingRequest")),
     Operation("POST", "/tokenize", "Returns the token ids of a text or a chat.", TOKENIZE),
     Operation("POST", "/detokenize", "Returns the text of token ids.", reference("DetokenizeRequest")),

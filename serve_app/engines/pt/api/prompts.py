@@ -2,11 +2,12 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import cached_property
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.engines.pt.api.conversation import with_joined_text, with_read_arguments
+from serve_app.engines.pt.api.conversation import with_joined_text, with_known_roles, with_read_arguments
 from serve_app.engines.pt.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -36,9 +37,9 @@ class Prompts:
                     f"'chat_template_kwargs.{name}' is not a variable of the template.", param="chat_template_kwargs"
                 )
         messages = with_joined_text(message.model_dump() for message in asked.messages)
-        shown = [messages, asked.offered_tools, asked.chat_template_kwargs]
+        shown = [messages, asked.offered_tools, asked.template_variables]
         self._check_characters(_characters(shown), "messages")
-        conversation = with_read_arguments(messages)
+        conversation = with_known_roles(with_read_arguments(messages), str(tokenizer.chat_template or ""))
         if tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template. Use /v1/completions, or set chat_template in its config.",
@@ -51,12 +52,22 @@ class Prompts:
                 continue_final_message=asked.continue_final_message,
                 return_dict=False,
                 tools=asked.offered_tools or None,
-                **asked.chat_template_kwargs,
+                **asked.template_variables,
             )
         except (TemplateError, ValueError, TypeError, RecursionError) as error:
             raise InvalidRequest(f"The chat template refuses these messages: {error}", param="messages") from error
         self.check_ids(ids, "messages")
         return ids
+
+    @cached_property
+    def takes_late_system(self) -> bool:
+        """Returns whether the chat template takes a system message after others. Its first call renders a template."""
+        turns = [{"role": role, "content": "t"} for role in ("system", "user", "system", "user")]
+        try:
+            self._generator.tokenizer.apply_chat_template(turns, tokenize=False)
+        except (TemplateError, ValueError, TypeError):
+            return False
+        return True
 
     def of_texts(self, asked: CompletionRequest | EmbeddingRequest) -> list[list[int]]:
         """Returns the token ids of each text. It first checks all that can be counted before tokenising."""

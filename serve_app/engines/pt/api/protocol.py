@@ -42,7 +42,7 @@ NEUTRAL_ONLY: Mapping[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
-    "reasoning_effort": (None,),
+    "include_reasoning": (None, True),
 }
 
 # With fail_fast pydantic stops at the first wrong item of a list instead of listing thousands of errors.
@@ -67,6 +67,9 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    without_effect: ClassVar[frozenset[str]] = WITHOUT_EFFECT
+    neutral_only: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL_ONLY
+
     model: str | None = None
 
     @classmethod
@@ -74,10 +77,10 @@ class Body(BaseModel):
         """Returns a decoded JSON body after checking it. Raises InvalidRequest that names the field."""
         if not isinstance(body, dict):
             raise InvalidRequest("The body must be a JSON object.")
-        fields = {name: value for name, value in body.items() if name not in WITHOUT_EFFECT}
-        for name in NEUTRAL_ONLY.keys() & (fields.keys() - cls.model_fields.keys()):
+        fields = {name: value for name, value in body.items() if name not in cls.without_effect}
+        for name in cls.neutral_only.keys() & (fields.keys() - cls.model_fields.keys()):
             value = fields.pop(name)
-            if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL_ONLY[name]):
+            if not any(value == neutral and type(value) is type(neutral) for neutral in cls.neutral_only[name]):
                 raise InvalidRequest(f"'{name}' is not supported by the pt engine. Leave it out.", param=name)
         for name in fields:
             if name not in cls.model_fields:
@@ -192,6 +195,10 @@ class _Request(Body):
         )
 
 
+# What the words mean is the chat template's business, and a template may know none of them.
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class Message(BaseModel):
     """This is one message of a conversation. Further fields go to the chat template as they are."""
 
@@ -210,6 +217,7 @@ class ChatRequest(_Request):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: Effort | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -230,6 +238,15 @@ class ChatRequest(_Request):
         if self.offered_tools and (self.response_format or self.structured_outputs) and super()._grammar() is not None:
             raise ValueError("response_format: it cannot be combined with tools. Set tool_choice to 'none'")
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Returns the variables for the chat template. An effort also says whether to think, as with vLLM, unless the
+        client says so itself."""
+        if self.reasoning_effort is None:
+            return self.chat_template_kwargs
+        effort = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
+        return effort | self.chat_template_kwargs
 
     @cached_property
     def offered_tools(self) -> list[dict[str, Any]]:

@@ -1,6 +1,13 @@
-"""Decides what a client sees of an error in the engine."""
+"""Decides what a client sees of an error in the engine, and under which names."""
 
-from serve_app.errors import AdapterError, EngineError, ModelUnavailable, RequestError
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from serve_app.errors import AdapterError, EngineError, InvalidRequest, ModelUnavailable, RequestError
+
+# A message names a field or a value in quotes, or begins with a field.
+NAMED = re.compile(r"(?:(?<=')|^)[a-z_]+(?=['\[.:]|$)")
 
 
 def request_error(error: Exception) -> RequestError:
@@ -11,3 +18,14 @@ def request_error(error: Exception) -> RequestError:
     if isinstance(error, EngineError | AdapterError):
         return ModelUnavailable(str(error), retry_after_s=5.0)
     return RequestError(f"The engine failed on this request: {type(error).__name__}: {error}")
+
+
+@contextmanager
+def named_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Gives the fields of an InvalidRequest of the block the names that they have in another API."""
+    try:
+        yield
+    except InvalidRequest as error:
+        message = NAMED.sub(lambda found: names.get(found[0], found[0]), error.message)
+        param = None if error.param is None else names.get(error.param, error.param)
+        raise type(error)(message, param=param, retry_after_s=error.retry_after_s) from error

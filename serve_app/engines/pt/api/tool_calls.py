@@ -267,6 +267,14 @@ def response_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] |
     return HERMES if "<tool_call>" in template and "<function=" not in template else None
 
 
+def thinking_template(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:
+    """Returns how this model writes its thinking where it was offered no tools, or None if its files do not say."""
+    own = own_response_template(tokenizer)
+    if own is None or "thinking" not in own.get("fields", {}):
+        return None
+    return {**own, "fields": {name: field for name, field in own["fields"].items() if name != "tool_calls"}}
+
+
 def call_list_schema(tools: ReadOnlySequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
     """Returns the JSON schema of one call to these tools, or of several if `parallel`.
 

@@ -6,21 +6,32 @@ hundred choices delays a request of one choice by one turn and not by a hundred.
 
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
+from typing import Generic, Protocol, TypeVar
 
-from serve_app.engines.pt.core.sequence import Sequence
+
+class Owned(Protocol):
+    """Is what waits: a sequence, or an input that is computed at once."""
+
+    @property
+    def owner(self) -> object:
+        """Returns whose it is, by which all that is of one owner waits in one line."""
+        ...
 
 
-class FairQueue:
+Item = TypeVar("Item", bound=Owned)
+
+
+class FairQueue(Generic[Item]):
     """Holds sequences that wait, in the order in which they will be admitted."""
 
     def __init__(self) -> None:
-        self._lines: OrderedDict[object, deque[Sequence]] = OrderedDict()  # The owner whose turn it is comes first.
+        self._lines: OrderedDict[object, deque[Item]] = OrderedDict()  # The owner whose turn it is comes first.
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Item) -> None:
         """Puts a sequence at the end of its owner's line. A new owner's turn comes after all others'."""
         self._lines.setdefault(sequence.owner, deque()).append(sequence)
 
-    def put_back(self, sequences: Collection[Sequence], *, first: bool) -> None:
+    def put_back(self, sequences: Collection[Item], *, first: bool) -> None:
         """Puts sequences, in order, at the head of their owners' lines. If they are `first`, their turns come before
         all others'. Otherwise their owners keep their turns, or take the last ones as new owners do."""
         for sequence in sequences:
@@ -30,18 +41,18 @@ class FairQueue:
             if first:
                 self._lines.move_to_end(sequence.owner, last=False)
 
-    def head(self, skipped: Collection[object] = ()) -> Sequence | None:
+    def head(self, skipped: Collection[object] = ()) -> Item | None:
         """Returns the next sequence of owners that are not `skipped`, or None if none waits."""
         return next((line[0] for owner, line in self._lines.items() if owner not in skipped), None)
 
-    def take(self, sequence: Sequence) -> None:
+    def take(self, sequence: Item) -> None:
         """Removes the first of its owner's line, whose next turn then comes after all others'."""
         line = self._lines.pop(sequence.owner)
         line.popleft()
         if line:
             self._lines[sequence.owner] = line
 
-    def remove(self, gone: Collection[Sequence]) -> None:
+    def remove(self, gone: Collection[Item]) -> None:
         """Removes sequences, and ignores those that do not wait here."""
         for owner in {sequence.owner for sequence in gone} & self._lines.keys():
             line = deque(sequence for sequence in self._lines[owner] if sequence not in gone)
@@ -53,7 +64,7 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Item]:
         lines = [deque(line) for line in self._lines.values()]
         while lines:
             for line in lines:

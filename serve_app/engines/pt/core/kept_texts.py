@@ -32,7 +32,8 @@ class KeptTexts:
         It is 0 if the step does something else or none are kept."""
         if len(step.prefill) != 1 or step.begin or step.pools:
             return 0
-        ids, counts = step.prefill[0].token_ids, self._cache.counts
+        sequence, counts = step.prefill[0], self._cache.counts
+        ids = sequence.token_ids
         counts.queries += 1
         counts.query_tokens += len(ids)
         found = self._cache.longest_start(ids, _version(step.prefill[0]))
@@ -42,6 +43,8 @@ class KeptTexts:
         self._runner.begin_with(step, text.layers, tokens)
         counts.hits += 1
         counts.hit_tokens += tokens
+        if not sequence.output_ids:  # It may have been computed in part before, and was put back.
+            sequence.kept = min(tokens, len(sequence.prompt_ids))
         return tokens
 
     def note_end(self, sequence: Sequence) -> None:

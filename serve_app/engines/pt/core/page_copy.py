@@ -11,7 +11,14 @@ from typing import IO
 import torch
 
 from serve_app.engines.pt.core.memory_part import Part, Tick
-from serve_app.engines.pt.core.pages import Pages, fetch_pages, free_pages, own_and_file_pages, whole_pages
+from serve_app.engines.pt.core.pages import (
+    Pages,
+    fetch_pages,
+    free_pages,
+    own_and_file_pages,
+    prefer_huge_pages,
+    whole_pages,
+)
 from serve_app.engines.torch_internals import onednn_memory, storages_of
 
 # Memory is moved in pieces of so many bytes.
@@ -40,7 +47,8 @@ class PageCopy:
                     self._held.append(storage)
                     memories.append((storage.data_ptr(), storage.nbytes()))
         self._pages = whole_pages(memories)
-        self._pieces: list[Pages] = []
+        self._own: list[Pages] = []
+        self._pieces: list[Pages] = []  # The same in pieces.
         self._in_file: list[Pages] = []
         self._folder = folder
         self._file: IO[bytes] | None = None
@@ -54,21 +62,22 @@ class PageCopy:
         """Does what `MemoryCopy` says."""
         if self._file is not None:
             return
-        own, self._in_file = own_and_file_pages(self._pages)
-        self._pieces = [piece for pages in own for piece in pages.pieces(PIECE_BYTES)]
+        self._own, self._in_file = own_and_file_pages(self._pages)
+        self._pieces = [piece for pages in self._own for piece in pages.pieces(PIECE_BYTES)]
         file = tempfile.TemporaryFile(prefix="serve-app-parked-", dir=self._folder, buffering=0)  # noqa: SIM115  it is kept
         try:
             _move(self._pieces, lambda piece, offset: _write(file.fileno(), piece, offset), tick)
         except BaseException:
             file.close()
             raise
+        prefer_huge_pages(self._own)
         self._file = file
         weakref.finalize(self, file.close)
 
     def free(self) -> None:
         """Does what `MemoryCopy` says."""
         free_pages(self._in_file)
-        free_pages(self._pieces)
+        free_pages(self._own)
 
     def restore(self, tick: Tick) -> None:
         """Does what `MemoryCopy` says."""

@@ -7,7 +7,7 @@ import torch
 
 from serve_app.engines.pt.core.heap import trim_heap
 from serve_app.engines.pt.core.memory_part import MemoryCopy, Part, Tick
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, StillTooLarge
 
 # This makes a copy of parts that is empty at first.
 MakeCopy = Callable[[Iterable[Part]], MemoryCopy]
@@ -18,7 +18,7 @@ class ParkedMemory:
     and that of its KV cache is there only while it is parked.
 
     `weights` are the parts of its models in the order in which a pass reads them, and `cache_tensors` returns what the
-    caches hold now.
+    caches hold now. A copy of the caches takes at most `most_cache_bytes`, or any size if that is None.
     """
 
     def __init__(self, weights: Sequence[Part], cache_tensors: Callable[[], list[torch.Tensor]], make_copy: MakeCopy):
@@ -26,6 +26,7 @@ class ParkedMemory:
         self._make_copy = make_copy
         self._weights = make_copy(weights)
         self._cache: MemoryCopy | None = None
+        self.most_cache_bytes: int | None = None
         self._lock = threading.Lock()
         self._is_out = False
 
@@ -37,9 +38,13 @@ class ParkedMemory:
 
     def move_out(self, tick: Tick) -> None:
         """Copies everything that has no copy yet, and then frees it. If that fails, all is as before, and it raises
-        EngineError."""
+        EngineError, or StillTooLarge if the caches hold more than may be copied."""
         with self._lock:
-            cache = self._make_copy([Part(self._cache_tensors())])
+            tensors = self._cache_tensors()
+            size, most = sum(tensor.nbytes for tensor in tensors), self.most_cache_bytes
+            if most is not None and size > most:
+                raise StillTooLarge(f"the sequences that run hold {size} bytes, and {most} may be kept of them")
+            cache = self._make_copy([Part(tensors)])
             try:
                 self._weights.save(tick)
                 cache.save(tick)

@@ -16,6 +16,8 @@ import numpy
 import numpy.typing
 import torch
 
+from serve_app.engines.prompt_cache_counts import PromptCacheCounts
+
 Ids = numpy.typing.NDArray[numpy.int64]
 
 # Fewer tokens are computed faster than they are looked up and copied.
@@ -37,19 +39,6 @@ class KeptText:
         """Returns the bytes of everything that is kept."""
         tensors: int = sum(tensor.nbytes for layer in self.layers for tensor in layer)
         return tensors + int(self.ids.nbytes)
-
-
-@dataclass
-class PromptCacheCounts:
-    """Says what was asked of the cache since the start, and what it holds now. Tokens are those of prompts."""
-
-    queries: int = 0
-    hits: int = 0
-    query_tokens: int = 0
-    hit_tokens: int = 0
-    evictions: int = 0
-    texts: int = 0
-    bytes: int = 0
 
 
 class PromptCache:

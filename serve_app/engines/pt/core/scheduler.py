@@ -93,7 +93,7 @@ class Scheduler:
         self._slots = slots
         self._batch_limit = limits.max_num_seqs
         self._calm_steps = 0
-        self._waiting = FairQueue()
+        self._waiting = FairQueue[Sequence]()
         self._prefilling: list[Sequence] = []
         self._position = 0
         self._longest = 0

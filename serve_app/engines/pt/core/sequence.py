@@ -52,8 +52,8 @@ class Sequence:
 
     Sequences of one `owner`, the request that they came with, wait in one line (`FairQueue`). A sequence that `pools`
     generates nothing: its prompt's vector is its only output. All of its tokens are computed with `adapter`, or with
-    the base model if that is None. `cached` counts the tokens whose keys and values are in
-    the batch cache; `sampling` is the sampler's own state, and `drafting` the speculator's.
+    the base model if that is None. `cached` counts the tokens whose keys and values are in the batch cache, and `kept`
+    those of the prompt that an earlier text had. `sampling` is the sampler's own state, `drafting` the speculator's.
     """
 
     prompt_ids: ReadOnlySequence[int]
@@ -63,6 +63,7 @@ class Sequence:
     adapter: Adapter | None = field(default=None, kw_only=True)
     output_ids: list[int] = field(default_factory=list)
     cached: int = 0
+    kept: int = 0
     sampling: Any = None
     drafting: Any = None
 
@@ -104,9 +105,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one choice, and how many tokens it has generated so far."""
+    """New text of one choice, and how many tokens it has generated so far. `stopped_by` is the stop string that has
+    ended it, and `kept` counts the tokens of its prompt that the prompt cache had."""
 
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
     logprobs: tuple[Logprobs, ...] = ()
+    stopped_by: str | None = None
+    kept: int = 0

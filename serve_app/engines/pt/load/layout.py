@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from serve_app.engines.pt.core.cache_codec import CacheCodec
 from serve_app.engines.pt.core.kv_cache import BatchCache
 from serve_app.engines.pt.core.model_runner import arguments_of, forward_inputs
 from serve_app.engines.pt.load.block_names import block_names
+from serve_app.engines.pt.load.model_class import model_class
 from serve_app.engines.pt.load.probe import ALONE
 from serve_app.engines.pt.load.quantization import quantized_sizes
 from serve_app.engines.pt.transformers_internals import loaded_dtypes
 from serve_app.engines.torch_internals import WithoutData
 from serve_app.facts.engine_facts import BlockNames, PtFacts
+from serve_app.facts.pooling import Task
 from serve_app.planning.layer_map import block_number
 
 # The sizes of two passes must agree, so what depends on the tokens in another way is found.
@@ -56,25 +58,35 @@ def layout_of(
     return layout_of_model(model, dtype, quantization, kv_cache_dtype)
 
 
-def model_without_storage(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def model_without_storage(
+    hf_config: Any, dtype: torch.dtype, trust_remote_code: bool, task: Task = "generate"
+) -> PreTrainedModel:
     """Returns a model on the meta device. Raises what transformers raises if it cannot build it."""
     # Faster ways to compute experts need a GPU or a type, and change no size.
     options = {"trust_remote_code": trust_remote_code, "dtype": dtype, "experts_implementation": "eager"}
     with torch.device("meta"), WithoutData():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(hf_config), **options)
+        model: PreTrainedModel = model_class(hf_config, task).from_config(deepcopy(hf_config), **options)
     model = model.eval()
     model.tie_weights()
     return model
 
 
 def layout_of_model(
-    model: PreTrainedModel, dtype: torch.dtype, quantization: str | None = None, kv_cache_dtype: str | None = None
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    kv_cache_dtype: str | None = None,
+    task: Task = "generate",
 ) -> PtFacts:
-    """Returns the sizes of a model on the meta device. Raises ValueError if its layers are not found."""
+    """Returns the sizes of a model on the meta device. A model that generates no text has no cache. Raises ValueError
+    if its layers are not found."""
     names = block_names(model)
     rounded = {} if quantization is None else quantized_sizes(model, quantization)
     weights, buffers = _by_block(_loaded_sizes(model, dtype, rounded), names), _by_block(_buffer_sizes(model), names)
-    cache, alone = _cache_sizes(model, names, CacheCodec(kv_cache_dtype))
+    none = (0,) * names.count
+    cache, alone = _CacheSizes(none, none, none), ""
+    if task == "generate":
+        cache, alone = _cache_sizes(model, names, CacheCodec(kv_cache_dtype))
     return PtFacts(
         layers=weights[1:-1], before=weights[0], after=weights[-1], kv=cache.kv, state=cache.state, buffers=buffers,
         names=names, tied_head=_tied_head(model), alone=alone, read=() if kv_cache_dtype is None else cache.read,

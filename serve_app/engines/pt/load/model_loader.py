@@ -5,23 +5,25 @@ Its law is that nothing goes to the CPU or to disk unless the user named that ti
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from serve_app.config import ModelConfig
 from serve_app.engines.pt.accelerate_internals import balanced_limits, execution_device, inferred_map, no_weights
 from serve_app.engines.pt.load.attention import use_grouped_attention
 from serve_app.engines.pt.load.device_map import DeviceName, device_map_of
+from serve_app.engines.pt.load.model_class import model_class
 from serve_app.engines.pt.load.packed_linear import pack_linears
 from serve_app.engines.pt.load.quantization import quantization_options, settle, stored_method
 from serve_app.engines.pt.transformers_internals import loaded_device_map, unsplit_blocks
 from serve_app.errors import ConfigError, EngineError
+from serve_app.facts.pooling import Task
 from serve_app.planning.memory import context
 from serve_app.planning.plan import ModelPlan
 
@@ -50,13 +52,34 @@ class LoadedModel:
     cache_tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class PlacedModel:
+    """This is a model with its weights. The fields are those of `LoadedModel`."""
+
+    model: PreTrainedModel
+    device_map: DeviceMap
+    offload: TemporaryDirectory[str] | None
+    cache_tokens: int | None
+
+
 def load_model(config: ModelConfig, planned: ModelPlan | None = None) -> LoadedModel:
     """Returns the model with its weights and tokenizer. `planned` says which layers are on which GPU. If it is None, on
     the CPU, for a quantised checkpoint, and with a `device_map` of the user's, transformers and accelerate place them.
 
     Raises ConfigError or EngineError with one message if it cannot.
     """
-    common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    hf_config, tokenizer = read_files(config)
+    max_model_len = _max_model_len(config, hf_config)
+    placed = load_weights(config, hf_config, planned, "generate", _gives_logits)
+    return LoadedModel(
+        placed.model, tokenizer, input_device(placed.model), max_model_len, _eos_ids(placed.model, tokenizer),
+        placed.device_map, placed.offload, placed.cache_tokens,
+    )  # fmt: skip
+
+
+def read_files(config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Returns a model's config and tokenizer as transformers has them. Raises ConfigError or EngineError."""
+    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         hf_config = AutoConfig.from_pretrained(config.model, **common)
         tokenizer = AutoTokenizer.from_pretrained(config.model, **common)
@@ -64,48 +87,64 @@ def load_model(config: ModelConfig, planned: ModelPlan | None = None) -> LoadedM
         raise EngineError(f"model: {config.model} cannot be read: {_one_line(error)}") from error
     if config.chat_template is not None:
         tokenizer.chat_template = _read_template(config.chat_template)
-    max_model_len = _max_model_len(config, hf_config)
+    return hf_config, tokenizer
+
+
+def load_weights(
+    config: ModelConfig,
+    hf_config: Any,
+    planned: ModelPlan | None,
+    task: Task,
+    runs: Callable[[PreTrainedModel], bool],
+) -> PlacedModel:
+    """Returns the model with its weights on the devices. `runs` tries it with weights in oneDNN's order, and returns or
+    raises whether that works. Raises ConfigError or EngineError with one message."""
     quantizer = quantization_options(config, hf_config, _dtype(config, hf_config))
-    placement, cache_tokens = _placement(config, hf_config, planned)
+    placement, cache_tokens = _placement(config, hf_config, planned, task)
     uses_disk = isinstance(placement["device_map"], dict) and "disk" in placement["device_map"].values()
     offload = TemporaryDirectory(prefix="serve-app-offload-") if uses_disk else None
+    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options = placement | common | quantizer | {"offload_folder": None if offload is None else offload.name}
-    model = _read_weights(config, options)
+    auto = model_class(hf_config, task)
+    model = _read_weights(config, auto, options)
     device_map = loaded_device_map(model)
     _require_opened(config, device_map, {})
     if config.device == "cpu":
         use_grouped_attention()
         pack_linears(model, copy_tied=config.max_memory is None)
-        if not _can_run(model):  # Its code reads a linear layer's weight without calling the layer.
+        if not _can_run(model, runs):  # Its code reads a linear layer's weight without calling the layer.
             del model  # It is freed before the second one is loaded.
-            model = _read_weights(config, options)
-    eos_ids = _eos_ids(model, tokenizer)
-    return LoadedModel(
-        model, tokenizer, _input_device(model), max_model_len, eos_ids, device_map, offload, cache_tokens
-    )
+            model = _read_weights(config, auto, options)
+    return PlacedModel(model, device_map, offload, cache_tokens)
 
 
-def _read_weights(config: ModelConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+def _read_weights(config: ModelConfig, auto: Any, options: Mapping[str, Any]) -> PreTrainedModel:
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **options)
+        model: PreTrainedModel = auto.from_pretrained(config.model, dtype=dtype, **options)
     except Exception as error:
         raise EngineError(f"model: {config.model} cannot be loaded: {_one_line(error)}") from error
     settle(model)
     return model.eval()
 
 
-def _can_run(model: PreTrainedModel) -> bool:
+def _gives_logits(model: PreTrainedModel) -> bool:
+    logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(model))).logits
+    return bool(logits.isfinite().all())
+
+
+def _can_run(model: PreTrainedModel, runs: Callable[[PreTrainedModel], bool]) -> bool:
     try:
         with torch.inference_mode():
-            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=_input_device(model))).logits
-        return bool(logits.isfinite().all())
+            return runs(model)
     except Exception as error:
         logger.warning("The linear layers of this model keep torch's order of weights: %s", _one_line(error))
         return False
 
 
-def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> tuple[dict[str, Any], int | None]:
+def _placement(
+    config: ModelConfig, hf_config: Any, planned: ModelPlan | None, task: Task = "generate"
+) -> tuple[dict[str, Any], int | None]:
     """Returns the options of `from_pretrained` for devices, and the tokens of KV cache that the plan has room for.
 
     A quantised checkpoint is placed by transformers itself, which knows the sizes of quantised modules, unless it is
@@ -118,13 +157,13 @@ def _placement(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -
     stored = stored_method(hf_config)
     if stored in (None, "bitsandbytes") or isinstance(config.device_map, dict):
         try:
-            device_map = _planned_map(config, hf_config, planned)
+            device_map = _planned_map(config, hf_config, planned, task)
             if planned is not None and device_map is not None:
                 return {"device_map": device_map}, planned.kv_tokens
             is_quantised = config.quantization is not None or stored is not None
             if is_quantised and not isinstance(config.device_map, dict):
                 return _own_placement(config, free), None
-            return {"device_map": dict(choose_device_map(config, hf_config, free))}, None
+            return {"device_map": dict(choose_device_map(config, hf_config, free, task))}, None
         except (EngineError, ConfigError):
             raise
         except Exception as error:
@@ -139,11 +178,13 @@ def _own_placement(config: ModelConfig, free: Mapping[int, int]) -> dict[str, An
     return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}
 
 
-def _planned_map(config: ModelConfig, hf_config: Any, planned: ModelPlan | None) -> dict[str, DeviceName] | None:
+def _planned_map(
+    config: ModelConfig, hf_config: Any, planned: ModelPlan | None, task: Task
+) -> dict[str, DeviceName] | None:
     """Returns the plan's map, or None if accelerate decides alone: without a plan, or with a named way to spread."""
     if planned is None or config.device == "cpu" or config.device_map not in (None, "auto"):
         return None
-    return device_map_of(planned, _without_weights(config, hf_config))
+    return device_map_of(planned, _without_weights(config, hf_config, task))
 
 
 def _cap_allocators(limits: Mapping[DeviceName, int]) -> None:
@@ -160,9 +201,9 @@ def _dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
     return dtype or torch.float32
 
 
-def _without_weights(config: ModelConfig, hf_config: Any) -> PreTrainedModel:
+def _without_weights(config: ModelConfig, hf_config: Any, task: Task) -> PreTrainedModel:
     with no_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = model_class(hf_config, task).from_config(
             hf_config, trust_remote_code=config.trust_remote_code, dtype=_dtype(config, hf_config)
         )
     model.tie_weights()
@@ -190,7 +231,9 @@ def gpu_memory(config: ModelConfig) -> dict[int, int]:
     return memory
 
 
-def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int]) -> DeviceMap:
+def choose_device_map(
+    config: ModelConfig, hf_config: Any, free_bytes: Mapping[int, int], task: Task = "generate"
+) -> DeviceMap:
     """Returns the device of each module by its name.
 
     `free_bytes` is what each visible GPU has, and `max_memory` caps it. Its GPU indices, in order, are the GPUs that
@@ -203,7 +246,7 @@ def choose_device_map(config: ModelConfig, hf_config: Any, free_bytes: Mapping[i
     limits = device_limits(config, free_bytes)
     device_map: DeviceMap = {}
     for balanced in (True, False) if _may_balance(config) else (False,):
-        device_map = _infer(config, hf_config, limits, balanced)
+        device_map = _infer(config, hf_config, limits, balanced, task)
         if not _unopened(config, device_map):
             break  # A balanced map may need a tier where a plain one fits, because it halves the model.
     _require_opened(config, device_map, limits)
@@ -255,9 +298,11 @@ def device_limits(config: ModelConfig, free_bytes: Mapping[int, int]) -> dict[De
     return limits | {tier: memory[tier] for tier in ("cpu", "disk") if tier in memory}
 
 
-def _infer(config: ModelConfig, hf_config: Any, limits: Mapping[DeviceName, int], balanced: bool) -> DeviceMap:
+def _infer(
+    config: ModelConfig, hf_config: Any, limits: Mapping[DeviceName, int], balanced: bool, task: Task
+) -> DeviceMap:
     """Returns accelerate's own map of a model without weights. It may choose a tier that is not in `limits`."""
-    model = _without_weights(config, hf_config)
+    model = _without_weights(config, hf_config, task)
     blocks, dtype = unsplit_blocks(model), _dtype(config, hf_config)
     if balanced:
         limits = balanced_limits(model, limits, blocks, dtype, low_zero=config.device_map == "balanced_low_0")
@@ -281,7 +326,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)
 
 
-def _input_device(model: PreTrainedModel) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Returns the device for input ids. An offloaded embedding has its weight on "meta" and runs on its hook's
     device."""
     embedding = model.get_input_embeddings()

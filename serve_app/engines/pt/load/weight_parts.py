@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from serve_app.engines.measure import tensor_bytes
 from serve_app.engines.pt.bitsandbytes_internals import is_quantized, scales_of
 from serve_app.engines.pt.core.memory_part import Part
 from serve_app.engines.pt.core.page_copy import PageCopy
@@ -15,6 +16,7 @@ from serve_app.engines.pt.core.parked_memory import MakeCopy
 from serve_app.engines.pt.core.storage_copy import StorageCopy
 from serve_app.engines.pt.load.block_names import block_names
 from serve_app.engines.pt.load.packed_linear import PackedLinear
+from serve_app.engines.pt.load.quantization import weight_tensors
 from serve_app.engines.torch_internals import storages_of
 
 
@@ -48,6 +50,17 @@ def why_not_movable(model: PreTrainedModel, device: str) -> str:
             if not sizes:
                 return f"a weight of the type {type(tensor).__name__} has no memory that is known"
     return ""
+
+
+def weight_bytes(model: torch.nn.Module) -> dict[torch.device, int]:
+    """Returns the bytes of all weights by device, including the scales of quantised ones and those in oneDNN's order,
+    which are not parameters."""
+    sizes = tensor_bytes(weight_tensors(model))
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            cpu = torch.device("cpu")
+            sizes[cpu] = sizes.get(cpu, 0) + module.packed_bytes
+    return sizes
 
 
 def copy_on_host(device: str) -> MakeCopy:

@@ -35,10 +35,16 @@ class TextStream:
         self._bytes: list[int] = []
         self._stops = [_Stop(text) for text in stop]
         self._held = ""
-        self.stopped = False
+        # This is the stop string that has cut the text.
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Returns whether a stop string has cut the text."""
+        return self.stopped_by is not None
 
     def push(self, token_id: int) -> str:
-        """Adds one token and returns the text that is certain now. It sets `stopped` at a stop string."""
+        """Adds one token and returns the text that is certain now. It sets `stopped_by` at a stop string."""
         return self._release(self._certain(token_id), self._stops)
 
     def push_unstoppable(self, token_id: int) -> str:
@@ -83,10 +89,11 @@ class TextStream:
         if self.stopped or not new:
             return ""
         text = self._held + new
-        cuts = [len(self._held) + at for stop in stops if (at := stop.find(new)) is not None]
+        cuts = [(len(self._held) + at, stop.text) for stop in stops if (at := stop.find(new)) is not None]
         if cuts:
-            self.stopped, self._held = True, ""
-            return text[: min(cuts)]
+            cut, self.stopped_by = min(cuts, key=lambda found: found[0])
+            self._held = ""
+            return text[:cut]
         keep = max((stop.matched for stop in stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -97,7 +104,7 @@ class _Stop:
     once."""
 
     def __init__(self, text: str):
-        self._text = text
+        self.text = text
         self._borders = _borders(text)
         # This many characters at the end of the text so far are the stop string's beginning.
         self.matched = 0
@@ -105,7 +112,7 @@ class _Stop:
     def find(self, piece: str) -> int | None:
         """Returns where the first occurrence begins in `piece`, below 0 for an earlier piece, or None if there is none
         yet."""
-        text, borders, matched = self._text, self._borders, self.matched
+        text, borders, matched = self.text, self._borders, self.matched
         at = 0
         while at < len(piece):
             if matched == 0:  # This is the usual case, without anything of the stop string.

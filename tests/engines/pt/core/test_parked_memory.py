@@ -26,7 +26,7 @@ from serve_app.engines.pt.core.storage_copy import StorageCopy
 from serve_app.engines.pt.load.packed_linear import PackedLinear, pack_linears
 from serve_app.engines.pt.load.probe import probe
 from serve_app.engines.pt.load.weight_parts import weight_parts
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, StillTooLarge
 from serve_app.facts.process_memory import resident_bytes
 from tests.engines.pt.core.test_model_runner import CPU, assert_greedy, frozen, loaded, requests  # noqa: F401
 from tests.engines.pt.quantized_models import quantized_model
@@ -184,6 +184,53 @@ def test_the_copy_is_made_once_and_can_be_forgotten(large: list[torch.Tensor], m
     memory.move_out(nothing)
     memory.move_back(nothing)
     assert len(written) == 2 * pieces
+
+
+def test_weights_come_back_in_huge_pages() -> None:
+    """Where the kernel has some: to fill and to free small pages takes it most of a swap."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this kernel has no huge pages")
+    tensor = torch.arange(64 * 2**20, dtype=torch.uint8)
+    expected = tensor.clone()
+    memory = ParkedMemory([Part((tensor,))], list, PageCopy)
+    memory.move_out(nothing)
+    memory.move_back(nothing)
+    assert torch.equal(tensor, expected)
+    begin, size = tensor.data_ptr(), tensor.nbytes
+    inside, huge = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if not name.endswith(":"):
+            first, last = (int(part, 16) for part in name.split("-"))
+            inside = first < begin + size and last > begin
+        elif inside and name == "AnonHugePages:":
+            huge += int(words[0]) * 1024
+    if not huge and size > free_huge_pages():
+        pytest.skip("the memory of this machine is in small pieces")
+    assert huge >= size // 2
+
+
+def free_huge_pages() -> int:
+    """The bytes that the kernel can give in pieces of 2 MiB and more at once."""
+    zones = [list(map(int, line.split()[4:])) for line in Path("/proc/buddyinfo").read_text().splitlines()]
+    return sum(count * 4096 * 2**order for zone in zones for order, count in enumerate(zone) if order >= 9)
+
+
+def test_caches_that_hold_more_than_may_be_copied_stay(large: list[torch.Tensor]) -> None:
+    """Nothing is freed then, and with more room they are copied."""
+    cache = [torch.arange(2**20)]
+    memory = ParkedMemory([Part(tuple(large))], lambda: cache, PageCopy)
+    memory.most_cache_bytes = cache[0].nbytes - 1
+    with pytest.raises(StillTooLarge, match=f"hold {cache[0].nbytes} bytes"):
+        memory.move_out(nothing)
+    assert not memory.is_out
+    assert memory.copy_bytes == 0
+    memory.most_cache_bytes = cache[0].nbytes
+    memory.move_out(nothing)
+    assert memory.is_out
+    memory.move_back(nothing)
+    assert torch.equal(cache[0], torch.arange(2**20))
 
 
 def test_a_host_without_room_changes_nothing(large: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

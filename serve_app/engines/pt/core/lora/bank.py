@@ -144,10 +144,11 @@ class _Indices:
         first, last = groups.slots[0], groups.slots[-1]
         self.count = len(groups.slots)
         self.range = slice(first, last + 1) if groups.is_range else None
-        self.slots, self.take, self.put, self.rows = (
+        self.slots, self.take, self.put = (
             None if numbers is None else torch.tensor(numbers, device=device)
-            for numbers in (groups.slots, groups.take, groups.put, groups.rows)
+            for numbers in (groups.slots, groups.take, groups.put)
         )
+        self.skip = None if groups.skip is None else torch.tensor(groups.skip, device=device)[:, None]
 
 
 class _Product(NamedTuple):
@@ -196,12 +197,9 @@ class _Pass:
         added = added.view(-1, flat.shape[1])
         if indices.put is not None:
             added = added.index_select(0, indices.put)
-        if added.dtype != y.dtype:
-            added = added.to(y.dtype)
-        if indices.rows is None:
-            flat.add_(added)
-        else:
-            flat.index_add_(0, indices.rows, added)
+        if indices.skip is not None:  # It is filled and not multiplied, because what it hides may not be finite.
+            added.masked_fill_(indices.skip, 0)
+        flat.add_(added)
         return y
 
     def _inputs(self, x: torch.Tensor, indices: _Indices, a: torch.Tensor) -> torch.Tensor:

@@ -16,16 +16,16 @@ MOST_FILLED = 2.0
 @dataclass(frozen=True)
 class Groups:
     """Says how to multiply. Row `take[i]` of the pass is row i of the groups, `size` of which belong to each of
-    `slots`. Row `put[i]` of the product is added to row `rows[i]` of the output.
+    `slots`. Row `put[i]` of the product is added to row i of the output, unless `skip[i]` says that nothing is.
 
-    `take`, `put` and `rows` are None where they would change nothing. `is_range` says that the slots are consecutive.
+    `take`, `put` and `skip` are None where they would change nothing. `is_range` says that the slots are consecutive.
     """
 
     slots: tuple[int, ...]
     size: int
     take: tuple[int, ...] | None
     put: tuple[int, ...] | None
-    rows: tuple[int, ...] | None
+    skip: tuple[bool, ...] | None
     is_range: bool
 
 
@@ -51,18 +51,16 @@ def groups_of(slots: Sequence[int | None], used: int) -> Groups:
 
 def _filled(parts: Sequence[tuple[int, Sequence[int]]], size: int, count: int, is_range: bool) -> Groups:
     take: list[int] = []
-    put: list[int] = []
-    rows: list[int] = []
+    place_of: dict[int, int] = {}
     for number, (_, members) in enumerate(parts):
-        put += range(number * size, number * size + len(members))
-        rows += members
+        place_of |= {row: number * size + place for place, row in enumerate(members)}
         take += [*members, *[0] * (size - len(members))]
-    everything = tuple(range(count))
+    put = tuple(place_of.get(row, 0) for row in range(count))
     return Groups(
         tuple(slot for slot, _ in parts),
         size,
-        take=None if tuple(take) == everything else tuple(take),
-        put=None if len(put) == len(take) else tuple(put),
-        rows=None if tuple(rows) == everything else tuple(rows),
+        take=None if take == list(range(count)) else tuple(take),
+        put=None if put == tuple(range(len(take))) else put,
+        skip=None if len(place_of) == count else tuple(row not in place_of for row in range(count)),
         is_range=is_range,
     )

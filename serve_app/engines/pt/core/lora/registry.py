@@ -61,7 +61,7 @@ class AdapterRegistry:
             async with entry.reading:
                 if entry.adapter.factors is None:
                     entry.adapter.factors = await asyncio.to_thread(entry.read_again)
-            self._trim()
+        self._trim()
         return entry.adapter
 
     def forget(self, entry: "Entry") -> None:

@@ -10,13 +10,13 @@ def added(groups: Groups, count: int) -> dict[int, int]:
     take = range(count) if groups.take is None else groups.take
     assert len(take) == len(groups.slots) * groups.size, "the groups have one size"
     product = [(row, groups.slots[place // groups.size]) for place, row in enumerate(take)]
-    product = product if groups.put is None else [product[place] for place in groups.put]
-    rows = range(count) if groups.rows is None else groups.rows
+    put = range(count) if groups.put is None else groups.put
+    assert len(put) == count
     found: dict[int, int] = {}
-    for target, (source, slot) in zip(rows, product, strict=True):
-        assert target == source, "what a row gives is added to the same row"
-        assert target not in found, "a row gets one adapter"
-        found[target] = slot
+    for target, place in enumerate(put):
+        if groups.skip is None or not groups.skip[target]:
+            source, found[target] = product[place]
+            assert target == source, "what a row gives is added to the same row"
     return found
 
 
