@@ -1,21 +1,20 @@
 """Builds the pt engine's ASGI application, whose endpoints are OpenAI's, Anthropic's and some of vLLM's."""
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serve_app.engines.pt.api.answer_writer import AnswerWriter, json_response
+from serve_app.engines.pt.api.error_handlers import EXCEPTION_HANDLERS, guarded, key_name
 from serve_app.engines.pt.api.job_builder import JobBuilder
 from serve_app.engines.pt.api.messages_form import MessagesForm
 from serve_app.engines.pt.api.messages_request import has_system_message, read_counted, read_messages
@@ -30,26 +29,19 @@ from serve_app.engines.pt.api.protocol import (
     TokenizeRequest,
     read_tokenize,
 )
-from serve_app.engines.pt.api.request_error import named_as, request_error
+from serve_app.engines.pt.api.request_error import named_as
 from serve_app.engines.pt.api.responses_form import ResponsesForm
 from serve_app.engines.pt.api.responses_request import read_responses
 from serve_app.engines.pt.core.places import Reservation
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.workers import Workers
-from serve_app.errors import ContextTooLong, EngineError, ModelUnavailable, RequestError
+from serve_app.errors import ContextTooLong, EngineError, ModelUnavailable
 from serve_app.wire.anthropic.chat_request import NAMES as MESSAGES_NAMES
 from serve_app.wire.anthropic.errors import MessagesErrors
 from serve_app.wire.arrival import known_body
-from serve_app.wire.asgi import KEY_NAME_HEADER
 from serve_app.wire.body import RequestBody
 from serve_app.wire.census import decode_body
-from serve_app.wire.headers import header
-from serve_app.wire.openai_errors import error_response, route_error_response
 from serve_app.wire.responses.chat_request import NAMES as RESPONSES_NAMES
-
-logger = logging.getLogger("ray.serve")
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class _Named(Protocol):
@@ -70,21 +62,21 @@ def build_app(generator: Generator) -> Starlette:
     endpoints = _Endpoints(generator)
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", _guarded(endpoints.chat), methods=["POST"]),
-            Route("/v1/completions", _guarded(endpoints.complete), methods=["POST"]),
-            Route("/v1/responses", _guarded(endpoints.respond), methods=["POST"]),
-            Route("/v1/messages", _guarded(endpoints.messages), methods=["POST"]),
-            Route("/v1/messages/count_tokens", _guarded(endpoints.count_tokens), methods=["POST"]),
-            Route("/v1/embeddings", _guarded(endpoints.embed), methods=["POST"]),
-            Route("/tokenize", _guarded(endpoints.tokenize), methods=["POST"]),
-            Route("/detokenize", _guarded(endpoints.detokenize), methods=["POST"]),
+            Route("/v1/chat/completions", guarded(endpoints.chat), methods=["POST"]),
+            Route("/v1/completions", guarded(endpoints.complete), methods=["POST"]),
+            Route("/v1/responses", guarded(endpoints.respond), methods=["POST"]),
+            Route("/v1/messages", guarded(endpoints.messages), methods=["POST"]),
+            Route("/v1/messages/count_tokens", guarded(endpoints.count_tokens), methods=["POST"]),
+            Route("/v1/embeddings", guarded(endpoints.embed), methods=["POST"]),
+            Route("/tokenize", guarded(endpoints.tokenize), methods=["POST"]),
+            Route("/detokenize", guarded(endpoints.detokenize), methods=["POST"]),
             Route("/v1/models", endpoints.models),
             Route("/health", endpoints.health),
             Route("/load", endpoints.load),
             Route("/openapi.json", endpoints.openapi),
         ],
         middleware=[Middleware(MessagesErrors)],
-        exception_handlers={RequestError: _refused, HTTPException: _no_such_route, Exception: _unexpected},
+        exception_handlers=EXCEPTION_HANDLERS,
     )
 
 
@@ -99,7 +91,7 @@ class _Endpoints:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions answers a chat."""
         size, asked = await self._read(request, ChatRequest.read)
-        key = _key_name(request)
+        key = key_name(request)
         self._require_alive()
         return await self._writer.answer(
             size, asked, key, self._form(CHAT), None, lambda: [self._prompts.of_chat(asked)]
@@ -108,7 +100,7 @@ class _Endpoints:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions continues texts."""
         size, asked = await self._read(request, CompletionRequest.read)
-        key, tokens = _key_name(request), DEFAULT_COMPLETION_TOKENS
+        key, tokens = key_name(request), DEFAULT_COMPLETION_TOKENS
         self._require_alive()
         return await self._writer.answer(
             size, asked, key, self._form(TEXT), tokens, lambda: self._prompts.of_texts(asked)
@@ -117,7 +109,7 @@ class _Endpoints:
     async def messages(self, request: Request) -> Response:
         """POST /v1/messages answers a chat of Anthropic's API."""
         size, asked = await self._read(request, partial(self._chat_of_messages, read_messages))
-        key = _key_name(request)
+        key = key_name(request)
         self._require_alive()
         form = MessagesForm()
         with named_as(MESSAGES_NAMES):
@@ -133,7 +125,7 @@ class _Endpoints:
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses answers a chat of OpenAI's newer API, of which nothing is stored."""
         size, asked = await self._read(request, read_responses)
-        key, chat = _key_name(request), asked.chat
+        key, chat = key_name(request), asked.chat
         self._require_alive()
         form = ResponsesForm(self._generator.tokenizer, asked.body)
         with named_as(RESPONSES_NAMES):
@@ -241,42 +233,3 @@ class _Endpoints:
         asked = await self._workers.run(size, lambda: read(decode_body(body.content, lambda: body.census)))
         self._generator.adapter_name(asked.model)
         return size, asked
-
-
-def _key_name(request: Request) -> str | None:
-    """Returns the name of the key that the request came with."""
-    name = header(request.scope["headers"], KEY_NAME_HEADER)
-    return None if name is None else name.decode("latin-1")
-
-
-def _guarded(endpoint: Endpoint) -> Endpoint:
-    """Gives the endpoint an answer for every error.
-
-    Starlette raises an unexpected error again once its handler has answered, and the server then cuts the connection
-    under the client's next request.
-    """
-
-    async def guarded(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except Exception as error:
-            if not isinstance(error, RequestError):
-                logger.exception("A request failed.")
-            return error_response(request_error(error))
-
-    return guarded
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    return error_response(request_error(error))
-
-
-async def _unexpected(_: Request, error: Exception) -> Response:
-    """Answers in JSON. Serve answers in plain text in a replica's place, and the router would then ask another
-    replica."""
-    return error_response(RequestError(f"The pt engine failed: {type(error).__name__}: {error}"))
-
-
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return route_error_response(error, f"{request.method} {request.url.path}: {error.detail}.")

@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serve_app.engines.pt.api.answer_writer import json_response
-from serve_app.engines.pt.api.openai_api import _guarded, _key_name, _no_such_route, _refused, _unexpected
+from serve_app.engines.pt.api.error_handlers import EXCEPTION_HANDLERS, guarded, key_name
 from serve_app.engines.pt.api.protocol import Body
 from serve_app.engines.pt.pooling.answers import (
     check_dimensions,
@@ -39,7 +38,7 @@ from serve_app.engines.pt.pooling.protocol import (
 )
 from serve_app.engines.pt.pooling.texts import Cut, InputMaker
 from serve_app.engines.workers import Workers
-from serve_app.errors import EngineError, InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
+from serve_app.errors import EngineError, InvalidRequest, ModelNotFound, ModelUnavailable
 from serve_app.facts.pooling import ENDPOINTS
 from serve_app.wire.arrival import known_body
 from serve_app.wire.body import RequestBody
@@ -74,13 +73,13 @@ def build_app(pooler: Pooler) -> Starlette:
         served["/v1/embeddings"] = endpoints.refuse("Embeddings")
     return Starlette(
         routes=[
-            *(Route(path, _guarded(endpoint), methods=["POST"]) for path, endpoint in served.items()),
+            *(Route(path, guarded(endpoint), methods=["POST"]) for path, endpoint in served.items()),
             Route("/v1/models", endpoints.models),
             Route("/health", endpoints.health),
             Route("/load", endpoints.load),
             Route("/openapi.json", endpoints.openapi),
         ],
-        exception_handlers={RequestError: _refused, HTTPException: _no_such_route, Exception: _unexpected},
+        exception_handlers=EXCEPTION_HANDLERS,
     )
 
 
@@ -273,7 +272,7 @@ class _Endpoints:
 
 def _owner(request: Request) -> object:
     """Returns whose inputs take turns: those of the request's key, or of the request if it has none."""
-    return _key_name(request) or object()
+    return key_name(request) or object()
 
 
 def _share(firsts: Sequence[str], seconds: Sequence[str]) -> int:
