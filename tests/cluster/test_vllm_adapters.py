@@ -55,7 +55,7 @@ def test_each_request_gets_its_own_adapters_answer(told: dict[str, Any]) -> None
 
 @contract(
     "vllm", "how adapters come and go in its engine", vllm_internals.add_adapter, vllm_internals.publish_adapter,
-    vllm_internals.remove_adapter, vllm_internals.is_adapter_used, ADAPTERS,
+    vllm_internals.remove_adapter, vllm_internals.is_adapter_used, vllm_internals.add_adapter_to_rank, ADAPTERS,
 )  # fmt: skip
 def test_adapters_come_and_go_while_others_are_asked(told: dict[str, Any]) -> None:
     """Files that change at the same path make another adapter, of which no cached prefix is the old one's. A stream

@@ -9,7 +9,6 @@ another one has computed.
 import asyncio
 import fcntl
 import logging
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -33,11 +32,6 @@ ENDED_POLL_S = 0.02
 # The folders of copies begin like this, and each has a file of this name.
 COPIES, LOCK = "serve-app-adapters-", "lock"
 MOST_REASON = 500
-# vLLM puts these around the words of the rank that has refused an adapter.
-OF_THE_CALL = re.compile(
-    r"^\w*(?:Error|Exception): Call to add_lora method failed: (?:Worker failed with error ')?"
-    r"|', please check the stack trace above.*$"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +135,8 @@ class VllmAdapters:
             adapter = await vllm_internals.add_adapter(self._client, self._models, name, copy)
         except Exception as error:
             _remove(copy)
-            reason = OF_THE_CALL.sub("", self._reason(error)).replace(str(copy), name)
+            words = str(error) if isinstance(error, ValueError) else self._reason(error)
+            reason = words.replace(str(copy), name)
             raise AdapterError(f"vLLM does not take it: {reason[:MOST_REASON]}") from error
         previous = self._served.get(name)
         self._served[name] = Version(copy, adapter)

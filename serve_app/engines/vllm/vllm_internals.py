@@ -7,7 +7,6 @@ which takes 20 s of processor time.
 """
 
 import asyncio
-import contextlib
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -227,12 +226,12 @@ def gauges() -> dict[str, float]:
     return {name: sum(sample.value for sample in found.get(name, ())) for name in names}
 
 
-async def ask_ranks(client: EngineClient, method: str) -> list[Any]:
-    """Returns what a method of the worker returns in the process of every rank.
+async def ask_ranks(client: EngineClient, method: str, *arguments: Any) -> list[Any]:
+    """Returns what a method of the worker returns in the process of every rank. The method must not raise.
 
     Uses `AsyncLLM.collective_rpc` and the argument `worker-extension-cls`, seen in vLLM 0.32.
     """
-    answers: list[Any] = await client.collective_rpc(method)
+    answers: list[Any] = await client.collective_rpc(method, args=arguments)
     return answers
 
 
@@ -266,23 +265,39 @@ def public_name(name: str) -> str:
 
 
 async def add_adapter(client: EngineClient, models: Any, name: str, folder: Path) -> Any:
-    """Loads an adapter in all ranks and returns it as vLLM knows it. Requests do not find it yet. Raises whatever vLLM
-    raises for an adapter that it does not take, which is then in no rank.
+    """Loads an adapter in all ranks and returns it as vLLM knows it. Requests do not find it yet. Raises ValueError
+    with the reason for an adapter that a rank does not take, which is then in no rank.
 
-    Uses `vllm.lora.request.LoRARequest`, `AsyncLLM.add_lora`, and `lora_id_counter` of the serving models, by which
-    vLLM counts adapters; seen in vLLM 0.32.
+    vLLM's own `add_lora` raises in the ranks. Then the answers of the other ranks stay in their queues, where the next
+    calls take them for theirs, and the engine ends. So a method of the worker's extension returns the reason.
+
+    Uses `vllm.lora.request.LoRARequest`, and `lora_id_counter` of the serving models, by which vLLM counts adapters;
+    seen in vLLM 0.32.
     """
     from vllm.lora.request import LoRARequest
 
     number = models.lora_id_counter.inc(1)
     adapter = LoRARequest(lora_name=f"{name}:{number}", lora_int_id=number, lora_path=str(folder))
-    try:
-        await client.add_lora(adapter)
-    except Exception:
-        with contextlib.suppress(Exception):  # The engine may be dead, which its health says.
-            await client.remove_lora(number)  # Some ranks may have taken it.
-        raise
+    reasons = await ask_ranks(client, "serve_app_add_adapter", adapter.lora_name, number, adapter.lora_path)
+    if reason := next(filter(None, reasons), ""):
+        await client.remove_lora(number)  # Some ranks have taken it.
+        raise ValueError(reason)
     return adapter
+
+
+def add_adapter_to_rank(worker: Any, name: str, number: int, path: str) -> str:
+    """Loads an adapter in one rank. Returns vLLM's reason if the rank does not take it, or an empty text.
+
+    Uses `add_lora` and `remove_lora` of the worker, seen in vLLM 0.32.
+    """
+    from vllm.lora.request import LoRARequest
+
+    try:
+        worker.add_lora(LoRARequest(lora_name=name, lora_int_id=number, lora_path=path))
+    except Exception as error:
+        worker.remove_lora(number)  # A part of it may be in its slot.
+        return f"{error}" or type(error).__name__
+    return ""
 
 
 async def remove_adapter(client: EngineClient, adapter: Any) -> None:

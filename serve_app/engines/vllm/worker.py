@@ -11,6 +11,7 @@ from typing import Any
 from serve_app.engines.measure import free_pinned_cache, pinned_bytes, rank_memory, tensor_bytes
 from serve_app.engines.vllm.vllm_internals import (
     adapter_tensors,
+    add_adapter_to_rank,
     correct_cpu_adapters,
     prepare_stage,
     remove_shared_files,
@@ -43,6 +44,10 @@ class WorkerExtension:
         adapters = buffers if device.type == "cuda" else buffers + kept
         found = rank_memory(device, weights, cache, LIBRARIES, adapters=adapters)
         return asdict(found) | {"node": _node()}
+
+    def serve_app_add_adapter(self, name: str, number: int, path: str) -> str:
+        """Loads an adapter in this rank. Returns why the rank does not take it, or an empty text."""
+        return add_adapter_to_rank(self, name, number, path)
 
     def serve_app_adapter_bytes(self) -> tuple[int, int]:
         """Returns the bytes of this rank's buffers for adapters on its device, and those of the adapters that it keeps

@@ -64,7 +64,7 @@ class Engine:
         self.is_asleep = False
         return True
 
-    async def collective_rpc(self, method: str) -> list[int]:
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[int]:
         """As `AsyncLLM.collective_rpc`."""
         return [0]
 

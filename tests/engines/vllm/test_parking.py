@@ -39,7 +39,7 @@ class Client:
         self.copy, self.cached, self.is_awake = 0, WEIGHTS, self.comes_back_whole
         return self.is_awake
 
-    async def collective_rpc(self, method: str) -> list[Any]:
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         """As `AsyncLLM.collective_rpc`, for the methods of `WorkerExtension`."""
         if method == "serve_app_free_host_cache":
             self.cached = 0
