@@ -22,6 +22,7 @@ from serve_app.errors import AdapterError
 from serve_app.facts.adapter import read_adapter
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path, read_checkpoint
 from serve_app.planning.adapters import AdapterRoom, buffer_bytes, buffered_modules
+from serve_app.replica.replica_plan import plan_replica
 from tests.builders import model_config
 from tests.demo_answers import ANSWERS
 from tests.engines.pt.lora_adapters import merged as merged_model
@@ -108,10 +109,16 @@ async def test_thirty_two_at_once_over_sixteen_adapters_and_the_base() -> None:
         bank = engine.generator.loaded and engine._bank
         assert bank is not None
         assert sum(bank.bytes_by_device.values()) == planned
-        without = model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32")
-        plain = PtEngine(without, "demo")
+        # They are told apart from the weights, which are those of the base alone, and are a term of the replica's plan.
+        plan = plan_replica(engine._config, [])
+        assert plan is not None
+        (rank,) = plan.ranks
+        (memory,) = await engine.memory()
+        assert memory.adapters == planned == rank.adapters.terms[0].bytes
+        assert rank.adapters.certainty == "exact"
+        plain = PtEngine(model_config(model=model_path(DEMO_MODEL), device="cpu", dtype="float32"), "demo")
         await plain.start()
-        assert engine._weights[torch.device("cpu")] - plain._weights[torch.device("cpu")] == planned
+        assert engine._weights == plain._weights
         await plain.stop()
 
 
