@@ -208,7 +208,7 @@ def test_arguments_that_change_the_cache_go_into_the_question(asked: list[Questi
 
 def test_arguments_at_their_defaults_ask_nobody(asked: list[Question]) -> None:
     """The formulas have prefix caching and asynchronous scheduling, as vLLM has them on a GPU."""
-    args = {"enable_prefix_caching": True, "async_scheduling": True, "enable_lora": False, "seed": 1}
+    args = {"enable_prefix_caching": True, "async_scheduling": True, "seed": 1}
     found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=args))
     assert answered([found], print)[0].unplanned == ""
     assert [question.engine for question in asked] == ["pt"], "only its tensors are asked for"
