@@ -3,10 +3,11 @@ pure."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from serve_app.adapters.clashes import clashes, names_of_model
+from serve_app.adapters.records import Adapters, Records
 from serve_app.model_fields import LiveFields
 
 MODEL_PATH, ROUTER_PATH = "serve_app.app:model", "serve_app.app:router"
@@ -51,15 +52,42 @@ def adapter_names(applications: Mapping[str, Mapping[str, Any]]) -> set[str]:
     }
 
 
-def taken_names(applications: Mapping[str, Mapping[str, Any]], but: str) -> dict[str, str]:
-    """Returns the names that adapters of the model `but` may not have, each with the place of who has it: models,
-    aliases, and adapters of models whose names come first. Of two adapters of one name, one has to stay."""
+def taken_names(
+    applications: Mapping[str, Mapping[str, Any]], but: str, records: Records | None = None, is_named: bool = True
+) -> dict[str, str]:
+    """Returns the names that an adapter of the model `but` may not have, each with the place of who has it.
+
+    Those are models, aliases, and adapters of other models. Of two adapters that configs name, the one of the model
+    whose name comes first stays. One that comes from a watched folder (`is_named` is false) gives way to all that
+    configs name, and to those that other models' folders had before it, which `records` tell.
+    """
     found: dict[str, str] = {}
     for name, item in sorted(applications.items()):
         if item.get("import_path") != MODEL_PATH or name == but:
             continue
-        found |= names_of_model(name, map(str, named_adapters(item)) if name < but else ())
+        named = set(map(str, named_adapters(item)))
+        found |= _in_folder(name, (records or {}).items(), named, comes_first=not is_named and name < but)
+        found |= names_of_model(name, sorted(named) if name < but or not is_named else ())
     return _aliases(applications) | found
+
+
+def _in_folder(
+    model: str, records: Iterable[tuple[tuple[str, str], Adapters]], named: Collection[str], comes_first: bool
+) -> dict[str, str]:
+    """Returns the names of a model's adapters that no config names and that a replica has, or is about to have if the
+    model `comes_first`."""
+    states = {"ready", "leaving", "loading"} if comes_first else {"ready", "leaving"}
+    adapters = {
+        adapter
+        for (application, _), held in records
+        if application == model
+        for adapter, state in held.items()
+        if adapter not in named and state.state in states
+    }
+    place = f"the adapter in the folder of {model}"
+    return {spelling: place for adapter in sorted(adapters) for spelling in names_of_model(model, [adapter])} | (
+        names_of_model(model, ())
+    )
 
 
 def _aliases(applications: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

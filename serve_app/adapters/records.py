@@ -44,7 +44,7 @@ class ReplicaRecord:
 
     def __init__(self, application: str, replica: str):
         self._prefix = PREFIX + f"{application}/{replica}/".encode()
-        self._key: bytes | None = None
+        self._written: set[bytes] = set()  # One that could not be deleted is tried again at the next write.
         self._lock = threading.Lock()
 
     def write(self, adapters: Adapters) -> None:
@@ -53,16 +53,18 @@ class ReplicaRecord:
         key = self._prefix + hashlib.sha256(content).hexdigest()[:16].encode()
         with self._lock:
             store(key, content)
-            if self._key not in (None, key):
-                delete_stored(self._key or b"")
-            self._key = key
+            self._written.add(key)
+            self._delete_all_but(key)
 
     def forget(self) -> None:
         """Deletes the record, because the replica stops."""
         with self._lock:
-            if self._key is not None:
-                delete_stored(self._key)
-                self._key = None
+            self._delete_all_but(None)
+
+    def _delete_all_but(self, key: bytes | None) -> None:
+        for old in self._written - {key}:
+            delete_stored(old)
+            self._written.discard(old)
 
 
 class RecordReader:
@@ -84,7 +86,11 @@ class RecordReader:
         """Returns all records. It blocks for some milliseconds. Raises RayError or RuntimeError while Ray's head does
         not answer."""
         keys = self._keys(PREFIX)
-        self._known = {key: self._known[key] if key in self._known else _parsed(self._read(key)) for key in keys}
+        contents = {key: self._read(key) for key in keys if key not in self._known}
+        new = {
+            key: _parsed(content) for key, content in contents.items() if content is not None
+        }  # None went meanwhile.
+        self._known = {key: self._known[key] for key in keys if key in self._known} | new
         found = {_place(key): adapters for key, adapters in self._known.items() if adapters is not None}
         return {place: adapters for place, adapters in found.items() if place is not None}
 

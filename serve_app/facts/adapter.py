@@ -172,7 +172,7 @@ def _read(folder: Path, pickled: bool) -> AdapterFacts:
         folder,
         peft_type,
         rank,
-        float(config.get("lora_alpha") or 8),
+        8.0 if config.get("lora_alpha") is None else float(config["lora_alpha"]),
         uses_rslora=bool(config.get("use_rslora")),
         uses_dora=bool(config.get("use_dora")),
         has_lora_bias=bool(config.get("lora_bias")),

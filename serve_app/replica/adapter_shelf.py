@@ -64,7 +64,8 @@ class AdapterShelf:
     """Has the adapters of one replica.
 
     `tell` writes what the replica has where others read it, and may block. `taken` returns names that others have, with
-    their places, and may block. Both may raise while Ray's head does not answer.
+    their places, and may block. It is told whether a config names the adapter, which a watched folder brings otherwise.
+    Both may raise while Ray's head does not answer.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class AdapterShelf:
         check: AdapterCheck,
         engine: Engine,
         tell: Callable[[Adapters], None] = lambda _: None,
-        taken: Callable[[], Mapping[str, str]] = dict,
+        taken: Callable[[bool], Mapping[str, str]] = lambda _: {},
     ):
         self._name, self._check, self._engine, self._tell, self._taken = name, check, engine, tell, taken
         self._entries: dict[str, Entry] = {}
@@ -133,7 +134,10 @@ class AdapterShelf:
         asked = require_asked(self._name, self._entries, name)
         if asked.adapter is None:
             return asked
-        state = self._entries[asked.adapter].state
+        entry = self._entries.get(asked.adapter)
+        if entry is None:  # It has gone meanwhile, because large bodies are read on a thread.
+            raise ModelNotFound(f"The model '{asked.name}' has been removed.", param="model")
+        state = entry.state
         if state.state == "leaving":
             raise ModelNotFound(f"The model '{asked.name}' is being removed.", param="model")
         if state.state == "loading":
@@ -227,7 +231,7 @@ class AdapterShelf:
         own = Asked(self._name, name)
         if name == self._name:
             raise AdapterError(f"its name '{name}' is that of its model. Rename it.")
-        others = self._taken()
+        others = self._taken(name in self._named)
         for spelling in (own.name, own.qualified):
             if spelling in others:
                 raise AdapterError(f"the name '{spelling}' is also that of {others[spelling]}. Rename one of them.")

@@ -23,7 +23,7 @@ from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.adapters.configured import taken_names
 from serve_app.adapters.deployed import deployed_applications
-from serve_app.adapters.records import ReplicaRecord
+from serve_app.adapters.records import RecordReader, ReplicaRecord
 from serve_app.config import ModelConfig
 from serve_app.engines.adapters import AdapterCheck
 from serve_app.engines.engine import Engine, create_engine
@@ -121,8 +121,8 @@ class Model:
         self._record = record = ReplicaRecord(self.name, serve.get_replica_context().replica_id.unique_id)
         check = AdapterCheck(self._config)
 
-        def taken() -> Mapping[str, str]:
-            return taken_names(deployed_applications(), self.name)
+        def taken(is_named: bool) -> Mapping[str, str]:
+            return taken_names(deployed_applications(), self.name, RecordReader().read(), is_named)
 
         self._shelf = AdapterShelf(self.name, check, self._engine, record.write, taken)
         await self._shelf.start(self._config)

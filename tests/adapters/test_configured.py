@@ -10,6 +10,7 @@ from serve_app.adapters.configured import (
     named_adapters,
     taken_names,
 )
+from serve_app.adapters.records import AdapterState
 
 MODEL, ROUTER = "serve_app.app:model", "serve_app.app:router"
 
@@ -74,3 +75,18 @@ def test_the_version_of_a_model_follows_all_but_its_adapters() -> None:
     assert lasting_version(args | {"adapters": {"a": "/x", "b": "/y"}, "allow_pickled_adapters": []}, {}) == version
     assert lasting_version(args | {"max_loras": 3}, {}) != version
     assert lasting_version(args, {"env_vars": {"A": "1"}}) != version
+
+
+def test_an_adapter_of_a_folder_gives_way_to_all_that_was_there() -> None:
+    """A key for `x` of another model would open it otherwise, and the short name would be nobody's."""
+    ready, loading = AdapterState("ready"), AdapterState("loading")
+    applications = {"a": model("n"), "b": model(), "c": model("z")}
+    records = {("a", "1"): {"n": ready, "early": loading, "f": ready}, ("c", "1"): {"g": ready, "late": loading}}
+    named = taken_names(applications, "b", records)
+    assert named["f"] == "the adapter in the folder of a"
+    assert named["g"] == "the adapter in the folder of c"
+    assert named.keys() & {"n", "z", "early", "late"} == {"n"}
+    of_folder = taken_names(applications, "b", records, is_named=False)
+    assert of_folder.keys() & {"n", "z", "f", "g", "early", "late"} == {"n", "z", "f", "g", "early"}
+    assert "c:g" in of_folder
+    assert taken_names(applications, "a", records, is_named=False).keys() & {"n", "f"} == set()

@@ -45,7 +45,7 @@ class Replica:
             AdapterCheck(self.config),
             self.engine,
             self.told.append,
-            lambda: self.taken,  # type: ignore[arg-type]
+            lambda _: self.taken,  # type: ignore[arg-type]
         )
 
     async def want(self, **adapters: Path | str) -> None:
