@@ -25,7 +25,7 @@ from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.memory import reserve
 from serve_app.planning.model_request import PT_MAX_NUM_SEQS, PT_MAX_QUEUED_REQUESTS
 from serve_app.planning.plan import ModelPlan
-from serve_app.planning.pool import COPIES_SHARE, residue, still_bytes
+from serve_app.planning.pool import COPIES_SHARE, residue, still_bytes, weights_of
 from serve_app.replica.replica_plan import NODE, plan_alone, with_planned_memory
 from serve_app.replica.swapping_engine import Seat, SwappingEngine
 from serve_app.residency.keeper import PoolSettings, RayKeeper
@@ -64,7 +64,7 @@ class PoolMember:
     def engine(self, name: str) -> SwappingEngine:
         """Returns the engine of the model `name` for clients."""
         replica = serve.get_replica_context().replica_id.unique_id
-        weights = sum(rank.weights.bytes for rank in self.planned.ranks)
+        weights = weights_of(self.planned)
         seats = [Seat(seat.lease, partial(self._make, seat.planned, name), seat.residue) for seat in self.seats]
         is_pt = self.config.infer_backend == "pt"
         still = still_bytes(self.planned, host_budget(self.swaps, self.config.device == "cpu"))

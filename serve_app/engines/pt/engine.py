@@ -214,12 +214,11 @@ class PtEngine:
             logger.warning("This model cannot park: %s.", reasons[0])
             return None
         parts = [part for model in models for part in weight_parts(model)]
-        # Adapters come and go, so their buffers are copied at each park, as the caches are.
-        buffers = [] if self._bank is None else self._bank.tensors()
         return ParkedMemory(
             parts,
-            lambda: [*buffers, *(tensor for runner in runners for tensor in runner.cache_tensors())],
+            lambda: [tensor for runner in runners for tensor in runner.cache_tensors()],
             copy_on_host(self._config.device),
+            [] if self._bank is None else self._bank.tensors(),
         )
 
     def _memory(self) -> list[RankMemory]:

@@ -11,8 +11,8 @@ import fcntl
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -57,6 +57,7 @@ class VllmAdapters:
         self._lock, self._is_awake = asyncio.Lock(), True
         self._coming: dict[str, Path] = {}
         self._going: list[Version] = []
+        self._retiring: set[asyncio.Task[None]] = set()
 
     async def load(self, name: str, folder: Path) -> None:
         """Does what `Engine.load_adapter` says."""
@@ -85,22 +86,23 @@ class VllmAdapters:
             self._is_awake = False
 
     async def resume(self) -> None:
-        """Does what came while the engine was parked. An adapter that vLLM does not take then is logged."""
+        """Does what came while the engine was parked. What vLLM does not take or free then is logged. It does not wait
+        for the requests of versions that were replaced, because others wait for the engine."""
         async with self._lock:
             self._is_awake = True
-            retired = []
             for name, copy in list(self._coming.items()):
                 del self._coming[name]
                 try:
-                    retired.append((name, await self._take(name, copy)))
+                    previous = await self._take(name, copy)
                 except AdapterError as error:
                     logger.warning("The adapter '%s' came while the model was parked: %s", name, error)
+                else:
+                    if previous is not None:
+                        self._retire_later(name, previous)
             going, self._going = self._going, []
             for version in going:
-                await self._free(version)
-        for name, previous in retired:
-            if previous is not None:
-                await self._retire(name, previous)
+                with _logged():
+                    await self._free(version)
 
     def counted(self, app: ASGIApp) -> ASGIApp:
         """Returns the application, whose requests are counted by the adapter for which they ask."""
@@ -125,6 +127,8 @@ class VllmAdapters:
 
     def close(self) -> None:
         """Removes all copies, when the engine has ended."""
+        for task in self._retiring:
+            task.cancel()
         _remove(self._copies)
         self._lock_file.close()
 
@@ -142,6 +146,15 @@ class VllmAdapters:
         self._served[name] = Version(copy, adapter)
         vllm_internals.publish_adapter(self._models, name, adapter)
         return previous
+
+    def _retire_later(self, name: str, version: Version) -> None:
+        async def retire() -> None:
+            with _logged():
+                await self._retire(name, version)
+
+        task = asyncio.create_task(retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def _retire(self, name: str, version: Version) -> None:
         """Frees a version that no new request gets, once the requests that run with it have ended."""
@@ -179,6 +192,15 @@ class VllmAdapters:
             _remove(copy)
             raise
         return copy
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Logs an AdapterError of the block. No request is for that version any more, so only its memory is lost."""
+    try:
+        yield
+    except AdapterError as error:
+        logger.warning("An old version of an adapter stays in the engine: %s", error)
 
 
 def _require_finite(file: Path, shown: Path) -> None:

@@ -233,9 +233,29 @@ async def test_adapters_wait_for_an_engine_that_is_parked(served: VllmAdapters, 
     await served.unload("old")
     assert sorted(engine.loaded.values()) == [b"old", b"one"]
     await parking.wake()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*served._retiring)
     assert list(engine.loaded.values()) == [b"three"]
     assert set(engine.lora_requests) == {"sql"}
     assert len(list(served._copies.glob("*/"))) == 1
+
+
+async def test_a_wake_does_not_wait_for_requests_of_an_old_version(
+    served: VllmAdapters, engine: Engine, tmp_path: Path
+) -> None:
+    """They stood still and go on for as long as they like, while all others wait for the wake."""
+    parking = VllmParking(engine, lambda: None, served)
+    await served.load("sql", folder_of(tmp_path / "sql", b"one"))
+    runs = object()
+    engine.output_processor.request_states[runs] = SimpleNamespace(lora_request=engine.lora_requests["sql"])
+    await parking.park()
+    await served.load("sql", folder_of(tmp_path / "sql", b"two"))
+    async with asyncio.timeout(5):
+        await parking.wake()
+        assert sorted(engine.loaded.values()) == [b"one", b"two"]
+        del engine.output_processor.request_states[runs]
+        await asyncio.gather(*served._retiring)
+    assert list(engine.loaded.values()) == [b"two"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])

@@ -18,11 +18,18 @@ class ParkedMemory:
     and that of its KV cache is there only while it is parked.
 
     `weights` are the parts of its models in the order in which a pass reads them, and `cache_tensors` returns what the
-    caches hold now. A copy of the caches takes at most `most_cache_bytes`, or any size if that is None.
+    caches hold now. A copy of the caches takes at most `most_cache_bytes`, or any size if that is None. `buffers` are
+    those for adapters, which change, so they are copied at each park. The plan counts them with the weights.
     """
 
-    def __init__(self, weights: Sequence[Part], cache_tensors: Callable[[], list[torch.Tensor]], make_copy: MakeCopy):
-        self._cache_tensors = cache_tensors
+    def __init__(
+        self,
+        weights: Sequence[Part],
+        cache_tensors: Callable[[], list[torch.Tensor]],
+        make_copy: MakeCopy,
+        buffers: Sequence[torch.Tensor] = (),
+    ):
+        self._cache_tensors, self._buffers = cache_tensors, buffers
         self._make_copy = make_copy
         self._weights = make_copy(weights)
         self._cache: MemoryCopy | None = None
@@ -44,7 +51,7 @@ class ParkedMemory:
             size, most = sum(tensor.nbytes for tensor in tensors), self.most_cache_bytes
             if most is not None and size > most:
                 raise StillTooLarge(f"the sequences that run hold {size} bytes, and {most} may be kept of them")
-            cache = self._make_copy([Part(tensors)])
+            cache = self._make_copy([Part([*self._buffers, *tensors])])
             try:
                 self._weights.save(tick)
                 cache.save(tick)

@@ -432,3 +432,21 @@ def test_what_any_layer_may_read_comes_first() -> None:
     parts = [part for outside, layer in zip(outer, layers, strict=True)
              for part in (Part([outside]), Part(tuple(layer.parameters()), layer))]  # fmt: skip
     assert [module for module, _ in storages(parts)._groups] == [None, None, *layers]
+
+
+@pytest.mark.parametrize("make_copy", [PageCopy, storages])
+def test_buffers_of_adapters_are_no_keys_and_values(make_copy: MakeCopy) -> None:
+    """The plan counts them with the weights, so they park where nothing may be kept of requests. They change, so each
+    park copies them anew."""
+    buffer, cache = torch.ones(1 << 20), torch.ones(1 << 10)
+    held: list[torch.Tensor] = []
+    memory = ParkedMemory([], lambda: held, make_copy, [buffer])
+    memory.most_cache_bytes = 0
+    for value in (2.0, 3.0):
+        buffer.fill_(value)
+        memory.move_out(nothing)
+        memory.move_back(nothing)
+        assert torch.equal(buffer, torch.full_like(buffer, value))
+    held.append(cache)
+    with pytest.raises(StillTooLarge):
+        memory.move_out(nothing)
