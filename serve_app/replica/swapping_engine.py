@@ -268,6 +268,9 @@ class SwappingEngine:
                 await engine.load_adapter(name, folder)
             except AdapterError as error:
                 notify(f"'{self._name}' has lost its adapter '{name}': {error}")
+            except Exception as error:  # It is read from a disk that may have changed.
+                logger.exception("The adapter '%s' could not be loaded again.", name)
+                notify(f"'{self._name}' has lost its adapter '{name}': {error!r}")
         for name in brought.keys() - self._adapters.keys():
             await engine.unload_adapter(name)
 

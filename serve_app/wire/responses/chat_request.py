@@ -140,10 +140,11 @@ def _texts(parts: Any, where: str) -> list[str]:
         raise InvalidRequest(f"{where}: it must be a text or a list of parts.", param="input")
     texts = []
     for index, part in enumerate(parts):
-        text = part.get("refusal") if part.get("type") == "refusal" else part.get("text")
-        if part.get("type") not in TEXT_PARTS | {"refusal"} or not isinstance(text, str):
+        kind = part.get("type")
+        text = part.get("refusal") if kind == "refusal" else part.get("text")
+        if not isinstance(kind, str) or kind not in TEXT_PARTS | {"refusal"} or not isinstance(text, str):
             raise InvalidRequest(
-                f"{where}[{index}]: a part of type '{str(part.get('type'))[:64]}' is not supported, since this model "
+                f"{where}[{index}]: a part of type '{str(kind)[:64]}' is not supported, since this model "
                 "reads only text.",
                 param="input",
             )

@@ -150,8 +150,9 @@ class _Endpoints:
         limits = (asked.max_tokens_per_query, asked.max_tokens_per_doc)
         variables = asked.template_variables
         with self._pooler.reserve(len(pairs)):
-            made = partial(self._inputs.of_pairs, pairs, Cut.of(asked), owner, size, limits, variables)
-            inputs = await self._workers.run(size * _share(firsts, seconds), made)
+            work = size * _share(firsts, seconds)  # It says which tokenizer is held, and for how long.
+            made = partial(self._inputs.of_pairs, pairs, Cut.of(asked), owner, work, limits, variables)
+            inputs = await self._workers.run(work, made)
             found = await self._pooler.compute(inputs)
         return inputs, [score_of(float(logit[0]), self._pooling, asked.use_activation) for logit in found]
 
