@@ -17,7 +17,7 @@ from serve_app.wire.responses.chat_request import NAMES, STORED, chat_request, r
 # These are for bookkeeping on OpenAI's side, or bound what only hosted tools do. Nothing is stored, whatever `store`
 # says, which OpenAI's clients leave at its default, true.
 WITHOUT_EFFECT = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "max_tool_calls", "request_id",
 })  # fmt: skip
 NEUTRAL_ONLY: dict[str, tuple[Any, ...]] = {
@@ -79,12 +79,19 @@ class Reasoning(Closed):
     generate_summary: str | None = None
 
 
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+
+
 class ResponsesRequest(Body):
     """This is the body of POST /v1/responses."""
 
     without_effect: ClassVar[frozenset[str]] = WITHOUT_EFFECT
     neutral_only: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_ONLY
 
+    # They have no effect, and every event with the response repeats them. The bounds are OpenAI's.
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    user: MetadataValue | None = None
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
