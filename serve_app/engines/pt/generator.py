@@ -19,6 +19,7 @@ from serve_app.engines.pt.core.scheduler import Limits, Scheduler
 from serve_app.engines.pt.core.sequence import Logprobs, Output, Piece, SamplingParams, Sequence
 from serve_app.engines.pt.core.speculator import Speculator
 from serve_app.engines.pt.core.standstill import Movable
+from serve_app.engines.pt.core.thread_watch import ThreadWatch
 from serve_app.engines.pt.grammar.compiler import GrammarCompiler
 from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.engines.pt.load.probe import ProbeResult
@@ -28,8 +29,6 @@ from serve_app.errors import EngineError, ModelNotFound
 
 logger = logging.getLogger("ray.serve")
 
-# Whether the engine's thread still ends its steps is checked at this interval in seconds.
-WATCH_EVERY_S = 1.0
 # This many outputs of one request are decoded, at some 30 µs each, before others get the event loop.
 MOST_AT_ONCE = 16
 
@@ -73,16 +72,11 @@ class Generator:
         scheduler, sampler = Scheduler(limits, None if bank is None else bank.slots), Sampler(loaded.eos_ids)
         self._loop = EngineLoop(probed.runner, scheduler, sampler, self._deliver, speculator, kept_texts)
         self._loop.start()
-        self._step_timeout_s = step_timeout_s
-        self._hang = ""
-        self._watch = asyncio.create_task(self._watch_the_thread())
+        self._watch = ThreadWatch(self._loop, step_timeout_s, self._end_all)
 
     def require_alive(self) -> None:
         """Raises EngineError if the thread has ended or hangs."""
-        if self._hang:
-            raise EngineError(self._hang)
-        if self._loop.has_ended:
-            raise EngineError("the pt engine's thread has ended. The replica will be replaced.")
+        self._watch.require_alive()
 
     def park(self, memory: Movable) -> "Future[None]":
         """Frees the memory between two steps. See `EngineLoop.park`. Texts wait until `wake`."""
@@ -108,7 +102,7 @@ class Generator:
         It lets go of the model and its caches then, because clients that still read their answers hold this object. A
         thread that has not ended in time keeps them.
         """
-        self._asyncio_loop.call_soon_threadsafe(self._watch.cancel)
+        self._watch.stop()
         self._loop.stop(timeout_s)
         if "grammars" in vars(self):
             self.grammars.close()
@@ -281,15 +275,8 @@ class Generator:
         )
         return text
 
-    async def _watch_the_thread(self) -> None:
-        while self._loop.stuck_s < self._step_timeout_s:  # noqa: ASYNC110  a thread that hangs sets no event
-            await asyncio.sleep(min(WATCH_EVERY_S, self._step_timeout_s / 4))
-        self._hang = (
-            f"the pt engine has work but has ended no step for {self._step_timeout_s:g} s (step_timeout_s). The "
-            "replica will be replaced."
-        )
-        logger.error("%s %d sequences end.", self._hang, len(self._outputs))
-        self._dispatch([Output(sequence, error=EngineError(self._hang)) for sequence in self._outputs])
+    def _end_all(self, error: EngineError) -> None:
+        self._dispatch([Output(sequence, error=error) for sequence in self._outputs])
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Passes outputs to the event loop. The engine's thread calls it once in each step."""

@@ -9,19 +9,15 @@ Laws:
   meanwhile waits, and a sequence that was running goes on after the wake with the token that came next.
 """
 
-import contextlib
 import logging
-import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlySequence
-from concurrent.futures import Future
 
 import torch
 
-from serve_app.engines.pt.core.heap import trim_heap
+from serve_app.engines.pt.core.engine_thread import EngineThread
 from serve_app.engines.pt.core.kept_texts import KeptTexts
 from serve_app.engines.pt.core.lora.adapter import Adapter
 from serve_app.engines.pt.core.model_runner import Runner
@@ -29,14 +25,10 @@ from serve_app.engines.pt.core.sampler import Sampled, Sampler
 from serve_app.engines.pt.core.scheduler import Scheduler, Step
 from serve_app.engines.pt.core.sequence import Output, Sequence
 from serve_app.engines.pt.core.speculator import Speculator
-from serve_app.engines.pt.core.standstill import Movable, Standstill
 from serve_app.engines.torch_internals import is_out_of_memory
 from serve_app.errors import EngineError, OutOfDeviceMemory
 
 logger = logging.getLogger("ray.serve")
-
-# After this many seconds without work, the C heap gives back what it keeps, which takes some 15 ms.
-IDLE_S = 2.0
 
 # A step waits this many seconds for the masks of output formats, and sequences with later ones are parked. A mask is
 # computed beside the forward pass and is ready before its end, unless its format is far slower than usual.
@@ -48,7 +40,7 @@ PARKED_POLL_S = 0.002
 Deliver = Callable[[list[Output]], None]
 
 
-class EngineLoop(threading.Thread):
+class EngineLoop(EngineThread):
     """Generates for all submitted sequences together. All methods but `run` may be called from any thread."""
 
     def __init__(
@@ -60,32 +52,13 @@ class EngineLoop(threading.Thread):
         speculator: Speculator | None = None,
         kept_texts: KeptTexts | None = None,
     ):
-        super().__init__(name="pt-engine", daemon=True)
+        super().__init__("pt-engine")
         self._runner = runner
         self._scheduler = scheduler
         self._sampler = sampler
         self._deliver = deliver
         self._speculator = speculator
         self._kept_texts = kept_texts
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopping = False
-        self._closing = threading.Lock()
-        self._closed = False
-        self._busy_since: float | None = None
-        self._standstill = Standstill()
-
-    @property
-    def has_ended(self) -> bool:
-        """Returns whether it has stopped generating. It is true before any sequence is told so, because a client of the
-        end may ask for the engine's health at once, as the router does, and must not find a thread about to end."""
-        return self._closed or not self.is_alive()
-
-    @property
-    def stuck_s(self) -> float:
-        """Returns the seconds since a loop with work has ended a pass or begun, or 0 while it has no work or is
-        parked."""
-        since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since
 
     def submit(self, sequence: Sequence) -> None:
         """Starts generating. The outputs come through `deliver`. Raises EngineError once the loop has ended."""
@@ -99,56 +72,24 @@ class EngineLoop(threading.Thread):
         """Frees what is kept of an adapter before the next step. No sequence of it may be submitted any more."""
         self._inbox.put(lambda: self._forget_adapter(adapter))
 
-    def park(self, memory: Movable) -> "Future[None]":
-        """Moves the memory out before the next step, and computes nothing until `wake`. Returns what is done when the
-        memory is free, and has an EngineError if nothing was moved. Raises EngineError unless it is awake."""
-        self._require_open()
-        asked = self._standstill.ask_to_park()
-        self._inbox.put(lambda: self._stand_still(memory))
-        return asked
-
-    def wake(self) -> "Future[None]":
-        """Brings the memory back and goes on. Returns what is done when steps may run again, and has an EngineError if
-        the memory does not come back, with which the loop ends. Raises EngineError unless it is parked."""
-        self._require_open()
-        return self._standstill.ask_to_wake()
-
-    @property
-    def is_parked(self) -> bool:
-        """Returns whether the memory is elsewhere or on its way back."""
-        return self._standstill.state in ("parked", "waking")
-
-    def stop(self, timeout_s: float) -> None:
-        """Ends the loop, also a parked one, so that every remaining sequence gets an error. Waits at most `timeout_s`
-        seconds."""
-
-        def end() -> None:
-            self._stopping = True
-
-        self._inbox.put(end)
-        self._standstill.ask_to_end()
-        if self.is_alive():
-            self.join(timeout_s)
-
     def release(self) -> None:
         """Lets go of the model, its caches and all sequences, whoever still holds this object. The thread must have
         ended."""
         assert not self.is_alive(), "a thread that runs needs them"
         del self._runner, self._scheduler, self._sampler, self._speculator, self._kept_texts
 
-    def run(self) -> None:
-        """Runs the loop, which sleeps while there is nothing to generate."""
-        try:
-            with torch.inference_mode():
-                while not self._stopping:
-                    self._read_inbox()
-                    if not self._stopping:
-                        self._look_at_parked()
-                        self._step()
-        except Exception:
-            logger.exception("The pt engine's thread has ended, so its replica has to be replaced.")
-        finally:
-            self._abandon()
+    def _has_work(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def _work(self) -> None:
+        self._look_at_parked()
+        self._step()
+
+    def _poll_s(self) -> float | None:
+        return PARKED_POLL_S if self._scheduler.parked else None
+
+    def _end_all(self, error: EngineError) -> None:
+        self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])
 
     def _forget_adapter(self, adapter: Adapter) -> None:
         if self._closed:
@@ -157,56 +98,6 @@ class EngineLoop(threading.Thread):
             self._runner.adapters.remove(adapter)
         if self._kept_texts is not None:
             self._kept_texts.forget_adapter(adapter)
-
-    def _put(self, work: Callable[[], None]) -> None:
-        with self._closing:
-            self._require_open()
-            self._inbox.put(work)
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise EngineError("the pt engine has stopped")
-
-    def _stand_still(self, memory: Movable) -> None:
-        if self._stopping or self._closed:
-            return
-        self._tick()
-        self._standstill.stand(memory, self._tick, self._rest)
-        if memory.is_out:  # It has to end, and what else was asked of it may not touch memory that is not there.
-            self._stopping = True
-        self._tick()
-
-    def _rest(self) -> None:
-        self._busy_since = None
-
-    def _read_inbox(self) -> None:
-        if not self._scheduler.running and not self._scheduler.waiting and not self._stopping:
-            self._busy_since = None
-            work = self._next_work()
-            self._tick()
-            if work is not None:
-                work()
-        while not self._stopping:
-            try:
-                self._inbox.get_nowait()()
-            except queue.Empty:
-                return
-
-    def _next_work(self) -> Callable[[], None] | None:
-        """Waits for the next work and returns it, or None if it is time to check the parked sequences."""
-        if self._scheduler.parked:
-            try:
-                return self._inbox.get(timeout=PARKED_POLL_S)
-            except queue.Empty:
-                return None
-        try:
-            return self._inbox.get(timeout=IDLE_S)
-        except queue.Empty:
-            trim_heap()
-            return self._inbox.get()
-
-    def _tick(self) -> None:
-        self._busy_since = time.monotonic()
 
     def _add(self, sequence: Sequence) -> None:
         self._scheduler.add(sequence)
@@ -415,16 +306,6 @@ class EngineLoop(threading.Thread):
         self._runner.drop(sequence)
         if self._speculator is not None:
             self._speculator.drop(sequence)
-
-    def _abandon(self) -> None:
-        error = EngineError("the pt engine has stopped")
-        with self._closing:
-            self._closed = True
-        self._standstill.end(error)
-        while not self._inbox.empty():
-            with contextlib.suppress(Exception):  # Even freeing fails on a broken device, but all must end.
-                self._inbox.get_nowait()()
-        self._deliver([Output(sequence, error=error) for sequence in self._scheduler.sequences])
 
 
 def _tokens_of(outputs: ReadOnlySequence[Output]) -> Counter[Sequence]:

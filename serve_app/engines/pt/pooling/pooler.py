@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from serve_app.engines.pt.core.places import Places, Reservation
 from serve_app.engines.pt.core.standstill import Movable
+from serve_app.engines.pt.core.thread_watch import ThreadWatch
 from serve_app.engines.pt.pooling.inputs import Input
 from serve_app.engines.pt.pooling.loader import LoadedPooler
 from serve_app.engines.pt.pooling.loop import Pooled, PoolingLoop, Vector
@@ -15,8 +16,6 @@ from serve_app.errors import EngineError, Overloaded
 
 logger = logging.getLogger("ray.serve")
 
-# Whether the engine's thread still ends its passes is checked at this interval in seconds.
-WATCH_EVERY_S = 1.0
 # All inputs that wait have at most this many tokens together, at 8 bytes each with their types.
 MOST_WAITING_TOKENS = 2**22
 
@@ -47,9 +46,7 @@ class Pooler:
         self._asyncio_loop = asyncio.get_running_loop()
         self._loop = PoolingLoop(loaded.runner, tokens, rows, self._deliver, alone=bool(loaded.alone))
         self._loop.start()
-        self._step_timeout_s = step_timeout_s
-        self._hang = ""
-        self._watch = asyncio.create_task(self._watch_the_thread())
+        self._watch = ThreadWatch(self._loop, step_timeout_s, self._end_all)
 
     @property
     def in_flight(self) -> int:
@@ -72,10 +69,7 @@ class Pooler:
 
     def require_alive(self) -> None:
         """Raises EngineError if the thread has ended or hangs."""
-        if self._hang:
-            raise EngineError(self._hang)
-        if self._loop.has_ended:
-            raise EngineError("the pt engine's thread has ended. The replica will be replaced.")
+        self._watch.require_alive()
 
     async def compute(self, inputs: Sequence[Input]) -> list[Vector]:
         """Returns what comes of the inputs, in their order. Raises the first error of one of them, or Overloaded if too
@@ -113,21 +107,14 @@ class Pooler:
     def stop(self, timeout_s: float) -> None:
         """Ends the thread, and blocks for at most `timeout_s` seconds. The event loop's thread must not call it. It
         lets go of the model then, unless the thread has not ended."""
-        self._asyncio_loop.call_soon_threadsafe(self._watch.cancel)
+        self._watch.stop()
         self._loop.stop(timeout_s)
         if not self._loop.is_alive():
             self._loop.release()
             del self.loaded
 
-    async def _watch_the_thread(self) -> None:
-        while self._loop.stuck_s < self._step_timeout_s:  # noqa: ASYNC110  a thread that hangs sets no event
-            await asyncio.sleep(min(WATCH_EVERY_S, self._step_timeout_s / 4))
-        self._hang = (
-            f"the pt engine has work but has ended no pass for {self._step_timeout_s:g} s (step_timeout_s). The "
-            "replica will be replaced."
-        )
-        logger.error("%s %d inputs end.", self._hang, len(self._requests))
-        self._dispatch([Pooled(item, error=EngineError(self._hang)) for item in self._requests])
+    def _end_all(self, error: EngineError) -> None:
+        self._dispatch([Pooled(item, error=error) for item in self._requests])
 
     def _deliver(self, found: list[Pooled]) -> None:
         """Passes what a pass made to the event loop. The engine's thread calls it."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from serve_app.engines.pt.core import engine_loop
+from serve_app.engines.pt.core import engine_thread
 from serve_app.engines.pt.core.engine_loop import EngineLoop
 from serve_app.engines.pt.core.sampler import Sampler
 from serve_app.engines.pt.core.scheduler import Limits, Scheduler, Step
@@ -333,8 +333,8 @@ def test_who_hears_of_the_end_finds_it_ended() -> None:
 def test_an_idle_loop_gives_memory_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not between steps, and not again while nothing comes; then again after the next work."""
     given: list[int] = []
-    monkeypatch.setattr(engine_loop, "IDLE_S", 0.05)
-    monkeypatch.setattr(engine_loop, "trim_heap", lambda: given.append(1))
+    monkeypatch.setattr(engine_thread, "IDLE_S", 0.05)
+    monkeypatch.setattr(engine_thread, "trim_heap", lambda: given.append(1))
     with running(CountingRunner()) as (loop, outputs):
         wait_for(lambda: len(given) == 1)
         time.sleep(0.2)

@@ -92,7 +92,7 @@ async def test_a_thread_that_hangs_is_told(tmp_path: Path) -> None:
         answer = await client.post("/v1/embeddings", json={"input": "w1"})
         freed.set()
         assert answer.status_code == 503
-        assert "has ended no pass for 0.2 s (step_timeout_s)" in answer.json()["error"]["message"]
+        assert "has ended no step for 0.2 s (step_timeout_s)" in answer.json()["error"]["message"]
         with pytest.raises(EngineError, match="step_timeout_s"):
             await client.engine.check_health()  # type: ignore[attr-defined]
         pooler.require_alive = lambda: None
