@@ -15,6 +15,7 @@ from serve_app.model_fields import AUTO_QUANTIZATION
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.resolve import UNPLANNED_LIMITS, Resolved, resolve, resolve_on_cpu
 from serve_app.planning.resource_demand import Demand, require_replicas, require_room
+from serve_app.planning.unplanned import unplanned
 from serve_app.residency.pool_backend import with_backend
 from serve_app.residency.rooms import rooms_of
 from serve_app.terminal import notify
@@ -145,7 +146,7 @@ def require_all_replicas(
         return
     try:
         request = (request_of or _request)(config, inventory)
-        if request.unplanned:
+        if unplanned(request):
             return
         resolve(request, inventory)
     except (ConfigError, PlacementError):  # The plan does not know this model or this cluster, so it refuses nothing.
@@ -165,10 +166,11 @@ def _planned(
         if is_auto:
             raise
         return None
-    if request.unplanned and not is_auto:
-        return None
-    if request.unplanned and config.infer_backend != "auto":
-        raise PlacementError(request.unplanned)
+    if problem := unplanned(request):
+        if not is_auto:
+            return None
+        if config.infer_backend != "auto":
+            raise PlacementError(problem)
     is_on_cpu = config.device == "cpu" and config.infer_backend != "auto"
     return resolve_on_cpu(request, inventory) if is_on_cpu else resolve(request, inventory, unclaimed)
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from serve_app.facts.card_capability import Capability, capability_text, card_capability
 from serve_app.facts.inventory import Device
-from serve_app.planning.model_request import ModelRequest, held_otherwise
+from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.pipeline.card_groups import Card
 from serve_app.planning.shortage import Shortage
+from serve_app.planning.unplanned import held_otherwise
 
 # The least that vLLM 0.32 takes by method (`get_min_capability`).
 LEAST_IN_VLLM: dict[str, Capability] = {

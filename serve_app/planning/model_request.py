@@ -20,7 +20,7 @@ from serve_app.facts.engine_facts import (
 from serve_app.facts.inventory import Device
 from serve_app.facts.pooling import Pooling, Task
 from serve_app.facts.weights import Tensor
-from serve_app.model_fields import AUTO_QUANTIZATION, ONLY_VLLM, PT_QUANTIZATIONS
+from serve_app.model_fields import PT_QUANTIZATIONS
 from serve_app.planning import memory, terms
 from serve_app.planning.adapter_bytes import pt_adapter_bytes, rank_adapters_by_formula, with_adapters
 from serve_app.planning.adapters import AdapterRoom, kept_count
@@ -28,17 +28,14 @@ from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.kv_groups import kv_bytes_per_request, spare_bytes
 from serve_app.planning.layer_map import Block, blocks_of, known_block, stored_block
 from serve_app.planning.memory import Figure
-from serve_app.planning.pooling import POOLED_SEQS, pooling_problem, step_tokens, without_pooling_problem
-from serve_app.planning.quantization import PACKAGES, held_tensors
+from serve_app.planning.pooling import POOLED_SEQS, step_tokens
+from serve_app.planning.quantization import held_tensors
 from serve_app.planning.terms import Term, stored_weights
-from serve_app.planning.vllm_arguments import asked_arguments, effective, uncounted_arguments
+from serve_app.planning.vllm_arguments import asked_arguments, effective
 from serve_app.planning.vllm_formulas import has_plain_cache, rank_by_formula
 
 PT_MAX_NUM_SEQS = 32
 PT_MAX_QUEUED_REQUESTS = 192
-# These are the ends of sentences that say why a model has no KV cache in 8 bits in pt.
-ALONE = "runs one request at a time without a cache in pt. Leave kv_cache_dtype out"
-NO_KEYS = "keeps states and no keys and values. Leave kv_cache_dtype out"
 # The formulas know the KV cache of these types: the model's own type, and 8 bits.
 FORMULA_CACHE_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
 # vLLM holds weights of these methods in about the bytes in which they are stored; the margin of guesses covers what it
@@ -143,23 +140,6 @@ class ModelRequest:
         return replace(self.draft, config=config)
 
     @property
-    def _draft_problem(self) -> str:
-        """Returns why the draft model cannot draft for this one, or why the plan does not know what it takes, or an
-        empty text."""
-        draft = self.drafter
-        if draft is None:
-            return ""
-        name, own, target = draft.config.model, draft.architecture.vocabulary, self.architecture.vocabulary
-        if own != target:
-            return (
-                f"speculative.model: {name} has a vocabulary of {own} tokens, and the model that it drafts for has one "
-                f"of {target}. The two must be equal. Choose a smaller model of the same family."
-            )
-        if draft.no_speculation:
-            return f"speculative.model: {name} cannot draft, because {draft.no_speculation}. Choose another model."
-        return f"speculative.model: {name}: {draft.unplanned}" if draft.unplanned else ""
-
-    @property
     def kv_element_bytes(self) -> int:
         """Returns the bytes of an element of KV cache by the formulas, which know the model's own type and fp8."""
         return 1 if self.kv_cache_dtype.startswith("fp8") else self.element_bytes
@@ -185,74 +165,13 @@ class ModelRequest:
     def asked_arguments(self) -> dict[str, Any]:
         """Returns the arguments of vLLM that change the weights or the KV cache in ways that only its own code
         knows."""
-        return asked_arguments(self._arguments)
+        return asked_arguments(self.arguments)
 
     @property
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """Returns vLLM's arguments that matter for the plan, without those at their defaults."""
         is_known_on_gpu = self.architecture.is_known_to_vllm and self.config.device != "cpu"
         return effective(self.config.vllm_args, is_known_on_gpu)
-
-    @property
-    def unplanned(self) -> str:
-        """Returns why the plan cannot say what this model takes, or an empty text if it can. It never makes up a
-        number."""
-        config = self.config
-        if isinstance(config.device_map, dict):
-            return "device_map: the plan does not cover a mapping, which places each module by hand. Use max_memory."
-        asks_for_vllm = config.infer_backend == "auto" and any(getattr(config, name) for name in ONLY_VLLM)
-        takes_vllm = config.infer_backend == "vllm" or asks_for_vllm
-        if not takes_vllm and (problem := self._pooling_problem):
-            return problem
-        if config.speculative is not None and takes_vllm:
-            return "speculative: the plan does not know how much memory vLLM takes for it."
-        for name in uncounted_arguments(self._arguments):
-            return f"engine_args.{name}: the plan does not know how much memory it takes."
-        rounds_in_pt = config.quantization in (*PT_QUANTIZATIONS, AUTO_QUANTIZATION)
-        if rounds_in_pt and (own := self.architecture.quantization) is not None:
-            return (
-                f"quantization: {config.quantization}, but this checkpoint is quantised already (by {own}). Leave "
-                "quantization out, or use the checkpoint with whole weights."
-            )
-        if config.quantization == AUTO_QUANTIZATION and not self.architecture.has_formulas:
-            return (
-                f"quantization: auto: the plan has no formulas for {self.architecture.name}, so it cannot compare the "
-                "methods. Name one (bnb-int8 or bnb-nf4), or leave quantization out."
-            )
-        can_round = self.architecture.is_known_to_vllm or config.infer_backend == "pt"
-        known = {None, "fp8" if can_round else None, self.architecture.quantization}
-        if config.quantization not in known and not rounds_in_pt:
-            return f"quantization: the plan does not know how large these weights become with {config.quantization}."
-        own = self._pt_quantization_problem or self._pt_cache_problem or self.missing_facts
-        return own or self._adapters_problem or self._draft_problem
-
-    @property
-    def _pooling_problem(self) -> str:
-        if self.pooling is None:
-            return without_pooling_problem(self.config)
-        return pooling_problem(self.config, self.pooling) if self.config.infer_backend == "pt" else ""
-
-    @property
-    def _pt_cache_problem(self) -> str:
-        """Returns why pt cannot keep the KV cache of this model in 8 bits, or an empty text if it can or need not."""
-        name, facts = self.config.pt_cache_dtype, self.pt_facts
-        if self.config.infer_backend != "pt" or name is None or facts is None:
-            return ""
-        if facts.alone:
-            return f"kv_cache_dtype: {name}, but {self.architecture.name} {ALONE}."
-        return "" if any(facts.kv) else f"kv_cache_dtype: {name}, but {self.architecture.name} {NO_KEYS}."
-
-    @property
-    def _pt_quantization_problem(self) -> str:
-        """Returns why the plan cannot say how large transformers makes a quantised checkpoint, or an empty text. Of FP8
-        on a GPU, the card decides (`cards.py`)."""
-        method, config = self.architecture.quantization, self.config
-        if config.infer_backend != "pt" or method is None or (method == "fp8" and config.device != "cpu"):
-            return ""
-        if not self.tensors or self.pt_tensors is not None:
-            return ""
-        packages = " and ".join(name.replace("_", "-") for name in PACKAGES.get(method, ()))
-        needs = f" Without {packages} transformers cannot load them at all." if packages else ""
-        return f"infer_backend: pt: {held_otherwise(f'{method} weights')}{needs}"
 
     @property
     def pt_tensors(self) -> tuple[Tensor, ...] | None:
@@ -274,38 +193,6 @@ class ModelRequest:
         has_size = self.architecture.quantization is None or bool(self.tensors)
         is_by_formula = self.architecture.has_formulas and self.pooling is None
         return has_size and (is_by_formula or self.pt_facts is not None)
-
-    @property
-    def missing_facts(self) -> str:
-        """Returns which facts the plan lacks for this backend and how to get them, or an empty text."""
-        name, backend = self.architecture.name, self.config.infer_backend
-        how = f" It was asked: {self.facts_problem.rstrip('.')}." if self.facts_problem else ""
-        lacks_vllm, lacks_pt = not self.is_planned_for_vllm, not self.is_planned_for_pt
-        if backend == "vllm" and lacks_vllm:
-            return (
-                f"infer_backend: vllm: the plan has no formulas for {self._beyond_formulas} in vLLM, and it has not "
-                "been told the sizes of its weights and its KV cache by vLLM's own code. Run `serve-app plan` where "
-                f"vLLM is installed, which asks it and keeps the answer.{how}"
-            )
-        if backend != "vllm" and lacks_pt and (backend == "pt" or lacks_vllm):
-            return (
-                f"infer_backend: {backend}: the plan has no formulas for {name}, and it has not been told the sizes of "
-                "its weights and its KV cache by the engine's own code. Run `serve-app plan` where the engine is "
-                f"installed, which asks it and keeps the answer.{how}"
-            )
-        return ""
-
-    @property
-    def _beyond_formulas(self) -> str:
-        """Returns what keeps the formulas for vLLM from being proven, as a part of a sentence."""
-        shape = self.architecture
-        if not shape.is_known_to_vllm:
-            return shape.name
-        if self.kv_cache_dtype not in FORMULA_CACHE_DTYPES:
-            return f"engine_args.kv_cache_dtype: {self.kv_cache_dtype}"
-        if self.asked_arguments:
-            return f"{shape.name} with {' and '.join(f'engine_args.{name}' for name in self.asked_arguments)}"
-        return f"{shape.name} with its quantization_config ({shape.quantization})"
 
     @property
     def vllm_facts(self) -> VllmFacts | None:
@@ -386,22 +273,6 @@ class ModelRequest:
         facts = self.engine_facts.vllm_adapters
         is_known = facts is not None and tp in facts.ranks
         return Figure(term.bytes, terms=(term,)) if is_known else memory.guessed([term])
-
-    @property
-    def _adapters_problem(self) -> str:
-        """Returns why vLLM takes no adapters for this model, or why the plan does not know what they take, or an empty
-        text."""
-        if self.adapter_room is None or self.config.infer_backend != "vllm":
-            return ""
-        facts, size = self.engine_facts.vllm_adapters, self.config.tensor_parallel_size or 1
-        if facts is not None and size in facts.refusals:
-            return f"adapters: vLLM takes none for this model: {facts.refusals[size]}"
-        if facts is None and self.architecture.quantization is not None:
-            return (
-                "adapters: the plan has not been told the bytes of vLLM's buffers for them by vLLM's own code. Run "
-                "`serve-app plan` where vLLM is installed, which asks it and keeps the answer."
-            )
-        return ""
 
     def rank_facts(self, tp: int) -> RankFacts:
         """Returns how vLLM lays out one of `tp` ranks. It is one that vLLM takes (`tensor_parallel_problem`)."""
@@ -584,11 +455,3 @@ class ModelRequest:
         if self.pt_facts is None:
             return known_block(module, self.architecture)
         return stored_block(f"{module}.", self.pt_facts.names)
-
-
-def held_otherwise(what: str) -> str:
-    """Returns a sentence that says why pt's plan has no figure for quantised weights, and what to do."""
-    return (
-        f"the plan does not know what {what} take here, because transformers may make them whole when it loads them. "
-        "Use infer_backend: vllm, or a checkpoint that is not quantised."
-    )

@@ -25,6 +25,7 @@ from serve_app.planning.seats import seats_for, takes_equal_gpus
 from serve_app.planning.shortage import Seats, Shortage, available
 from serve_app.planning.sizes import gib
 from serve_app.planning.state import State
+from serve_app.planning.unplanned import missing_facts, unplanned
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
@@ -245,10 +246,10 @@ def _attempts(unit: ModelRequest, inventory: Inventory, state: State, tally: Tal
 
 def _problem_anywhere(request: ModelRequest) -> Shortage | None:
     """Returns why a replica has a place on no device, whatever is free there, or None."""
-    if request.missing_facts:
-        return Shortage("facts_missing", request.missing_facts, 0)
-    if request.unplanned:
-        return Shortage("not_planned", request.unplanned, 0)
+    if problem := missing_facts(request):
+        return Shortage("facts_missing", problem, 0)
+    if problem := unplanned(request):
+        return Shortage("not_planned", problem, 0)
     return _tensor_parallel_problem(request) or layers_problem(request) or _length_problem(request)
 
 

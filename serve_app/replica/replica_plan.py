@@ -26,6 +26,7 @@ from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import STAGES, ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import UNPLANNED_LIMITS, pipeline_fields, vllm_memory
+from serve_app.planning.unplanned import unplanned
 from serve_app.residency.pool_plan import plan_in_pool
 
 logger = logging.getLogger("ray.serve")
@@ -162,7 +163,7 @@ def _request(config: ModelConfig, facts: EngineFacts | None) -> ModelRequest | N
         return None
     if facts is not None:
         request = replace(request, engine_facts=facts)
-    reason = request.unplanned or _version_problem(request)
+    reason = unplanned(request) or _version_problem(request)
     if reason:
         logger.warning("This model is not planned: %s", reason)
         return None

@@ -17,6 +17,7 @@ from serve_app.facts.inventory import parse_gpus
 from serve_app.facts.known_facts import Answer, Question
 from serve_app.facts.weights import Tensor
 from serve_app.planning.planner import make_plan
+from serve_app.planning.unplanned import missing_facts, unplanned
 from tests.planning.model_requests import CONFIGS
 
 UNKNOWN = {
@@ -80,7 +81,7 @@ def test_a_folder_without_weights_asks_for_its_tensors(asked: list[Question], mo
     (request,) = answered([found], print)
     assert [question.settings for question in asked] == [{"wants": "tensors"}]
     assert request.tensors == TENSORS
-    assert request.unplanned == ""
+    assert unplanned(request) == ""
     monkeypatch.setattr(model_requests, "known_answer", lambda _: None)
     monkeypatch.setattr(model_requests, "tensors_without_weights", lambda *_: list(TENSORS))
     assert answered([found], None)[0].tensors == TENSORS
@@ -189,9 +190,8 @@ def test_the_formulas_leave_a_checkpoint_that_names_its_cache(asked: list[Questi
     found = read_request("m", config(str(tmp_path), infer_backend="vllm", engine_args={"kv_cache_dtype": "bfloat16"}))
     assert found.questions["vllm"].settings["kv_cache_dtype"] == "bfloat16"
     assert found.request.architecture.names_kv_cache
-    assert (
-        "quantization_config (compressed-tensors)"
-        in read_request("m", config(str(tmp_path), infer_backend="vllm")).request.missing_facts
+    assert "quantization_config (compressed-tensors)" in missing_facts(
+        read_request("m", config(str(tmp_path), infer_backend="vllm")).request
     )
 
 
@@ -203,14 +203,14 @@ def test_arguments_that_change_the_cache_go_into_the_question(asked: list[Questi
     told = {"async_scheduling": False, "disable_hybrid_kv_cache_manager": True}
     of_vllm = [question for question in asked if question.engine == "vllm"]
     assert [question.settings["engine_args"] for question in of_vllm] == [told, told]
-    assert "with engine_args.async_scheduling and engine_args.disable_hybrid" in found.request.missing_facts
+    assert "with engine_args.async_scheduling and engine_args.disable_hybrid" in missing_facts(found.request)
 
 
 def test_arguments_at_their_defaults_ask_nobody(asked: list[Question]) -> None:
     """The formulas have prefix caching and asynchronous scheduling, as vLLM has them on a GPU."""
     args = {"enable_prefix_caching": True, "async_scheduling": True, "seed": 1}
     found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=args))
-    assert answered([found], print)[0].unplanned == ""
+    assert unplanned(answered([found], print)[0]) == ""
     assert [question.engine for question in asked] == ["pt"], "only its tensors are asked for"
     own = {**args, "limit_mm_per_prompt": {"image": 0}}
     found = read_request("m", config(str(CONFIGS / "qwen2-7b"), infer_backend="vllm", engine_args=own))

@@ -19,6 +19,7 @@ from serve_app.planning.fit_pt import fit_pt
 from serve_app.planning.layer_map import Block, block_number, blocks_of, stored_block
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan
+from serve_app.planning.unplanned import unplanned
 from tests.builders import model_config
 from tests.planning.pt_survey import shape_of, survey
 from tests.planning.real_configs import PARAMETERS, QUICK, TOLERANCE, billions, facts_of
@@ -128,7 +129,7 @@ def test_an_architecture_without_formulas_is_planned_by_facts() -> None:
     """Without them, the plan says which facts it lacks."""
     outline = replace(shape_of(FACTS), has_formulas=False)
     request = ModelRequest("m", model_config(), outline, ())
-    assert "the engine's own code" in request.unplanned
+    assert "the engine's own code" in unplanned(request)
     told = replace(request, engine_facts=EngineFacts(pt=FACTS))
-    assert (told.unplanned, told.weights) == ("", 50 + 100 + 200 + 30)
-    assert "vLLM's own code" in replace(told, config=model_config(infer_backend="vllm")).unplanned
+    assert (unplanned(told), told.weights) == ("", 50 + 100 + 200 + 30)
+    assert "vLLM's own code" in unplanned(replace(told, config=model_config(infer_backend="vllm")))

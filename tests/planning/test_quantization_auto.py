@@ -14,6 +14,7 @@ from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resolve import resolve
+from serve_app.planning.unplanned import unplanned
 from tests.builders import model_config, node
 from tests.planning.model_requests import CONFIGS, request
 
@@ -98,7 +99,7 @@ def test_without_a_plan_there_is_no_start() -> None:
 def test_a_quantised_checkpoint_leaves_no_choice() -> None:
     """It is refused as for a method by name."""
     asked = request("qwen2.5-7b-awq", infer_backend="pt", quantization="auto")
-    assert "quantization: auto, but this checkpoint is quantised already (by awq)" in asked.unplanned
+    assert "quantization: auto, but this checkpoint is quantised already (by awq)" in unplanned(asked)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import TERMS, ModelPlan, RankPlan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.terms import total
+from serve_app.planning.unplanned import unplanned
 from tests.planning.model_requests import request
 
 
@@ -71,7 +72,7 @@ def test_a_plan_says_what_does_not_speculate() -> None:
     assert "logits of drafted tokens" not in {term.name for rank in model.ranks for term in rank.activation.terms}
     for fields in ({"infer_backend": "vllm"}, {"infer_backend": "auto", "tensor_parallel_size": 2}):
         of_vllm = request(speculative=speculative, **fields)
-        assert "the plan does not know how much memory vLLM takes for it" in of_vllm.unplanned
+        assert "the plan does not know how much memory vLLM takes for it" in unplanned(of_vllm)
     free = request(infer_backend="auto", max_model_len=4096, speculative=speculative)
     (model,) = make_plan([free], parse_gpus("24GiB")).models
     assert model.backend == "pt"

@@ -16,8 +16,8 @@ from serve_app.engines.pt.core.scheduler import Step
 from serve_app.engines.pt.core.sequence import SamplingParams, Sequence
 from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.errors import EngineError
-from serve_app.planning.model_request import ALONE as RUNS_ALONE
-from serve_app.planning.model_request import NO_KEYS
+from serve_app.planning.unplanned import ALONE as RUNS_ALONE
+from serve_app.planning.unplanned import NO_KEYS
 
 logger = logging.getLogger("ray.serve")
 

@@ -25,6 +25,7 @@ from serve_app.planning.memory import GIB
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import make_plan
+from serve_app.planning.unplanned import unplanned
 from tests.builders import model_config
 from tests.engines.pt.pooling.tiny_poolers import change, save_embedder, save_scorer, tokenizer
 
@@ -185,7 +186,7 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
     save_scorer(tmp_path, "bert")
     change(tmp_path / "config.json", id2label={"0": "a", "1": "b", "2": "c"})
     request = read_request("m", model_config(model=str(tmp_path), device="cpu")).request
-    assert "a classifier of 3 labels" in request.unplanned
+    assert "a classifier of 3 labels" in unplanned(request)
 
 
 def test_a_model_of_text_has_no_step_of_its_own() -> None:
@@ -195,7 +196,7 @@ def test_a_model_of_text_has_no_step_of_its_own() -> None:
 
     request = read_request("m", model_config(model=DEMO_MODEL, device="cpu", max_num_batched_tokens=64)).request
     assert (request.task, request.pooling) == ("generate", None)
-    assert "in chunks of 512 tokens" in request.unplanned
+    assert "in chunks of 512 tokens" in unplanned(request)
     with pytest.raises(ConfigError, match="write it under engine_args"):
         model_config(infer_backend="vllm", max_num_batched_tokens=64)
     model_config(infer_backend="vllm", engine_args={"max_num_batched_tokens": 64})
