@@ -49,14 +49,14 @@ class MessagesTranscript(Transcript):
         if kind in OPENINGS:
             self._opened.add(kind)
         if kind == "content_block_start":
-            self.has_output = self.is_open = True
+            self.has_output, self.is_open, self.is_over = True, True, False
             self.index = event["index"]
             if (block := event["content_block"]["type"]) != "text":
                 self.problem = f"the stream has a block of type '{block}'"
         elif kind == "content_block_delta":
-            self.text += event["delta"].get("text") or ""
+            self._add_text(event["delta"].get("text") or "")
         elif kind == "content_block_stop":
-            self.is_open = False
+            self.is_open, self.is_over = False, True
             self.index = event["index"] + 1
         elif kind == "message_delta":
             self.finish_reason = event["delta"].get("stop_reason") or "end_turn"
@@ -67,10 +67,12 @@ class MessagesTranscript(Transcript):
         """Does what `Transcript` says."""
         return MessagesContinuation(self._writer(), prompt_tokens, sent_tokens, body)
 
-    def ending(self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int) -> bytes:
+    def ending(
+        self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool
+    ) -> bytes:
         """Does what `Transcript` says."""
-        usage = {"input_tokens": prompt_tokens, "output_tokens": sent_tokens}
-        ends = self._writer().stop("max_tokens", None, usage)
+        usage = {"input_tokens": prompt_tokens, "output_tokens": sent_tokens + (not is_cut)}
+        ends = self._writer().stop("max_tokens" if is_cut else "end_turn", None, usage)
         return named_events(ends if self.finish_reason is None else ends[-1:])
 
     def without_opening(self, event: Any) -> bytes:

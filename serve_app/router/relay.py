@@ -4,16 +4,17 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import msgspec
 
 from serve_app.config import RouterConfig
-from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError
+from serve_app.errors import DeadlineExceeded, ModelUnavailable, RequestError, UnreadableAnswer
 from serve_app.router.dispatcher import Dispatcher
 from serve_app.router.engine_loss import is_away, is_lost_event
 from serve_app.router.exchange import Exchange
 from serve_app.router.resume import Resumed, transcript_of
-from serve_app.router.transcript import Transcript, WholeEvents
+from serve_app.router.transcript import UNKNOWN_FORM, Continued, Transcript, WholeEvents
 from serve_app.router.upstream.protocol import Answer, NotOpen, ReplicaLost, is_stream
 from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.body_threads import beside_loop
@@ -102,7 +103,7 @@ class Relay:
                     current = await self._resumed(transcript, error)
         except RequestError as error:
             if transcript is not None:
-                transcript.read()
+                await beside_loop(transcript.unread_bytes, transcript.read)
             sequence = 0 if transcript is None else transcript.sequence
             await self._downstream.end_with_error(error, sequence)  # The client may be the one that does not read.
             return
@@ -115,19 +116,22 @@ class Relay:
         """Passes on one replica's events. Raises ReplicaLost if the stream breaks, or DeadlineExceeded if it stalls."""
         assert current.answer is not None
         whole, suspect = WholeEvents(), self._exchange.suspect
-        before = len(transcript.text) if transcript is not None else 0
+        before = transcript.length if transcript is not None else 0
         async with self._in_time() as deadline:
             async for piece in current.answer.pieces():
                 deadline.moved()
                 events = whole.feed(piece)
-                if is_lost_event(events):
+                size = len(events)  # One event may repeat a whole request.
+                if await beside_loop(size, partial(is_lost_event, events)):
                     away = NotOpen("its engine gave its memory to another model")
                     raise away if is_away(events) else current.answer.lost("its engine died")
                 if current.rest is not None:
-                    events = current.rest.rewrite(events)
+                    events = await beside_loop(size, partial(_rewritten, current.rest, events))
                 if transcript is not None and events:
                     transcript.add(events)
-                if suspect.was_lost and _has_more_than(before, transcript):
+                    if transcript.is_full or suspect.was_lost:
+                        await beside_loop(transcript.unread_bytes, transcript.read)
+                if suspect.was_lost and (transcript is None or transcript.length > before):
                     suspect.cleared()
                 await self._downstream.pass_on(events)
         await self._downstream.pass_on(whole.rest())
@@ -165,9 +169,11 @@ class Relay:
         return DeadlineExceeded(f"The answer was cut off after {seconds:g} s, which is the router's {field}.")
 
 
-def _has_more_than(before: int, transcript: Transcript | None) -> bool:
-    """Returns whether a stream has got text since it had `before` characters. One that is not read counts as such."""
-    if transcript is None:
-        return True
-    transcript.read()
-    return len(transcript.text) > before
+def _rewritten(rest: Continued, events: bytes) -> bytes:
+    """Returns another replica's events as those of the first stream. Raises UnreadableAnswer for another form."""
+    try:
+        return rest.rewrite(events)
+    except UNKNOWN_FORM as error:
+        raise UnreadableAnswer(
+            f"The stream's continuation has an event of a form that is not known here: {type(error).__name__}: {error}."
+        ) from error

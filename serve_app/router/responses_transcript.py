@@ -7,6 +7,8 @@ event then has the response that the first one began, with the whole text.
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from serve_app.router.transcript import CannotResume, ContinuedByText, Kind, Transcript, events
 from serve_app.wire.responses.chat_request import PATH, RENAMED, chat_request
 from serve_app.wire.responses.events import Item, ResponseEvents, usage
@@ -55,7 +57,7 @@ class ResponsesTranscript(Transcript):
             self._opened.add(kind)
         self.sequence = event.get("sequence_number", self.sequence - 1) + 1
         if kind == "response.created":
-            self._response = {**event["response"], "output": []}
+            self._response = {**_raw(event["response"]), "output": []}
         elif kind == "response.output_item.added":
             self.has_output = True
             if event["item"]["type"] != "message" or self._item_id is not None:
@@ -64,11 +66,11 @@ class ResponsesTranscript(Transcript):
         elif kind == "response.content_part.added":
             self._has_part = True
         elif kind == "response.output_text.delta":
-            self.text += event["delta"]
+            self._add_text(event["delta"])
         elif kind in ENDS:
-            self._ends = ENDS.index(kind) + 1
-            is_cut = (event.get("item") or {}).get("status") == "incomplete"
-            self.finish_reason = "length" if is_cut else "stop"
+            self._ends, self.is_over = ENDS.index(kind) + 1, True
+            if kind == ENDS[-1]:  # Only the item itself says why it ended.
+                self.finish_reason = "length" if event["item"]["status"] == "incomplete" else "stop"
         elif kind in ("response.completed", "response.incomplete", "response.failed", "error"):
             self.done = True
 
@@ -76,10 +78,12 @@ class ResponsesTranscript(Transcript):
         """Does what `Transcript` says."""
         return ResponsesContinuation(self._writer(), prompt_tokens, sent_tokens, body)
 
-    def ending(self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int) -> bytes:
+    def ending(
+        self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool
+    ) -> bytes:
         """Does what `Transcript` says."""
-        sent_tokens += self.finish_reason == "stop"  # The token that ends a text is not in it.
-        return named_events(self._writer().stop(self.finish_reason != "stop", usage(prompt_tokens, sent_tokens)))
+        sent_tokens += not is_cut
+        return named_events(self._writer().stop(is_cut, usage(prompt_tokens, sent_tokens)))
 
     def without_opening(self, event: Any) -> bytes:
         """Does what `Transcript` says."""
@@ -95,7 +99,8 @@ class ResponsesTranscript(Transcript):
             return ResponseEvents(self._response, self.sequence)
         item = Item("message", self._item_id, [self.text], has_part=self._has_part, done=self._ends)
         if self._ends == len(ENDS):
-            return ResponseEvents({**self._response, "output": [item.written("completed")]}, self.sequence)
+            status = "incomplete" if self.finish_reason == "length" else "completed"
+            return ResponseEvents({**self._response, "output": [item.written(status)]}, self.sequence)
         return ResponseEvents(self._response, self.sequence, item)
 
 
@@ -125,3 +130,8 @@ class ResponsesContinuation:
             sent = self._sent_tokens + counts.get("completion_tokens", 0)
             made += self._writer.stop(self._reason == "length", usage(self._prompt_tokens, sent))
         return made
+
+
+def _raw(response: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the response with its fields as JSON. What it repeats of a request is long, and is written again."""
+    return {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in response.items()}

@@ -25,6 +25,7 @@ from serve_app.router.upstream.protocol import Answer, Upstream
 from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.census import decode_body
+from serve_app.wire.thinking_tags import open_tag
 
 CHAT = "/v1/chat/completions"
 # The transcript of a stream of each endpoint that can be continued.
@@ -59,14 +60,14 @@ def transcript_of(path: str) -> Transcript | None:
 
 async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript: Transcript) -> Resumed:
     """Returns how the stream continues. Raises CannotResume, or ReplicaLost if the next replica was lost too."""
-    transcript.read()
+    await beside_loop(transcript.unread_bytes, transcript.read)
     if transcript.done:
         return Resumed(None, None)
     if not transcript.started:  # The client has nothing yet, so the whole request is sent again.
         return Resumed(await _accepted(upstream, name, request), None)
     if not (transcript.has_output or transcript.problem):
         return Resumed(await _accepted(upstream, name, request), Repeated(transcript))
-    size = len(request.body) + len(transcript.text)
+    size = len(request.body) + transcript.length
     kind, asked = await beside_loop(size, partial(_asked, request))
     if transcript.problem:
         raise CannotResume(transcript.problem)
@@ -74,8 +75,10 @@ async def resume(upstream: Upstream, name: str, request: HttpRequest, transcript
     prompt_ids, text_ids, max_model_len = await _ids(caller, prompt_request(kind, asked), asked, transcript.text)
     continued = partial(continuation, kind, asked, transcript, prompt_ids, text_ids, max_model_len)
     rest = await beside_loop(size, continued)
-    if rest is None or transcript.finish_reason is not None:
-        return Resumed(None, None, transcript.ending(kind, asked, len(prompt_ids), len(text_ids)))
+    if rest is None or transcript.is_over or transcript.finish_reason is not None:
+        is_cut = rest is None if transcript.finish_reason is None else transcript.finish_reason == "length"
+        ending = partial(transcript.ending, kind, asked, len(prompt_ids), len(text_ids), is_cut)
+        return Resumed(None, None, await beside_loop(size, ending))
     return Resumed(await caller.stream("/v1/completions", rest.body), rest)
 
 
@@ -120,6 +123,9 @@ async def _ids(
     ]
     if both != before + text:
         raise CannotResume("the tokens of its text cannot be determined")
+    if (tags := open_tag(before)) is not None and tags[1] not in text:
+        # An engine that tells thinking from the answer sends no text of one without thinking, and its end is missing.
+        raise CannotResume("its prompt has begun the thinking, and it is not known whether that has ended")
     return prompt_ids, text_ids, max_model_len
 
 

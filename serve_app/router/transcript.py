@@ -20,6 +20,7 @@ import msgspec
 
 # Up to this many bytes, events are kept unread. Beyond that, they are read and only their text is kept.
 KEPT_BYTES = 256 * 1024
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 
 Kind = Literal["chat", "text"]
 _KINDS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
@@ -52,6 +53,8 @@ _NEUTRAL: Mapping[str, Any] = {
     "include_reasoning": True,
 }  # fmt: skip
 DEFAULT_COMPLETION_TOKENS = 16
+# An engine's event of another form raises these where it is read.
+UNKNOWN_FORM = (LookupError, TypeError, AttributeError, ValueError)
 
 
 class CannotResume(Exception):
@@ -83,24 +86,27 @@ def kind_of(path: str, asked: Mapping[str, Any]) -> Kind:
 
 
 class WholeEvents:
-    """Cuts a stream after its events, because half an event cannot be taken back."""
+    """Cuts a stream after its events, because half an event cannot be taken back. It searches each byte once, however
+    many pieces an event comes in."""
 
     def __init__(self) -> None:
-        self._tail = b""
+        self._tail = bytearray()
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the whole events up to here. Most pieces are whole events themselves and pass as they are."""
-        if self._tail:
-            piece, self._tail = self._tail + piece, b""
-        if piece.endswith(b"\n\n") or piece.endswith(b"\r\n\r\n"):
+        if not self._tail and piece.endswith(EVENT_ENDS):
             return piece
-        end = max(piece.rfind(b"\n\n") + 2, piece.rfind(b"\r\n\r\n") + 4)
-        piece, self._tail = (piece[:end], piece[end:]) if end > 3 else (b"", piece)
-        return piece
+        unsearched = max(0, len(self._tail) - 3)  # The end of an event may be cut itself.
+        self._tail += piece
+        found = ((self._tail.rfind(mark, unsearched), len(mark)) for mark in EVENT_ENDS)
+        end = max((at + length for at, length in found if at >= 0), default=0)
+        whole = bytes(memoryview(self._tail)[:end])
+        del self._tail[:end]
+        return whole
 
     def rest(self) -> bytes:
         """Returns what came after the last whole event."""
-        tail, self._tail = self._tail, b""
+        tail, self._tail = bytes(self._tail), bytearray()
         return tail
 
 
@@ -120,40 +126,61 @@ class Continued(Protocol):
 
 
 class Transcript:
-    """Keeps the events that a client has. `text` and the other attributes are those of the answer's only choice.
+    """Keeps the events that a client has. The attributes are those of the answer's only choice.
 
-    `started` means that there are events, and `has_output` that the answer has begun with one of them. `sequence` is
-    the number of the next event in an API that numbers them.
+    `started` means that there are events, and `has_output` that the answer has begun with one of them. `is_over` means
+    that its text has ended, though no event may have named the reason yet. `sequence` is the number of the next event
+    in an API that numbers them. `problem` says why the stream cannot be continued.
     """
 
     def __init__(self) -> None:
         self._unread: list[bytes] = []
-        self._size = 0
-        self.text = ""
+        self.unread_bytes = 0
+        self._texts: list[str] = []
+        self.length = 0
         self.head: dict[str, Any] = {}
         self.started = False
         self.has_output = False
+        self.is_over = False
         self.sequence = 0
         self.finish_reason: str | None = None
         self.done = False
         self.told_usage = False
         self.problem = ""
 
+    @property
+    def text(self) -> str:
+        """Returns the text so far, which has `length` characters. Its pieces are joined once."""
+        self._texts = ["".join(self._texts)]
+        return self._texts[0]
+
+    @property
+    def is_full(self) -> bool:
+        """Returns whether so many events are unread that they should be read now."""
+        return self.unread_bytes > KEPT_BYTES
+
     def add(self, piece: bytes) -> None:
         """Keeps whole events that are sent to the client."""
         self._unread.append(piece)
-        self._size += len(piece)
-        if self._size > KEPT_BYTES:
-            self.read()
+        self.unread_bytes += len(piece)
 
     def read(self) -> None:
-        """Reads the events that were kept, and keeps their text."""
-        data, self._unread, self._size = b"".join(self._unread), [], 0
+        """Reads the events that were kept, and keeps their text. It takes time with many bytes, so an event loop must
+        not call it then. An event of a form that is not known here only means that the stream cannot be continued."""
+        data, self._unread, self.unread_bytes = b"".join(self._unread), [], 0
         for event in events(data):
             if event == "[DONE]":
                 self.done = True
             elif isinstance(event, dict):
-                self._take(event)
+                try:
+                    self._take(event)
+                except UNKNOWN_FORM:
+                    self.started = True
+                    self.problem = "one of its events has a form that is not known here"
+
+    def _add_text(self, text: str) -> None:
+        self._texts.append(text)
+        self.length += len(text)
 
     def _take(self, event: dict[str, Any]) -> None:
         if "error" in event:
@@ -167,7 +194,7 @@ class Transcript:
         for choice in event.get("choices") or []:
             delta = choice.get("delta") or {}
             self.has_output = self.has_output or not _is_opening(choice)
-            self.text += choice.get("text") or delta.get("content") or ""
+            self._add_text(choice.get("text") or delta.get("content") or "")
             self.finish_reason = self.finish_reason or choice.get("finish_reason")
             for name in ("tool_calls", "reasoning", "reasoning_content", "function_call", "refusal"):
                 if delta.get(name):
@@ -177,11 +204,13 @@ class Transcript:
         """Returns the continuation by a completion, whose request is `body`."""
         return Continuation(kind, self.head, prompt_tokens, sent_tokens, body)
 
-    def ending(self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int) -> bytes:
-        """Returns the last events of a stream whose text is complete. If no event named a reason for its end, it ended
-        by its length. The token that ends a text is counted, though it is not in the text."""
-        sent_tokens += self.finish_reason == "stop"
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "logprobs": None}
+    def ending(
+        self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool
+    ) -> bytes:
+        """Returns the last events of a stream whose text is complete. `is_cut` means that it ended by its length. The
+        token that ends a text otherwise is counted, though it is not in the text."""
+        sent_tokens += not is_cut
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if is_cut else "stop", "logprobs": None}
         choice["delta" if kind == "chat" else "text"] = {} if kind == "chat" else ""
         head = {"object": "chat.completion.chunk" if kind == "chat" else "text_completion", **self.head}
         parts = [] if self.finish_reason else [as_event({**head, "choices": [choice]})]
@@ -228,8 +257,8 @@ def events(data: bytes) -> Iterator[Any]:
         if not value:
             continue
         try:
-            yield value if value == "[DONE]" else json.loads(value)
-        except ValueError:
+            yield value if value == "[DONE]" else msgspec.json.decode(value)
+        except (ValueError, RecursionError):
             yield {"unreadable": value}
 
 

@@ -31,6 +31,14 @@ _NO_USAGE_YET = re.compile(rb',\s?"usage":\s?null\}')
 # A stream of events begins with one of these, and JSON does not.
 _STREAM = (b"data:", b"event:", b"id:", b"retry:", b":")
 
+# A stream with an event that begins like one of these has failed. Nothing that a model or a client wrote can look like
+# them, because JSON escapes the end of a line.
+_FAILURES = (
+    b"\nevent: error\n", b"\nevent: response.failed\n", b'\ndata: {"error":', b'\ndata: {"object":"error"',
+    b'\ndata: {"type":"error"', b'\ndata: {"type":"response.failed"',
+)  # fmt: skip
+_MOST_FAILURE = max(map(len, _FAILURES))
+
 # Streams of these endpoints report their usage only on demand, in an event of its own without choices.
 ON_DEMAND = frozenset({"/v1/chat/completions", "/v1/completions"})
 
@@ -147,7 +155,8 @@ class UsageMeter:
         self.usage = Usage()
         self._prompt_tokens = prompt_tokens
         self._is_hidden = is_hidden
-        self._is_stream = self._has_ended = False
+        self._is_stream = self._has_ended = self._has_failed = False
+        self._line = b"\n"  # This is the end of what has come.
         self._bytes = 0
         self._events = 0
         self._half = bytearray()
@@ -159,6 +168,10 @@ class UsageMeter:
             self._is_stream = piece.startswith(_STREAM)
         self._bytes += len(piece)
         self._events += piece.count(b"data: {")
+        if self._is_stream:
+            recent = self._line + piece
+            self._has_failed = self._has_failed or any(beginning in recent for beginning in _FAILURES)
+            self._line = recent[-_MOST_FAILURE:]
         return self._shown(piece) if self._is_hidden else piece
 
     def rest(self) -> bytes:
@@ -172,11 +185,13 @@ class UsageMeter:
         """Returns what the engine said, or else what the answer shows if that is more than the estimate, or else None.
 
         Nearly every event of a stream has a token or more. Other answers are counted by their length, as prompts are.
-        An answer that was cut may have said only what its client wrote, so it costs no less than it shows.
+        An answer that was cut or has failed may have said only what its client wrote, so it costs no less than it
+        shows.
         """
         shown = self._events if self._is_stream else self._bytes // BYTES_PER_TOKEN
         counted, said = self._prompt_tokens + shown, self.usage.total
-        if said is not None and (self._has_ended or said >= counted):
+        is_whole = self._has_ended and not self._has_failed
+        if said is not None and (is_whole or said >= counted):
             return said
         return counted if shown and counted > estimate else None
 

@@ -11,15 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.pt.api.tool_calls import Delta, MessageReader
 from serve_app.engines.pt.transformers_internals import special_ids
+from serve_app.wire.thinking_tags import KNOWN_TAGS
 
-# The tags of Qwen3, DeepSeek-R1, GLM and most others; Magistral; Seed-OSS; Kimi-VL; Ernie and InternLM.
-KNOWN_TAGS = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("◁think▷", "◁/think▷"),
-    ("<thinking>", "</thinking>"),
-)
 # A model may write this many characters of space before it begins to think.
 MOST_SPACE = 32
 # The end of a prompt that shows whether a tag is open there, in tokens.
