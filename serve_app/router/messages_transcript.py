@@ -67,9 +67,7 @@ class MessagesTranscript(Transcript):
         """Does what `Transcript` says."""
         return MessagesContinuation(self._writer(), prompt_tokens, sent_tokens, body)
 
-    def ending(
-        self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool
-    ) -> bytes:
+    def ending(self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool) -> bytes:
         """Does what `Transcript` says."""
         usage = {"input_tokens": prompt_tokens, "output_tokens": sent_tokens + (not is_cut)}
         ends = self._writer().stop("max_tokens" if is_cut else "end_turn", None, usage)

@@ -33,6 +33,8 @@ def chat_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in asked.items():
         if name not in KNOWN and value is not None and not (name in NEUTRAL and value == NEUTRAL[name]):
             raise CannotResume(f"the request has the field '{name}'")
+    if (asked.get("stream_options") or {}).get("include_obfuscation"):
+        raise CannotResume("its events are padded")
     return chat_request(asked)
 
 
@@ -78,9 +80,7 @@ class ResponsesTranscript(Transcript):
         """Does what `Transcript` says."""
         return ResponsesContinuation(self._writer(), prompt_tokens, sent_tokens, body)
 
-    def ending(
-        self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool
-    ) -> bytes:
+    def ending(self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool) -> bytes:
         """Does what `Transcript` says."""
         sent_tokens += not is_cut
         return named_events(self._writer().stop(is_cut, usage(prompt_tokens, sent_tokens)))

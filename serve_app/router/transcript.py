@@ -179,6 +179,8 @@ class Transcript:
                     self.problem = "one of its events has a form that is not known here"
 
     def _add_text(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise TypeError("an engine's text is none")
         self._texts.append(text)
         self.length += len(text)
 
@@ -204,9 +206,7 @@ class Transcript:
         """Returns the continuation by a completion, whose request is `body`."""
         return Continuation(kind, self.head, prompt_tokens, sent_tokens, body)
 
-    def ending(
-        self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool
-    ) -> bytes:
+    def ending(self, kind: Kind, asked: Mapping[str, Any], prompt_tokens: int, sent_tokens: int, is_cut: bool) -> bytes:
         """Returns the last events of a stream whose text is complete. `is_cut` means that it ended by its length. The
         token that ends a text otherwise is counted, though it is not in the text."""
         sent_tokens += not is_cut

@@ -47,14 +47,12 @@ def bounded(document: dict[str, Any], models: list[str], is_open: bool) -> dict[
             continue
         fields["model"] = {"type": "string", "enum": models}
         schema["additionalProperties"] = is_open
-        if "max_tokens" in fields:
-            fields["max_tokens"] = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
+        if "n" in fields:
             fields["n"] = {"type": "integer", "minimum": 1, "maximum": 2}
-            fields.pop("max_completion_tokens", None)
-            schema["required"] = [*schema.get("required", []), "max_tokens"]
-        if "max_output_tokens" in fields:
-            fields["max_output_tokens"] = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
-            schema["required"] = [*schema.get("required", []), "max_output_tokens"]
+        fields.pop("max_completion_tokens", None)
+        for limit in fields.keys() & {"max_tokens", "max_output_tokens"}:
+            fields[limit] = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
+            schema["required"] = sorted({*schema.get("required", []), limit})
         assert name not in ("Error", "MessagesError")
     return document
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from serve_app.engines.workers import in_thread_of_its_own
+from serve_app.engines.workers import MOST_WAITING_LARGE, SMALL_BYTES, Workers, in_thread_of_its_own
+from serve_app.errors import Overloaded
 
 
 def has_ended(thread: int) -> bool:
@@ -37,3 +38,20 @@ def test_errors_are_raised_to_the_caller() -> None:
 
     with pytest.raises(ValueError, match="no such model"):
         asyncio.run(in_thread_of_its_own(work))
+
+
+def test_answers_do_not_wait_behind_requests_and_are_not_refused() -> None:
+    """Large requests of one client fill their lane, and the answer of another one is computed already."""
+
+    async def main() -> None:
+        workers, free = Workers(), threading.Event()
+        waiting = [asyncio.ensure_future(workers.run(SMALL_BYTES + 1, free.wait)) for _ in range(MOST_WAITING_LARGE)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await workers.run(SMALL_BYTES + 1, free.wait)
+        async with asyncio.timeout(5):
+            assert await workers.write(lambda: "answer") == "answer"
+        free.set()
+        assert all(await asyncio.gather(*waiting))
+
+    asyncio.run(main())

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -11,10 +12,15 @@ import pytest_asyncio
 from starlette.types import ASGIApp
 
 from serve_app.engines.pt.engine import PtEngine
+from serve_app.errors import UnreadableAnswer
 from serve_app.router import dispatcher
+from serve_app.router.messages_transcript import MessagesTranscript
 from serve_app.router.messages_transcript import chat_of as chat_of_messages
+from serve_app.router.relay import _rewritten
+from serve_app.router.responses_transcript import ResponsesTranscript
 from serve_app.router.responses_transcript import chat_of as chat_of_responses
-from serve_app.router.transcript import CannotResume
+from serve_app.router.resume import _ids
+from serve_app.router.transcript import CannotResume, Transcript, WholeEvents
 from tests.demo_answers import ANSWERS, QUESTIONS
 from tests.engines.pt.api.test_messages_api import TOOL, named
 from tests.engines.pt.conftest import demo_engine
@@ -192,3 +198,103 @@ def test_responses_with_fields_of_vllm_are_not_taken_up() -> None:
         chat_of_responses(BODIES[RESPONSES] | {"truncation": "auto"})
     chat = chat_of_responses(BODIES[RESPONSES] | {"truncation": "disabled", "store": True, "background": False})
     assert json.loads(json.dumps(chat))["messages"] == TURNS
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("limit", [12, 200])
+async def test_the_reason_for_the_end_is_right_wherever_the_end_was_cut(engine: ASGIApp, limit: int) -> None:
+    """The end of the text does not say why it ended."""
+    body = BODIES[RESPONSES] | {"max_output_tokens": limit}
+    whole = await stream(Replicas(engine, []), RESPONSES, body)
+    for cut in range(len(whole) - 5, len(whole)):
+        events = await stream(Replicas(engine, [cut]), RESPONSES, body)
+        assert events[-1][0] == ("response.incomplete" if limit == 12 else "response.completed"), cut
+        assert cleaned(events[-1][1]["response"]) == cleaned(whole[-1][1]["response"]), cut
+
+
+@pytest.mark.parametrize("kind", [Transcript, MessagesTranscript, ResponsesTranscript])
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"choices": [7]},
+        {"choices": 7},
+        {"type": "content_block_start"},
+        {"type": "content_block_start", "index": 0, "content_block": None},
+        {"type": "content_block_delta", "delta": "x"},
+        {"type": "response.created"},
+        {"type": "response.created", "sequence_number": "x", "response": {}},
+        {"type": "response.output_item.added", "item": {}},
+        {"type": "response.output_text.delta", "delta": 7},
+        {"type": "response.output_item.done"},
+    ],
+)
+def test_an_event_of_another_form_breaks_nothing(kind: type[Transcript], event: dict[str, Any]) -> None:
+    """The stream goes on, and only cannot be continued by another replica."""
+    transcript = kind()
+    transcript.add(f"data: {json.dumps(event)}\n\n".encode())
+    transcript.read()
+    assert transcript.started
+    assert not transcript.text
+    known = [problem.split("'")[0] for problem in [transcript.problem] if problem]
+    assert known in ([], ["one of its events has a form that is not known here"])
+
+
+def test_a_continuation_of_another_form_is_an_error_that_the_client_can_read() -> None:
+    """It ends the stream with an event and does not break the connection."""
+    for transcript in (MessagesTranscript(), ResponsesTranscript(), Transcript()):
+        rest = transcript.continued("chat", 1, 1, b"")
+        with pytest.raises(UnreadableAnswer, match="continuation"):
+            _rewritten(rest, b'data: {"choices": [7]}\n\n')
+
+
+class Tokenizer:
+    """A caller whose tokens are characters, of a model whose template ends prompts with this text."""
+
+    def __init__(self, end: str):
+        self._end = end
+
+    async def call(self, path: str, body: Any) -> Any:
+        """The answer of either endpoint."""
+        if path == "/detokenize":
+            return {"prompt": "".join(map(chr, body["tokens"]))}
+        text = body["prompt"] if "prompt" in body else QUESTION + self._end
+        return {"tokens": list(map(ord, text)), "max_model_len": 100}
+
+
+@pytest.mark.parametrize(
+    ("end", "text", "goes_on"),
+    [
+        ("<think>\n", "The answer", False),
+        ("<think>\n", "hm</think>The answer", True),
+        ("<think>\n\n</think>\n\n", "The answer", True),
+        ("assistant\n", "The answer", True),
+    ],
+)
+async def test_a_stream_is_not_continued_inside_of_thinking(end: str, text: str, goes_on: bool) -> None:
+    """Where the template opens the tag, an answer whose thinking was empty would go on as thinking."""
+    ids = _ids(cast(Any, Tokenizer(end)), {"messages": TURNS}, {"model": "m"}, text)
+    if goes_on:
+        assert (await ids)[1] == list(map(ord, text))
+    else:
+        with pytest.raises(CannotResume, match="thinking"):
+            await ids
+
+
+def test_a_long_stream_costs_work_in_proportion_to_its_length() -> None:
+    """However many pieces an event or a text comes in. Both took minutes when each piece was put together with all
+    before it."""
+    start = time.monotonic()
+    whole, piece = WholeEvents(), b"x" * 2**14
+    assert not any(whole.feed(piece) for _ in range(4096))
+    assert len(whole.feed(b"\n\n")) == 2**26 + 2
+    for transcript in (Transcript(), MessagesTranscript(), ResponsesTranscript()):
+        for _ in range(200_000):
+            transcript._add_text("ten chars.")
+        assert transcript.length == len(transcript.text) == 2_000_000
+    assert time.monotonic() - start < 10
+
+
+def test_padded_events_are_not_continued() -> None:
+    """The rest would come without padding."""
+    with pytest.raises(CannotResume, match="padded"):
+        chat_of_responses(BODIES[RESPONSES] | {"stream_options": {"include_obfuscation": True}})

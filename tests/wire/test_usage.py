@@ -277,3 +277,34 @@ def test_usage_of_responses() -> None:
     meter = fed(b'{"usage":{"input_tokens":5,"output_tokens":7,"total_tokens":12,' + details + b"}}")
     meter.rest()
     assert (meter.total_tokens(), meter.usage.prompt, meter.usage.completion) == (12, 5, 7)
+
+
+REPEATED = b'{"tools":[{"parameters":{"total_tokens":1,"prompt_tokens":0,"completion_tokens":0}}]}'
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        b'event: error\ndata: {"type":"error","message":"x"}\n\n',
+        b'event: response.failed\ndata: {"type":"response.failed","response":{}}\n\n',
+        b'data: {"error":{"message":"x"}}\n\n',
+    ],
+)
+def test_a_stream_that_failed_costs_no_less_than_it_shows(failure: bytes) -> None:
+    """It has no usage but what it repeats of the request, which the client chose."""
+    created = b"event: response.created\ndata: " + REPEATED + b"\n\n"
+    deltas = b'event: x\ndata: {"delta":"a"}\n\n' * 500
+    whole = created + deltas + failure
+    for pieces in ([created, deltas, failure], [whole], [whole[: 1 - len(failure)], whole[1 - len(failure) :]]):
+        meter = fed(*pieces)
+        meter.rest()
+        assert meter.usage.total == 1
+        assert (meter.total_tokens() or 0) >= 3 + 501
+
+
+def test_text_that_looks_like_a_failure_is_text() -> None:
+    """JSON escapes the ends of lines, so no text of a client or model begins a line."""
+    text = json.dumps({"delta": '\nevent: error\ndata: {"error": 1}'}).encode()
+    meter = fed(b"event: x\ndata: " + text + b"\n\n", b'data: {"usage":{"total_tokens":2}}\n\n')
+    meter.rest()
+    assert meter.total_tokens() == 2

@@ -24,6 +24,7 @@ from serve_app.wire.body import Fields, RequestBody
 from serve_app.wire.openai_errors import error_response
 from serve_app.wire.responses.chat_request import PATH as RESPONSES
 from serve_app.wire.responses.chat_request import STORED, require_stateless
+from serve_app.wire.responses.repeated import require_repeatable
 
 # A body may have this many lists, objects and keys. vLLM takes some 0.2 ms to read a message.
 MOST_PARTS = 10_000
@@ -73,6 +74,7 @@ class Guard:
         texts: tuple[str, ...] = TEXTS
         if path.removesuffix("/") == RESPONSES:
             require_stateless({name: _bytes(fields, name) not in (b"null", b"false") for name in STORED})
+            require_repeatable({name: len(text) for name, text in fields.items()})
             texts = (*TEXTS, "input")
         for name in PROMPTS:
             if name in fields and name not in texts:

@@ -52,7 +52,10 @@ def chat_request(asked: Fields, merge_system: bool = False) -> dict[str, Any]:
 def _messages(asked: Fields, merge_system: bool) -> list[dict[str, Any]]:
     system = _system_text(asked.get("system") or "", "system")
     messages: list[dict[str, Any]] = []
-    for index, message in enumerate(asked["messages"]):
+    given = asked["messages"]
+    if given and given[-1]["role"] == "assistant" and not _has_content(given[-1]["content"]):
+        given = given[:-1]  # It begins an answer with nothing, as an answer begins without it.
+    for index, message in enumerate(given):
         where, role, content = f"messages[{index}]", message["role"], message["content"]
         if role == "system":
             text = _system_text(content, where)
@@ -188,7 +191,14 @@ def _thinking(asked: Fields) -> dict[str, Any]:
 def _is_begun(messages: Sequence[Fields]) -> bool:
     """Returns whether the last message is the beginning of the answer, which Anthropic's API has the model continue."""
     last = messages[-1] if messages else {}
-    content = last.get("content")
-    if last.get("role") != "assistant" or not content:
+    content = last.get("content") or ""
+    if last.get("role") != "assistant" or not _has_content(content):
         return False
     return isinstance(content, str) or all(block.get("type") == "text" for block in content)
+
+
+def _has_content(content: str | Sequence[Fields]) -> bool:
+    """Returns whether a message has more than empty text."""
+    if isinstance(content, str):
+        return bool(content)
+    return any(block.get("type") != "text" or block.get("text") != "" for block in content)

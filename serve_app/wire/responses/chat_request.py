@@ -63,7 +63,7 @@ def chat_request(asked: Fields) -> dict[str, Any]:
     if WITH_LOGPROBS in (asked.get("include") or ()):
         chat |= {"logprobs": True, "top_logprobs": asked.get("top_logprobs") or 0}
     if chat.get("stream"):
-        chat["stream_options"] = {"include_usage": True}
+        chat["stream_options"] = {**(asked.get("stream_options") or {}), "include_usage": True}
     return chat
 
 

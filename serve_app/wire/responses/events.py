@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from serve_app.wire.obfuscation import obfuscation
+
 Event = dict[str, Any]
 Kind = Literal["reasoning", "message", "function_call"]
+# An entry of log probabilities has about this many bytes of JSON.
+ENTRY_BYTES = 64
 PREFIXES: Mapping[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 
 
@@ -21,8 +25,8 @@ def new_id(prefix: str) -> str:
 
 
 def new_response(model: str, asked: Mapping[str, Any], sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a response in progress, which repeats what was asked. `sampling` has the values that are used for what
-    the request left out."""
+    """Returns a response in progress, which repeats what was asked: values, or their JSON as msgspec's `Raw`.
+    `sampling` has the values that are used for what the request left out."""
     return {
         "id": new_id("resp"),
         "object": "response",
@@ -36,7 +40,7 @@ def new_response(model: str, asked: Mapping[str, Any], sampling: Mapping[str, An
         "metadata": asked.get("metadata") or {},
         "model": model,
         "output": [],
-        "parallel_tool_calls": asked.get("parallel_tool_calls") is not False,
+        "parallel_tool_calls": asked.get("parallel_tool_calls", True),
         "previous_response_id": None,
         "reasoning": asked.get("reasoning"),
         "service_tier": "default",
@@ -65,7 +69,8 @@ def usage(input_tokens: int, output_tokens: int, reasoning_tokens: int = 0, cach
 
 @dataclass
 class Item:
-    """This is the item that is being written. `texts` are the pieces of its text or arguments so far.
+    """This is the item that is being written. `texts` are the pieces of its text or arguments so far, and `size` says
+    about how many bytes of JSON they and their log probabilities have.
 
     `has_part` says that the part of its content has been added, and `done` counts the events of its end that have been
     sent. Both are for a stream that another replica continues.
@@ -79,6 +84,7 @@ class Item:
     name: str = ""
     has_part: bool = True
     done: int = 0
+    size: int = 0
 
     def written(self, status: str) -> dict[str, Any]:
         """Returns the item as it stands in `output`."""
@@ -101,14 +107,23 @@ class Item:
 class ResponseEvents:
     """Keeps where the stream is. Each method returns the next events.
 
-    A stream that another replica continues has `sequence` events already, and perhaps an `item` that is open.
+    A stream that another replica continues has `sequence` events already, and perhaps an `item` that is open. With
+    `pads`, deltas are padded. `size` says about how many bytes of JSON all items have.
     """
 
-    def __init__(self, response: dict[str, Any], sequence: int = 0, item: Item | None = None):
+    def __init__(self, response: dict[str, Any], sequence: int = 0, item: Item | None = None, *, pads: bool = False):
+        self.size = 0
+        self._pads = pads
         self._response = response
         self._sequence = sequence
         self._output: list[dict[str, Any]] = list(response["output"])
         self._item = item
+
+    def closing_bytes(self, kind: Kind, is_new: bool) -> int:
+        """Returns about how many bytes the next part of an answer has written again, because it ends the item that is
+        open. `kind` is the part's, and `is_new` says that it is an item of its own."""
+        item = self._item
+        return item.size if item is not None and (is_new or item.kind != kind) else 0
 
     def start(self) -> list[Event]:
         """Returns the events before the first item."""
@@ -123,6 +138,7 @@ class ResponseEvents:
         opened = self._opened("message")
         assert self._item is not None, "it was opened"
         self._item.logprobs += logprobs
+        self._grown(sum(ENTRY_BYTES * (1 + len(entry["top_logprobs"])) for entry in logprobs))
         delta = self._at("response.output_text.delta", content_index=0, delta=text, logprobs=list(logprobs))
         return [*opened, delta]
 
@@ -200,7 +216,14 @@ class ResponseEvents:
         assert self._item is not None, "an item is open"
         if "delta" in fields:
             self._item.texts.append(fields["delta"])
+            self._grown(len(fields["delta"]))
+            fields |= {"obfuscation": obfuscation(fields["delta"])} if self._pads else {}
         return self._event(kind, item_id=self._item.id, output_index=len(self._output), **fields)
+
+    def _grown(self, size: int) -> None:
+        assert self._item is not None, "an item is open"
+        self._item.size += size
+        self.size += size
 
     def _event(self, kind: str, **fields: Any) -> Event:
         event = {"type": kind, "sequence_number": self._sequence, **fields}

@@ -24,6 +24,11 @@ class EventWriter(Protocol):
         """Returns the events after the last piece."""
         ...
 
+    def weight(self, delta: Delta | None) -> int:
+        """Returns about how many bytes the events of this meaning write again that came before, or the last events if
+        it is None. It takes no time."""
+        ...
+
     def failed(self, error: RequestError) -> bytes:
         """Returns the event that ends a stream by an error."""
         ...
@@ -31,6 +36,11 @@ class EventWriter(Protocol):
 
 class AnswerForm(Protocol):
     """Says how one API writes its answers."""
+
+    @property
+    def repeated_bytes(self) -> int:
+        """Returns how many bytes of the request an answer repeats."""
+        ...
 
     def whole(self, job: Job, answers: Sequence[WholeChoice]) -> bytes:
         """Returns the whole answer as JSON. It takes time with a long answer."""

@@ -53,7 +53,10 @@ class AnswerWriter:
                 grammar = await grammars.compile_soon(asked.grammar, key)
                 job = replace(job, params=replace(job.params, grammar=grammar))
             if asked.stream:
-                return EventStream(self._stream(job, form.events(job), places), stack.pop_all())
+                writer = form.events(job)
+                size = form.repeated_bytes + sum(map(len, job.openings))
+                opening = await self._written(size, writer.begin)
+                return EventStream(self._stream(job, writer, opening, places), stack.pop_all())
             return await self._whole(job, form, places)
 
     async def _whole(self, job: Job, form: AnswerForm, places: Reservation) -> Response:
@@ -61,24 +64,27 @@ class AnswerWriter:
         async with aclosing(self._pieces(job, places)) as pieces:
             async for index, piece, delta in pieces:
                 answers[index].add(piece, delta)
-        if sum(answer.size for answer in answers) <= SMALL_BYTES:
-            return json_response(form.whole(job, answers))
-        return json_response(await self._workers.run(SMALL_BYTES + 1, partial(form.whole, job, answers)))
+        size = form.repeated_bytes + sum(answer.size for answer in answers)
+        return json_response(await self._written(size, partial(form.whole, job, answers)))
 
-    async def _stream(self, job: Job, writer: EventWriter, places: Reservation) -> AsyncGenerator[bytes]:
-        characters = 0
+    async def _stream(
+        self, job: Job, writer: EventWriter, opening: bytes, places: Reservation
+    ) -> AsyncGenerator[bytes]:
         try:
-            if events := writer.begin():
-                yield events
+            if opening:
+                yield opening
             async with aclosing(self._pieces(job, places)) as pieces:
                 async for index, piece, delta in pieces:
-                    characters += len(piece.text)
-                    if events := writer.add(index, piece, delta):
+                    if events := await self._written(writer.weight(delta), partial(writer.add, index, piece, delta)):
                         yield events
-            yield await self._workers.run(characters, writer.end)  # Some APIs repeat the whole answer there.
+            yield await self._written(writer.weight(None), writer.end)
         except Exception as error:
             # The head is sent with its status, so an error event ends the stream.
-            yield writer.failed(request_error(error))
+            yield await self._written(writer.weight(None), partial(writer.failed, request_error(error)))
+
+    async def _written(self, size: int, write: Callable[[], bytes]) -> bytes:
+        """Returns what `write` makes of about `size` bytes. A few are quicker without a thread."""
+        return write() if size <= SMALL_BYTES else await self._workers.write(write)
 
     async def _pieces(self, job: Job, places: Reservation) -> AsyncGenerator[tuple[int, Piece, Delta]]:
         """Yields the pieces of all choices as they come, each with its choice's index and the meaning of its text."""

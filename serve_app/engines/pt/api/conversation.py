@@ -47,8 +47,8 @@ def _named(message: dict[str, Any], knows_developer: bool) -> dict[str, Any]:
 
 def _joined(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     content = message["content"]
-    if not isinstance(content, list):
-        return dict(message)
+    if not isinstance(content, list):  # Templates put text together, so a message without any has an empty one.
+        return {**message, "content": content or ""}
     for part in content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise InvalidRequest(

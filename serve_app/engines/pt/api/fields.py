@@ -64,7 +64,7 @@ class StreamOptions(Closed):
     """This is the field `stream_options`."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
 
 
 class JsonSchema(Closed):

@@ -75,27 +75,45 @@ class ChoiceProgress:
         return "tool_calls" if self._reason == "stop" and self._has_calls and not named else self._reason
 
 
+class ContentLogprobs:
+    """Tells which log probabilities belong to the text of the answer: not those of the thinking, its tags and calls.
+    An entry may come before its text, which waits for the next token."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Logprobs] = []
+
+    def add(self, piece: Piece, delta: Delta) -> list[Logprobs]:
+        """Takes the next piece and its meaning, and returns the entries of the content that came with it."""
+        self._waiting += piece.logprobs
+        if not (delta.content or delta.reasoning or delta.calls or delta.is_thinking):
+            return []
+        found, self._waiting = self._waiting, []
+        return found if delta.content else []
+
+
 class WholeChoice(ChoiceProgress):
     """Gathers one choice as a whole. Its pieces are joined once."""
 
     def __init__(self, opening: str = ""):
         super().__init__()
         self._deltas = [Delta(opening)]
-        self._length = len(opening)
+        self._size = len(opening)
+        self._content = ContentLogprobs()
         self.logprobs: list[Logprobs] = []
+        self.content_logprobs: list[Logprobs] = []
 
     def add(self, piece: Piece, delta: Delta) -> None:
         """Takes the next piece of the choice, and the meaning of its text."""
         super().add(piece, delta)
         self._deltas.append(delta)
-        self._length += len(piece.text)
+        self._size += len(piece.text) + 64 * sum(1 + len(item.top) for item in piece.logprobs)
         self.logprobs += piece.logprobs
+        self.content_logprobs += self._content.add(piece, delta)
 
     @property
     def size(self) -> int:
         """Returns about how many bytes its JSON has. An entry of log probabilities has some 64."""
-        alternatives = sum(1 + len(item.top) for item in self.logprobs)
-        return self._length + 64 * alternatives
+        return self._size
 
     @property
     def delta(self) -> Delta:

@@ -7,9 +7,11 @@ import msgspec
 
 from serve_app.engines.pt.api.answer_form import EventWriter
 from serve_app.engines.pt.api.job import ChoiceProgress, Job, WholeChoice
+from serve_app.engines.pt.api.request_error import renamed
 from serve_app.engines.pt.api.tool_calls import Delta, ToolCall
 from serve_app.engines.pt.core.sequence import Piece
 from serve_app.errors import RequestError
+from serve_app.wire.anthropic.chat_request import NAMES
 from serve_app.wire.anthropic.errors import messages_error
 from serve_app.wire.anthropic.events import MessageEvents, new_message_id, signature, stop_reason
 from serve_app.wire.sse import named_events
@@ -19,6 +21,8 @@ _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 class MessagesForm:
     """Writes messages."""
+
+    repeated_bytes = 0
 
     def whole(self, job: Job, answers: Sequence[WholeChoice]) -> bytes:
         """Returns the whole message as JSON. An answer without anything has one empty block, as with vLLM."""
@@ -30,8 +34,9 @@ class MessagesForm:
             content.append({"type": "thinking", "thinking": delta.reasoning, "signature": signature()})
         if delta.content or not (content or calls):
             content.append({"type": "text", "text": delta.content})
-        is_whole = bool(calls) and calls[-1]["type"] == "tool_use"
-        reason, stopped_by = stop_reason(answer.finish_reason(job), answer.stopped_by, bool(calls), is_whole)
+        has_calls = any(block["type"] == "tool_use" for block in calls)
+        is_whole = has_calls and calls[-1]["type"] == "tool_use"
+        reason, stopped_by = stop_reason(answer.finish_reason(job), answer.stopped_by, has_calls, is_whole)
         return msgspec.json.encode(
             {
                 "id": new_message_id(),
@@ -83,8 +88,11 @@ class _MessagesEvents:
         )
         return named_events(self._events.stop(reason, stopped_by, _usage(self._job, self._answer)))
 
+    def weight(self, delta: Delta | None) -> int:
+        return sum(map(len, self._arguments)) if delta is None else 0
+
     def failed(self, error: RequestError) -> bytes:
-        return named_events([messages_error(error)])
+        return named_events([messages_error(renamed(error, NAMES))])
 
 
 def _usage(job: Job, answer: ChoiceProgress) -> dict[str, int]:

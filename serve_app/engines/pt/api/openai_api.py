@@ -127,7 +127,7 @@ class _Endpoints:
         size, asked = await self._read(request, read_responses)
         key, chat = key_name(request), asked.chat
         self._require_alive()
-        form = ResponsesForm(self._generator.tokenizer, asked.body)
+        form = ResponsesForm(self._generator.tokenizer, asked.repeated)
         with named_as(RESPONSES_NAMES):
             return await self._writer.answer(size, chat, key, form, None, lambda: [self._prompts.of_chat(chat)])
 

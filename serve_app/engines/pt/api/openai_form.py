@@ -16,6 +16,7 @@ from serve_app.engines.pt.api.tool_calls import Delta
 from serve_app.engines.pt.core.sequence import Logprobs, Piece
 from serve_app.engines.pt.text.logprobs import LogprobsWriter, chat_logprobs, text_logprobs
 from serve_app.errors import RequestError
+from serve_app.wire.obfuscation import obfuscation
 from serve_app.wire.openai_errors import error_object
 
 
@@ -39,6 +40,7 @@ class OpenAIForm:
 
     shape: Shape
     tokenizer: PreTrainedTokenizerBase
+    repeated_bytes = 0  # The text of an echo is in the choices' openings.
 
     def whole(self, job: Job, answers: Sequence[WholeChoice]) -> bytes:
         """Returns the whole answer as JSON, one choice after the other, so that no step is long."""
@@ -108,7 +110,8 @@ class _OpenAIEvents:
                 **self._form.shape.delta(delta),
                 "logprobs": self._form.logprobs(self._job, piece.logprobs, start),
                 **_reasons(self._job, answer),
-            }
+            },
+            "".join((delta.content, delta.reasoning, *(call.arguments for call in delta.calls))),
         )
 
     def end(self) -> bytes:
@@ -117,11 +120,15 @@ class _OpenAIEvents:
             return done
         return _event(self._head | {"choices": [], "usage": _usage(self._job, self._answers)}) + done
 
+    def weight(self, delta: Delta | None) -> int:
+        return 0
+
     def failed(self, error: RequestError) -> bytes:
         return _event(error_object(error))
 
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
-        return _event(self._head | {"choices": [choice]} | self._usage)
+    def _chunk(self, choice: dict[str, Any], text: str = "") -> bytes:
+        padding = {"obfuscation": obfuscation(text)} if self._job.request.include_obfuscation else {}
+        return _event(self._head | {"choices": [choice]} | self._usage | padding)
 
 
 def _reasons(job: Job, answer: ChoiceProgress) -> dict[str, Any]:

@@ -37,6 +37,12 @@ class Prompts:
                     f"'chat_template_kwargs.{name}' is not a variable of the template.", param="chat_template_kwargs"
                 )
         messages = with_joined_text(message.model_dump() for message in asked.messages)
+        if asked.continue_final_message and not messages[-1]["content"].strip():
+            raise InvalidRequest(
+                "'continue_final_message': the last message has no text that the model could continue. Give it some, "
+                "or leave out the message and the field.",
+                param="continue_final_message",
+            )
         shown = [messages, asked.offered_tools, asked.template_variables]
         self._check_characters(_characters(shown), "messages")
         conversation = with_known_roles(with_read_arguments(messages), str(tokenizer.chat_template or ""))

@@ -134,6 +134,11 @@ class _Request(Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
+    def include_obfuscation(self) -> bool:
+        """Returns whether the events of the stream are padded."""
+        return self.stream_options is not None and bool(self.stream_options.include_obfuscation)
+
+    @property
     def limit(self) -> int | None:
         """Returns the most tokens to generate, or None if the client does not say."""
         return self.max_tokens

@@ -85,12 +85,12 @@ class ThinkReader:
         thought, tag, rest = text.partition(closing)
         if tag:
             self._answers = True
-            return Delta(reasoning=thought) + (self._inner.feed(rest) if rest else Delta())
+            return Delta(reasoning=thought, is_thinking=True) + (self._inner.feed(rest) if rest else Delta())
         kept = next(
             (size for size in range(min(len(closing) - 1, len(text)), 0, -1) if text.endswith(closing[:size])), 0
         )
         self._held = text[len(text) - kept :]
-        return Delta(reasoning=text[: len(text) - kept])
+        return Delta(reasoning=text[: len(text) - kept], is_thinking=True)
 
     def _released(self) -> str:
         held, self._held = self._held, ""

@@ -26,6 +26,13 @@ def named_as(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        message = NAMED.sub(lambda found: names.get(found[0], found[0]), error.message)
-        param = None if error.param is None else names.get(error.param, error.param)
-        raise type(error)(message, param=param, retry_after_s=error.retry_after_s) from error
+        raise renamed(error, names) from error
+
+
+def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """Returns an InvalidRequest with the names that its fields have in another API. Other errors stay as they are."""
+    if not isinstance(error, InvalidRequest):
+        return error
+    message = NAMED.sub(lambda found: names.get(found[0], found[0]), error.message)
+    param = None if error.param is None else names.get(error.param, error.param)
+    return type(error)(message, param=param, retry_after_s=error.retry_after_s)

@@ -8,27 +8,34 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.pt.api.answer_form import EventWriter
-from serve_app.engines.pt.api.job import ChoiceProgress, Job, WholeChoice
+from serve_app.engines.pt.api.job import ChoiceProgress, ContentLogprobs, Job, WholeChoice
+from serve_app.engines.pt.api.request_error import renamed
 from serve_app.engines.pt.api.tool_calls import Delta
 from serve_app.engines.pt.core.sequence import Logprobs, Piece
 from serve_app.engines.pt.text.logprobs import chat_logprobs
 from serve_app.errors import RequestError
-from serve_app.wire.responses.events import Event, ResponseEvents, new_response, usage
+from serve_app.wire.responses.chat_request import NAMES
+from serve_app.wire.responses.events import Event, Kind, ResponseEvents, new_response, usage
 from serve_app.wire.sse import named_events
 
 
 @dataclass(frozen=True)
 class ResponsesForm:
-    """Writes answers to the request `asked`, whose fields a response repeats."""
+    """Writes answers that repeat these fields of their request, which are JSON."""
 
     tokenizer: PreTrainedTokenizerBase
-    asked: Mapping[str, Any]
+    repeated: Mapping[str, msgspec.Raw]
+
+    @property
+    def repeated_bytes(self) -> int:
+        """Does what `AnswerForm` says."""
+        return sum(memoryview(value).nbytes for value in self.repeated.values())
 
     def whole(self, job: Job, answers: Sequence[WholeChoice]) -> bytes:
         """Returns the whole response as JSON."""
         (answer,) = answers
         events, is_cut = ResponseEvents(self.response(job)), _is_cut(job, answer)
-        self.add(events, answer.delta, answer.logprobs)
+        self.add(events, answer.delta, answer.content_logprobs)
         events.close("incomplete" if is_cut else "completed")
         return msgspec.json.encode(events.whole(is_cut, _usage(job, answer)))
 
@@ -46,7 +53,7 @@ class ResponsesForm:
             "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty,
         }
-        return new_response(job.model, self.asked, sampling)
+        return new_response(job.model, self.repeated, sampling)
 
     def add(self, events: ResponseEvents, delta: Delta, logprobs: Sequence[Logprobs]) -> list[Event]:
         """Returns the events of new text and calls. Only the text of the answer has log probabilities."""
@@ -65,26 +72,31 @@ class _ResponsesEvents:
     def __init__(self, form: ResponsesForm, job: Job):
         self._form = form
         self._job = job
-        self._events = ResponseEvents(form.response(job))
+        self._events = ResponseEvents(form.response(job), pads=job.request.include_obfuscation)
         self._answer = ChoiceProgress()
-        self._logprobs: list[Logprobs] = []  # Their text has not come out yet.
+        self._logprobs = ContentLogprobs()
 
     def begin(self) -> bytes:
         return named_events(self._events.start())
 
     def add(self, _: int, piece: Piece, delta: Delta) -> bytes:
         self._answer.add(piece, delta)
-        self._logprobs += piece.logprobs
-        made = self._form.add(self._events, delta, self._logprobs)
-        if made:
-            self._logprobs.clear()
-        return named_events(made)
+        return named_events(self._form.add(self._events, delta, self._logprobs.add(piece, delta)))
 
     def end(self) -> bytes:
         is_cut = _is_cut(self._job, self._answer)
         return named_events(self._events.stop(is_cut, _usage(self._job, self._answer)))
 
+    def weight(self, delta: Delta | None) -> int:
+        if delta is None:
+            return self._form.repeated_bytes + self._events.size
+        kinds: list[tuple[Kind, bool]] = [("reasoning", False)] if delta.reasoning else []
+        kinds += [("message", False)] if delta.content else []
+        kinds += [("function_call", call.is_first) for call in delta.calls]
+        return max((self._events.closing_bytes(kind, is_new) for kind, is_new in kinds), default=0)
+
     def failed(self, error: RequestError) -> bytes:
+        error = renamed(error, NAMES)
         return named_events(self._events.failed(error.code or error.type, error.message))
 
 

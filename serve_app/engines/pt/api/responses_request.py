@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.engines.pt.api.fields import Closed, StreamOptions, StructuredOutputs
 from serve_app.engines.pt.api.protocol import MOST_MESSAGES, Body, ChatRequest, Effort
 from serve_app.engines.pt.api.request_error import named_as
 from serve_app.wire.responses.chat_request import NAMES, STORED, chat_request, require_stateless
+from serve_app.wire.responses.repeated import REPEATED, require_repeatable
 
-# These are for bookkeeping on OpenAI's side, or bound what only hosted tools do. Nothing is stored, whatever `store`
-# says, which OpenAI's clients leave at its default, true.
+# These are for bookkeeping on OpenAI's side. Nothing is stored, whatever `store` says, which OpenAI's clients leave at
+# its default, true.
 WITHOUT_EFFECT = frozenset({
-    "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "max_tool_calls", "request_id",
+    "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id",
 })  # fmt: skip
 NEUTRAL_ONLY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(STORED, (None, False)),
@@ -65,10 +66,11 @@ class TextFormat(Closed):
 
 
 class TextConfig(Closed):
-    """This is the field `text`."""
+    """This is the field `text`. How long an answer should be is a hint for models that were trained on it, as none here
+    was, so it changes nothing."""
 
     format: TextFormat | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class Reasoning(Closed):
@@ -92,6 +94,8 @@ class ResponsesRequest(Body):
     # They have no effect, and every event with the response repeats them. The bounds are OpenAI's.
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     user: MetadataValue | None = None
+    # It bounds what only hosted tools do.
+    max_tool_calls: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -122,10 +126,10 @@ class ResponsesRequest(Body):
 
 @dataclass(frozen=True)
 class AskedResponse:
-    """Has the chat request of a request to the Responses API, and its decoded body, which a response repeats."""
+    """Has the chat request of a request to the Responses API, and the JSON of the fields that a response repeats."""
 
     chat: ChatRequest
-    body: Mapping[str, Any]
+    repeated: Mapping[str, msgspec.Raw]
 
     @property
     def model(self) -> str | None:
@@ -139,5 +143,8 @@ def read_responses(body: object) -> AskedResponse:
         require_stateless(body)
     ResponsesRequest.read(body)
     assert isinstance(body, dict), "it was read"
+    repeated = {name: msgspec.json.encode(body[name]) for name in REPEATED if body.get(name) is not None}
+    require_repeatable({name: len(text) for name, text in repeated.items()})
     with named_as(NAMES):
-        return AskedResponse(ChatRequest.read(chat_request(body)), body)
+        chat = ChatRequest.read(chat_request(body))
+    return AskedResponse(chat, {name: msgspec.Raw(text) for name, text in repeated.items()})

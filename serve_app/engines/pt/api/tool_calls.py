@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as ReadOnlySequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from transformers import PreTrainedTokenizerBase
@@ -64,11 +64,13 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Delta:
-    """This is the meaning of new text: text of the answer, text of the thinking before it, and calls."""
+    """This is the meaning of new text: text of the answer, text of the thinking before it, and calls. `is_thinking`
+    means that the new text was part of the thinking or of its tags, though there may be nothing to show of it."""
 
     content: str = ""
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
+    is_thinking: bool = field(default=False, compare=False)
 
     def __add__(self, other: "Delta") -> "Delta":
         """Returns both in order. Parts of one call become one."""
@@ -86,6 +88,7 @@ class Delta:
             "".join(delta.content for delta in deltas),
             "".join(delta.reasoning for delta in deltas),
             tuple(replace(parts[0], arguments="".join(part.arguments for part in parts)) for parts in calls.values()),
+            any(delta.is_thinking for delta in deltas),
         )
 
 

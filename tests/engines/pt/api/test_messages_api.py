@@ -10,6 +10,12 @@ import httpx2
 import pytest
 import pytest_asyncio
 
+from serve_app.engines.pt.api.conversation import with_joined_text
+from serve_app.engines.pt.api.job import Job, WholeChoice
+from serve_app.engines.pt.api.messages_form import MessagesForm
+from serve_app.engines.pt.api.protocol import ChatRequest
+from serve_app.engines.pt.api.tool_calls import Delta, ToolCall
+from serve_app.engines.pt.core.sequence import Piece
 from serve_app.engines.pt.engine import PtEngine
 from tests.demo_answers import ANSWERS, QUESTIONS
 from tests.engines.pt.conftest import demo_engine
@@ -258,3 +264,40 @@ async def test_what_the_prompt_cache_had_is_told() -> None:
     assert chat["usage"]["prompt_tokens_details"] == {"cached_tokens": kept}
     assert response["usage"]["input_tokens_details"] == {"cached_tokens": kept}
     assert response["usage"]["input_tokens"] == first["usage"]["input_tokens"]
+
+
+@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+async def test_an_empty_begun_answer_is_none(claude: anthropic.AsyncAnthropic, content: Any) -> None:
+    """Anthropic's API takes one, and the answer begins as it does without it."""
+    turns = [*ask()["messages"], {"role": "assistant", "content": content}]
+    message = await claude.messages.create(**sdk() | {"messages": turns})
+    assert [block.text for block in message.content if block.type == "text"] == [ANSWERS[QUESTION]]
+
+
+async def test_an_empty_text_cannot_be_continued_in_a_chat(client: httpx.AsyncClient) -> None:
+    """The error says what to do."""
+    turns = [*ask()["messages"], {"role": "assistant", "content": ""}]
+    reply = await client.post("/v1/chat/completions", json={"messages": turns, "continue_final_message": True})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "continue_final_message")
+    assert "no text that the model could continue" in reply.json()["error"]["message"]
+
+
+def test_a_call_that_cannot_be_shown_as_one_is_no_reason_for_the_end() -> None:
+    """A client that reads `tool_use` looks for a block of that type."""
+    answer = WholeChoice()
+    answer.add(Piece("", 3, "stop"), Delta(calls=(ToolCall(0, "call_1", "f", "[1]"),)))
+    request = ChatRequest.read({"messages": [{"role": "user", "content": "x"}]})
+    job = Job(request, [[1]], request.sampling(5, None), [], [""], "m")
+    message = json.loads(MessagesForm().whole(job, [answer]))
+    assert message["content"] == [{"type": "text", "text": "[1]"}]
+    assert message["stop_reason"] == "end_turn"
+    answer.add(Piece("", 4, "stop"), Delta(calls=(ToolCall(1, "call_2", "f", "{}"),)))
+    assert json.loads(MessagesForm().whole(job, [answer]))["stop_reason"] == "tool_use"
+
+
+def test_a_message_of_calls_alone_has_empty_text() -> None:
+    """As with vLLM: templates put texts together, and `None` would be a word in some."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for content in (None, "", []):
+        (message,) = with_joined_text([{"role": "assistant", "content": content, "tool_calls": [call]}])
+        assert message["content"] == ""

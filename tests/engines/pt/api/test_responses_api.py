@@ -1,6 +1,7 @@
 """OpenAI's own client against pt's Responses API: whole, streamed, with tools and formats, and what is refused."""
 
 import json
+import threading
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
@@ -10,9 +11,21 @@ import openai
 import pytest
 import pytest_asyncio
 from pydantic import BaseModel
+from transformers import AutoTokenizer
 
+from serve_app.engines.pt.api import responses_form
+from serve_app.engines.pt.api.job import ContentLogprobs, Job, WholeChoice
+from serve_app.engines.pt.api.messages_form import MessagesForm
+from serve_app.engines.pt.api.protocol import ChatRequest
+from serve_app.engines.pt.api.reasoning import Tags, ThinkReader
+from serve_app.engines.pt.api.responses_form import ResponsesForm
+from serve_app.engines.pt.api.tool_calls import Delta, PlainReader
+from serve_app.engines.pt.core.sequence import Logprobs, Piece
 from serve_app.engines.pt.engine import PtEngine
+from serve_app.errors import InvalidRequest
+from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.demo_answers import ANSWERS, QUESTIONS
+from tests.engines.pt.api_client import chat
 
 QUESTION = QUESTIONS[0]
 TOPICS = ["router", "backends"]
@@ -28,6 +41,9 @@ TOOL: Any = {
     },
     "strict": True,
 }
+
+
+LONG_TOOL: Any = TOOL | {"description": "x" * 2**20}
 
 
 def ask(given: Any = QUESTION, **fields: Any) -> dict[str, Any]:
@@ -189,7 +205,11 @@ async def test_log_probabilities(gpt: openai.AsyncOpenAI) -> None:
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
         ({"truncation": "auto"}, "truncation", "'truncation'"),
         ({"text": {"format": {"type": "json_schema"}}}, None, "schema"),
-        ({"text": {"verbosity": "low"}}, "text", "verbosity"),
+        ({"text": {"verbosity": "loud"}}, "text", "verbosity"),
+        ({"max_tool_calls": "x" * 100}, "max_tool_calls", "integer"),
+        ({"tools": [LONG_TOOL], "tool_choice": "none"}, "tools", "at most 1048576 bytes"),
+        ({"text": {"format": {"type": "text", "description": "x" * 2**20}}}, "text", "at most 1048576 bytes"),
+        ({"reasoning": {"summary": "x" * 2**20}}, "reasoning", "at most 1048576 bytes"),
         ({"max_output_tokens": 0}, "max_output_tokens", "'max_output_tokens'"),
         ({"max_output_tokens": 100_000}, "max_output_tokens", "maximum context length"),
         ({"top_q": 1}, "top_q", "Did you mean 'top_p'"),
@@ -217,3 +237,103 @@ async def test_what_agents_send_changes_nothing(gpt: openai.AsyncOpenAI) -> None
         prompt_cache_key="x",
     )
     assert response.output_text == ANSWERS[QUESTION]
+
+
+async def test_what_agents_hint_at_changes_nothing(gpt: openai.AsyncOpenAI) -> None:
+    """No model here was trained on how long an answer should be."""
+    response = await gpt.responses.create(**ask(text={"verbosity": "low"}, max_tool_calls=3))
+    assert response.output_text == ANSWERS[QUESTION]
+    assert (response.to_dict()["max_tool_calls"], response.to_dict()["text"]) == (3, {"verbosity": "low"})
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
+async def test_events_are_padded_on_demand(client: httpx.AsyncClient, path: str) -> None:
+    """Text and padding together have one of few lengths."""
+    body = ask(stream=True, stream_options={"include_obfuscation": True}) | chat(QUESTION, stream=True)
+    del body["messages" if path == "/v1/responses" else "input"]
+    body = {name: value for name, value in body.items() if name != "max_tokens"}
+    text = (await client.post(path, json=body)).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    if path == "/v1/responses":
+        padded = [(event["delta"], event["obfuscation"]) for event in events if "delta" in event]
+        assert not any("obfuscation" in event for event in events if "delta" not in event)
+    else:
+        padded = [(event["choices"][0]["delta"].get("content") or "", event["obfuscation"]) for event in events]
+    assert "".join(delta for delta, _ in padded) == ANSWERS[QUESTION]
+    assert {len((delta + padding).encode()) % 32 for delta, padding in padded} == {0}
+    assert len({padding for _, padding in padded}) > 1
+
+
+async def test_long_fields_are_repeated_beside_the_event_loop(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are not part of the prompt, whole and streamed: one request must not hold up the tokens of others."""
+    tools = [TOOL | {"name": f"f{number}", "description": "x" * 2000} for number in range(400)]
+    threads: list[str] = []
+    encode = responses_form.named_events
+
+    def watched(events: Any) -> bytes:
+        events = list(events)
+        if any("response" in event for event in events):
+            threads.append(threading.current_thread().name)
+        return encode(events)
+
+    monkeypatch.setattr(responses_form, "named_events", watched)
+    asked = ask(tools=tools, tool_choice="none", max_output_tokens=4)
+    text = (await client.post("/v1/responses", json=asked | {"stream": True})).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    repeating = [event["response"] for event in events if "response" in event]
+    assert [len(response["tools"]) for response in repeating] == [400] * 3
+    assert repeating[0]["tools"] == tools
+    assert len(threads) == 2
+    assert all(name.startswith("answers") for name in threads)
+    whole = (await client.post("/v1/responses", json=asked)).json()
+    assert (whole["tools"], whole["tool_choice"]) == (tools, "none")
+
+
+async def test_an_error_in_a_stream_has_the_names_of_this_api(client: httpx.AsyncClient) -> None:
+    """As one before the stream."""
+    error = InvalidRequest("'messages' has too much.", param="messages")
+    form = ResponsesForm(AutoTokenizer.from_pretrained(model_path(DEMO_MODEL)), {})
+    event = form.events(some_job()).failed(error).decode()
+    assert "'input' has too much" in event
+    error = InvalidRequest("'stop' has too much.", param="stop")
+    assert '"param":"stop_sequences"' in MessagesForm().events(some_job()).failed(error).decode()
+
+
+def some_job() -> Job:
+    """A job of a chat."""
+    request = ChatRequest.read({"messages": [{"role": "user", "content": "x"}]})
+    return Job(request, [[1]], request.sampling(5, None), [], [""], "m")
+
+
+@pytest.mark.parametrize("text", ["<think> hm </think> yes !", "<th ink>hm</thi nk> yes !"])
+def test_log_probabilities_of_the_thinking_are_not_those_of_the_text(text: str) -> None:
+    """The tags belong to the thinking too, though no text of them comes out."""
+    reader = ThinkReader(PlainReader(), Tags("<think>", "</think>"), "")
+    whole, streamed = WholeChoice(), ContentLogprobs()
+    found = []
+    pieces = text.split(" ")
+    for number, part in enumerate(pieces):
+        piece = Piece(part, number + 1, logprobs=(Logprobs(number, -1.0),))
+        delta = reader.feed(part)
+        whole.add(piece, delta)
+        found += streamed.add(piece, delta)
+    assert (
+        [item.token_id for item in found]
+        == [item.token_id for item in whole.content_logprobs]
+        == [len(pieces) - 2, len(pieces) - 1]
+    )
+    assert len(whole.logprobs) == len(pieces), "chat completions show all of them"
+
+
+def test_a_long_item_that_ends_within_a_stream_is_written_beside_the_event_loop() -> None:
+    """Its text comes three times more when the next item begins."""
+    writer: Any = ResponsesForm(AutoTokenizer.from_pretrained(model_path(DEMO_MODEL)), {}).events(some_job())
+    writer.begin()
+    thought = Delta(reasoning="x" * 100_000)
+    assert writer.weight(thought) == 0
+    writer.add(0, Piece("", 1), thought)
+    assert writer.weight(thought) == 0
+    assert writer.weight(Delta("yes")) == 100_000
+    assert writer.weight(None) == 100_000
