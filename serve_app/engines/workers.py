@@ -47,29 +47,31 @@ class Workers:
     def __init__(self) -> None:
         self._small = _Lane("small", SMALL_THREADS, MOST_WAITING_SMALL)
         self._large = _Lane("large", LARGE_THREADS, MOST_WAITING_LARGE)
-        self._answers = _Lane("answers", 1, None)
+        self._answers = _Lane("answers", LARGE_THREADS, MOST_WAITING_LARGE)
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
         """Returns `work()` of a request of `size` bytes. Raises its errors, and Overloaded if too much waits."""
         return await (self._small if size <= SMALL_BYTES else self._large).run(work)
 
-    async def write(self, work: Callable[[], T]) -> T:
-        """Returns `work()`, which writes an answer that was computed. Raises its errors.
+    async def write(self, size: int, work: Callable[[], T]) -> T:
+        """Returns `work()`, which writes about `size` bytes of an answer that was computed. Raises its errors.
 
         It is never refused, because the engine bounds how many answers there are at one time, and it does not wait
-        behind requests.
+        behind large requests.
         """
-        return await self._answers.run(work)
+        if size <= SMALL_BYTES:
+            return await self._small.run(work, is_bounded=False)
+        return await self._answers.run(work, is_bounded=False)
 
 
 class _Lane:
-    def __init__(self, name: str, threads: int, most: int | None):
+    def __init__(self, name: str, threads: int, most: int):
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._most = most
         self._unfinished = 0
 
-    async def run(self, work: Callable[[], T]) -> T:
-        if self._most is not None and self._unfinished >= self._most:
+    async def run(self, work: Callable[[], T], is_bounded: bool = True) -> T:
+        if is_bounded and self._unfinished >= self._most:
             raise Overloaded(
                 f"{self._unfinished} requests are being read already, which is the limit. Try again.",
                 retry_after_s=1.0,

@@ -50,7 +50,7 @@ def test_answers_do_not_wait_behind_requests_and_are_not_refused() -> None:
         with pytest.raises(Overloaded):
             await workers.run(SMALL_BYTES + 1, free.wait)
         async with asyncio.timeout(5):
-            assert await workers.write(lambda: "answer") == "answer"
+            assert await workers.write(SMALL_BYTES + 1, lambda: "answer") == "answer"
         free.set()
         assert all(await asyncio.gather(*waiting))
 

@@ -84,7 +84,7 @@ class AnswerWriter:
 
     async def _written(self, size: int, write: Callable[[], bytes]) -> bytes:
         """Returns what `write` makes of about `size` bytes. A few are quicker without a thread."""
-        return write() if size <= SMALL_BYTES else await self._workers.write(write)
+        return write() if size <= SMALL_BYTES else await self._workers.write(size, write)
 
     async def _pieces(self, job: Job, places: Reservation) -> AsyncGenerator[tuple[int, Piece, Delta]]:
         """Yields the pieces of all choices as they come, each with its choice's index and the meaning of its text."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -109,14 +110,14 @@ class _Endpoints:
             vectors = [shaped(vector, asked.dimensions, normalizes) for vector in found]
             return embeddings(asked, vectors, self._head(request, "embd", inputs))
 
-        return json_response(await self._workers.run(_answer_bytes(size, found), answer))
+        return json_response(await self._workers.write(_answer_bytes(size, found), answer))
 
     async def score(self, request: Request) -> Response:
         """POST /score answers with a score for each pair of texts."""
         size, asked = await self._read(request, ScoreRequest.read)
         inputs, values = await self._scored(request, size, asked, *asked.sides())
         head = self._head(request, "score", inputs)
-        return json_response(await self._workers.run(size, lambda: scores(values, head)))
+        return json_response(await self._workers.write(size, lambda: scores(values, head)))
 
     async def rerank(self, request: Request) -> Response:
         """POST /rerank answers with the documents in the order of their scores."""
@@ -126,7 +127,7 @@ class _Endpoints:
         head = self._head(request, "score", inputs)
         del head["created"]
         head["usage"] = {name: head["usage"][name] for name in ("prompt_tokens", "total_tokens")}
-        return json_response(await self._workers.run(size, lambda: ranking(asked, documents, values, head)))
+        return json_response(await self._workers.write(size, lambda: ranking(asked, documents, values, head)))
 
     async def _scored(
         self, request: Request, size: int, asked: PairsBody, firsts: list[str], seconds: list[str]
@@ -181,20 +182,26 @@ class _Endpoints:
             found = await self._pooler.compute(inputs)
         count = len(firsts)
         compared: Callable[[], list[float]] = lambda: similarities(found[:count], found[count:])  # noqa: E731
-        return inputs, await self._workers.run(_answer_bytes(size, found), compared)
+        return inputs, await self._workers.write(_answer_bytes(size, found), compared)
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize answers with the token ids of a text, as vLLM does."""
         size, asked = await self._read(request, TokenizeTextRequest.read)
-        ids = await self._workers.run(size, partial(self._inputs.ids_of, asked.prompt, asked.add_special_tokens, size))
-        return JSONResponse({"count": len(ids), "max_model_len": self._inputs.max_model_len, "tokens": ids})
+
+        def answer() -> bytes:
+            ids = self._inputs.ids_of(asked.prompt, asked.add_special_tokens, size)
+            return msgspec.json.encode({"count": len(ids), "max_model_len": self._inputs.max_model_len, "tokens": ids})
+
+        return json_response(await self._workers.run(size, answer))
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize answers with the text of token ids, as vLLM does."""
         size, asked = await self._read(request, DetokenizeTextRequest.read)
-        return JSONResponse(
-            {"prompt": await self._workers.run(size, partial(self._inputs.text_of, asked.tokens, size))}
-        )
+
+        def answer() -> bytes:
+            return msgspec.json.encode({"prompt": self._inputs.text_of(asked.tokens, size)})
+
+        return json_response(await self._workers.run(size, answer))
 
     def refuse(self, api: str) -> Callable[[Request], Any]:
         """Returns an endpoint that says what the model does instead."""

@@ -6,18 +6,23 @@ thread at a time: one is for small requests, and a copy is for large ones, which
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.pt.api.prompts import TEMPLATE_METHOD_ARGUMENTS
+from serve_app.engines.pt.pooling.excerpt import Side, excerpt
 from serve_app.engines.pt.pooling.inputs import Ids, Input
 from serve_app.engines.pt.pooling.loader import LoadedPooler
+from serve_app.engines.pt.pooling.pair_encoder import PairEncoder
 from serve_app.engines.pt.pooling.protocol import PooledBody
 from serve_app.engines.workers import SMALL_BYTES
 from serve_app.errors import ContextTooLong, InvalidRequest
@@ -26,8 +31,13 @@ from serve_app.errors import ContextTooLong, InvalidRequest
 MOST_TOKENS = 2**18
 # A text that is to be cut may have this many times the characters that the model can take.
 MOST_OVER = 16
-# So many texts are tokenised before their tokens are counted.
-AT_ONCE = 64
+# A text of which all token ids are asked for may have this many characters.
+MOST_CHARACTERS = 2**20
+# So many texts are tokenised before their tokens are counted, or fewer with more characters than these.
+AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**18
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class InputMaker:
     def __init__(self, loaded: LoadedPooler):
         self.max_model_len = loaded.max_model_len
         self._loaded = loaded
-        self._lanes = [(threading.Lock(), tokenizer) for tokenizer in (loaded.tokenizer, _copied(loaded.tokenizer))]
+        self._lanes = [_Lane(tokenizer) for tokenizer in (loaded.tokenizer, _copied(loaded.tokenizer))]
         longest = max(map(len, loaded.tokenizer.get_vocab()), default=1)
         self._most_characters = self.max_model_len * longest
         self._most_tokens = max(MOST_TOKENS, self.max_model_len)
@@ -64,12 +74,12 @@ class InputMaker:
         self._check_cut(cut)
         made: list[Input] = []
         total = 0
-        with self._tokenizer(size) as tokenizer:
+        with self._lane(size) as lane:
+            tokenizer = lane.tokenizer
             skipped = self._prompt_tokens(tokenizer, prompt) if prompt and self._loaded.pooling.skips_prompt else 0
-            for begin in range(0, len(items), AT_ONCE):
-                part = items[begin : begin + AT_ONCE]
-                texts = [prompt + item for item in part if isinstance(item, str)]
-                encoded = iter(self._encode(tokenizer, texts, None, cut, name)["input_ids"] if texts else [])
+            for part in _parts(items, len):
+                texts = [self._excerpt(tokenizer, prompt + item, cut, name) for item in part if isinstance(item, str)]
+                encoded = iter(self._encode(tokenizer, texts, cut, name)["input_ids"] if texts else [])
                 for item in part:
                     ids = self._checked(next(encoded) if isinstance(item, str) else item, cut, tokenizer, name)
                     total = self._counted(total, ids, name)
@@ -91,13 +101,12 @@ class InputMaker:
         self._check_limits(limits)
         made: list[Input] = []
         total = 0
-        with self._tokenizer(size) as tokenizer:
-            for begin in range(0, len(pairs), AT_ONCE):
-                part = [
-                    (self._shortened(tokenizer, first, limits[0]), self._shortened(tokenizer, second, limits[1]))
-                    for first, second in pairs[begin : begin + AT_ONCE]
-                ]
-                found = self._encode_pairs(tokenizer, part, cut, variables or {})
+        with self._lane(size) as lane:
+            tokenizer = lane.tokenizer
+            read = [_once(partial(self._read, tokenizer, cut, most)) for most in limits]
+            for part in _parts(pairs, lambda pair: len(pair[1])):
+                texts = [(read[0](first), read[1](second)) for first, second in part]
+                found = self._encode_pairs(lane, texts, cut, variables or {})
                 for number, ids in enumerate(found["input_ids"]):
                     types = found["token_type_ids"][number] if "token_type_ids" in found else None
                     ids = self._checked(ids, cut, tokenizer, "documents")
@@ -110,8 +119,8 @@ class InputMaker:
         """Returns the texts with at most `most` tokens each, where 0 means no limit."""
         if not most:
             return list(texts)
-        with self._tokenizer(size) as tokenizer:
-            return [self._shortened(tokenizer, text, most) for text in texts]
+        with self._lane(size) as lane:
+            return [self._shortened(lane.tokenizer, text, most) for text in texts]
 
     def check_limits(self, limits: tuple[int, int]) -> None:
         """Raises InvalidRequest for limits of a text that are no limits, because the model takes no more."""
@@ -120,39 +129,60 @@ class InputMaker:
     def text_of(self, ids: list[int], size: int) -> str:
         """Returns the text of token ids."""
         self._check_ids(ids, "tokens")
-        with self._tokenizer(size) as tokenizer:
-            return str(tokenizer.decode(ids))
+        with self._lane(size) as lane:
+            return str(lane.tokenizer.decode(ids))
 
     def ids_of(self, text: str, add_special_tokens: bool, size: int) -> list[int]:
-        """Returns the token ids of a text of any length that the model can take in one or several inputs."""
-        self._check_characters([text], MOST_OVER, "prompt")
-        with self._tokenizer(size) as tokenizer:
-            found: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)[
-                "input_ids"
-            ]
+        """Returns the token ids of a text, which may be longer than the model can take. Raises ContextTooLong for one
+        that takes much memory to tokenise."""
+        if len(text) > MOST_CHARACTERS:
+            raise ContextTooLong(
+                f"'prompt' has {len(text)} characters, but at most {MOST_CHARACTERS} are tokenised at one time. Send "
+                "several requests.",
+                param="prompt",
+            )
+        with self._lane(size) as lane:
+            found: list[int] = lane.tokenizer(
+                text, add_special_tokens=add_special_tokens, truncation=False, verbose=False
+            )["input_ids"]
         return found
 
     @contextmanager
-    def _tokenizer(self, size: int) -> Iterator[PreTrainedTokenizerBase]:
-        lock, tokenizer = self._lanes[size > SMALL_BYTES]
-        with lock:
-            yield tokenizer
+    def _lane(self, size: int) -> Iterator["_Lane"]:
+        lane = self._lanes[size > SMALL_BYTES]
+        with lane.lock:
+            yield lane
+
+    def _read(self, tokenizer: PreTrainedTokenizerBase, cut: Cut, most: int, text: str) -> str:
+        """Returns what is read of one text of a pair, which may have `most` tokens of its own."""
+        return self._excerpt(tokenizer, self._shortened(tokenizer, text, most), cut, "documents")
+
+    def _excerpt(self, tokenizer: PreTrainedTokenizerBase, text: str, cut: Cut, name: str) -> str:
+        """Returns the part of a text that has all tokens that stay, or so many that the input is refused."""
+        self._check_characters([text], 1 if cut.tokens is None else MOST_OVER, name)
+        if self._loaded.pooling.lowers_case:
+            text = text.lower()
+        side: Side = "left" if cut.tokens is not None and _side(cut, tokenizer) == "left" else "right"
+        return excerpt(text, self._most(cut), side, partial(_spans, tokenizer)) if tokenizer.is_fast else text
 
     def _encode_pairs(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        pairs: Sequence[tuple[str, str]],
-        cut: Cut,
-        variables: Mapping[str, Any],
+        self, lane: "_Lane", pairs: Sequence[tuple[str, str]], cut: Cut, variables: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        firsts, seconds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        name = "documents"
         if self._loaded.template is not None:
-            texts = [self._by_template(tokenizer, first, second, variables) for first, second in pairs]
-            return self._encode(tokenizer, texts, None, cut, "documents")
+            texts = [self._by_template(lane.tokenizer, first, second, variables) for first, second in pairs]
+            return self._encode(lane.tokenizer, texts, cut, name)
         if not self._loaded.pairs_are_separate:  # As vLLM does for decoders whose config says so (use_sep_token).
-            texts = [first + second for first, second in zip(firsts, seconds, strict=True)]
-            return self._encode(tokenizer, texts, None, cut, "documents")
-        return self._encode(tokenizer, firsts, seconds, cut, "documents")
+            return self._encode(lane.tokenizer, [first + second for first, second in pairs], cut, name)
+        most = None if self._cuts_here(cut) else self._most(cut)
+        found: dict[str, list[Any]] = {}
+        for first, of_first in groupby(pairs, key=itemgetter(0)):
+            seconds = [second for _, second in of_first]
+            with self._uncuttable(cut, name):
+                encoded = lane.pairs.encode(first, seconds, most, cut.add_special_tokens)
+            for field, values in encoded.items():
+                found.setdefault(field, []).extend(values)
+        return found
 
     def _by_template(
         self, tokenizer: PreTrainedTokenizerBase, first: str, second: str, variables: Mapping[str, Any]
@@ -168,41 +198,39 @@ class InputMaker:
             raise InvalidRequest(f"The chat template refuses this pair: {error}", param="documents") from error
         return text
 
-    def _encode(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        firsts: list[str],
-        seconds: list[str] | None,
-        cut: Cut,
-        name: str,
-    ) -> Mapping[str, Any]:
-        over = 1 if cut.tokens is None else MOST_OVER
-        both = firsts if seconds is None else [*firsts, *seconds]
-        self._check_characters(both, over, name)
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], cut: Cut, name: str) -> Mapping[str, Any]:
         if self._loaded.pooling.lowers_case:
-            firsts = [text.lower() for text in firsts]
-            seconds = None if seconds is None else [text.lower() for text in seconds]
-        cuts_here = cut.tokens is not None and cut.side is not None
-        # Without a cut, one token more than the model takes is enough to refuse the input.
-        most = self._kept(cut) if cut.tokens is not None else self.max_model_len + 1
-        how = {"truncation": False} if cuts_here else {"truncation": True, "max_length": most}
-        try:
+            texts = [text.lower() for text in texts]
+        cuts = {"truncation": True, "max_length": self._most(cut)}
+        how = {"truncation": False} if self._cuts_here(cut) else cuts
+        with self._uncuttable(cut, name):
             found: Mapping[str, Any] = tokenizer(
-                firsts,
-                seconds,
-                add_special_tokens=cut.add_special_tokens,
-                return_attention_mask=False,
-                verbose=False,
-                **how,
+                texts, add_special_tokens=cut.add_special_tokens, return_attention_mask=False, verbose=False, **how
             )
+        return found
+
+    @contextmanager
+    def _uncuttable(self, cut: Cut, name: str) -> Iterator[None]:
+        """Raises InvalidRequest if the tokenizer cannot cut as it is asked to."""
+        try:
+            yield
         except Exception as error:  # The tokenizer's own errors have no class of their own.
             if cut.tokens is None:
                 raise
             raise InvalidRequest(
-                f"The tokenizer cannot cut '{name}' to {most} tokens: {error}. Raise truncate_prompt_tokens.",
+                f"The tokenizer cannot cut '{name}' to {self._most(cut)} tokens: {error}. Raise "
+                "truncate_prompt_tokens.",
                 param="truncate_prompt_tokens",
             ) from None
-        return found
+
+    def _cuts_here(self, cut: Cut) -> bool:
+        """Returns whether an input is cut after it was tokenised, as vLLM does for a side that the request names."""
+        return cut.tokens is not None and cut.side is not None
+
+    def _most(self, cut: Cut) -> int:
+        """Returns how many tokens of an input are looked at. Without a cut, one more than the model takes is enough to
+        refuse it."""
+        return self.max_model_len + 1 if cut.tokens is None else self._kept(cut)
 
     def _kept(self, cut: Cut) -> int:
         """Returns how many tokens of an input stay."""
@@ -269,12 +297,11 @@ class InputMaker:
 
     def _shortened(self, tokenizer: PreTrainedTokenizerBase, text: str, most: int) -> str:
         """Returns the longest beginning of a text that has at most `most` tokens, as vLLM finds it."""
-        self._check_characters([text], MOST_OVER, "documents")
+        if most:
+            self._check_characters([text], MOST_OVER, "documents")
+            text = excerpt(text, most, "right", partial(_spans, tokenizer))
         while text and most:
-            found = tokenizer(
-                text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
-            )
-            offsets = found["offset_mapping"]
+            offsets = _spans(tokenizer, text)
             if len(offsets) <= most:
                 break
             end = min(offsets[most - 1][1], offsets[most][0])
@@ -285,6 +312,45 @@ class InputMaker:
         """Returns how many tokens come of a prompt before the text, as sentence-transformers counts them."""
         ids = tokenizer(prompt, truncation=False)["input_ids"]
         return len(ids) - (1 if ids and ids[-1] in tokenizer.all_special_ids else 0)
+
+
+class _Lane:
+    """Has a tokenizer, which the thread that has the lock may use."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.lock = threading.Lock()
+        self.tokenizer = tokenizer
+        self.pairs = PairEncoder(tokenizer)
+
+
+def _parts(items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[Sequence[Item]]:
+    """Yields the items in parts that are tokenised at one time. `length` gives an item's characters."""
+    begin = characters = 0
+    for number, item in enumerate(items):
+        if number > begin and (number - begin == AT_ONCE or characters + length(item) > CHARACTERS_AT_ONCE):
+            yield items[begin:number]
+            begin, characters = number, 0
+        characters += length(item)
+    yield items[begin:]
+
+
+def _once(read: Callable[[str], str]) -> Callable[[str], str]:
+    """Returns `read` for texts of which many that follow each other are the same one."""
+    last: list[tuple[str, str]] = []
+
+    def reading(text: str) -> str:
+        if not last or last[0][0] is not text:
+            last[:] = [(text, read(text))]
+        return last[0][1]
+
+    return reading
+
+
+def _spans(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[tuple[int, int]]:
+    found: Sequence[tuple[int, int]] = tokenizer(
+        text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
+    )["offset_mapping"]
+    return found
 
 
 def _ids(ids: Sequence[int]) -> Ids:
