@@ -28,6 +28,7 @@ from serve_app.router.engine_loss import is_lost_event
 from tests.builders import model_config
 from tests.cluster import test_vllm_adapters, test_vllm_contract
 from tests.contracts.contract import contract, untested
+from tests.warm_vllm import WarmVllm
 
 ENGINE, GUARD = "serve_app/engines/vllm/engine.py", "serve_app/engines/vllm/guard.py"
 ENGINE_LOSS = "serve_app/router/engine_loss.py"
@@ -120,6 +121,26 @@ def test_a_file_of_arguments_is_read(tmp_path: Path) -> None:
     (tmp_path / "staged.yaml").write_text(yaml.safe_dump(staged))
     args = vllm_internals.argument_parser().parse_args(["--config", str(tmp_path / "staged.yaml")])
     assert (args.pipeline_parallel_size, args.tensor_parallel_size, args.distributed_executor_backend) == (2, 2, "mp")
+
+
+@contract("vllm", "the formats that it writes for tools", environment)
+@pytest.mark.parametrize("backend", [None, "xgrammar"])
+def test_the_backend_for_formats_reads_those_of_tools(warm_vllm: WarmVllm, backend: str | None) -> None:
+    """Agents mark their tools as strict and ask for one call at a time. What the model may not write is bounded."""
+    chosen = {} if backend is None else {"engine_args": {"structured_outputs_config": {"backend": backend}}}
+    config = model_config(infer_backend="vllm", **chosen)
+    kinds = warm_vllm.call(
+        "cpu", "tests.contracts.vllm_tools:formats", environment(config), backend or "guidance", timeout_s=120
+    )
+    named = {"auto": None, "single": None, "required": "json", "named": "json"}
+    assert kinds == (named if backend is None else dict.fromkeys(named, "structural_tag"))
+
+
+@contract("vllm", "the form of its structural tags", environment)
+def test_the_bounded_backend_does_not_read_structural_tags(warm_vllm: WarmVllm) -> None:
+    """If this fails, vLLM has changed, and strict tools may have their formats with it."""
+    with pytest.raises(AssertionError, match="Invalid grammar specification: 'triggers'"):
+        warm_vllm.call("cpu", "tests.contracts.vllm_tools:formats", {}, "guidance", timeout_s=120)
 
 
 @contract("vllm", "how it splits layers into stages", environment)

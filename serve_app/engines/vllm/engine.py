@@ -56,6 +56,13 @@ NO_MEDIA_HOSTS = ["media-urls-are-closed.invalid"]
 # llguidance bounds the work of every mask and the size of a format. xgrammar, vLLM's usual choice, bounds neither: a
 # regular expression of 6 kB stops its engine for all clients. As with xgrammar, an object has only its own properties.
 BOUNDED_FORMATS = {"backend": "guidance", "disable_additional_properties": True}
+# vLLM writes a format for the calls of strict tools, of required ones and of single ones, as a structural tag in the
+# form of xgrammar. llguidance's code there reads only an older form, so each such request would fail. Without these
+# tags, vLLM bounds required calls by a JSON schema, drops all calls but the first one if only one is wanted, and takes
+# `strict` for a hint where the model may choose, as pt does.
+STRICT_CALLS = "VLLM_ENFORCE_STRICT_TOOL_CALLING"
+# These backends, of which the first one is vLLM's choice of another one, read structural tags.
+READS_TAGS = frozenset({"auto", "xgrammar"})
 
 # These variables have the settings of torch's allocators. torch reads the first one that is set.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -315,6 +322,8 @@ def environment(config: ModelConfig) -> dict[str, str]:
     }
     if config.swaps is not None and config.device == "cuda" and not any(name in os.environ for name in ALLOCATOR):
         settings[ALLOCATOR[0]] = f"pinned_max_cached_size_mb:{MOST_CACHED_MB}"
+    if not _reads_tags(config):
+        settings[STRICT_CALLS] = "0"
     if config.pipeline_layers is not None:
         settings[STAGES] = ",".join(map(str, config.pipeline_layers))
         _require_same_stages(settings[STAGES])
@@ -337,6 +346,12 @@ def environment(config: ModelConfig) -> dict[str, str]:
         if config.kv_cache_memory_bytes is None:  # Each rank gets so much.
             settings["VLLM_CPU_KVCACHE_SPACE"] = str(DEFAULT_CPU_KV_CACHE_GIB)
     return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def _reads_tags(config: ModelConfig) -> bool:
+    """Returns whether the user has chosen a backend for output formats that reads structural tags."""
+    chosen = config.engine_args.get("structured_outputs_config", BOUNDED_FORMATS)
+    return isinstance(chosen, dict) and chosen.get("backend", "auto") in READS_TAGS
 
 
 def _cluster(config: ModelConfig) -> dict[str, str]:
