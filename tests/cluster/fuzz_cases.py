@@ -202,15 +202,73 @@ def _prompt(draw: random.Random) -> Any:
     )
 
 
+def _blocks(draw: random.Random) -> Any:
+    """The content of one of Anthropic's messages, right or wrong."""
+
+    def block() -> Any:
+        kind = draw.choice(["text", "tool_use", "tool_result", "thinking", "redacted_thinking", "image", text(draw)])
+        more = draw.choice(
+            [{"text": text(draw)}, {"input": anything(draw, 1), "name": "f", "id": "1"},
+             {"tool_use_id": "1", "content": anything(draw, 1)}, {"thinking": text(draw), "signature": text(draw)}]
+        )  # fmt: skip
+        return {"type": kind} | more | draw.choice([{}, {}, {"cache_control": {"type": "ephemeral"}}])
+
+    return draw.choice([text(draw), [block() for _ in range(draw.randrange(0, 4))], anything(draw)])
+
+
+def _turns(draw: random.Random) -> Any:
+    """Messages of Anthropic's API, or of a chat."""
+    if draw.random() < 0.5:
+        return _messages(draw)
+    roles = ["user", "assistant", "user", "system", text(draw)]
+    return [{"role": draw.choice(roles), "content": _blocks(draw)} for _ in range(draw.randrange(0, 4))]
+
+
+def _items(draw: random.Random) -> Any:
+    """The input of a response, or prompts."""
+
+    def item() -> Any:
+        content = draw.choice([text(draw), [{"type": draw.choice(["input_text", "x"]), "text": text(draw)}], None])
+        return draw.choice(
+            [{"role": draw.choice(["user", "assistant", "developer"]), "content": content},
+             {"type": "function_call", "name": "f", "call_id": "1", "arguments": draw.choice(["{}", "[", text(draw)])},
+             {"type": "function_call_output", "call_id": "1", "output": anything(draw, 1)},
+             {"type": "reasoning", "content": content, "summary": anything(draw, 1)},
+             {"type": "item_reference", "id": "x"}, anything(draw)]
+        )  # fmt: skip
+
+    return _prompt(draw) if draw.random() < 0.5 else [item() for _ in range(draw.randrange(0, 4))]
+
+
+def _of_schema(draw: random.Random) -> Any:
+    wanted = {"type": draw.choice(["json_schema", "text", "json_object"]), "name": "x", "schema": schema(draw)}
+    return draw.choice([{"format": wanted}, {"format": wanted, "effort": "low"}, {"verbosity": text(draw)}])
+
+
+def _thinking(draw: random.Random) -> Any:
+    kind = draw.choice(["enabled", "disabled", "adaptive"])
+    return draw.choice([{"type": kind}, {"type": kind, "budget_tokens": number(draw)}, anything(draw)])
+
+
+def _given_tools(draw: random.Random) -> Any:
+    """Tools in the form of any API."""
+    name = draw.choice(["f", "", "é", text(draw)])
+    flat = {"type": "function", "name": name, "parameters": schema(draw), "strict": draw.choice([True, False, None])}
+    anthropic = {"name": name, "input_schema": schema(draw)}
+    return draw.choice([_tools(draw), [flat], [anthropic], [{"type": "web_search", "name": name}]])
+
+
 Maker = Callable[[random.Random], Any]
 SPECIAL: Mapping[str, Maker] = {
-    "structured_outputs": _structured, "response_format": _response_format, "tools": _tools, "messages": _messages,
-    "logit_bias": _logit_bias, "prompt": _prompt, "input": _prompt, "guided_regex": regex, "guided_grammar": grammar,
+    "structured_outputs": _structured, "response_format": _response_format, "tools": _given_tools, "messages": _turns,
+    "logit_bias": _logit_bias, "prompt": _prompt, "input": _items, "guided_regex": regex, "guided_grammar": grammar,
+    "system": _blocks, "text": _of_schema, "output_config": _of_schema, "thinking": _thinking,
 }  # fmt: skip
 NUMERIC = [
     "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
     "presence_penalty", "frequency_penalty", "n", "min_tokens", "logprobs", "top_logprobs", "best_of", "priority",
-    "prompt_logprobs", "length_penalty", "truncate_prompt_tokens", "dimensions", "timeout",
+    "prompt_logprobs", "length_penalty", "truncate_prompt_tokens", "dimensions", "timeout", "max_output_tokens",
+    "max_tool_calls",
 ]  # fmt: skip
 OTHERS = [
     "stop", "ignore_eos", "stream", "stream_options", "tool_choice", "parallel_tool_calls", "echo", "suffix", "user",
@@ -220,7 +278,9 @@ OTHERS = [
     "encoding_format", "add_special_tokens", "tokens", "documents", "mm_processor_kwargs", "kv_transfer_params",
     "vllm_xargs", "return_token_ids", "reasoning_effort", "functions", "cache_salt", "service_tier", "use_beam_search",
     "logits_processors", "return_tokens_as_token_ids", "spaces_between_special_tokens", "include_reasoning",
-    "documents", "media_io_kwargs", "prompt_embeds", "detokenize", "x", "", "__proto__",
+    "documents", "media_io_kwargs", "prompt_embeds", "detokenize", "x", "", "__proto__", "instructions", "include",
+    "reasoning", "stop_sequences", "context_management", "container", "mcp_servers", "previous_response_id",
+    "background", "conversation", "store", "truncation", "prompt_cache_key",
 ]  # fmt: skip
 FIELDS = [*SPECIAL, *SPECIAL, *NUMERIC, *NUMERIC, *OTHERS]
 # Values that an engine takes: without them most requests would end at the first check.
@@ -240,15 +300,34 @@ TAKEN: Mapping[str, Sequence[Any]] = {
     "messages": [[{"role": "user", "content": [{"type": "text", "text": "x"}]}], [{"role": "system", "content": ""}]],
     "tools": [[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]],
     "tokens": [[0], [767] * 50, [130], [105, 130]], "prompt_logprobs": [0, 1], "allowed_token_ids": [[5, 6]],
+    "include": [["message.output_text.logprobs"], ["reasoning.encrypted_content"], []], "store": [True, False],
+    "reasoning": [{"effort": "low"}, {"effort": "none", "summary": "auto"}], "stop_sequences": [["a"], ["e" * 900, ""]],
+    "thinking": [{"type": "disabled"}, {"type": "enabled", "budget_tokens": 1024}], "system": ["x", []],
     "bad_words": [["a"]], "skip_special_tokens": [False], "truncate_prompt_tokens": [1, -1], "priority": [0, 1],
 }  # fmt: skip
 RIGHT: Mapping[str, Sequence[BODY]] = {
     "/v1/chat/completions": [{"messages": [{"role": "user", "content": "What is Ray?"}]}],
     "/v1/completions": [{"prompt": "x"}, {"prompt": ["x", "y"]}, {"prompt": [1, 5, 7]}],
+    "/v1/messages": [
+        {"messages": [{"role": "user", "content": "What is Ray?"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "x"}]},
+                {"role": "assistant", "content": "The"},
+            ]
+        },
+    ],
+    "/v1/messages/count_tokens": [{"messages": [{"role": "user", "content": "x"}]}],
+    "/v1/responses": [{"input": "What is Ray?"}, {"input": [{"role": "user", "content": "x"}]}],
     "/v1/embeddings": [{"input": "x"}, {"input": ["x", "y"]}],
     "/tokenize": [{"prompt": "x"}, {"messages": [{"role": "user", "content": "x"}]}],
     "/detokenize": [{"tokens": [1, 5, 7]}],
 }
+# The field that bounds the answer of each endpoint that generates.
+LIMITS = {
+    "/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens", "/v1/messages": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}  # fmt: skip
 PATHS = [
     "/", "//", "/v1", "/v1/models", "/v1/models/pt", "/v1/models/%00", "/v1/models/%ff%fe", "/v1/models/" + "a" * 3000,
     "/models/pt", "/models/pt/", "/models/none/v1/models", "/models/pt/v1/%2e%2e/health", "/v1/../health", "/ready",
@@ -322,11 +401,11 @@ class Cases:
             if isinstance(body, dict):
                 path = made.path.partition("?")[0]
                 return "/" + path.split("/", 3)[3] if path.startswith("/models/") else path, body
-        path = draw.choice([*RIGHT, "/v1/chat/completions", "/v1/completions"])
+        path = draw.choice([*RIGHT, *LIMITS])
         body = {"model": model, **draw.choice(RIGHT[path])}
-        if "completions" in path:
-            body["max_tokens"] = draw.randint(1, MOST_TOKENS)
-        if draw.random() < 0.3 and "completions" in path:
+        if path in LIMITS:
+            body[LIMITS[path]] = draw.randint(1, MOST_TOKENS)
+        if draw.random() < 0.3 and path in LIMITS:
             body["stream"] = True
         return path, body
 
@@ -335,7 +414,7 @@ class Cases:
         name = draw.choice(FIELDS if draw.random() < 0.7 or not body else list(body))
         if draw.random() < 0.08:
             # Not the bound on the answer's length: then an answer has thousands of tokens.
-            body.pop(name if name != "max_tokens" else "model", None)
+            body.pop(name if name not in LIMITS.values() else "model", None)
             return
         if name in TAKEN and draw.random() < 0.5:
             body[name] = draw.choice(TAKEN[name])
