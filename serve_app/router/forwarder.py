@@ -32,6 +32,7 @@ from serve_app.wire.asked_model import Asked
 from serve_app.wire.body import RequestBody
 from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.headers import header
+from serve_app.wire.possible import require_possible
 from serve_app.wire.usage import estimate_tokens
 
 logger = logging.getLogger("ray.serve")
@@ -118,6 +119,7 @@ class Forwarder:
             downstream.metered_by(meter)
         is_refused = False
         try:
+            await beside_loop(size, partial(require_possible, exchange.record.path, body))
             request_to = _requests(exchange, scope, seen.model, asked, body)
             await self._answer_of(_allowed(asked, key), exchange, request_to)
         except RequestError as error:

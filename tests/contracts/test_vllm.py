@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -16,15 +17,19 @@ import httpx
 import pytest
 import yaml
 
+from serve_app.engines.pt.api.protocol import ChatRequest
 from serve_app.engines.vllm import arguments, values, vllm_internals
 from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST, WHOLE_NUMBERS
 from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES, Guard, guarded
 from serve_app.engines.vllm.worker import WorkerExtension
+from serve_app.errors import RequestError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.replica.whole_body import WholeBody
 from serve_app.router.engine_loss import is_lost_event
+from serve_app.wire.body import RequestBody
+from serve_app.wire.possible import NUMBERS, require_possible
 from tests.builders import model_config
 from tests.cluster import test_vllm_adapters, test_vllm_contract
 from tests.contracts.contract import contract, untested
@@ -141,6 +146,30 @@ def test_the_bounded_backend_does_not_read_structural_tags(warm_vllm: WarmVllm) 
     """If this fails, vLLM has changed, and strict tools may have their formats with it."""
     with pytest.raises(AssertionError, match="Invalid grammar specification: 'triggers'"):
         warm_vllm.call("cpu", "tests.contracts.vllm_tools:formats", {}, "guidance", timeout_s=120)
+
+
+@contract("vllm", "which numbers it takes", require_possible)
+def test_no_engine_takes_the_numbers_that_the_router_refuses(warm_vllm: WarmVllm) -> None:
+    """And both take those at the bounds, so the router refuses nothing that would have been answered."""
+    inside, outside = [], []
+    for name, bounds in NUMBERS.items():
+        if name == "max_output_tokens":  # It is max_completion_tokens of another API.
+            continue
+        step = 1 if name in ("n", "top_k", "min_tokens", "max_completion_tokens") else 0.125
+        inside += [(name, bounds.lowest + (step if bounds.is_open else 0))]
+        outside += [(name, bounds.lowest - (0 if bounds.is_open else step))]
+        if bounds.highest < 10:
+            inside += [(name, bounds.highest)]
+            outside += [(name, bounds.highest + step)]
+    for numbers, expected in ((inside, True), (outside, False)):
+        found = warm_vllm.call("cpu", "tests.contracts.vllm_numbers:taken", numbers, timeout_s=120)
+        assert dict(zip(map(str, numbers), found, strict=True)) == dict.fromkeys(map(str, numbers), expected)
+        for name, number in numbers:
+            body = {"messages": [{"role": "user", "content": "x"}], name: number}
+            with nullcontext() if expected else pytest.raises(RequestError):
+                ChatRequest.read(body)
+            with nullcontext() if expected else pytest.raises(RequestError):
+                require_possible("/v1/chat/completions", RequestBody(json.dumps(body).encode()))
 
 
 @contract("vllm", "how it splits layers into stages", environment)

@@ -247,6 +247,17 @@ async def test_a_model_that_is_asleep_is_woken_and_its_requests_wait() -> None:
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "7")
 
 
+async def test_what_no_engine_takes_wakes_no_model() -> None:
+    """It would push another one out of the memory that they share, only to be refused."""
+    models = Models(a="asleep")
+    body = {"model": "a", "messages": [{"role": "user", "content": "x"}]}
+    reply = await ask(models, body | {"temperature": -1}, "/v1/chat/completions")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "temperature")
+    assert (models.calls, models.woken, models.asked) == (0, [], [])
+    assert (await ask(models, body | {"temperature": 1}, "/v1/chat/completions")).status_code == 200
+    assert models.woken == ["a"]
+
+
 async def test_a_stand_in_does_not_answer_for_a_model_that_is_asleep() -> None:
     """Asleep is not down: it would never wake."""
     models = Models(a="asleep", b=says(b"{}"))
