@@ -43,7 +43,6 @@ NUMBERS: Mapping[str, Bounds] = {
     "temperature": Bounds(0, 2), "top_p": Bounds(0, 1, is_open=True), "min_p": Bounds(0, 1), "top_k": Bounds(-1),
     "presence_penalty": Bounds(-2, 2), "frequency_penalty": Bounds(-2, 2),
     "repetition_penalty": Bounds(0, is_open=True), "n": Bounds(1), "min_tokens": Bounds(0),
-    "max_output_tokens": Bounds(1), "max_completion_tokens": Bounds(1),
 }  # fmt: skip
 LISTS = ("messages", "tools")
 
