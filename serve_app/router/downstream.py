@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from starlette.types import Message, Send
@@ -9,6 +10,7 @@ from starlette.types import Message, Send
 from serve_app.access.gate import refusal
 from serve_app.errors import ClientGone, DeadlineExceeded, RequestError
 from serve_app.router.timing import Timing
+from serve_app.wire.body_threads import beside_loop
 from serve_app.wire.error_events import error_event, refusal_event
 from serve_app.wire.headers import Headers
 from serve_app.wire.usage import UsageMeter
@@ -64,7 +66,8 @@ class Downstream:
         """Sends one piece of the body. Returns when the client, or the proxy before it, has room for the next one."""
         if piece:
             self.pieces += 1
-            await self._send({"type": "http.response.body", "body": self.meter.feed(piece), "more_body": True})
+            body = await beside_loop(len(piece), partial(self.meter.feed, piece))
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def comment(self, text: str) -> None:
         """Sends a line that readers of server-sent events skip. The first one also sends the head of the stream."""

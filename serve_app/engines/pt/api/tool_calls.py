@@ -170,7 +170,9 @@ class TemplateReader:
         if calls:
             self._unread = ""
         self._calls += len(calls)
-        return Delta(texts["content"], texts["thinking"], tuple(call for call in calls if self._is_wanted(call)))
+        wanted = tuple(call for call in calls if self._is_wanted(call))
+        is_thinking = any(event.get("field") == "thinking" for event in events)
+        return Delta(texts["content"], texts["thinking"], wanted, is_thinking)
 
     def _is_wanted(self, call: ToolCall) -> bool:
         return self._most is None or call.index < self._most
