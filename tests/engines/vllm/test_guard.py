@@ -124,6 +124,16 @@ def test_responses_refer_to_nothing_stored(field: str) -> None:
     GUARD.check(RequestBody(json.dumps({"input": "x", field: None}).encode()), "/v1/responses")
 
 
+def test_what_a_response_repeats_has_a_bound() -> None:
+    """vLLM writes it on the event loop of all clients, three times in a stream, also if it is not in the prompt."""
+    tool = {"type": "function", "name": "f", "description": "x" * 2**20}
+    body = RequestBody(json.dumps({"input": "x", "tools": [tool], "tool_choice": "none"}).encode())
+    with pytest.raises(RequestError, match="at most 1048576 bytes") as refused:
+        GUARD.check(body, "/v1/responses")
+    assert refused.value.param == "tools"
+    GUARD.check(body, "/v1/chat/completions")
+
+
 def test_the_input_of_a_response_is_one_conversation() -> None:
     """It may have more items than there may be prompts, but no more text than the context holds."""
     items = [{"role": "user", "content": "x"}] * 60
