@@ -24,11 +24,11 @@ def chat_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the chat request that stands for this one. Raises CannotResume if engines differ in its prompt."""
     if unknown := next((name for name in asked if name not in KNOWN and asked[name] is not None), None):
         raise CannotResume(f"the request has the field '{unknown}'")
+    if asked["messages"][-1]["role"] == "assistant":
+        raise CannotResume("the request has begun the answer")
     chat = chat_request(asked)
     if any(message["role"] == "system" for message in chat["messages"][1:]):
         raise CannotResume("a system message comes after others")
-    if chat.get("continue_final_message"):
-        raise CannotResume("the request has begun the answer")
     return chat
 
 

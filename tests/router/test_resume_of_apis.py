@@ -183,6 +183,7 @@ async def test_a_call_that_has_begun_ends_with_the_apis_own_error(engine: ASGIAp
         ({"thinking": {"type": "adaptive"}}, "thinking"),
         ({"watermarking": True}, "watermarking"),
         ({"messages": [*TURNS, {"role": "assistant", "content": "Hel"}]}, "begun"),
+        ({"messages": [*TURNS, {"role": "assistant", "content": ""}]}, "begun"),
         ({"messages": [*TURNS, {"role": "system", "content": "x"}]}, "after others"),
     ],
 )
