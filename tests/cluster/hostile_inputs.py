@@ -12,6 +12,7 @@ from typing import Any
 from tests.cluster.wire import Header, Request
 
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+RESPONSES = "/v1/responses"
 JSON: Header = (b"content-type", b"application/json")
 MIB = 2**20
 # The demo model's tokens: the two bytes of "é", and what begins a message.
@@ -54,6 +55,15 @@ def _fields(**fields: Any) -> Body:
 
 def _text(prompt: Any = "x", **fields: Any) -> Body:
     return _fields(prompt=prompt, **{"max_tokens": 8, **fields})
+
+
+def _response(size: int, properties: int = 0, stream: bool = True) -> Body:
+    """A response whose events repeat tools of about so many bytes, which are no part of the prompt."""
+    parameters = {"type": "object", "properties": {f"a{n}_tokens": {} for n in range(properties)}}
+    tool = {"type": "function", "name": "f", "description": "x" * size, "parameters": parameters}
+    return _fields(
+        input=lambda number: f"{number}", tools=[tool], tool_choice="none", max_output_tokens=4, stream=stream
+    )
 
 
 def _format(kind: str, source: Callable[[int], Any]) -> Body:
@@ -185,6 +195,10 @@ BODIES = (
         tools=[{"type": "function", "function": {"name": f"f{n}", "parameters": {
             "type": "object", "properties": {f"p{n}": {"type": "string"}}}}} for n in range(2000)],
     ), "4: event loop"),
+    HostileInput("response, repeated fields", RESPONSES, _response(2**20 - 4096), "4: event loop"),
+    HostileInput("response, repeated fields, whole", RESPONSES, _response(2**20 - 4096, stream=False), "4: event loop"),
+    HostileInput("response, many repeated counts", RESPONSES, _response(1000, properties=9000), "4: event loop"),
+    HostileInput("response, too much to repeat", RESPONSES, _response(12 * MIB), "4: event loop"),
     HostileInput("tokenize, long", "/tokenize", _fields(prompt=lambda n: f"{n} words, " * 300_000), "4: event loop"),
     HostileInput(
         "tokenize of a long chat",
