@@ -12,6 +12,7 @@ that has sent nothing of the answer is no exception to them: its request is sent
 """
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -135,7 +136,8 @@ class Transcript:
 
     def __init__(self) -> None:
         self._unread: list[bytes] = []
-        self.unread_bytes = 0
+        self._reading = threading.Lock()
+        self._unread_bytes = 0
         self._texts: list[str] = []
         self.length = 0
         self.head: dict[str, Any] = {}
@@ -155,28 +157,35 @@ class Transcript:
         return self._texts[0]
 
     @property
+    def unread_bytes(self) -> int:
+        """Returns how many bytes `read` has to read or to wait for."""
+        return self._unread_bytes + (KEPT_BYTES if self._reading.locked() else 0)
+
+    @property
     def is_full(self) -> bool:
         """Returns whether so many events are unread that they should be read now."""
-        return self.unread_bytes > KEPT_BYTES
+        return self._unread_bytes > KEPT_BYTES
 
     def add(self, piece: bytes) -> None:
         """Keeps whole events that are sent to the client."""
         self._unread.append(piece)
-        self.unread_bytes += len(piece)
+        self._unread_bytes += len(piece)
 
     def read(self) -> None:
         """Reads the events that were kept, and keeps their text. It takes time with many bytes, so an event loop must
-        not call it then. An event of a form that is not known here only means that the stream cannot be continued."""
-        data, self._unread, self.unread_bytes = b"".join(self._unread), [], 0
-        for event in events(data):
-            if event == "[DONE]":
-                self.done = True
-            elif isinstance(event, dict):
-                try:
-                    self._take(event)
-                except UNKNOWN_FORM:
-                    self.started = True
-                    self.problem = "one of its events has a form that is not known here"
+        not call it then. A reader whose caller was ended meanwhile is waited for. An event of a form that is not known
+        here only means that the stream cannot be continued."""
+        with self._reading:
+            data, self._unread, self._unread_bytes = b"".join(self._unread), [], 0
+            for event in events(data):
+                if event == "[DONE]":
+                    self.done = True
+                elif isinstance(event, dict):
+                    try:
+                        self._take(event)
+                    except UNKNOWN_FORM:
+                        self.started = True
+                        self.problem = "one of its events has a form that is not known here"
 
     def _add_text(self, text: str) -> None:
         if not isinstance(text, str):
