@@ -11,6 +11,7 @@ is, because it would be the same everywhere.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from serve_app.errors import EngineAway, ModelUnavailable
 from serve_app.router.transcript import events
 from serve_app.wire.error_events import error_of
 
+# An error has this name or type. A response without one says `"error":null`, in events that may be long.
+_ERROR = re.compile(rb'"error"(?!\s{0,8}:\s{0,8}null)')
 LOST_STATUSES = frozenset({502, 503, 504})
 VLLM_DEAD = "EngineCore encountered an issue"
 
@@ -41,7 +44,7 @@ def is_away(piece: bytes) -> bool:
 
 
 def _errors(piece: bytes) -> list[Mapping[str, Any]]:
-    if b'"error"' not in piece:
+    if _ERROR.search(piece) is None:
         return []
     return [error for event in events(piece) if (error := error_of(event)) is not None]
 

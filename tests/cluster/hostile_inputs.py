@@ -195,8 +195,8 @@ BODIES = (
         tools=[{"type": "function", "function": {"name": f"f{n}", "parameters": {
             "type": "object", "properties": {f"p{n}": {"type": "string"}}}}} for n in range(2000)],
     ), "4: event loop"),
-    HostileInput("response, repeated fields", RESPONSES, _response(2**20 - 4096), "4: event loop"),
-    HostileInput("response, repeated fields, whole", RESPONSES, _response(2**20 - 4096, stream=False), "4: event loop"),
+    HostileInput("response, repeated fields", RESPONSES, _response(2**18 - 4096), "4: event loop"),
+    HostileInput("response, repeated fields, whole", RESPONSES, _response(2**18 - 4096, stream=False), "4: event loop"),
     HostileInput("response, many repeated counts", RESPONSES, _response(1000, properties=9000), "4: event loop"),
     HostileInput("response, too much to repeat", RESPONSES, _response(12 * MIB), "4: event loop"),
     HostileInput("tokenize, long", "/tokenize", _fields(prompt=lambda n: f"{n} words, " * 300_000), "4: event loop"),

@@ -12,8 +12,8 @@ REPEATED = (
 )  # fmt: skip
 # These need not be part of the prompt.
 UNBOUNDED = frozenset({"reasoning", "text", "tool_choice", "tools"})
-# The JSON of all of these together has at most this many bytes.
-MOST_REPEATED_BYTES = 2**20
+# The JSON of all of these together has at most this many bytes, which is 2 KiB for each of OpenAI's most 128 tools.
+MOST_REPEATED_BYTES = 2**18
 
 
 def require_repeatable(sizes: Mapping[str, int]) -> None:

@@ -128,7 +128,7 @@ def test_what_a_response_repeats_has_a_bound() -> None:
     """vLLM writes it on the event loop of all clients, three times in a stream, also if it is not in the prompt."""
     tool = {"type": "function", "name": "f", "description": "x" * 2**20}
     body = RequestBody(json.dumps({"input": "x", "tools": [tool], "tool_choice": "none"}).encode())
-    with pytest.raises(RequestError, match="at most 1048576 bytes") as refused:
+    with pytest.raises(RequestError, match="at most 262144 bytes") as refused:
         GUARD.check(body, "/v1/responses")
     assert refused.value.param == "tools"
     GUARD.check(body, "/v1/chat/completions")

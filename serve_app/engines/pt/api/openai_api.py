@@ -31,7 +31,7 @@ from serve_app.engines.pt.api.protocol import (
 )
 from serve_app.engines.pt.api.request_error import named_as
 from serve_app.engines.pt.api.responses_form import ResponsesForm
-from serve_app.engines.pt.api.responses_request import read_responses
+from serve_app.engines.pt.api.responses_request import read_responses, require_repeatable_body
 from serve_app.engines.pt.core.places import Reservation
 from serve_app.engines.pt.generator import Generator
 from serve_app.engines.workers import Workers
@@ -124,7 +124,7 @@ class _Endpoints:
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses answers a chat of OpenAI's newer API, of which nothing is stored."""
-        size, asked = await self._read(request, read_responses)
+        size, asked = await self._read(request, read_responses, require_repeatable_body)
         key, chat = key_name(request), asked.chat
         self._require_alive()
         form = ResponsesForm(self._generator.tokenizer, asked.repeated)
@@ -226,11 +226,21 @@ class _Endpoints:
         except EngineError as error:
             raise ModelUnavailable(str(error), retry_after_s=5.0) from None
 
-    async def _read(self, request: Request, read: Callable[[object], Asked]) -> tuple[int, Asked]:
-        """Returns the body's bytes, and what `read` makes of it, on a thread. Raises InvalidRequest and
+    async def _read(
+        self,
+        request: Request,
+        read: Callable[[object], Asked],
+        check: Callable[[RequestBody], None] = lambda _: None,
+    ) -> tuple[int, Asked]:
+        """Returns the body's bytes, and what `read` makes of it after `check`, on a thread. Raises InvalidRequest and
         ModelNotFound."""
         body = known_body(request.scope) or RequestBody(await request.body())
         size = len(body.content)
-        asked = await self._workers.run(size, lambda: read(decode_body(body.content, lambda: body.census)))
+
+        def reading() -> Asked:
+            check(body)
+            return read(decode_body(body.content, lambda: body.census))
+
+        asked = await self._workers.run(size, reading)
         self._generator.adapter_name(asked.model)
         return size, asked

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve_app.engines.pt.api.fields import Closed, StreamOptions, StructuredOutputs
 from serve_app.engines.pt.api.protocol import MOST_MESSAGES, Body, ChatRequest, Effort
 from serve_app.engines.pt.api.request_error import named_as
+from serve_app.wire.body import RequestBody
 from serve_app.wire.responses.chat_request import NAMES, STORED, chat_request, require_stateless
 from serve_app.wire.responses.repeated import REPEATED, require_repeatable
 
@@ -143,8 +144,11 @@ def read_responses(body: object) -> AskedResponse:
         require_stateless(body)
     ResponsesRequest.read(body)
     assert isinstance(body, dict), "it was read"
-    repeated = {name: msgspec.json.encode(body[name]) for name in REPEATED if body.get(name) is not None}
-    require_repeatable({name: len(text) for name, text in repeated.items()})
+    repeated = {name: msgspec.Raw(msgspec.json.encode(body[name])) for name in REPEATED if body.get(name) is not None}
     with named_as(NAMES):
-        chat = ChatRequest.read(chat_request(body))
-    return AskedResponse(chat, {name: msgspec.Raw(text) for name, text in repeated.items()})
+        return AskedResponse(ChatRequest.read(chat_request(body)), repeated)
+
+
+def require_repeatable_body(body: RequestBody) -> None:
+    """Raises InvalidRequest for a body whose response would be too long, before anything of it is built."""
+    require_repeatable({name: len(text) for name, text in body.fields.items()})
