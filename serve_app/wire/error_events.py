@@ -10,6 +10,8 @@ from serve_app.wire.openai_errors import error_object
 from serve_app.wire.responses.chat_request import PATH as RESPONSES
 from serve_app.wire.sse import named_events
 
+_NAME = b"\nevent: "
+
 
 def error_event(path: str, error: RequestError, sequence_number: int = 0) -> bytes:
     """Returns the event for a stream of this path. A stream of the Responses API has sent `sequence_number` events."""
@@ -19,6 +21,21 @@ def error_event(path: str, error: RequestError, sequence_number: int = 0) -> byt
         said = {"code": error.code or error.type, "message": error.message, "param": error.param}
         return named_events([{"type": "error", "sequence_number": sequence_number, **said}])
     return b"data: %s\n\n" % json.dumps(error_object(error)).encode()
+
+
+class EventCount:
+    """Counts the named events of a stream as its pieces pass, for the number of an error event that comes after
+    them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._end = b"\n"  # The name of an event begins a line.
+
+    def feed(self, piece: bytes) -> None:
+        """Takes the next piece."""
+        recent = self._end + piece
+        self.count += recent.count(_NAME)
+        self._end = recent[1 - len(_NAME) :]
 
 
 def refusal_event(path: str, status: int, body: bytes) -> bytes:

@@ -268,6 +268,17 @@ def test_an_engine_that_transfers_caches_is_known() -> None:
     assert vllm_internals.transfers_caches(parser.parse_args(["--kv-transfer-config", transfer]))
 
 
+@contract("vllm", "the error of a refusal", vllm_internals.refusal_in)
+def test_a_refusal_is_told_from_other_errors() -> None:
+    """Wherever it is among the errors that it caused."""
+    from vllm.exceptions import VLLMValidationError
+
+    started = RuntimeError("the response has started")
+    started.__cause__ = VLLMValidationError("the schema is empty")
+    assert vllm_internals.refusal_in(ExceptionGroup("x", [started])) == "the schema is empty"
+    assert vllm_internals.refusal_in(ValueError("x")) is None
+
+
 @contract("vllm", "the errors of its engine", vllm_internals.engine_dead_error, vllm_internals.generation_error)
 def test_the_errors_of_an_engine_are_those_that_vllm_answers_to() -> None:
     """A handler of ours replaces vLLM's own for just these."""

@@ -36,6 +36,7 @@ from serve_app.engines.vllm.endpoints import OF_TEXT
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.engines.vllm.messages_errors import with_messages_errors
 from serve_app.engines.vllm.parking import VllmParking, can_park
+from serve_app.engines.vllm.responses_errors import with_responses_errors
 from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.adapters import kept_count
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
@@ -125,7 +126,8 @@ class VllmEngine:
             served = self._adapters.counted(app)
         # A copy of a large tokenizer takes a second.
         guard = await asyncio.to_thread(self._guard)
-        return with_messages_errors(disconnect_before_cancel(guarded(served, guard)), self._death)
+        mended = with_responses_errors(guarded(served, guard), self._death, vllm_internals.refusal_in)
+        return with_messages_errors(disconnect_before_cancel(mended), self._death)
 
     async def _finish_ranks(self) -> None:
         """Does what vLLM leaves undone at the start of its ranks.

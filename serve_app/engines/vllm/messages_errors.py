@@ -5,17 +5,20 @@ of a check of its own events. So what happened is asked of the engine here: if t
 event with its code, by which the router knows that another replica can answer.
 """
 
+import re
 from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.errors import ModelUnavailable, RequestError
+from serve_app.errors import InvalidRequest, ModelUnavailable, RequestError
 from serve_app.wire.anthropic.errors import MessagesErrors, is_messages_path
 from serve_app.wire.error_events import error_event
 from serve_app.wire.openai_errors import error_response
 
 ERROR_EVENT = b"event: error\n"
 FAILED = 500
+# vLLM shows the end of the chat's error in that of its check. The status tells a refusal of the request.
+_REFUSED = re.compile(rb"'code': 4\d\d\}\}")
 
 
 def with_messages_errors(app: ASGIApp, death: Callable[[], Awaitable[str]]) -> ASGIApp:
@@ -46,11 +49,17 @@ class _Mender:
                 await error_response(error)(self._scope, self._receive, self._send)
                 return
         elif message.get("body", b"").startswith(ERROR_EVENT):  # vLLM sends each event in a message of its own.
-            message = {**message, "body": error_event(self._scope["path"], await self._error())}
+            error = await self._error(is_refusal=_REFUSED.search(message["body"]) is not None)
+            message = {**message, "body": error_event(self._scope["path"], error)}
         await self._send(message)
 
-    async def _error(self) -> RequestError:
+    async def _error(self, is_refusal: bool = False) -> RequestError:
         reason = await self._death()
         if reason:
             return ModelUnavailable(f"vLLM's engine has died: {reason}", retry_after_s=5.0)
+        if is_refusal:
+            return InvalidRequest(
+                "vLLM refuses this request, but does not say why in a stream. Send it without 'stream' to read the "
+                "reason. It may be a tool's schema or an output format."
+            )
         return RequestError("vLLM failed on this request.")

@@ -218,6 +218,26 @@ def generation_error() -> type[Exception]:
     return error
 
 
+def refusal_in(error: BaseException) -> str | None:
+    """Returns why vLLM refuses the request by an error, or by one that it came from, or None for another error.
+
+    The refusals are `vllm.exceptions.VLLMClientError`, seen in vLLM 0.32.
+    """
+    from vllm.exceptions import VLLMClientError
+
+    left, seen = [error], set[int]()
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, VLLMClientError):
+            return str(one)
+        left += [each for each in (one.__cause__, one.__context__) if each is not None]
+        left += getattr(one, "exceptions", ())
+    return None
+
+
 def model_config(client: EngineClient) -> Any:
     """Returns vLLM's model config, of which `max_model_len` and `is_multimodal_model` are read, seen in vLLM 0.32."""
     return client.model_config

@@ -71,6 +71,21 @@ async def test_an_error_in_a_stream_says_whether_the_engine_has_died(death: str,
     assert said["error"]["type"] == ("overloaded_error" if death else "api_error")
 
 
+async def test_a_refusal_in_a_stream_is_one() -> None:
+    """As vLLM 0.32 shows the chat's error, of which it fails to read the form."""
+    shown = "Field required [type=missing, input_value={'error': {'message': 'Gr...am': None, 'code': 400}}, input_type"
+    broken = {"type": "error", "error": {"type": "internal_error", "message": shown}}
+
+    async def events() -> Any:
+        yield START
+        yield b"event: error\ndata: %s\n\n" % json.dumps(broken).encode()
+
+    reply = await answer(StreamingResponse(events(), media_type="text/event-stream"))
+    said = json.loads(reply.content.removeprefix(START).partition(b"data: ")[2])
+    assert said["error"]["type"] == "invalid_request_error"
+    assert "without 'stream'" in said["error"]["message"]
+
+
 async def test_other_paths_stay_as_they_are() -> None:
     """OpenAI's form is theirs."""
     reply = await answer(JSONResponse(INVALID, 500), death="it ended", path="/v1/responses")
