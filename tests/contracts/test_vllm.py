@@ -23,6 +23,7 @@ from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST,
 from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES, Guard, guarded
+from serve_app.engines.vllm.response_items import slices
 from serve_app.engines.vllm.worker import WorkerExtension
 from serve_app.errors import RequestError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
@@ -266,6 +267,21 @@ def test_an_engine_that_transfers_caches_is_known() -> None:
     transfer = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
     assert not vllm_internals.transfers_caches(parser.parse_args([]))
     assert vllm_internals.transfers_caches(parser.parse_args(["--kv-transfer-config", transfer]))
+
+
+@contract("vllm", "the items of a response's input", vllm_internals.is_known_item)
+def test_items_of_a_response_are_known() -> None:
+    """Those that clients send, each alone and with one part of its content."""
+    message = {"role": "user", "content": [{"type": "input_text", "text": "x"}]}
+    call = {"type": "function_call", "name": "f", "call_id": "1", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "1", "output": "x"}
+    thought = {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "x"}]}
+    answer = {"type": "message", "role": "assistant", "id": "m", "status": "completed",
+              "content": [{"type": "output_text", "text": "x", "annotations": []}]}  # fmt: skip
+    for item in ({"role": "user", "content": "x"}, message, call, output, thought, answer):
+        assert all(map(vllm_internals.is_known_item, slices(item))), item
+    for item in ({}, {"type": "x"}, 1, message | {"content": [{"type": "x"}]}):
+        assert not vllm_internals.is_known_item(item), item
 
 
 @contract("vllm", "the error of a refusal", vllm_internals.refusal_in)

@@ -154,7 +154,13 @@ class VllmEngine:
         model = vllm_internals.model_config(self._client)
         tokenizer = vllm_internals.tokenizer(self._client)
         longest = max(map(len, tokenizer.get_vocab()), default=1)
-        return Guard(model.max_model_len, longest, token_counter(tokenizer), reads_media=model.is_multimodal_model)
+        return Guard(
+            model.max_model_len,
+            longest,
+            token_counter(tokenizer),
+            model.is_multimodal_model,
+            vllm_internals.is_known_item,
+        )
 
     async def _death(self) -> str:
         """Returns why the engine is dead, or an empty text. The health check then has the replica replaced."""

@@ -10,17 +10,20 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.engines.vllm.bounds import MOST_NUMBER_BYTES, require_bounded_numbers
 from serve_app.engines.vllm.endpoints import READING, require_served
+from serve_app.engines.vllm.response_items import require_known_items
 from serve_app.engines.workers import Workers
 from serve_app.errors import ContextTooLong, InvalidRequest, RequestError
 from serve_app.wire.arrival import known_body
 from serve_app.wire.asgi import endpoint
 from serve_app.wire.body import Fields, RequestBody
+from serve_app.wire.census import census, decode_counted
 from serve_app.wire.openai_errors import error_response
 from serve_app.wire.responses.chat_request import PATH as RESPONSES
 from serve_app.wire.responses.chat_request import STORED, require_stateless
@@ -28,6 +31,9 @@ from serve_app.wire.responses.repeated import require_repeatable
 
 # A body may have this many lists, objects and keys. vLLM takes some 0.2 ms to read a message.
 MOST_PARTS = 10_000
+# These fields may have this many commas outside of texts. vLLM lists its errors for every wrong element.
+MOST_ELEMENTS = 2 * MOST_PARTS
+STRUCTURED = ("messages", "system", "tools")
 MOST_BIASES = 1024
 # This bounds prompts times choices.
 MOST_SEQUENCES = 1024
@@ -55,12 +61,14 @@ NOT_SERVED = {
 class Guard:
     """These are the bounds of one model: tokens of its context, and characters of its longest token. `count_tokens`
     returns how many tokens vLLM makes of a text alone. `reads_media` says whether its messages may have images or
-    sound, which are long but are not tokens."""
+    sound, which are long but are not tokens. `is_known_item` returns whether vLLM knows an item of a response's
+    input."""
 
     max_model_len: int
     longest_token: int
     count_tokens: Callable[[str], int] = len
     reads_media: bool = False
+    is_known_item: Callable[[Any], bool] = lambda _: True
 
     def check(self, body: RequestBody, path: str = "") -> None:
         """Raises InvalidRequest that names the field. A large body takes time, so the event loop must not call this.
@@ -72,10 +80,13 @@ class Guard:
         require_bounded_numbers(fields)
         choices = _choices(fields)
         texts: tuple[str, ...] = TEXTS
+        self._require_few_elements(fields, STRUCTURED)
         if path.removesuffix("/") == RESPONSES:
             require_stateless({name: _bytes(fields, name) not in (b"null", b"false") for name in STORED})
             require_repeatable({name: len(text) for name, text in fields.items()})
             texts = (*TEXTS, "input")
+            self._require_few_elements(fields, ("input",))
+            self._check_items(_bytes(fields, "input"))
         for name in PROMPTS:
             if name in fields and name not in texts:
                 self._check_prompts(name, fields[name], choices)
@@ -92,6 +103,23 @@ class Guard:
             if _bytes(fields, name) not in (b"false", b"null"):
                 raise InvalidRequest(f"'{name}' is not served. Leave it out. {reason}", param=name)
         self._check_bad_words(_bytes(fields, "bad_words"))
+
+    def _require_few_elements(self, fields: Fields, names: Iterable[str]) -> None:
+        for name in names:
+            if (count := census(_bytes(fields, name)).items) > MOST_ELEMENTS:
+                raise InvalidRequest(
+                    f"'{name}' has {count} elements, but at most {MOST_ELEMENTS} are allowed.", param=name
+                )
+
+    def _check_items(self, text: bytes) -> None:
+        if not text.startswith(b"["):
+            return
+        try:
+            items = decode_counted(text)
+        except ValueError as error:
+            raise InvalidRequest(f"'input' cannot be read: {error}.", param="input") from None
+        assert isinstance(items, list), "it begins as one"
+        require_known_items(items, self.is_known_item)
 
     def _check_texts(self, fields: Fields, texts: Iterable[str]) -> None:
         for name in () if self.reads_media else texts:

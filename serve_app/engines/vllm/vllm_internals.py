@@ -238,6 +238,21 @@ def refusal_in(error: BaseException) -> str | None:
     return None
 
 
+def is_known_item(item: Any) -> bool:
+    """Returns whether vLLM reads an item of the input of a request to its Responses API.
+
+    It reads them as `vllm.entrypoints.openai.responses.protocol.ResponsesRequest`, seen in vLLM 0.32.
+    """
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        ResponsesRequest.model_validate({"model": "m", "input": [item]})
+    except (ValueError, VLLMClientError):
+        return False
+    return True
+
+
 def model_config(client: EngineClient) -> Any:
     """Returns vLLM's model config, of which `max_model_len` and `is_multimodal_model` are read, seen in vLLM 0.32."""
     return client.model_config

@@ -124,6 +124,29 @@ def test_responses_refer_to_nothing_stored(field: str) -> None:
     GUARD.check(RequestBody(json.dumps({"input": "x", field: None}).encode()), "/v1/responses")
 
 
+def test_wrong_items_of_a_response_are_refused_one_by_one() -> None:
+    """vLLM would write some 200 errors for each, and the first one is enough."""
+    seen = []
+
+    def is_known(item: Any) -> bool:
+        seen.append(item)
+        return item.get("type") == "message" and item["content"] != [{"type": "x"}]
+
+    guard = Guard(max_model_len=10_000, longest_token=10, is_known_item=is_known)
+    good = {"type": "message", "content": [{"type": "a"}, {"type": "b"}]}
+    for items, place in (([1] * 5000, 0), ([good, *[{}] * 2000], 1), ([good | {"content": [{"type": "x"}] * 999}], 0)):
+        seen.clear()
+        with pytest.raises(RequestError, match=rf"'input\[{place}\]'") as refused:
+            guard.check(RequestBody(json.dumps({"input": items}).encode()), "/v1/responses")
+        assert refused.value.param == "input"
+        assert len(seen) <= 3
+    seen.clear()
+    guard.check(RequestBody(json.dumps({"input": [good]}).encode()), "/v1/responses")
+    assert seen == [good | {"content": [{"type": "a"}]}, good | {"content": [{"type": "b"}]}]
+    with pytest.raises(RequestError, match="at most 20000"):
+        guard.check(RequestBody(json.dumps({"messages": [1] * 30_000}).encode()), "/v1/chat/completions")
+
+
 def test_what_a_response_repeats_has_a_bound() -> None:
     """vLLM writes it on the event loop of all clients, three times in a stream, also if it is not in the prompt."""
     tool = {"type": "function", "name": "f", "description": "x" * 2**20}
