@@ -43,8 +43,10 @@ def told_adapters(applications: Mapping[str, Mapping[str, Any]]) -> tuple[Record
     """Returns what replicas have of adapters, and what was found last in the watched folders of these applications. It
     blocks for some milliseconds. There is nothing if Ray's head does not answer, which is logged."""
     reader = RecordReader()
+    folders = {name: folder for name, item in applications.items() if (folder := watched_folder_of(item)) is not None}
     try:
-        return reader.read(), reader.found([name for name, item in applications.items() if watched_folder_of(item)])
+        records, found = reader.read(), reader.found(folders)
+        return records, {name: last for name, last in found.items() if last.folder == folders[name]}
     except (RayError, RuntimeError) as error:
         logger.warning("Which adapters the replicas have cannot be read: %s", error)
         return {}, {}

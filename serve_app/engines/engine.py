@@ -94,8 +94,9 @@ class Engine(Protocol):
 
         If there is one of this name, new requests get the new one, and the requests that run end with the old one. The
         call returns as soon as new requests get the new one. The old one's folder is not needed after that. Calls come
-        one at a time for each name. They may come in any state between `start` and `stop`, also while the engine is
-        parked. Raises AdapterError with the reason if it cannot be served; then the old one stays.
+        one at a time for each name, but a load may come while a removal waits for requests. They may come in any state
+        between `start` and `stop`, also while the engine is parked. Raises AdapterError with the reason if it cannot be
+        served; then the old one stays.
         """
         ...
 

@@ -7,10 +7,11 @@ and may change at any time, also while an adapter is being loaded.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from serve_app.access.gate import require_asked
 from serve_app.adapters.records import Adapters, AdapterState
@@ -55,13 +56,16 @@ OLDER = Wanted("", pickled=False, stamp=())
 @dataclass
 class Entry:
     """This is what there is of an adapter. `loaded` is what the engine has, and `failed` what it could not be given.
-    `converted` holds the files of one that was pickled, and `told` is the failure that was told last."""
+    `converted` holds the files of one that was pickled, and `told` is the failure that was told last. `leaving` are
+    the removals that wait for requests, and `again` is set when the adapter is wanted."""
 
     state: AdapterState
     told: str = ""
     loaded: Wanted | None = None
     failed: Wanted | None = None
     converted: Path | None = None
+    leaving: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
+    again: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
 
 class AdapterShelf:
@@ -124,7 +128,8 @@ class AdapterShelf:
 
     async def stop(self) -> None:
         """Ends its work. The engine is left as it is."""
-        tasks = [*self._workers.values(), *self._background]
+        leaving = [task for entry in self._entries.values() for task in entry.leaving]
+        tasks = [*self._workers.values(), *self._background, *leaving]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -167,6 +172,8 @@ class AdapterShelf:
         wanted = self._wanted
         for name in {*wanted, *self._entries}:
             entry, want = self._entries.get(name), wanted.get(name)
+            if entry is not None and want is not None:
+                entry.again.set()
             if entry is not None and want is not None and want in (entry.loaded, entry.failed):
                 continue
             if name not in self._workers:
@@ -222,16 +229,25 @@ class AdapterShelf:
             self._notify(f"the adapter '{name}' of '{self._name}' cannot be served: {reason}")
 
     async def _remove(self, name: str, entry: Entry) -> None:
+        """Has no request get an adapter any more. Returns when those that run have ended, or as soon as the adapter is
+        wanted again, since a new version does not wait for them."""
         if entry.loaded is not None:
+            entry.leaving.add(asyncio.create_task(self._unload(name)))
+        if entry.leaving:
             self._put(name, entry, AdapterState("leaving"))
-            try:
-                await self._engine.unload_adapter(name)
-            except Exception as error:  # It takes no requests any more, so only its memory is lost.
-                logger.exception("The adapter '%s' could not be removed.", name)
-                self._notify(f"the adapter '{name}' of '{self._name}' could not be removed whole: {error}")
-            say(f"the adapter '{name}' of '{self._name}' is removed")
+            entry.again.clear()
+            await _either(asyncio.wait(entry.leaving), entry.again.wait())
+            entry.leaving = {task for task in entry.leaving if not task.done()}
         converted, entry.loaded, entry.failed, entry.converted = entry.converted, None, None, None
         await asyncio.to_thread(remove, converted)
+
+    async def _unload(self, name: str) -> None:
+        try:
+            await self._engine.unload_adapter(name)
+        except Exception as error:  # It takes no requests any more, so only its memory is lost.
+            logger.exception("The adapter '%s' could not be removed.", name)
+            self._notify(f"the adapter '{name}' of '{self._name}' could not be removed whole: {error}")
+        say(f"the adapter '{name}' of '{self._name}' is removed")
 
     def _read(self, name: str, wanted: Wanted) -> tuple[Path, str, Path | None]:
         """Returns the folder of an adapter that may be loaded, a note on it, and the folder again if it is made here.
@@ -338,3 +354,13 @@ def _named(config: ModelConfig) -> dict[str, Wanted]:
         name: Wanted(source, name in config.allow_pickled_adapters, stamp_of(Path(source).expanduser()))
         for name, source in config.adapters.items()
     }
+
+
+async def _either(*waits: Coroutine[Any, Any, object]) -> None:
+    """Returns when one of these has ended, and ends the others."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -59,16 +59,16 @@ def test_without_an_answer_nothing_is_known(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_folders_are_asked_of_models_that_watch_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others have no record."""
-    found = {"b": FoundInFolder("/srv", {"x": AdapterState("ready")})}
+    """Others have no record, and what was found in another folder than the config's is past."""
+    found = FoundInFolder("/srv", {"x": AdapterState("ready")})
 
     class Reader:
         def read(self) -> dict[Any, Any]:
             return {}
 
-        def found(self, names: list[str]) -> dict[str, FoundInFolder]:
-            assert names == ["b"]
-            return found
+        def found(self, names: Iterable[str]) -> dict[str, FoundInFolder]:
+            return dict.fromkeys(names, found)
 
     monkeypatch.setattr(deployed, "RecordReader", Reader)
-    assert told_adapters({"a": CONFIG, "b": {"args": {"adapters_folder": "/srv"}}}) == ({}, found)
+    watching = {name: {"args": {"adapters_folder": folder}} for name, folder in (("b", "/srv"), ("c", "/other"))}
+    assert told_adapters({"a": CONFIG, **watching}) == ({}, {"b": found})

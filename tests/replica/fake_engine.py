@@ -49,10 +49,12 @@ class AdapterEngine:
         self.lost = lost
 
     async def unload_adapter(self, name: str) -> None:
-        """Drops it once its requests have ended."""
+        """Drops it once its requests have ended. Another version may have come by then."""
         self.calls.append(f"unload {name}")
+        folder = self.adapters.get(name)
         await self._ended(name)
-        self.adapters.pop(name, None)
+        if self.adapters.get(name) is folder:
+            self.adapters.pop(name, None)
 
     async def _ended(self, name: str) -> None:
         while self.running.get(name):  # noqa: ASYNC110

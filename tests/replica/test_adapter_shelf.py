@@ -134,7 +134,7 @@ async def test_one_that_failed_is_served_when_its_folder_is_right(replica: Repli
 async def test_running_requests_of_one_that_goes_end_first_and_new_ones_are_refused(
     replica: Replica, tmp_path: Path
 ) -> None:
-    """And one that comes back meanwhile is loaded after that."""
+    """One that comes back meanwhile is there at once, and one that goes again waits for all of them."""
     folder = adapter(tmp_path / "a")
     await replica.want(a=folder)
     replica.engine.running["a"] = 1
@@ -143,11 +143,14 @@ async def test_running_requests_of_one_that_goes_end_first_and_new_ones_are_refu
     with pytest.raises(ModelNotFound, match="is being removed"):
         replica.shelf.require("a")
     assert replica.engine.adapters == {"a": folder}
-    await replica.shelf.want(replica.config.with_live({"adapters": {"a": str(folder)}}))
+    await replica.want(a=folder)
+    assert replica.engine.calls == ["load a", "unload a", "load a"]
+    assert replica.shelf.require("a") == Asked("qwen", "a")
+    await replica.shelf.want(replica.config)
+    await until(lambda: replica.engine.calls[-1] == "unload a" and replica.shelf.states()["a"].state == "leaving")
     replica.engine.running["a"] = 0
-    await until(lambda: replica.engine.calls == ["load a", "unload a", "load a"])
     await replica.shelf.settled()
-    assert replica.shelf.states()["a"].state == "ready"
+    assert replica.shelf.states() == replica.engine.adapters == {}
 
 
 async def test_a_replaced_one_is_served_until_the_new_one_is_there(replica: Replica, tmp_path: Path) -> None:

@@ -309,19 +309,23 @@ async def test_a_sequence_that_was_cancelled_keeps_its_adapter_until_the_thread_
 
 
 async def test_a_new_version_does_not_wait_for_requests_of_the_old_one() -> None:
-    """They end with the old one, also when the new one is replaced and removed meanwhile."""
+    """They end with the old one, whose removal waits for them, also when newer ones come and go meanwhile."""
     async with serving(["a01"]) as (engine, client):
         params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
         with engine.generator.reserve(1, "a01") as places:
             pieces = engine.generator.generate([5, 6, 7], params, places=places)
             await anext(pieces)
+            gone = asyncio.create_task(engine.unload_adapter("a01"))
+            await asyncio.sleep(0)
             for name in ("a02", "a03"):
                 await asyncio.wait_for(engine.load_adapter("a01", ADAPTERS_DIR / name), 20)
                 assert await ask(client, "a01", QUESTIONS[0]) == SAID[name][QUESTIONS[0]]
             await asyncio.wait_for(engine.unload_adapter("a01"), 20)
+            assert not gone.done()
             rest = [piece async for piece in pieces]
             assert rest[-1].finish_reason == "length"
-        await until(lambda: not engine.generator._retiring, "the old version is forgotten")
+        await asyncio.wait_for(gone, 20)
+        assert not engine.generator._retiring
 
 
 async def test_a_parked_engine_keeps_its_adapters() -> None:

@@ -228,9 +228,14 @@ async def test_an_adapter_goes_when_its_requests_have_ended(
     await asyncio.sleep(0.1)
     assert not leaving.done()
     assert engine.removed == []
+    async with asyncio.timeout(5):  # One that comes and goes meanwhile waits for nobody.
+        await served.load("sql", folder_of(tmp_path / "own", b"two"))
+        await served.unload("sql")
+    assert engine.removed == [2]
+    assert not leaving.done()
     del engine.output_processor.request_states["left"]
     await leaving
-    assert engine.removed == [1]
+    assert engine.removed == [2, 1]
     assert app.texts.count(b"one") == 1
     assert served._running == {}
     await served.unload("sql")  # There is none any more.
