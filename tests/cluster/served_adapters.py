@@ -40,8 +40,8 @@ ENGINES = ("pt", "vllm")
 AT_ONCE, LOAD = 32, 8
 TIMEOUT_S, LIVE_TIMEOUT_S = 300.0, 120.0
 BROKEN = "/nowhere/adapter"
-# This one lies in the folder that pt watches, and no config names it. Its files are those of the first one.
-WATCHED = "pt-watched"
+# These lie in the folder that pt watches, and no config names them. Their files are those of the first one.
+WATCHED, SECOND = "pt-watched", "pt-second"
 # Fewer slots than adapters, so that they take turns.
 ROOM = {"max_loras": 6, "max_lora_rank": 8, "max_cpu_loras": 20}
 
@@ -269,7 +269,8 @@ async def all_die(serve: AdapterServe) -> dict[str, Any]:
 
 
 async def name_taken(serve: AdapterServe) -> dict[str, Any]:
-    """What becomes of a model that is deployed with the name of an adapter in a watched folder, and of the adapter."""
+    """What becomes of a model that is deployed with the name of an adapter in a watched folder, of the adapter, and of
+    another one that comes meanwhile."""
     config = serve.settings()
     config["applications"].append(model(WATCHED, infer_backend="pt", max_model_len=512))
     await asyncio.to_thread(serve.deploy, config)
@@ -277,10 +278,11 @@ async def name_taken(serve: AdapterServe) -> dict[str, Any]:
         serve.wait_until, lambda told: "is not served" in told[WATCHED]["message"], LIVE_TIMEOUT_S
     )
     question, right = next(iter(OWN[FIRST[0]].items()))
+    shutil.copytree(serve.watched / WATCHED, serve.watched / SECOND)
+    await asyncio.to_thread(serve.wait_until, lambda told: serve.has(told, SECOND), LIVE_TIMEOUT_S)
+    names = (WATCHED, f"pt:{WATCHED}", SECOND)
     async with session_for() as session:
-        seen = [
-            await outcome(session, serve.url, (name, question, right), False) for name in (WATCHED, f"pt:{WATCHED}")
-        ]
+        seen = [await outcome(session, serve.url, (name, question, right), False) for name in names]
     await asyncio.to_thread(serve.deploy, serve.settings())
     await asyncio.to_thread(serve.wait_until, lambda told: serve.has_all(told, "pt"), LIVE_TIMEOUT_S)
     return {"told": told[WATCHED]["message"], "seen": seen}
