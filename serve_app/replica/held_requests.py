@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import EngineAway, EngineError, ModelUnavailable, RequestError
 from serve_app.wire.asgi import endpoint
-from serve_app.wire.error_events import error_event
+from serve_app.wire.error_events import EventCount, error_event
 from serve_app.wire.openai_errors import error_response
 
 # These methods ask about the engine and need none of its memory.
@@ -227,6 +227,7 @@ class _Cut:
     def __init__(self, send: Send, error: EngineAway):
         self._send, self._error = send, error
         self._is_stream, self._has_head = False, False
+        self._events = EventCount()
 
     async def send(self, message: Message) -> None:
         """Passes a message on."""
@@ -234,6 +235,8 @@ class _Cut:
             self._has_head = True
             headers = {bytes(name).lower(): bytes(value) for name, value in message.get("headers", [])}
             self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        elif self._is_stream:
+            self._events.feed(message.get("body", b""))
         await self._send(message)
 
     async def comment(self) -> None:
@@ -247,7 +250,7 @@ class _Cut:
         if not self._has_head:
             await _refuse(self._error, scope, receive, self._send)
         elif self._is_stream:
-            event = error_event(endpoint(scope), self._error)
+            event = error_event(endpoint(scope), self._error, self._events.count)
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
             raise RuntimeError(self._error.message)
