@@ -33,7 +33,7 @@ def bank_of(
     """The buffers of a model on the CPU, and the modules that have them."""
     loaded = LoadedModel(model, None, CPU, 256, frozenset(), {}, None)  # type: ignore[arg-type]
     places = adapter_places(loaded, wanted)
-    return AdapterBank(model, places.modules, AdapterSlots(slots), rank, torch.float32), places
+    return AdapterBank(model, places.modules, AdapterSlots(slots), rank, torch.float32, places.siblings), places
 
 
 def adapter_of(folder: Path, bank: AdapterBank, places: AdapterPlaces) -> Adapter:
