@@ -32,8 +32,8 @@ PLAIN_KEY = re.compile(r"\^?[\w.]+\$?")
 @dataclass(frozen=True)
 class AdapterPlaces:
     """Has the modules that adapters may change, by their names: inputs, outputs, and the device on which each computes.
-    `reasons` says by name why other linear layers may not be changed. `siblings` are those of the modules that are given
-    the same input on one device, as the projections of queries, keys and values are."""
+    `reasons` says by name why other linear layers may not be changed. `siblings` are modules that are given the same
+    input on one device, as the projections of queries, keys and values are."""
 
     modules: Mapping[str, tuple[int, int, torch.device]]
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -125,8 +125,8 @@ def _layers(model: PreTrainedModel) -> tuple[str, ...]:
 def _tried(
     loaded: LoadedModel, candidates: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Returns why modules cannot have adapters that are not given all tokens of each row in turn, and by name what tells
-    the input of each module in all trials from those of others."""
+    """Returns why modules cannot have adapters that are not given all tokens of each row in turn, and by name what
+    tells the inputs of each module from those of others."""
     model = loaded.model
     reasons: dict[str, str] = {}
     inputs: dict[str, tuple[int, ...]] = dict.fromkeys(candidates, ())

@@ -4,7 +4,6 @@ Modules that are given the same input, such as the projections of queries, keys 
 factors lie in one tensor, so one product computes the first half of all of them.
 """
 
-
 import torch
 
 from serve_app.engines.pt.core.lora.adapter import Factors

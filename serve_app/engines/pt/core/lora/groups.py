@@ -36,17 +36,16 @@ class Groups:
         return {row: place for place, (row, fills) in enumerate(zip(self.take, filled, strict=True)) if not fills}
 
 
-def groups_of(slots: Sequence[int | None], used: int, most_filled: float = MOST_FILLED) -> Groups:
+def groups_of(slots: Sequence[int | None], used: int) -> Groups:
     """Returns the groups of a pass whose rows have these slots, or None for the base model. `used` has the bits of the
-    slots that count, of which one at least has a row. Rows are filled up to at most `most_filled` times as many, or by
-    one more for each slot and each group that is split."""
+    slots that count, of which one at least has a row."""
     rows_of: dict[int, list[int]] = defaultdict(list)
     for row, slot in enumerate(slots):
         if slot is not None and used >> slot & 1:
             rows_of[slot].append(row)
     first, last = min(rows_of), max(rows_of)
     size, real = max(map(len, rows_of.values())), sum(map(len, rows_of.values()))
-    if (last - first + 1) * size <= most_filled * real:
+    if (last - first + 1) * size <= MOST_FILLED * real:
         return _filled([(slot, rows_of.get(slot, [])) for slot in range(first, last + 1)], size, len(slots), True)
     size = -(-real // len(rows_of))
     parts = [

@@ -1,10 +1,11 @@
-"""Multiplies the rows of a pass with the factors of their adapters, in as few operations as it can. For small models the
-operations cost more than what they compute.
+"""Multiplies the rows of a pass with the factors of their adapters, in as few operations as it can.
+
+For small models, an operation costs more than what it computes.
 
 Siblings share the choice of rows and the first product. The second product is one of two, which come to the same:
 - With several tokens of each row, the groups are multiplied in one batched product, which is added to their rows.
-- With one token of each row, on the CPU, each row is a weighted sum of its adapter's second factors. This takes half as
-  long, because nothing is filled up or gathered, and reads the factors of no other slot.
+- With one token of each row, on the CPU, each row is a weighted sum of its adapter's second factors. It takes two
+  thirds of the time, because nothing is filled up or gathered, and no factors of other slots are read.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +15,9 @@ import torch
 
 from serve_app.engines.pt.core.lora.bags import Bags, SiblingBags, bags_of
 from serve_app.engines.pt.core.lora.buffers import Siblings, Target
-from serve_app.engines.pt.core.lora.groups import MOST_FILLED, Groups, groups_of
+from serve_app.engines.pt.core.lora.groups import Groups, groups_of
 from serve_app.engines.torch_internals import weighted_sums
 
-# The same for rows of one token: to gather factors takes longer than to multiply so many rows for nothing.
-MOST_FILLED_ALONE = 4.0
 # It adds to an output of shape (rows, tokens × outputs) what the second factors make of an inner product.
 Add = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -39,7 +38,9 @@ class _Grouped:
 
     def inputs(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """Returns the rows of an input in groups, of shape (groups, rows and tokens, inputs)."""
-        inputs = x.to(device=a.device, dtype=a.dtype).reshape(self.rows, -1)
+        if x.dtype != a.dtype or x.device != a.device:
+            x = x.to(device=a.device, dtype=a.dtype)
+        inputs = x.reshape(self.rows, -1)
         if self.take is not None:
             inputs = inputs.index_select(0, self.take)
         return inputs.view(self.count, -1, a.shape[2])
@@ -64,12 +65,13 @@ class _Batched:
         self.grouped, self._a, self._modules = grouped, a.flatten(1, 2), a.shape[2]
 
     def inner(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Returns for each module what `_Grouped.add` takes. Rows that only fill up are zeros."""
+        """Returns for each module what `_Grouped.add` takes. Rows that only fill a group up are zeros."""
         grouped, a = self.grouped, self.grouped.factors(self._a)
         inner = torch.bmm(a, grouped.inputs(x, a).transpose(1, 2))
         if grouped.filled is not None:  # It is filled and not multiplied, because what it hides may not be finite.
             inner.view(grouped.count, a.shape[1], grouped.groups.size, -1).masked_fill_(grouped.filled, 0)
-        return inner.view(grouped.count, -1, self._modules, inner.shape[2]).unbind(2)
+        parts: Sequence[torch.Tensor] = torch.unbind(inner.view(grouped.count, -1, self._modules, inner.shape[2]), 2)
+        return parts
 
 
 class _Summed:
@@ -82,7 +84,11 @@ class _Summed:
         """Returns for each module the weights of its bags."""
         a = self._grouped.factors(self._a)
         inner = torch.bmm(self._grouped.inputs(x, a), a.transpose(1, 2))
-        return inner.view(-1).index_select(0, self._bags.pick).split(self._bags.sizes)
+        weights = inner.view(-1).index_select(0, self._bags.pick)
+        if len(self._bags.sizes) == 1:
+            return (weights,)
+        parts: Sequence[torch.Tensor] = torch.split(weights, self._bags.sizes)
+        return parts
 
 
 def _add_sums(b: torch.Tensor, bags: Bags, weights: torch.Tensor, y: torch.Tensor) -> None:
@@ -104,7 +110,7 @@ class RowProducts:
         for slot in slots:
             self._used |= 0 if slot is None else 1 << slot
         # Layers that are alike share these, by the slots that change their modules.
-        self._grouped: dict[tuple[int, bool, torch.device], _Grouped] = {}
+        self._grouped: dict[tuple[int, torch.device], _Grouped] = {}
         self._bags: dict[tuple[int, ...], SiblingBags] = {}
         # How each module is multiplied, with several tokens of each row and with one. None stands for not at all.
         self._several: dict[Target, Product | None] = {}
@@ -142,11 +148,10 @@ class RowProducts:
             return
         together = changed if len(changed) == 1 else siblings.targets
         members = tuple(target.members & self._used for target in together)
-        is_summed = products is self._single
-        grouped = self._groups(members, is_summed, siblings.a.device)
+        grouped = self._groups(members, siblings.a.device)
         begin = together[0].place
         a = siblings.a[grouped.range, : self._rank, begin : begin + len(together)]
-        bags = self._bags_of(members, grouped, siblings.a.shape[1]) if is_summed else None
+        bags = self._bags_of(members, grouped, siblings.a.shape[1]) if products is self._single else None
         first = _Batched(grouped, a) if bags is None else _Summed(grouped, a, bags)
         for number, target in enumerate(together):
             if target not in changed:
@@ -157,15 +162,13 @@ class RowProducts:
                 add = partial(_add_sums, target.b.flatten(0, 1), bags.bags[number])
             products[target] = first, number, add
 
-    def _groups(self, members: Sequence[int], is_summed: bool, device: torch.device) -> _Grouped:
+    def _groups(self, members: Sequence[int], device: torch.device) -> _Grouped:
         used = 0
         for bits in members:
             used |= bits
-        key = used, is_summed, device
-        if key not in self._grouped:
-            groups = groups_of(self._slots, used, MOST_FILLED_ALONE if is_summed else MOST_FILLED)
-            self._grouped[key] = _Grouped(groups, len(self._slots), device)
-        return self._grouped[key]
+        if (used, device) not in self._grouped:
+            self._grouped[used, device] = _Grouped(groups_of(self._slots, used), len(self._slots), device)
+        return self._grouped[used, device]
 
     def _bags_of(self, members: tuple[int, ...], grouped: _Grouped, held_rank: int) -> SiblingBags:
         if members not in self._bags:
