@@ -30,13 +30,18 @@ lint: install docs
 	.venv/bin/lint-imports
 	.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 
-# Without a cluster, then clusters beside each other, then one alone, in which a client's time is measured. A test of a
-# cluster waits for some twenty processes on a machine that others may use too, so it is tried once more when it fails,
-# and the summary names it (RERUN). One that fails twice fails the run.
+# A test that fails is tried once more, with fresh clusters and no other test beside it, because a cluster is some twenty
+# processes on a machine that others may use too. The second summary names it. What fails twice fails the run, and so
+# does a first run that ends with another status than 1, as when a worker crashes.
+define tests
+.venv/bin/pytest $(1) || { [ $$? -eq 1 ] && .venv/bin/pytest $(1) -n 0 --last-failed --last-failed-no-failures=none -v; }
+endef
+
+# Without a cluster, then clusters beside each other, then one alone, in which a client's time is measured.
 test: lint
-	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster
-	.venv/bin/pytest $(SPREAD) --reruns 1 -r aR tests/cluster -m "not alone"
-	.venv/bin/pytest --reruns 1 -r aR tests/cluster -m alone
+	$(call tests,$(SPREAD) --ignore=tests/cluster)
+	$(call tests,$(SPREAD) tests/cluster -m "not alone")
+	$(call tests,tests/cluster -m alone)
 
 test-fast: install
 	.venv/bin/pytest $(SPREAD) --ignore=tests/cluster -m "not slow"

@@ -34,6 +34,24 @@ ASK_VLLM = frozenset({
 })  # fmt: skip
 
 
+# The exit status of a run in which a worker has crashed. The tests after the one that crashed it were not run, so `make
+# test` must not take it for a run in which single tests have failed, which exits with 1.
+CRASHED = pytest.ExitCode.INTERNAL_ERROR
+crashes = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport, sched: Any) -> None:
+    """Notes that a worker of xdist has crashed."""
+    sched.config.stash[crashes] = True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Gives a run with a crash a status of its own."""
+    if session.config.stash.get(crashes, False):
+        session.exitstatus = CRASHED
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Makes the scheduler of `--dist loadfile`, for which the files that ask vLLM are one file. For every other way to

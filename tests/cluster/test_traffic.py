@@ -92,12 +92,10 @@ async def test_whole_answers_survive_it_too(serve: MortalServe) -> None:
 
 def test_a_long_redirect_is_an_answer(serve: MortalServe) -> None:
     """A slash too many; `location` has the query. A header of that size counted as a lost replica."""
-    started = time.monotonic()
     reply = httpx.post(
         f"{serve.url}/v1/completions/?{'x' * 9000}", json={"model": "mortal"}, headers=HEADERS, timeout=60
     )
     assert (reply.status_code, len(reply.headers["location"]) > 9000) == (307, True), reply.text
-    assert time.monotonic() - started < 10
 
 
 def test_nothing_but_health_answers_without_a_key(serve: MortalServe) -> None:

@@ -31,7 +31,7 @@ def lives() -> list[dict[str, Any]]:
 def test_each_life_answers_and_leaves_no_process(lives: list[dict[str, Any]]) -> None:
     """The second start is that of a wake."""
     assert [life["tokens"] for life in lives] == [4] * LIVES
-    assert [life["left"] for life in lives] == [0] * LIVES
+    assert [life["left"] for life in lives] == [[]] * LIVES
 
 
 @pytest.mark.parametrize("what", ["start", "stop"])

@@ -3,7 +3,7 @@
     python -m tests.cluster.vllm_swap
 
 prints one JSON object for each life of the engine: the seconds of its start and of its stop, the longest gap between
-two ticks of the loop in each, the tokens of an answer, and the processes that are left after the stop.
+two ticks of the loop in each, the tokens of an answer, and the commands of the processes that are left after the stop.
 """
 
 import asyncio
@@ -49,12 +49,12 @@ async def ticking(seen: dict[str, Any], what: str) -> AsyncIterator[None]:
         seen[f"{what}_gap_s"], seen[f"{what}_s"] = longest, time.monotonic() - begin
 
 
-def engine_processes() -> int:
-    """The processes of engines. Python's own resource tracker stays as long as this process."""
+def engine_processes() -> list[str]:
+    """The commands of the processes of engines. Python's own resource tracker stays as long as this process."""
     children = psutil.Process().children(recursive=True)
     alive = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     commands = [" ".join(child.cmdline()) for child in alive]
-    return sum("resource_tracker" not in command for command in commands)
+    return [command for command in commands if "resource_tracker" not in command]
 
 
 async def life() -> dict[str, Any]:

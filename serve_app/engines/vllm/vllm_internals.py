@@ -7,26 +7,36 @@ which takes 20 s of processor time.
 """
 
 import asyncio
+import logging
+import multiprocessing
 import os
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import psutil
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.engines.workers import in_thread_of_its_own
 
+logger = logging.getLogger("ray.serve")
+
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 # The engine's client is an `AsyncLLM`.
 EngineClient = Any
 
 SHARED_MEMORY, QUEUE = Path("/dev/shm"), "psm_"  # noqa: S108
+# The engine's process has this name, or this name with its number.
+ENGINE_PROCESS = "EngineCore"
+# This is in seconds. A process with a large model needs a few of them to go after SIGKILL.
+GONE_TIMEOUT_S = 30.0
 CAUSE_ABOVE = "See root cause above."
 # These are gauges of `vllm.v1.metrics.loggers.PrometheusStatLogger`, seen in vLLM 0.32.
 RUNNING, WAITING, CACHE_USE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
@@ -92,7 +102,29 @@ async def running_engine(args: Namespace, over_nodes: bool = False) -> AsyncIter
     finally:
         if client.output_handler is not None:  # It would log the end of the engine's process as a death.
             client.output_handler.cancel()
-        await in_thread_of_its_own(partial(client.shutdown, timeout=client.vllm_config.shutdown_timeout))
+        await in_thread_of_its_own(partial(_shut_down, client))
+
+
+def _shut_down(client: EngineClient) -> None:
+    """Ends the engine's processes, and returns when they are gone and their memory is free.
+
+    vLLM sends SIGKILL to what does not end at once and does not wait for it. The kernel needs a moment to take a large
+    process apart, and whoever loads the next model counts on its memory. Uses `AsyncLLM.shutdown`, the name of its
+    process, "EngineCore", and the config's `shutdown_timeout`; seen in vLLM 0.32.
+    """
+    engines = [child for child in multiprocessing.active_children() if child.name.startswith(ENGINE_PROCESS)]
+    ranks = []
+    for engine in engines:
+        with suppress(psutil.Error):
+            ranks += psutil.Process(engine.pid).children(recursive=True)
+    client.shutdown(timeout=client.vllm_config.shutdown_timeout)
+    ends = time.monotonic() + GONE_TIMEOUT_S
+    for engine in engines:
+        engine.join(max(0.0, ends - time.monotonic()))
+    _, left = psutil.wait_procs(ranks, timeout=max(0.0, ends - time.monotonic()))
+    pids = [process.pid for process in left] + [engine.pid for engine in engines if engine.is_alive()]
+    if pids:
+        logger.error("vLLM has ended, and its processes %s are still there after %g s.", pids, GONE_TIMEOUT_S)
 
 
 def _engine_client(args: Namespace, over_nodes: bool) -> EngineClient:
