@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from serve_app.engines.pt.core.lora.groups import Groups
+from serve_app.engines.adapter_groups import Groups
 
 
 class Bags(NamedTuple):

@@ -13,9 +13,9 @@ from functools import partial
 
 import torch
 
+from serve_app.engines.adapter_groups import Groups, groups_of
 from serve_app.engines.pt.core.lora.bags import Bags, SiblingBags, bags_of
 from serve_app.engines.pt.core.lora.buffers import Siblings, Target
-from serve_app.engines.pt.core.lora.groups import Groups, groups_of
 from serve_app.engines.torch_internals import weighted_sums
 
 # It adds to an output of shape (rows, tokens × outputs) what the second factors make of an inner product.

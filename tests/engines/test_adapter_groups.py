@@ -2,7 +2,7 @@
 
 import random
 
-from serve_app.engines.pt.core.lora.groups import MOST_FILLED, Groups, groups_of
+from serve_app.engines.adapter_groups import MOST_FILLED, Groups, groups_of
 
 
 def added(groups: Groups, count: int) -> dict[int, int]:
