@@ -14,7 +14,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -399,19 +399,16 @@ def correct_cpu_adapters() -> None:
 
     if not current_platform.is_cpu():
         return
-    from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     from serve_app.engines.vllm.adapter_rows import AdapterRows, StepRows
 
-    own_update, own_activate = PunicaWrapperCPU.update_metadata, LoRAModelManager.activate_adapter
+    own_update = PunicaWrapperCPU.update_metadata
     written: dict[int, int] = {}
-
-    def activate_adapter(self: Any, lora_id: int) -> Any:
-        written.clear()
-        return own_activate(self, lora_id)
+    watch_slots = cache(partial(_empty_before_slots_are_written, written))
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
+        watch_slots()
         own_update(self, *args, **kwargs)
         self.serve_app_rows = StepRows(self.token_lora_indices, written)
         self.serve_app_sampled = StepRows(self.sampler_indices, written)
@@ -435,9 +432,22 @@ def correct_cpu_adapters() -> None:
         if changed := found(self, rows, (lora_b,), "serve_app_sampled"):
             changed.add(logits, rows, (lora_a,), (lora_b,), scale, logits.shape[1:])
 
-    LoRAModelManager.activate_adapter = activate_adapter
     for function in (update_metadata, add_lora_linear, add_lora_embedding, add_lora_logits):
         setattr(PunicaWrapperCPU, function.__name__, function)
+
+
+def _empty_before_slots_are_written(known: dict[int, int]) -> None:
+    """Empties `known` whenever an adapter gets a slot. vLLM has imported its manager when there are slots, which takes
+    seconds before."""
+    from vllm.lora.model_manager import LoRAModelManager
+
+    own_activate = LoRAModelManager.activate_adapter
+
+    def activate_adapter(self: Any, lora_id: int) -> Any:
+        known.clear()
+        return own_activate(self, lora_id)
+
+    LoRAModelManager.activate_adapter = activate_adapter
 
 
 def can_sleep() -> bool:
