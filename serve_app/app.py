@@ -7,7 +7,6 @@ Serve prints a RayServeException as one message and does not try again. After an
 three times, and prints a traceback each time. So user errors are raised here as RayServeException.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -18,8 +17,8 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.access.cluster_record import ClusterRecord, agree_on_model, agree_on_router, this_node
 from serve_app.access.keys import configured_keys
-from serve_app.adapters.configured import clashes_of, lasting_version
-from serve_app.adapters.deployed import deployed_applications
+from serve_app.adapters.configured import brought_clashes, lasting_version
+from serve_app.adapters.deployed import deployed_applications, told_adapters
 from serve_app.config import ModelConfig, RouterConfig
 from serve_app.deploy.options import model_options, replica_environment, router_options
 from serve_app.deploy.resolve_model import needs_devices, resolve_model
@@ -28,7 +27,13 @@ from serve_app.errors import ConfigError, PlacementError, ServeAppError
 from serve_app.facts.inventory import Inventory, ray_inventory, unclaimed
 from serve_app.facts.nodes import ray_nodes
 from serve_app.model_fields import LiveFields
-from serve_app.ray_serve import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT, listening_host, with_lasting_version
+from serve_app.ray_serve import (
+    MODEL_DEPLOYMENT,
+    ROUTER_DEPLOYMENT,
+    application_being_built,
+    listening_host,
+    with_lasting_version,
+)
 from serve_app.replica.deployment import Model
 from serve_app.router.deployment import Router
 from serve_app.terminal import notify
@@ -39,8 +44,7 @@ def model(args: dict[str, Any]) -> Application:
     try:
         given = ModelConfig.from_args(args)
         config = with_adapter_room(given, notify)
-        if given.has_adapters:
-            require_own_names(deployed_applications())
+        require_own_names(application_being_built())
         agree_on_model(configured_keys(), ClusterRecord(), this_node(), listening_host())
         inventory = _inventory(config)
         resolved = resolve_model(
@@ -61,10 +65,13 @@ def model(args: dict[str, Any]) -> Application:
     return deployment.options(**options).bind(resolved.config, environment, resolved.facts)
 
 
-def require_own_names(applications: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ConfigError if an adapter has a name that another model, adapter or alias has. `applications` are those of
-    a config file by name."""
-    if lines := clashes_of(applications):
+def require_own_names(name: str | None) -> None:
+    """Raises ConfigError if the application of this name brings the name of an adapter, or an adapter with the name,
+    that another application of Serve has. Nothing is checked for None, of which only Serve's own tasks know more."""
+    if name is None:
+        return
+    applications = deployed_applications()
+    if lines := brought_clashes(name, applications, *told_adapters(applications)):
         raise ConfigError("\n".join(lines))
 
 
@@ -91,6 +98,7 @@ def router(args: dict[str, Any]) -> Application:
     """Returns the router's application. Raises RayServeException for a mistake of the user's."""
     try:
         config = RouterConfig.from_args(args)
+        require_own_names(application_being_built())
         agree_on_router(configured_keys(), ClusterRecord(), this_node(), listening_host(), config)
     except ServeAppError as error:
         raise RayServeException(str(error)) from None

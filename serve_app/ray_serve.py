@@ -6,6 +6,7 @@ them were seen in Ray 2.60. Ray is imported when it is needed, since commands wi
 """
 
 import asyncio
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -242,6 +243,21 @@ def code_version(application: Mapping[str, Any]) -> str:
     from ray.serve.schema import ServeApplicationSchema
 
     return str(get_app_code_version(ServeApplicationSchema.model_validate(application)))
+
+
+def application_being_built() -> str | None:
+    """Returns the name of the application whose builder runs on this thread, or None outside of Serve's task for it.
+
+    Serve gives the builder only `args`. Its task `build_serve_application` has the argument `name`, which is read from
+    the stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "build_serve_application":
+            name = frame.f_locals.get("name")
+            return name if isinstance(name, str) else None
+        frame = frame.f_back
+    return None
 
 
 def with_lasting_version(deployment: Any, version: str) -> Any:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.cli.adapter_notes import adapter_notes
+from serve_app.cli.adapter_notes import adapter_findings, refused_later
 from serve_app.cli.changes import changes
-from serve_app.cli.check import dangling_names, require_valid
+from serve_app.cli.check import check, dangling_names, require_valid
 from serve_app.config import ModelConfig
 from serve_app.engines.adapters import with_adapter_room
 from serve_app.errors import ConfigError
@@ -171,8 +171,9 @@ def test_diff_says_that_other_adapters_restart_nothing(old: dict[str, Any], new:
     assert change.kind == kind
 
 
-def test_check_notes_what_could_not_be_served(tmp_path: Path) -> None:
-    """By the folders of this machine. Nothing is downloaded for it."""
+def test_check_finds_what_could_not_be_served(tmp_path: Path) -> None:
+    """By the folders of this machine. Nothing is downloaded for it. A folder that is missing here may be on the nodes
+    of a cluster, and one that is here and broken is broken."""
     model = str(base(tmp_path / "base"))
     adapters = {
         "good": str(adapter(tmp_path / "good", base_model_name_or_path="x/base")),
@@ -181,12 +182,70 @@ def test_check_notes_what_could_not_be_served(tmp_path: Path) -> None:
         "none": "/nowhere/x",
         "hub": "org/hub",
     }
-    found = adapter_notes(read_applications(file(tmp_path, application("a", model=model, adapters=adapters), router())))
-    assert found[0] == (
-        "a: adapters.dora: it would not be served from this machine: it is a DoRA (use_dora), which no engine here "
-        "serves. Merge it into its base model."
+    room = ROOM | {"lora_target_modules": ["q_proj", "v_proj"]}
+    applications = read_applications(file(tmp_path, application("a", model=model, adapters=adapters, **room), router()))
+    missing = "there is no folder /nowhere/x. Write a local folder or a Hugging Face id."
+    refused = "requests for it would be refused, because it cannot be served: "
+    reason = "it is a DoRA (use_dora), which no engine here serves. Merge it into its base model."
+    dora = f"a: adapters.dora: {refused}{reason}"
+    here = adapter_findings(applications, is_here=True)
+    assert here.errors == [dora, f"a: adapters.none: {refused}{missing}"]
+    assert here.notes == []
+    there = adapter_findings(applications, is_here=False)
+    assert there.errors == [dora]
+    assert there.notes == [f"a: adapters.none: it would not be served from this machine: {missing}"]
+
+
+def test_check_exits_with_1_if_an_adapter_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model itself is placed, because it starts without the adapter."""
+    fields = {"model": str(base(tmp_path / "base")), "infer_backend": "pt", "device": "cpu"}
+    good, bad = adapter(tmp_path / "good"), adapter(tmp_path / "bad", use_dora=True)
+    assert check(file(tmp_path, application("a", adapters={"x": str(good)}, **fields), router()), None) == 0
+    capsys.readouterr()
+    assert check(file(tmp_path, application("a", adapters={"x": str(bad)}, **fields), router()), None) == 1
+    said = capsys.readouterr().out
+    assert "ok  a: " in said
+    assert "NO  a: adapters.x: requests for it would be refused" in said
+
+
+def test_check_says_which_room_the_adapters_of_the_start_leave(tmp_path: Path) -> None:
+    """As far as no field says it. vLLM takes other modules too."""
+    model, x = str(base(tmp_path / "base")), str(adapter(tmp_path / "x", rank=4))
+
+    def notes(**fields: Any) -> Any:
+        own = application("a", model=model, adapters={"x": x}, **fields)
+        return adapter_findings(read_applications(file(tmp_path, own, router())), is_here=True).notes
+
+    (note,) = notes(infer_backend="pt")
+    assert note == (
+        "a: the adapters of the start size the room for all that come later: max_loras is 1; max_lora_rank is 8; pt "
+        "makes buffers for q_proj, v_proj alone. Later ones that need more are refused until the replicas are "
+        "replaced. Set max_loras, max_lora_rank and lora_target_modules to leave room for them."
     )
-    assert found[1:] == [
-        "a: adapters.none: it would not be served from this machine: there is no folder /nowhere/x. Write a local "
-        "folder or a Hugging Face id."
-    ]
+    (note,) = notes(infer_backend="vllm", max_loras=4)
+    assert "later: max_lora_rank is 8. Later" in note
+    assert notes(infer_backend="pt", lora_target_modules=["q_proj", "v_proj"], **ROOM) == []
+    assert notes(infer_backend="vllm", **ROOM) == []
+
+
+def test_diff_says_which_adapters_running_replicas_would_refuse(tmp_path: Path) -> None:
+    """Their buffers are those of the start, for a model that is not restarted."""
+    model = str(base(tmp_path / "base"))
+    shapes = {"model.layers.0.mlp.up_proj": (8, 16)}
+    folders = {
+        "x": adapter(tmp_path / "x", rank=4), "large": adapter(tmp_path / "large", rank=16),
+        "wide": adapter(tmp_path / "wide", rank=4, shapes=shapes), "same": adapter(tmp_path / "same", rank=8),
+    }  # fmt: skip
+
+    def applications(*names: str, **fields: Any) -> Any:
+        named = {name: str(folders[name]) for name in names}
+        return read_applications(file(tmp_path, application("a", model=model, adapters=named, **fields), router()))
+
+    before, after = (applications(*names, infer_backend="pt") for names in (["x"], list(folders)))
+    found = refused_later(before, after, {"a"})
+    assert [note.partition(":")[0] for note in found] == ["a", "a"]
+    assert "adapters.large: running replicas would refuse it: its rank is 16, and max_lora_rank is 8" in found[0]
+    assert "adapters.wide: running replicas would refuse it: it changes model.layers.0.mlp.up_proj" in found[1]
+    assert refused_later(before, after, set()) == []
+    before, after = (applications(*names, infer_backend="vllm", **ROOM) for names in (["x"], ["x", "same", "wide"]))
+    assert refused_later(before, after, {"a"}) == []

@@ -26,18 +26,19 @@ def clashes(named: Iterable[Mapping[str, str]], aliases: Mapping[str, str]) -> l
     for names in named:
         model = next(iter(names), "")
         if names.get(model, "").startswith("adapters."):  # It took the place of its own model.
-            lines.append(_line(model, names[model], f"the model {model}"))
+            lines.append(clash_line(model, names[model], f"the model {model}"))
         for name, where in names.items():
             if name in places:
-                lines.append(_line(name, where, places[name]))
+                lines.append(clash_line(name, where, places[name]))
             places.setdefault(name, where)
     lines += [
-        _line(name, where, places[name])
+        clash_line(name, where, places[name])
         for name, where in aliases.items()
         if name in places and places[name].startswith("adapters.")
     ]
     return list(dict.fromkeys(lines))
 
 
-def _line(name: str, where: str, other: str) -> str:
+def clash_line(name: str, where: str, other: str) -> str:
+    """Returns what is said of a name that two places have."""
     return f"the name '{name}' is that of {where} and of {other}. Rename one of them."

@@ -6,8 +6,8 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from serve_app.adapters.clashes import clashes, names_of_model
-from serve_app.adapters.records import Adapters, Records
+from serve_app.adapters.clashes import clash_line, clashes, names_of_model
+from serve_app.adapters.records import Adapters, Found, Records
 from serve_app.model_fields import LiveFields
 
 MODEL_PATH, ROUTER_PATH = "serve_app.app:model", "serve_app.app:router"
@@ -34,12 +34,65 @@ def named_adapters(application: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def watched_folder_of(application: Mapping[str, Any]) -> str | None:
+    """Returns the folder that a model watches for adapters as its config writes it, or None if it watches none."""
+    args = application.get("args")
+    folder = args.get("adapters_folder") if isinstance(args, Mapping) else None
+    return folder if isinstance(folder, str) else None
+
+
 def clashes_of(applications: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns a line for each name of an adapter that another adapter, model or alias has, with both places. The
     applications are by name, as a config file has them."""
     models = {name: item for name, item in applications.items() if item.get("import_path") == MODEL_PATH}
     named = [names_of_model(name, map(str, named_adapters(item))) for name, item in sorted(models.items())]
     return clashes(named, _aliases(applications))
+
+
+def brought_clashes(
+    name: str, applications: Mapping[str, Mapping[str, Any]], records: Records, found: Found
+) -> list[str]:
+    """Returns a line for each name that the deployment of one application brings and that another application has, with
+    both places. So a clash stops only the deployment that causes it.
+
+    An adapter that a replica has, by `records`, or that was `found` ready in a folder, keeps its name. One that a
+    config names and that no replica has yet keeps it against models whose name comes later, unless it has failed.
+    """
+    own, others = applications.get(name, {}), {other: item for other, item in applications.items() if other != name}
+    held, failed = (_with_state(records, found, states) for states in ({"ready", "leaving"}, {"failed"}))
+    taken: dict[str, str] = {}
+    for other in others:
+        for adapter in sorted(held.get(other, ())):
+            names = names_of_model(other, [adapter]).keys() - {other}
+            taken |= dict.fromkeys(names, f"the adapter {adapter} that {other} serves")
+    if own.get("import_path") == ROUTER_PATH:
+        return [
+            clash_line(alias, where, taken[alias]) for alias, where in _aliases({name: own}).items() if alias in taken
+        ]
+    lines = [clash_line(name, f"the model {name}", taken[name])] if name in taken else []
+    for other, item in sorted(others.items()):
+        if item.get("import_path") == MODEL_PATH:
+            named = set(map(str, named_adapters(item))) if other < name else set()
+            taken = names_of_model(other, sorted(named - failed.get(other, set()))) | taken
+    taken = _aliases(others) | taken
+    for adapter in sorted(set(map(str, named_adapters(own))) - held.get(name, set())):
+        if adapter == name:
+            lines.append(clash_line(adapter, f"adapters.{adapter} of {name}", f"the model {name}"))
+        for spelling, where in names_of_model(name, [adapter]).items():
+            if spelling != name and spelling in taken:
+                lines.append(clash_line(spelling, where, taken[spelling]))
+    return lines
+
+
+def _with_state(records: Records, found: Found, states: Collection[str]) -> dict[str, set[str]]:
+    """Returns the adapters with one of these states in some replica, or when they were found, by application."""
+    told = [(application, adapters) for (application, _), adapters in records.items()]
+    told += [(application, last.adapters) for application, last in found.items()]
+    by_model: dict[str, set[str]] = {}
+    for application, adapters in told:
+        of_model = by_model.setdefault(application, set())
+        of_model |= {adapter for adapter, state in adapters.items() if state.state in states}
+    return by_model
 
 
 def adapter_names(applications: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -2,21 +2,26 @@
 
 The key of a record has a digest of its content, so a reader that knows the key knows the content. A reading costs one
 call for all keys, and one more for each record that has changed.
+
+A model with a watched folder has one more record, of what the replica that wrote last has found in it. It outlives the
+replicas, so the adapters are known while the model sleeps or is updated, and it goes with the model.
 """
 
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from serve_app.ray_serve import delete_stored, store, stored, stored_keys
 
-PREFIX = b"serve-app-adapters/"
+PREFIX, FOLDERS = b"serve-app-adapters/", b"serve-app-adapter-folders/"
 # The record of a replica that Serve has not known for so many seconds is deleted.
 FORGOTTEN_S = 600.0
+# What was found in the folder of a model that Serve has not known for so many seconds is deleted.
+DELETED_S = 10.0
 # A record with more bytes is not read, because no replica of ours writes it.
 MOST_RECORD_BYTES = 4 * 2**20
 
@@ -36,6 +41,25 @@ class AdapterState:
 Adapters = Mapping[str, AdapterState]
 # What all replicas have, by application and replica.
 Records = Mapping[tuple[str, str], Adapters]
+
+
+@dataclass(frozen=True)
+class FoundInFolder:
+    """These are the adapters that a replica has found in the watched folder, as it had them. `folder` is the folder as
+    the config wrote it."""
+
+    folder: str
+    adapters: Adapters
+
+
+# What was found last, by application.
+Found = Mapping[str, FoundInFolder]
+
+
+def write_found(application: str, found: FoundInFolder) -> None:
+    """Replaces what was found last in the watched folder of a model. It blocks for a millisecond. Raises RayError or
+    RuntimeError while Ray's head does not answer."""
+    store(FOLDERS + application.encode(), json.dumps(asdict(found), sort_keys=True).encode())
 
 
 class ReplicaRecord:
@@ -81,6 +105,7 @@ class RecordReader:
         self._keys, self._read, self._delete, self._clock = keys, read, delete, clock
         self._known: dict[bytes, Adapters | None] = {}
         self._unknown_since: dict[bytes, float] = {}
+        self._deleted_since: dict[bytes, float] = {}
 
     def read(self) -> Records:
         """Returns all records. It blocks for some milliseconds. Raises RayError or RuntimeError while Ray's head does
@@ -104,6 +129,24 @@ class RecordReader:
             if now - since > FORGOTTEN_S:
                 self._delete(key)
 
+    def found(self, applications: Collection[str]) -> Found:
+        """Returns what was found last in the watched folders of these models. It blocks for a millisecond for each.
+        Raises what `read` raises."""
+        contents = {name: self._read(FOLDERS + name.encode()) for name in applications}
+        read = {name: _parsed_found(content) for name, content in contents.items()}
+        return {name: found for name, found in read.items() if found is not None}
+
+    def forget_models_but(self, applications: Collection[str]) -> None:
+        """Deletes what was found in the folders of models that Serve has not known for `DELETED_S`. `applications` are
+        those that it knows."""
+        now = self._clock()
+        keys = self._keys(FOLDERS)
+        known = {FOLDERS + name.encode() for name in applications}
+        self._deleted_since = {key: self._deleted_since.get(key, now) for key in keys if key not in known}
+        for key, since in self._deleted_since.items():
+            if now - since > DELETED_S:
+                self._delete(key)
+
 
 def _place(key: bytes) -> tuple[str, str] | None:
     parts = key.removeprefix(PREFIX).decode("utf-8", "replace").split("/")
@@ -115,7 +158,20 @@ def _parsed(content: bytes | None) -> Adapters | None:
     if content is None or len(content) > MOST_RECORD_BYTES:
         return None
     try:
-        items: dict[str, Any] = json.loads(content)
-        return {name: AdapterState(**item) for name, item in items.items()}
+        return _adapters(json.loads(content))
     except (ValueError, TypeError, AttributeError):
         return None
+
+
+def _parsed_found(content: bytes | None) -> FoundInFolder | None:
+    if content is None or len(content) > MOST_RECORD_BYTES:
+        return None
+    try:
+        item: dict[str, Any] = json.loads(content)
+        return FoundInFolder(str(item["folder"]), _adapters(item["adapters"]))
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
+
+
+def _adapters(items: Mapping[str, Any]) -> Adapters:
+    return {name: AdapterState(**item) for name, item in items.items()}

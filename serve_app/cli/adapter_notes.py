@@ -1,32 +1,117 @@
-"""Says which adapters of a file could not be served, as far as their folders are on this machine."""
+"""Says which adapters of a file could not be served, and which could not be later, as far as their folders are on this
+machine. Adapters of the hub are not downloaded for this."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from serve_app.engines.adapters import AdapterCheck, with_adapter_room
+from serve_app.config import ModelConfig
+from serve_app.engines.adapters import AdapterCheck, readable_adapters, with_adapter_room
 from serve_app.errors import AdapterError
 from serve_app.facts.serve_file import ApplicationSpec
+from serve_app.planning.adapters import buffers_problem, module_tail
+
+MOST_MODULES = 12
 
 
-def adapter_notes(applications: Sequence[ApplicationSpec]) -> list[str]:
-    """Returns a note on each adapter in a local folder that cannot be served, or that was trained on a model of another
-    name. These are only notes, because an adapter that is broken stops nothing else, and because the folder may lie on
-    other machines. Adapters of the hub are not downloaded for this."""
-    notes = []
+@dataclass(frozen=True)
+class AdapterFindings:
+    """These are lines about the adapters of a file. `errors` are on adapters for which requests would be refused. Their
+    models start without them."""
+
+    errors: Sequence[str]
+    notes: Sequence[str]
+
+
+def adapter_findings(applications: Sequence[ApplicationSpec], is_here: bool) -> AdapterFindings:
+    """Returns what is wrong with the adapters in local folders, and what is to be known of them and of the room that
+    they leave. `is_here` means that replicas would run on this machine. Elsewhere, a folder that is missing here may be
+    there, so it is only noted."""
+    errors, notes = [], []
     for application in applications:
         if not application.is_model:
             continue
         config = application.model_settings()
-        local = {name: source for name, source in config.adapters.items() if _is_local(source)}
-        check = AdapterCheck(with_adapter_room(config.model_copy(update={"adapters": local})))
-        for name, source in local.items():
+        local = _local(config)
+        check = AdapterCheck(with_adapter_room(local))
+        for name, source in local.adapters.items():
+            place = f"{application.name}: adapters.{name}"
             try:
                 _, note = check.checked(source, name in config.allow_pickled_adapters)
             except AdapterError as error:
+                if is_here or os.path.isdir(os.path.expanduser(source)):
+                    errors.append(f"{place}: requests for it would be refused, because it cannot be served: {error}")
+                    continue
                 note = f"it would not be served from this machine: {error}"
             if note:
-                notes.append(f"{application.name}: adapters.{name}: {note}")
+                notes.append(f"{place}: {note}")
+        if note := _room_note(config):
+            notes.append(f"{application.name}: {note}")
+    return AdapterFindings(errors, notes)
+
+
+def refused_later(
+    before: Sequence[ApplicationSpec], after: Sequence[ApplicationSpec], in_place: Collection[str]
+) -> list[str]:
+    """Returns a note on each adapter that running replicas would refuse, for models that change in place. Their buffers
+    were made for the adapters of the file before."""
+    old = {application.name: application for application in before if application.is_model}
+    notes = []
+    for application in after:
+        if application.is_model and application.name in in_place and application.name in old:
+            was, now = old[application.name].model_settings(), _local(application.model_settings())
+            notes += [f"{application.name}: adapters.{name}: {reason}" for name, reason in _refused(was, now)]
     return notes
+
+
+def _refused(was: ModelConfig, now: ModelConfig) -> list[tuple[str, str]]:
+    started = with_adapter_room(_local(was))
+    check = AdapterCheck(started.model_copy(update={"adapters": now.adapters}))
+    has_own_modules = was.infer_backend == "pt" and was.lora_target_modules is None
+    known = readable_adapters(_local(was)) if has_own_modules else ()
+    found = []
+    for name, source in now.adapters.items():
+        try:
+            adapter, _ = check.checked(source, name in now.allow_pickled_adapters)
+        except AdapterError as error:
+            found.append((name, f"running replicas would refuse it: {error}"))
+            continue
+        if known and (problem := buffers_problem(adapter, known)) is not None:
+            found.append((name, f"running replicas would refuse it: {problem}"))
+    return found
+
+
+def _room_note(config: ModelConfig) -> str:
+    """Returns what the adapters of the start leave for those that come later, or an empty text if the fields say it."""
+    if not config.adapters:
+        return ""
+    room, sized = with_adapter_room(_local(config)), []
+    if config.max_loras is None:
+        sized.append(f"max_loras is {room.max_loras}")
+    if config.max_lora_rank is None:
+        sized.append(f"max_lora_rank is {room.max_lora_rank}")
+    if config.lora_target_modules is None and config.infer_backend != "vllm" and (modules := _modules(config)):
+        sized.append(f"pt makes buffers for {modules} alone")
+    if not sized:
+        return ""
+    return (
+        f"the adapters of the start size the room for all that come later: {'; '.join(sized)}. Later ones that need "
+        "more are refused until the replicas are replaced. Set max_loras, max_lora_rank and lora_target_modules to "
+        "leave room for them."
+    )
+
+
+def _modules(config: ModelConfig) -> str:
+    found = readable_adapters(_local(config))
+    names = sorted({module_tail(module).rpartition(".")[2] for facts in found for module in facts.modules})
+    more = len(names) - MOST_MODULES
+    return ", ".join(names[:MOST_MODULES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _local(config: ModelConfig) -> ModelConfig:
+    """Returns the config with those adapters alone that lie in local folders."""
+    local = {name: source for name, source in config.adapters.items() if _is_local(source)}
+    return config.model_copy(update={"adapters": local})
 
 
 def _is_local(source: str) -> bool:

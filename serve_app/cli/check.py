@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from serve_app.access.keys import ENVIRONMENT, FILE_VARIABLE
 from serve_app.access.origin import is_loopback
 from serve_app.adapters.configured import adapter_names, clashes_of
-from serve_app.cli.adapter_notes import adapter_notes
+from serve_app.cli.adapter_notes import adapter_findings
 from serve_app.cli.cluster import connected
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
 from serve_app.cli.plan.pools import amounts, long_waits
@@ -39,7 +39,8 @@ BUILDERS = {"serve_app.app:model": "Model", "serve_app.app:router": "Router"}
 
 
 def check(file: Path, address: str | None) -> int:
-    """Prints a line for each model. Returns 1 if one cannot be placed, else 0. Raises ConfigError for a wrong file."""
+    """Prints a line for each model. Returns 1 if one cannot be placed or an adapter cannot be served, else 0. Raises
+    ConfigError for a wrong file."""
     applications = read_applications(file)
     require_valid(applications)
     require_serves_schema(file)
@@ -51,7 +52,8 @@ def check(file: Path, address: str | None) -> int:
         print(f"note: {note}")
     for note in (*open_access(document, applications, os.environ if is_here else None), *dangling_names(applications)):
         print(f"note: {note}")
-    for note in (*doubtful_engine_args(applications), *adapter_notes(applications)):
+    adapters = adapter_findings(applications, is_here)
+    for note in (*doubtful_engine_args(applications), *adapters.notes):
         print(f"note: {note}")
     for note in () if is_here else unheard_keys(document, os.environ):
         print(f"note: {note}")
@@ -61,7 +63,9 @@ def check(file: Path, address: str | None) -> int:
     for note in long_waits(pools.plans, applications):
         print(f"note: {note}")
     placed = [_report(application, nodes, inventory, request_of, pools) for application in models]
-    return 0 if all(placed) else 1
+    for line in adapters.errors:
+        print(f"NO  {line}")
+    return 0 if all(placed) and not adapters.errors else 1
 
 
 def require_valid(applications: Sequence[ApplicationSpec]) -> None:

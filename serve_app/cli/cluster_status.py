@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from serve_app.adapters.records import Records
+from serve_app.adapters.records import Found, Records
 from serve_app.facts.nodes import Node, node_from_resources
 from serve_app.planning.resource_demand import Demand
 from serve_app.ray_serve import MODEL_DEPLOYMENT
@@ -95,17 +95,18 @@ def cluster_status(
     now: float,
     bundles: Bundles | None = None,
     records: Records | None = None,
+    found: Found | None = None,
 ) -> ClusterStatus:
     """Returns the status of all models. `applications` are those of `ServeInstanceDetails`, `ray_nodes` those of
-    `ray.nodes()`, and `available` has the free resources by node id. `bundles` are those of `ray_serve`, and `records`
-    has what replicas have of adapters."""
+    `ray.nodes()`, and `available` has the free resources by node id. `bundles` are those of `ray_serve`, `records` has
+    what replicas have of adapters, and `found` what they found in their folders last."""
     alive = [node for node in ray_nodes if node["Alive"]]
     nodes = [node_from_resources(node["NodeManagerAddress"], node["Resources"]) for node in alive]
     left = [node_from_resources(node["NodeManagerAddress"], available.get(node["NodeID"], {})) for node in alive]
     gone = [_gone(node) for node in ray_nodes if not node["Alive"]]
     fresh = {(report.application, report.replica): report for report in reports if now - report.written_at < STALE_S}
     statuses = read_status(applications, own_application="")
-    adapters = adapter_statuses(applications, statuses, records or {})[0].values()
+    adapters = adapter_statuses(applications, statuses, records or {}, found or {})[0].values()
     models = [
         replace(
             _model(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from serve_app.cli.adapter_notes import refused_later
 from serve_app.cli.changes import Change, changes, for_all, not_applied
 from serve_app.cli.check import dangling_names, require_serves_schema, require_valid
 from serve_app.cli.engine_args import doubtful_engine_args
@@ -29,9 +30,12 @@ def diff(old: Path, new: Path, gpus: str | None, inventory: Path | None, address
         print(f"note: {name} differs. `serve deploy` does not change it while Serve runs. Stop Serve and run it again.")
     for name in for_all(before, after):
         print(f"note: {name} differs. Serve applies it to every application.")
-    for note in (*dangling_names(read_applications(new)), *doubtful_engine_args(read_applications(new))):
+    before_it, after_it = read_applications(old), read_applications(new)
+    in_place = {change.name for change in found if change.kind == "changes in place"}
+    later = refused_later(before_it, after_it, in_place)
+    for note in (*dangling_names(after_it), *doubtful_engine_args(after_it), *later):
         print(f"note: {note}")
-    if not any(application.is_model for application in read_applications(new)):
+    if not any(application.is_model for application in after_it):
         return 0
     try:
         made = plan_of_file(new, gpus, inventory, address)

@@ -38,16 +38,19 @@ def _read(where: str) -> ClusterStatus:
     from ray.exceptions import RayError
 
     from serve_app.cli.cluster_status import cluster_status
+    from serve_app.router.model_status import untold
 
     try:
         applications = serve_details(STATUS_TIMEOUT_S)["applications"]
         nodes, left, reports, asked = ray.nodes(), available_by_node(), read_reports(), waiting_bundles()
-        records = RecordReader().read()
+        reader = RecordReader()
+        records = reader.read()
+        found = reader.found(untold(applications, records))
     except ValueError:
         raise ConfigError(f"Ray runs at {where}, but Serve does not. Start it with `serve-app run FILE`.") from None
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
-    return cluster_status(applications, nodes, left, reports, time.time(), asked, records)
+    return cluster_status(applications, nodes, left, reports, time.time(), asked, records, found)
 
 
 def report(seen: ClusterStatus) -> str:

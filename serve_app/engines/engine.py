@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.draft_counts import DraftCounts
+from serve_app.engines.lost_adapter import LostAdapter
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.facts.checkpoint import read_own_pooling
@@ -91,11 +92,17 @@ class Engine(Protocol):
         """Makes a LoRA adapter available, for which requests ask by its name in the body's field `model`. The folder is
         PEFT's, has been checked (`planning/adapters.py`), and has its weights in adapter_model.safetensors.
 
-        If there is one of this name, new requests get the new one, the requests that run end with the old one, and the
-        call returns after that. Calls come one at a time for each name. They may come in any state between `start` and
-        `stop`, also while the engine is parked. Raises AdapterError with the reason if it cannot be served; then
-        the old one stays.
+        If there is one of this name, new requests get the new one, and the requests that run end with the old one. The
+        call returns as soon as new requests get the new one. The old one's folder is not needed after that. Calls come
+        one at a time for each name, but a load may come while a removal waits for requests. They may come in any state
+        between `start` and `stop`, also while the engine is parked. Raises AdapterError with the reason if it cannot be
+        served; then the old one stays.
         """
+        ...
+
+    def watch_adapters(self, lost: LostAdapter) -> None:
+        """Has `lost` called on the event loop with each adapter that `load_adapter` took while the engine was away, and
+        that could not be loaded since. Only the last `lost` counts."""
         ...
 
     async def unload_adapter(self, name: str) -> None:

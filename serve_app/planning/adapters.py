@@ -122,6 +122,20 @@ def target_problem(adapter: AdapterFacts, wanted: Collection[str] | None) -> str
     return None
 
 
+def buffers_problem(adapter: AdapterFacts, known: Iterable[AdapterFacts]) -> str | None:
+    """Returns which module of an adapter has no buffers in a pt that was started with the `known` adapters, which made
+    them for the modules of these alone, or None."""
+    tails = {module_tail(module) for facts in known for module in facts.modules}
+    for name in adapter.modules:
+        if module_tail(name) not in tails:
+            last = name.rpartition(".")[2]
+            return (
+                f"it changes {name[:200]}, for which pt has made no buffers, because no adapter of the start changes "
+                f"it. Set lora_target_modules with {last[:100]} among them, which restarts the model's replicas."
+            )
+    return None
+
+
 def base_note(adapter: AdapterFacts, model: str) -> str | None:
     """Returns a note if the adapter names another base model than this one, or None. Folders of the same last name
     count as the same model."""

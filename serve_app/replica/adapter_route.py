@@ -8,10 +8,10 @@ however an engine would read what the client wrote, such as another encoding or 
 from collections.abc import Callable
 from functools import partial
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.access.gate import of_length
-from serve_app.errors import InvalidRequest, RequestError
+from serve_app.errors import InvalidRequest, ModelNotFound, ModelUnavailable, RequestError
 from serve_app.replica.whole_body import METHODS_WITHOUT_BODY
 from serve_app.wire.arrival import known_body, with_body
 from serve_app.wire.asgi import show_routes
@@ -36,20 +36,41 @@ class AdapterRoute:
         body = known_body(scope)
         assert body is not None, "WholeBody is in front of this"
         try:
-            written = await beside_loop(len(body.content), partial(self._written, body))
+            written, name = await beside_loop(len(body.content), partial(self._written, body))
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
         if written is not body:
             scope = {**scope, "headers": of_length(scope["headers"], len(written.content))}
-        await self._app(*with_body(scope, receive, written), send)
+        await self._app(*with_body(scope, receive, written), self._unless_lost(name, scope, receive, send))
 
-    def _written(self, body: RequestBody) -> RequestBody:
-        """Returns the body with the engine's own name. One that is no JSON object is the engine's to refuse or to
-        read. Raises ModelNotFound, ModelUnavailable, and InvalidRequest for a body that cannot be written."""
+    def _written(self, body: RequestBody) -> tuple[RequestBody, str | None]:
+        """Returns the body with the engine's own name, and the name that the client has written. One that is no JSON
+        object is the engine's to refuse or to read. Raises ModelNotFound, ModelUnavailable, and InvalidRequest for a
+        body that cannot be written."""
         try:
             name = body.peek().model
         except InvalidRequest:
-            return body
+            return body, None
         asked = self._require(name)
-        return body.with_fields() if name is None else body.with_fields(model=asked.name)
+        return (body.with_fields() if name is None else body.with_fields(model=asked.name)), name
+
+    def _unless_lost(self, name: str | None, scope: Scope, receive: Receive, send: Send) -> Send:
+        """Returns `send` for the answer of the engine. A 404 of an engine that has lost the adapter meanwhile, as one
+        of a pool may have while the request waited for it, becomes what is said of the adapter now."""
+        is_replaced = False
+
+        async def checked(message: Message) -> None:
+            nonlocal is_replaced
+            if message["type"] == "http.response.start" and message["status"] == ModelNotFound.status:
+                try:
+                    self._require(name)
+                except ModelUnavailable as error:
+                    is_replaced = True
+                    await error_response(error)(scope, receive, send)
+                except ModelNotFound:
+                    pass  # The engine's own answer says so too.
+            if not is_replaced:
+                await send(message)
+
+        return checked

@@ -7,15 +7,16 @@ and may change at any time, also while an adapter is being loaded.
 
 import asyncio
 import logging
-import tempfile
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from serve_app.access.gate import require_asked
 from serve_app.adapters.records import Adapters, AdapterState
 from serve_app.config import ModelConfig
+from serve_app.engines.adapter_copies import AdapterCopies, remove
 from serve_app.engines.adapters import AdapterCheck, unpickled
 from serve_app.engines.engine import Engine
 from serve_app.errors import AdapterError, ModelNotFound, ModelUnavailable
@@ -48,24 +49,32 @@ class Wanted:
     stamp: Stamp
 
 
+# This stands for a version that the engine has and that is not wanted any more.
+OLDER = Wanted("", pickled=False, stamp=())
+
+
 @dataclass
 class Entry:
     """This is what there is of an adapter. `loaded` is what the engine has, and `failed` what it could not be given.
-    `converted` holds the files of one that was pickled, and `told` is the failure that was told last."""
+    `converted` holds the files of one that was pickled, and `told` is the failure that was told last. `leaving` are
+    the removals that wait for requests, and `again` is set when the adapter is wanted."""
 
     state: AdapterState
     told: str = ""
     loaded: Wanted | None = None
     failed: Wanted | None = None
-    converted: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    converted: Path | None = None
+    leaving: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
+    again: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
 
 class AdapterShelf:
     """Has the adapters of one replica.
 
-    `tell` writes what the replica has where others read it, and may block. `taken` returns names that others have, with
-    their places, and may block. It is told whether a config names the adapter, which a watched folder brings otherwise.
-    Both may raise while Ray's head does not answer.
+    `tell` writes what the replica has where others read it, and may block. `tell_found` does so with those adapters
+    that come from the watched folder, once that could be read. `taken` returns names that others have, with their
+    places, and may block. It is told whether a config names the adapter, which a watched folder brings otherwise. All
+    three may raise while Ray's head does not answer.
     """
 
     def __init__(
@@ -75,18 +84,23 @@ class AdapterShelf:
         engine: Engine,
         tell: Callable[[Adapters], None] = lambda _: None,
         taken: Callable[[bool], Mapping[str, str]] = lambda _: {},
+        tell_found: Callable[[Adapters], None] = lambda _: None,
     ):
         self._name, self._check, self._engine, self._tell, self._taken = name, check, engine, tell, taken
+        self._tell_found = tell_found
         self._entries: dict[str, Entry] = {}
         self._named: dict[str, Wanted] = {}
         self._in_folder: dict[str, Wanted] = {}
+        self._was_folder_read = False
         self._workers: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Semaphore(READ_AT_ONCE)
+        self._copies = AdapterCopies()
         self._changed = asyncio.Event()
         self._pickled = check.config.allow_pickled_adapters
         folder = check.config.adapters_folder
         self._folder = None if folder is None else WatchedFolder(Path(folder).expanduser(), self._notify)
+        engine.watch_adapters(self._lost)
 
     async def start(self, config: ModelConfig) -> None:
         """Loads the adapters that the config and the folder name, and returns when each is loaded or has failed. From
@@ -94,6 +108,7 @@ class AdapterShelf:
         if self._folder is not None:
             await self._look(self._folder, at_once=True)
             self._go_on(self._follow(self._folder))
+            self._changed.set()  # That the folder has none is to be told too.
         self._go_on(self._keep_telling())
         self._go_on(self._try_again())
         await self.want(config)
@@ -113,12 +128,12 @@ class AdapterShelf:
 
     async def stop(self) -> None:
         """Ends its work. The engine is left as it is."""
-        tasks = [*self._workers.values(), *self._background]
+        leaving = [task for entry in self._entries.values() for task in entry.leaving]
+        tasks = [*self._workers.values(), *self._background, *leaving]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for entry in self._entries.values():
-            _clean(entry)
+        await asyncio.to_thread(self._copies.close)
 
     def names(self) -> Collection[str]:
         """Returns the adapters that it has or should have."""
@@ -157,6 +172,8 @@ class AdapterShelf:
         wanted = self._wanted
         for name in {*wanted, *self._entries}:
             entry, want = self._entries.get(name), wanted.get(name)
+            if entry is not None and want is not None:
+                entry.again.set()
             if entry is not None and want is not None and want in (entry.loaded, entry.failed):
                 continue
             if name not in self._workers:
@@ -189,14 +206,12 @@ class AdapterShelf:
                 folder, note, converted = await asyncio.to_thread(self._read, name, wanted)
             await self._engine.load_adapter(name, folder)
         except Exception as error:
-            if converted is not None:
-                converted.cleanup()
+            await asyncio.to_thread(remove, converted)
             if not isinstance(error, AdapterError):
                 logger.exception("The adapter '%s' could not be loaded.", name)
             self._failed(name, entry, wanted, str(error) if isinstance(error, AdapterError) else repr(error))
             return
-        if before is not None:
-            before.cleanup()
+        await asyncio.to_thread(remove, before)
         entry.loaded, entry.failed, entry.told, entry.converted = wanted, None, "", converted
         self._put(name, entry, AdapterState("ready", note))
         say(f"the adapter '{name}' of '{self._name}' is ready" + (f": {note}" if note else ""))
@@ -214,20 +229,29 @@ class AdapterShelf:
             self._notify(f"the adapter '{name}' of '{self._name}' cannot be served: {reason}")
 
     async def _remove(self, name: str, entry: Entry) -> None:
+        """Has no request get an adapter any more. Returns when those that run have ended, or as soon as the adapter is
+        wanted again, since a new version does not wait for them."""
         if entry.loaded is not None:
+            entry.leaving.add(asyncio.create_task(self._unload(name)))
+        if entry.leaving:
             self._put(name, entry, AdapterState("leaving"))
-            try:
-                await self._engine.unload_adapter(name)
-            except Exception as error:  # It takes no requests any more, so only its memory is lost.
-                logger.exception("The adapter '%s' could not be removed.", name)
-                self._notify(f"the adapter '{name}' of '{self._name}' could not be removed whole: {error}")
-            say(f"the adapter '{name}' of '{self._name}' is removed")
-        entry.loaded = entry.failed = None
-        _clean(entry)
+            entry.again.clear()
+            await _either(asyncio.wait(entry.leaving), entry.again.wait())
+            entry.leaving = {task for task in entry.leaving if not task.done()}
+        converted, entry.loaded, entry.failed, entry.converted = entry.converted, None, None, None
+        await asyncio.to_thread(remove, converted)
 
-    def _read(self, name: str, wanted: Wanted) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
-        """Returns the folder of an adapter that may be loaded, a note on it, and what holds the folder if it is made
-        here. Raises AdapterError."""
+    async def _unload(self, name: str) -> None:
+        try:
+            await self._engine.unload_adapter(name)
+        except Exception as error:  # It takes no requests any more, so only its memory is lost.
+            logger.exception("The adapter '%s' could not be removed.", name)
+            self._notify(f"the adapter '{name}' of '{self._name}' could not be removed whole: {error}")
+        say(f"the adapter '{name}' of '{self._name}' is removed")
+
+    def _read(self, name: str, wanted: Wanted) -> tuple[Path, str, Path | None]:
+        """Returns the folder of an adapter that may be loaded, a note on it, and the folder again if it is made here.
+        Raises AdapterError."""
         own = Asked(self._name, name)
         if name == self._name:
             raise AdapterError(f"its name '{name}' is that of its model. Rename it.")
@@ -238,12 +262,12 @@ class AdapterShelf:
         adapter, note = self._check.checked(wanted.source, wanted.pickled)
         if not adapter.is_pickled:
             return adapter.folder, note, None
-        made = tempfile.TemporaryDirectory(prefix="serve-app-adapter-")
+        made = self._copies.new()
         try:
-            unpickled(adapter, Path(made.name))
-            adapter, note = self._check.checked(made.name)
+            unpickled(adapter, made)
+            adapter, note = self._check.checked(str(made))
         except BaseException:
-            made.cleanup()
+            remove(made)
             raise
         return adapter.folder, note, made
 
@@ -263,11 +287,34 @@ class AdapterShelf:
                     await self._changed.wait()
             self._changed.clear()
             try:
-                await asyncio.to_thread(self._tell, self.states())
+                states, found = self.states(), self._found()
+                await asyncio.to_thread(self._tell, states)
+                if found is not None:
+                    await asyncio.to_thread(self._tell_found, found)
             except Exception as error:  # Ray's head may be restarting.
                 logger.warning("What the replica has of adapters could not be told: %s", error)
                 self._changed.set()
                 await asyncio.sleep(TELL_AGAIN_S)
+
+    def _found(self) -> Adapters | None:
+        """Returns those of the watched folder that no config names, or None if there is no folder or it could not be
+        read yet, so that nothing is known of it."""
+        if not self._was_folder_read:
+            return None
+        states = self.states()
+        names = self._in_folder.keys() - self._named.keys()
+        return {name: states.get(name, AdapterState("loading")) for name in names}
+
+    def _lost(self, name: str, reason: str, has_old: bool) -> None:
+        """Notes that the engine could not load an adapter that it had taken while it was away, and tries it again at
+        once, because its files may be others by now. `has_old` means that the engine serves the version before it."""
+        entry = self._entries.get(name)
+        if entry is None or entry.loaded is None or entry.state.state == "leaving":
+            return
+        lost, entry.loaded = entry.loaded, OLDER if has_old else None
+        self._failed(name, entry, lost, reason)
+        entry.failed = None
+        self._work()
 
     async def _try_again(self) -> None:
         """Tries adapters that have failed again and again."""
@@ -290,6 +337,7 @@ class AdapterShelf:
         self._in_folder = {
             name: Wanted(str(path), name in self._pickled, stamp) for name, (path, stamp) in found.items()
         }
+        self._was_folder_read = folder.was_read
 
     def _notify(self, text: str) -> None:
         logger.warning("%s", text)
@@ -308,7 +356,11 @@ def _named(config: ModelConfig) -> dict[str, Wanted]:
     }
 
 
-def _clean(entry: Entry) -> None:
-    if entry.converted is not None:
-        entry.converted.cleanup()
-        entry.converted = None
+async def _either(*waits: Coroutine[Any, Any, object]) -> None:
+    """Returns when one of these has ended, and ends the others."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -23,7 +23,7 @@ from serve_app.access.keys import configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.adapters.configured import taken_names
 from serve_app.adapters.deployed import deployed_applications
-from serve_app.adapters.records import RecordReader, ReplicaRecord
+from serve_app.adapters.records import Adapters, FoundInFolder, RecordReader, ReplicaRecord, write_found
 from serve_app.config import ModelConfig
 from serve_app.engines.adapters import AdapterCheck
 from serve_app.engines.engine import Engine, create_engine
@@ -124,7 +124,10 @@ class Model:
         def taken(is_named: bool) -> Mapping[str, str]:
             return taken_names(deployed_applications(), self.name, RecordReader().read(), is_named)
 
-        self._shelf = AdapterShelf(self.name, check, self._engine, record.write, taken)
+        def found(adapters: Adapters) -> None:
+            write_found(self.name, FoundInFolder(self._config.adapters_folder or "", adapters))
+
+        self._shelf = AdapterShelf(self.name, check, self._engine, record.write, taken, found)
         await self._shelf.start(self._config)
 
     @property

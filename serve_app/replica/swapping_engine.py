@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Engine, Parking
+from serve_app.engines.lost_adapter import LostAdapter
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import AdapterError, EngineError, ServeAppError, StillTooLarge
@@ -23,6 +24,7 @@ from serve_app.model_fields import ResidencyConfig
 from serve_app.replica.held_requests import HeldRequests
 from serve_app.replica.metrics import SwapMetrics
 from serve_app.replica.report import ResidencyReport
+from serve_app.replica.watched_folder import Stamp, stamp_of
 from serve_app.residency.book import Report
 from serve_app.residency.keeper import Keeper
 from serve_app.residency.lease_holder import LeaseHolder
@@ -47,6 +49,14 @@ class Seat:
     lease: Bytes
     make: Callable[[], Engine]
     residue: Bytes = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """This is one version of an adapter that the replica was given: its folder, and the state of its files then."""
+
+    folder: Path
+    stamp: Stamp
 
 
 class SwappingEngine:
@@ -93,7 +103,8 @@ class SwappingEngine:
         self._holder = LeaseHolder(keeper, self._report, self._obey, notify)
         self._lock: LifeLock | None = None
         self._metrics = SwapMetrics()
-        self._adapters: dict[str, Path] = {}
+        self._adapters: dict[str, Taken] = {}
+        self._adapter_lost: LostAdapter = self._notify_lost
 
     async def start(self) -> ASGIApp:
         """Joins the pool, waits until the engine has been loaded for the first time, and returns the application."""
@@ -162,10 +173,18 @@ class SwappingEngine:
         return await self._engine.memory()
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Does what `Engine` says. An engine that is stopped gets it when it starts again."""
-        if self._engine is not None:
-            await self._engine.load_adapter(name, folder)
-        self._adapters[name] = folder
+        """Does what `Engine` says. An engine that is stopped gets it when it starts again, so its folder is needed
+        until the adapter is replaced or removed."""
+        taken = Taken(folder, await asyncio.to_thread(stamp_of, folder))
+        while (engine := self._engine) is not None:
+            await engine.load_adapter(name, folder)
+            if self._engine is engine:  # Another one may have started meanwhile, which has not got it.
+                break
+        self._adapters[name] = taken
+
+    def watch_adapters(self, lost: LostAdapter) -> None:
+        """Does what `Engine` says. An adapter is lost too if an engine that starts again cannot be given it."""
+        self._adapter_lost = lost
 
     async def unload_adapter(self, name: str) -> None:
         """Does what `Engine` says."""
@@ -238,8 +257,11 @@ class SwappingEngine:
             self._residue = self._seat.residue
             self._started = self._seat.make()
             self._app = await self._started.start()
-            await self._bring_adapters(self._started)
+            lost = await self._bring_adapters(self._started)
             self._engine, self._started = self._started, None
+            self._engine.watch_adapters(self._lost_by_engine)
+            for name, reason in lost.items():
+                self._adapter_lost(name, reason, False)
         else:
             await self._parking().wake()
             self._has_copy = self._parking().copy_bytes() > 0
@@ -257,22 +279,39 @@ class SwappingEngine:
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
 
-    async def _bring_adapters(self, engine: Engine) -> None:
-        """Gives a new engine the adapters that the last one had. One that is broken by now is missing there, which
-        concerns no other one, and requests for it say so."""
-        brought: dict[str, Path] = {}
-        while missing := [item for item in self._adapters.items() if brought.get(item[0]) != item[1]]:
-            name, folder = missing[0]  # Others may come and go meanwhile.
-            brought[name] = folder
-            try:
-                await engine.load_adapter(name, folder)
-            except AdapterError as error:
-                notify(f"'{self._name}' has lost its adapter '{name}': {error}")
-            except Exception as error:  # It is read from a disk that may have changed.
-                logger.exception("The adapter '%s' could not be loaded again.", name)
-                notify(f"'{self._name}' has lost its adapter '{name}': {error!r}")
-        for name in brought.keys() - self._adapters.keys():
-            await engine.unload_adapter(name)
+    async def _bring_adapters(self, engine: Engine) -> dict[str, str]:
+        """Gives a new engine the adapters that the last one had, and returns the reasons why it has not got others, by
+        their names. Versions come, go and are replaced meanwhile. Those that are lost are not kept for the next engine,
+        because who was told of it brings them again."""
+        brought: dict[str, Taken] = {}
+        lost: dict[str, str] = {}
+        while True:
+            missing = next((name for name, taken in self._adapters.items() if brought.get(name) is not taken), None)
+            gone = next((name for name in brought if name not in self._adapters), None)
+            if missing is not None:
+                taken = self._adapters[missing]
+                reason = await _why_not_brought(engine, missing, taken)
+                brought[missing] = taken
+                if self._adapters.get(missing) is taken and reason is not None:
+                    lost[missing] = reason
+                    del self._adapters[missing], brought[missing]
+                elif reason is None:
+                    lost.pop(missing, None)
+            elif gone is not None:
+                del brought[gone]
+                await _unloaded(engine, gone)
+            else:
+                return lost
+
+    def _lost_by_engine(self, name: str, reason: str, has_old: bool) -> None:
+        """Passes on that the engine has lost an adapter. It gets it again at its next start if it has an older version,
+        and otherwise from who is told of it."""
+        if not has_old:
+            self._adapters.pop(name, None)
+        self._adapter_lost(name, reason, has_old)
+
+    def _notify_lost(self, name: str, reason: str, _: bool) -> None:
+        notify(f"'{self._name}' has lost its adapter '{name}': {reason}")
 
     async def _leave(self, parks: bool) -> None:
         self._state = "draining"
@@ -348,3 +387,26 @@ class SwappingEngine:
         if parking is None:
             raise EngineError("the engine cannot park")
         return parking
+
+
+async def _why_not_brought(engine: Engine, name: str, taken: Taken) -> str | None:
+    """Loads an adapter, and returns why it could not be loaded, or None. One whose files have changed since it was
+    taken is another one, which nobody has checked."""
+    if await asyncio.to_thread(stamp_of, taken.folder) != taken.stamp:
+        return f"the files in {taken.folder} have changed since it was loaded"
+    try:
+        await engine.load_adapter(name, taken.folder)
+    except AdapterError as error:
+        return str(error)
+    except Exception as error:  # It is read from a disk that may have changed.
+        logger.exception("The adapter '%s' could not be loaded again.", name)
+        return repr(error)
+    return None
+
+
+async def _unloaded(engine: Engine, name: str) -> None:
+    """Removes an adapter that went while it was brought. A failure costs only its memory."""
+    try:
+        await engine.unload_adapter(name)
+    except AdapterError as error:
+        logger.warning("The adapter '%s' could not be removed whole: %s", name, error)

@@ -44,12 +44,14 @@ class _Seen:
 
 
 class WatchedFolder:
-    """Is the folder of one replica. `tell` gets what is wrong with it, once for each text."""
+    """Is the folder of one replica. `tell` gets what is wrong with it, once for each text. `was_read` says whether it
+    could be read at least once."""
 
     def __init__(self, folder: Path, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
         self._folder, self._tell, self._clock = folder, tell, clock
         self._seen: dict[str, _Seen] = {}
         self._told: set[str] = set()
+        self.was_read = False
 
     def look(self, at_once: bool = False) -> Mapping[str, tuple[Path, Stamp]]:
         """Returns the adapters that are there by name, each with its folder and its stamp. It blocks for a moment, and
@@ -61,6 +63,7 @@ class WatchedFolder:
         except AdapterError as error:
             self._tell_once(str(error))
             return self._taken()
+        self.was_read = True
         for name, path in found.items():
             if ADAPTER_NAME.fullmatch(name) is None:
                 self._tell_once(f"adapters_folder: {name[:100]!r} is left out, because no adapter may have this name.")

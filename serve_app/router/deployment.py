@@ -85,6 +85,8 @@ class Router:
                 raise
             logger.error("The router's new user_config is wrong and was not applied: %s", error)
             notify(f"the router's new user_config is wrong and was not applied: {error}")
+        for line in self._directory.hidden_by(self._forwarder.config.aliases):
+            notify(line)
         self._is_configured = True
 
 

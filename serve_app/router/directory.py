@@ -7,7 +7,7 @@ application that could not be built has no deployments at all. It counts as a mo
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -17,10 +17,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.adapters.records import RecordReader, Records
+from serve_app.adapters.records import Found, RecordReader, Records
 from serve_app.errors import ModelNotFound, ModelUnavailable
 from serve_app.ray_serve import MODEL_DEPLOYMENT, instance_details, running_replicas
-from serve_app.router.model_status import ModelStatus, adapter_statuses, may_live, read_status
+from serve_app.router.model_status import ModelStatus, adapter_statuses, may_live, read_status, untold
 
 logger = logging.getLogger("ray.serve")
 
@@ -99,7 +99,7 @@ class ModelDirectory:
         self._waking_since: dict[str, float] = {}
         self._read_at = self._failed_at = float("-inf")
         self._lock = asyncio.Lock()
-        self._read: Records = {}
+        self._read: tuple[Records, Found] = {}, {}
 
     async def keep_fresh(self) -> None:
         """Reads Serve's status for ever. One task of the router runs this."""
@@ -171,8 +171,9 @@ class ModelDirectory:
         return _unavailable(model)
 
     def load_time_s(self, name: str) -> float:
-        """Returns the seconds that are left of a load like the last one, or a guess if none was seen."""
-        last = self._load_times.get(name, RETRY_LOADING_S)
+        """Returns the seconds that are left of a load like the last one, or a guess if none was seen. An adapter of
+        which none was seen comes with its model."""
+        last = self._load_times.get(name, self._load_times.get(self.application(name), RETRY_LOADING_S))
         since = self._loading_since.get(name, self._waking_since.get(name))
         return max(1.0, last - (time.monotonic() - since)) if since is not None else last
 
@@ -181,6 +182,14 @@ class ModelDirectory:
         if model.state == "asleep" and model.name in self._waking_since:
             return replace(model, state="loading", message="a replica is being started for the requests that wait")
         return model
+
+    def hidden_by(self, aliases: Collection[str]) -> list[str]:
+        """Returns a line for each of these aliases that hides an adapter, as far as models were read."""
+        known = [model for alias in aliases if (model := self._models.get(alias)) is not None and model.parent]
+        return [
+            f"the alias '{model.name}' hides the adapter of that name, which is reached as '{model.asked.qualified}'"
+            for model in known
+        ]
 
     def waking(self, name: str) -> None:
         """Notes that a request has asked for a model that is asleep."""
@@ -213,19 +222,35 @@ class ModelDirectory:
                 self._failed_at = time.monotonic()
                 raise _no_controller() from None
             models = await _with_survivors(read_status(details["applications"], self._own_application), self._models)
-            records = await self._read_records(details["applications"])
-            adapters, self._spellings = adapter_statuses(details["applications"], models, records)
+            records, found = await self._read_records(details["applications"])
+            adapters, self._spellings = adapter_statuses(details["applications"], models, records, found)
             self._models = models | adapters
             self._time_loads()
-            for gone in self._handles.keys() - self._models.keys():
-                del self._handles[gone]
+            self._forget_gone()
             self._read_at = time.monotonic()
 
-    async def _read_records(self, applications: Mapping[str, Any]) -> Records:
-        """Returns what replicas have of adapters, as far as Ray's head answers. What was read last stays otherwise."""
+    def _forget_gone(self) -> None:
+        """Forgets what is kept of models and adapters that exist no more, because adapters come and go for ever."""
+        kept: tuple[dict[str, Any], ...] = (
+            self._handles, self._load_times, self._loading_since, self._waking_since,
+        )  # fmt: skip
+        for by_name in kept:
+            for gone in by_name.keys() - self._models.keys():
+                del by_name[gone]
+
+    async def _read_records(self, applications: Mapping[str, Any]) -> tuple[Records, Found]:
+        """Returns what replicas have of adapters, and what was found last in the folders of models of which no replica
+        tells, as far as Ray's head answers. What was read last stays otherwise."""
+
+        def read() -> tuple[Records, Found]:
+            records = self._records.read()
+            found = self._records.found(untold(applications, records))
+            self._records.forget_all_but(partial(may_live, applications))
+            self._records.forget_models_but(applications)
+            return records, found
+
         try:
-            self._read = await asyncio.to_thread(self._records.read)
-            await asyncio.to_thread(self._records.forget_all_but, partial(may_live, applications))
+            self._read = await asyncio.to_thread(read)
         except (RayError, RuntimeError) as error:
             logger.warning("Which adapters the replicas have cannot be read: %s", error)
         return self._read

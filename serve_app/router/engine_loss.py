@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from serve_app.errors import EngineAway, ModelUnavailable
+from serve_app.errors import EngineAway, ModelNotFound, ModelUnavailable
 from serve_app.router.transcript import events
 from serve_app.wire.error_events import error_of
 
@@ -38,6 +38,11 @@ def is_away(piece: bytes) -> bool:
     return b'"%s"' % EngineAway.code.encode() in piece and any(
         error.get("code") == EngineAway.code for error in (*_errors(piece), *_body_error(piece))
     )
+
+
+def is_unknown_model(body: bytes) -> bool:
+    """Returns whether the body of an answer says that there is no such model or adapter at the replica."""
+    return any(error.get("code") == ModelNotFound.code for error in _body_error(body))
 
 
 def _errors(piece: bytes) -> list[Mapping[str, Any]]:

@@ -2,12 +2,13 @@
 is pure."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
-from serve_app.adapters.configured import named_adapters
-from serve_app.adapters.records import AdapterState, Records
+from serve_app.adapters.configured import named_adapters, watched_folder_of
+from serve_app.adapters.records import Adapters, AdapterState, Found, Records
 from serve_app.ray_serve import MODEL_DEPLOYMENT, SLOW_CONSTRUCTOR
 from serve_app.wire.asked_model import Asked
 
@@ -120,56 +121,106 @@ def may_live(applications: Mapping[str, Any], name: str, replica: str) -> bool:
     return not application["deployments"] or replica in living_replicas(application)
 
 
+def untold(applications: Mapping[str, Any], records: Records) -> list[str]:
+    """Returns the models with a watched folder of which no replica that takes requests tells what it has, as while they
+    sleep, load or are updated. What was found in their folder last says which adapters they have."""
+    return [
+        name
+        for name, application in applications.items()
+        if watched_folder_of(application.get("deployed_app_config") or {}) is not None
+        and not dict(_held(name, application, records))
+    ]
+
+
 def adapter_statuses(
-    applications: Mapping[str, Any], models: Mapping[str, ModelStatus], records: Records
+    applications: Mapping[str, Any],
+    models: Mapping[str, ModelStatus],
+    records: Records,
+    found: Found = MappingProxyType({}),
 ) -> tuple[dict[str, ModelStatus], dict[str, str]]:
     """Returns the adapters of all models by name, and the names of `models` and of these by their other spellings.
 
-    An adapter that the config names is known before a replica has it. Where two adapters have one name, or a model has
-    it too, it means none of them, and each is known as MODEL:ADAPTER alone.
+    An adapter that the config names is known before a replica has it. One of a watched folder is known by the replicas
+    that take requests, or by what was `found` last where none of them tells. Where two adapters have one name, or a
+    model has it too, it means none of them, and each is known as MODEL:ADAPTER alone. A model that has failed takes no
+    name from an adapter that is ready, because it may have failed for that.
     """
-    found = [
-        _adapter(model, adapter, applications[name], records)
-        for name, model in models.items()
-        for adapter in sorted(_names(name, applications[name], records))
+    told = {name: _Told.of(name, applications[name], records, found) for name in models}
+    statuses_of = [
+        _adapter(model, adapter, told[name]) for name, model in models.items() for adapter in sorted(told[name].names)
     ]
-    known = [status for status in found if status is not None]
-    names = [*models, *(status.engine_name for status in known)]
+    return _by_name(models, [status for status in statuses_of if status is not None])
+
+
+def _by_name(
+    models: Mapping[str, ModelStatus], known: Sequence[ModelStatus]
+) -> tuple[dict[str, ModelStatus], dict[str, str]]:
+    """Returns these adapters by the names that mean them, and their names by the other spellings."""
+    ready = {status.engine_name for status in known if status.state == "ready"}
+    refused = {name: model.message for name, model in models.items() if model.state == "failed" and name in ready}
+    taken = models.keys() - refused.keys()
+    names = [*taken, *(status.engine_name for status in known)]
     statuses, spellings = {}, {}
     for status in known:
         is_clear = names.count(status.engine_name) == 1
         canonical = status.engine_name if is_clear else status.asked.qualified
-        if canonical in models:
+        if canonical in taken:
             continue
-        statuses[canonical] = replace(status, name=canonical)
-        if is_clear and status.asked.qualified not in models:
+        message = status.message
+        if not is_clear and not message:
+            message = f"'{status.engine_name}' is also another one's name, so only '{canonical}' means this adapter"
+        if canonical in refused:
+            message = f"a model of this name is not served: {refused[canonical]}"
+        statuses[canonical] = replace(status, name=canonical, message=message)
+        if is_clear and status.asked.qualified not in taken:
             spellings[status.asked.qualified] = canonical
     return statuses, spellings
 
 
-def _names(name: str, application: Mapping[str, Any], records: Records) -> set[str]:
-    """Returns the adapters of a model that its config names, and those that its replicas have."""
-    of_config = named_adapters(application.get("deployed_app_config") or {})
-    return {*map(str, of_config), *(adapter for _, held in _held(name, application, records) for adapter in held)}
+@dataclass(frozen=True)
+class _Told:
+    """This is what is known of the adapters of one model: those that its config names, what each replica that takes
+    requests has, and, if no such replica tells, what was found in its watched folder last."""
+
+    named: frozenset[str]
+    held: Mapping[str, Adapters]
+    found: Adapters
+
+    @classmethod
+    def of(cls, name: str, application: Mapping[str, Any], records: Records, found: Found) -> "_Told":
+        config = application.get("deployed_app_config") or {}
+        held = dict(_held(name, application, records))
+        last = found.get(name)
+        is_last = not held and last is not None and last.folder == watched_folder_of(config)
+        return cls(
+            frozenset(map(str, named_adapters(config))), held, last.adapters if is_last and last is not None else {}
+        )
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.named, *self.found, *(adapter for held in self.held.values() for adapter in held)}
+
+    def stays(self, adapter: str) -> bool:
+        """Returns whether an adapter is known whatever its model's replicas do."""
+        states = [self.found[adapter]] if adapter in self.found else []
+        states += [held[adapter] for held in self.held.values() if adapter in held]
+        return adapter in self.named or any(state.state != "leaving" for state in states)
 
 
-def _held(
-    name: str, application: Mapping[str, Any], records: Records
-) -> Iterator[tuple[str, Mapping[str, AdapterState]]]:
+def _held(name: str, application: Mapping[str, Any], records: Records) -> Iterator[tuple[str, Adapters]]:
     """Yields what the living replicas of a model have. Serve does not say which live while it builds an update."""
     for (owner, replica), held in records.items():
         if owner == name and may_live({name: application}, name, replica):
             yield replica, held
 
 
-def _adapter(model: ModelStatus, adapter: str, application: Mapping[str, Any], records: Records) -> ModelStatus | None:
+def _adapter(model: ModelStatus, adapter: str, told: _Told) -> ModelStatus | None:
     """Returns the status of one adapter, or None if it is known no more. It is as its model is while that does not
     serve."""
-    is_named = adapter in named_adapters(application.get("deployed_app_config") or {})
     status = ModelStatus(adapter, model.state, 0, model.message, model.name, adapter)
     if model.state != "ready":
-        return status if is_named else None
-    states = {replica: held[adapter] for replica, held in _held(model.name, application, records) if adapter in held}
+        return status if told.stays(adapter) else None
+    states = {replica: held[adapter] for replica, held in told.held.items() if adapter in held}
     having = frozenset(replica for replica, state in states.items() if state.state == "ready")
     failures = [state.message for state in states.values() if state.state == "failed"]
     if having:
@@ -177,6 +228,11 @@ def _adapter(model: ModelStatus, adapter: str, application: Mapping[str, Any], r
         return replace(status, replicas=len(having), message=notes[0] if notes else "", having=having)
     if failures and len(failures) == len(states):
         return replace(status, state="failed", message=failures[0])
-    if is_named or any(state.state == "loading" for state in states.values()):
+    if adapter in told.named or _is_on_its_way(adapter, told, states.values()):
         return replace(status, state="loading", message="its replicas load it")
     return None
+
+
+def _is_on_its_way(adapter: str, told: _Told, states: Iterable[AdapterState]) -> bool:
+    """Returns whether replicas load an adapter that no config names, or have not told yet that they will."""
+    return any(state.state == "loading" for state in states) or (adapter in told.found and told.stays(adapter))

@@ -70,6 +70,11 @@ class ModelQueue:
             return None
         return len(self._answered) / max(now - self._answered[0], 1e-3)
 
+    @property
+    def is_idle(self) -> bool:
+        """Returns whether nothing waits and nothing was answered lately, so that a new queue would be the same."""
+        return not self.waiting and not self.held and self.rate() is None and not self._answered
+
     def retry_after_s(self) -> float:
         """Returns the seconds until the requests that wait now will have been answered, at the measured rate."""
         rate = self.rate()
@@ -78,8 +83,11 @@ class ModelQueue:
 
 
 class Queues(dict[str, ModelQueue]):
-    """Holds the queues of all models. One is made when it is asked for, so only a name that is known should be."""
+    """Holds the queues of all models. One is made when it is asked for, so only a name that is known should be. Those
+    that are idle go then, because adapters come and go for ever."""
 
     def __missing__(self, name: str) -> ModelQueue:
+        for idle in [other for other, queue in self.items() if queue.is_idle]:
+            del self[idle]
         self[name] = ModelQueue(name)
         return self[name]

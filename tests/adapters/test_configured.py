@@ -4,13 +4,15 @@ from typing import Any
 
 from serve_app.adapters.configured import (
     adapter_names,
+    brought_clashes,
     clashes_of,
     lasting_args,
     lasting_version,
     named_adapters,
     taken_names,
+    watched_folder_of,
 )
-from serve_app.adapters.records import AdapterState
+from serve_app.adapters.records import AdapterState, FoundInFolder
 
 MODEL, ROUTER = "serve_app.app:model", "serve_app.app:router"
 
@@ -90,3 +92,56 @@ def test_an_adapter_of_a_folder_gives_way_to_all_that_was_there() -> None:
     assert of_folder.keys() & {"n", "z", "f", "g", "early", "late"} == {"n", "z", "f", "g", "early"}
     assert "c:g" in of_folder
     assert taken_names(applications, "a", records, is_named=False).keys() & {"n", "f"} == set()
+
+
+READY, LEAVING, FAILED = AdapterState("ready"), AdapterState("leaving"), AdapterState("failed", "its name is taken")
+
+
+def test_a_model_or_an_alias_does_not_take_the_name_of_an_adapter_that_is_served() -> None:
+    """Also of one in a folder, which no config names, and while its model sleeps. A failed one has no name."""
+    router = {"import_path": ROUTER, "args": {"aliases": {"law": "qwen", "qwen:sql": "qwen", "free": "qwen"}}}
+    applications = {"qwen": model(), "sql": model(), "law": model(), "bad": model(), "router": router}
+    records = {("qwen", "r0"): {"sql": READY, "bad": FAILED}}
+    found = {"qwen": FoundInFolder("/srv", {"law": READY})}
+    told = {name: brought_clashes(name, applications, records, found) for name in applications}
+    assert told["sql"] == [
+        "the name 'sql' is that of the model sql and of the adapter sql that qwen serves. Rename one of them."
+    ]
+    assert told["law"][0].startswith("the name 'law' is that of the model law and of the adapter law that qwen serves")
+    assert [line.partition(" is ")[0] for line in told["router"]] == ["the name 'law'", "the name 'qwen:sql'"]
+    assert told["bad"] == told["qwen"] == []
+
+
+def test_a_clash_stops_only_the_deployment_that_brings_it() -> None:
+    """Others are deployed as before: those that have the name already, and those that have nothing to do with it."""
+    applications = {
+        "a": model("x"), "b": model("x", "y"), "c": model("z"), "plain": model(), "self": model("self"),
+        "router": {"import_path": ROUTER, "args": {"aliases": {"w": "a"}}}, "d": model("plain", "w"),
+        "theirs": {"import_path": "their.app"},
+    }  # fmt: skip
+    told = {name: brought_clashes(name, applications, {}, {}) for name in applications}
+    assert {name for name, lines in told.items() if lines} == {"b", "self", "d"}
+    assert told["b"] == ["the name 'x' is that of adapters.x of b and of adapters.x of a. Rename one of them."]
+    assert [line.partition(" of d and of ")[2] for line in told["d"]] == [
+        "the model plain. Rename one of them.", "aliases.w of router. Rename one of them.",
+    ]  # fmt: skip
+    # Whoever has it keeps it, and the other one has failed.
+    records = {("b", "r0"): {"x": READY}, ("a", "r0"): {"x": FAILED}}
+    told = {name: brought_clashes(name, applications, records, {}) for name in ("a", "b", "c")}
+    assert {name: bool(lines) for name, lines in told.items()} == {"a": True, "b": False, "c": False}
+    records = {("a", "r0"): {"x": FAILED}}  # b sleeps.
+    assert brought_clashes("b", applications, records, {}) == []
+
+
+def test_an_adapter_that_leaves_keeps_its_name_until_it_is_gone() -> None:
+    """Requests run with it, and a key for it must open nothing else."""
+    applications = {"qwen": model(), "sql": model()}
+    assert brought_clashes("sql", applications, {("qwen", "r0"): {"sql": LEAVING}}, {}) != []
+    assert brought_clashes("unknown", applications, {("qwen", "r0"): {"sql": LEAVING}}, {}) == []
+
+
+def test_the_watched_folder_is_that_of_args() -> None:
+    """What is no text is told elsewhere."""
+    assert watched_folder_of({"args": {"adapters_folder": "/srv"}}) == "/srv"
+    assert watched_folder_of({"args": {"adapters_folder": 3}}) is None
+    assert watched_folder_of({}) is None

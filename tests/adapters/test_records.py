@@ -3,7 +3,17 @@
 import pytest
 
 from serve_app.adapters import records
-from serve_app.adapters.records import FORGOTTEN_S, PREFIX, AdapterState, RecordReader, ReplicaRecord
+from serve_app.adapters.records import (
+    DELETED_S,
+    FOLDERS,
+    FORGOTTEN_S,
+    PREFIX,
+    AdapterState,
+    FoundInFolder,
+    RecordReader,
+    ReplicaRecord,
+    write_found,
+)
 
 
 class Store(dict[bytes, bytes]):
@@ -69,3 +79,32 @@ def test_what_is_no_record_of_ours_is_skipped(store: Store) -> None:
     store[PREFIX + b"qwen/r2/x"] = b'{"a": {"state": "ready", "colour": "red"}}'
     store[PREFIX + b"odd"] = b"{}"
     assert reader(store, [0.0]).read() == {}
+
+
+def test_what_was_found_in_a_folder_outlives_the_replicas_and_goes_with_the_model(store: Store) -> None:
+    """There is one record for each model, which the replica that wrote last has written. A model that Serve does not
+    know for a moment keeps it."""
+    clock = [0.0]
+    seen = reader(store, clock)
+    for state in ("loading", "ready"):
+        write_found("qwen", FoundInFolder("/srv", {"sql": AdapterState(state)}))  # type: ignore[arg-type]
+    write_found("llama", FoundInFolder("/srv", {}))
+    ready = FoundInFolder("/srv", {"sql": AdapterState("ready")})
+    assert seen.found(["qwen", "unknown"]) == {"qwen": ready}
+    assert seen.read() == {}
+    seen.forget_models_but(["llama"])
+    clock[0] = DELETED_S
+    seen.forget_models_but(["qwen", "llama"])  # It is there again.
+    clock[0] += DELETED_S + 1
+    seen.forget_models_but(["llama"])
+    assert seen.found(["qwen"]) == {"qwen": ready}
+    clock[0] += DELETED_S + 1
+    seen.forget_models_but(["llama"])
+    assert list(store) == [FOLDERS + b"llama"]
+
+
+def test_what_another_version_wrote_of_a_folder_is_skipped(store: Store) -> None:
+    """As in the records of replicas."""
+    for content in (b"[]", b"{}", b'{"folder": "/srv", "adapters": {"a": {"colour": "red"}}}', b"\xff"):
+        store[FOLDERS + b"qwen"] = content
+        assert reader(store, [0.0]).found(["qwen"]) == {}

@@ -4,9 +4,10 @@
 
 starts a Serve with the demo model on each engine and sixteen of the adapters of `tests/lora`, whose answers are known
 word for word. It prints a line of JSON with what clients saw while a seventeenth adapter was deployed to each engine,
-together with a broken one, and both were taken out again; and one for each engine: what 32 clients saw at once over all
-adapters and the base, by name and by route, and while a replica was killed. It exits with 1 if any answer was another
-one or none.
+together with a broken one, and both were taken out again; one with what became of an adapter in a folder that pt
+watches, while a model with its name was deployed and while all replicas were killed; and one for each engine: what 32
+clients saw at once over all adapters and the base, by name and by route, and while a replica was killed. It exits with
+1 if any of these answers was another one or none.
 """
 
 import argparse
@@ -14,12 +15,15 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -36,6 +40,8 @@ ENGINES = ("pt", "vllm")
 AT_ONCE, LOAD = 32, 8
 TIMEOUT_S, LIVE_TIMEOUT_S = 300.0, 120.0
 BROKEN = "/nowhere/adapter"
+# These lie in the folder that pt watches, and no config names them. Their files are those of the first one.
+WATCHED, SECOND = "pt-watched", "pt-second"
 # Fewer slots than adapters, so that they take turns.
 ROOM = {"max_loras": 6, "max_lora_rank": 8, "max_cpu_loras": 20}
 
@@ -56,6 +62,8 @@ class AdapterServe(ServeRun):
     def __init__(self, replicas: Mapping[str, int]):
         """`replicas` is their number for each engine."""
         self.replicas = replicas
+        self.watched = Path(tempfile.mkdtemp(prefix="sa-"))
+        shutil.copytree(ADAPTERS_DIR / FIRST[0], self.watched / WATCHED)
         self.adapters = {engine: folders(engine, FIRST) for engine in replicas}
         super().__init__(self.settings(), cpus=4 + sum(replicas.values()), is_set_before_ray=True)
         self.wait_until(lambda told: all(self.has_all(told, engine) for engine in replicas))
@@ -67,6 +75,8 @@ class AdapterServe(ServeRun):
         for engine, count in self.replicas.items():
             fields = {"max_model_len": 512, "max_num_seqs": AT_ONCE, "num_cpus": 0.5, **ROOM}
             served = model(engine, infer_backend=engine, adapters=self.adapters[engine], **fields)
+            if engine == "pt":
+                served["args"]["adapters_folder"] = str(self.watched)
             if engine == "vllm":
                 served["args"]["kv_cache_memory_bytes"] = "256MiB"
                 served["runtime_env"] = {"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR"}}
@@ -74,9 +84,14 @@ class AdapterServe(ServeRun):
             applications.append(served)
         return {"applications": applications}
 
+    def clean_up(self) -> None:
+        """Removes the watched folder too."""
+        super().clean_up()
+        shutil.rmtree(self.watched, ignore_errors=True)
+
     def has_all(self, told: Mapping[str, Any], engine: str) -> bool:
         """Whether all replicas of a model have all of its adapters."""
-        return all(self.has(told, name) for name in self.adapters[engine])
+        return all(self.has(told, name) for name in [*self.adapters[engine], *([WATCHED] if engine == "pt" else [])])
 
     def has(self, told: Mapping[str, Any], name: str, state: str = "ready") -> bool:
         """Whether all replicas have an adapter, or none has one that has failed."""
@@ -228,6 +243,51 @@ async def death(serve: AdapterServe, engine: str) -> dict[str, Any]:
     return {"seen": dict(seen), "replaced_after_s": again_s, "after": after}
 
 
+async def all_die(serve: AdapterServe) -> dict[str, Any]:
+    """What clients see of an adapter in a watched folder while all replicas are killed, until it is there again. Serve
+    tells of no replica meanwhile."""
+    question, right = next(iter(OWN[FIRST[0]].items()))
+    seen = Counter[str]()
+    async with session_for() as session:
+
+        async def ask_on(number: int, until: asyncio.Event) -> None:
+            while not until.is_set():
+                seen[await outcome(session, serve.url, (WATCHED, question, right), number % 2 == 0)] += 1
+                await asyncio.sleep(0.1)
+
+        is_back = asyncio.Event()
+        clients = [asyncio.create_task(ask_on(number, is_back)) for number in range(4)]
+        killed = serve.pids("pt")
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.to_thread(
+            serve.wait_until, lambda told: not killed & serve.pids("pt") and serve.has_all(told, "pt")
+        )
+        is_back.set()
+        await asyncio.gather(*clients)
+    return dict(seen)
+
+
+async def name_taken(serve: AdapterServe) -> dict[str, Any]:
+    """What becomes of a model that is deployed with the name of an adapter in a watched folder, of the adapter, and of
+    another one that comes meanwhile."""
+    config = serve.settings()
+    config["applications"].append(model(WATCHED, infer_backend="pt", max_model_len=512))
+    await asyncio.to_thread(serve.deploy, config)
+    told = await asyncio.to_thread(
+        serve.wait_until, lambda told: "is not served" in told[WATCHED]["message"], LIVE_TIMEOUT_S
+    )
+    question, right = next(iter(OWN[FIRST[0]].items()))
+    shutil.copytree(serve.watched / WATCHED, serve.watched / SECOND)
+    await asyncio.to_thread(serve.wait_until, lambda told: serve.has(told, SECOND), LIVE_TIMEOUT_S)
+    names = (WATCHED, f"pt:{WATCHED}", SECOND)
+    async with session_for() as session:
+        seen = [await outcome(session, serve.url, (name, question, right), False) for name in names]
+    await asyncio.to_thread(serve.deploy, serve.settings())
+    await asyncio.to_thread(serve.wait_until, lambda told: serve.has_all(told, "pt"), LIVE_TIMEOUT_S)
+    return {"told": told[WATCHED]["message"], "seen": seen}
+
+
 async def findings(serve: AdapterServe, engine: str) -> dict[str, Any]:
     """What many clients of one engine see, and what becomes of their streams when a replica dies."""
     found: dict[str, Any] = {"engine": engine}
@@ -256,6 +316,10 @@ def main() -> int:
     try:
         found = asyncio.run(live(serve))
         print(json.dumps(found), flush=True)
+        if "pt" in options.only:
+            print(
+                json.dumps({"name": asyncio.run(name_taken(serve)), "all_die": asyncio.run(all_die(serve))}), flush=True
+            )
         status |= not (is_right([found["late"], *found["seen"].values()]) and found["same_processes"])
         for engine in options.only:
             found = asyncio.run(findings(serve, engine))

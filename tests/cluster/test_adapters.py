@@ -8,10 +8,13 @@ from tests.cluster.served_adapters import (
     AT_ONCE,
     ENGINES,
     LATE,
+    WATCHED,
     AdapterServe,
+    all_die,
     at_once,
     death,
     live,
+    name_taken,
     outcome,
     session_for,
 )
@@ -56,6 +59,20 @@ async def test_streams_are_taken_up_again_with_their_adapters(served: AdapterSer
     found = await death(served, "pt")
     assert found["seen"] == {"right": 2 * AT_ONCE}
     assert found["after"] == {"right": AT_ONCE}
+
+
+async def test_a_model_does_not_take_the_name_of_an_adapter_in_a_folder(served: AdapterServe) -> None:
+    """Its deployment is refused and says why. The adapter is asked as before by both names, and others come as ever."""
+    found = await name_taken(served)
+    assert found["seen"] == ["right"] * 3
+    assert f"the name '{WATCHED}' is that of the model {WATCHED} and of the adapter {WATCHED} that pt" in found["told"]
+
+
+async def test_an_adapter_in_a_folder_is_known_while_no_replica_runs(served: AdapterServe) -> None:
+    """All of them are killed at once. Requests wait for the new ones, or are told to come again."""
+    seen = await all_die(served)
+    assert seen.pop("right") > 0
+    assert [text for text in seen if ": 503 " not in text and "model_unavailable" not in text] == []
 
 
 @pytest.mark.parametrize("path", CLOSED)

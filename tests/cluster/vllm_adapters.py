@@ -115,7 +115,7 @@ async def removed(started: Started) -> dict[str, Any]:
         "stream": text == OWN[LATE][question],
         "refused": refused,
         "left": len(await engine._client.list_loras()),
-        "copies": len(list(engine._adapters._copies.glob("*/"))),  # type: ignore[union-attr]
+        "copies": len(list(engine._adapters._copies.folder.glob("*/"))),  # type: ignore[union-attr]
     }
 
 
@@ -179,7 +179,8 @@ async def figures(shape: Mapping[str, Any]) -> dict[str, Any]:
             found["broken"] = await broken(started, folder)
         found["last"] = await mixed(http)
         await engine.check_health()
-    found["copies_left"] = engine._adapters._copies.exists()  # type: ignore[union-attr]
+        copies = engine._adapters._copies.folder  # type: ignore[union-attr]
+    found["copies_left"] = copies.exists()
     return found
 
 

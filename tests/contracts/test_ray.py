@@ -52,6 +52,21 @@ def test_a_version_of_an_application_follows_its_args_and_not_its_number_of_repl
     assert version != ray_serve.code_version(APPLICATION | {"args": {"model": "other"}})
 
 
+@contract("ray", "the task that builds an application", ray_serve.application_being_built)
+def test_a_builder_finds_the_name_of_its_application() -> None:
+    """By which a model is refused whose name an adapter has. Serve gives a builder only its `args`."""
+    from ray.serve._private.application_state import build_serve_application as of_serve
+
+    assert "name" in inspect.signature(of_serve._function).parameters
+    assert of_serve._function.__code__.co_name == "build_serve_application"
+
+    def build_serve_application(name: str) -> str | None:
+        return ray_serve.application_being_built()
+
+    assert build_serve_application("qwen") == "qwen"
+    assert ray_serve.application_being_built() is None
+
+
 @contract("ray", "where its HAProxy is", ray_serve.haproxy_binary)
 def test_ray_brings_an_haproxy() -> None:
     """`serve-app-haproxy` becomes it."""

@@ -7,6 +7,7 @@ import pytest
 from ray.serve.exceptions import RayServeException
 
 from serve_app import app
+from serve_app.adapters.records import AdapterState
 from tests.builders import node
 from tests.lora_folders import adapter, base
 
@@ -22,6 +23,8 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(app, "ray_nodes", lambda: [node(cpus=8)])
     monkeypatch.setattr(app, "_runtime_env", dict)
     monkeypatch.setattr(app, "deployed_applications", lambda: applications)
+    monkeypatch.setattr(app, "told_adapters", lambda _: ({("a", "r0"): {"new": AdapterState("ready")}}, {}))
+    monkeypatch.setattr(app, "agree_on_router", lambda *_: None)
     return applications
 
 
@@ -52,9 +55,23 @@ def test_a_model_without_adapters_is_as_before(tmp_path: Path) -> None:
     assert (config.user_config, config.version) == (None, "of serve")
 
 
-def test_a_name_that_another_model_has_is_refused_at_the_start(tmp_path: Path, deployed: dict[str, Any]) -> None:
-    """By what Serve is deployed with, in one message with both places."""
+def test_a_name_that_another_model_has_is_refused_at_the_start(
+    tmp_path: Path, deployed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what Serve is deployed with and by what replicas have, in one message with both places. A clash of others
+    stops nobody."""
     own = {"import_path": "serve_app.app:model", "args": {"adapters": {"x": "/x"}}}
-    deployed.update({"a": own, "b": own})
+    router = {"import_path": "serve_app.app:router", "args": {"aliases": {"new": "a"}}}
+    deployed.update({"a": own, "b": own, "new": {"import_path": "serve_app.app:model"}, "router": router})
+    monkeypatch.setattr(app, "application_being_built", lambda: "b")
     with pytest.raises(RayServeException, match="the name 'x' is that of adapters.x of b and of adapters.x of a"):
         built(tmp_path, adapters={"x": "/x"})
+    monkeypatch.setattr(app, "application_being_built", lambda: "new")
+    with pytest.raises(RayServeException, match="'new' is that of the model new and of the adapter new that a"):
+        built(tmp_path)
+    monkeypatch.setattr(app, "application_being_built", lambda: "router")
+    with pytest.raises(RayServeException, match="'new' is that of aliases.new of router and of the adapter new that a"):
+        app.router({"aliases": {"new": "a"}})
+    for name in ("a", "c", None):
+        monkeypatch.setattr(app, "application_being_built", lambda name=name: name)
+        built(tmp_path, adapters={"z": "/x"})

@@ -49,6 +49,7 @@ def test_an_embedding_has_factors_without_weight_in_their_names(tmp_path: Path) 
         ({"r": "8"}, 'r is "8" .text.'),
         ({"r": True}, "r is true"),
         ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"lora_alpha": 0}, "lora_alpha is 0 .a number.; a number above 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha is NaN"),
         ({"target_modules": 3}, "target_modules is 3"),
         ({"target_modules": [1]}, "target_modules is .* item 0 is 1"),

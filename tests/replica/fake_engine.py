@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -9,13 +10,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from serve_app.engines.lost_adapter import LostAdapter
 from serve_app.errors import AdapterError
+
+
+async def _nothing() -> None: ...
 
 
 class AdapterEngine:
     """Of the interface `Engine`, the part that concerns adapters, and an application.
 
-    `running` counts the requests of each adapter. An adapter is removed or replaced when it has none.
+    `running` counts the requests of each adapter. An adapter is removed when it has none.
     """
 
     def __init__(self, base: str = "qwen"):
@@ -25,6 +30,8 @@ class AdapterEngine:
         self.running: dict[str, int] = {}
         self.slow: asyncio.Event | None = None
         self.bodies: list[bytes] = []
+        self.lost: LostAdapter = lambda *_: None
+        self.before: Callable[[], Awaitable[None]] = _nothing
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Keeps the folder. A name that begins with "bad" is refused, as an engine refuses what files do not show."""
@@ -35,14 +42,19 @@ class AdapterEngine:
             raise AdapterError("the engine does not like it")
         if name.startswith("bug"):
             raise ZeroDivisionError("a mistake")
-        await self._ended(name)
         self.adapters[name] = folder
 
+    def watch_adapters(self, lost: LostAdapter) -> None:
+        """Keeps it for tests to call."""
+        self.lost = lost
+
     async def unload_adapter(self, name: str) -> None:
-        """Drops it once its requests have ended."""
+        """Drops it once its requests have ended. Another version may have come by then."""
         self.calls.append(f"unload {name}")
+        folder = self.adapters.get(name)
         await self._ended(name)
-        self.adapters.pop(name, None)
+        if self.adapters.get(name) is folder:
+            self.adapters.pop(name, None)
 
     async def _ended(self, name: str) -> None:
         while self.running.get(name):  # noqa: ASYNC110
@@ -53,6 +65,7 @@ class AdapterEngine:
 
         async def answer(request: Request) -> Response:
             self.bodies.append(await request.body())
+            await self.before()
             try:
                 asked = json.loads(self.bodies[-1]).get("model")
             except ValueError:

@@ -206,3 +206,26 @@ async def test_an_adapter_that_loads_or_has_failed_is_a_503_with_a_time(tmp_path
     assert (await send(own, None, {"model": "legal"})).json() == {"asked": "legal"}
     assert (await send(own, None, {"model": "qwen"})).json() == {"asked": "qwen"}
     assert (await send(app, "any", {"model": "sql"})).status_code == 200
+
+
+async def test_an_adapter_that_the_engine_has_lost_is_no_404(tmp_path: Path) -> None:
+    """A request may have waited for an engine that comes without it. One that was removed is a 404 as ever, and so is
+    what the engine itself does not find."""
+    app, engine = route(tmp_path)
+    shelf: AdapterShelf = app._inside.adapters.__self__  # type: ignore[attr-defined]
+
+    async def loses(*_: Any) -> None:
+        del engine.adapters["sql"]
+        shelf._entries["sql"].state = AdapterState("failed", "its files have changed")
+
+    engine.before = loses
+    answer = await send(app, "any", {"model": "sql"})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "The model 'sql' has failed: its files have changed"
+    assert answer.headers["retry-after"] == "60"
+
+    async def removes(*_: Any) -> None:
+        del engine.adapters["legal"], shelf._entries["legal"]
+
+    engine.before = removes
+    assert (await send(app, "any", {"model": "legal"})).json() == {"error": "no model legal"}

@@ -39,6 +39,7 @@ class Replica:
         given = {"model": str(base(folder / "base")), "infer_backend": "pt", "max_loras": 2, "max_lora_rank": 8}
         self.config = ModelConfig.from_args(given | config)
         self.told: list[Adapters] = []
+        self.found: list[Adapters] = []
         self.taken = taken or {}
         self.shelf = AdapterShelf(
             "qwen",
@@ -46,7 +47,12 @@ class Replica:
             self.engine,
             self.told.append,
             lambda _: self.taken,  # type: ignore[arg-type]
+            self.found.append,
         )
+
+    def told_of(self, name: str) -> str:
+        """The message of an adapter."""
+        return self.shelf.states()[name].message
 
     async def want(self, **adapters: Path | str) -> None:
         """Asks for these, and waits for all of them."""
@@ -92,6 +98,8 @@ async def test_a_replica_that_starts_has_all_of_them(tmp_path: Path) -> None:
     made = Replica(tmp_path, adapters={"a": str(adapter(tmp_path / "a"))}, adapters_folder=str(tmp_path / "folder"))
     await made.shelf.start(made.config)
     assert made.engine.adapters.keys() == {"a", "c"}
+    await until(lambda: bool(made.found) and made.found[-1]["c"].state == "ready")
+    assert all(found.keys() == {"c"} for found in made.found)  # It is known from the beginning, and not lost before.
     await made.shelf.stop()
 
 
@@ -126,7 +134,7 @@ async def test_one_that_failed_is_served_when_its_folder_is_right(replica: Repli
 async def test_running_requests_of_one_that_goes_end_first_and_new_ones_are_refused(
     replica: Replica, tmp_path: Path
 ) -> None:
-    """And one that comes back meanwhile is loaded after that."""
+    """One that comes back meanwhile is there at once, and one that goes again waits for all of them."""
     folder = adapter(tmp_path / "a")
     await replica.want(a=folder)
     replica.engine.running["a"] = 1
@@ -135,11 +143,14 @@ async def test_running_requests_of_one_that_goes_end_first_and_new_ones_are_refu
     with pytest.raises(ModelNotFound, match="is being removed"):
         replica.shelf.require("a")
     assert replica.engine.adapters == {"a": folder}
-    await replica.shelf.want(replica.config.with_live({"adapters": {"a": str(folder)}}))
+    await replica.want(a=folder)
+    assert replica.engine.calls == ["load a", "unload a", "load a"]
+    assert replica.shelf.require("a") == Asked("qwen", "a")
+    await replica.shelf.want(replica.config)
+    await until(lambda: replica.engine.calls[-1] == "unload a" and replica.shelf.states()["a"].state == "leaving")
     replica.engine.running["a"] = 0
-    await until(lambda: replica.engine.calls == ["load a", "unload a", "load a"])
     await replica.shelf.settled()
-    assert replica.shelf.states()["a"].state == "ready"
+    assert replica.shelf.states() == replica.engine.adapters == {}
 
 
 async def test_a_replaced_one_is_served_until_the_new_one_is_there(replica: Replica, tmp_path: Path) -> None:
@@ -204,6 +215,70 @@ async def test_a_watched_folder_is_followed(tmp_path: Path) -> None:
     await made.shelf.stop()
 
 
+async def test_what_the_folder_has_is_told_for_the_time_without_replicas(tmp_path: Path) -> None:
+    """Those that the config names are left out. A folder that could not be read yet says nothing, and an empty one
+    says that there are none."""
+    folder = tmp_path / "folder"
+    own = adapter(tmp_path / "own")
+    made = Replica(tmp_path, adapters={"a": str(own)}, adapters_folder=str(folder))
+    await made.shelf.start(made.config)
+    await until(lambda: bool(made.told))
+    assert made.found == []
+    folder.mkdir()
+    adapter(folder / "a")
+    adapter(folder / "b")
+    await until(
+        lambda: bool(made.found) and made.found[-1] == {"b": AdapterState("ready", made.found[-1]["b"].message)}
+    )
+    shutil.rmtree(folder / "b")
+    await until(lambda: made.found[-1] == {})
+    await made.shelf.stop()
+    again = Replica(tmp_path, adapters_folder=str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir()
+    await again.shelf.start(again.config)
+    await until(lambda: again.found == [{}])
+    await again.shelf.stop()
+
+
+async def test_a_newer_version_and_a_removal_do_not_wait_for_requests_of_a_replaced_one(
+    replica: Replica, tmp_path: Path
+) -> None:
+    """The engine says that a version is there, and what ran before goes on."""
+    versions = [adapter(tmp_path / str(number)) for number in range(3)]
+    replica.engine.running["a"] = 1
+    for folder in versions:
+        await replica.want(a=folder)
+        assert replica.engine.adapters == {"a": folder}
+
+
+async def test_an_adapter_that_the_engine_has_lost_is_not_ready_and_is_tried_again(
+    replica: Replica, tmp_path: Path
+) -> None:
+    """At once, since its files may be others by now, and then every while. If the engine has an older version, that one
+    is served and told."""
+    folder = adapter(tmp_path / "a")
+    await replica.want(a=folder)
+    replica.engine.lost("nobody", "it is gone", False)
+    replica.engine.slow = asyncio.Event()
+    replica.engine.lost("a", "it is gone", False)
+    assert replica.shelf.states()["a"] == AdapterState("failed", "it is gone")
+    with pytest.raises(ModelUnavailable, match="has failed: it is gone"):
+        replica.shelf.require("a")
+    replica.engine.slow.set()
+    await replica.shelf.settled()
+    assert replica.shelf.states()["a"].state == "ready"
+    replica.engine.slow = asyncio.Event()
+    replica.engine.lost("a", "it is gone", True)
+    assert replica.shelf.states()["a"].state == "ready"
+    assert "its last version is served, because the new one has failed: it is gone" in replica.told_of("a")
+    replica.engine.slow.set()
+    shutil.rmtree(folder)
+    replica.engine.lost("a", "it is gone", False)
+    await until(lambda: "there is no folder" in replica.told_of("a"))
+    adapter(folder)
+    await until(lambda: replica.shelf.states()["a"].state == "ready")
+
+
 async def test_an_incomplete_folder_is_told_after_a_while_and_a_name_of_the_config_wins(tmp_path: Path) -> None:
     """A folder whose copy has stopped is no secret."""
     folder = tmp_path / "folder"
@@ -255,6 +330,7 @@ async def test_a_pickled_adapter_that_is_allowed_reaches_the_engine_as_safetenso
     assert "holds more than tensors" in states["evil"].message
     made_folder = made.engine.adapters["p"]
     assert (made_folder / "adapter_model.safetensors").exists()
+    assert made_folder.parent == made.shelf._copies.folder  # Which is swept if this process is killed.
     await made.want()
     assert not made_folder.exists()
     await made.shelf.stop()

@@ -1,7 +1,7 @@
 """An engine that has memory only while its pool has leased it some, in front of which requests wait."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.engines.engine import Engine, Parking
+from serve_app.engines.lost_adapter import LostAdapter
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import AdapterError, EngineError, StillTooLarge
 from serve_app.model_fields import ResidencyConfig
@@ -34,6 +35,9 @@ def _locks_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(life_lock, "lock_folder", lambda: tmp_path)
 
 
+async def _nothing(_: str) -> None: ...
+
+
 class Small:
     """A small engine that needs 10 s to load and 1 s to park or wake. `POST /run` takes the seconds that it asks for,
     which pass only while it is there."""
@@ -42,6 +46,7 @@ class Small:
         self.log, self._parks, self._fails, self._keeps_copy = log, parks, fails, keeps_copy
         self.is_awake = asyncio.Event()
         self.copy, self.runs = 0, 0
+        self.on_load: Callable[[str], Awaitable[None]] = _nothing
 
     async def start(self) -> ASGIApp:
         """Loads."""
@@ -105,8 +110,12 @@ class Small:
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Refuses what is broken."""
         self.log.append(f"load {name}")
+        await self.on_load(name)
         if name == "broken":
             raise AdapterError("it is broken")
+
+    def watch_adapters(self, lost: LostAdapter) -> None:
+        """Nothing is lost by itself."""
 
     async def unload_adapter(self, name: str) -> None:
         """Forgets it."""
@@ -155,8 +164,12 @@ class Made:
         self.log: list[str] = []
         config = ResidencyConfig(policy="swap", min_resident_s=2, drain_s=5, **(swaps or {}))
 
+        self.on_load: Callable[[str], Awaitable[None]] = _nothing
+
         def make() -> Engine:
-            return Small(self.log, **engine)
+            made = Small(self.log, **engine)
+            made.on_load = self.on_load
+            return made
 
         clock = asyncio.get_running_loop().time
         self.engine = SwappingEngine(name, f"{name}#1", config, [Seat({"cpu": 1}, make)], 1, keeper, clock, still=still)
@@ -433,16 +446,54 @@ async def test_a_client_that_leaves_waits_no_more() -> None:
 
 
 async def test_an_engine_that_starts_again_has_its_adapters_again() -> None:
-    """Also those that came while there was no engine. One that is broken by then concerns no other one."""
+    """Also those that came while there was no engine. One that is broken by then concerns no other one, and is told
+    once the engine could be given it again."""
     a, b = await pool("a", "b", parks=False)
     assert (a.engine.state, b.engine.state) == ("stopped", "resident")
     await b.engine.load_adapter("x", Path("/x"))
     with pytest.raises(AdapterError):
         await b.engine.load_adapter("broken", Path("/x"))
+    lost: list[tuple[str, str, bool]] = []
+    again: list[asyncio.Task[None]] = []
+
+    def tell(*told: Any) -> None:
+        lost.append(told)
+        again.append(asyncio.create_task(a.engine.load_adapter("broken", Path("/z"))))
+
+    a.engine.watch_adapters(tell)
     for name in ("y", "broken", "gone"):
         await a.engine.load_adapter(name, Path("/y"))
     await a.engine.unload_adapter("gone")
     await a.ask(1)
-    assert a.log[-3:] == ["start", "load y", "load broken"]
+    assert lost == [("broken", "it is broken", False)]
+    with pytest.raises(AdapterError):  # The engine runs, so it says at once that this one is broken too.
+        await again[0]
+    assert a.log[-4:] == ["start", "load y", "load broken", "load broken"]
     await b.ask(1)
     assert b.log[-2:] == ["start", "load x"]
+    await a.ask(1)
+    assert a.log[-2:] == ["start", "load y"]  # The broken one is not brought for ever.
+
+
+async def test_versions_of_adapters_that_change_while_they_are_brought(tmp_path: Path) -> None:
+    """A newer version of the same folder is brought too, one that is removed goes, and files that are others by then
+    are not taken for the version that was loaded."""
+    a, b = await pool("a", "b", parks=False)
+    assert (a.engine.state, b.engine.state) == ("stopped", "resident")
+    changed = tmp_path / "changed"
+    for name in ("x", "gone", "changed"):
+        (tmp_path / name).mkdir()
+        await a.engine.load_adapter(name, tmp_path / name)
+    (changed / "adapter_config.json").write_text("{}")
+    lost: list[tuple[str, str, bool]] = []
+    a.engine.watch_adapters(lambda *told: lost.append(told))
+
+    async def meanwhile(name: str) -> None:
+        if name == "gone" and "load gone" in a.log:
+            await a.engine.load_adapter("x", tmp_path / "x")
+            await a.engine.unload_adapter("gone")
+
+    a.on_load = meanwhile
+    await a.ask(1)
+    assert a.log[-5:] == ["start", "load x", "load gone", "load x", "unload gone"]
+    assert lost == [("changed", f"the files in {changed} have changed since it was loaded", False)]

@@ -1,48 +1,70 @@
 """Adapters are models of their own at the router, whose replicas are those of their model."""
 
+import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from ray.serve.schema import Target, TargetGroup
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from serve_app.access.gate import Gate
 from serve_app.access.keys import KeySource, sha256_of
-from serve_app.adapters.records import AdapterState, Records
+from serve_app.adapters.records import AdapterState, Found, FoundInFolder, Records
+from serve_app.config import RouterConfig
 from serve_app.errors import ModelNotFound
 from serve_app.router import directory as directory_module
+from serve_app.router import dispatcher
 from serve_app.router.directory import ModelDirectory
-from serve_app.router.model_status import ModelStatus, adapter_statuses, may_live, read_status
+from serve_app.router.model_status import ModelStatus, adapter_statuses, may_live, read_status, untold
+from serve_app.router.queues import Queues
 from serve_app.router.upstream.addresses import ReplicaAddresses
-from serve_app.router.upstream.protocol import require_open
+from serve_app.router.upstream.protocol import HandleUpstream, require_open
 from serve_app.wire.asgi import HttpRequest
 from serve_app.wire.asked_model import Asked
+from serve_app.wire.openai_errors import error_response
 from tests.fakes import LocalLimiter, Said, open_gate, router_app
+from tests.router.test_deployment import Items
 
 READY, FAILED, LOADING, LEAVING = (AdapterState(state) for state in ("ready", "failed", "loading", "leaving"))  # type: ignore[arg-type]
 
 
-def qwen(*adapters: str, replicas: int = 2, status: str = "RUNNING", live: bool = False) -> dict[str, Any]:
-    """The application of a model as Serve's controller describes it, with these adapters in its config."""
+FOUND = FoundInFolder("/srv", {"new": READY, "old": LEAVING, "bad": FAILED})
+
+
+def qwen(
+    *adapters: str,
+    replicas: int = 2,
+    status: str = "RUNNING",
+    live: bool = False,
+    folder: str | None = None,
+    state: str = "RUNNING",
+) -> dict[str, Any]:
+    """The application of a model as Serve's controller describes it, with these adapters in its config. `state` is that
+    of its replicas."""
     config: dict[str, Any] = {"import_path": "serve_app.app:model", "args": {"adapters": {}}, "deployments": []}
     named = {"adapters": dict.fromkeys(adapters, "/x")}
     if live:
         config["deployments"] = [{"name": "Model", "user_config": named}]
     else:
         config["args"] = named
-    running = [{"replica_id": f"r{number}", "state": "RUNNING"} for number in range(replicas)]
+    config["args"] = config["args"] | ({} if folder is None else {"adapters_folder": folder})
+    running = [{"replica_id": f"r{number}", "state": state} for number in range(replicas)]
     return {
         "status": status, "message": "", "deployed_app_config": config,
         "deployments": {"Model": {"status": "HEALTHY", "message": "", "replicas": running}},
     }  # fmt: skip
 
 
-def statuses(applications: Mapping[str, Any], records: Records) -> dict[str, ModelStatus]:
+def statuses(applications: Mapping[str, Any], records: Records, found: Found | None = None) -> dict[str, ModelStatus]:
     """The adapters of these applications."""
-    return adapter_statuses(applications, read_status(applications, "router"), records)[0]
+    return adapter_statuses(applications, read_status(applications, "router"), records, found or {})[0]
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -81,6 +103,37 @@ def test_an_adapter_is_as_its_model_while_that_does_not_serve(status: str, state
     assert statuses({"qwen": qwen("sql", replicas=0, status=status)}, {})["sql"].state == state
 
 
+@pytest.mark.parametrize(
+    ("application", "state"),
+    [
+        (qwen(folder="/srv", replicas=0), "asleep"),
+        (qwen(folder="/srv", replicas=1, status="DEPLOYING", state="UPDATING"), "loading"),
+        (qwen(folder="/srv", replicas=1, status="DEPLOYING", state="STARTING"), "loading"),
+        (qwen(folder="/srv", status="DEPLOYING") | {"deployments": {}}, "loading"),
+        (qwen(folder="/srv", replicas=0, status="DEPLOY_FAILED"), "failed"),
+        (qwen(folder="/srv", replicas=1), "loading"),
+    ],
+)
+def test_an_adapter_of_a_folder_is_known_while_no_replica_tells(application: dict[str, Any], state: str) -> None:
+    """As it was found last, and as its model is. In the last case a replica runs that has told nothing yet. What was
+    being removed is known no more."""
+    applications = {"qwen": application}
+    assert untold(applications, {}) == ["qwen"]
+    found = statuses(applications, {}, {"qwen": FOUND})
+    assert {name: status.state for name, status in found.items()} == {"new": state, "bad": state}
+
+
+def test_what_was_found_last_ends_with_the_folder_and_with_what_replicas_tell() -> None:
+    """A config with another folder, or without one, has none of its adapters, nor has another model."""
+    for folder in (None, "/other"):
+        assert statuses({"qwen": qwen(folder=folder, replicas=0)}, {}, {"qwen": FOUND}) == {}
+    assert statuses({"llama": qwen(folder="/srv", replicas=0)}, {}, {"qwen": FOUND}) == {}
+    running, told = {"qwen": qwen(folder="/srv")}, {("qwen", "r0"): {"next": READY}}
+    assert statuses(running, told, {"qwen": FOUND}).keys() == {"next"}
+    assert untold(running, told) == []
+    assert untold({"qwen": qwen("sql", replicas=0)}, {}) == []  # The config names all of its adapters.
+
+
 def test_a_name_that_two_have_means_neither_adapter() -> None:
     """Each is known by its full name. A model keeps its own."""
     applications = {"a": qwen("x", "b"), "b": qwen("x")}
@@ -88,7 +141,25 @@ def test_a_name_that_two_have_means_neither_adapter() -> None:
     found, spellings = adapter_statuses(applications, read_status(applications, "router"), records)
     assert found.keys() == {"a:x", "b:x", "a:b"}
     assert (found["b:x"].parent, found["b:x"].engine_name) == ("b", "x")
+    assert found["b:x"].message == "'x' is also another one's name, so only 'b:x' means this adapter"
     assert spellings == {}
+
+
+def test_a_model_that_was_refused_takes_no_name_from_an_adapter() -> None:
+    """Requests for it reach the adapter, which says what happened. A model that serves has its name."""
+    refused = qwen(status="DEPLOY_FAILED") | {"deployments": {}, "message": "the name 'sql' is taken"}
+    records = {("qwen", "r0"): {"sql": READY}}
+    for sql, state in ((refused, "ready"), (qwen(), None), (qwen(replicas=0, status="DEPLOYING"), None)):
+        applications = {"qwen": qwen(), "sql": sql}
+        found, spellings = adapter_statuses(applications, read_status(applications, "router"), records)
+        if state is None:
+            assert (found.keys(), spellings) == ({"qwen:sql"}, {})
+            continue
+        assert (found["sql"].state, found["sql"].parent, spellings) == ("ready", "qwen", {"qwen:sql": "sql"})
+        assert found["sql"].message == "a model of this name is not served: the name 'sql' is taken"
+    records = {("qwen", "r0"): {"sql": LOADING}}
+    applications = {"qwen": qwen(), "sql": refused}
+    assert adapter_statuses(applications, read_status(applications, "router"), records)[0].keys() == {"qwen:sql"}
 
 
 def test_a_replica_that_serve_tells_nothing_of_may_live() -> None:
@@ -111,6 +182,7 @@ class Cluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, applications: dict[str, Any], records: Records):
         self.applications, self.records = applications, dict(records)
+        self.last: dict[str, FoundInFolder] = {}
         self.directory = ModelDirectory("router", 1.0, records=self)  # type: ignore[arg-type]
         self.sent: list[tuple[str, bytes]] = []
         monkeypatch.setattr(directory_module, "instance_details", self.details)
@@ -124,8 +196,16 @@ class Cluster:
         """As a RecordReader does."""
         return self.records
 
+    def found(self, applications: Collection[str]) -> Found:
+        """As a RecordReader does."""
+        return {name: found for name, found in self.last.items() if name in applications}
+
     def forget_all_but(self, lives: Any) -> None:
         """Nothing is old here."""
+
+    def forget_models_but(self, applications: Collection[str]) -> None:
+        """As a RecordReader does, at once."""
+        self.last = {name: found for name, found in self.last.items() if name in applications}
 
     async def start(self) -> None:
         """As in the real upstream."""
@@ -254,6 +334,124 @@ async def test_an_adapter_that_comes_is_found_and_one_that_goes_is_not(cluster: 
     await cluster.directory._refresh(0.0)  # As every few seconds.
     with pytest.raises(ModelNotFound, match="These models exist: llama, qwen, broken, legal, sql"):
         await cluster.directory.find("new")
+
+
+@pytest.mark.parametrize("held", [0, 10])
+async def test_a_request_for_an_adapter_of_a_folder_wakes_its_model(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """It waits, or is a 503 with retry-after, as one for the model itself. The adapter is a 404 once the replica that
+    started has told that it has none, or the model is deleted."""
+    cluster.applications["qwen"] = qwen(folder="/srv", replicas=0)
+    cluster.records.clear()
+    cluster.last["qwen"] = FOUND
+    calls = asyncio.Event()
+
+    async def send(name: str, request: HttpRequest) -> Said:
+        if request.method == "GET":
+            calls.set()
+            cluster.applications["qwen"] = qwen(folder="/srv", replicas=1)
+            cluster.records["qwen", "r0"] = {"new": READY}
+        return Said(200, [request.body])
+
+    monkeypatch.setattr(cluster, "send", send)
+    answers = [await ask(cluster, {"model": name}, max_held_requests=held) for name in ("new", "qwen:new")]
+    async with asyncio.timeout(5):
+        await calls.wait()
+    first = answers[0]
+    assert (first.status_code, "retry-after" in first.headers) == ((200, False) if held else (503, True))
+    cluster.records["qwen", "r0"] = {}
+    await cluster.directory._refresh(0.0)
+    assert (await ask(cluster, {"model": "new"})).status_code == 404
+    cluster.applications["qwen"] = qwen(folder="/srv", replicas=0)
+    del cluster.records["qwen", "r0"]
+    await cluster.directory._refresh(0.0)
+    assert (await cluster.directory.find("new")).state == "asleep"
+    deleted = cluster.applications.pop("qwen")
+    await cluster.directory._refresh(0.0)
+    assert (await ask(cluster, {"model": "new"})).status_code == 404
+    cluster.applications["qwen"] = deleted  # Another model of that name.
+    await cluster.directory._refresh(0.0)
+    assert (await ask(cluster, {"model": "new"})).status_code == 404
+
+
+async def test_nothing_is_kept_of_adapters_that_went(cluster: Cluster) -> None:
+    """They come and go for ever."""
+    directory = cluster.directory
+    for number in range(20):
+        cluster.records["qwen", "r0"] = {f"a{number}": LOADING}
+        await directory._refresh(0.0)
+        cluster.records["qwen", "r0"] = {f"a{number}": READY}
+        await directory._refresh(0.0)
+        directory.waking(f"a{number}")
+    kept = (directory._load_times, directory._loading_since, directory._waking_since)
+    assert [set(names) - {"a19", "sql", "legal", "broken"} for names in kept] == [set()] * 3
+    assert "a19" in directory._load_times
+
+
+def test_idle_queues_go_when_another_one_comes() -> None:
+    """Those with requests that wait, or that were answered lately, stay."""
+    queues = Queues()
+    config = RouterConfig()
+    with queues["busy"].place(config), queues["held"].hold(config, 1.0):
+        queues["answered"].answered()
+        for number in range(20):
+            with queues[f"a{number}"].place(config):
+                pass
+    assert queues.keys() == {"busy", "held", "answered", "a19"}
+
+
+async def test_an_alias_that_hides_an_adapter_is_told(cluster: Cluster) -> None:
+    """The adapter is still there by its full name."""
+    await cluster.directory.models()
+    told = cluster.directory.hidden_by(["sql", "llama", "else"])
+    assert told == ["the alias 'sql' hides the adapter of that name, which is reached as 'qwen:sql'"]
+
+
+class Replicas:
+    """The handle of a model, whose replicas Ray chooses in this order. Each says which adapters it has."""
+
+    def __init__(self, *having: set[str]):
+        self.having = list(having)
+
+    def remote(self, request: HttpRequest) -> Any:
+        """As a Ray handle does."""
+        has = self.having.pop(0)
+
+        async def answer(asked: Request) -> Response:
+            name = (await asked.json())["model"]
+            if name not in has:
+                return error_response(ModelNotFound(f"no '{name}' here", param="model"))
+            return JSONResponse({"error": "no such file"}, status_code=404)
+
+        return Items(Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])]), request, None)
+
+
+@pytest.mark.parametrize(("replicas", "status"), [(([], ["sql"]), 404), (([], [], [], []), 503)])
+async def test_over_handles_a_replica_without_the_adapter_is_no_answer(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, replicas: tuple[list[str], ...], status: int
+) -> None:
+    """Ray may choose it though another one has the adapter. Another one is tried, and then it is a 503. A 404 of the
+    engine itself reaches the client."""
+    monkeypatch.setattr(dispatcher, "BACKOFF_S", (0.0,))
+    cluster.records["qwen", "r0"] = {}
+    chosen = Replicas(*map(set, replicas))
+
+    async def handle(_: str) -> Replicas:
+        return chosen
+
+    monkeypatch.setattr(cluster.directory, "handle", handle)
+    upstream = HandleUpstream(cluster.directory, 1.0)
+    _, app = router_app(cluster.directory, upstream, max_retries=3)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://router") as client:
+        answer = await client.post("/v1/chat/completions", json={"model": "sql"})
+    assert answer.status_code == status
+    assert chosen.having == []
+    if status == 404:
+        assert answer.json() == {"error": "no such file"}
+    else:
+        assert "does not have the adapter 'sql'" in answer.json()["error"]["message"]
+        assert answer.headers["retry-after"] == "1"
 
 
 async def test_a_model_that_is_being_rebuilt_serves_on(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,11 @@ from starlette.types import ASGIApp
 from transformers import PreTrainedModel
 
 from serve_app.config import ModelConfig
+from serve_app.engines.adapter_copies import AdapterCopies, remove
 from serve_app.engines.adapters import readable_adapters
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Parking
+from serve_app.engines.lost_adapter import LostAdapter
 from serve_app.engines.measure import rank_memory
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.pt.api.openai_api import build_app
@@ -80,6 +82,7 @@ class PtEngine:
         self._bank: AdapterBank | None = None
         self._buffers: Mapping[torch.device, int] = {}
         self._adapter_places = AdapterPlaces({})
+        self._copies = AdapterCopies()
 
     async def start(self) -> ASGIApp:
         """Loads the model in a thread, starts the engine's thread, and returns the application."""
@@ -168,10 +171,22 @@ class PtEngine:
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Does what `Engine` says. The files are read in a thread, and the adapter goes to a device when the first
-        request for it has its turn."""
-        generator = self.generator
-        adapter = await in_thread_of_its_own(partial(self._read_adapter, name, folder))
-        await generator.put_adapter(adapter, partial(self._read_again, adapter, folder))
+        request for it has its turn. If the host's memory may not keep all adapters, the files are copied, because they
+        may be read again, and a version stays what it was."""
+        generator, copy = self.generator, None
+        if self._config.max_cpu_loras is not None:
+            copy = await asyncio.to_thread(self._copies.copied, folder)
+        try:
+            adapter = await in_thread_of_its_own(partial(self._read_adapter, name, copy or folder))
+        except BaseException as error:
+            await asyncio.to_thread(remove, copy)
+            if copy is None or not isinstance(error, AdapterError):
+                raise
+            raise AdapterError(str(error).replace(str(copy), str(folder))) from error
+        generator.put_adapter(adapter, partial(self._read_again, adapter, copy or folder), partial(remove, copy))
+
+    def watch_adapters(self, lost: LostAdapter) -> None:
+        """Does nothing, because adapters come in the same way while the engine is parked."""
 
     async def unload_adapter(self, name: str) -> None:
         """Does what `Engine` says."""
@@ -189,6 +204,7 @@ class PtEngine:
             await asyncio.to_thread(self._memory_to_park.close)
         if offload is not None:
             await asyncio.to_thread(offload.cleanup)
+        await asyncio.to_thread(self._copies.close)
         self._generator = self._runner = self._draft = self._speculator = None
         self._memory_to_park = self._prompt_cache = self._bank = None
         await in_thread_of_its_own(free_everything)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as ReadOnlySequence
 from concurrent.futures import Future
 from contextlib import aclosing, nullcontext
@@ -152,30 +152,32 @@ class Generator:
         """Returns the names of the adapters that clients may ask for."""
         return self._adapters.names
 
-    async def put_adapter(self, adapter: Adapter, read_again: ReadAgain) -> None:
-        """Has new requests get this adapter. If it replaces another one, this returns when the requests that run with
-        that one have ended. What is kept of it is freed before the next step. `read_again` is for factors that the
-        host's memory has not kept."""
-        await self._retire(self._adapters.put(adapter, read_again))
+    def put_adapter(self, adapter: Adapter, read_again: ReadAgain, forgotten: Callable[[], None]) -> None:
+        """Has new requests get this adapter. One that it replaces is forgotten when the requests that run with it have
+        ended. `read_again` is for factors that the host's memory has not kept. `forgotten` is called in a thread when
+        nobody will read them again."""
+        if (old := self._adapters.put(adapter, read_again, forgotten)) is not None:
+            self._retire(old)
 
     async def remove_adapter(self, name: str) -> None:
-        """Has nobody get the adapter any more, and returns as `put_adapter` does. It may be unknown."""
-        await self._retire(self._adapters.pop(name))
+        """Has nobody get the adapter any more. Returns when the requests that run with it have ended. What is kept of
+        it is freed before the next step. It may be unknown."""
+        if (entry := self._adapters.pop(name)) is not None:
+            await asyncio.shield(self._retire(entry))
 
-    async def _retire(self, entry: Entry | None) -> None:
-        """Forgets an adapter once nobody uses it, also if the caller does not wait for that any more."""
-        if entry is None:
-            return
+    def _retire(self, entry: Entry) -> "asyncio.Task[None]":
+        """Forgets an adapter once nobody uses it, also if nobody waits for that."""
 
         async def retire() -> None:
             await entry.unused()
             self._adapters.forget(entry)
             self._loop.forget_adapter(entry.adapter)
+            await asyncio.to_thread(entry.forgotten)
 
         task = asyncio.create_task(retire())
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
-        await asyncio.shield(task)
+        return task
 
     async def generate(
         self,
@@ -232,7 +234,7 @@ class Generator:
                 piece = None if output.error is not None else text.add(output)
                 if output.is_last or (piece is not None and piece.finish_reason is not None):
                     del texts[output.sequence]
-                    self._forget(output.sequence, output.is_last)
+                    self._forget(output.sequence, output.is_last, places)
                     places.release()
                 if output.error is not None:
                     raise output.error
@@ -240,13 +242,20 @@ class Generator:
                     yield text.number, piece
         finally:
             for sequence in texts:
-                self._forget(sequence, ended=False)
+                self._forget(sequence, False, places)
             places.release(len(texts))
 
-    def _forget(self, sequence: Sequence, ended: bool) -> None:
+    def _forget(self, sequence: Sequence, ended: bool, places: Reservation) -> None:
+        """Forgets a sequence. One that has not ended may be in a step until the thread has dropped it, so its adapter
+        stays in use until then."""
         del self._outputs[sequence]
-        if not ended:
+        if ended:
+            return
+        if places.lease is None:
             self._loop.cancel(sequence)
+            return
+        held = places.lease.again()
+        self._loop.cancel(sequence, partial(self._asyncio_loop.call_soon_threadsafe, held.end))
 
     async def embed(self, prompt_ids: ReadOnlySequence[int], places: Reservation, owner: object) -> list[float]:
         """Returns the prompt's vector. It waits for its turn like a text, gives back one of `places`, and raises what
@@ -261,7 +270,7 @@ class Generator:
             output = await outputs.get()
             ended = True
         finally:
-            self._forget(sequence, ended)
+            self._forget(sequence, ended, places)
             places.release()
         if output.error is not None:
             raise output.error

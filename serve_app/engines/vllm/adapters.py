@@ -7,30 +7,27 @@ another one has computed.
 """
 
 import asyncio
-import fcntl
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.engines.adapter_copies import AdapterCopies, remove
+from serve_app.engines.lost_adapter import LostAdapter
 from serve_app.engines.vllm import vllm_internals
 from serve_app.errors import AdapterError, InvalidRequest
-from serve_app.facts.adapter import CONFIG, WEIGHTS
+from serve_app.facts.adapter import WEIGHTS
 from serve_app.wire.arrival import known_body
 
 logger = logging.getLogger("ray.serve")
 
 # vLLM forgets the requests of clients that have left shortly after their connections have ended.
 ENDED_POLL_S = 0.02
-# The folders of copies begin like this, and each has a file of this name.
-COPIES, LOCK = "serve-app-adapters-", "lock"
 MOST_REASON = 500
 
 
@@ -45,12 +42,14 @@ class Version:
 class VllmAdapters:
     """Has the adapters of one engine, by the names by which requests ask for them. `close` removes the copies.
 
-    While the engine is parked, its buffers are gone, so what comes and goes then does so when the engine wakes.
+    While the engine is parked, its buffers are gone, so what comes and goes then does so when the engine wakes. `lost`
+    is told of what vLLM does not take then.
     """
 
     def __init__(self, client: Any, models: Any, reason: Callable[[Exception], str] = str):
         self._client, self._models, self._reason = client, models, reason
-        self._copies, self._lock_file = _own_folder()
+        self._copies = AdapterCopies()
+        self.lost: LostAdapter = _log_lost
         self._served: dict[str, Version] = {}
         self._running: dict[str, set[asyncio.Future[None]]] = {}
         # The engine is awake, and nothing changes in it, for whoever holds the lock and finds it awake.
@@ -64,16 +63,16 @@ class VllmAdapters:
         copy = await asyncio.to_thread(self._copied, folder)
         async with self._lock:
             if not self._is_awake:
-                _remove(self._coming.pop(name, None))
+                remove(self._coming.pop(name, None))
                 self._coming[name] = copy
                 return
             previous = await self._take(name, copy)
         if previous is not None:
-            await self._retire(name, previous)
+            self._retire_later(name, previous)
 
     async def unload(self, name: str) -> None:
         """Does what `Engine.unload_adapter` says."""
-        _remove(self._coming.pop(name, None))
+        remove(self._coming.pop(name, None))
         version = self._served.pop(name, None)
         if version is None:
             return
@@ -86,8 +85,10 @@ class VllmAdapters:
             self._is_awake = False
 
     async def resume(self) -> None:
-        """Does what came while the engine was parked. What vLLM does not take or free then is logged. It does not wait
-        for the requests of versions that were replaced, because others wait for the engine."""
+        """Does what came while the engine was parked. What vLLM does not take then is lost, and what it does not free
+        is logged. It does not wait for the requests of versions that were replaced, because others wait for the
+        engine."""
+        lost: dict[str, str] = {}
         async with self._lock:
             self._is_awake = True
             for name, copy in list(self._coming.items()):
@@ -95,7 +96,7 @@ class VllmAdapters:
                 try:
                     previous = await self._take(name, copy)
                 except AdapterError as error:
-                    logger.warning("The adapter '%s' came while the model was parked: %s", name, error)
+                    lost[name] = str(error)
                 else:
                     if previous is not None:
                         self._retire_later(name, previous)
@@ -103,6 +104,8 @@ class VllmAdapters:
             for version in going:
                 with _logged():
                     await self._free(version)
+        for name, reason in lost.items():
+            self.lost(name, reason, name in self._served)
 
     def counted(self, app: ASGIApp) -> ASGIApp:
         """Returns the application, whose requests are counted by the adapter for which they ask."""
@@ -129,8 +132,7 @@ class VllmAdapters:
         """Removes all copies, when the engine has ended."""
         for task in self._retiring:
             task.cancel()
-        _remove(self._copies)
-        self._lock_file.close()
+        self._copies.close()
 
     async def _take(self, name: str, copy: Path) -> Version | None:
         """Loads a copy, has new requests use it, and returns the version that it replaces. Raises AdapterError if vLLM
@@ -138,7 +140,7 @@ class VllmAdapters:
         try:
             adapter = await vllm_internals.add_adapter(self._client, self._models, name, copy)
         except Exception as error:
-            _remove(copy)
+            remove(copy)
             words = str(error) if isinstance(error, ValueError) else self._reason(error)
             reason = words.replace(str(copy), name)
             raise AdapterError(f"vLLM does not take it: {reason[:MOST_REASON]}") from error
@@ -175,23 +177,22 @@ class VllmAdapters:
             await vllm_internals.remove_adapter(self._client, version.adapter)
         except Exception as error:
             raise AdapterError(f"vLLM does not let go of it: {self._reason(error)[:MOST_REASON]}") from error
-        await asyncio.to_thread(_remove, version.folder)
+        await asyncio.to_thread(remove, version.folder)
 
     def _copied(self, folder: Path) -> Path:
         """Returns a folder of its own with copies of the adapter's two files. Raises AdapterError if they cannot be
         copied."""
-        copy = Path(tempfile.mkdtemp(dir=self._copies))
+        copy = self._copies.copied(folder)
         try:
-            for name in (CONFIG, WEIGHTS):
-                shutil.copyfile(folder / name, copy / name)
             _require_finite(copy / WEIGHTS, folder / WEIGHTS)
-        except OSError as error:
-            _remove(copy)
-            raise AdapterError(f"{error.filename or folder} cannot be copied: {error.strerror or error}.") from error
-        except AdapterError:
-            _remove(copy)
+        except BaseException:
+            remove(copy)
             raise
         return copy
+
+
+def _log_lost(name: str, reason: str, _: bool) -> None:
+    logger.warning("The adapter '%s' came while the model was parked: %s", name, reason)
 
 
 @contextmanager
@@ -225,24 +226,3 @@ def _asked(scope: Scope) -> str | None:
     with suppress(InvalidRequest, ValueError, KeyError):
         return msgspec.json.decode(body.fields["model"], type=str)
     return None
-
-
-def _own_folder() -> tuple[Path, IO[bytes]]:
-    """Returns a new folder with a file that this process has locked, and that file. Removes the folders of processes
-    that have been killed, whose files nobody has locked any more."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{COPIES}*"):
-        with suppress(OSError), (folder / LOCK).open("rb") as left:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(folder)
-    folder = Path(tempfile.mkdtemp(prefix=COPIES))
-    # Nobody sees the file before it is locked.
-    hidden = folder / f"{LOCK}.new"
-    file = hidden.open("wb")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    hidden.rename(folder / LOCK)
-    return folder, file
-
-
-def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelConfig
 from serve_app.engines.engine import Parking
+from serve_app.engines.lost_adapter import LostAdapter
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.engines.vllm import vllm_internals
 from serve_app.engines.vllm.adapters import VllmAdapters
@@ -212,6 +213,11 @@ class VllmEngine:
         if self._adapters is None:
             raise AdapterError("this model has no room for adapters. Set max_loras and max_lora_rank.")
         await self._adapters.load(name, folder)
+
+    def watch_adapters(self, lost: LostAdapter) -> None:
+        """Does what `Engine` says."""
+        if self._adapters is not None:
+            self._adapters.lost = lost
 
     async def unload_adapter(self, name: str) -> None:
         """Does what `Engine` says."""

@@ -270,9 +270,10 @@ async def ask_ranks(client: EngineClient, method: str, *arguments: Any) -> list[
 def serving_models(app: Starlette) -> Any:
     """Returns the object in which vLLM's server looks up the adapter for which the body's `model` asks.
 
-    Each adapter has a name of the form NAME:NUMBER in vLLM, because two versions of one adapter may run in one step and
-    vLLM tells them apart by their names. Clients see NAME. Uses `app.state.openai_serving_models`, and of that
-    `model_name` and `show_available_models`, which are replaced; seen in vLLM 0.32.
+    Each adapter has a name of the form _NAME:NUMBER in vLLM, because two versions of one adapter may run in one step
+    and vLLM tells them apart by their names. Clients see NAME, and no name of theirs begins with an underscore. Uses
+    `app.state.openai_serving_models`, and of that `model_name` and `show_available_models`, which are replaced; seen in
+    vLLM 0.32.
     """
     models = app.state.openai_serving_models
     own_name, own_list = models.model_name, models.show_available_models
@@ -293,7 +294,7 @@ def serving_models(app: Starlette) -> Any:
 
 def public_name(name: str) -> str:
     """Returns the name of an adapter for clients, from its name in vLLM."""
-    return name.rpartition(":")[0]
+    return name.removeprefix("_").rpartition(":")[0]
 
 
 async def add_adapter(client: EngineClient, models: Any, name: str, folder: Path) -> Any:
@@ -309,7 +310,7 @@ async def add_adapter(client: EngineClient, models: Any, name: str, folder: Path
     from vllm.lora.request import LoRARequest
 
     number = models.lora_id_counter.inc(1)
-    adapter = LoRARequest(lora_name=f"{name}:{number}", lora_int_id=number, lora_path=str(folder))
+    adapter = LoRARequest(lora_name=f"_{name}:{number}", lora_int_id=number, lora_path=str(folder))
     reasons = await ask_ranks(client, "serve_app_add_adapter", adapter.lora_name, number, adapter.lora_path)
     if reason := next(filter(None, reasons), ""):
         await client.remove_lora(number)  # Some ranks have taken it.

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from serve_app.errors import Overloaded
+from serve_app.errors import ModelNotFound, Overloaded
 from serve_app.router.directory import Directory, ModelDirectory
-from serve_app.router.engine_loss import is_away, is_lost_event, is_lost_status
+from serve_app.router.engine_loss import is_away, is_lost_event, is_lost_status, is_unknown_model
 from serve_app.router.model_status import ModelStatus
 from serve_app.router.suspicion import Death
 from serve_app.wire.asgi import HttpRequest, decode_head
@@ -113,8 +113,12 @@ class HandleUpstream:
         """Does nothing, because handles are made when they are needed."""
 
     async def send(self, name: str, request: HttpRequest) -> "HandleAnswer":
-        """Does what `Upstream` says. A handle waits for a replica for ever, so the model is checked meanwhile."""
-        await require_open(self._directory, name)
+        """Does what `Upstream` says. A handle waits for a replica for ever, so the model is checked meanwhile.
+
+        Ray may choose a replica that does not have an adapter which others have. Its 404 is no answer for the client,
+        so it counts as a lost replica, of which another one may be asked.
+        """
+        model = await require_open(self._directory, name)
         handle = await self._directory.handle(name)
         items = handle.remote(request)
         try:
@@ -126,7 +130,10 @@ class HandleUpstream:
         except BaseException:  # The client or the model has left before the first byte.
             items.cancel()
             raise
-        return HandleAnswer(status, headers, items)
+        answer = HandleAnswer(status, headers, items)
+        if status == ModelNotFound.status and model.having:
+            return await _unless_lacking(answer, name)
+        return answer
 
     async def close(self) -> None:
         """Does nothing, because handles hold nothing open."""
@@ -165,6 +172,31 @@ class HandleAnswer:
     async def close(self) -> None:
         """Cancels the call, which cancels the engine's work."""
         self._items.cancel()
+
+
+async def _unless_lacking(answer: HandleAnswer, name: str) -> HandleAnswer:
+    """Returns a 404 again, whose body has been read. Raises ReplicaLost if it says that the replica does not have the
+    adapter."""
+    pieces = [piece async for piece in answer.pieces()]
+    if is_unknown_model(b"".join(pieces)):
+        raise ReplicaLost(f"the replica that Ray chose does not have the adapter '{name}'")
+    return ReadAnswer(answer.status, answer.headers, pieces)
+
+
+class ReadAnswer(HandleAnswer):
+    """This is an answer that came over a handle and whose body has been read."""
+
+    def __init__(self, status: int, headers: Headers, read: list[bytes]):
+        super().__init__(status, headers, None)
+        self._read = read
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yields the body."""
+        for piece in self._read:
+            yield piece
+
+    async def close(self) -> None:
+        """Does nothing, because the answer is whole."""
 
 
 class BegunAnswer:

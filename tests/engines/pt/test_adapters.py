@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -235,7 +236,7 @@ async def test_a_broken_adapter_harms_nobody(tmp_path: Path) -> None:
 
 
 async def test_the_host_keeps_as_many_as_it_may(tmp_path: Path) -> None:
-    """Others are read again. Files that have changed meanwhile are refused."""
+    """Others are read again, from copies of the files that they had when they were loaded."""
     async with serving(NAMES[:6], max_loras=2, max_cpu_loras=3) as (engine, client):
         entries = engine.generator._adapters._entries
 
@@ -254,10 +255,77 @@ async def test_the_host_keeps_as_many_as_it_may(tmp_path: Path) -> None:
             await ask(client, name, QUESTIONS[0])
         assert "own" not in kept()
         shutil.copytree(ADAPTERS_DIR / "a08", tmp_path / "own", dirs_exist_ok=True)
-        body = {"model": "own", "prompt": "x"}
-        refused = await client.post("/v1/completions", json=body)
-        assert refused.status_code == 503
-        assert "have changed since" in refused.text
+        assert await ask(client, "own", QUESTIONS[0]) == SAID["a07"][QUESTIONS[0]]
+        await engine.load_adapter("own", tmp_path / "own")
+        assert await ask(client, "own", QUESTIONS[0]) == SAID["a08"][QUESTIONS[0]]
+        copies = engine._copies.folder
+        await until(lambda: len(list(copies.glob("*/"))) == 7, "the files of the old version are gone")
+        with pytest.raises(AdapterError, match=str(tmp_path / "broken")):  # Its own folder, and not that of the copy.
+            await engine.load_adapter("own", broken_copy(tmp_path))
+        await engine.unload_adapter("own")
+        assert len(list(copies.glob("*/"))) == 6
+    assert not copies.exists()
+
+
+def broken_copy(folder: Path) -> Path:
+    """An adapter whose weights are half a file."""
+    broken = folder / "broken"
+    shutil.copytree(ADAPTERS_DIR / "a07", broken)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    return broken
+
+
+async def test_a_sequence_that_was_cancelled_keeps_its_adapter_until_the_thread_drops_it() -> None:
+    """Its step may still run, so its factors stay in the host's memory whatever else comes."""
+    async with serving(["a01"], max_loras=1, max_cpu_loras=1) as (engine, _):
+        goes_on, is_held = threading.Event(), threading.Event()
+        goes_on.set()
+        decode = engine._runner.decode  # type: ignore[union-attr]
+
+        def held(*arguments: Any) -> Any:
+            if not goes_on.is_set():
+                is_held.set()
+            goes_on.wait(20)
+            return decode(*arguments)
+
+        engine._runner.decode = held  # type: ignore[union-attr, method-assign]
+        entry = engine.generator._adapters._entries["a01"]
+        params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
+        with engine.generator.reserve(1, "a01") as places:
+            pieces = engine.generator.generate([5, 6, 7], params, places=places)
+            await anext(pieces)
+            goes_on.clear()
+            assert await asyncio.to_thread(is_held.wait, 20)
+            await pieces.aclose()
+        await engine.load_adapter("a02", ADAPTERS_DIR / "a02")
+        assert entry.adapter.factors is not None
+        gone = asyncio.create_task(engine.unload_adapter("a01"))
+        await asyncio.sleep(0.1)
+        assert not gone.done()
+        goes_on.set()
+        await asyncio.wait_for(gone, 20)
+        assert entry.users == 0
+
+
+async def test_a_new_version_does_not_wait_for_requests_of_the_old_one() -> None:
+    """They end with the old one, whose removal waits for them, also when newer ones come and go meanwhile."""
+    async with serving(["a01"]) as (engine, client):
+        params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
+        with engine.generator.reserve(1, "a01") as places:
+            pieces = engine.generator.generate([5, 6, 7], params, places=places)
+            await anext(pieces)
+            gone = asyncio.create_task(engine.unload_adapter("a01"))
+            await asyncio.sleep(0)
+            for name in ("a02", "a03"):
+                await asyncio.wait_for(engine.load_adapter("a01", ADAPTERS_DIR / name), 20)
+                assert await ask(client, "a01", QUESTIONS[0]) == SAID[name][QUESTIONS[0]]
+            await asyncio.wait_for(engine.unload_adapter("a01"), 20)
+            assert not gone.done()
+            rest = [piece async for piece in pieces]
+            assert rest[-1].finish_reason == "length"
+        await asyncio.wait_for(gone, 20)
+        assert not engine.generator._retiring
 
 
 async def test_a_parked_engine_keeps_its_adapters() -> None:

@@ -64,9 +64,21 @@ class EngineLoop(EngineThread):
         """Starts generating. The outputs come through `deliver`. Raises EngineError once the loop has ended."""
         self._put(lambda: self._add(sequence))
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Frees the sequence's place before the next step. No output follows."""
-        self._inbox.put(lambda: self._drop([sequence]))
+    def cancel(self, sequence: Sequence, dropped: Callable[[], object] = lambda: None) -> None:
+        """Frees the sequence's place before the next step. No output follows. `dropped` is called when no step will
+        compute the sequence any more: on the thread, or here if that has ended."""
+
+        def drop() -> None:
+            try:
+                self._drop([sequence])
+            finally:
+                dropped()
+
+        with self._closing:
+            if not self._closed:
+                self._inbox.put(drop)
+                return
+        dropped()
 
     def forget_adapter(self, adapter: Adapter) -> None:
         """Frees what is kept of an adapter before the next step. No sequence of it may be submitted any more."""

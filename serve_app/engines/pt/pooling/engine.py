@@ -11,6 +11,7 @@ import torch
 from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
+from serve_app.engines.lost_adapter import LostAdapter
 from serve_app.engines.measure import rank_memory
 from serve_app.engines.pt.core.heap import free_everything
 from serve_app.engines.pt.core.memory_part import Part
@@ -110,6 +111,9 @@ class PoolingEngine:
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Raises AdapterError, because the plan refuses adapters of such a model (`pooling_problem`)."""
         raise AdapterError("pt serves adapters of models that generate text only.")
+
+    def watch_adapters(self, lost: LostAdapter) -> None:
+        """Does nothing, because there is none."""
 
     async def unload_adapter(self, name: str) -> None:
         """Does nothing, because there is none."""

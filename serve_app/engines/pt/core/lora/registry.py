@@ -37,10 +37,13 @@ class AdapterRegistry:
         """Returns the use of an adapter's newest version by one request. Raises KeyError if there is none."""
         return Lease(self._entries[name])
 
-    def put(self, adapter: Adapter, read_again: ReadAgain) -> "Entry | None":
-        """Has new requests get this adapter, and returns the entry of the one that it replaces."""
+    def put(
+        self, adapter: Adapter, read_again: ReadAgain, forgotten: Callable[[], None] = lambda: None
+    ) -> "Entry | None":
+        """Has new requests get this adapter, and returns the entry of the one that it replaces. `forgotten` is for the
+        caller, who is to call it when nobody will read the factors again."""
         old = self._entries.get(adapter.name)
-        self._entries[adapter.name] = entry = Entry(adapter, read_again)
+        self._entries[adapter.name] = entry = Entry(adapter, read_again, forgotten)
         self._kept[entry] = None
         self._trim()
         return old
@@ -78,9 +81,10 @@ class AdapterRegistry:
 class Entry:
     """Is one version of an adapter, with the number of its users."""
 
-    def __init__(self, adapter: Adapter, read_again: ReadAgain):
+    def __init__(self, adapter: Adapter, read_again: ReadAgain, forgotten: Callable[[], None]):
         self.adapter = adapter
         self.read_again = read_again
+        self.forgotten = forgotten
         self.reading = asyncio.Lock()
         self.users = 0
         self._unused = asyncio.Event()
@@ -106,6 +110,10 @@ class Lease:
         self.entry = entry
         self._holds = True
         entry.change(1)
+
+    def again(self) -> "Lease":
+        """Returns another use of the same version, which ends by itself."""
+        return Lease(self.entry)
 
     def end(self) -> None:
         """Ends the use. A second call changes nothing."""
