@@ -15,10 +15,8 @@ Prints one line of JSON: tokens per second of wall time by their medians, and th
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -26,14 +24,13 @@ from typing import Any
 
 import httpx
 
-from benchmarks.adapters import DEMO_ADAPTERS, PROMPT, RANK, VOCABULARY
+from benchmarks.adapters import DEMO_ADAPTERS, PROMPT, RANK, TIMEOUT_S, VOCABULARY, Child
 from serve_app.config import ModelConfig
 from serve_app.engines.vllm.engine import VllmEngine
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.replica.whole_body import WholeBody
 
 BASE, ADAPTERS = "base", 16
-TIMEOUT_S = 300.0
 
 
 async def load(http: httpx.AsyncClient, models: list[str], tokens: int, seed: int) -> float:
@@ -89,44 +86,12 @@ def named(targets: list[str] | None) -> list[str]:
     return found[:ADAPTERS]
 
 
-class Child:
-    """One engine in a process of its own."""
-
-    def __init__(self, kind: str, arguments: list[str]):
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "benchmarks.vllm_adapters", *arguments, "--child", kind]
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def told(self) -> Any:
-        """The next line of JSON. vLLM may print others."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("[") or line[:1].isdigit():
-                return json.loads(line)
-        raise RuntimeError("the engine has ended")
-
-    def asked(self, models: list[str], seed: int) -> float:
-        """The tokens per second of one round."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"models": models, "seed": seed}) + "\n")
-        self.process.stdin.flush()
-        return float(self.told())
-
-    def close(self) -> None:
-        """Ends it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(TIMEOUT_S)
-
-
 def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     """Runs all rounds and returns the figures."""
     with ExitStack() as stack:
         children = {}
         for kind in ("base", "adapters"):  # One after the other, because each start takes all cores.
-            children[kind] = Child(kind, arguments)
+            children[kind] = Child("benchmarks.vllm_adapters", kind, arguments)
             stack.callback(children[kind].close)
             names = children[kind].told()
         turn = [BASE, *names]

@@ -48,6 +48,18 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return cast(torch.Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
+def weighted_sums(
+    table: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Returns for each i the sum of the rows `indices[j]` of the table times `weights[j]`, for j from `offsets[i]` to
+    `offsets[i + 1]`. A sum of nothing is zeros, whatever the table holds.
+
+    Uses `torch.embedding_bag`, which `torch.nn.functional.embedding_bag` calls after checks that take as long as a
+    small sum; seen in torch 2.13.
+    """
+    return cast(torch.Tensor, torch.embedding_bag(table, indices, offsets, False, 0, False, weights, True)[0])
+
+
 def onednn_memory(packed: torch.Tensor) -> tuple[int, int]:
     """Returns the address and the bytes of a weight in oneDNN's order, which has no storage that torch shows.
 

@@ -25,6 +25,7 @@ from serve_app.engines.torch_internals import (
     pin_memory,
     storages_of,
     unpin_memory,
+    weighted_sums,
 )
 from tests.contracts.contract import as_imported_with, contract, untested
 
@@ -55,6 +56,25 @@ def test_onednn_multiplies_with_a_plain_weight(bias: bool) -> None:
     for shape in ((5, 24), (3, 7, 24)):
         x = torch.randn(shape)
         torch.testing.assert_close(onednn_linear(x, linear.weight, linear.bias), linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@contract("torch", "torch.embedding_bag", weighted_sums)
+@torch.inference_mode()
+def test_bags_are_weighted_sums(dtype: torch.dtype) -> None:
+    """An empty bag is zeros beside rows that are not finite, and no bag reads the rows of another one."""
+    table, weights = torch.randn(6, 40).to(dtype), torch.randn(5).to(dtype)
+    table[5] = float("nan")
+    indices, offsets = torch.tensor([0, 3, 3, 5, 1]), torch.tensor([0, 0, 3, 4, 4, 5])
+    sums = weighted_sums(table, indices, offsets, weights)
+    assert sums.dtype == dtype
+    assert sums.shape == (5, 40)
+    assert not sums[0].any()
+    assert not sums[3].any()
+    assert sums[2].isnan().all()
+    wanted = (weights[:3, None].float() * table[indices[:3]].float()).sum(0)
+    torch.testing.assert_close(sums[1].float(), wanted, atol=5e-2, rtol=5e-2)
+    torch.testing.assert_close(sums[4].float(), weights[4].float() * table[1].float(), atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

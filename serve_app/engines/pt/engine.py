@@ -269,10 +269,10 @@ class PtEngine:
         wanted: Collection[str] | None = config.lora_target_modules
         if wanted is None:
             wanted = wanted_modules(readable_adapters(config))
-        self._adapter_places = adapter_places(loaded, wanted)
+        self._adapter_places = places = adapter_places(loaded, wanted)
         dtype = loaded.model.get_input_embeddings().weight.dtype
-        slots = AdapterSlots(config.max_loras)
-        return AdapterBank(loaded.model, self._adapter_places.modules, slots, config.max_lora_rank, dtype)
+        slots, rank = AdapterSlots(config.max_loras), config.max_lora_rank
+        return AdapterBank(loaded.model, places.modules, slots, rank, dtype, places.siblings)
 
     def _read_adapter(self, name: str, folder: Path) -> Adapter:
         if self._bank is None:

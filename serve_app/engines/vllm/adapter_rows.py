@@ -1,30 +1,116 @@
 """Multiplies the rows of a step with the factors of their LoRA adapters, for vLLM on the CPU.
 
 vLLM 0.32's own functions for the CPU take the last slot's adapter for rows without one, and copy an adapter's factors
-for each row. Here all slots are multiplied at once, and what does not belong to a row's adapter is masked. So a row
-without an adapter gets exactly nothing, if all factors are finite, which is checked when an adapter is loaded.
+for each row. Here the rows of one slot form a group, all groups are multiplied in batched products, and rows without an
+adapter are not touched. Modules that no row's adapter changes are left out. Adapters with factors that are not finite
+are refused when they are loaded.
+
+Stacked first factors have the shape (slots, 1, rank, inputs), and second ones have (slots, 1, outputs, rank).
 """
+
+from collections.abc import Sequence
 
 import torch
 
+from serve_app.engines.adapter_groups import groups_of
 
-def masks(slots: torch.Tensor, count: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
-    """Returns for each row a one in the columns of its slot, of `rank` columns for each of `count` slots, and zeros
-    elsewhere. The slot -1 stands for no adapter."""
-    chosen = torch.nn.functional.one_hot(slots + 1, count + 1)[:, 1:]
-    return chosen.to(dtype).repeat_interleave(rank, dim=1)
-
-
-def shrunk(x: torch.Tensor, a: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Returns the rows times the first factors of their adapters, in the columns of their slots. `a` has the shape
-    (slots, 1, rank, inputs)."""
-    found = torch.mm(x, a.flatten(0, 2).t().to(x.dtype)) * mask
-    return found if scale == 1 else found * scale
+# Gathered factors are kept as long as the rows, up to so many bytes, which is much where a model is small and a copy
+# costs more time than its product.
+KEPT_BYTES = 1 << 20
+Stacked = Sequence[torch.Tensor]
 
 
-def expand(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> None:
-    """Adds the second factors' part to the rows of `y`. `b` has the shape (slots, 1, outputs, rank), of which `y` may
-    have fewer or more outputs."""
-    factors = b[:, 0].permute(0, 2, 1).flatten(0, 1)
-    width = min(y.shape[1], factors.shape[1])
-    y[:, :width].addmm_(h.to(y.dtype), factors[:, :width].to(y.dtype))
+class AdapterRows:
+    """Has the rows whose slots are among `used`, given as bits. `slots` has one number for each row, and a negative one
+    stands for no adapter. One row at least has a slot among them. It is used until a slot is written."""
+
+    def __init__(self, slots: Sequence[int], used: int):
+        groups = groups_of([None if slot < 0 else slot for slot in slots], used)
+        self._count = len(groups.slots)
+        self._range = slice(groups.slots[0], groups.slots[-1] + 1)
+        self._slots = None if groups.is_range else torch.tensor(groups.slots)
+        self._take = torch.tensor(range(len(slots)) if groups.take is None else groups.take)
+        self._filled = None if groups.filled is None else torch.tensor(groups.filled)[:, None]
+        self._kept: dict[int, torch.Tensor] = {}
+        self._most_kept = KEPT_BYTES
+
+    def add(
+        self, y: torch.Tensor, x: torch.Tensor, a: Stacked, b: Stacked, scale: float, widths: Sequence[int]
+    ) -> None:
+        """Adds to `y` what the adapters make of its rows `x`, times `scale`. The outputs of modules lie side by side
+        in `y` and have these widths, of which factors may have more or fewer."""
+        rows, begin = self._taken(x), 0
+        if scale != 1:
+            rows = rows * scale
+        parts = [self._second(torch.bmm(rows, self._of(first).transpose(1, 2)), b[i]) for i, first in enumerate(a)]
+        if [part.shape[2] for part in parts] == list(widths):  # One addition takes less time than several.
+            parts, widths = [torch.cat(parts, 2)], [sum(widths)]
+        for part, width in zip(parts, widths, strict=True):
+            self._put(y[:, begin : begin + width], part)
+            begin += width
+
+    def expand(self, y: torch.Tensor, x: torch.Tensor, b: torch.Tensor) -> None:
+        """Adds to `y` the second product of `x` of shape (rows, rank), which the first factors have made."""
+        self._put(y, self._second(self._taken(x), b))
+
+    def _taken(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the rows in groups. Those that only fill a group up are zeros."""
+        rows = x.index_select(0, self._take)
+        if self._filled is not None:
+            rows.masked_fill_(self._filled, 0)
+        return rows.view(self._count, -1, x.shape[1])
+
+    def _of(self, stacked: torch.Tensor) -> torch.Tensor:
+        """Returns the factors of each group."""
+        if self._slots is None:
+            return stacked[self._range, 0]
+        address = stacked.data_ptr()
+        if address in self._kept:
+            return self._kept[address]
+        gathered = stacked[:, 0].index_select(0, self._slots)
+        if gathered.nbytes <= self._most_kept:
+            self._kept[address] = gathered
+            self._most_kept -= gathered.nbytes
+        return gathered
+
+    def _second(self, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(inner, self._of(b).transpose(1, 2))
+
+    def _put(self, y: torch.Tensor, part: torch.Tensor) -> None:
+        width = min(y.shape[1], part.shape[2])
+        y[:, :width].index_add_(0, self._take, part.flatten(0, 1)[:, :width].to(y.dtype))
+
+
+class StepRows:
+    """Has the rows of a step by module, or of several steps until a slot is written. `slots` are those of all rows,
+    where -1 stands for no adapter.
+
+    `written` keeps, for the address of a module's second factors, the bits of the slots that have any. Whoever writes
+    slots has to empty it.
+    """
+
+    def __init__(self, slots: torch.Tensor, written: dict[int, int]):
+        self._slots: list[int] = slots.tolist()
+        self._written = written
+        self._rows: dict[tuple[int, int], AdapterRows | None] = {}
+
+    def of(self, count: int, b: Stacked) -> AdapterRows | None:
+        """Returns the first `count` rows for modules with these second factors, or None if nothing changes any."""
+        address = b[0].data_ptr()
+        if address not in self._written:
+            self._written[address] = _slots_with_numbers(b)
+        key = count, self._written[address]
+        if key not in self._rows:
+            slots = self._slots[:count]
+            used = sum(1 << slot for slot in set(slots) if slot >= 0) & self._written[address]
+            self._rows[key] = AdapterRows(slots, used) if used else None
+        return self._rows[key]
+
+
+def _slots_with_numbers(stacked: Stacked) -> int:
+    """Returns the bits of the slots that are not all zeros in one at least of these."""
+    used = 0
+    for b in stacked:
+        for slot, is_written in enumerate(b.flatten(1).any(1).tolist()):
+            used |= int(is_written) << slot
+    return used

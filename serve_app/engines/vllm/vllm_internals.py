@@ -14,7 +14,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -423,12 +423,13 @@ def _each(factor: Any) -> list[Any]:
 
 
 def correct_cpu_adapters() -> None:
-    """Has vLLM compute rows without an adapter right beside rows with one, where it runs on the CPU.
+    """Has vLLM compute rows without an adapter right beside rows with one, and others faster, where it runs on the CPU.
 
-    vLLM's functions for the CPU take the last adapter for them; seen in vLLM 0.32. Replaces `update_metadata`,
-    `add_lora_linear`, `add_lora_embedding` and `add_lora_logits` of
-    `vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU`, and uses of it `no_lora`, `token_lora_indices` and
-    `sampler_indices`, in which -1 stands for no adapter.
+    vLLM's functions for the CPU take the last adapter for rows without one, copy an adapter's factors for each row, and
+    compute with modules that no adapter changes; seen in vLLM 0.32. Replaces `update_metadata`, `add_lora_linear`,
+    `add_lora_embedding` and `add_lora_logits` of `vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU`, and uses of it
+    `no_lora`, `token_lora_indices` and `sampler_indices`, in which -1 stands for no adapter. Slots are written by
+    `vllm.lora.model_manager.LoRAModelManager.activate_adapter` alone.
     """
     from vllm.platforms import current_platform
 
@@ -436,46 +437,53 @@ def correct_cpu_adapters() -> None:
         return
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from serve_app.engines.vllm.adapter_rows import expand, masks, shrunk
+    from serve_app.engines.vllm.adapter_rows import AdapterRows, StepRows
 
     own_update = PunicaWrapperCPU.update_metadata
+    written: dict[int, int] = {}
+    watch_slots = cache(partial(_empty_before_slots_are_written, written))
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
+        watch_slots()
         own_update(self, *args, **kwargs)
-        self.serve_app_masks = {}
+        self.serve_app_rows = StepRows(self.token_lora_indices, written)
+        self.serve_app_sampled = StepRows(self.sampler_indices, written)
 
-    def mask_of(self: Any, x: Any, count: int, rank: int, is_sampled: bool = False) -> Any:
-        known = vars(self).setdefault("serve_app_masks", {})
-        key = count, rank, x.shape[0], x.dtype, is_sampled
-        if key not in known:
-            slots = self.sampler_indices if is_sampled else self.token_lora_indices
-            known[key] = masks(slots[: x.shape[0]], count, rank, x.dtype)
-        return known[key]
+    def found(self: Any, rows: Any, stacked: Any, step: str = "serve_app_rows") -> AdapterRows | None:
+        return None if self.no_lora else getattr(self, step).of(rows.shape[0], stacked)
 
     def add_lora_linear(
         self: Any, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any, **_: Any
     ) -> None:
-        if self.no_lora:
-            return
-        rows, outputs, offset = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), 0
-        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            hidden = shrunk(rows, a, mask_of(self, rows, a.shape[0], a.shape[-2]), scale)
-            expand(outputs[:, offset : offset + size], hidden, b)
-            offset += size
+        rows = x.view(-1, x.shape[-1])
+        if changed := found(self, rows, lora_b_stacked):
+            changed.add(y.view(-1, y.shape[-1]), rows, lora_a_stacked, lora_b_stacked, scale, output_slices)
 
     def add_lora_embedding(self: Any, y: Any, x: Any, lora_b_stacked: Any, *_: Any, **__: Any) -> None:
-        if not self.no_lora:
-            count, rank = lora_b_stacked.shape[0], lora_b_stacked.shape[-1]
-            expand(y, x.repeat(1, count) * mask_of(self, x, count, rank), lora_b_stacked)
+        if changed := found(self, x, (lora_b_stacked,)):
+            changed.expand(y, x, lora_b_stacked)
 
     def add_lora_logits(self: Any, y: Any, x: Any, lora_a: Any, lora_b: Any, scale: float, **_: Any) -> None:
-        if not self.no_lora:
-            rows = x.view(-1, x.shape[-1])
-            mask = mask_of(self, rows, lora_a.shape[0], lora_a.shape[-2], is_sampled=True)
-            expand(y.view(-1, y.shape[-1]), shrunk(rows, lora_a, mask, scale), lora_b)
+        rows, logits = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if changed := found(self, rows, (lora_b,), "serve_app_sampled"):
+            changed.add(logits, rows, (lora_a,), (lora_b,), scale, logits.shape[1:])
 
     for function in (update_metadata, add_lora_linear, add_lora_embedding, add_lora_logits):
         setattr(PunicaWrapperCPU, function.__name__, function)
+
+
+def _empty_before_slots_are_written(known: dict[int, int]) -> None:
+    """Empties `known` whenever an adapter gets a slot. vLLM has imported its manager when there are slots, which takes
+    seconds before."""
+    from vllm.lora.model_manager import LoRAModelManager
+
+    own_activate = LoRAModelManager.activate_adapter
+
+    def activate_adapter(self: Any, lora_id: int) -> Any:
+        known.clear()
+        return own_activate(self, lora_id)
+
+    LoRAModelManager.activate_adapter = activate_adapter
 
 
 def can_sleep() -> bool:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +32,12 @@ PLAIN_KEY = re.compile(r"\^?[\w.]+\$?")
 @dataclass(frozen=True)
 class AdapterPlaces:
     """Has the modules that adapters may change, by their names: inputs, outputs, and the device on which each computes.
-    `reasons` says by name why other linear layers may not be changed."""
+    `reasons` says by name why other linear layers may not be changed. `siblings` are modules that are given the same
+    input on one device, as the projections of queries, keys and values are."""
 
     modules: Mapping[str, tuple[int, int, torch.device]]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    siblings: Sequence[Sequence[str]] = ()
 
 
 def adapter_places(loaded: LoadedModel, wanted: Iterable[str] | None) -> AdapterPlaces:
@@ -60,11 +63,15 @@ def adapter_places(loaded: LoadedModel, wanted: Iterable[str] | None) -> Adapter
             reasons[name] = "it is an expert, which is given some of the tokens alone"
         else:
             candidates[name] = shape
-    reasons |= _unlike_rows(loaded, candidates)
+    unlike, inputs = _tried(loaded, candidates)
+    reasons |= unlike
     modules = {
         name: (*shape, _device(model.get_submodule(name))) for name, shape in candidates.items() if name not in reasons
     }
-    return AdapterPlaces(modules, reasons)
+    together: dict[Hashable, list[str]] = defaultdict(list)
+    for name, (width, _, device) in modules.items():
+        together[inputs[name], width, device].append(name)
+    return AdapterPlaces(modules, reasons, [names for names in together.values() if len(names) > 1])
 
 
 def load_adapter(name: str, facts: AdapterFacts, places: AdapterPlaces, rank: int, dtype: torch.dtype) -> Adapter:
@@ -115,15 +122,19 @@ def _layers(model: PreTrainedModel) -> tuple[str, ...]:
         return ("",)
 
 
-def _unlike_rows(loaded: LoadedModel, candidates: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """Returns why modules cannot have adapters that are not given all tokens of each row in turn."""
+def _tried(
+    loaded: LoadedModel, candidates: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Returns why modules cannot have adapters that are not given all tokens of each row in turn, and by name what
+    tells the inputs of each module from those of others."""
     model = loaded.model
     reasons: dict[str, str] = {}
+    inputs: dict[str, tuple[int, ...]] = dict.fromkeys(candidates, ())
     for rows, columns in TRIALS:
-        called: set[str] = set()
+        given: dict[str, torch.Tensor] = {}  # All are held until the end, because they are told apart by address.
         hooks = [
             model.get_submodule(name).register_forward_pre_hook(
-                _checking(name, rows, columns, called, reasons), prepend=True
+                _checking(name, rows, columns, given, reasons), prepend=True
             )
             for name in candidates
         ]
@@ -134,15 +145,16 @@ def _unlike_rows(loaded: LoadedModel, candidates: Mapping[str, tuple[int, int]])
         finally:
             for hook in hooks:
                 hook.remove()
-        for name in candidates.keys() - called:
+        for name in candidates.keys() - given.keys():
             reasons.setdefault(name, "the model does not call it, but reads its weight")
-    return reasons
+        inputs |= {name: (*inputs[name], id(tensor)) for name, tensor in given.items()}
+    return reasons, inputs
 
 
-def _checking(name: str, rows: int, columns: int, called: set[str], reasons: dict[str, str]) -> Any:
+def _checking(name: str, rows: int, columns: int, given: dict[str, torch.Tensor], reasons: dict[str, str]) -> Any:
     def check(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        called.add(name)
-        shape = tuple(inputs[0].shape) if inputs else ()
+        given[name] = inputs[0] if inputs else torch.empty(0)
+        shape = tuple(given[name].shape)
         if not (len(shape) > 1 and shape[0] in ((rows, rows * columns) if len(shape) == 2 else (rows,))):
             reasons[name] = f"it is not given one row after the other (shape {list(shape)} for {rows} rows)"
 

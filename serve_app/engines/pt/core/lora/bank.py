@@ -3,8 +3,9 @@
 Laws:
 - The buffers are made once: for each module that adapters may change, `count` slots of `rank` on the module's device.
   So what adapters take is known before any of them comes.
-- A row's output does not depend on the other rows' adapters: rows without an adapter, and modules that a row's adapter
-  does not change, are not touched. Adapters with numbers that are not finite are refused before they come here.
+- A row's output does not depend on the other rows' adapters. Rows without an adapter are not touched, and a module that
+  a row's adapter does not change adds nothing to it, or zeros. Adapters with numbers that are not finite are refused
+  before they come here.
 - A pass in which no row has an adapter computes what it would compute without this file.
 - Weights stay as they are, so it works with any type of them, and with layers that accelerate brings at every pass.
 """
@@ -12,13 +13,14 @@ Laws:
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from serve_app.engines.pt.core.lora.adapter import Adapter, Factors
-from serve_app.engines.pt.core.lora.groups import Groups, groups_of
+from serve_app.engines.pt.core.lora.adapter import Adapter
+from serve_app.engines.pt.core.lora.buffers import Siblings, Target
+from serve_app.engines.pt.core.lora.row_products import RowProducts
 from serve_app.engines.pt.core.lora.slots import AdapterSlots
 from serve_app.engines.torch_internals import has_pre_hooks
 
@@ -30,6 +32,7 @@ class AdapterBank:
     """Has the buffers of one model for adapters. All of it is used on the engine's thread, except for `shapes`.
 
     `places` are the modules that adapters may change by their names, each with the device on which it computes.
+    `siblings` are the names of modules that are given the same input. Others are computed by themselves.
     """
 
     def __init__(
@@ -39,19 +42,17 @@ class AdapterBank:
         slots: AdapterSlots,
         rank: int,
         dtype: torch.dtype,
+        siblings: Sequence[Sequence[str]] = (),
     ):
         self.slots = slots
         self.rank = rank
         self.dtype = dtype
         self.shapes = {name: (inputs, outputs) for name, (inputs, outputs, _) in places.items()}
         self._held: list[Adapter | None] = [None] * slots.count
-        self._targets = {
-            name: _Target(inputs, outputs, slots.count, rank, dtype, device)
-            for name, (inputs, outputs, device) in places.items()
-        }
-        self._pass: _Pass | None = None
-        # The last passes, by the slots of their rows.
-        self._passes: OrderedDict[tuple[int | None, ...], _Pass] = OrderedDict()
+        self._targets = _targets(places, siblings, slots.count, rank, dtype)
+        self._pass: RowProducts | None = None
+        # The last passes, by the adapters of their rows. All are forgotten before a slot is written.
+        self._passes: OrderedDict[tuple[Adapter | None, ...], RowProducts] = OrderedDict()
         for name, target in self._targets.items():
             _attach(model.get_submodule(name), self._adder(target))
 
@@ -65,7 +66,8 @@ class AdapterBank:
 
     def tensors(self) -> list[torch.Tensor]:
         """Returns all buffers."""
-        return [tensor for target in self._targets.values() for tensor in (target.a, target.b)]
+        siblings = dict.fromkeys(target.siblings for target in self._targets.values())
+        return [each.a for each in siblings] + [target.b for target in self._targets.values()]
 
     @contextmanager
     def rows(self, adapters: Sequence[Adapter | None]) -> Iterator[None]:
@@ -74,11 +76,12 @@ class AdapterBank:
         if not any(adapters):
             yield
             return
-        slots = tuple(None if adapter is None else self._loaded(adapter) for adapter in adapters)
-        self._pass = self._passes.get(slots)
+        asked = tuple(adapters)
+        self._pass = self._passes.get(asked)
         if self._pass is None:
-            rank = max(adapter.rank for adapter in adapters if adapter is not None)
-            self._pass = self._passes[slots] = _Pass(slots, rank)
+            slots = tuple(None if adapter is None else self._loaded(adapter) for adapter in asked)
+            rank = max(adapter.rank for adapter in asked if adapter is not None)
+            self._pass = self._passes[asked] = RowProducts(slots, rank)
             if len(self._passes) > KEPT_PASSES:
                 self._passes.popitem(last=False)
         try:
@@ -91,6 +94,7 @@ class AdapterBank:
         """Forgets an adapter that no sequence will use again."""
         self.slots.remove(adapter)
         self._held = [None if held is adapter else held for held in self._held]
+        self._passes.clear()
 
     def _loaded(self, adapter: Adapter) -> int:
         """Returns the slot of an adapter, whose factors are copied there if they are not there yet."""
@@ -105,7 +109,7 @@ class AdapterBank:
             self._held[slot] = adapter
         return slot
 
-    def _adder(self, target: "_Target") -> "Adder":
+    def _adder(self, target: Target) -> "Adder":
         def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return y if self._pass is None else self._pass.add(target, x, y)
 
@@ -116,112 +120,21 @@ class AdapterBank:
 Adder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class _Target:
-    """Has the buffers of one module: `a` of shape (slots, rank, inputs) and `b` of shape (slots, rank, outputs).
-    `members` has the bits of the slots whose adapters change the module."""
-
-    def __init__(self, inputs: int, outputs: int, slots: int, rank: int, dtype: torch.dtype, device: torch.device):
-        self.a = torch.zeros(slots, rank, inputs, dtype=dtype, device=device)
-        self.b = torch.zeros(slots, rank, outputs, dtype=dtype, device=device)
-        self.members = 0
-
-    def write(self, slot: int, factors: Factors | None) -> None:
-        """Puts the factors of an adapter, or none, into a slot. What they leave of its rank becomes zeros."""
-        self.members &= ~(1 << slot)
-        if factors is None:
-            return
-        for buffer, factor in zip((self.a, self.b), factors, strict=True):
-            rank = factor.shape[0]
-            buffer[slot, :rank].copy_(factor, non_blocking=True)
-            buffer[slot, rank:].zero_()
-        self.members |= 1 << slot
-
-
-class _Indices:
-    """Has the numbers of some groups on a device."""
-
-    def __init__(self, groups: Groups, device: torch.device):
-        first, last = groups.slots[0], groups.slots[-1]
-        self.count = len(groups.slots)
-        self.range = slice(first, last + 1) if groups.is_range else None
-        self.slots, self.take, self.put = (
-            None if numbers is None else torch.tensor(numbers, device=device)
-            for numbers in (groups.slots, groups.take, groups.put)
-        )
-        self.skip = None if groups.skip is None else torch.tensor(groups.skip, device=device)[:, None]
-
-
-class _Product(NamedTuple):
-    """Is how one module's rows are multiplied: `a` of shape (groups, inputs, rank) and `b` of (groups, rank, outputs)
-    are views of its buffers if the slots lie side by side, and else they are all slots, to be gathered each time."""
-
-    indices: _Indices
-    a: torch.Tensor
-    b: torch.Tensor
-
-
-class _Pass:
-    """Is one pass, or several with the same rows. `slots` are those of its rows, and `rank` is the largest rank."""
-
-    def __init__(self, slots: Sequence[int | None], rank: int):
-        self._slots = slots
-        self._rank = rank
-        self._used = 0
-        for slot in slots:
-            self._used |= 0 if slot is None else 1 << slot
-        self._indices: dict[tuple[int, torch.device], _Indices] = {}
-        self._products: dict[_Target, _Product | None] = {}
-        # Modules that follow each other often have the same input, whose rows are taken once.
-        self._taken: tuple[torch.Tensor, _Indices, torch.Tensor] | None = None
-
-    def forget_inputs(self) -> None:
-        """Lets go of the last input."""
-        self._taken = None
-
-    def add(self, target: _Target, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Returns the output `y` of the module for `x` with what the adapters add to it. Both have the rows of the pass
-        first, each with all its tokens."""
-        if target not in self._products:
-            self._products[target] = self._product(target)
-        product = self._products[target]
-        if product is None:
-            return y
-        indices, a, b = product
-        if indices.range is None:
-            a, b = a.index_select(0, indices.slots), b.index_select(0, indices.slots)
-        inputs = self._inputs(x, indices, a)
-        inner = torch.bmm(inputs, a)
-        added = torch.bmm(inner, b)
-        y, count = y.contiguous(), len(self._slots)
-        flat = y.view(count, -1)
-        added = added.view(-1, flat.shape[1])
-        if indices.put is not None:
-            added = added.index_select(0, indices.put)
-        if indices.skip is not None:  # It is filled and not multiplied, because what it hides may not be finite.
-            added.masked_fill_(indices.skip, 0)
-        flat.add_(added)
-        return y
-
-    def _inputs(self, x: torch.Tensor, indices: _Indices, a: torch.Tensor) -> torch.Tensor:
-        """Returns the rows of an input in groups, of shape (groups, rows and tokens, inputs)."""
-        if self._taken is not None and self._taken[0] is x and self._taken[1] is indices:
-            return self._taken[2]
-        inputs = x.to(device=a.device, dtype=a.dtype).reshape(len(self._slots), -1)
-        if indices.take is not None:
-            inputs = inputs.index_select(0, indices.take)
-        inputs = inputs.view(indices.count, -1, a.shape[1])
-        self._taken = x, indices, inputs
-        return inputs
-
-    def _product(self, target: _Target) -> _Product | None:
-        used, device = self._used & target.members, target.a.device
-        if not used:
-            return None
-        indices = self._indices.get((used, device))
-        if indices is None:
-            indices = self._indices[used, device] = _Indices(groups_of(self._slots, used), device)
-        slots = slice(None) if indices.range is None else indices.range
-        return _Product(indices, target.a[slots, : self._rank].transpose(1, 2), target.b[slots, : self._rank])
+def _targets(
+    places: Mapping[str, tuple[int, int, torch.device]],
+    siblings: Sequence[Sequence[str]],
+    slots: int,
+    rank: int,
+    dtype: torch.dtype,
+) -> dict[str, Target]:
+    """Returns the buffers of all modules by name."""
+    targets: dict[str, Target] = {}
+    shared = {name for names in siblings for name in names}
+    for names in [*siblings, *((name,) for name in places if name not in shared)]:
+        inputs, _, device = places[names[0]]
+        together = Siblings(len(names), inputs, slots, rank, dtype, device)
+        targets |= {name: together.add(places[name][1]) for name in names}
+    return targets
 
 
 def _attach(module: nn.Module, add: Adder) -> None:

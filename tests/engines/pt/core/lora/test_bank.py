@@ -33,7 +33,7 @@ def bank_of(
     """The buffers of a model on the CPU, and the modules that have them."""
     loaded = LoadedModel(model, None, CPU, 256, frozenset(), {}, None)  # type: ignore[arg-type]
     places = adapter_places(loaded, wanted)
-    return AdapterBank(model, places.modules, AdapterSlots(slots), rank, torch.float32), places
+    return AdapterBank(model, places.modules, AdapterSlots(slots), rank, torch.float32, places.siblings), places
 
 
 def adapter_of(folder: Path, bank: AdapterBank, places: AdapterPlaces) -> Adapter:
@@ -260,6 +260,16 @@ def test_a_pattern_that_is_a_regular_expression_is_refused(tmp_path: Path) -> No
     bank, places = bank_of(model)
     with pytest.raises(AdapterError, match="regular expression"):
         adapter_of(folder, bank, places)
+
+
+def test_modules_with_the_same_input_are_siblings() -> None:
+    """Queries, keys and values are, and so are gate and up."""
+    _, places = bank_of(tiny_model("llama"))
+    by_layer = {tuple(name.rpartition(".")[2] for name in names) for names in places.siblings}
+    assert by_layer == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
+    assert len(places.siblings) == 4, "those of two layers"
+    _, alone = bank_of(tiny_model("llama"), wanted=["q_proj", "o_proj", "down_proj"])
+    assert not alone.siblings
 
 
 def test_the_buffers_take_what_their_shapes_say() -> None:

@@ -16,17 +16,24 @@ MOST_FILLED = 2.0
 @dataclass(frozen=True)
 class Groups:
     """Says how to multiply. Row `take[i]` of the pass is row i of the groups, `size` of which belong to each of
-    `slots`. Row `put[i]` of the product is added to row i of the output, unless `skip[i]` says that nothing is.
+    `slots`, and row i of the product is added to row `take[i]` of the output. Where `filled[i]` is true, the row only
+    fills a group up, and its product counts as zeros.
 
-    `take`, `put` and `skip` are None where they would change nothing. `is_range` says that the slots are consecutive.
+    `take` and `filled` are None where they would change nothing. `is_range` says that the slots are consecutive.
     """
 
     slots: tuple[int, ...]
     size: int
     take: tuple[int, ...] | None
-    put: tuple[int, ...] | None
-    skip: tuple[bool, ...] | None
+    filled: tuple[bool, ...] | None
     is_range: bool
+
+    def place_of(self, count: int) -> dict[int, int]:
+        """Returns for the rows of a pass of `count` rows that have a group which row of the groups each is."""
+        if self.take is None:
+            return {row: row for row in range(count)}
+        filled = self.filled or [False] * len(self.take)
+        return {row: place for place, (row, fills) in enumerate(zip(self.take, filled, strict=True)) if not fills}
 
 
 def groups_of(slots: Sequence[int | None], used: int) -> Groups:
@@ -51,16 +58,15 @@ def groups_of(slots: Sequence[int | None], used: int) -> Groups:
 
 def _filled(parts: Sequence[tuple[int, Sequence[int]]], size: int, count: int, is_range: bool) -> Groups:
     take: list[int] = []
-    place_of: dict[int, int] = {}
-    for number, (_, members) in enumerate(parts):
-        place_of |= {row: number * size + place for place, row in enumerate(members)}
-        take += [*members, *[0] * (size - len(members))]
-    put = tuple(place_of.get(row, 0) for row in range(count))
+    filled: list[bool] = []
+    for _, members in parts:
+        missing = size - len(members)
+        take += [*members, *[0] * missing]
+        filled += [*[False] * len(members), *[True] * missing]
     return Groups(
         tuple(slot for slot, _ in parts),
         size,
-        take=None if take == list(range(count)) else tuple(take),
-        put=None if put == tuple(range(len(take))) else put,
-        skip=None if len(place_of) == count else tuple(row not in place_of for row in range(count)),
+        take=None if take == list(range(count)) and not any(filled) else tuple(take),
+        filled=tuple(filled) if any(filled) else None,
         is_range=is_range,
     )

@@ -2,21 +2,20 @@
 
 import random
 
-from serve_app.engines.pt.core.lora.groups import MOST_FILLED, Groups, groups_of
+from serve_app.engines.adapter_groups import MOST_FILLED, Groups, groups_of
 
 
 def added(groups: Groups, count: int) -> dict[int, int]:
     """The slot that is added to each row of the output, by walking through the numbers as the products do."""
     take = range(count) if groups.take is None else groups.take
     assert len(take) == len(groups.slots) * groups.size, "the groups have one size"
-    product = [(row, groups.slots[place // groups.size]) for place, row in enumerate(take)]
-    put = range(count) if groups.put is None else groups.put
-    assert len(put) == count
+    filled = groups.filled or [False] * len(take)
+    assert len(filled) == len(take)
     found: dict[int, int] = {}
-    for target, place in enumerate(put):
-        if groups.skip is None or not groups.skip[target]:
-            source, found[target] = product[place]
-            assert target == source, "what a row gives is added to the same row"
+    for place, row in enumerate(take):
+        if not filled[place]:
+            assert row not in found, "nothing is added twice"
+            found[row] = groups.slots[place // groups.size]
     return found
 
 
@@ -43,7 +42,7 @@ def test_every_row_gets_its_own_slot_for_any_mix() -> None:
 
 def test_rows_of_one_adapter_need_no_numbers() -> None:
     """Nothing is copied then."""
-    assert groups_of([3, 3, 3], 1 << 3) == Groups((3,), 3, None, None, None, is_range=True)
+    assert groups_of([3, 3, 3], 1 << 3) == Groups((3,), 3, None, None, is_range=True)
 
 
 def test_one_large_group_among_small_ones_is_split() -> None:
