@@ -14,15 +14,12 @@ import torch
 
 from serve_app.engines.adapter_groups import groups_of
 
-# Gathered factors are kept as long as the rows, up to so many bytes, which is much where a model is small and a copy
-# costs more time than its product.
-KEPT_BYTES = 1 << 20
 Stacked = Sequence[torch.Tensor]
 
 
 class AdapterRows:
     """Has the rows whose slots are among `used`, given as bits. `slots` has one number for each row, and a negative one
-    stands for no adapter. One row at least has a slot among them. It is used until a slot is written."""
+    stands for no adapter. One row at least has a slot among them."""
 
     def __init__(self, slots: Sequence[int], used: int):
         groups = groups_of([None if slot < 0 else slot for slot in slots], used)
@@ -31,8 +28,6 @@ class AdapterRows:
         self._slots = None if groups.is_range else torch.tensor(groups.slots)
         self._take = torch.tensor(range(len(slots)) if groups.take is None else groups.take)
         self._filled = None if groups.filled is None else torch.tensor(groups.filled)[:, None]
-        self._kept: dict[int, torch.Tensor] = {}
-        self._most_kept = KEPT_BYTES
 
     def add(
         self, y: torch.Tensor, x: torch.Tensor, a: Stacked, b: Stacked, scale: float, widths: Sequence[int]
@@ -62,16 +57,7 @@ class AdapterRows:
 
     def _of(self, stacked: torch.Tensor) -> torch.Tensor:
         """Returns the factors of each group."""
-        if self._slots is None:
-            return stacked[self._range, 0]
-        address = stacked.data_ptr()
-        if address in self._kept:
-            return self._kept[address]
-        gathered = stacked[:, 0].index_select(0, self._slots)
-        if gathered.nbytes <= self._most_kept:
-            self._kept[address] = gathered
-            self._most_kept -= gathered.nbytes
-        return gathered
+        return stacked[self._range, 0] if self._slots is None else stacked[:, 0].index_select(0, self._slots)
 
     def _second(self, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.bmm(inner, self._of(b).transpose(1, 2))
@@ -82,8 +68,7 @@ class AdapterRows:
 
 
 class StepRows:
-    """Has the rows of a step by module, or of several steps until a slot is written. `slots` are those of all rows,
-    where -1 stands for no adapter.
+    """Has the rows of a step by module. `slots` are those of all rows, where -1 stands for no adapter.
 
     `written` keeps, for the address of a module's second factors, the bits of the slots that have any. Whoever writes
     slots has to empty it.
