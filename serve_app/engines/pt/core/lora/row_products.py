@@ -18,9 +18,6 @@ from serve_app.engines.pt.core.lora.bags import Bags, SiblingBags, bags_of
 from serve_app.engines.pt.core.lora.buffers import Siblings, Target
 from serve_app.engines.torch_internals import weighted_sums
 
-# Factors that are gathered for rows of one token are kept for later passes up to so many bytes, which is much where a
-# model is small and a copy costs more time than its product.
-KEPT_BYTES = 1 << 20
 # It adds to an output of shape (rows, tokens × outputs) what the second factors make of an inner product.
 Add = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -78,19 +75,14 @@ class _Batched:
 
 
 class _Summed:
-    """Is the first product of siblings of whose rows one token is computed on the CPU. It may keep gathered factors of
-    at most `most_kept` bytes, because it is forgotten before a slot is written, and keeps `kept` bytes."""
+    """Is the first product of siblings of whose rows one token is computed on the CPU."""
 
-    def __init__(self, grouped: _Grouped, a: torch.Tensor, bags: SiblingBags, most_kept: int):
+    def __init__(self, grouped: _Grouped, a: torch.Tensor, bags: SiblingBags):
         self._grouped, self._a, self._bags = grouped, a.flatten(1, 2), bags
-        self.kept, self._is_ready = 0, grouped.slots is None
-        if not self._is_ready and a[0].nbytes * grouped.count <= most_kept:
-            self._a, self._is_ready = grouped.factors(self._a), True
-            self.kept = self._a.nbytes
 
     def inner(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Returns for each module the weights of its bags."""
-        a = self._a if self._is_ready else self._grouped.factors(self._a)
+        a = self._grouped.factors(self._a)
         inner = torch.bmm(self._grouped.inputs(x, a), a.transpose(1, 2))
         weights = inner.view(-1).index_select(0, self._bags.pick)
         if len(self._bags.sizes) == 1:
@@ -123,7 +115,6 @@ class RowProducts:
         # How each module is multiplied, with several tokens of each row and with one. None stands for not at all.
         self._several: dict[Target, Product | None] = {}
         self._single: dict[Target, Product | None] = {}
-        self._kept = 0  # bytes
         self._given: tuple[torch.Tensor, _Batched | _Summed] | None = None
         self._inner: Sequence[torch.Tensor] = ()
 
@@ -161,12 +152,7 @@ class RowProducts:
         begin = together[0].place
         a = siblings.a[grouped.range, : self._rank, begin : begin + len(together)]
         bags = self._bags_of(members, grouped, siblings.a.shape[1]) if products is self._single else None
-        first: _Batched | _Summed
-        if bags is None:
-            first = _Batched(grouped, a)
-        else:
-            first = _Summed(grouped, a, bags, KEPT_BYTES - self._kept)
-            self._kept += first.kept
+        first = _Batched(grouped, a) if bags is None else _Summed(grouped, a, bags)
         for number, target in enumerate(together):
             if target not in changed:
                 continue
