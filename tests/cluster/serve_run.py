@@ -47,7 +47,7 @@ def claim_ports() -> tuple[socket.socket, int]:
     for first in range(10_000, 30_000, PORTS):
         claim = socket.socket(socket.AF_UNIX)
         try:
-            claim.bind(f"\0serve-app-test-ports-{first}")  # An abstract name, which goes with this process.
+            claim.bind(f"\0serve-app-ports-{first}")  # An abstract name, which goes with this process.
         except OSError:
             claim.close()
         else:

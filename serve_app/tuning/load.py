@@ -1,0 +1,189 @@
+"""Sends a workload to a server and notes what each request saw.
+
+Requests are streams of `/v1/completions` with token ids for prompts that are made, and of `/v1/chat/completions` or
+`/v1/completions` with the texts of a log. Made answers have exactly the length that the workload says (`ignore_eos`).
+
+guidellm, aiperf, evalscope and vLLM's own `bench serve` send such loads too. Each brings an engine, a data set or a
+plotting library of hundreds of MB, which a tool on the same machine as what it measures should not start; what is
+needed of them is in this file."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from serve_app.tuning.measurement import Level, Measurement, Sample, measured
+from serve_app.tuning.workload import Ask, Workload
+
+# An answer may take so many seconds.
+ANSWER_TIMEOUT_S = 300.0
+# After the end of a level, its last answers may take so many seconds. What is still running then is ended and counts as
+# failed.
+DRAIN_TIMEOUT_S = 60.0
+# An open load has at most so many requests in flight. More than these mean that the server does not keep up.
+MOST_IN_FLIGHT = 2000
+# Characters of an error that are kept.
+MOST_ERROR = 200
+# Of the events after the first token, only those with one of these are read. To read all would cost processors that the
+# server needs.
+READ = (b'"usage":{', b'"usage": {', b'"error"')
+# Token ids below this one are special in many vocabularies.
+FIRST_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class Target:
+    """This is what is asked: the server's address, the model's name and the size of its vocabulary in tokens."""
+
+    url: str
+    model: str
+    vocabulary: int
+
+
+async def run_level(target: Target, workload: Workload, level: Level, warm_up_s: float, seconds: float) -> Measurement:
+    """Sends a load for `warm_up_s` and then `seconds`, waits for the answers that are on their way, and returns what
+    was seen after the warm-up."""
+    timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**20) as session:
+        load = _Load(target, workload, session)
+        until = warm_up_s + seconds
+        if level.rate:
+            await load.open(level.rate, until)
+        else:
+            await load.closed(level.clients, until)
+        return measured(target.model, level, load.samples, warm_up_s, until)
+
+
+class _Load:
+    """One level: its clients, and what they saw."""
+
+    def __init__(self, target: Target, workload: Workload, session: aiohttp.ClientSession):
+        self.samples: list[Sample] = []
+        self._target, self._session = target, session
+        self._bodies = _bodies(target, workload)
+        self._begin = time.perf_counter()
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._begin
+
+    async def closed(self, clients: int, until: float) -> None:
+        """Has each of so many clients ask again when it has its answer."""
+
+        async def client() -> None:
+            while self._now() < until:
+                await self._ask(self._now())
+
+        await self._ended([asyncio.create_task(client()) for _ in range(clients)], until)
+
+    async def open(self, rate: float, until: float) -> None:
+        """Sends requests at random moments, `rate` of them a second on average, whether others have ended or not."""
+        draw, due = random.Random(0), 0.0
+        tasks: list[asyncio.Task[None]] = []
+        while (due := due + draw.expovariate(rate)) < until:
+            await asyncio.sleep(max(0.0, due - self._now()))
+            running = sum(not task.done() for task in tasks)
+            if running >= MOST_IN_FLIGHT:
+                self.samples.append(Sample(due, None, self._now(), 0, f"{running} requests were waiting already"))
+                continue
+            tasks.append(asyncio.create_task(self._ask(due)))
+        await self._ended(tasks, until)
+
+    async def _ended(self, tasks: Sequence[asyncio.Task[None]], until: float) -> None:
+        if not tasks:
+            return
+        try:
+            _, late = await asyncio.wait(tasks, timeout=until - self._now() + DRAIN_TIMEOUT_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self.samples += [
+            Sample(until, None, self._now(), 0, f"no answer {DRAIN_TIMEOUT_S:g} s after the load") for _ in late
+        ]
+
+    async def _ask(self, due: float) -> None:
+        path, body = next(self._bodies)
+        heard = _Heard()
+        try:
+            async with self._session.post(self._target.url + path, json=body) as reply:
+                if reply.status != 200:
+                    heard.error = f"{reply.status} {await reply.text()}"[:MOST_ERROR]
+                else:
+                    async for line in reply.content:
+                        heard.read(line, self._now)
+                    heard.end_of_stream()
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            heard.error = f"{type(error).__name__}: {error}"[:MOST_ERROR]
+        self.samples.append(Sample(due, heard.first, self._now(), heard.tokens, heard.error))
+        if heard.error:
+            await asyncio.sleep(0.1)  # A server that refuses at once would be asked in a busy loop.
+
+
+@dataclass
+class _Heard:
+    """What one stream said. `tokens` is its usage, or the number of its pieces if it has none."""
+
+    first: float | None = None
+    tokens: int = 0
+    error: str = ""
+    is_done: bool = False
+
+    def read(self, line: bytes, now: Any) -> None:
+        """Takes one line of a stream of server-sent events."""
+        if not line.startswith(b"data:"):
+            return
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            self.is_done = True
+            return
+        if self.first is not None and not any(part in data for part in READ):
+            return
+        event = json.loads(data)
+        if "error" in event:
+            self.error = str(event["error"])[:MOST_ERROR]
+        if event.get("usage"):
+            self.tokens = int(event["usage"]["completion_tokens"])
+        if self.first is None and any(_has_token(choice) for choice in event.get("choices") or ()):
+            self.first = now()
+
+    def end_of_stream(self) -> None:
+        """Notes that the stream has ended."""
+        if not self.error and not self.is_done:
+            self.error = "the stream ended before its end"
+
+
+def _has_token(choice: dict[str, Any]) -> bool:
+    """Returns whether an event has a token, whose text may be empty for half a character."""
+    delta = choice.get("delta")
+    if delta is None:
+        return "text" in choice
+    return any(delta.get(key) for key in ("content", "reasoning", "reasoning_content", "tool_calls"))
+
+
+def _bodies(target: Target, workload: Workload) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields paths and bodies of requests for ever, in the workload's order. Prompts are the same at each level and at
+    each start, but no two of one run are, beyond the tokens that they share."""
+    draw = random.Random(1)
+    most = max(FIRST_TOKEN + 1, target.vocabulary)
+    shared = [draw.randrange(FIRST_TOKEN, most) for _ in range(max(ask.shared_tokens for ask in workload.asks))]
+    while True:
+        for ask in workload.asks:
+            own = (
+                draw.choices(range(FIRST_TOKEN, most), k=ask.prompt_tokens - ask.shared_tokens) if not ask.body else []
+            )
+            yield _body(ask, target.model, [*shared[: ask.shared_tokens], *own])
+
+
+def _body(ask: Ask, model: str, prompt: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    fields = {"model": model, "max_tokens": ask.output_tokens, "temperature": 0, "ignore_eos": True, **stream}
+    if ask.body is not None:
+        path = "/v1/chat/completions" if "messages" in ask.body else "/v1/completions"
+        return path, {**ask.body, **fields}
+    return "/v1/completions", {**fields, "prompt": prompt}

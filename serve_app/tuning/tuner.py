@@ -1,0 +1,293 @@
+"""Measures points of a space one after another, until the best is found and confirmed or the time is over."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from serve_app.tuning.journal import Journal, Purpose, Trial
+from serve_app.tuning.load import Target, run_level
+from serve_app.tuning.measurement import Level, Measurement
+from serve_app.tuning.objective import Objective, Score, broken
+from serve_app.tuning.own_serve import OwnServe, StartError
+from serve_app.tuning.search import propose
+from serve_app.tuning.space import Point, Space, replicas_of, with_point
+from serve_app.tuning.verdict import CONFIRMING, Verdict, known_of, score_of, to_confirm, verdict
+from serve_app.tuning.workload import Workload
+
+# A trial whose first level shows less than this share of the best score is not measured further.
+HOPELESS = 0.75
+# The first look at a level takes this share of its time.
+PROBE = 0.4
+# Of all starts, one in so many is kept to confirm the best, until there are enough.
+START_PER_CONFIRMING = 3
+# Until a trial has been measured, one is taken to last so many seconds, beside its load.
+GUESSED_START_S = 60.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """This is what is to be done. `document` is the config file, and `models` are those that are tuned, each with its
+    workload and the size of its vocabulary. Times are in seconds: each level is sent for `warm_up_s` before it is
+    measured for `measure_s`, and the first one for `first_load_s` more, because the first requests after a start
+    compile and fill caches."""
+
+    document: Mapping[str, Any]
+    models: tuple[str, ...]
+    objective: Objective
+    workloads: Mapping[str, Workload]
+    vocabularies: Mapping[str, int]
+    levels: tuple[Level, ...]
+    space: Space
+    budget_s: float
+    max_starts: int
+    warm_up_s: float = 2.0
+    measure_s: float = 10.0
+    first_load_s: float = 3.0
+    start_timeout_s: float = 900.0
+
+    @property
+    def load_s(self) -> float:
+        """Returns the seconds of load of a whole trial."""
+        return self.first_load_s + len(self.levels) * (self.warm_up_s + self.measure_s)
+
+
+class Served(Protocol):
+    """These are models that are served, as `OwnServe` serves them."""
+
+    url: str
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Returns when all serve. Raises StartError."""
+
+    def replicas(self) -> frozenset[int]:
+        """Returns the pids of their replicas."""
+
+    def status(self) -> dict[str, Any]:
+        """Returns what `serve-app status --json` says."""
+
+    def stop(self) -> None:
+        """Ends them."""
+
+
+class View(Protocol):
+    """Shows how it goes."""
+
+    def began(self, trial: Trial, number: int, left_s: float) -> None:
+        """Is told of each start, of its number, and of the seconds that are left of the budget."""
+
+    def measured(self, found: Measurement) -> None:
+        """Is told of each level."""
+
+    def ended(self, trial: Trial, worth: Score) -> None:
+        """Is told of each trial that has ended."""
+
+
+Server = Callable[[Mapping[str, Any], Sequence[str]], Served]
+# Sends a level of load, as `run_level` does.
+Send = Callable[[Target, Workload, Level, float, float], Awaitable[Measurement]]
+
+
+class Tuner:
+    """Does a task. It goes on from the trials that the journal has."""
+
+    def __init__(self, task: Task, journal: Journal, view: View, serve: Server = OwnServe, send: Send = run_level):
+        self._task, self._journal, self._view, self._serve, self._send = task, journal, view, serve, send
+        self._began = time.monotonic()
+
+    @property
+    def space(self) -> Space:
+        """Returns the points that may be measured."""
+        return self._task.space
+
+    @property
+    def verdict(self) -> Verdict:
+        """Returns which point is the best by what was measured so far."""
+        return verdict(self._task.objective, self._task.space, self._journal.trials)
+
+    def run(self) -> Verdict:
+        """Measures until the end, and returns which point is the best. An exception leaves what was measured in the
+        journal."""
+        while (found := self._next()) is not None:
+            point, purpose = found
+            self._journal.add(self.measure(point, purpose))
+            self._view.ended(self._journal.trials[-1], score_of(self._task.objective, self._journal.trials[-1]))
+        return self.verdict
+
+    def _next(self) -> tuple[Point, Purpose] | None:
+        """Returns what to start next: a point that may be better, and once there is none, or no time for one, the best
+        again. Confirming has its share of the starts and of the time."""
+        trials, task = self._journal.trials, self._task
+        if not trials:
+            return task.space.default, "search"
+        confirmed = any(trial.purpose == "confirm" for trial in trials)
+        starts_left = task.max_starts - len(trials)
+        kept = min(len(CONFIRMING), task.max_starts // START_PER_CONFIRMING)
+        if not confirmed and starts_left > kept and self._has_time_for(1 + kept):
+            point = propose(task.space, known_of(task.objective, trials))
+            if point is not None:
+                return point, "search"
+        if starts_left > 0 and self._has_time_for(1):
+            point = to_confirm(task.objective, task.space, trials)
+            if point is not None:
+                return point, "confirm"
+        return None
+
+    def _has_time_for(self, starts: int) -> bool:
+        """Returns whether so many more starts end within the budget, by the usual time of those before."""
+        trials = [trial.total_s for trial in self._journal.trials if trial.status == "done"]
+        each = sorted(trials)[len(trials) // 2] if trials else GUESSED_START_S + self._task.load_s
+        return starts * each <= self._left_s()
+
+    def _left_s(self) -> float:
+        return self._task.budget_s - (time.monotonic() - self._began)
+
+    def measure(self, point: Point, purpose: Purpose) -> Trial:
+        """Serves a point, sends it all levels, and returns what came out of it."""
+        begin = time.monotonic()
+        trial = Trial(point, purpose, "done", at=datetime.now(UTC).isoformat(timespec="seconds"))
+        self._view.began(trial, len(self._journal.trials) + 1, self._left_s())
+        try:
+            with self._served(point) as serve:
+                trial = replace(trial, start_s=time.monotonic() - begin)
+                trial = self._loaded(serve, trial)
+        except StartError as error:
+            trial = replace(trial, status="failed", why=str(error))
+        return replace(trial, total_s=time.monotonic() - begin)
+
+    @contextmanager
+    def _served(self, point: Point) -> Iterator[Served]:
+        serve = self._serve(document_of(self._task.document, self._task.models, point), self._task.models)
+        try:
+            serve.wait_until_ready(self._task.start_timeout_s)
+            yield serve
+        finally:
+            serve.stop()
+
+    def _loaded(self, serve: Served, trial: Trial) -> Trial:
+        """Sends the levels in turn. What cannot become the best is ended after the first look at it."""
+        before = serve.replicas()
+        found: list[Measurement] = []
+        status, why = trial.status, ""
+        for number, level in enumerate(self._levels()):
+            first = number == 0
+            if first and trial.purpose == "search" and (why := self._why_hopeless(serve, level, found)):
+                status = "stopped"
+                break
+            now = self._level(
+                serve, level, self._task.first_load_s if first and trial.purpose == "confirm" else 0.0, 1.0
+            )
+            found += now
+            if any(item.errors for item in now) or (
+                self._has_limits and all(broken(self._task.objective, item) for item in now)
+            ):
+                break
+        held = tuple(_held(serve.status(), self._task.models))
+        if serve.replicas() != before:
+            status, why = "failed", "a replica died under load"
+        errors = [broken(self._task.objective, item) for item in found if item.errors]
+        if errors:
+            status, why = "failed", errors[0]
+        return replace(trial, measurements=tuple(found), status=status, why=why, memory=held)
+
+    @property
+    def _has_limits(self) -> bool:
+        objective = self._task.objective
+        return objective.ttft_p95_s is not None or objective.tpot_p95_s is not None
+
+    def _levels(self) -> list[Level]:
+        """Returns the levels in the order in which they are sent: the one that decides first. With limits, the load
+        rises until one is broken."""
+        rising = sorted(self._task.levels, key=lambda level: (level.clients, level.rate))
+        return rising if self._has_limits or self._task.objective.kind == "latency" else rising[::-1]
+
+    def _why_hopeless(self, serve: Served, level: Level, found: list[Measurement]) -> str:
+        """Looks at the first level for a short time. Returns why the point is not measured further, or an empty text.
+        What was seen is added to `found` then."""
+        seen = self._level(serve, level, self._task.first_load_s, PROBE)
+        if any(item.errors for item in seen):
+            found += seen
+            return "requests failed"
+        best = max((_at_level(trial, level) for trial in self._journal.trials), default=0.0)
+        worth = _rate(seen, level)
+        if self._has_limits or self._task.objective.kind != "throughput" or worth >= HOPELESS * best:
+            return ""
+        found += seen
+        return f"it had {worth / best:.0%} of the best rate at {level.title}"
+
+    def _level(self, serve: Served, level: Level, warm_up_s: float, share: float) -> list[Measurement]:
+        """Sends one level to all models at once."""
+
+        async def all_models() -> list[Measurement]:
+            return await asyncio.gather(
+                *(
+                    self._send(
+                        Target(serve.url, model, self._task.vocabularies[model]), self._task.workloads[model], level,
+                        self._task.warm_up_s + warm_up_s, self._task.measure_s * share,
+                    )
+                    for model in self._task.models
+                )
+            )  # fmt: skip
+
+        found = asyncio.run(all_models())
+        for item in found:
+            self._view.measured(item)
+        return found
+
+
+def _rate(found: Sequence[Measurement], level: Level) -> float:
+    """Returns the geometric mean of the models' tokens per second at a level, or 0."""
+    rates = [item.tokens_per_s for item in found if item.level == level]
+    if not rates or min(rates) <= 0:
+        return 0.0
+    return math.exp(sum(math.log(rate) for rate in rates) / len(rates))
+
+
+def _at_level(trial: Trial, level: Level) -> float:
+    return _rate(trial.measurements, level) if trial.status == "done" else 0.0
+
+
+def document_of(document: Mapping[str, Any], models: Sequence[str], point: Point) -> dict[str, Any]:
+    """Returns a file that serves these models of `document` with the fields of a point, beside a router that anybody
+    may ask. Applications that are not tuned are left out."""
+    applications: list[dict[str, Any]] = [
+        {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
+    ]
+    for application in document["applications"]:
+        if application.get("name") in models:
+            applications.append(changed(application, point))
+    return {"applications": applications}
+
+
+def changed(application: Mapping[str, Any], point: Point) -> dict[str, Any]:
+    """Returns an application with the fields of a point. The number of replicas does not change by itself then."""
+    name = str(application["name"])
+    found = {**application, "args": with_point(application.get("args") or {}, name, point)}
+    deployments = [dict(item) for item in application.get("deployments") or () if item.get("name") == "Model"]
+    own = deployments[0] if deployments else {"name": "Model"}
+    count = own.get("num_replicas")
+    replicas = replicas_of(name, point, count if isinstance(count, int) else None)
+    if replicas is not None:
+        own.pop("autoscaling_config", None)
+        own["num_replicas"] = replicas
+        found["deployments"] = [own]
+    return found
+
+
+def _held(status: Mapping[str, Any], models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields the bytes that `serve-app status --json` says of each model: what all its replicas together were planned
+    to hold, and what they held at most."""
+    for model in status.get("models") or ():
+        devices = [
+            device
+            for replica in model["replicas"]
+            for device in (replica["report"] or {}).get("devices") or ()
+            if device["planned"] is not None and device["peak"] is not None
+        ]
+        if model["name"] in models and devices:
+            planned, peak = (sum(device[field] for device in devices) for field in ("planned", "peak"))
+            yield {"model": model["name"], "planned": planned, "peak": peak}

@@ -1,0 +1,64 @@
+"""A machine whose speed follows from the settings by a formula, so that nothing depends on the time of a test."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serve_app.tuning.load import Target
+from serve_app.tuning.measurement import Level, Measurement
+from serve_app.tuning.own_serve import StartError
+from serve_app.tuning.workload import Workload
+from tests.tuning.builders import measurement
+
+TOKEN_S, TOKENS = 0.01, 6
+
+
+class MadeMachine:
+    """Serves and is sent loads. The first model's `max_num_seqs` requests run at one time, and the others wait.
+
+    `crashes` is a batch with which it does not start, and `dies` one with which its process is another one afterwards.
+    `interrupts` is one with which Ctrl-C comes. `stopped` counts the ends.
+    """
+
+    def __init__(self, crashes: int = 0, dies: int = 0, interrupts: int = 0):
+        self.url, self.stopped, self.sent = "made", 0, list[Level]()
+        self._crashes, self._dies, self._interrupts = crashes, dies, interrupts
+
+    def serve(self, document: Mapping[str, Any], models: Sequence[str]) -> "MadeMachine":
+        """Starts with the settings of a file."""
+        (args,) = (item["args"] for item in document["applications"] if item["name"] in models)
+        self._batch = args.get("max_num_seqs") or 32
+        return self
+
+    async def send(
+        self, target: Target, workload: Workload, level: Level, warm_up_s: float, seconds: float
+    ) -> Measurement:
+        """What the formula says of a level."""
+        assert (target.url, target.model, workload.name) == ("made", "m", "w")
+        self.sent.append(level)
+        if self._batch == self._interrupts:
+            raise KeyboardInterrupt
+        running = min(level.clients, self._batch)
+        whole_s = TOKEN_S * TOKENS * level.clients / running
+        first_s = TOKEN_S + whole_s - TOKEN_S * TOKENS
+        return measurement(
+            running / TOKEN_S, level.clients, ttft_p50_s=first_s, ttft_p95_s=first_s, tpot_p50_s=TOKEN_S,
+            tpot_p95_s=TOKEN_S, latency_s=whole_s, seconds=seconds,
+        )  # fmt: skip
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Raises StartError for the batch that crashes."""
+        if self._batch == self._crashes:
+            raise StartError("m has failed: no room")
+
+    def replicas(self) -> frozenset[int]:
+        """Another pid after the load if it dies."""
+        return frozenset({len(self.sent) if self._batch == self._dies else 1})
+
+    def status(self) -> dict[str, Any]:
+        """What `serve-app status --json` says of one model."""
+        device = {"planned": 200, "peak": 150}
+        return {"models": [{"name": "m", "replicas": [{"report": {"devices": [device]}}, {"report": None}]}]}
+
+    def stop(self) -> None:
+        """Counts it."""
+        self.stopped += 1

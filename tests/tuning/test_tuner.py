@@ -1,0 +1,150 @@
+"""A whole run, against small servers whose speed depends on their settings."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.tuning.journal import Journal, Trial
+from serve_app.tuning.measurement import Level, Measurement
+from serve_app.tuning.objective import Objective, Score
+from serve_app.tuning.space import Axis, key_of, space_of, title
+from serve_app.tuning.tuner import Task, Tuner, document_of
+from serve_app.tuning.workload import Ask, Workload
+from tests.tuning.builders import MACHINE, trial
+from tests.tuning.made_machine import MadeMachine
+
+DOCUMENT = {
+    "applications": [
+        {"name": "m", "import_path": "serve_app.app:model", "args": {"model": "x", "max_num_seqs": 2}},
+        {"name": "other", "import_path": "serve_app.app:model", "args": {"model": "y"}},
+        {"name": "door", "import_path": "serve_app.app:router", "args": {"max_retries": 1}},
+    ],
+    "http_options": {"port": 80},
+}
+
+
+class Quiet:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[Trial, Score]] = []
+
+    def began(self, trial: Trial, number: int, left_s: float) -> None:
+        """Time is left at each start."""
+        assert left_s > 0
+
+    def measured(self, found: Measurement) -> None:
+        """Each level is of the model."""
+        assert found.model == "m"
+
+    def ended(self, trial: Trial, worth: Score) -> None:
+        """Keeps it."""
+        self.ends.append((trial, worth))
+
+
+SPACE = space_of([Axis("m", "max_num_seqs", (2, 1, 4, 8))], MACHINE, {"m": "pt"}, lambda found: [""] * len(found))
+
+
+def task(**fields: Any) -> Task:
+    """To find out how large a batch should be for eight clients. The file has 2."""
+    own: dict[str, Any] = {
+        "document": DOCUMENT, "models": ("m",), "objective": Objective(),
+        "workloads": {"m": Workload("w", tuple(Ask(8, 6) for _ in range(20)))}, "vocabularies": {"m": 100},
+        "levels": (Level(clients=8),),
+        "space": SPACE, "budget_s": 300.0, "max_starts": 12,
+    }  # fmt: skip
+    return Task(**own | fields)
+
+
+def run(file: Path, of: Task, machine: MadeMachine | None = None) -> tuple[Tuner, Quiet, Journal]:
+    """A run to its end."""
+    view, journal, machine = Quiet(), Journal(file, {}), machine or MadeMachine()
+    tuner = Tuner(of, journal, view, machine.serve, machine.send)
+    tuner.run()
+    assert machine.stopped == len(view.ends)
+    return tuner, view, journal
+
+
+def test_it_finds_and_confirms_the_best(tmp_path: Path) -> None:
+    """And keeps what was planned and held."""
+    tuner, view, journal = run(tmp_path / "j", task())
+    found = tuner.verdict
+    assert title(found.point, tuner.space.default) == "max_num_seqs 8"
+    assert found.gain is not None
+    assert found.gain.ratio > 2
+    assert [trial.purpose for trial in journal.trials][-3:] == ["confirm"] * 3
+    assert view.ends[0][0].memory == ({"model": "m", "planned": 200, "peak": 150},)
+
+
+def test_what_is_far_behind_is_not_measured_to_its_end(tmp_path: Path) -> None:
+    """Its first look is kept."""
+    _, _, journal = run(tmp_path / "j", task(levels=(Level(clients=8), Level(clients=1))))
+    stopped = [trial for trial in journal.trials if trial.status == "stopped"]
+    assert stopped
+    assert all(len(trial.measurements) == 1 and "of the best rate at 8 clients" in trial.why for trial in stopped)
+
+
+@pytest.mark.parametrize(("how", "words"), [("crashes", "no room"), ("dies", "a replica died under load")])
+def test_a_setting_that_crashes_is_marked_and_left(tmp_path: Path, how: str, words: str) -> None:
+    """At the start or under load; the best of the others is found."""
+    tuner, _, journal = run(tmp_path / "j", task(), MadeMachine(**{how: 8}))
+    assert {trial.why for trial in journal.trials if trial.status == "failed"} == {
+        f"m has failed: {words}" if how == "crashes" else words
+    }
+    assert title(tuner.verdict.point, tuner.space.default) == "max_num_seqs 4"
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    """No point of the first run is started again."""
+    _, _, first = run(tmp_path / "j", task(max_starts=2))
+    tuner, view, second = run(tmp_path / "j", task())
+    assert len(first.trials) == 2
+    assert second.trials[:2] == first.trials
+    searched = [key_of(trial.point) for trial in second.trials if trial.purpose == "search"]
+    assert len(searched) == len(set(searched))
+    assert len(view.ends) == len(second.trials) - 2
+    assert title(tuner.verdict.point, tuner.space.default) == "max_num_seqs 8"
+
+
+def test_ctrl_c_stops_the_server_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    """The trial that was going on is not kept."""
+    journal, machine = Journal(tmp_path / "j", {}), MadeMachine(interrupts=8)
+    tuner = Tuner(task(), journal, Quiet(), machine.serve, machine.send)
+    with pytest.raises(KeyboardInterrupt):
+        tuner.run()
+    assert machine.stopped == len(journal.trials) + 1
+    assert tuner.verdict.score.is_valid
+
+
+def test_a_budget_ends_it(tmp_path: Path) -> None:
+    """By the time that starts have taken before."""
+    journal = Journal(tmp_path / "j", {})
+    journal.add(replace(trial(SPACE.default, 100.0), total_s=60.0))
+    machine = MadeMachine()
+    of = task(budget_s=200.0)  # A start takes a minute, and three are kept to confirm.
+    Tuner(of, journal, Quiet(), machine.serve, machine.send).run()
+    assert machine.stopped == 0
+    Tuner(task(budget_s=260.0), journal, Quiet(), machine.serve, machine.send).run()
+    assert machine.stopped > 0
+
+
+def test_with_a_limit_the_load_rises_until_it_breaks(tmp_path: Path) -> None:
+    """The first token of the eighth client waits for six others at the file's settings."""
+    levels = tuple(Level(clients=count) for count in (1, 2, 8, 32))
+    of = task(levels=levels, objective=Objective(ttft_p95_s=0.05), max_starts=1)
+    _, view, journal = run(tmp_path / "j", of)
+    clients = [found.level.clients for found in journal.trials[0].measurements]
+    assert clients == [1, 2, 8]
+    assert view.ends[0][1].level == Level(clients=2)
+
+
+def test_the_file_that_is_served_has_the_models_and_an_open_router() -> None:
+    """And nothing of the file's own address. The file itself does not change."""
+    found = document_of(DOCUMENT, ["m"], ((("m", "num_replicas"), 2), (("m", "max_num_seqs"), None)))
+    router, model = found["applications"]
+    assert (router["name"], "args" in router, "http_options" in found) == ("router", False, False)
+    assert model["args"] == {"model": "x"}
+    assert model["deployments"] == [{"name": "Model", "num_replicas": 2}]
+    assert DOCUMENT["applications"][0]["args"]["max_num_seqs"] == 2

@@ -1,0 +1,99 @@
+"""Which point is the best, by how much, and how sure that is."""
+
+import pytest
+
+from serve_app.tuning.journal import Trial
+from serve_app.tuning.objective import Objective
+from serve_app.tuning.space import key_of
+from serve_app.tuning.verdict import score_of, to_confirm, verdict
+from tests.tuning.builders import measurement, point, space, trial
+
+OBJECTIVE = Objective()
+FILE, BEST = point(None), point(16, 2)
+SEARCHED = [trial(FILE, 100.0), trial(BEST, 150.0), trial(point(4), 60.0)]
+
+
+def confirmed(*rates: float) -> list[Trial]:
+    """After a best, the file's own and the best again were started."""
+    return [trial(at, rate, "confirm") for at, rate in zip((BEST, FILE, BEST), rates, strict=False)]
+
+
+def test_the_best_and_the_file_are_started_again_in_turn() -> None:
+    """The file's own between two starts of the best."""
+    trials, order = list(SEARCHED), []
+    while (at := to_confirm(OBJECTIVE, space(), trials)) is not None:
+        order.append("file" if key_of(at) == key_of(FILE) else "best")
+        trials.append(trial(at, 100.0 if order[-1] == "file" else 140.0, "confirm"))
+    assert order == ["best", "file", "best"]
+
+
+def test_a_gain_is_told_with_its_bounds() -> None:
+    """By the confirming starts alone."""
+    found = verdict(OBJECTIVE, space(), SEARCHED + confirmed(140.0, 100.0, 142.0))
+    assert key_of(found.point) == key_of(BEST)
+    assert found.gain is not None
+    assert found.gain.ratio == pytest.approx(1.41, abs=0.01)
+    assert found.gain.low < found.gain.ratio < found.gain.high
+    assert (found.gain.is_sure, found.gain.starts) == (True, 3)
+
+
+def test_the_trial_by_which_a_point_was_chosen_does_not_count() -> None:
+    """It was lucky. The file's own settings stay."""
+    found = verdict(OBJECTIVE, space(), SEARCHED + confirmed(101.0, 100.0, 99.0))
+    assert key_of(found.point) == key_of(FILE)
+    assert "within the noise" in found.why
+
+
+def test_a_machine_that_becomes_faster_meanwhile_makes_it_unsure() -> None:
+    """The two starts of the best differ by more than the gain."""
+    found = verdict(OBJECTIVE, space(), SEARCHED + confirmed(100.0, 105.0, 130.0))
+    assert found.gain is not None
+    assert not found.gain.is_sure
+
+
+def test_without_confirmation_it_says_so() -> None:
+    """As after Ctrl-C."""
+    assert "not confirmed" in verdict(OBJECTIVE, space(), SEARCHED).why
+
+
+def test_the_file_itself_may_be_the_best() -> None:
+    """There is nothing to confirm then."""
+    trials = [trial(FILE, 100.0), trial(point(4), 60.0), trial(point(8), 80.0)]
+    assert to_confirm(OBJECTIVE, space(), trials) is None
+    assert "the file's own settings are the best" in verdict(OBJECTIVE, space(), trials).why
+
+
+def test_a_point_that_misses_a_limit_when_it_is_measured_again_is_no_winner() -> None:
+    """The next one is."""
+    limited = Objective(ttft_p95_s=0.5)
+    trials = [*SEARCHED, trial(BEST, 150.0, "confirm", ttft_p95_s=0.9)]
+    found = verdict(limited, space(), trials)
+    assert key_of(found.point) == key_of(FILE)
+    assert to_confirm(limited, space(), trials) is None
+
+
+def test_a_file_that_misses_its_limit_is_not_started_again() -> None:
+    """The best is, twice."""
+    limited = Objective(ttft_p95_s=0.5)
+    trials = [trial(FILE, 100.0, ttft_p95_s=0.9), trial(BEST, 90.0)]
+    order = []
+    while (at := to_confirm(limited, space(), trials)) is not None:
+        order.append(key_of(at))
+        trials.append(trial(at, 90.0, "confirm"))
+    assert order == [key_of(BEST)] * 2
+    assert "the file's own settings cannot be used: TTFT p95 is 900 ms" in verdict(limited, space(), trials).why
+
+
+def test_nothing_that_can_be_used_is_said() -> None:
+    """With the reason of the file's own settings."""
+    found = verdict(OBJECTIVE, space(), [Trial(FILE, "search", "failed", why="it has died")])
+    assert (found.score.is_valid, found.why) == (False, "no setting could be used; of the file's own: it has died")
+    assert not verdict(OBJECTIVE, space(), []).score.is_valid
+
+
+def test_several_models_count_by_their_geometric_mean() -> None:
+    """And one whose requests fail makes the point unusable."""
+    both = Trial(FILE, "search", "done", (measurement(100.0), measurement(400.0, model="n")))
+    assert score_of(OBJECTIVE, both).value == pytest.approx(200)
+    one = Trial(FILE, "search", "done", (measurement(100.0), measurement(400.0, model="n", errors={"503": 1})))
+    assert score_of(OBJECTIVE, one).why.startswith("n: 1 requests failed")
