@@ -73,6 +73,10 @@ def _run(options: argparse.Namespace) -> int:
         from serve_app.cli.llama_swap.from_llama_swap import from_llama_swap
 
         return from_llama_swap(options.config)
+    if options.command == "tune":
+        from serve_app.cli.tune.tune import tune
+
+        return tune(options)
     if options.command == "status":
         from serve_app.cli.status import status
 
@@ -124,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_plan(commands)
     _add_diff(commands)
+    _add_tune(commands)
     looking = commands.add_parser(
         "status",
         help="says what runs, what was planned and measured, and what is missing",
@@ -166,6 +171,46 @@ def _parser() -> argparse.ArgumentParser:
         help='prints this node\'s GPU memory for `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`',
     )
     return parser
+
+
+def _add_tune(commands: Any) -> None:
+    tuning = commands.add_parser(
+        "tune",
+        help="measures which settings of a model serve a workload best on this machine",
+        description="Serves a model of the file again and again with a Ray of its own, each time with other settings, "
+        "sends it a workload, and says which settings are best and how sure that is. Settings without room are cut by "
+        "the plan, and what the file says stays unless --free names it. Ctrl-C keeps what was measured, and the same "
+        "command goes on from there. Exits 0 if it has found settings, 1 if none can be used, 2 if the file or an "
+        "option is wrong, 130 after Ctrl-C.",
+    )
+    tuning.add_argument("config", type=Path, help="a Ray Serve config file, which is not changed")
+    tuning.add_argument("--model", action="append", help="the model to tune; several are tuned together (repeatable)")
+    tuning.add_argument("--objective", choices=("throughput", "latency", "balanced"), default="throughput")
+    tuning.add_argument("--ttft-p95", metavar="TIME", help="95 of 100 first tokens come within it, such as 500ms")
+    tuning.add_argument("--tpot-p95", metavar="TIME", help="95 of 100 requests have a token in each such time")
+    tuning.add_argument(
+        "--workload", default="chat", help="chat, rag, code, or a log FILE.jsonl of requests; the default is chat"
+    )
+    tuning.add_argument("--clients", type=_counts, metavar="N,N", help="numbers of clients at once, such as 1,8,32")
+    tuning.add_argument("--rate", type=_rates, metavar="R,R", help="requests per second that come at random moments")
+    tuning.add_argument("--budget", default="30m", metavar="TIME", help="how long it may take; the default is 30m")
+    tuning.add_argument("--max-starts", type=int, default=12, help="how often it may start the model")
+    tuning.add_argument("--measure", default="10s", metavar="TIME", help="how long each load is measured")
+    tuning.add_argument("--free", action="append", metavar="FIELD", help="a field that may change (repeatable)")
+    tuning.add_argument("--write", type=Path, metavar="FILE", help="write the file with the best settings there")
+    tuning.add_argument("--report", type=Path, metavar="FILE", help="write a report there, one page of HTML")
+    tuning.add_argument("--journal", type=Path, metavar="FILE", help="where the measurements are kept")
+    tuning.add_argument("--restart", action="store_true", help="forget what an earlier run has measured")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Returns whole numbers that commas separate."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    """Returns numbers that commas separate."""
+    return tuple(float(part) for part in text.split(","))
 
 
 def _add_run(commands: Any) -> None:

@@ -1,0 +1,1 @@
+"""`serve-app tune`: the command, what it shows meanwhile, and what it writes."""
