@@ -1,0 +1,77 @@
+"""Measures every point of the space of `serve-app tune`, so that what the search finds can be compared with the best.
+
+    python -m benchmarks.tune_grid FILE --model NAME --workload chat --clients 32 --measure 8s --journal grid.jsonl
+
+Each point is started once, in an order that is drawn. The journal has the trials, and the same command goes on from it.
+Prints a table, the best first. `benchmarks.tune_search` lets ways to search loose on such a journal.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import psutil
+
+from serve_app.facts.inventory import local_inventory
+from serve_app.tuning.journal import Journal, Trial
+from serve_app.tuning.measurement import Measurement
+from serve_app.tuning.objective import Objective, Score, parse_seconds
+from serve_app.tuning.setup import Wish, levels_of, read_setup
+from serve_app.tuning.space import key_of, title
+from serve_app.tuning.tuner import Tuner
+from serve_app.tuning.verdict import score_of
+
+
+class Lines:
+    """Prints nothing but the ends."""
+
+    def began(self, trial: Trial, number: int, left_s: float) -> None:
+        """Says nothing."""
+
+    def measured(self, found: Measurement) -> None:
+        """Says nothing."""
+
+    def ended(self, trial: Trial, worth: Score) -> None:
+        """Says nothing."""
+
+
+def main() -> None:
+    """Measures what the journal does not have yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--workload", default="chat")
+    parser.add_argument("--clients", default="32")
+    parser.add_argument("--measure", default="8s")
+    parser.add_argument("--journal", type=Path, required=True)
+    options = parser.parse_args()
+    objective = Objective()
+    levels = levels_of([int(count) for count in options.clients.split(",")], [], objective)
+    models = (options.model,) if options.model else ()
+    wish = Wish(
+        options.file,
+        models,
+        objective,
+        options.workload,
+        levels,
+        1e9,
+        10**9,
+        parse_seconds(options.measure, "--measure"),
+    )
+    setup = read_setup(wish, local_inventory(), psutil.cpu_count() or 1, print)
+    journal = Journal(options.journal, {"grid": str(options.file.name), "workload": options.workload})
+    tuner, space = Tuner(setup.task, journal, Lines()), setup.task.space
+    left = [point for point in space.points if key_of(point) not in {key_of(trial.point) for trial in journal.trials}]
+    random.Random(0).shuffle(left)
+    for number, point in enumerate(left, 1):
+        journal.add(tuner.measure(point, "confirm"))  # No trial is stopped early then.
+        worth = score_of(objective, journal.trials[-1])
+        print(f"{number}/{len(left)} {title(point, space.default)}: {worth.value:.0f} {worth.why}", flush=True)
+    scored = sorted(((score_of(objective, trial).value, trial) for trial in journal.trials), key=lambda pair: -pair[0])
+    own = next(value for value, trial in scored if key_of(trial.point) == key_of(space.default))
+    for value, trial in scored:
+        print(f"| {title(trial.point, space.default)} | {value:.0f} | {value / own:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Lets ways to search loose on a recorded grid: random choice, Optuna's samplers (if it is installed), and ours.
+
+    python -m benchmarks.tune_search grid.jsonl [--starts 5 7 9] [--draws 50]
+
+The journal is one of `benchmarks.tune_grid`. A start of a point gives its recorded score with 2 % of noise. Prints for
+each way and number of starts the mean and the worst of what was found, as a share of the best of the grid.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from serve_app.tuning.journal import Trial
+from serve_app.tuning.objective import Objective
+from serve_app.tuning.search import START_NOISE, Known, best_of, propose
+from serve_app.tuning.space import Axis, Point, Space, key_of
+from serve_app.tuning.verdict import score_of
+
+Worth = Callable[[Point], float]
+
+
+def recorded(file: Path) -> tuple[Space, Mapping[str, float]]:
+    """The space of a journal, and the score of each point by its key. The point with most empty fields is the
+    file's."""
+    trials = [Trial.from_json(json.loads(line)) for line in file.read_text().splitlines()[1:]]
+    scores = {key_of(trial.point): score_of(Objective(), trial).value for trial in trials}
+    points = sorted((trial.point for trial in trials), key=lambda point: -sum(value in (None, 1) for _, value in point))
+    meant = {"num_cpus": 1, "num_replicas": 1, "max_num_seqs": 32}
+    axes = []
+    for key, _ in points[0]:
+        values = {json.dumps(dict(point)[key]): dict(point)[key] for point in points}
+        axes.append(Axis(*key, tuple(values.values()), meant.get(key[1])))
+    return Space(tuple(axes), tuple(points)), scores
+
+
+def at_random(space: Space, worth: Worth, starts: int, draw: random.Random) -> Point:
+    """The file's own and others that are drawn."""
+    points = [space.default, *draw.sample(space.points[1:], min(starts, len(space.points)) - 1)]
+    return max(points, key=worth)
+
+
+def ours(space: Space, worth: Worth, starts: int, draw: random.Random) -> Point:
+    """What `serve-app tune` does."""
+    known = list[Known]()
+    while len(known) < starts and (point := propose(space, known)) is not None:
+        known.append(Known(point, worth(point), 0.01))
+    return best_of(space, known)[0].point
+
+
+def optunas(sampler: str) -> Callable[[Space, Worth, int, random.Random], Point]:
+    """One of Optuna's samplers. The file's own comes first, and a point that is not in the space is a failed trial that
+    costs nothing, nor does one that it has asked for before."""
+
+    def search(space: Space, worth: Worth, starts: int, draw: random.Random) -> Point:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(
+            direction="maximize", sampler=getattr(optuna.samplers, sampler)(seed=draw.randrange(2**31))
+        )
+        by_key, seen = {key_of(point): point for point in space.points}, dict[str, float]()
+        names = {"/".join(axis.key): {json.dumps(value): value for value in axis.values} for axis in space.axes}
+        study.enqueue_trial({"/".join(key): json.dumps(value) for key, value in space.default})
+        for _ in range(20 * starts):
+            trial = study.ask()
+            chosen = tuple(
+                (tuple(name.split("/")), values[trial.suggest_categorical(name, list(values))])
+                for name, values in names.items()
+            )
+            key = key_of(chosen)  # type: ignore[arg-type] — the names have two parts.
+            if key not in by_key:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                continue
+            value = seen.setdefault(key, worth(by_key[key]))
+            study.tell(trial, value)
+            if len(seen) == starts:
+                break
+        return by_key[max(seen, key=lambda key: seen[key])]
+
+    return search
+
+
+def ways() -> dict[str, Any]:
+    """The ways to search by name."""
+    found: dict[str, Any] = {"random": at_random, "serve-app tune": ours}
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        return found
+    return found | {f"optuna {name}": optunas(name) for name in ("TPESampler", "RandomSampler")}
+
+
+def main() -> None:
+    """Prints a line for each way and number of starts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("journal", type=Path)
+    parser.add_argument("--starts", type=int, nargs="+", default=[5, 7, 9])
+    parser.add_argument("--draws", type=int, default=50)
+    options = parser.parse_args()
+    space, scores = recorded(options.journal)
+    best = max(scores.values())
+    for name, search in ways().items():
+        for starts in options.starts:
+            shares = []
+            for seed in range(options.draws):
+                draw = random.Random(seed)
+
+                def worth(point: Point, draw: random.Random = draw) -> float:
+                    return scores[key_of(point)] * math.exp(draw.gauss(0, START_NOISE))
+
+                shares.append(scores[key_of(search(space, worth, starts, draw))] / best)
+            row = {
+                "way": name,
+                "starts": starts,
+                "mean": round(statistics.mean(shares), 3),
+                "worst": round(min(shares), 3),
+            }
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""`serve-app tune` of the demo model, killed in its middle and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve_app.tuning.own_serve import FOLDER, FOLDERS, MARK
+
+MODEL = {"model": "serve-app/demo", "infer_backend": "pt", "device": "cpu", "dtype": "float32"}
+FILE = {
+    "applications": [
+        {
+            "name": "demo", "import_path": "serve_app.app:model", "route_prefix": "/models/demo",
+            "args": MODEL | {"num_cpus": 1, "max_model_len": 512},
+        },
+    ],
+}  # fmt: skip
+TIMEOUT_S, GONE_S = 300.0, 60.0
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """A short run: two starts, a load of two seconds."""
+    file = tmp_path / "config.yaml"
+    file.write_text("# This comment stays.\n" + yaml.safe_dump(FILE))
+    return [
+        sys.executable, "-m", "serve_app.cli.main", "tune", str(file), "--workload", "code", "--clients", "8",
+        "--measure", "2s", "--max-starts", "2", "--budget", "5m", "--journal", str(tmp_path / "journal.jsonl"),
+        "--write", str(tmp_path / "tuned.yaml"), "--report", str(tmp_path / "report.html"),
+    ]  # fmt: skip
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
+    """The command, with a variable of a user's own Ray and keys, which must not reach it."""
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "SERVE_APP_API_KEYS": "k" * 32, "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def left() -> list[int]:
+    """Processes of any run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and f"\0{MARK}=".encode() in b"\0" + (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def trials(journal: Path) -> list[Any]:
+    """Whole lines after the first."""
+    text = journal.read_text() if journal.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()[1:]]
+
+
+@pytest.mark.timeout(500)
+def test_a_killed_run_goes_on_and_leaves_nothing(command: list[str], tmp_path: Path) -> None:
+    """The kill comes when the first trial has been kept and the second one runs."""
+    journal = tmp_path / "journal.jsonl"
+    run, deadline = started(command), time.monotonic() + TIMEOUT_S
+    while not (trials(journal) and left()):
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first = trials(journal)
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    deadline = time.monotonic() + GONE_S
+    while left():
+        assert time.monotonic() < deadline, left()
+        time.sleep(0.5)
+    again = started(command)
+    output, _ = again.communicate(timeout=TIMEOUT_S)
+    assert again.returncode == 0, output
+    assert "1 trials of an earlier run" in output
+    assert trials(journal)[: len(first)] == first
+    assert first[0]["status"] == "done"
+    assert len(trials(journal)) == 2
+    assert not left()
+    assert not list(FOLDERS.glob(f"{FOLDER}*"))
+    written = (tmp_path / "tuned.yaml").read_text()
+    assert written.startswith("# This comment stays.")
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    checked = [sys.executable, "-m", "serve_app.cli.main", "check", str(tmp_path / "tuned.yaml")]
+    done = subprocess.run(checked, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
