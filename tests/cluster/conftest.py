@@ -23,6 +23,7 @@ IN_TURN = (
     "test_pool.py",
     "test_run.py",
     "test_starts.py",
+    "test_tune.py",
     "test_by_index.py",
     "test_vllm_swap.py",
     "test_vllm_contract.py",
