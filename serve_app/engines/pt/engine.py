@@ -171,19 +171,21 @@ class PtEngine:
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Does what `Engine` says. The files are read in a thread, and the adapter goes to a device when the first
-        request for it has its turn. If the host's memory may not keep all adapters, the files are copied, because they
-        may be read again, and a version stays what it was."""
-        generator, copy = self.generator, None
-        if self._config.max_cpu_loras is not None:
-            copy = await asyncio.to_thread(self._copies.copied, folder)
+        request for it has its turn. They are read from copies, because a file that is overwritten while it is mapped
+        changes the numbers or ends the process. If the host's memory may not keep all adapters, the copies stay,
+        because they may be read again, and a version stays what it was."""
+        generator = self.generator
+        copy = await asyncio.to_thread(self._copies.copied, folder)
         try:
-            adapter = await in_thread_of_its_own(partial(self._read_adapter, name, copy or folder))
+            adapter = await in_thread_of_its_own(partial(self._read_adapter, name, copy))
         except BaseException as error:
             await asyncio.to_thread(remove, copy)
-            if copy is None or not isinstance(error, AdapterError):
+            if not isinstance(error, AdapterError):
                 raise
             raise AdapterError(str(error).replace(str(copy), str(folder))) from error
-        generator.put_adapter(adapter, partial(self._read_again, adapter, copy or folder), partial(remove, copy))
+        if self._config.max_cpu_loras is None:
+            await asyncio.to_thread(remove, copy)
+        generator.put_adapter(adapter, partial(self._read_again, adapter, copy), partial(remove, copy))
 
     def watch_adapters(self, lost: LostAdapter) -> None:
         """Does nothing, because adapters come in the same way while the engine is parked."""

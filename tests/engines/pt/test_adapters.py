@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import random
 import shutil
 import threading
@@ -13,12 +14,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.adapters import random_adapter
 from benchmarks.park_and_wake import build
 from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import PtEngine
+from serve_app.engines.pt.load import adapter_places as places
 from serve_app.errors import AdapterError
 from serve_app.facts.adapter import read_adapter
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path, read_checkpoint
@@ -265,6 +268,51 @@ async def test_the_host_keeps_as_many_as_it_may(tmp_path: Path) -> None:
         await engine.unload_adapter("own")
         assert len(list(copies.glob("*/"))) == 6
     assert not copies.exists()
+
+
+def in_float32(name: str, folder: Path) -> Path:
+    """An adapter in the type of the model, of which nothing needs to be converted."""
+    folder.mkdir()
+    shutil.copyfile(ADAPTERS_DIR / name / "adapter_config.json", folder / "adapter_config.json")
+    tensors = load_file(ADAPTERS_DIR / name / "adapter_model.safetensors")
+    save_file({key: tensor.float() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+async def test_a_file_that_is_written_over_changes_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither while it is read nor later, also where the file has the model's own type."""
+    own, other = in_float32("a07", tmp_path / "own"), in_float32("a08", tmp_path / "other")
+    weights = own / "adapter_model.safetensors"
+    newer, whole = (other / weights.name).read_bytes(), weights.stat().st_size
+
+    def cut_meanwhile(file: Path) -> dict[str, torch.Tensor]:
+        tensors = load_file(file)
+        os.truncate(weights, 0)  # A mapped file that is cut ends the process at the next read, so it is whole again.
+        os.truncate(weights, whole)
+        return tensors
+
+    monkeypatch.setattr(places, "load_file", cut_meanwhile)
+    async with serving([]) as (engine, client):
+        await engine.load_adapter("own", own)
+        assert await ask(client, "own", QUESTIONS[0]) == SAID["a07"][QUESTIONS[0]]
+        assert not list(engine._copies.folder.glob("*/")), "the copy is not needed any more"
+    monkeypatch.undo()
+    weights.write_bytes(newer)
+    adapter = places.load_adapter("own", read_adapter(own), places_of(own), 8, torch.float32)
+    assert adapter.factors is not None
+    before = {name: (factors.a.clone(), factors.b.clone()) for name, factors in adapter.factors.items()}
+    with weights.open("r+b") as file:
+        file.write(bytes(len(newer)))
+    for name, factors in adapter.factors.items():
+        assert torch.equal(factors.a, before[name][0])
+        assert torch.equal(factors.b, before[name][1])
+
+
+def places_of(folder: Path) -> places.AdapterPlaces:
+    """The modules of an adapter."""
+    modules = read_adapter(folder).modules
+    device = torch.device("cpu")
+    return places.AdapterPlaces({name: (each.inputs, each.outputs, device) for name, each in modules.items()})
 
 
 def broken_copy(folder: Path) -> Path:

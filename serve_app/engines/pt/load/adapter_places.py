@@ -98,7 +98,8 @@ def load_adapter(name: str, facts: AdapterFacts, places: AdapterPlaces, rank: in
                 raise AdapterError(
                     f"{facts.folder / WEIGHTS}: {module[:200]} has numbers that are not finite in {dtype}."
                 )
-        factors[target] = Factors(a.to(dtype).contiguous(), b.t().to(dtype).contiguous())
+        # `load_file` maps the file. A copy is what stays when the file is written over or removed.
+        factors[target] = Factors(a.to(dtype, copy=True).contiguous(), b.t().to(dtype).contiguous())
     return Adapter(name, factors, facts.rank, digest)
 
 
