@@ -41,9 +41,21 @@ class FairQueue(Generic[Item]):
             if first:
                 self._lines.move_to_end(sequence.owner, last=False)
 
-    def head(self, skipped: Collection[object] = ()) -> Item | None:
-        """Returns the next sequence of owners that are not `skipped`, or None if none waits."""
-        return next((line[0] for owner, line in self._lines.items() if owner not in skipped), None)
+    def head(self) -> Item | None:
+        """Returns the next sequence, or None if none waits."""
+        return next((line[0] for line in self._lines.values()), None)
+
+    def turns(self) -> Iterator[Item]:
+        """Yields the head of each line in turn, once. A head may be taken before the next one is asked for, and then
+        the next of its owner comes after all others. Nothing else may change meanwhile."""
+        owners = deque(self._lines)
+        while owners:
+            owner = owners.popleft()
+            head = self._lines[owner][0]
+            yield head
+            left = self._lines.get(owner)
+            if left is not None and left[0] is not head:
+                owners.append(owner)
 
     def take(self, sequence: Item) -> None:
         """Removes the first of its owner's line, whose next turn then comes after all others'."""

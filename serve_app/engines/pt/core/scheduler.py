@@ -24,6 +24,7 @@ Laws:
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -228,65 +229,63 @@ class Scheduler:
         return self._batch_limit
 
     def _admit(self) -> list[Sequence]:
-        group: list[Sequence] = []
-        skipped: list[object] = []
+        """Takes the sequences that wait for the next group. Its work grows with the sequences that run and with the
+        lines that wait, and not with their product, because it is done at every step."""
+        batch, refused = _Batch(self._running), set[Adapter]()
         if self._slots is not None and self._slots.waiting:
             self._slots.keep_waiting({sequence.adapter for sequence in self._waiting})
-        while (head := self._waiting.head(skipped)) is not None and self._joins(group, head):
-            if not self._has_room(group, head):
+        for head in self._waiting.turns():
+            if head.adapter in refused:
+                continue
+            if not self._joins(batch, head) or not self._has_room(batch, head):
                 break
-            if self._has_room(group, head, self._spare(group, head)) and self._has_slot(group, head):
+            if not self._has_room(batch, head, self._spare(batch, head)):
+                continue
+            if self._has_slot(batch, head.adapter):
                 self._waiting.take(head)
-                group.append(head)
-            else:
-                skipped.append(head.owner)
-        return group
+                batch.join(head)
+            elif head.adapter is not None:
+                refused.add(head.adapter)
+        return batch.group
 
-    def _has_slot(self, group: list[Sequence], candidate: Sequence) -> bool:
-        """Returns whether the candidate's adapter has a slot, which it gets if it can."""
-        if candidate.adapter is None:
+    def _has_slot(self, batch: "_Batch", adapter: Adapter | None) -> bool:
+        """Returns whether a candidate's adapter has a slot, which it gets if it can."""
+        if adapter is None:
             return True
         if self._slots is None:
             raise ValueError("a model without room for adapters has no sequence with one")
-        running: dict[Adapter, int] = {}
-        for sequence in (*self._running, *group):
-            if sequence.adapter is not None:
-                left = sequence.need - sequence.length
-                running[sequence.adapter] = max(left, running.get(sequence.adapter, 0))
-        return self._slots.admit(candidate.adapter, running)
+        return self._slots.admit(adapter, batch.adapters)
 
-    def _spare(self, group: list[Sequence], candidate: Sequence) -> int:
+    def _spare(self, batch: "_Batch", candidate: Sequence) -> int:
         """Returns how many rows must be left to other owners, which is 0 if the candidate's owner has none yet.
 
         It is one of ROWS_PER_SPARE rows that fit, also into the cache. With room for fewer, a request's choices still
         run together.
         """
-        present = [*self._running, *group]
-        others = sum(sequence.owner != candidate.owner for sequence in present)
-        need = max(sequence.need for sequence in (*present, candidate))
+        own = batch.owners[candidate.owner]
+        need = max(batch.need, candidate.need)
         fitting = min(self._batch_limit, self._limits.max_cache_tokens // self._limits.cells(1, need))
-        return max(0, fitting // ROWS_PER_SPARE - others) if others < len(present) else 0
+        return max(0, fitting // ROWS_PER_SPARE - (batch.rows - own)) if own else 0
 
-    def _has_room(self, group: list[Sequence], candidate: Sequence, spare: int = 0) -> bool:
-        present = [*self._running, *group]
-        rows, need = len(present) + 1 + spare, max(sequence.need for sequence in (*present, candidate))
+    def _has_room(self, batch: "_Batch", candidate: Sequence, spare: int = 0) -> bool:
+        rows, need = batch.rows + 1 + spare, max(batch.need, candidate.need)
         total = self._limits.cells(rows, need)
         if self._running:  # The prompts have their own buffers until they join, and the first ones stay in theirs.
-            prompts = [*group, candidate]
-            total += self._limits.cells(len(prompts), max(sequence.length for sequence in prompts))
+            total += self._limits.cells(len(batch.group) + 1, max(batch.longest, candidate.length))
         return rows <= self._batch_limit and (rows == 1 or total <= self._limits.max_cache_tokens)
 
-    def _joins(self, group: list[Sequence], candidate: Sequence) -> bool:
+    def _joins(self, batch: "_Batch", candidate: Sequence) -> bool:
         """Returns whether the candidate may share the group's pass."""
-        if not group:
+        if not batch.group:
             return True
-        if candidate.pools != group[0].pools or candidate in self._apart or group[0] in self._apart:
+        first = batch.group[0]
+        if candidate.pools != first.pools or candidate in self._apart or first in self._apart:
             return False
-        lengths = [sequence.length for sequence in (*group, candidate)]
+        tokens, most = batch.tokens + candidate.length, self._group_tokens(candidate)
         if not self._limits.pad_prompts:
-            return lengths[-1] == lengths[0] and sum(lengths) <= self._group_tokens(candidate)
-        padded = len(lengths) * max(lengths)
-        return padded <= 1.5 * sum(lengths) and padded <= self._group_tokens(candidate)
+            return candidate.length == first.length and tokens <= most
+        padded = (len(batch.group) + 1) * max(batch.longest, candidate.length)
+        return padded <= 1.5 * tokens and padded <= most
 
     def _group_tokens(self, candidate: Sequence) -> int:
         return GROUP_STEPS * self._step_tokens(candidate)
@@ -294,3 +293,36 @@ class Scheduler:
     def _step_tokens(self, sequence: Sequence) -> int:
         """Returns how many tokens of prompts like this one a step may compute."""
         return self._limits.beside_tokens if sequence.pools and self._running else self._limits.chunk_tokens
+
+
+class _Batch:
+    """Is what runs and the group that joins it, counted once and not again for each candidate.
+
+    `need` is the longest need of all of them, `adapters` has the most tokens that a sequence of each adapter may still
+    get, and `longest` and `tokens` are of the group's prompts.
+    """
+
+    def __init__(self, running: Iterable[Sequence]):
+        self.rows = 0
+        self.need = 0
+        self.owners = Counter[object]()
+        self.adapters: dict[Adapter, int] = {}
+        self.group: list[Sequence] = []
+        self.longest = 0
+        self.tokens = 0
+        for sequence in running:
+            self._count(sequence)
+
+    def join(self, sequence: Sequence) -> None:
+        """Puts a sequence into the group."""
+        self._count(sequence)
+        self.group.append(sequence)
+        self.longest = max(self.longest, sequence.length)
+        self.tokens += sequence.length
+
+    def _count(self, sequence: Sequence) -> None:
+        self.rows += 1
+        self.need = max(self.need, sequence.need)
+        self.owners[sequence.owner] += 1
+        if (adapter := sequence.adapter) is not None:
+            self.adapters[adapter] = max(sequence.need - sequence.length, self.adapters.get(adapter, 0))

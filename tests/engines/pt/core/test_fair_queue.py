@@ -68,13 +68,16 @@ def test_what_is_put_back_otherwise_is_the_next_of_its_owner() -> None:
     assert drained(waiting) == [c[0], a[0], b[0], a[1], b[1]]
 
 
-def test_owners_can_be_skipped() -> None:
-    """Another one's sequence is taken, and theirs keep their place."""
-    a, b = sequences("a", 1), sequences("b", 1)
-    waiting = queue(*a, *b)
-    assert waiting.head({"a"}) is b[0]
-    waiting.take(b[0])
-    assert waiting.head({"a"}) is None
+def test_owners_can_be_passed_over() -> None:
+    """Others' sequences are taken, one from each in turn, and theirs keep their place and are not asked for again."""
+    a, b, c = sequences("a", 2), sequences("b", 2), sequences("c", 1)
+    waiting = queue(*a, *b, *c)
+    seen = []
+    for head in waiting.turns():
+        seen.append(head)
+        if head.owner != "a":
+            waiting.take(head)
+    assert seen == [a[0], b[0], c[0], b[1]]
     assert drained(waiting) == a
 
 

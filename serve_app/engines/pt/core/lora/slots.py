@@ -10,6 +10,7 @@ Laws:
 """
 
 from collections.abc import Collection, Mapping
+from itertools import islice
 
 from serve_app.engines.pt.core.lora.adapter import Adapter
 
@@ -21,8 +22,9 @@ class AdapterSlots:
         self._slots: list[Adapter | None] = [None] * count
         # The adapters with slots, of which the one that was used last comes last.
         self._recent: dict[Adapter, int] = {}
-        # The line, each with the adapter that is closed for it.
-        self._waiting: dict[Adapter, Adapter | None] = {}
+        # The line, of which any part may be long, and of its first ones each with the adapter that is closed for it.
+        self._waiting: dict[Adapter, None] = {}
+        self._closed: dict[Adapter, Adapter] = {}
 
     @property
     def count(self) -> int:
@@ -44,40 +46,40 @@ class AdapterSlots:
 
         `running` has the adapters of all running sequences, each with the most tokens that one of these may still get.
         """
-        if adapter in self._recent and adapter not in self._waiting.values():
-            self._waiting.pop(adapter, None)
+        if adapter in self._recent and adapter not in self._closed.values():
+            self._leave_line(adapter)
             self._recent[adapter] = self._recent.pop(adapter)
             return True
         self._waiting.setdefault(adapter, None)
-        ahead = list(self._waiting).index(adapter)
         free = [slot for slot, holder in enumerate(self._slots) if holder is None or holder not in running]
-        if len(free) > ahead:
+        if adapter in islice(self._waiting, len(free)):
             self._give(adapter, free)
             return True
-        if self._waiting[adapter] is None and adapter not in running:
-            self._waiting[adapter] = self._next_to_close(running)
+        if adapter not in self._closed and adapter not in running:
+            self._close_one(adapter, running)
         return False
 
     def keep_waiting(self, adapters: Collection[Adapter | None]) -> None:
         """Takes those out of the line of which no sequence waits any more."""
-        self._waiting = {adapter: closed for adapter, closed in self._waiting.items() if adapter in adapters}
+        for adapter in [adapter for adapter in self._waiting if adapter not in adapters]:
+            self._leave_line(adapter)
 
     def remove(self, adapter: Adapter) -> None:
         """Frees the slot of an adapter that no sequence will use again."""
-        self._waiting.pop(adapter, None)
-        self._waiting = {other: None if closed is adapter else closed for other, closed in self._waiting.items()}
+        self._leave_line(adapter)
+        self._open(adapter)
         slot = self._recent.pop(adapter, None)
         if slot is not None:
             self._slots[slot] = None
 
     def _give(self, adapter: Adapter, free: Collection[int]) -> None:
-        del self._waiting[adapter]
+        self._leave_line(adapter)
         slot = self._recent.get(adapter)
         if slot is None:
             slot = min(free, key=self._worth)
             if (holder := self._slots[slot]) is not None:
                 del self._recent[holder]
-                self._waiting = {other: None if it is holder else it for other, it in self._waiting.items()}
+                self._open(holder)
         else:
             del self._recent[adapter]
         self._slots[slot] = adapter
@@ -88,7 +90,16 @@ class AdapterSlots:
         holder = self._slots[slot]
         return (0, slot) if holder is None else (1, list(self._recent).index(holder))
 
-    def _next_to_close(self, running: Mapping[Adapter, int]) -> Adapter | None:
-        closed = set(self._waiting.values())
+    def _close_one(self, adapter: Adapter, running: Mapping[Adapter, int]) -> None:
+        """Closes the adapter whose sequences end first for one of the line, if there is one that is not closed."""
+        closed = set(self._closed.values())
         candidates = [holder for holder in self._recent if holder in running and holder not in closed]
-        return min(candidates, key=lambda holder: running[holder], default=None)
+        if candidates:
+            self._closed[adapter] = min(candidates, key=lambda holder: running[holder])
+
+    def _leave_line(self, adapter: Adapter) -> None:
+        self._waiting.pop(adapter, None)
+        self._closed.pop(adapter, None)
+
+    def _open(self, holder: Adapter) -> None:
+        self._closed = {adapter: closed for adapter, closed in self._closed.items() if closed is not holder}

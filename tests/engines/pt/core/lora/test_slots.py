@@ -1,6 +1,10 @@
 """Slots of adapters: who gets one, who goes, and that nobody waits for ever."""
 
 import random
+import sys
+from collections.abc import Callable
+
+import pytest
 
 from serve_app.engines.pt.core.lora.adapter import Adapter
 from serve_app.engines.pt.core.lora.slots import AdapterSlots
@@ -172,3 +176,66 @@ def test_a_removed_adapter_leaves_its_slot_and_its_place_in_the_line() -> None:
     slots.remove(one)
     assert slots.waiting == (three,)
     assert slots.admit(three, {})
+
+
+class Owner:
+    """A request that can be counted when it is compared with another one."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """How many calls it makes, with those of each step of a generator."""
+    calls = 0
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("different", [False, True], ids=["one adapter", "an adapter each"])
+def test_a_step_asks_each_of_those_that_wait_for_a_slot_once(different: bool) -> None:
+    """Its work is a few calls for each of them, however many wait and run."""
+
+    def work(count: int) -> int:
+        run = Run(slots=2, rows=64)
+        one, two, other, *names = adapters(count + 3)
+        for number in range(32):
+            run.scheduler.add(sequence((one, two)[number % 2], 1000))
+        while len(run.scheduler.decoding) < 32:
+            run.step()
+        for number in range(count):
+            run.scheduler.add(sequence(names[number] if different else other, owner=Owner()))
+        run.step()  # The line of adapters is there.
+        calls = calls_of(run.scheduler.schedule)
+        assert run.scheduler.waiting == count
+        return calls
+
+    few, many = work(192), work(1024)
+    assert few < 60 * 192
+    assert many < 60 * 1024
+
+
+def test_one_that_waits_for_a_slot_holds_up_no_other_prompt() -> None:
+    """Also if it is so long that it could not share their pass."""
+    run = Run(slots=1)
+    one, two = adapters(2)
+    run.scheduler.add(sequence(one, 40))
+    run.step()
+    long = [Sequence([1] * 400, SamplingParams(max_tokens=4), owner=object(), adapter=two) for _ in range(2)]
+    short = [sequence(None) for _ in range(2)]
+    for item in (long[0], short[0], long[1], short[1]):
+        run.scheduler.add(item)
+    run.step()
+    assert [item in run.admitted for item in (*long, *short)] == [False, False, True, True]
