@@ -218,6 +218,35 @@ async def test_requests_of_an_adapter_that_goes_end_first() -> None:
         await until(lambda: all(held is None or held.name != "a01" for held in engine._bank._held), "its slot is free")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/embeddings", {"input": ["x", "y"]}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 4}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}),
+    ],
+)
+async def test_an_adapter_that_goes_while_a_request_is_prepared_answers_it(path: str, fields: dict[str, Any]) -> None:
+    """The request has taken its places with the adapter, whose name the answer has."""
+    async with serving(["a01"]) as (engine, client):
+        generator, removals = engine.generator, []
+        reserve = generator.reserve
+
+        def removing(count: int, model: str | None = None) -> Any:
+            places = reserve(count, model)
+            removals.append(asyncio.create_task(engine.unload_adapter("a01")))
+            return places
+
+        generator.reserve = removing  # type: ignore[method-assign]
+        first = asyncio.create_task(client.post(path, json={"model": "demo:a01", **fields}))
+        answer = await asyncio.wait_for(first, 20)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == "a01"
+        await asyncio.wait_for(removals[0], 20)
+        generator.reserve = reserve  # type: ignore[method-assign]
+        assert (await client.post(path, json={"model": "a01", **fields})).status_code == 404
+
+
 async def test_a_client_that_leaves_holds_no_adapter() -> None:
     """Its adapter can go at once."""
     async with serving(["a01"]) as (engine, client):

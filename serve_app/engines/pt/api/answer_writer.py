@@ -47,7 +47,8 @@ class AnswerWriter:
         """
         with ExitStack() as stack:
             places = stack.enter_context(self._generator.reserve(asked.sequences, asked.model))
-            job = await self._workers.run(size, lambda: self._builder.build(asked, default_tokens, tokenize))
+            build = partial(self._builder.build, asked, default_tokens, tokenize, places.adapter_name)
+            job = await self._workers.run(size, build)
             if asked.grammar is not None:
                 grammars = await asyncio.to_thread(lambda: self._generator.grammars)
                 grammar = await grammars.compile_soon(asked.grammar, key)

@@ -31,17 +31,17 @@ class JobBuilder:
         asked: ChatRequest | CompletionRequest,
         default_tokens: int | None,
         tokenize: Callable[[], list[list[int]]],
+        adapter: str | None,
     ) -> Job:
-        """Returns the job of a request. `tokenize` gives its prompts, and `default_tokens` is how many tokens are
-        generated if the request does not say, where None means all that the context has room for. Raises
-        InvalidRequest."""
+        """Returns the job of a request, which holds a lease of its `adapter`. `tokenize` gives its prompts, and
+        `default_tokens` is how many tokens are generated if the request does not say, where None means all that the
+        context has room for. Raises InvalidRequest."""
         prompts = tokenize()
         max_tokens = self._prompts.max_tokens(asked.limit, max(map(len, prompts)), default_tokens)
         self._prompts.check_ids(list(asked.logit_bias or {}), "logit_bias")
         params = asked.sampling(max_tokens, self._generator.generation_config)
         readers = [reader for prompt in prompts for reader in self._readers(asked, prompt)]
-        model = self._generator.adapter_name(asked.model) or self._generator.name
-        return Job(asked, prompts, params, readers, self._openings(asked, prompts), model)
+        return Job(asked, prompts, params, readers, self._openings(asked, prompts), adapter or self._generator.name)
 
     def _openings(self, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[str]:
         """Returns the text that each choice begins with, which is the prompt if it is to be echoed."""

@@ -150,8 +150,10 @@ class _Endpoints:
                     param="input",
                 )
             vectors = await self._vectors(prompts, places)
+            model = places.adapter_name or self._generator.name
         written = 20 * sum(map(len, vectors))  # A number takes some 20 bytes.
-        return json_response(await self._workers.write(written, lambda: self._write_vectors(asked, prompts, vectors)))
+        write = partial(self._write_vectors, asked, prompts, vectors, model)
+        return json_response(await self._workers.write(written, write))
 
     async def _vectors(self, prompts: list[list[int]], places: Reservation) -> list[list[float]]:
         """Returns the vectors of all prompts, or raises the first error, which ends the others too."""
@@ -163,14 +165,15 @@ class _Endpoints:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def _write_vectors(self, asked: EmbeddingRequest, prompts: list[list[int]], vectors: list[list[float]]) -> bytes:
+    def _write_vectors(
+        self, asked: EmbeddingRequest, prompts: list[list[int]], vectors: list[list[float]], model: str
+    ) -> bytes:
         data = [
             {"object": "embedding", "index": index, "embedding": asked.encode(vector)}
             for index, vector in enumerate(vectors)
         ]
         total = sum(map(len, prompts))
         usage = {"prompt_tokens": total, "total_tokens": total}
-        model = self._generator.adapter_name(asked.model) or self._generator.name
         return msgspec.json.encode({"object": "list", "data": data, "model": model, "usage": usage})
 
     async def tokenize(self, request: Request) -> Response:

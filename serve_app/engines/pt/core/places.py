@@ -76,6 +76,11 @@ class Reservation:
         self._left = count
         self.lease = lease
 
+    @property
+    def adapter_name(self) -> str | None:
+        """Returns the name of the request's adapter, also if it was removed meanwhile, or None for the base model."""
+        return None if self.lease is None else self.lease.entry.adapter.name
+
     def release(self, count: int = 1) -> None:
         """Gives `count` places back for sequences that have ended before the others, but no more than are left."""
         count = min(count, self._left)
