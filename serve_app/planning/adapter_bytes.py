@@ -20,11 +20,12 @@ def pt_adapter_bytes(
     room: AdapterRoom,
     element_bytes: int,
     block_of: Callable[[str], int],
+    hidden: int = 0,
 ) -> dict[int, int]:
     """Returns the bytes of pt's buffers for adapters by the number of the block, which `block_of` tells of a module.
     The others are as for `buffered_modules`."""
     blocks: dict[int, dict[str, tuple[int, int]]] = defaultdict(dict)
-    for name, shape in buffered_modules(wanted, adapters, tensors).items():
+    for name, shape in buffered_modules(wanted, adapters, tensors, hidden).items():
         blocks[block_of(name)][name] = shape
     return {number: buffer_bytes(modules, room, element_bytes) for number, modules in blocks.items()}
 

@@ -18,6 +18,10 @@ SAVED_MODULES_OF_VLLM = frozenset({"classifier", "score"})
 # The weights of these types have the shape of their module. Others are packed.
 WHOLE_TYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"})
 
+# Packed weights have these names with other methods than bitsandbytes, which calls its own weight and its scales this.
+PACKED_KINDS = frozenset({"qweight", "weight_packed"})
+BNB_SCALES = ".weight.absmax"
+
 
 @dataclass(frozen=True)
 class AdapterRoom:
@@ -55,33 +59,67 @@ def buffer_bytes(modules: Mapping[str, tuple[int, int]], room: AdapterRoom, elem
 
 
 def buffered_modules(
-    wanted: Collection[str] | None, adapters: Iterable[AdapterFacts], base: Iterable[Tensor]
+    wanted: Collection[str] | None, adapters: Iterable[AdapterFacts], base: Iterable[Tensor], hidden: int = 0
 ) -> dict[str, tuple[int, int]]:
     """Returns the inputs and outputs of each module for which pt makes buffers, by its name: those that end in one of
     the `wanted` names (`lora_target_modules`), or else those that the known adapters change, or else, if there are no
     adapters yet, all linear modules of the layers.
 
-    `base` are the tensors of the base model. Packed weights do not have the shape of their module, so of these only
-    what an adapter changes is known.
+    `base` are the tensors of the base model. Packed weights do not have the shape of their module, so of these an
+    adapter tells it, or `hidden`, if that is not 0: each linear module maps from or to so many numbers, and which of
+    both does not matter for the size of its buffers. `modules_of_unknown_shape` are left out.
     """
-    own = {
+    own = _own_modules(adapters)
+    if wanted is None and own:
+        return own
+    found = {name: shape for name, shape in _shapes(wanted, own, base, hidden).items() if shape is not None}
+    tails = {module_tail(name) for name in found}
+    others = {} if wanted is None else {name: own[name] for name in own.keys() - tails if ends_in(name, wanted)}
+    return found | others
+
+
+def modules_of_unknown_shape(
+    wanted: Collection[str] | None, adapters: Iterable[AdapterFacts], base: Iterable[Tensor], hidden: int = 0
+) -> list[str]:
+    """Returns the modules for which pt makes buffers of a size that files do not tell, because their weights are
+    packed. The arguments are those of `buffered_modules`."""
+    own = _own_modules(adapters)
+    if wanted is None and own:
+        return []
+    return [name for name, shape in _shapes(wanted, own, base, hidden).items() if shape is None]
+
+
+def _own_modules(adapters: Iterable[AdapterFacts]) -> dict[str, tuple[int, int]]:
+    """Returns the inputs and outputs of the modules that these adapters change, by their names from the layer on."""
+    return {
         module_tail(name): (module.inputs, module.outputs)
         for facts in adapters
         for name, module in facts.modules.items()
         if not module.is_embedding and not is_expert(name)
     }
-    if wanted is None and own:
-        return own
-    found: dict[str, tuple[int, int]] = {}
-    for tensor in base:
+
+
+def _shapes(
+    wanted: Collection[str] | None, own: Mapping[str, tuple[int, int]], base: Iterable[Tensor], hidden: int
+) -> dict[str, tuple[int, int] | None]:
+    """Returns the inputs and outputs of each linear module of the base model that is wanted, or None for those whose
+    weights are packed and whose shape is not known."""
+    tensors = list(base)
+    in_4_bits = {tensor.name.removesuffix(BNB_SCALES) for tensor in tensors if tensor.name.endswith(BNB_SCALES)}
+    found: dict[str, tuple[int, int] | None] = {}
+    for tensor in tensors:
         name, _, kind = tensor.name.rpartition(".")
-        is_linear = kind == "weight" and len(tensor.shape) == 2 and tensor.dtype in WHOLE_TYPES
-        if (
-            is_linear
-            and not is_expert(name)
-            and (ends_in(name, wanted) if wanted is not None else _layer(module_tail(name)))
-        ):
+        is_packed = kind in PACKED_KINDS or (kind == "weight" and tensor.dtype not in WHOLE_TYPES)
+        is_linear = len(tensor.shape) == 2 and (kind == "weight" or is_packed)
+        takes = ends_in(name, wanted) if wanted is not None else bool(_layer(module_tail(name)))
+        if not is_linear or not takes or is_expert(name):
+            continue
+        if not is_packed:
             found[name] = (tensor.shape[1], tensor.shape[0])
+            continue
+        elements = 2 * tensor.elements if name in in_4_bits else 0  # A byte holds two of them.
+        by_size = (hidden, elements // hidden) if hidden and elements and elements % hidden == 0 else None
+        found[name] = own.get(module_tail(name), by_size)
     return found
 
 

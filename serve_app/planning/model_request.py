@@ -447,8 +447,16 @@ class ModelRequest:
     def _with_pt_adapters(self, blocks: list[Block], room: AdapterRoom) -> list[Block]:
         """Returns the blocks with their buffers for LoRA adapters."""
         wanted = self.config.lora_target_modules
-        sizes = pt_adapter_bytes(wanted, self.adapters, self.tensors, room, self.element_bytes, self._block_of)
+        sizes = pt_adapter_bytes(
+            wanted, self.adapters, self.tensors, room, self.element_bytes, self._block_of, self.linear_width
+        )
         return [replace(block, adapters=sizes.get(block.number, 0)) for block in blocks]
+
+    @property
+    def linear_width(self) -> int:
+        """Returns the numbers from or to which each linear module of the layers maps, or 0 if some map neither, as
+        those of a compressed cache do."""
+        return 0 if self.architecture.latent_size else self.architecture.hidden_size
 
     def _block_of(self, module: str) -> int:
         """Returns the number of the block of pt that a module is in."""

@@ -2,6 +2,7 @@
 makes up a number."""
 
 from serve_app.model_fields import AUTO_QUANTIZATION, ONLY_VLLM, PT_QUANTIZATIONS
+from serve_app.planning.adapters import modules_of_unknown_shape
 from serve_app.planning.model_request import FORMULA_CACHE_DTYPES, ModelRequest
 from serve_app.planning.pooling import pooling_problem, without_pooling_problem
 from serve_app.planning.quantization import PACKAGES
@@ -109,7 +110,11 @@ def _beyond_formulas(request: ModelRequest) -> str:
 def _adapters_problem(request: ModelRequest) -> str:
     """Returns why vLLM takes no adapters for this model, or why the plan does not know what they take, or an empty
     text."""
-    if request.adapter_room is None or request.config.infer_backend != "vllm":
+    if request.adapter_room is None:
+        return ""
+    if request.config.infer_backend == "pt":
+        return _packed_modules_problem(request)
+    if request.config.infer_backend != "vllm":
         return ""
     facts, size = request.engine_facts.vllm_adapters, request.config.tensor_parallel_size or 1
     if facts is not None and size in facts.refusals:
@@ -120,6 +125,18 @@ def _adapters_problem(request: ModelRequest) -> str:
             "`serve-app plan` where vLLM is installed, which asks it and keeps the answer."
         )
     return ""
+
+
+def _packed_modules_problem(request: ModelRequest) -> str:
+    wanted = request.config.lora_target_modules
+    unknown = modules_of_unknown_shape(wanted, request.adapters, request.tensors, request.linear_width)
+    if not unknown:
+        return ""
+    return (
+        f"adapters: the plan does not know the bytes of pt's buffers for {unknown[0][:200]}, because its weights are "
+        "packed and no adapter in args changes it. Name an adapter that does in adapters, or set lora_target_modules "
+        "without this module."
+    )
 
 
 def _draft_problem(request: ModelRequest) -> str:

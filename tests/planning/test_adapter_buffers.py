@@ -4,7 +4,7 @@ from pathlib import Path
 
 from serve_app.facts.adapter import AdapterFacts, AdapterModule
 from serve_app.facts.weights import Tensor
-from serve_app.planning.adapters import AdapterRoom, buffer_bytes, buffered_modules
+from serve_app.planning.adapters import AdapterRoom, buffer_bytes, buffered_modules, modules_of_unknown_shape
 
 
 def tensors() -> list[Tensor]:
@@ -57,6 +57,42 @@ def test_named_modules_alone_have_buffers() -> None:
     """A head has them if it is named."""
     found = buffered_modules(("lm_head", "self_attn.q_proj"), [], tensors())
     assert set(found) == {"lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}
+
+
+def packed() -> list[Tensor]:
+    """Three layers of bitsandbytes in 4 bits, and one of another method."""
+    return [
+        *(Tensor(f"model.layers.{layer}.self_attn.q_proj.weight", "U8", (96 * 64 // 2, 1)) for layer in range(3)),
+        *(Tensor(f"model.layers.{layer}.self_attn.q_proj.weight.absmax", "F32", (96,)) for layer in range(3)),
+        Tensor("model.layers.3.self_attn.q_proj.qweight", "I32", (8, 96)),
+    ]
+
+
+def test_named_modules_with_packed_weights_have_the_shapes_that_adapters_tell() -> None:
+    """Of other modules with packed weights it is said that their shapes are not known."""
+    changed = facts(**{f"model.layers.{layer}.self_attn.q_proj": AdapterModule(8, 64, 96) for layer in (0, 3)})
+    wanted = ("q_proj",)
+    assert buffered_modules(wanted, [changed], packed()) == {
+        "model.layers.0.self_attn.q_proj": (64, 96),
+        "model.layers.3.self_attn.q_proj": (64, 96),
+    }
+    unknown = [f"model.layers.{layer}.self_attn.q_proj" for layer in (1, 2)]
+    assert modules_of_unknown_shape(wanted, [changed], packed()) == unknown
+    assert modules_of_unknown_shape(("v_proj",), [changed], packed()) == []
+    assert modules_of_unknown_shape(None, [changed], packed()) == []
+    assert len(modules_of_unknown_shape(None, [], packed())) == 4
+    # An adapter may call a module otherwise than the files do.
+    other = facts(**{"model.layers.0.attn.qkv": AdapterModule(8, 64, 96)})
+    assert buffered_modules(("qkv",), [other], packed()) == {"layers.0.attn.qkv": (64, 96)}
+
+
+def test_weights_in_4_bits_have_buffers_by_their_number_of_weights() -> None:
+    """One side of each module has the width of the model, so the sum of both sides is known."""
+    for wanted in (None, ("q_proj",)):
+        found = buffered_modules(wanted, [], packed()[:-1], hidden=64)
+        assert found == {f"model.layers.{layer}.self_attn.q_proj": (64, 96) for layer in range(3)}
+        assert modules_of_unknown_shape(wanted, [], packed(), hidden=64) == ["model.layers.3.self_attn.q_proj"]
+    assert len(modules_of_unknown_shape(None, [], packed(), hidden=65)) == 4
 
 
 def test_buffers_take_two_factors_of_each_module_for_every_slot() -> None:

@@ -19,6 +19,7 @@ from serve_app.facts.engine_facts import (
     facts_to_json,
 )
 from serve_app.facts.inventory import Device, Inventory
+from serve_app.facts.weights import Tensor
 from serve_app.planning.adapters import target_problem
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.memory import GIB
@@ -102,6 +103,19 @@ def adapter(rank: int = 8, **modules: AdapterModule) -> AdapterFacts:
     return AdapterFacts(
         Path("/some/adapter"), "LORA", rank, 16, False, False, False, "none", False, (), (), (), "", modules
     )  # fmt: skip
+
+
+def test_the_plan_refuses_buffers_of_a_size_that_it_does_not_know() -> None:
+    """Of packed weights of which nothing tells the shape of their module. It counts those that an adapter tells."""
+    name = "model.layers.0.self_attn.q_proj"
+    request = asked(infer_backend="pt", lora_target_modules=["q_proj"], max_model_len=4096)
+    tensors = tuple(tensor for tensor in request.tensors if not tensor.name.endswith("q_proj.weight"))
+    request = replace(request, tensors=(*tensors, Tensor(f"{name}.weight", "U8", (3584, 1792))))
+    (problem,) = make_plan([request], cards(24)).problems
+    assert f"pt's buffers for {name}" in problem.message
+    told = replace(request, adapters=(adapter(**{name: AdapterModule(8, 3584, 3584)}),))
+    (plan,) = make_plan([told], cards(24)).models
+    assert plan.ranks[0].adapters.bytes == 4 * 16 * 2 * 3584 * 2
 
 
 def test_pts_buffers_are_where_their_layers_are() -> None:
