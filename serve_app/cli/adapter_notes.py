@@ -9,7 +9,7 @@ from serve_app.config import ModelConfig
 from serve_app.engines.adapters import AdapterCheck, readable_adapters, with_adapter_room
 from serve_app.errors import AdapterError
 from serve_app.facts.serve_file import ApplicationSpec
-from serve_app.planning.adapters import buffers_problem, module_tail
+from serve_app.planning.adapters import buffers_problem, module_tail, pickled_targets
 
 MOST_MODULES = 12
 
@@ -103,7 +103,8 @@ def _room_note(config: ModelConfig) -> str:
 
 def _modules(config: ModelConfig) -> str:
     found = readable_adapters(_local(config))
-    names = sorted({module_tail(module).rpartition(".")[2] for facts in found for module in facts.modules})
+    modules = [module_tail(module) for facts in found for module in facts.modules]
+    names = sorted({name.rpartition(".")[2] for name in (*modules, *pickled_targets(found))})
     more = len(names) - MOST_MODULES
     return ", ".join(names[:MOST_MODULES]) + (f" and {more} more" if more > 0 else "")
 

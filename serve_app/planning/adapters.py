@@ -63,18 +63,20 @@ def buffered_modules(
 ) -> dict[str, tuple[int, int]]:
     """Returns the inputs and outputs of each module for which pt makes buffers, by its name: those that end in one of
     the `wanted` names (`lora_target_modules`), or else those that the known adapters change, or else, if there are no
-    adapters yet, all linear modules of the layers.
+    adapters yet, all linear modules of the layers. Pickled adapters change those that end in one of their
+    `pickled_targets`.
 
     `base` are the tensors of the base model. Packed weights do not have the shape of their module, so of these an
     adapter tells it, or `hidden`, if that is not 0: each linear module maps from or to so many numbers, and which of
     both does not matter for the size of its buffers. `modules_of_unknown_shape` are left out.
     """
-    own = _own_modules(adapters)
-    if wanted is None and own:
+    known = list(adapters)
+    own, names = _own_modules(known), wanted if wanted is not None else pickled_targets(known) or None
+    if names is None and own:
         return own
-    found = {name: shape for name, shape in _shapes(wanted, own, base, hidden).items() if shape is not None}
+    found = {name: shape for name, shape in _shapes(names, own, base, hidden).items() if shape is not None}
     tails = {module_tail(name) for name in found}
-    others = {} if wanted is None else {name: own[name] for name in own.keys() - tails if ends_in(name, wanted)}
+    others = {name: own[name] for name in own.keys() - tails if wanted is None or ends_in(name, wanted)}
     return found | others
 
 
@@ -83,10 +85,22 @@ def modules_of_unknown_shape(
 ) -> list[str]:
     """Returns the modules for which pt makes buffers of a size that files do not tell, because their weights are
     packed. The arguments are those of `buffered_modules`."""
-    own = _own_modules(adapters)
-    if wanted is None and own:
+    known = list(adapters)
+    own, names = _own_modules(known), wanted if wanted is not None else pickled_targets(known) or None
+    if names is None and own:
         return []
-    return [name for name, shape in _shapes(wanted, own, base, hidden).items() if shape is None]
+    return [name for name, shape in _shapes(names, own, base, hidden).items() if shape is None]
+
+
+def pickled_targets(adapters: Iterable[AdapterFacts]) -> frozenset[str]:
+    """Returns the names in which the modules end that pickled adapters change. Their files cannot be read before they
+    are converted, so it is their configs that say it, if they list names."""
+    return frozenset(
+        name
+        for facts in adapters
+        if facts.is_pickled and not facts.modules and not isinstance(facts.target_modules, str)
+        for name in facts.target_modules
+    )
 
 
 def _own_modules(adapters: Iterable[AdapterFacts]) -> dict[str, tuple[int, int]]:
@@ -163,9 +177,10 @@ def target_problem(adapter: AdapterFacts, wanted: Collection[str] | None) -> str
 def buffers_problem(adapter: AdapterFacts, known: Iterable[AdapterFacts]) -> str | None:
     """Returns which module of an adapter has no buffers in a pt that was started with the `known` adapters, which made
     them for the modules of these alone, or None."""
-    tails = {module_tail(module) for facts in known for module in facts.modules}
+    started = list(known)
+    tails, targets = {module_tail(module) for facts in started for module in facts.modules}, pickled_targets(started)
     for name in adapter.modules:
-        if module_tail(name) not in tails:
+        if module_tail(name) not in tails and not ends_in(name, targets):
             last = name.rpartition(".")[2]
             return (
                 f"it changes {name[:200]}, for which pt has made no buffers, because no adapter of the start changes "

@@ -1,10 +1,17 @@
 """Which modules pt has buffers for, and what they take, known before anything is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from serve_app.facts.adapter import AdapterFacts, AdapterModule
 from serve_app.facts.weights import Tensor
-from serve_app.planning.adapters import AdapterRoom, buffer_bytes, buffered_modules, modules_of_unknown_shape
+from serve_app.planning.adapters import (
+    AdapterRoom,
+    buffer_bytes,
+    buffered_modules,
+    buffers_problem,
+    modules_of_unknown_shape,
+)
 
 
 def tensors() -> list[Tensor]:
@@ -51,6 +58,23 @@ def test_the_modules_of_all_known_adapters_have_buffers() -> None:
         "layers.0.self_attn.q_proj": (64, 96),
         "layers.1.mlp.packed": (64, 64),
     }
+
+
+def test_pickled_adapters_have_buffers_for_the_modules_that_their_configs_name() -> None:
+    """Beside those of adapters whose files can be read. A regular expression says nothing."""
+    pickled = replace(facts(), is_pickled=True, target_modules=("down_proj",))
+    plain = facts(**{"model.layers.0.self_attn.q_proj": AdapterModule(8, 64, 96)})
+    down = {"model.layers.1.mlp.shared_expert.down_proj": (128, 64)}
+    assert buffered_modules(None, [pickled], tensors()) == down
+    assert buffered_modules(None, [pickled, plain], tensors()) == down | {"layers.0.self_attn.q_proj": (64, 96)}
+    assert buffered_modules(("q_proj",), [pickled], tensors()).keys() == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    }
+    later = facts(**dict.fromkeys(down, AdapterModule(8, 128, 64)))
+    assert buffers_problem(later, [plain]) is not None
+    assert buffers_problem(later, [plain, pickled]) is None
+    assert len(buffered_modules(None, [replace(pickled, target_modules="all-linear")], tensors())) == 3
 
 
 def test_named_modules_alone_have_buffers() -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.adapters import random_adapter
 from benchmarks.park_and_wake import build
+from serve_app.engines.adapters import unpickled
 from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import PtEngine
 from serve_app.engines.pt.load import adapter_places as places
@@ -265,6 +266,30 @@ async def test_a_broken_adapter_harms_nobody(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="k_proj.*lora_target_modules"):
             await engine.load_adapter("a14", ADAPTERS_DIR / "a14")
         await assert_all_right(client, ["a01", "demo"], 4)
+
+
+async def test_an_adapter_that_is_pickled_has_buffers_beside_others(tmp_path: Path) -> None:
+    """For the modules of its config, of which no other adapter changes some."""
+    shutil.copyfile(ADAPTERS_DIR / "a14" / "adapter_config.json", tmp_path / "adapter_config.json")
+    torch.save(load_file(ADAPTERS_DIR / "a14" / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    adapters = {"a01": str(ADAPTERS_DIR / "a01"), "old": str(tmp_path)}
+    config = model_config(
+        model=model_path(DEMO_MODEL), device="cpu", dtype="float32", num_cpus=1, max_loras=2, max_lora_rank=8,
+        adapters=adapters, allow_pickled_adapters=("old",),
+    )  # fmt: skip
+    engine = PtEngine(config, "demo")
+    app = await engine.start()
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    unpickled(read_adapter(tmp_path, pickled=True), converted)
+    await engine.load_adapter("old", converted)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://pt", timeout=60) as client:
+        assert await ask(client, "old", QUESTIONS[0]) == SAID["a14"][QUESTIONS[0]]
+    assert engine._bank is not None
+    plan = plan_replica(config, [])
+    assert plan is not None
+    assert sum(engine._bank.bytes_by_device.values()) == plan.ranks[0].adapters.terms[0].bytes
+    await engine.stop()
 
 
 async def test_the_host_keeps_as_many_as_it_may(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from serve_app.engines.pt.load.model_loader import LoadedModel
 from serve_app.engines.pt.transformers_internals import linear_shape
 from serve_app.errors import AdapterError
 from serve_app.facts.adapter import CONFIG, PREFIX, WEIGHTS, AdapterFacts
-from serve_app.planning.adapters import ends_in, is_expert, module_tail
+from serve_app.planning.adapters import ends_in, is_expert, module_tail, pickled_targets
 
 # Rows and columns of the passes that find out what modules are given. Neither is a multiple of the other.
 TRIALS = ((2, 3), (3, 5))
@@ -112,8 +112,11 @@ def _digest(facts: AdapterFacts) -> str:
 
 
 def wanted_modules(found: Iterable[AdapterFacts]) -> frozenset[str] | None:
-    """Returns the names of all modules that these adapters change, from the layer on, or None if there are none."""
-    return frozenset(module_tail(module) for facts in found for module in facts.modules) or None
+    """Returns the names of all modules that these adapters change, from the layer on, or None if there are none. Of
+    pickled ones, it has the names in which their modules end."""
+    known = list(found)
+    tails = frozenset(module_tail(module) for facts in known for module in facts.modules)
+    return tails | pickled_targets(known) or None
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, ...]:
