@@ -92,6 +92,7 @@ class AdapterShelf:
         self._named: dict[str, Wanted] = {}
         self._in_folder: dict[str, Wanted] = {}
         self._was_folder_read = False
+        self._asked = self._in_force = 0
         self._workers: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Semaphore(READ_AT_ONCE)
@@ -116,9 +117,14 @@ class AdapterShelf:
 
     async def want(self, config: ModelConfig) -> None:
         """Takes the adapters of the config for what is wanted, in place of those before. It returns at once, and they
-        come and go meanwhile."""
-        self._pickled = config.allow_pickled_adapters
-        self._named = await asyncio.to_thread(_named, config)
+        come and go meanwhile. A config that was asked for before one that is in force already changes nothing, however
+        long its folders took to be looked at."""
+        self._asked += 1
+        number = self._asked
+        named = await asyncio.to_thread(_named, config)
+        if number < self._in_force:
+            return
+        self._in_force, self._pickled, self._named = number, config.allow_pickled_adapters, named
         self._work()
 
     async def settled(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,33 @@ async def test_the_same_folder_with_other_files_is_loaded_again(replica: Replica
     await replica.want(a=adapter(tmp_path / "a", rank=4))
     await replica.want(a=adapter(tmp_path / "a", rank=8))
     assert replica.engine.calls == ["load a", "load a"]
+
+
+async def test_an_older_config_whose_folder_is_slow_does_not_undo_a_newer_one(
+    replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its adapters nor which of them may be pickled."""
+    old, new = adapter(tmp_path / "old"), adapter(tmp_path / "new")
+    answers, asked = threading.Event(), threading.Event()
+    stamp = adapter_shelf.stamp_of
+
+    def slow(folder: Path) -> watched_folder.Stamp:
+        if folder == old:
+            asked.set()
+            assert answers.wait(5)
+        return stamp(folder)
+
+    monkeypatch.setattr(adapter_shelf, "stamp_of", slow)
+    live = {"adapters": {"a": str(old)}, "allow_pickled_adapters": ["a"]}
+    older = asyncio.create_task(replica.shelf.want(replica.config.with_live(live)))
+    await until(asked.is_set)
+    await replica.want(a=new)
+    answers.set()
+    await older
+    await replica.shelf.settled()
+    assert replica.engine.adapters == {"a": new}
+    assert replica.engine.calls == ["load a"]
+    assert list(replica.shelf._pickled) == []
 
 
 async def test_names_that_others_have_are_refused(tmp_path: Path) -> None:
