@@ -6,6 +6,7 @@ is wrong in them is an AdapterError that names the file, the field, and what was
 
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -108,15 +109,29 @@ class AdapterFacts:
 def adapter_folder(source: str, pickled: bool = False) -> Path:
     """Returns the absolute folder of a local adapter, or downloads that of a Hugging Face id into the hub's cache.
     `pickled` has adapter_model.bin downloaded too. Raises AdapterError if there is none."""
+    found = folder_here(source, pickled)
+    return _downloaded(source, pickled) if found is None else found
+
+
+def folder_here(source: str, pickled: bool = False) -> Path | None:
+    """Returns the absolute folder of a local adapter, or that of a Hugging Face id in the hub's cache, or None if the
+    cache does not have all files of an id. It opens the files, so where it returns, their file server answers.
+    `pickled` wants adapter_model.bin too. Raises AdapterError if the source is neither a folder nor an id."""
     folder = Path(os.path.expanduser(source))
     if os.path.isdir(folder):
+        for name in (CONFIG, WEIGHTS, PICKLED):
+            with (
+                suppress(OSError),
+                (folder / name).open("rb") as file,
+            ):  # What is wrong with it is told when it is read.
+                file.read(1)
         return folder.absolute()
     if source.startswith(("/", ".", "~")) or source.count("/") != 1:
         raise AdapterError(f"there is no folder {folder.absolute()}. Write a local folder or a Hugging Face id.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    files = [CONFIG, WEIGHTS, *([PICKLED] if pickled else [])]
+    files = _files(pickled)
     try:
         found = Path(snapshot_download(source, allow_patterns=files, local_files_only=True))
         if (found / CONFIG).exists() and any((found / name).exists() for name in files[1:]):
@@ -125,14 +140,24 @@ def adapter_folder(source: str, pickled: bool = False) -> Path:
         raise AdapterError(f"{shown(source)} is neither a local folder nor a Hugging Face id.") from None
     except LocalEntryNotFoundError:
         pass  # The cache does not have it.
+    return None
+
+
+def _downloaded(source: str, pickled: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
         require_hub(source)
-        return Path(snapshot_download(source, allow_patterns=files))
+        return Path(snapshot_download(source, allow_patterns=_files(pickled)))
     except ConfigError as error:
         raise AdapterError(_own_words(error)) from None
     except Exception as error:
         reason = shorten(str(error), MOST_REASON, placeholder=" …")
         raise AdapterError(f"{source} cannot be read from the Hugging Face hub: {reason}") from None
+
+
+def _files(pickled: bool) -> list[str]:
+    return [CONFIG, WEIGHTS, *([PICKLED] if pickled else [])]
 
 
 def read_adapter(folder: Path, pickled: bool = False) -> AdapterFacts:
