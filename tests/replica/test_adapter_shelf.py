@@ -208,8 +208,8 @@ async def test_an_older_config_whose_folder_is_slow_does_not_undo_a_newer_one(
 
 @pytest.fixture
 def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A file server with the folders `away…` and a hub, of which only `id/quick` comes at once. The others answer when it is set, and
-    what waits for them is given up soon."""
+    """A file server with the folders `away…` and a hub, of which only `id/quick` comes at once. The others answer when
+    the event is set, and what waits for them is given up soon."""
     answers = threading.Event()
 
     def slowly(work: Callable[..., Any]) -> Callable[..., Any]:
