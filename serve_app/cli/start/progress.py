@@ -70,10 +70,17 @@ def is_settled(states: States, expected: Collection[str]) -> bool:
     return all(name in states and states[name].is_settled for name in expected)
 
 
-def loading(states: States, expected: Collection[str]) -> list[str]:
-    """Returns the applications that are being started. Those that Serve does not know yet come first."""
-    unknown = [name for name in expected if name not in states]
-    return unknown + [name for name, item in states.items() if not item.is_settled]
+def still_expected(expected: Collection[str], seen: Collection[str], states: States) -> list[str]:
+    """Returns the applications of the file without those that were `seen` and are gone, because a file that was
+    deployed later does not have them."""
+    return [name for name in expected if name in states or name not in seen]
+
+
+def awaited(states: States, expected: Collection[str]) -> list[str]:
+    """Returns a line for each application that is being started or stopped. Those that Serve does not know yet come
+    first."""
+    unknown = [state_line(name, "loading", "") for name in expected if name not in states]
+    return unknown + [state_line(name, item.state, "") for name, item in states.items() if not item.is_settled]
 
 
 def serves_nothing(states: States, expected: Collection[str], routers: Collection[str]) -> bool:

@@ -6,14 +6,15 @@ import pytest
 
 from serve_app.cli.start.progress import (
     ApplicationState,
+    awaited,
     changes,
     closing_lines,
     is_settled,
-    loading,
     memory_lines,
     of_ready,
     read_states,
     serves_nothing,
+    still_expected,
 )
 from serve_app.replica.report import DeviceReport, ReplicaReport
 
@@ -104,7 +105,16 @@ def test_a_start_is_over_when_each_application_is_there_or_failed() -> None:
     assert is_settled(states(ROUTER, READY, FAILED), ["router", "a", "b"])
     assert not is_settled(states(ROUTER, READY), ["router", "a", "b"])
     assert not is_settled(states(ROUTER, LOADING), ["router", "a"])
-    assert loading(states(ROUTER, LOADING), ["router", "a", "b"]) == ["b", "a"]
+    assert awaited(states(ROUTER, LOADING), ["router", "a", "b"]) == ["b is loading", "a is loading"]
+
+
+def test_what_is_gone_or_stops_is_not_said_to_load() -> None:
+    """What Serve has never known is awaited, and what comes back is too."""
+    expected = ["router", "a", "b"]
+    assert still_expected(expected, {"router", "a"}, states(ROUTER)) == ["router", "b"]
+    assert still_expected(expected, {"router", "a"}, states(ROUTER, LOADING)) == expected
+    assert awaited(states(ROUTER), ["router"]) == []
+    assert awaited(states(ROUTER, ApplicationState("a", "stopping", True)), ["router"]) == ["a is stopping"]
 
 
 @pytest.mark.parametrize(
