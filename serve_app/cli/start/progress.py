@@ -37,8 +37,26 @@ def read_states(applications: Mapping[str, Any], others: Collection[str]) -> dic
     return found | {name: _other(name, item) for name, item in applications.items() if name not in found}
 
 
+def with_survivors(applications: Mapping[str, Any], before: States, now: States) -> dict[str, ApplicationState]:
+    """Returns the states of now, with those of `before` for applications that went on while Serve builds a changed
+    version of them. It does not say then which replicas live, and a change of adapters or of `user_config` alone
+    replaces none."""
+    return {
+        name: before[name] if _goes_on(applications[name], before.get(name)) else item for name, item in now.items()
+    }
+
+
+def _goes_on(application: Any, before: ApplicationState | None) -> bool:
+    is_built = _status(application) != "DEPLOYING" or application["deployments"]
+    return not is_built and before is not None and before.state in ("ready", "asleep")
+
+
+def _status(application: Any) -> str:
+    return str(getattr(application["status"], "value", application["status"]))
+
+
 def _other(name: str, application: Any) -> ApplicationState:
-    status = str(getattr(application["status"], "value", application["status"]))
+    status = _status(application)
     known: dict[str, State] = {"RUNNING": "ready", "DEPLOY_FAILED": "failed", "DELETING": "stopping"}
     messages = [item["message"] for item in application["deployments"].values()] + [application["message"]]
     return ApplicationState(name, known.get(status, "loading"), False, summarize(next(filter(None, messages), "")))

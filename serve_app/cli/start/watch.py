@@ -20,6 +20,7 @@ from serve_app.cli.start.progress import (
     read_states,
     serves_nothing,
     still_expected,
+    with_survivors,
 )
 from serve_app.cli.start.view import StartView
 from serve_app.ray_serve import http_options, serve_details
@@ -66,7 +67,8 @@ class StartWatch:
             self._silent = False
 
     def _tell_news(self) -> None:
-        states = read_states(serve_details(STATUS_TIMEOUT_S)["applications"], self._others)
+        applications = serve_details(STATUS_TIMEOUT_S)["applications"]
+        states = with_survivors(applications, self._states, read_states(applications, self._others))
         news = changes(self._states, states)
         for line in news:
             self._view.event(line)

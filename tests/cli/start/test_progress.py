@@ -15,6 +15,7 @@ from serve_app.cli.start.progress import (
     read_states,
     serves_nothing,
     still_expected,
+    with_survivors,
 )
 from serve_app.replica.report import DeviceReport, ReplicaReport
 
@@ -48,6 +49,28 @@ def test_serves_details_become_states() -> None:
         others=["router"],
     )
     assert found == states(LOADING, FAILED, ApplicationState("c", "ready", True), ROUTER)
+
+
+@pytest.mark.parametrize(
+    ("before", "details", "after"),
+    [
+        (READY, application("DEPLOYING"), "ready"),
+        (ApplicationState("a", "asleep", True), application("DEPLOYING"), "asleep"),
+        (LOADING, application("DEPLOYING"), "loading"),
+        (None, application("DEPLOYING"), "loading"),
+        (READY, application("DEPLOYING", "Model", "STARTING"), "loading"),
+        (READY, application("DEPLOY_FAILED"), "failed"),
+        (READY, application("DELETING"), "stopping"),
+    ],
+)
+def test_a_model_goes_on_while_serve_builds_a_change(
+    before: ApplicationState | None, details: dict[str, Any], after: str
+) -> None:
+    """Other adapters replace no replica, so nothing is told. What restarts is told when its replicas do."""
+    known = states(*filter(None, [before]))
+    found = with_survivors({"a": details}, known, read_states({"a": details}, []))
+    assert found["a"].state == after
+    assert bool(changes(known, found)) == (before is None or before.state != after)
 
 
 def test_a_router_that_cannot_start_has_failed_with_its_reason() -> None:
