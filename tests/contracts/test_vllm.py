@@ -301,7 +301,7 @@ def test_responses_take_tools_where_chats_do(has_parser: bool, is_harmony: bool,
             self.parser = SimpleNamespace(tool_parser_cls=object) if has_parser else None
             self.use_harmony, self.enable_auto_tools = is_harmony, has_parser
             self.renderer = SimpleNamespace(tokenizer=None)
-            self.exclude_tools_when_tool_choice_none = False
+            self.exclude_tools_when_tool_choice_none = self.trust_request_chat_template = False
 
         def validate_chat_template(self, **_: Any) -> Any:
             return "goes on"
