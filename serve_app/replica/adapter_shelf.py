@@ -21,7 +21,7 @@ from serve_app.engines.adapter_copies import AdapterCopies, remove
 from serve_app.engines.adapters import AdapterCheck, unpickled
 from serve_app.engines.engine import Engine
 from serve_app.errors import AdapterError, ModelNotFound, ModelUnavailable
-from serve_app.facts.adapter import adapter_folder, folder_here
+from serve_app.facts.adapter import adapter_folder, commit_of, folder_here
 from serve_app.replica.own_threads import OwnThreads
 from serve_app.replica.watched_folder import Stamp, WatchedFolder, stamp_of
 from serve_app.terminal import notify, say
@@ -314,12 +314,14 @@ class AdapterShelf:
 
     def _read(self, folder: Path, pickled: bool) -> tuple[Path, str, Path | None]:
         adapter, note = self._check.checked(str(folder), pickled)
+        if commit := commit_of(folder):  # Replicas may have found another one, if the config names none.
+            note = f"its commit is {commit}" + (f"; {note}" if note else "")
         if not adapter.is_pickled:
             return adapter.folder, note, None
         made = self._copies.new()
         try:
             unpickled(adapter, made)
-            adapter, note = self._check.checked(str(made))
+            adapter, _ = self._check.checked(str(made))
         except BaseException:
             remove(made)
             raise

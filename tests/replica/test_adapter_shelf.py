@@ -279,6 +279,14 @@ async def test_a_folder_that_does_not_answer_leaves_its_adapter_and_a_config_in_
     assert replica.shelf.require("a") == Asked("qwen", "a")
 
 
+async def test_the_state_of_an_adapter_of_the_hub_has_its_commit(replica: Replica, tmp_path: Path) -> None:
+    """By which replicas that have found different ones are told apart."""
+    folder = adapter(tmp_path / "models--org--lora" / "snapshots" / ("c" * 40))
+    await replica.want(a=folder)
+    assert replica.shelf.states()["a"].state == "ready"
+    assert replica.told_of("a").startswith("its commit is " + "c" * 40)
+
+
 async def test_names_that_others_have_are_refused(tmp_path: Path) -> None:
     """With who has it."""
     made = Replica(tmp_path, {"sql": "adapters.sql of alpha", "qwen:law": "the model qwen:law"})
