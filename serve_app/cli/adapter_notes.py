@@ -159,4 +159,5 @@ def _local(config: ModelConfig) -> ModelConfig:
 
 
 def _is_local(source: str) -> bool:
-    return source.startswith(("/", ".", "~")) or source.count("/") != 1 or os.path.isdir(source)
+    name, _, _ = source.partition("@")  # A revision may have slashes, as refs/pr/1 has.
+    return source.startswith(("/", ".", "~")) or name.count("/") != 1 or os.path.isdir(source)

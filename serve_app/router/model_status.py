@@ -172,8 +172,9 @@ def _by_name(
         if canonical in taken:
             continue
         message = status.message
-        if not is_clear and not message:
-            message = f"'{status.engine_name}' is also another one's name, so only '{canonical}' means this adapter"
+        if not is_clear:
+            also = f"'{status.engine_name}' is also another one's name, so only '{canonical}' means this adapter"
+            message = f"{message}; {also}" if message and status.state == "ready" else message or also
         if canonical in refused:
             message = f"a model of this name is not served: {refused[canonical]}"
         statuses[canonical] = replace(status, name=canonical, message=message)
