@@ -146,9 +146,14 @@ def _named_adapters(value: object) -> object:
     if len(value) > MOST_ADAPTERS:
         raise ValueError(f"adapters: there are {len(value)} of them; at most {MOST_ADAPTERS} are allowed.")
     for name, source in value.items():
-        if not isinstance(name, str) or ADAPTER_NAME.fullmatch(name) is None:
+        if not isinstance(name, str):
             raise ValueError(
-                f"adapters: the name {str(name)[:60]!r} must begin with a letter or digit and may have letters, digits "
+                f"adapters: the name {str(name)[:60]} must be a text, but YAML reads it as another type. Write it in "
+                "quotes, such as '1'."
+            )
+        if ADAPTER_NAME.fullmatch(name) is None:
+            raise ValueError(
+                f"adapters: the name {name[:60]!r} must begin with a letter or digit and may have letters, digits "
                 "and ._~@+=,- after it, 128 characters in all."
             )
         if not isinstance(source, str) or not source.strip():

@@ -35,6 +35,8 @@ def test_adapters_are_on_if_there_are_some_or_room_for_some(backend: str) -> Non
         ({"adapters": {"a b": "/x"}}, "adapters: the name 'a b' must begin with a letter or digit"),
         ({"adapters": {"qwen:sql": "/x"}}, "adapters: the name 'qwen:sql'"),
         ({"adapters": {"": "/x"}}, "adapters: the name ''"),
+        ({"adapters": {1: "/x"}}, "adapters: the name 1 must be a text.* in quotes"),
+        ({"adapters": {True: "/x"}}, "adapters: the name True must be a text.* in quotes"),
         ({"adapters": {"a": ""}}, "adapters.a: write the folder"),
         ({"adapters": {"a": 3}}, "adapters.a: write the folder"),
         ({"adapters": ["/x"]}, "adapters: .*a mapping"),
@@ -190,10 +192,38 @@ def test_check_finds_what_could_not_be_served(tmp_path: Path) -> None:
     dora = f"a: adapters.dora: {refused}{reason}"
     here = adapter_findings(applications, is_here=True)
     assert here.errors == [dora, f"a: adapters.none: {refused}{missing}"]
-    assert here.notes == []
+    unread = "is not checked: it is read as a Hugging Face id, because there is no such folder here."
+    hub = f"a: adapters.hub: org/hub {unread}"
+    assert here.notes == [hub]
     there = adapter_findings(applications, is_here=False)
     assert there.errors == [dora]
-    assert there.notes == [f"a: adapters.none: it would not be served from this machine: {missing}"]
+    assert there.notes == [hub, f"a: adapters.none: it would not be served from this machine: {missing}"]
+
+
+def test_check_says_where_folders_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative ones mean something else to the replicas, and one that is missing may be a slip."""
+    monkeypatch.chdir(tmp_path)
+    adapter(tmp_path / "folder" / "x")
+    model = str(base(tmp_path / "base"))
+
+    def found(is_here: bool = True, **fields: Any) -> Any:
+        own = application("a", model=model, infer_backend="vllm", **ROOM, **fields)
+        return adapter_findings(read_applications(file(tmp_path, own, router())), is_here)
+
+    relative = "is a relative path, whose folder depends on the working directory"
+    (note,) = found(adapters={"x": "folder/x"}).notes
+    assert f"adapters.x: folder/x {relative}" in note
+    (error,) = found(adapters={"x": "missing"}).errors
+    assert "there is no folder" in error
+    (note,) = found(adapters={"x": "folder/y"}).notes
+    assert "folder/y is not checked: it is read as a Hugging Face id" in note
+    assert found(adapters_folder=str(tmp_path / "folder")).notes == []
+    (note,) = found(adapters_folder="folder").notes
+    assert f"a: adapters_folder: folder {relative}" in note
+    (note,) = found(adapters_folder="/nowhere/at/all").notes
+    assert note.startswith("a: adapters_folder /nowhere/at/all cannot be read: No such file or directory. Without it,")
+    (note,) = found(False, adapters_folder="/nowhere/at/all").notes
+    assert note.startswith("a: on this machine, adapters_folder /nowhere/at/all cannot be read")
 
 
 def test_check_exits_with_1_if_an_adapter_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +256,15 @@ def test_check_says_which_room_the_adapters_of_the_start_leave(tmp_path: Path) -
     assert "later: max_lora_rank is 8. Later" in note
     assert notes(infer_backend="pt", lora_target_modules=["q_proj", "v_proj"], **ROOM) == []
     assert notes(infer_backend="vllm", **ROOM) == []
+
+    def room(**adapters: str) -> Any:
+        own = application("a", model=model, infer_backend="vllm", adapters=adapters)
+        return adapter_findings(read_applications(file(tmp_path, own, router())), is_here=True).notes[-1]
+
+    assert "max_loras is 2; max_lora_rank is 8, or more if adapters that could not be read here" in room(x=x, y="o/y")
+    assert "max_loras is 1; max_lora_rank follows from the adapters, of which none could be read here, and is 16" in (
+        room(y="o/y")
+    )
 
 
 def test_diff_says_which_adapters_running_replicas_would_refuse(tmp_path: Path) -> None:

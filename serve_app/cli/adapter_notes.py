@@ -4,14 +4,20 @@ machine. Adapters of the hub are not downloaded for this."""
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from serve_app.config import ModelConfig
 from serve_app.engines.adapters import AdapterCheck, readable_adapters, with_adapter_room
 from serve_app.errors import AdapterError
+from serve_app.facts.adapter import subfolders
 from serve_app.facts.serve_file import ApplicationSpec
-from serve_app.planning.adapters import buffers_problem, module_tail, pickled_targets
+from serve_app.model_fields import MOST_ADAPTERS
+from serve_app.planning.adapters import adapter_room, buffers_problem, module_tail, pickled_targets
 
 MOST_MODULES = 12
+RELATIVE = (
+    "is a relative path, whose folder depends on the working directory of Serve's processes. Write an absolute path."
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ def adapter_findings(applications: Sequence[ApplicationSpec], is_here: bool) -> 
             continue
         config = application.model_settings()
         local = _local(config)
+        notes += [f"{application.name}: {note}" for note in _place_notes(config, is_here)]
         check = AdapterCheck(with_adapter_room(local))
         for name, source in local.adapters.items():
             place = f"{application.name}: adapters.{name}"
@@ -81,15 +88,43 @@ def _refused(was: ModelConfig, now: ModelConfig) -> list[tuple[str, str]]:
     return found
 
 
+def _place_notes(config: ModelConfig, is_here: bool) -> list[str]:
+    """Returns what is to be known of where adapters are read from."""
+    local, notes = _local(config).adapters, []
+    for name, source in config.adapters.items():
+        if name not in local:
+            notes.append(
+                f"adapters.{name}: {source} is not checked: it is read as a Hugging Face id, because there is no such "
+                "folder here."
+            )
+        elif _is_relative(source):
+            notes.append(f"adapters.{name}: {source} {RELATIVE}")
+    if (folder := config.adapters_folder) is None:
+        return notes
+    if _is_relative(folder):
+        notes.append(f"adapters_folder: {folder} {RELATIVE}")
+    try:
+        subfolders(Path(folder).expanduser(), MOST_ADAPTERS)
+    except AdapterError as error:
+        where = "" if is_here else "on this machine, "
+        notes.append(f"{where}{error} Without it, no adapter of it is served. Replicas look for it every second.")
+    return notes
+
+
+def _is_relative(source: str) -> bool:
+    return not os.path.isabs(os.path.expanduser(source))
+
+
 def _room_note(config: ModelConfig) -> str:
     """Returns what the adapters of the start leave for those that come later, or an empty text if the fields say it."""
     if not config.adapters:
         return ""
-    room, sized = with_adapter_room(_local(config)), []
+    known = readable_adapters(_local(config))
+    room, sized = adapter_room(config, [adapter.rank for adapter in known]), []
     if config.max_loras is None:
         sized.append(f"max_loras is {room.max_loras}")
     if config.max_lora_rank is None:
-        sized.append(f"max_lora_rank is {room.max_lora_rank}")
+        sized.append(_rank_note(config, room.max_lora_rank, len(known)))
     if config.lora_target_modules is None and config.infer_backend != "vllm" and (modules := _modules(config)):
         sized.append(f"pt makes buffers for {modules} alone")
     if not sized:
@@ -101,6 +136,15 @@ def _room_note(config: ModelConfig) -> str:
     )
 
 
+def _rank_note(config: ModelConfig, rank: int, known: int) -> str:
+    """Returns which rank the replicas will have. They read the adapters that were not `known` when they start."""
+    if known == len(config.adapters):
+        return f"max_lora_rank is {rank}"
+    if known:
+        return f"max_lora_rank is {rank}, or more if adapters that could not be read here need it"
+    return f"max_lora_rank follows from the adapters, of which none could be read here, and is {rank} without them"
+
+
 def _modules(config: ModelConfig) -> str:
     found = readable_adapters(_local(config))
     modules = [module_tail(module) for facts in found for module in facts.modules]
@@ -110,10 +154,11 @@ def _modules(config: ModelConfig) -> str:
 
 
 def _local(config: ModelConfig) -> ModelConfig:
-    """Returns the config with those adapters alone that lie in local folders."""
+    """Returns the config with those adapters alone that lie in local folders, or that cannot be an id of the hub."""
     local = {name: source for name, source in config.adapters.items() if _is_local(source)}
     return config.model_copy(update={"adapters": local})
 
 
 def _is_local(source: str) -> bool:
-    return source.startswith(("/", ".", "~")) or os.path.isdir(source)
+    name, _, _ = source.partition("@")  # A revision may have slashes, as refs/pr/1 has.
+    return source.startswith(("/", ".", "~")) or name.count("/") != 1 or os.path.isdir(source)

@@ -106,7 +106,8 @@ def cluster_status(
     gone = [_gone(node) for node in ray_nodes if not node["Alive"]]
     fresh = {(report.application, report.replica): report for report in reports if now - report.written_at < STALE_S}
     statuses = read_status(applications, own_application="")
-    adapters = adapter_statuses(applications, statuses, records or {}, found or {})[0].values()
+    serving = {name: _with_survivors(status, applications[name], fresh) for name, status in statuses.items()}
+    adapters = adapter_statuses(applications, serving, records or {}, found or {})[0].values()
     models = [
         replace(
             _model(
@@ -117,6 +118,15 @@ def cluster_status(
         for name, status in statuses.items()
     ]
     return ClusterStatus(nodes, gone, models)
+
+
+def _with_survivors(status: ModelStatus, application: Mapping[str, Any], reports: Reports) -> ModelStatus:
+    """Returns the status of a model that serves as before if its update has failed, as the router sees it. Serve gives
+    no details of its replicas then, but they report."""
+    running = sum(name == status.name for name, _ in reports)
+    if status.state != "failed" or application["deployments"] or not running:
+        return status
+    return replace(status, state="ready", replicas=running)
 
 
 def _adapter(status: ModelStatus) -> AdapterView:

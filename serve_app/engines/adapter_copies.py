@@ -1,19 +1,24 @@
 """Keeps files of LoRA adapters that nobody else changes: copies of versions that an engine reads again later, and
-adapters that were written anew. They lie in a temporary folder of this process, which ends with it."""
+adapters that were written anew. They lie in a temporary folder of this process, which ends with it.
+
+The folder itself is locked, since systemd-tmpfiles, which removes old files of /tmp, leaves out such a folder with all
+that is in it. A lock on a file within would not keep it.
+"""
 
 import fcntl
+import os
 import shutil
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from serve_app.errors import AdapterError
 from serve_app.facts.adapter import CONFIG, WEIGHTS
 
-# The folders of processes begin like this, and each has a file of this name.
-COPIES, LOCK = "serve-app-adapters-", "lock"
+# The folders of processes begin like this.
+COPIES = "serve-app-adapters-"
 
 
 class AdapterCopies:
@@ -21,7 +26,7 @@ class AdapterCopies:
     processes that have been killed are removed when one is made."""
 
     def __init__(self) -> None:
-        self._made: tuple[Path, IO[bytes]] | None = None
+        self._made: tuple[Path, int] | None = None
         self._making = threading.Lock()
 
     @property
@@ -53,7 +58,7 @@ class AdapterCopies:
             made, self._made = self._made, None
         if made is not None:
             remove(made[0])
-            made[1].close()
+            os.close(made[1])
 
 
 def remove(folder: Path | None) -> None:
@@ -62,17 +67,33 @@ def remove(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _own_folder() -> tuple[Path, IO[bytes]]:
-    """Returns a new folder with a file that this process has locked, and that file. Removes the folders of processes
-    that have been killed, whose files nobody has locked any more."""
+def _own_folder() -> tuple[Path, int]:
+    """Returns a new folder that this process has locked, and its descriptor. Removes the folders of processes that have
+    been killed, which nobody has locked any more."""
     for folder in Path(tempfile.gettempdir()).glob(f"{COPIES}*"):
-        with suppress(OSError), (folder / LOCK).open("rb") as left:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), _locked(folder):
             remove(folder)
-    folder = Path(tempfile.mkdtemp(prefix=COPIES))
-    # Nobody sees the file before it is locked.
-    hidden = folder / f"{LOCK}.new"
-    file = hidden.open("wb")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    hidden.rename(folder / LOCK)
-    return folder, file
+    # Nobody looks for the folder under this name, so it is locked before others see it.
+    hidden = Path(tempfile.mkdtemp(prefix=f".{COPIES}"))
+    descriptor = _lock(hidden)
+    return hidden.rename(hidden.with_name(hidden.name.removeprefix("."))), descriptor
+
+
+def _lock(folder: Path) -> int:
+    """Returns a descriptor of a folder that is now locked. Raises OSError if another process has locked it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -5,7 +5,9 @@ is wrong in them is an AdapterError that names the file, the field, and what was
 """
 
 import os
+import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -34,6 +36,10 @@ PREFIX = "base_model.model."
 FACTORS = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
 }  # fmt: skip
+
+# A revision of the hub, of which a commit has 40 digits.
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,254}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _NAME = text(MOST_NAME)
 _NAMES = list_of(_NAME, MOST_MODULES)
@@ -106,33 +112,74 @@ class AdapterFacts:
 
 
 def adapter_folder(source: str, pickled: bool = False) -> Path:
-    """Returns the absolute folder of a local adapter, or downloads that of a Hugging Face id into the hub's cache.
+    """Returns the absolute folder of a local adapter, or downloads that of a Hugging Face id into the hub's cache. An
+    id may end in a revision, as ORG/NAME@REVISION, which is a branch, a tag or a commit, and is main otherwise.
     `pickled` has adapter_model.bin downloaded too. Raises AdapterError if there is none."""
+    found = folder_here(source, pickled)
+    return _downloaded(source, pickled) if found is None else found
+
+
+def folder_here(source: str, pickled: bool = False) -> Path | None:
+    """Returns the absolute folder of a local adapter, or that of a Hugging Face id in the hub's cache, or None if the
+    cache does not have all files of an id. It opens the files, so where it returns, their file server answers.
+    `pickled` wants adapter_model.bin too. Raises AdapterError if the source is neither a folder nor an id."""
     folder = Path(os.path.expanduser(source))
     if os.path.isdir(folder):
+        for name in (CONFIG, WEIGHTS, PICKLED):
+            with suppress(OSError), (folder / name).open("rb") as file:
+                file.read(1)  # What is wrong with it is told when it is read as a whole.
         return folder.absolute()
-    if source.startswith(("/", ".", "~")) or source.count("/") != 1:
+    if source.startswith(("/", ".", "~")) or source.partition("@")[0].count("/") != 1:
         raise AdapterError(f"there is no folder {folder.absolute()}. Write a local folder or a Hugging Face id.")
+    name, revision = _id_and_revision(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    files = [CONFIG, WEIGHTS, *([PICKLED] if pickled else [])]
+    files = _files(pickled)
     try:
-        found = Path(snapshot_download(source, allow_patterns=files, local_files_only=True))
-        if (found / CONFIG).exists() and any((found / name).exists() for name in files[1:]):
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=True))
+        if (found / CONFIG).exists() and any((found / file).exists() for file in files[1:]):
             return found
     except HFValidationError:
         raise AdapterError(f"{shown(source)} is neither a local folder nor a Hugging Face id.") from None
     except LocalEntryNotFoundError:
         pass  # The cache does not have it.
+    return None
+
+
+def _downloaded(source: str, pickled: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, revision = _id_and_revision(source)
     try:
-        require_hub(source)
-        return Path(snapshot_download(source, allow_patterns=files))
+        require_hub(name)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_files(pickled)))
     except ConfigError as error:
         raise AdapterError(_own_words(error)) from None
     except Exception as error:
         reason = shorten(str(error), MOST_REASON, placeholder=" …")
         raise AdapterError(f"{source} cannot be read from the Hugging Face hub: {reason}") from None
+
+
+def _id_and_revision(source: str) -> tuple[str, str | None]:
+    """Returns the id of a source ID@REVISION and its revision, or None if it names none."""
+    name, at, revision = source.partition("@")
+    if at and (_REVISION.fullmatch(revision) is None or ".." in revision):
+        raise AdapterError(
+            f"{shown(source)} is no local folder, and what follows its @ is no revision of a Hugging Face id. Write a "
+            "branch, a tag or a commit."
+        )
+    return name, revision or None
+
+
+def commit_of(folder: Path) -> str | None:
+    """Returns the commit of a folder in the hub's cache, which names its folders by it, or None for another folder."""
+    is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) is not None
+    return folder.name if is_snapshot else None
+
+
+def _files(pickled: bool) -> list[str]:
+    return [CONFIG, WEIGHTS, *([PICKLED] if pickled else [])]
 
 
 def read_adapter(folder: Path, pickled: bool = False) -> AdapterFacts:

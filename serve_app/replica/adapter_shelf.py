@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from serve_app.engines.adapter_copies import AdapterCopies, remove
 from serve_app.engines.adapters import AdapterCheck, unpickled
 from serve_app.engines.engine import Engine
 from serve_app.errors import AdapterError, ModelNotFound, ModelUnavailable
+from serve_app.facts.adapter import adapter_folder, commit_of, folder_here
+from serve_app.replica.own_threads import OwnThreads
 from serve_app.replica.watched_folder import Stamp, WatchedFolder, stamp_of
 from serve_app.terminal import notify, say
 from serve_app.wire.asked_model import Asked
@@ -32,8 +35,10 @@ LOOK_EVERY_S = 1.0
 RETRY_S = 30.0
 # A replica that starts waits so many seconds for its adapters before it takes requests without them.
 MOST_START_S = 300.0
-# So many adapters are read from disk at one time.
-READ_AT_ONCE = 2
+# So many adapters are read from disk at one time, and so many are downloaded.
+READ_AT_ONCE, DOWNLOAD_AT_ONCE = 2, 8
+# The files of an adapter are looked at, found, downloaded and read within these seconds, or it counts as failed.
+MOST_STAMP_S, MOST_FIND_S, MOST_DOWNLOAD_S, MOST_READ_S = 5.0, 30.0, 600.0, 300.0
 # A record that could not be written is written again after these seconds, and every record after these.
 TELL_AGAIN_S, TELL_EVERY_S = 1.0, 60.0
 # A client is told to wait these seconds for an adapter that is being loaded, or that has failed.
@@ -92,9 +97,11 @@ class AdapterShelf:
         self._named: dict[str, Wanted] = {}
         self._in_folder: dict[str, Wanted] = {}
         self._was_folder_read = False
+        self._asked = self._in_force = 0
         self._workers: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
-        self._reading = asyncio.Semaphore(READ_AT_ONCE)
+        self._reading, self._downloading = asyncio.Semaphore(READ_AT_ONCE), asyncio.Semaphore(DOWNLOAD_AT_ONCE)
+        self._threads = OwnThreads()
         self._copies = AdapterCopies()
         self._changed = asyncio.Event()
         self._pickled = check.config.allow_pickled_adapters
@@ -116,9 +123,14 @@ class AdapterShelf:
 
     async def want(self, config: ModelConfig) -> None:
         """Takes the adapters of the config for what is wanted, in place of those before. It returns at once, and they
-        come and go meanwhile."""
-        self._pickled = config.allow_pickled_adapters
-        self._named = await asyncio.to_thread(_named, config)
+        come and go meanwhile. A config that was asked for before one that is in force already changes nothing, however
+        long its folders took to be looked at."""
+        self._asked += 1
+        number = self._asked
+        named = await self._named_by(config)
+        if number < self._in_force:
+            return
+        self._in_force, self._pickled, self._named = number, config.allow_pickled_adapters, named
         self._work()
 
     async def settled(self) -> None:
@@ -202,8 +214,7 @@ class AdapterShelf:
         if entry.loaded is None and entry.state.state != "failed":  # A failure is told until it is one no more.
             self._put(name, entry, AdapterState("loading"))
         try:
-            async with self._reading:
-                folder, note, converted = await asyncio.to_thread(self._read, name, wanted)
+            folder, note, converted = await self._found_and_read(name, wanted)
             await self._engine.load_adapter(name, folder)
         except Exception as error:
             await asyncio.to_thread(remove, converted)
@@ -249,9 +260,50 @@ class AdapterShelf:
             self._notify(f"the adapter '{name}' of '{self._name}' could not be removed whole: {error}")
         say(f"the adapter '{name}' of '{self._name}' is removed")
 
-    def _read(self, name: str, wanted: Wanted) -> tuple[Path, str, Path | None]:
+    async def _named_by(self, config: ModelConfig) -> dict[str, Wanted]:
+        """Returns what the config wants. The files of local folders are looked at, so that a folder whose files have
+        changed since is loaded again."""
+        names, sources = config.adapters.keys(), config.adapters.values()
+        stamps = await asyncio.gather(*map(self._stamp, names, sources))
+        return {
+            name: Wanted(source, name in config.allow_pickled_adapters, stamp)
+            for name, source, stamp in zip(names, sources, stamps, strict=True)
+        }
+
+    async def _stamp(self, name: str, source: str) -> Stamp:
+        """Returns the state of an adapter's files. A folder that does not answer counts as unchanged."""
+        try:
+            return await self._threads.call(("stamp", source), partial(_stamp_of, source), MOST_STAMP_S)
+        except TimeoutError:
+            self._notify(f"the folder {source} of the adapter '{name}' of '{self._name}' does not answer.")
+            before = self._named.get(name)
+            return before.stamp if before is not None and before.source == source else ()
+
+    async def _found_and_read(self, name: str, wanted: Wanted) -> tuple[Path, str, Path | None]:
         """Returns the folder of an adapter that may be loaded, a note on it, and the folder again if it is made here.
-        Raises AdapterError."""
+        An adapter whose source is slow holds up no other one, except that downloads wait for each other. Raises
+        AdapterError."""
+        source, pickled, most_s = wanted.source, wanted.pickled, MOST_FIND_S
+        async with self._reading:
+            await asyncio.to_thread(self._check_name, name)
+        try:
+            folder = await self._threads.call(("find", source, pickled), partial(folder_here, source, pickled), most_s)
+            if folder is None:
+                most_s = MOST_DOWNLOAD_S
+                async with self._downloading:
+                    download = partial(adapter_folder, source, pickled)
+                    folder = await self._threads.call(("download", source, pickled), download, most_s)
+            most_s = MOST_READ_S
+            async with self._reading:
+                return await self._threads.call(("read", name, wanted), partial(self._read, folder, pickled), most_s)
+        except TimeoutError:
+            raise AdapterError(
+                f"{source} could not be read within {most_s:g} seconds, because its file server or the hub is slow or "
+                "away. It is tried again."
+            ) from None
+
+    def _check_name(self, name: str) -> None:
+        """Raises AdapterError if others have the name."""
         own = Asked(self._name, name)
         if name == self._name:
             raise AdapterError(f"its name '{name}' is that of its model. Rename it.")
@@ -259,13 +311,17 @@ class AdapterShelf:
         for spelling in (own.name, own.qualified):
             if spelling in others:
                 raise AdapterError(f"the name '{spelling}' is also that of {others[spelling]}. Rename one of them.")
-        adapter, note = self._check.checked(wanted.source, wanted.pickled)
+
+    def _read(self, folder: Path, pickled: bool) -> tuple[Path, str, Path | None]:
+        adapter, note = self._check.checked(str(folder), pickled)
+        if commit := commit_of(folder):  # Replicas may have found another one, if the config names none.
+            note = f"its commit is {commit}" + (f"; {note}" if note else "")
         if not adapter.is_pickled:
             return adapter.folder, note, None
         made = self._copies.new()
         try:
             unpickled(adapter, made)
-            adapter, note = self._check.checked(str(made))
+            adapter, _ = self._check.checked(str(made))
         except BaseException:
             remove(made)
             raise
@@ -347,13 +403,8 @@ class AdapterShelf:
         self._background.add(asyncio.ensure_future(work))
 
 
-def _named(config: ModelConfig) -> dict[str, Wanted]:
-    """Returns what the config wants. The files of local folders are looked at, so that a folder whose files have
-    changed since is loaded again."""
-    return {
-        name: Wanted(source, name in config.allow_pickled_adapters, stamp_of(Path(source).expanduser()))
-        for name, source in config.adapters.items()
-    }
+def _stamp_of(source: str) -> Stamp:
+    return stamp_of(Path(source).expanduser())
 
 
 async def _either(*waits: Coroutine[Any, Any, object]) -> None:

@@ -2,7 +2,7 @@
 is pure."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -141,34 +141,40 @@ def adapter_statuses(
     """Returns the adapters of all models by name, and the names of `models` and of these by their other spellings.
 
     An adapter that the config names is known before a replica has it. One of a watched folder is known by the replicas
-    that take requests, or by what was `found` last where none of them tells. Where two adapters have one name, or a
-    model has it too, it means none of them, and each is known as MODEL:ADAPTER alone. A model that has failed takes no
-    name from an adapter that is ready, because it may have failed for that.
+    that take requests, or by what was `found` last where none of them tells. Where several adapters have one name, it
+    means the one that is ready, and of several or none that are, the one that a config names. Where that leaves more
+    than one, or a model has the name too, it means none of them. Those that it does not mean are known as MODEL:ADAPTER
+    alone. A model that has failed takes no name from an adapter that is ready, because it may have failed for that.
     """
     told = {name: _Told.of(name, applications[name], records, found) for name in models}
-    statuses_of = [
-        _adapter(model, adapter, told[name]) for name, model in models.items() for adapter in sorted(told[name].names)
-    ]
-    return _by_name(models, [status for status in statuses_of if status is not None])
+    known = {
+        status: adapter in told[name].named
+        for name, model in models.items()
+        for adapter in sorted(told[name].names)
+        if (status := _adapter(model, adapter, told[name])) is not None
+    }
+    return _by_name(models, known)
 
 
 def _by_name(
-    models: Mapping[str, ModelStatus], known: Sequence[ModelStatus]
+    models: Mapping[str, ModelStatus], known: Mapping[ModelStatus, bool]
 ) -> tuple[dict[str, ModelStatus], dict[str, str]]:
-    """Returns these adapters by the names that mean them, and their names by the other spellings."""
+    """Returns these adapters by the names that mean them, and their names by the other spellings. `known` says of each
+    whether a config names it."""
     ready = {status.engine_name for status in known if status.state == "ready"}
     refused = {name: model.message for name, model in models.items() if model.state == "failed" and name in ready}
     taken = models.keys() - refused.keys()
-    names = [*taken, *(status.engine_name for status in known)]
+    meant = _meant(known)
     statuses, spellings = {}, {}
     for status in known:
-        is_clear = names.count(status.engine_name) == 1
+        is_clear = meant[status.engine_name] == status and status.engine_name not in taken
         canonical = status.engine_name if is_clear else status.asked.qualified
         if canonical in taken:
             continue
         message = status.message
-        if not is_clear and not message:
-            message = f"'{status.engine_name}' is also another one's name, so only '{canonical}' means this adapter"
+        if not is_clear:
+            also = f"'{status.engine_name}' is also another one's name, so only '{canonical}' means this adapter"
+            message = f"{message}; {also}" if message and status.state == "ready" else message or also
         if canonical in refused:
             message = f"a model of this name is not served: {refused[canonical]}"
         statuses[canonical] = replace(status, name=canonical, message=message)
@@ -177,14 +183,30 @@ def _by_name(
     return statuses, spellings
 
 
+def _meant(known: Mapping[ModelStatus, bool]) -> dict[str, ModelStatus | None]:
+    """Returns which adapter each name means, or None where it could be several. A newcomer that was refused because of
+    its name takes the name from nobody."""
+    found: dict[str, ModelStatus | None] = {}
+    claims: dict[str, tuple[bool, bool]] = {}
+    for status, is_named in known.items():
+        claim, best = (status.state == "ready", is_named), claims.get(status.engine_name)
+        if best is None or claim > best:
+            found[status.engine_name], claims[status.engine_name] = status, claim
+        elif claim == best:
+            found[status.engine_name] = None
+    return found
+
+
 @dataclass(frozen=True)
 class _Told:
     """This is what is known of the adapters of one model: those that its config names, what each replica that takes
-    requests has, and, if no such replica tells, what was found in its watched folder last."""
+    requests has, and, if no such replica tells, what was found in its watched folder last. `is_refused` says that the
+    config is that of an update that has failed."""
 
     named: frozenset[str]
     held: Mapping[str, Adapters]
     found: Adapters
+    is_refused: bool = False
 
     @classmethod
     def of(cls, name: str, application: Mapping[str, Any], records: Records, found: Found) -> "_Told":
@@ -193,8 +215,9 @@ class _Told:
         last = found.get(name)
         is_last = not held and last is not None and last.folder == watched_folder_of(config)
         return cls(
-            frozenset(map(str, named_adapters(config))), held, last.adapters if is_last and last is not None else {}
-        )
+            frozenset(map(str, named_adapters(config))), held, last.adapters if is_last and last is not None else {},
+            _text(application["status"]) == "DEPLOY_FAILED",
+        )  # fmt: skip
 
     @property
     def names(self) -> set[str]:
@@ -228,6 +251,8 @@ def _adapter(model: ModelStatus, adapter: str, told: _Told) -> ModelStatus | Non
         return replace(status, replicas=len(having), message=notes[0] if notes else "", having=having)
     if failures and len(failures) == len(states):
         return replace(status, state="failed", message=failures[0])
+    if not states and told.is_refused and adapter in told.named:
+        return replace(status, state="failed")  # The model's message says why its update has failed.
     if adapter in told.named or _is_on_its_way(adapter, told, states.values()):
         return replace(status, state="loading", message="its replicas load it")
     return None

@@ -24,6 +24,7 @@ from serve_app.engines.vllm.endpoints import READING, SERVED
 from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES, Guard, guarded
 from serve_app.engines.vllm.response_items import slices
+from serve_app.engines.vllm.response_tools import SHOWN
 from serve_app.engines.vllm.worker import WorkerExtension
 from serve_app.errors import RequestError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
@@ -282,6 +283,82 @@ def test_items_of_a_response_are_known() -> None:
         assert all(map(vllm_internals.is_known_item, slices(item))), item
     for item in ({}, {"type": "x"}, 1, message | {"content": [{"type": "x"}]}):
         assert not vllm_internals.is_known_item(item), item
+
+
+@contract("vllm", "the tools that it takes without a parser of calls", vllm_internals.reads_calls)
+@pytest.mark.parametrize("has_parser", [True, False])
+@pytest.mark.parametrize("is_harmony", [True, False])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_responses_take_tools_where_chats_do(has_parser: bool, is_harmony: bool, choice: str) -> None:
+    """vLLM's own method of a chat says whether a parser is missing."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    class Renderer(OnlineRenderer):  # type: ignore[misc]
+        """This has what the check reads, and goes no further."""
+
+        def __init__(self) -> None:
+            self.parser = SimpleNamespace(tool_parser_cls=object) if has_parser else None
+            self.use_harmony, self.enable_auto_tools = is_harmony, has_parser
+            self.renderer = SimpleNamespace(tokenizer=None)
+            self.exclude_tools_when_tool_choice_none = self.trust_request_chat_template = False
+
+        def validate_chat_template(self, **_: Any) -> Any:
+            return "goes on"
+
+        def adjust_harmony_request(self, _: Any) -> Any:
+            raise NotImplementedError
+
+        def create_error_response(self, message: Any, **_: Any) -> Any:
+            return message
+
+    function = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    request = ChatCompletionRequest.model_validate(
+        {"messages": [{"role": "user", "content": "x"}], "tools": [function], "tool_choice": choice}
+    )
+    renderer = Renderer()
+    try:
+        said = str(asyncio.run(renderer.render_chat(request)))
+    except NotImplementedError:
+        said = "goes on"
+    state = SimpleNamespace(openai_serving_responses=object(), online_renderer=renderer)
+    takes: Any = SimpleNamespace(state=state)
+    assert vllm_internals.reads_calls(takes) == (said == "goes on"), said
+    assert said == "goes on" or "--tool-call-parser" in said
+    state.openai_serving_responses = None
+    assert vllm_internals.reads_calls(takes)
+
+
+@contract("vllm", "the tools of a response that it shows the model", "serve_app/engines/vllm/response_tools.py")
+def test_vllm_drops_hosted_tools() -> None:
+    """And shows those that clients run."""
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.tool_parsers.utils import get_function_tools
+
+    function = {"type": "function", "name": "f", "parameters": {}, "strict": False}
+    kinds: dict[str, dict[str, Any]] = {
+        "function": function, "custom": {"type": "custom", "name": "c"},
+        "namespace": {"type": "namespace", "name": "n", "description": "d", "tools": [function]},
+        "web_search": {"type": "web_search"},
+        "code_interpreter": {"type": "code_interpreter", "container": {"type": "auto"}},
+    }  # fmt: skip
+    shown = set()
+    for kind, tool in kinds.items():
+        request = ResponsesRequest.model_validate({"model": "m", "input": "x", "tools": [tool]})
+        if get_function_tools(request.tools):
+            shown.add(kind)
+    assert shown == SHOWN
+
+
+@contract("vllm", "the server of hosted tools", vllm_internals.runs_hosted_tools)
+def test_hosted_tools_need_a_server() -> None:
+    """Which vLLM keeps in its application's state."""
+    from vllm.entrypoints.launchers.api_server import app_state
+
+    assert "state.tool_server = (" in inspect.getsource(app_state)
+    with_server: Any = SimpleNamespace(state=SimpleNamespace(tool_server=object()))
+    without: Any = SimpleNamespace(state=SimpleNamespace(tool_server=None))
+    assert (vllm_internals.runs_hosted_tools(with_server), vllm_internals.runs_hosted_tools(without)) == (True, False)
 
 
 @contract("vllm", "the error of a refusal", vllm_internals.refusal_in)

@@ -1,5 +1,6 @@
 """Where the files of adapters lie that only this process changes."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -51,6 +52,27 @@ def test_copies_of_a_process_that_was_killed_are_removed(tmp_path: Path) -> None
         each.close()
         assert not folder.exists()
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_the_folder_itself_is_locked_while_it_is_used() -> None:
+    """So that what tidies /tmp leaves it alone, as systemd-tmpfiles does with folders that it cannot lock."""
+    copies = AdapterCopies()
+    descriptor = os.open(copies.folder, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    copies.close()
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
+def test_a_link_with_the_name_of_a_folder_of_copies_is_left_alone(tmp_path: Path) -> None:
+    """Others may write in /tmp too."""
+    own = adapter(tmp_path / "own")
+    (tmp_path / "tmp" / f"{adapter_copies.COPIES}x").symlink_to(own)
+    copies = AdapterCopies()
+    copies.new()
+    assert sorted(file.name for file in own.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    copies.close()
 
 
 def test_a_copy_has_the_two_files_and_a_failure_leaves_nothing(tmp_path: Path) -> None:

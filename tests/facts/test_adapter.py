@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from serve_app.errors import AdapterError
-from serve_app.facts.adapter import adapter_folder, read_adapter, subfolders
+from serve_app.facts.adapter import adapter_folder, commit_of, read_adapter, subfolders
 from tests.lora_folders import PREFIX, adapter, safetensors
 
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -123,6 +126,42 @@ def test_what_is_no_adapter_is_said(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps([1]))
     with pytest.raises(AdapterError, match="a JSON object is needed"):
         read_adapter(folder)
+
+
+def test_an_id_may_name_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tag, a branch or a commit, of the cache or of the hub, so that all replicas have the same files."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    repo = tmp_path / "models--org--lora"
+    (repo / "refs").mkdir(parents=True)
+    for revision, commit in commits.items():
+        adapter(repo / "snapshots" / commit)
+        (repo / "refs" / revision).write_text(commit)
+    assert commit_of(adapter_folder("org/lora")) == "a" * 40
+    assert commit_of(adapter_folder("org/lora@v2")) == "b" * 40
+    assert commit_of(adapter_folder("org/lora@" + "b" * 40)) == "b" * 40
+    assert commit_of(adapter(tmp_path / "own")) is None
+    asked: list[Any] = []
+
+    def download(name: str, revision: str | None = None, local_files_only: bool = False, **_: Any) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("it is not there")
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("serve_app.facts.adapter.require_hub", lambda name: asked.append(name))
+    assert adapter_folder("org/lora@refs/pr/1") == tmp_path
+    assert asked == ["org/lora", ("org/lora", "refs/pr/1")]
+    for wrong in ("org/lora@", "org/lora@../../x", "org/lora@a b"):
+        with pytest.raises(
+            AdapterError, match="is no revision of a Hugging Face id. Write a branch, a tag or a commit"
+        ):
+            adapter_folder(wrong)
+    with pytest.raises(AdapterError, match="there is no folder /nowhere/a@b c"):
+        adapter_folder("/nowhere/a@b c")
+    local = adapter(tmp_path / "with@sign")
+    assert adapter_folder(str(local)) == local
 
 
 def test_the_folders_of_a_watched_folder_are_bounded_and_hidden_ones_left_out(tmp_path: Path) -> None:

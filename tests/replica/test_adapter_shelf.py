@@ -2,7 +2,8 @@
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,114 @@ async def test_the_same_folder_with_other_files_is_loaded_again(replica: Replica
     await replica.want(a=adapter(tmp_path / "a", rank=4))
     await replica.want(a=adapter(tmp_path / "a", rank=8))
     assert replica.engine.calls == ["load a", "load a"]
+
+
+async def test_an_older_config_whose_folder_is_slow_does_not_undo_a_newer_one(
+    replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its adapters nor which of them may be pickled."""
+    old, new = adapter(tmp_path / "old"), adapter(tmp_path / "new")
+    answers, asked = threading.Event(), threading.Event()
+    stamp = adapter_shelf.stamp_of
+
+    def slow(folder: Path) -> watched_folder.Stamp:
+        if folder == old:
+            asked.set()
+            assert answers.wait(5)
+        return stamp(folder)
+
+    monkeypatch.setattr(adapter_shelf, "stamp_of", slow)
+    live = {"adapters": {"a": str(old)}, "allow_pickled_adapters": ["a"]}
+    older = asyncio.create_task(replica.shelf.want(replica.config.with_live(live)))
+    await until(asked.is_set)
+    await replica.want(a=new)
+    answers.set()
+    await older
+    await replica.shelf.settled()
+    assert replica.engine.adapters == {"a": new}
+    assert replica.engine.calls == ["load a"]
+    assert list(replica.shelf._pickled) == []
+
+
+@pytest.fixture
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A file server with the folders `away…` and a hub, of which only `id/quick` comes at once. The others answer when
+    the event is set, and what waits for them is given up soon."""
+    answers = threading.Event()
+
+    def slowly(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(source: str | Path, *rest: Any) -> Any:
+            if str(source).startswith(str(tmp_path / "away")):
+                answers.wait(30)
+            return work(source, *rest)
+
+        return run
+
+    for name, seconds in (("MOST_STAMP_S", 0.05), ("MOST_FIND_S", 0.3), ("MOST_DOWNLOAD_S", 0.3)):
+        monkeypatch.setattr(adapter_shelf, name, seconds)
+    monkeypatch.setattr(adapter_shelf, "stamp_of", slowly(adapter_shelf.stamp_of))
+    here = adapter_shelf.folder_here
+    monkeypatch.setattr(
+        adapter_shelf,
+        "folder_here",
+        slowly(lambda source, *rest: None if source.startswith("id/") else here(source, *rest)),
+    )
+
+    def download(source: str, *_: Any) -> Path:
+        if source != "id/quick":
+            answers.wait(30)
+        return adapter(tmp_path / source.replace("/", "-"))
+
+    monkeypatch.setattr(adapter_shelf, "adapter_folder", download)
+    yield answers
+    answers.set()
+
+
+async def test_sources_that_are_away_hold_up_no_other_adapter_and_are_tried_again(
+    replica: Replica, tmp_path: Path, away: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither folders of a file server nor downloads. They fail, each with one thread that waits, and are loaded when
+    their source answers."""
+    monkeypatch.setattr(adapter_shelf, "MOST_FIND_S", 0.6)
+    slow = {f"s{number}": tmp_path / f"away{number}" for number in range(4)} | {"d": "id/slow"}
+    for number in range(4):
+        adapter(tmp_path / f"away{number}")
+    quick = adapter(tmp_path / "quick")
+    await replica.shelf.want(
+        replica.config.with_live({"adapters": {n: str(p) for n, p in {**slow, "q": quick, "e": "id/quick"}.items()}})
+    )
+    await until(lambda: replica.engine.adapters.keys() == {"q", "e"})
+    assert replica.told_of("s0") == ""  # It was not given up before.
+    await until(lambda: all(replica.shelf.states()[name].state == "failed" for name in slow))
+    assert "away0 could not be read within 0.6 seconds" in replica.told_of("s0")
+    assert "id/slow could not be read within 0.3 seconds" in replica.told_of("d")
+    await asyncio.sleep(0.3)  # They are tried again some times.
+    own = [thread for thread in threading.enumerate() if thread.name == "serve-app-own"]
+    assert len(own) <= 2 * len(slow)
+    assert all(thread.daemon for thread in own)
+    away.set()
+    await until(lambda: replica.engine.adapters.keys() == {"q", "e", *slow})
+
+
+async def test_a_folder_that_does_not_answer_leaves_its_adapter_and_a_config_in_force(
+    replica: Replica, tmp_path: Path, away: threading.Event
+) -> None:
+    """Another adapter is loaded meanwhile, and the one that is loaded is not read again."""
+    folder = adapter(tmp_path / "away")
+    away.set()
+    await replica.want(a=folder)
+    away.clear()
+    await replica.want(a=folder, b=adapter(tmp_path / "b"))
+    assert replica.engine.calls == ["load a", "load b"]
+    assert replica.shelf.require("a") == Asked("qwen", "a")
+
+
+async def test_the_state_of_an_adapter_of_the_hub_has_its_commit(replica: Replica, tmp_path: Path) -> None:
+    """By which replicas that have found different ones are told apart."""
+    folder = adapter(tmp_path / "models--org--lora" / "snapshots" / ("c" * 40))
+    await replica.want(a=folder)
+    assert replica.shelf.states()["a"].state == "ready"
+    assert replica.told_of("a").startswith("its commit is " + "c" * 40)
 
 
 async def test_names_that_others_have_are_refused(tmp_path: Path) -> None:

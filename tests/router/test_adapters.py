@@ -145,6 +145,38 @@ def test_a_name_that_two_have_means_neither_adapter() -> None:
     assert spellings == {}
 
 
+@pytest.mark.parametrize("newcomer", [FAILED, LOADING])
+def test_a_name_stays_with_the_adapter_that_serves(newcomer: AdapterState) -> None:
+    """Whatever comes later, by a folder or by a config whose update was refused."""
+    for other in (qwen(folder="/srv"), qwen("x", status="DEPLOY_FAILED")):
+        applications = {"a": other, "b": qwen("x")}
+        records = {("a", "r0"): {"x": newcomer}, ("b", "r0"): {"x": READY}}
+        found, spellings = adapter_statuses(applications, read_status(applications, "router"), records)
+        assert found.keys() == {"x", "a:x"}
+        assert (found["x"].parent, found["x"].state, spellings) == ("b", "ready", {"b:x": "x"})
+        assert found["a:x"].state != "ready"
+
+
+def test_of_two_that_do_not_serve_the_one_that_a_config_names_has_the_name() -> None:
+    """As while its replica starts again. Two configs that name it have it both, so neither has."""
+    records = {("a", "r0"): {"x": FAILED}, ("b", "r0"): {"x": LOADING}}
+    for named, names in (((), {"x", "a:x"}), (("x",), {"a:x", "b:x"})):
+        applications = {"a": qwen(*named, folder="/srv"), "b": qwen("x")}
+        found = statuses(applications, records)
+        assert found.keys() == names
+        assert all(found[name].parent == "b" for name in names & {"x"})
+
+
+def test_an_adapter_of_an_update_that_was_refused_has_failed() -> None:
+    """Its requests are answered at once, with the reason. Those that serve go on."""
+    update = {"deployments": {}, "message": "the name 'x' is taken"}
+    applications = {"a": qwen("x", "y", status="DEPLOY_FAILED") | update}
+    models = {"a": ModelStatus("a", "ready", 2, "its update failed: the name 'x' is taken")}
+    found, _ = adapter_statuses(applications, models, {("a", "r0"): {"y": READY}})
+    assert (found["x"].state, found["x"].message) == ("failed", models["a"].message)
+    assert (found["y"].state, found["y"].message) == ("ready", "")
+
+
 def test_a_model_that_was_refused_takes_no_name_from_an_adapter() -> None:
     """Requests for it reach the adapter, which says what happened. A model that serves has its name."""
     refused = qwen(status="DEPLOY_FAILED") | {"deployments": {}, "message": "the name 'sql' is taken"}

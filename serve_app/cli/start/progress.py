@@ -37,8 +37,26 @@ def read_states(applications: Mapping[str, Any], others: Collection[str]) -> dic
     return found | {name: _other(name, item) for name, item in applications.items() if name not in found}
 
 
+def with_survivors(applications: Mapping[str, Any], before: States, now: States) -> dict[str, ApplicationState]:
+    """Returns the states of now, with those of `before` for applications that went on while Serve builds a changed
+    version of them. It does not say then which replicas live, and a change of adapters or of `user_config` alone
+    replaces none."""
+    return {
+        name: before[name] if _goes_on(applications[name], before.get(name)) else item for name, item in now.items()
+    }
+
+
+def _goes_on(application: Any, before: ApplicationState | None) -> bool:
+    is_built = _status(application) != "DEPLOYING" or application["deployments"]
+    return not is_built and before is not None and before.state in ("ready", "asleep")
+
+
+def _status(application: Any) -> str:
+    return str(getattr(application["status"], "value", application["status"]))
+
+
 def _other(name: str, application: Any) -> ApplicationState:
-    status = str(getattr(application["status"], "value", application["status"]))
+    status = _status(application)
     known: dict[str, State] = {"RUNNING": "ready", "DEPLOY_FAILED": "failed", "DELETING": "stopping"}
     messages = [item["message"] for item in application["deployments"].values()] + [application["message"]]
     return ApplicationState(name, known.get(status, "loading"), False, summarize(next(filter(None, messages), "")))
@@ -70,10 +88,17 @@ def is_settled(states: States, expected: Collection[str]) -> bool:
     return all(name in states and states[name].is_settled for name in expected)
 
 
-def loading(states: States, expected: Collection[str]) -> list[str]:
-    """Returns the applications that are being started. Those that Serve does not know yet come first."""
-    unknown = [name for name in expected if name not in states]
-    return unknown + [name for name, item in states.items() if not item.is_settled]
+def still_expected(expected: Collection[str], seen: Collection[str], states: States) -> list[str]:
+    """Returns the applications of the file without those that were `seen` and are gone, because a file that was
+    deployed later does not have them."""
+    return [name for name in expected if name in states or name not in seen]
+
+
+def awaited(states: States, expected: Collection[str]) -> list[str]:
+    """Returns a line for each application that is being started or stopped. Those that Serve does not know yet come
+    first."""
+    unknown = [state_line(name, "loading", "") for name in expected if name not in states]
+    return unknown + [state_line(name, item.state, "") for name, item in states.items() if not item.is_settled]
 
 
 def serves_nothing(states: States, expected: Collection[str], routers: Collection[str]) -> bool:

@@ -11,14 +11,16 @@ from ray.serve.exceptions import RayServeException
 from serve_app.access.cluster_record import ClusterRecord
 from serve_app.cli.start.progress import (
     ApplicationState,
+    awaited,
     changes,
     closing_lines,
     is_settled,
-    loading,
     memory_lines,
     of_ready,
     read_states,
     serves_nothing,
+    still_expected,
+    with_survivors,
 )
 from serve_app.cli.start.view import StartView
 from serve_app.ray_serve import http_options, serve_details
@@ -40,6 +42,8 @@ class StartWatch:
     def __init__(self, expected: Collection[str], others: Collection[str], routers: Collection[str], view: StartView):
         self._expected, self._others, self._routers, self._view = expected, others, routers, view
         self._states: dict[str, ApplicationState] = {}
+        # These applications of the file have been known to Serve at some time.
+        self._seen: set[str] = set()
         self._told: set[tuple[str, str]] = set()
         self._silent = False
         # This says whether the closing lines are still to be printed, for the start or for a later change.
@@ -63,16 +67,19 @@ class StartWatch:
             self._silent = False
 
     def _tell_news(self) -> None:
-        states = read_states(serve_details(STATUS_TIMEOUT_S)["applications"], self._others)
+        applications = serve_details(STATUS_TIMEOUT_S)["applications"]
+        states = with_survivors(applications, self._states, read_states(applications, self._others))
         news = changes(self._states, states)
         for line in news:
             self._view.event(line)
         self._states = states
+        self._seen |= states.keys() & set(self._expected)
+        expected = still_expected(self._expected, self._seen, states)
         self._is_due = self._is_due or bool(news)
-        self._view.wait_for([f"{name} is loading" for name in loading(states, self._expected)])
+        self._view.wait_for(awaited(states, expected))
         self._tell_memory()
-        if self._is_due and is_settled(states, self._expected):
-            self._close()
+        if self._is_due and is_settled(states, expected):
+            self._close(expected)
 
     def _tell_memory(self) -> None:
         reports = of_ready(read_reports(), self._states)
@@ -80,10 +87,10 @@ class StartWatch:
             self._view.event(line)
         self._told |= {(report.application, report.replica) for report in reports}
 
-    def _close(self) -> None:
+    def _close(self, expected: Collection[str]) -> None:
         """Shows the result of a start or of a later change. A start after which nothing serves has no result to show,
         because each failure was shown when it happened."""
-        if not self.is_over and serves_nothing(self._states, self._expected, self._routers):
+        if not self.is_over and serves_nothing(self._states, expected, self._routers):
             self.is_over = self.serves_nothing = True
             return
         ready = {name for name, item in self._states.items() if item.is_model and item.state == "ready"}

@@ -37,6 +37,7 @@ from serve_app.engines.vllm.endpoints import OF_TEXT
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, Guard, guarded
 from serve_app.engines.vllm.messages_errors import with_messages_errors
 from serve_app.engines.vllm.parking import VllmParking, can_park
+from serve_app.engines.vllm.response_tools import ToolAbilities
 from serve_app.engines.vllm.responses_errors import with_responses_errors
 from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.planning.adapters import kept_count
@@ -126,7 +127,8 @@ class VllmEngine:
             self._adapters = VllmAdapters(self._client, vllm_internals.serving_models(app), _reason)
             served = self._adapters.counted(app)
         # A copy of a large tokenizer takes a second.
-        guard = await asyncio.to_thread(self._guard)
+        tools = ToolAbilities(vllm_internals.reads_calls(app), vllm_internals.runs_hosted_tools(app))
+        guard = await asyncio.to_thread(self._guard, tools)
         mended = with_responses_errors(guarded(served, guard), self._death, vllm_internals.refusal_in)
         return with_messages_errors(disconnect_before_cancel(mended), self._death)
 
@@ -151,7 +153,7 @@ class VllmEngine:
         vllm_internals.remove_shared_files(self._shared_files)
         self._shared_files = []
 
-    def _guard(self) -> Guard:
+    def _guard(self, tools: ToolAbilities) -> Guard:
         model = vllm_internals.model_config(self._client)
         tokenizer = vllm_internals.tokenizer(self._client)
         longest = max(map(len, tokenizer.get_vocab()), default=1)
@@ -161,6 +163,7 @@ class VllmEngine:
             token_counter(tokenizer),
             model.is_multimodal_model,
             vllm_internals.is_known_item,
+            tools,
         )
 
     async def _death(self) -> str:

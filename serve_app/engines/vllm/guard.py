@@ -8,7 +8,7 @@ body within them goes to vLLM unchanged.
 import codecs
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app.engines.vllm.bounds import MOST_NUMBER_BYTES, require_bounded_numbers
 from serve_app.engines.vllm.endpoints import READING, require_served
 from serve_app.engines.vllm.response_items import require_known_items
+from serve_app.engines.vllm.response_tools import ToolAbilities
 from serve_app.engines.workers import Workers
 from serve_app.errors import ContextTooLong, InvalidRequest, RequestError
 from serve_app.wire.arrival import known_body
@@ -62,13 +63,14 @@ class Guard:
     """These are the bounds of one model: tokens of its context, and characters of its longest token. `count_tokens`
     returns how many tokens vLLM makes of a text alone. `reads_media` says whether its messages may have images or
     sound, which are long but are not tokens. `is_known_item` returns whether vLLM knows an item of a response's
-    input."""
+    input. `tools` says what the engine can do with the tools of a response."""
 
     max_model_len: int
     longest_token: int
     count_tokens: Callable[[str], int] = len
     reads_media: bool = False
     is_known_item: Callable[[Any], bool] = lambda _: True
+    tools: ToolAbilities = field(default_factory=ToolAbilities)
 
     def check(self, body: RequestBody, path: str = "") -> None:
         """Raises InvalidRequest that names the field. A large body takes time, so the event loop must not call this.
@@ -87,6 +89,8 @@ class Guard:
             texts = (*TEXTS, "input")
             self._require_few_elements(fields, ("input",))
             self._check_items(_bytes(fields, "input"))
+            # Both are short, because a response repeats them.
+            self.tools.check(_decoded(fields, "tools"), _decoded(fields, "tool_choice"))
         for name in PROMPTS:
             if name in fields and name not in texts:
                 self._check_prompts(name, fields[name], choices)
@@ -114,10 +118,7 @@ class Guard:
     def _check_items(self, text: bytes) -> None:
         if not text.startswith(b"["):
             return
-        try:
-            items = decode_counted(text)
-        except ValueError as error:
-            raise InvalidRequest(f"'input' cannot be read: {error}.", param="input") from None
+        items = _read("input", text)
         assert isinstance(items, list), "it begins as one"
         require_known_items(items, self.is_known_item)
 
@@ -183,6 +184,18 @@ def _fields(body: RequestBody) -> Fields:
 
 def _bytes(fields: Fields, name: str) -> bytes:
     return bytes(fields[name]) if name in fields else b"null"
+
+
+def _decoded(fields: Fields, name: str) -> object:
+    return _read(name, _bytes(fields, name))
+
+
+def _read(name: str, text: bytes) -> object:
+    """Returns the value of a field. Raises InvalidRequest that names it, if it is nested too deep."""
+    try:
+        return decode_counted(text)
+    except ValueError as error:
+        raise InvalidRequest(f"'{name}' cannot be read: {error}.", param=name) from None
 
 
 def _choices(fields: Fields) -> int:

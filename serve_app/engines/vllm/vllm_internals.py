@@ -253,6 +253,29 @@ def is_known_item(item: Any) -> bool:
     return True
 
 
+def reads_calls(app: Starlette) -> bool:
+    """Returns whether vLLM takes tools for chat completions that the model may call, which it does not without a parser
+    of calls. Tokenizers of Mistral's and the form of gpt-oss need none there. A model that generates no text has no
+    endpoint for tools, so this is true for it.
+
+    It decides as `OnlineRenderer.render_chat` does, by `parser.tool_parser_cls`, `use_harmony` and
+    `renderer.tokenizer` of `app.state.online_renderer`; seen in vLLM 0.32.
+    """
+    from vllm.utils.mistral import is_mistral_tokenizer
+
+    if getattr(app.state, "openai_serving_responses", None) is None:
+        return True
+    renderer = app.state.online_renderer
+    has_parser = renderer.parser is not None and renderer.parser.tool_parser_cls is not None
+    return bool(has_parser or renderer.use_harmony or is_mistral_tokenizer(renderer.renderer.tokenizer))
+
+
+def runs_hosted_tools(app: Starlette) -> bool:
+    """Returns whether vLLM has a server of tools that it runs itself. Uses `app.state.tool_server`, seen in vLLM
+    0.32."""
+    return getattr(app.state, "tool_server", None) is not None
+
+
 def model_config(client: EngineClient) -> Any:
     """Returns vLLM's model config, of which `max_model_len` and `is_multimodal_model` are read, seen in vLLM 0.32."""
     return client.model_config

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve_app.errors import InvalidRequest
+from serve_app.wire.responses.tools import require_client_tool
 
 Fields = Mapping[str, Any]
 
@@ -171,13 +172,7 @@ def _call(item: Fields, where: str) -> dict[str, Any]:
 
 
 def _tool(tool: Fields, where: str) -> dict[str, Any]:
-    kind = tool.get("type")
-    if kind != "function":
-        raise InvalidRequest(
-            f"{where}: the tool type '{str(kind)[:64]}' is not served here, where no tool is run for a client. Define "
-            "it as a function, and run it yourself.",
-            param="tools",
-        )
+    require_client_tool(tool, where, ("function",))
     names = ("name", "description", "parameters")
     function = {name: tool[name] for name in names if tool.get(name) is not None}
     strict = {} if tool.get("strict") is None else {"strict": tool["strict"]}

@@ -6,14 +6,16 @@ import pytest
 
 from serve_app.cli.start.progress import (
     ApplicationState,
+    awaited,
     changes,
     closing_lines,
     is_settled,
-    loading,
     memory_lines,
     of_ready,
     read_states,
     serves_nothing,
+    still_expected,
+    with_survivors,
 )
 from serve_app.replica.report import DeviceReport, ReplicaReport
 
@@ -47,6 +49,28 @@ def test_serves_details_become_states() -> None:
         others=["router"],
     )
     assert found == states(LOADING, FAILED, ApplicationState("c", "ready", True), ROUTER)
+
+
+@pytest.mark.parametrize(
+    ("before", "details", "after"),
+    [
+        (READY, application("DEPLOYING"), "ready"),
+        (ApplicationState("a", "asleep", True), application("DEPLOYING"), "asleep"),
+        (LOADING, application("DEPLOYING"), "loading"),
+        (None, application("DEPLOYING"), "loading"),
+        (READY, application("DEPLOYING", "Model", "STARTING"), "loading"),
+        (READY, application("DEPLOY_FAILED"), "failed"),
+        (READY, application("DELETING"), "stopping"),
+    ],
+)
+def test_a_model_goes_on_while_serve_builds_a_change(
+    before: ApplicationState | None, details: dict[str, Any], after: str
+) -> None:
+    """Other adapters replace no replica, so nothing is told. What restarts is told when its replicas do."""
+    known = states(*filter(None, [before]))
+    found = with_survivors({"a": details}, known, read_states({"a": details}, []))
+    assert found["a"].state == after
+    assert bool(changes(known, found)) == (before is None or before.state != after)
 
 
 def test_a_router_that_cannot_start_has_failed_with_its_reason() -> None:
@@ -104,7 +128,16 @@ def test_a_start_is_over_when_each_application_is_there_or_failed() -> None:
     assert is_settled(states(ROUTER, READY, FAILED), ["router", "a", "b"])
     assert not is_settled(states(ROUTER, READY), ["router", "a", "b"])
     assert not is_settled(states(ROUTER, LOADING), ["router", "a"])
-    assert loading(states(ROUTER, LOADING), ["router", "a", "b"]) == ["b", "a"]
+    assert awaited(states(ROUTER, LOADING), ["router", "a", "b"]) == ["b is loading", "a is loading"]
+
+
+def test_what_is_gone_or_stops_is_not_said_to_load() -> None:
+    """What Serve has never known is awaited, and what comes back is too."""
+    expected = ["router", "a", "b"]
+    assert still_expected(expected, {"router", "a"}, states(ROUTER)) == ["router", "b"]
+    assert still_expected(expected, {"router", "a"}, states(ROUTER, LOADING)) == expected
+    assert awaited(states(ROUTER), ["router"]) == []
+    assert awaited(states(ROUTER, ApplicationState("a", "stopping", True)), ["router"]) == ["a is stopping"]
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,26 @@ def test_a_model_that_fails_later_ends_nothing(cluster: Cluster) -> None:
     watch.look()
     assert "a has failed" in stream.getvalue()
     assert not watch.serves_nothing
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+def test_a_model_that_is_gone_is_not_waited_for(cluster: Cluster, is_over: bool) -> None:
+    """A file without it was deployed, during the start or later, and what serves now is told."""
+    seconds, stream = [0.0], io.StringIO()
+    watch = StartWatch(["router", "a", "b"], ["router"], ["router"], StartView(stream, clock=lambda: seconds[0]))
+    cluster.models |= {"b": "RUNNING" if is_over else "DEPLOYING"}
+    watch.look()
+    assert watch.is_over == is_over
+    del cluster.models["b"]
+    for _ in range(3):
+        watch.look()
+        seconds[0] += 100.0
+    told = stream.getvalue()
+    assert told.count("b is gone") == told.count(CLOSED) == told.count("Ctrl-C stops") == 1
+    assert "still waiting" not in told
+    assert watch.is_over
+    cluster.models["b"] = "DEPLOYING"
+    watch.look()
+    seconds[0] += 100.0
+    watch.look()
+    assert "still waiting: b is loading" in stream.getvalue()

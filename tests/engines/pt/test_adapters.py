@@ -463,6 +463,7 @@ async def test_vectors_are_the_adapter_s() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_a_model_of_100_million_parameters_answers_as_merged_models_do(tmp_path: Path) -> None:
     """Through the real generator, sixteen at once over three random adapters of all linear modules and the base.
 

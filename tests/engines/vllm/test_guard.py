@@ -9,9 +9,11 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from serve_app.engines.vllm.guard import Guard, guarded
+from serve_app.engines.vllm.response_tools import ToolAbilities
 from serve_app.errors import RequestError
 from serve_app.replica.whole_body import WholeBody
 from serve_app.wire.body import RequestBody
+from serve_app.wire.responses.chat_request import chat_request
 from tests.builders import model_config
 
 GUARD = Guard(max_model_len=100, longest_token=10)
@@ -155,6 +157,67 @@ def test_what_a_response_repeats_has_a_bound() -> None:
         GUARD.check(body, "/v1/responses")
     assert refused.value.param == "tools"
     GUARD.check(body, "/v1/chat/completions")
+
+
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+
+
+def check_tools(abilities: ToolAbilities, path: str = "/v1/responses", **fields: Any) -> None:
+    """Has the guard of an engine with these abilities look at a request."""
+    guard = Guard(max_model_len=100, longest_token=10, tools=abilities)
+    guard.check(RequestBody(json.dumps({"input": "x", **fields}).encode()), path)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({}, "choice 'auto'"),
+        ({"tool_choice": "auto"}, "choice 'auto'"),
+        ({"tool_choice": None}, "choice 'auto'"),
+        ({"tool_choice": "required"}, "choice 'required'"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "choice of the function 'f'"),
+    ],
+)
+def test_tools_that_no_parser_would_read_are_refused(choice: dict[str, Any], said: str) -> None:
+    """vLLM refuses them in its other endpoints, and would answer 200 with text here."""
+    with pytest.raises(RequestError, match=said) as refused:
+        check_tools(ToolAbilities(reads_calls=False), tools=[TOOL], **choice)
+    assert "engine_args: {enable_auto_tool_choice: true, tool_call_parser: …}" in str(refused.value)
+    assert (refused.value.status, refused.value.param) == (400, "tools")
+    check_tools(ToolAbilities(), tools=[TOOL], **choice)
+    check_tools(ToolAbilities(reads_calls=False), "/v1/chat/completions", tools=[TOOL], **choice)
+
+
+@pytest.mark.parametrize("fields", [{"tools": [TOOL], "tool_choice": "none"}, {"tools": []}, {"tools": None}, {}])
+def test_without_a_parser_other_responses_are_served(fields: dict[str, Any]) -> None:
+    """These call no tool."""
+    check_tools(ToolAbilities(reads_calls=False), **fields)
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_hosted_tools_are_refused_in_pts_words(choice: str) -> None:
+    """vLLM would drop them, unless it has a server of tools."""
+    hosted = {"input": "x", "tools": [TOOL, {"type": "web_search"}], "tool_choice": choice}
+    with pytest.raises(RequestError) as of_pt:
+        chat_request(hosted)
+    with pytest.raises(RequestError, match=r"^tools\[1\]: the tool type 'web_search'") as refused:
+        check_tools(ToolAbilities(), **hosted)
+    assert (str(refused.value), refused.value.param) == (str(of_pt.value), of_pt.value.param)
+    check_tools(ToolAbilities(runs_hosted=True), **hosted)
+    for kind in ("custom", "namespace"):
+        check_tools(ToolAbilities(), tools=[{"type": kind, "name": "n"}])
+    for kind in (None, ["web_search"]):
+        with pytest.raises(RequestError, match="the tool type"):
+            check_tools(ToolAbilities(), tools=[{"type": kind}])
+
+
+def test_tools_of_a_wrong_type_are_for_vllm_to_judge() -> None:
+    """Except for nesting, which nothing could write again."""
+    check_tools(ToolAbilities(), tools=5)
+    check_tools(ToolAbilities(), tools=["x"])
+    deep = b'{"input": "x", "tools": ' + b"[" * 400 + b"]" * 400 + b"}"
+    with pytest.raises(RequestError, match="deep"):
+        GUARD.check(RequestBody(deep), "/v1/responses")
 
 
 def test_the_input_of_a_response_is_one_conversation() -> None:

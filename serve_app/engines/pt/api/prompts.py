@@ -44,7 +44,7 @@ class Prompts:
                 param="continue_final_message",
             )
         shown = [messages, asked.offered_tools, asked.template_variables]
-        self._check_characters(_characters(shown), "messages")
+        self._check_characters(characters(shown), "messages")
         conversation = with_known_roles(with_read_arguments(messages), str(tokenizer.chat_template or ""))
         if tokenizer.chat_template is None:
             raise InvalidRequest(
@@ -150,7 +150,7 @@ class Prompts:
         return wanted
 
 
-def _characters(value: object) -> int:
+def characters(value: object) -> int:
     """Returns the number of characters of all texts, keys and numbers in a JSON value."""
     total, left = 0, [value]
     while left:

@@ -18,7 +18,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.engines.pt.api.prompts import TEMPLATE_METHOD_ARGUMENTS
+from serve_app.engines.pt.api.prompts import TEMPLATE_METHOD_ARGUMENTS, characters
 from serve_app.engines.pt.pooling.excerpt import Side, excerpt
 from serve_app.engines.pt.pooling.inputs import Ids, Input
 from serve_app.engines.pt.pooling.loader import LoadedPooler
@@ -96,17 +96,21 @@ class InputMaker:
         variables: Mapping[str, Any] | None = None,
     ) -> list[Input]:
         """Returns an input for each pair. `limits` are the most tokens of the first text and of the second one, where
-        0 means no limit of its own, and `variables` are those of the template for pairs, if the model has one."""
+        0 means no limit of its own, and `variables` are those of the template for pairs, if the model has one. Raises
+        InvalidRequest and ContextTooLong."""
         self._check_cut(cut)
         self._check_limits(limits)
+        variables = {} if variables is None or self._loaded.template is None else variables
+        self._check_variables(variables, cut)
+        length = self._length_of_pairs(variables)
         made: list[Input] = []
         total = 0
         with self._lane(size) as lane:
             tokenizer = lane.tokenizer
             read = [_once(partial(self._read, tokenizer, cut, most)) for most in limits]
-            for part in _parts(pairs, lambda pair: len(pair[1])):
+            for part in _parts(pairs, length):
                 texts = [(read[0](first), read[1](second)) for first, second in part]
-                found = self._encode_pairs(lane, texts, cut, variables or {})
+                found = self._encode_pairs(lane, texts, cut, variables)
                 for number, ids in enumerate(found["input_ids"]):
                     types = found["token_type_ids"][number] if "token_type_ids" in found else None
                     ids = self._checked(ids, cut, tokenizer, "documents")
@@ -159,7 +163,7 @@ class InputMaker:
 
     def _excerpt(self, tokenizer: PreTrainedTokenizerBase, text: str, cut: Cut, name: str) -> str:
         """Returns the part of a text that has all tokens that stay, or so many that the input is refused."""
-        self._check_characters([text], 1 if cut.tokens is None else MOST_OVER, name)
+        self._check_characters([text], self._over(cut), name)
         if self._loaded.pooling.lowers_case:
             text = text.lower()
         side: Side = "left" if cut.tokens is not None and _side(cut, tokenizer) == "left" else "right"
@@ -170,8 +174,10 @@ class InputMaker:
     ) -> Mapping[str, Any]:
         name = "documents"
         if self._loaded.template is not None:
-            texts = [self._by_template(lane.tokenizer, first, second, variables) for first, second in pairs]
-            return self._encode(lane.tokenizer, texts, cut, name)
+            rendered = (self._by_template(lane.tokenizer, first, second, variables) for first, second in pairs)
+            return self._encode(
+                lane.tokenizer, [self._excerpt(lane.tokenizer, text, cut, name) for text in rendered], cut, name
+            )
         if not self._loaded.pairs_are_separate:  # As vLLM does for decoders whose config says so (use_sep_token).
             return self._encode(lane.tokenizer, [first + second for first, second in pairs], cut, name)
         most = None if self._cuts_here(cut) else self._most(cut)
@@ -183,6 +189,19 @@ class InputMaker:
             for field, values in encoded.items():
                 found.setdefault(field, []).extend(values)
         return found
+
+    def _length_of_pairs(self, variables: Mapping[str, Any]) -> Callable[[tuple[str, str]], int]:
+        """Returns what gives the characters that are tokenised for a pair. Where a pair is one text, these include the
+        first text and the template's variables, and otherwise the first text is tokenised once for many pairs."""
+        shared = characters(variables)
+        if self._loaded.template is None and self._loaded.pairs_are_separate:
+            return lambda pair: len(pair[1])
+        return lambda pair: shared + len(pair[0]) + len(pair[1])
+
+    def _check_variables(self, variables: Mapping[str, Any], cut: Cut) -> None:
+        """Refuses variables that make each pair too long, before they are rendered into all of them."""
+        name = "instruction" if "instruction" in variables else "chat_template_kwargs"
+        self._check_count(characters(variables), self._over(cut), name)
 
     def _by_template(
         self, tokenizer: PreTrainedTokenizerBase, first: str, second: str, variables: Mapping[str, Any]
@@ -232,6 +251,10 @@ class InputMaker:
         refuse it."""
         return self.max_model_len + 1 if cut.tokens is None else self._kept(cut)
 
+    def _over(self, cut: Cut) -> int:
+        """Returns how many times the characters that the model can take a text may have."""
+        return 1 if cut.tokens is None else MOST_OVER
+
     def _kept(self, cut: Cut) -> int:
         """Returns how many tokens of an input stay."""
         return self.max_model_len if cut.tokens is None or cut.tokens < 0 else cut.tokens
@@ -253,7 +276,10 @@ class InputMaker:
 
     def _check_characters(self, texts: Sequence[str], over: int, name: str) -> None:
         """Refuses a text that cannot fit before it is tokenised, which takes a second per megabyte."""
-        longest, most = max(map(len, texts), default=0), over * self._most_characters
+        self._check_count(max(map(len, texts), default=0), over, name)
+
+    def _check_count(self, longest: int, over: int, name: str) -> None:
+        most = over * self._most_characters
         if longest > most:
             raise ContextTooLong(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "

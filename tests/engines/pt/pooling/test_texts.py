@@ -11,9 +11,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from serve_app.engines.pt.pooling import excerpt as excerpt_module
+from serve_app.engines.pt.pooling import texts as texts_module
 from serve_app.engines.pt.pooling.excerpt import MOST_WORD, PIECE, SPARE_TOKENS, Side, excerpt
 from serve_app.engines.pt.pooling.pair_encoder import PairEncoder
-from serve_app.engines.pt.pooling.texts import _spans
+from serve_app.engines.pt.pooling.texts import InputMaker, _spans
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from tests.engines.pt.pooling.conftest import Serve
 from tests.engines.pt.pooling.test_equality import vectors
@@ -119,3 +120,67 @@ async def test_what_is_tokenised_as_a_whole_has_a_bound(tmp_path: Path, serve: S
         assert back.json()["prompt"] == " ".join(WHOLE.split()[:3])
         refused = await client.post("/tokenize", json={"prompt": "w" * (2**20 + 1)})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> str:
+    """One for pairs with a variable."""
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ instruction }} {{ messages[0].content }} w8 {{ messages[1].content }}")
+    return str(file)
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The characters of each text of each call that tokenises texts for the model."""
+    found: list[list[int]] = []
+    encode = InputMaker._encode
+
+    def counting(self: InputMaker, own: Any, texts: list[str], *rest: Any) -> Any:
+        found.append([len(text) for text in texts])
+        return encode(self, own, texts, *rest)
+
+    monkeypatch.setattr(InputMaker, "_encode", counting)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"instruction": "w7 " * 100_000}, "instruction"),
+        ({"chat_template_kwargs": {"x": ["w7 " * 100, {"y": "w7 " * 100_000}]}}, "chat_template_kwargs"),
+        ({"instruction": "w7 " * 100_000, "truncate_prompt_tokens": -1}, "instruction"),
+    ],
+)
+async def test_long_variables_of_a_template_are_refused_before_they_are_rendered(
+    tmp_path: Path, serve: Serve, template: str, tokenised: list[list[int]], fields: dict[str, Any], param: str
+) -> None:
+    """They would be in the text of each pair."""
+    async with serve(save_scorer(tmp_path / "model", "qwen3"), chat_template=template) as client:
+        refused = await client.post("/score", json={"text_1": "w1", "text_2": ["w2"] * 64, **fields})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert tokenised == []
+
+
+async def test_what_is_tokenised_of_pairs_in_a_template_has_a_bound(
+    tmp_path: Path, serve: Serve, template: str, tokenised: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each pair only the part that stays, and few pairs at one time if what they share is long. A text that the
+    template has made too long is refused with the first pairs."""
+    monkeypatch.setattr(excerpt_module, "PIECE", 256)
+    monkeypatch.setattr(texts_module, "CHARACTERS_AT_ONCE", 4096)
+    body = {"text_1": "w1", "text_2": ["w2"] * 64}
+    async with serve(save_scorer(tmp_path / "model", "qwen3"), chat_template=template) as client:
+        cut = {"truncate_prompt_tokens": 40, "truncation_side": "right"}
+        short = (await client.post("/score", json={**body, **cut, "instruction": "w7 " * 60})).json()
+        tokenised.clear()
+        long = (await client.post("/score", json={**body, **cut, "instruction": "w7 " * 1000})).json()
+        assert long["data"] == short["data"]
+        assert sum(map(len, tokenised)) == 64
+        assert max(map(len, tokenised)) == 1
+        assert max(map(max, tokenised)) < 1000
+        tokenised.clear()
+        refused = await client.post("/score", json={**body, "instruction": "w7 " * 110})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert sum(map(len, tokenised)) < 64
