@@ -8,6 +8,7 @@ plotting library of hundreds of MB, which a tool on the same machine as what it 
 needed of them is in this file."""
 
 import asyncio
+import itertools
 import json
 import random
 import time
@@ -51,7 +52,7 @@ async def run_level(target: Target, workload: Workload, level: Level, warm_up_s:
     timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**20) as session:
-        load = _Load(target, workload, session)
+        load = _Load(session, target.url, _bodies(target, workload, f"{level.title} for {seconds:g} s"))
         until = warm_up_s + seconds
         if level.rate:
             await load.open(level.rate, until)
@@ -63,10 +64,9 @@ async def run_level(target: Target, workload: Workload, level: Level, warm_up_s:
 class _Load:
     """One level: its clients, and what they saw."""
 
-    def __init__(self, target: Target, workload: Workload, session: aiohttp.ClientSession):
+    def __init__(self, session: aiohttp.ClientSession, url: str, bodies: Iterator[tuple[str, dict[str, Any]]]):
         self.samples: list[Sample] = []
-        self._target, self._session = target, session
-        self._bodies = _bodies(target, workload)
+        self._session, self._url, self._bodies = session, url, bodies
         self._begin = time.perf_counter()
 
     def _now(self) -> float:
@@ -111,7 +111,7 @@ class _Load:
         path, body = next(self._bodies)
         heard = _Heard()
         try:
-            async with self._session.post(self._target.url + path, json=body) as reply:
+            async with self._session.post(self._url + path, json=body) as reply:
                 if reply.status != 200:
                     heard.error = f"{reply.status} {await reply.text()}"[:MOST_ERROR]
                 else:
@@ -166,18 +166,19 @@ def _has_token(choice: dict[str, Any]) -> bool:
     return any(delta.get(key) for key in ("content", "reasoning", "reasoning_content", "tool_calls"))
 
 
-def _bodies(target: Target, workload: Workload) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields paths and bodies of requests for ever, in the workload's order. Prompts are the same at each level and at
-    each start, but no two of one run are, beyond the tokens that they share."""
-    draw = random.Random(1)
-    most = max(FIRST_TOKEN + 1, target.vocabulary)
-    shared = [draw.randrange(FIRST_TOKEN, most) for _ in range(max(ask.shared_tokens for ask in workload.asks))]
-    while True:
-        for ask in workload.asks:
-            own = (
-                draw.choices(range(FIRST_TOKEN, most), k=ask.prompt_tokens - ask.shared_tokens) if not ask.body else []
-            )
-            yield _body(ask, target.model, [*shared[: ask.shared_tokens], *own])
+def _bodies(target: Target, workload: Workload, seed: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields paths and bodies of requests for ever, in the workload's order.
+
+    They are the same at each start, but no two levels of one start have the same `seed`, so a prompt that was sent
+    before is not found in a cache of prompts, beyond the tokens that all share. Requests of a log begin at another
+    line."""
+    draw = random.Random(seed)
+    tokens = range(FIRST_TOKEN, max(FIRST_TOKEN + 1, target.vocabulary))
+    shared = random.Random(0).choices(tokens, k=max(ask.shared_tokens for ask in workload.asks))
+    first = draw.randrange(len(workload.asks)) if workload.has_texts else 0
+    for ask in itertools.cycle([*workload.asks[first:], *workload.asks[:first]]):
+        own = draw.choices(tokens, k=ask.prompt_tokens - ask.shared_tokens) if ask.body is None else []
+        yield _body(ask, target.model, [*shared[: ask.shared_tokens], *own])
 
 
 def _body(ask: Ask, model: str, prompt: Sequence[int]) -> tuple[str, dict[str, Any]]:

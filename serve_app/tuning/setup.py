@@ -113,9 +113,9 @@ def _chosen(applications: Sequence[ApplicationSpec], names: Sequence[str], file:
 
 
 def _replicas(application: ApplicationSpec) -> int | None:
-    """Returns the number of replicas that the file says, or None if it says none or a range."""
-    counts = [item.num_replicas for item in application.deployments if isinstance(item.num_replicas, int)]
-    return counts[0] if counts else None
+    """Returns the number of replicas that the file says, the least of a range, or None if it says none."""
+    says = any(item.num_replicas is not None or item.autoscaling_config for item in application.deployments)
+    return application.least_replicas if says else None
 
 
 def _machine(inventory: Inventory, cpus: int, levels: Sequence[Level], workloads: Sequence[Workload]) -> Machine:

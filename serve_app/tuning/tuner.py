@@ -15,7 +15,8 @@ from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score, broken
 from serve_app.tuning.own_serve import OwnServe, StartError
 from serve_app.tuning.search import propose
-from serve_app.tuning.space import Point, Space, replicas_of, with_point
+from serve_app.tuning.served_file import document_of
+from serve_app.tuning.space import Point, Space
 from serve_app.tuning.verdict import CONFIRMING, Verdict, known_of, score_of, to_confirm, verdict
 from serve_app.tuning.workload import Workload
 
@@ -249,33 +250,6 @@ def _rate(found: Sequence[Measurement], level: Level) -> float:
 
 def _at_level(trial: Trial, level: Level) -> float:
     return _rate(trial.measurements, level) if trial.status == "done" else 0.0
-
-
-def document_of(document: Mapping[str, Any], models: Sequence[str], point: Point) -> dict[str, Any]:
-    """Returns a file that serves these models of `document` with the fields of a point, beside a router that anybody
-    may ask. Applications that are not tuned are left out."""
-    applications: list[dict[str, Any]] = [
-        {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
-    ]
-    for application in document["applications"]:
-        if application.get("name") in models:
-            applications.append(changed(application, point))
-    return {"applications": applications}
-
-
-def changed(application: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """Returns an application with the fields of a point. The number of replicas does not change by itself then."""
-    name = str(application["name"])
-    found = {**application, "args": with_point(application.get("args") or {}, name, point)}
-    deployments = [dict(item) for item in application.get("deployments") or () if item.get("name") == "Model"]
-    own = deployments[0] if deployments else {"name": "Model"}
-    count = own.get("num_replicas")
-    replicas = replicas_of(name, point, count if isinstance(count, int) else None)
-    if replicas is not None:
-        own.pop("autoscaling_config", None)
-        own["num_replicas"] = replicas
-        found["deployments"] = [own]
-    return found
 
 
 def _held(status: Mapping[str, Any], models: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from serve_app.tuning.journal import Journal, Trial
 from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score
 from serve_app.tuning.space import Axis, key_of, space_of, title
-from serve_app.tuning.tuner import Task, Tuner, document_of
+from serve_app.tuning.tuner import Task, Tuner
 from serve_app.tuning.workload import Ask, Workload
 from tests.tuning.builders import MACHINE, trial
 from tests.tuning.made_machine import MadeMachine
@@ -138,13 +138,3 @@ def test_with_a_limit_the_load_rises_until_it_breaks(tmp_path: Path) -> None:
     clients = [found.level.clients for found in journal.trials[0].measurements]
     assert clients == [1, 2, 8]
     assert view.ends[0][1].level == Level(clients=2)
-
-
-def test_the_file_that_is_served_has_the_models_and_an_open_router() -> None:
-    """And nothing of the file's own address. The file itself does not change."""
-    found = document_of(DOCUMENT, ["m"], ((("m", "num_replicas"), 2), (("m", "max_num_seqs"), None)))
-    router, model = found["applications"]
-    assert (router["name"], "args" in router, "http_options" in found) == ("router", False, False)
-    assert model["args"] == {"model": "x"}
-    assert model["deployments"] == [{"name": "Model", "num_replicas": 2}]
-    assert DOCUMENT["applications"][0]["args"]["max_num_seqs"] == 2
