@@ -182,7 +182,7 @@ class OwnServe:
     def stop(self) -> None:
         """Ends the run and everything that it has started, and removes its folder. It takes a bounded time."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGINT)
+            self._process.terminate()  # A job in the background of a shell ignores SIGINT, and so do its children.
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(POLL_S)
