@@ -7,7 +7,7 @@ from html import escape
 
 # On a phone a picture is a little smaller than this, in pixels, so its letters can be read there too.
 WIDTH, HEIGHT = 440, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 20, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 72, 20, 12, 44
 TICKS = 5
 ROW = 26
 # The value of a bar stands beside it in these pixels.
@@ -127,7 +127,8 @@ def _bar(bar: Bar, y: int, scale: float) -> Iterator[str]:
     width, middle = bar.value * scale, y + 22 + (ROW - 10) / 2
     yield f'<text class="label" x="0" y="{y + 16}">{escape(label)}<title>{escape(bar.label)}</title></text>'
     yield f'<rect class="{bar.kind}" x="0" y="{y + 22}" width="{width:.1f}" height="{ROW - 10}" rx="2"/>'
+    high = width
     if math.isfinite(bar.noise):
         low, high = (max(0.0, width * (1 + sign * bar.noise)) for sign in (-1, 1))
         yield f'<line class="noise" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>'
-    yield _text("tick", width + 8, y + 35, "start", figure(bar.value))
+    yield _text("tick", high + 8, y + 35, "start", figure(bar.value))
