@@ -5,7 +5,6 @@ The folder itself is locked, since systemd-tmpfiles, which removes old files of 
 that is in it. A lock on a file within would not keep it.
 """
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from serve_app.engines.folder_lock import lock_folder
 from serve_app.errors import AdapterError
 from serve_app.facts.adapter import CONFIG, WEIGHTS
 
@@ -75,24 +75,13 @@ def _own_folder() -> tuple[Path, int]:
             remove(folder)
     # Nobody looks for the folder under this name, so it is locked before others see it.
     hidden = Path(tempfile.mkdtemp(prefix=f".{COPIES}"))
-    descriptor = _lock(hidden)
+    descriptor = lock_folder(hidden)
     return hidden.rename(hidden.with_name(hidden.name.removeprefix("."))), descriptor
-
-
-def _lock(folder: Path) -> int:
-    """Returns a descriptor of a folder that is now locked. Raises OSError if another process has locked it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    descriptor = _lock(folder)
+    descriptor = lock_folder(folder)
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ one carry a mark in their environment, by which they are found and ended if they
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 import httpx
 import yaml
 
+from serve_app.engines.folder_lock import lock_folder
 from serve_app.errors import ConfigError
 
 # Each process of a run has this variable.
@@ -33,9 +33,9 @@ MARK = "SERVE_APP_TUNE_RUN"
 # connection take ports.
 PORTS = 1000
 FIRST_PORT, LAST_PORT = 10_000, 30_000
-# Folders are short, because Ray puts sockets below them whose paths have 107 characters at most. Each has a lock, which
-# its process holds as long as it lives, and the mark of its run.
-FOLDERS, FOLDER, LOCK, MARK_FILE = Path("/tmp"), "sat-", "owner.lock", "mark"  # noqa: S108
+# Folders are short, because Ray puts sockets below them whose paths have 107 characters at most. Each is locked as
+# long as its process lives, and has the mark of its run.
+FOLDERS, FOLDER, MARK_FILE = Path("/tmp"), "sat-", "mark"  # noqa: S108
 # All in seconds.
 POLL_S, ANSWER_TIMEOUT_S = 0.25, 5.0
 STOP_TIMEOUT_S = 60.0
@@ -105,9 +105,11 @@ class OwnServe:
         sweep()
         self._claim, self.port = claim_ports()
         self._mark = secrets.token_hex(8)
-        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=FOLDERS))
-        self._lock = _locked(self._folder / LOCK)
-        (self._folder / MARK_FILE).write_text(self._mark)
+        # Nobody looks for the folder under this name, so it is locked and marked before others see it.
+        hidden = Path(tempfile.mkdtemp(prefix=f".{FOLDER}", dir=FOLDERS))
+        self._lock = lock_folder(hidden)
+        (hidden / MARK_FILE).write_text(self._mark)
+        self._folder = hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log or self._folder / "run.log"
         file = self._folder / "config.yaml"
@@ -216,22 +218,12 @@ def sweep() -> None:
     """Removes what runs have left whose process was killed: what is still running of them, and their folders. The
     folder of a run that lives is locked."""
     for folder in FOLDERS.glob(f"{FOLDER}*"):
-        with contextlib.suppress(OSError, BlockingIOError):  # It lives, or it is another user's.
-            lock = _locked(folder / LOCK)
-            for pid, _ in processes((folder / MARK_FILE).read_text()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
-def _locked(file: Path) -> int:
-    """Returns a descriptor that holds the lock of a file, which no process that is started here inherits. Raises
-    BlockingIOError if another process has it."""
-    lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise
-    return lock
+        with contextlib.suppress(OSError):  # It lives, or it is another user's.
+            lock = lock_folder(folder)
+            try:
+                for pid, _ in processes((folder / MARK_FILE).read_text()):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)

@@ -81,6 +81,9 @@ def read_setup(wish: Wish, inventory: Inventory, cpus: int, tell: Tell) -> Setup
     if not plan.fits:
         raise ConfigError("\n".join(f"{problem.model}: {problem.message}" for problem in plan.problems))
     planned = {model.name: model for model in plan.models}
+    for name, model in planned.items():
+        if model.task != "generate":
+            raise ConfigError(f"{name}: it makes no text, and only models that generate text are tuned. Name others.")
     workloads = {name: read_workload(wish.workload, planned[name].max_model_len) for name in chosen}
     machine = _machine(inventory, cpus, wish.levels, list(workloads.values()))
     backends = {name: planned[name].backend for name in chosen}

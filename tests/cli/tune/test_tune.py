@@ -1,5 +1,6 @@
 """What the command refuses before anything starts, and what it tells of a space."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,14 @@ def test_the_space_is_told(tmp_path: Path) -> None:
     assert first == "Tuning demo for throughput, with 32 clients"
     assert second.startswith("24 points: num_cpus (2), num_replicas (2), max_num_seqs (5), prompt_cache_memory (2).")
     assert "so that they fit a context of 2048 tokens" in third
+
+
+def test_models_that_make_no_text_are_refused(tmp_path: Path) -> None:
+    """The load asks for texts, and each start would fail."""
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = {"architectures": ["BertModel"], "model_type": "bert", "vocab_size": 100, **sizes}
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    with pytest.raises(ConfigError, match="demo: it makes no text"):
+        setup(tmp_path, TEXT.replace("serve-app/demo", str(folder)))
