@@ -151,10 +151,15 @@ async def fill(serve: RankedServe) -> None:
     """Fills steps of vLLM with as many tokens and as many requests as one may have on the CPU, which the plan's
     activations are meant for."""
     body = {"model": NAME, "prompt": [1] * LONG_PROMPT, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+
+    async def status(session: aiohttp.ClientSession) -> int:
+        async with session.post(f"{serve.url}/v1/completions", json=body) as reply:
+            await reply.read()
+            return reply.status
+
     async with session_for() as session:
         for _ in range(2):
-            replies = [session.post(f"{serve.url}/v1/completions", json=body) for _ in range(MOST_ROWS)]
-            assert {reply.status for reply in await asyncio.gather(*replies)} == {200}
+            assert set(await asyncio.gather(*(status(session) for _ in range(MOST_ROWS)))) == {200}
 
 
 @asynccontextmanager
