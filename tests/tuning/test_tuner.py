@@ -60,9 +60,10 @@ def task(**fields: Any) -> Task:
 
 def run(file: Path, of: Task, machine: MadeMachine | None = None) -> tuple[Tuner, Quiet, Journal]:
     """A run to its end."""
-    view, journal, machine = Quiet(), Journal(file, {}), machine or MadeMachine()
-    tuner = Tuner(of, journal, view, machine.serve, machine.send)
-    tuner.run()
+    view, machine = Quiet(), machine or MadeMachine()
+    with Journal(file, {}) as journal:
+        tuner = Tuner(of, journal, view, machine.serve, machine.send)
+        tuner.run()
     assert machine.stopped == len(view.ends)
     return tuner, view, journal
 
@@ -110,9 +111,9 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_server_and_keeps_what_was_measured(tmp_path: Path) -> None:
     """The trial that was going on is not kept."""
-    journal, machine = Journal(tmp_path / "j", {}), MadeMachine(interrupts=8)
-    tuner = Tuner(task(), journal, Quiet(), machine.serve, machine.send)
-    with pytest.raises(KeyboardInterrupt):
+    machine = MadeMachine(interrupts=8)
+    with Journal(tmp_path / "j", {}) as journal, pytest.raises(KeyboardInterrupt):
+        tuner = Tuner(task(), journal, Quiet(), machine.serve, machine.send)
         tuner.run()
     assert machine.stopped == len(journal.trials) + 1
     assert tuner.verdict.score.is_valid
@@ -120,14 +121,14 @@ def test_ctrl_c_stops_the_server_and_keeps_what_was_measured(tmp_path: Path) -> 
 
 def test_a_budget_ends_it(tmp_path: Path) -> None:
     """By the time that starts have taken before."""
-    journal = Journal(tmp_path / "j", {})
-    journal.add(replace(trial(SPACE.default, 100.0), total_s=60.0))
     machine = MadeMachine()
-    of = task(budget_s=200.0)  # A start takes a minute, and three are kept to confirm.
-    Tuner(of, journal, Quiet(), machine.serve, machine.send).run()
-    assert machine.stopped == 0
-    Tuner(task(budget_s=260.0), journal, Quiet(), machine.serve, machine.send).run()
-    assert machine.stopped > 0
+    with Journal(tmp_path / "j", {}) as journal:
+        journal.add(replace(trial(SPACE.default, 100.0), total_s=60.0))
+        of = task(budget_s=200.0)  # A start takes a minute, and three are kept to confirm.
+        Tuner(of, journal, Quiet(), machine.serve, machine.send).run()
+        assert machine.stopped == 0
+        Tuner(task(budget_s=260.0), journal, Quiet(), machine.serve, machine.send).run()
+        assert machine.stopped > 0
 
 
 def test_with_a_limit_the_load_rises_until_it_breaks(tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from serve_app.tuning.tuner import Tuner
 def tune(options: argparse.Namespace) -> int:
     """Measures and prints which settings are best. Returns 0, or 1 if none can be used, or 130 if Ctrl-C ended it.
     Raises ConfigError for wrong input."""
-    for target in filter(None, (options.write, options.report)):
-        require_folder(target)
+    for target in filter(None, (options.write, options.report, options.journal)):
+        if target is not options.journal:
+            require_folder(target)
         if target.resolve() == options.config.resolve():
             raise ConfigError(f"tune: {target} is the file that is read. Name another one.")
     wish = _wish(options)
@@ -39,8 +40,7 @@ def tune(options: argparse.Namespace) -> int:
     setup = read_setup(
         wish, local_inventory(), psutil.cpu_count() or 1, lambda text: print(f"tune: {text}", file=sys.stderr)
     )
-    journal = _journal(options, setup, wish)
-    with TuneView(setup, journal) as view, _terminated():
+    with _journal(options, setup, wish) as journal, TuneView(setup, journal) as view, _terminated():
         tuner, code = Tuner(setup.task, journal, view), 0
         try:
             tuner.run()
@@ -89,9 +89,7 @@ def _journal(options: argparse.Namespace, setup: Setup, wish: Wish) -> Journal:
     about = _about(setup, wish)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     file = options.journal or calibration_file().parent / "tune" / f"{digest}.jsonl"
-    if options.restart:
-        file.unlink(missing_ok=True)
-    return Journal(file, about)
+    return Journal(file, about, options.restart)
 
 
 def _about(setup: Setup, wish: Wish) -> dict[str, Any]:
