@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from serve_app.errors import ConfigError
 from serve_app.tuning.journal import Journal, Purpose, Trial
 from serve_app.tuning.load import Target, run_level
 from serve_app.tuning.measurement import Level, Measurement
@@ -37,7 +38,8 @@ class Task:
     """This is what is to be done. `document` is the config file, and `models` are those that are tuned, each with its
     workload and the size of its vocabulary. Times are in seconds: each level is sent for `warm_up_s` before it is
     measured for `measure_s`. Before all of them, the highest one is sent for `first_load_s` more than its first look
-    takes."""
+    takes. `room` says why the planned memory of a point is not free now, or has an empty text; it is waited for
+    `room_timeout_s`."""
 
     document: Mapping[str, Any]
     models: tuple[str, ...]
@@ -52,6 +54,8 @@ class Task:
     measure_s: float = 10.0
     first_load_s: float = 3.0
     start_timeout_s: float = 900.0
+    room: Callable[[Point], str] = lambda point: ""
+    room_timeout_s: float = 60.0
 
     @property
     def load_s(self) -> float:
@@ -166,6 +170,7 @@ class Tuner:
 
     @contextmanager
     def _served(self, point: Point) -> Iterator[Served]:
+        self._require_room(point)
         serve = self._serve(document_of(self._task.document, self._task.models, point), self._task.models)
         try:
             left = max(self._left_s(), LEAST_START_S)
@@ -173,6 +178,14 @@ class Tuner:
             yield serve
         finally:
             serve.stop()
+
+    def _require_room(self, point: Point) -> None:
+        """Waits until the planned memory of a point is free. Raises ConfigError if others have it."""
+        deadline = time.monotonic() + self._task.room_timeout_s
+        while why := self._task.room(point):
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"tune: the planned memory is not free now, so nothing more is started: {why}")
+            time.sleep(1)
 
     def _loaded(self, serve: Served, trial: Trial) -> Trial:
         """Sends the levels in turn. What cannot become the best is ended after the first look at it."""

@@ -72,12 +72,12 @@ def test_more_clients_than_room_wait_and_it_shows(server: TokenServer) -> None:
 
 
 def test_requests_of_an_open_load_do_not_wait_for_each_other(server: TokenServer) -> None:
-    """About six hundred a second come, and the server can answer half of them."""
-    found = seen(server, MADE, Level(rate=600.0), 0.5)
-    assert 200 <= found.requests <= 400
+    """About a hundred a second come, and the server can answer less than half of them."""
+    found = seen(server, Workload("slow", tuple(Ask(10, 50) for _ in range(50))), Level(rate=100.0), 0.5)
+    assert found.requests >= 20
     assert not found.errors
-    assert server.most_inside > 50
-    assert found.ttft_p95_s > 0.2
+    assert server.most_inside > 12
+    assert found.ttft_p95_s > found.ttft_p50_s
 
 
 def test_answers_that_take_longer_than_the_level_are_measured(server: TokenServer) -> None:

@@ -12,8 +12,8 @@ TOKEN_S = 0.002
 
 
 class TokenServer:
-    """Answers with as many tokens as it is asked for, at most `batch` requests at one time. `most_inside` is how many were
-    there at one time, those that wait too."""
+    """Answers with as many tokens as it is asked for, at most `batch` requests at one time. `most_inside` is how many
+    were there at one time, those that wait too."""
 
     def __init__(self, batch: int):
         self.seen = list[dict[str, Any]]()
