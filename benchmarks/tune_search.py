@@ -17,7 +17,7 @@ from typing import Any
 
 from serve_app.tuning.journal import Trial
 from serve_app.tuning.objective import Objective
-from serve_app.tuning.search import FIRST_POINTS, Known, best_of, propose
+from serve_app.tuning.search import FIRST_POINTS, START_NOISE, Known, best_of, propose
 from serve_app.tuning.space import Axis, Point, Space, key_of
 from serve_app.tuning.verdict import score_of
 
