@@ -86,9 +86,9 @@ def _max_ongoing_requests(config: ModelConfig) -> int:
     return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS + held
 
 
-# oneDNN keeps the code that it has made for each shape of a product. pt's batches have a new shape at almost every step,
-# and oneDNN's default of 1024 shapes took 170 MB with the demo model, which no plan knows of. Fewer cost no time that
-# could be measured.
+# oneDNN keeps the code that it has made for each shape of a product. pt's batches have a new shape at almost every
+# step, and oneDNN's default of 1024 shapes took 170 MB with the demo model, which no plan knows of. Fewer cost no time
+# that could be measured.
 KEPT_PRIMITIVES = 128
 
 
