@@ -19,15 +19,12 @@ import httpx
 import yaml
 
 from serve_app.deploy.serve_env import HAPROXY_IN_FILES, serve_environment
+from serve_app.tuning.own_serve import claim_ports, isolation
 
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
 MARK = "SERVE_APP_TEST_RUN"
-# Of one cluster: the first is Serve's address, the second its fallback proxy, and the others are for replicas, each of
-# which takes one that nobody had before. They lie below the system's own range, from which Ray's processes and every
-# connection take ports, also between the choice of one here and the start of HAProxy half a minute later.
-PORTS = 1000
 
 
 def free_port() -> int:
@@ -36,23 +33,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def claim_ports() -> tuple[socket.socket, int]:
-    """The first of PORTS ports that no other cluster of a test has on this machine, for as long as the socket is open.
-
-    Serve counts its replicas' ports from the same number in every cluster and sets SO_REUSEPORT, so two clusters would
-    answer each other's requests.
-    """
-    for first in range(10_000, 30_000, PORTS):
-        claim = socket.socket(socket.AF_UNIX)
-        try:
-            claim.bind(f"\0serve-app-ports-{first}")  # An abstract name, which goes with this process.
-        except OSError:
-            claim.close()
-        else:
-            return claim, first
-    raise RuntimeError("20 clusters of tests run on this machine; end some of them")
 
 
 def shipped_environment() -> dict[str, str]:
@@ -79,11 +59,10 @@ class ServeRun:
         self.folder = Path(tempfile.mkdtemp(prefix="sa-", dir="/tmp"))
         self._claim, self.port = claim_ports()
         self.url = f"http://127.0.0.1:{self.port}"
-        ports = {
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(self.port + 2),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self.port + PORTS - 1),
-        }
         self._mark = secrets.token_hex(8)
+        isolated = isolation(self.folder, self.port, {MARK: self._mark})
+        # Serve's own settings, which reach its processes by the config file unless Ray's have them already.
+        ports = {name: isolated.pop(name) for name in list(isolated) if "DIRECT_INGRESS" in name}
         self.log = self.folder / "serve-run.log"
         self._options: dict[str, Any] = {
             "http_options": {"host": "127.0.0.1", "port": self.port},
@@ -93,24 +72,11 @@ class ServeRun:
         self._write(config)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},  # Ray sets its own
-            MARK: self._mark,
-            "RAY_TMPDIR": str(self.folder),
+            **isolated,
             "SERVE_APP_CACHE": str(self.folder / "cache"),
-            "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",  # Ray shows one of two replicas' lines otherwise, and the pids are read of them.
-            "RAY_AUTH_MODE": "disabled",  # a token would be written into the home folder
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
             "VIRTUAL_ENV": str(BIN.parent),  # as an activated environment has it; the config names a command there
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(self.port + 1),
-            **{
-                f"RAY_SERVE_HAPROXY_{name}": f"{self.folder}/h/{file}"
-                for name, file in (
-                    ("CONFIG_FILE_LOC", "haproxy.cfg"),
-                    ("SOCKET_PATH", "admin.sock"),
-                    ("SERVER_STATE_BASE", ""),
-                    ("SERVER_STATE_FILE", "server-state"),
-                )
-            },
             "HF_HUB_OFFLINE": "1",
         }
         if is_set_before_ray:
