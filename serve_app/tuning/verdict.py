@@ -105,15 +105,15 @@ def verdict(objective: Objective, space: Space, trials: Sequence[Trial]) -> Verd
     if not own.is_valid:
         return Verdict(best, worth, gain, f"the file's own settings cannot be used: {own.why}")
     if gain is None:
-        return Verdict(best, worth, None, "it was measured once and not confirmed" if not is_again else
-                       "the file's own settings were not measured again beside it")  # fmt: skip
+        return Verdict(best, worth, None, "it was measured once and not confirmed")
     bounds = f"{gain.low:.2f} to {gain.high:.2f}"
     if not gain.is_sure:
         how = "is surely worse" if gain.high < 1 else "is within the noise"
+        is_final = not objective.has_limits or any(trial.purpose == "confirm" for trial in _of(trials, space.default))
         return Verdict(
             space.default, own, gain,
             f"the best other settings have {gain.ratio:.2f} times the score of the file's own, which {how} ({bounds}), "
-            "so the file's own stay",
+            "so the file's own stay", is_final,
         )  # fmt: skip
     return Verdict(best, worth, gain, f"{gain.ratio:.2f} times the score of the file's own{at} ({bounds} in 95 of 100 "
                                       f"cases, from {gain.starts} starts)")  # fmt: skip
@@ -150,7 +150,8 @@ def _gain(objective: Objective, trials: Sequence[Trial], best: Point, default: P
     """Returns how much better the best point is by its confirming runs and those of the file's own between them."""
     confirming = [trial for trial in trials if trial.purpose == "confirm"]
     ours = [score_of(objective, trial) for trial in confirming if key_of(trial.point) == key_of(best)]
-    theirs = [score_of(objective, trial) for trial in confirming if key_of(trial.point) == key_of(default)]
+    # The file's own first start did not decide that it was chosen, so it may stand for one between the others.
+    theirs = [score_of(objective, trial) for trial in _of(trials, default)]
     ours, theirs = ([found for found in group if found.is_valid] for group in (ours, theirs))
     if not ours or not theirs:
         return None

@@ -55,6 +55,14 @@ def test_a_machine_that_becomes_faster_meanwhile_makes_it_unsure() -> None:
     assert not found.gain.is_sure
 
 
+def test_the_files_first_start_stands_for_one_between_the_others_if_there_is_none() -> None:
+    """The starts were over."""
+    found = verdict(OBJECTIVE, space(), SEARCHED + confirmed(90.0))
+    assert key_of(found.point) == key_of(FILE)
+    assert found.gain is not None
+    assert found.gain.ratio == pytest.approx(0.9)
+
+
 def test_without_confirmation_it_says_so() -> None:
     """As after Ctrl-C."""
     assert "not confirmed" in verdict(OBJECTIVE, space(), SEARCHED).why
