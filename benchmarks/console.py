@@ -4,9 +4,10 @@
 
 One Serve with the shipped settings, the router and one mock. In every round, each number of pages is open in turn under
 two loads: paced streams (64 streams of a chunk each 20 ms, so the router has the same to do each time), of which the
-router's CPU is measured in per cent of a core, and echo requests of 8 clients as fast as they are answered. Ratios are
-to the turns without pages of the same round, because a machine's speed changes. `--minutes` then keeps the most pages
-open under echo requests for that long, and prints the router's resident memory each 30 seconds.
+router's CPU is measured in per cent of a core, and echo requests of 8 clients as fast as they are answered, of which
+requests per second and the router's CPU for each are measured. Ratios are to the turns without pages of the same round,
+because a machine's speed changes, and the medians of many short rounds tell more than a few long ones. `--minutes` then
+keeps the most pages open under echo requests for that long, and prints the router's resident memory each 30 seconds.
 Prints one line of JSON for each.
 """
 
@@ -79,11 +80,11 @@ async def paced_cpu(session: aiohttp.ClientSession, url: str, seconds: float) ->
     return share
 
 
-async def echo_rate(session: aiohttp.ClientSession, url: str, seconds: float) -> float:
-    """Requests per second by name."""
+async def echo_rate(session: aiohttp.ClientSession, url: str, seconds: float) -> tuple[float, float]:
+    """Requests per second by name, and the router's CPU milliseconds for each."""
     body = {"model": "mock", "messages": [{"role": "user", "content": "hello"}]}
-    start = time.perf_counter()
-    count = 0
+    process, count = router(), 0
+    start, cpu = time.perf_counter(), cpu_s(process)
 
     async def client() -> None:
         nonlocal count
@@ -94,7 +95,7 @@ async def echo_rate(session: aiohttp.ClientSession, url: str, seconds: float) ->
             count += 1
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - start), 1000 * (cpu_s(process) - cpu) / count
 
 
 def router() -> psutil.Process:
@@ -120,27 +121,24 @@ def resident_mib() -> float:
 async def compare(session: aiohttp.ClientSession, url: str, options: argparse.Namespace) -> None:
     """All numbers of pages in turns, and the medians of their ratios."""
     counts = [0, *(count for count in numbers(options.pages) if count)]
-    ratios: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
+    ratios: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for number in range(options.rounds):
-        found: dict[int, tuple[float, float]] = {}
-        for count in counts:
+        found: dict[int, dict[str, float]] = {}
+        for count in counts[number % len(counts) :] + counts[: number % len(counts)]:
             async with open_pages(session, url, count) as read:
                 cpu = await paced_cpu(session, url, options.seconds)
-                rate = await echo_rate(session, url, options.seconds)
-                found[count] = cpu, rate
-                row = {
-                    "round": number,
-                    "pages": count,
-                    "router_cpu_percent": round(cpu, 2),
-                    "echo_per_s": round(rate, 1),
+                rate, each = await echo_rate(session, url, options.seconds)
+                found[count] = {"paced_cpu_percent": cpu, "echo_per_s": rate, "echo_cpu_ms": each}
+                row = {"round": number, "pages": count} | {
+                    name: round(value, 3) for name, value in found[count].items()
                 }
                 print(json.dumps(row | {"page_bytes": sum(read), "router_mib": round(resident_mib(), 1)}), flush=True)
             await asyncio.sleep(1.0)
         for count in counts:
-            ratios[count].append((found[count][0] / found[0][0], found[count][1] / found[0][1]))
+            ratios[count].append({name: value / found[0][name] for name, value in found[count].items()})
     for count in counts[1:]:
-        cpu, rate = (round(statistics.median(pair[which] for pair in ratios[count]), 4) for which in (0, 1))
-        print(json.dumps({"pages": count, "cpu_ratio": cpu, "throughput_ratio": rate}), flush=True)
+        medians = {name: round(statistics.median(each[name] for each in ratios[count]), 4) for name in ratios[count][0]}
+        print(json.dumps({"pages": count, "ratios": medians}), flush=True)
 
 
 async def watch_memory(session: aiohttp.ClientSession, url: str, pages: int, minutes: float) -> None:
@@ -148,7 +146,7 @@ async def watch_memory(session: aiohttp.ClientSession, url: str, pages: int, min
     ends = time.monotonic() + 60 * minutes
     async with open_pages(session, url, pages):
         while time.monotonic() < ends:
-            rate = await echo_rate(session, url, MEMORY_EVERY_S)
+            rate, _ = await echo_rate(session, url, MEMORY_EVERY_S)
             left = round(max(0.0, ends - time.monotonic()))
             row: dict[str, Any] = {"pages": pages, "seconds_left": left, "echo_per_s": round(rate, 1)}
             print(json.dumps(row | {"router_mib": round(resident_mib(), 1)}), flush=True)
