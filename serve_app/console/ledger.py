@@ -79,14 +79,14 @@ class Ledger:
         if row.model != UNKNOWN:
             first = exchange.timing.to_first_s if exchange.timing.first else None
             self.traffic.ended(now, row.model, is_error(exchange), first)
-            self.traffic.made(now, row.model, running.tokens())
+            self.traffic.made(now, row.model, running.tokens(is_over=True))
         if row.outcome == "refused":
             model = "" if row.model == UNKNOWN else row.model
-            self._refusals.add(now, model, row.error_code or str(row.status))
+            self._refusals.add(model, row.error_code or str(row.status))
 
     def refused(self, status: int) -> None:
         """Notes a request that the door refused."""
-        self._refusals.add(self._clock(), "", str(status))
+        self._refusals.add("", str(status))
 
     def own(self, kind: Kind, model: str, text: str) -> None:
         """Adds an event that no other router sees, so that it is told to them."""
@@ -121,7 +121,7 @@ class Ledger:
             model = running.exchange.record.model
             if model != UNKNOWN:
                 active[model] = active.get(model, 0) + 1
-                self.traffic.made(now, model, running.tokens())
+                self.traffic.made(now, model, running.tokens(is_over=False))
         for model, count in active.items():
             self.traffic.seen(now, model, self._parts.forwarder.queued(model)["waiting"], count)
         self._active = active

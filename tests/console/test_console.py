@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from serve_app.access.door import Inside, OuterDoor
 from serve_app.access.gate import Gate, KeyedRouter
 from serve_app.access.keys import KeyRing
 from serve_app.config import RouterConfig
+from serve_app.console import cluster_watch
 from serve_app.console.console import ServedConsole
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
@@ -275,3 +277,27 @@ async def test_a_mistake_of_the_console_breaks_no_request(monkeypatch: pytest.Mo
     async with client(app) as http:
         reply = await http.post("/v1/chat/completions", json={"model": "m", "messages": []})
     assert reply.status_code == 200
+
+
+async def test_a_head_of_ray_that_is_gone_holds_up_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray waits for it for a minute and more, in one thread."""
+    monkeypatch.setattr(cluster_watch, "READ_TIMEOUT_S", 0.05)
+    go_on, calls = threading.Event(), 0
+
+    def hangs(*_: Any) -> Reading:
+        nonlocal calls
+        calls += 1
+        go_on.wait(10)
+        return Reading(ClusterStatus((), (), ()), ())
+
+    console, app = console_app(open_gate())
+    console.watch._read_status = hangs
+    for _ in range(3):
+        console.watch._read_at = 0.0
+        assert await status_of(app, {}) == 200
+    assert calls == 1
+    go_on.set()
+    await asyncio.sleep(0.1)
+    console.watch._read_at = 0.0
+    await console.watch.read()
+    assert console.watch.snapshot is not None

@@ -45,7 +45,8 @@ class Store(dict[bytes, bytes]):
 
     def tell(self, router: SharedRouters, traffic: Traffic, **more: Any) -> None:
         """It tells it."""
-        router.tell(self.record(traffic, True, **more), lambda: self.record(traffic, False))
+        whole = self.record(traffic, False) if router.needs_whole() else None
+        router.tell(self.record(traffic, True, **more), whole)
 
 
 def test_routers_add_up_what_they_tell() -> None:
