@@ -29,6 +29,8 @@ logger = logging.getLogger("ray.serve")
 FRESH_S = 1.0
 # Replicas and other routers are told at this interval in seconds that somebody watches.
 TELL_EVERY_S = 4.0
+# What differs from an older reading has not happened now, so it is no event.
+RECENT_S = 15.0
 FORGET_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 5.0
 
@@ -57,7 +59,7 @@ class ClusterWatch:
         self.is_watched_elsewhere = False
         self._shared = shared or SharedRouters(parts.replica, clock=clock)
         self._idle = idle or IdleNodes(_own_node)
-        self._read_at = self._told_at = float("-inf")
+        self._read_at = self._told_at = self._taken_at = float("-inf")
         self._lock = asyncio.Lock()
         self._complaint = ""
         self._has_told = False
@@ -83,8 +85,8 @@ class ClusterWatch:
             self._read_at = self._clock()
 
     async def _in_time(self) -> _Read:
-        """Returns a reading that another thread makes. Raises TimeoutError after `READ_TIMEOUT_S`, as Ray waits a minute
-        and more for a head that is gone. That thread then goes on, and no other is started until it has ended."""
+        """Returns a reading that another thread makes. Raises TimeoutError after `READ_TIMEOUT_S`, because Ray waits a
+        minute and more for a head that is gone. That thread then goes on, and no other is started until it ends."""
         if self._reading is None:
             self._reading = asyncio.ensure_future(asyncio.to_thread(self._blocking, self._records()))
         done, _ = await asyncio.wait({self._reading}, timeout=READ_TIMEOUT_S)
@@ -133,9 +135,7 @@ class ClusterWatch:
         deployment = (application.get("deployments") or {}).get(ROUTER_DEPLOYMENT) or {}
         return deployment.get("replicas") or ()
 
-    def _blocking(
-        self, records: tuple[Record, Record | None] | None
-    ) -> tuple[Reading, Mapping[str, Sequence[DeviceMemory]]]:
+    def _blocking(self, records: tuple[Record, Record | None] | None) -> _Read:
         """Reads what Ray has, and tells replicas and other routers that somebody watches, with this router's records if
         there are others. It runs in a thread."""
         now = self._clock()
@@ -162,13 +162,14 @@ class ClusterWatch:
 
     def _take(self, reading: Reading, idle: Mapping[str, Sequence[DeviceMemory]]) -> None:
         directory, ledger, before = self._parts.directory, self._ledger, self.snapshot
+        is_recent, self._taken_at = self._clock() - self._taken_at < RECENT_S, self._clock()
         applications = directory.applications
         ledger.heard(self._shared.others)
         # Serve's own words for the routers' application are not a model's.
         cluster = replace(
             reading.cluster, models=[m for m in reading.cluster.models if m.name != self._parts.application]
         )
-        if before is not None:
+        if before is not None and is_recent:
             ledger.add(cluster_events(before.cluster, cluster, _deployment_states(applications)))
         self.snapshot = Snapshot(
             cluster=cluster,

@@ -18,7 +18,7 @@ from serve_app.console.console import ServedConsole
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.router.residency import Residency
-from serve_app.status.cluster_status import ClusterStatus
+from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 from serve_app.status.reader import Reading
 from tests.fakes import AUTH, OUTSIDE, Models, ModelsFake, make_gate, open_gate, router_app, says
 
@@ -301,3 +301,24 @@ async def test_a_head_of_ray_that_is_gone_holds_up_no_page(monkeypatch: pytest.M
     console.watch._read_at = 0.0
     await console.watch.read()
     assert console.watch.snapshot is not None
+
+
+async def test_what_happened_while_nobody_looked_is_not_told_as_if_it_were_new() -> None:
+    """The first page would see old losses with the time of its opening."""
+    now = 1000.0
+    here = [ReplicaView("r0", "RUNNING", "a", 1, None), ReplicaView("r1", "RUNNING", "a", 2, None)]
+    readings: list[list[ReplicaView]] = [here, here[:1], here, here[:1]]
+
+    def reads(*_: Any) -> Reading:
+        model = ModelView("m", "ready", 2, 2, readings.pop(0), "", "")
+        return Reading(ClusterStatus((), (), (model,)), ())
+
+    console, _ = console_app(open_gate())
+    console.watch._clock = lambda: now
+    console.watch._read_status = reads
+    told = []
+    for passed in (0.0, 3600.0, 1.0, 1.0):
+        now += passed
+        await console.watch.read()
+        told.append([event.kind for event in console.ledger.events.since()])
+    assert told == [[], [], ["started"], ["started", "lost"]]
