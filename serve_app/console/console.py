@@ -18,7 +18,7 @@ from serve_app import __version__
 from serve_app.console.cluster_watch import ClusterWatch
 from serve_app.console.events import Event
 from serve_app.console.feed import Feed, send_events
-from serve_app.console.guard import require_on, visitor_of
+from serve_app.console.guard import is_on, require_on, visitor_of
 from serve_app.console.ledger import Ledger, Mark
 from serve_app.console.page import INDEX, Page
 from serve_app.console.snapshot import event_json, models_json, nodes_json
@@ -168,8 +168,12 @@ class ServedConsole:
         self._tell()
 
     def _close_strangers(self) -> None:
-        """Ends the streams of keys that are gone or may use other models now. Their pages ask again with the key."""
+        """Ends the streams of keys that are gone or may use other models now, and all once the console is switched off.
+        Their pages ask again, with the key."""
         source = self.parts.gate.source
+        if not is_on(self.parts.config(), self.parts.is_loopback, source.is_open):
+            for page in self._feed:
+                page.end()
         if source.is_open or not len(self._feed):
             return
         known = {key.sha256: key for key in source.refresh().keys}
