@@ -10,9 +10,11 @@ ServeAppError                 it says what went wrong, where, and what to do
     │   └── ContextTooLong    400
     ├── Unauthorized          401, with www-authenticate
     ├── Forbidden             403
+    ├── AdminOnly             403
     ├── ForeignPage           403, for a web page of another site if no key is needed
     ├── ModelNotFound         404
     ├── RequestTimeout        408
+    ├── Conflict              409, when what is asked for has no meaning now
     ├── RequestTooLarge       413
     ├── HeadersTooLarge       431
     ├── ClientGone            499, which only the metrics show
@@ -191,6 +193,22 @@ class Forbidden(RequestError):
     status = 403
     type = "invalid_request_error"
     code = "model_not_allowed"
+
+
+class AdminOnly(RequestError):
+    """The API key is known, but what is asked for needs one of the role admin."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
+
+
+class Conflict(RequestError):
+    """The request is right, but it cannot be done in the state that the model or the cluster is in."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
 
 
 class ForeignPage(RequestError):
