@@ -10,7 +10,7 @@ ServeAppError                 it says what went wrong, where, and what to do
     │   └── ContextTooLong    400
     ├── Unauthorized          401, with www-authenticate
     ├── Forbidden             403
-    ├── AdminOnly             403
+    │   └── AdminOnly         403
     ├── ForeignPage           403, for a web page of another site if no key is needed
     ├── ModelNotFound         404
     ├── RequestTimeout        408
@@ -195,12 +195,10 @@ class Forbidden(RequestError):
     code = "model_not_allowed"
 
 
-class AdminOnly(RequestError):
-    """The API key is known, but what is asked for needs one of the role admin."""
+class AdminOnly(Forbidden):
+    """The API key may look at the console, but not change anything."""
 
-    status = 403
-    type = "invalid_request_error"
-    code = "forbidden"
+    code = "admin_only"
 
 
 class Conflict(RequestError):
