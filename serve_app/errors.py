@@ -11,6 +11,7 @@ ServeAppError                 it says what went wrong, where, and what to do
     ├── Unauthorized          401, with www-authenticate
     ├── Forbidden             403
     │   └── AdminOnly         403
+    ├── ConsoleOff            404
     ├── ForeignPage           403, for a web page of another site if no key is needed
     ├── ModelNotFound         404
     ├── RequestTimeout        408
@@ -207,6 +208,14 @@ class Conflict(RequestError):
     status = 409
     type = "invalid_request_error"
     code = "conflict"
+
+
+class ConsoleOff(RequestError):
+    """The console is switched off at this router."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "console_off"
 
 
 class ForeignPage(RequestError):

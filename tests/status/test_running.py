@@ -24,7 +24,7 @@ def application(args: dict[str, Any], nodes: list[str], resources: dict[str, flo
     return {
         "status": "RUNNING",
         "message": "",
-        "deployed_app_config": {"args": {"model": "serve-app/demo", **args}},
+        "deployed_app_config": {"args": {"model": "serve-app/demo", "infer_backend": "pt", **args}},
         "deployments": {"Model": {"replicas": replicas, "message": "", "required_resources": resources or {}}},
     }
 
@@ -75,7 +75,7 @@ def test_a_pool_has_the_budget_of_its_config_on_its_nodes() -> None:
     """By index, of memory, and without `pool_memory` all GPUs of the node. A config that cannot be read has no pool."""
     swap = {"policy": "swap"}
     indexed = application({"residency": {**swap, "pool_memory": {0: "16GiB"}}}, ["id1"])
-    on_cpu = {"device": "cpu", "infer_backend": "pt"}
+    on_cpu = {"device": "cpu"}
     memory = application(
         {**on_cpu, "residency": {**swap, "pool": "m", "pool_memory": {"cpu": "2GiB", "disk": "1GiB"}}}, ["id2"]
     )
