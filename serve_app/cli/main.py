@@ -305,6 +305,10 @@ def _add_plan(commands: Any) -> None:
     planning.add_argument("config", type=Path, nargs="?", help="a Ray Serve config file")
     _add_inventory(planning)
     planning.add_argument(
+        "--beside-running", action="store_true",
+        help="count what the cluster's other models take or were planned to take; those of the file replace theirs",
+    )  # fmt: skip
+    planning.add_argument(
         "--write", type=Path, metavar="OUT", help="write the file with what the plan chose, and keep its comments"
     )
     planning.add_argument("--svg", type=Path, metavar="FILE", help="also draw the plan, as an SVG picture")

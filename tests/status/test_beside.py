@@ -19,7 +19,9 @@ def left(device: Device, running: Running, models: tuple[str, ...] = (), pools: 
     return inventory.devices[0].free_bytes // GIB
 
 
-def held(name: str, held: int, planned: int, gpus: float = 0.0, device: Device = MEMORY, pool: str = "") -> RunningModel:
+def held(
+    name: str, held: int, planned: int, gpus: float = 0.0, device: Device = MEMORY, pool: str = ""
+) -> RunningModel:
     """A model with one replica, in GiB."""
     return RunningModel(name, [Holding(device.id, held * GIB, planned * GIB, gpus)], pool)
 
