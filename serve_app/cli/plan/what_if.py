@@ -9,7 +9,6 @@ imported or run.
 import contextlib
 import io
 import json
-import os
 import pickle
 import re
 import resource
