@@ -12,14 +12,19 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.console.actions import Actions
+from serve_app.console.admin import AdminEndpoints
 from serve_app.console.events import EventLog
 from serve_app.console.feed import Feed, send_events
-from serve_app.console.guard import require_on, visitor_of
+from serve_app.console.guard import Visitor, is_on, require_on, visitor_of
+from serve_app.console.openapi import DOCUMENTED
 from serve_app.console.page import INDEX, Page
 from serve_app.console.snapshot import state_of
 from serve_app.console.view import View
+from serve_app.console.what_if import WhatIf
 from serve_app.router.console import RouterParts
 from serve_app.router.exchange import Exchange
+from serve_app.router.openapi import Added
 from serve_app.wire.body import RequestBody
 from serve_app.wire.openai_errors import route_error_response
 
@@ -43,6 +48,10 @@ class ServedConsole:
         self.events = EventLog()
         self._feed: Feed[View] = Feed()
         self._page = Page()
+        actions = Actions(
+            parts.directory, parts.forwarder, self.events, lambda name: parts.config().aliases.get(name, name)
+        )
+        self._admin = AdminEndpoints(self.visitor_of, parts.config, actions, WhatIf())
 
     def routes(self) -> Sequence[BaseRoute]:
         """Returns what it answers to."""
@@ -52,7 +61,12 @@ class ServedConsole:
             Route("/ui/assets/{name:path}", self._asset),
             Route("/ui/api/state", self._state),
             Route("/ui/api/stream", _Asgi(self._stream), methods=["GET"]),
+            *self._admin.routes(),
         ]
+
+    def openapi(self) -> Added:
+        """Returns what the OpenAPI document says of it, which is nothing while it is switched off."""
+        return DOCUMENTED if self._is_on() else Added()
 
     async def start(self) -> None:
         """Begins its work in the background."""
@@ -79,14 +93,21 @@ class ServedConsole:
     def refused(self, status: int) -> None:
         """Notes a request that the door refused."""
 
+    def _is_on(self) -> bool:
+        return is_on(self.parts.config(), self.parts.is_loopback, self.parts.gate.source.is_open)
+
     def require_on(self) -> None:
         """Raises ConsoleOff if it is switched off."""
         require_on(self.parts.config(), self.parts.is_loopback, self.parts.gate.source.is_open)
 
-    def view_of(self, scope: Scope) -> View:
-        """Returns what the sender of a request sees. Raises ConsoleOff, Unauthorized and ForeignPage."""
+    def visitor_of(self, scope: Scope) -> Visitor:
+        """Returns who sends a request. Raises ConsoleOff, Unauthorized and ForeignPage."""
         self.require_on()
-        visitor = visitor_of(self.parts.gate, scope)
+        return visitor_of(self.parts.gate, scope)
+
+    def view_of(self, scope: Scope) -> View:
+        """Returns what the sender of a request sees. Raises what `visitor_of` raises."""
+        visitor = self.visitor_of(scope)
         return View(visitor.key, visitor.is_admin)
 
     async def _redirect(self, _: Request) -> Response:

@@ -1,4 +1,4 @@
-"""A file that `serve-app run` serves is read again when somebody asks for it, with Ray and Serve replaced by records."""
+"""A file that `serve-app run` serves is read again when somebody asks, with Ray and Serve replaced by records."""
 
 import io
 import os
