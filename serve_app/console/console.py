@@ -43,15 +43,15 @@ def open_console(parts: RouterParts) -> "ServedConsole":
 class ServedConsole:
     """Watches the requests of one router replica, and answers below /ui."""
 
-    def __init__(self, parts: RouterParts):
+    def __init__(self, parts: RouterParts, actions: Actions | None = None, what_if: WhatIf | None = None):
         self.parts = parts
         self.events = EventLog()
         self._feed: Feed[View] = Feed()
         self._page = Page()
-        actions = Actions(
+        actions = actions or Actions(
             parts.directory, parts.forwarder, self.events, lambda name: parts.config().aliases.get(name, name)
         )
-        self._admin = AdminEndpoints(self.visitor_of, parts.config, actions, WhatIf())
+        self._admin = AdminEndpoints(self.visitor_of, parts.config, actions, what_if or WhatIf())
 
     def routes(self) -> Sequence[BaseRoute]:
         """Returns what it answers to."""

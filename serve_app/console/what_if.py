@@ -39,6 +39,7 @@ PLANNER = "serve_app.cli.plan.what_if"
 MOST_BODY_BYTES = 256 * 2**10
 MOST_AT_ONCE = 2
 TIMEOUT_S = 60.0
+MOST_MEMORY_BYTES = 2 * 2**30
 # Who finds both places taken is told to come again after so many seconds.
 RETRY_S = 5.0
 # What runs is read again for a plan if it was read longer ago than so many seconds.
@@ -58,12 +59,14 @@ WRONG = 2
 @dataclass(frozen=True)
 class PlanJob:
     """This is what is to be planned: a config file, or the `args` of one model without a file, neither of which was
-    checked. The devices and what runs there are those of the cluster."""
+    checked. The devices and what runs there are those of the cluster. A plan takes some hundred megabytes, and its
+    process may hold `most_memory_bytes`."""
 
     inventory: Inventory
     running: Running
     yaml: str | None = None
     args: Mapping[str, Any] | None = None
+    most_memory_bytes: int = MOST_MEMORY_BYTES
 
 
 Run = Callable[[PlanJob], Awaitable[bytes]]

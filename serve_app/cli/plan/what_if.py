@@ -30,8 +30,6 @@ from serve_app.residency.pools import plan_file
 # Messages have this name for what the client has sent.
 FILE = Path("config.yaml")
 WIDTH = 100
-# A plan takes some hundred megabytes. Engines that are asked about a model run in processes with bounds of their own.
-MOST_MEMORY_BYTES = 2 * 2**30
 # The characters of an answer. One of a hundred models has some hundred thousand.
 MOST_ANSWER = 4 * 2**20
 
@@ -39,7 +37,7 @@ MOST_ANSWER = 4 * 2**20
 def main() -> int:
     """Answers one job in the current folder, which must be empty, and returns the exit code."""
     job: PlanJob = pickle.load(sys.stdin.buffer)  # noqa: S301  our own router has written it
-    _bound_memory()
+    _bound_memory(job.most_memory_bytes)
     try:
         told = json.dumps(answer(job))
     except ConfigError as error:
@@ -48,8 +46,11 @@ def main() -> int:
     except RecursionError:
         print(f"{FILE}: it is nested too deep.")
         return 2
-    except (MemoryError, OverflowError):
-        print(f"{FILE}: its numbers are so large that the plan has no end. Write smaller ones.")
+    except MemoryError:
+        print(f"{FILE}: its plan needs more than {job.most_memory_bytes >> 20} MiB. Send fewer models or replicas.")
+        return 2
+    except OverflowError:
+        print(f"{FILE}: a number is too large to be counted with. Write a smaller one.")
         return 2
     if len(told) > MOST_ANSWER:
         print(f"{FILE}: its plan has more than {MOST_ANSWER >> 20} MiB. Send fewer models or replicas at once.")
@@ -98,10 +99,10 @@ def _fixes(made: Plan) -> list[dict[str, str]]:
     return [{"model": fix.model, "text": fix.text, "effect": fix.effect} for fix in found]
 
 
-def _bound_memory() -> None:
+def _bound_memory(most: int) -> None:
+    """Bounds what this process may hold. Engines that are asked about a model run in processes with their own bound."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = MOST_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, MOST_MEMORY_BYTES)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(hard, most), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
