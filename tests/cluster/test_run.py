@@ -1,8 +1,10 @@
 """One `serve-app run`: a model that scales, one that cannot load, and a clean terminal to the end."""
 
 import asyncio
+import json
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +15,7 @@ import yaml
 
 from tests.cluster.conftest import model
 from tests.cluster.serve_app_run import ROUTER, ServeAppRun, answer
+from tests.cluster.serve_run import BIN
 from tests.cluster.test_serving import WAYS, base_url, chat
 from tests.demo_answers import ANSWERS, QUESTIONS
 
@@ -137,6 +140,14 @@ def test_the_console_plans_beside_what_runs(served: ServeAppRun) -> None:
     assert "serve_app.app:router" in before["yaml"]
     update = plan(served, {"yaml": yaml.safe_dump({"applications": [model("scaling", infer_backend="pt")]})})
     assert update["notes"] == ["What scaling holds now counts as free, because the plan has it anew."]
+    address = re.search(r"--address (\S+) for other commands", served.output())
+    assert address is not None
+    command = [BIN / "serve-app", "plan", served.config_file, "--beside-running", "--address", address[1], "--json"]
+    done = subprocess.run(command, env=served.environment, capture_output=True, text=True, timeout=120)
+    assert "broken: model: " in done.stderr  # Its weights are missing, so the file cannot be planned.
+    command[2:3] = ["--model", "serve-app/demo", "--device", "cpu"]
+    done = subprocess.run(command, env=served.environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, json.loads(done.stdout)["fits"]) == (0, True), done.stderr
     wrong = httpx.post(f"{served.url}/ui/api/plan", json={"yaml": "applications: [1]"}, timeout=70)
     assert (wrong.status_code, wrong.json()["error"]["message"]) == (
         400,

@@ -9,6 +9,7 @@ imported or run.
 import contextlib
 import io
 import json
+import os
 import pickle
 import re
 import resource
@@ -30,6 +31,9 @@ from serve_app.residency.pools import plan_file
 # Messages have this name for what the client has sent.
 FILE = Path("config.yaml")
 WIDTH = 100
+# The router stops waiting before this many seconds of a processor have been used.
+MOST_CPU_S = 120
+NICENESS = 10
 # The characters of an answer. One of a hundred models has some hundred thousand.
 MOST_ANSWER = 4 * 2**20
 
@@ -37,7 +41,7 @@ MOST_ANSWER = 4 * 2**20
 def main() -> int:
     """Answers one job in the current folder, which must be empty, and returns the exit code."""
     job: PlanJob = pickle.load(sys.stdin.buffer)  # noqa: S301  our own router has written it
-    _bound_memory(job.most_memory_bytes)
+    _bound(job.most_memory_bytes)
     try:
         told = json.dumps(answer(job))
     except ConfigError as error:
@@ -99,10 +103,14 @@ def _fixes(made: Plan) -> list[dict[str, str]]:
     return [{"model": fix.model, "text": fix.text, "effect": fix.effect} for fix in found]
 
 
-def _bound_memory(most: int) -> None:
-    """Bounds what this process may hold. Engines that are asked about a model run in processes with their own bound."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(hard, most), hard))
+def _bound(most: int) -> None:
+    """Bounds what this process may hold, and lets the router have the processor first. A router that is killed does not
+    end it, so its processor time has a bound too. Engines that are asked about a model run in processes with their own
+    bounds."""
+    os.nice(NICENESS)
+    for kind, size in ((resource.RLIMIT_DATA, most), (resource.RLIMIT_CPU, MOST_CPU_S)):
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (size if hard == resource.RLIM_INFINITY else min(hard, size), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
