@@ -1,15 +1,14 @@
 """Does what an admin may do: wake a model, park one, and have the config file read again."""
 
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol
 
 from serve_app.access.keys import ApiKey
-from serve_app.console.events import EventLog
+from serve_app.console.events import Kind
 from serve_app.console.guard import Visitor, require_admin
 from serve_app.console.reload import Reload, Reloaded
 from serve_app.errors import AdminOnly, Conflict, ModelNotFound
@@ -58,19 +57,23 @@ class Done:
         return {"model": self.model, "has_begun": self.has_begun, "message": self.message}
 
 
+Note = Callable[[Kind, str, str], object]
+
+
 class Actions:
-    """Acts for one router replica. `alias_of` returns what a name of a client stands for."""
+    """Acts for one router replica. `alias_of` returns what a name of a client stands for, and `note` takes an event:
+    its kind, the model that it concerns, or an empty text, and the text for a person."""
 
     def __init__(
         self,
         models: Models,
         waker: Waker,
-        events: EventLog,
         alias_of: Callable[[str], str] = lambda name: name,
         wishes: Wishes | None = None,
         reload: Callable[[str], Any] | None = None,
     ):
-        self._models, self._waker, self._events, self._alias_of = models, waker, events, alias_of
+        self._models, self._waker, self._alias_of = models, waker, alias_of
+        self.note: Note = lambda kind, model, text: None
         self._wishes, self._reload = wishes or Operator(), reload or Reload()
 
     async def wake(self, visitor: Visitor, name: str) -> Done:
@@ -135,13 +138,22 @@ class Actions:
                 return model
         raise ModelNotFound(f"There is no model '{name[:200]}' here that you may use.", param="model")
 
-    def _begun(self, visitor: Visitor, name: str, kind: Any, text: str, application: str = "") -> Done:
+    def _begun(self, visitor: Visitor, name: str, kind: Kind, text: str, application: str = "") -> Done:
         self._note(visitor, kind, application or name, text)
         return Done(name, True, text)
 
-    def _note(self, visitor: Visitor, kind: Any, model: str, text: str) -> None:
-        self._events.add(time.time(), kind, model, text)
+    def _note(self, visitor: Visitor, kind: Kind, model: str, text: str) -> None:
+        self.note(kind, model, text)
         logger.info("The console, for %s: %s", _who(visitor.key), text)
+
+
+def possible(model: ModelStatus, states: Sequence[str]) -> list[str]:
+    """Returns what an admin could do with a model now. `states` are those of its replicas if it shares memory."""
+    has_memory = any(state in ("resident", "waking") for state in states)
+    can = ["park"] if has_memory else []
+    if model.state == "asleep" or (model.state == "ready" and states and not has_memory):
+        can.append("wake")
+    return can
 
 
 def require_all_models(visitor: Visitor) -> None:

@@ -33,10 +33,10 @@ class AdminEndpoints:
     def routes(self) -> Sequence[BaseRoute]:
         """Returns what it answers to."""
         return [
-            Route("/ui/api/plan", _Asgi(self._plan), methods=["POST"]),
-            Route("/ui/api/reload", _Asgi(self._reload), methods=["POST"]),
-            Route("/ui/api/models/{name:path}/wake", _Asgi(self._wake), methods=["POST"]),
-            Route("/ui/api/models/{name:path}/park", _Asgi(self._park), methods=["POST"]),
+            Route("/ui/api/plan", AsgiEndpoint(self._plan), methods=["POST"]),
+            Route("/ui/api/reload", AsgiEndpoint(self._reload), methods=["POST"]),
+            Route("/ui/api/models/{name:path}/wake", AsgiEndpoint(self._wake), methods=["POST"]),
+            Route("/ui/api/models/{name:path}/park", AsgiEndpoint(self._park), methods=["POST"]),
         ]
 
     async def _plan(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,13 +76,14 @@ class AdminEndpoints:
         return visitor
 
 
-class _Asgi:
+class AsgiEndpoint:
     """Is an endpoint that gets a request as it comes, which Starlette tells from a function by its type."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
         await self._app(scope, receive, send)
 
 

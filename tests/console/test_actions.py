@@ -1,17 +1,19 @@
 """What an admin may do, and what is said of what cannot be done."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
 
 from serve_app.access.keys import ApiKey
-from serve_app.console.actions import Actions
+from serve_app.console.actions import Actions, possible
 from serve_app.console.events import EventLog
 from serve_app.console.guard import Visitor
 from serve_app.console.reload import Reloaded
 from serve_app.errors import AdminOnly, Conflict, ModelNotFound, RequestError
 from serve_app.residency.operator import KeeperSilent
+from serve_app.router.model_status import ModelStatus
 from tests.fakes import ModelsFake
 
 HASH = "0" * 64
@@ -30,8 +32,9 @@ class Cluster:
         self.events = EventLog()
         aliases = {"alias": "m"}
         self.actions = Actions(
-            ModelsFake(**states), self, self.events, lambda name: aliases.get(name, name), Wishes(self), self.reload
+            ModelsFake(**states), self, lambda name: aliases.get(name, name), Wishes(self), self.reload
         )
+        self.actions.note = partial(self.events.add, 0.0)
 
     def wake(self, name: str) -> None:
         """As the router's forwarder."""
@@ -197,3 +200,21 @@ async def test_the_config_file_is_read_again() -> None:
     assert cluster.done == ["reload for the key 'ops'"]
     text = "The config file was read again, and 2 changes follow, because an admin asked for it."
     assert cluster.told() == [("config", "", text)]
+
+
+@pytest.mark.parametrize(
+    ("state", "replicas", "can"),
+    [
+        ("asleep", [], ["wake"]),
+        ("ready", [], []),
+        ("ready", ["parked", "stopped"], ["wake"]),
+        ("ready", ["draining"], ["wake"]),
+        ("ready", ["parked", "resident"], ["park"]),
+        ("ready", ["waking"], ["park"]),
+        ("loading", [], []),
+        ("failed", [], []),
+    ],
+)
+def test_what_could_be_done_now(state: Any, replicas: list[str], can: list[str]) -> None:
+    """So that a page offers nothing else."""
+    assert possible(ModelStatus("m", state, 1), replicas) == can

@@ -24,7 +24,6 @@ from serve_app.access.limiter import ActorLimiter
 from serve_app.config import RouterConfig
 from serve_app.console.actions import Actions
 from serve_app.console.console import ServedConsole
-from serve_app.console.events import EventLog
 from serve_app.console.openapi import DOCUMENTED
 from serve_app.console.reload import Reload
 from serve_app.console.what_if import WhatIf
@@ -34,6 +33,7 @@ from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.status.beside import Running
 from serve_app.status.served_file import ServedFiles
+from tests.console.test_console import RESIDENCY, reads_nothing
 from tests.fakes import ModelsFake, open_gate, router_app
 from tests.status.test_served_file import Notes
 
@@ -59,10 +59,11 @@ def console_app(gate: Gate, **config: Any) -> Any:
     forwarder, _ = router_app(directory, None, gate, **config)  # type: ignore[arg-type]
     forwarder.wake = lambda name: None  # type: ignore[method-assign]
     parts = RouterParts(
-        "router", "abc", directory, forwarder, gate, None, lambda: forwarder.config, True  # type: ignore[arg-type]
+        "router", "abc", directory, forwarder, gate, RESIDENCY, lambda: forwarder.config, True  # type: ignore[arg-type]
     )  # fmt: skip
-    actions = Actions(directory, forwarder, EventLog(), wishes=Operator(read=dict), reload=Reload(ServedFiles(Notes())))
-    console = ServedConsole(parts, actions, WhatIf(lambda: (INVENTORY, Running())))
+    actions = Actions(directory, forwarder, wishes=Operator(read=dict), reload=Reload(ServedFiles(Notes())))
+    what_if = WhatIf(lambda: (INVENTORY, Running()))
+    console = ServedConsole(parts, actions=actions, what_if=what_if, read_status=reads_nothing, tell=lambda now: None)
     app = KeyedRouter(build_app(forwarder, directory, gate, None, console), gate)  # type: ignore[arg-type]
     return OuterDoor(app, Inside(gate, lambda: RouterConfig(**config)))
 
