@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -131,6 +132,17 @@ async def test_replicas_rise_under_load_and_fall_after_it(served: ServeAppRun) -
         assert not refusals
         assert rose, "the second replica did not come"
         assert await wait_for(client, 1, timeout_s=120), "the second replica did not go"
+
+
+def test_the_state_of_the_console_is_as_the_document_says(served: ServeAppRun) -> None:
+    """With a node, its memory, and the models on it."""
+    document = httpx.get(f"{served.url}/openapi.json", timeout=10).json()
+    state = httpx.get(f"{served.url}/ui/api/state", timeout=30).json()
+    schema = {"$ref": "#/components/schemas/ConsoleState", "components": document["components"]}
+    jsonschema.Draft202012Validator(schema).validate(state)
+    blocks = [block for node in state["nodes"] for device in node["devices"] for block in device["blocks"]]
+    assert [block["model"] for block in blocks] == ["scaling"]
+    assert {model["name"] for model in state["models"]} == {"broken", "scaling"}
 
 
 def test_the_console_plans_beside_what_runs(served: ServeAppRun) -> None:
