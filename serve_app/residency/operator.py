@@ -46,15 +46,20 @@ class Operator:
         pools = await self._pools(model)
         if not pools:
             return None
-        state: State | None = await self._ask(
-            min(pools, key=lambda name: min(map(_distance, pools[name]))), "wake", model
-        )
+        nearest = min(pools, key=lambda name: min(map(_distance, pools[name])))
+        state: State | None = await self._ask(nearest, "wake", model)
+        if state is None:
+            raise _too_new(nearest)
         return state
 
     async def park(self, model: str) -> list[State] | None:
         """Does what `Wishes` says."""
-        found = [await self._ask(name, "park", model) for name in await self._pools(model)]
-        return [state for states in found for state in states or ()] or None
+        pools = await self._pools(model)
+        told = {name: await self._ask(name, "park", model) for name in pools}
+        for name, states in told.items():
+            if states is None:
+                raise _too_new(name)
+        return [state for states in told.values() for state in states] or None
 
     async def _pools(self, model: str) -> dict[PoolName, list[Mapping[str, Any]]]:
         """Returns the records of the model's replicas by pool and node."""
@@ -77,6 +82,11 @@ class Operator:
         except Exception as error:  # It may be restarting, and Ray raises several kinds then.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise KeeperSilent(f"The keeper of the pool '{name.pool}' does not answer: {reason}") from None
+
+
+def _too_new(name: PoolName) -> KeeperSilent:
+    """Returns the error of a keeper that has its records of an earlier one, whose replicas have not joined it yet."""
+    return KeeperSilent(f"The keeper of the pool '{name.pool}' has just started. Try again in a moment.")
 
 
 def _distance(record: Mapping[str, Any]) -> float:

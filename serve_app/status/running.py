@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from serve_app.byte_sizes import MaxMemoryKey
@@ -55,11 +56,7 @@ def running(
         application = applications[name]
         config = _config_of(application)
         swaps = None if config is None else config.swaps
-        deployment = application["deployments"].get(MODEL_DEPLOYMENT) or {}
-        replicas = [
-            _Replica(item, reports.get((name, item["replica_id"]))) for item in deployment.get("replicas") or ()
-        ]
-        asked = deployment.get("required_resources") or {}
+        replicas, asked = _replicas(name, application, reports)
         holdings = [
             holding
             for each in replicas
@@ -80,11 +77,27 @@ def running(
     return Running(tuple(models), tuple(pools.values()), booked)
 
 
+@dataclass(frozen=True)
 class _Replica:
-    """This is one replica of Serve's details, with its report if there is one."""
+    """This is one replica, with Ray's id of its node and its report if there is one."""
 
-    def __init__(self, item: Mapping[str, Any], report: ReplicaReport | None):
-        self.node_id, self.report = str(item.get("node_id") or ""), report
+    node_id: str
+    report: ReplicaReport | None
+
+
+def _replicas(
+    name: str, application: Mapping[str, Any], reports: Mapping[tuple[str, str], ReplicaReport]
+) -> tuple[list[_Replica], Mapping[str, float]]:
+    """Returns the replicas of a model, and what each asks of Ray."""
+    deployment = application["deployments"].get(MODEL_DEPLOYMENT)
+    if deployment is None:  # Serve gives no details of what keeps running after an update could not be built.
+        own = [report for (owner, _), report in reports.items() if owner == name]
+        return [_Replica(report.node_id, report) for report in own], {"GPU": 1.0}
+    found = [
+        _Replica(str(item.get("node_id") or ""), reports.get((name, item["replica_id"])))
+        for item in deployment.get("replicas") or ()
+    ]
+    return found, deployment.get("required_resources") or {}
 
 
 def _config_of(application: Mapping[str, Any]) -> ModelConfig | None:

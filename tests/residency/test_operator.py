@@ -76,6 +76,14 @@ async def test_a_model_that_shares_no_memory_has_no_keeper() -> None:
     assert (await operator.wake("z"), await operator.park("z"), actors.calls) == (None, None, [])
 
 
+@pytest.mark.parametrize("wish", ["wake", "park"])
+async def test_a_keeper_that_does_not_know_the_replicas_yet_says_so(wish: str) -> None:
+    """It is not taken for a model that shares no memory."""
+    operator = Operator(lambda: POOLS, Actors({wish: None}).find)
+    with pytest.raises(KeeperSilent, match="'default' has just started"):
+        await getattr(operator, wish)("m")
+
+
 @pytest.mark.parametrize(
     ("actors", "told"),
     [

@@ -1,5 +1,6 @@
 """What Serve's details and the replicas' reports say of what runs."""
 
+from dataclasses import replace
 from typing import Any
 
 from serve_app.facts.inventory import Device, Inventory
@@ -63,6 +64,14 @@ def test_a_replica_without_a_report_claims_what_ray_counts() -> None:
     asked = application({}, ["id1", "id1"], {"vram_mib_0": 2048.0})
     (model,) = read({"a": asked}, {}).models
     assert (model.starting, model.claims) == (2, {"n1:0": 4 * GIB})
+
+
+def test_what_serves_on_after_a_failed_update_counts_by_its_reports() -> None:
+    """Serve gives no details of it. It is believed to have its GPU whole."""
+    failed = application({}, []) | {"status": "DEPLOY_FAILED", "deployments": {}}
+    told = {key: replace(value, node_id="id2") for key, value in report("a", device("GPU-y", 0, 6, 5)).items()}
+    (model,) = read({"a": failed}, told).models
+    assert (model.holdings, model.is_asleep) == ([Holding("n2:0", 5 * GIB, 6 * GIB, 1.0)], False)
 
 
 def test_a_model_without_replicas_sleeps() -> None:
