@@ -16,6 +16,7 @@ from serve_app.facts.inventory import Device, Inventory
 from serve_app.status.beside import Holding, Running, RunningModel
 from tests.facts.test_yaml_bounds import LAUGHS
 
+pytestmark = pytest.mark.slow
 GIB = 2**30
 MEMORY = Device("n1", None, "memory", 16 * GIB, 8 * GIB)
 CARD = Device("n1", 0, "NVIDIA L4", 23 * GIB, 22 * GIB, by_index=True)
