@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from serve_app.console import what_if as what_if_module
 from serve_app.console.what_if import MOST_BODY_BYTES, PlanJob, WhatIf, asked_for, run_planner
@@ -85,6 +86,9 @@ async def test_the_least_fix_is_told() -> None:
     told = await plan({**MODEL, "max_model_len": 4096})
     assert not told["fits"]
     assert [(fix["model"], fix["text"]) for fix in told["fixes"]] == [("demo", "max_model_len: 2048")]
+    assert told["notes"] == ["The file to download has the fixes in it, so everything in it fits."]
+    assert yaml.safe_load(told["yaml"])["applications"][1]["args"]["max_model_len"] == 2048
+    assert (await plan({"yaml": told["yaml"]}))["fits"]
 
 
 @pytest.mark.parametrize(

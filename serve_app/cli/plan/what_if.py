@@ -14,6 +14,7 @@ import pickle
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from serve_app.cli.init import Choice, config_text, default_name
 from serve_app.cli.plan.plan import left_for
 from serve_app.cli.plan.requests import requests_of_file
 from serve_app.cli.plan.text import page
-from serve_app.cli.plan.write import pinned_text
+from serve_app.cli.plan.write import fixed_text, pinned_text
 from serve_app.console.what_if import PlanJob
 from serve_app.errors import ConfigError
 from serve_app.facts.yaml_bounds import require_bounded
-from serve_app.planning.plan import Plan
+from serve_app.planning.plan import Fix, Plan
 from serve_app.residency.pools import plan_file
 
 # Messages have this name for what the client has sent.
@@ -67,27 +68,51 @@ def answer(job: PlanJob) -> dict[str, Any]:
     """Returns the plan of a job, with what else `POST /ui/api/plan` says of it. Raises ConfigError."""
     notes = io.StringIO()
     with contextlib.redirect_stderr(notes):
-        made, text, more = _planned(job)
+        text = _text_of(job)
+        made, more = _planned(job, text)
+        fixes = _fixes(made)
+        file, change = _file(job, made, text, fixes)
     told = re.findall(r"^note: (.*)$", notes.getvalue(), re.MULTILINE)
     return {
         "fits": made.fits,
         "text": "\n".join(line.plain.rstrip() for line in page(made, WIDTH)),
         "plan": made.to_json(),
-        "fixes": _fixes(made),
-        "yaml": pinned_text(made, text) if made.fits else None,
-        "notes": [*more, *told],
+        "fixes": [{"model": fix.model, "text": fix.text, "effect": fix.effect} for fix in fixes],
+        "yaml": file,
+        "notes": [*change, *more, *dict.fromkeys(told)],
         "files": [],
     }
 
 
-def _planned(job: PlanJob) -> tuple[Plan, str, list[str]]:
-    """Returns the plan, the config file that it is of, and notes on what runs. Raises ConfigError."""
-    text = job.yaml if job.yaml is not None else _file_of(dict(job.args or {}), bool(job.inventory.gpus))
+def _text_of(job: PlanJob) -> str:
+    """Returns the config file of a job. Raises ConfigError."""
+    return job.yaml if job.yaml is not None else _file_of(dict(job.args or {}), bool(job.inventory.gpus))
+
+
+def _planned(job: PlanJob, text: str) -> tuple[Plan, list[str]]:
+    """Returns the plan of a config file, and notes on what runs. Raises ConfigError."""
     require_bounded(text, str(FILE))
     FILE.write_text(text)
     requests = requests_of_file(FILE, job.inventory, is_foreign=True)
     inventory, notes = left_for(requests, job.inventory, job.running)
-    return plan_file(requests, inventory), text, list(notes)
+    return plan_file(requests, inventory), list(notes)
+
+
+def _file(job: PlanJob, made: Plan, text: str, fixes: Sequence[Fix]) -> tuple[str | None, list[str]]:
+    """Returns the config file with what the plan chose, and notes on it. If not everything fits, it is that of the plan
+    with the fixes, or None if they are not for the file or do not suffice."""
+    if made.fits:
+        return pinned_text(made, text), []
+    fixed = fixed_text(fixes, text) if fixes else None
+    if fixed is None:
+        return None, []
+    try:
+        better, _ = _planned(job, fixed)
+    except ConfigError:
+        return None, []
+    if not better.fits:
+        return None, []
+    return pinned_text(better, fixed), ["The file to download has the fixes in it, so everything in it fits."]
 
 
 def _file_of(args: dict[str, Any], has_gpus: bool) -> str:
@@ -97,10 +122,9 @@ def _file_of(args: dict[str, Any], has_gpus: bool) -> str:
     return config_text(Choice(model, name, backend, None if has_gpus else "cpu", more=args))
 
 
-def _fixes(made: Plan) -> list[dict[str, str]]:
+def _fixes(made: Plan) -> list[Fix]:
     """Returns the changes with which everything fits, or else the least one for each model that does not fit."""
-    found = made.joint_fixes or [fix for problem in made.problems for fix in problem.fixes[:1]]
-    return [{"model": fix.model, "text": fix.text, "effect": fix.effect} for fix in found]
+    return list(made.joint_fixes) or [fix for problem in made.problems for fix in problem.fixes[:1]]
 
 
 def _bound(most: int) -> None:

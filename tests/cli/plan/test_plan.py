@@ -9,9 +9,11 @@ import yaml
 
 from serve_app.cli.main import main
 from serve_app.cli.plan import plan as plan_module
+from serve_app.cli.plan.write import fixed_text
 from serve_app.config import ModelConfig
 from serve_app.facts.checkpoint import DEMO_MODEL
 from serve_app.facts.inventory import Device, Inventory
+from serve_app.planning.plan import Change, Fix
 from serve_app.status.beside import Holding, Running, RunningModel
 from tests.planning.model_requests import CONFIGS
 
@@ -373,3 +375,18 @@ def test_a_plan_beside_what_runs_names_what_it_replaces(
     main(["plan", str(file), "--beside-running", "--json"])
     out, err = capsys.readouterr()
     assert (json.loads(out)["gpus"][0]["free_bytes"], err) == (6 * GIB, "")
+
+
+def test_fixes_are_written_into_the_file(file: Path) -> None:
+    """Into the lines of their model, below others and instead of them, and its comments stay. A card is no line."""
+    text = file.read_text() + "    residency: {policy: swap, pool_memory: {0: 1GiB}}\n"
+    pool = Fix("q", (Change("residency.pool_memory", {0: "9GiB"}),))
+    shorter = Fix("q", (Change("max_model_len", None), Change("max_num_seqs", 8)))
+    fixed = fixed_text([pool, shorter], text)
+    assert fixed is not None
+    args = yaml.safe_load(fixed)["applications"][1]["args"]
+    assert args["residency"] == {"policy": "swap", "pool_memory": {0: "9GiB"}}
+    assert (args["max_num_seqs"], "max_model_len" in args) == (8, False)
+    assert "# our two boxes" in fixed
+    assert fixed_text([Fix("", (Change("gpus", {"size": "16GiB", "node": "n1"}),))], text) is None
+    assert fixed_text([Fix("q", (Change("num_replicas", 1),))], text) is None
