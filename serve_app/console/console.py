@@ -21,7 +21,7 @@ from serve_app.console.cluster_watch import ClusterWatch
 from serve_app.console.events import Event
 from serve_app.console.feed import Feed, send_events
 from serve_app.console.guard import Visitor, is_on, require_on, visitor_of
-from serve_app.console.ledger import Ledger
+from serve_app.console.ledger import Ledger, Mark
 from serve_app.console.openapi import DOCUMENTED
 from serve_app.console.page import INDEX, Page
 from serve_app.console.snapshot import event_json, models_json, nodes_json
@@ -71,7 +71,8 @@ class ServedConsole:
         made.note = self.ledger.own
         self._admin = AdminEndpoints(self.visitor_of, parts.config, made, what_if or WhatIf())
         self._told: dict[View, tuple[bytes, bytes]] = {}
-        self._event_id = self._revision = 0
+        self._event_id = 0
+        self._mark: Mark = (0, 0)
         self._slot = slot_of(clock())
         self._polled_at = float("-inf")
         self._is_asked = asyncio.Event()
@@ -189,8 +190,12 @@ class ServedConsole:
         self._tell()
 
     def _close_strangers(self) -> None:
-        """Ends the streams of keys that are gone or may use other models now. Their pages ask again with the key."""
+        """Ends the streams of keys that are gone or may use other models now, and all once the console is switched off.
+        Their pages ask again, with the key."""
         source = self.parts.gate.source
+        if not is_on(self.parts.config(), self.parts.is_loopback, source.is_open):
+            for page in self._feed:
+                page.end()
         if source.is_open or not len(self._feed):
             return
         known = {key.sha256: key for key in source.refresh().keys}
@@ -201,8 +206,8 @@ class ServedConsole:
     def _tell(self) -> None:
         """Pushes what is new since the last time, once for all pages with the same view."""
         now = self._clock()
-        events, rows = self.ledger.events.since(self._event_id), self.ledger.rows_since(self._revision)
-        self._event_id, self._revision = self.ledger.events.last_id, self.ledger.requests.revision
+        events, rows = self.ledger.events.since(self._event_id), self.ledger.rows_since(self._mark)
+        self._event_id, self._mark = self.ledger.events.last_id, self.ledger.mark
         slots = [self._slot, slot_of(now)] if slot_of(now) != self._slot else [self._slot]
         self._slot = slots[-1]
         rings = self.ledger.rings()
@@ -289,7 +294,7 @@ class ServedConsole:
                     "models": {name: values for name, values in series.items() if seen.name(name)},
                 },
                 "events": [event_json(event) for event in seen.events(self.ledger.events.since()) if event.id <= told],
-                "requests": seen.rows(self.ledger.rows_since(0)),
+                "requests": seen.rows(self.ledger.rows_since()),
             }
         )
 

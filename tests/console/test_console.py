@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from serve_app.access.door import Inside, OuterDoor
 from serve_app.access.gate import Gate, KeyedRouter
 from serve_app.access.keys import KeyRing
 from serve_app.config import RouterConfig
+from serve_app.console import cluster_watch
 from serve_app.console.console import ServedConsole
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.router.residency import Residency
-from serve_app.status.cluster_status import ClusterStatus
+from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 from serve_app.status.reader import Reading
 from tests.fakes import AUTH, OUTSIDE, Models, ModelsFake, make_gate, open_gate, router_app, says
 
@@ -275,3 +277,60 @@ async def test_a_mistake_of_the_console_breaks_no_request(monkeypatch: pytest.Mo
     async with client(app) as http:
         reply = await http.post("/v1/chat/completions", json={"model": "m", "messages": []})
     assert reply.status_code == 200
+
+
+async def test_a_head_of_ray_that_is_gone_holds_up_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray waits for it for a minute and more, in one thread."""
+    monkeypatch.setattr(cluster_watch, "READ_TIMEOUT_S", 0.05)
+    go_on, calls = threading.Event(), 0
+
+    def hangs(*_: Any) -> Reading:
+        nonlocal calls
+        calls += 1
+        go_on.wait(10)
+        return Reading(ClusterStatus((), (), ()), ())
+
+    console, app = console_app(open_gate())
+    console.watch._read_status = hangs
+    for _ in range(3):
+        console.watch._read_at = 0.0
+        assert await status_of(app, {}) == 200
+    assert calls == 1
+    go_on.set()
+    await asyncio.sleep(0.1)
+    console.watch._read_at = 0.0
+    await console.watch.read()
+    assert console.watch.snapshot is not None
+
+
+async def test_what_happened_while_nobody_looked_is_not_told_as_if_it_were_new() -> None:
+    """The first page would see old losses with the time of its opening."""
+    now = 1000.0
+    here = [ReplicaView("r0", "RUNNING", "a", 1, None), ReplicaView("r1", "RUNNING", "a", 2, None)]
+    readings: list[list[ReplicaView]] = [here, here[:1], here, here[:1]]
+
+    def reads(*_: Any) -> Reading:
+        model = ModelView("m", "ready", 2, 2, readings.pop(0), "", "")
+        return Reading(ClusterStatus((), (), (model,)), ())
+
+    console, _ = console_app(open_gate())
+    console.watch._clock = lambda: now
+    console.watch._read_status = reads
+    told = []
+    for passed in (0.0, 3600.0, 1.0, 1.0):
+        now += passed
+        await console.watch.read()
+        told.append([event.kind for event in console.ledger.events.since()])
+    assert told == [[], [], ["started"], ["started", "lost"]]
+
+
+async def test_streams_end_when_the_console_is_switched_off() -> None:
+    """Which `user_config` does while the router runs."""
+    console, app = console_app(open_gate())
+    stream = Stream(app)
+    await stream.next()
+    console.parts.forwarder.config = RouterConfig(console=False)
+    await console.tick()
+    async with asyncio.timeout(5):
+        await stream.task
+    assert await status_of(app, {}) == 404

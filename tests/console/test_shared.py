@@ -1,16 +1,20 @@
 """What several routers tell each other."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from serve_app.console import shared as shared_module
 from serve_app.console.events import Event
+from serve_app.console.ledger import Ledger
 from serve_app.console.requests import Row
 from serve_app.console.shared import (
     FORGOTTEN_S,
     RECENT_SLOTS,
     STALE_S,
+    OtherRouter,
     Record,
     SharedRouters,
     queued_of_all,
@@ -41,7 +45,8 @@ class Store(dict[bytes, bytes]):
 
     def tell(self, router: SharedRouters, traffic: Traffic, **more: Any) -> None:
         """It tells it."""
-        router.tell(self.record(traffic, True, **more), lambda: self.record(traffic, False))
+        whole = self.record(traffic, False) if router.needs_whole() else None
+        router.tell(self.record(traffic, True, **more), whole)
 
 
 def test_routers_add_up_what_they_tell() -> None:
@@ -110,3 +115,21 @@ def test_a_record_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
     store.tell(store.router("one"), Traffic(0.0), rows=[ROW] * 10)
     assert not any(key.endswith(b"/recent") for key in store)
+
+
+def test_the_requests_of_other_routers_are_told_once() -> None:
+    """And again if they have changed."""
+    parts: Any = SimpleNamespace(replica="abc")
+    ledger = Ledger(parts, lambda: 1000.0)
+    first = msgspec.structs.replace(ROW, outcome="running")
+    events = [Event(1, 999.0, "retried", "m", "A replica was lost.")]
+    ledger.heard({b"other": OtherRouter(Record(1000.0, 0, {}, rows=[first], events=events))})
+    assert ledger.rows_since() == [first]
+    mark = ledger.mark
+    ledger.heard({b"other": OtherRouter(Record(1001.0, 0, {}, rows=[first], events=events))})
+    assert ledger.rows_since(mark) == []
+    assert [event.text for event in ledger.events.since()] == ["A replica was lost."]
+    ledger.heard({b"other": OtherRouter(Record(1002.0, 0, {}, rows=[ROW], events=events))})
+    assert ledger.rows_since(mark) == [ROW]
+    ledger.heard({})
+    assert ledger.rows_since() == []
