@@ -17,9 +17,11 @@ from ray.serve.exceptions import RayServeException
 
 from serve_app.access.cluster_record import ClusterRecord, agree_on_model, agree_on_router, this_node
 from serve_app.access.keys import configured_keys
+from serve_app.access.origin import is_loopback
 from serve_app.adapters.configured import brought_clashes, lasting_version
 from serve_app.adapters.deployed import deployed_applications, told_adapters
 from serve_app.config import ModelConfig, RouterConfig
+from serve_app.console.console import open_console
 from serve_app.deploy.options import model_options, replica_environment, router_options
 from serve_app.deploy.resolve_model import needs_devices, resolve_model
 from serve_app.engines.adapters import with_adapter_room
@@ -99,8 +101,9 @@ def router(args: dict[str, Any]) -> Application:
     try:
         config = RouterConfig.from_args(args)
         require_own_names(application_being_built())
-        agree_on_router(configured_keys(), ClusterRecord(), this_node(), listening_host(), config)
+        host = listening_host()
+        agree_on_router(configured_keys(), ClusterRecord(), this_node(), host, config)
     except ServeAppError as error:
         raise RayServeException(str(error)) from None
     deployment = serve.deployment(serve.ingress()(Router), name=ROUTER_DEPLOYMENT)
-    return deployment.options(**router_options(_runtime_env())).bind(config)
+    return deployment.options(**router_options(_runtime_env())).bind(config, open_console, is_loopback(host))

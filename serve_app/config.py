@@ -84,7 +84,9 @@ class RouterConfig(Strict):
     sent again, or a stream is continued, after its replica was lost. `max_waiting_requests` may wait for their
     first byte at one model, and `max_held_requests` of them for a model that is loading, for `hold_timeout_s`.
     `max_bodies_bytes` bounds all bodies together that a router replica holds at one time. `allow_open_access` says that
-    the address is meant to be open, without API keys, to other machines.
+    the address is meant to be open, without API keys, to other machines. `console` says whether the console answers at
+    /ui, which is None where that follows from the address and the keys, and `console_keeps_prompts` whether it shows
+    the beginning of prompts.
     """
 
     allow_open_access: Flag = False
@@ -103,6 +105,8 @@ class RouterConfig(Strict):
     max_held_requests: Annotated[Whole, Field(ge=0)] = 256
     hold_timeout_s: Seconds = 300.0
     discovery_interval_s: Seconds = 2.0
+    console: Flag | None = None
+    console_keeps_prompts: Flag = False
 
     @model_validator(mode="after")
     def _names_lead_somewhere(self) -> Self:

@@ -10,6 +10,8 @@ ServeAppError                 it says what went wrong, where, and what to do
     │   └── ContextTooLong    400
     ├── Unauthorized          401, with www-authenticate
     ├── Forbidden             403
+    │   └── AdminOnly         403
+    ├── ConsoleOff            404
     ├── ForeignPage           403, for a web page of another site if no key is needed
     ├── ModelNotFound         404
     ├── RequestTimeout        408
@@ -191,6 +193,20 @@ class Forbidden(RequestError):
     status = 403
     type = "invalid_request_error"
     code = "model_not_allowed"
+
+
+class AdminOnly(Forbidden):
+    """The API key may look at the console, but not change anything."""
+
+    code = "admin_only"
+
+
+class ConsoleOff(RequestError):
+    """The console is switched off at this router."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "console_off"
 
 
 class ForeignPage(RequestError):

@@ -28,7 +28,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.access.body_budget import BodyBudget, Held, NoBody
-from serve_app.access.gate import Gate, is_admitted, refusal, websocket
+from serve_app.access.gate import Gate, is_admitted, is_console_page, refusal, websocket
 from serve_app.access.identity import with_identity
 from serve_app.access.keys import KeySource, configured_keys
 from serve_app.access.limiter import ActorLimiter
@@ -179,7 +179,8 @@ class OuterDoor:
             return scope, self._budget.hold()
         # A model's health check would wake it, so only the router's needs no key there. Elsewhere the gate decides.
         is_free = path == "/health" if self._inside.wakes else path.endswith("/health")
-        if path in WITHOUT_KEY or (scope["method"] == "GET" and is_free):
+        is_page = self._inside.model is None and is_console_page(scope)
+        if path in WITHOUT_KEY or is_page or (scope["method"] == "GET" and is_free):
             held = NoBody()
             held.grow(declared_bytes(scope["headers"]))
             return scope, held

@@ -156,8 +156,8 @@ async def metered_for(admission: Admission, path: str, seen: Peek, body: Request
 
 
 class KeyedRouter:
-    """This is the router's application behind a gate. Everything but GET /health needs a key. What a request may use,
-    and how much, is decided later, when its model is known."""
+    """This is the router's application behind a gate. Everything but GET /health and the files of the console's page
+    needs a key. What a request may use, and how much, is decided later, when its model is known."""
 
     def __init__(self, app: ASGIApp, gate: Gate):
         self._app = app
@@ -166,7 +166,7 @@ class KeyedRouter:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one ASGI call."""
-        if scope["type"] == "http" and not _is_health(scope):
+        if scope["type"] == "http" and not _is_health(scope) and not is_console_page(scope):
             try:
                 self._gate.identity_of(scope)
             except RequestError as error:
@@ -331,6 +331,15 @@ def is_admitted(scope: Scope) -> bool:
         return False
     shown = header(scope["headers"], ROUTER_HEADER) or b""
     return bool(shown) and hmac.compare_digest(shown, router_token())
+
+
+def is_console_page(scope: Scope) -> bool:
+    """Returns whether this asks the router for a file of the console's page, which has no data in it. A browser cannot
+    send a key with it."""
+    if scope["method"] not in ("GET", "HEAD"):
+        return False
+    path = endpoint(scope)
+    return path in ("/ui", "/ui/") or path.startswith("/ui/assets/")
 
 
 def _is_health(scope: Scope) -> bool:

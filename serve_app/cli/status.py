@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from serve_app.adapters.records import RecordReader
 from serve_app.cli.cluster import connected
 from serve_app.errors import ConfigError
 from serve_app.planning.sizes import gib
-from serve_app.ray_serve import available_by_node, serve_details, waiting_bundles
-from serve_app.replica.report import DeviceReport, ReplicaReport, read_reports
+from serve_app.replica.report import DeviceReport, ReplicaReport
 
 if TYPE_CHECKING:  # This imports Ray Serve, which is needed only if a cluster runs.
-    from serve_app.cli.cluster_status import ClusterStatus, ModelView, ReplicaView
+    from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 
-# The controller has this many seconds to answer.
-STATUS_TIMEOUT_S = 30.0
 ROW = "{:<22} {:<20} {:<9} {:>4} {:>9} {:>9} {:>9} {:>8}"
 
 
@@ -34,23 +29,16 @@ def status(address: str | None, as_json: bool) -> int:
 
 
 def _read(where: str) -> ClusterStatus:
-    import ray
     from ray.exceptions import RayError
 
-    from serve_app.cli.cluster_status import cluster_status
-    from serve_app.router.model_status import untold
+    from serve_app.status.reader import read_cluster_status
 
     try:
-        applications = serve_details(STATUS_TIMEOUT_S)["applications"]
-        nodes, left, reports, asked = ray.nodes(), available_by_node(), read_reports(), waiting_bundles()
-        reader = RecordReader()
-        records = reader.read()
-        found = reader.found(untold(applications, records))
+        return read_cluster_status()
     except ValueError:
         raise ConfigError(f"Ray runs at {where}, but Serve does not. Start it with `serve-app run FILE`.") from None
     except RayError as error:
         raise ConfigError(f"Serve's controller does not answer: {error}") from None
-    return cluster_status(applications, nodes, left, reports, time.time(), asked, records, found)
 
 
 def report(seen: ClusterStatus) -> str:

@@ -28,6 +28,7 @@ from serve_app.config import RouterConfig
 from serve_app.errors import ConfigError, ModelNotFound, RequestError
 from serve_app.ray_serve import replicas_listen_for_http
 from serve_app.router.announcer import announce
+from serve_app.router.console import Console, OpenConsole, RouterParts
 from serve_app.router.directory import ModelDirectory
 from serve_app.router.forwarder import Forwarder
 from serve_app.router.metrics import RouterMetrics
@@ -47,12 +48,13 @@ class Router:
     """This is the deployment class of the router application. Its `user_config` replaces fields of the RouterConfig
     while it runs."""
 
-    def __init__(self, config: RouterConfig):
+    def __init__(self, config: RouterConfig, open_console: OpenConsole | None = None, is_loopback: bool = False):
         require_door()
         source = configured_keys()
         self._access = joined(source)
         metrics = RouterMetrics()
-        own_name = serve.get_replica_context().app_name
+        context = serve.get_replica_context()
+        own_name = context.app_name
         directory = ModelDirectory(own_name, config.discovery_interval_s, metrics.loaded)
         handles = HandleUpstream(directory, config.discovery_interval_s)
         self._config = config
@@ -63,10 +65,23 @@ class Router:
         upstream = over_http if replicas_listen_for_http() else handles
         self._residency = Residency()
         self._forwarder = Forwarder(config, directory, upstream, metrics, self._gate, self._residency)
-        stand_behind(Inside(self._gate, lambda: self._forwarder.config, refused=metrics.refused))
+        parts = RouterParts(
+            own_name, context.replica_id.unique_id, directory, self._forwarder, self._gate, self._residency,
+            lambda: self._forwarder.config, is_loopback,
+        )  # fmt: skip
+        self._console = None if open_console is None else open_console(parts)
+        if self._console is not None:
+            self._forwarder.observer = self._console
+
+        def refused(status: int) -> None:
+            metrics.refused(status)
+            self._forwarder.observer.refused(status)
+
+        stand_behind(Inside(self._gate, lambda: self._forwarder.config, refused=refused))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return KeyedRouter(build_app(self._forwarder, self._directory, self._gate, self._residency), self._gate)
+        app = build_app(self._forwarder, self._directory, self._gate, self._residency, self._console)
+        return KeyedRouter(app, self._gate)
 
     async def check_health(self) -> None:
         """Checks the access to this router. Serve calls this, and replaces the replica if it raises an exception."""
@@ -90,7 +105,13 @@ class Router:
         self._is_configured = True
 
 
-def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate, residency: Residency) -> Starlette:
+def build_app(
+    forwarder: Forwarder,
+    directory: ModelDirectory,
+    gate: Gate,
+    residency: Residency,
+    console: Console | None = None,
+) -> Starlette:
     """Returns the router's application. Its lifespan shows on the terminal how the models come up."""
 
     @asynccontextmanager
@@ -102,7 +123,11 @@ def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate, resid
             asyncio.create_task(residency.keep_fresh()),
             asyncio.create_task(announce(directory, gate.source.is_open)),
         ]
+        if console is not None:
+            await console.start()
         yield
+        if console is not None:
+            await console.close()
         for task in tasks:
             task.cancel()
         await forwarder.close()
@@ -115,6 +140,7 @@ def build_app(forwarder: Forwarder, directory: ModelDirectory, gate: Gate, resid
             Route("/openapi.json", endpoints.openapi),
             Route("/v1/models", endpoints.list_models),
             Route("/v1/models/{name:path}", endpoints.show_model),
+            *(() if console is None else console.routes()),
             Route("/{path:path}", forwarder, methods=["POST"]),
         ],
         exception_handlers={RequestError: _refused, HTTPException: _no_such_route, Exception: _unexpected},

@@ -115,6 +115,8 @@ class Dispatcher:
                 resumed = await self._go_on_once(exchange, config, request, transcript)
                 if is_away:
                     record.not_resumed()
+                else:
+                    exchange.observer.resumed(exchange)
                 return resumed
             except HarmfulRequest:
                 raise
@@ -176,7 +178,7 @@ class Dispatcher:
             if answer is not None:
                 await answer.close()
             retries += 1
-            exchange.record.retried()
+            exchange.retried()
             await _backoff(retries)
 
     async def _try(

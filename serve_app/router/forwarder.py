@@ -23,6 +23,7 @@ from serve_app.router.downstream import HOP_BY_HOP
 from serve_app.router.exchange import Exchange
 from serve_app.router.metrics import RouterMetrics
 from serve_app.router.names import meant_by, stand_ins
+from serve_app.router.observer import Nobody, Observer
 from serve_app.router.relay import Relay
 from serve_app.router.residency import Residency
 from serve_app.router.upstream.protocol import Upstream
@@ -46,7 +47,7 @@ PROGRESS_HEADER = b"x-serve-app-progress"
 
 class Forwarder:
     """This is the router's endpoint for everything that names a model in its body. `config` may be replaced while it
-    runs."""
+    runs. `observer` is told of all requests."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Forwarder:
         residency: Residency,
     ):
         self.config = config
+        self.observer: Observer = Nobody()
         self._gate = gate
         self._directory = directory
         self._upstream = upstream
@@ -68,7 +70,7 @@ class Forwarder:
         """Handles one kind of request, POST with a JSON body, as an ASGI application."""
         given = (header(scope["headers"], b"x-request-id") or b"")[:MOST_ID_BYTES].decode("latin-1")
         path = endpoint(scope)
-        exchange = Exchange.begin(given or uuid.uuid4().hex, path, send, self._metrics)
+        exchange = Exchange.begin(given or uuid.uuid4().hex, path, send, self._metrics, self.observer)
         try:
             require_small_headers(scope["headers"], self.config)
             require_plain_path(path)
@@ -86,8 +88,7 @@ class Forwarder:
             logger.exception("A request failed in the router.")
             await exchange.downstream.fail(RequestError(f"The router failed: {type(error).__name__}: {error}"))
         finally:
-            exchange.suspect.cleared()
-            exchange.record.count()
+            exchange.ended()
             logger.info(exchange.record.log_line())
 
     def queued(self, name: str) -> dict[str, int]:
@@ -114,6 +115,8 @@ class Forwarder:
         admission = await self._gate.admit(key, estimate)
         exchange.record.admitted(admission.key_name)
         downstream.admitted(admission.headers)
+        if self.config.console_keeps_prompts:
+            await self.observer.admitted(exchange, body)
         if admission.counts_tokens:
             body, meter = await metered_for(admission, exchange.record.path, seen, body)
             downstream.metered_by(meter)

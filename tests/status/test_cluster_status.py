@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from serve_app.adapters.records import AdapterState
-from serve_app.cli.cluster_status import ClusterStatus, cluster_status, missing_for
 from serve_app.cli.status import report
 from serve_app.facts.nodes import Node
 from serve_app.replica.report import BlocksReport, DeviceReport, ReplicaReport, ResidencyReport
+from serve_app.status.cluster_status import ClusterStatus, cluster_status, missing_for
 from tests.builders import application, node
 
 GIB = 2**30

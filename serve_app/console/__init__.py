@@ -1,0 +1,1 @@
+"""Shows people what runs: the console, which the router serves at /ui."""

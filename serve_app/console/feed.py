@@ -1,0 +1,126 @@
+"""Keeps the open pages of one router replica, and what each of them has not been sent yet.
+
+A page that reads slowly costs no memory: once it lags by `MOST_PENDING` deltas, they are dropped, and it gets the whole
+state when it reads again. One that takes nothing for `SEND_TIMEOUT_S` is closed.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Generic, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from serve_app.errors import ClientGone, ModelUnavailable
+from serve_app.wire.asgi import unless_gone
+
+MOST_PAGES = 64
+MOST_PENDING = 8
+# A comment is sent after so many seconds without an event, so that no proxy takes the stream for dead.
+COMMENT_EVERY_S = 15.0
+SEND_TIMEOUT_S = 30.0
+# A client that is refused is told to come back after so many seconds.
+RETRY_S = 10.0
+
+View = TypeVar("View")
+
+
+class OpenPage(Generic[View]):
+    """This is one open stream. `view` is what its key may see, and `needs_state` that it gets the whole state next."""
+
+    def __init__(self, view: View):
+        self.view = view
+        self.needs_state = True
+        self.is_over = False
+        self._pending: deque[bytes] = deque()
+        self._has_news = asyncio.Event()
+
+    def push(self, event: bytes) -> None:
+        """Adds an event, unless the page gets the whole state anyway."""
+        if self.needs_state:
+            return
+        if len(self._pending) >= MOST_PENDING:
+            self._pending.clear()
+            self.needs_state = True
+        else:
+            self._pending.append(event)
+        self._has_news.set()
+
+    def end(self) -> None:
+        """Ends the stream, from which its page recovers by opening another one."""
+        self.is_over = True
+        self._has_news.set()
+
+    async def events(self, state: Callable[[View], Awaitable[bytes]]) -> AsyncIterator[bytes]:
+        """Yields the events. `state` returns that of the whole state."""
+        while not self.is_over:
+            if self.needs_state:
+                whole = await state(self.view)
+                self._pending.clear()
+                self.needs_state = False  # What is pushed from here on comes after this state.
+                yield whole
+            elif self._pending:
+                yield self._pending.popleft()
+            else:
+                self._has_news.clear()
+                try:
+                    async with asyncio.timeout(COMMENT_EVERY_S):
+                        await self._has_news.wait()
+                except TimeoutError:
+                    yield b": nothing new\n\n"
+
+
+class Feed(Generic[View]):
+    """Holds all open pages."""
+
+    def __init__(self) -> None:
+        self._pages: set[OpenPage[View]] = set()
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __iter__(self) -> Iterator[OpenPage[View]]:
+        return iter(tuple(self._pages))
+
+    @contextmanager
+    def opened(self, view: View) -> Iterator[OpenPage[View]]:
+        """Takes a place for a page. Raises ModelUnavailable, which is a 503, if all are taken or the router ends."""
+        if self._is_closed:
+            raise ModelUnavailable("This router is stopping. Open the stream again.", retry_after_s=1.0)
+        if len(self._pages) >= MOST_PAGES:
+            text = f"{MOST_PAGES} pages of the console are open at this router, which is the limit. Close one of them."
+            raise ModelUnavailable(text, retry_after_s=RETRY_S)
+        page = OpenPage(view)
+        self._pages.add(page)
+        try:
+            yield page
+        finally:
+            self._pages.discard(page)
+
+    def close(self) -> None:
+        """Ends all streams and takes no more."""
+        self._is_closed = True
+        for page in self:
+            page.end()
+
+
+async def send_events(events: AsyncIterator[bytes], scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with a stream of server-sent events, until it ends or its client leaves or does not read."""
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+        (b"x-accel-buffering", b"no"),
+    ]
+
+    async def work() -> None:
+        async for event in events:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    with suppress(ClientGone, TimeoutError):
+        await unless_gone(work(), receive)

@@ -1,0 +1,1 @@
+"""Says what a cluster runs, for the command line and for the console."""
