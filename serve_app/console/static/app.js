@@ -24,7 +24,7 @@ const TABS = [
 ];
 // What was typed into these stays while another tab is open.
 const KEPT = new Set(["playground", "what-if"]);
-const THEMES = ["system", "light", "dark"];
+const THEMES = { system: "System colours", light: "Light", dark: "Dark" };
 const THEME = "serve-app-theme";
 // Events that are read out at one time.
 const READ_OUT = 3;
@@ -96,7 +96,7 @@ class App extends Component {
         ${hasKey() && seen && html`<button type="button" class="small" onClick=${() => this.signOut()}>Sign out</button>`}
         <label class="inline theme"><span class="hidden">Colours</span>
           <select value=${theme} onChange=${(event) => this.paint(event.target.value)}>
-            ${THEMES.map((name) => html`<option value=${name}>${name}</option>`)}
+            ${Object.entries(THEMES).map(([name, title]) => html`<option value=${name}>${title}</option>`)}
           </select></label>
       </header>
       <div class="hidden" role="log" aria-live="polite" aria-label="New events">${news}</div>
@@ -133,7 +133,7 @@ function tabOfUrl() {
 function remembered() {
   try {
     const theme = localStorage.getItem(THEME);
-    return THEMES.includes(theme) ? theme : "system";
+    return theme !== null && theme in THEMES ? theme : "system";
   } catch {
     return "system";
   }
@@ -159,11 +159,11 @@ function Tabs({ tab, open, state }) {
     open(name);
     document.getElementById(`tab-${name}`).focus();
   };
-  return html`<div class="tabs" role="tablist" aria-label="Sections" onKeyDown=${move}>
+  return html`<nav class="sections" aria-label="Sections"><div class="tabs" role="tablist" aria-label="Sections" onKeyDown=${move}>
     ${TABS.map(([name, title]) => html`<button type="button" role="tab" id=${`tab-${name}`} aria-controls=${`panel-${name}`}
       aria-selected=${String(name === tab)} tabindex=${name === tab ? 0 : -1} onClick=${() => open(name)}>${title}
       ${name === "models" && failed > 0 && html`<span class="tag warn">${failed} failed</span>`}</button>`)}
-  </div>`;
+  </div></nav>`;
 }
 
 // What matters of the whole cluster, in one line.

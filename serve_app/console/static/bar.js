@@ -8,7 +8,9 @@ const LABELS = 13;
 const HEIGHT = 18;
 const LEAST = 3;
 // Wide enough for a letter of a label, in pixels.
-const LETTER = 6.2;
+const LETTER = 6.6;
+// Shorter pieces of names tell nothing.
+const SHORTEST = 5;
 
 // The patterns of parts, once for the page. Other drawings refer to them.
 export function Patterns() {
@@ -88,7 +90,7 @@ export function Bar({ device, scale, width, isPlan = false, dim = "", focusAt = 
 function Block({ placed, place, perByte, isPlan, isFaint, isReached, isChosen, number, room, on }) {
   const { block } = placed;
   const name = modelName(block);
-  const label = name.length * LETTER <= room ? name : name.slice(0, Math.max(0, Math.floor(room / LETTER) - 1));
+  const label = name.length * LETTER <= room ? name : name.slice(0, Math.max(0, Math.floor(room / LETTER) - 2));
   const outline = Math.max(LEAST, placed.planned * perByte);
   const filled = placed.held || isPlan ? place.width : 0;
   const parts = pixels(placed.fills, perByte, filled <= LEAST ? LEAST : 0);
@@ -106,7 +108,7 @@ function Block({ placed, place, perByte, isPlan, isFaint, isReached, isChosen, n
   return html`<g ...${button} class=${`block${isFaint ? " faint" : ""}${isChosen ? " chosen" : ""}`} aria-label=${told(block)}>
     <title>${told(block)}</title>
     <rect class="hit" x=${place.x} y="0" width=${Math.max(place.width, 6)} height=${LABELS + HEIGHT} />
-    ${label.length > 1 && html`<text x=${place.x + 1} y=${LABELS - 3} aria-hidden="true">${label}${label === name ? "" : "…"}</text>`}
+    ${(label === name || label.length >= SHORTEST) && html`<text x=${place.x + 1} y=${LABELS - 3} aria-hidden="true">${label}${label === name ? "" : "…"}</text>`}
     ${placed.fills.map((fill, index) =>
       html`<rect class=${`fill${isPlan ? " plan" : ""}`} x=${place.x + parts[index].x} y=${LABELS + 3} width=${parts[index].width}
         height=${HEIGHT - 5} fill=${`url(#part-${fill.part})`} />`,

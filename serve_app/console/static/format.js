@@ -4,6 +4,7 @@ const KIB = 1024;
 
 export function bytes(count) {
   if (count === null || count === undefined) return "not known";
+  if (Math.abs(count) >= KIB ** 4) return `${(count / KIB ** 4).toFixed(2)} TiB`;
   if (Math.abs(count) >= KIB ** 3) return `${(count / KIB ** 3).toFixed(count >= 100 * KIB ** 3 ? 1 : 2)} GiB`;
   if (Math.abs(count) >= KIB ** 2) return `${(count / KIB ** 2).toFixed(1)} MiB`;
   return count === 0 ? "0" : `${(count / KIB).toFixed(1)} KiB`;
@@ -16,7 +17,8 @@ export function seconds(value) {
 }
 
 export function milliseconds(value) {
-  return value === null || value === undefined ? "–" : seconds(value / 1000);
+  if (value === null || value === undefined) return "–";
+  return value < 10 ? `${value.toFixed(1)} ms` : seconds(value / 1000);
 }
 
 export function number(value) {

@@ -3,11 +3,13 @@
 import { Component, html } from "./vendor/htm-preact.js";
 import { Bar, Legend, Swatch, isOver } from "./bar.js";
 import { age, bytes, clock } from "./format.js";
-import { PARTS, PART_NAMES, deviceName, isGpu, modelName, scaleOf, totals } from "./layout.js";
+import { PARTS, PART_NAMES, deviceName, isGpu, layoutOf, modelName, scaleOf, totals } from "./layout.js";
 import { Badge, Choice, Empty, Memo } from "./widgets.js";
 
 // A measurement that is older than this is told to be old, in seconds.
 const OLD_S = 30;
+// Models that take less than this share of the width are drawn a second time, closer.
+const CLOSER = 0.2;
 
 export class Memory extends Component {
   constructor(props) {
@@ -73,11 +75,11 @@ export class Memory extends Component {
                 ${nodes.map((node) => html`<${NodeCard} key=${node.id} node=${node} scales=${scales} width=${width} dim=${dim}
                   reached=${this.reached(devices)} pinned=${pinned} now=${state.time} look=${this.look} press=${this.press} />`)}
               </div>
+              <${Holders} state=${state} />
             </div>
             <${Detail} nodes=${nodes} shown=${shown} isPinned=${pinned !== null} now=${state.time}
               unpin=${() => this.setState({ pinned: null })} />
-          </div>`}
-      <${Holders} state=${state} />`;
+          </div>`}`;
   }
 
   // Returns the block that the Tab key reaches: the one looked at last, or the first of all.
@@ -138,11 +140,9 @@ function scalesOf(devices, oneScale) {
 
 function scaleText({ gpu, memory }) {
   const texts = [];
-  if (gpu > 1) texts.push(`of a GPU ${bytes(gpu)}`);
-  if (memory > 1) texts.push(`of a node's memory ${bytes(memory)}`);
-  if (!texts.length) return "";
-  const ending = gpu === memory || texts.length === 1 ? "" : " Each of the two kinds has its own scale.";
-  return `All lengths are to scale. The whole width is ${texts.join(", and ")}.${ending}`;
+  if (gpu > 1) texts.push(`${bytes(gpu)} for GPUs`);
+  if (memory > 1) texts.push(`${bytes(memory)} for the memory of nodes`);
+  return texts.length ? `All lengths are to scale. The full width is ${texts.join(", and ")}.` : "";
 }
 
 function NodeCard({ node, scales, width, dim, reached, pinned, now, look, press }) {
@@ -162,10 +162,11 @@ function NodeCard({ node, scales, width, dim, reached, pinned, now, look, press 
 
 function DeviceRow({ device, scale, width, dim, focusAt, chosen, isOld: old, look, press }) {
   const on = { look: (number) => look(device.key, number), press: (number) => press(device.key, number) };
+  const part = closeUp(device, scale);
   return html`<div class="device">
     <div class="what"><strong>${deviceName(device)}</strong> <span class="dim">${isGpu(device) ? device.name : ""}</span></div>
     <div class="cell">
-      ${width > 0 && html`<${Bar} device=${device} scale=${scale} width=${width} dim=${dim} focusAt=${focusAt} chosen=${chosen} on=${on} />`}
+      ${width > 0 && html`<${Bar} device=${device} scale=${scale} width=${width} dim=${dim} focusAt=${part ? -1 : focusAt} chosen=${chosen} on=${on} />`}
     </div>
     <div class="figures num">
       ${device.measured_at === null
@@ -173,7 +174,19 @@ function DeviceRow({ device, scale, width, dim, focusAt, chosen, isOld: old, loo
         : html`${bytes(device.used)} <span class="dim">of ${bytes(device.total)}</span>`}
       ${old && html`<span class="tag warn">old</span>`}
     </div>
+    ${part > 0 && width > 0 && html`<div class="closer"><${Bar} device=${closer(device, part)} scale=${part} width=${width} dim=${dim} focusAt=${focusAt} chosen=${chosen} on=${on} /></div>
+      <div class="closer-note figures note">the models closer: ${bytes(part)}</div>`}
   </div>`;
+}
+
+// Returns the bytes of what a second bar shows closer, or 0 if the first one shows the models well enough.
+function closeUp(device, scale) {
+  const { foreign } = layoutOf(device);
+  return foreign.start < CLOSER * scale ? foreign.start : 0;
+}
+
+function closer(device, part) {
+  return { ...device, total: part, used: part, foreign: 0 };
 }
 
 function isOld(device, now) {
@@ -183,7 +196,7 @@ function isOld(device, now) {
 // What is known of the block that the pointer or the focus is on.
 function Detail({ nodes, shown, isPinned, now, unpin }) {
   const found = shown && find(nodes, shown);
-  return html`<aside class="panel detail" aria-label="Details">
+  return html`<aside class=${`panel detail${isPinned ? " pinned" : ""}`} aria-label="Details">
     ${found ? html`<${BlockDetail} ...${found} isPinned=${isPinned} unpin=${unpin} now=${now} />` : html`<${Overall} nodes=${nodes} />`}
   </aside>`;
 }
@@ -339,7 +352,7 @@ function Holders({ state }) {
   const models = new Map(state.models.map((model) => [model.name, model]));
   return html`<section class="panel" aria-labelledby="holders">
     <h3 id="holders">Memory by model</h3>
-    <div class="scroll" tabindex="0" role="region" aria-labelledby="holders">
+    <div class="scroll" tabindex="0" role="region" aria-label="Table of memory by model">
       <table class="grid">
         <thead><tr>
           <th scope="col">Model</th><th scope="col">State</th><th scope="col">Backend</th><th scope="col" class="num">Replicas</th>

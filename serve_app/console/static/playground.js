@@ -191,9 +191,9 @@ function Turn({ turn, pane, owner, isLast }) {
   const { question, answer, model } = turn;
   const calls = answer.toolCalls.filter(Boolean);
   return html`<div class="turn">
-    ${question !== null && html`<div class="said user"><h4>You</h4><p class="pre">${question}</p></div>`}
-    <div class="said model">
-      <h4>${model}</h4>
+    ${question !== null && html`<div class="said asked"><h3>You</h3><p class="pre">${question}</p></div>`}
+    <div class="said">
+      <h3>${model}</h3>
       ${answer.reasoning && html`<details class="reasoning" open=${!answer.content}><summary>Reasoning</summary><p class="pre">${answer.reasoning}</p></details>`}
       ${answer.content && html`<${Content} turn=${turn} />`}
       ${answer.ended === null && !answer.content && html`<p class="dim">The answer has not begun yet.</p>`}

@@ -53,10 +53,10 @@ export class Requests extends Component {
 function Row({ request }) {
   return html`<tr>
     <td class="num" title=${date(request.time)}>${clock(request.time)}</td>
-    <th scope="row">${request.model}</th>
+    <th scope="row" title=${request.model}>${request.model}</th>
     <td><${Badge} state=${request.outcome} tone=${request.outcome === "failed" ? "bad" : ""} />${request.error_code ? html` <span class="dim">${request.error_code}</span>` : ""}</td>
     <td class="num">${request.status ?? "–"}</td>
-    <td>${request.path}${request.streamed ? html` <span class="tag">stream</span>` : ""}
+    <td class="path">${request.path}${request.streamed ? html` <span class="tag">stream</span>` : ""}
       ${request.prompt !== undefined && request.prompt !== null && html`<details><summary>prompt</summary><p class="pre prompt">${request.prompt}</p></details>`}</td>
     <td>${request.key ?? "–"}</td>
     <td class="num">${milliseconds(request.queue_ms)}</td>
@@ -65,7 +65,7 @@ function Row({ request }) {
     <td class="num">${number(request.prompt_tokens)}</td>
     <td class="num">${number(request.completion_tokens)}</td>
     <td>${again(request)}</td>
-    <td class="id">${request.request_id}</td>
+    <td class="id" title=${request.request_id}>${request.request_id}</td>
   </tr>`;
 }
 

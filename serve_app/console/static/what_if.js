@@ -99,7 +99,7 @@ export class WhatIf extends Component {
 
 function field(name, kind, fields, set) {
   if (Array.isArray(kind)) {
-    return html`<select value=${fields[name] ?? ""} onChange=${set(name)}>${kind.map((each) => html`<option value=${each}>${each || "as the plan chooses"}</option>`)}</select>`;
+    return html`<select value=${fields[name] ?? ""} onChange=${set(name)}>${kind.map((each) => html`<option value=${each}>${each || "not set"}</option>`)}</select>`;
   }
   const hint = name === "max_memory" ? '{"0": "10GiB"}' : "";
   return html`<input type="text" inputmode=${kind === "number" ? "decimal" : "text"} placeholder=${hint} value=${fields[name] ?? ""} onInput=${set(name)} spellcheck=${false} />`;

@@ -154,7 +154,7 @@ def large() -> dict[str, Any]:
     models[7]["can"], models[0]["can"] = ["wake"], ["park"]
     models[9] |= {"message": "The folder /models/x has no file config.json.", "running": 0, "wanted": 2, "replicas": []}
     events = [event(at, "scaled", names[at % 10], f"{names[at % 10]} has {at} replicas.", now - 200 + at) for at in range(200)]
-    requests = [request(at, names[at % 10], now - 200 + at, resumes=at % 7 == 0) for at in range(200)]
+    requests = [request(at, names[at % 10], now - 200 + at, resumes=int(at % 7 == 0)) for at in range(200)]
     return state(nodes, models, events, requests)
 
 
