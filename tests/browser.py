@@ -33,7 +33,9 @@ def chromium() -> Iterator[Browser]:
         (pytest.fail if os.environ.get(NEEDED) else pytest.skip)(reason)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=found, args=list(ARGUMENTS), env={**os.environ, "HOME": home}  # Debian's wrapper writes there
+            executable_path=found,
+            args=list(ARGUMENTS),
+            env={**os.environ, "HOME": home},  # Debian's wrapper writes there
         )
         try:
             yield browser

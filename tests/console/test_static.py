@@ -57,7 +57,9 @@ def test_the_document_has_no_code_or_style_of_its_own() -> None:
 
 def test_only_the_colours_are_stored_in_the_browser() -> None:
     """The key is not: one file uses the storage, and that file does not have the key."""
-    users = [path.name for path in SCRIPTS if re.search(r"localStorage|sessionStorage|indexedDB|cookie", path.read_text())]
+    users = [
+        path.name for path in SCRIPTS if re.search(r"localStorage|sessionStorage|indexedDB|cookie", path.read_text())
+    ]
     assert users == ["app.js"]
     app = (STATIC / "app.js").read_text()
     assert re.findall(r"localStorage\.\w+\(([^)]*)\)", app) == ["THEME", "THEME, theme"]

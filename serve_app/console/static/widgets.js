@@ -114,9 +114,9 @@ export function Confirm({ title, text, action, onDone }) {
 
 export function Problem({ error }) {
   if (!error) return null;
-  const code = error.code ? `, ${error.code}` : "";
+  const which = [error.status, error.code].filter(Boolean).join(", ");
   return html`<div class="problem" role="alert">
-    <strong>${error.status ? `Error ${error.status}${code}` : "Error"}</strong>
+    <strong>${`Error ${which}`}</strong>
     <p class="pre">${error.message}</p>
   </div>`;
 }

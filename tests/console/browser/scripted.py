@@ -24,7 +24,9 @@ TIMING = "router;dur=0.4, queue;dur=1.2, engine;dur=18.5"
 def refusal(status: int, code: str, message: str, **headers: str) -> Response:
     """An error in OpenAI's form."""
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": error}, status, headers={name.replace("_", "-"): text for name, text in headers.items()})
+    return JSONResponse(
+        {"error": error}, status, headers={name.replace("_", "-"): text for name, text in headers.items()}
+    )
 
 
 class Scripted:

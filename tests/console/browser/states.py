@@ -130,39 +130,60 @@ def demo() -> dict[str, Any]:
     return state([node(1, [memory])], [model("tiny-pt", backend="pt"), model("tiny-vllm")], events, requests)
 
 
-def large() -> dict[str, Any]:
-    """Eight nodes of eight GPUs with ten models on each."""
+def large(nodes_there: int = 8, gpus_each: int = 8, requests_there: int = 200) -> dict[str, Any]:
+    """Eight nodes of eight GPUs with ten models on each. The last node is gone."""
     now = time.time()
     names = [f"model-{number:02d}-instruct" for number in range(10)]
     nodes = []
-    for number in range(1, 9):
+    for number in range(1, nodes_there + 1):
         gpus = [
             device(
                 index,
                 "NVIDIA H100",
                 80 * GIB,
-                [block(name, (2 + (at + index) % 9) * GIB, 0.5 + at / 18, 80 * number + at) for at, name in enumerate(names)],
+                [
+                    block(name, (2 + (at + index) % 9) * GIB, 0.5 + at / 18, 80 * number + at)
+                    for at, name in enumerate(names)
+                ],
                 foreign=index * GIB // 2,
                 now=now,
             )
-            for index in range(8)
+            for index in range(gpus_each)
         ]
         memory = device(None, "memory", 1024 * GIB, [block(names[0], 90 * GIB, 0.9, number)], foreign=40 * GIB, now=now)
-        nodes.append(node(number, [*gpus, memory], alive=number != 8, note="" if number != 8 else "The node is gone."))
+        nodes.append(
+            node(
+                number,
+                [*gpus, memory],
+                alive=number < nodes_there,
+                note="The node is gone." if number == nodes_there else "",
+            )
+        )
     states = ["ready"] * 7 + ["asleep", "loading", "failed"]
     models = [model(name, how) for name, how in zip(names, states, strict=True)]
     models[7]["can"], models[0]["can"] = ["wake"], ["park"]
     models[9] |= {"message": "The folder /models/x has no file config.json.", "running": 0, "wanted": 2, "replicas": []}
-    events = [event(at, "scaled", names[at % 10], f"{names[at % 10]} has {at} replicas.", now - 200 + at) for at in range(200)]
-    requests = [request(at, names[at % 10], now - 200 + at, resumes=int(at % 7 == 0)) for at in range(200)]
+    events = [
+        event(at, "scaled", names[at % 10], f"{names[at % 10]} has {at} replicas.", now - 200 + at)
+        for at in range(requests_there)
+    ]
+    requests = [request(at, names[at % 10], now - 200 + at, resumes=int(at % 7 == 0)) for at in range(requests_there)]
     return state(nodes, models, events, requests)
+
+
+def mixed() -> dict[str, Any]:
+    """Two nodes, one of which is gone, with models in every state."""
+    return large(nodes_there=2, gpus_each=2, requests_there=20)
 
 
 def hostile() -> dict[str, Any]:
     """The demo with markup in every text."""
     now = time.time()
     bad = HOSTILE
-    blocks = [block(text, (at + 1) * GIB, 1.2, at, replica=text, state=text, residency=text, certainty=text) for at, text in enumerate(bad)]
+    blocks = [
+        block(text, (at + 1) * GIB, 1.2, at, replica=text, state=text, residency=text, certainty=text)
+        for at, text in enumerate(bad)
+    ]
     blocks[0]["parts"][0]["name"] = bad[0]
     devices = [device(0, bad[1], 80 * GIB, blocks, now=now), device(None, bad[2], 90 * GIB, [], now=now)]
     devices[0]["device"] = bad[0]
