@@ -1,4 +1,4 @@
-"""The files of the console's page: small, of one host, without markup from data, and the library as it was published."""
+"""The files of the console's page: they are small, name no other host, and make no markup of data."""
 
 import hashlib
 import json

@@ -41,7 +41,7 @@ export function Legend({ isPlan }) {
   const items = [
     ...PARTS.map((part) => [part, PART_NAMES[part]]),
     ["rest", "not divided into parts"],
-    ["foreign", isPlan ? "in use now" : "other processes"],
+    ["foreign", isPlan ? "in use, or kept for what runs" : "other processes"],
     ["free", "free"],
   ];
   if (!isPlan) items.unshift(["planned", "planned (outline); the fill is held"]);
@@ -76,7 +76,7 @@ export function Bar({ device, scale, width, isPlan = false, dim = "", focusAt = 
     <rect class="track" x="0.5" y=${LABELS + 0.5} width=${Math.max(1, total - 1)} height=${HEIGHT} />
     ${foreign.width > 0 &&
     html`<rect class="foreign" x=${foreign.x} y=${LABELS + 1} width=${foreign.width} height=${HEIGHT - 1}
-      fill="url(#part-foreign)"><title>${isPlan ? "In use now" : "Other processes"}: ${bytes(device.foreign)}</title></rect>`}
+      fill="url(#part-foreign)"><title>${isPlan ? "In use, or kept for what runs" : "Other processes"}: ${bytes(device.foreign)}</title></rect>`}
     ${layout.blocks.map((placed, number) =>
       html`<${Block} placed=${placed} place=${places[number]} perByte=${perByte} isPlan=${isPlan}
         isFaint=${dim !== "" && placed.block.model !== dim} isReached=${number === focusAt}

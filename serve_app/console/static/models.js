@@ -32,8 +32,7 @@ export class Models extends Component {
     const path = action === "reload" ? "api/reload" : ACTIONS[action].path(name);
     try {
       const answer = await (await ask(path, { method: "POST" })).json().catch(() => ({}));
-      const usual = action === "reload" ? "The config file was read again." : `${name} ${ACTIONS[action].done}.`;
-      this.setState({ told: answer?.message || usual });
+      this.setState({ told: action === "reload" ? reloaded(answer) : answer.message || `${name} ${ACTIONS[action].done}.` });
     } catch (error) {
       this.setState({ error });
     }
@@ -53,7 +52,7 @@ export class Models extends Component {
         ${state.access.is_admin &&
         html`<button type="button" disabled=${busy !== ""} onClick=${() => this.press("reload", "")}>Reload the config</button>`}
       </div>
-      <p role="status" class=${told ? "told" : "told none"}>${told}</p>
+      <p role="status" class=${told ? "told pre" : "told none"}>${told}</p>
       <${Problem} error=${error} />
       ${state.models.length === 0 && html`<${Empty}>No model is deployed.<//>`}
       <div class="models">
@@ -62,6 +61,12 @@ export class Models extends Component {
       </div>
       ${asked && html`<${Question} ...${asked} onDone=${(yes) => (yes ? this.act(asked.action, asked.name) : this.setState({ asked: null }))} />`}`;
   }
+}
+
+function reloaded({ file, node, changes = [] }) {
+  const where = file ? ` ${file}${node ? ` on ${node}` : ""}` : "";
+  const ending = changes.length ? `, and this changes:\n${changes.join("\n")}` : ", and nothing changes.";
+  return `The config file${where} was read again${ending}`;
 }
 
 function Question({ action, name, onDone }) {

@@ -123,8 +123,9 @@ function Verdict({ answer }) {
 function Result({ answer, width, hold }) {
   const devices = devicesOf(answer.plan);
   const scale = scaleOf(devices);
-  return html`${answer.fixes?.length > 0 && html`<section class="panel"><h3>The smallest fixes</h3>
-      <ul class="fixes">${answer.fixes.map((fix) => html`<li><strong>${fix.model}</strong> <code>${fix.text}</code></li>`)}</ul></section>`}
+  return html`${answer.notes?.length > 0 && html`<ul class="panel notes" aria-label="Notes">${answer.notes.map((note) => html`<li>${note}</li>`)}</ul>`}
+    ${answer.fixes?.length > 0 && html`<section class="panel"><h3>The smallest fixes</h3>
+      <ul class="fixes">${answer.fixes.map((fix) => html`<li><strong>${fix.model}</strong> <code>${fix.text}</code>${fix.effect && html` <span class="dim">${fix.effect}</span>`}</li>`)}</ul></section>`}
     ${devices.length > 0 && html`<section class="panel">
       <h3>Where it would be</h3>
       <${Legend} isPlan=${true} />
@@ -147,8 +148,8 @@ function Result({ answer, width, hold }) {
     </section>`}`;
 }
 
-// Returns the devices of a plan in the form of the state's, with what each model would take. What is in use now counts as
-// foreign.
+// Returns the devices of a plan in the form of the state's, with what each model would take. What is in use now, or kept
+// for what runs, counts as foreign.
 function devicesOf(plan) {
   return (plan?.gpus || []).map((gpu) => {
     const blocks = (plan.models || []).flatMap((model) => model.ranks.filter((rank) => rank.gpu === gpu.id).map((rank) => blockOf(model, rank)));

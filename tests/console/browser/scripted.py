@@ -168,7 +168,7 @@ def serving(scripted: Scripted) -> Iterator[Scripted]:
         assert thread.is_alive(), "the server has ended"
         assert time.monotonic() < deadline, "the server has not started"
         time.sleep(0.01)
-    scripted.url = "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+    scripted.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         yield scripted
     finally:

@@ -1,4 +1,4 @@
-"""States as the console's endpoints send them: the demo's, a large cluster's, and one in which every text is hostile."""
+"""States as the console sends them: the demo's, a large cluster's, and one in which every text is hostile."""
 
 import time
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ def traffic(names: list[str], now: float) -> dict[str, Any]:
     series = {}
     for number, name in enumerate(names):
         wave = [abs((slot + 17 * number) % 60 - 30) for slot in range(SLOTS)]
-        quiet = 6 < number % 9
+        quiet = number % 9 > 6
         series[name] = {
             "requests": [0 if quiet else 2 * value for value in wave],
             "errors": [value // 29 for value in wave],

@@ -55,9 +55,17 @@ def test_traffic_moves_slot_by_slot(open_page: Open) -> None:
         """async () => {
           const { withDelta } = await import("./assets/state.js");
           const series = { requests: [1, 2], ttft_p50_s: [0.1, 0.2] };
-          let seen = { events: [], requests: [], traffic: { interval_s: 5, slot: 10, models: { a: series, b: series } } };
-          const step = (slot, models) => { seen = withDelta(seen, { traffic: { slot, models } }); return seen.traffic.models; };
-          return [step(10, { a: { requests: 3 } }), step(13, { a: { requests: 7 }, c: { requests: 1 } }), step(400, {})];
+          const traffic = { interval_s: 5, slot: 10, models: { a: series, b: series } };
+          let seen = { events: [], requests: [], traffic };
+          const step = (slot, models) => {
+            seen = withDelta(seen, { traffic: { slot, models } });
+            return seen.traffic.models;
+          };
+          return [
+            step(10, { a: { requests: 3 } }),
+            step(13, { a: { requests: 7 }, c: { requests: 1 } }),
+            step(400, {}),
+          ];
         }"""
     )
     assert merged[0] == {
@@ -93,7 +101,10 @@ def test_a_hidden_tab_gives_its_stream_back(open_page: Open, scripted: Scripted)
     watched.page.clock.install()
     page = watched.open()
     expect(page.get_by_role("tab").first).to_be_visible()
-    hide = "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true }); document.dispatchEvent(new Event('visibilitychange')); }"
+    hide = """hidden => {
+        Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });
+        document.dispatchEvent(new Event('visibilitychange'));
+    }"""
     page.evaluate(hide, True)
     page.clock.fast_forward(61_000)
     wait_for_pages(scripted, 0)
@@ -128,8 +139,8 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page: Open, scripted: S
     expect(page.get_by_role("tab").first).to_be_visible()
     expect(page.locator(".who")).to_have_text("team-a")
     kept = page.evaluate(
-        "JSON.stringify([{...localStorage}, {...sessionStorage}, location.href, document.cookie, document.documentElement.outerHTML, "
-        "[...document.querySelectorAll('input, textarea')].map(each => each.value)])"
+        "JSON.stringify([{...localStorage}, {...sessionStorage}, location.href, document.cookie, "
+        "document.documentElement.outerHTML, [...document.querySelectorAll('input, textarea')].map(each => each.value)])"
     )
     assert KEY not in kept
     assert "tiny-pt" in kept

@@ -158,7 +158,7 @@ def test_a_parameter_that_cannot_be_read_sends_nothing(
 
 @pytest.mark.parametrize("is_begun", [False, True])
 def test_an_error_is_shown_with_its_code(watched: Watched, scripted: Scripted, is_begun: bool) -> None:
-    """That of a refused request, and that of a stream that has begun. The next request leaves that turn's answer out."""
+    """That of a refused request, and of a stream that has begun. The next request leaves that answer out."""
     error = {"message": "Too many requests.", "type": "rate_limit", "code": "rate_limit_exceeded"}
     if is_begun:
         scripted.chunks = [text_chunk("Well, "), {"error": error}]
