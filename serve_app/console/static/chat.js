@@ -3,6 +3,11 @@
 import { SERVER, ask, eventsOf } from "./api.js";
 
 const PATH = "/v1/chat/completions";
+// Arguments of OpenAI's client. It takes all other fields of a request as `extra_body`.
+const OF_OPENAI = new Set([
+  "model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens", "seed", "tools", "tool_choice",
+  "response_format", "stop", "n", "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", "logit_bias",
+]);
 
 // Returns {body, problem} for what a pane has. `problem` names the field that cannot be read, or is empty.
 export function requestOf(parameters, messages) {
@@ -18,15 +23,18 @@ export function requestOf(parameters, messages) {
     }
     body[name] = value;
   }
-  for (const [name, isRight, form] of [["tools", Array.isArray, "a list"], ["response_format", isObject, "an object"]]) {
+  for (const [name, isRight, form] of [["tools", Array.isArray, "a list"], ["response_format", isObject, "an object"], ["more", isObject, "an object"]]) {
     const text = parameters[name].trim();
     if (text === "") continue;
+    const label = name === "more" ? "More fields" : name;
+    let value;
     try {
-      body[name] = JSON.parse(text);
+      value = JSON.parse(text);
     } catch (error) {
-      return { body, problem: `${name} is not valid JSON: ${error.message}` };
+      return { body, problem: `${label} is not valid JSON: ${error.message}` };
     }
-    if (!isRight(body[name])) return { body, problem: `${name} must be ${form} in JSON.` };
+    if (!isRight(value)) return { body, problem: `${label} must be ${form} in JSON.` };
+    Object.assign(body, name === "more" ? value : { [name]: value });
   }
   return { body, problem: "" };
 }
@@ -122,7 +130,10 @@ export function asCurl(body) {
 }
 
 export function asPython(body) {
-  const fields = Object.entries(body).map(([name, value]) => `    ${name}=${pythonOf(value, 4)},\n`);
+  const known = Object.entries(body).filter(([name]) => OF_OPENAI.has(name));
+  const more = Object.entries(body).filter(([name]) => !OF_OPENAI.has(name));
+  if (more.length) known.push(["extra_body", Object.fromEntries(more)]);
+  const fields = known.map(([name, value]) => `    ${name}=${pythonOf(value, 4)},\n`);
   return (
     `from openai import OpenAI\n\nclient = OpenAI(base_url=${JSON.stringify(`${SERVER}/v1`)}, api_key="KEY")\n` +
     `stream = client.chat.completions.create(\n${fields.join("")})\nfor chunk in stream:\n` +

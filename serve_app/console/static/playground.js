@@ -15,10 +15,11 @@ const TEXTS = [
   ["system", "System prompt", ""],
   ["tools", "Tools (JSON)", '[{"type": "function", "function": {"name": "…", "parameters": {…}}}]'],
   ["response_format", "Response format (JSON)", '{"type": "json_object"}'],
+  ["more", "More fields of the request (JSON)", '{"top_k": 20}'],
 ];
 
 function newPane(number) {
-  const parameters = { model: "", system: "", temperature: "", max_tokens: "", top_p: "", seed: "", tools: "", response_format: "" };
+  const parameters = { model: "", system: "", temperature: "", max_tokens: "", top_p: "", seed: "", tools: "", response_format: "", more: "" };
   return { number, parameters, turns: [], controller: null, problem: "" };
 }
 

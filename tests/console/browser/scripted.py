@@ -118,6 +118,8 @@ class Scripted:
 
     async def _act(self, request: Request) -> Response:
         self.asked.append((request.url.path, None))
+        if request.url.path.endswith("/reload"):
+            return JSONResponse({"file": "/etc/models.yaml", "node": "10.0.0.1", "changes": ["a is new"]})
         return JSONResponse({"message": "It was done."})
 
     async def _chat(self, request: Request) -> Response:

@@ -140,7 +140,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page: Open, scripted: S
     expect(page.locator(".who")).to_have_text("team-a")
     kept = page.evaluate(
         "JSON.stringify([{...localStorage}, {...sessionStorage}, location.href, document.cookie, "
-        "document.documentElement.outerHTML, [...document.querySelectorAll('input, textarea')].map(each => each.value)])"
+        "document.documentElement.outerHTML, [...document.querySelectorAll('input, textarea')].map(e => e.value)])"
     )
     assert KEY not in kept
     assert "tiny-pt" in kept

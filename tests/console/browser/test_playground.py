@@ -143,6 +143,7 @@ def test_structured_output_is_set_with_line_breaks(watched: Watched, scripted: S
         ("Max tokens", "1.5", 'max_tokens must be a whole number, and it is "1.5".'),
         ("Tools (JSON)", "{}", "tools must be a list in JSON."),
         ("Response format", "{", "response_format is not valid JSON"),
+        ("More fields", "[]", "More fields must be an object in JSON."),
     ],
 )
 def test_a_parameter_that_cannot_be_read_sends_nothing(
@@ -183,7 +184,8 @@ def arguments_of(code: str) -> dict[str, Any]:
         for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "create"
     ]
-    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    found = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return found | found.pop("extra_body", {})
 
 
 def test_the_code_is_the_request(watched: Watched, scripted: Scripted) -> None:
@@ -196,6 +198,7 @@ def test_the_code_is_the_request(watched: Watched, scripted: Scripted) -> None:
         {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"x": None, "y": [], "z": {}}}}
     ]
     page.get_by_label("Tools (JSON)").fill(json.dumps(tools))
+    page.get_by_label("More fields").fill('{"ignore_eos": true, "stop": ["x"]}')
     page.locator("#draft").fill(question)
     page.get_by_role("button", name="Code").click()
     code = page.get_by_role("region", name="Code")
@@ -204,7 +207,7 @@ def test_the_code_is_the_request(watched: Watched, scripted: Scripted) -> None:
     assert "authorization: Bearer KEY" in words
     body = json.loads(words[words.index("-d") + 1])
     assert body["messages"] == [{"role": "user", "content": question}]
-    assert (body["seed"], body["tools"]) == (7, tools)
+    assert (body["seed"], body["tools"], body["ignore_eos"], body["stop"]) == (7, tools, True, ["x"])
     page.get_by_role("button", name="Python (openai)").click()
     assert arguments_of(code.inner_text()) == body
     assert f'base_url="{scripted.url}/v1", api_key="KEY"' in code.inner_text()
