@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -14,7 +15,9 @@ import aiohttp
 import httpx
 import psutil
 import pytest
+from playwright.sync_api import expect
 
+from tests.browser import Watched, chromium
 from tests.cluster import counting, faults, hostile
 from tests.cluster.contract import HEADERS, KEY, document_of, without_key
 from tests.cluster.mortal import MortalServe
@@ -272,6 +275,48 @@ async def test_streams_survive_the_death_of_their_replicas(serve: MortalServe) -
     told = await storm(serve, "mortal", requests=400, clients=32, trouble=trouble, headers=HEADERS)
     assert told["outcomes"] == {"right": 400}
     assert told["kills"] == 2
+
+
+def test_the_console_sees_a_killed_replica_at_once_and_the_answer_goes_on(serve: MortalServe) -> None:
+    """It shows nothing without the right key. With it, a killed replica is an event within 5 s, and both answers are
+    the same to their ends, although one of them was taken up by the other replica."""
+    with chromium() as browser:
+        watched = Watched(browser, serve.url)
+        watched.expected = ("status of 401",)
+        page = watched.open()
+        for key, told in (("sk-wrong", "does not accept this key"), (KEY, "")):
+            page.get_by_label("API key").fill(key)
+            page.get_by_role("button", name="Sign in").click()
+            if told:
+                expect(page.get_by_role("alert")).to_contain_text(told)
+        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        watched.show("playground")
+        page.get_by_role("button", name="Two side by side").click()
+        fields = {"ignore_eos": True, "temperature": 0}
+        for letter in "AB":
+            pane = page.get_by_role("region", name=f"Pane {letter}")
+            pane.get_by_label(f"Model {letter}").select_option("mortal")
+            pane.get_by_text("Parameters").click()
+            pane.get_by_label("Max tokens").fill("1900")
+            pane.get_by_label("More fields").fill(json.dumps(fields))
+        page.locator("#draft").fill("Hello")
+        page.keyboard.press("Enter")
+        expect(page.locator(".answer")).to_have_count(2)
+        before = page.get_by_role("log").inner_text()
+        os.kill(min(serve.living()), signal.SIGKILL)
+        killed = time.monotonic()
+        expect(page.get_by_role("log")).not_to_have_text(before, timeout=5_000)
+        assert "mortal" in page.get_by_role("log").inner_text()
+        assert time.monotonic() - killed < 5
+        expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=60_000)
+        texts = page.locator(".answer").all_inner_texts()
+        assert len(texts[0]) > 1900
+        assert texts[0] == texts[1]
+        expect(page.locator(".said > .note", has_text="1900 of answer")).to_have_count(2)
+        watched.show("requests")
+        again = page.locator("#panel-requests tbody tr", has_text="resumed 1×")
+        expect(again).not_to_have_count(0)
+        watched.close()
 
 
 def test_a_killed_serve_run_leaves_no_process_behind(mortal: MortalServe) -> None:
