@@ -100,10 +100,9 @@ def test_both_engines_stream_side_by_side(watched: Watched) -> None:
 
 
 def running_in_pt(run: ServeRun) -> int:
-    """Requests that the routers have given to the pt model, by the console's own state."""
-    state: Any = httpx.get(f"{run.url}/ui/api/state", timeout=10).json()
-    active: int = next(model["active"] for model in state["models"] if model["name"] == "tiny-pt")
-    return active
+    """Sequences that pt's engine is working on, by its own count."""
+    load: int = httpx.get(f"{run.url}/models/tiny-pt/load", timeout=10).json()["server_load"]
+    return load
 
 
 def wait_for(what: str, count: Any, wanted: int, timeout_s: float) -> None:

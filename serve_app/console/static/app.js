@@ -82,6 +82,7 @@ class App extends Component {
   open(tab) {
     history.replaceState(null, "", `#${tab}`);
     this.setState({ tab });
+    document.getElementById(`tab-${tab}`).scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   render(_, { tab, seen, link, refusal, news, theme, wasTried }) {

@@ -1,7 +1,7 @@
 // What has happened, the newest first.
 
 import { Component, html } from "./vendor/htm-preact.js";
-import { clock, date } from "./format.js";
+import { clock, date, plural } from "./format.js";
 import { Badge, Empty } from "./widgets.js";
 
 export class Events extends Component {
@@ -30,7 +30,7 @@ export class Events extends Component {
             ${names.map((name) => html`<option value=${name}>${name}</option>`)}
           </select>
         </label>
-        <span class="dim">${shown.length} of the last ${state.events.length}</span>
+        <span class="dim">${shown.length} of ${plural(state.events.length, "event")}</span>
       </div>
       ${shown.length === 0
         ? html`<${Empty}>${state.events.length ? "No event is like this." : "Nothing has happened since the router started."}<//>`

@@ -2,7 +2,7 @@
 
 import { Component, html } from "./vendor/htm-preact.js";
 import { Bar, Legend, Swatch, isOver } from "./bar.js";
-import { age, bytes, clock } from "./format.js";
+import { age, bytes, clock, plural } from "./format.js";
 import { PARTS, PART_NAMES, deviceName, isGpu, layoutOf, modelName, scaleOf, totals } from "./layout.js";
 import { Badge, Choice, Empty, Memo } from "./widgets.js";
 
@@ -146,12 +146,13 @@ function scaleText({ gpu, memory }) {
 }
 
 function NodeCard({ node, scales, width, dim, reached, pinned, now, look, press }) {
+  const gpus = node.devices.filter(isGpu).length;
   return html`<article class=${`panel node${node.alive ? "" : " gone"}`}>
     <header>
       <h3>${node.address}</h3>
       ${node.is_head && html`<span class="tag">head</span>`}
       ${!node.alive && html`<${Badge} state="gone" />`}
-      <span class="dim">${node.devices.filter(isGpu).length ? `${node.devices.filter(isGpu).length} GPUs, ` : ""}${node.cpus} CPUs</span>
+      <span class="dim">${gpus ? `${plural(gpus, "GPU")}, ` : ""}${plural(node.cpus, "CPU")}</span>
     </header>
     ${node.note && html`<p class="note pre">${node.note}</p>`}
     ${node.devices.map((device) => html`<${Memo} key=${device.key} device=${device} scale=${isGpu(device) ? scales.gpu : scales.memory}

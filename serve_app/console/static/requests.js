@@ -1,7 +1,7 @@
 // The last requests, with their timings and how they ended.
 
 import { Component, html } from "./vendor/htm-preact.js";
-import { clock, date, milliseconds, number } from "./format.js";
+import { clock, date, milliseconds, number, plural } from "./format.js";
 import { Badge, Empty } from "./widgets.js";
 
 const OUTCOMES = ["running", "ok", "refused", "failed", "left"];
@@ -31,7 +31,7 @@ export class Requests extends Component {
             ${OUTCOMES.map((name) => html`<option value=${name}>${name}</option>`)}
           </select>
         </label>
-        <span class="dim">${shown.length} of the last ${state.requests.length}</span>
+        <span class="dim">${shown.length} of ${plural(state.requests.length, "request")}</span>
       </div>
       <p class="note">${state.access.keeps_prompts ? "Prompts are kept, because console_keeps_prompts is on." : "Prompts are not kept."}</p>
       ${shown.length === 0
@@ -39,7 +39,7 @@ export class Requests extends Component {
         : html`<div class="panel scroll" tabindex="0" role="region" aria-label="Requests">
             <table class="grid">
               <thead><tr>
-                <th scope="col">Time</th><th scope="col">Model</th><th scope="col">Outcome</th><th scope="col" class="num">Status</th>
+                <th scope="col" class="num">Time</th><th scope="col">Model</th><th scope="col">Outcome</th><th scope="col" class="num">Status</th>
                 <th scope="col">Path</th><th scope="col">Key</th><th scope="col" class="num">Queue</th>
                 <th scope="col" class="num">First token</th><th scope="col" class="num">Total</th><th scope="col" class="num">Prompt</th>
                 <th scope="col" class="num">Answer</th><th scope="col">Taken up again</th><th scope="col">Id</th>
