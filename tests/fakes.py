@@ -138,6 +138,19 @@ class ModelsFake:
         except ModelNotFound:
             return None
 
+    @property
+    def applications(self) -> dict[str, Any]:
+        """Serve tells nothing here."""
+        return {}
+
+    @property
+    def records(self) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        """No model has adapters."""
+        return {}, {}
+
+    async def refresh(self, max_age_s: float) -> None:
+        """Nothing changes by itself."""
+
     def application(self, name: str) -> str:
         """Its own, as of a model that is no adapter."""
         return name

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -12,12 +14,16 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.console.events import EventLog
+from serve_app import __version__
+from serve_app.console.cluster_watch import ClusterWatch
+from serve_app.console.events import Event
 from serve_app.console.feed import Feed, send_events
 from serve_app.console.guard import require_on, visitor_of
+from serve_app.console.ledger import Ledger
 from serve_app.console.page import INDEX, Page
-from serve_app.console.snapshot import state_of
-from serve_app.console.view import View
+from serve_app.console.snapshot import event_json, models_json, nodes_json
+from serve_app.console.traffic import INTERVAL_S, last_values, slot_of, whole_series
+from serve_app.console.view import Seen, View
 from serve_app.router.console import RouterParts
 from serve_app.router.exchange import Exchange
 from serve_app.wire.body import RequestBody
@@ -26,8 +32,12 @@ from serve_app.wire.openai_errors import route_error_response
 logger = logging.getLogger("ray.serve")
 
 JSON_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
-# Open pages are told what is new at this interval in seconds.
-TICK_S = 1.0
+# Open pages are told what is new at this interval in seconds. Without pages, the requests are looked at this often.
+TICK_S, IDLE_TICK_S = 1.0, float(INTERVAL_S)
+# With several routers, one without pages looks at this interval whether another one has any.
+LOOK_S = 2.0
+# Who asks for the state without a stream is believed to ask again within so many seconds.
+POLLED_S = 10.0
 
 
 def open_console(parts: RouterParts) -> "ServedConsole":
@@ -36,13 +46,24 @@ def open_console(parts: RouterParts) -> "ServedConsole":
 
 
 class ServedConsole:
-    """Watches the requests of one router replica, and answers below /ui."""
+    """Watches the requests of one router replica, and answers below /ui. `watched_by` are the ways in which a
+    `ClusterWatch` reads and tells."""
 
-    def __init__(self, parts: RouterParts):
+    def __init__(self, parts: RouterParts, clock: Callable[[], float] = time.time, **watched_by: Any):
         self.parts = parts
-        self.events = EventLog()
+        self._clock = clock
+        self.ledger = Ledger(parts, clock)
+        self.watch = ClusterWatch(parts, self.ledger, clock, **watched_by)
+        # Returns what an admin can do with a model now.
+        self.can: Callable[[str], Sequence[str]] = lambda name: ()
         self._feed: Feed[View] = Feed()
         self._page = Page()
+        self._told: dict[View, tuple[bytes, bytes]] = {}
+        self._event_id = self._revision = 0
+        self._slot = slot_of(clock())
+        self._polled_at = float("-inf")
+        self._is_asked = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
 
     def routes(self) -> Sequence[BaseRoute]:
         """Returns what it answers to."""
@@ -56,28 +77,50 @@ class ServedConsole:
 
     async def start(self) -> None:
         """Begins its work in the background."""
+        self._task = asyncio.create_task(self._keep())
 
     async def close(self) -> None:
         """Ends its work and all open streams."""
         self._feed.close()
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self.watch.close()
 
     def began(self, exchange: Exchange) -> None:
         """Notes a request."""
+        self._noted(self.ledger.began, exchange)
 
     async def admitted(self, exchange: Exchange, body: RequestBody) -> None:
-        """Notes a request's body."""
+        """Keeps the beginning of a request's prompt."""
+        try:
+            await self.ledger.admitted(exchange, body)
+        except Exception:
+            logger.exception("The console could not keep a prompt.")
 
     def retried(self, exchange: Exchange) -> None:
         """Notes that a request is sent again."""
+        self._noted(self.ledger.retried, exchange)
 
     def resumed(self, exchange: Exchange) -> None:
         """Notes that another replica continues a stream."""
+        self._noted(self.ledger.resumed, exchange)
 
     def ended(self, exchange: Exchange) -> None:
         """Notes that a request is over."""
+        self._noted(self.ledger.ended, exchange)
 
     def refused(self, status: int) -> None:
         """Notes a request that the door refused."""
+        self._noted(self.ledger.refused, status)
+
+    def _noted(self, note: Callable[[Any], None], what: Any) -> None:
+        """Notes something of a request, which a mistake of ours must not break."""
+        try:
+            note(what)
+        except Exception:
+            logger.exception("The console could not note a request.")
 
     def require_on(self) -> None:
         """Raises ConsoleOff if it is switched off."""
@@ -88,6 +131,140 @@ class ServedConsole:
         self.require_on()
         visitor = visitor_of(self.parts.gate, scope)
         return View(visitor.key, visitor.is_admin)
+
+    async def _keep(self) -> None:
+        """Does the work in the background for ever."""
+        while True:
+            self._is_asked.clear()
+            is_watched = self._is_watched()
+            try:
+                await (self.tick() if is_watched else self._idle_tick())
+            except Exception:
+                logger.exception("The console could not look at the cluster.")
+            if is_watched or self.watch.is_watched_elsewhere:
+                await asyncio.sleep(TICK_S)
+                continue
+            with suppress(TimeoutError):  # The first page does not wait for the slow tick.
+                async with asyncio.timeout(LOOK_S if self.watch.has_other_routers else IDLE_TICK_S):
+                    await self._is_asked.wait()
+
+    def _is_watched(self) -> bool:
+        return bool(len(self._feed)) or self._clock() - self._polled_at < POLLED_S
+
+    async def _idle_tick(self) -> None:
+        """Goes on counting, for the first page that is opened and for pages at other routers."""
+        await self.watch.share()
+        await self.ledger.tick()
+
+    async def tick(self) -> None:
+        """Reads the cluster, and tells the open pages what is new."""
+        await self.watch.read()
+        await self.ledger.tick()
+        if self.watch.is_stopping:
+            self._feed.close()
+            return
+        self._close_strangers()
+        self._tell()
+
+    def _close_strangers(self) -> None:
+        """Ends the streams of keys that are gone or may use other models now. Their pages ask again with the key."""
+        source = self.parts.gate.source
+        if source.is_open or not len(self._feed):
+            return
+        known = {key.sha256: key for key in source.refresh().keys}
+        for page in self._feed:
+            if page.view.key is None or known.get(page.view.key.sha256) != page.view.key:
+                page.end()
+
+    def _tell(self) -> None:
+        """Pushes what is new since the last time, once for all pages with the same view."""
+        now = self._clock()
+        events, rows = self.ledger.events.since(self._event_id), self.ledger.rows_since(self._revision)
+        self._event_id, self._revision = self.ledger.events.last_id, self.ledger.requests.revision
+        slots = [self._slot, slot_of(now)] if slot_of(now) != self._slot else [self._slot]
+        self._slot = slots[-1]
+        rings = self.ledger.rings()
+        values = {slot: last_values(rings, slot, now) for slot in slots}
+        told: dict[View, tuple[bytes, bytes]] = {}
+        by_view: dict[View, bytes] = {}
+        for page in self._feed:
+            view = page.view
+            if view not in by_view:
+                seen = view.seen(self.ledger.models)
+                told[view] = self._parts(seen)
+                by_view[view] = b"".join(
+                    _event("delta", delta)
+                    for delta in self._deltas(seen, now, values, told[view], self._told.get(view), events, rows)
+                )
+            page.push(by_view[view])
+        self._told = told
+
+    def _deltas(
+        self,
+        seen: Seen,
+        now: float,
+        values: Mapping[int, Mapping[str, Any]],
+        parts: tuple[bytes, bytes],
+        before: tuple[bytes, bytes] | None,
+        events: Sequence[Event],
+        rows: Sequence[Any],
+    ) -> list[dict[str, Any]]:
+        """Returns what is new for one view: the last values of an interval that has just ended, and then the rest."""
+        *ended, current = [
+            {
+                "time": round(now, 3),
+                "traffic": {"slot": slot, "models": {name: v for name, v in found.items() if seen.name(name)}},
+            }
+            for slot, found in values.items()
+        ]
+        for name, part, old in zip(("nodes", "models"), parts, before or (b"", b""), strict=True):
+            if part != old:
+                current[name] = msgspec.Raw(part)
+        if shown := seen.events(events):
+            current["events"] = [event_json(event) for event in shown]
+        if changed := seen.rows(rows):
+            current["requests"] = changed
+        return [*ended, current]
+
+    def _parts(self, seen: Seen) -> tuple[bytes, bytes]:
+        """Returns the nodes and the models as JSON."""
+        snapshot = self.watch.now()
+        if snapshot is None:
+            return b"[]", b"[]"
+        encode = msgspec.json.encode
+        return encode(nodes_json(snapshot, seen)), encode(models_json(snapshot, seen, self.can))
+
+    def state(self, view: View, is_streamed: bool = False) -> bytes:
+        """Returns the whole state as JSON. In a stream, the events that open pages have not been told yet are left to
+        the next delta, so that no page is told an event twice."""
+        now = self._clock()
+        told = self._event_id if is_streamed else self.ledger.events.last_id
+        seen = view.seen(self.ledger.models)
+        nodes, models = self._parts(seen)
+        series = whole_series(self.ledger.rings(), now, self.ledger.first_slot())
+        key = view.key
+        return msgspec.json.encode(
+            {
+                "version": __version__,
+                "time": round(now, 3),
+                "router": self.parts.replica,
+                "access": {
+                    "keys": key is not None,
+                    "key": None if key is None else key.name,
+                    "is_admin": view.is_admin,
+                    "keeps_prompts": self.parts.config().console_keeps_prompts,
+                },
+                "nodes": msgspec.Raw(nodes),
+                "models": msgspec.Raw(models),
+                "traffic": {
+                    "interval_s": INTERVAL_S,
+                    "slot": slot_of(now),
+                    "models": {name: values for name, values in series.items() if seen.name(name)},
+                },
+                "events": [event_json(event) for event in seen.events(self.ledger.events.since()) if event.id <= told],
+                "requests": seen.rows(self.ledger.rows_since(0)),
+            }
+        )
 
     async def _redirect(self, _: Request) -> Response:
         self.require_on()
@@ -103,30 +280,28 @@ class ServedConsole:
         self.require_on()
         answer = self._page.answer(request, name)
         if answer is None:
-            return _no_such_file(request)
+            text = f"{request.method} {request.url.path}: The page has no such file."
+            return route_error_response(HTTPException(404), text)
         return answer
 
     async def _state(self, request: Request) -> Response:
         view = self.view_of(request.scope)
-        return Response(await self._whole(view), headers=JSON_HEADERS, media_type="application/json")
+        self._polled_at = self._clock()
+        self._is_asked.set()
+        await self.watch.fresh()
+        return Response(self.state(view), headers=JSON_HEADERS, media_type="application/json")
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._feed.opened(self.view_of(scope)) as page:
-            await send_events(page.events(self._state_event), scope, receive, send)
+            self._is_asked.set()
+            await send_events(page.events(self.watch.fresh, self._state_event), scope, receive, send)
 
-    async def _state_event(self, view: View) -> bytes:
-        return b"event: state\ndata: " + await self._whole(view) + b"\n\n"
-
-    async def _whole(self, view: View) -> bytes:
-        await asyncio.sleep(0)
-        state = state_of(
-            view, self.parts.replica, time.time(), self.parts.config().console_keeps_prompts, self.events.since()
-        )
-        return msgspec.json.encode(state)
+    def _state_event(self, view: View) -> bytes:
+        return b"event: state\ndata: " + self.state(view, is_streamed=True) + b"\n\n"
 
 
 class _Asgi:
-    """Is an endpoint that gets a request as it comes, which Starlette tells from a function by its type."""
+    """Is an endpoint that gets a request as it comes. Starlette tells it from a function by its type."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -135,5 +310,5 @@ class _Asgi:
         await self._app(scope, receive, send)
 
 
-def _no_such_file(request: Request) -> Response:
-    return route_error_response(HTTPException(404), f"{request.method} {request.url.path}: The page has no such file.")
+def _event(name: str, content: Mapping[str, Any]) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(content) + b"\n\n"

@@ -1,9 +1,12 @@
 """Has what happened, in sentences for a person: the last events, and which ones follow from two states. It is pure."""
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from serve_app.router.model_status import ModelStatus
+from serve_app.status.cluster_status import ClusterStatus, ModelView
 
 Kind = Literal[
     "ready", "loading", "failed", "lost", "started", "scaled", "swapped", "resumed", "retried", "refused", "gone",
@@ -14,6 +17,8 @@ Kind = Literal[
 MOST_EVENTS = 200
 # A text with more characters is cut.
 MOST_TEXT = 500
+# Refused requests are told at this interval in seconds.
+REFUSED_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,137 @@ class EventLog:
     def last_id(self) -> int:
         """Returns the id of the last event, or 0 if there was none."""
         return self._last_id
+
+
+@dataclass(frozen=True)
+class Happened:
+    """This is an event before it has a number and a time."""
+
+    kind: Kind
+    model: str
+    text: str
+
+
+def model_events(before: Mapping[str, ModelStatus], after: Mapping[str, ModelStatus]) -> list[Happened]:
+    """Returns what happened to models and adapters between two readings of the directory."""
+    found = [
+        Happened("gone", name, f"{_what(status)} {name} was removed.")
+        for name, status in before.items()
+        if name not in after
+    ]
+    for name, now in after.items():
+        then = before.get(name)
+        if then is None:
+            is_ready = now.state == "ready"
+            state = "ready." if is_ready else f"{_state_text(now)}."
+            found.append(Happened("ready" if is_ready else "config", name, f"{_what(now)} {name} is new and {state}"))
+        elif then.state != now.state or (now.state == "failed" and then.message != now.message and now.message):
+            found.append(_change_of(name, now))
+    return found
+
+
+def _what(status: ModelStatus) -> str:
+    return f"The adapter of {status.parent}" if status.parent else "The model"
+
+
+def _state_text(status: ModelStatus) -> str:
+    return f"{status.state}: {status.message}" if status.message else status.state
+
+
+def _change_of(name: str, now: ModelStatus) -> Happened:
+    replicas = f" with {now.replicas} replica{'' if now.replicas == 1 else 's'}" if now.replicas else ""
+    why = f": {now.message}" if now.message else "."
+    if now.state == "ready":
+        return Happened("ready", name, f"{name} is ready{replicas}.")
+    if now.state == "loading":
+        return Happened("loading", name, f"{name} is loading{why}")
+    if now.state == "failed":
+        return Happened("failed", name, f"{name} has failed{why}")
+    if now.state == "asleep":
+        return Happened("scaled", name, f"{name} is asleep, because it has no replica. The first request wakes it.")
+    return Happened("gone", name, f"{name} is being removed.")
+
+
+def residency_events(before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]]) -> list[Happened]:
+    """Returns what happened to models that share memory, between two readings of the states of their replicas."""
+    found = []
+    for name, states in after.items():
+        then = before.get(name)
+        if then is None or list(then) == list(states):
+            continue
+        was, now = "resident" in then, "resident" in states
+        if now and not was:
+            found.append(Happened("swapped", name, f"{name} holds its memory again."))
+        elif was and not now:
+            found.append(Happened("swapped", name, f"{name} gives its memory to another model of its pool."))
+    return found
+
+
+# In these states of a deployment, Serve itself replaces or stops replicas.
+_SERVE_STOPS = frozenset({"UPDATING", "UPSCALING", "DOWNSCALING"})
+_RUNS = "RUNNING"
+
+
+def cluster_events(before: ClusterStatus, after: ClusterStatus, statuses: Mapping[str, str]) -> list[Happened]:
+    """Returns what happened to replicas and nodes between two states of a cluster. `statuses` has Serve's status of
+    each model's deployment after it."""
+    found = [Happened("gone", "", f"The node {text} is gone.") for text in after.gone if text not in before.gone]
+    known = {node.name for node in before.nodes}
+    found += [
+        Happened("started", "", f"The node {node.name} has joined.") for node in after.nodes if node.name not in known
+    ]
+    then_by_name = {model.name: model for model in before.models}
+    for model in after.models:
+        then = then_by_name.get(model.name)
+        if then is not None:
+            found += _replica_events(then, model, statuses.get(model.name, ""))
+    return found
+
+
+def _replica_events(then: ModelView, now: ModelView, status: str) -> Iterator[Happened]:
+    name = now.name
+    if now.wanted != then.wanted and then.state != "stopping":
+        yield Happened("scaled", name, f"{name} should have {_replicas(now.wanted)} instead of {then.wanted}.")
+    ran = {view.replica for view in then.replicas if view.state == _RUNS}
+    runs = {view.replica for view in now.replicas if view.state == _RUNS}
+    is_stopped = now.state == "stopping" or now.wanted < then.wanted or status in _SERVE_STOPS
+    for replica in sorted(ran - runs):
+        if is_stopped:
+            yield Happened("scaled", name, f"The replica {replica} of {name} stops.")
+        else:
+            yield Happened("lost", name, f"The replica {replica} of {name} was lost.")
+    if then.state == "ready":  # Otherwise the model itself becomes ready.
+        for replica in sorted(runs - ran):
+            yield Happened("started", name, f"The replica {replica} of {name} runs.")
+
+
+def _replicas(count: int) -> str:
+    return f"{count} replica{'' if count == 1 else 's'}"
+
+
+class Refusals:
+    """Joins refused requests, so that a flood of them is no flood of events: there is one event for each model and code
+    and `REFUSED_EVERY_S`, with their number."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def add(self, now: float, model: str, code: str) -> None:
+        """Counts a refused request."""
+        if not self._counts:
+            self._since = now
+        if len(self._counts) < MOST_EVENTS or (model, code) in self._counts:
+            self._counts[model, code] = self._counts.get((model, code), 0) + 1
+
+    def due(self, now: float) -> list[Happened]:
+        """Returns the events of an interval that is over, and begins another one."""
+        if not self._counts or now - self._since < REFUSED_EVERY_S:
+            return []
+        counts, self._counts = self._counts, {}
+        return [_refused(model, code, count) for (model, code), count in counts.items()]
+
+
+def _refused(model: str, code: str, count: int) -> Happened:
+    what = "1 request was" if count == 1 else f"{count} requests were"
+    return Happened("refused", model, f"{what} refused{f' for {model}' if model else ''} ({code}).")

@@ -52,14 +52,15 @@ class OpenPage(Generic[View]):
         self.is_over = True
         self._has_news.set()
 
-    async def events(self, state: Callable[[View], Awaitable[bytes]]) -> AsyncIterator[bytes]:
-        """Yields the events. `state` returns that of the whole state."""
+    async def events(self, read: Callable[[], Awaitable[None]], state: Callable[[View], bytes]) -> AsyncIterator[bytes]:
+        """Yields the events. `read` returns once there is something to show, and `state` makes the event of the whole
+        state of that moment."""
         while not self.is_over:
             if self.needs_state:
-                whole = await state(self.view)
+                await read()
                 self._pending.clear()
-                self.needs_state = False  # What is pushed from here on comes after this state.
-                yield whole
+                self.needs_state = False  # Whatever is pushed from here on comes after this state.
+                yield state(self.view)
             elif self._pending:
                 yield self._pending.popleft()
             else:

@@ -1,36 +1,273 @@
-"""Makes the state that the console shows from what was read. It is pure."""
+"""Makes what the console shows of nodes and models from the cluster's status. It is pure.
 
-from collections.abc import Iterable, Mapping
+The figures are those of `serve-app status`. What only the console adds is the memory that is in use of a device at all,
+and so what of it others hold.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from serve_app import __version__
 from serve_app.console.events import Event
-from serve_app.console.view import View
+from serve_app.console.view import Seen
+from serve_app.facts.device_memory import DeviceMemory
+from serve_app.ray_serve import HEAD_NODE
+from serve_app.replica.report import DeviceReport, ReplicaReport
+from serve_app.router.model_status import ModelStatus
+from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 
-# The length of an entry of the traffic in seconds.
-INTERVAL_S = 5
+CERTAINTIES = ("exact", "calibrated", "guessed")
 
 
-def state_of(view: View, router: str, now: float, keeps_prompts: bool, events: Iterable[Event]) -> Mapping[str, Any]:
-    """Returns the whole state as JSON takes it."""
+@dataclass(frozen=True)
+class Queued:
+    """These are a model's requests in all routers: before their first byte, held for a load, and all that run."""
+
+    waiting: int = 0
+    held: int = 0
+    active: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This is what was read at one moment. `statuses` are the models and adapters of the directory, `nodes` are those
+    of `ray.nodes()`, `idle` has the devices of nodes from which no replica reports, by the node's id, `args` those of
+    each model's config, and `ready_in_s` the seconds until a model can answer, where it cannot."""
+
+    cluster: ClusterStatus
+    statuses: Mapping[str, ModelStatus]
+    nodes: Sequence[Mapping[str, Any]]
+    idle: Mapping[str, Sequence[DeviceMemory]] = field(default_factory=dict)
+    args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    queued: Mapping[str, Queued] = field(default_factory=dict)
+    ready_in_s: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """This is one rank of one replica on one device."""
+
+    model: str
+    view: ReplicaView
+    report: ReplicaReport
+    device: DeviceReport
+
+
+def nodes_json(snapshot: Snapshot, seen: Seen) -> list[dict[str, Any]]:
+    """Returns the nodes with their devices and what is on them."""
+    blocks = [
+        _Block(model.name, view, view.report, device)
+        for model in snapshot.cluster.models
+        for view in model.replicas
+        if view.report is not None
+        for device in view.report.devices
+    ]
+    reports = [view.report for model in snapshot.cluster.models for view in model.replicas if view.report is not None]
+    return [_node(node, blocks, reports, snapshot, seen) for node in snapshot.nodes]
+
+
+def _node(
+    node: Mapping[str, Any],
+    blocks: Sequence[_Block],
+    reports: Sequence[ReplicaReport],
+    snapshot: Snapshot,
+    seen: Seen,
+) -> dict[str, Any]:
+    name, address = str(node["NodeID"]), str(node["NodeManagerAddress"])
+    is_alive = bool(node["Alive"])
+    here = [block for block in blocks if _is_on(block, name, address)] if is_alive else []
+    measured = [device for report in reports if _reports_from(report, name, address) for device in report.node_devices]
+    devices = _devices([*snapshot.idle.get(name, ()), *measured] if is_alive else (), here)
     return {
-        "version": __version__,
-        "time": now,
-        "router": router,
-        "access": {
-            "keys": view.key is not None,
-            "key": None if view.key is None else view.key.name,
-            "is_admin": view.is_admin,
-            "keeps_prompts": keeps_prompts,
-        },
-        "nodes": [],
-        "models": [],
-        "traffic": {"interval_s": INTERVAL_S, "slot": int(now // INTERVAL_S), "models": {}},
-        "events": [event_json(event) for event in events if view.sees_all],
-        "requests": [],
+        "id": name,
+        "address": address,
+        "is_head": HEAD_NODE in node["Resources"],
+        "alive": is_alive,
+        "note": "" if is_alive else seen.text(" ".join(str(node.get("DeathReasonMessage") or "").split())),
+        "cpus": float(node["Resources"].get("CPU", 0.0)),
+        "devices": [_device(device, here, seen) for device in devices],
     }
 
 
-def event_json(event: Event) -> Mapping[str, Any]:
+def _is_on(block: _Block, name: str, address: str) -> bool:
+    if block.device.node and block.device.node != block.report.node:  # It is a rank on another node.
+        return block.device.node == address
+    return _reports_from(block.report, name, address)
+
+
+def _reports_from(report: ReplicaReport, name: str, address: str) -> bool:
+    return report.node_id == name if report.node_id else report.node == address
+
+
+@dataclass(frozen=True)
+class _Device:
+    """This is a device of a node. Unknown figures are None."""
+
+    device: str
+    index: int | None
+    name: str
+    total: int | None
+    used: int | None
+    measured_at: float | None
+
+
+def _devices(measured: Iterable[DeviceMemory], blocks: Iterable[_Block]) -> list[_Device]:
+    """Returns the node's devices with their newest figures: the memory first, then GPUs by their number."""
+    found: dict[str, _Device] = {}
+    for block in blocks:
+        device = block.device
+        name = "memory" if device.device == "cpu" else "GPU"
+        at = None if device.total is None else block.report.written_at
+        mine = _Device(device.device, device.index, name, device.total, device.used, at)
+        found[device.device] = _newest(found.get(device.device), mine)
+    for each in measured:
+        mine = _Device(each.device, each.index, each.name, each.total, each.used, each.measured_at)
+        found[each.device] = _newest(found.get(each.device), mine)
+    return sorted(found.values(), key=lambda device: (device.device != "cpu", device.index or 0, device.device))
+
+
+def _newest(one: _Device | None, other: _Device) -> _Device:
+    return other if one is None or (other.measured_at or 0.0) >= (one.measured_at or 0.0) else one
+
+
+def _device(device: _Device, blocks: Sequence[_Block], seen: Seen) -> dict[str, Any]:
+    mine = [block for block in blocks if block.device.device == device.device]
+    held = sum(block.device.held or 0 for block in mine)
+    shown = [block for block in mine if seen.name(block.model)]
+    others = [block for block in mine if not seen.name(block.model)]
+    is_known = device.total is not None and device.used is not None
+    return {
+        "device": device.device,
+        "index": device.index,
+        "name": device.name,
+        "total": device.total,
+        "used": device.used,
+        "foreign": max(0, (device.used or 0) - held) if is_known else None,
+        "free": max(0, (device.total or 0) - (device.used or 0)) if is_known else None,
+        "measured_at": device.measured_at,
+        "blocks": [
+            *(_block(block, seen) for block in sorted(shown, key=lambda b: (b.model, b.view.replica, b.device.rank))),
+            *([_hidden_block(others)] if others else []),
+        ],
+    }
+
+
+def _block(block: _Block, seen: Seen) -> dict[str, Any]:
+    device, residency = block.device, block.report.residency
+    return {
+        "model": block.model,
+        "replica": block.view.replica,
+        "rank": device.rank,
+        "state": block.view.state,
+        "residency": None if residency is None else residency.state,
+        "planned": device.planned,
+        "held": device.held,
+        "peak": device.peak,
+        "certainty": device.certainty,
+        "parts": [
+            {"name": part.name, "planned": part.planned, "held": part.held, "certainty": part.certainty}
+            for part in device.parts
+        ],
+    }
+
+
+def _hidden_block(blocks: Sequence[_Block]) -> dict[str, Any]:
+    """Returns the sums of blocks that a key may not see one by one."""
+    devices = [block.device for block in blocks]
+    names = dict.fromkeys(part.name for device in devices for part in device.parts)
+    parts = {name: [part for device in devices for part in device.parts if part.name == name] for name in names}
+    return {
+        "model": None,
+        "replica": "",
+        "rank": 0,
+        "state": "",
+        "residency": None,
+        "planned": _sum(device.planned for device in devices),
+        "held": _sum(device.held for device in devices),
+        "peak": _sum(device.peak for device in devices),
+        "certainty": _least_certain(device.certainty for device in devices),
+        "parts": [
+            {
+                "name": name,
+                "planned": _sum(part.planned for part in found),
+                "held": _sum(part.held for part in found),
+                "certainty": _least_certain(part.certainty for part in found),
+            }
+            for name, found in parts.items()
+        ],
+    }
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    """Returns the sum of the figures that are known, or None if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _least_certain(values: Iterable[str]) -> str:
+    known = [value for value in values if value in CERTAINTIES]
+    return max(known, key=CERTAINTIES.index) if known else ""
+
+
+def models_json(snapshot: Snapshot, seen: Seen, can: Callable[[str], Sequence[str]]) -> list[dict[str, Any]]:
+    """Returns the models and adapters that are shown. `can` returns what an admin can do with a model now."""
+    views = {model.name: model for model in snapshot.cluster.models}
+    return [
+        _model(status, views.get(status.application), snapshot, seen, can)
+        for name, status in snapshot.statuses.items()
+        if seen.name(name)
+    ]
+
+
+def _model(
+    status: ModelStatus, view: ModelView | None, snapshot: Snapshot, seen: Seen, can: Callable[[str], Sequence[str]]
+) -> dict[str, Any]:
+    name, parent = status.name, status.parent
+    queued = snapshot.queued.get(name, Queued())
+    args = snapshot.args.get(status.application, {})
+    report = next((each.report for each in (() if view is None else view.replicas) if each.report is not None), None)
+    is_own = not parent
+    model = report.model if report is not None else str(args.get("model") or "")
+    message = status.message if view is None or parent else view.error or status.message
+    return {
+        "name": name,
+        "parent": seen.name(parent),
+        "state": status.state if view is None or parent or view.state == "asleep" else view.state,
+        "message": seen.text(message),
+        "backend": report.backend if report is not None else str(args.get("infer_backend") or ""),
+        "model": seen.text(model) if is_own else "",
+        "running": status.replicas if view is None or parent else view.running,
+        "wanted": 0 if view is None else view.running if parent else view.wanted,
+        "missing": "" if view is None or parent else seen.text(view.missing),
+        "load": None if view is None or parent else view.load,
+        "waiting": queued.waiting,
+        "held": queued.held,
+        "active": queued.active,
+        "ready_in_s": snapshot.ready_in_s.get(name),
+        "replicas": [] if view is None or parent else [_replica(each, seen) for each in view.replicas],
+        "can": list(can(name)) if seen.view.is_admin and is_own else [],
+    }
+
+
+def _replica(view: ReplicaView, seen: Seen) -> dict[str, Any]:
+    residency = None if view.report is None else view.report.residency
+    return {
+        "replica": view.replica,
+        "node": view.node,
+        "pid": view.pid,
+        "state": view.state,
+        "load": None if view.report is None else view.report.load,
+        "residency": None
+        if residency is None
+        else {
+            "state": residency.state,
+            "pool": seen.text(residency.pool),
+            "ready_in_s": residency.ready_in_s,
+            "is_guess": residency.is_guess,
+        },
+    }
+
+
+def event_json(event: Event) -> dict[str, Any]:
     """Returns an event as JSON takes it."""
     return {"id": event.id, "time": event.time, "kind": event.kind, "model": event.model, "text": event.text}

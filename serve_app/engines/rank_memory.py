@@ -15,7 +15,8 @@ class RankMemory:
     it. On the CPU it is resident memory beyond that of the loaded libraries. `peak` is the most that `held` was, as far
     as torch's allocator knows. `context` is held outside that allocator. `adapters` are the buffers for LoRA adapters,
     and on the CPU the copies of adapters too. `node` is the address of the rank's node, or empty if it is the
-    replica's.
+    replica's. A rank on another node also says how large its device is (`device_total`) and what all processes hold of
+    it (`device_used`), which the replica cannot see.
     """
 
     device: str
@@ -28,6 +29,15 @@ class RankMemory:
     context: int | None
     node: str = ""
     adapters: int = 0
+    device_total: int | None = None
+    device_used: int | None = None
+
+    @property
+    def activations(self) -> int | None:
+        """Returns what is held now beyond weights, cache, adapters and context, or None if that is not known."""
+        if self.held is None or self.context is None:
+            return None
+        return max(0, self.held - self.weights - self.kv_cache - self.adapters - self.context)
 
     @property
     def rest(self) -> int | None:

@@ -20,9 +20,11 @@ from serve_app.engines.engine import Engine
 from serve_app.engines.rank_memory import RankMemory
 from serve_app.errors import EngineError
 from serve_app.facts.calibration import Calibration, setting_key
+from serve_app.facts.device_memory import node_devices
 from serve_app.facts.gpus import Gpu
 from serve_app.facts.packages import engine_versions
 from serve_app.planning.calibration_setting import calibration_setting
+from serve_app.planning.memory import Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
 from serve_app.planning.resolve import kv_blocks
 from serve_app.planning.sizes import gib
@@ -30,12 +32,15 @@ from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (
     REPORT_EVERY_S,
+    WATCHED_EVERY_S,
     BlocksReport,
     DeviceReport,
+    PartReport,
     ReplicaReport,
     ResidencyReport,
     forget_report,
     has_ranks,
+    is_watched,
     write_report,
 )
 from serve_app.terminal import notify, say
@@ -45,6 +50,8 @@ logger = logging.getLogger("ray.serve")
 # Calibrations are written when a figure grew by this factor, because allocators vary a little.
 WORTH_WRITING = 1.02
 FORGET_TIMEOUT_S = 2.0
+# These are the parts of what a rank holds, in the order in which they are shown.
+PARTS = ("weights", "adapters", "kv_cache", "activations", "context")
 
 # A rank is known by its device, its process and its node. pt has one process on several devices, and vLLM has several
 # processes on the CPU.
@@ -67,6 +74,7 @@ class MemoryWatch:
         context = serve.get_replica_context()
         self._application, self._replica = context.app_name, context.replica_id.unique_id
         self._node = ray.util.get_node_ip_address()
+        self._node_id = ray.get_runtime_context().get_node_id()
         self._peaks: dict[RankKey, int] = {}
         self._written: dict[str, Calibration] = {}
         self._warned: set[str] = set()
@@ -112,8 +120,19 @@ class MemoryWatch:
                     await asyncio.to_thread(work, ranks)
                 except Exception as error:  # Ray's head may be restarting or a disk be full, but the replica serves on.
                     self._warn(f"The measured memory was not {what}: {error}")
-            await asyncio.sleep(REPORT_EVERY_S)
+            await self._pause()
             ranks = await self._measured()
+
+    async def _pause(self) -> None:
+        """Returns when it is time to measure again, which is sooner while somebody watches the console."""
+        ends = time.monotonic() + REPORT_EVERY_S
+        while (left_s := ends - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, WATCHED_EVERY_S))
+            try:
+                if await asyncio.to_thread(is_watched, time.time()):
+                    return
+            except Exception as error:  # Ray's head may be restarting.
+                self._warn(f"It is not known whether somebody watches the console: {error}")
 
     async def _measured(self) -> Sequence[RankMemory]:
         """Returns what the engine reports, with the largest peaks so far. It is empty if the engine cannot report."""
@@ -144,7 +163,7 @@ class MemoryWatch:
         load, devices, blocks = self._engine.load(), self._devices(ranks), self._blocks()
         report = ReplicaReport(
             self._application, self._replica, self._node, os.getpid(), self._config.model, self._config.infer_backend,
-            load, self._ready_after_s, time.time(), devices, blocks, self._residency(),
+            load, self._ready_after_s, time.time(), devices, blocks, self._residency(), self._node_id, node_devices(),
         )  # fmt: skip
         with self._telling:
             if not self._is_over:
@@ -290,8 +309,23 @@ def _device_report(
     planned, certainty = (None, "") if plan is None else (plan.share.bytes, plan.share.certainty)
     return DeviceReport(
         rank.device, index, planned, certainty, rank.held, peak, rank.weights + hidden, rank.kv_cache, number,
-        rank.node, rank.adapters, None if plan is None else plan.adapters.bytes,
+        rank.node, rank.adapters, None if plan is None else plan.adapters.bytes, part_reports(rank, plan),
+        rank.device_total, rank.device_used,
     )  # fmt: skip
+
+
+def part_reports(rank: RankMemory, plan: RankPlan | None) -> tuple[PartReport, ...]:
+    """Returns what a rank's figures consist of, planned and held."""
+    hidden = 0 if plan is None else hidden_weights(rank, plan)
+    activations = None if rank.activations is None else max(0, rank.activations - hidden)
+    held = (rank.weights + hidden, rank.adapters, rank.kv_cache, activations, rank.context)
+    planned: tuple[Figure | None, ...] = (None,) * len(held)
+    if plan is not None:
+        planned = (plan.weights, plan.adapters, plan.kv_cache, plan.activation, plan.context + plan.graph)
+    return tuple(
+        PartReport(name, None if figure is None else figure.bytes, size, "" if figure is None else figure.certainty)
+        for name, figure, size in zip(PARTS, planned, held, strict=True)
+    )
 
 
 def _is_more(new: Calibration, old: Calibration) -> bool:

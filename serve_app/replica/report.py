@@ -7,11 +7,18 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
+from serve_app.facts.device_memory import DeviceMemory
 from serve_app.ray_serve import delete_stored, store, stored, stored_keys
 
 PREFIX = b"serve-app-report/"
 REPORT_EVERY_S = 10.0
+# While somebody watches the console, replicas report more often. They look at this interval whether anybody does.
+WATCHED_EVERY_S = 2.0
+WATCHED_UNTIL = b"serve-app-console-watched-until"
+# Whoever opens the console is believed to watch for so many seconds after it was last told.
+WATCHED_FOR_S = 10.0
 STALE_S = 60.0
 FORGOTTEN_S = 600.0
 
@@ -23,7 +30,9 @@ class DeviceReport:
     `device` is the GPU's UUID or "cpu", and `index` is the GPU's number on its node. `held`, `peak`, `weights`,
     `kv_cache` and `adapters` are as in `RankMemory`, and `planned_adapters` is what of `planned` is for adapters.
     `rank` is the number of the engine's process: vLLM has one for each rank, and they share the device "cpu", while pt
-    has one process for all devices. `node` is the address of the rank's node, or empty if it is the replica's.
+    has one process for all devices. `node` is the address of the rank's node, or empty if it is the replica's. `parts`
+    has what `planned` and `held` consist of. For a rank on another node, `total` and `used` are its device's and what
+    all processes hold of that.
     """
 
     device: str
@@ -38,6 +47,9 @@ class DeviceReport:
     node: str = ""
     adapters: int = 0
     planned_adapters: int | None = None
+    parts: Sequence["PartReport"] = ()
+    total: int | None = None
+    used: int | None = None
 
     @property
     def where(self) -> str:
@@ -48,8 +60,22 @@ class DeviceReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """This is a part of what a rank was planned and measured to hold: "weights", "adapters", "kv_cache", "activations"
+    or "context", which is the CUDA context with the CUDA graphs. On the CPU, what is none of the first three counts as
+    activations. Unknown figures are None, and `certainty` is empty without a plan."""
+
+    name: str
+    planned: int | None
+    held: int | None
+    certainty: str
+
+
+@dataclass(frozen=True)
 class ReplicaReport:
-    """This is the report of a replica at `written_at`, in seconds since 1970. `load` is as in `Engine.load`."""
+    """This is the report of a replica at `written_at`, in seconds since 1970. `load` is as in `Engine.load`. `node` and
+    `node_id` are the address and Ray's id of its node, of whose memory and GPUs `node_devices` says what all processes
+    hold."""
 
     application: str
     replica: str
@@ -63,6 +89,8 @@ class ReplicaReport:
     devices: Sequence[DeviceReport]
     blocks: "BlocksReport | None" = None
     residency: "ResidencyReport | None" = None
+    node_id: str = ""
+    node_devices: Sequence[DeviceMemory] = ()
 
     @property
     def has_ranks(self) -> bool:
@@ -105,6 +133,22 @@ def write_report(report: ReplicaReport) -> None:
     store(_key(report.application, report.replica), json.dumps(asdict(report)).encode())
 
 
+def tell_watched(now: float) -> None:
+    """Tells all replicas and routers that somebody watches the console, for `WATCHED_FOR_S` from `now`, in seconds
+    since 1970. It blocks for a millisecond, and raises what `write_report` raises."""
+    store(WATCHED_UNTIL, f"{now + WATCHED_FOR_S:.3f}".encode())
+
+
+def is_watched(now: float) -> bool:
+    """Returns whether somebody watches the console. It blocks for a millisecond, and raises what `write_report`
+    raises. A clock that is far ahead on another node does not keep it true."""
+    try:
+        left_s = float(stored(WATCHED_UNTIL) or 0.0) - now
+    except ValueError:
+        return False
+    return 0.0 < left_s <= 2 * WATCHED_FOR_S
+
+
 def forget_report(application: str, replica: str) -> None:
     """Deletes the report of a replica that stops."""
     delete_stored(_key(application, replica))
@@ -141,16 +185,23 @@ def parsed_report(text: bytes) -> ReplicaReport | None:
     """Returns the report that a text holds, or None if it is not one of this version."""
     try:
         item = json.loads(text)
-        devices = tuple(DeviceReport(**device) for device in item.pop("devices"))
+        devices = tuple(_device(device) for device in item.pop("devices"))
+        seen = tuple(DeviceMemory(**device) for device in item.pop("node_devices", ()))
         blocks, residency = item.pop("blocks"), item.pop("residency", None)
         return ReplicaReport(
             **item,
             devices=devices,
             blocks=None if blocks is None else BlocksReport(**blocks),
             residency=None if residency is None else ResidencyReport(**residency),
+            node_devices=seen,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _device(item: dict[str, Any]) -> DeviceReport:
+    parts = tuple(PartReport(**part) for part in item.pop("parts", ()))
+    return DeviceReport(**item, parts=parts)
 
 
 def _key(application: str, replica: str) -> bytes:

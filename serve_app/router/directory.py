@@ -100,20 +100,31 @@ class ModelDirectory:
         self._read_at = self._failed_at = float("-inf")
         self._lock = asyncio.Lock()
         self._read: tuple[Records, Found] = {}, {}
+        self._applications: Mapping[str, Any] = {}
 
     async def keep_fresh(self) -> None:
         """Reads Serve's status for ever. One task of the router runs this."""
         while True:
             try:
-                await self._refresh(max_age_s=0.0)
+                await self.refresh(0.9 * self._interval_s)  # The console may have read it meanwhile.
             except Exception as error:  # The controller may be restarting, and the last reading stays valid.
                 logger.warning("Serve's status cannot be read: %s", error)
             await asyncio.sleep(self._interval_s)
 
+    @property
+    def applications(self) -> Mapping[str, Any]:
+        """Returns the applications of `ServeInstanceDetails`, as they were read last."""
+        return self._applications
+
+    @property
+    def records(self) -> tuple[Records, Found]:
+        """Returns what replicas have of adapters, and what was found in folders, as they were read last."""
+        return self._read
+
     async def models(self) -> Mapping[str, ModelStatus]:
         """Returns all models by name, as they were read last."""
         if self._read_at == float("-inf"):
-            await self._refresh(FRESH_ENOUGH_S)
+            await self.refresh(FRESH_ENOUGH_S)
         return self._models
 
     async def find(self, name: str) -> ModelStatus:
@@ -121,7 +132,7 @@ class ModelDirectory:
         await self.models()
         model = self._known(name)
         if model is None or model.state != "ready":
-            await self._refresh(FRESH_ENOUGH_S)  # It may have been added or become ready since.
+            await self.refresh(FRESH_ENOUGH_S)  # It may have been added or become ready since.
             model = self._known(name)
         if model is None:
             raise _not_found(name, self._models)
@@ -131,7 +142,7 @@ class ModelDirectory:
         """Returns one model, by any spelling of its name, or None for an unknown name."""
         await self.models()
         if self._known(name) is None:
-            await self._refresh(FRESH_ENOUGH_S)
+            await self.refresh(FRESH_ENOUGH_S)
         return self._known(name)
 
     def application(self, name: str) -> str:
@@ -208,7 +219,9 @@ class ModelDirectory:
         if model.state in ("failed", "stopping"):
             raise _unavailable(model)
 
-    async def _refresh(self, max_age_s: float) -> None:
+    async def refresh(self, max_age_s: float) -> None:
+        """Reads Serve's status unless the last reading is younger than this. Raises ModelUnavailable if the controller
+        does not answer."""
         async with self._lock:
             if time.monotonic() - self._read_at < max_age_s:
                 return
@@ -225,6 +238,7 @@ class ModelDirectory:
             records, found = await self._read_records(details["applications"])
             adapters, self._spellings = adapter_statuses(details["applications"], models, records, found)
             self._models = models | adapters
+            self._applications = details["applications"]
             self._time_loads()
             self._forget_gone()
             self._read_at = time.monotonic()

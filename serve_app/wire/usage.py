@@ -161,6 +161,17 @@ class UsageMeter:
         self._events = 0
         self._half = bytearray()
 
+    @property
+    def is_stream(self) -> bool:
+        """Returns whether the answer is a stream of events, as far as it has come."""
+        return self._is_stream
+
+    @property
+    def events(self) -> int:
+        """Returns the events of a stream so far, nearly every one of which has a token or more. It is 0 for another
+        answer."""
+        return self._events if self._is_stream else 0
+
     def feed(self, piece: bytes) -> bytes:
         """Takes the next piece of the body, and returns what the client gets of it."""
         self.usage.feed(piece)

@@ -12,19 +12,29 @@ from serve_app.config import RouterConfig
 from serve_app.console.console import ServedConsole
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
+from serve_app.router.residency import Residency
+from serve_app.status.cluster_status import ClusterStatus
+from serve_app.status.reader import Reading
 from tests.fakes import AUTH, ModelsFake, make_gate, open_gate, router_app
 
+RESIDENCY = Residency(dict)
 
-def console_app(gate: Gate, is_loopback: bool = True, **config: Any) -> tuple[ServedConsole, Any]:
+
+def console_app(gate: Gate, is_loopback: bool = True, upstream: Any = None, **config: Any) -> tuple[ServedConsole, Any]:
     """A console in a router, behind its gate and its door."""
-    directory = ModelsFake(m="ready")
-    forwarder, _ = router_app(directory, None, gate, **config)  # type: ignore[arg-type]
+    directory = ModelsFake(m="ready", other="ready")
+    forwarder, _ = router_app(directory, upstream, gate, **config)  # type: ignore[arg-type]
     parts = RouterParts(
-        "router", "abc", directory, forwarder, gate, None, lambda: forwarder.config, is_loopback  # type: ignore[arg-type]
+        "router", "abc", directory, forwarder, gate, RESIDENCY, lambda: forwarder.config, is_loopback  # type: ignore[arg-type]
     )  # fmt: skip
-    console = ServedConsole(parts)
+    console = ServedConsole(parts, read_status=reads_nothing, tell=lambda now: None)
     app = KeyedRouter(build_app(forwarder, directory, gate, None, console), gate)  # type: ignore[arg-type]
     return console, OuterDoor(app, Inside(gate, lambda: RouterConfig(**config)))
+
+
+def reads_nothing(applications: Any, records: Any, found: Any) -> Reading:
+    """A cluster without nodes."""
+    return Reading(ClusterStatus((), (), ()), ())
 
 
 def client(app: Any, host: str = "127.0.0.1:8000") -> httpx.AsyncClient:

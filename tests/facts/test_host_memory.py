@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve_app.facts.host_memory import host_memory_bytes
+from serve_app.facts.host_memory import container_memory, host_memory_bytes
 
 GIB = 2**30
 
@@ -57,3 +57,33 @@ def test_a_host_without_cgroups_has_all_of_its_memory(total: int, tmp_path: Path
 def test_the_least_limit_counts(total: int, tmp_path: Path, line: str, limits: dict[str, str], expected: int) -> None:
     """Of the process's own group and of those around it, in both versions of cgroups."""
     assert limited(tmp_path, line, limits) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "expected"),
+    [
+        (
+            "0::/box",
+            {"box/memory.max": str(8 * GIB), "box/memory.current": str(5 * GIB), "box/memory.stat": f"anon 7\ninactive_file {GIB}"},
+            (8 * GIB, 4 * GIB),
+        ),
+        (
+            "4:memory:/a",
+            {
+                "memory/a/memory.limit_in_bytes": str(6 * GIB),
+                "memory/a/memory.usage_in_bytes": str(3 * GIB),
+                "memory/a/memory.stat": f"total_inactive_file {2 * GIB}",
+            },
+            (6 * GIB, GIB),
+        ),
+        ("0::/box", {"box/memory.max": "max", "box/memory.current": "5"}, None),
+        ("0::/box", {"box/memory.max": str(8 * GIB)}, None),
+    ],
+    ids=["v2", "v1", "unlimited", "unreadable"],
+)  # fmt: skip
+def test_a_container_with_a_limit_says_what_it_uses(
+    line: str, files: dict[str, str], expected: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    """Without the files that the kernel may drop."""
+    limited(tmp_path, line, files)
+    assert container_memory(64 * GIB, tmp_path / "cgroup", tmp_path / "tree") == expected

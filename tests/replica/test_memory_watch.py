@@ -29,6 +29,7 @@ from serve_app.replica.deployment import left_by_others
 from serve_app.replica.memory_watch import (
     MemoryWatch,
     calibrations_of,
+    part_reports,
     planned_by_device,
     require_own_gpus,
 )
@@ -213,6 +214,10 @@ def serve_context(monkeypatch: pytest.MonkeyPatch) -> list[ReplicaReport]:
     monkeypatch.setattr(memory_watch.serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(memory_watch.ray.util, "get_node_ip_address", lambda: "192.0.2.1")
     monkeypatch.setattr(memory_watch, "ReplicaMetrics", lambda: SimpleNamespace(told=drop, drafted=drop, prompted=drop))
+    monkeypatch.setattr(
+        memory_watch.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node-of-192.0.2.1")
+    )
+    monkeypatch.setattr(memory_watch, "is_watched", lambda now: False)
     monkeypatch.setattr(memory_watch, "write_report", written.append)
     monkeypatch.setattr(memory_watch, "forget_report", lambda *_: written.clear())
     monkeypatch.setattr(memory_watch, "REPORT_EVERY_S", 0.01)
@@ -368,3 +373,16 @@ def test_each_rank_must_have_a_card_of_its_own() -> None:
         require_own_gpus([*ranks[:3], replace(ranks[3], device="GPU-0")], gpus)
     with pytest.raises(EngineError, match="the engine runs on GPU-x, but Ray gave it GPU-0, GPU-1, GPU-2, GPU-3"):
         require_own_gpus([*ranks[:3], replace(ranks[3], device="GPU-x")], gpus)
+
+
+def test_the_parts_of_a_rank_add_up_to_what_it_holds() -> None:
+    """The plan's graphs count as context, as they are nobody's activations."""
+    held = RankMemory("GPU-a", 1, weights=40, kv_cache=5, most_kv_cache=30, held=70, peak=100, context=10, adapters=3)
+    parts = part_reports(held, None)
+    assert [(part.name, part.held) for part in parts] == [
+        ("weights", 40), ("adapters", 3), ("kv_cache", 5), ("activations", 12), ("context", 10),
+    ]  # fmt: skip
+    assert sum(part.held or 0 for part in parts) == held.held
+    assert [(part.planned, part.certainty) for part in parts] == [(None, "")] * 5
+    unknown = part_reports(RankMemory("GPU-a", 1, 40, 5, 5, None, None, None), None)
+    assert [part.held for part in unknown] == [40, 0, 5, None, None]

@@ -2,13 +2,26 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
+from serve_app.facts.device_memory import DeviceMemory
 from serve_app.replica import report as report_module
-from serve_app.replica.report import FORGOTTEN_S, PREFIX, ReplicaReport, read_reports
+from serve_app.replica.report import (
+    FORGOTTEN_S,
+    PREFIX,
+    WATCHED_FOR_S,
+    WATCHED_UNTIL,
+    DeviceReport,
+    PartReport,
+    ReplicaReport,
+    is_watched,
+    parsed_report,
+    read_reports,
+    tell_watched,
+)
 
 
 def report(written_at: float, **more: Any) -> bytes:
@@ -34,3 +47,33 @@ def test_only_old_reports_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_module, "delete_stored", stored.pop)
     assert [item.written_at for item in read_reports()] == [now]
     assert set(stored) == {PREFIX + name.encode() for name in kept}
+
+
+def test_a_report_of_an_earlier_version_is_read_without_what_it_lacks() -> None:
+    """And one of this version comes back whole."""
+    part = PartReport("weights", 5, 4, "exact")
+    device = DeviceReport("cpu", None, 5, "exact", 4, 4, 4, 0, parts=(part,))
+    seen = DeviceMemory("cpu", None, "memory", 100, 60, 1.0)
+    ours = ReplicaReport("a", "1", "n", 1, "m", "pt", 0.0, 1.0, 2.0, (device,), node_id="abc", node_devices=(seen,))
+    item = asdict(ours)
+    assert parsed_report(json.dumps(item).encode()) == ours
+    for name in ("node_id", "node_devices"):
+        del item[name]
+    for name in ("parts", "total", "used"):
+        del item["devices"][0][name]
+    earlier = parsed_report(json.dumps(item).encode())
+    assert earlier == replace(ours, devices=(replace(device, parts=()),), node_id="", node_devices=())
+
+
+def test_nobody_watches_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither after the last word nor by a clock that is far ahead, nor after nonsense."""
+    stored: dict[bytes, bytes] = {}
+    monkeypatch.setattr(report_module, "stored", stored.get)
+    monkeypatch.setattr(report_module, "store", stored.__setitem__)
+    assert not is_watched(1000.0)
+    tell_watched(1000.0)
+    assert is_watched(1000.0 + WATCHED_FOR_S - 1)
+    assert not is_watched(1000.0 + WATCHED_FOR_S)
+    assert not is_watched(900.0)
+    stored[WATCHED_UNTIL] = b"nonsense"
+    assert not is_watched(1000.0)

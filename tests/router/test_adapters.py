@@ -363,7 +363,7 @@ async def test_an_adapter_that_comes_is_found_and_one_that_goes_is_not(cluster: 
     cluster.records["qwen", "r0"] = {"new": READY}
     assert (await cluster.directory.find("qwen:new")).having == frozenset({"r0"})
     del cluster.records["qwen", "r0"]
-    await cluster.directory._refresh(0.0)  # As every few seconds.
+    await cluster.directory.refresh(0.0)  # As every few seconds.
     with pytest.raises(ModelNotFound, match="These models exist: llama, qwen, broken, legal, sql"):
         await cluster.directory.find("new")
 
@@ -393,17 +393,17 @@ async def test_a_request_for_an_adapter_of_a_folder_wakes_its_model(
     first = answers[0]
     assert (first.status_code, "retry-after" in first.headers) == ((200, False) if held else (503, True))
     cluster.records["qwen", "r0"] = {}
-    await cluster.directory._refresh(0.0)
+    await cluster.directory.refresh(0.0)
     assert (await ask(cluster, {"model": "new"})).status_code == 404
     cluster.applications["qwen"] = qwen(folder="/srv", replicas=0)
     del cluster.records["qwen", "r0"]
-    await cluster.directory._refresh(0.0)
+    await cluster.directory.refresh(0.0)
     assert (await cluster.directory.find("new")).state == "asleep"
     deleted = cluster.applications.pop("qwen")
-    await cluster.directory._refresh(0.0)
+    await cluster.directory.refresh(0.0)
     assert (await ask(cluster, {"model": "new"})).status_code == 404
     cluster.applications["qwen"] = deleted  # Another model of that name.
-    await cluster.directory._refresh(0.0)
+    await cluster.directory.refresh(0.0)
     assert (await ask(cluster, {"model": "new"})).status_code == 404
 
 
@@ -412,9 +412,9 @@ async def test_nothing_is_kept_of_adapters_that_went(cluster: Cluster) -> None:
     directory = cluster.directory
     for number in range(20):
         cluster.records["qwen", "r0"] = {f"a{number}": LOADING}
-        await directory._refresh(0.0)
+        await directory.refresh(0.0)
         cluster.records["qwen", "r0"] = {f"a{number}": READY}
-        await directory._refresh(0.0)
+        await directory.refresh(0.0)
         directory.waking(f"a{number}")
     kept = (directory._load_times, directory._loading_since, directory._waking_since)
     assert [set(names) - {"a19", "sql", "legal", "broken"} for names in kept] == [set()] * 3
@@ -495,7 +495,7 @@ async def test_a_model_that_is_being_rebuilt_serves_on(cluster: Cluster, monkeyp
 
     monkeypatch.setattr(directory_module, "running_replicas", two)
     cluster.applications["qwen"] |= {"deployments": {}, "status": "DEPLOYING"}
-    await cluster.directory._refresh(0.0)
+    await cluster.directory.refresh(0.0)
     assert (await cluster.directory.find("qwen")).state == "ready"
     assert (await cluster.directory.find("sql")).having == frozenset({"r0", "r1"})
 

@@ -5,7 +5,7 @@ vLLM makes this class a base of its worker (`worker_extension_cls`), and the eng
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from serve_app.engines.measure import free_pinned_cache, pinned_bytes, rank_memory, tensor_bytes
@@ -19,6 +19,7 @@ from serve_app.engines.vllm.vllm_internals import (
     worker_device,
     worker_tensors,
 )
+from serve_app.facts.device_memory import node_devices
 from serve_app.facts.process_memory import resident_bytes
 from serve_app.planning.resource_demand import BUNDLES
 
@@ -43,7 +44,12 @@ class WorkerExtension:
         device = worker_device(self)
         adapters = buffers if device.type == "cuda" else buffers + kept
         found = rank_memory(device, weights, cache, LIBRARIES, adapters=adapters)
-        return asdict(found) | {"node": _node()}
+        node = _node()
+        if node:
+            devices = {each.device: each for each in node_devices()}
+            if (seen := devices.get(found.device)) is not None:
+                found = replace(found, device_total=seen.total, device_used=seen.used)
+        return asdict(found) | {"node": node}
 
     def serve_app_add_adapter(self, name: str, number: int, path: str) -> str:
         """Loads an adapter in this rank. Returns why the rank does not take it, or an empty text."""

@@ -1,0 +1,168 @@
+"""Keeps what this router saw: its requests, its traffic and its events, whether or not somebody watches.
+
+Each call of the router costs some microseconds, and everything is bounded: requests and events by their number, and
+traffic by the models that the directory knows.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from serve_app.console.events import Event, EventLog, Happened, Kind, Refusals, model_events, residency_events
+from serve_app.console.prompts import prompt_of
+from serve_app.console.requests import RequestLog, Row, is_error
+from serve_app.console.shared import OtherRouter, Record, rings_of_all
+from serve_app.console.snapshot import Queued
+from serve_app.console.traffic import Rings, Traffic
+from serve_app.router.console import RouterParts
+from serve_app.router.exchange import Exchange
+from serve_app.router.model_status import ModelStatus
+from serve_app.wire.body import RequestBody
+from serve_app.wire.body_threads import beside_loop
+
+UNKNOWN = "unknown"
+# What other routers are told of this one's requests and events.
+MOST_SHARED_ROWS, MOST_SHARED_EVENTS = 100, 50
+# A model that is gone is still counted for so many seconds, since Serve's status may be read late.
+KEPT_S = 600.0
+
+
+class Ledger:
+    """Keeps the records of one router replica."""
+
+    def __init__(self, parts: RouterParts, clock: Callable[[], float]):
+        self._parts, self._clock = parts, clock
+        self.requests = RequestLog(parts.replica, clock)
+        self.traffic = Traffic(clock())
+        self.events = EventLog()
+        self.models: Mapping[str, ModelStatus] = {}
+        self.others: Sequence[OtherRouter] = ()
+        self._own_events: deque[Event] = deque(maxlen=MOST_SHARED_EVENTS)
+        self._heard: dict[str, float] = {}
+        self._refusals = Refusals()
+        self._residency: Mapping[str, Sequence[str]] = {}
+        self._is_known = False
+        self._seen_at: dict[str, float] = {}
+        self._active: dict[str, int] = {}
+
+    def began(self, exchange: Exchange) -> None:
+        """Notes a request."""
+        self.requests.began(exchange)
+
+    async def admitted(self, exchange: Exchange, body: RequestBody) -> None:
+        """Keeps the beginning of a request's prompt."""
+        running = self.requests.find(exchange)
+        if running is not None:
+            running.prompt = await beside_loop(len(body.content), partial(prompt_of, body))
+
+    def retried(self, exchange: Exchange) -> None:
+        """Notes that a request is sent again."""
+        model = exchange.record.model
+        self.own("retried", model, f"A replica of {model} was lost before it answered. The request is sent again.")
+
+    def resumed(self, exchange: Exchange) -> None:
+        """Notes that another replica continues a stream."""
+        model = exchange.record.model
+        self.own("resumed", model, f"A replica of {model} was lost during an answer, and another one goes on with it.")
+
+    def ended(self, exchange: Exchange) -> None:
+        """Notes that a request is over."""
+        found = self.requests.ended(exchange)
+        if found is None:
+            return
+        running, row = found
+        now = self._clock()
+        if row.model != UNKNOWN:
+            first = exchange.timing.to_first_s if exchange.timing.first else None
+            self.traffic.ended(now, row.model, is_error(exchange), first)
+            self.traffic.made(now, row.model, running.tokens())
+        if row.outcome == "refused":
+            model = "" if row.model == UNKNOWN else row.model
+            self._refusals.add(now, model, row.error_code or str(row.status))
+
+    def refused(self, status: int) -> None:
+        """Notes a request that the door refused."""
+        self._refusals.add(self._clock(), "", str(status))
+
+    def own(self, kind: Kind, model: str, text: str) -> None:
+        """Adds an event that no other router sees, so that it is told to them."""
+        self._own_events.append(self.events.add(self._clock(), kind, "" if model == UNKNOWN else model, text))
+
+    def add(self, happened: Sequence[Happened]) -> None:
+        """Adds events that every router sees by itself."""
+        for each in happened:
+            self.events.add(self._clock(), each.kind, each.model, each.text)
+
+    async def tick(self) -> None:
+        """Looks at the requests that run and at the models."""
+        now = self._clock()
+        self._count(now)
+        models = dict(await self._parts.directory.models())
+        models = {name: self._parts.directory.seen_from_outside(model) for name, model in models.items()}
+        residency = self._parts.residency.states()
+        if self._is_known:  # What is there at the start has not happened.
+            self.add(model_events(self.models, models))
+            self.add(residency_events(self._residency, residency))
+        self.models, self._residency, self._is_known = models, residency, True
+        for happened in self._refusals.due(now):
+            self.own(happened.kind, happened.model, happened.text)
+        self._seen_at |= dict.fromkeys(models, now)
+        self._seen_at = {name: at for name, at in self._seen_at.items() if now - at < KEPT_S}
+        self.traffic.forget_all_but(self._seen_at)
+
+    def _count(self, now: float) -> None:
+        """Counts the tokens that streams have made since the last time, and the requests that run and wait."""
+        active: dict[str, int] = {}
+        for running in self.requests.running():
+            model = running.exchange.record.model
+            if model != UNKNOWN:
+                active[model] = active.get(model, 0) + 1
+                self.traffic.made(now, model, running.tokens())
+        for model, count in active.items():
+            self.traffic.seen(now, model, self._parts.forwarder.queued(model)["waiting"], count)
+        self._active = active
+
+    def queued(self) -> dict[str, Queued]:
+        """Returns the requests of this router that wait, are held and run, by model."""
+        found = {}
+        for model in {*self._active, *self.models}:
+            queued = self._parts.forwarder.queued(model)
+            each = Queued(queued["waiting"], queued["held"], self._active.get(model, 0))
+            if each != Queued():
+                found[model] = each
+        return found
+
+    def rings(self) -> Rings:
+        """Returns the traffic of all routers."""
+        return rings_of_all(self.traffic.rings(), self.others)
+
+    def first_slot(self) -> int:
+        """Returns the first interval that any router counted."""
+        return min([self.traffic.first_slot, *(other.record.first_slot for other in self.others)])
+
+    def rows_since(self, revision: int) -> list[Row]:
+        """Returns this router's requests that changed since then, and the last ones of the others, by their ids."""
+        own = self.requests.rows(revision)
+        if not self.others:
+            return own
+        return sorted([*own, *(row for other in self.others for row in other.record.rows)], key=lambda row: row.id)
+
+    def record(self, since_slot: int) -> Record:
+        """Returns what other routers are told, with the traffic from an interval on."""
+        return Record(
+            self._clock(), self.traffic.first_slot, self.traffic.rings(since_slot), self.queued(),
+            self.requests.rows()[-MOST_SHARED_ROWS:], list(self._own_events),
+        )  # fmt: skip
+
+    def heard(self, others: Mapping[bytes, OtherRouter]) -> None:
+        """Takes over what other routers told, and adds their events that are new here."""
+        self.others = tuple(others.values())
+        for router, other in others.items():
+            name = router.decode("utf-8", "replace")
+            last = self._heard.get(name, 0.0)
+            for event in other.record.events:
+                if event.time > last:
+                    self.events.add(event.time, event.kind, event.model, event.text)
+            self._heard[name] = max([last, *(event.time for event in other.record.events)])
+        for gone in self._heard.keys() - {router.decode("utf-8", "replace") for router in others}:
+            del self._heard[gone]

@@ -1,0 +1,181 @@
+"""Keeps the last requests of one router replica with their times and outcomes, and those that run.
+
+Nothing of a prompt is kept unless the config says so. A request that is over is kept as plain values, so nothing of its
+connection stays.
+"""
+
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from typing import Literal
+
+import msgspec
+
+from serve_app.errors import ClientGone
+from serve_app.router.exchange import Exchange
+
+MOST_REQUESTS = 200
+MOST_PROMPT_CHARACTERS = 2000
+# Texts that a client chose are cut after so many characters.
+MOST_TEXT = 200
+# Ids are microseconds since 1970 in steps of this, and the place within a step is the router's, so that the ids of
+# several routers differ. They stay below 2^53, which JavaScript counts exactly.
+ID_STEP = 64
+
+Outcome = Literal["running", "ok", "refused", "failed", "left"]
+
+
+class Row(msgspec.Struct, omit_defaults=False):
+    """This is one request. Times are in milliseconds, except for `time`, which is in seconds since 1970. `model` is
+    "unknown" until the model was found."""
+
+    id: int
+    request_id: str
+    time: float
+    model: str
+    path: str
+    status: int | None
+    outcome: Outcome
+    error_code: str | None
+    key: str | None
+    streamed: bool
+    retries: int
+    resumes: int
+    queue_ms: float | None
+    first_ms: float | None
+    total_ms: float | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    prompt: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class Running:
+    """This is a request that is not over. `counted` are the tokens of its answer that were counted already."""
+
+    __slots__ = ("counted", "exchange", "id", "prompt", "row", "time")
+
+    def __init__(self, number: int, now: float, exchange: Exchange):
+        self.id, self.time, self.exchange = number, now, exchange
+        self.row: Row | None = None
+        self.prompt = ""
+        self.counted = 0
+
+    def tokens(self) -> int:
+        """Returns the tokens of the answer that were not counted yet, by its events while it streams and by its usage
+        once that is known."""
+        meter = self.exchange.downstream.meter
+        made = meter.usage.completion or meter.events
+        new = max(0, made - self.counted)
+        self.counted += new
+        return new
+
+
+class RequestLog:
+    """Keeps the last `MOST_REQUESTS` requests by their ids. `router` is the router's name."""
+
+    def __init__(self, router: str, clock: Callable[[], float] = time.time):
+        self._clock = clock
+        self._place = zlib.crc32(router.encode()) % ID_STEP
+        self._last_id = 0
+        self._rows: OrderedDict[int, Running | Row] = OrderedDict()
+        self._revisions: dict[int, int] = {}
+        self._running: dict[int, Running] = {}
+        self.revision = 0
+
+    def began(self, exchange: Exchange) -> None:
+        """Adds a request."""
+        now = self._clock()
+        number = max(int(now * 1e6) // ID_STEP * ID_STEP + self._place, self._last_id + ID_STEP)
+        self._last_id = number
+        running = Running(number, now, exchange)
+        self._running[id(exchange)] = running
+        self._rows[number] = running
+        self._changed(number)
+        if len(self._rows) > MOST_REQUESTS:
+            old, _ = self._rows.popitem(last=False)
+            self._revisions.pop(old, None)
+
+    def find(self, exchange: Exchange) -> Running | None:
+        """Returns a request that runs."""
+        return self._running.get(id(exchange))
+
+    def ended(self, exchange: Exchange) -> tuple[Running, Row] | None:
+        """Notes that a request is over, and returns it with its last row, or None if it did not begin here."""
+        running = self._running.pop(id(exchange), None)
+        if running is None:
+            return None
+        row = row_of(running, is_over=True)
+        if running.id in self._rows:
+            self._rows[running.id] = row
+            self._changed(running.id)
+        return running, row
+
+    def running(self) -> Collection[Running]:
+        """Returns all requests that run, also those that are too old to be shown."""
+        return self._running.values()
+
+    def rows(self, since: int = 0) -> list[Row]:
+        """Returns the requests that are new or have changed since a `revision`, the oldest first."""
+        for number, kept in self._rows.items():
+            if isinstance(kept, Running):
+                row = row_of(kept, is_over=False)
+                if row != kept.row:
+                    kept.row = row
+                    self._changed(number)
+        return [
+            kept if isinstance(kept, Row) else row_of(kept, is_over=False)
+            for number, kept in self._rows.items()
+            if self._revisions[number] > since
+        ]
+
+    def _changed(self, number: int) -> None:
+        self.revision += 1
+        self._revisions[number] = self.revision
+
+
+def row_of(running: Running, is_over: bool) -> Row:
+    """Returns a request as it is shown now."""
+    exchange = running.exchange
+    record, timing, downstream = exchange.record, exchange.timing, exchange.downstream
+    usage = downstream.meter.usage
+    return Row(
+        id=running.id,
+        request_id=record.request_id[:MOST_TEXT],
+        time=round(running.time, 3),
+        model=record.model,
+        path=record.path[:MOST_TEXT],
+        status=downstream.status or None,
+        outcome=outcome_of(exchange) if is_over else "running",
+        error_code=downstream.error_code,
+        key=record.key,
+        streamed=downstream.meter.is_stream,
+        retries=record.retries,
+        resumes=record.resumes,
+        queue_ms=round(1000 * timing.queued_s, 1) if timing.sent and timing.read else None,
+        first_ms=round(1000 * timing.to_first_s, 1) if timing.first else None,
+        total_ms=timing.total_ms if is_over else None,
+        prompt_tokens=(usage.prompt or None) if is_over else None,
+        completion_tokens=(usage.completion or None) if is_over else None,
+        prompt=running.prompt or msgspec.UNSET,
+    )
+
+
+def outcome_of(exchange: Exchange) -> Outcome:
+    """Returns how a request ended. It was refused if it was answered by an error below 500, or before a replica was
+    sent it."""
+    downstream = exchange.downstream
+    code = downstream.error_status or downstream.status
+    if code == ClientGone.status:
+        return "left"
+    if code < 400:
+        return "ok"
+    return "refused" if code < 500 or not exchange.timing.sent else "failed"
+
+
+def is_error(exchange: Exchange) -> bool:
+    """Returns whether a request counts as an error of its model: it failed, or there was no room for it. What a client
+    did wrong does not count."""
+    downstream = exchange.downstream
+    code = downstream.error_status or downstream.status
+    return code >= 500 or code == 429
