@@ -165,18 +165,18 @@ function DeviceRow({ device, scale, width, dim, focusAt, chosen, isOld: old, loo
   const on = { look: (number) => look(device.key, number), press: (number) => press(device.key, number) };
   const part = closeUp(device, scale);
   return html`<div class="device">
-    <div class="what"><strong>${deviceName(device)}</strong> <span class="dim">${isGpu(device) ? device.name : ""}</span></div>
+    <div class="what"><strong>${deviceName(device)}</strong> <span class="dim">${isGpu(device) && device.name !== "GPU" ? device.name : ""}</span></div>
     <div class="cell">
       ${width > 0 && html`<${Bar} device=${device} scale=${scale} width=${width} dim=${dim} focusAt=${part ? -1 : focusAt} chosen=${chosen} on=${on} />`}
     </div>
     <div class="figures num">
-      ${device.measured_at === null
-        ? html`<span class="dim">${bytes(device.total)}, not measured</span>`
+      ${device.total === null || device.used === null
+        ? html`<span class="dim">${device.total === null ? "size not known" : `${bytes(device.total)}, not measured`}</span>`
         : html`${bytes(device.used)} <span class="dim">of ${bytes(device.total)}</span>`}
       ${old && html`<span class="tag warn">old</span>`}
     </div>
     ${part > 0 && width > 0 && html`<div class="closer"><${Bar} device=${closer(device, part)} scale=${part} width=${width} dim=${dim} focusAt=${focusAt} chosen=${chosen} on=${on} /></div>
-      <div class="closer-note figures note">the models closer: ${bytes(part)}</div>`}
+      <div class="closer-note figures note">closer: ${bytes(part)}</div>`}
   </div>`;
 }
 

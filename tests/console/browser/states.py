@@ -159,6 +159,10 @@ def large(nodes_there: int = 8, gpus_each: int = 8, requests_there: int = 200) -
                 note="The node is gone." if number == nodes_there else "",
             )
         )
+    return _with_models(nodes, names, requests_there, now)
+
+
+def _with_models(nodes: list[Any], names: list[str], requests_there: int, now: float) -> dict[str, Any]:
     states = ["ready"] * 7 + ["asleep", "loading", "failed"]
     models = [model(name, how) for name, how in zip(names, states, strict=True)]
     models[7]["can"], models[0]["can"] = ["wake"], ["park"]
@@ -172,8 +176,13 @@ def large(nodes_there: int = 8, gpus_each: int = 8, requests_there: int = 200) -
 
 
 def mixed() -> dict[str, Any]:
-    """Two nodes, one of which is gone, with models in every state."""
-    return large(nodes_there=2, gpus_each=2, requests_there=20)
+    """Two nodes, one of which is gone, with models in every state, and a GPU of which nothing is known."""
+    made = large(nodes_there=2, gpus_each=2, requests_there=20)
+    unknown = {"total": None, "used": None, "foreign": None, "free": None, "measured_at": None}
+    unplanned = {"planned": None, "held": None, "peak": None, "certainty": "", "parts": []}
+    silent = device(2, "GPU", GIB, [block("model-00-instruct", GIB, 0.0) | unplanned], now=0.0) | unknown
+    made["nodes"][0]["devices"].append(silent)
+    return made
 
 
 def hostile() -> dict[str, Any]:
