@@ -1,6 +1,6 @@
 """Takes the pictures of the console for the documentation, of the real demo: `python -m scripts.console_picture`.
 
-Serves deploy_configs/local.yaml on ports of its own for two minutes, asks both models, and writes
+Serves deploy_configs/local.yaml on ports of its own for four minutes, asks both models, and writes
 docs/images/console_*.png.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import yaml
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, FloatRect, expect
 
 from tests.browser import DESKTOP, PHONE, Watched, chromium
 from tests.cluster.serve_app_run import ServeAppRun, all_ready
@@ -26,8 +26,9 @@ IMAGES = ROOT / "docs/images"
 DEMO = ROOT / "deploy_configs/local.yaml"
 MODELS = ("tiny-pt", "tiny-vllm")
 MOST_BYTES = 150_000
+MARGIN = 16
 # The lines of the last ten minutes have this many seconds of traffic.
-TRAFFIC_S = 75.0
+TRAFFIC_S = 150.0
 
 
 def main() -> None:
@@ -51,8 +52,9 @@ def take_all(browser: Browser, url: str) -> None:
             watched = Watched(browser, url, size=size, scheme=scheme)
             page = watched.open()
             expect(page.get_by_text("Live", exact=True)).to_be_visible()
-            page.locator("g.block[aria-label^='tiny-vllm']").last.click()
-            page.mouse.move(0, 0)
+            if not place:
+                page.locator("g.block[aria-label^='tiny-vllm']").last.click()
+                page.mouse.move(0, 0)
             save(watched, f"console_memory{place}{ending}")
             watched.show("models")
             save(watched, f"console_models{place}{ending}")
@@ -79,7 +81,7 @@ def chat(watched: Watched, both: bool) -> None:
 def save(watched: Watched, name: str) -> None:
     """Writes what the window shows, with at most 256 colours, of which the page has fewer."""
     time.sleep(1.5)  # A delta comes each second, and the page is drawn again.
-    content = watched.page.screenshot()
+    content = watched.page.screenshot(clip=shown_part(watched))
     picture = io.BytesIO()
     image = Image.open(io.BytesIO(content)).convert("RGB")
     image.quantize(256, dither=Image.Dither.NONE).save(picture, "PNG", optimize=True)
@@ -87,6 +89,16 @@ def save(watched: Watched, name: str) -> None:
         raise SystemExit(f"{name}.png has {len(picture.getvalue())} bytes, and {MOST_BYTES} are allowed.")
     (IMAGES / f"{name}.png").write_bytes(picture.getvalue())
     print(f"docs/images/{name}.png: {len(picture.getvalue())} bytes")
+
+
+def shown_part(watched: Watched) -> FloatRect:
+    """What has something in it, of the window."""
+    size = watched.page.viewport_size
+    assert size is not None
+    bottom = watched.page.evaluate(
+        "Math.max(...[...document.querySelectorAll('main .panel')].map(each => each.getBoundingClientRect().bottom))"
+    )
+    return {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], round(bottom) + MARGIN)}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import { Component, html } from "./vendor/htm-preact.js";
 import { Bar, Legend, Swatch, isOver } from "./bar.js";
+import { Line } from "./events.js";
 import { age, bytes, clock, plural } from "./format.js";
 import { PARTS, PART_NAMES, deviceName, isGpu, layoutOf, modelName, scaleOf, totals } from "./layout.js";
 import { Badge, Choice, Empty, Memo } from "./widgets.js";
@@ -10,6 +11,7 @@ import { Badge, Choice, Empty, Memo } from "./widgets.js";
 const OLD_S = 30;
 // Models that take less than this share of the width are drawn a second time, closer.
 const CLOSER = 0.2;
+const LAST_EVENTS = 5;
 
 export class Memory extends Component {
   constructor(props) {
@@ -76,6 +78,7 @@ export class Memory extends Component {
                   reached=${this.reached(devices)} pinned=${pinned} now=${state.time} look=${this.look} press=${this.press} />`)}
               </div>
               <${Holders} state=${state} />
+              <${LastEvents} events=${state.events} />
             </div>
             <${Detail} nodes=${nodes} shown=${shown} isPinned=${pinned !== null} now=${state.time}
               unpin=${() => this.setState({ pinned: null })} />
@@ -331,6 +334,14 @@ function Table({ nodes, dim }) {
       </tfoot>
     </table>
   </div>`;
+}
+
+function LastEvents({ events }) {
+  if (!events.length) return null;
+  return html`<section class="panel" aria-labelledby="last-events">
+    <h3 id="last-events">Last events</h3>
+    <ol class="events">${events.slice(-LAST_EVENTS).reverse().map((event) => html`<${Line} key=${event.id} event=${event} />`)}</ol>
+  </section>`;
 }
 
 // The sums of each model over all devices.
