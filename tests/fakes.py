@@ -184,7 +184,7 @@ class Models(ModelsFake):
     """Upstream and directory in one: a reply for each model, or its state where it is not ready."""
 
     def __init__(self, **replies: Reply | str):
-        super().__init__()
+        super().__init__(**dict.fromkeys(replies, ""))
         self.replies = replies
         self.asked: list[str] = []
         self.calls = 0

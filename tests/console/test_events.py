@@ -1,0 +1,127 @@
+"""What happened between two states, in sentences."""
+
+from dataclasses import replace
+
+from serve_app.console.events import (
+    MOST_EVENTS,
+    REFUSED_EVERY_S,
+    EventLog,
+    Refusals,
+    cluster_events,
+    model_events,
+    residency_events,
+)
+from serve_app.facts.nodes import Node
+from serve_app.router.model_status import ModelStatus
+from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
+
+
+def view(*running: str, wanted: int = 2, state: str = "ready", stopping: tuple[str, ...] = ()) -> ClusterStatus:
+    """A cluster with one model whose replicas have these ids."""
+    replicas = [ReplicaView(name, "RUNNING", "a", 1, None) for name in running]
+    replicas += [ReplicaView(name, "STOPPING", "a", 1, None) for name in stopping]
+    model = ModelView("m", state, len(running), wanted, replicas, "", "")
+    return ClusterStatus((Node("a", 8.0, 0.0),), (), (model,))
+
+
+def kinds(*arguments: object) -> list[tuple[str, str]]:
+    """Kind and text of what happened to replicas and nodes."""
+    return [(each.kind, each.text) for each in cluster_events(*arguments)]  # type: ignore[arg-type]
+
+
+def test_a_replica_that_dies_is_lost_and_one_that_serve_stops_is_not() -> None:
+    """Serve's own status tells the two apart."""
+    both, one = view("r0", "r1"), view("r0", stopping=("r1",))
+    assert kinds(both, one, {"m": "UNHEALTHY"}) == [("lost", "The replica r1 of m was lost.")]
+    assert kinds(both, view("r0"), {"m": "HEALTHY"}) == [("lost", "The replica r1 of m was lost.")]
+    for status in ("UPDATING", "DOWNSCALING", "UPSCALING"):
+        assert kinds(both, one, {"m": status}) == [("scaled", "The replica r1 of m stops.")]
+    assert kinds(both, view("r0", wanted=1, stopping=("r1",)), {"m": "HEALTHY"}) == [
+        ("scaled", "m should have 1 replica instead of 2."),
+        ("scaled", "The replica r1 of m stops."),
+    ]
+    assert kinds(both, view("r0", state="stopping"), {"m": "HEALTHY"}) == [("scaled", "The replica r1 of m stops.")]
+
+
+def test_a_replica_that_comes_back_has_started() -> None:
+    """The first one of a model is told by the model's own event."""
+    assert kinds(view("r0"), view("r0", "r2"), {}) == [("started", "The replica r2 of m runs.")]
+    assert kinds(view(state="loading"), view("r2"), {}) == []
+    assert kinds(view("r0"), view("r0"), {}) == []
+
+
+def test_nodes_come_and_go() -> None:
+    """With the reason that Ray gives."""
+    before = view("r0")
+    after = replace(before, nodes=(), gone=("a (abcdef12): health check failed",))
+    assert kinds(before, after, {}) == [("gone", "The node a (abcdef12): health check failed is gone.")]
+    assert kinds(after, before, {}) == [("started", "The node a has joined.")]
+    assert kinds(after, after, {}) == []
+
+
+def test_every_change_of_a_model_is_told_once() -> None:
+    """And what stays is not."""
+    ready, failed = ModelStatus("m", "ready", 2), ModelStatus("m", "failed", 0, "no room")
+    adapter = ModelStatus("a", "ready", 1, parent="m", engine_name="a")
+    told = [
+        (before, after, [(each.kind, each.text) for each in model_events(before, after)])
+        for before, after in (
+            ({}, {"m": ModelStatus("m", "loading", 0)}),
+            ({"m": ModelStatus("m", "loading", 0)}, {"m": ready}),
+            ({"m": ready}, {"m": ready}),
+            ({"m": ready}, {"m": failed}),
+            ({"m": failed}, {"m": replace(failed, message="still no room")}),
+            ({"m": ready}, {"m": ModelStatus("m", "asleep", 0, "it is scaled to zero")}),
+            ({"m": ready}, {}),
+            ({"m": ready}, {"m": ready, "a": adapter}),
+        )
+    ]
+    assert [found for _, _, found in told] == [
+        [("config", "The model m is new and loading.")],
+        [("ready", "m is ready with 2 replicas.")],
+        [],
+        [("failed", "m has failed: no room")],
+        [("failed", "m has failed: still no room")],
+        [("scaled", "m is asleep, because it has no replica. The first request wakes it.")],
+        [("gone", "The model m was removed.")],
+        [("ready", "The adapter of m a is new and ready.")],
+    ]
+
+
+def test_models_that_swap_are_told_of() -> None:
+    """A model is resident if one of its replicas is."""
+    assert [each.text for each in residency_events({"m": ["resident"]}, {"m": ["parked"]})] == [
+        "m gives its memory to another model of its pool."
+    ]
+    assert [each.text for each in residency_events({"m": ["parked"]}, {"m": ["resident"]})] == [
+        "m holds its memory again."
+    ]
+    assert residency_events({"m": ["resident", "resident"]}, {"m": ["resident", "parked"]}) == []
+    assert residency_events({}, {"m": ["resident"]}) == []
+
+
+def test_a_flood_of_refusals_is_one_event_for_each_model_and_code() -> None:
+    """And names that clients invent do not make it grow."""
+    refusals = Refusals()
+    for _ in range(1000):
+        refusals.add(100.0, "m", "overloaded")
+    refusals.add(101.0, "", "401")
+    assert refusals.due(100.0 + REFUSED_EVERY_S - 1) == []
+    assert [(each.model, each.text) for each in refusals.due(100.0 + REFUSED_EVERY_S)] == [
+        ("m", "1000 requests were refused for m (overloaded)."),
+        ("", "1 request was refused (401)."),
+    ]
+    assert refusals.due(200.0) == []
+    for number in range(10 * MOST_EVENTS):
+        refusals.add(300.0, f"m{number}", "overloaded")
+    assert len(refusals.due(400.0)) == MOST_EVENTS
+
+
+def test_the_log_keeps_the_last_events() -> None:
+    """With numbers that rise, and texts that are bounded."""
+    log = EventLog()
+    for number in range(MOST_EVENTS + 50):
+        log.add(float(number), "ready", "m", "x" * 10_000)
+    assert len(log.since()) == MOST_EVENTS
+    assert [event.id for event in log.since(MOST_EVENTS + 48)] == [MOST_EVENTS + 49, MOST_EVENTS + 50]
+    assert all(len(event.text) == 500 for event in log.since())

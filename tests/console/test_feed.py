@@ -1,0 +1,83 @@
+"""Open pages: what each is sent, and what a slow one costs."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from serve_app.console import feed as feed_module
+from serve_app.console.feed import MOST_PAGES, MOST_PENDING, Feed, OpenPage, send_events
+from serve_app.errors import ModelUnavailable
+
+
+async def nothing() -> None:
+    """There is something to show at once."""
+
+
+async def test_a_page_gets_the_whole_state_first_and_then_what_is_new() -> None:
+    """What was pushed before its state is part of that."""
+    page = OpenPage("v")
+    page.push(b"before")
+    events = page.events(nothing, lambda view: f"state of {view}".encode())
+    assert await anext(events) == b"state of v"
+    page.push(b"one")
+    page.push(b"two")
+    assert [await anext(events), await anext(events)] == [b"one", b"two"]
+    page.end()
+    assert [event async for event in events] == []
+
+
+async def test_a_slow_page_skips_to_a_new_state() -> None:
+    """So its lag takes no memory."""
+    page = OpenPage("v")
+    states = iter((b"first", b"second"))
+    events = page.events(nothing, lambda _: next(states))
+    await anext(events)
+    for _ in range(1000):
+        page.push(b"delta")
+    assert len(page._pending) <= MOST_PENDING
+    assert await anext(events) == b"second"
+    page.push(b"delta")
+    assert await anext(events) == b"delta"
+
+
+async def test_a_quiet_stream_has_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no proxy takes it for dead."""
+    monkeypatch.setattr(feed_module, "COMMENT_EVERY_S", 0.01)
+    events = OpenPage("v").events(nothing, lambda _: b"state")
+    await anext(events)
+    assert (await anext(events)).startswith(b":")
+
+
+async def test_pages_have_places() -> None:
+    """One more is refused, and a stopping router takes none."""
+    feed: Feed[int] = Feed()
+    opened = [feed.opened(number) for number in range(MOST_PAGES)]
+    pages = [place.__enter__() for place in opened]
+    with pytest.raises(ModelUnavailable, match="64 pages"), feed.opened(0):
+        pass
+    opened[0].__exit__(None, None, None)
+    assert len(feed) == MOST_PAGES - 1
+    feed.close()
+    assert all(page.is_over for page in pages[1:])
+    with pytest.raises(ModelUnavailable, match="stopping"), feed.opened(0):
+        pass
+
+
+async def test_a_client_that_reads_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some seconds, though it does not close its connection."""
+    monkeypatch.setattr(feed_module, "SEND_TIMEOUT_S", 0.05)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    page = OpenPage("v")
+    async with asyncio.timeout(5):
+        await send_events(page.events(nothing, lambda _: b"state"), {}, receive, send)
+    assert [message.get("body") for message in sent] == [None, b"state"]

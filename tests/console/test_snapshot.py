@@ -1,0 +1,299 @@
+"""What the console shows of nodes and models, and to whom."""
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from serve_app.access.keys import ApiKey
+from serve_app.console.events import Event
+from serve_app.console.requests import Row
+from serve_app.console.snapshot import Queued, Snapshot, event_json, models_json, nodes_json
+from serve_app.console.view import HIDDEN, Seen, View, names_any
+from serve_app.facts.device_memory import DeviceMemory
+from serve_app.facts.nodes import Node
+from serve_app.replica.report import DeviceReport, PartReport, ReplicaReport, ResidencyReport
+from serve_app.router.model_status import ModelStatus
+from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
+
+GIB = 2**30
+EVERYBODY = View(None, is_admin=True)
+RAY_NODE = {
+    "NodeID": "n1",
+    "NodeManagerAddress": "10.0.0.1",
+    "Alive": True,
+    "Resources": {"CPU": 8.0, "node:__internal_head__": 1.0},
+}
+OTHER_NODE = {"NodeID": "n2", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 4.0}}
+DEAD_NODE = OTHER_NODE | {"NodeID": "n3", "Alive": False, "DeathReasonMessage": "health check  failed"}
+
+
+def key(*models: str, role: str = "user") -> View:
+    """What a key for these models sees."""
+    return View(ApiKey(name="k", sha256="0" * 64, models=models or None), is_admin=role == "admin")
+
+
+def told(model: str, held: int, planned: int = 8 * GIB, node_id: str = "n1", **more: Any) -> ReplicaReport:
+    """A report of a replica on GPU 0 and of its node."""
+    parts = (
+        PartReport("weights", planned // 2, held // 2, "exact"),
+        PartReport("context", planned // 2, held // 2, "guessed"),
+    )
+    device = DeviceReport("GPU-x", 0, planned, "guessed", held, held, held // 2, 0, parts=parts)
+    seen = (
+        DeviceMemory("cpu", None, "memory", 64 * GIB, 10 * GIB, 100.0),
+        DeviceMemory("GPU-x", 0, "NVIDIA L4", 24 * GIB, 20 * GIB, 100.0),
+    )
+    report = ReplicaReport(
+        model,
+        f"{model}-r0",
+        "10.0.0.1",
+        7,
+        f"folder/{model}",
+        "pt",
+        0.5,
+        1.0,
+        100.0,
+        (device,),
+        node_id=node_id,
+        node_devices=seen,
+    )
+    return replace(report, **more)
+
+
+def snapshot(*reports: ReplicaReport, nodes: Any = (RAY_NODE,), **more: Any) -> Snapshot:
+    """One model for each report."""
+    models = [
+        ModelView(
+            each.application, "ready", 1, 1, [ReplicaView(each.replica, "RUNNING", each.node, each.pid, each)], "", ""
+        )
+        for each in reports
+    ]
+    statuses = {each.application: ModelStatus(each.application, "ready", 1) for each in reports}
+    return Snapshot(ClusterStatus((Node("10.0.0.1", 8.0, 1.0),), (), models), statuses, nodes, **more)
+
+
+def all_of(found: Snapshot, view: View) -> tuple[list[Any], list[Any]]:
+    """Nodes and models as this view has them."""
+    seen = view.seen(found.statuses)
+    return nodes_json(found, seen), models_json(found, seen, lambda name: ["wake"])
+
+
+def test_a_device_is_shown_with_what_each_replica_holds_and_what_others_hold() -> None:
+    """Foreign memory is what is in use and held by none of ours."""
+    (node,), _ = all_of(snapshot(told("a", 6 * GIB), told("b", 3 * GIB)), EVERYBODY)
+    assert (node["id"], node["address"], node["is_head"], node["alive"], node["cpus"]) == (
+        "n1",
+        "10.0.0.1",
+        True,
+        True,
+        8,
+    )
+    memory, gpu = node["devices"]
+    assert (memory["device"], memory["name"], memory["blocks"]) == ("cpu", "memory", [])
+    assert {name: gpu[name] for name in ("total", "used", "foreign", "free", "index", "name", "measured_at")} == {
+        "total": 24 * GIB,
+        "used": 20 * GIB,
+        "foreign": 11 * GIB,
+        "free": 4 * GIB,
+        "index": 0,
+        "name": "NVIDIA L4",
+        "measured_at": 100.0,
+    }
+    assert [(block["model"], block["planned"], block["held"], block["certainty"]) for block in gpu["blocks"]] == [
+        ("a", 8 * GIB, 6 * GIB, "guessed"),
+        ("b", 8 * GIB, 3 * GIB, "guessed"),
+    ]
+    assert gpu["blocks"][0]["parts"][0] == {
+        "name": "weights",
+        "planned": 4 * GIB,
+        "held": 3 * GIB,
+        "certainty": "exact",
+    }
+
+
+def test_foreign_memory_is_never_below_zero() -> None:
+    """The figures are of different moments."""
+    (node,), _ = all_of(snapshot(told("a", 23 * GIB)), EVERYBODY)
+    assert node["devices"][1]["foreign"] == 0
+
+
+def test_a_rank_on_another_node_is_shown_there() -> None:
+    """With the figures that it tells itself."""
+    here = told("a", 6 * GIB)
+    away = replace(here.devices[0], device="GPU-y", rank=1, node="10.0.0.2", total=24 * GIB, used=7 * GIB)
+    nodes, _ = all_of(snapshot(replace(here, devices=(*here.devices, away)), nodes=(RAY_NODE, OTHER_NODE)), EVERYBODY)
+    (device,) = nodes[1]["devices"]
+    assert (device["device"], device["foreign"], len(device["blocks"])) == ("GPU-y", GIB, 1)
+    assert len(nodes[0]["devices"][1]["blocks"]) == 1
+
+
+def test_nodes_without_a_report() -> None:
+    """One that lives shows what was read of it, and one that is gone says why."""
+    idle = {"n2": (DeviceMemory("cpu", None, "memory", 8 * GIB, GIB, 90.0),)}
+    nodes, _ = all_of(snapshot(nodes=(RAY_NODE, OTHER_NODE, DEAD_NODE), idle=idle), EVERYBODY)
+    assert [len(node["devices"]) for node in nodes] == [0, 1, 0]
+    assert nodes[1]["devices"][0]["measured_at"] == 90.0
+    assert (nodes[2]["alive"], nodes[2]["note"]) == (False, "health check failed")
+
+
+def test_two_nodes_at_one_address_are_told_apart() -> None:
+    """By the node's id that the report has."""
+    twin = OTHER_NODE | {"NodeManagerAddress": "10.0.0.1"}
+    nodes, _ = all_of(snapshot(told("a", GIB, node_id="n2"), nodes=(RAY_NODE, twin)), EVERYBODY)
+    assert [len(node["devices"]) for node in nodes] == [0, 2]
+
+
+def test_a_model_has_the_figures_of_the_status_and_its_requests() -> None:
+    """And an adapter those of its own."""
+    residency = ResidencyReport("parked", "default", 1.5)
+    found = snapshot(told("a", GIB, residency=residency), queued={"a": Queued(1, 2, 3)}, ready_in_s={"a": 1.5})
+    statuses = {**found.statuses, "x": ModelStatus("x", "failed", 0, "broken", "a", "x")}
+    _, (model, adapter) = all_of(replace(found, statuses=statuses), EVERYBODY)
+    assert {
+        name: model[name] for name in ("running", "wanted", "load", "waiting", "held", "active", "backend", "model")
+    } == {
+        "running": 1,
+        "wanted": 1,
+        "load": 0.5,
+        "waiting": 1,
+        "held": 2,
+        "active": 3,
+        "backend": "pt",
+        "model": "folder/a",
+    }
+    assert model["replicas"][0]["residency"] == {
+        "state": "parked",
+        "pool": "default",
+        "ready_in_s": 1.5,
+        "is_guess": False,
+    }
+    assert (model["ready_in_s"], model["can"]) == (1.5, ["wake"])
+    assert (adapter["parent"], adapter["state"], adapter["message"], adapter["can"]) == ("a", "failed", "broken", [])
+
+
+ROWS = [
+    Row(
+        64 * n,
+        "id-of-secretive",
+        1.0,
+        model,
+        "/v1/secretive",
+        200,
+        "ok",
+        None,
+        by,
+        False,
+        0,
+        0,
+        1.0,
+        1.0,
+        1.0,
+        1,
+        1,
+        prompt,
+    )
+    for n, (model, by, prompt) in enumerate(
+        [
+            ("mine", "k", "hello"),
+            ("mine", "team", "tell nobody of secretive"),
+            ("secretive", "team", "x"),
+            ("unknown", "k", "y"),
+        ]
+    )
+]
+EVENTS = [
+    Event(1, 1.0, "ready", "mine", "mine is ready."),
+    Event(2, 1.0, "failed", "mine", "mine has failed: its name is also that of secretive"),
+    Event(3, 1.0, "ready", "secretive", "secretive is ready."),
+    Event(4, 1.0, "gone", "", "The node is gone."),
+    Event(5, 1.0, "swapped", "mine", "mine left.", frozenset({"secretive"})),
+]
+
+
+def shown_to(view: View) -> bytes:
+    """All that a page of this view could be sent, of a cluster with the models `mine` and `secretive`."""
+    mine, other = told("mine", GIB), told("secretive", 2 * GIB)
+    mine = replace(
+        mine, model="folder/secretive-distilled", residency=ResidencyReport("resident", "secretive-pool", 1.0)
+    )
+    found = snapshot(
+        mine, other, told("secretive", GIB), nodes=(RAY_NODE, DEAD_NODE | {"DeathReasonMessage": "secretive did it"})
+    )
+    models = [
+        replace(model, missing="secretive has it", error="secretive is too large") for model in found.cluster.models
+    ]
+    adapter = ModelStatus("tuned", "ready", 1, "as secretive", "secretive", "tuned")
+    found = replace(found, cluster=replace(found.cluster, models=models), statuses={**found.statuses, "tuned": adapter})
+    seen = view.seen(found.statuses)
+    return msgspec.json.encode(
+        [
+            nodes_json(found, seen),
+            models_json(found, seen, lambda name: ["wake"]),
+            [event_json(event) for event in seen.events(EVENTS)],
+            seen.rows(ROWS[1:]),
+        ]
+    )
+
+
+@pytest.mark.parametrize("models", [("mine",), ("mine", "tuned"), ("tuned",), ("nothing",)])
+def test_nothing_of_another_model_is_in_what_a_key_is_sent(models: tuple[str, ...]) -> None:
+    """Whatever text names it: a message, the id of another key's request, the name of a pool."""
+    text = shown_to(key(*models))
+    assert b"secretive" not in text
+    assert (b'"mine"' in text) == ("mine" in models)
+    assert (b'"tuned"' in text) == ("tuned" in models)
+    assert b'"can":["wake"]' not in text
+    assert b"secretive" in shown_to(EVERYBODY)
+    assert b"secretive" in shown_to(key())
+
+
+def test_an_admin_of_some_models_sees_those_alone() -> None:
+    """But may act on them."""
+    text = shown_to(key("mine", role="admin"))
+    assert b'"can":["wake"]' in text
+    assert b"secretive is ready" not in text
+
+
+def test_the_memory_of_others_is_one_block_without_a_name() -> None:
+    """With sums, so that the device still adds up."""
+    found = snapshot(told("mine", GIB), told("b", 2 * GIB), told("c", 3 * GIB))
+    (node,), models = all_of(found, key("mine"))
+    own, others = node["devices"][1]["blocks"]
+    assert own["model"] == "mine"
+    assert (others["model"], others["held"], others["planned"], others["certainty"], others["replica"]) == (
+        None,
+        5 * GIB,
+        16 * GIB,
+        "guessed",
+        "",
+    )
+    assert [(part["name"], part["certainty"]) for part in others["parts"]] == [
+        ("weights", "exact"),
+        ("context", "guessed"),
+    ]
+    assert node["devices"][1]["foreign"] == 14 * GIB
+    assert [model["name"] for model in models] == ["mine"]
+
+
+def test_of_another_keys_request_a_user_sees_no_more_than_its_outcome() -> None:
+    """Its id, its path and its prompt were chosen by somebody else. An admin sees all."""
+    seen = key("mine").seen({"mine": ModelStatus("mine", "ready", 1)})
+    own, other = seen.rows(ROWS)
+    assert own == ROWS[0]
+    assert (other.request_id, other.path, other.key, other.prompt, other.status) == ("", "", None, msgspec.UNSET, 200)
+    everything = key().seen({})
+    assert [row.key for row in everything.rows(ROWS)] == ["k", None, None, "k"]
+    assert key(role="admin").seen({}).rows(ROWS) == ROWS
+    assert EVERYBODY.seen({}).rows(ROWS) == ROWS
+
+
+def test_texts_that_name_a_hidden_model_are_hidden() -> None:
+    """A short name counts as a word alone, or nearly every text would be hidden."""
+    seen = Seen(key("mine"), frozenset({"mine"}), frozenset({"a", "tiny-pt"}))
+    assert seen.text("a replica of mine") == HIDDEN
+    assert seen.text("mine has failed") == "mine has failed"
+    assert seen.text("as tiny-pt-2 does") == HIDDEN
+    assert not names_any("an array", {"a"})
+    assert names_any("model 'a'", {"a"})
