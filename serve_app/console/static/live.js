@@ -21,6 +21,7 @@ export class Live {
   }
 
   start() {
+    this.isPaused = false;
     document.addEventListener("visibilitychange", this.onVisibility);
     this.loop(++this.run);
   }

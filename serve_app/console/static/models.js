@@ -25,6 +25,7 @@ export class Models extends Component {
   constructor(props) {
     super(props);
     this.state = { asked: null, told: "", error: null, busy: "" };
+    this.onPress = (action, name) => this.press(action, name);
   }
 
   async act(action, name) {
@@ -45,7 +46,6 @@ export class Models extends Component {
   }
 
   render({ state }, { asked, told, error, busy }) {
-    const onPress = (action, name) => this.press(action, name);
     return html`<div class="bar-row">
         <h2>Models</h2>
         <span class="dim grow">${plural(state.models.length, "model")}; each line shows ten minutes</span>
@@ -57,7 +57,7 @@ export class Models extends Component {
       ${state.models.length === 0 && html`<${Empty}>No model is deployed.<//>`}
       <div class="models">
         ${state.models.map((model) => html`<${Memo} key=${model.name} model=${model} series=${state.traffic.models[model.name]}
-          interval=${state.traffic.interval_s} slot=${state.traffic.slot} busy=${busy} press=${onPress} draw=${Model} />`)}
+          interval=${state.traffic.interval_s} slot=${state.traffic.slot} busy=${busy} press=${this.onPress} draw=${Model} />`)}
       </div>
       ${asked && html`<${Question} ...${asked} onDone=${(yes) => (yes ? this.act(asked.action, asked.name) : this.setState({ asked: null }))} />`}`;
   }
