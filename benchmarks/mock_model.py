@@ -17,7 +17,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve_app.deploy.options import MAX_ONGOING_REQUESTS, MODEL_DEPLOYMENT
+from serve_app.deploy.options import MAX_ONGOING_REQUESTS
+from serve_app.ray_serve import MODEL_DEPLOYMENT
 from serve_app.wire.asgi import HttpRequest, call_asgi
 
 

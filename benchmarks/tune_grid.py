@@ -59,7 +59,8 @@ def main() -> None:
         parse_seconds(options.measure, "--measure"),
     )
     setup = read_setup(wish, local_inventory(), psutil.cpu_count() or 1, print)
-    journal = Journal(options.journal, {"grid": str(options.file.name), "workload": options.workload})
+    about = {"grid": options.file.name, "workload": options.workload, "clients": options.clients}
+    journal = Journal(options.journal, about | {"measure": options.measure})
     tuner, space = Tuner(setup.task, journal, Lines()), setup.task.space
     left = [point for point in space.points if key_of(point) not in {key_of(trial.point) for trial in journal.trials}]
     random.Random(0).shuffle(left)

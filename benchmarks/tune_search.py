@@ -17,7 +17,7 @@ from typing import Any
 
 from serve_app.tuning.journal import Trial
 from serve_app.tuning.objective import Objective
-from serve_app.tuning.search import START_NOISE, Known, best_of, propose
+from serve_app.tuning.search import FIRST_POINTS, START_NOISE, Known, best_of, propose
 from serve_app.tuning.space import Axis, Point, Space, key_of
 from serve_app.tuning.verdict import score_of
 
@@ -52,7 +52,7 @@ def ours(space: Space, worth: Worth, starts: int, draw: random.Random) -> Point:
     return best_of(space, known)[0].point
 
 
-def optunas(sampler: str) -> Callable[[Space, Worth, int, random.Random], Point]:
+def optunas(sampler: str, **options: Any) -> Callable[[Space, Worth, int, random.Random], Point]:
     """One of Optuna's samplers. The file's own comes first, and a point that is not in the space is a failed trial that
     costs nothing, nor does one that it has asked for before."""
 
@@ -61,7 +61,7 @@ def optunas(sampler: str) -> Callable[[Space, Worth, int, random.Random], Point]
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
-            direction="maximize", sampler=getattr(optuna.samplers, sampler)(seed=draw.randrange(2**31))
+            direction="maximize", sampler=getattr(optuna.samplers, sampler)(seed=draw.randrange(2**31), **options)
         )
         by_key, seen = {key_of(point): point for point in space.points}, dict[str, float]()
         names = {"/".join(axis.key): {json.dumps(value): value for value in axis.values} for axis in space.axes}
@@ -92,7 +92,9 @@ def ways() -> dict[str, Any]:
         import optuna  # noqa: F401
     except ImportError:
         return found
-    return found | {f"optuna {name}": optunas(name) for name in ("TPESampler", "RandomSampler")}
+    for name in ("TPESampler", "GPSampler"):  # By default they draw the first ten points at random.
+        found[f"optuna {name}"] = optunas(name, n_startup_trials=FIRST_POINTS)
+    return found
 
 
 def main() -> None:

@@ -112,6 +112,7 @@ class ModelsFake:
     def __init__(self, **states: str):
         self.states = states
         self.woken: list[str] = []
+        self.applications: dict[str, Any] = {}
 
     def state_of(self, name: str) -> str:
         """Its state. Raises KeyError for an unknown model."""
@@ -137,11 +138,6 @@ class ModelsFake:
             return await self.find(name)
         except ModelNotFound:
             return None
-
-    @property
-    def applications(self) -> dict[str, Any]:
-        """Serve tells nothing here."""
-        return {}
 
     @property
     def records(self) -> tuple[dict[Any, Any], dict[Any, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from serve_app.console.events import cluster_events
 from serve_app.console.idle_nodes import IdleNodes
 from serve_app.console.ledger import Ledger
-from serve_app.console.shared import RECENT_SLOTS, SharedRouters, queued_of_all
+from serve_app.console.shared import RECENT_SLOTS, Record, SharedRouters, queued_of_all
 from serve_app.console.snapshot import Snapshot
 from serve_app.console.traffic import slot_of
 from serve_app.facts.device_memory import DeviceMemory
@@ -29,7 +29,13 @@ logger = logging.getLogger("ray.serve")
 FRESH_S = 1.0
 # Replicas and other routers are told at this interval in seconds that somebody watches.
 TELL_EVERY_S = 4.0
+# What differs from an older reading has not happened now, so it is no event.
+RECENT_S = 15.0
 FORGET_TIMEOUT_S = 2.0
+READ_TIMEOUT_S = 5.0
+
+# What is read of the cluster, and the devices of nodes from which no replica reports.
+_Read = tuple[Reading, Mapping[str, Sequence[DeviceMemory]]]
 
 
 class ClusterWatch:
@@ -53,10 +59,11 @@ class ClusterWatch:
         self.is_watched_elsewhere = False
         self._shared = shared or SharedRouters(parts.replica, clock=clock)
         self._idle = idle or IdleNodes(_own_node)
-        self._read_at = self._told_at = float("-inf")
+        self._read_at = self._told_at = self._taken_at = float("-inf")
         self._lock = asyncio.Lock()
         self._complaint = ""
         self._has_told = False
+        self._reading: asyncio.Future[_Read] | None = None
 
     async def fresh(self) -> None:
         """Returns once there is a reading that is younger than `FRESH_S`, or none can be had."""
@@ -71,12 +78,22 @@ class ClusterWatch:
                 return
             try:
                 await self._parts.directory.refresh(0.9 * FRESH_S)
-                reading, idle = await asyncio.to_thread(self._blocking)
-                self._take(reading, idle)
+                self._take(*await self._in_time())
                 self._complaint = ""
             except Exception as error:  # Serve's controller or Ray's head may be restarting.
                 self._complain("read the cluster", error)
             self._read_at = self._clock()
+
+    async def _in_time(self) -> _Read:
+        """Returns a reading that another thread makes. Raises TimeoutError after `READ_TIMEOUT_S`, because Ray waits a
+        minute and more for a head that is gone. That thread then goes on, and no other is started until it ends."""
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(asyncio.to_thread(self._blocking, self._records()))
+        done, _ = await asyncio.wait({self._reading}, timeout=READ_TIMEOUT_S)
+        if not done:
+            raise TimeoutError(f"Ray's head did not answer within {READ_TIMEOUT_S:g} s")
+        reading, self._reading = self._reading, None
+        return reading.result()
 
     async def share(self) -> None:
         """Tells other routers what this one counts, if a page is open at one of them and there are several."""
@@ -85,8 +102,8 @@ class ClusterWatch:
             return
         try:
             self.is_watched_elsewhere = await asyncio.to_thread(is_watched, self._clock())
-            if self.is_watched_elsewhere:
-                await asyncio.to_thread(self._tell_routers)
+            if self.is_watched_elsewhere and (records := self._records()) is not None:
+                await asyncio.to_thread(self._shared.tell, *records)
         except Exception as error:
             self._complain("tell other routers what it counts", error)
 
@@ -118,35 +135,41 @@ class ClusterWatch:
         deployment = (application.get("deployments") or {}).get(ROUTER_DEPLOYMENT) or {}
         return deployment.get("replicas") or ()
 
-    def _blocking(self) -> tuple[Reading, Mapping[str, Sequence[DeviceMemory]]]:
-        """Reads what Ray has, and tells replicas and other routers that somebody watches. It runs in a thread."""
+    def _blocking(self, records: tuple[Record, Record | None] | None) -> _Read:
+        """Reads what Ray has, and tells replicas and other routers that somebody watches, with this router's records if
+        there are others. It runs in a thread."""
         now = self._clock()
         if now - self._told_at >= TELL_EVERY_S:
             self._tell(now)
             self._told_at = now
         directory = self._parts.directory
         reading = self._read_status(directory.applications, *directory.records)
-        if self._routers() > 1:
-            self._tell_routers()
+        if records is not None:
+            self._shared.tell(*records)
             self._shared.hear()
         else:
             self._shared.others = {}
         return reading, self._idle.read(_silent(reading))
 
-    def _tell_routers(self) -> None:
-        now, ledger = self._clock(), self._ledger
+    def _records(self) -> tuple[Record, Record | None] | None:
+        """Returns what other routers are told now, or None if there are none. The event loop makes it, because only
+        there nothing changes meanwhile."""
+        if self._routers() < 2:
+            return None
         self._has_told = True
-        self._shared.tell(ledger.record(slot_of(now) - RECENT_SLOTS), lambda: ledger.record(0))
+        recent = self._ledger.record(slot_of(self._clock()) - RECENT_SLOTS)
+        return recent, self._ledger.record(0) if self._shared.needs_whole() else None
 
     def _take(self, reading: Reading, idle: Mapping[str, Sequence[DeviceMemory]]) -> None:
         directory, ledger, before = self._parts.directory, self._ledger, self.snapshot
+        is_recent, self._taken_at = self._clock() - self._taken_at < RECENT_S, self._clock()
         applications = directory.applications
         ledger.heard(self._shared.others)
         # Serve's own words for the routers' application are not a model's.
         cluster = replace(
             reading.cluster, models=[m for m in reading.cluster.models if m.name != self._parts.application]
         )
-        if before is not None:
+        if before is not None and is_recent:
             ledger.add(cluster_events(before.cluster, cluster, _deployment_states(applications)))
         self.snapshot = Snapshot(
             cluster=cluster,

@@ -19,7 +19,7 @@ from serve_app.console.cluster_watch import ClusterWatch
 from serve_app.console.events import Event
 from serve_app.console.feed import Feed, send_events
 from serve_app.console.guard import require_on, visitor_of
-from serve_app.console.ledger import Ledger
+from serve_app.console.ledger import Ledger, Mark
 from serve_app.console.page import INDEX, Page
 from serve_app.console.snapshot import event_json, models_json, nodes_json
 from serve_app.console.traffic import INTERVAL_S, last_values, slot_of, whole_series
@@ -59,7 +59,8 @@ class ServedConsole:
         self._feed: Feed[View] = Feed()
         self._page = Page()
         self._told: dict[View, tuple[bytes, bytes]] = {}
-        self._event_id = self._revision = 0
+        self._event_id = 0
+        self._mark: Mark = (0, 0)
         self._slot = slot_of(clock())
         self._polled_at = float("-inf")
         self._is_asked = asyncio.Event()
@@ -179,8 +180,8 @@ class ServedConsole:
     def _tell(self) -> None:
         """Pushes what is new since the last time, once for all pages with the same view."""
         now = self._clock()
-        events, rows = self.ledger.events.since(self._event_id), self.ledger.rows_since(self._revision)
-        self._event_id, self._revision = self.ledger.events.last_id, self.ledger.requests.revision
+        events, rows = self.ledger.events.since(self._event_id), self.ledger.rows_since(self._mark)
+        self._event_id, self._mark = self.ledger.events.last_id, self.ledger.mark
         slots = [self._slot, slot_of(now)] if slot_of(now) != self._slot else [self._slot]
         self._slot = slots[-1]
         rings = self.ledger.rings()
@@ -262,7 +263,7 @@ class ServedConsole:
                     "models": {name: values for name, values in series.items() if seen.name(name)},
                 },
                 "events": [event_json(event) for event in seen.events(self.ledger.events.since()) if event.id <= told],
-                "requests": seen.rows(self.ledger.rows_since(0)),
+                "requests": seen.rows(self.ledger.rows_since()),
             }
         )
 

@@ -166,26 +166,26 @@ def _replicas(count: int) -> str:
 
 
 class Refusals:
-    """Joins refused requests, so that a flood of them is no flood of events: there is one event for each model and code
-    and `REFUSED_EVERY_S`, with their number."""
+    """Joins refused requests, so that a flood of them is no flood of events: the first one is told at once, and the
+    others of the same model and code each `REFUSED_EVERY_S`, with their number."""
 
     def __init__(self) -> None:
-        self._since = 0.0
         self._counts: dict[tuple[str, str], int] = {}
+        self._told_at: dict[tuple[str, str], float] = {}
 
-    def add(self, now: float, model: str, code: str) -> None:
+    def add(self, model: str, code: str) -> None:
         """Counts a refused request."""
-        if not self._counts:
-            self._since = now
         if len(self._counts) < MOST_EVENTS or (model, code) in self._counts:
             self._counts[model, code] = self._counts.get((model, code), 0) + 1
 
     def due(self, now: float) -> list[Happened]:
-        """Returns the events of an interval that is over, and begins another one."""
-        if not self._counts or now - self._since < REFUSED_EVERY_S:
-            return []
-        counts, self._counts = self._counts, {}
-        return [_refused(model, code, count) for (model, code), count in counts.items()]
+        """Returns the events that are due."""
+        self._told_at = {what: at for what, at in self._told_at.items() if now - at < REFUSED_EVERY_S}
+        due = {what: count for what, count in self._counts.items() if what not in self._told_at}
+        for what in due:
+            del self._counts[what]
+            self._told_at[what] = now
+        return [_refused(model, code, count) for (model, code), count in due.items()]
 
 
 def _refused(model: str, code: str, count: int) -> Happened:

@@ -10,7 +10,7 @@ from functools import partial
 
 from serve_app.console.events import Event, EventLog, Happened, Kind, Refusals, model_events, residency_events
 from serve_app.console.prompts import prompt_of
-from serve_app.console.requests import RequestLog, Row, is_error
+from serve_app.console.requests import MOST_REQUESTS, RequestLog, Row, is_error
 from serve_app.console.shared import OtherRouter, Record, rings_of_all
 from serve_app.console.snapshot import Queued
 from serve_app.console.traffic import Rings, Traffic
@@ -23,6 +23,8 @@ from serve_app.wire.body_threads import beside_loop
 UNKNOWN = "unknown"
 # What other routers are told of this one's requests and events.
 MOST_SHARED_ROWS, MOST_SHARED_EVENTS = 100, 50
+# The revisions of this router's requests and of those of the others.
+Mark = tuple[int, int]
 # A model that is gone is still counted for so many seconds, since Serve's status may be read late.
 KEPT_S = 600.0
 
@@ -39,6 +41,8 @@ class Ledger:
         self.others: Sequence[OtherRouter] = ()
         self._own_events: deque[Event] = deque(maxlen=MOST_SHARED_EVENTS)
         self._heard: dict[str, float] = {}
+        self._other_rows: dict[int, tuple[int, Row]] = {}
+        self._other_revision = 0
         self._refusals = Refusals()
         self._residency: Mapping[str, Sequence[str]] = {}
         self._is_known = False
@@ -75,14 +79,14 @@ class Ledger:
         if row.model != UNKNOWN:
             first = exchange.timing.to_first_s if exchange.timing.first else None
             self.traffic.ended(now, row.model, is_error(exchange), first)
-            self.traffic.made(now, row.model, running.tokens())
+            self.traffic.made(now, row.model, running.tokens(is_over=True))
         if row.outcome == "refused":
             model = "" if row.model == UNKNOWN else row.model
-            self._refusals.add(now, model, row.error_code or str(row.status))
+            self._refusals.add(model, row.error_code or str(row.status))
 
     def refused(self, status: int) -> None:
         """Notes a request that the door refused."""
-        self._refusals.add(self._clock(), "", str(status))
+        self._refusals.add("", str(status))
 
     def own(self, kind: Kind, model: str, text: str) -> None:
         """Adds an event that no other router sees, so that it is told to them."""
@@ -117,7 +121,7 @@ class Ledger:
             model = running.exchange.record.model
             if model != UNKNOWN:
                 active[model] = active.get(model, 0) + 1
-                self.traffic.made(now, model, running.tokens())
+                self.traffic.made(now, model, running.tokens(is_over=False))
         for model, count in active.items():
             self.traffic.seen(now, model, self._parts.forwarder.queued(model)["waiting"], count)
         self._active = active
@@ -140,12 +144,19 @@ class Ledger:
         """Returns the first interval that any router counted."""
         return min([self.traffic.first_slot, *(other.record.first_slot for other in self.others)])
 
-    def rows_since(self, revision: int) -> list[Row]:
-        """Returns this router's requests that changed since then, and the last ones of the others, by their ids."""
-        own = self.requests.rows(revision)
-        if not self.others:
+    @property
+    def mark(self) -> Mark:
+        """Returns the mark of this moment, for `rows_since`."""
+        return self.requests.revision, self._other_revision
+
+    def rows_since(self, mark: Mark = (0, 0)) -> list[Row]:
+        """Returns the requests of all routers that are new or have changed since a mark, up to `MOST_REQUESTS`, by
+        their ids."""
+        own = self.requests.rows(mark[0])
+        if not self._other_rows:
             return own
-        return sorted([*own, *(row for other in self.others for row in other.record.rows)], key=lambda row: row.id)
+        others = [row for revision, row in self._other_rows.values() if revision > mark[1]]
+        return sorted([*own, *others], key=lambda row: row.id)[-MOST_REQUESTS:]
 
     def record(self, since_slot: int) -> Record:
         """Returns what other routers are told, with the traffic from an interval on."""
@@ -157,6 +168,12 @@ class Ledger:
     def heard(self, others: Mapping[bytes, OtherRouter]) -> None:
         """Takes over what other routers told, and adds their events that are new here."""
         self.others = tuple(others.values())
+        rows = {row.id: row for other in self.others for row in other.record.rows}
+        for number, row in rows.items():
+            if number not in self._other_rows or self._other_rows[number][1] != row:
+                self._other_revision += 1
+                self._other_rows[number] = self._other_revision, row
+        self._other_rows = {number: kept for number, kept in self._other_rows.items() if number in rows}
         for router, other in others.items():
             name = router.decode("utf-8", "replace")
             last = self._heard.get(name, 0.0)

@@ -60,11 +60,12 @@ class Running:
         self.prompt = ""
         self.counted = 0
 
-    def tokens(self) -> int:
-        """Returns the tokens of the answer that were not counted yet, by its events while it streams and by its usage
-        once that is known."""
+    def tokens(self, is_over: bool) -> int:
+        """Returns the tokens of the answer that were not counted yet, by its events while it streams, and by its usage
+        at the end, if it has one."""
         meter = self.exchange.downstream.meter
-        made = meter.usage.completion or meter.events
+        said = meter.usage.completion
+        made = (said or meter.events) if is_over else max(said, meter.events)
         new = max(0, made - self.counted)
         self.counted += new
         return new
@@ -122,11 +123,9 @@ class RequestLog:
                 if row != kept.row:
                     kept.row = row
                     self._changed(number)
-        return [
-            kept if isinstance(kept, Row) else row_of(kept, is_over=False)
-            for number, kept in self._rows.items()
-            if self._revisions[number] > since
-        ]
+        changed = (kept for number, kept in self._rows.items() if self._revisions[number] > since)
+        rows = (kept.row if isinstance(kept, Running) else kept for kept in changed)
+        return [row for row in rows if row is not None]
 
     def _changed(self, number: int) -> None:
         self.revision += 1

@@ -73,13 +73,17 @@ class SharedRouters:
         self._whole_at = 0.0
         self.others: Mapping[bytes, OtherRouter] = {}
 
-    def tell(self, recent: Record, whole: Callable[[], Record]) -> None:
-        """Writes this router's records. `whole` returns that with all entries. Raises RayError or RuntimeError while
-        Ray's head does not answer."""
+    def needs_whole(self) -> bool:
+        """Returns whether the record with all entries is due."""
+        return self._clock() - self._whole_at >= WHOLE_EVERY_S
+
+    def tell(self, recent: Record, whole: Record | None) -> None:
+        """Writes this router's records. `whole` is that with all entries, if it is due. Raises RayError or RuntimeError
+        while Ray's head does not answer."""
         self._put(RECENT, recent)
-        if recent.time - self._whole_at >= WHOLE_EVERY_S:
-            self._put(WHOLE, whole())
-            self._whole_at = recent.time
+        if whole is not None:
+            self._put(WHOLE, whole)
+            self._whole_at = whole.time
 
     def hear(self) -> None:
         """Reads what the others have written. Raises what `tell` raises."""

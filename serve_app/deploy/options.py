@@ -86,6 +86,12 @@ def _max_ongoing_requests(config: ModelConfig) -> int:
     return rows + (config.max_queued_requests or 0) + MAX_ONGOING_REQUESTS + held
 
 
+# oneDNN keeps the code that it has made for each shape of a product. pt's batches have a new shape at almost every
+# step, and oneDNN's default of 1024 shapes took 170 MB with the demo model, which no plan knows of. Fewer cost no time
+# that could be measured.
+KEPT_PRIMITIVES = 128
+
+
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment variables that must be set before the replica's process imports torch.
 
@@ -96,6 +102,8 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
         defaults[BUNDLES] = ",".join(str(place) for place, part in enumerate(demand.parts) for _ in range(part.ranks))
     variables = {name: value for name, value in defaults.items() if name not in own}
     if config.device == "cpu":
+        if config.infer_backend == "pt" and "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in own:
+            variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(KEPT_PRIMITIVES)
         variables["CUDA_VISIBLE_DEVICES"] = ""
         return variables
     # Ray and NVML number GPUs by PCI address, but CUDA's default begins with the fastest.

@@ -1,17 +1,20 @@
 """Keeps what was measured, a line of JSON for each trial, so that a run that was ended goes on where it was."""
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from serve_app.errors import ConfigError
 from serve_app.tuning.measurement import Measurement
 from serve_app.tuning.space import Point
 
-VERSION = 1
+# The first line of a journal says what it is.
+NAME, VERSION = "serve-app tune", 2
 
 # "stopped" is a trial that was ended early, because it was far behind the best.
 Status = Literal["done", "failed", "stopped"]
@@ -56,47 +59,79 @@ _PLAIN = ("purpose", "status", "why", "start_s", "total_s", "at")
 
 
 class Journal:
-    """This is the file, whose first line says what the run is about."""
+    """This is the file, whose first line says what the run is about. Another process cannot open it meanwhile."""
 
-    def __init__(self, file: Path, about: Mapping[str, Any]):
-        """Reads the file if it is there. Raises ConfigError if it is of another run, or of none."""
-        self.file, self._about = file, {"version": VERSION, **about}
-        self.trials = self._read()
+    def __init__(self, file: Path, about: Mapping[str, Any], restart: bool = False):
+        """Reads the file if it is there, or begins it again. Raises ConfigError if it is of another run, or of none:
+        nothing is written to such a file."""
+        self.file, self._about = file, {"journal": NAME, "version": VERSION, **about}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = file.open("a+b")
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.close()
+            raise ConfigError(f"{file}: another run of `serve-app tune` has this journal open.") from None
+        except OSError as error:
+            raise ConfigError(f"{file}: the journal cannot be opened: {error.strerror}.") from None
+        try:
+            self.trials = self._read(restart)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def add(self, trial: Trial) -> None:
         """Appends a trial, which is on the disk when this returns. Raises ConfigError if it cannot be written."""
         self.trials.append(trial)
-        self._append(trial.to_json())
+        self._append(_line(trial.to_json()))
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def close(self) -> None:
+        """Lets other processes open it."""
+        self._stream.close()
+
+    def _append(self, line: bytes) -> None:
         try:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            self._stream.write(line)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         except OSError as error:
             raise ConfigError(f"{self.file}: the journal cannot be written: {error.strerror}.") from None
 
-    def _read(self) -> list[Trial]:
+    def _read(self, restart: bool) -> list[Trial]:
+        self._stream.seek(0)
+        content = self._stream.read()
+        whole = content[: content.rfind(b"\n") + 1]  # A kill may have cut the last line.
+        own = _line(self._about)
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.file}: the journal cannot be read: {error}.") from None
-        whole = text[: text.rfind("\n") + 1]  # A kill may have cut the last line.
-        if not whole:
-            self.file.write_text("")
-            self._append(self._about)
-            return []
-        if whole != text:
-            self.file.write_text(whole)
-        try:
-            about, *lines = [json.loads(line) for line in whole.splitlines()]
-            if about != self._about:
-                raise ConfigError(
-                    f"{self.file}: this journal is of other settings, another file or another workload. Name another "
-                    "one, or give --restart to begin it again."
-                )
-            return [Trial.from_json(line) for line in lines]
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if lines and not (isinstance(lines[0], dict) and lines[0].get("journal") == NAME):
+                raise TypeError("its first line is not that of a journal")
+            if not lines and not own.startswith(content):
+                raise TypeError("it has one line, which is not that of a journal")
+            is_other = bool(lines) and lines[0] != self._about
+            trials = [] if restart or is_other else [Trial.from_json(line) for line in lines[1:]]
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.file}: this is no journal of `serve-app tune`: {error!r}.") from None
+        if is_other and not restart:
+            raise ConfigError(
+                f"{self.file}: this journal is of other settings, another file, another workload or another machine. "
+                "Name another one, or give --restart to begin it again."
+            )
+        if restart or not lines:
+            self._stream.truncate(0)
+            self._append(own)
+        elif whole != content:
+            self._stream.truncate(len(whole))
+        return trials
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"

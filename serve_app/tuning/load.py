@@ -1,7 +1,8 @@
 """Sends a workload to a server and notes what each request saw.
 
 Requests are streams of `/v1/completions` with token ids for prompts that are made, and of `/v1/chat/completions` or
-`/v1/completions` with the texts of a log. Made answers have exactly the length that the workload says (`ignore_eos`).
+`/v1/completions` with the texts of a log. Made answers, and those of a log whose lengths it has, are exactly as long as
+the workload says (`ignore_eos`).
 
 guidellm, aiperf, evalscope and vLLM's own `bench serve` send such loads too. Each brings an engine, a data set or a
 plotting library of hundreds of MB, which a tool on the same machine as what it measures should not start; what is
@@ -12,7 +13,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,14 @@ from serve_app.tuning.workload import Ask, Workload
 
 # An answer may take so many seconds.
 ANSWER_TIMEOUT_S = 300.0
-# After the end of a level, its last answers may take so many seconds. What is still running then is ended and counts as
-# failed.
-DRAIN_TIMEOUT_S = 60.0
+# After the end of a level, the requests that were due in it may take so many seconds. What is still running then is
+# ended and counts as failed.
+DRAIN_TIMEOUT_S = 300.0
+# A warm-up lasts until each client has had an answer, but not longer than so many seconds.
+MOST_WARM_UP_S = 120.0
+# A level lasts until so many requests that were due in it have ended, but not longer than so many times its seconds.
+LEAST_REQUESTS, MOST_STRETCH = 20, 4.0
+POLL_S = 0.02
 # An open load has at most so many requests in flight. More than these mean that the server does not keep up.
 MOST_IN_FLIGHT = 2000
 # Characters of an error that are kept.
@@ -47,69 +53,104 @@ class Target:
 
 
 async def run_level(target: Target, workload: Workload, level: Level, warm_up_s: float, seconds: float) -> Measurement:
-    """Sends a load for `warm_up_s` and then `seconds`, waits for the answers that are on their way, and returns what
-    was seen after the warm-up."""
+    """Sends a load for at least `warm_up_s` and then at least `seconds`, and returns what was seen after the warm-up.
+
+    The load goes on until the requests that were due in these seconds have ended, because the last ones would be
+    faster on a server that becomes empty."""
     timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**20) as session:
         load = _Load(session, target.url, _bodies(target, workload, f"{level.title} for {seconds:g} s"))
-        until = warm_up_s + seconds
-        if level.rate:
-            await load.open(level.rate, until)
-        else:
-            await load.closed(level.clients, until)
-        return measured(target.model, level, load.samples, warm_up_s, until)
+        begin, end = await load.run(level, warm_up_s, seconds)
+        return measured(target.model, level, load.samples, begin, end)
 
 
 class _Load:
-    """One level: its clients, and what they saw."""
+    """One level: its clients, and what they saw. Times are in seconds since it began."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, bodies: Iterator[tuple[str, dict[str, Any]]]):
         self.samples: list[Sample] = []
         self._session, self._url, self._bodies = session, url, bodies
         self._begin = time.perf_counter()
+        self._answered: set[int] = set()
+        # When each request that is on its way was due.
+        self._due: dict[int, float] = {}
+        self._numbers = itertools.count()
 
     def _now(self) -> float:
         return time.perf_counter() - self._begin
 
-    async def closed(self, clients: int, until: float) -> None:
-        """Has each of so many clients ask again when it has its answer."""
-
-        async def client() -> None:
-            while self._now() < until:
-                await self._ask(self._now())
-
-        await self._ended([asyncio.create_task(client()) for _ in range(clients)], until)
-
-    async def open(self, rate: float, until: float) -> None:
-        """Sends requests at random moments, `rate` of them a second on average, whether others have ended or not."""
-        draw, due = random.Random(0), 0.0
-        tasks: list[asyncio.Task[None]] = []
-        while (due := due + draw.expovariate(rate)) < until:
-            await asyncio.sleep(max(0.0, due - self._now()))
-            running = sum(not task.done() for task in tasks)
-            if running >= MOST_IN_FLIGHT:
-                self.samples.append(Sample(due, None, self._now(), 0, f"{running} requests were waiting already"))
-                continue
-            tasks.append(asyncio.create_task(self._ask(due)))
-        await self._ended(tasks, until)
-
-    async def _ended(self, tasks: Sequence[asyncio.Task[None]], until: float) -> None:
-        if not tasks:
-            return
+    async def run(self, level: Level, warm_up_s: float, seconds: float) -> tuple[float, float]:
+        """Sends the level, and returns when what counts of it began and ended."""
+        source = asyncio.create_task(
+            self._open(level.rate) if level.rate else self._closed(level.clients, warm_up_s), name="load"
+        )
         try:
-            _, late = await asyncio.wait(tasks, timeout=until - self._now() + DRAIN_TIMEOUT_S)
+            least = level.clients or 1
+            await self._until(source, lambda: len(self._answered) >= least, warm_up_s, MOST_WARM_UP_S)
+            begin = self._now()
+            await self._until(source, lambda: self._ended_since(begin), begin + seconds, begin + MOST_STRETCH * seconds)
+            end = self._now()
+            await self._until(source, lambda: not self._running(end), end, end + DRAIN_TIMEOUT_S)
+            late = f"no answer {DRAIN_TIMEOUT_S:g} s after the load"
+            self.samples += [Sample(due, None, self._now(), 0, late) for due in self._running(end)]
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        self.samples += [
-            Sample(until, None, self._now(), 0, f"no answer {DRAIN_TIMEOUT_S:g} s after the load") for _ in late
-        ]
+            source.cancel()
+            await asyncio.gather(source, return_exceptions=True)
+        return begin, end
+
+    async def _until(
+        self, source: asyncio.Task[None], is_reached: Callable[[], bool], least: float, most: float
+    ) -> None:
+        """Waits at least until `least`, and then until something is reached or it is `most`. Raises what the load has
+        raised."""
+        while self._now() < least or (self._now() < most and not is_reached()):
+            if source.done():
+                await source
+            await asyncio.sleep(POLL_S)
+
+    def _ended_since(self, begin: float) -> bool:
+        return sum(sample.due >= begin for sample in self.samples) >= LEAST_REQUESTS
+
+    def _running(self, end: float) -> list[float]:
+        return [due for due in self._due.values() if due < end]
+
+    async def _closed(self, clients: int, spread_s: float) -> None:
+        """Has each of so many clients ask again when it has its answer. They begin one after another, or all would
+        stay in step for a while."""
+
+        async def client(number: int) -> None:
+            await asyncio.sleep(spread_s * number / clients)
+            while True:
+                await self._ask(self._now())
+                self._answered.add(number)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(clients):
+                group.create_task(client(number))
+
+    async def _open(self, rate: float) -> None:
+        """Sends requests at random moments, `rate` of them a second on average, whether others have ended or not."""
+
+        async def client(due: float) -> None:
+            await self._ask(due)
+            self._answered.add(0)
+
+        draw, due = random.Random(0), 0.0
+        async with asyncio.TaskGroup() as group:
+            while True:
+                due += draw.expovariate(rate)
+                await asyncio.sleep(max(0.0, due - self._now()))
+                if len(self._due) >= MOST_IN_FLIGHT:
+                    text = f"{MOST_IN_FLIGHT} requests were waiting already"
+                    self.samples.append(Sample(due, None, self._now(), 0, text))
+                    continue
+                group.create_task(client(due))
 
     async def _ask(self, due: float) -> None:
         path, body = next(self._bodies)
-        heard = _Heard()
+        heard, number = _Heard(), next(self._numbers)
+        self._due[number] = due
         try:
             async with self._session.post(self._url + path, json=body) as reply:
                 if reply.status != 200:
@@ -120,6 +161,8 @@ class _Load:
                     heard.end_of_stream()
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             heard.error = f"{type(error).__name__}: {error}"[:MOST_ERROR]
+        finally:
+            del self._due[number]
         self.samples.append(Sample(due, heard.first, self._now(), heard.tokens, heard.error))
         if heard.error:
             await asyncio.sleep(0.1)  # A server that refuses at once would be asked in a busy loop.
@@ -127,7 +170,7 @@ class _Load:
 
 @dataclass
 class _Heard:
-    """What one stream said. `tokens` is its usage, or the number of its pieces if it has none."""
+    """What one stream said. `tokens` are those of its usage."""
 
     first: float | None = None
     tokens: int = 0
@@ -156,6 +199,8 @@ class _Heard:
         """Notes that the stream has ended."""
         if not self.error and not self.is_done:
             self.error = "the stream ended before its end"
+        if not self.error and self.first is not None and not self.tokens:
+            self.error = "the stream told no usage"
 
 
 def _has_token(choice: dict[str, Any]) -> bool:
@@ -183,7 +228,9 @@ def _bodies(target: Target, workload: Workload, seed: str) -> Iterator[tuple[str
 
 def _body(ask: Ask, model: str, prompt: Sequence[int]) -> tuple[str, dict[str, Any]]:
     stream = {"stream": True, "stream_options": {"include_usage": True}}
-    fields = {"model": model, "max_tokens": ask.output_tokens, "temperature": 0, "ignore_eos": True, **stream}
+    fields = {"model": model, "max_tokens": ask.output_tokens, "temperature": 0, **stream}
+    if ask.is_exact:
+        fields["ignore_eos"] = True
     if ask.body is not None:
         path = "/v1/chat/completions" if "messages" in ask.body else "/v1/completions"
         return path, {**ask.body, **fields}

@@ -29,10 +29,10 @@ from serve_app.errors import ConfigError
 # Each process of a run has this variable.
 MARK = "SERVE_APP_TUNE_RUN"
 # Of one run: the first is Serve's address, the second its fallback proxy, and the others are for replicas, each of
-# which takes one that nobody had before. They lie below the system's own range, from which Ray's processes and every
-# connection take ports.
+# which takes one that nobody had before. They lie above those that `ray start` gives to its workers (10002 to 19999)
+# and below the system's own range, from which Ray's other processes and every connection take ports.
 PORTS = 1000
-FIRST_PORT, LAST_PORT = 10_000, 30_000
+FIRST_PORT, LAST_PORT = 20_000, 32_000
 # Folders are short, because Ray puts sockets below them whose paths have 107 characters at most. Each is locked as
 # long as its process lives, and has the mark of its run.
 FOLDERS, FOLDER, MARK_FILE = Path("/tmp"), "sat-", "mark"  # noqa: S108
@@ -194,7 +194,8 @@ class OwnServe:
         for pid, _ in self._processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # A process that the kernel holds cannot be ended.
+            self._process.wait(STOP_TIMEOUT_S)
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
         self._claim.close()

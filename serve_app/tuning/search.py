@@ -142,7 +142,9 @@ def best_of(space: Space, known: Sequence[Known]) -> list[Known]:
 
 def field_gains(space: Space, known: Sequence[Known], point: Point) -> Mapping[tuple[str, str], float]:
     """Returns for each field that a point changes the factor that it is estimated to bring, beside the point's other
-    changes."""
+    changes. It is empty if no point could be used."""
+    if not any(item.value > 0 for item in known):
+        return {}
     model, own = Model(space.axes, known), dict(space.default)
     mean, _ = model.predicted(point)
     found = {}

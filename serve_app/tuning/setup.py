@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import yaml
 from serve_app.config import ModelConfig
 from serve_app.engines.model_requests import answered, cards_of, read_request
 from serve_app.errors import ConfigError, nearest
-from serve_app.facts.inventory import Inventory
+from serve_app.facts.inventory import Inventory, local_inventory
 from serve_app.facts.serve_file import ApplicationSpec, read_applications
 from serve_app.planning.fixes import with_fixes
+from serve_app.planning.memory import vllm_defaults
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Plan
 from serve_app.planning.planner import make_plan
@@ -45,11 +47,13 @@ class Wish:
 
 @dataclass(frozen=True)
 class Setup:
-    """This is a task with what a report says of it: the plan of the file as it is, and the machine."""
+    """This is a task with what a report says of it: the plan of the file as it is, the machine, and the file's text as
+    it was read."""
 
     task: Task
     plan: Plan
     machine: Machine
+    text: str
 
 
 def levels_of(clients: Sequence[int], rates: Sequence[float], objective: Objective) -> tuple[Level, ...]:
@@ -67,7 +71,9 @@ def levels_of(clients: Sequence[int], rates: Sequence[float], objective: Objecti
 def read_setup(wish: Wish, inventory: Inventory, cpus: int, tell: Tell) -> Setup:
     """Returns the task. Raises ConfigError for a wrong file, for models that cannot be tuned, and if the file as it is
     has no room in the memory that is free now."""
-    chosen = _chosen(read_applications(wish.file), wish.models, wish.file)
+    text = wish.file.read_text()
+    applications = read_applications(wish.file)
+    chosen = _chosen(applications, wish.models, wish.file)
     own = {name: ModelConfig.from_args(application.args) for name, application in chosen.items()}
     for name, config in own.items():
         if config.swaps is not None:
@@ -92,15 +98,32 @@ def read_setup(wish: Wish, inventory: Inventory, cpus: int, tell: Tell) -> Setup
         for name, application in chosen.items()
         for axis in axes_of(name, application.args, _replicas(application), backends[name], machine, wish.free)
     ]
-    problems = _Problems(chosen, inventory, tell, machine)
+    for name in wish.free:
+        if name not in {axis.field for axis in axes}:
+            raise ConfigError(f"--free {name}: no other value of it can be tried with these models on this machine.")
+    others = _others(applications, chosen, inventory, tell)
+    problems = _Problems(chosen, inventory, tell, machine, others)
     space = space_of(axes, machine, backends, problems)
-    document = yaml.safe_load(wish.file.read_text())
     task = Task(
-        document, tuple(chosen), wish.objective, workloads,
+        yaml.safe_load(text), tuple(chosen), wish.objective, workloads,
         {name: request.architecture.vocabulary for name, request in requests.items()}, wish.levels, space,
-        wish.budget_s, wish.max_starts, measure_s=wish.measure_s,
+        wish.budget_s, wish.max_starts, measure_s=wish.measure_s, room=problems.now,
     )  # fmt: skip
-    return Setup(task, plan, machine)
+    return Setup(task, plan, machine, text)
+
+
+def _others(
+    applications: Sequence[ApplicationSpec], chosen: Mapping[str, ApplicationSpec], inventory: Inventory, tell: Tell
+) -> list[ModelRequest]:
+    """Returns the models of the file that are not tuned, which have to have room beside those that are. Models that
+    share their memory are left out, because their pool is planned apart."""
+    found: list[ModelRequest] = []
+    for application in applications:
+        if application.is_model and application.name not in chosen:
+            config = ModelConfig.from_args(application.args)
+            if config.swaps is None:
+                found += _requests(application.name, [config], application.least_replicas, inventory, tell)
+    return found
 
 
 def _chosen(applications: Sequence[ApplicationSpec], names: Sequence[str], file: Path) -> dict[str, ApplicationSpec]:
@@ -127,9 +150,10 @@ def _machine(inventory: Inventory, cpus: int, levels: Sequence[Level], workloads
     most = 512 if any(level.rate for level in levels) else clients
     gpus = max((len(devices) for devices in inventory.node_gpus().values()), default=0)
     has_texts = any(workload.has_texts for workload in workloads)
-    return Machine(
-        cpus, gpus, most, has_texts, any(ask.shared_tokens for one in workloads for ask in one.asks) or has_texts
-    )
+    is_shared = any(ask.shared_tokens for one in workloads for ask in one.asks) or has_texts
+    cards = [vllm_defaults(card.total_bytes, card.name) for card in inventory.gpus] or [vllm_defaults(0, "")]
+    tokens, rows = (min(each) for each in zip(*cards, strict=True))
+    return Machine(cpus, gpus, most, has_texts, is_shared, (tokens, rows))
 
 
 def _requests(
@@ -141,8 +165,16 @@ def _requests(
 class _Problems:
     """Says why points cannot be served, by their fields and by the plan."""
 
-    def __init__(self, chosen: Mapping[str, ApplicationSpec], inventory: Inventory, tell: Tell, machine: Machine):
+    def __init__(
+        self,
+        chosen: Mapping[str, ApplicationSpec],
+        inventory: Inventory,
+        tell: Tell,
+        machine: Machine,
+        others: Sequence[ModelRequest],
+    ):
         self._chosen, self._inventory, self._tell, self._machine = chosen, inventory, tell, machine
+        self._others = others
         self._read: dict[str, ModelRequest] = {}
 
     def __call__(self, points: Sequence[Point]) -> list[str]:
@@ -151,7 +183,13 @@ class _Problems:
         args = [{name: with_point(spec.args, name, point) for name, spec in self._chosen.items()} for point in points]
         wrong = [next(filter(None, map(config_problem, found.values())), "") for found in args]
         self._read_all([found for found, why in zip(args, wrong, strict=True) if not why])
-        return [why or self._plan_problem(point, found) for point, found, why in zip(points, args, wrong, strict=True)]
+        plan = partial(self._plan_problem, inventory=self._inventory)
+        return [why or plan(point, found) for point, found, why in zip(points, args, wrong, strict=True)]
+
+    def now(self, point: Point) -> str:
+        """Returns why a point has no room in the memory that is free at this moment, or an empty text."""
+        args = {name: with_point(spec.args, name, point) for name, spec in self._chosen.items()}
+        return self._plan_problem(point, args, local_inventory())
 
     def _read_all(self, all_args: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
         new: dict[str, tuple[str, ModelConfig]] = {}
@@ -161,17 +199,22 @@ class _Problems:
         unanswered = [read_request(name, config, 1, cards_of(self._inventory)) for name, config in new.values()]
         self._read |= dict(zip(new, answered(unanswered, self._tell), strict=True))
 
-    def _plan_problem(self, point: Point, args: Mapping[str, Mapping[str, Any]]) -> str:
-        requests, cpus = [], 0.0
+    def _plan_problem(self, point: Point, args: Mapping[str, Mapping[str, Any]], inventory: Inventory) -> str:
+        requests, cpus = list(self._others), sum(map(_cpus, self._others))
         for name, own in args.items():
             request = self._read[_key(name, own)]
             replicas = replicas_of(name, point, None) or self._chosen[name].least_replicas
-            cpus += replicas * request.config.num_cpus if request.config.device == "cpu" else 0
             requests.append(replace(request, replicas=replicas))
+            cpus += _cpus(requests[-1])
         if cpus > self._machine.cpus:
             return f"{cpus:g} CPUs are asked for, and there are {self._machine.cpus}"
-        plan = make_plan(requests, self._inventory)
+        plan = make_plan(requests, inventory)
         return "" if plan.fits else plan.problems[0].message
+
+
+def _cpus(request: ModelRequest) -> float:
+    """Returns the processors that the replicas of a model compute with. Those of a model on GPUs wait for these."""
+    return request.replicas * request.config.num_cpus if request.config.device == "cpu" else 0.0
 
 
 def _key(name: str, args: Mapping[str, Any]) -> str:

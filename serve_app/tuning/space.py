@@ -6,6 +6,8 @@ A setting that the user wrote stays, unless its field is freed. A setting that c
 
 import itertools
 import json
+import math
+import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +31,13 @@ OF_PT = (PROMPT_CACHE,)
 # Each of these is 1 where the file leaves it out.
 COUNTS = ("num_cpus", "tensor_parallel_size", "pipeline_parallel_size", REPLICAS)
 BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
-# This is vLLM's default on most GPUs. A lower one is tried as any other value.
-VLLM_MAX_NUM_SEQS = 256
-TOKENS_OF_A_STEP = (1024, 2048, 8192)
+TOKENS_OF_A_STEP = (1024, 2048, 4096, 8192)
 PROMPT_CACHE_SIZE = "1GiB"
-# A space has at most so many points. Beyond it, the plan of each would take longer than to measure some.
+# A space has at most so many points. Beyond it, the plan of each would take longer than to measure some, so as many are
+# drawn.
 MOST_POINTS = 5000
+# One model has at most so many combinations, all of which are looked at.
+MOST_OF_A_MODEL = 200_000
 
 # The fields that differ from the file, each with the model that it belongs to. None means that the file does not say
 # it.
@@ -45,13 +48,14 @@ Point = tuple[tuple[tuple[str, str], Any], ...]
 class Machine:
     """This is what a model may be given: processors, GPUs of the node with most of them, and the most clients that are
     sent to it at one time. `has_texts` and `is_shared` say what the workload has: texts of users, and prompts that
-    begin alike."""
+    begin alike. `vllm_defaults` are vLLM's `max_num_batched_tokens` and `max_num_seqs` here where a file has none."""
 
     cpus: int
     gpus: int
     clients: int
     has_texts: bool = False
     is_shared: bool = False
+    vllm_defaults: tuple[int, int] = (2048, 256)
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Space:
-    """These are the points that can be tried, the file's own first, and those that the plan has cut, with the reason of
-    each. `merged` is the number of those that would have been the same as another one."""
+    """These are the points that can be tried, the file's own first, and those that have been cut, with the reason of
+    each. `merged` is the number of those that would have been the same as another one. `drawn_from` is the number of
+    combinations of which some were drawn, or 0 if all were looked at."""
 
     axes: tuple[Axis, ...]
     points: tuple[Point, ...]
     cut: tuple[tuple[Point, str], ...] = ()
     merged: int = 0
+    drawn_from: int = 0
 
     @property
     def default(self) -> Point:
@@ -106,10 +112,17 @@ def axes_of(
         own = _own(args, replicas, name, backend)
         is_open = name in free or (name not in LOSSY and not _is_written(args, replicas, name))
         meant = 1 if own is None and name in COUNTS else own
-        all_values = (own, *(value for value in values if value not in (own, meant)))
+        if name in free and own is not None and name not in (*COUNTS, "infer_backend"):
+            values = (*values, None)
+        all_values = (own, *(value for value in values if not _is_one_of(value, (own, meant))))
         if is_open and len(all_values) > 1:
             found.append(Axis(model, name, all_values, _meant(name, backend, machine)))
     return found
+
+
+def _is_one_of(value: Any, others: Iterable[Any]) -> bool:
+    """Returns whether a value is among others. 1 is not True here, and None is only itself."""
+    return any(type(value) is type(other) and value == other for other in others)
 
 
 def _meant(name: str, backend: str, machine: Machine) -> int | None:
@@ -117,8 +130,10 @@ def _meant(name: str, backend: str, machine: Machine) -> int | None:
     if name in COUNTS:
         return 1
     if name == "max_num_seqs":
-        return min(PT_MAX_NUM_SEQS if backend == "pt" else VLLM_MAX_NUM_SEQS, machine.clients)
-    return None
+        return min(PT_MAX_NUM_SEQS if backend == "pt" else machine.vllm_defaults[1], machine.clients)
+    if name == BATCHED_TOKENS:
+        return machine.vllm_defaults[0]
+    return True if name == PREFIX_CACHING else None
 
 
 def _is_written(args: Mapping[str, Any], replicas: int | None, name: str) -> bool:
@@ -158,7 +173,7 @@ def _candidates(
     yield "max_num_seqs", [size for size in BATCH_SIZES if size < 2 * machine.clients]
     if "vllm" in backends:
         yield BATCHED_TOKENS, TOKENS_OF_A_STEP
-        yield PREFIX_CACHING, (False,)
+        yield PREFIX_CACHING, (False, True)
     if "pt" in backends and machine.is_shared:
         yield PROMPT_CACHE, (PROMPT_CACHE_SIZE,)
     if machine.has_texts:
@@ -179,30 +194,75 @@ def space_of(
     backends: Mapping[str, str],
     problem: Callable[[Sequence[Point]], Sequence[str]],
 ) -> Space:
-    """Returns all points of these axes that differ in what they do and that `problem` has nothing against.
+    """Returns the points of these axes that differ in what they do and that `problem` has nothing against. Where there
+    are more than `MOST_POINTS`, as many are drawn, the same ones each time.
 
     `backends` are those of the models whose backend does not change. `problem` says why each of some points cannot be
-    served, or has an empty text. Raises ConfigError if there are too many points, or if the file's own cannot be
-    served."""
-    count = 1
-    for axis in axes:
-        count *= len(axis.values)
-    if count > MOST_POINTS:
-        raise ConfigError(
-            f"tune: there are {count} combinations of {', '.join(axis.field for axis in axes)}, and {MOST_POINTS} are "
-            "allowed. Write some of these fields into the file, so that they stay as they are."
-        )
-    seen: dict[Point, Point] = {}
-    for values in itertools.product(*(axis.values for axis in axes)):
-        point: Point = tuple((axis.key, value) for axis, value in zip(axes, values, strict=True))
-        seen.setdefault(_freeze(canonical(point, axes, machine, backends)), point)
-    points = list(seen.values())
+    served, or has an empty text. Raises ConfigError if a model has too many combinations, or if the file's own point
+    cannot be served."""
+    models = list(dict.fromkeys(axis.model for axis in axes))
+    options = [_of_model([axis for axis in axes if axis.model == model], machine, backends) for model in models]
+    default: Point = tuple((axis.key, axis.values[0]) for axis in axes)
+    all_parts = [found.points for found in options]
+    count = math.prod(map(len, all_parts))
+    chosen = itertools.product(*all_parts) if count <= MOST_POINTS else _drawn(all_parts)
+    points: list[Point] = [tuple(itertools.chain(*parts)) for parts in chosen]
     problems = problem(points)
     if problems[0]:
         raise ConfigError(f"tune: the file as it is cannot be served here: {problems[0]}")
     kept = [point for point, why in zip(points, problems, strict=True) if not why]
     cut = [(point, why) for point, why in zip(points, problems, strict=True) if why]
-    return Space(tuple(axes), tuple(kept), tuple(cut), count - len(points))
+    cut += [(_with(default, part), why) for found in options for part, why in found.cut]
+    merged = sum(found.merged for found in options)
+    return Space(tuple(axes), tuple(kept), tuple(cut), merged, count if count > MOST_POINTS else 0)
+
+
+def _of_model(axes: Sequence[Axis], machine: Machine, backends: Mapping[str, str]) -> Space:
+    """Returns the points of one model, before the plan is asked. Raises ConfigError."""
+    count = math.prod(len(axis.values) for axis in axes)
+    if count > MOST_OF_A_MODEL:
+        raise ConfigError(
+            f"tune: {axes[0].model} has {count} combinations of {', '.join(axis.field for axis in axes)}, and "
+            f"{MOST_OF_A_MODEL} are allowed. Write some of these fields into the file, so that they stay as they are."
+        )
+    seen: dict[Point, Point] = {}
+    cut = []
+    for number, values in enumerate(itertools.product(*(axis.values for axis in axes))):
+        point: Point = tuple((axis.key, value) for axis, value in zip(axes, values, strict=True))
+        if number and (why := _too_many(point, machine)):
+            cut.append((point, why))
+        else:
+            seen.setdefault(_freeze(canonical(point, axes, machine, backends)), point)
+    return Space(tuple(axes), tuple(seen.values()), tuple(cut), count - len(seen) - len(cut))
+
+
+def _too_many(point: Point, machine: Machine) -> str:
+    """Returns why a point of one model asks for more than the machine has, whatever its fields are that do not change,
+    or an empty text."""
+    values = {name: value or 1 for (_, name), value in point if name in COUNTS}
+    replicas = values.get(REPLICAS, 1)
+    if (cpus := replicas * values.get("num_cpus", 1)) > machine.cpus and "num_cpus" in values:
+        return f"{cpus:g} CPUs are asked for, and there are {machine.cpus}"
+    ranks = values.get("tensor_parallel_size", 1) * values.get("pipeline_parallel_size", 1)
+    if ranks > 1 and ranks * replicas > machine.gpus:
+        return f"{ranks * replicas} GPUs are asked for, and there are {machine.gpus}"
+    return ""
+
+
+def _drawn(all_parts: Sequence[Sequence[Point]]) -> Iterable[tuple[Point, ...]]:
+    """Yields `MOST_POINTS` combinations, the first of each part together first."""
+    draw = random.Random(0)
+    seen = {(0,) * len(all_parts)}
+    while len(seen) < MOST_POINTS:
+        seen.add(tuple(draw.randrange(len(parts)) for parts in all_parts))
+    for places in sorted(seen):
+        yield tuple(parts[place] for parts, place in zip(all_parts, places, strict=True))
+
+
+def _with(point: Point, part: Point) -> Point:
+    """Returns a point with the fields of another one that has some of them."""
+    own = dict(part)
+    return tuple((key, own.get(key, value)) for key, value in point)
 
 
 def canonical(point: Point, axes: Sequence[Axis], machine: Machine, backends: Mapping[str, str]) -> Point:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from serve_app.errors import ConfigError
 from serve_app.tuning.journal import Journal, Purpose, Trial
 from serve_app.tuning.load import Target, run_level
 from serve_app.tuning.measurement import Level, Measurement
-from serve_app.tuning.objective import Objective, Score, broken
+from serve_app.tuning.objective import Objective, Score, broken, rank
 from serve_app.tuning.own_serve import OwnServe, StartError
 from serve_app.tuning.search import propose
 from serve_app.tuning.served_file import document_of
@@ -28,14 +29,17 @@ PROBE = 0.4
 START_PER_CONFIRMING = 3
 # Until a trial has been measured, one is taken to last so many seconds, beside its load.
 GUESSED_START_S = 60.0
+# A start may take so many seconds even if the budget ends meanwhile.
+LEAST_START_S = 60.0
 
 
 @dataclass(frozen=True)
 class Task:
     """This is what is to be done. `document` is the config file, and `models` are those that are tuned, each with its
     workload and the size of its vocabulary. Times are in seconds: each level is sent for `warm_up_s` before it is
-    measured for `measure_s`, and the first one for `first_load_s` more, because the first requests after a start
-    compile and fill caches."""
+    measured for `measure_s`. Before all of them, the highest one is sent for `first_load_s` more than its first look
+    takes. `room` says why the planned memory of a point is not free now, or has an empty text; it is waited for
+    `room_timeout_s`."""
 
     document: Mapping[str, Any]
     models: tuple[str, ...]
@@ -50,11 +54,14 @@ class Task:
     measure_s: float = 10.0
     first_load_s: float = 3.0
     start_timeout_s: float = 900.0
+    room: Callable[[Point], str] = lambda point: ""
+    room_timeout_s: float = 60.0
 
     @property
     def load_s(self) -> float:
         """Returns the seconds of load of a whole trial."""
-        return self.first_load_s + len(self.levels) * (self.warm_up_s + self.measure_s)
+        first = self.first_load_s + self.warm_up_s + PROBE * self.measure_s
+        return first + len(self.levels) * (self.warm_up_s + self.measure_s)
 
 
 class Served(Protocol):
@@ -121,26 +128,27 @@ class Tuner:
 
     def _next(self) -> tuple[Point, Purpose] | None:
         """Returns what to start next: a point that may be better, and once there is none, or no time for one, the best
-        again. Confirming has its share of the starts and of the time."""
+        again. Confirming has its share of the starts and of the time, and once it has begun it is ended first."""
         trials, task = self._journal.trials, self._task
         if not trials:
             return task.space.default, "search"
-        confirmed = any(trial.purpose == "confirm" for trial in trials)
+        unconfirmed = to_confirm(task.objective, task.space, trials)
+        is_confirming = unconfirmed is not None and any(trial.purpose == "confirm" for trial in trials)
         starts_left = task.max_starts - len(trials)
         kept = min(len(CONFIRMING), task.max_starts // START_PER_CONFIRMING)
-        if not confirmed and starts_left > kept and self._has_time_for(1 + kept):
+        if task.objective.has_limits:  # A point counts only if it keeps to them in another start.
+            kept = max(kept, 1)
+        if not is_confirming and starts_left > kept and self._has_time_for(1 + kept):
             point = propose(task.space, known_of(task.objective, trials))
             if point is not None:
                 return point, "search"
-        if starts_left > 0 and self._has_time_for(1):
-            point = to_confirm(task.objective, task.space, trials)
-            if point is not None:
-                return point, "confirm"
+        if unconfirmed is not None and starts_left > 0 and self._has_time_for(1):
+            return unconfirmed, "confirm"
         return None
 
     def _has_time_for(self, starts: int) -> bool:
         """Returns whether so many more starts end within the budget, by the usual time of those before."""
-        trials = [trial.total_s for trial in self._journal.trials if trial.status == "done"]
+        trials = [trial.total_s for trial in self._journal.trials]
         each = sorted(trials)[len(trials) // 2] if trials else GUESSED_START_S + self._task.load_s
         return starts * each <= self._left_s()
 
@@ -162,60 +170,74 @@ class Tuner:
 
     @contextmanager
     def _served(self, point: Point) -> Iterator[Served]:
+        self._require_room(point)
         serve = self._serve(document_of(self._task.document, self._task.models, point), self._task.models)
         try:
-            serve.wait_until_ready(self._task.start_timeout_s)
+            left = max(self._left_s(), LEAST_START_S)
+            serve.wait_until_ready(min(self._task.start_timeout_s, left))
             yield serve
         finally:
             serve.stop()
+
+    def _require_room(self, point: Point) -> None:
+        """Waits until the planned memory of a point is free. Raises ConfigError if others have it."""
+        deadline = time.monotonic() + self._task.room_timeout_s
+        while why := self._task.room(point):
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"tune: the planned memory is not free now, so nothing more is started: {why}")
+            time.sleep(1)
 
     def _loaded(self, serve: Served, trial: Trial) -> Trial:
         """Sends the levels in turn. What cannot become the best is ended after the first look at it."""
         before = serve.replicas()
         found: list[Measurement] = []
-        status, why = trial.status, ""
-        for number, level in enumerate(self._levels()):
-            first = number == 0
-            if first and trial.purpose == "search" and (why := self._why_hopeless(serve, level, found)):
-                status = "stopped"
-                break
-            now = self._level(
-                serve, level, self._task.first_load_s if first and trial.purpose == "confirm" else 0.0, 1.0
-            )
-            found += now
-            if any(item.errors for item in now) or (
-                self._has_limits and all(broken(self._task.objective, item) for item in now)
-            ):
-                break
+        status, why = trial.status, self._warmed_up(serve, trial.purpose, found)
+        if why:
+            status = "stopped"
+        else:
+            found += self._all_levels(serve)
         held = tuple(_held(serve.status(), self._task.models))
         if serve.replicas() != before:
             status, why = "failed", "a replica died under load"
-        errors = [broken(self._task.objective, item) for item in found if item.errors]
-        if errors:
-            status, why = "failed", errors[0]
+        elif found and not any(_is_clean(found, level) for level in {item.level for item in found}):
+            status, why = "failed", next(broken(self._task.objective, item) for item in found if item.errors)
         return replace(trial, measurements=tuple(found), status=status, why=why, memory=held)
 
+    def _all_levels(self, serve: Served) -> list[Measurement]:
+        """Sends all levels. A rising load ends where it breaks a limit or requests fail, and one that falls goes on to
+        the next lower level then."""
+        found: list[Measurement] = []
+        is_over: set[bool] = set()
+        for level in self._levels():
+            kind = level.rate > 0
+            if kind in is_over:
+                continue
+            now = self._level(serve, level, 0.0, 1.0)
+            found += now
+            if self._rises and any(broken(self._task.objective, item) for item in now):
+                is_over.add(kind)
+        return found
+
     @property
-    def _has_limits(self) -> bool:
-        objective = self._task.objective
-        return objective.ttft_p95_s is not None or objective.tpot_p95_s is not None
+    def _rises(self) -> bool:
+        return self._task.objective.has_limits or self._task.objective.kind == "latency"
 
     def _levels(self) -> list[Level]:
         """Returns the levels in the order in which they are sent: the one that decides first. With limits, the load
         rises until one is broken."""
-        rising = sorted(self._task.levels, key=lambda level: (level.clients, level.rate))
-        return rising if self._has_limits or self._task.objective.kind == "latency" else rising[::-1]
+        rising = sorted(self._task.levels, key=rank)
+        return rising if self._rises else rising[::-1]
 
-    def _why_hopeless(self, serve: Served, level: Level, found: list[Measurement]) -> str:
-        """Looks at the first level for a short time. Returns why the point is not measured further, or an empty text.
-        What was seen is added to `found` then."""
+    def _warmed_up(self, serve: Served, purpose: Purpose, found: list[Measurement]) -> str:
+        """Sends the highest level for a short time, because the first requests after a start compile and fill caches.
+        Returns why a point is not measured further, or an empty text. What was seen is added to `found` then."""
+        level = max(self._task.levels, key=rank)
         seen = self._level(serve, level, self._task.first_load_s, PROBE)
-        if any(item.errors for item in seen):
-            found += seen
-            return "requests failed"
+        if purpose == "confirm" or self._task.objective.kind != "throughput" or self._task.objective.has_limits:
+            return ""  # Another level decides.
         best = max((_at_level(trial, level) for trial in self._journal.trials), default=0.0)
-        worth = _rate(seen, level)
-        if self._has_limits or self._task.objective.kind != "throughput" or worth >= HOPELESS * best:
+        worth = 0.0 if any(item.errors for item in seen) else _rate(seen, level)
+        if worth == 0.0 or worth >= HOPELESS * best:
             return ""
         found += seen
         return f"it had {worth / best:.0%} of the best rate at {level.title}"
@@ -238,6 +260,11 @@ class Tuner:
         for item in found:
             self._view.measured(item)
         return found
+
+
+def _is_clean(found: Sequence[Measurement], level: Level) -> bool:
+    """Returns whether no request failed at a level."""
+    return not any(item.errors for item in found if item.level == level)
 
 
 def _rate(found: Sequence[Measurement], level: Level) -> float:

@@ -9,11 +9,13 @@ from serve_app.tuning.objective import Objective, Score, score
 from serve_app.tuning.search import Known, best_of
 from serve_app.tuning.space import Point, Space, key_of
 
-# A gain is given with the interval that has it in 95 of 100 cases.
-DEVIATIONS = 1.96
+# A gain is given with the interval that has it in 95 of 100 cases if starts differ as much as `BETWEEN_STARTS` says,
+# which is the standard deviation of the logarithm of a score between two starts on a machine of two processors.
+DEVIATIONS, BETWEEN_STARTS = 1.96, 0.04
 # Confirming runs of the best point have a run of the file's own between them (A-B-A), so a machine that becomes slower
 # or faster meanwhile shows.
 CONFIRMING = ("best", "file", "best")
+NOISE_OF_A_LOOK = 0.1
 # So many points are confirmed in turn if they miss the limits when they are measured again.
 MOST_CONFIRMED = 3
 
@@ -36,28 +38,18 @@ class Gain:
 @dataclass(frozen=True)
 class Verdict:
     """This is the point to use. `gain` is None if it is the file's own, or if it was not measured again. `why` says it
-    in a sentence."""
+    in a sentence. `is_final` is false for one that has not kept to the limits in another start yet."""
 
     point: Point
     score: Score
     gain: Gain | None
     why: str
+    is_final: bool = True
 
 
 def score_of(objective: Objective, trial: Trial) -> Score:
-    """Returns the score of a trial, which for several models is the geometric mean of theirs."""
-    if trial.status == "failed":
-        return Score(0.0, why=trial.why)
-    models = sorted({found.model for found in trial.measurements})
-    scores = [score(objective, [found for found in trial.measurements if found.model == model]) for model in models]
-    for model, found in zip(models, scores, strict=True):
-        if not found.is_valid:
-            return Score(0.0, why=found.why if len(models) == 1 else f"{model}: {found.why}")
-    if not scores:
-        return Score(0.0, why="nothing was measured")
-    value = math.exp(sum(math.log(found.value) for found in scores) / len(scores))
-    noise = math.sqrt(sum(found.noise**2 for found in scores)) / len(scores)
-    return Score(value, noise, scores[0].level if len(scores) == 1 else None)
+    """Returns the score of a trial, which is that of all its models together."""
+    return Score(0.0, why=trial.why) if trial.status == "failed" else score(objective, trial.measurements)
 
 
 def known_of(objective: Objective, trials: Sequence[Trial]) -> list[Known]:
@@ -67,26 +59,28 @@ def known_of(objective: Objective, trials: Sequence[Trial]) -> list[Known]:
         worth = score_of(objective, trial)
         key = key_of(trial.point)
         if trial.purpose == "search":
-            found[key] = Known(trial.point, worth.value, worth.noise)
+            # A first look is shorter, and it comes while caches fill.
+            noise = worth.noise + (NOISE_OF_A_LOOK if trial.status == "stopped" else 0.0)
+            found[key] = Known(trial.point, worth.value, noise)
         elif not worth.is_valid:
             found[key] = Known(trial.point, 0.0)
     return list(found.values())
 
 
 def to_confirm(objective: Objective, space: Space, trials: Sequence[Trial]) -> Point | None:
-    """Returns the point to start next in order to confirm the best, or None if nothing is left to confirm."""
+    """Returns the point to start next in order to confirm the best, or None if nothing is left to confirm. The file's
+    own point, if it is the best, is confirmed only if there are limits that it has to keep to."""
     ranked = best_of(space, known_of(objective, trials))
-    if not ranked or key_of(ranked[0].point) == key_of(space.default):
+    if not ranked:
         return None
-    confirming = [trial for trial in trials if trial.purpose == "confirm"]
-    rejected = {key_of(trial.point) for trial in confirming} - {key_of(ranked[0].point), key_of(space.default)}
-    if len(rejected) >= MOST_CONFIRMED:
+    best, default = key_of(ranked[0].point), key_of(space.default)
+    confirming = [key_of(trial.point) for trial in trials if trial.purpose == "confirm"]
+    if best == default:
+        return space.default if objective.has_limits and default not in confirming else None
+    if len({*confirming} - {best, default}) >= MOST_CONFIRMED:
         return None
-    own, of_file = (
-        sum(key_of(trial.point) == key_of(point) for trial in confirming) for point in (ranked[0].point, space.default)
-    )
-    is_usable = any(key_of(item.point) == key_of(space.default) for item in ranked)
-    if own >= 1 and of_file < 1 and is_usable:
+    own, of_file = confirming.count(best), confirming.count(default)
+    if own >= 1 and of_file < 1 and any(key_of(item.point) == default for item in ranked):
         return space.default
     return ranked[0].point if own < CONFIRMING.count("best") else None
 
@@ -94,27 +88,47 @@ def to_confirm(objective: Objective, space: Space, trials: Sequence[Trial]) -> P
 def verdict(objective: Objective, space: Space, trials: Sequence[Trial]) -> Verdict:
     """Returns the point to use by what was measured so far."""
     ranked = best_of(space, known_of(objective, trials))
-    first = next((trial for trial in trials if key_of(trial.point) == key_of(space.default)), None)
-    own = score_of(objective, first) if first is not None else Score(0.0, why="it was not measured")
+    own = _own(objective, space, trials)
     if not ranked:
         return Verdict(space.default, own, None, f"no setting could be used; of the file's own: {own.why}")
     best = ranked[0].point
     worth = _mean([score_of(objective, trial) for trial in _of(trials, best)])
+    is_again = any(trial.purpose == "confirm" for trial in _of(trials, best))
+    if objective.has_limits and not is_again:
+        why = "it was measured once, and no other start has confirmed that it keeps to the limits"
+        return Verdict(best, worth, None, why, is_final=False)
+    at = f" at {worth.level.title}" if worth.level is not None else ""
     if key_of(best) == key_of(space.default):
-        return Verdict(best, worth, None, "the file's own settings are the best of those that were measured")
+        why = f"the file's own settings are the best of those that were measured{at}"
+        return Verdict(best, worth, None, why)
     gain = _gain(objective, trials, best, space.default)
     if not own.is_valid:
         return Verdict(best, worth, gain, f"the file's own settings cannot be used: {own.why}")
     if gain is None:
-        return Verdict(best, worth, None, "it was measured once and not confirmed")
+        return Verdict(best, worth, None, "it was measured once and not confirmed" if not is_again else
+                       "the file's own settings were not measured again beside it")  # fmt: skip
+    bounds = f"{gain.low:.2f} to {gain.high:.2f}"
     if not gain.is_sure:
+        how = "is surely worse" if gain.high < 1 else "is within the noise"
         return Verdict(
             space.default, own, gain,
-            f"the best other settings have {gain.ratio:.2f} times the score of the file's own, which is within the "
-            f"noise ({gain.low:.2f} to {gain.high:.2f}), so the file's own stay",
+            f"the best other settings have {gain.ratio:.2f} times the score of the file's own, which {how} ({bounds}), "
+            "so the file's own stay",
         )  # fmt: skip
-    return Verdict(best, worth, gain, f"{gain.ratio:.2f} times the score of the file's own ({gain.low:.2f} to "
-                                      f"{gain.high:.2f} in 95 of 100 cases, from {gain.starts} starts)")  # fmt: skip
+    return Verdict(best, worth, gain, f"{gain.ratio:.2f} times the score of the file's own{at} ({bounds} in 95 of 100 "
+                                      f"cases, from {gain.starts} starts)")  # fmt: skip
+
+
+def _own(objective: Objective, space: Space, trials: Sequence[Trial]) -> Score:
+    """Returns the score of the file's own settings. What missed a limit once does not keep to it."""
+    found = [trial for trial in trials if key_of(trial.point) == key_of(space.default)]
+    scores = [score_of(objective, trial) for trial in found]
+    if not scores:
+        return Score(0.0, why="it was not measured")
+    bad = next((one for one in scores if not one.is_valid), None)
+    if bad is not None and scores[0].is_valid:
+        return Score(0.0, why=f"when they were measured again, {bad.why}")
+    return bad or scores[0]
 
 
 def _of(trials: Sequence[Trial], point: Point) -> list[Trial]:
@@ -142,7 +156,10 @@ def _gain(objective: Objective, trials: Sequence[Trial], best: Point, default: P
         return None
     logs = [[math.log(found.value) for found in group] for group in (ours, theirs)]
     ratio = sum(logs[0]) / len(logs[0]) - sum(logs[1]) / len(logs[1])
-    within = [sum(found.noise**2 for found in group) / len(group) ** 2 for group in (ours, theirs)]
+    within = [
+        sum(found.noise**2 for found in group) / len(group) ** 2 + BETWEEN_STARTS**2 / len(group)
+        for group in (ours, theirs)
+    ]
     drift = (max(logs[0]) - min(logs[0])) / 2
     wide = DEVIATIONS * math.sqrt(sum(within) + drift**2)
     return Gain(math.exp(ratio), math.exp(ratio - wide), math.exp(ratio + wide), len(ours) + len(theirs))

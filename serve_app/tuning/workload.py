@@ -20,6 +20,8 @@ from serve_app.errors import ConfigError
 MOST_REQUESTS = 2000
 # This is in bytes. A log may have prompts, which are kept in memory.
 MOST_LOG_BYTES = 256 * 2**20
+# An answer of a log that says nothing of its length has at most so many tokens.
+DEFAULT_OUTPUT = 128
 # These tokens of the context stay free, because a chat template and special tokens take some.
 MARGIN = 8
 # Where prompts do not fit, all lengths shrink until these of them do. The rest is cut.
@@ -29,12 +31,14 @@ FITTING = 0.99
 @dataclass(frozen=True)
 class Ask:
     """This is one request: tokens of its prompt, of which the first `shared_tokens` are those of all others, and tokens
-    of its answer. `body` is that of a request from a log, with its `messages` or `prompt`, or None for a made one."""
+    of its answer. `body` is that of a request from a log, with its `messages` or `prompt`, or None for a made one.
+    `is_exact` means that the answer is that long, and not only at most that long."""
 
     prompt_tokens: int
     output_tokens: int
     shared_tokens: int = 0
     body: Mapping[str, Any] | None = None
+    is_exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -172,11 +176,13 @@ def _read_line(line: str, where: str) -> Ask:
     given = found.get("usage")
     usage: dict[str, Any] = given if isinstance(given, dict) else found
     output = usage.get("completion_tokens", found.get("max_completion_tokens", found.get("max_tokens")))
+    is_exact = "completion_tokens" in usage  # Another number is only a bound.
     if isinstance(found.get("messages"), list) or isinstance(found.get("prompt"), str):
         body = {key: found[key] for key in ("messages", "prompt", "tools") if key in found}
         # Two bytes of JSON a token are more than any text has, so what is counted as fitting does fit.
-        prompt = usage.get("prompt_tokens") or len(json.dumps(body)) // 2
-        return Ask(_count(prompt, where, "prompt_tokens"), _count(output or 128, where, "completion_tokens"), 0, body)
+        prompt = usage.get("prompt_tokens") or len(json.dumps(body, ensure_ascii=False).encode()) // 2
+        output = _count(output or DEFAULT_OUTPUT, where, "completion_tokens")
+        return Ask(_count(prompt, where, "prompt_tokens"), output, 0, body, is_exact)
     if "prompt_tokens" not in usage:
         raise ConfigError(
             f"{where}: the line has neither messages nor prompt nor prompt_tokens. Write the body of an OpenAI "

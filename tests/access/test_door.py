@@ -97,6 +97,34 @@ async def test_what_needs_no_key_brings_no_body(tmp_path: Path, path: str) -> No
         assert (await http.request("GET", path, headers={"content-length": "0"})).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "model", "status"),
+    [
+        ("GET", "/ui", None, 200),
+        ("GET", "/ui/", None, 200),
+        ("HEAD", "/ui/", None, 200),
+        ("GET", "/ui/assets/app.js", None, 200),
+        ("GET", "/ui/api/state", None, 401),
+        ("GET", "/ui/api/stream", None, 401),
+        ("POST", "/ui/", None, 401),
+        ("GET", "/ui/assetsx", None, 401),
+        ("GET", "/uix", None, 401),
+        ("GET", "/ui/", "m", 401),
+        ("GET", "/models/m/ui/", None, 401),
+    ],
+)
+@pytest.mark.parametrize("wakes", [False, True])
+async def test_the_page_of_the_console_needs_no_key(
+    tmp_path: Path, method: str, path: str, model: str | None, status: int, wakes: bool
+) -> None:
+    """Its files have no data in them, and a browser sends no key for them. Its data needs one, and so does a path of
+    that name at a model's own address."""
+    serve = Serve()
+    async with client(serve, make_gate(tmp_path)[0], model=model, wakes=wakes) as http:
+        assert (await http.request(method, path)).status_code == status
+    assert len(serve.seen) == (status == 200)
+
+
 async def test_an_id_that_is_too_long_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It would stand in the answer and in the log. Serve, behind the door, does not see it either."""
     serve = Serve()

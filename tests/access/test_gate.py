@@ -18,7 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.access.gate import Admission, Gate, KeyedApp, KeyedRouter, refusal
 from serve_app.access.keys import KeySource
-from serve_app.errors import Forbidden, InvalidRequest, RateLimited, TokensLimited, Unauthorized
+from serve_app.access.origin import require_own_page
+from serve_app.errors import Forbidden, ForeignPage, InvalidRequest, RateLimited, TokensLimited, Unauthorized
 from serve_app.wire.asked_model import Asked
 from serve_app.wire.body import RequestBody
 from serve_app.wire.headers import Headers
@@ -366,6 +367,27 @@ async def test_web_pages_of_other_sites_may_not_use_what_needs_no_key(
         assert reply.json()["error"]["code"] == "origin_not_allowed"
     async with client(KeyedApp(ENGINE, make_gate(tmp_path)[0], "m")) as http:
         assert (await http.post("/v1/chat/completions", content=body, headers=headers | AUTH)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "is_own"),
+    [
+        ("http://10.0.0.5:8000", "10.0.0.5:8000", True),
+        ("https://[fd00::5]", "[fd00::5]", True),
+        ("http://10.0.0.5:8000", "10.0.0.5:9000", False),
+        ("http://10.0.0.6:8000", "10.0.0.5:8000", False),
+        ("http://evil.example:8000", "evil.example:8000", False),
+        ("http://10.0.0.5:8000", None, False),
+    ],
+)
+def test_a_page_that_this_address_serves_may_use_it(origin: str, host: str | None, is_own: bool) -> None:
+    """If the address is an IP address. A name may be one that was made to resolve to it."""
+    headers = [(b"origin", origin.encode())] + ([] if host is None else [(b"host", host.encode())])
+    if is_own:
+        require_own_page(headers)
+        return
+    with pytest.raises(ForeignPage):
+        require_own_page(headers)
 
 
 def test_serve_still_sees_the_routes(tmp_path: Path) -> None:

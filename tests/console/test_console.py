@@ -1,5 +1,8 @@
 """What the router answers below /ui."""
 
+import asyncio
+import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +11,32 @@ import pytest
 
 from serve_app.access.door import Inside, OuterDoor
 from serve_app.access.gate import Gate, KeyedRouter
+from serve_app.access.keys import KeyRing
 from serve_app.config import RouterConfig
+from serve_app.console import cluster_watch
 from serve_app.console.console import ServedConsole
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.router.residency import Residency
-from serve_app.status.cluster_status import ClusterStatus
+from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 from serve_app.status.reader import Reading
-from tests.fakes import AUTH, ModelsFake, make_gate, open_gate, router_app
+from tests.fakes import AUTH, OUTSIDE, Models, ModelsFake, make_gate, open_gate, router_app, says
 
 RESIDENCY = Residency(dict)
 
 
-def console_app(gate: Gate, is_loopback: bool = True, upstream: Any = None, **config: Any) -> tuple[ServedConsole, Any]:
-    """A console in a router, behind its gate and its door."""
-    directory = ModelsFake(m="ready", other="ready")
-    forwarder, _ = router_app(directory, upstream, gate, **config)  # type: ignore[arg-type]
+def console_app(
+    gate: Gate, is_loopback: bool = True, upstream: Any = None, directory: Any = None, **config: Any
+) -> tuple[ServedConsole, Any]:
+    """A console in a router, behind its gate and its door. Nothing runs in its background."""
+    directory = directory or ModelsFake(m="ready", other="ready")
+    forwarder, _ = router_app(directory, upstream, gate, **config)
     parts = RouterParts(
-        "router", "abc", directory, forwarder, gate, RESIDENCY, lambda: forwarder.config, is_loopback  # type: ignore[arg-type]
+        "router", "abc", directory, forwarder, gate, RESIDENCY, lambda: forwarder.config, is_loopback
     )  # fmt: skip
     console = ServedConsole(parts, read_status=reads_nothing, tell=lambda now: None)
-    app = KeyedRouter(build_app(forwarder, directory, gate, None, console), gate)  # type: ignore[arg-type]
+    forwarder.observer = console
+    app = KeyedRouter(build_app(forwarder, directory, gate, RESIDENCY, console), gate)
     return console, OuterDoor(app, Inside(gate, lambda: RouterConfig(**config)))
 
 
@@ -99,3 +107,218 @@ async def test_it_is_off_where_others_could_look_without_a_key(tmp_path: Path) -
             assert state.status_code == status
             if status == 404:
                 assert "console: true" in state.json()["error"]["message"]
+
+
+class Stream:
+    """A stream of a console, as a page reads it. httpx's transport gives an answer only once it has ended."""
+
+    def __init__(self, app: Any, headers: dict[str, str] | None = None):
+        self._left, self._pieces = asyncio.Event(), asyncio.Queue[bytes]()
+        given = {"host": "127.0.0.1:8000", **(headers or {})}
+        scope = {
+            "type": "http", "method": "GET", "path": "/ui/api/stream", "raw_path": b"/ui/api/stream", "root_path": "",
+            "query_string": b"", "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+        }  # fmt: skip
+        self._has_body = False
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._has_body:
+            self._has_body = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await self._pieces.put(message["body"])
+
+    async def next(self) -> tuple[str, Any]:
+        """The name and the content of the next event."""
+        async with asyncio.timeout(10):
+            piece = await self._pieces.get()
+        name, data = piece.decode().strip().split("\n")[:2]
+        return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+    async def leave(self) -> None:
+        """Closes the connection."""
+        self._left.set()
+        await self.task
+
+
+async def ask(app: Any, headers: dict[str, str], model: str = "m") -> None:
+    """A chat request to a model."""
+    async with client(app) as http:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+        await http.post("/v1/chat/completions", json=body, headers=headers)
+
+
+async def test_a_stream_tells_the_state_and_then_what_is_new() -> None:
+    """A request is told once it has begun or changed, and an event exactly once."""
+    models = Models(m=says(b"{}"), other=says(b"{}"))
+    console, app = console_app(open_gate(), upstream=models, directory=models)
+    stream = Stream(app)
+    name, state = await stream.next()
+    assert (name, state["requests"], state["router"]) == ("state", [], "abc")
+    await ask(app, {})
+    console.ledger.own("config", "m", "Something changed.")
+    await console.tick()
+    name, delta = await stream.next()
+    assert name == "delta"
+    assert [(row["model"], row["outcome"]) for row in delta["requests"]] == [("m", "ok")]
+    assert [event["text"] for event in delta["events"]] == ["Something changed."]
+    assert delta["traffic"]["models"]["m"]["requests"] == 1
+    second = Stream(app)
+    assert [event["text"] for event in (await second.next())[1]["events"]] == ["Something changed."]
+    await console.tick()
+    assert not {"nodes", "models", "events", "requests"} & set((await stream.next())[1])
+    assert "events" not in (await second.next())[1]
+    await stream.leave()
+    await second.leave()
+    assert len(console._feed) == 0
+
+
+async def test_a_page_that_opens_between_two_ticks_is_told_each_event_once() -> None:
+    """In its state or in the next delta."""
+    console, app = console_app(open_gate())
+    first = Stream(app)
+    await first.next()
+    console.ledger.own("config", "m", "Something changed.")
+    late = Stream(app)
+    told = [event["text"] for event in (await late.next())[1]["events"]]
+    await console.tick()
+    told += [event["text"] for event in (await late.next())[1].get("events", ())]
+    assert told == ["Something changed."]
+    for stream in (first, late):
+        await stream.leave()
+
+
+async def test_a_key_is_sent_nothing_of_other_models(tmp_path: Path) -> None:
+    """In no byte of the state or of a stream."""
+    models = Models(m=says(b"{}"), other=says(b"{}"))
+    console, app = console_app(make_gate(tmp_path)[0], upstream=models, directory=models)
+    stream = Stream(app, AUTH)
+    texts = [json.dumps(await stream.next())]
+    for headers, model in ((AUTH, "m"), (OUTSIDE, "other"), (AUTH, "other")):
+        await ask(app, headers, model)
+    console.ledger.own("lost", "other", "A replica of other was lost.")
+    console.ledger.own("failed", "m", "m has failed: its name is also that of other")
+    await console.tick()
+    texts.append(json.dumps(await stream.next()))
+    async with client(app) as http:
+        texts.append((await http.get("/ui/api/state", headers=AUTH)).text)
+        outside = (await http.get("/ui/api/state", headers=OUTSIDE)).json()
+    for text in texts:
+        assert "other" not in text
+    assert [row["model"] for row in json.loads(texts[-1])["requests"]] == ["m"]
+    assert [model["name"] for model in outside["models"]] == ["other"]
+    assert list(outside["traffic"]["models"]) == ["other"]
+    await stream.leave()
+
+
+async def test_the_stream_of_a_key_that_is_gone_ends(tmp_path: Path) -> None:
+    """Also if the key may use other models now, because its page then asks again."""
+    gate, _ = make_gate(tmp_path)
+    console, app = console_app(gate)
+    stream = Stream(app, AUTH)
+    await stream.next()
+    gate.source.ring = KeyRing([key for key in gate.source.ring.keys if key.name != "a"])
+    await console.tick()
+    async with asyncio.timeout(5):
+        await stream.task
+    assert (await status_of(app, AUTH)) == 401
+
+
+async def status_of(app: Any, headers: dict[str, str]) -> int:
+    """What the state answers."""
+    async with client(app) as http:
+        return (await http.get("/ui/api/state", headers=headers)).status_code
+
+
+async def test_streams_end_when_the_router_stops() -> None:
+    """They would hold up Serve, which waits for all requests of a replica."""
+    console, app = console_app(open_gate())
+    stream = Stream(app)
+    await stream.next()
+    directory: Any = console.parts.directory
+    directory.applications["router"] = {
+        "deployments": {"Router": {"replicas": [{"replica_id": "abc", "state": "STOPPING"}]}}
+    }
+    console.watch._read_at = 0.0
+    await console.tick()
+    async with asyncio.timeout(5):
+        await stream.task
+    again = Stream(app)
+    async with asyncio.timeout(5):
+        await again.task
+    assert len(console._feed) == 0
+
+
+async def test_a_cluster_that_cannot_be_read_breaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The state has what is known, and the log has one line."""
+
+    def fails(*_: Any) -> Reading:
+        raise RuntimeError("Ray's head does not answer")
+
+    console, app = console_app(open_gate())
+    console.watch._read_status = fails
+    for _ in range(3):
+        console.watch._read_at = 0.0
+        assert await status_of(app, {}) == 200
+    assert sum("Ray's head does not answer" in record.message for record in caplog.records) == 1
+
+
+async def test_a_mistake_of_the_console_breaks_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is logged alone."""
+    models = Models(m=says(b"{}"))
+    console, app = console_app(open_gate(), upstream=models, directory=models)
+    monkeypatch.setattr(console.ledger, "began", lambda exchange: 1 / 0)
+    monkeypatch.setattr(console.ledger, "ended", lambda exchange: 1 / 0)
+    async with client(app) as http:
+        reply = await http.post("/v1/chat/completions", json={"model": "m", "messages": []})
+    assert reply.status_code == 200
+
+
+async def test_a_head_of_ray_that_is_gone_holds_up_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray waits for it for a minute and more, in one thread."""
+    monkeypatch.setattr(cluster_watch, "READ_TIMEOUT_S", 0.05)
+    go_on, calls = threading.Event(), 0
+
+    def hangs(*_: Any) -> Reading:
+        nonlocal calls
+        calls += 1
+        go_on.wait(10)
+        return Reading(ClusterStatus((), (), ()), ())
+
+    console, app = console_app(open_gate())
+    console.watch._read_status = hangs
+    for _ in range(3):
+        console.watch._read_at = 0.0
+        assert await status_of(app, {}) == 200
+    assert calls == 1
+    go_on.set()
+    await asyncio.sleep(0.1)
+    console.watch._read_at = 0.0
+    await console.watch.read()
+    assert console.watch.snapshot is not None
+
+
+async def test_what_happened_while_nobody_looked_is_not_told_as_if_it_were_new() -> None:
+    """The first page would see old losses with the time of its opening."""
+    now = 1000.0
+    here = [ReplicaView("r0", "RUNNING", "a", 1, None), ReplicaView("r1", "RUNNING", "a", 2, None)]
+    readings: list[list[ReplicaView]] = [here, here[:1], here, here[:1]]
+
+    def reads(*_: Any) -> Reading:
+        model = ModelView("m", "ready", 2, 2, readings.pop(0), "", "")
+        return Reading(ClusterStatus((), (), (model,)), ())
+
+    console, _ = console_app(open_gate())
+    console.watch._clock = lambda: now
+    console.watch._read_status = reads
+    told = []
+    for passed in (0.0, 3600.0, 1.0, 1.0):
+        now += passed
+        await console.watch.read()
+        told.append([event.kind for event in console.ledger.events.since()])
+    assert told == [[], [], ["started"], ["started", "lost"]]

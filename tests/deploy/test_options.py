@@ -39,8 +39,16 @@ def test_the_users_own_variables_stay_but_not_over_the_placement() -> None:
     """The replica sets what is missing, and the GPUs in any case."""
     own = {"OMP_NUM_THREADS": "7", "A": "1", "CUDA_VISIBLE_DEVICES": "5"}
     assert replica_environment(CPU, Demand(cpus=1), own) == {
-        "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""
+        "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"
     }  # fmt: skip
+
+
+def test_only_pt_on_the_cpu_bounds_what_onednn_keeps() -> None:
+    """vLLM's shapes are few, and a GPU makes no products there."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    assert name not in replica_environment(CPU.model_copy(update={"infer_backend": "vllm"}), Demand(cpus=1), {})
+    assert name not in replica_environment(model_config(), Demand(1, gpus=1), {})
+    assert name not in replica_environment(CPU, Demand(cpus=1), {name: "1024"})
 
 
 def test_the_applications_runtime_env_is_kept() -> None:

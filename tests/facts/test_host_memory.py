@@ -64,7 +64,11 @@ def test_the_least_limit_counts(total: int, tmp_path: Path, line: str, limits: d
     [
         (
             "0::/box",
-            {"box/memory.max": str(8 * GIB), "box/memory.current": str(5 * GIB), "box/memory.stat": f"anon 7\ninactive_file {GIB}"},
+            {
+                "box/memory.max": str(8 * GIB),
+                "box/memory.current": str(5 * GIB),
+                "box/memory.stat": f"anon 7\ninactive_file {GIB}",
+            },
             (8 * GIB, 4 * GIB),
         ),
         (
@@ -80,7 +84,7 @@ def test_the_least_limit_counts(total: int, tmp_path: Path, line: str, limits: d
         ("0::/box", {"box/memory.max": str(8 * GIB)}, None),
     ],
     ids=["v2", "v1", "unlimited", "unreadable"],
-)  # fmt: skip
+)
 def test_a_container_with_a_limit_says_what_it_uses(
     line: str, files: dict[str, str], expected: tuple[int, int] | None, tmp_path: Path
 ) -> None:

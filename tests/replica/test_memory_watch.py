@@ -386,3 +386,30 @@ def test_the_parts_of_a_rank_add_up_to_what_it_holds() -> None:
     assert [(part.planned, part.certainty) for part in parts] == [(None, "")] * 5
     unknown = part_reports(RankMemory("GPU-a", 1, 40, 5, 5, None, None, None), None)
     assert [part.held for part in unknown] == [40, 0, 5, None, None]
+
+
+async def test_reports_come_sooner_while_somebody_watches(
+    serve_context: list[ReplicaReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not if Ray's head does not say whether anybody does."""
+    monkeypatch.setattr(memory_watch, "REPORT_EVERY_S", 30.0)
+    monkeypatch.setattr(memory_watch, "WATCHED_EVERY_S", 0.01)
+    looks = 0
+
+    def is_watched(now: float) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks < 3:
+            raise RuntimeError("Ray's head does not answer")
+        return looks == 5
+
+    monkeypatch.setattr(memory_watch, "is_watched", is_watched)
+    plan = plan_replica(config(), GPUS)
+    watch = MemoryWatch(config(), StubbornEngine(), plan, GPUS)  # type: ignore[arg-type]
+    await watch.start(ready_after_s=3.0)
+    for _ in range(500):
+        if looks > 8:
+            break
+        await asyncio.sleep(0.01)
+    assert len(serve_context) == 2
+    await watch.stop()

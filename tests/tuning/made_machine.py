@@ -16,10 +16,11 @@ class MadeMachine:
     """Serves and is sent loads. The first model's `max_num_seqs` requests run at one time, and the others wait.
 
     `crashes` is a batch with which it does not start, and `dies` one with which its process is another one afterwards.
-    `interrupts` is one with which Ctrl-C comes. `stopped` counts the ends.
+    `interrupts` is one with which Ctrl-C comes. `stopped` counts the ends. Requests fail from `refuses` clients on.
     """
 
-    def __init__(self, crashes: int = 0, dies: int = 0, interrupts: int = 0):
+    def __init__(self, crashes: int = 0, dies: int = 0, interrupts: int = 0, refuses: int = 1000):
+        self._refuses = refuses
         self.url, self.stopped, self.sent = "made", 0, list[Level]()
         self._crashes, self._dies, self._interrupts = crashes, dies, interrupts
 
@@ -37,12 +38,14 @@ class MadeMachine:
         self.sent.append(level)
         if self._batch == self._interrupts:
             raise KeyboardInterrupt
-        running = min(level.clients, self._batch)
-        whole_s = TOKEN_S * TOKENS * level.clients / running
+        clients = level.clients or 8 * round(level.rate)
+        running = min(clients, self._batch)
+        whole_s = TOKEN_S * TOKENS * clients / running
         first_s = TOKEN_S + whole_s - TOKEN_S * TOKENS
         return measurement(
             running / TOKEN_S, level.clients, ttft_p50_s=first_s, ttft_p95_s=first_s, tpot_p50_s=TOKEN_S,
-            tpot_p95_s=TOKEN_S, latency_s=whole_s, seconds=seconds,
+            tpot_p95_s=TOKEN_S, latency_s=whole_s, seconds=seconds, level=level,
+            errors={"503 full": 1} if clients >= self._refuses else {},
         )  # fmt: skip
 
     def wait_until_ready(self, timeout_s: float) -> None:

@@ -72,10 +72,34 @@ def test_more_clients_than_room_wait_and_it_shows(server: TokenServer) -> None:
 
 
 def test_requests_of_an_open_load_do_not_wait_for_each_other(server: TokenServer) -> None:
-    """About a hundred a second come, whatever the server does."""
-    found = seen(server, MADE, Level(rate=100.0), 1.0)
-    assert 60 <= found.requests <= 140
+    """About a hundred a second come, and the server can answer less than half of them."""
+    found = seen(server, Workload("slow", tuple(Ask(10, 50) for _ in range(50))), Level(rate=100.0), 0.5)
+    assert found.requests >= 20
     assert not found.errors
+    assert server.most_inside > 12
+    assert found.ttft_p95_s > found.ttft_p50_s
+
+
+def test_answers_that_take_longer_than_the_level_are_measured(server: TokenServer) -> None:
+    """Its warm-up waits for the first ones, and it lasts until some have begun and ended in it."""
+    slow = Workload("slow", tuple(Ask(10, 200) for _ in range(50)))
+    found = seen(server, slow, Level(clients=4), 0.2)
+    assert found.requests >= 4
+    assert found.latency_s >= 200 * TOKEN_S
+    assert 100 < found.tokens_per_s <= 4 / TOKEN_S
+    assert found.seconds > 0.4
+
+
+def test_the_load_goes_on_until_the_last_request_of_the_level_has_ended(server: TokenServer) -> None:
+    """Or that one would be alone on the server."""
+    found = seen(server, Workload("slow", tuple(Ask(10, 100) for _ in range(50))), Level(clients=8), 0.5)
+    assert len(server.seen) > found.requests + 8
+
+
+def test_an_answer_of_a_log_may_end_where_it_ends(server: TokenServer) -> None:
+    """Its line has only a bound."""
+    seen(server, Workload("log", (Ask(3, 5, 0, {"prompt": "Once"}, is_exact=False),)), Level(clients=1), 0.1)
+    assert "ignore_eos" not in server.seen[0]
 
 
 def test_texts_of_a_log_are_sent_as_they_are(server: TokenServer) -> None:

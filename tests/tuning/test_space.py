@@ -7,6 +7,8 @@ import pytest
 from serve_app.errors import ConfigError
 from serve_app.tuning.space import (
     BATCHED_TOKENS,
+    MOST_POINTS,
+    PREFIX_CACHING,
     PROMPT_CACHE,
     REPLICAS,
     Axis,
@@ -111,8 +113,52 @@ def test_a_file_without_room_is_refused() -> None:
 def test_too_many_points_are_refused_before_they_are_made() -> None:
     """A thousand million of them would fill the memory."""
     axes = [Axis("m", str(number), tuple(range(10))) for number in range(9)]
-    with pytest.raises(ConfigError, match="there are 1000000000 combinations"):
+    with pytest.raises(ConfigError, match="m has 1000000000 combinations"):
         space_of(axes, MACHINE, {"m": "pt"}, lambda points: [""] * len(points))
+
+
+def test_of_very_many_points_some_are_drawn() -> None:
+    """Each combination of two models is a point, and the same ones are drawn each time, the file's own first."""
+    axes = [Axis(model, f"field{number}", tuple(range(5))) for model in "mn" for number in range(4)]
+    first, second = (space_of(axes, MACHINE, {"m": "pt", "n": "pt"}, lambda p: [""] * len(p)) for _ in range(2))
+    assert (len(first.points), first.drawn_from) == (MOST_POINTS, 625 * 625)
+    assert first.points == second.points
+    assert set(dict(first.default).values()) == {0}
+
+
+def test_what_the_machine_does_not_have_is_cut_before_the_plan_is_asked() -> None:
+    """Ranks times replicas on GPUs, and processors times replicas."""
+    gpus = Machine(16, 2, 32)
+    axes = axes_of("m", {"model": "x", "infer_backend": "vllm"}, None, "vllm", gpus, ())
+    found = space_of(axes, gpus, {"m": "vllm"}, lambda points: [""] * len(points))
+    assert {why for _, why in found.cut} == {f"{count} GPUs are asked for, and there are 2" for count in (4, 8)}
+    cpus = [Axis("m", "num_cpus", (None, 2), 1), Axis("m", REPLICAS, (1, 2), 1)]
+    assert [why for _, why in space_of(cpus, MACHINE, {"m": "pt"}, lambda points: [""] * len(points)).cut] == [
+        "4 CPUs are asked for, and there are 2"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "free", "backend"),
+    [
+        ({"engine_args": {"enable_prefix_caching": False}}, PREFIX_CACHING, "vllm"),
+        ({"prompt_cache_memory": "1GiB"}, PROMPT_CACHE, "pt"),
+        ({"speculative": {"method": "ngram"}}, "speculative", "pt"),
+    ],
+)
+def test_what_is_freed_may_also_go(own: dict[str, Any], free: str, backend: str) -> None:
+    """None takes the field out of the file."""
+    machine = Machine(2, 0, 32, True, True)
+    axes = axes_of("m", ON_CPU | {"infer_backend": backend} | own, None, backend, machine, (free,))
+    assert next(axis for axis in axes if axis.field == free).values[-1] is None
+
+
+def test_what_vllm_means_by_nothing_is_not_started_twice() -> None:
+    """By the card's own defaults."""
+    machine = Machine(2, 1, 2048, vllm_defaults=(8192, 1024))
+    axes = [Axis("m", "max_num_seqs", (None, 256, 1024)), Axis("m", BATCHED_TOKENS, (None, 2048, 8192))]
+    found = space_of(axes, machine, {"m": "vllm"}, lambda points: [""] * len(points))
+    assert (len(found.points), found.merged) == (4, 5)
 
 
 def test_a_point_becomes_fields_and_none_takes_one_away() -> None:

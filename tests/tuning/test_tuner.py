@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.errors import ConfigError
 from serve_app.tuning.journal import Journal, Trial
 from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score
@@ -60,9 +61,10 @@ def task(**fields: Any) -> Task:
 
 def run(file: Path, of: Task, machine: MadeMachine | None = None) -> tuple[Tuner, Quiet, Journal]:
     """A run to its end."""
-    view, journal, machine = Quiet(), Journal(file, {}), machine or MadeMachine()
-    tuner = Tuner(of, journal, view, machine.serve, machine.send)
-    tuner.run()
+    view, machine = Quiet(), machine or MadeMachine()
+    with Journal(file, {}) as journal:
+        tuner = Tuner(of, journal, view, machine.serve, machine.send)
+        tuner.run()
     assert machine.stopped == len(view.ends)
     return tuner, view, journal
 
@@ -110,24 +112,25 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_server_and_keeps_what_was_measured(tmp_path: Path) -> None:
     """The trial that was going on is not kept."""
-    journal, machine = Journal(tmp_path / "j", {}), MadeMachine(interrupts=8)
-    tuner = Tuner(task(), journal, Quiet(), machine.serve, machine.send)
-    with pytest.raises(KeyboardInterrupt):
-        tuner.run()
+    machine = MadeMachine(interrupts=8)
+    with Journal(tmp_path / "j", {}) as journal:
+        tuner = Tuner(task(), journal, Quiet(), machine.serve, machine.send)
+        with pytest.raises(KeyboardInterrupt):
+            tuner.run()
     assert machine.stopped == len(journal.trials) + 1
     assert tuner.verdict.score.is_valid
 
 
 def test_a_budget_ends_it(tmp_path: Path) -> None:
     """By the time that starts have taken before."""
-    journal = Journal(tmp_path / "j", {})
-    journal.add(replace(trial(SPACE.default, 100.0), total_s=60.0))
     machine = MadeMachine()
-    of = task(budget_s=200.0)  # A start takes a minute, and three are kept to confirm.
-    Tuner(of, journal, Quiet(), machine.serve, machine.send).run()
-    assert machine.stopped == 0
-    Tuner(task(budget_s=260.0), journal, Quiet(), machine.serve, machine.send).run()
-    assert machine.stopped > 0
+    with Journal(tmp_path / "j", {}) as journal:
+        journal.add(replace(trial(SPACE.default, 100.0), total_s=60.0))
+        of = task(budget_s=200.0)  # A start takes a minute, and three are kept to confirm.
+        Tuner(of, journal, Quiet(), machine.serve, machine.send).run()
+        assert machine.stopped == 0
+        Tuner(task(budget_s=260.0), journal, Quiet(), machine.serve, machine.send).run()
+        assert machine.stopped > 0
 
 
 def test_with_a_limit_the_load_rises_until_it_breaks(tmp_path: Path) -> None:
@@ -138,3 +141,57 @@ def test_with_a_limit_the_load_rises_until_it_breaks(tmp_path: Path) -> None:
     clients = [found.level.clients for found in journal.trials[0].measurements]
     assert clients == [1, 2, 8]
     assert view.ends[0][1].level == Level(clients=2)
+
+
+def test_a_level_that_breaks_does_not_take_the_others_with_it(tmp_path: Path) -> None:
+    """Without limits the highest is sent first."""
+    machine = MadeMachine(refuses=16)
+    levels = tuple(Level(clients=count) for count in (4, 8, 16))
+    _, view, journal = run(tmp_path / "j", task(levels=levels, max_starts=1), machine)
+    assert [found.level.clients for found in journal.trials[0].measurements] == [16, 8, 4]
+    assert journal.trials[0].status == "done"
+    assert view.ends[0][1].level in levels[:2]
+
+
+def test_clients_and_rates_rise_apart(tmp_path: Path) -> None:
+    """One that breaks does not end the other."""
+    levels = (Level(rate=1.0), Level(clients=1), Level(clients=8), Level(rate=2.0))
+    of = task(levels=levels, objective=Objective(ttft_p95_s=0.05), max_starts=1)
+    _, _, journal = run(tmp_path / "j", of)
+    found = [one.level for one in journal.trials[0].measurements]
+    assert found == [Level(clients=1), Level(clients=8), Level(rate=1.0)]
+
+
+def test_with_a_limit_the_file_itself_is_started_again_if_it_is_the_best(tmp_path: Path) -> None:
+    """Each winner keeps to the limits in a start of its own."""
+    of = task(objective=Objective(ttft_p95_s=0.2), max_starts=4, space=replace(SPACE, points=SPACE.points[:1]))
+    tuner, _, journal = run(tmp_path / "j", of)
+    assert [trial.purpose for trial in journal.trials] == ["search", "confirm"]
+    assert tuner.verdict.is_final
+
+
+def test_a_run_with_more_starts_searches_on(tmp_path: Path) -> None:
+    """After what was confirmed before."""
+    wide = space_of(
+        [Axis("m", "max_num_seqs", (2, 1, 4, 8)), Axis("m", "prompt_cache_memory", (None, "1GiB"))],
+        replace(MACHINE, is_shared=True), {"m": "pt"}, lambda found: [""] * len(found),
+    )  # fmt: skip
+    _, _, first = run(tmp_path / "j", task(space=wide, max_starts=6))
+    _, _, second = run(tmp_path / "j", task(space=wide, max_starts=12))
+    searched = [sum(trial.purpose == "search" for trial in one.trials) for one in (first, second)]
+    assert searched[1] > searched[0]
+
+
+def test_nothing_starts_while_the_memory_is_not_free(tmp_path: Path) -> None:
+    """It is waited for, and then said; the journal stays for a later run."""
+    machine, asked = MadeMachine(), list[object]()
+
+    def room(point: object) -> str:
+        asked.append(point)
+        return "no room" if len(asked) > 1 else ""
+
+    with Journal(tmp_path / "j", {}) as journal:
+        tuner = Tuner(task(room=room, room_timeout_s=0.0), journal, Quiet(), machine.serve, machine.send)
+        with pytest.raises(ConfigError, match=r"is not free now.*no room"):
+            tuner.run()
+    assert (machine.stopped, len(journal.trials)) == (1, 1)

@@ -1,11 +1,15 @@
 """Which point is the best, by how much, and how sure that is."""
 
+import math
+import random
+
 import pytest
 
 from serve_app.tuning.journal import Trial
+from serve_app.tuning.measurement import Level
 from serve_app.tuning.objective import Objective
 from serve_app.tuning.space import key_of
-from serve_app.tuning.verdict import score_of, to_confirm, verdict
+from serve_app.tuning.verdict import BETWEEN_STARTS, score_of, to_confirm, verdict
 from tests.tuning.builders import measurement, point, space, trial
 
 OBJECTIVE = Objective()
@@ -68,8 +72,31 @@ def test_a_point_that_misses_a_limit_when_it_is_measured_again_is_no_winner() ->
     limited = Objective(ttft_p95_s=0.5)
     trials = [*SEARCHED, trial(BEST, 150.0, "confirm", ttft_p95_s=0.9)]
     found = verdict(limited, space(), trials)
-    assert key_of(found.point) == key_of(FILE)
+    assert (key_of(found.point), found.is_final) == (key_of(FILE), False)
+    assert to_confirm(limited, space(), trials) == space().default
+    trials.append(trial(FILE, 100.0, "confirm"))
+    found = verdict(limited, space(), trials)
+    assert (key_of(found.point), found.is_final) == (key_of(FILE), True)
     assert to_confirm(limited, space(), trials) is None
+
+
+def test_no_fourth_point_wins_when_three_have_missed_a_limit() -> None:
+    """It would be told without a start that confirms it."""
+    limited = Objective(ttft_p95_s=0.5)
+    trials = [trial(FILE, 90.0), *(trial(point(batch), 100.0 + batch) for batch in (4, 8, 16))]
+    for batch in (4, 8, 16):
+        trials.append(trial(point(batch), 100.0, "confirm", ttft_p95_s=0.9))
+    assert key_of(verdict(limited, space(), trials).point) == key_of(FILE)
+    assert not verdict(limited, space(), trials).is_final
+
+
+def test_a_file_that_misses_its_limit_only_when_it_is_measured_again_is_told_so() -> None:
+    """The best was started again, and is not said to be measured once."""
+    limited = Objective(ttft_p95_s=0.5)
+    trials = [*SEARCHED, trial(BEST, 150.0, "confirm"), trial(FILE, 100.0, "confirm", ttft_p95_s=0.9)]
+    found = verdict(limited, space(), trials)
+    assert key_of(found.point) == key_of(BEST)
+    assert "when they were measured again, TTFT p95 is 900 ms" in found.why
 
 
 def test_a_file_that_misses_its_limit_is_not_started_again() -> None:
@@ -91,9 +118,27 @@ def test_nothing_that_can_be_used_is_said() -> None:
     assert not verdict(OBJECTIVE, space(), []).score.is_valid
 
 
+def test_equal_settings_are_rarely_called_better() -> None:
+    """However starts differ, if they do so by no more than is reckoned with."""
+    draw, sure = random.Random(7), 0
+    for _ in range(1000):
+        rates = [100 * math.exp(draw.gauss(0, BETWEEN_STARTS)) for _ in range(3)]
+        found = verdict(OBJECTIVE, space(), SEARCHED + confirmed(*rates))
+        sure += found.gain is not None and found.gain.is_sure
+    assert sure <= 30, "half of the cases outside of the interval would be better"
+
+
 def test_several_models_count_by_their_geometric_mean() -> None:
     """And one whose requests fail makes the point unusable."""
     both = Trial(FILE, "search", "done", (measurement(100.0), measurement(400.0, model="n")))
     assert score_of(OBJECTIVE, both).value == pytest.approx(200)
     one = Trial(FILE, "search", "done", (measurement(100.0), measurement(400.0, model="n", errors={"503": 1})))
     assert score_of(OBJECTIVE, one).why.startswith("n: 1 requests failed")
+
+
+def test_a_level_counts_only_if_it_is_within_the_limits_for_each_model() -> None:
+    """They were sent it at the same time."""
+    many = (measurement(300.0, 32), measurement(300.0, 32, model="n", ttft_p95_s=0.9))
+    few = (measurement(100.0), measurement(200.0, model="n"))
+    worth = score_of(Objective(ttft_p95_s=0.5), Trial(FILE, "search", "done", (*few, *many)))
+    assert (worth.value, worth.level) == (pytest.approx(math.sqrt(100 * 200)), Level(clients=8))

@@ -12,10 +12,12 @@ TOKEN_S = 0.002
 
 
 class TokenServer:
-    """Answers with as many tokens as it is asked for, at most `batch` requests at one time."""
+    """Answers with as many tokens as it is asked for, at most `batch` requests at one time. `most_inside` is how many
+    were there at one time, those that wait too."""
 
     def __init__(self, batch: int):
         self.seen = list[dict[str, Any]]()
+        self.inside = self.most_inside = 0
         self._batch = batch
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -34,6 +36,14 @@ class TokenServer:
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        try:
+            return await self._answered(request)
+        finally:
+            self.inside -= 1
+
+    async def _answered(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.seen.append(body)
         if body.get("prompt") == "refuse":

@@ -12,6 +12,7 @@ from serve_app.cli.tune.tuned_file import field_notes, tuned_text
 from serve_app.cli.tune.view import UNITS, headlines, level_line
 from serve_app.planning.sizes import gib
 from serve_app.tuning.journal import Trial
+from serve_app.tuning.objective import broken
 from serve_app.tuning.setup import Setup
 from serve_app.tuning.space import changes, key_of, shown, title
 from serve_app.tuning.verdict import Verdict, score_of
@@ -22,8 +23,8 @@ MOST_CUT = 20
 OUTCOMES = {"done": "", "stopped": "stopped early", "failed": "failed"}
 
 
-def report_page(setup: Setup, trials: Sequence[Trial], found: Verdict, text: str) -> str:
-    """Returns the page. `text` is the config file that was read."""
+def report_page(setup: Setup, trials: Sequence[Trial], found: Verdict) -> str:
+    """Returns the page."""
     best, own = key_of(found.point), key_of(setup.task.space.default)
     kinds = {best: "best", own: "file"} if best != own else {own: "best"}
     x_title, y_title = "time of a whole request in ms, median", "tokens per second"
@@ -39,7 +40,7 @@ def report_page(setup: Setup, trials: Sequence[Trial], found: Verdict, text: str
         trials=_table(setup, trials),
         cut=_cut(setup),
         notes=_notes(setup, trials, found),
-        file=escape(tuned_text(text, setup, trials, found)),
+        file=escape(tuned_text(setup, trials, found)),
         version=escape(__version__),
     )
 
@@ -52,6 +53,7 @@ def _dots(setup: Setup, trials: Sequence[Trial], kinds: dict[str, str]) -> list[
         )
         for trial in trials
         for found in trial.measurements
+        if trial.status != "failed" and not broken(setup.task.objective, found)
     ]  # fmt: skip
 
 
@@ -78,12 +80,13 @@ def _memory(trials: Sequence[Trial], found: Verdict) -> str:
     held = [item for trial in trials if key_of(trial.point) == key_of(found.point) for item in trial.memory]
     if not held:
         return ""
+    most: dict[str, tuple[int, int]] = {}
+    for item in held:
+        planned, peak = most.get(str(item["model"]), (0, 0))
+        most[str(item["model"])] = max(planned, int(item["planned"])), max(peak, int(item["peak"]))
     rows = {
-        str(
-            item["model"]
-        ): f"<tr><td>{escape(str(item['model']))}</td><td class=number>{gib(int(item['planned']))}</td>"
-        f"<td class=number>{gib(int(item['peak']))}</td></tr>"
-        for item in held
+        name: f"<tr><td>{escape(name)}</td><td class=number>{gib(planned)}</td><td class=number>{gib(peak)}</td></tr>"
+        for name, (planned, peak) in most.items()
     }
     head = "<tr><th>model</th><th class=number>planned</th><th class=number>held at most</th></tr>"
     return f"<h2>Memory of the best settings</h2><div class=scroll><table>{head}{''.join(rows.values())}</table></div>"

@@ -90,6 +90,7 @@ def headlines(setup: Setup) -> list[str]:
     return [
         f"Tuning {', '.join(task.models)} for {task.objective.title}, with {loads}",
         f"{len(space.points)} points: {fields}. {rest}",
+        *([f"They were drawn from {space.drawn_from} combinations"] if space.drawn_from else []),
         *(f"{name}: {one.note}" for name, one in task.workloads.items() if one.note),
     ]
 

@@ -9,7 +9,7 @@ import pytest
 from serve_app.cli.tune.charts import HEIGHT, WIDTH, Bar, Dot, bars, frontier, scatter
 from serve_app.cli.tune.report import report_page
 from serve_app.tuning.verdict import verdict
-from tests.cli.tune.builders import TEXT, ended, setup
+from tests.cli.tune.builders import ended, setup
 
 VOID = {"meta", "link"}
 
@@ -43,7 +43,7 @@ def page(tmp_path: Path) -> str:
     """Of a run that has ended."""
     of = setup(tmp_path)
     trials = ended(of)
-    return report_page(of, trials, verdict(of.task.objective, of.task.space, trials), TEXT)
+    return report_page(of, trials, verdict(of.task.objective, of.task.space, trials))
 
 
 def test_it_is_whole_and_needs_nothing_else(page: str) -> None:
