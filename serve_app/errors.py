@@ -15,6 +15,7 @@ ServeAppError                 it says what went wrong, where, and what to do
     ├── ForeignPage           403, for a web page of another site if no key is needed
     ├── ModelNotFound         404
     ├── RequestTimeout        408
+    ├── Conflict              409, when what is asked for has no meaning now
     ├── RequestTooLarge       413
     ├── HeadersTooLarge       431
     ├── ClientGone            499, which only the metrics show
@@ -199,6 +200,14 @@ class AdminOnly(Forbidden):
     """The API key may look at the console, but not change anything."""
 
     code = "admin_only"
+
+
+class Conflict(RequestError):
+    """The request is right, but it cannot be done in the state that the model or the cluster is in."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
 
 
 class ConsoleOff(RequestError):

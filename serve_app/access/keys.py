@@ -5,6 +5,7 @@ A keys file is YAML:
     keys:
     - name: team-a
       sha256: 3c0f…               # 64 hex digits
+      role: admin                 # user, if left out
       models: [tiny-pt]           # all models, if left out
       requests_per_minute: 60     # each limit is optional
       tokens_per_minute: 10000
@@ -23,7 +24,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -54,22 +55,25 @@ HOW_TO_HASH = (
 WRONG_VALUES = {
     "name": "must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit.",
     "sha256": f"must be the 64 hex digits of a SHA-256. {HOW_TO_HASH}",
+    "role": "must be 'user' or 'admin'. Leave it out for a user.",
     "models": "must be a list of at least one model's name. Leave it out for all models.",
 }
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
+Role = Literal["user", "admin"]
 
 
 class ApiKey(BaseModel):
     """This is one key as it is known here. `models` is None for all models. An adapter is a model of its own there, as
     ADAPTER or MODEL:ADAPTER, and MODEL:* stands for all adapters of a model. Limits are per minute, and None means no
-    limit."""
+    limit. A key of the role "admin" may also change the cluster from the console (docs/console.md)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(strict=True, pattern=rf"^({NAME}|env:\d+)$")]
     sha256: Annotated[str, Field(strict=True, pattern=r"^[0-9a-fA-F]{64}$")]
     models: Annotated[tuple[Annotated[str, Field(strict=True, min_length=1)], ...], Field(min_length=1)] | None = None
+    role: Role = "user"
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     max_concurrent_requests: Positive | None = None
@@ -78,6 +82,11 @@ class ApiKey(BaseModel):
     def limits(self) -> KeyLimits:
         """Returns what the key may use. The result is false if nothing is limited."""
         return KeyLimits(self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
+
+    @property
+    def is_admin(self) -> bool:
+        """Returns whether the key may change the cluster, and not only use its models."""
+        return self.role == "admin"
 
     def may_use(self, asked: Asked) -> bool:
         """Returns whether the key may use this model or adapter."""

@@ -183,6 +183,22 @@ def missing_settings(document: Mapping[str, Any], environments: Mapping[str, Nod
 
 def require_serves_schema(file: Path) -> None:
     """Raises ConfigError for what Ray Serve itself refuses: unknown keys, and a name or a route that is repeated."""
+    from ray.serve.schema import ServeDeploySchema
+
+    require_known_keys(file)
+    document = yaml.safe_load(file.read_text())
+    try:
+        ServeDeploySchema.model_validate(document)
+    except ValidationError as error:
+        lines = field_errors(error.errors(), document)
+        raise ConfigError("\n".join(f"{file}: Ray Serve refuses this file: {line}" for line in lines)) from None
+    except (AttributeError, ImportError, ValueError, TypeError) as error:  # A policy cannot be imported.
+        raise ConfigError(f"{file}: Ray Serve refuses this file: {error}") from None
+
+
+def require_known_keys(file: Path) -> None:
+    """Raises ConfigError for keys that Ray Serve would ignore silently. It imports nothing that the file names, which
+    Serve's own schema does for policies."""
     from ray.serve.config import AutoscalingConfig
     from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
@@ -192,13 +208,6 @@ def require_serves_schema(file: Path) -> None:
     problems += unknown_options(document, set(DeploymentSchema.model_fields), set(AutoscalingConfig.model_fields))
     if problems:
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
-    try:
-        ServeDeploySchema.model_validate(document)
-    except ValidationError as error:
-        lines = field_errors(error.errors(), document)
-        raise ConfigError("\n".join(f"{file}: Ray Serve refuses this file: {line}" for line in lines)) from None
-    except (AttributeError, ImportError, ValueError, TypeError) as error:  # A policy cannot be imported.
-        raise ConfigError(f"{file}: Ray Serve refuses this file: {error}") from None
 
 
 def wrong_http_options(document: Mapping[str, Any], known: Iterable[str]) -> list[str]:

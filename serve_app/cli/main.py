@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "new-key":
         from serve_app.cli.new_key import new_key
 
-        return new_key(options.name)
+        return new_key(options.name, options.role)
     from serve_app.cli.node_resources import node_resources
 
     return node_resources()
@@ -166,6 +166,10 @@ def _parser() -> argparse.ArgumentParser:
         "the key's SHA-256 and not the key. Exits 2 if the file would not accept the name.",
     )
     making.add_argument("name", metavar="NAME", help="the name of the key's user, such as team-a; logs show it")
+    making.add_argument(
+        "--role", choices=["user", "admin"], default="user",
+        help="what the key may do: use models, or change the cluster from the console too",
+    )  # fmt: skip
     commands.add_parser(
         "node-resources",
         help='prints this node\'s GPU memory for `ray start --num-gpus 0 --resources "$(serve-app node-resources)"`',
@@ -300,6 +304,10 @@ def _add_plan(commands: Any) -> None:
     )
     planning.add_argument("config", type=Path, nargs="?", help="a Ray Serve config file")
     _add_inventory(planning)
+    planning.add_argument(
+        "--beside-running", action="store_true",
+        help="count what the cluster's other models take or were planned to take; those of the file replace theirs",
+    )  # fmt: skip
     planning.add_argument(
         "--write", type=Path, metavar="OUT", help="write the file with what the plan chose, and keep its comments"
     )

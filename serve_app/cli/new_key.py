@@ -6,11 +6,11 @@ import sys
 
 import yaml
 
-from serve_app.access.keys import NAME, WRONG_VALUES, sha256_of
+from serve_app.access.keys import NAME, WRONG_VALUES, Role, sha256_of
 from serve_app.errors import ConfigError
 
 
-def new_key(name: str) -> int:
+def new_key(name: str, role: Role = "user") -> int:
     """Prints a new key to stderr, and its entry for the keys file to stdout, so that `>> keys.yaml` keeps no key.
 
     Raises ConfigError for a name that the file would not accept.
@@ -21,5 +21,6 @@ def new_key(name: str) -> int:
     print(key, file=sys.stderr)
     print("This is the key. It is shown only once and stored nowhere, so give it to its user now.", file=sys.stderr)
     print("The entry below belongs under 'keys:' in the keys file. It does not reveal the key.", file=sys.stderr)
-    print(yaml.safe_dump([{"name": name, "sha256": sha256_of(key)}], sort_keys=False), end="")
+    entry = {"name": name, "sha256": sha256_of(key)} | ({} if role == "user" else {"role": role})
+    print(yaml.safe_dump([entry], sort_keys=False), end="")
     return 0

@@ -12,26 +12,30 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from serve_app import __version__
+from serve_app.console.actions import Actions, possible
+from serve_app.console.admin import JSON_HEADERS, AdminEndpoints, AsgiEndpoint
 from serve_app.console.cluster_watch import ClusterWatch
 from serve_app.console.events import Event
 from serve_app.console.feed import Feed, send_events
-from serve_app.console.guard import require_on, visitor_of
+from serve_app.console.guard import Visitor, is_on, require_on, visitor_of
 from serve_app.console.ledger import Ledger, Mark
+from serve_app.console.openapi import DOCUMENTED
 from serve_app.console.page import INDEX, Page
 from serve_app.console.snapshot import event_json, models_json, nodes_json
 from serve_app.console.traffic import INTERVAL_S, last_values, slot_of, whole_series
 from serve_app.console.view import Seen, View
+from serve_app.console.what_if import WhatIf
 from serve_app.router.console import RouterParts
 from serve_app.router.exchange import Exchange
+from serve_app.router.openapi import Added
 from serve_app.wire.body import RequestBody
 from serve_app.wire.openai_errors import route_error_response
 
 logger = logging.getLogger("ray.serve")
 
-JSON_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 # Open pages are told what is new at this interval in seconds. Without pages, the requests are looked at this often.
 TICK_S, IDLE_TICK_S = 1.0, float(INTERVAL_S)
 # With several routers, one without pages looks at this interval whether another one has any.
@@ -49,15 +53,23 @@ class ServedConsole:
     """Watches the requests of one router replica, and answers below /ui. `watched_by` are the ways in which a
     `ClusterWatch` reads and tells."""
 
-    def __init__(self, parts: RouterParts, clock: Callable[[], float] = time.time, **watched_by: Any):
+    def __init__(
+        self,
+        parts: RouterParts,
+        clock: Callable[[], float] = time.time,
+        actions: Actions | None = None,
+        what_if: WhatIf | None = None,
+        **watched_by: Any,
+    ):
         self.parts = parts
         self._clock = clock
         self.ledger = Ledger(parts, clock)
         self.watch = ClusterWatch(parts, self.ledger, clock, **watched_by)
-        # Returns what an admin can do with a model now.
-        self.can: Callable[[str], Sequence[str]] = lambda name: ()
         self._feed: Feed[View] = Feed()
         self._page = Page()
+        made = actions or Actions(parts.directory, parts.forwarder, lambda name: parts.config().aliases.get(name, name))
+        made.note = self.ledger.own
+        self._admin = AdminEndpoints(self.visitor_of, parts.config, made, what_if or WhatIf())
         self._told: dict[View, tuple[bytes, bytes]] = {}
         self._event_id = 0
         self._mark: Mark = (0, 0)
@@ -73,8 +85,14 @@ class ServedConsole:
             Route("/ui/", self._index),
             Route("/ui/assets/{name:path}", self._asset),
             Route("/ui/api/state", self._state),
-            Route("/ui/api/stream", _Asgi(self._stream), methods=["GET"]),
+            Route("/ui/api/stream", AsgiEndpoint(self._stream), methods=["GET"]),
+            *self._admin.routes(),
         ]
+
+    def openapi(self) -> Added:
+        """Returns what the OpenAPI document says of it, which is nothing while it is switched off."""
+        is_shown = is_on(self.parts.config(), self.parts.is_loopback, self.parts.gate.source.is_open)
+        return DOCUMENTED if is_shown else Added()
 
     async def start(self) -> None:
         """Begins its work in the background."""
@@ -127,10 +145,14 @@ class ServedConsole:
         """Raises ConsoleOff if it is switched off."""
         require_on(self.parts.config(), self.parts.is_loopback, self.parts.gate.source.is_open)
 
-    def view_of(self, scope: Scope) -> View:
-        """Returns what the sender of a request sees. Raises ConsoleOff, Unauthorized and ForeignPage."""
+    def visitor_of(self, scope: Scope) -> Visitor:
+        """Returns who sends a request. Raises ConsoleOff, Unauthorized and ForeignPage."""
         self.require_on()
-        visitor = visitor_of(self.parts.gate, scope)
+        return visitor_of(self.parts.gate, scope)
+
+    def view_of(self, scope: Scope) -> View:
+        """Returns what the sender of a request sees. Raises what `visitor_of` raises."""
+        visitor = self.visitor_of(scope)
         return View(visitor.key, visitor.is_admin)
 
     async def _keep(self) -> None:
@@ -233,7 +255,12 @@ class ServedConsole:
         if snapshot is None:
             return b"[]", b"[]"
         encode = msgspec.json.encode
-        return encode(nodes_json(snapshot, seen)), encode(models_json(snapshot, seen, self.can))
+        return encode(nodes_json(snapshot, seen)), encode(models_json(snapshot, seen, self._can))
+
+    def _can(self, name: str) -> Sequence[str]:
+        """Returns what an admin can do with a model now."""
+        model = self.ledger.models.get(name)
+        return () if model is None else possible(model, self.parts.residency.states().get(name, ()))
 
     def state(self, view: View, is_streamed: bool = False) -> bytes:
         """Returns the whole state as JSON. In a stream, the events that open pages have not been told yet are left to
@@ -299,16 +326,6 @@ class ServedConsole:
 
     def _state_event(self, view: View) -> bytes:
         return b"event: state\ndata: " + self.state(view, is_streamed=True) + b"\n\n"
-
-
-class _Asgi:
-    """Is an endpoint that gets a request as it comes. Starlette tells it from a function by its type."""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
 
 
 def _event(name: str, content: Mapping[str, Any]) -> bytes:

@@ -305,6 +305,11 @@ def unclaimed(inventory: Inventory) -> Inventory:
     return replace(inventory, devices=devices)
 
 
+def node_names() -> dict[str, str]:
+    """Returns the names that `ray_inventory` gives to the living nodes, by Ray's id of each."""
+    return {str(node["NodeID"]): name for name, node in _living_nodes().items()}
+
+
 def _living_nodes() -> dict[str, Any]:
     """Returns what Ray says of each node, by the name that a plan gives it, which is always the same for the same
     nodes."""

@@ -137,6 +137,10 @@ def read_applications(path: Path) -> list[ApplicationSpec]:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: the file is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # A number or a date is none, or lists are nested too deep.
+        why = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        why = "a number has too many digits" if "integer string conversion" in why else why
+        raise ConfigError(f"{path}: the file is not valid YAML: {why}") from None
     if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
         raise ConfigError(f"{path}: the file is not a Ray Serve config file, because it has no list of 'applications'.")
     applications, problems = [], []

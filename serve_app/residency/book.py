@@ -3,14 +3,23 @@
 It does no I/O and has no clock, so `keeper.py` gives it the time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from serve_app.planning.sizes import gib
 from serve_app.residency.life_lock import Holding
 from serve_app.residency.member import Bytes, Demand, Member, Pool, State, Terms
-from serve_app.residency.policy import Forget, Leave, Order, Wake, decide, fits_alone, longest_wait_s
+from serve_app.residency.policy import (
+    Forget,
+    Leave,
+    Order,
+    Wake,
+    decide,
+    fits_alone,
+    longest_wait_s,
+    sent_away,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,17 @@ class _Entry:
     undelivered: list[Order] = field(default_factory=list)
     ordered: int = 0
     is_known: bool = True  # False for a replica that an earlier keeper knew and that has told nothing to this one
+    wanted_at: float | None = None  # when an operator asked for it to be resident, until it wakes
+    is_unwanted: bool = False  # an operator has asked for its memory, which it gives back once it has no requests
+
+    @property
+    def asked(self) -> Member:
+        """Returns the replica with the wish of an operator as a request that waits for it."""
+        if self.wanted_at is None or self.member.state not in ("stopped", "parked"):
+            return self.member
+        demand = self.member.demand
+        oldest = min(demand.oldest, self.wanted_at) if demand.waiting else self.wanted_at
+        return replace(self.member, demand=replace(demand, waiting=demand.waiting + 1, oldest=oldest))
 
 
 class Book:
@@ -59,7 +79,7 @@ class Book:
     @property
     def pool(self) -> Pool:
         """Returns the pool with all replicas, also those of which only the lease is known."""
-        return Pool(self.budget, self.host_budget, tuple(entry.member for entry in self._entries.values()))
+        return Pool(self.budget, self.host_budget, tuple(entry.asked for entry in self._entries.values()))
 
     @property
     def longest_wait_s(self) -> float:
@@ -115,7 +135,11 @@ class Book:
     def join(self, report: Report, now: float) -> None:
         """Adds a replica, or takes what it says for true if it is known: it has got no order that it does not know of,
         or has died and forgotten it."""
-        self._entries[report.terms.replica] = _Entry(_member(report, now, since=now))
+        old = self._entries.get(report.terms.replica)
+        entry = _Entry(_member(report, now, since=now))
+        if old is not None:
+            entry.wanted_at, entry.is_unwanted = old.wanted_at, old.is_unwanted
+        self._entries[report.terms.replica] = entry
 
     def update(self, report: Report, now: float) -> None:
         """Takes over what a replica tells. It must have joined."""
@@ -132,16 +156,58 @@ class Book:
         """Forgets a replica that has ended, with its lease."""
         self._entries.pop(replica, None)
 
+    def wake(self, model: str, now: float) -> State | None:
+        """Makes one replica of a model resident as if a request waited for it, unless one is or will be. Returns the
+        state of that replica before, or None if no replica of the model has joined. It is a wish of this keeper alone,
+        so another keeper does not know it."""
+        entries = self._entries_of(model)
+        if not entries:
+            return None
+        for entry in entries:
+            entry.is_unwanted = False
+        held = [entry.member.state for entry in entries if entry.member.state in ("resident", "waking")]
+        if not held and all(entry.wanted_at is None for entry in entries):
+            # One that leaves has to leave first, and is asked for only if there is no other one.
+            nearest = min(entries, key=lambda entry: (entry.member.state == "draining", entry.member.ready_in_s))
+            nearest.wanted_at = now
+            return nearest.member.state
+        return "resident" if "resident" in held else "waking"
+
+    def park(self, model: str) -> list[State] | None:
+        """Makes each replica of a model leave at the first moment at which it has no requests, though nobody waits for
+        its memory. Returns their states before, or None if no replica of the model has joined."""
+        entries = self._entries_of(model)
+        for entry in entries:
+            entry.wanted_at, entry.is_unwanted = None, entry.member.state in ("resident", "waking")
+        return [entry.member.state for entry in entries] or None
+
+    def _entries_of(self, model: str) -> list[_Entry]:
+        return [entry for entry in self._entries.values() if entry.member.terms.model == model and entry.is_known]
+
     def decide(self, now: float, at: float) -> list[Decision]:
-        """Decides by the policy, and writes down the consequences. `at` is the time in seconds since 1970."""
-        pool = self.pool
-        orders = decide(pool, now)
+        """Decides by the policy and by what operators want, and writes down the consequences. `at` is the time in
+        seconds since 1970."""
+        decisions = self._ordered(decide(self.pool, now), now, at)
+        for entry in list(self._entries.values()):
+            member = entry.member
+            is_idle = not (member.demand.running or member.demand.waiting)
+            if entry.is_unwanted and member.state == "resident" and is_idle:
+                decisions += self._ordered(sent_away(self.pool, member, now), now, at)
+        return decisions
+
+    def _ordered(self, orders: Sequence[Order], now: float, at: float) -> list[Decision]:
+        """Returns these orders with their reasons, and gives them out."""
         decisions = [Decision(order, self._reason(order, now), at) for order in orders]
         for order in orders:
             entry = self._entries[order.replica]
             entry.member = _after(entry.member, order, now)
             entry.undelivered.append(order)
             entry.ordered += 1
+            match order:
+                case Wake():
+                    entry.wanted_at = None
+                case Leave():
+                    entry.is_unwanted = False
         return decisions
 
     def take(self, replica: str) -> list[Order]:
@@ -155,9 +221,17 @@ class Book:
         return bool(self._entries[replica].undelivered)
 
     def _reason(self, order: Order, now: float) -> str:
-        member = self._entries[order.replica].member
+        entry = self._entries[order.replica]
+        member = entry.member
         model = member.terms.model
         match order:
+            case Wake(_, lease) if entry.wanted_at is not None and not member.demand.waiting:
+                return f"'{model}' gets {_amounts(lease)}, because an operator wants it to be resident."
+            case Leave(replica, parks, instead) if replica == instead:
+                return (
+                    f"'{model}' is {'parked' if parks else 'stopped'} and gives back {_amounts(member.lease)}, because "
+                    "an operator wants it to leave."
+                )
             case Wake(_, lease):
                 waited = now - member.demand.oldest
                 return (

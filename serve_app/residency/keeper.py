@@ -20,7 +20,7 @@ from serve_app.residency.book import Book, Decision, Report
 from serve_app.residency.counted import Counted
 from serve_app.residency.lease_records import PoolName, RayRecords, Records, remove_dead
 from serve_app.residency.life_lock import Holding, Process, left_behind, lives
-from serve_app.residency.member import Bytes, Member, Pool
+from serve_app.residency.member import Bytes, Member, Pool, State
 from serve_app.residency.policy import Order, waiters
 
 logger = logging.getLogger("ray.serve")
@@ -140,6 +140,18 @@ class KeeperActor:
     async def leave(self, replica: str) -> None:
         """See `Keeper.leave`."""
         await self._forget([replica])
+
+    async def wake(self, model: str) -> State | None:
+        """Does what `Book.wake` says."""
+        before = self._book.wake(model, self._clock())
+        await self._changed()
+        return before
+
+    async def park(self, model: str) -> list[State] | None:
+        """Does what `Book.park` says."""
+        before = self._book.park(model)
+        await self._changed()
+        return before
 
     async def decisions(self) -> list[Decision]:
         """Returns the last decisions, the oldest first."""

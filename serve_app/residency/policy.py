@@ -5,6 +5,7 @@ The laws, which hold whatever requests come and whichever replicas die:
 1. Leases never exceed the budget on any device.
 2. A replica stays for at least its `min_resident_s`. If it was used during the last `return_s` seconds, it stays for
    `WORTH_OF_A_SWAP` times as long as it would take to bring it back. So swaps cost at most a fixed share of the time.
+   An operator may send away one without requests at any time (`sent_away`).
 3. Whoever waits longest comes first. Others get only what it does not need, so none can overtake it for ever.
    `longest_wait_s` is the bound that follows.
 4. Among the replicas that may leave, those of the least value leave. The value is the seconds of bringing it back,
@@ -34,7 +35,7 @@ class Wake:
 @dataclass(frozen=True)
 class Leave:
     """The replica must free its memory once its requests have ended, and keep a copy in the host's memory if it parks.
-    `instead` is the replica for which it leaves."""
+    `instead` is the replica for which it leaves, or itself if an operator wants it to leave."""
 
     replica: str
     parks: bool
@@ -88,6 +89,13 @@ def decide(pool: Pool, now: float) -> list[Order]:
         _add(promised, waiter.lease)
         _take(promised, chosen.lease)
     return orders
+
+
+def sent_away(pool: Pool, member: Member, now: float) -> list[Order]:
+    """Returns the orders by which a resident replica leaves for nobody, because an operator wants its memory to be
+    free. The second law does not hold for it. It parks if the host has room for its copy, or if others have copies of
+    less value, which then go."""
+    return _Copies(pool, now).leave(member, member, parks=True)
 
 
 def waiters(pool: Pool) -> list[Member]:

@@ -15,6 +15,7 @@ from serve_app.config import RouterConfig
 from serve_app.router.directory import ModelDirectory
 from serve_app.router.forwarder import Forwarder
 from serve_app.router.observer import Observer
+from serve_app.router.openapi import Added
 from serve_app.router.residency import Residency
 
 
@@ -39,6 +40,10 @@ class Console(Observer, Protocol):
 
     def routes(self) -> Sequence[BaseRoute]:
         """Returns what it answers to."""
+        ...
+
+    def openapi(self) -> Added:
+        """Returns what the OpenAPI document says of it, which is nothing while it is switched off."""
         ...
 
     async def start(self) -> None:

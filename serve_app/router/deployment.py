@@ -132,7 +132,7 @@ def build_app(
             task.cancel()
         await forwarder.close()
 
-    endpoints = _Endpoints(forwarder, directory, residency)
+    endpoints = _Endpoints(forwarder, directory, residency, console)
     return Starlette(
         routes=[
             Route("/health", endpoints.health),
@@ -149,7 +149,8 @@ def build_app(
 
 
 class _Endpoints:
-    def __init__(self, forwarder: Forwarder, directory: ModelDirectory, residency: Residency):
+    def __init__(self, forwarder: Forwarder, directory: ModelDirectory, residency: Residency, console: Console | None):
+        self._console = console
         self._forwarder = forwarder
         self._directory = directory
         self._created = int(time.time())
@@ -187,7 +188,8 @@ class _Endpoints:
         """GET /openapi.json answers with the OpenAPI document, which names the models of this moment."""
         config = self._forwarder.config
         names = {*await self._directory.models(), *config.aliases}
-        return JSONResponse(openapi_document(names, needs_model=config.default_model is None))
+        added = None if self._console is None else self._console.openapi()
+        return JSONResponse(openapi_document(names, config.default_model is None, added))
 
     async def list_models(self, _: Request) -> Response:
         """GET /v1/models answers with OpenAI's list. The field `status` is our own."""

@@ -60,6 +60,10 @@ class Dispatcher:
         self.queues = Queues()
         self._waiting_room = WaitingRoom(directory, upstream, self.queues)
 
+    def wake(self, name: str, config: RouterConfig) -> None:
+        """Starts a replica of a model that is scaled to zero, though no request waits for it. It returns at once."""
+        self._waiting_room.wake(name, config.hold_timeout_s)
+
     async def open(
         self, exchange: Exchange, config: RouterConfig, names: Sequence[str], request_to: RequestTo
     ) -> tuple[Answer, HttpRequest]:

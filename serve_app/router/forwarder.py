@@ -96,6 +96,10 @@ class Forwarder:
         queue = self._dispatcher.queues.get(name)
         return {"waiting": queue.waiting if queue else 0, "held": queue.held if queue else 0}
 
+    def wake(self, name: str) -> None:
+        """Starts a replica of a model that is scaled to zero, as a request for it would. It returns at once."""
+        self._dispatcher.wake(name, self.config)
+
     async def start(self) -> None:
         """Opens the way to the replicas. It belongs to the event loop that calls this."""
         await self._upstream.start()

@@ -4,7 +4,8 @@ The router reads only `model` of a body. The other fields are the engine's, whos
 /models/NAME/openapi.json. The fields here are OpenAI's, which both engines take.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.wire.openapi import Operation, Schema, document, reference
@@ -116,9 +117,18 @@ _TEXT_OF_IT = (
 )
 
 
-def openapi_document(names: Iterable[str], needs_model: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Added:
+    """These are operations that another part answers at this address, with the schemas to which they refer."""
+
+    operations: Sequence[Operation] = ()
+    schemas: Mapping[str, Schema] = field(default_factory=dict)
+
+
+def openapi_document(names: Iterable[str], needs_model: bool, added: Added | None = None) -> dict[str, Any]:
     """Returns the document. `names` are the models and aliases that a request may name, and `needs_model` is False if
     there is a default model."""
+    added = added or Added()
     model: Schema = {"type": "string", "enum": list(names)} if (names := sorted(names)) else {"type": "string"}
     schemas = {
         name: {
@@ -128,4 +138,5 @@ def openapi_document(names: Iterable[str], needs_model: bool) -> dict[str, Any]:
         }
         for name, (fields, required) in _BODIES.items()
     }
-    return dict(document("serve-app", _TEXT_OF_IT, _OPERATIONS, schemas))
+    operations = (*_OPERATIONS, *added.operations)
+    return dict(document("serve-app", _TEXT_OF_IT, operations, {**schemas, **added.schemas}))

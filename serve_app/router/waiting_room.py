@@ -44,7 +44,7 @@ class WaitingRoom:
             return
         self._directory.require_hope(model)
         if model.state == "asleep" and not config.max_held_requests:
-            self._call(name, config.hold_timeout_s)
+            self.wake(name, config.hold_timeout_s)
         if not config.max_held_requests or not (patient or model.is_open):
             raise self._directory.unavailable(model)
         with self._queues[name].hold(config, self._directory.load_time_s(name)):
@@ -87,8 +87,9 @@ class WaitingRoom:
                 return True
         return False
 
-    def _call(self, name: str, timeout_s: float) -> None:
-        """Wakes a model for clients that may not wait and will come again."""
+    def wake(self, name: str, timeout_s: float) -> None:
+        """Starts a replica of a model that sleeps, for whoever does not wait for it. It returns at once, and tries for
+        so many seconds."""
         if name not in self._calls:
             self._calls[name] = asyncio.create_task(asyncio.wait_for(self._wakes(name), timeout_s))
             self._calls[name].add_done_callback(self._called)

@@ -45,7 +45,8 @@ EVENT: Schema = {"type": "object", "required": ["data"], "properties": {"data": 
 @dataclass(frozen=True)
 class Operation:
     """Describes one method of one path. `body` is a JSON schema, or None if it takes none. `streams` is true if it may
-    stream, and `error` is the name of its refusals' schema."""
+    stream, and `error` is the name of its refusals' schema. `answer` is the schema of its answers, which have one of
+    the `statuses`, and `media_types` are their types if they are not JSON."""
 
     method: str
     path: str
@@ -53,6 +54,9 @@ class Operation:
     body: Schema | None = None
     streams: bool = False
     error: str = "Error"
+    answer: Schema | None = None
+    statuses: tuple[int, ...] = (200,)
+    media_types: tuple[str, ...] = ()
 
 
 def document(title: str, description: str, operations: Iterable[Operation], schemas: Mapping[str, Schema]) -> Schema:
@@ -80,13 +84,14 @@ def reference(name: str) -> Schema:
 
 
 def _entry(operation: Operation) -> dict[str, Any]:
-    answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    schema = operation.answer or {"type": "object"}
+    answer: dict[str, Any] = {kind: {"schema": schema} for kind in operation.media_types or ("application/json",)}
     if operation.streams:
         answer["text/event-stream"] = {"schema": EVENT}
     entry: dict[str, Any] = {
         "summary": operation.summary,
         "responses": {
-            "200": {"description": "This is the answer.", "content": answer},
+            **{str(status): {"description": "This is the answer.", "content": answer} for status in operation.statuses},
             "default": {
                 "description": "This is a refusal.",
                 "content": {"application/json": {"schema": reference(operation.error)}},

@@ -153,6 +153,8 @@ def test_a_key_opens_only_its_models() -> None:
         ("{name: a, sha256: H1, models: []}", "keys[0].models: must be a list of at least one"),
         ("{name: a, sha256: H1, models: x}", "keys[0].models: must be a list"),
         ("{name: a, sha256: H1, models: [1]}", "keys[0].models: must be a list"),
+        ("{name: a, sha256: H1, role: root}", "keys[0].role: must be 'user' or 'admin'. Leave it out for a user."),
+        ("{name: a, sha256: H1, role: [admin]}", "keys[0].role: must be 'user' or 'admin'. Leave it out for a user."),
         ("{name: a, sha256: H1, requests_per_minute: 0}", "keys[0].requests_per_minute: must be a whole number above"),
         ("{name: a, sha256: H1, tokens_per_minute: '9'}", "keys[0].tokens_per_minute: must be"),
         ("{name: a, sha256: H1, max_concurrent_requests: true}", "keys[0].max_concurrent_requests: must be"),
@@ -291,3 +293,14 @@ def test_a_file_that_breaks_or_vanishes_changes_nothing(tmp_path: Path, caplog: 
     assert len(caplog.messages) == 2
     keys_file(tmp_path, "keys: [{name: c, sha256: H2}]")
     assert later().find(b"Bearer sk-2").name == "c"
+
+
+def test_a_key_is_a_user_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    """Keys of the environment are users."""
+    text = "keys:\n- {name: ops, sha256: H1, role: admin}\n- {name: team, sha256: H2}\n"
+    keys = read_keys(keys_file(tmp_path, text), {"SERVE_APP_API_KEYS": LONG})
+    assert [(key.name, key.role, key.is_admin) for key in keys] == [
+        ("ops", "admin", True),
+        ("team", "user", False),
+        ("env:0", "user", False),
+    ]

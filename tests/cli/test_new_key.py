@@ -36,3 +36,12 @@ def test_a_name_that_the_file_would_refuse_is_refused_here(capsys: pytest.Captur
     assert out == ""
     assert "'team a' cannot be the name of a key: it must be 1 to 64 letters" in err
     assert "sk-" not in err
+
+
+def test_an_admin_gets_the_role_in_the_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --role the entry has no role, which means a user."""
+    assert main(["new-key", "ops", "--role", "admin"]) == 0
+    assert main(["new-key", "team-a"]) == 0
+    file = tmp_path / "keys.yaml"
+    file.write_text("keys:\n" + capsys.readouterr().out)
+    assert [(key.name, key.is_admin) for key in read_keys(file, {})] == [("ops", True), ("team-a", False)]

@@ -13,8 +13,10 @@ import json
 import re
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -23,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
+from serve_app.access.keys import sha256_of
 from tests.cluster.serve_run import ServeRun
 
 KEY = "sk-test-of-the-cluster"
@@ -40,7 +43,9 @@ def document_of(url: str) -> Any:
 
 
 def bounded(document: dict[str, Any], models: list[str], is_open: bool) -> dict[str, Any]:
-    """The document with these models and answers of a few tokens; with unknown fields too where it `is_open`."""
+    """The document with these models and answers of a few tokens; with unknown fields too where it `is_open`. The
+    console's stream has no end, so it is left out."""
+    document["paths"].pop("/ui/api/stream", None)
     for name, schema in document["components"]["schemas"].items():
         fields = schema.get("properties", {})
         if "model" not in fields:
@@ -114,7 +119,14 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # So that what was started is stopped too.
-    serve = ServeRun(config(), cpus=4, controller={"SERVE_APP_API_KEYS": KEY}, headers=HEADERS)
+    with tempfile.TemporaryDirectory() as folder:
+        _run(options.cases, Path(folder) / "keys.yaml")
+
+
+def _run(cases: int, keys: Path) -> None:
+    """Prints the numbers of answers to so many cases of each kind. The key is an admin's, so that it may do all."""
+    keys.write_text(f"keys: [{{name: contract, sha256: {sha256_of(KEY)}, role: admin}}]\n")
+    serve = ServeRun(config(), cpus=4, controller={"SERVE_APP_API_KEYS_FILE": str(keys)}, headers=HEADERS)
     try:
         serve.wait_until(lambda models: all(model["status"] == "ready" for model in models.values()) and bool(models))
         for route in ("", "/models/pt", "/models/vllm"):
@@ -126,7 +138,7 @@ def main() -> None:
             for is_open in (False, True):
                 url = serve.url + route
                 document = bounded(document_of(url), names, is_open)
-                seen = run_cases(url, document, options.cases, HEADERS)
+                seen = run_cases(url, document, cases, HEADERS)
                 row = {"document": route or "/", "model": names[0], "unknown_fields": is_open, "cases": seen.total()}
                 print(json.dumps(row | {"statuses": dict(sorted(seen.items()))}), flush=True)
     finally:

@@ -64,6 +64,36 @@ def test_the_lock_of_each_replica_says_what_it_holds(cluster: PoolOnNodes) -> No
     assert 0 < sum(holding.lease.get("cpu", 0) for holding in own) <= cluster.budget
 
 
+async def test_an_operator_parks_and_wakes_models_without_a_request(cluster: PoolOnNodes) -> None:
+    """By the console: one leaves though nobody waits for its memory, and another one has it though nobody asks for
+    it."""
+    first, second = cluster.names[:2]
+    async with session_for() as session:
+        await ask(session, cluster.url, "/v1/chat/completions", body(first, QUESTIONS[0]))
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=30) as client:
+        await until_residency(client, first, "resident")
+        parked = await client.post(f"/ui/api/models/{first}/park")
+        assert (parked.status_code, parked.json()["has_begun"]) == (202, True), parked.text
+        await until_residency(client, first, "parked")
+        again = await client.post(f"/ui/api/models/{first}/park")
+        assert (again.status_code, again.json()["has_begun"]) == (200, False)
+        woken = await client.post(f"/ui/api/models/{second}/wake")
+        assert (woken.status_code, woken.json()["has_begun"]) == (202, True), woken.text
+        await until_residency(client, second, "resident")
+        assert (await client.post(f"/ui/api/models/{second}/wake")).json()["message"] == f"'{second}' is ready already."
+        reload = await client.post("/ui/api/reload")
+        assert (reload.status_code, "serve deploy FILE" in reload.text) == (409, True)
+        fresh = await client.post("/ui/api/plan", json={"model": "serve-app/demo", "max_model_len": 512})
+        assert fresh.status_code == 200
+
+
+async def until_residency(client: httpx.AsyncClient, name: str, state: str) -> None:
+    """Waits until the replica of a model is in a state."""
+    async with asyncio.timeout(60):
+        while (await client.get("/ready")).json()["models"][name]["residency"] != [state]:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+
+
 def test_no_death_costs_a_request_or_breaks_the_law(cluster: PoolOnNodes) -> None:
     """The keeper and replicas die by SIGKILL, while the leases are read all the time."""
     told = asyncio.run(run_rate(cluster, 150, 10.0, random.Random(5).sample(["keeper", "replica", "replica"], 3)))

@@ -1,17 +1,22 @@
 """One `serve-app run`: a model that scales, one that cannot load, and a clean terminal to the end."""
 
 import asyncio
+import json
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jsonschema  # type: ignore[import-untyped]
 import pytest
+import yaml
 
 from tests.cluster.conftest import model
 from tests.cluster.serve_app_run import ROUTER, ServeAppRun, answer
+from tests.cluster.serve_run import BIN
 from tests.cluster.test_serving import WAYS, base_url, chat
 from tests.demo_answers import ANSWERS, QUESTIONS
 
@@ -127,6 +132,80 @@ async def test_replicas_rise_under_load_and_fall_after_it(served: ServeAppRun) -
         assert not refusals
         assert rose, "the second replica did not come"
         assert await wait_for(client, 1, timeout_s=120), "the second replica did not go"
+
+
+def test_the_state_of_the_console_is_as_the_document_says(served: ServeAppRun) -> None:
+    """With a node, its memory, and the models on it."""
+    document = httpx.get(f"{served.url}/openapi.json", timeout=10).json()
+    state = httpx.get(f"{served.url}/ui/api/state", timeout=30).json()
+    schema = {"$ref": "#/components/schemas/ConsoleState", "components": document["components"]}
+    jsonschema.Draft202012Validator(schema).validate(state)
+    blocks = [block for node in state["nodes"] for device in node["devices"] for block in device["blocks"]]
+    assert [block["model"] for block in blocks] == ["scaling"]
+    assert {model["name"] for model in state["models"]} == {"broken", "scaling"}
+
+
+def test_the_console_plans_beside_what_runs(served: ServeAppRun) -> None:
+    """For the devices of this cluster, whose models count with their plans. An update of a model replaces it."""
+    before = plan(served, {"model": "serve-app/demo", "max_model_len": 512})
+    assert (before["fits"], before["plan"]["models"][0]["name"]) == (True, "demo")
+    assert "serve_app.app:router" in before["yaml"]
+    update = plan(served, {"yaml": yaml.safe_dump({"applications": [model("scaling", infer_backend="pt")]})})
+    assert update["notes"] == ["What scaling holds now counts as free, because the plan has it anew."]
+    address = re.search(r"--address (\S+) for other commands", served.output())
+    assert address is not None
+    command = [BIN / "serve-app", "plan", served.config_file, "--beside-running", "--address", address[1], "--json"]
+    done = subprocess.run(command, env=served.environment, capture_output=True, text=True, timeout=120)
+    assert "broken: model: " in done.stderr  # Its weights are missing, so the file cannot be planned.
+    command[2:3] = ["--model", "serve-app/demo", "--device", "cpu"]
+    done = subprocess.run(command, env=served.environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, json.loads(done.stdout)["fits"]) == (0, True), done.stderr
+    wrong = httpx.post(f"{served.url}/ui/api/plan", json={"yaml": "applications: [1]"}, timeout=70)
+    assert (wrong.status_code, wrong.json()["error"]["message"]) == (
+        400,
+        "config.yaml: applications[0]: expected a mapping, got 1.",
+    )
+
+
+def plan(served: ServeAppRun, body: dict[str, Any]) -> dict[str, Any]:
+    """What the console plans."""
+    reply = httpx.post(f"{served.url}/ui/api/plan", json=body, timeout=70)
+    assert reply.status_code == 200, reply.text
+    told: dict[str, Any] = reply.json()
+    return told
+
+
+async def test_the_console_reads_the_file_again_and_wakes_a_model_at_zero_replicas(served: ServeAppRun) -> None:
+    """A broken file changes nothing and is told whole. Nothing but the console asks for the model, which wakes."""
+    right = served.config_file.read_text()
+    async with httpx.AsyncClient(base_url=served.url, timeout=70) as client:
+        served.config_file.write_text(right.replace("infer_backend", "infer_backends"))
+        wrong = await client.post("/ui/api/reload")
+        assert wrong.status_code == 400
+        message = wrong.json()["error"]["message"]
+        assert [name for name in ("scaling", "broken") if f"{name}: unknown field 'infer_backends'" in message] == [
+            "scaling",
+            "broken",
+        ]
+        assert await replicas(client) == 1
+        served.config_file.write_text(right.replace("min_replicas: 1", "min_replicas: 0"))
+        done = await client.post("/ui/api/reload")
+        assert (done.status_code, done.json()["file"]) == (200, served.config_file.name)
+        (line,) = done.json()["changes"]
+        assert line.startswith("scaling changes in place (")
+        assert "min_replicas: 1 → 0" in line
+        assert await wait_for(client, 0, timeout_s=120)
+        woken = await client.post("/ui/api/models/scaling/wake")
+        assert (woken.status_code, woken.json()["has_begun"]) == (202, True)
+        assert await wait_for(client, 1, timeout_s=120)
+        assert (await client.post("/ui/api/models/scaling/park")).status_code == 409
+        assert (await client.post("/ui/api/models/broken/wake")).status_code == 409
+        events = (await client.get("/ui/api/state")).json()["events"]
+        told = [event["text"] for event in events if event["text"].endswith("because an admin has woken it.")]
+        assert told == ["'scaling' starts, because an admin has woken it."]
+        served.config_file.write_text(right)
+        assert (await client.post("/ui/api/reload")).status_code == 200
+        assert await wait_for(client, 1, timeout_s=120)
 
 
 def test_serve_app_run_stops_with_a_clean_terminal(served: ServeAppRun) -> None:

@@ -109,3 +109,88 @@ def test_a_replica_that_fits_nowhere_is_told_so() -> None:
         == "'model-a' needs 5.00 GiB of cpu, and the whole pool has 4.00 GiB of cpu."
     )
     assert book().problem(terms("a")) is None
+
+
+def test_an_operator_wakes_a_model_for_which_nobody_waits() -> None:
+    """Once, with the reason, and by the policy: another one leaves for it as it would for a request."""
+    made = book(Report(terms("a"), "resident", {"cpu": 4 * GIB}, idle_s=60.0), Report(terms("b"), "parked"))
+    assert made.wake("model-b", NOW + 10) == "parked"
+    assert [decision.order for decision in made.decide(NOW + 10, AT)] == [Leave("a", True, "b")]
+    assert made.wake("model-b", NOW + 11) == "waking"  # It is on its way, and is not asked for twice.
+    made.update(Report(terms("a"), "parked", has_copy=True, orders_seen=1), NOW + 12)
+    (decision,) = made.decide(NOW + 12, AT)
+    assert decision.order == Wake("b", {"cpu": 4 * GIB})
+    assert decision.reason == "'model-b' gets 4.00 GiB of cpu, because an operator wants it to be resident."
+    made.update(Report(terms("b"), "resident", {"cpu": 4 * GIB}, orders_seen=1), NOW + 13)
+    assert made.wake("model-b", NOW + 13) == "resident"
+    assert made.decide(NOW + 60, AT) == []
+    assert made.wake("model-x", NOW) is None
+
+
+def test_a_request_that_waits_longer_comes_before_the_wish_of_an_operator() -> None:
+    """The wish is as old as it is."""
+    made = book(Report(terms("a"), "stopped", waiting=1, oldest_age_s=3.0), Report(terms("b"), "stopped"))
+    made.wake("model-b", NOW - 1)
+    assert [decision.order.replica for decision in made.decide(NOW, AT)] == ["a"]
+    made = book(Report(terms("a"), "stopped", waiting=1, oldest_age_s=3.0), Report(terms("b"), "stopped"))
+    made.wake("model-b", NOW - 5)
+    assert [decision.order.replica for decision in made.decide(NOW, AT)] == ["b"]
+
+
+def test_an_operator_parks_a_model_once_its_requests_have_ended() -> None:
+    """Before its time, though nobody waits for its memory, and not while it has requests."""
+    held = {"cpu": 4 * GIB}
+    made = book(Report(terms("a"), "resident", held, running=1))
+    assert made.park("model-a") == ["resident"]
+    assert made.decide(NOW + 1, AT) == []
+    made.update(Report(terms("a"), "resident", held, idle_s=0.0), NOW + 2)
+    (decision,) = made.decide(NOW + 2, AT)
+    assert decision.order == Leave("a", True, "a")
+    assert decision.reason == (
+        "'model-a' is parked and gives back 4.00 GiB of cpu, because an operator wants it to leave."
+    )
+    made.update(Report(terms("a"), "parked", has_copy=True, orders_seen=1), NOW + 3)
+    assert made.park("model-a") == ["parked"]
+    made.update(Report(terms("a"), "parked", has_copy=True, waiting=1, orders_seen=1), NOW + 4)
+    assert [decision.order for decision in made.decide(NOW + 4, AT)] == [Wake("a", held)]
+    made.update(Report(terms("a"), "resident", held, has_copy=True, orders_seen=2), NOW + 5)
+    assert made.decide(NOW + 99, AT) == []  # The wish has been fulfilled.
+
+
+def test_the_last_wish_counts_also_after_a_replica_has_joined_again() -> None:
+    """Wake takes back park, and the other way round."""
+    held = {"cpu": 4 * GIB}
+    busy = Report(terms("a"), "resident", held, running=1)
+    made = book(busy)
+    made.park("model-a")
+    made.wake("model-a", NOW)
+    made.update(Report(terms("a"), "resident", held), NOW + 1)
+    assert made.decide(NOW + 1, AT) == []
+    made.update(busy, NOW + 2)
+    made.park("model-a")
+    made.join(busy, NOW + 3)
+    made.update(Report(terms("a"), "resident", held), NOW + 4)
+    assert [decision.order for decision in made.decide(NOW + 4, AT)] == [Leave("a", True, "a")]
+
+
+def test_what_an_operator_parks_takes_no_copy_of_greater_value() -> None:
+    """It is stopped if the host has no room for its copy."""
+    made = Book({"cpu": 8 * GIB}, GIB)
+    valuable = replace(terms("b"), priority=5)
+    made.join(Report(valuable, "resident", {"cpu": 4 * GIB}, has_copy=True), NOW)
+    made.join(Report(terms("a"), "resident", {"cpu": 4 * GIB}, idle_s=60.0), NOW)
+    made.park("model-a")
+    assert [decision.order for decision in made.decide(NOW, AT)] == [Leave("a", False, "a")]
+
+
+def test_one_of_several_replicas_wakes_and_all_of_them_park() -> None:
+    """The nearest to its memory is chosen."""
+    made = Book({"cpu": 8 * GIB}, 8 * GIB)
+    for name, state in (("a", "stopped"), ("b", "parked")):
+        made.join(Report(replace(terms(name), model="m"), state), NOW)  # type: ignore[arg-type]
+    assert made.wake("m", NOW) == "parked"
+    assert [decision.order.replica for decision in made.decide(NOW, AT)] == ["b"]
+    for name in "ab":
+        made.join(Report(replace(terms(name), model="m"), "resident", {"cpu": 4 * GIB}), NOW)
+    assert made.park("m") == ["resident", "resident"]
+    assert {decision.order.replica for decision in made.decide(NOW, AT)} == {"a", "b"}

@@ -126,6 +126,22 @@ async def test_three_share_the_memory_for_two() -> None:
     await until(lambda: cluster.records.leased() == 2)
 
 
+async def test_an_operator_wakes_and_parks_without_a_request() -> None:
+    """Nothing waits, and both are done at once. A model that is not there is told."""
+    cluster = Cluster()
+    first, second, third = await started(cluster, "a", "b", "c")
+    for name in "ab":
+        assert await cluster.keeper.wake(name) == "stopped"
+    await until(lambda: first.state == second.state == "resident")
+    await asyncio.sleep(1)  # The keeper is told after a moment.
+    assert await cluster.keeper.park("a") == ["resident"]
+    await until(lambda: first.state == "parked" and cluster.records.leased() == 1)
+    assert await cluster.keeper.wake("c") == "stopped"
+    await until(lambda: third.state == "resident")
+    assert second.state == "resident"  # There was room for both.
+    assert (first.served, await cluster.keeper.wake("x"), await cluster.keeper.park("x")) == (0, None, None)
+
+
 async def test_no_order_goes_out_before_its_lease_is_written_down() -> None:
     """While Ray's head is away, requests wait."""
     cluster = Cluster()
@@ -255,6 +271,9 @@ async def test_the_law_holds_through_deaths(seed: int) -> None:
             cluster.records.is_down = not cluster.records.is_down
         if draw.random() < 0.05:
             cluster.kill_keeper()
+        if draw.random() < 0.2:  # Operators want what they want, and nobody is lost by it.
+            wish = draw.choice([cluster.keeper.wake, cluster.keeper.park])
+            await wish(draw.choice(replicas).name)
         if draw.random() < 0.05:
             place = draw.randrange(len(replicas))
             old = replicas[place]

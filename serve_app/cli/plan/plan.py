@@ -1,10 +1,14 @@
 """`serve-app plan` says what each model takes of each device, before anything starts."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serve_app.cli.cluster import connected
 from serve_app.cli.output_file import require_folder, write_file
@@ -18,14 +22,25 @@ from serve_app.planning.plan import Plan
 from serve_app.planning.what_fits import what_fits
 from serve_app.residency.pools import plan_file
 
+if TYPE_CHECKING:  # Only plans beside a running cluster need it.
+    from serve_app.status.beside import Running
+
 
 def plan(options: argparse.Namespace) -> int:
     """Prints the plan. Returns 0 if everything fits, and 1 otherwise. Raises ConfigError for wrong input."""
     _require_one_way(options)
     for target in filter(None, (options.svg, options.write)):
         require_folder(target)
-    inventory = _inventory(options.gpus, options.inventory, options.address)
+    runs = None
+    if options.beside_running:
+        inventory, runs = _running_cluster(options.address)
+    else:
+        inventory = _inventory(options.gpus, options.inventory, options.address)
     requests = requests_of_options(options, inventory) if options.model else requests_of_file(options.config, inventory)
+    if runs is not None:
+        inventory, notes = left_for(requests, inventory, runs)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     if options.at_once is not None:
         requests = [replace(request, at_once=AtOnce(*options.at_once)) for request in requests]
     if options.what == "fits":
@@ -100,6 +115,14 @@ def _show(made: Plan, options: argparse.Namespace) -> None:
             print("Models that swap stay in it as they were, because their pools place them.", file=sys.stderr)
 
 
+def left_for(requests: Sequence[ModelRequest], inventory: Inventory, runs: Running) -> tuple[Inventory, Sequence[str]]:
+    """Returns the devices with what is left for these models beside the others that run, and notes on it."""
+    from serve_app.status.beside import beside_running
+
+    pools = {request.config.swaps.pool for request in requests if request.config.swaps is not None}
+    return beside_running(inventory, runs, {request.name for request in requests}, pools)
+
+
 def plan_of_file(path: Path | None, gpus: str | None, inventory: Path | None, address: str | None) -> Plan:
     """Returns the plan of a Serve config file for these GPUs, or those of the cluster or this machine. Raises
     ConfigError."""
@@ -127,6 +150,12 @@ def _require_one_way(options: argparse.Namespace) -> None:
         )
     if options.device == "cpu" and options.gpus is not None:
         raise ConfigError("plan: --device cpu plans for the memory of a machine, and --gpus has none. Leave one out.")
+    elsewhere = [name for name in ("gpus", "inventory") if getattr(options, name) is not None]
+    if options.beside_running and (elsewhere or shown[:1] in (["--what"], ["--compare"])):
+        other = f"--{elsewhere[0]}" if elsewhere else shown[0]
+        raise ConfigError(
+            f"plan: --beside-running plans for what a running cluster has left, and {other} does not. Leave one out."
+        )
     if options.gpus is not None and not options.gpus.strip():
         raise ConfigError("plan: --gpus is empty. Write sizes or names such as 8GiB,24GiB or 2xA100-80GB.")
 
@@ -139,6 +168,21 @@ def _inventory(gpus: str | None, file: Path | None, address: str | None) -> Inve
     if file:
         return read_inventory(file)
     return _running_inventory(address)
+
+
+def _running_cluster(address: str | None) -> tuple[Inventory, Running]:
+    """Returns the devices of the Ray cluster that runs here or at the address, and what it runs."""
+    with connected(address) as where:
+        if where is None:
+            raise ConfigError("plan: --beside-running needs a cluster, and no Ray runs here. Name one with --address.")
+        from ray.exceptions import RayError
+
+        from serve_app.status.running import read_running
+
+        try:
+            return read_running()
+        except RayError as error:
+            raise ConfigError(f"the cluster did not say what it runs: {error}") from None
 
 
 def _running_inventory(address: str | None) -> Inventory:

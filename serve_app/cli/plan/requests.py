@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from serve_app.cli.engine_args import doubtful_engine_args, wrong_engine_args
@@ -19,16 +20,17 @@ MODEL_OPTIONS = (
 )  # fmt: skip
 
 
-def requests_of_file(path: Path | None, inventory: Inventory) -> list[ModelRequest]:
+def requests_of_file(path: Path | None, inventory: Inventory, is_foreign: bool = False) -> list[ModelRequest]:
     """Returns the models of a Serve config file with the facts of their checkpoints, for the cards of the inventory.
-    Raises ConfigError with all mistakes."""
+    `is_foreign` says that somebody else has sent the file, so nothing that it names is imported, and the code of no
+    model runs (`trust_remote_code`). Raises ConfigError with all mistakes."""
     if path is None:
         raise ConfigError("plan: name a Serve config file, or a model with --model.")
     everything = read_applications(path)
     if any(item.deployments or _is_misspelt(item) for item in everything):
-        from serve_app.cli.check import require_serves_schema  # It imports Ray, so only files that need it wait for it.
+        from serve_app.cli import check  # It imports Ray, so only files that need it wait for it.
 
-        require_serves_schema(path)
+        (check.require_known_keys if is_foreign else check.require_serves_schema)(path)
     applications = [application for application in everything if application.is_model]
     if not applications:
         raise ConfigError(
@@ -49,7 +51,22 @@ def requests_of_file(path: Path | None, inventory: Inventory) -> list[ModelReque
         raise ConfigError("\n".join(problems))
     for note in doubtful_engine_args(applications):  # stdout is for the plan, which may be JSON.
         print(f"note: {note}", file=sys.stderr)
-    return answered(read, tell)
+    return _of_foreign(read) if is_foreign else answered(read, tell)
+
+
+def _of_foreign(read: Sequence[Unanswered]) -> list[ModelRequest]:
+    """Returns the requests in their order. Of a model that brings code, only what is known already is used."""
+    trusted = [item for item in read if not item.request.config.trust_remote_code]
+    found = {request.name: request for request in answered(trusted, tell)}
+    others = [item for item in read if item.request.config.trust_remote_code]
+    found |= {request.name: request for request in answered(others, None)}
+    for item in others:
+        print(
+            f"note: {item.request.name}: trust_remote_code: code of a model does not run for a plan from the console. "
+            "If the plan lacks a figure because of it, use `serve-app plan` on the server.",
+            file=sys.stderr,
+        )
+    return [found[item.request.name] for item in read]
 
 
 def _is_misspelt(application: ApplicationSpec) -> bool:

@@ -8,19 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from serve_app import __version__
-from serve_app.cli.check import (
-    dangling_names,
-    open_access,
-    require_valid,
-    unheard_keys,
-)
+from serve_app.cli.check import dangling_names, open_access, unheard_keys
 from serve_app.cli.cluster import require_open
 from serve_app.cli.doctor import taken_port
 from serve_app.cli.engine_args import doubtful_engine_args
 from serve_app.cli.start.captured import captured, new_log_file
+from serve_app.cli.start.config_file import read_config
 from serve_app.cli.start.runner import Runner, Start
 from serve_app.cli.start.view import StartView
 from serve_app.demo import CONFIG_FILE
@@ -30,7 +24,6 @@ from serve_app.deploy.serve_env import (
     serve_environment,
 )
 from serve_app.errors import ConfigError
-from serve_app.facts.serve_file import read_applications
 from serve_app.ray_serve import current_cluster_file
 
 
@@ -60,10 +53,7 @@ def run(
 
     Raises ConfigError for a wrong file, an address without a cluster, and a port that is taken.
     """
-    applications = read_applications(file)
-    require_valid(applications)
-    document = yaml.safe_load(file.read_text())
-    document["http_options"] = _http_options(document, http_options or {})
+    applications, document = read_config(file, http_options or {})
     joins = cluster_to_join(options.address)
     if joins is None:
         _require_free_port(document["http_options"]["port"])
@@ -78,7 +68,16 @@ def run(
     else:  # What its nodes were started with is reported once they were asked.
         notes = open_access(document, applications, None) + unheard_keys(document, os.environ)
     notes += dangling_names(applications) + doubtful_engine_args(applications)
-    start = Start(file, document, applications, joins, Path(options.app_dir).resolve(), options.replace, command)
+    start = Start(
+        file,
+        document,
+        applications,
+        joins,
+        Path(options.app_dir).resolve(),
+        options.replace,
+        command,
+        http_options or {},
+    )
     with _terminal(options) as (view, log):
         view.line(f"Serving {file} with serve-app {__version__}")
         if log is not None:
@@ -124,20 +123,6 @@ def cluster_to_join(address: str | None) -> str | None:
     elif where not in ("", "auto"):
         require_open(where)
     return where or None
-
-
-def _http_options(document: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the file's options, with an address that only this machine reaches if the file names none.
-
-    Serve's own default is 0.0.0.0 in a file, and 127.0.0.1 in a program. Raises ConfigError for an invalid port.
-    """
-    given = document.get("http_options") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"http_options: expected a mapping such as {{host: 127.0.0.1, port: 8000}}, got {given!r}.")
-    options = {"host": "127.0.0.1", "port": 8000, **given, **instead}
-    if not isinstance(options["port"], int) or isinstance(options["port"], bool) or not 0 < options["port"] < 65536:
-        raise ConfigError(f"http_options.port: {options['port']!r} is not a port. Write a number from 1 to 65535.")
-    return options
 
 
 def _require_free_port(port: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_app.cli.check import require_serves_schema, unplaced
 from serve_app.cli.exit_codes import INTERRUPTED
@@ -20,6 +21,10 @@ from serve_app.facts.inventory import as_empty, ray_inventory
 from serve_app.facts.nodes import ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec
 from serve_app.ray_serve import NAMESPACE
+from serve_app.status.served_file import Outcome, ServedFile, ServedFiles
+
+if TYPE_CHECKING:  # It imports Ray.
+    from serve_app.cli.start.watch import StartWatch
 
 # Serve's status is read at these intervals in seconds: the first until everything has come up, the second afterwards.
 START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0
@@ -42,7 +47,7 @@ class Start:
     """What is to be started, that is the config, its applications, and the address of the cluster to join.
 
     `app_dir` is the folder of other import paths, and `replace` is as in `RunOptions`. `command` is what the user has
-    called.
+    called, and `http_options` are those that it has put in the place of the file's.
     """
 
     file: Path
@@ -52,6 +57,7 @@ class Start:
     app_dir: Path
     replace: bool = False
     command: str = "serve-app run"
+    http_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -90,6 +96,9 @@ class Runner:
     _serves: bool = field(default=False, init=False)
     _found_serve: bool = field(default=False, init=False)
     _stopped_at: float | None = field(default=None, init=False)
+    # This names the run in the notes by which others ask it to read its file again.
+    _token: str = field(default_factory=lambda: secrets.token_hex(8), init=False)
+    _served: ServedFiles = field(default_factory=ServedFiles, init=False)
 
     def run(self) -> int:
         """Starts everything and watches it until a signal. Returns the exit code."""
@@ -188,7 +197,22 @@ class Runner:
         )
         deploy(document)
         self._serves = True
+        self._announce()
         self.view.event("Serve is up")
+
+    def _announce(self) -> None:
+        """Says which file is served here, so that it can be read again when the console asks for it."""
+        import ray
+
+        from serve_app.cli.start.watch import UNREACHABLE
+
+        file, node = str(self.start.file.resolve()), str(ray.util.get_node_ip_address())
+        try:
+            self._served.announce(ServedFile(self._token, file, node, os.getpid(), self.start.command))
+        except UNREACHABLE as error:
+            self.view.event(
+                f"the console cannot have {self.start.file} read again, because Ray keeps no notes: {error}"
+            )
 
     def _take_over(self) -> None:
         """Checks the Serve that runs already. Raises ConfigError if it would lose applications without --replace, and
@@ -204,20 +228,20 @@ class Runner:
                 f"{', '.join(lost)}, so they would end. Add them to the file, start a Ray of its own with --address "
                 "local, or give --replace to let them end."
             )
-        self._require_a_place()
+        self._require_a_place(self.start)
         self.view.event("Serve runs there already, so its http_options and controller_options stay as they are")
         if lost:
             self.view.event(f"because of --replace, these end with this run or before: {', '.join(lost)}")
         if kept := sorted(running & set(self.start.names)):
             self.view.event(f"taking over {', '.join(kept)}: each becomes what the file says, and ends with this run")
 
-    def _require_a_place(self) -> None:
-        """Raises _NothingServes if the file has nothing but models that no node could hold, even an empty one. Serve
+    def _require_a_place(self, start: Start) -> None:
+        """Raises _NothingServes if a file has nothing but models that no node could hold, even an empty one. Serve
         would replace what it runs by them."""
-        models = [application for application in self.start.applications if application.is_model]
-        if not models or len(models) < len(self.start.applications) - len(self.start.routers):
+        models = [application for application in start.applications if application.is_model]
+        if not models or len(models) < len(start.applications) - len(start.routers):
             return
-        self.view.wait_for([f"checking whether the nodes could hold the models of {self.start.file}"])
+        self.view.wait_for([f"checking whether the nodes could hold the models of {start.file}"])
         from ray.exceptions import RayError
 
         try:
@@ -230,7 +254,7 @@ class Runner:
             return
         for name, problem in problems.items():
             self.view.event(f"{name} cannot be placed: {problem}")
-        raise _NothingServes(f"no model of {self.start.file} has a place on the nodes, so nothing was changed.")
+        raise _NothingServes(f"no model of {start.file} has a place on the nodes, so nothing was changed.")
 
     def _with_settings_of_nodes(self) -> Mapping[str, Any]:
         """Returns the config with the settings that the nodes of a joined cluster lack."""
@@ -255,6 +279,7 @@ class Runner:
         watch = StartWatch(self.start.names, self.start.others, self.start.routers, self.view)
         while not watch.is_over:
             watch.look()
+            self._hear(watch)
             time.sleep(START_INTERVAL_S)
         if watch.serves_nothing:
             raise _NothingServes(
@@ -262,7 +287,52 @@ class Runner:
             )
         while True:
             watch.look()
+            self._hear(watch)
             time.sleep(LATER_INTERVAL_S)
+
+    def _hear(self, watch: "StartWatch") -> None:
+        """Reads the file again if somebody asks for it, and says what became of that."""
+        from serve_app.cli.start.watch import UNREACHABLE
+
+        with contextlib.suppress(*UNREACHABLE):  # Ray's head may be restarting, and the wish waits.
+            if wishes := self._served.wishes(self._token):
+                who = ", ".join(sorted({name for name in wishes.values() if name}))
+                outcome = self._read_again(watch, f" for {who}" if who else "")
+                for wish in wishes:
+                    self._served.tell(self._token, wish, outcome)
+
+    def _read_again(self, watch: "StartWatch", why: str) -> Outcome:
+        """Deploys the file as it is now. If it is wrong, nothing changes."""
+        from serve_app.cli.start.reload import effects, read_again
+        from serve_app.ray_serve import deploy
+
+        file = self.start.file
+        try:
+            start = read_again(self.start)
+            lines = effects(self.start, start)
+            if problem := self._lacks_a_place(start):
+                raise ConfigError(problem)
+        except ConfigError as error:
+            self.view.event(f"{file} was read again{why}, but it is wrong, so nothing was changed: {error}")
+            return Outcome(problem=str(error))
+        try:
+            deploy(start.document)
+        except Exception as error:  # Serve's controller refuses it, or does not answer.
+            reason = f"Serve did not deploy it: {' '.join(str(error).split())[:MOST_REASON]}"
+            self.view.event(f"{file} was read again{why}. {reason}")
+            return Outcome(problem=reason)
+        self.start = start
+        watch.expect(start.names, start.others, start.routers)
+        self.view.event(f"{file} was read again{why}: {'; '.join(lines) or 'it is as it was'}")
+        return Outcome(lines=tuple(lines))
+
+    def _lacks_a_place(self, start: Start) -> str:
+        """Returns why no node could hold any model of a file, or an empty text if one could."""
+        try:
+            self._require_a_place(start)
+        except _NothingServes as error:
+            return str(error)
+        return ""
 
     def _stop(self) -> bool:
         """Stops Serve if this run has started it or a signal ends it, and leaves or stops Ray. Returns whether it
@@ -273,6 +343,11 @@ class Runner:
         if ray is None or not ray.is_initialized():
             self.view.close()
             return True
+        if self._serves:
+            from serve_app.cli.start.watch import UNREACHABLE
+
+            with contextlib.suppress(*UNREACHABLE):
+                self._served.forget(self._token)
         try:
             self.view.close()
             if self._found_serve and not ends_serve:

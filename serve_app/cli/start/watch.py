@@ -52,6 +52,12 @@ class StartWatch:
         # This says whether every application had failed for good when the start was over.
         self.serves_nothing = False
 
+    def expect(self, expected: Collection[str], others: Collection[str], routers: Collection[str]) -> None:
+        """Replaces the names of the file's applications, because it was deployed anew. What comes of it is shown."""
+        self._expected, self._others, self._routers = expected, others, routers
+        self._seen &= set(expected)
+        self._is_due = True
+
     def look(self) -> None:
         """Shows what has changed and, once nothing is loading any more, what serves where.
 

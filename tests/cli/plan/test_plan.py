@@ -8,8 +8,13 @@ import pytest
 import yaml
 
 from serve_app.cli.main import main
+from serve_app.cli.plan import plan as plan_module
+from serve_app.cli.plan.write import fixed_text
 from serve_app.config import ModelConfig
 from serve_app.facts.checkpoint import DEMO_MODEL
+from serve_app.facts.inventory import Device, Inventory
+from serve_app.planning.plan import Change, Fix
+from serve_app.status.beside import Holding, Running, RunningModel
 from tests.planning.model_requests import CONFIGS
 
 GIB = 2**30
@@ -107,6 +112,8 @@ def test_one_model_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "/nowhere.yaml", "--gpus", "8GiB"], "No such file"),
         (["plan", "--model", "serve-app/demo", "--max-memory", "{0: 3gb}", "--gpus", "8GiB"], "Write 3GB"),
         (["plan", "--model", "serve-app/demo", "--gpus", "8GiB", "--inventory", "x"], "not both"),
+        (["plan", "--model", "serve-app/demo", "--gpus", "8GiB", "--beside-running"], "and --gpus does not. Leave one"),
+        (["plan", "--model", "serve-app/demo", "--what", "fits", "--beside-running"], "and --what does not. Leave one"),
     ],
 )
 def test_wrong_input_exits_2(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,3 +353,40 @@ def test_the_other_backend_comes_before_a_card(
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert fix in [each["text"] for each in problem["fixes"]]
     assert all(each["field"] != "gpus" for each in problem["fixes"])
+
+
+def test_a_plan_beside_what_runs_names_what_it_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What others hold is not there, and the model of the file counts once."""
+    card = Device("n1", 0, "L4", 24 * GIB, 6 * GIB, by_index=True)
+    models = [RunningModel(name, [Holding("n1:0", 9 * GIB, 9 * GIB)]) for name in ("q", "other")]
+    monkeypatch.setattr(plan_module, "_running_cluster", lambda _: (Inventory((card,)), Running(models)))
+    file = tmp_path / "q.yaml"
+    args = f"{{model: {DEMO_MODEL}, infer_backend: pt, max_memory: {{0: 14GiB}}}}"
+    file.write_text(f"applications:\n- {{name: NAME, import_path: 'serve_app.app:model', args: {args}}}\n")
+    text = file.read_text()
+    file.write_text(text.replace("NAME", "q"))
+    assert main(["plan", str(file), "--beside-running", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["gpus"][0]["free_bytes"] == 15 * GIB
+    assert err == "note: What q holds now counts as free, because the plan has it anew.\n"
+    file.write_text(text.replace("NAME", "new"))
+    main(["plan", str(file), "--beside-running", "--json"])
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["gpus"][0]["free_bytes"], err) == (6 * GIB, "")
+
+
+def test_fixes_are_written_into_the_file(file: Path) -> None:
+    """Into the lines of their model, below others and instead of them, and its comments stay. A card is no line."""
+    text = file.read_text() + "    residency: {policy: swap, pool_memory: {0: 1GiB}}\n"
+    pool = Fix("q", (Change("residency.pool_memory", {0: "9GiB"}),))
+    shorter = Fix("q", (Change("max_model_len", None), Change("max_num_seqs", 8)))
+    fixed = fixed_text([pool, shorter], text)
+    assert fixed is not None
+    args = yaml.safe_load(fixed)["applications"][1]["args"]
+    assert args["residency"] == {"policy": "swap", "pool_memory": {0: "9GiB"}}
+    assert (args["max_num_seqs"], "max_model_len" in args) == (8, False)
+    assert "# our two boxes" in fixed
+    assert fixed_text([Fix("", (Change("gpus", {"size": "16GiB", "node": "n1"}),))], text) is None
+    assert fixed_text([Fix("q", (Change("num_replicas", 1),))], text) is None

@@ -45,6 +45,8 @@ class World:
         # Called in the place of the step of that name.
         self.instead: dict[str, Callable[[], None]] = {}
         self.deployed: dict[str, Any] = {}
+        # Ray's key-value store.
+        self.notes: dict[bytes, bytes] = {}
         self.nodes: dict[str, NodeEnvironment] = {}
         # What `run` prints, where it makes the view itself.
         self.told = io.StringIO()
@@ -61,6 +63,13 @@ class World:
         monkeypatch.setattr(runner_module, "ray_inventory", lambda: Inventory(()))
         monkeypatch.setattr(runner_module, "unplaced", lambda *_: self.unplaced)
         monkeypatch.setattr(start_watch, "StartWatch", self._watch)
+        monkeypatch.setattr(ray_serve, "store", self.notes.__setitem__)
+        monkeypatch.setattr(ray_serve, "stored", self.notes.get)
+        monkeypatch.setattr(
+            ray_serve, "stored_keys", lambda start: sorted(k for k in self.notes if k.startswith(start))
+        )
+        monkeypatch.setattr(ray_serve, "delete_stored", lambda key: self.notes.pop(key, None))
+        monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.9")
         monkeypatch.setattr(node_env, "node_environments", lambda: self.nodes)
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         monkeypatch.setattr(sys, "path", list(sys.path))

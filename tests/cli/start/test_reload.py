@@ -1,0 +1,151 @@
+"""A file that `serve-app run` serves is read again when somebody asks, with Ray and Serve replaced by records."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app import ray_serve
+from serve_app.cli.start import watch as start_watch
+from serve_app.cli.start.config_file import read_config
+from serve_app.cli.start.runner import Runner, Start, _Stop
+from serve_app.cli.start.view import StartView
+from serve_app.errors import PlacementError
+from serve_app.status.served_file import RECORD, Outcome, ServedFiles
+from tests.cli.start.test_runner import World
+
+FILE = """
+applications:
+- {name: router, import_path: "serve_app.app:router", route_prefix: /}
+- name: a
+  import_path: serve_app.app:model
+  route_prefix: /models/a
+  args: {model: serve-app/demo, infer_backend: pt, device: cpu, max_model_len: 1024}
+"""
+CHANGED = FILE.replace("1024", "512")
+
+
+class Watch:
+    """Looks once for each of these steps, then a signal comes."""
+
+    def __init__(self, *steps: Callable[[], None]):
+        self.steps = list(steps)
+        self.is_over, self.serves_nothing = True, False
+        self.expected: list[str] = []
+
+    def expect(self, expected: list[str], *_: Any) -> None:
+        """Notes the names."""
+        self.expected = expected
+
+    def look(self) -> None:
+        """The next step."""
+        if not self.steps:
+            raise _Stop
+        self.steps.pop(0)()
+
+
+@pytest.fixture(name="world")
+def _world(monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr("serve_app.cli.start.runner.LATER_INTERVAL_S", 0.0)
+    return World(monkeypatch)
+
+
+def run(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, by: str = "ops") -> Any:
+    """What comes of a wish after the file has become `text`: the outcome, the run's output, and its watch."""
+    file, stream, told = folder / "models.yaml", io.StringIO(), list[Outcome | None]()
+    file.write_text(FILE)
+    applications, document = read_config(file, {"port": 8001})
+    notes, wishes = ServedFiles(), list[str]()
+
+    def ask() -> None:
+        file.write_text(text)
+        served = notes.served()
+        assert served is not None
+        assert (served.file, served.pid, served.node) == (str(file), os.getpid(), "10.0.0.9")
+        wish = notes.ask(served.token, by)
+        assert wish is not None
+        wishes.append(wish)
+
+    def hear() -> None:
+        served = notes.served()
+        assert served is not None
+        assert not notes.waits(served.token, wishes[0])
+        told.append(notes.outcome(served.token, wishes[0]))
+
+    watch = Watch(ask, hear)
+    monkeypatch.setattr(start_watch, "StartWatch", lambda *_: watch)
+    start = Start(file, document, applications, None, folder, http_options={"port": 8001})
+    assert Runner(start, StartView(stream)).run() == 0
+    assert world.notes == {}  # The run has ended, and has forgotten its file.
+    return told[0], stream.getvalue(), watch
+
+
+def test_a_changed_file_is_deployed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it changes, to who asked and on the terminal. The options of the command line stay in their place."""
+    more = CHANGED + CHANGED[CHANGED.index("- name: a") :].replace("name: a", "name: b").replace("/a", "/b")
+    outcome, output, watch = run(world, tmp_path, monkeypatch, more)
+    lines = ("a restarts (args.max_model_len: 1024 → 512)", "b starts")
+    assert outcome == Outcome(lines=lines)
+    assert f"models.yaml was read again for ops: {'; '.join(lines)}" in output.replace("\n", " ")
+    assert (watch.expected, world.calls.count("deploy")) == (["router", "a", "b"], 2)
+    assert world.deployed["http_options"]["port"] == 8001
+    assert world.deployed["applications"][1]["args"]["max_model_len"] == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (CHANGED.replace("device: cpu", "devise: cpu, colour: red"), "unknown field 'devise'"),
+        (CHANGED.replace("device: cpu", "devise: cpu, colour: red"), "unknown field 'colour'"),
+        ("applications: [", "the file is not valid YAML"),
+        (CHANGED.replace("route_prefix: /models/a", "route_prefix: /"), "Ray Serve refuses this file"),
+    ],
+)
+def test_a_broken_file_changes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, problem: str
+) -> None:
+    """All its mistakes are told."""
+    outcome, output, watch = run(world, tmp_path, monkeypatch, text)
+    assert problem in outcome.problem
+    assert "but it is wrong, so nothing was changed" in output
+    assert (watch.expected, world.calls.count("deploy")) == ([], 1)
+
+
+def test_a_file_without_a_place_changes_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would replace what runs by what no node could hold."""
+    world.unplaced = {"a": PlacementError("too large")}
+    outcome, _, _ = run(world, tmp_path, monkeypatch, CHANGED)
+    assert "has a place on the nodes, so nothing was changed" in outcome.problem
+    assert world.calls.count("deploy") == 1
+
+
+def test_what_serve_refuses_is_told(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on with what it had."""
+
+    def refuse() -> None:
+        if world.calls.count("deploy") > 1:
+            raise RuntimeError("the controller is away")
+
+    world.instead["deploy"] = refuse
+    outcome, _, watch = run(world, tmp_path, monkeypatch, CHANGED)
+    assert outcome.problem == "Serve did not deploy it: the controller is away"
+    assert watch.expected == []
+
+
+def test_a_run_goes_on_where_ray_keeps_no_notes(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file cannot be read again then, which the terminal says."""
+
+    def away(*_: Any) -> Any:
+        raise RuntimeError("no head")
+
+    monkeypatch.setattr(ray_serve, "stored_keys", away)
+    monkeypatch.setattr(start_watch, "StartWatch", lambda *_: Watch(lambda: None))
+    file, stream = tmp_path / "models.yaml", io.StringIO()
+    file.write_text(FILE)
+    applications, document = read_config(file, {})
+    assert Runner(Start(file, document, applications, None, tmp_path), StartView(stream)).run() == 0
+    assert "because Ray keeps no notes: no head" in stream.getvalue().replace("\n", " ")
+    assert RECORD not in world.notes
