@@ -61,6 +61,9 @@ def take_all(browser: Browser, url: str) -> None:
             if not ending:
                 chat(watched, both=not place)
                 save(watched, f"console_playground{place}")
+            if not ending and not place:
+                plan(watched)
+                save(watched, "console_what_if")
             watched.close()
 
 
@@ -76,6 +79,17 @@ def chat(watched: Watched, both: bool) -> None:
         page.locator("#draft").fill(question)
         page.keyboard.press("Enter")
         expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=30_000)
+
+
+def plan(watched: Watched) -> None:
+    """Asks whether a third model would fit."""
+    page = watched.page
+    watched.show("what-if")
+    page.get_by_label("Model: an id").fill("serve-app/demo")
+    page.get_by_label("Backend").select_option("pt")
+    page.get_by_label("Requests at once").fill("64")
+    page.get_by_role("button", name="Plan", exact=True).click()
+    page.locator(".verdict").wait_for(timeout=70_000)
 
 
 def save(watched: Watched, name: str) -> None:

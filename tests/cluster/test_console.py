@@ -136,6 +136,19 @@ def test_stop_stops_the_engines(run: ServeRun, watched: Watched) -> None:
     expect(page.locator("#panel-requests tbody tr").first).to_contain_text("left")
 
 
+def test_a_plan_beside_what_runs(watched: Watched) -> None:
+    """A third model would fit, and its place is drawn beside what is taken."""
+    page = watched.page
+    watched.show("what-if")
+    page.get_by_label("Model: an id").fill("serve-app/demo")
+    page.get_by_label("Backend").select_option("pt")
+    page.get_by_role("button", name="Plan", exact=True).click()
+    expect(page.locator(".verdict")).to_contain_text("It fits.", timeout=70_000)
+    expect(page.locator(".plan-map g.block")).to_have_count(1)
+    expect(page.locator(".plan-map rect.foreign")).to_have_count(1)
+    expect(page.get_by_role("region", name="Config", exact=True)).to_contain_text("model: serve-app/demo")
+
+
 def test_axe_finds_nothing_in_the_real_page(watched: Watched) -> None:
     """In any section, with what a real cluster tells."""
     for section in SECTIONS:
