@@ -93,12 +93,13 @@ def plan(watched: Watched) -> None:
 
 
 def save(watched: Watched, name: str) -> None:
-    """Writes what the window shows, with at most 256 colours, of which the page has fewer."""
+    """Writes what the window shows, in 256 colours, each of which is hardly another one."""
     time.sleep(1.5)  # A delta comes each second, and the page is drawn again.
     content = watched.page.screenshot(clip=shown_part(watched))
     picture = io.BytesIO()
     image = Image.open(io.BytesIO(content)).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(picture, "PNG", optimize=True)
+    few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(picture, "PNG", optimize=True)
     if len(picture.getvalue()) > MOST_BYTES:
         raise SystemExit(f"{name}.png has {len(picture.getvalue())} bytes, and {MOST_BYTES} are allowed.")
     (IMAGES / f"{name}.png").write_bytes(picture.getvalue())

@@ -68,9 +68,13 @@ export function isOver(block) {
 export function Bar({ device, scale, width, isPlan = false, dim = "", focusAt = -1, chosen = -1, on = {} }) {
   const layout = layoutOf(device, isPlan);
   const perByte = width / scale;
-  const places = pixels([...layout.blocks, layout.foreign], perByte, LEAST);
-  const foreign = places[places.length - 1];
+  const order = isPlan ? [layout.foreign, ...layout.blocks] : [...layout.blocks, layout.foreign];
+  const placed = pixels(order, perByte, LEAST);
+  const foreign = placed[isPlan ? 0 : placed.length - 1];
+  const places = isPlan ? placed.slice(1) : placed.slice(0, -1);
   const total = (device.total ?? 0) * perByte;
+  // Where the label of a block must end: at the next block, or at what others hold.
+  const endOf = (number) => places[number + 1]?.x ?? (!isPlan && foreign.width ? foreign.x : width);
   return html`<svg class="bar" width=${width} height=${LABELS + HEIGHT + 2} role="group"
     aria-label=${`${deviceName(device)}, ${device.name}: ${bytes(device.used)} of ${bytes(device.total)} used`}>
     <rect class="track" x="0.5" y=${LABELS + 0.5} width=${Math.max(1, total - 1)} height=${HEIGHT} />
@@ -81,7 +85,7 @@ export function Bar({ device, scale, width, isPlan = false, dim = "", focusAt = 
       html`<${Block} placed=${placed} place=${places[number]} perByte=${perByte} isPlan=${isPlan}
         isFaint=${dim !== "" && placed.block.model !== dim} isReached=${number === focusAt}
         isChosen=${number === chosen} number=${number} on=${on}
-        room=${(places[number + 1].width > 0 || number + 1 < layout.blocks.length ? places[number + 1].x : width) - places[number].x} />`,
+        room=${endOf(number) - places[number].x} />`,
     )}
     <line class="end" x1=${total} x2=${total} y1=${LABELS - 3} y2=${LABELS + HEIGHT + 2} />
   </svg>`;

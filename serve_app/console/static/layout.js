@@ -26,8 +26,10 @@ export function modelName(block) {
 // Returns {blocks, foreign, end} of a device. Each of `blocks` has {block, start, planned, held, size, fills}, and a fill
 // is {part, start, size}. A block is as long as the larger of what it holds and what was planned for it, so that the
 // outline of the plan and the fill can be compared.
+// In a plan, what is in use already lies before the blocks, and otherwise what other processes hold lies after them.
 export function layoutOf(device, isPlan = false) {
-  let at = 0;
+  const others = device.foreign ?? 0;
+  let at = isPlan ? others : 0;
   const blocks = device.blocks.map((block) => {
     const planned = block.planned ?? 0;
     const held = block.held ?? 0;
@@ -36,8 +38,8 @@ export function layoutOf(device, isPlan = false) {
     at += size;
     return placed;
   });
-  const foreign = { start: at, size: device.foreign ?? 0 };
-  return { blocks, foreign, end: at + foreign.size };
+  const foreign = { start: isPlan ? 0 : at, size: others };
+  return { blocks, foreign, end: isPlan ? at : at + others };
 }
 
 // Returns what fills a block, one part after the other. What the parts do not explain comes last.
