@@ -190,8 +190,12 @@ class ServedConsole:
         self._tell()
 
     def _close_strangers(self) -> None:
-        """Ends the streams of keys that are gone or may use other models now. Their pages ask again with the key."""
+        """Ends the streams of keys that are gone or may use other models now, and all once the console is switched off.
+        Their pages ask again, with the key."""
         source = self.parts.gate.source
+        if not is_on(self.parts.config(), self.parts.is_loopback, source.is_open):
+            for page in self._feed:
+                page.end()
         if source.is_open or not len(self._feed):
             return
         known = {key.sha256: key for key in source.refresh().keys}

@@ -17,8 +17,8 @@ Kind = Literal[
 MOST_EVENTS = 200
 # A text with more characters is cut.
 MOST_TEXT = 500
-# Refused requests are told at this interval in seconds.
-REFUSED_EVERY_S = 10.0
+# What happens to many requests is told at this interval in seconds.
+JOINED_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -165,29 +165,39 @@ def _replicas(count: int) -> str:
     return f"{count} replica{'' if count == 1 else 's'}"
 
 
-class Refusals:
-    """Joins refused requests, so that a flood of them is no flood of events: the first one is told at once, and the
-    others of the same model and code each `REFUSED_EVERY_S`, with their number."""
+class Joined:
+    """Joins what happens to many requests, so that a flood of them is no flood of events: the first one is told at
+    once, and the others of the same kind, model and code each `JOINED_EVERY_S`, with their number."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], int] = {}
-        self._told_at: dict[tuple[str, str], float] = {}
+        self._counts: dict[tuple[Kind, str, str], int] = {}
+        self._told_at: dict[tuple[Kind, str, str], float] = {}
 
-    def add(self, model: str, code: str) -> None:
-        """Counts a refused request."""
-        if len(self._counts) < MOST_EVENTS or (model, code) in self._counts:
-            self._counts[model, code] = self._counts.get((model, code), 0) + 1
+    def add(self, kind: Kind, model: str, code: str = "") -> None:
+        """Counts a request. `code` says why it was refused."""
+        what = kind, model, code
+        if len(self._counts) < MOST_EVENTS or what in self._counts:
+            self._counts[what] = self._counts.get(what, 0) + 1
 
     def due(self, now: float) -> list[Happened]:
         """Returns the events that are due."""
-        self._told_at = {what: at for what, at in self._told_at.items() if now - at < REFUSED_EVERY_S}
+        self._told_at = {what: at for what, at in self._told_at.items() if now - at < JOINED_EVERY_S}
         due = {what: count for what, count in self._counts.items() if what not in self._told_at}
         for what in due:
             del self._counts[what]
             self._told_at[what] = now
-        return [_refused(model, code, count) for (model, code), count in due.items()]
+        return [Happened(kind, model, _joined(kind, model, code, count)) for (kind, model, code), count in due.items()]
 
 
-def _refused(model: str, code: str, count: int) -> Happened:
-    what = "1 request was" if count == 1 else f"{count} requests were"
-    return Happened("refused", model, f"{what} refused{f' for {model}' if model else ''} ({code}).")
+def _joined(kind: Kind, model: str, code: str, count: int) -> str:
+    many = count != 1
+    whose = f" for {model}" if model else ""
+    requests = f"{count} requests{whose} were" if many else f"1 request{whose} was"
+    if kind == "refused":
+        return f"{requests} refused ({code})."
+    if kind == "retried":
+        return f"{requests} sent again, because {'their' if many else 'its'} replica was lost."
+    if kind == "resumed":
+        streams = f"{count} streams of {model} go on" if many else f"1 stream of {model} goes on"
+        return f"{streams} at another replica, because {'their' if many else 'its'} replica was lost."
+    return f"{count} answer{'s' if many else ''} of {model} ended with an error, because a replica was lost."

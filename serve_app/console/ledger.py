@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from serve_app.console.events import Event, EventLog, Happened, Kind, Refusals, model_events, residency_events
+from serve_app.console.events import Event, EventLog, Happened, Joined, Kind, model_events, residency_events
 from serve_app.console.prompts import prompt_of
 from serve_app.console.requests import MOST_REQUESTS, RequestLog, Row, is_error
 from serve_app.console.shared import OtherRouter, Record, rings_of_all
 from serve_app.console.snapshot import Queued
 from serve_app.console.traffic import Rings, Traffic
+from serve_app.errors import ModelUnavailable
 from serve_app.router.console import RouterParts
 from serve_app.router.exchange import Exchange
 from serve_app.router.model_status import ModelStatus
@@ -43,7 +44,7 @@ class Ledger:
         self._heard: dict[str, float] = {}
         self._other_rows: dict[int, tuple[int, Row]] = {}
         self._other_revision = 0
-        self._refusals = Refusals()
+        self._joined = Joined()
         self._residency: Mapping[str, Sequence[str]] = {}
         self._is_known = False
         self._seen_at: dict[str, float] = {}
@@ -61,13 +62,11 @@ class Ledger:
 
     def retried(self, exchange: Exchange) -> None:
         """Notes that a request is sent again."""
-        model = exchange.record.model
-        self.own("retried", model, f"A replica of {model} was lost before it answered. The request is sent again.")
+        self._joined.add("retried", exchange.record.model)
 
     def resumed(self, exchange: Exchange) -> None:
         """Notes that another replica continues a stream."""
-        model = exchange.record.model
-        self.own("resumed", model, f"A replica of {model} was lost during an answer, and another one goes on with it.")
+        self._joined.add("resumed", exchange.record.model)
 
     def ended(self, exchange: Exchange) -> None:
         """Notes that a request is over."""
@@ -81,12 +80,13 @@ class Ledger:
             self.traffic.ended(now, row.model, is_error(exchange), first)
             self.traffic.made(now, row.model, running.tokens(is_over=True))
         if row.outcome == "refused":
-            model = "" if row.model == UNKNOWN else row.model
-            self._refusals.add(model, row.error_code or str(row.status))
+            self._joined.add("refused", "" if row.model == UNKNOWN else row.model, row.error_code or str(row.status))
+        elif row.outcome == "failed" and row.error_code == ModelUnavailable.code:
+            self._joined.add("lost", row.model)
 
     def refused(self, status: int) -> None:
         """Notes a request that the door refused."""
-        self._refusals.add("", str(status))
+        self._joined.add("refused", "", str(status))
 
     def own(self, kind: Kind, model: str, text: str) -> None:
         """Adds an event that no other router sees, so that it is told to them."""
@@ -108,7 +108,7 @@ class Ledger:
             self.add(model_events(self.models, models))
             self.add(residency_events(self._residency, residency))
         self.models, self._residency, self._is_known = models, residency, True
-        for happened in self._refusals.due(now):
+        for happened in self._joined.due(now):
             self.own(happened.kind, happened.model, happened.text)
         self._seen_at |= dict.fromkeys(models, now)
         self._seen_at = {name: at for name, at in self._seen_at.items() if now - at < KEPT_S}

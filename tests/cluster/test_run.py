@@ -141,7 +141,7 @@ def test_the_state_of_the_console_is_as_the_document_says(served: ServeAppRun) -
     schema = {"$ref": "#/components/schemas/ConsoleState", "components": document["components"]}
     jsonschema.Draft202012Validator(schema).validate(state)
     blocks = [block for node in state["nodes"] for device in node["devices"] for block in device["blocks"]]
-    assert [block["model"] for block in blocks] == ["scaling"]
+    assert {block["model"] for block in blocks} == {"scaling"}  # A second replica may still stop.
     assert {model["name"] for model in state["models"]} == {"broken", "scaling"}
 
 

@@ -322,3 +322,15 @@ async def test_what_happened_while_nobody_looked_is_not_told_as_if_it_were_new()
         await console.watch.read()
         told.append([event.kind for event in console.ledger.events.since()])
     assert told == [[], [], ["started"], ["started", "lost"]]
+
+
+async def test_streams_end_when_the_console_is_switched_off() -> None:
+    """Which `user_config` does while the router runs."""
+    console, app = console_app(open_gate())
+    stream = Stream(app)
+    await stream.next()
+    console.parts.forwarder.config = RouterConfig(console=False)
+    await console.tick()
+    async with asyncio.timeout(5):
+        await stream.task
+    assert await status_of(app, {}) == 404

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from serve_app.console.events import (
+    JOINED_EVERY_S,
     MOST_EVENTS,
-    REFUSED_EVERY_S,
     EventLog,
-    Refusals,
+    Joined,
     cluster_events,
     model_events,
     residency_events,
@@ -102,21 +102,40 @@ def test_models_that_swap_are_told_of() -> None:
 
 def test_a_flood_of_refusals_is_one_event_for_each_model_and_code() -> None:
     """And names that clients invent do not make it grow."""
-    refusals = Refusals()
-    refusals.add("m", "overloaded")
-    assert [each.text for each in refusals.due(100.0)] == ["1 request was refused for m (overloaded)."]
+    joined = Joined()
+    joined.add("refused", "m", "overloaded")
+    assert [each.text for each in joined.due(100.0)] == ["1 request for m was refused (overloaded)."]
     for _ in range(1000):
-        refusals.add("m", "overloaded")
-    refusals.add("", "401")
-    assert [(each.model, each.text) for each in refusals.due(101.0)] == [("", "1 request was refused (401).")]
-    assert refusals.due(100.0 + REFUSED_EVERY_S - 1) == []
-    assert [each.text for each in refusals.due(100.0 + REFUSED_EVERY_S)] == [
-        "1000 requests were refused for m (overloaded)."
+        joined.add("refused", "m", "overloaded")
+    joined.add("refused", "", "401")
+    assert [(each.model, each.text) for each in joined.due(101.0)] == [("", "1 request was refused (401).")]
+    assert joined.due(100.0 + JOINED_EVERY_S - 1) == []
+    assert [each.text for each in joined.due(100.0 + JOINED_EVERY_S)] == [
+        "1000 requests for m were refused (overloaded)."
     ]
-    assert refusals.due(200.0) == []
+    assert joined.due(200.0) == []
     for number in range(10 * MOST_EVENTS):
-        refusals.add(f"m{number}", "overloaded")
-    assert len(refusals.due(400.0)) == MOST_EVENTS
+        joined.add("refused", f"m{number}", "overloaded")
+    assert len(joined.due(400.0)) == MOST_EVENTS
+
+
+def test_a_death_with_many_streams_is_no_flood() -> None:
+    """There is an event for those that go on, one for those that are sent again, and one for those that ended."""
+    joined = Joined()
+    for _ in range(300):
+        for kind in ("resumed", "retried", "lost"):
+            joined.add(kind, "m")  # type: ignore[arg-type]
+    assert [(each.kind, each.text) for each in joined.due(100.0)] == [
+        ("resumed", "300 streams of m go on at another replica, because their replica was lost."),
+        ("retried", "300 requests for m were sent again, because their replica was lost."),
+        ("lost", "300 answers of m ended with an error, because a replica was lost."),
+    ]
+    joined.add("resumed", "n")
+    joined.add("retried", "n")
+    assert [each.text for each in joined.due(100.5)] == [
+        "1 stream of n goes on at another replica, because its replica was lost.",
+        "1 request for n was sent again, because its replica was lost.",
+    ]
 
 
 def test_the_log_keeps_the_last_events() -> None:

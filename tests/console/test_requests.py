@@ -114,6 +114,7 @@ async def test_a_lost_replica_is_an_event_at_once() -> None:
 
     watched = Watched(Models(m=reply))
     assert (await watched.ask()).status_code == 200
+    await watched.ledger.tick()
     assert [(event.kind, event.model) for event in watched.ledger.events.since()] == [("retried", "m")]
     assert [(row.retries, row.outcome) for row in watched.rows()] == [(1, "ok")]
 
