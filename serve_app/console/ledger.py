@@ -73,16 +73,16 @@ class Ledger:
         found = self.requests.ended(exchange)
         if found is None:
             return
-        running, row = found
-        now = self._clock()
-        if row.model != UNKNOWN:
+        running, outcome = found
+        now, model, code = self._clock(), exchange.record.model, exchange.downstream.error_code
+        if model != UNKNOWN:
             first = exchange.timing.to_first_s if exchange.timing.first else None
-            self.traffic.ended(now, row.model, is_error(exchange), first)
-            self.traffic.made(now, row.model, running.tokens(is_over=True))
-        if row.outcome == "refused":
-            self._joined.add("refused", "" if row.model == UNKNOWN else row.model, row.error_code or str(row.status))
-        elif row.outcome == "failed" and row.error_code == ModelUnavailable.code:
-            self._joined.add("lost", row.model)
+            self.traffic.ended(now, model, is_error(exchange), first)
+            self.traffic.made(now, model, running.tokens(is_over=True))
+        if outcome == "refused":
+            self._joined.add("refused", "" if model == UNKNOWN else model, code or str(exchange.downstream.status))
+        elif outcome == "failed" and code == ModelUnavailable.code:
+            self._joined.add("lost", model)
 
     def refused(self, status: int) -> None:
         """Notes a request that the door refused."""

@@ -8,11 +8,12 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from serve_app.router.exchange import Exchange
+from serve_app.wire.usage import Usage
 
 MOST_REQUESTS = 200
 MOST_PROMPT_CHARACTERS = 2000
@@ -71,6 +72,25 @@ class Running:
         return new
 
 
+class Ended:
+    """This is a request that is over. What is shown of it is taken from its exchange at once, which must not be kept.
+    It is made into a row only if somebody looks."""
+
+    __slots__ = ("_facts", "_row", "outcome")
+
+    def __init__(self, running: Running):
+        self._facts = _facts(running)
+        self.outcome = outcome_of(running.exchange)
+        self._row: Row | None = None
+
+    @property
+    def row(self) -> Row:
+        """Returns it as it is shown."""
+        if self._row is None:
+            self._row = _row(self._facts, self.outcome)
+        return self._row
+
+
 class RequestLog:
     """Keeps the last `MOST_REQUESTS` requests by their ids. `router` is the router's name."""
 
@@ -78,7 +98,7 @@ class RequestLog:
         self._clock = clock
         self._place = zlib.crc32(router.encode()) % ID_STEP
         self._last_id = 0
-        self._rows: OrderedDict[int, Running | Row] = OrderedDict()
+        self._rows: OrderedDict[int, Running | Ended] = OrderedDict()
         self._revisions: dict[int, int] = {}
         self._running: dict[int, Running] = {}
         self.revision = 0
@@ -100,16 +120,16 @@ class RequestLog:
         """Returns a request that runs."""
         return self._running.get(id(exchange))
 
-    def ended(self, exchange: Exchange) -> tuple[Running, Row] | None:
-        """Notes that a request is over, and returns it with its last row, or None if it did not begin here."""
+    def ended(self, exchange: Exchange) -> tuple[Running, Outcome] | None:
+        """Notes that a request is over, and returns it with its outcome, or None if it did not begin here."""
         running = self._running.pop(id(exchange), None)
         if running is None:
             return None
-        row = row_of(running, is_over=True)
+        ended = Ended(running)
         if running.id in self._rows:
-            self._rows[running.id] = row
+            self._rows[running.id] = ended
             self._changed(running.id)
-        return running, row
+        return running, ended.outcome
 
     def running(self) -> Collection[Running]:
         """Returns all requests that run, also those that are too old to be shown."""
@@ -119,12 +139,12 @@ class RequestLog:
         """Returns the requests that are new or have changed since a `revision`, the oldest first."""
         for number, kept in self._rows.items():
             if isinstance(kept, Running):
-                row = row_of(kept, is_over=False)
+                row = _row(_facts(kept), "running")
                 if row != kept.row:
                     kept.row = row
                     self._changed(number)
         changed = (kept for number, kept in self._rows.items() if self._revisions[number] > since)
-        rows = (kept.row if isinstance(kept, Running) else kept for kept in changed)
+        rows = (kept.row for kept in changed)
         return [row for row in rows if row is not None]
 
     def _changed(self, number: int) -> None:
@@ -132,30 +152,72 @@ class RequestLog:
         self._revisions[number] = self.revision
 
 
-def row_of(running: Running, is_over: bool) -> Row:
-    """Returns a request as it is shown now."""
+class _Facts(NamedTuple):
+    """These are the values of a request that a row is made of."""
+
+    id: int
+    time: float
+    request_id: str
+    path: str
+    model: str
+    key: str | None
+    retries: int
+    resumes: int
+    status: int
+    error_code: str | None
+    streamed: bool
+    usage: Usage
+    queued_s: float | None
+    first_s: float | None
+    total_ms: float
+    prompt: str
+
+
+def _facts(running: Running) -> _Facts:
     exchange = running.exchange
     record, timing, downstream = exchange.record, exchange.timing, exchange.downstream
-    usage = downstream.meter.usage
+    return _Facts(
+        running.id,
+        running.time,
+        record.request_id[:MOST_TEXT],
+        record.path[:MOST_TEXT],
+        record.model,
+        record.key,
+        record.retries,
+        record.resumes,
+        downstream.status,
+        downstream.error_code,
+        downstream.meter.is_stream,
+        downstream.meter.usage,
+        timing.queued_s if timing.sent and timing.read else None,
+        timing.to_first_s if timing.first else None,
+        timing.total_ms,
+        running.prompt,
+    )
+
+
+def _row(facts: _Facts, outcome: Outcome) -> Row:
+    """Returns a request as it is shown. Its total time and its tokens are known once it is over."""
+    is_over, usage = outcome != "running", facts.usage
     return Row(
-        id=running.id,
-        request_id=record.request_id[:MOST_TEXT],
-        time=round(running.time, 3),
-        model=record.model,
-        path=record.path[:MOST_TEXT],
-        status=downstream.status or None,
-        outcome=outcome_of(exchange) if is_over else "running",
-        error_code=downstream.error_code,
-        key=record.key,
-        streamed=downstream.meter.is_stream,
-        retries=record.retries,
-        resumes=record.resumes,
-        queue_ms=round(1000 * timing.queued_s, 1) if timing.sent and timing.read else None,
-        first_ms=round(1000 * timing.to_first_s, 1) if timing.first else None,
-        total_ms=timing.total_ms if is_over else None,
+        id=facts.id,
+        request_id=facts.request_id,
+        time=round(facts.time, 3),
+        model=facts.model,
+        path=facts.path,
+        status=facts.status or None,
+        outcome=outcome,
+        error_code=facts.error_code,
+        key=facts.key,
+        streamed=facts.streamed,
+        retries=facts.retries,
+        resumes=facts.resumes,
+        queue_ms=None if facts.queued_s is None else round(1000 * facts.queued_s, 1),
+        first_ms=None if facts.first_s is None else round(1000 * facts.first_s, 1),
+        total_ms=facts.total_ms if is_over else None,
         prompt_tokens=(usage.prompt or None) if is_over else None,
         completion_tokens=(usage.completion or None) if is_over else None,
-        prompt=running.prompt or msgspec.UNSET,
+        prompt=facts.prompt or msgspec.UNSET,
     )
 
 

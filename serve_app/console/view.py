@@ -83,7 +83,7 @@ class Seen:
 
 def names_any(text: str, names: Collection[str]) -> bool:
     """Returns whether a text has one of these names in it. A short name counts only as a word of its own."""
-    return any(
+    return bool(text) and any(
         name in text and (len(name) > 3 or re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", text)) for name in names
     )
 

@@ -16,6 +16,8 @@ from serve_app.config import ModelConfig
 from serve_app.engines.pt.engine import PtEngine
 from serve_app.router import dispatcher, suspicion
 from serve_app.router import resume as resume_module
+from serve_app.router.exchange import Exchange
+from serve_app.router.observer import Nobody, Observer
 from serve_app.router.suspicion import Death, Suspect
 from serve_app.router.transcript import CannotResume, Transcript, WholeEvents, kind_of
 from serve_app.router.upstream.protocol import ReplicaLost
@@ -120,9 +122,23 @@ async def engine() -> AsyncIterator[ASGIApp]:
     await running.stop()
 
 
-async def stream(replicas: Replicas, path: str, body: dict[str, Any], **config: Any) -> list[Any]:
+class Resumes(Nobody):
+    """Counts how often a stream went on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def resumed(self, exchange: Exchange) -> None:
+        """Counts it."""
+        self.count += 1
+
+
+async def stream(
+    replicas: Replicas, path: str, body: dict[str, Any], observer: Observer | None = None, **config: Any
+) -> list[Any]:
     """The events that a client gets."""
-    _, app = router_app(ModelsFake(demo="ready"), replicas, **{"max_retries": 5, **config})
+    forwarder, app = router_app(ModelsFake(demo="ready"), replicas, **{"max_retries": 5, **config})
+    forwarder.observer = observer or forwarder.observer
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as session:
         reply = await session.post(path, json=body)
@@ -167,10 +183,13 @@ async def test_a_stream_goes_on_wherever_it_was_cut(
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_several_losses_in_one_stream(engine: ASGIApp) -> None:
-    """Each one goes on where the last one stopped."""
-    expected = text_of(await stream(Replicas(engine, []), "/v1/completions", TEXT))
-    events = await stream(Replicas(engine, [3, 2, 4, 1]), "/v1/completions", TEXT)
+    """Each one goes on where the last one stopped, and the console is told of each."""
+    observer = Resumes()
+    expected = text_of(await stream(Replicas(engine, []), "/v1/completions", TEXT, observer))
+    assert observer.count == 0
+    events = await stream(Replicas(engine, [3, 2, 4, 1]), "/v1/completions", TEXT, observer)
     assert text_of(events) == expected
+    assert observer.count == 4
 
 
 @pytest.mark.asyncio(loop_scope="module")
