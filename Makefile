@@ -61,7 +61,9 @@ upgrade-check: install
 model: install
 	.venv/bin/python -m serve_app.demo.train
 
-# Draws the plan in README.md again. An empty cache keeps this machine's calibrations out of it.
+# Draws the plan in README.md again. An empty cache keeps this machine's calibrations out of it. Then it takes the pictures
+# of the console, of the real demo.
 picture: install
 	SERVE_APP_CACHE=$$(mktemp -d) .venv/bin/serve-app plan docs/images/plan.yaml --gpus RTX3090,RTX3090,RTX3080 \
 		--svg docs/images/plan.svg
+	.venv/bin/python -m scripts.console_picture

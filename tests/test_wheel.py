@@ -31,5 +31,9 @@ def test_the_wheel_carries_the_demo_the_configs_and_the_commands(tmp_path: Path)
         (commands,) = [archive.read(name).decode() for name in held if name.endswith("entry_points.txt")]
     assert held["serve_app/demo/model/model.safetensors"].file_size > 3_000_000
     assert {"serve_app/py.typed", "serve_app/demo/questions.json"} <= held.keys()
+    page = {
+        f"serve_app/console/static/{name}" for name in ("index.html", "app.js", "style.css", "vendor/htm-preact.js")
+    }
+    assert page | {"serve_app/console/static/vendor/LICENSE.preact.txt"} <= held.keys()
     assert "serve-app = serve_app.cli.main:main" in commands
     assert "serve-app-haproxy = serve_app.cli.haproxy:main" in commands

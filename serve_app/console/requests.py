@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from serve_app.errors import ClientGone
 from serve_app.router.exchange import Exchange
 from serve_app.wire.usage import Usage
 
@@ -226,9 +225,9 @@ def outcome_of(exchange: Exchange) -> Outcome:
     """Returns how a request ended. It was refused if it was answered by an error below 500, or before a replica was
     sent it."""
     downstream = exchange.downstream
-    code = downstream.error_status or downstream.status
-    if code == ClientGone.status:
+    if downstream.has_left:
         return "left"
+    code = downstream.error_status or downstream.status
     if code < 400:
         return "ok"
     return "refused" if code < 500 or not exchange.timing.sent else "failed"

@@ -227,7 +227,7 @@ def _model(
     args = snapshot.args.get(status.application, {})
     report = next((each.report for each in (() if view is None else view.replicas) if each.report is not None), None)
     is_own = not parent
-    model = report.model if report is not None else str(args.get("model") or "")
+    model = str(args.get("model") or ("" if report is None else report.model))
     message = status.message if view is None or parent else view.error or status.message
     return {
         "name": name,

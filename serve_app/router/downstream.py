@@ -30,8 +30,9 @@ class Downstream:
     """This is the answer to one client, as far as it has been sent.
 
     `status` is 0 until the head is sent. `error_status` and `error_code` say what went wrong, even after the head.
-    `pieces` counts the pieces of the body. `wants_comments` means that the client asked for comments while it waits,
-    and `is_early` that the head was sent with the first such comment.
+    `has_left` says that the client was gone before the end. `pieces` counts the pieces of the body. `wants_comments`
+    means that the client asked for comments while it waits, and `is_early` that the head was sent with the first such
+    comment.
     """
 
     def __init__(self, send: Send, timing: Timing, path: str = ""):
@@ -41,7 +42,7 @@ class Downstream:
         self._extra_headers: Headers = ()
         self.meter = UsageMeter()
         self.wants_comments = False
-        self.is_early = False
+        self.is_early = self.has_left = False
         self.status = self.error_status = self.pieces = 0
         self.error_code: str | None = None
 
@@ -102,7 +103,7 @@ class Downstream:
         """Reports an error in the way that is left: as an answer before the head, and as an event if the head was sent
         with comments. Later it raises the error, so that the client sees a broken connection."""
         if isinstance(error, ClientGone):
-            self.status = error.status
+            self.has_left, self.status = True, error.status
             return
         if self.is_early and not self.pieces:
             await self.end_with_error(error)
@@ -119,7 +120,7 @@ class Downstream:
 
     def left(self) -> None:
         """Notes that the client has gone, or that Serve has abandoned its request."""
-        self.status = self.status or ClientGone.status
+        self.has_left, self.status = True, self.status or ClientGone.status
 
     def _times(self) -> bytes:
         return f": server-timing {self._timing.header()}\n\n".encode()

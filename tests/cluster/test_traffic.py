@@ -5,8 +5,9 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,12 +15,15 @@ import aiohttp
 import httpx
 import psutil
 import pytest
+from playwright.sync_api import Page, expect
 
+from tests.browser import Watched, chromium
 from tests.cluster import counting, faults, hostile
 from tests.cluster.contract import HEADERS, KEY, document_of, without_key
 from tests.cluster.mortal import MortalServe
 from tests.cluster.serve_run import ServeRun
 from tests.cluster.storm import Trouble, ask, body_of, storm
+from tests.demo_answers import ANSWERS, QUESTIONS
 
 
 @pytest.fixture
@@ -272,6 +276,104 @@ async def test_streams_survive_the_death_of_their_replicas(serve: MortalServe) -
     told = await storm(serve, "mortal", requests=400, clients=32, trouble=trouble, headers=HEADERS)
     assert told["outcomes"] == {"right": 400}
     assert told["kills"] == 2
+
+
+def test_the_console_sees_a_killed_replica_at_once_and_the_answers_go_on(serve: MortalServe) -> None:
+    """It shows nothing without the right key. With it, a killed replica is an event within 5 s, and the answers of both
+    panes are those of an undisturbed run."""
+    question = max(QUESTIONS, key=lambda each: len(ANSWERS[each]))
+    with busy_clients(serve, 6), chromium() as browser:
+        watched = Watched(browser, serve.url)
+        watched.expected = ("status of 401",)
+        page = watched.open()
+        sign_in(page, "sk-wrong")
+        expect(page.get_by_role("alert")).to_contain_text("does not accept this key")
+        sign_in(page, KEY)
+        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        watched.show("playground")
+        page.get_by_role("button", name="Two side by side").click()
+        for letter in "AB":
+            pane = page.get_by_role("region", name=f"Pane {letter}")
+            pane.get_by_label(f"Model {letter}").select_option("mortal")
+            pane.get_by_text("Parameters").click()
+            pane.get_by_label("Temperature").fill("0")
+        page.locator("#draft").fill(question)
+        answers = page.locator(".answer")
+        pids = serve.living()
+        with slowed(pids):
+            page.keyboard.press("Enter")
+            expect(answers).to_have_count(2)
+            before = page.get_by_role("log").inner_text()
+            begun = answers.all_inner_texts()
+            os.kill(min(pids), signal.SIGKILL)
+            killed = time.monotonic()
+        assert all(len(text) < len(ANSWERS[question]) for text in begun), begun
+        expect(page.get_by_role("log")).not_to_have_text(before, timeout=5_000)
+        assert time.monotonic() - killed < 5
+        told = page.get_by_role("log").inner_text()
+        assert "mortal" in told, told
+        assert "was lost" in told, told
+        expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=60_000)
+        assert answers.all_inner_texts() == [ANSWERS[question]] * 2
+        watched.show("requests")
+        expect(page.locator("#panel-requests tbody tr", has_text="resumed 1×")).not_to_have_count(0)
+        watched.close()
+
+
+def sign_in(page: Page, key: str) -> None:
+    """By the form."""
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+
+
+@contextlib.contextmanager
+def slowed(pids: set[int]) -> Iterator[None]:
+    """These processes stand still most of the time meanwhile, so that a short answer takes seconds."""
+    is_over = threading.Event()
+
+    def send(number: signal.Signals) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def hold() -> None:
+        while not is_over.is_set():
+            send(signal.SIGSTOP)
+            is_over.wait(0.2)
+            send(signal.SIGCONT)
+            is_over.wait(0.02)
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        send(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def busy_clients(serve: MortalServe, clients: int) -> Iterator[None]:
+    """Clients that stream one answer after the other meanwhile, in threads, for a test that is not async."""
+    is_over = threading.Event()
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=serve.url, timeout=120, headers=HEADERS) as client:
+            while not is_over.is_set():
+                path, body = body_of(number, "mortal")
+                client.post(path, json=body)
+                number += clients
+
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join(60)
 
 
 def test_a_killed_serve_run_leaves_no_process_behind(mortal: MortalServe) -> None:

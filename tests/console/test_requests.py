@@ -94,6 +94,16 @@ async def test_refused_and_failed_requests_are_told_apart() -> None:
     assert set(told) == {"m", "failed", "full", ""}
 
 
+async def test_a_client_that_leaves_a_stream_has_left() -> None:
+    """Also after the head with its status, whether the client's end or Serve's cancels the request."""
+    watched = Watched(Models(m=says(TOKEN, 5.0, TOKEN, DONE)))
+    task = asyncio.create_task(watched.ask(stream=True))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert [(row.status, row.outcome) for row in watched.rows()] == [(200, "left")]
+
+
 async def test_a_lost_replica_is_an_event_at_once() -> None:
     """Serve's own status lags behind."""
     answers = iter([ReplicaLost("gone"), None])

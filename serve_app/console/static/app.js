@@ -1,0 +1,228 @@
+// The page as a whole: who is signed in, the connection, the tabs, and the line of sums above them.
+
+import { Component, html, render } from "./vendor/htm-preact.js";
+import { setKey, hasKey } from "./api.js";
+import { Patterns } from "./bar.js";
+import { Events } from "./events.js";
+import { bytes, clock, number } from "./format.js";
+import { isGpu, totals } from "./layout.js";
+import { Live } from "./live.js";
+import { Memory, keyed } from "./memory.js";
+import { Models } from "./models.js";
+import { Playground } from "./playground.js";
+import { Requests } from "./requests.js";
+import { withDelta } from "./state.js";
+import { WhatIf } from "./what_if.js";
+
+const TABS = [
+  ["memory", "Memory", Memory],
+  ["models", "Models", Models],
+  ["playground", "Playground", Playground],
+  ["what-if", "What if", WhatIf],
+  ["requests", "Requests", Requests],
+  ["events", "Events", Events],
+];
+// What was typed into these stays while another tab is open.
+const KEPT = new Set(["playground", "what-if"]);
+const THEMES = { system: "System colours", light: "Light", dark: "Dark" };
+const THEME = "serve-app-theme";
+// Events that are read out at one time.
+const READ_OUT = 3;
+
+class App extends Component {
+  constructor(props) {
+    super(props);
+    const theme = remembered();
+    setTheme(theme);
+    this.state = { tab: tabOfUrl(), seen: null, link: { isUp: false, since: null, error: null }, refusal: null, news: "", theme };
+    this.live = new Live({
+      onState: (seen) => this.setState({ seen: { ...seen, nodes: keyed(seen.nodes) }, refusal: null, wasTried: false }),
+      onDelta: (delta) => this.take(delta),
+      onLink: (link) => this.setState({ link }),
+      onRefused: (refusal) => this.setState({ refusal, seen: null }),
+    });
+    this.onHash = () => this.setState({ tab: tabOfUrl() });
+  }
+
+  componentDidMount() {
+    window.addEventListener("hashchange", this.onHash);
+    this.live.start();
+  }
+
+  componentWillUnmount() {
+    window.removeEventListener("hashchange", this.onHash);
+    this.live.stop();
+  }
+
+  take(delta) {
+    if (this.state.seen === null) return;
+    if (delta.nodes) keyed(delta.nodes);
+    const known = Math.max(0, ...this.state.seen.events.map((event) => event.id));
+    const news = (delta.events || []).filter((event) => event.id > known).map((event) => event.text);
+    this.setState({ seen: withDelta(this.state.seen, delta) });
+    if (!news.length) return;
+    const more = news.length > READ_OUT ? [`There are ${news.length - READ_OUT} more events.`] : [];
+    this.setState({ news: [...news.slice(-READ_OUT), ...more].join(" ") });
+  }
+
+  signIn(key) {
+    setKey(key);
+    this.live.stop();
+    this.setState({ refusal: null, wasTried: true });
+    this.live.start();
+  }
+
+  signOut() {
+    this.live.stop();
+    setKey(null);
+    this.setState({ seen: null, refusal: null, wasTried: false, news: "" });
+    this.live.start();
+  }
+
+  open(tab) {
+    history.replaceState(null, "", `#${tab}`);
+    this.setState({ tab });
+    document.getElementById(`tab-${tab}`).scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+
+  render(_, { tab, seen, link, refusal, news, theme, wasTried }) {
+    return html`<${Patterns} />
+      <a class="skip" href="#main" onClick=${skip}>Skip to the content</a>
+      <header class="top">
+        <h1>serve-app <span class="dim">${seen ? seen.version : "console"}</span></h1>
+        ${seen && html`<${Sums} state=${seen} />`}
+        <span class="grow"></span>
+        <${Link} link=${link} isIn=${seen !== null} />
+        ${seen?.access.keys && html`<span class="dim who">${seen.access.key}${seen.access.is_admin ? " (admin)" : ""}</span>`}
+        ${hasKey() && seen && html`<button type="button" class="small" onClick=${() => this.signOut()}>Sign out</button>`}
+        <label class="inline theme"><span class="hidden">Colours</span>
+          <select value=${theme} onChange=${(event) => this.paint(event.target.value)}>
+            ${Object.entries(THEMES).map(([name, title]) => html`<option value=${name}>${title}</option>`)}
+          </select></label>
+      </header>
+      <div class="hidden" role="log" aria-live="polite" aria-label="New events">${news}</div>
+      ${refusal
+        ? html`<main id="main" tabindex="-1"><${Refused} refusal=${refusal} wasTried=${wasTried} signIn=${(key) => this.signIn(key)} retry=${() => this.signOut()} /></main>`
+        : seen
+          ? html`<${Tabs} tab=${tab} open=${(name) => this.open(name)} state=${seen} />
+              <main id="main" tabindex="-1">
+                ${link.isUp ? null : html`<${Down} link=${link} />`}
+                ${TABS.map(([name, , Section]) => html`<div key=${name} id=${`panel-${name}`} role="tabpanel" aria-labelledby=${`tab-${name}`} hidden=${name !== tab}>
+                  ${(name === tab || KEPT.has(name)) && html`<${Section} state=${seen} />`}</div>`)}
+              </main>`
+          : html`<main id="main" tabindex="-1">${link.since === null ? html`<p class="empty">The page is connecting.</p>` : html`<${Down} link=${link} />`}</main>`}`;
+  }
+
+  paint(theme) {
+    setTheme(theme);
+    this.setState({ theme });
+  }
+}
+
+// The address keeps naming the tab, so the link moves the focus itself.
+function skip(event) {
+  event.preventDefault();
+  document.getElementById("main").focus();
+}
+
+function tabOfUrl() {
+  const name = location.hash.slice(1);
+  return TABS.some(([each]) => each === name) ? name : TABS[0][0];
+}
+
+// Only the colours are remembered in the browser. A browser may refuse to.
+function remembered() {
+  try {
+    const theme = localStorage.getItem(THEME);
+    return theme !== null && theme in THEMES ? theme : "system";
+  } catch {
+    return "system";
+  }
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  try {
+    localStorage.setItem(THEME, theme);
+  } catch {
+    // The choice lasts as long as the page.
+  }
+}
+
+function Tabs({ tab, open, state }) {
+  const failed = state.models.filter((model) => model.state === "failed").length;
+  const move = (event) => {
+    const at = TABS.findIndex(([name]) => name === tab);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1 + TABS.length, Home: 0, End: TABS.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    const [name] = TABS[to % TABS.length];
+    open(name);
+    document.getElementById(`tab-${name}`).focus();
+  };
+  return html`<nav class="sections" aria-label="Sections"><div class="tabs" role="tablist" aria-label="Sections" onKeyDown=${move}>
+    ${TABS.map(([name, title]) => html`<button type="button" role="tab" id=${`tab-${name}`} aria-controls=${`panel-${name}`}
+      aria-selected=${String(name === tab)} tabindex=${name === tab ? 0 : -1} onClick=${() => open(name)}>${title}
+      ${name === "models" && failed > 0 && html`<span class="tag warn">${failed} failed</span>`}</button>`)}
+  </div></nav>`;
+}
+
+// What matters of the whole cluster, in one line.
+function Sums({ state }) {
+  const devices = state.nodes.flatMap((node) => node.devices);
+  const gpus = devices.filter(isGpu);
+  const sum = totals(gpus.length ? gpus : devices);
+  const ready = state.models.filter((model) => model.state === "ready").length;
+  const add = (name) => Object.values(state.traffic.models).reduce((all, series) => all + ((series[name] || []).slice(-2)[0] ?? 0), 0);
+  const waiting = state.models.reduce((all, model) => all + (model.waiting || 0) + (model.held || 0), 0);
+  const facts = [
+    ["Models ready", `${ready}/${state.models.length}`],
+    [gpus.length ? "GPU memory used" : "Memory used", `${bytes(sum.used)} of ${bytes(sum.total)}`],
+    ["Requests/s", number(add("requests") / state.traffic.interval_s)],
+    ["Tokens/s", number(add("tokens_per_s"))],
+    ["Waiting", number(waiting)],
+  ];
+  return html`<dl class="sums">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd class="num">${value}</dd></div>`)}</dl>`;
+}
+
+function Link({ link, isIn }) {
+  if (link.isUp && isIn) return html`<span class="link good" role="status">Live</span>`;
+  return html`<span class="link bad" role="status">${link.since === null ? "Connecting" : `Not connected since ${clock(link.since / 1000)}`}</span>`;
+}
+
+function Down({ link }) {
+  const why = link.error?.status ? link.error.message : "The server does not answer.";
+  return html`<div class="problem"><strong>Not connected${link.since === null ? "" : ` since ${clock(link.since / 1000)}`}.</strong>
+    <p>${why} The page tries again by itself, and shows what it knew last.</p></div>`;
+}
+
+// The form for a key, or why there is nothing to see.
+class Refused extends Component {
+  send(event) {
+    event.preventDefault();
+    const field = event.target.elements.key;
+    const key = field.value.trim();
+    field.value = "";
+    if (key) this.props.signIn(key);
+  }
+
+  render({ refusal, wasTried, retry }) {
+    if (refusal.status !== 401) {
+      return html`<section class="panel sign-in"><h2>${refusal.status === 404 ? "The console is off" : "The server refuses this page"}</h2>
+        <p class="pre">${refusal.message}</p><button type="button" onClick=${retry}>Try again</button></section>`;
+    }
+    return html`<section class="panel sign-in">
+      <h2>Sign in</h2>
+      <p>This server needs an API key. The page keeps it in memory until you sign out, reload or close it.</p>
+      ${wasTried && html`<p class="problem" role="alert">The server does not accept this key.</p>`}
+      <form onSubmit=${(event) => this.send(event)}>
+        <label class="wide">API key<input name="key" type="password" autocomplete="off" required /></label>
+        <button type="submit" class="primary">Sign in</button>
+      </form>
+    </section>`;
+  }
+}
+
+const root = document.getElementById("app");
+root.replaceChildren();
+render(html`<${App} />`, root);

@@ -1,0 +1,48 @@
+// What has happened, the newest first.
+
+import { Component, html } from "./vendor/htm-preact.js";
+import { clock, date, plural } from "./format.js";
+import { Badge, Empty } from "./widgets.js";
+
+export class Events extends Component {
+  constructor(props) {
+    super(props);
+    this.state = { kind: "", model: "" };
+  }
+
+  render({ state }, { kind, model }) {
+    const kinds = [...new Set(state.events.map((event) => event.kind))].sort();
+    const names = [...new Set(state.events.map((event) => event.model).filter(Boolean))].sort();
+    const shown = state.events
+      .filter((event) => (!kind || event.kind === kind) && (!model || event.model === model))
+      .reverse();
+    return html`<div class="bar-row">
+        <h2>Events</h2>
+        <label class="inline">Kind
+          <select value=${kind} onChange=${(event) => this.setState({ kind: event.target.value })}>
+            <option value="">all</option>
+            ${kinds.map((name) => html`<option value=${name}>${name}</option>`)}
+          </select>
+        </label>
+        <label class="inline">Model
+          <select value=${model} onChange=${(event) => this.setState({ model: event.target.value })}>
+            <option value="">all</option>
+            ${names.map((name) => html`<option value=${name}>${name}</option>`)}
+          </select>
+        </label>
+        <span class="dim">${shown.length} of ${plural(state.events.length, "event")}</span>
+      </div>
+      ${shown.length === 0
+        ? html`<${Empty}>${state.events.length ? "No event is like this." : "Nothing has happened since the router started."}<//>`
+        : html`<ol class="panel events">${shown.map((event) => html`<${Line} key=${event.id} event=${event} />`)}</ol>`}`;
+  }
+}
+
+export function Line({ event }) {
+  return html`<li>
+    <time class="num dim" datetime=${new Date(1000 * event.time).toISOString()} title=${date(event.time)}>${clock(event.time)}</time>
+    <${Badge} state=${event.kind} />
+    <span class="name">${event.model}</span>
+    <span class="text">${event.text}</span>
+  </li>`;
+}

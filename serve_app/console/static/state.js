@@ -1,0 +1,62 @@
+// What the page knows: the whole state, and what deltas change of it. Every function here is pure.
+
+const SLOTS = 120;
+const KEPT = 200;
+
+// Returns the state with what a delta brings. Parts that are equal to the old ones stay the same objects, so that only
+// what has changed is drawn again.
+export function withDelta(state, delta) {
+  return {
+    ...state,
+    time: delta.time ?? state.time,
+    nodes: delta.nodes ? same(state.nodes, delta.nodes) : state.nodes,
+    models: delta.models ? same(state.models, delta.models) : state.models,
+    traffic: delta.traffic ? withTraffic(state.traffic, delta.traffic) : state.traffic,
+    events: merged(state.events, delta.events),
+    requests: merged(state.requests, delta.requests),
+  };
+}
+
+// Returns `next`, in which every part that is equal to one of `old` is the old one.
+export function same(old, next) {
+  if (old === next || typeof old !== "object" || typeof next !== "object" || old === null || next === null) return next;
+  if (Array.isArray(old) !== Array.isArray(next)) return next;
+  const keys = Object.keys(next);
+  let isSame = keys.length === Object.keys(old).length;
+  const made = Array.isArray(next) ? [] : {};
+  for (const key of keys) {
+    made[key] = same(old[key], next[key]);
+    if (made[key] !== old[key]) isSame = false;
+  }
+  return isSame ? old : made;
+}
+
+// Returns the series with the values of one slot. Slots in between, of which no value is known, are empty.
+function withTraffic(traffic, delta) {
+  const steps = Math.max(0, delta.slot - traffic.slot);
+  const models = {};
+  for (const name of new Set([...Object.keys(traffic.models), ...Object.keys(delta.models || {})])) {
+    models[name] = withSlot(traffic.models[name] || {}, delta.models?.[name] || {}, steps);
+  }
+  return { ...traffic, slot: Math.max(traffic.slot, delta.slot), models };
+}
+
+function withSlot(series, values, steps) {
+  const made = {};
+  for (const name of new Set([...Object.keys(series), ...Object.keys(values)])) {
+    const old = series[name] || [];
+    const empty = name.startsWith("ttft") ? null : 0;
+    const kept = steps ? [...old, ...Array(Math.min(steps, SLOTS)).fill(empty)] : [...old];
+    if (name in values) kept[Math.max(0, kept.length - 1)] = values[name];
+    made[name] = kept.slice(-SLOTS);
+  }
+  return made;
+}
+
+// Returns the entries by id, with new and changed ones, the last KEPT of them.
+function merged(old, changed) {
+  if (!changed?.length) return old;
+  const found = new Map(old.map((entry) => [entry.id, entry]));
+  for (const entry of changed) found.set(entry.id, entry);
+  return [...found.values()].sort((a, b) => a.id - b.id).slice(-KEPT);
+}

@@ -1,0 +1,168 @@
+"""What a person can do by keyboard and pointer: go through the page, read the map, plan, and change what runs."""
+
+import re
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.console.browser import states
+from tests.console.browser.conftest import Open
+from tests.console.browser.scripted import Scripted
+from tests.console.browser.test_sections import plan
+
+
+def focused(page: Page) -> str:
+    """The accessible name, id or tag of what has the focus."""
+    name: str = page.evaluate(
+        "(e => e.getAttribute('aria-label') || e.id || e.textContent.trim() || e.tagName)(document.activeElement)"
+    )
+    return name
+
+
+def test_the_keyboard_reaches_everything(open_page: Open) -> None:
+    """The link to the content first, the tabs by arrow keys, and each block of the map, whose figures are told."""
+    page = open_page().open()
+    expect(page.get_by_role("tab").first).to_be_visible()
+    page.keyboard.press("Tab")
+    assert focused(page) == "Skip to the content"
+    page.keyboard.press("Enter")
+    assert focused(page) == "main"
+    page.locator("#tab-memory").focus()
+    for key, tab in (
+        ("ArrowRight", "models"),
+        ("End", "events"),
+        ("ArrowRight", "memory"),
+        ("ArrowLeft", "events"),
+        ("Home", "memory"),
+    ):
+        page.keyboard.press(key)
+        assert focused(page) == f"tab-{tab}"
+        expect(page.locator(f"#panel-{tab}")).to_be_visible()
+        assert page.locator("[role=tab][tabindex='0']").count() == 1
+    for _ in range(12):
+        if focused(page).startswith("tiny-pt"):
+            break
+        page.keyboard.press("Tab")
+    detail = page.locator(".detail")
+    expect(detail.locator("h3")).to_have_text("tiny-pt")
+    page.keyboard.press("ArrowRight")
+    expect(detail.locator("h3")).to_have_text("tiny-vllm")
+    page.keyboard.press("ArrowUp")
+    expect(detail.locator("h3")).to_have_text("tiny-vllm")
+    page.keyboard.press("Enter")
+    expect(page.locator("g.block.chosen")).to_have_count(2)  # of the bar to scale, and of the closer one
+    page.keyboard.press("Home")
+    expect(detail.locator("h3")).to_have_text("tiny-vllm")
+    page.keyboard.press("Escape")
+    expect(detail.locator("h3")).to_have_text("tiny-pt")
+    ring = page.evaluate("getComputedStyle(document.activeElement.querySelector('.ring')).stroke")
+    assert ring.startswith("rgb")
+
+
+def test_the_map_the_details_and_the_table_have_the_figures(open_page: Open, scripted: Scripted) -> None:
+    """Of the state: planned, held, peak and certainty, of the block and of each part."""
+    page = open_page().open()
+    block = states.demo()["nodes"][0]["devices"][0]["blocks"][1]
+    page.locator("g.block").nth(1).hover()
+    facts = page.locator(".detail .facts")
+    expect(facts.get_by_role("row", name="Planned")).to_contain_text("1.17 GiB")
+    expect(facts.get_by_role("row", name="Planned")).to_contain_text("guessed")
+    expect(facts.get_by_role("row", name="Held")).to_contain_text("1.14 GiB")
+    parts = page.locator(".detail .parts")
+    cells = [parts.get_by_role("row", name=name).first.inner_text() for name in ("weights", "KV cache", "activations")]
+    sizes = [
+        (part["planned"], part["held"])
+        for part in block["parts"]
+        if part["name"] in ("weights", "kv_cache", "activations")
+    ]
+    told = [re.findall(r"[\d.]+ MiB", text) for text in cells]
+    assert told == [[f"{planned / states.MIB:.1f} MiB", f"{held / states.MIB:.1f} MiB"] for planned, held in sizes]
+    page.get_by_role("button", name="Table", exact=True).click()
+    row = page.get_by_role("row", name="tiny-vllm")
+    for text in ("1.17 GiB", "1.14 GiB", "1.16 GiB", "guessed", "659.4 MiB", "639.7 MiB"):
+        expect(row).to_contain_text(text)
+    expect(page.locator("#panel-memory tfoot")).to_contain_text("other processes have 4.00 GiB")
+
+
+def test_bars_are_to_scale(open_page: Open, scripted: Scripted) -> None:
+    """Every block of every GPU has the width of its bytes, and so have its fill, its outline and other processes."""
+    scripted.state = states.mixed
+    page = open_page().open()
+    gpu = states.mixed()["nodes"][0]["devices"][1]
+    bar = page.locator(".device", has=page.get_by_text("GPU 1", exact=True)).first.locator("svg.bar")
+    width = float(bar.get_attribute("width") or 0)
+    scale = width / gpu["total"]
+
+    def widths(selector: str) -> list[float]:
+        return [float(each.get_attribute("width") or 0) for each in bar.locator(selector).all()]
+
+    expect(bar.locator("rect.outline")).to_have_count(10)
+    assert [each + 1.5 for each in widths("rect.outline")] == pytest.approx(
+        [scale * each["planned"] for each in gpu["blocks"]]
+    )
+    fills = sum(widths("rect.fill"))
+    assert fills == pytest.approx(scale * sum(each["held"] for each in gpu["blocks"]), abs=1)
+    assert widths("rect.foreign") == [pytest.approx(scale * gpu["foreign"], abs=0.01)] or gpu["foreign"] * scale < 3
+
+
+def test_a_plan_is_asked_for_and_can_be_saved(open_page: Open, scripted: Scripted) -> None:
+    """By fields and by a file, with the fixes, and the file to download."""
+    watched = open_page()
+    page = watched.open("what-if")
+    scripted.plan = (200, plan("tensor_parallel_size: 2") | {"yaml": "applications: []  # ü\n"})
+    page.get_by_label("Model: an id").fill("org/model")
+    page.get_by_label("Backend").select_option("pt")
+    page.get_by_label("GPUs", exact=True).fill("2")
+    page.get_by_label("Memory limits").fill('{"0": "3GiB"}')
+    page.get_by_role("button", name="Plan", exact=True).click()
+    expect(page.locator(".verdict")).to_have_text(re.compile("It does not fit"))
+    expect(page.locator(".fixes li")).to_contain_text("tensor_parallel_size: 2")
+    expect(page.locator(".plan-map svg.bar g.block")).to_have_count(1)
+    expected = {"model": "org/model", "infer_backend": "pt", "num_gpus": 2, "max_memory": {"0": "3GiB"}}
+    assert scripted.asked == [("plan", expected)]
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Download").click()
+    assert saved.value.suggested_filename == "serve-app.yaml"
+    assert saved.value.path().read_text() == "applications: []  # ü\n"
+    page.get_by_role("button", name="A config file").click()
+    page.get_by_label("Config file (YAML)").fill("applications: []")
+    scripted.plan = (200, plan(fits=True))
+    page.get_by_role("button", name="Plan", exact=True).click()
+    expect(page.locator(".verdict")).to_have_text(re.compile("It fits"))
+    assert scripted.asked[1] == ("plan", {"yaml": "applications: []"})
+    scripted.plan = (400, {"error": {"message": "applications[0].args: 'modle' is no field.", "code": "bad_config"}})
+    watched.expected = ("status of 400",)
+    page.get_by_role("button", name="Plan", exact=True).click()
+    expect(page.locator("#panel-what-if .problem")).to_contain_text("'modle' is no field.")
+
+
+def test_what_an_admin_can_do_is_offered_and_confirmed(open_page: Open, scripted: Scripted) -> None:
+    """Wake at once; park and reload once the dialog that says what happens is answered. Escape does nothing."""
+    scripted.state = states.large
+    watched = open_page()
+    page = watched.open("models")
+    page.get_by_role("button", name="Wake model-07-instruct").click()
+    expect(page.locator("#panel-models [role=status]")).to_have_text("It was done.")
+    page.get_by_role("button", name="Park model-00-instruct").click()
+    expect(page.locator("dialog")).to_contain_text("leaves its memory once its running requests have ended")
+    assert watched.violations() == []
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog")).to_have_count(0)
+    assert focused(page) == "Park model-00-instruct"
+    assert len(scripted.asked) == 1
+    page.keyboard.press("Enter")
+    page.locator("dialog").get_by_role("button", name="Park").click()
+    page.get_by_role("button", name="Reload the config").click()
+    expect(page.locator("dialog")).to_contain_text("A file with a mistake changes nothing")
+    page.locator("dialog").get_by_role("button", name="Reload").click()
+    expect(page.locator("dialog")).to_have_count(0)
+    told = page.locator("#panel-models [role=status]")
+    expect(told).to_have_text(
+        "The config file /etc/models.yaml on 10.0.0.1 was read again, and this changes:\na is new"
+    )
+    base = "/ui/api/models/model-0"
+    assert [path for path, _ in scripted.asked] == [
+        f"{base}7-instruct/wake",
+        f"{base}0-instruct/park",
+        "/ui/api/reload",
+    ]

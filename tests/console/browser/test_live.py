@@ -1,0 +1,170 @@
+"""The page stays up to date by one stream, says when it is not, and keeps the key to itself."""
+
+import time
+from typing import Any
+
+from playwright.sync_api import expect
+
+from tests.console.browser import states
+from tests.console.browser.conftest import Open
+from tests.console.browser.scripted import KEY, Scripted
+
+
+def test_deltas_change_what_is_shown(open_page: Open, scripted: Scripted) -> None:
+    """Models, nodes, events and requests, each by what a delta brings; the rest stays."""
+    watched = open_page()
+    page = watched.open("models")
+    expect(page.locator("article.model")).to_have_count(2)
+    changed = scripted.state()["models"]
+    changed[0] |= {"state": "failed", "message": "The engine has died.", "active": 17}
+    scripted.push(models=changed)
+    card = page.get_by_role("article", name="tiny-pt")
+    expect(card).to_contain_text("The engine has died.")
+    expect(card.locator(".facts-row")).to_contain_text("17")
+    expect(page.locator("#tab-models")).to_contain_text("1 failed")
+    watched.show("events")
+    scripted.push(events=[states.event(9, "lost", "tiny-pt", "Replica abc of tiny-pt is gone.", time.time())])
+    expect(page.locator(".events li").first).to_contain_text("Replica abc of tiny-pt is gone.")
+    expect(page.get_by_role("log")).to_have_text("Replica abc of tiny-pt is gone.")
+    expect(page.locator(".events li")).to_have_count(4)
+    watched.show("requests")
+    scripted.push(
+        requests=[states.request(4, "tiny-pt", time.time(), retries=2), states.request(5, "tiny-pt", time.time())]
+    )
+    rows = page.locator("#panel-requests tbody tr")
+    expect(rows).to_have_count(5)
+    expect(rows.nth(1)).to_contain_text("retried 2×")
+    page.locator("#panel-requests label", has_text="Outcome").locator("select").select_option("refused")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text("rate_limit_exceeded")
+    page.locator("#panel-requests label", has_text="Model").locator("select").select_option("tiny-pt")
+    expect(page.locator("#panel-requests")).to_contain_text("No request is like this.")
+    nodes = scripted.state()["nodes"]
+    nodes[0]["devices"][0]["blocks"][0]["held"] = 3 * states.GIB
+    watched.show("memory")
+    scripted.push(nodes=nodes)
+    expect(page.locator("g.block").first).to_have_attribute(
+        "aria-label", "tiny-pt: planned 1.04 GiB (calibrated), holds 3.00 GiB, which is more than planned"
+    )
+
+
+def test_traffic_moves_slot_by_slot(open_page: Open) -> None:
+    """A value of the same slot replaces the last one, a later one is added, and slots without a value are empty."""
+    page = open_page().open()
+    merged: Any = page.evaluate(
+        """async () => {
+          const { withDelta } = await import("./assets/state.js");
+          const series = { requests: [1, 2], ttft_p50_s: [0.1, 0.2] };
+          const traffic = { interval_s: 5, slot: 10, models: { a: series, b: series } };
+          let seen = { events: [], requests: [], traffic };
+          const step = (slot, models) => {
+            seen = withDelta(seen, { traffic: { slot, models } });
+            return seen.traffic.models;
+          };
+          return [
+            step(10, { a: { requests: 3 } }),
+            step(13, { a: { requests: 7 }, c: { requests: 1 } }),
+            step(400, {}),
+          ];
+        }"""
+    )
+    assert merged[0] == {
+        "a": {"requests": [1, 3], "ttft_p50_s": [0.1, 0.2]}, "b": {"requests": [1, 2], "ttft_p50_s": [0.1, 0.2]}
+    }  # fmt: skip
+    assert merged[1]["a"] == {"requests": [1, 3, 0, 0, 7], "ttft_p50_s": [0.1, 0.2, None, None, None]}
+    assert merged[1]["b"]["requests"] == [1, 2, 0, 0, 0]
+    assert merged[1]["c"]["requests"][-1] == 1
+    assert merged[2]["a"]["requests"] == [0] * 120
+
+
+def test_a_lost_connection_is_said_and_comes_back_with_the_whole_state(open_page: Open, scripted: Scripted) -> None:
+    """Meanwhile the page shows what it knew, and since when it knows nothing new."""
+    watched = open_page()
+    watched.expected = ("status of 503",)
+    page = watched.open("models")
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    scripted.stream_error = (503, "model_unavailable", "64 pages are open.")
+    scripted.drop()
+    expect(page.locator(".top .link")).to_contain_text("Not connected since")
+    expect(page.locator("main .problem")).to_contain_text("64 pages are open.")
+    expect(page.locator("article.model")).to_have_count(2)
+    scripted.stream_error, scripted.state = None, states.large
+    expect(page.locator("article.model")).to_have_count(10)
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(page.locator("main .problem")).to_have_count(0)
+    assert scripted.pages == 1
+
+
+def test_a_hidden_tab_gives_its_stream_back(open_page: Open, scripted: Scripted) -> None:
+    """After a minute; and it opens another once it is seen."""
+    watched = open_page()
+    watched.page.clock.install()
+    page = watched.open()
+    expect(page.get_by_role("tab").first).to_be_visible()
+    hide = """hidden => {
+        Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });
+        document.dispatchEvent(new Event('visibilitychange'));
+    }"""
+    page.evaluate(hide, True)
+    page.clock.fast_forward(61_000)
+    wait_for_pages(scripted, 0)
+    page.evaluate(hide, False)
+    wait_for_pages(scripted, 1)
+
+
+def wait_for_pages(scripted: Scripted, number: int) -> None:
+    """Until so many streams are open."""
+    deadline = time.monotonic() + 10
+    while scripted.pages != number:
+        assert time.monotonic() < deadline, scripted.pages
+        time.sleep(0.02)
+
+
+def test_a_key_is_asked_for_and_kept_in_memory_only(open_page: Open, scripted: Scripted) -> None:
+    """A wrong one is told; the right one is in no storage, no address and no part of the document; signing out forgets
+    it and everything that it showed."""
+    scripted.needs_key = True
+    watched = open_page()
+    watched.expected = ("status of 401",)
+    page = watched.open()
+    field = page.get_by_label("API key")
+    expect(field).to_be_visible()
+    assert watched.violations() == []
+    assert "tiny-pt" not in page.content()
+    field.fill("sk-wrong-key")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("The server does not accept this key.")
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("tab").first).to_be_visible()
+    expect(page.locator(".who")).to_have_text("team-a")
+    kept = page.evaluate(
+        "JSON.stringify([{...localStorage}, {...sessionStorage}, location.href, document.cookie, "
+        "document.documentElement.outerHTML, [...document.querySelectorAll('input, textarea')].map(e => e.value)])"
+    )
+    assert KEY not in kept
+    assert "tiny-pt" in kept
+    watched.show("models")
+    expect(page.get_by_role("button", name="Reload the config")).to_have_count(0)
+    watched.show("what-if")
+    expect(page.locator("#panel-what-if")).to_contain_text("Only a key of the role admin may plan")
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("API key")).to_be_visible()
+    assert "tiny-pt" not in page.content()
+    assert scripted.keys_seen[-1] == "", "the key is not sent after it was forgotten"
+    page.reload()
+    expect(page.get_by_label("API key")).to_be_visible()
+
+
+def test_the_colours_are_chosen_and_remembered(open_page: Open) -> None:
+    """Whatever the system has."""
+    watched = open_page(scheme="light")
+    page = watched.open()
+    back = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(back)
+    page.get_by_label("Colours").select_option("dark")
+    dark = page.evaluate(back)
+    assert dark != light
+    page.reload()
+    expect(page.get_by_label("Colours")).to_have_value("dark")
+    assert page.evaluate(back) == dark
