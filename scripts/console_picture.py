@@ -46,25 +46,35 @@ def main() -> None:
 
 
 def take_all(browser: Browser, url: str) -> None:
-    """Takes the pictures of each section, in both colours and on a phone."""
-    for scheme, ending in (("light", ""), ("dark", "_dark")):
-        for size, place in ((DESKTOP, ""), (PHONE, "_phone")):
-            watched = Watched(browser, url, size=size, scheme=scheme)
-            page = watched.open()
-            expect(page.get_by_text("Live", exact=True)).to_be_visible()
-            if not place:
-                page.locator("g.block[aria-label^='tiny-vllm']").last.click()
-                page.mouse.move(0, 0)
-            save(watched, f"console_memory{place}{ending}")
-            watched.show("models")
-            save(watched, f"console_models{place}{ending}")
-            if not ending:
-                chat(watched, both=not place)
-                save(watched, f"console_playground{place}")
-            if not ending and not place:
-                plan(watched)
-                save(watched, "console_what_if")
-            watched.close()
+    """Takes the pictures that the documentation shows: sections in both colours, on a desktop and a phone."""
+    with opened(browser, url, DESKTOP, "light") as watched:
+        save(watched, "console_memory")
+        watched.show("models")
+        save(watched, "console_models")
+        chat(watched, both=True)
+        save(watched, "console_playground")
+        plan(watched)
+        save(watched, "console_what_if")
+    with opened(browser, url, DESKTOP, "dark") as watched:
+        save(watched, "console_memory_dark")
+    with opened(browser, url, PHONE, "light") as watched:
+        chat(watched, both=False)
+        save(watched, "console_playground_phone")
+    with opened(browser, url, PHONE, "dark") as watched:
+        save(watched, "console_memory_phone_dark")
+
+
+@contextmanager
+def opened(browser: Browser, url: str, size: tuple[int, int], scheme: str) -> Iterator[Watched]:
+    """Opens the page, on a desktop with the figures of one model."""
+    watched = Watched(browser, url, size=size, scheme=scheme)
+    page = watched.open()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    if size == DESKTOP:
+        page.locator("g.block[aria-label^='tiny-vllm']").last.click()
+        page.mouse.move(0, 0)
+    yield watched
+    watched.close()
 
 
 def chat(watched: Watched, both: bool) -> None:
