@@ -19,7 +19,7 @@ from serve_app.console.actions import Actions, possible
 from serve_app.console.admin import JSON_HEADERS, AdminEndpoints, AsgiEndpoint
 from serve_app.console.cluster_watch import ClusterWatch
 from serve_app.console.events import Event
-from serve_app.console.feed import Feed, send_events
+from serve_app.console.feed import Feed, send_events, send_head
 from serve_app.console.guard import Visitor, is_on, require_on, visitor_of
 from serve_app.console.ledger import Ledger, Mark
 from serve_app.console.openapi import DOCUMENTED
@@ -324,7 +324,11 @@ class ServedConsole:
         return Response(self.state(view), headers=JSON_HEADERS, media_type="application/json")
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._feed.opened(self.view_of(scope)) as page:
+        view = self.view_of(scope)
+        if scope["method"] == "HEAD":
+            await send_head(send)
+            return
+        with self._feed.opened(view) as page:
             self._is_asked.set()
             await send_events(page.events(self.watch.fresh, self._state_event), scope, receive, send)
 

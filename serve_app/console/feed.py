@@ -23,6 +23,13 @@ SEND_TIMEOUT_S = 30.0
 # A client that is refused is told to come back after so many seconds.
 RETRY_S = 10.0
 
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-accel-buffering", b"no"),
+)
+
 View = TypeVar("View")
 
 
@@ -109,19 +116,23 @@ class Feed(Generic[View]):
 
 async def send_events(events: AsyncIterator[bytes], scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with a stream of server-sent events, until it ends or its client leaves or does not read."""
-    headers = [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-store"),
-        (b"x-content-type-options", b"nosniff"),
-        (b"x-accel-buffering", b"no"),
-    ]
-
     async def work() -> None:
         async for event in events:
             async with asyncio.timeout(SEND_TIMEOUT_S):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await _send_start(send)
     with suppress(ClientGone, TimeoutError):
         await unless_gone(work(), receive)
+
+
+async def send_head(send: Send) -> None:
+    """Answers a HEAD request with the head of a stream, and ends the answer. A server drops the body of such an answer,
+    so a stream would never end, and its connection would be taken for a free one."""
+    await _send_start(send)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_start(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
