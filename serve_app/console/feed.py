@@ -59,15 +59,18 @@ class OpenPage(Generic[View]):
         self.is_over = True
         self._has_news.set()
 
-    async def events(self, read: Callable[[], Awaitable[None]], state: Callable[[View], bytes]) -> AsyncIterator[bytes]:
+    async def events(
+        self, read: Callable[[], Awaitable[None]], state: Callable[[View], Awaitable[bytes]]
+    ) -> AsyncIterator[bytes]:
         """Yields the events. `read` returns once there is something to show, and `state` makes the event of the whole
-        state of that moment."""
+        state. What is pushed after `state` has returned comes after that state."""
         while not self.is_over:
             if self.needs_state:
                 await read()
+                whole = await state(self.view)
                 self._pending.clear()
-                self.needs_state = False  # Whatever is pushed from here on comes after this state.
-                yield state(self.view)
+                self.needs_state = False
+                yield whole
             elif self._pending:
                 yield self._pending.popleft()
             else:
@@ -116,6 +119,7 @@ class Feed(Generic[View]):
 
 async def send_events(events: AsyncIterator[bytes], scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with a stream of server-sent events, until it ends or its client leaves or does not read."""
+
     async def work() -> None:
         async for event in events:
             async with asyncio.timeout(SEND_TIMEOUT_S):

@@ -53,50 +53,67 @@ class _Block:
     device: DeviceReport
 
 
-def nodes_json(snapshot: Snapshot, seen: Seen) -> list[dict[str, Any]]:
-    """Returns the nodes with their devices and what is on them."""
-    blocks = [
-        _Block(model.name, view, view.report, device)
-        for model in snapshot.cluster.models
-        for view in model.replicas
-        if view.report is not None
-        for device in view.report.devices
-    ]
-    reports = [view.report for model in snapshot.cluster.models for view in model.replicas if view.report is not None]
-    return [_node(node, blocks, reports, snapshot, seen) for node in snapshot.nodes]
+@dataclass(frozen=True)
+class Placed:
+    """This is a node as `ray.nodes()` has it, with its devices and what is on them."""
+
+    node: Mapping[str, Any]
+    devices: Sequence["_Device"]
+    blocks: Mapping[str, Sequence[_Block]]
 
 
-def _node(
+def placed_nodes(snapshot: Snapshot) -> list[Placed]:
+    """Returns the nodes with what is on them. Reports name their node by its id, and older ones by its address."""
+    blocks: dict[str, list[_Block]] = {}
+    measured: dict[str, list[DeviceMemory]] = {}
+    for model in snapshot.cluster.models:
+        for view in model.replicas:
+            report = view.report
+            if report is None:
+                continue
+            own = report.node_id or report.node
+            measured.setdefault(own, []).extend(report.node_devices)
+            for device in report.devices:
+                is_away = device.node and device.node != report.node  # It is a rank on another node.
+                where = device.node if is_away else own
+                blocks.setdefault(where, []).append(_Block(model.name, view, report, device))
+    return [_placed(node, blocks, measured, snapshot.idle) for node in snapshot.nodes]
+
+
+def _placed(
     node: Mapping[str, Any],
-    blocks: Sequence[_Block],
-    reports: Sequence[ReplicaReport],
-    snapshot: Snapshot,
-    seen: Seen,
-) -> dict[str, Any]:
-    name, address = str(node["NodeID"]), str(node["NodeManagerAddress"])
+    blocks: Mapping[str, Sequence[_Block]],
+    measured: Mapping[str, Sequence[DeviceMemory]],
+    idle: Mapping[str, Sequence[DeviceMemory]],
+) -> Placed:
+    if not node["Alive"]:
+        return Placed(node, (), {})
+    names = str(node["NodeID"]), str(node["NodeManagerAddress"])
+    here = [block for name in names for block in blocks.get(name, ())]
+    seen = [*idle.get(names[0], ()), *(device for name in names for device in measured.get(name, ()))]
+    by_device: dict[str, list[_Block]] = {}
+    for block in here:
+        by_device.setdefault(block.device.device, []).append(block)
+    return Placed(node, _devices(seen, here), by_device)
+
+
+def nodes_json(placed: Iterable[Placed], seen: Seen) -> list[dict[str, Any]]:
+    """Returns the nodes with their devices and what is on them, as far as it is shown."""
+    return [_node(each, seen) for each in placed]
+
+
+def _node(placed: Placed, seen: Seen) -> dict[str, Any]:
+    node = placed.node
     is_alive = bool(node["Alive"])
-    here = [block for block in blocks if _is_on(block, name, address)] if is_alive else []
-    measured = [device for report in reports if _reports_from(report, name, address) for device in report.node_devices]
-    devices = _devices([*snapshot.idle.get(name, ()), *measured] if is_alive else (), here)
     return {
-        "id": name,
-        "address": address,
+        "id": str(node["NodeID"]),
+        "address": str(node["NodeManagerAddress"]),
         "is_head": HEAD_NODE in node["Resources"],
         "alive": is_alive,
         "note": "" if is_alive else seen.text(" ".join(str(node.get("DeathReasonMessage") or "").split())),
         "cpus": float(node["Resources"].get("CPU", 0.0)),
-        "devices": [_device(device, here, seen) for device in devices],
+        "devices": [_device(device, placed.blocks.get(device.device, ()), seen) for device in placed.devices],
     }
-
-
-def _is_on(block: _Block, name: str, address: str) -> bool:
-    if block.device.node and block.device.node != block.report.node:  # It is a rank on another node.
-        return block.device.node == address
-    return _reports_from(block.report, name, address)
-
-
-def _reports_from(report: ReplicaReport, name: str, address: str) -> bool:
-    return report.node_id == name if report.node_id else report.node == address
 
 
 @dataclass(frozen=True)
@@ -130,8 +147,7 @@ def _newest(one: _Device | None, other: _Device) -> _Device:
     return other if one is None or (other.measured_at or 0.0) >= (one.measured_at or 0.0) else one
 
 
-def _device(device: _Device, blocks: Sequence[_Block], seen: Seen) -> dict[str, Any]:
-    mine = [block for block in blocks if block.device.device == device.device]
+def _device(device: _Device, mine: Sequence[_Block], seen: Seen) -> dict[str, Any]:
     held = sum(block.device.held or 0 for block in mine)
     shown = [block for block in mine if seen.name(block.model)]
     others = [block for block in mine if not seen.name(block.model)]

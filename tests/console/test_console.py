@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from serve_app.access.gate import Gate, KeyedRouter
 from serve_app.access.keys import KeyRing
 from serve_app.config import RouterConfig
 from serve_app.console import cluster_watch
+from serve_app.console import console as console_module
 from serve_app.console.console import ServedConsole
+from serve_app.console.moment import deltas_for
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.router.residency import Residency
@@ -191,6 +194,66 @@ async def test_a_page_that_opens_between_two_ticks_is_told_each_event_once() -> 
     assert told == ["Something changed."]
     for stream in (first, late):
         await stream.leave()
+
+
+async def test_a_late_page_ends_with_the_same_models_as_an_early_one() -> None:
+    """Also if a model is again what the early page was told, after it was something else when the late page opened."""
+    directory = ModelsFake(m="ready", other="ready")
+    console, app = console_app(open_gate(), directory=directory)
+    first = Stream(app)
+    pages = [(first, {model["name"]: model["state"] for model in (await first.next())[1]["models"]})]
+    await console.tick()
+    await first.next()
+    directory.states["m"] = "loading"
+    await console.ledger.tick()
+    late = Stream(app)
+    pages.append((late, {model["name"]: model["state"] for model in (await late.next())[1]["models"]}))
+    for states in ({"m": "ready", "other": "ready"}, {"m": "failed", "new": "ready"}, {"m": "failed"}):
+        directory.states = states
+        await console.tick()
+        for stream, models in pages:
+            delta = (await stream.next())[1]
+            models |= {model["name"]: model["state"] for model in delta.get("models", ())}
+            for name in delta.get("gone_models", ()):
+                del models[name]
+            assert models == states
+    for stream, _ in pages:
+        await stream.leave()
+
+
+async def test_a_page_that_opens_after_nobody_looked_is_told_what_is_there_now() -> None:
+    """And not what the last page before it was told."""
+    directory = ModelsFake(m="ready", other="ready")
+    console, app = console_app(open_gate(), directory=directory)
+    stream = Stream(app)
+    await stream.next()
+    await stream.leave()
+    directory.states = {"m": "loading"}
+    await console._idle_tick()
+    stream = Stream(app)
+    assert [(model["name"], model["state"]) for model in (await stream.next())[1]["models"]] == [("m", "loading")]
+    await stream.leave()
+
+
+async def test_making_what_pages_are_told_does_not_hold_up_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in another thread, and what takes long is made less often."""
+    console, app = console_app(open_gate())
+    stream = Stream(app)
+    await stream.next()
+    may_go_on = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        assert may_go_on.wait(10)
+        return replace(deltas_for(*arguments), cpu_s=0.05)
+
+    monkeypatch.setattr(console_module, "deltas_for", slow)
+    tick = asyncio.create_task(console.tick())
+    await asyncio.sleep(0.1)
+    assert not tick.done()
+    may_go_on.set()
+    await tick
+    assert console._pause_s == pytest.approx(2.5)
+    await stream.leave()
 
 
 async def test_a_key_is_sent_nothing_of_other_models(tmp_path: Path) -> None:

@@ -10,6 +10,11 @@ from serve_app.console.feed import MOST_PAGES, MOST_PENDING, Feed, OpenPage, sen
 from serve_app.errors import ModelUnavailable
 
 
+async def state(view: Any) -> bytes:
+    """The whole state."""
+    return f"state of {view}".encode()
+
+
 async def nothing() -> None:
     """There is something to show at once."""
 
@@ -18,7 +23,7 @@ async def test_a_page_gets_the_whole_state_first_and_then_what_is_new() -> None:
     """What was pushed before its state is part of that."""
     page = OpenPage("v")
     page.push(b"before")
-    events = page.events(nothing, lambda view: f"state of {view}".encode())
+    events = page.events(nothing, state)
     assert await anext(events) == b"state of v"
     page.push(b"one")
     page.push(b"two")
@@ -30,13 +35,12 @@ async def test_a_page_gets_the_whole_state_first_and_then_what_is_new() -> None:
 async def test_a_slow_page_skips_to_a_new_state() -> None:
     """So its lag takes no memory."""
     page = OpenPage("v")
-    states = iter((b"first", b"second"))
-    events = page.events(nothing, lambda _: next(states))
+    events = page.events(nothing, state)
     await anext(events)
     for _ in range(1000):
         page.push(b"delta")
     assert len(page._pending) <= MOST_PENDING
-    assert await anext(events) == b"second"
+    assert await anext(events) == b"state of v"
     page.push(b"delta")
     assert await anext(events) == b"delta"
 
@@ -44,7 +48,7 @@ async def test_a_slow_page_skips_to_a_new_state() -> None:
 async def test_a_quiet_stream_has_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no proxy takes it for dead."""
     monkeypatch.setattr(feed_module, "COMMENT_EVERY_S", 0.01)
-    events = OpenPage("v").events(nothing, lambda _: b"state")
+    events = OpenPage("v").events(nothing, state)
     await anext(events)
     assert (await anext(events)).startswith(b":")
 
@@ -79,5 +83,5 @@ async def test_a_client_that_reads_nothing_is_left(monkeypatch: pytest.MonkeyPat
 
     page = OpenPage("v")
     async with asyncio.timeout(5):
-        await send_events(page.events(nothing, lambda _: b"state"), {}, receive, send)
-    assert [message.get("body") for message in sent] == [None, b"state"]
+        await send_events(page.events(nothing, state), {}, receive, send)
+    assert [message.get("body") for message in sent] == [None, b"state of v"]

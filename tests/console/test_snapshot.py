@@ -9,7 +9,7 @@ import pytest
 from serve_app.access.keys import ApiKey
 from serve_app.console.events import Event
 from serve_app.console.requests import Row
-from serve_app.console.snapshot import Queued, Snapshot, event_json, models_json, nodes_json
+from serve_app.console.snapshot import Queued, Snapshot, event_json, models_json, nodes_json, placed_nodes
 from serve_app.console.view import HIDDEN, Seen, View, names_any
 from serve_app.facts.device_memory import DeviceMemory
 from serve_app.facts.nodes import Node
@@ -77,7 +77,7 @@ def snapshot(*reports: ReplicaReport, nodes: Any = (RAY_NODE,), **more: Any) -> 
 def all_of(found: Snapshot, view: View) -> tuple[list[Any], list[Any]]:
     """Nodes and models as this view has them."""
     seen = view.seen(found.statuses)
-    return nodes_json(found, seen), models_json(found, seen, lambda name: ["wake"])
+    return nodes_json(placed_nodes(found), seen), models_json(found, seen, lambda name: ["wake"])
 
 
 def test_a_device_is_shown_with_what_each_replica_holds_and_what_others_hold() -> None:
@@ -229,7 +229,7 @@ def shown_to(view: View) -> bytes:
     seen = view.seen(found.statuses)
     return msgspec.json.encode(
         [
-            nodes_json(found, seen),
+            nodes_json(placed_nodes(found), seen),
             models_json(found, seen, lambda name: ["wake"]),
             [event_json(event) for event in seen.events(EVENTS)],
             seen.rows(ROWS[1:]),
