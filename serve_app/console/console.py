@@ -40,6 +40,8 @@ TICK_S, IDLE_TICK_S = 1.0, float(INTERVAL_S)
 READ_WAIT_S = 0.5
 # Telling takes at most this share of a core, for which ticks have up to so many seconds between them.
 MOST_SHARE, MOST_PAUSE_S = 0.02, 5.0
+# The state that a program asks for is made again after so many seconds.
+REUSED_S = 0.5
 # With several routers, one without pages looks at this interval whether another one has any.
 LOOK_S = 2.0
 # Who asks for the state without a stream is believed to ask again within so many seconds.
@@ -75,6 +77,7 @@ class ServedConsole:
         # What pages have of nodes and models, by their view. Deltas and first states are made one after the other.
         self._told: dict[View, Told] = {}
         self._making = asyncio.Lock()
+        self._states: dict[View, tuple[float, bytes]] = {}
         self._pause_s = TICK_S
         self._reading: asyncio.Task[None] | None = None
         self._event_id = 0
@@ -262,6 +265,16 @@ class ServedConsole:
             self._told[view] = made[1]
             return event_bytes("state", made[0])
 
+    async def _polled(self, view: View) -> bytes:
+        """Returns the state of this moment for a view, or one of `REUSED_S` ago, however many ask."""
+        async with self._making:
+            now = self._clock()
+            self._states = {each: kept for each, kept in self._states.items() if now - kept[0] < REUSED_S}
+            if view not in self._states:
+                content, _ = await asyncio.to_thread(state_of, self._moment(now), view)
+                self._states[view] = now, content
+            return self._states[view][1]
+
     async def _redirect(self, _: Request) -> Response:
         self.require_on()
         return RedirectResponse("ui/", status_code=307)
@@ -285,14 +298,14 @@ class ServedConsole:
         self._polled_at = self._clock()
         self._is_asked.set()
         await self.watch.fresh()
-        content, _ = await asyncio.to_thread(state_of, self._moment(self._clock()), view)
-        return Response(content, headers=JSON_HEADERS, media_type="application/json")
+        return Response(await self._polled(view), headers=JSON_HEADERS, media_type="application/json")
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         view = self.view_of(scope)
         if scope["method"] == "HEAD":
             await send_head(send)
             return
-        with self._feed.opened(view) as page:
+        name = "" if view.key is None else view.key.name
+        with self._feed.opened(view, name, view.is_admin) as page:
             self._is_asked.set()
             await send_events(page.events(self.watch.fresh, self._state_event), scope, receive, send)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from serve_app.config import RouterConfig
 from serve_app.console import cluster_watch
 from serve_app.console import console as console_module
 from serve_app.console.console import ServedConsole
-from serve_app.console.moment import deltas_for
+from serve_app.console.moment import deltas_for, state_of
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.router.residency import Residency
@@ -254,6 +255,42 @@ async def test_making_what_pages_are_told_does_not_hold_up_requests(monkeypatch:
     await tick
     assert console._pause_s == pytest.approx(2.5)
     await stream.leave()
+
+
+async def test_many_who_ask_for_the_state_have_it_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each view, and anew after a moment."""
+    console, app = console_app(make_gate(tmp_path)[0])
+    made: list[str] = []
+
+    def counted(moment: Any, view: Any, *more: Any) -> Any:
+        made.append(view.key.name)
+        return state_of(moment, view, *more)
+
+    monkeypatch.setattr(console_module, "state_of", counted)
+    now = 1000.0
+    monkeypatch.setattr(console, "_clock", lambda: now)
+    assert await asyncio.gather(*(status_of(app, AUTH) for _ in range(20)), status_of(app, OUTSIDE)) == [200] * 21
+    assert sorted(Counter(made).values()) == [1, 1]
+    now += 0.6
+    assert await status_of(app, AUTH) == 200
+    assert made[0] in made[2:]
+    assert len(console._states) == 1
+
+
+async def test_one_key_cannot_take_the_streams_of_all(tmp_path: Path) -> None:
+    """The next one is told so, and other keys still have one."""
+    _, app = console_app(make_gate(tmp_path)[0])
+    streams = [Stream(app, AUTH) for _ in range(8)]
+    for stream in streams:
+        await stream.next()
+    async with client(app) as http:
+        answer = await http.get("/ui/api/stream", headers=AUTH)
+        assert (answer.status_code, "limit for a key" in answer.text) == (503, True)
+        assert answer.headers["retry-after"]
+    streams.append(Stream(app, OUTSIDE))
+    assert (await streams[-1].next())[0] == "state"
+    for stream in streams:
+        await stream.leave()
 
 
 async def test_a_key_is_sent_nothing_of_other_models(tmp_path: Path) -> None:

@@ -1,12 +1,21 @@
 """Open pages: what each is sent, and what a slow one costs."""
 
 import asyncio
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from serve_app.console import feed as feed_module
-from serve_app.console.feed import MOST_PAGES, MOST_PENDING, Feed, OpenPage, send_events
+from serve_app.console.feed import (
+    MOST_PAGES,
+    MOST_PAGES_OF_A_KEY,
+    MOST_PENDING,
+    PLACES_OF_ADMINS,
+    Feed,
+    OpenPage,
+    send_events,
+)
 from serve_app.errors import ModelUnavailable
 
 
@@ -58,7 +67,7 @@ async def test_pages_have_places() -> None:
     feed: Feed[int] = Feed()
     opened = [feed.opened(number) for number in range(MOST_PAGES)]
     pages = [place.__enter__() for place in opened]
-    with pytest.raises(ModelUnavailable, match="64 pages"), feed.opened(0):
+    with pytest.raises(ModelUnavailable, match="64 pages of the console"), feed.opened(0):
         pass
     opened[0].__exit__(None, None, None)
     assert len(feed) == MOST_PAGES - 1
@@ -66,6 +75,28 @@ async def test_pages_have_places() -> None:
     assert all(page.is_over for page in pages[1:])
     with pytest.raises(ModelUnavailable, match="stopping"), feed.opened(0):
         pass
+
+
+async def test_one_key_cannot_take_all_places() -> None:
+    """A key has its share, admins have a few places of their own, and a place that was left is free again."""
+    feed: Feed[int] = Feed()
+    with ExitStack() as pages:
+        own = [pages.enter_context(ExitStack()) for _ in range(MOST_PAGES_OF_A_KEY)]
+        for place in own:
+            place.enter_context(feed.opened(0, "a", is_admin=False))
+        with pytest.raises(ModelUnavailable, match="The API key 'a' has 8 pages"), feed.opened(0, "a", is_admin=False):
+            pass
+        own[0].close()
+        pages.enter_context(feed.opened(0, "a", is_admin=False))
+        for number in range(MOST_PAGES - PLACES_OF_ADMINS - MOST_PAGES_OF_A_KEY):
+            pages.enter_context(feed.opened(0, f"key-{number}", is_admin=False))
+        with pytest.raises(ModelUnavailable, match="The last 4 places are for admins"):
+            pages.enter_context(feed.opened(0, "b", is_admin=False))
+        for _ in range(PLACES_OF_ADMINS):
+            pages.enter_context(feed.opened(0, "ops", is_admin=True))
+        with pytest.raises(ModelUnavailable, match="64 pages"):
+            pages.enter_context(feed.opened(0, "boss", is_admin=True))
+    assert (len(feed), len(feed._keys)) == (0, 0)
 
 
 async def test_a_client_that_reads_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
