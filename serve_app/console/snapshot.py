@@ -17,6 +17,8 @@ from serve_app.router.model_status import ModelStatus
 from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 
 CERTAINTIES = ("exact", "calibrated", "guessed")
+# Sizes of what a key may not see are rounded up to a multiple of this.
+HIDDEN_STEP = 2**30
 
 
 @dataclass(frozen=True)
@@ -148,24 +150,34 @@ def _newest(one: _Device | None, other: _Device) -> _Device:
 
 
 def _device(device: _Device, mine: Sequence[_Block], seen: Seen) -> dict[str, Any]:
-    held = sum(block.device.held or 0 for block in mine)
     shown = [block for block in mine if seen.name(block.model)]
     others = [block for block in mine if not seen.name(block.model)]
-    is_known = device.total is not None and device.used is not None
+    hidden = [_hidden_block(others)] if others else []
+    total, used = device.total, device.used
+    held = [*(block.device.held for block in shown), *(block["held"] for block in hidden)]
     return {
         "device": device.device,
         "index": device.index,
         "name": device.name,
-        "total": device.total,
-        "used": device.used,
-        "foreign": max(0, (device.used or 0) - held) if is_known else None,
-        "free": max(0, (device.total or 0) - (device.used or 0)) if is_known else None,
+        "total": total,
+        "used": used,
+        "foreign": _foreign(total, used, held),
+        "free": None if total is None or used is None else max(0, total - used),
         "measured_at": device.measured_at,
         "blocks": [
             *(_block(block, seen) for block in sorted(shown, key=lambda b: (b.model, b.view.replica, b.device.rank))),
-            *([_hidden_block(others)] if others else []),
+            *hidden,
         ],
     }
+
+
+def _foreign(total: int | None, used: int | None, held: Sequence[int | None]) -> int | None:
+    """Returns what is used and held by none of ours. It is unknown if that is so of what one of ours holds: in a
+    container, NVML may not tell it."""
+    known = [each for each in held if each is not None]
+    if total is None or used is None or len(known) < len(held):
+        return None
+    return max(0, used - sum(known))
 
 
 def _block(block: _Block, seen: Seen) -> dict[str, Any]:
@@ -188,36 +200,30 @@ def _block(block: _Block, seen: Seen) -> dict[str, Any]:
 
 
 def _hidden_block(blocks: Sequence[_Block]) -> dict[str, Any]:
-    """Returns the sums of blocks that a key may not see one by one."""
+    """Returns the sums of blocks that a key may not see one by one. They are rounded up, and have no parts, because
+    exact sizes would tell which model it is, and how much it is used."""
     devices = [block.device for block in blocks]
-    names = dict.fromkeys(part.name for device in devices for part in device.parts)
-    parts = {name: [part for device in devices for part in device.parts if part.name == name] for name in names}
     return {
         "model": None,
         "replica": "",
         "rank": 0,
         "state": "",
         "residency": None,
-        "planned": _sum(device.planned for device in devices),
-        "held": _sum(device.held for device in devices),
-        "peak": _sum(device.peak for device in devices),
+        "planned": _rounded_sum([device.planned for device in devices], is_partial=True),
+        "held": _rounded_sum([device.held for device in devices]),
+        "peak": None,
         "certainty": _least_certain(device.certainty for device in devices),
-        "parts": [
-            {
-                "name": name,
-                "planned": _sum(part.planned for part in found),
-                "held": _sum(part.held for part in found),
-                "certainty": _least_certain(part.certainty for part in found),
-            }
-            for name, found in parts.items()
-        ],
+        "parts": [],
     }
 
 
-def _sum(values: Iterable[int | None]) -> int | None:
-    """Returns the sum of the figures that are known, or None if none is."""
+def _rounded_sum(values: Sequence[int | None], is_partial: bool = False) -> int | None:
+    """Returns the sum, rounded up to `HIDDEN_STEP`, or None if a figure is not known, or with `is_partial` if none
+    is."""
     known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    if not known or (len(known) < len(values) and not is_partial):
+        return None
+    return -(-sum(known) // HIDDEN_STEP) * HIDDEN_STEP
 
 
 def _least_certain(values: Iterable[str]) -> str:
