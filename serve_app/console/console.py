@@ -42,6 +42,8 @@ READ_WAIT_S = 0.5
 MOST_SHARE, MOST_PAUSE_S = 0.02, 5.0
 # The state that a program asks for is made again after so many seconds.
 REUSED_S = 0.5
+# What routers that were killed have left is looked for at the start and at this interval.
+SWEEP_EVERY_S = 600.0
 # With several routers, one without pages looks at this interval whether another one has any.
 LOOK_S = 2.0
 # Who asks for the state without a stream is believed to ask again within so many seconds.
@@ -167,7 +169,11 @@ class ServedConsole:
 
     async def _keep(self) -> None:
         """Does the work in the background for ever."""
+        sweep_at = self._clock()
         while True:
+            if self._clock() >= sweep_at:
+                sweep_at = self._clock() + SWEEP_EVERY_S
+                await self.watch.sweep()
             self._is_asked.clear()
             is_watched = self._is_watched()
             try:

@@ -19,6 +19,7 @@ from serve_app.console import cluster_watch
 from serve_app.console import console as console_module
 from serve_app.console.console import ServedConsole
 from serve_app.console.moment import deltas_for, state_of
+from serve_app.console.traffic import INTERVAL_S
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.router.residency import Residency
@@ -138,11 +139,18 @@ class Stream:
             await self._pieces.put(message["body"])
 
     async def next(self) -> tuple[str, Any]:
-        """The name and the content of the next event."""
+        """The name and the content of the next event. Intervals that have just ended come before the last delta of a
+        piece."""
         async with asyncio.timeout(10):
             piece = await self._pieces.get()
-        name, data = piece.decode().strip().split("\n")[:2]
+        name, data = piece.decode().strip().split("\n\n")[-1].split("\n")[:2]
         return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+    async def all_of_the_next(self) -> list[Any]:
+        """The content of all events that come together."""
+        async with asyncio.timeout(10):
+            piece = await self._pieces.get()
+        return [json.loads(event.split("\ndata: ")[1]) for event in piece.decode().strip().split("\n\n")]
 
     async def leave(self) -> None:
         """Closes the connection."""
@@ -401,6 +409,38 @@ async def test_a_head_of_ray_that_is_gone_holds_up_no_page(monkeypatch: pytest.M
     console.watch._read_at = 0.0
     await console.watch.read()
     assert console.watch.snapshot is not None
+
+
+async def test_a_slow_reading_holds_up_neither_requests_nor_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told beside it, and so is each interval of the traffic that has ended meanwhile."""
+    monkeypatch.setattr(console_module, "READ_WAIT_S", 0.05)
+    models = Models(m=says(b"{}"))
+    console, app = console_app(open_gate(), upstream=models, directory=models)
+    stream = Stream(app)
+    _, state = await stream.next()
+    go_on = threading.Event()
+
+    def hangs(*_: Any) -> Reading:
+        go_on.wait(10)
+        return Reading(ClusterStatus((), (), ()), ())
+
+    console.watch._read_status, console.watch._read_at = hangs, 0.0
+    await ask(app, {})
+    console.ledger.own("config", "m", "Something changed.")
+    passed = 4 * INTERVAL_S
+    monkeypatch.setattr(console, "_clock", lambda: state["time"] + passed)
+    await asyncio.wait_for(console.tick(), 5)
+    deltas = await stream.all_of_the_next()
+    assert [delta["traffic"]["slot"] - state["traffic"]["slot"] for delta in deltas] == [0, 1, 2, 3, 4]
+    assert [event["text"] for event in deltas[-1]["events"]] == ["Something changed."]
+    assert [row["model"] for row in deltas[-1]["requests"]] == ["m"]
+    assert sum(delta["traffic"]["models"]["m"]["requests"] for delta in deltas) == 1
+    passed += 1000 * INTERVAL_S
+    await asyncio.wait_for(console.tick(), 5)
+    assert len(await stream.all_of_the_next()) == 120
+    go_on.set()
+    await console.close()
+    await stream.leave()
 
 
 async def test_what_happened_while_nobody_looked_is_not_told_as_if_it_were_new() -> None:
