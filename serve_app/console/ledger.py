@@ -135,10 +135,9 @@ class Ledger:
         """Returns the requests of this router that wait, are held and run, by model."""
         found = {}
         for model in {*self._active, *self.models}:
-            queued = self._parts.forwarder.queued(model)
-            each = Queued(queued["waiting"], queued["held"], self._active.get(model, 0))
-            if each != Queued():
-                found[model] = each
+            queued, active = self._parts.forwarder.queued(model), self._active.get(model, 0)
+            if queued["waiting"] or queued["held"] or active:
+                found[model] = Queued(queued["waiting"], queued["held"], active)
         return found
 
     def rings(self) -> Rings:
