@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.console.browser import states
@@ -93,6 +94,65 @@ def test_a_lost_connection_is_said_and_comes_back_with_the_whole_state(open_page
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
     expect(page.locator("main .problem")).to_have_count(0)
     assert scripted.pages == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ((404, "", "Path '/ui/api/stream' not found."), "The server has no console at this address now."),
+        ((403, "foreign_page", "This address is not one of this machine."), "This address is not one of this machine."),
+        ((502, "", "Bad gateway"), "Bad gateway"),
+    ],
+)
+def test_an_error_that_may_pass_is_tried_again(
+    open_page: Open, scripted: Scripted, error: tuple[int, str, str], told: str
+) -> None:
+    """Such as a proxy's 404 while the router restarts. What the page knew, and what was typed into it, stays."""
+    watched = open_page()
+    watched.expected = (f"status of {error[0]}",)
+    page = watched.open("playground")
+    page.locator("#draft").fill("A question that is not sent yet")
+    scripted.stream_error = error
+    scripted.drop()
+    expect(page.locator("main .problem")).to_contain_text(told)
+    expect(page.locator("#draft")).to_have_value("A question that is not sent yet")
+    scripted.stream_error = None
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(page.locator("#draft")).to_have_value("A question that is not sent yet")
+    expect(page.locator("main .problem")).to_have_count(0)
+
+
+def test_a_console_that_is_off_is_not_asked_again(open_page: Open, scripted: Scripted) -> None:
+    """Until a person wants it: a switch does not change by itself."""
+    watched = open_page()
+    watched.expected = ("status of 404",)
+    scripted.stream_error = (404, "console_off", "The console is off. Set console: true.")
+    page = watched.open()
+    expect(page.get_by_role("heading", name="The console is off")).to_be_visible()
+    expect(page.locator(".sign-in")).to_contain_text("Set console: true.")
+    asked = len(scripted.keys_seen)
+    scripted.stream_error = None
+    page.wait_for_timeout(1500)
+    assert len(scripted.keys_seen) == asked
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+
+def test_a_page_of_an_older_server_says_so(open_page: Open, scripted: Scripted) -> None:
+    """Its scripts are not those of the new server, until it is loaded again."""
+    page = open_page().open()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    scripted.drop()
+    expect(page.locator(".top .link")).to_contain_text("Not connected since")
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    scripted.state = lambda: states.demo() | {"version": "0.8.0"}
+    scripted.drop()
+    expect(page.get_by_role("alert")).to_contain_text("The server was updated. Reload this page.")
+    page.get_by_role("button", name="Reload", exact=True).click()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(page.locator("h1")).to_contain_text("0.8.0")
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_a_hidden_tab_gives_its_stream_back(open_page: Open, scripted: Scripted) -> None:
