@@ -53,6 +53,7 @@ export class Memory extends Component {
     const hasBoth = devices.some(isGpu) && devices.some((device) => !isGpu(device));
     const scales = scalesOf(devices, oneScale);
     const shown = pinned || chosen;
+    const reached = this.reached(devices);
     return html`<div class="bar-row">
         <h2>Memory</h2>
         <${Choice} label="View" value=${view} options=${[["map", "Map"], ["table", "Table"]]} onChange=${(to) => this.setState({ view: to })} />
@@ -74,10 +75,11 @@ export class Memory extends Component {
               <${Legend} />
               <p class="note">${scaleText(scales)}</p>
               <div class=${nodes.length > 3 ? "nodes many" : "nodes"}>
-                ${nodes.map((node) => html`<${NodeCard} key=${node.id} node=${node} scales=${scales} width=${width} dim=${dim}
-                  reached=${this.reached(devices)} pinned=${pinned} now=${state.time} look=${this.look} press=${this.press} />`)}
+                ${nodes.map((node) => html`<${Memo} key=${node.id} node=${node} gpuScale=${scales.gpu} memoryScale=${scales.memory}
+                  width=${width} dim=${dim} ...${placeOn(node, reached, "focus")} ...${placeOn(node, pinned, "chosen")}
+                  old=${oldOf(node, state.time)} look=${this.look} press=${this.press} draw=${NodeCard} />`)}
               </div>
-              <${Holders} state=${state} />
+              <${Memo} nodes=${nodes} models=${state.models} draw=${Holders} />
               <${LastEvents} events=${state.events} />
             </div>
             <${Detail} nodes=${nodes} shown=${shown} isPinned=${pinned !== null} now=${state.time}
@@ -148,7 +150,19 @@ function scaleText({ gpu, memory }) {
   return texts.length ? `All lengths are to scale. The full width is ${texts.join(", and ")}.` : "";
 }
 
-function NodeCard({ node, scales, width, dim, reached, pinned, now, look, press }) {
+// Returns which block of this node is meant, as properties that are equal while it is the same one.
+function placeOn(node, place, name) {
+  const isHere = place !== null && node.devices.some((device) => keyOf(device) === place.device);
+  return { [`${name}Device`]: isHere ? place.device : "", [`${name}At`]: isHere ? place.number : -1 };
+}
+
+// Returns the keys of the devices whose figures are old, as a text that is equal while they are the same ones.
+function oldOf(node, now) {
+  return node.devices.filter((device) => isOld(device, now)).map(keyOf).join("\n");
+}
+
+function NodeCard({ node, gpuScale, memoryScale, width, dim, focusDevice, focusAt, chosenDevice, chosenAt, old, look, press }) {
+  const olds = old.split("\n");
   const gpus = node.devices.filter(isGpu).length;
   return html`<article class=${`panel node${node.alive ? "" : " gone"}`}>
     <header>
@@ -158,9 +172,9 @@ function NodeCard({ node, scales, width, dim, reached, pinned, now, look, press 
       <span class="dim">${gpus ? `${plural(gpus, "GPU")}, ` : ""}${plural(node.cpus, "CPU")}</span>
     </header>
     ${node.note && html`<p class="note pre">${node.note}</p>`}
-    ${node.devices.map((device) => html`<${Memo} key=${device.key} device=${device} scale=${isGpu(device) ? scales.gpu : scales.memory}
-      width=${width} dim=${dim} focusAt=${reached?.device === device.key ? reached.number : -1} isOld=${isOld(device, now)}
-      chosen=${pinned?.device === device.key ? pinned.number : -1} look=${look} press=${press} draw=${DeviceRow} />`)}
+    ${node.devices.map((device) => html`<${Memo} key=${device.key} device=${device} scale=${isGpu(device) ? gpuScale : memoryScale}
+      width=${width} dim=${dim} focusAt=${focusDevice === device.key ? focusAt : -1} isOld=${olds.includes(device.key)}
+      chosen=${chosenDevice === device.key ? chosenAt : -1} look=${look} press=${press} draw=${DeviceRow} />`)}
   </article>`;
 }
 
@@ -345,9 +359,9 @@ function LastEvents({ events }) {
 }
 
 // The sums of each model over all devices.
-function Holders({ state }) {
+function Holders({ nodes, models: there }) {
   const sums = new Map();
-  for (const node of state.nodes) {
+  for (const node of nodes) {
     for (const device of node.devices) {
       for (const block of device.blocks) {
         const sum = sums.get(block.model) || { planned: 0, held: 0, peak: 0, certainties: new Set(), devices: 0 };
@@ -361,7 +375,7 @@ function Holders({ state }) {
     }
   }
   if (!sums.size) return null;
-  const models = new Map(state.models.map((model) => [model.name, model]));
+  const models = new Map(there.map((model) => [model.name, model]));
   return html`<section class="panel" aria-labelledby="holders">
     <h3 id="holders">Memory by model</h3>
     <div class="scroll" tabindex="0" role="region" aria-label="Table of memory by model">

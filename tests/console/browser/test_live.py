@@ -1,5 +1,6 @@
 """The page stays up to date by one stream, says when it is not, and keeps the key to itself."""
 
+import re
 import time
 from typing import Any
 
@@ -18,7 +19,7 @@ def test_deltas_change_what_is_shown(open_page: Open, scripted: Scripted) -> Non
     expect(page.locator("article.model")).to_have_count(2)
     changed = scripted.state()["models"]
     changed[0] |= {"state": "failed", "message": "The engine has died.", "active": 17}
-    scripted.push(models=changed)
+    scripted.push(models=changed[:1])
     card = page.get_by_role("article", name="tiny-pt")
     expect(card).to_contain_text("The engine has died.")
     expect(card.locator(".facts-row")).to_contain_text("17")
@@ -49,6 +50,77 @@ def test_deltas_change_what_is_shown(open_page: Open, scripted: Scripted) -> Non
     )
 
 
+def test_only_what_changed_is_sent_and_drawn(open_page: Open, scripted: Scripted) -> None:
+    """A changed node or model keeps its place, a new one comes last, one that is gone is left out, and the elements of
+    all others are not touched."""
+    scripted.state = states.mixed
+    watched = open_page()
+    page = watched.open()
+    cards = page.locator(".node h3")
+    expect(cards).to_have_text(["10.0.0.1", "10.0.0.2"])
+    page.evaluate(
+        """() => {
+          window.touched = new Set();
+          new MutationObserver((changes) => changes.forEach(({ target }) => {
+            const node = target.parentElement?.closest(".node") || target.closest?.(".node");
+            if (node) window.touched.add(node.querySelector("h3").textContent);
+          })).observe(document.querySelector(".nodes"), {
+            subtree: true, childList: true, attributes: true, characterData: true,
+          });
+        }"""
+    )
+    first, second = states.mixed()["nodes"]
+    first["devices"][0]["blocks"][0]["held"] = 3 * states.GIB
+    third = states.node(3, [states.device(None, "memory", 24 * states.GIB, [], now=time.time())])
+    scripted.push(nodes=[third, first])
+    expect(cards).to_have_text(["10.0.0.1", "10.0.0.2", "10.0.0.3"])
+    expect(page.locator("g.block").first).to_have_attribute("aria-label", re.compile("holds 3.00 GiB"))
+    assert set(page.evaluate("[...window.touched]")) == {"10.0.0.1"}
+    scripted.push(gone_nodes=[second["id"]])
+    expect(cards).to_have_text(["10.0.0.1", "10.0.0.3"])
+    watched.show("models")
+    names = [each["name"] for each in states.mixed()["models"]]
+    titles = page.locator("article.model h3")
+    expect(titles).to_have_text(names)
+    scripted.push(
+        models=[states.model("a-new-one"), states.model(names[3], message="It is busy.")], gone_models=[names[1]]
+    )
+    expect(titles).to_have_text([names[0], *names[2:], "a-new-one"])
+    expect(page.get_by_role("article", name=names[3])).to_contain_text("It is busy.")
+
+
+def test_what_is_equal_stays_the_same_object(open_page: Open) -> None:
+    """So that it is not drawn again: nodes and devices that are sent again, and series whose last value is the same."""
+    page = open_page().open()
+    kept: Any = page.evaluate(
+        """async () => {
+          const { withDelta } = await import("./assets/state.js");
+          const node = (id, used) => ({ id, devices: [{ device: "cpu", used: 1 }, { device: "GPU-0", used }] });
+          const model = (name) => ({ name, state: "ready", replicas: [{ replica: "r" }] });
+          const traffic = { interval_s: 5, slot: 10, models: { a: { requests: [1, 2] }, b: { requests: [1, 2] } } };
+          const seen = { events: [], requests: [], traffic, nodes: [node("x", 1), node("y", 1)], models: [model("a")] };
+          const next = withDelta(seen, {
+            nodes: [node("y", 2)], models: [model("a")], traffic: { slot: 10, models: { a: { requests: 3 }, b: { requests: 2 } } },
+          });
+          const later = withDelta(next, { traffic: { slot: 11, models: {} } });
+          return {
+            otherNode: next.nodes[0] === seen.nodes[0],
+            changedNode: next.nodes[1] === seen.nodes[1],
+            otherDevice: next.nodes[1].devices[0] === seen.nodes[1].devices[0],
+            changedDevice: next.nodes[1].devices[1] === seen.nodes[1].devices[1],
+            models: next.models === seen.models,
+            changedSeries: next.traffic.models.a === seen.traffic.models.a,
+            sameSeries: next.traffic.models.b === seen.traffic.models.b,
+            movedSeries: later.traffic.models.b === next.traffic.models.b,
+            nodesWithoutChange: later.nodes === next.nodes,
+          };
+        }"""
+    )
+    assert {name for name, is_same in kept.items() if is_same} == {
+        "otherNode", "otherDevice", "models", "sameSeries", "nodesWithoutChange"
+    }  # fmt: skip
+
+
 def test_traffic_moves_slot_by_slot(open_page: Open) -> None:
     """A value of the same slot replaces the last one, a later one is added, and slots without a value are empty."""
     page = open_page().open()
@@ -57,7 +129,7 @@ def test_traffic_moves_slot_by_slot(open_page: Open) -> None:
           const { withDelta } = await import("./assets/state.js");
           const series = { requests: [1, 2], ttft_p50_s: [0.1, 0.2] };
           const traffic = { interval_s: 5, slot: 10, models: { a: series, b: series } };
-          let seen = { events: [], requests: [], traffic };
+          let seen = { events: [], requests: [], traffic, nodes: [], models: [] };
           const step = (slot, models) => {
             seen = withDelta(seen, { traffic: { slot, models } });
             return seen.traffic.models;
