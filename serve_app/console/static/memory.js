@@ -4,7 +4,7 @@ import { Component, html } from "./vendor/htm-preact.js";
 import { Bar, Legend, Swatch, isOver } from "./bar.js";
 import { Line } from "./events.js";
 import { age, bytes, clock, plural } from "./format.js";
-import { PARTS, PART_NAMES, deviceName, isGpu, layoutOf, modelName, scaleOf, totals } from "./layout.js";
+import { PARTS, PART_NAMES, deviceName, foreignName, isAway, isGpu, layoutOf, modelName, scaleOf, sumsOf, totals } from "./layout.js";
 import { Badge, Choice, Empty, Memo } from "./widgets.js";
 
 // A measurement that is older than this is told to be old, in seconds.
@@ -72,7 +72,7 @@ export class Memory extends Component {
         ? html`<${Table} nodes=${nodes} dim=${dim} />`
         : html`<div class="split">
             <div class="map" ref=${(box) => (this.box = box)} onKeyDown=${(event) => this.move(event)}>
-              <${Legend} />
+              <${Legend} devices=${devices} />
               <p class="note">${scaleText(scales)}</p>
               <div class=${nodes.length > 3 ? "nodes many" : "nodes"}>
                 ${nodes.map((node) => html`<${Memo} key=${node.id} node=${node} gpuScale=${scales.gpu} memoryScale=${scales.memory}
@@ -238,11 +238,12 @@ function Overall({ nodes }) {
         return html`<table class="facts">
           <caption>${title} (${group.length})</caption>
           <tbody>
-            ${[["total", "Total"], ["planned", "Planned for models"], ["held", "Held by models"], ["foreign", "Other processes"], ["free", "Free"]].map(
+            ${[["total", "Total"], ["planned", "Planned for models"], ["held", "Held by models"], ["foreign", foreignName(group[0])], ["free", "Free"]].map(
               ([name, text]) => html`<tr><th scope="row">${text}</th><td class="num">${bytes(sum[name])}</td></tr>`,
             )}
           </tbody>
-        </table>`;
+        </table>
+        ${sum.away > 0 && html`<p class="note">The plans of parked and leaving models (${bytes(sum.away)}) are not counted. They share memory with models that have it now.</p>`}`;
       })}
     <p class="note">Point at a block of the map, or go to it with the Tab and arrow keys, and its figures are shown here. Enter keeps them.</p>`;
 }
@@ -257,7 +258,7 @@ function BlockDetail({ node, device, block, isPinned, unpin, now }) {
     <p>${block.state && html`<${Badge} state=${block.state} />`} ${block.residency && html`<${Badge} state=${block.residency} />`}</p>
     <table class="facts">
       <tbody>
-        <tr><th scope="row">Planned</th><td class="num">${bytes(block.planned)}</td><td><${Certainty} of=${block.certainty} /></td></tr>
+        <tr><th scope="row">${isAway(block) ? "Planned when resident" : "Planned"}</th><td class="num">${bytes(block.planned)}</td><td><${Certainty} of=${block.certainty} /></td></tr>
         <tr><th scope="row">Held</th><td class="num">${bytes(block.held)}</td><td>${isOver(block) ? html`<span class="tag warn">over plan</span>` : ""}</td></tr>
         <tr><th scope="row">Peak</th><td class="num">${bytes(block.peak)}</td><td></td></tr>
       </tbody>
@@ -341,13 +342,18 @@ function Table({ nodes, dim }) {
           node.devices.map(
             (device) => html`<tr>
               <td>${node.address}</td><td>${deviceName(device)}</td>
-              <td colspan=${7 + PARTS.length}>${bytes(device.used)} of ${bytes(device.total)} used, of which other processes have ${bytes(device.foreign)}; ${bytes(device.free)} free</td>
+              <td colspan=${7 + PARTS.length}>${bytes(device.used)} of ${bytes(device.total)} used; ${foreignText(device)}; ${bytes(device.free)} free</td>
             </tr>`,
           ),
         )}
       </tfoot>
     </table>
   </div>`;
+}
+
+function foreignText(device) {
+  if (device.foreign === null) return `${foreignName(device).toLowerCase().replace("cpu", "CPU")}: not known`;
+  return isGpu(device) ? `other processes have ${bytes(device.foreign)}` : `${bytes(device.foreign)} are not held by models on the CPU`;
 }
 
 function LastEvents({ events }) {
@@ -360,21 +366,16 @@ function LastEvents({ events }) {
 
 // The sums of each model over all devices.
 function Holders({ nodes, models: there }) {
-  const sums = new Map();
+  const blocks = new Map();
   for (const node of nodes) {
     for (const device of node.devices) {
       for (const block of device.blocks) {
-        const sum = sums.get(block.model) || { planned: 0, held: 0, peak: 0, certainties: new Set(), devices: 0 };
-        sum.planned += block.planned ?? 0;
-        sum.held += block.held ?? 0;
-        sum.peak += block.peak ?? 0;
-        sum.devices += 1;
-        sum.certainties.add(block.certainty);
-        sums.set(block.model, sum);
+        if (!blocks.has(block.model)) blocks.set(block.model, []);
+        blocks.get(block.model).push(block);
       }
     }
   }
-  if (!sums.size) return null;
+  if (!blocks.size) return null;
   const models = new Map(there.map((model) => [model.name, model]));
   return html`<section class="panel" aria-labelledby="holders">
     <h3 id="holders">Memory by model</h3>
@@ -386,19 +387,21 @@ function Holders({ nodes, models: there }) {
           <th scope="col" class="num">Of plan</th><th scope="col" class="num">Peak</th><th scope="col">Certainty of the plan</th>
         </tr></thead>
         <tbody>
-          ${[...sums].map(([name, sum]) => {
+          ${[...blocks].map(([name, own]) => {
+            const sum = sumsOf(own);
+            const certainties = new Set(own.map((block) => block.certainty));
             const model = models.get(name);
             return html`<tr>
               <th scope="row">${name ?? "other models"}</th>
               <td>${model ? html`<${Badge} state=${model.state} />` : ""}</td>
               <td>${model?.backend ?? ""}</td>
               <td class="num">${model ? `${model.running}/${model.wanted}` : ""}</td>
-              <td class="num">${sum.devices}</td>
-              <td class="num">${bytes(sum.planned)}</td>
+              <td class="num">${own.length}</td>
+              <td class="num">${sum.planned || !sum.away ? bytes(sum.planned) : ""}${sum.away > 0 && html` <span class="dim">${bytes(sum.away)} when resident</span>`}</td>
               <td class="num">${bytes(sum.held)}</td>
-              <td class="num">${sum.planned ? `${Math.round((100 * sum.held) / sum.planned)} %` : "–"}</td>
+              <td class="num">${sum.planned && !sum.away && sum.held !== null ? `${Math.round((100 * sum.held) / sum.planned)} %` : "–"}</td>
               <td class="num">${bytes(sum.peak)}</td>
-              <td>${[...sum.certainties].sort().map((each) => html`<${Certainty} of=${each} /> `)}</td>
+              <td>${[...certainties].sort().map((each) => html`<${Certainty} of=${each} /> `)}</td>
             </tr>`;
           })}
         </tbody>

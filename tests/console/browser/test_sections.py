@@ -13,7 +13,13 @@ from tests.console.browser.conftest import Open
 from tests.console.browser.scripted import Scripted, delta_chunk, last_chunks, text_chunk
 
 SECTIONS = ("memory", "models", "playground", "what-if", "requests", "events")
-STATES = {"demo": states.demo, "large": states.large, "hostile": states.hostile}
+STATES = {
+    "demo": states.demo,
+    "large": states.large,
+    "hostile": states.hostile,
+    "pool": states.pool,
+    "container": states.container,
+}
 # Chromium is a second or two busier with axe-core in each section.
 pytestmark = pytest.mark.timeout(120)
 
