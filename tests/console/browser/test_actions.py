@@ -106,7 +106,7 @@ def test_bars_are_to_scale(open_page: Open, scripted: Scripted) -> None:
 
 
 def test_the_plans_of_a_pool_are_counted_for_its_resident_alone(open_page: Open, scripted: Scripted) -> None:
-    """The others are as long as what they hold, so that the bar is that of the card, and can be reached all the same."""
+    """The others are as long as what they hold, so the bar is that of the card. They can still be reached."""
     scripted.state = states.pool
     watched = open_page()
     page = watched.open()
@@ -118,7 +118,7 @@ def test_the_plans_of_a_pool_are_counted_for_its_resident_alone(open_page: Open,
     expect(bar.locator("rect.outline.away")).to_have_count(3)
     facts = page.locator(".detail .facts")
     expect(facts.get_by_role("row", name="Planned for models")).to_contain_text("68.00 GiB")
-    expect(page.locator(".detail")).to_contain_text("The plans of parked and leaving models (180.0 GiB) are not counted.")
+    expect(page.locator(".detail")).to_contain_text("parked and leaving models (180.0 GiB) are not counted.")
     assert watched.violations() == []
     row = page.locator("section[aria-labelledby=holders]").get_by_role("row", name="member-1")
     expect(row).to_contain_text("60.00 GiB when resident")

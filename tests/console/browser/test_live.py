@@ -100,7 +100,8 @@ def test_what_is_equal_stays_the_same_object(open_page: Open) -> None:
           const traffic = { interval_s: 5, slot: 10, models: { a: { requests: [1, 2] }, b: { requests: [1, 2] } } };
           const seen = { events: [], requests: [], traffic, nodes: [node("x", 1), node("y", 1)], models: [model("a")] };
           const next = withDelta(seen, {
-            nodes: [node("y", 2)], models: [model("a")], traffic: { slot: 10, models: { a: { requests: 3 }, b: { requests: 2 } } },
+            nodes: [node("y", 2)], models: [model("a")],
+            traffic: { slot: 10, models: { a: { requests: 3 }, b: { requests: 2 } } },
           });
           const later = withDelta(next, { traffic: { slot: 11, models: {} } });
           return {
