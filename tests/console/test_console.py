@@ -80,16 +80,43 @@ async def test_the_page_needs_no_key_and_the_state_does(tmp_path: Path) -> None:
         ("127.0.0.1:8000", {"sec-fetch-site": "cross-site"}, 403),
         ("127.0.0.1:8000", {"sec-fetch-site": "same-site"}, 403),
         ("10.0.0.5:8000", {"origin": "http://10.0.0.6:8000"}, 403),
+        ("127.0.0.1:8000", {"x-forwarded-proto": "http", "x-request-id": "1", "x-haproxy-reload-id": "2"}, 200),
+        ("127.0.0.1:8000", {"forwarded": "for=10.0.0.9"}, 403),
+        ("127.0.0.1:8000", {"x-forwarded-for": "10.0.0.9"}, 403),
+        ("127.0.0.1:8000", {"x-forwarded-host": "models.example"}, 403),
+        ("127.0.0.1:8000", {"x-real-ip": "10.0.0.9"}, 403),
+        ("127.0.0.1:8000", {"via": "1.1 proxy"}, 403),
     ],
 )
 async def test_pages_of_other_sites_read_nothing_where_no_key_is_needed(
     host: str, headers: dict[str, str], status: int
 ) -> None:
-    """Neither by a request of their own nor by a name that was made to resolve to this machine."""
+    """Neither by a request of their own nor by a name that was made to resolve to this machine, nor by a proxy."""
     _, app = console_app(open_gate())
     async with client(app, host) as http:
         answer = await http.get("/ui/api/state", headers=headers)
         assert answer.status_code == status, answer.text
+
+
+async def test_a_proxy_may_forward_what_has_a_key(tmp_path: Path) -> None:
+    """The key says who asks. Without one, the page itself comes and its data does not, and the reason is said."""
+    with_keys, without = console_app(make_gate(tmp_path)[0])[1], console_app(open_gate())[1]
+    forwarded = {"x-forwarded-for": "10.0.0.9"}
+    async with client(with_keys) as http:
+        assert (await http.get("/ui/api/state", headers=AUTH | forwarded)).status_code == 200
+    async with client(without) as http:
+        assert (await http.get("/ui/", headers=forwarded)).status_code == 200
+        for answer in (
+            await http.get("/ui/api/state", headers=forwarded),
+            await http.get("/ui/api/stream", headers=forwarded),
+            await http.post("/ui/api/models/m/park", headers=forwarded),
+            await http.post("/ui/api/plan", headers=forwarded, json={"model": "m"}),
+        ):
+            assert answer.status_code == 403
+            error = answer.json()["error"]
+            assert error["code"] == "proxy_not_allowed"
+            assert "it has sent 'x-forwarded-for'" in error["message"]
+            assert "set API keys" in error["message"]
 
 
 async def test_it_is_off_where_others_could_look_without_a_key(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from serve_app.cli.changes import changes, for_all, not_applied
 from serve_app.cli.check import require_serves_schema
 from serve_app.cli.start.config_file import read_config
-from serve_app.ray_serve import living, same_application
+from serve_app.cli.start.served_applications import living, same_application
 
 if TYPE_CHECKING:  # The runner uses this module.
     from serve_app.cli.start.runner import Start

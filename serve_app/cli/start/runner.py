@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.cli.check import require_serves_schema, unplaced
 from serve_app.cli.exit_codes import INTERRUPTED
+from serve_app.cli.start.served_applications import living
 from serve_app.cli.start.view import StartView
 from serve_app.deploy.serve_env import for_cluster, found_on_nodes, with_environment
 from serve_app.errors import ConfigError
 from serve_app.facts.inventory import as_empty, ray_inventory
 from serve_app.facts.nodes import ray_nodes
 from serve_app.facts.serve_file import ApplicationSpec
-from serve_app.ray_serve import NAMESPACE, living
+from serve_app.ray_serve import NAMESPACE
 from serve_app.status.served_file import Outcome, ServedFile, ServedFiles
 
 if TYPE_CHECKING:  # It imports Ray.

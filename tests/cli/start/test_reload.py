@@ -182,7 +182,7 @@ def test_a_file_that_is_as_it_was_changes_nothing(
     autoscaling_config:
       min_replicas: 0
       policy: {policy_function: "serve_app.replica.autoscaling:by_engine_load"}
-    logging_config: {log_level: info}
+    logging_config: {log_level: INFO}
 logging_config: {encoding: TEXT}
 """
     )
