@@ -123,8 +123,8 @@ def residency_events(before: Mapping[str, Sequence[str]], after: Mapping[str, Se
     return found
 
 
-# In these states of a deployment, Serve itself replaces or stops replicas. Such a replica is STOPPING for two seconds at
-# least, which a reading each second sees. One that dies in these states is gone at once.
+# In these states of a deployment, Serve itself replaces or stops replicas. Such a replica is STOPPING for at least two
+# seconds, which a reading each second sees. One that dies in these states is gone at once.
 _SERVE_STOPS = frozenset({"UPDATING", "UPSCALING", "DOWNSCALING"})
 _RUNS = "RUNNING"
 
