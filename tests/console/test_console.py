@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from serve_app.status.reader import Reading
 from tests.fakes import AUTH, OUTSIDE, Models, ModelsFake, make_gate, open_gate, router_app, says
 
 RESIDENCY = Residency(dict)
+# Consoles begin at the start of an interval of traffic, so that none ends during a test.
+BEGINS = 1_764_500_000.0
 
 
 def console_app(
@@ -34,7 +37,10 @@ def console_app(
     parts = RouterParts(
         "router", "abc", directory, forwarder, gate, RESIDENCY, lambda: forwarder.config, is_loopback
     )  # fmt: skip
-    console = ServedConsole(parts, read_status=reads_nothing, tell=lambda now: None)
+    begun = time.monotonic()
+    console = ServedConsole(
+        parts, lambda: BEGINS + time.monotonic() - begun, read_status=reads_nothing, tell=lambda now: None
+    )
     forwarder.observer = console
     app = KeyedRouter(build_app(forwarder, directory, gate, RESIDENCY, console), gate)
     return console, OuterDoor(app, Inside(gate, lambda: RouterConfig(**config)))
@@ -161,10 +167,13 @@ class Stream:
             await self._pieces.put(message["body"])
 
     async def next(self) -> tuple[str, Any]:
-        """The name and the content of the next event."""
+        """The name and the content of the next event. Of several that are pushed together, it is the last one, since
+        the others have the ends of intervals alone."""
         async with asyncio.timeout(10):
             piece = await self._pieces.get()
-        name, data = piece.decode().strip().split("\n")[:2]
+        *ended, last = piece.decode().strip().split("\n\n")
+        assert all(json.loads(event.partition("data: ")[2]).keys() <= {"time", "traffic"} for event in ended)
+        name, data = last.split("\n")
         return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
     async def leave(self) -> None:
