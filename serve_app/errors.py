@@ -13,6 +13,7 @@ ServeAppError                 it says what went wrong, where, and what to do
     │   └── AdminOnly         403
     ├── ConsoleOff            404
     ├── ForeignPage           403, for a web page of another site if no key is needed
+    ├── Forwarded             403, for what a proxy sends to the console if no key is needed
     ├── ModelNotFound         404
     ├── RequestTimeout        408
     ├── Conflict              409, when what is asked for has no meaning now
@@ -224,6 +225,14 @@ class ForeignPage(RequestError):
     status = 403
     type = "invalid_request_error"
     code = "origin_not_allowed"
+
+
+class Forwarded(RequestError):
+    """A proxy sends a request to the console of a server that needs no key, so its sender may be anybody."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "proxy_not_allowed"
 
 
 class RateLimited(RequestError):

@@ -1,5 +1,6 @@
 """Does what an admin may do: wake a model, park one, and have the config file read again."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,9 +12,10 @@ from serve_app.access.keys import ApiKey
 from serve_app.console.events import Kind
 from serve_app.console.guard import Visitor, require_admin
 from serve_app.console.reload import Reload, Reloaded
-from serve_app.errors import AdminOnly, Conflict, ModelNotFound
+from serve_app.errors import AdminOnly, Conflict, InvalidRequest, ModelNotFound
 from serve_app.residency.operator import KeeperSilent, Operator, Wishes
 from serve_app.router.model_status import ModelStatus
+from serve_app.wire.asked_model import Asked
 
 logger = logging.getLogger("ray.serve")
 
@@ -75,13 +77,13 @@ class Actions:
         self._models, self._waker, self._alias_of = models, waker, alias_of
         self.note: Note = lambda kind, model, text: None
         self._wishes, self._reload = wishes or Operator(), reload or Reload()
+        self._reloads: set[asyncio.Task[Reloaded]] = set()
 
     async def wake(self, visitor: Visitor, name: str) -> Done:
         """Starts a replica of a model that sleeps, or lets one that is parked have its memory, as a request would.
 
         Raises AdminOnly, ModelNotFound, and Conflict if the model cannot be woken.
         """
-        require_admin(visitor)
         model = await self._found(visitor, name)
         if model.state in ("failed", "stopping"):
             why = f"has failed: {model.message}" if model.state == "failed" else "is being removed"
@@ -102,7 +104,6 @@ class Actions:
 
         Raises AdminOnly, ModelNotFound, and Conflict if the model shares no memory.
         """
-        require_admin(visitor)
         model = await self._found(visitor, name)
         before = await _asked(self._wishes.park(model.application))
         if before is None:
@@ -119,22 +120,56 @@ class Actions:
         return self._begun(visitor, model.name, "swapped", text, model.application)
 
     async def reload(self, visitor: Visitor) -> dict[str, Any]:
-        """Has the config file read again, checked and deployed. Returns the file, its node, and what changes.
+        """Has the config file read again, checked and deployed. Returns the file, its node, and what changes. It also
+        goes on when the visitor leaves, because the file is deployed then too.
 
         Raises AdminOnly, and what `Reload` raises.
         """
         require_all_models(visitor)
-        done: Reloaded = await self._reload(_who(visitor.key))
+        self._note(visitor, "config", "", "An admin has asked for the config file to be read again.")
+        task = asyncio.create_task(self._reloaded(visitor))
+        self._reloads.add(task)
+        task.add_done_callback(self._was_reloaded)
+        done = await asyncio.shield(task)
+        return {"file": done.file, "node": done.node, "changes": list(done.lines)}
+
+    async def _reloaded(self, visitor: Visitor) -> Reloaded:
+        """Reads the file again and notes what has come of it. The reason of a failure is in the answer and in the log
+        alone, because it may have lines of the file, and every key sees the event."""
+        try:
+            done: Reloaded = await self._reload(_who(visitor.key))
+        except Exception as error:
+            logger.warning("The console could not have the config file read again: %s", error)
+            text = (
+                "The config file is wrong, so nothing was changed."
+                if isinstance(error, InvalidRequest)
+                else "The config file was not read again, or not to the end. The log of the router says why."
+            )
+            self._note(visitor, "config", "", text)
+            raise
         count = len(done.lines)
         changes = "and nothing changes" if not count else f"and {count} change{'' if count == 1 else 's'} follow"
         self._note(visitor, "config", "", f"The config file was read again, {changes}, because an admin asked for it.")
-        return {"file": done.file, "node": done.node, "changes": list(done.lines)}
+        return done
+
+    def _was_reloaded(self, task: "asyncio.Task[Reloaded]") -> None:
+        self._reloads.discard(task)
+        if not task.cancelled():
+            task.exception()  # Its visitor may have left.
 
     async def _found(self, visitor: Visitor, name: str) -> ModelStatus:
-        """Returns the model, which is that of an adapter too. A key learns nothing of models that it may not use."""
+        """Returns the model for an admin, who must also be one of its base model if it is an adapter, since the base
+        model is what acts. A key learns nothing of models that it may not use."""
+        require_admin(visitor)
+        key = visitor.key
         with suppress(ModelNotFound):  # Its message names all models.
             model = await self._models.find(self._alias_of(name))
-            if visitor.key is None or visitor.key.may_use(model.asked):
+            if key is None or key.may_use(model.asked):
+                if key is not None and not key.may_use(Asked(model.application)):
+                    raise AdminOnly(
+                        f"'{model.name}' is an adapter, and the API key '{key.name}' may not use its base model, which "
+                        "is woken and parked with all of its adapters. Use the key of an admin of the base model."
+                    )
                 return model
         raise ModelNotFound(f"There is no model '{name[:200]}' here that you may use.", param="model")
 

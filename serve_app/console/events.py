@@ -124,7 +124,8 @@ def residency_events(before: Mapping[str, Sequence[str]], after: Mapping[str, Se
     return found
 
 
-# In these states of a deployment, Serve itself replaces or stops replicas.
+# In these states of a deployment, Serve itself replaces or stops replicas. Such a replica is STOPPING for at least two
+# seconds, which a reading each second sees. One that dies in these states is gone at once.
 _SERVE_STOPS = frozenset({"UPDATING", "UPSCALING", "DOWNSCALING"})
 _RUNS = "RUNNING"
 
@@ -151,9 +152,10 @@ def _replica_events(then: ModelView, now: ModelView, status: str) -> Iterator[Ha
         yield Happened("scaled", name, f"{name} should have {_replicas(now.wanted)} instead of {then.wanted}.")
     ran = {view.replica for view in then.replicas if view.state == _RUNS}
     runs = {view.replica for view in now.replicas if view.state == _RUNS}
-    is_stopped = now.state == "stopping" or now.wanted < then.wanted or status in _SERVE_STOPS
+    is_there = {view.replica for view in now.replicas}
+    are_fewer = now.state == "stopping" or now.wanted < then.wanted
     for replica in sorted(ran - runs):
-        if is_stopped:
+        if are_fewer or (status in _SERVE_STOPS and replica in is_there):
             yield Happened("scaled", name, f"The replica {replica} of {name} stops.")
         else:
             yield Happened("lost", name, f"The replica {replica} of {name} was lost.")

@@ -5,6 +5,10 @@ protects the console, and a web page of another site could use its visitor's bro
 request there itself, which `Origin` and `Sec-Fetch-Site` show. Or its own name could be made to resolve to this address
 (DNS rebinding), so that it reads answers as if they were its own. Such a page sends no `Origin` with a GET, but `Host`
 has its name. So without keys `Host` must be localhost or an IP address.
+
+A proxy of another program on this machine has a third way: it sends requests of the whole network from 127.0.0.1, often
+with that address as `Host`. It says so in a header, which Serve's own HAProxy and Python proxy do not add, and such a
+request is refused without a key.
 """
 
 from dataclasses import dataclass
@@ -15,11 +19,13 @@ from serve_app.access.gate import Gate
 from serve_app.access.keys import ApiKey
 from serve_app.access.origin import is_own_host, require_own_page
 from serve_app.config import RouterConfig
-from serve_app.errors import AdminOnly, ConsoleOff, ForeignPage
+from serve_app.errors import AdminOnly, ConsoleOff, ForeignPage, Forwarded
 from serve_app.wire.headers import Headers, header
 
 # A browser says so of what the page itself asks for, and of what a person has typed in.
 OWN_SITES = frozenset({b"same-origin", b"none"})
+# A proxy says by one of these headers whom it forwards, or that it does.
+FORWARDING = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,13 @@ def require_on(config: RouterConfig, is_loopback: bool, is_open: bool) -> None:
 
 
 def visitor_of(gate: Gate, scope: Scope) -> Visitor:
-    """Returns who asks for data. Raises Unauthorized, or ForeignPage where no key is needed."""
+    """Returns who asks for data. Raises Unauthorized, or Forwarded and ForeignPage where no key is needed."""
     key = gate.identity_of(scope)
     if key is None:
+        require_no_proxy(scope["headers"])
         require_own_site(scope["headers"])
         return Visitor(None, is_admin=True)
-    return Visitor(key, is_admin=getattr(key, "role", "user") == "admin")
+    return Visitor(key, is_admin=key.is_admin)
 
 
 def require_admin(visitor: Visitor) -> None:
@@ -67,6 +74,16 @@ def require_admin(visitor: Visitor) -> None:
         raise AdminOnly(
             f"The API key{name} may look at the console, but not change anything. Use a key with role: admin in the "
             "keys file."
+        )
+
+
+def require_no_proxy(headers: Headers) -> None:
+    """Raises Forwarded if a proxy has forwarded the request, since its sender may be anybody."""
+    if found := [name.decode() for name in FORWARDING if header(headers, name) is not None]:
+        raise Forwarded(
+            f"The console was asked through a proxy (it has sent '{found[0]}'), which other machines may reach, and "
+            "this address needs no API key. Ask it directly, through an SSH tunnel for example, or set API keys "
+            "(SERVE_APP_API_KEYS_FILE)."
         )
 
 

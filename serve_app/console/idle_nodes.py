@@ -1,21 +1,33 @@
 """Reads the memory and the GPUs of nodes from which no replica reports.
 
-The router's own node is read here. On another one a small task of Ray reads it, which takes no CPU of Ray's books and
-is asked for at most every `ASK_EVERY_S`, and only while somebody watches.
+The router's own node is read here. On another one a small task of Ray reads it, which takes no CPU of Ray's books. Any
+task makes the node busy for Ray, so an autoscaler would never end a node that is asked again and again. So each node is
+asked once, while somebody watches, and again only after replicas were there.
 """
 
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from serve_app.facts.device_memory import DeviceMemory, node_devices
 
 logger = logging.getLogger("ray.serve")
 
-ASK_EVERY_S = 30.0
-# A node that does not answer within so many seconds is asked again later.
+# A node that has failed to answer is asked again after so many seconds, and at most so many times.
+ASK_AGAIN_S, MOST_ASKED = 30.0, 3
+# A node that does not answer within so many seconds has failed to.
 ANSWER_TIMEOUT_S = 60.0
+
+
+@dataclass
+class _Asked:
+    """This is what a node was asked: when, how many times, and what will be its answer until it has come."""
+
+    at: float = float("-inf")
+    count: int = 0
+    answer: Any = None
 
 
 class IdleNodes:
@@ -24,7 +36,7 @@ class IdleNodes:
     def __init__(self, own: Callable[[], str]):
         self._own = own
         self._devices: dict[str, Sequence[DeviceMemory]] = {}
-        self._asked: dict[str, tuple[float, Any]] = {}
+        self._asked: dict[str, _Asked] = {}
 
     def read(self, idle: Collection[str]) -> Mapping[str, Sequence[DeviceMemory]]:
         """Returns what is known of these nodes now. It never waits for another node."""
@@ -43,19 +55,19 @@ class IdleNodes:
         from ray.exceptions import RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        asked_at, answer = self._asked.get(name, (0.0, None))
-        now = time.monotonic()
-        if answer is not None:
-            ready, _ = ray.wait([answer], timeout=0)
-            if not ready and now - asked_at < ANSWER_TIMEOUT_S:
+        asked, now = self._asked.setdefault(name, _Asked()), time.monotonic()
+        if asked.answer is not None:
+            ready, _ = ray.wait([asked.answer], timeout=0)
+            if not ready and now - asked.at < ANSWER_TIMEOUT_S:
                 return
             try:
                 if ready:
-                    self._devices[name] = ray.get(answer)
+                    self._devices[name] = ray.get(asked.answer)
             except RayError as error:
                 logger.info("The node %s does not tell its memory: %s", name, error)
-            self._asked[name] = (asked_at, None)
-        elif now - asked_at >= ASK_EVERY_S or name not in self._asked:
+            asked.answer = None
+        elif name not in self._devices and asked.count < MOST_ASKED and now - asked.at >= ASK_AGAIN_S:
             place = NodeAffinitySchedulingStrategy(name, soft=False)
             task = ray.remote(num_cpus=0, max_retries=0)(node_devices)
-            self._asked[name] = (now, task.options(scheduling_strategy=place).remote())
+            asked.at, asked.count = now, asked.count + 1
+            asked.answer = task.options(scheduling_strategy=place).remote()

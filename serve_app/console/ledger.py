@@ -81,7 +81,8 @@ class Ledger:
         running, outcome = found
         now, model, code = self._clock(), exchange.record.model, exchange.downstream.error_code
         if model != UNKNOWN:
-            first = exchange.timing.to_first_s if exchange.timing.first else None
+            is_stream = exchange.downstream.meter.is_stream  # Another answer comes whole, so it has no first token.
+            first = exchange.timing.to_first_s if exchange.timing.first and is_stream else None
             self.traffic.ended(now, model, is_error(exchange), first)
             self.traffic.made(now, model, running.tokens(is_over=True))
         if outcome == "refused":

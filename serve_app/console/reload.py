@@ -40,7 +40,8 @@ class Reload:
         """Returns what has changed, for who is called so.
 
         Raises InvalidRequest with all mistakes of the file, which has changed nothing then, and Conflict if no process
-        serves a file. Raises Overloaded, DeadlineExceeded, and ModelUnavailable while Ray's head does not answer.
+        serves a file or if Serve runs applications that would end. Raises Overloaded, DeadlineExceeded, and
+        ModelUnavailable while Ray's head does not answer.
         """
         if self._is_busy:
             raise Conflict("The config file is being read already. Wait until that is done.")
@@ -58,7 +59,7 @@ class Reload:
         finally:
             self._is_busy = False
         if outcome.problem:
-            raise InvalidRequest(outcome.problem)
+            raise (Conflict if outcome.is_conflict else InvalidRequest)(outcome.problem)
         return Reloaded(Path(served.file).name, served.node, outcome.lines)
 
     async def _outcome(self, served: ServedFile, by: str) -> Outcome:

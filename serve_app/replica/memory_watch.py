@@ -31,6 +31,7 @@ from serve_app.planning.sizes import gib
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (
+    LOOK_EVERY_S,
     REPORT_EVERY_S,
     WATCHED_EVERY_S,
     BlocksReport,
@@ -40,7 +41,7 @@ from serve_app.replica.report import (
     ResidencyReport,
     forget_report,
     has_ranks,
-    is_watched,
+    watchers,
     write_report,
 )
 from serve_app.terminal import notify, say
@@ -79,6 +80,7 @@ class MemoryWatch:
         self._written: dict[str, Calibration] = {}
         self._warned: set[str] = set()
         self._ready_after_s = 0.0
+        self._look_in_s = WATCHED_EVERY_S
         self._task: asyncio.Task[None] | None = None
         self._metrics = ReplicaMetrics()
         # A thread that writes a report goes on when its task is cancelled, so the lock keeps the writes in order.
@@ -127,11 +129,14 @@ class MemoryWatch:
         """Returns when it is time to measure again, which is sooner while somebody watches the console."""
         ends = time.monotonic() + REPORT_EVERY_S
         while (left_s := ends - time.monotonic()) > 0:
-            await asyncio.sleep(min(left_s, WATCHED_EVERY_S))
+            await asyncio.sleep(min(left_s, self._look_in_s))
             try:
-                if await asyncio.to_thread(is_watched, time.time()):
+                seen = await asyncio.to_thread(watchers, time.time())
+                self._look_in_s = {"now": WATCHED_EVERY_S, "earlier": LOOK_EVERY_S, "never": REPORT_EVERY_S}[seen]
+                if seen == "now":
                     return
             except Exception as error:  # Ray's head may be restarting.
+                self._look_in_s = LOOK_EVERY_S
                 self._warn(f"It is not known whether somebody watches the console: {error}")
 
     async def _measured(self) -> Sequence[RankMemory]:

@@ -7,15 +7,16 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from serve_app.facts.device_memory import DeviceMemory
 from serve_app.ray_serve import delete_stored, store, stored, stored_keys
 
 PREFIX = b"serve-app-report/"
 REPORT_EVERY_S = 10.0
-# While somebody watches the console, replicas report more often. They look at this interval whether anybody does.
-WATCHED_EVERY_S = 2.0
+# While somebody watches the console, replicas report more often. They look at the second interval whether anybody does,
+# and with each report alone where nobody ever has, since the console may be switched off.
+WATCHED_EVERY_S, LOOK_EVERY_S = 2.0, 5.0
 WATCHED_UNTIL = b"serve-app-console-watched-until"
 # Whoever opens the console is believed to watch for so many seconds after it was last told.
 WATCHED_FOR_S = 10.0
@@ -139,14 +140,22 @@ def tell_watched(now: float) -> None:
     store(WATCHED_UNTIL, f"{now + WATCHED_FOR_S:.3f}".encode())
 
 
-def is_watched(now: float) -> bool:
-    """Returns whether somebody watches the console. It blocks for a millisecond, and raises what `write_report`
-    raises. A clock that is far ahead on another node does not keep it true."""
+def watchers(now: float) -> Literal["now", "earlier", "never"]:
+    """Returns when somebody watches the console. It blocks for a millisecond, and raises what `write_report` raises. A
+    clock that is far ahead on another node does not make it "now" for ever."""
+    until = stored(WATCHED_UNTIL)
+    if until is None:
+        return "never"
     try:
-        left_s = float(stored(WATCHED_UNTIL) or 0.0) - now
+        left_s = float(until) - now
     except ValueError:
-        return False
-    return 0.0 < left_s <= 2 * WATCHED_FOR_S
+        return "earlier"
+    return "now" if 0.0 < left_s <= 2 * WATCHED_FOR_S else "earlier"
+
+
+def is_watched(now: float) -> bool:
+    """Returns whether somebody watches the console now, as `watchers` does."""
+    return watchers(now) == "now"
 
 
 def forget_report(application: str, replica: str) -> None:

@@ -34,10 +34,12 @@ class ServedFile:
 @dataclass(frozen=True)
 class Outcome:
     """Says what became of a wish. `problem` has a line for each mistake in the file, which has changed nothing then.
-    `lines` say what happens to each application otherwise."""
+    `is_conflict` says that the file is right, and that what Serve runs is the problem. `lines` say what happens to each
+    application otherwise."""
 
     problem: str = ""
     lines: tuple[str, ...] = ()
+    is_conflict: bool = False
 
 
 class Store(Protocol):
@@ -138,7 +140,8 @@ class ServedFiles:
         if item is None:
             return None
         self._store.delete(key)
-        return Outcome(str(item.get("problem", "")), tuple(map(str, item.get("lines", ()))))
+        lines = tuple(map(str, item.get("lines", ())))
+        return Outcome(str(item.get("problem", "")), lines, item.get("is_conflict") is True)
 
     def withdraw(self, token: str, wish: str) -> None:
         """Takes a wish back, and removes what became of it."""

@@ -1,6 +1,8 @@
 """What an admin may do, and what is said of what cannot be done."""
 
+import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,7 @@ from serve_app.console.actions import Actions, possible
 from serve_app.console.events import EventLog
 from serve_app.console.guard import Visitor
 from serve_app.console.reload import Reloaded
-from serve_app.errors import AdminOnly, Conflict, ModelNotFound, RequestError
+from serve_app.errors import AdminOnly, Conflict, DeadlineExceeded, InvalidRequest, ModelNotFound, RequestError
 from serve_app.residency.operator import KeeperSilent
 from serve_app.router.model_status import ModelStatus
 from tests.fakes import ModelsFake
@@ -31,9 +33,9 @@ class Cluster:
         self.silent: Exception | None = None
         self.events = EventLog()
         aliases = {"alias": "m"}
-        self.actions = Actions(
-            ModelsFake(**states), self, lambda name: aliases.get(name, name), Wishes(self), self.reload
-        )
+        self.models = ModelsFake(**states)
+        self.before_reload: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
+        self.actions = Actions(self.models, self, lambda name: aliases.get(name, name), Wishes(self), self.reload)
         self.actions.note = partial(self.events.add, 0.0)
 
     def wake(self, name: str) -> None:
@@ -42,6 +44,7 @@ class Cluster:
 
     async def reload(self, by: str) -> Reloaded:
         """As `Reload`."""
+        await self.before_reload()
         self.done.append(f"reload for {by}")
         return Reloaded("models.yaml", "10.0.0.1", ("a restarts", "b starts"))
 
@@ -198,8 +201,78 @@ async def test_the_config_file_is_read_again() -> None:
         "changes": ["a restarts", "b starts"],
     }
     assert cluster.done == ["reload for the key 'ops'"]
-    text = "The config file was read again, and 2 changes follow, because an admin asked for it."
-    assert cluster.told() == [("config", "", text)]
+    assert cluster.told() == [
+        ("config", "", "An admin has asked for the config file to be read again."),
+        ("config", "", "The config file was read again, and 2 changes follow, because an admin asked for it."),
+    ]
+
+
+async def test_a_reload_goes_on_when_its_client_leaves() -> None:
+    """The file is deployed then too, so the event must not be missing."""
+    cluster = Cluster()
+    goes_on = asyncio.Event()
+    cluster.before_reload = goes_on.wait
+    client = asyncio.create_task(cluster.actions.reload(ADMIN))
+    await asyncio.sleep(0)
+    client.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await client
+    goes_on.set()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [text for _, _, text in cluster.told()] == [
+        "An admin has asked for the config file to be read again.",
+        "The config file was read again, and 2 changes follow, because an admin asked for it.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [
+        (InvalidRequest("secret: unknown field"), "The config file is wrong, so nothing was changed."),
+        (
+            DeadlineExceeded("/srv/secret was not read"),
+            "The config file was not read again, or not to the end. The log of the router says why.",
+        ),
+    ],
+)
+async def test_a_reload_that_fails_is_an_event(
+    error: RequestError, event: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the reason, which only an admin may read. The log has it."""
+    cluster = Cluster()
+
+    async def fail() -> None:
+        raise error
+
+    cluster.before_reload = fail
+    with pytest.raises(type(error), match="secret"), caplog.at_level(logging.WARNING, logger="ray.serve"):
+        await cluster.actions.reload(ADMIN)
+    assert [text for _, _, text in cluster.told()] == [
+        "An admin has asked for the config file to be read again.", event,
+    ]  # fmt: skip
+    assert error.message in caplog.text
+
+
+async def test_an_admin_of_an_adapter_alone_may_not_park_its_base_model() -> None:
+    """Which all other adapters and the base model's own clients use. An admin of both may."""
+    cluster = Cluster({"m": ["resident"]}, m="ready")
+    adapter = ModelStatus("sql", "ready", 1, parent="m", engine_name="sql")
+
+    async def find(name: str) -> ModelStatus:
+        assert name == "sql"
+        return adapter
+
+    cluster.models.find = find  # type: ignore[method-assign]
+    for models in (("m:sql",), ("m:*",)):
+        of_adapter = Visitor(ApiKey(name="ops", sha256=HASH, role="admin", models=models), is_admin=True)
+        for action in (cluster.actions.park, cluster.actions.wake):
+            with pytest.raises(AdminOnly, match="'sql' is an adapter, and the API key 'ops' may not use its base"):
+                await action(of_adapter, "sql")
+    assert (cluster.done, cluster.told()) == ([], [])
+    both = Visitor(ApiKey(name="ops", sha256=HASH, role="admin", models=("m", "m:sql")), is_admin=True)
+    assert (await cluster.actions.park(both, "sql")).has_begun
+    assert cluster.done == ["park m"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from serve_app.status.reader import Reading
 from tests.fakes import AUTH, OUTSIDE, Models, ModelsFake, make_gate, open_gate, router_app, says
 
 RESIDENCY = Residency(dict)
+# Consoles begin at the start of an interval of traffic, so that none ends during a test.
+BEGINS = 1_764_500_000.0
 
 
 def console_app(
@@ -39,7 +42,10 @@ def console_app(
     parts = RouterParts(
         "router", "abc", directory, forwarder, gate, RESIDENCY, lambda: forwarder.config, is_loopback
     )  # fmt: skip
-    console = ServedConsole(parts, read_status=reads_nothing, tell=lambda now: None)
+    begun = time.monotonic()
+    console = ServedConsole(
+        parts, lambda: BEGINS + time.monotonic() - begun, read_status=reads_nothing, tell=lambda now: None
+    )
     forwarder.observer = console
     app = KeyedRouter(build_app(forwarder, directory, gate, RESIDENCY, console), gate)
     return console, OuterDoor(app, Inside(gate, lambda: RouterConfig(**config)))
@@ -85,16 +91,43 @@ async def test_the_page_needs_no_key_and_the_state_does(tmp_path: Path) -> None:
         ("127.0.0.1:8000", {"sec-fetch-site": "cross-site"}, 403),
         ("127.0.0.1:8000", {"sec-fetch-site": "same-site"}, 403),
         ("10.0.0.5:8000", {"origin": "http://10.0.0.6:8000"}, 403),
+        ("127.0.0.1:8000", {"x-forwarded-proto": "http", "x-request-id": "1", "x-haproxy-reload-id": "2"}, 200),
+        ("127.0.0.1:8000", {"forwarded": "for=10.0.0.9"}, 403),
+        ("127.0.0.1:8000", {"x-forwarded-for": "10.0.0.9"}, 403),
+        ("127.0.0.1:8000", {"x-forwarded-host": "models.example"}, 403),
+        ("127.0.0.1:8000", {"x-real-ip": "10.0.0.9"}, 403),
+        ("127.0.0.1:8000", {"via": "1.1 proxy"}, 403),
     ],
 )
 async def test_pages_of_other_sites_read_nothing_where_no_key_is_needed(
     host: str, headers: dict[str, str], status: int
 ) -> None:
-    """Neither by a request of their own nor by a name that was made to resolve to this machine."""
+    """Neither by a request of their own nor by a name that was made to resolve to this machine, nor by a proxy."""
     _, app = console_app(open_gate())
     async with client(app, host) as http:
         answer = await http.get("/ui/api/state", headers=headers)
         assert answer.status_code == status, answer.text
+
+
+async def test_a_proxy_may_forward_what_has_a_key(tmp_path: Path) -> None:
+    """The key says who asks. Without one, the page itself comes and its data does not, and the reason is said."""
+    with_keys, without = console_app(make_gate(tmp_path)[0])[1], console_app(open_gate())[1]
+    forwarded = {"x-forwarded-for": "10.0.0.9"}
+    async with client(with_keys) as http:
+        assert (await http.get("/ui/api/state", headers=AUTH | forwarded)).status_code == 200
+    async with client(without) as http:
+        assert (await http.get("/ui/", headers=forwarded)).status_code == 200
+        for answer in (
+            await http.get("/ui/api/state", headers=forwarded),
+            await http.get("/ui/api/stream", headers=forwarded),
+            await http.post("/ui/api/models/m/park", headers=forwarded),
+            await http.post("/ui/api/plan", headers=forwarded, json={"model": "m"}),
+        ):
+            assert answer.status_code == 403
+            error = answer.json()["error"]
+            assert error["code"] == "proxy_not_allowed"
+            assert "it has sent 'x-forwarded-for'" in error["message"]
+            assert "set API keys" in error["message"]
 
 
 async def test_it_is_off_where_others_could_look_without_a_key(tmp_path: Path) -> None:
@@ -139,11 +172,13 @@ class Stream:
             await self._pieces.put(message["body"])
 
     async def next(self) -> tuple[str, Any]:
-        """The name and the content of the next event. Intervals that have just ended come before the last delta of a
-        piece."""
+        """The name and the content of the next event. Of several that are pushed together, it is the last one, since
+        the others have the ends of intervals alone."""
         async with asyncio.timeout(10):
             piece = await self._pieces.get()
-        name, data = piece.decode().strip().split("\n\n")[-1].split("\n")[:2]
+        *ended, last = piece.decode().strip().split("\n\n")
+        assert all(json.loads(event.partition("data: ")[2]).keys() <= {"time", "traffic"} for event in ended)
+        name, data = last.split("\n")
         return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
     async def all_of_the_next(self) -> list[Any]:

@@ -43,6 +43,16 @@ def test_a_replica_that_dies_is_lost_and_one_that_serve_stops_is_not() -> None:
     assert kinds(both, view("r0", state="stopping"), {"m": "HEALTHY"}) == [("scaled", "The replica r1 of m stops.")]
 
 
+def test_a_replica_that_dies_while_serve_replaces_others_is_lost() -> None:
+    """It is gone without having been told to stop, and is not told of again when it was."""
+    both, stopping = view("r0", "r1"), view("r0", stopping=("r1",))
+    for status in ("UPDATING", "DOWNSCALING", "UPSCALING"):
+        assert kinds(both, view("r0"), {"m": status}) == [("lost", "The replica r1 of m was lost.")]
+        assert kinds(stopping, view("r0"), {"m": status}) == []
+    assert kinds(both, view("r0", wanted=1), {"m": "DOWNSCALING"})[1:] == [("scaled", "The replica r1 of m stops.")]
+    assert kinds(both, view(state="stopping"), {"m": "DOWNSCALING"})[1:] == [("scaled", "The replica r1 of m stops.")]
+
+
 def test_a_replica_that_comes_back_has_started() -> None:
     """The first one of a model is told by the model's own event."""
     assert kinds(view("r0"), view("r0", "r2"), {}) == [("started", "The replica r2 of m runs.")]

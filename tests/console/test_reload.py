@@ -59,6 +59,15 @@ async def test_a_broken_file_comes_back_with_all_its_lines() -> None:
     assert caught.value.message == "a: unknown field 'x'\nb: unknown field 'y'"
 
 
+async def test_a_file_that_would_end_what_others_run_is_a_conflict() -> None:
+    """The file itself is right."""
+    files = ServedFiles(Notes())
+    files.announce(SERVED)
+    outcome = Outcome("Serve runs applications that would end: x.", is_conflict=True)
+    with pytest.raises(Conflict, match="would end: x"):
+        await ask(files, telling(files, outcome), Reload(files))
+
+
 async def test_a_cluster_that_was_deployed_otherwise_has_no_file() -> None:
     """What to do instead is said."""
     with pytest.raises(Conflict, match="Deploy the changed file with `serve deploy FILE`"):

@@ -68,6 +68,19 @@ async def test_a_request_is_shown_while_it_runs_and_when_it_is_over() -> None:
     assert (entry.requests, entry.errors, entry.tokens, entry.active) == (1, 0, 3, 1)
 
 
+async def test_only_streams_have_a_time_to_the_first_token() -> None:
+    """An answer that comes whole, such as embeddings, would count its whole time as that."""
+    usage = b'{"usage":{"prompt_tokens":7,"completion_tokens":30,"total_tokens":37}}'
+    watched = Watched(Models(m=says(0.2, usage), s=says(TOKEN, 0.2, USAGE, DONE)))
+    await watched.ask()
+    await watched.ask("s", stream=True)
+    rings = watched.ledger.traffic.rings()
+    ((whole,), (stream,)) = (rings[name].values() for name in ("m", "s"))
+    assert (whole.requests, whole.tokens, whole.firsts) == (1, 30, {})
+    assert (stream.requests, sum(stream.firsts.values())) == (1, 1)
+    assert watched.rows()[0].first_ms is not None  # Among the requests, it is when the answer began.
+
+
 async def test_refused_and_failed_requests_are_told_apart() -> None:
     """What a client did wrong is no error of the model."""
     lost = ReplicaLost("gone")

@@ -19,6 +19,7 @@ from serve_app import ray_serve
 from serve_app.access.door import SERVES_OWN, WITHOUT_KEY
 from serve_app.cli.haproxy import looseness, tightened
 from serve_app.cli.start.captured import WORKER_LINE
+from serve_app.console.guard import FORWARDING
 from serve_app.deploy.serve_env import NAMES, file_environment, serve_environment
 from serve_app.replica.deployment import Model
 from serve_app.terminal import MARK
@@ -80,6 +81,10 @@ def test_the_haproxy_config_is_the_one_that_is_known() -> None:
 
     assert looseness(HAPROXY_CONFIG_TEMPLATE) == "metrics or statistics would be open on all addresses"
     assert looseness(tightened(HAPROXY_CONFIG_TEMPLATE)) == ""
+    assert "forwardfor" not in HAPROXY_CONFIG_TEMPLATE  # The console refuses what a proxy has forwarded.
+    added = set(re.findall(r"http-request (?:set|add)-header (\S+)", HAPROXY_CONFIG_TEMPLATE))
+    assert "x-request-id" in added
+    assert not added & {name.decode() for name in FORWARDING}
     assert looseness("defaults\n  mode tcp\n") == "headers would have no time limit"
     renamed = HAPROXY_CONFIG_TEMPLATE.replace("frontend http_frontend", "frontend other")
     assert looseness(tightened(renamed)) == "clients could steer Serve by its own headers"

@@ -217,7 +217,7 @@ def serve_context(monkeypatch: pytest.MonkeyPatch) -> list[ReplicaReport]:
     monkeypatch.setattr(
         memory_watch.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node-of-192.0.2.1")
     )
-    monkeypatch.setattr(memory_watch, "is_watched", lambda now: False)
+    monkeypatch.setattr(memory_watch, "watchers", lambda now: "earlier")
     monkeypatch.setattr(memory_watch, "write_report", written.append)
     monkeypatch.setattr(memory_watch, "forget_report", lambda *_: written.clear())
     monkeypatch.setattr(memory_watch, "REPORT_EVERY_S", 0.01)
@@ -394,16 +394,17 @@ async def test_reports_come_sooner_while_somebody_watches(
     """And not if Ray's head does not say whether anybody does."""
     monkeypatch.setattr(memory_watch, "REPORT_EVERY_S", 30.0)
     monkeypatch.setattr(memory_watch, "WATCHED_EVERY_S", 0.01)
+    monkeypatch.setattr(memory_watch, "LOOK_EVERY_S", 0.01)
     looks = 0
 
-    def is_watched(now: float) -> bool:
+    def watchers(now: float) -> str:
         nonlocal looks
         looks += 1
         if looks < 3:
             raise RuntimeError("Ray's head does not answer")
-        return looks == 5
+        return "now" if looks == 5 else "earlier"
 
-    monkeypatch.setattr(memory_watch, "is_watched", is_watched)
+    monkeypatch.setattr(memory_watch, "watchers", watchers)
     plan = plan_replica(config(), GPUS)
     watch = MemoryWatch(config(), StubbornEngine(), plan, GPUS)  # type: ignore[arg-type]
     await watch.start(ready_after_s=3.0)
@@ -412,4 +413,27 @@ async def test_reports_come_sooner_while_somebody_watches(
             break
         await asyncio.sleep(0.01)
     assert len(serve_context) == 2
+    await watch.stop()
+
+
+@pytest.mark.parametrize(("seen", "most"), [("earlier", 10), ("never", 5)])
+async def test_a_replica_looks_seldom_where_nobody_watches(
+    serve_context: list[ReplicaReport], monkeypatch: pytest.MonkeyPatch, seen: str, most: int
+) -> None:
+    """Each look is a call of Ray's head. Where nobody ever has, it comes with a report alone."""
+    for name, interval_s in (("REPORT_EVERY_S", 0.2), ("LOOK_EVERY_S", 0.1), ("WATCHED_EVERY_S", 0.001)):
+        monkeypatch.setattr(memory_watch, name, interval_s)
+    looks = 0
+
+    def watchers(now: float) -> str:
+        nonlocal looks
+        looks += 1
+        return seen
+
+    monkeypatch.setattr(memory_watch, "watchers", watchers)
+    watch = MemoryWatch(config(), StubbornEngine(), plan_replica(config(), GPUS), GPUS)  # type: ignore[arg-type]
+    await watch.start(ready_after_s=3.0)
+    await asyncio.sleep(0.9)
+    assert 0 < looks <= most + 1  # The first one comes soon after the start.
+    assert 0 < len(serve_context) <= 6
     await watch.stop()

@@ -21,6 +21,7 @@ from serve_app.replica.report import (
     parsed_report,
     read_reports,
     tell_watched,
+    watchers,
 )
 
 
@@ -70,10 +71,12 @@ def test_nobody_watches_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     stored: dict[bytes, bytes] = {}
     monkeypatch.setattr(report_module, "stored", stored.get)
     monkeypatch.setattr(report_module, "store", stored.__setitem__)
+    assert watchers(1000.0) == "never"
     assert not is_watched(1000.0)
     tell_watched(1000.0)
     assert is_watched(1000.0 + WATCHED_FOR_S - 1)
     assert not is_watched(1000.0 + WATCHED_FOR_S)
+    assert watchers(1000.0 + WATCHED_FOR_S) == "earlier"
     assert not is_watched(900.0)
     stored[WATCHED_UNTIL] = b"nonsense"
     assert not is_watched(1000.0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.cli.check import require_serves_schema, unplaced
 from serve_app.cli.exit_codes import INTERRUPTED
+from serve_app.cli.start.served_applications import living
 from serve_app.cli.start.view import StartView
 from serve_app.deploy.serve_env import for_cluster, found_on_nodes, with_environment
 from serve_app.errors import ConfigError
@@ -36,10 +37,12 @@ STATUS_TIMEOUT_S = 30.0
 MOST_REASON = 300
 
 
-def living(applications: Mapping[str, Any]) -> set[str]:
-    """Returns the names of the applications of `ServeInstanceDetails` that Serve does not delete."""
-    status = {name: getattr(item["status"], "value", item["status"]) for name, item in applications.items()}
-    return {name for name, value in status.items() if value != "DELETING"}
+def _would_end(file: Path, lost: Sequence[str]) -> str:
+    return (
+        f"Serve runs applications that were deployed in another way since and that {file.name} does not have, so they "
+        f"would end: {', '.join(lost)}. Nothing was changed. Add them to the file, or remove them from Serve, and read "
+        "it again."
+    )
 
 
 @dataclass(frozen=True)
@@ -302,19 +305,26 @@ class Runner:
                     self._served.tell(self._token, wish, outcome)
 
     def _read_again(self, watch: "StartWatch", why: str) -> Outcome:
-        """Deploys the file as it is now. If it is wrong, nothing changes."""
-        from serve_app.cli.start.reload import effects, read_again
-        from serve_app.ray_serve import deploy
+        """Deploys the file as it is now. If it is wrong or would end what others have deployed, nothing changes."""
+        from serve_app.cli.start.reload import as_served, effects, ended_by, read_again
+        from serve_app.cli.start.watch import UNREACHABLE
+        from serve_app.ray_serve import deploy, serve_details
 
         file = self.start.file
         try:
             start = read_again(self.start)
-            lines = effects(self.start, start)
+            applications = serve_details(STATUS_TIMEOUT_S)["applications"]
+            if lost := ended_by(start, self.start, applications):
+                return self._refused(why, _would_end(file, lost))
+            lines = effects(as_served(self.start, applications), start)
             if problem := self._lacks_a_place(start):
                 raise ConfigError(problem)
         except ConfigError as error:
             self.view.event(f"{file} was read again{why}, but it is wrong, so nothing was changed: {error}")
             return Outcome(problem=str(error))
+        except UNREACHABLE as error:
+            reason = " ".join(str(error).split())[:MOST_REASON]
+            return self._refused(why, f"Serve did not say what it runs, so nothing was changed: {reason}")
         try:
             deploy(start.document)
         except Exception as error:  # Serve's controller refuses it, or does not answer.
@@ -325,6 +335,10 @@ class Runner:
         watch.expect(start.names, start.others, start.routers)
         self.view.event(f"{file} was read again{why}: {'; '.join(lines) or 'it is as it was'}")
         return Outcome(lines=tuple(lines))
+
+    def _refused(self, why: str, problem: str) -> Outcome:
+        self.view.event(f"{self.start.file} was read again{why}. {problem}")
+        return Outcome(problem=problem, is_conflict=True)
 
     def _lacks_a_place(self, start: Start) -> str:
         """Returns why no node could hold any model of a file, or an empty text if one could."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from ray.exceptions import GetTimeoutError
 
 from serve_app import ray_serve
 from serve_app.cli.start import watch as start_watch
@@ -15,7 +17,7 @@ from serve_app.cli.start.runner import Runner, Start, _Stop
 from serve_app.cli.start.view import StartView
 from serve_app.errors import PlacementError
 from serve_app.status.served_file import RECORD, Outcome, ServedFiles
-from tests.cli.start.test_runner import World
+from tests.cli.start.test_runner import World, served_application
 
 FILE = """
 applications:
@@ -53,8 +55,16 @@ def _world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
 
 
-def run(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, by: str = "ops") -> Any:
-    """What comes of a wish after the file has become `text`: the outcome, the run's output, and its watch."""
+def run(
+    world: World,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    by: str = "ops",
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Any:
+    """What comes of a wish after the file has become `text` and `meanwhile` has happened: the outcome, the run's
+    output, and its watch."""
     file, stream, told = folder / "models.yaml", io.StringIO(), list[Outcome | None]()
     file.write_text(FILE)
     applications, document = read_config(file, {"port": 8001})
@@ -62,6 +72,7 @@ def run(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, 
 
     def ask() -> None:
         file.write_text(text)
+        meanwhile()
         served = notes.served()
         assert served is not None
         assert (served.file, served.pid, served.node) == (str(file), os.getpid(), "10.0.0.9")
@@ -119,6 +130,82 @@ def test_a_file_without_a_place_changes_nothing(world: World, tmp_path: Path, mo
     world.unplaced = {"a": PlacementError("too large")}
     outcome, _, _ = run(world, tmp_path, monkeypatch, CHANGED)
     assert "has a place on the nodes, so nothing was changed" in outcome.problem
+    assert world.calls.count("deploy") == 1
+
+
+def test_applications_of_others_do_not_end(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone has deployed another file meanwhile. Its application is named, and nothing is deployed."""
+
+    def deploy_other() -> None:
+        for name, source in (("other", "declarative"), ("by_hand", "imperative"), ("ends", "declarative")):
+            self_made = served_application({"name": name, "import_path": "x:y", "route_prefix": f"/{name}"})
+            world.served[name] = self_made | {"source": source}
+        world.served["ends"]["status"] = "DELETING"
+
+    outcome, output, watch = run(world, tmp_path, monkeypatch, FILE, meanwhile=deploy_other)
+    assert outcome.is_conflict
+    assert "so they would end: other. Nothing was changed. Add them to the file" in outcome.problem
+    assert "so they would end: other." in " ".join(output.split())
+    assert (watch.expected, world.calls.count("deploy")) == ([], 1)
+
+
+def test_what_the_run_had_deployed_may_be_left_out(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends, which is told."""
+    outcome, _, _ = run(world, tmp_path, monkeypatch, FILE[: FILE.index("- name: a")])
+    assert outcome == Outcome(lines=("a stops",))
+
+
+def test_changes_are_those_to_what_serve_runs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is as it was, but someone has deployed another one meanwhile, or an application was removed."""
+
+    def deploy_other() -> None:
+        (_, changed) = yaml.safe_load(CHANGED)["applications"]
+        world.served["a"] = served_application(changed)
+        del world.served["router"]
+
+    outcome, _, _ = run(world, tmp_path, monkeypatch, FILE, meanwhile=deploy_other)
+    assert outcome == Outcome(lines=("a restarts (args.max_model_len: 512 → 1024)", "router starts"))
+    assert world.calls.count("deploy") == 2
+
+
+def test_a_file_that_is_as_it_was_changes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though Serve reports its applications with their defaults and in the types of its schema."""
+    more = (
+        FILE
+        + """
+  deployments:
+  - name: Model
+    autoscaling_config:
+      min_replicas: 0
+      policy: {policy_function: "serve_app.replica.autoscaling:by_engine_load"}
+    logging_config: {log_level: INFO}
+logging_config: {encoding: TEXT}
+"""
+    )
+    monkeypatch.setattr("tests.cli.start.test_reload.FILE", more)
+
+    def as_served() -> None:
+        for item in world.served.values():
+            item["deployed_app_config"] |= {"logging_config": {"encoding": "TEXT"}}
+
+    outcome, _, _ = run(world, tmp_path, monkeypatch, more, meanwhile=as_served)
+    assert outcome == Outcome()
+
+
+def test_a_serve_that_does_not_answer_is_told(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows then what would end."""
+
+    def away(*_: Any) -> Any:
+        raise GetTimeoutError("no controller")
+
+    outcome, _, _ = run(
+        world, tmp_path, monkeypatch, CHANGED, meanwhile=lambda: monkeypatch.setattr(ray_serve, "serve_details", away)
+    )
+    assert outcome == Outcome("Serve did not say what it runs, so nothing was changed: no controller", (), True)
     assert world.calls.count("deploy") == 1
 
 

@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray import serve
 from ray.exceptions import GetTimeoutError
+from ray.serve.schema import ServeApplicationSchema
 
 from serve_app import ray_serve
 from serve_app.cli.start import run as run_module
@@ -40,6 +41,8 @@ class World:
         self.is_up = False
         # What Serve runs; None where no Serve runs.
         self.applications: dict[str, Any] | None = None
+        # Those of them that the run has deployed, as Serve reports them.
+        self.served: dict[str, Any] = {}
         # The models of the file that no node could hold, and why.
         self.unplaced: dict[str, ServeAppError] = {}
         # Called in the place of the step of that name.
@@ -56,7 +59,7 @@ class World:
         monkeypatch.setattr(serve, "start", lambda **_: self._note("serve.start"))
         monkeypatch.setattr(serve, "shutdown", lambda: self._note("serve.shutdown"))
         monkeypatch.setattr(ray_serve, "controller", self._controller)
-        monkeypatch.setattr(ray_serve, "serve_details", lambda _: {"applications": self.applications or {}})
+        monkeypatch.setattr(ray_serve, "serve_details", self._details)
         monkeypatch.setattr(ray_serve, "deploy", self._deploy)
         monkeypatch.setattr(runner_module, "require_serves_schema", lambda _: None)
         monkeypatch.setattr(runner_module, "ray_nodes", lambda: [])
@@ -91,11 +94,22 @@ class World:
     def _deploy(self, document: dict[str, Any]) -> None:
         self.deployed = document
         self._note("deploy")
+        items = document.get("applications", ())
+        self.served = {item["name"]: served_application(item) for item in items if isinstance(item, dict)}
+
+    def _details(self, _: float) -> dict[str, Any]:
+        return {"applications": {**(self.applications or {}), **self.served}}
 
     def _watch(self, *_: Any) -> Any:
         raise self.ending
 
     ending: BaseException = _Stop()
+
+
+def served_application(config: dict[str, Any]) -> dict[str, Any]:
+    """An application as Serve reports it."""
+    shown = ServeApplicationSchema.model_validate(config).model_dump(exclude_unset=True)
+    return {"status": "RUNNING", "source": "declarative", "deployed_app_config": shown}
 
 
 @pytest.fixture(name="world")
