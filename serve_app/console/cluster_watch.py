@@ -13,7 +13,7 @@ from typing import Any
 
 from serve_app.console.events import cluster_events
 from serve_app.console.idle_nodes import IdleNodes
-from serve_app.console.ledger import Ledger
+from serve_app.console.ledger import RECENT_S, Ledger
 from serve_app.console.shared import RECENT_SLOTS, Record, SharedRouters, queued_of_all
 from serve_app.console.snapshot import Snapshot
 from serve_app.console.traffic import slot_of
@@ -29,8 +29,6 @@ logger = logging.getLogger("ray.serve")
 FRESH_S = 1.0
 # Replicas and other routers are told at this interval in seconds that somebody watches.
 TELL_EVERY_S = 4.0
-# What differs from an older reading has not happened now, so it is no event.
-RECENT_S = 15.0
 FORGET_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 5.0
 
@@ -106,6 +104,13 @@ class ClusterWatch:
                 await asyncio.to_thread(self._shared.tell, *records)
         except Exception as error:
             self._complain("tell other routers what it counts", error)
+
+    async def sweep(self) -> None:
+        """Deletes what routers that are gone have left. One that was killed deletes nothing itself."""
+        try:
+            await asyncio.to_thread(self._shared.sweep)
+        except Exception as error:
+            self._complain("delete what routers that are gone have left", error)
 
     @property
     def has_other_routers(self) -> bool:

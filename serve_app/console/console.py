@@ -3,30 +3,28 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from serve_app import __version__
-from serve_app.console.actions import Actions, possible
+from serve_app.console.actions import Actions
 from serve_app.console.admin import JSON_HEADERS, AdminEndpoints, AsgiEndpoint
 from serve_app.console.cluster_watch import ClusterWatch
-from serve_app.console.events import Event
-from serve_app.console.feed import Feed, send_events
+from serve_app.console.feed import Feed, send_events, send_head
 from serve_app.console.guard import Visitor, is_on, require_on, visitor_of
 from serve_app.console.ledger import Ledger, Mark
+from serve_app.console.moment import Moment, News, Told, deltas_for, event_bytes, state_of
 from serve_app.console.openapi import DOCUMENTED
 from serve_app.console.page import INDEX, Page
-from serve_app.console.snapshot import event_json, models_json, nodes_json
-from serve_app.console.traffic import INTERVAL_S, last_values, slot_of, whole_series
-from serve_app.console.view import Seen, View
+from serve_app.console.traffic import INTERVAL_S, INTERVALS, fixed, last_values, slot_of
+from serve_app.console.view import View
 from serve_app.console.what_if import WhatIf
 from serve_app.router.console import RouterParts
 from serve_app.router.exchange import Exchange
@@ -38,6 +36,14 @@ logger = logging.getLogger("ray.serve")
 
 # Open pages are told what is new at this interval in seconds. Without pages, the requests are looked at this often.
 TICK_S, IDLE_TICK_S = 1.0, float(INTERVAL_S)
+# A tick waits so many seconds for a reading of the cluster.
+READ_WAIT_S = 0.5
+# Telling takes at most this share of a core, for which ticks have up to so many seconds between them.
+MOST_SHARE, MOST_PAUSE_S = 0.02, 5.0
+# The state that a program asks for is made again after so many seconds.
+REUSED_S = 0.5
+# What routers that were killed have left is looked for at the start and at this interval.
+SWEEP_EVERY_S = 600.0
 # With several routers, one without pages looks at this interval whether another one has any.
 LOOK_S = 2.0
 # Who asks for the state without a stream is believed to ask again within so many seconds.
@@ -70,7 +76,12 @@ class ServedConsole:
         made = actions or Actions(parts.directory, parts.forwarder, lambda name: parts.config().aliases.get(name, name))
         made.note = self.ledger.own
         self._admin = AdminEndpoints(self.visitor_of, parts.config, made, what_if or WhatIf())
-        self._told: dict[View, tuple[bytes, bytes]] = {}
+        # What pages have of nodes and models, by their view. Deltas and first states are made one after the other.
+        self._told: dict[View, Told] = {}
+        self._making = asyncio.Lock()
+        self._states: dict[View, tuple[float, bytes]] = {}
+        self._pause_s = TICK_S
+        self._reading: asyncio.Task[None] | None = None
         self._event_id = 0
         self._mark: Mark = (0, 0)
         self._slot = slot_of(clock())
@@ -101,10 +112,11 @@ class ServedConsole:
     async def close(self) -> None:
         """Ends its work and all open streams."""
         self._feed.close()
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        for task in (self._task, self._reading):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         await self.watch.close()
 
     def began(self, exchange: Exchange) -> None:
@@ -157,7 +169,11 @@ class ServedConsole:
 
     async def _keep(self) -> None:
         """Does the work in the background for ever."""
+        sweep_at = self._clock()
         while True:
+            if self._clock() >= sweep_at:
+                sweep_at = self._clock() + SWEEP_EVERY_S
+                await self.watch.sweep()
             self._is_asked.clear()
             is_watched = self._is_watched()
             try:
@@ -165,7 +181,7 @@ class ServedConsole:
             except Exception:
                 logger.exception("The console could not look at the cluster.")
             if is_watched or self.watch.is_watched_elsewhere:
-                await asyncio.sleep(TICK_S)
+                await asyncio.sleep(self._pause_s if is_watched else TICK_S)
                 continue
             with suppress(TimeoutError):  # The first page does not wait for the slow tick.
                 async with asyncio.timeout(LOOK_S if self.watch.has_other_routers else IDLE_TICK_S):
@@ -176,18 +192,23 @@ class ServedConsole:
 
     async def _idle_tick(self) -> None:
         """Goes on counting, for the first page that is opened and for pages at other routers."""
+        self._told.clear()
+        self._slot, self._event_id, self._mark = slot_of(self._clock()), self.ledger.events.last_id, self.ledger.mark
         await self.watch.share()
         await self.ledger.tick()
 
     async def tick(self) -> None:
-        """Reads the cluster, and tells the open pages what is new."""
-        await self.watch.read()
+        """Reads the cluster, and tells the open pages what is new. A reading that takes long is told by a later tick,
+        so that it holds up neither requests nor events."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self.watch.read())
+        await asyncio.wait({self._reading}, timeout=READ_WAIT_S)
         await self.ledger.tick()
         if self.watch.is_stopping:
             self._feed.close()
             return
         self._close_strangers()
-        self._tell()
+        await self._tell()
 
     def _close_strangers(self) -> None:
         """Ends the streams of keys that are gone or may use other models now, and all once the console is switched off.
@@ -203,100 +224,62 @@ class ServedConsole:
             if page.view.key is None or known.get(page.view.key.sha256) != page.view.key:
                 page.end()
 
-    def _tell(self) -> None:
-        """Pushes what is new since the last time, once for all pages with the same view."""
-        now = self._clock()
-        events, rows = self.ledger.events.since(self._event_id), self.ledger.rows_since(self._mark)
-        self._event_id, self._mark = self.ledger.events.last_id, self.ledger.mark
-        slots = [self._slot, slot_of(now)] if slot_of(now) != self._slot else [self._slot]
-        self._slot = slots[-1]
-        rings = self.ledger.rings()
-        values = {slot: last_values(rings, slot, now) for slot in slots}
-        told: dict[View, tuple[bytes, bytes]] = {}
-        by_view: dict[View, bytes] = {}
-        for page in self._feed:
-            view = page.view
-            if view not in by_view:
-                seen = view.seen(self.ledger.models)
-                told[view] = self._parts(seen)
-                by_view[view] = b"".join(
-                    _event("delta", delta)
-                    for delta in self._deltas(seen, now, values, told[view], self._told.get(view), events, rows)
-                )
-            page.push(by_view[view])
-        self._told = told
+    async def _tell(self) -> None:
+        """Pushes what is new since the last time, which is made once for all pages with the same view."""
+        async with self._making:
+            now = self._clock()
+            slot = slot_of(now)
+            rings = self.ledger.rings()
+            slots = range(max(min(self._slot, slot), slot - INTERVALS + 1), slot + 1)
+            news = News(
+                {each: last_values(rings, each, now) for each in slots},
+                self.ledger.events.since(self._event_id),
+                self.ledger.rows_since(self._mark),
+            )
+            event_id, mark = self.ledger.events.last_id, self.ledger.mark
+            before = {page.view: self._told.get(page.view) for page in self._feed}
+            made = await asyncio.to_thread(deltas_for, self._moment(now, False), news, before)
+            self._event_id, self._mark, self._slot = event_id, mark, slot
+            self._told = dict(made.told)
+            self._pause_s = min(MOST_PAUSE_S, max(TICK_S, made.cpu_s / MOST_SHARE))
+            for page in self._feed:
+                if page.view in made.deltas:
+                    page.push(made.deltas[page.view])
 
-    def _deltas(
-        self,
-        seen: Seen,
-        now: float,
-        values: Mapping[int, Mapping[str, Any]],
-        parts: tuple[bytes, bytes],
-        before: tuple[bytes, bytes] | None,
-        events: Sequence[Event],
-        rows: Sequence[Any],
-    ) -> list[dict[str, Any]]:
-        """Returns what is new for one view: the last values of an interval that has just ended, and then the rest."""
-        *ended, current = [
-            {
-                "time": round(now, 3),
-                "traffic": {"slot": slot, "models": {name: v for name, v in found.items() if seen.name(name)}},
-            }
-            for slot, found in values.items()
-        ]
-        for name, part, old in zip(("nodes", "models"), parts, before or (b"", b""), strict=True):
-            if part != old:
-                current[name] = msgspec.Raw(part)
-        if shown := seen.events(events):
-            current["events"] = [event_json(event) for event in shown]
-        if changed := seen.rows(rows):
-            current["requests"] = changed
-        return [*ended, current]
-
-    def _parts(self, seen: Seen) -> tuple[bytes, bytes]:
-        """Returns the nodes and the models as JSON."""
-        snapshot = self.watch.now()
-        if snapshot is None:
-            return b"[]", b"[]"
-        encode = msgspec.json.encode
-        return encode(nodes_json(snapshot, seen)), encode(models_json(snapshot, seen, self._can))
-
-    def _can(self, name: str) -> Sequence[str]:
-        """Returns what an admin can do with a model now."""
-        model = self.ledger.models.get(name)
-        return () if model is None else possible(model, self.parts.residency.states().get(name, ()))
-
-    def state(self, view: View, is_streamed: bool = False) -> bytes:
-        """Returns the whole state as JSON. In a stream, the events that open pages have not been told yet are left to
-        the next delta, so that no page is told an event twice."""
-        now = self._clock()
-        told = self._event_id if is_streamed else self.ledger.events.last_id
-        seen = view.seen(self.ledger.models)
-        nodes, models = self._parts(seen)
-        series = whole_series(self.ledger.rings(), now, self.ledger.first_slot())
-        key = view.key
-        return msgspec.json.encode(
-            {
-                "version": __version__,
-                "time": round(now, 3),
-                "router": self.parts.replica,
-                "access": {
-                    "keys": key is not None,
-                    "key": None if key is None else key.name,
-                    "is_admin": view.is_admin,
-                    "keeps_prompts": self.parts.config().console_keeps_prompts,
-                },
-                "nodes": msgspec.Raw(nodes),
-                "models": msgspec.Raw(models),
-                "traffic": {
-                    "interval_s": INTERVAL_S,
-                    "slot": slot_of(now),
-                    "models": {name: values for name, values in series.items() if seen.name(name)},
-                },
-                "events": [event_json(event) for event in seen.events(self.ledger.events.since()) if event.id <= told],
-                "requests": seen.rows(self.ledger.rows_since()),
-            }
+    def _moment(self, now: float, has_records: bool = True) -> Moment:
+        """Returns what is known now, with or without requests, events and traffic. Other threads may read it, because
+        nothing of it changes later."""
+        ledger = self.ledger
+        moment = Moment(
+            now, self.parts.replica, self.parts.config().console_keeps_prompts, ledger.models, self.watch.now(),
+            self.parts.residency.states(),
+        )  # fmt: skip
+        if not has_records:
+            return moment
+        rings = fixed(ledger.rings(), now)
+        return replace(
+            moment, rings=rings, first_slot=ledger.first_slot(), events=ledger.events.since(), rows=ledger.rows_since()
         )
+
+    async def _state_event(self, view: View) -> bytes:
+        """Returns the state as the first event of a stream. It has the nodes and models that other pages with this view
+        have been told, and no event that they have not, so that the same deltas are right for all of them."""
+        async with self._making:
+            made = await asyncio.to_thread(
+                state_of, self._moment(self._clock()), view, self._told.get(view), self._event_id
+            )
+            self._told[view] = made[1]
+            return event_bytes("state", made[0])
+
+    async def _polled(self, view: View) -> bytes:
+        """Returns the state of this moment for a view, or one of `REUSED_S` ago, however many ask."""
+        async with self._making:
+            now = self._clock()
+            self._states = {each: kept for each, kept in self._states.items() if now - kept[0] < REUSED_S}
+            if view not in self._states:
+                content, _ = await asyncio.to_thread(state_of, self._moment(now), view)
+                self._states[view] = now, content
+            return self._states[view][1]
 
     async def _redirect(self, _: Request) -> Response:
         self.require_on()
@@ -321,16 +304,14 @@ class ServedConsole:
         self._polled_at = self._clock()
         self._is_asked.set()
         await self.watch.fresh()
-        return Response(self.state(view), headers=JSON_HEADERS, media_type="application/json")
+        return Response(await self._polled(view), headers=JSON_HEADERS, media_type="application/json")
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._feed.opened(self.view_of(scope)) as page:
+        view = self.view_of(scope)
+        if scope["method"] == "HEAD":
+            await send_head(send)
+            return
+        name = "" if view.key is None else view.key.name
+        with self._feed.opened(view, name, view.is_admin) as page:
             self._is_asked.set()
             await send_events(page.events(self.watch.fresh, self._state_event), scope, receive, send)
-
-    def _state_event(self, view: View) -> bytes:
-        return b"event: state\ndata: " + self.state(view, is_streamed=True) + b"\n\n"
-
-
-def _event(name: str, content: Mapping[str, Any]) -> bytes:
-    return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(content) + b"\n\n"

@@ -23,8 +23,8 @@ JOINED_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class Event:
-    """This is one event. `model` is empty if it concerns no single model. `others` are further models that `text`
-    names, so that only who may see all of them is shown it."""
+    """This is one event. `id` rises from event to event. `model` is empty if it concerns no single model. `others` are
+    further models that `text` names, so that only who may see all of them is shown it."""
 
     id: int
     time: float
@@ -42,8 +42,9 @@ class EventLog:
         self._last_id = 0
 
     def add(self, now: float, kind: Kind, model: str, text: str, others: Collection[str] = ()) -> Event:
-        """Adds an event at the time `now`, in seconds since 1970."""
-        self._last_id += 1
+        """Adds an event at the time `now`, in seconds since 1970. Its id is the time in microseconds, or more if that
+        is taken, so that who sees a part of the events cannot count the others."""
+        self._last_id = max(int(now * 1e6), self._last_id + 1)
         shown = text if len(text) <= MOST_TEXT else text[: MOST_TEXT - 1] + "…"
         event = Event(self._last_id, now, kind, model, shown, frozenset(others) - {model})
         self._events.append(event)

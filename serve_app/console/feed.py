@@ -5,7 +5,7 @@ state when it reads again. One that takes nothing for `SEND_TIMEOUT_S` is closed
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
@@ -16,12 +16,21 @@ from serve_app.errors import ClientGone, ModelUnavailable
 from serve_app.wire.asgi import unless_gone
 
 MOST_PAGES = 64
+# The pages of one API key, and the places that are left to admins.
+MOST_PAGES_OF_A_KEY, PLACES_OF_ADMINS = 8, 4
 MOST_PENDING = 8
 # A comment is sent after so many seconds without an event, so that no proxy takes the stream for dead.
 COMMENT_EVERY_S = 15.0
 SEND_TIMEOUT_S = 30.0
 # A client that is refused is told to come back after so many seconds.
 RETRY_S = 10.0
+
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-accel-buffering", b"no"),
+)
 
 View = TypeVar("View")
 
@@ -52,15 +61,18 @@ class OpenPage(Generic[View]):
         self.is_over = True
         self._has_news.set()
 
-    async def events(self, read: Callable[[], Awaitable[None]], state: Callable[[View], bytes]) -> AsyncIterator[bytes]:
+    async def events(
+        self, read: Callable[[], Awaitable[None]], state: Callable[[View], Awaitable[bytes]]
+    ) -> AsyncIterator[bytes]:
         """Yields the events. `read` returns once there is something to show, and `state` makes the event of the whole
-        state of that moment."""
+        state. What is pushed after `state` has returned comes after that state."""
         while not self.is_over:
             if self.needs_state:
                 await read()
+                whole = await state(self.view)
                 self._pending.clear()
-                self.needs_state = False  # Whatever is pushed from here on comes after this state.
-                yield state(self.view)
+                self.needs_state = False
+                yield whole
             elif self._pending:
                 yield self._pending.popleft()
             else:
@@ -77,6 +89,7 @@ class Feed(Generic[View]):
 
     def __init__(self) -> None:
         self._pages: set[OpenPage[View]] = set()
+        self._keys: Counter[str] = Counter()
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -86,19 +99,32 @@ class Feed(Generic[View]):
         return iter(tuple(self._pages))
 
     @contextmanager
-    def opened(self, view: View) -> Iterator[OpenPage[View]]:
-        """Takes a place for a page. Raises ModelUnavailable, which is a 503, if all are taken or the router ends."""
+    def opened(self, view: View, key: str = "", is_admin: bool = True) -> Iterator[OpenPage[View]]:
+        """Takes a place for a page. `key` is the name of its API key, or empty where none is needed. Raises
+        ModelUnavailable, which is a 503, if there is no place for it or the router ends."""
         if self._is_closed:
             raise ModelUnavailable("This router is stopping. Open the stream again.", retry_after_s=1.0)
-        if len(self._pages) >= MOST_PAGES:
-            text = f"{MOST_PAGES} pages of the console are open at this router, which is the limit. Close one of them."
+        if key and self._keys[key] >= MOST_PAGES_OF_A_KEY:
+            text = (
+                f"The API key '{key}' has {MOST_PAGES_OF_A_KEY} pages of the console open at this router, which is the "
+                "limit for a key. Close one of them."
+            )
+            raise ModelUnavailable(text, retry_after_s=RETRY_S)
+        if len(self._pages) >= MOST_PAGES - (0 if is_admin else PLACES_OF_ADMINS):
+            kept = "" if is_admin else f" The last {PLACES_OF_ADMINS} places are for admins."
+            count = len(self._pages)
+            text = f"{count} pages of the console are open at this router, of at most {MOST_PAGES}.{kept} Close one."
             raise ModelUnavailable(text, retry_after_s=RETRY_S)
         page = OpenPage(view)
         self._pages.add(page)
+        self._keys[key] += 1
         try:
             yield page
         finally:
             self._pages.discard(page)
+            self._keys[key] -= 1
+            if not self._keys[key]:
+                del self._keys[key]
 
     def close(self) -> None:
         """Ends all streams and takes no more."""
@@ -109,12 +135,6 @@ class Feed(Generic[View]):
 
 async def send_events(events: AsyncIterator[bytes], scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with a stream of server-sent events, until it ends or its client leaves or does not read."""
-    headers = [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-store"),
-        (b"x-content-type-options", b"nosniff"),
-        (b"x-accel-buffering", b"no"),
-    ]
 
     async def work() -> None:
         async for event in events:
@@ -122,6 +142,17 @@ async def send_events(events: AsyncIterator[bytes], scope: Scope, receive: Recei
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await _send_start(send)
     with suppress(ClientGone, TimeoutError):
         await unless_gone(work(), receive)
+
+
+async def send_head(send: Send) -> None:
+    """Answers a HEAD request with the head of a stream, and ends the answer. A server drops the body of such an answer,
+    so a stream would never end, and its connection would be taken for a free one."""
+    await _send_start(send)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_start(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})

@@ -28,6 +28,10 @@ MOST_SHARED_ROWS, MOST_SHARED_EVENTS = 100, 50
 Mark = tuple[int, int]
 # A model that is gone is still counted for so many seconds, since Serve's status may be read late.
 KEPT_S = 600.0
+# What differs from an older reading has not happened now, so it is no event.
+RECENT_S = 15.0
+# It is known for so many seconds which events another router has told.
+KEPT_HEARD_S = 3600.0
 
 
 class Ledger:
@@ -41,7 +45,8 @@ class Ledger:
         self.models: Mapping[str, ModelStatus] = {}
         self.others: Sequence[OtherRouter] = ()
         self._own_events: deque[Event] = deque(maxlen=MOST_SHARED_EVENTS)
-        self._heard: dict[str, float] = {}
+        # The time of the last event of each other router that was told here, and when that router was heard last.
+        self._heard: dict[bytes, tuple[float, float]] = {}
         self._other_rows: dict[int, tuple[int, Row]] = {}
         self._other_revision = 0
         self._joined = Joined()
@@ -131,10 +136,9 @@ class Ledger:
         """Returns the requests of this router that wait, are held and run, by model."""
         found = {}
         for model in {*self._active, *self.models}:
-            queued = self._parts.forwarder.queued(model)
-            each = Queued(queued["waiting"], queued["held"], self._active.get(model, 0))
-            if each != Queued():
-                found[model] = each
+            queued, active = self._parts.forwarder.queued(model), self._active.get(model, 0)
+            if queued["waiting"] or queued["held"] or active:
+                found[model] = Queued(queued["waiting"], queued["held"], active)
         return found
 
     def rings(self) -> Rings:
@@ -176,11 +180,16 @@ class Ledger:
                 self._other_rows[number] = self._other_revision, row
         self._other_rows = {number: kept for number, kept in self._other_rows.items() if number in rows}
         for router, other in others.items():
-            name = router.decode("utf-8", "replace")
-            last = self._heard.get(name, 0.0)
-            for event in other.record.events:
-                if event.time > last:
-                    self.events.add(event.time, event.kind, event.model, event.text)
-            self._heard[name] = max([last, *(event.time for event in other.record.events)])
-        for gone in self._heard.keys() - {router.decode("utf-8", "replace") for router in others}:
-            del self._heard[gone]
+            self._hear_events(router, other.record.events)
+        now = self._clock()
+        self._heard = {router: kept for router, kept in self._heard.items() if now - kept[1] < KEPT_HEARD_S}
+
+    def _hear_events(self, router: bytes, events: Sequence[Event]) -> None:
+        """Adds the events of a router that are new here. Of a router that was not known, only what has just happened is
+        news. One that was silent for a while, or to which nobody listened, goes on where it was."""
+        now = self._clock()
+        last, _ = self._heard.get(router, (now - RECENT_S, now))
+        for event in events:
+            if event.time > last:
+                self.events.add(event.time, event.kind, event.model, event.text)
+        self._heard[router] = max([last, *(event.time for event in events)]), now

@@ -68,6 +68,20 @@ _STATE = _object(
     events=_list(reference("ConsoleEvent")),
     requests=_list(reference("ConsoleRequest")),
 )
+_DELTA: Schema = {
+    "type": "object",
+    "required": ["time", "traffic"],
+    "properties": {
+        "time": _NUMBER,
+        "traffic": _object(slot=_COUNT, models={"type": "object", "additionalProperties": {"type": "object"}}),
+        "nodes": _list(reference("ConsoleNode")),
+        "models": _list(reference("ConsoleModel")),
+        "gone_nodes": _list(_TEXT),
+        "gone_models": _list(_TEXT),
+        "events": _list(reference("ConsoleEvent")),
+        "requests": _list(reference("ConsoleRequest")),
+    },
+}
 _MODEL_ARGS: Mapping[str, Any] = {
     "model": {"type": "string", "minLength": 1, "maxLength": 1024},
     "infer_backend": {"enum": ["pt", "vllm", "auto"]},
@@ -110,7 +124,8 @@ DOCUMENTED = Added(
     (
         Operation("GET", "/ui/api/state", "Returns what the console shows.", answer=reference("ConsoleState")),
         Operation(
-            "GET", "/ui/api/stream", "Streams what the console shows: the state, then what changes.",
+            "GET", "/ui/api/stream",
+            "Streams what the console shows: an event 'state' (ConsoleState), then events 'delta' (ConsoleDelta).",
             answer=_TEXT, media_types=("text/event-stream",),
         ),
         Operation(
@@ -133,7 +148,8 @@ DOCUMENTED = Added(
     {
         "ConsolePart": _PART, "ConsoleBlock": _BLOCK, "ConsoleDevice": _DEVICE, "ConsoleNode": _NODE,
         "ConsoleReplica": _REPLICA, "ConsoleModel": _MODEL, "ConsoleEvent": _EVENT, "ConsoleRequest": _REQUEST,
-        "ConsoleState": _STATE, "PlanRequest": _PLAN_REQUEST, "PlanAnswer": _PLAN, "ActionAnswer": _ACTION,
+        "ConsoleState": _STATE, "ConsoleDelta": _DELTA, "PlanRequest": _PLAN_REQUEST, "PlanAnswer": _PLAN,
+        "ActionAnswer": _ACTION,
         "ReloadAnswer": _RELOAD,
     },
 )  # fmt: skip

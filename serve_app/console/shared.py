@@ -101,6 +101,16 @@ class SharedRouters:
                 found[router] = self._joined(router, record)
         self.others = found
 
+    def sweep(self) -> None:
+        """Deletes the records of routers that are gone. Raises what `tell` raises."""
+        now = self._clock()
+        for key in self._keys(PREFIX):
+            if key.rpartition(b"/")[0] == self._key:
+                continue
+            record = self._get(key)
+            if record is None or now - record.time > FORGOTTEN_S:
+                self._delete(key)
+
     def forget(self) -> None:
         """Deletes this router's records, because it ends or nobody watches."""
         self._whole_at = 0.0

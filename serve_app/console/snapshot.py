@@ -17,6 +17,8 @@ from serve_app.router.model_status import ModelStatus
 from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 
 CERTAINTIES = ("exact", "calibrated", "guessed")
+# Sizes of what a key may not see are rounded up to a multiple of this.
+HIDDEN_STEP = 2**30
 
 
 @dataclass(frozen=True)
@@ -53,50 +55,67 @@ class _Block:
     device: DeviceReport
 
 
-def nodes_json(snapshot: Snapshot, seen: Seen) -> list[dict[str, Any]]:
-    """Returns the nodes with their devices and what is on them."""
-    blocks = [
-        _Block(model.name, view, view.report, device)
-        for model in snapshot.cluster.models
-        for view in model.replicas
-        if view.report is not None
-        for device in view.report.devices
-    ]
-    reports = [view.report for model in snapshot.cluster.models for view in model.replicas if view.report is not None]
-    return [_node(node, blocks, reports, snapshot, seen) for node in snapshot.nodes]
+@dataclass(frozen=True)
+class Placed:
+    """This is a node as `ray.nodes()` has it, with its devices and what is on them."""
+
+    node: Mapping[str, Any]
+    devices: Sequence["_Device"]
+    blocks: Mapping[str, Sequence[_Block]]
 
 
-def _node(
+def placed_nodes(snapshot: Snapshot) -> list[Placed]:
+    """Returns the nodes with what is on them. Reports name their node by its id, and older ones by its address."""
+    blocks: dict[str, list[_Block]] = {}
+    measured: dict[str, list[DeviceMemory]] = {}
+    for model in snapshot.cluster.models:
+        for view in model.replicas:
+            report = view.report
+            if report is None:
+                continue
+            own = report.node_id or report.node
+            measured.setdefault(own, []).extend(report.node_devices)
+            for device in report.devices:
+                is_away = device.node and device.node != report.node  # It is a rank on another node.
+                where = device.node if is_away else own
+                blocks.setdefault(where, []).append(_Block(model.name, view, report, device))
+    return [_placed(node, blocks, measured, snapshot.idle) for node in snapshot.nodes]
+
+
+def _placed(
     node: Mapping[str, Any],
-    blocks: Sequence[_Block],
-    reports: Sequence[ReplicaReport],
-    snapshot: Snapshot,
-    seen: Seen,
-) -> dict[str, Any]:
-    name, address = str(node["NodeID"]), str(node["NodeManagerAddress"])
+    blocks: Mapping[str, Sequence[_Block]],
+    measured: Mapping[str, Sequence[DeviceMemory]],
+    idle: Mapping[str, Sequence[DeviceMemory]],
+) -> Placed:
+    if not node["Alive"]:
+        return Placed(node, (), {})
+    names = str(node["NodeID"]), str(node["NodeManagerAddress"])
+    here = [block for name in names for block in blocks.get(name, ())]
+    seen = [*idle.get(names[0], ()), *(device for name in names for device in measured.get(name, ()))]
+    by_device: dict[str, list[_Block]] = {}
+    for block in here:
+        by_device.setdefault(block.device.device, []).append(block)
+    return Placed(node, _devices(seen, here), by_device)
+
+
+def nodes_json(placed: Iterable[Placed], seen: Seen) -> list[dict[str, Any]]:
+    """Returns the nodes with their devices and what is on them, as far as it is shown."""
+    return [_node(each, seen) for each in placed]
+
+
+def _node(placed: Placed, seen: Seen) -> dict[str, Any]:
+    node = placed.node
     is_alive = bool(node["Alive"])
-    here = [block for block in blocks if _is_on(block, name, address)] if is_alive else []
-    measured = [device for report in reports if _reports_from(report, name, address) for device in report.node_devices]
-    devices = _devices([*snapshot.idle.get(name, ()), *measured] if is_alive else (), here)
     return {
-        "id": name,
-        "address": address,
+        "id": str(node["NodeID"]),
+        "address": str(node["NodeManagerAddress"]),
         "is_head": HEAD_NODE in node["Resources"],
         "alive": is_alive,
         "note": "" if is_alive else seen.text(" ".join(str(node.get("DeathReasonMessage") or "").split())),
         "cpus": float(node["Resources"].get("CPU", 0.0)),
-        "devices": [_device(device, here, seen) for device in devices],
+        "devices": [_device(device, placed.blocks.get(device.device, ()), seen) for device in placed.devices],
     }
-
-
-def _is_on(block: _Block, name: str, address: str) -> bool:
-    if block.device.node and block.device.node != block.report.node:  # It is a rank on another node.
-        return block.device.node == address
-    return _reports_from(block.report, name, address)
-
-
-def _reports_from(report: ReplicaReport, name: str, address: str) -> bool:
-    return report.node_id == name if report.node_id else report.node == address
 
 
 @dataclass(frozen=True)
@@ -130,26 +149,35 @@ def _newest(one: _Device | None, other: _Device) -> _Device:
     return other if one is None or (other.measured_at or 0.0) >= (one.measured_at or 0.0) else one
 
 
-def _device(device: _Device, blocks: Sequence[_Block], seen: Seen) -> dict[str, Any]:
-    mine = [block for block in blocks if block.device.device == device.device]
-    held = sum(block.device.held or 0 for block in mine)
+def _device(device: _Device, mine: Sequence[_Block], seen: Seen) -> dict[str, Any]:
     shown = [block for block in mine if seen.name(block.model)]
     others = [block for block in mine if not seen.name(block.model)]
-    is_known = device.total is not None and device.used is not None
+    hidden = [_hidden_block(others)] if others else []
+    total, used = device.total, device.used
+    held = [*(block.device.held for block in shown), *(block["held"] for block in hidden)]
     return {
         "device": device.device,
         "index": device.index,
         "name": device.name,
-        "total": device.total,
-        "used": device.used,
-        "foreign": max(0, (device.used or 0) - held) if is_known else None,
-        "free": max(0, (device.total or 0) - (device.used or 0)) if is_known else None,
+        "total": total,
+        "used": used,
+        "foreign": _foreign(total, used, held),
+        "free": None if total is None or used is None else max(0, total - used),
         "measured_at": device.measured_at,
         "blocks": [
             *(_block(block, seen) for block in sorted(shown, key=lambda b: (b.model, b.view.replica, b.device.rank))),
-            *([_hidden_block(others)] if others else []),
+            *hidden,
         ],
     }
+
+
+def _foreign(total: int | None, used: int | None, held: Sequence[int | None]) -> int | None:
+    """Returns what is used and held by none of ours. It is unknown if that is so of what one of ours holds: in a
+    container, NVML may not tell it."""
+    known = [each for each in held if each is not None]
+    if total is None or used is None or len(known) < len(held):
+        return None
+    return max(0, used - sum(known))
 
 
 def _block(block: _Block, seen: Seen) -> dict[str, Any]:
@@ -172,36 +200,30 @@ def _block(block: _Block, seen: Seen) -> dict[str, Any]:
 
 
 def _hidden_block(blocks: Sequence[_Block]) -> dict[str, Any]:
-    """Returns the sums of blocks that a key may not see one by one."""
+    """Returns the sums of blocks that a key may not see one by one. They are rounded up, and have no parts, because
+    exact sizes would tell which model it is, and how much it is used."""
     devices = [block.device for block in blocks]
-    names = dict.fromkeys(part.name for device in devices for part in device.parts)
-    parts = {name: [part for device in devices for part in device.parts if part.name == name] for name in names}
     return {
         "model": None,
         "replica": "",
         "rank": 0,
         "state": "",
         "residency": None,
-        "planned": _sum(device.planned for device in devices),
-        "held": _sum(device.held for device in devices),
-        "peak": _sum(device.peak for device in devices),
+        "planned": _rounded_sum([device.planned for device in devices], is_partial=True),
+        "held": _rounded_sum([device.held for device in devices]),
+        "peak": None,
         "certainty": _least_certain(device.certainty for device in devices),
-        "parts": [
-            {
-                "name": name,
-                "planned": _sum(part.planned for part in found),
-                "held": _sum(part.held for part in found),
-                "certainty": _least_certain(part.certainty for part in found),
-            }
-            for name, found in parts.items()
-        ],
+        "parts": [],
     }
 
 
-def _sum(values: Iterable[int | None]) -> int | None:
-    """Returns the sum of the figures that are known, or None if none is."""
+def _rounded_sum(values: Sequence[int | None], is_partial: bool = False) -> int | None:
+    """Returns the sum, rounded up to `HIDDEN_STEP`, or None if a figure is not known, or with `is_partial` if none
+    is."""
     known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    if not known or (len(known) < len(values) and not is_partial):
+        return None
+    return -(-sum(known) // HIDDEN_STEP) * HIDDEN_STEP
 
 
 def _least_certain(values: Iterable[str]) -> str:

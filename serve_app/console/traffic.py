@@ -115,6 +115,16 @@ def added(all_rings: Iterable[Rings]) -> Rings:
     return total
 
 
+def fixed(rings: Rings, now: float) -> Rings:
+    """Returns the entries as they are now, which do not change when more is counted. Those of intervals that have ended
+    are not copied."""
+    last = slot_of(now) - 1
+    return {
+        name: {slot: entry if slot < last else entry.plus(Entry()) for slot, entry in ring.items()}
+        for name, ring in rings.items()
+    }
+
+
 def whole_series(rings: Rings, now: float, first_slot: int) -> dict[str, dict[str, list[float | None]]]:
     """Returns the series of each model that has an entry in the last ten minutes: the interval of `now` is the last
     one, and there are as many before it as were counted, up to `INTERVALS` together."""

@@ -6,8 +6,10 @@ the other client has chosen: its id, its path and its prompt.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import msgspec
 
@@ -16,6 +18,12 @@ from serve_app.console.events import Event
 from serve_app.console.requests import Row
 from serve_app.router.model_status import ModelStatus
 
+# What names of models consist of. In a text, other signs stand between names.
+_WORD = re.compile(r"[\w.~@+=,:/-]+")
+_BETWEEN = re.compile(r"[:,=]")
+_EDGES = ".,:=/~@+-"
+# A word that has more pieces is looked at no further.
+MOST_PIECES = 16
 # Stands for a text that names a model that the key may not use.
 HIDDEN = "The text names models that this key may not use."
 
@@ -53,7 +61,17 @@ class Seen:
 
     def text(self, text: str) -> str:
         """Returns a text, or a note in its place if it names a hidden model."""
-        return HIDDEN if names_any(text, self.hidden) else text
+        if not self.hidden or not text:
+            return text
+        is_named = any(word in self.hidden for word in words_of(text)) or any(
+            re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in self._odd if name in text
+        )
+        return HIDDEN if is_named else text
+
+    @cached_property
+    def _odd(self) -> Sequence[str]:
+        """Returns the hidden names that are several words, which no word of a text can be."""
+        return [name for name in self.hidden if not _WORD.fullmatch(name)]
 
     def name(self, model: str) -> str:
         """Returns a model's name if it is shown, and otherwise an empty text."""
@@ -81,11 +99,21 @@ class Seen:
         ]
 
 
-def names_any(text: str, names: Collection[str]) -> bool:
-    """Returns whether a text has one of these names in it. A short name counts only as a word of its own."""
-    return bool(text) and any(
-        name in text and (len(name) > 3 or re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", text)) for name in names
-    )
+def words_of(text: str) -> Iterator[str]:
+    """Yields each word of a text that may be a model's name: as it stands, without what ends a sentence, between the
+    signs that stand beside a name (MODEL:ADAPTER, field=NAME), and as the model of a route (/models/NAME/v1). A part of
+    a longer name is none, so `demo` is not in `serve-app/demo`, nor `tiny-pt` in `tiny-pt-2`."""
+    for match in _WORD.finditer(text):
+        word = match.group()
+        whole = word.strip(_EDGES)
+        yield from (word, whole)
+        pieces = _BETWEEN.split(whole)[:MOST_PIECES]
+        if len(pieces) > 1:
+            yield from (piece.strip(_EDGES) for piece in pieces)
+            yield from (f"{one}:{other}" for one, other in pairwise(pieces))
+        _, route, rest = f"/{whole}".partition("/models/")
+        if route:
+            yield from accumulate(rest.split("/")[:MOST_PIECES], "{}/{}".format)
 
 
 def _of_another_key(row: Row) -> Row:

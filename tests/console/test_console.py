@@ -4,6 +4,8 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from serve_app.access.gate import Gate, KeyedRouter
 from serve_app.access.keys import KeyRing
 from serve_app.config import RouterConfig
 from serve_app.console import cluster_watch
+from serve_app.console import console as console_module
 from serve_app.console.console import ServedConsole
+from serve_app.console.moment import deltas_for, state_of
+from serve_app.console.traffic import INTERVAL_S
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.router.residency import Residency
@@ -176,6 +181,12 @@ class Stream:
         name, data = last.split("\n")
         return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
+    async def all_of_the_next(self) -> list[Any]:
+        """The content of all events that come together."""
+        async with asyncio.timeout(10):
+            piece = await self._pieces.get()
+        return [json.loads(event.split("\ndata: ")[1]) for event in piece.decode().strip().split("\n\n")]
+
     async def leave(self) -> None:
         """Closes the connection."""
         self._left.set()
@@ -226,6 +237,102 @@ async def test_a_page_that_opens_between_two_ticks_is_told_each_event_once() -> 
     told += [event["text"] for event in (await late.next())[1].get("events", ())]
     assert told == ["Something changed."]
     for stream in (first, late):
+        await stream.leave()
+
+
+async def test_a_late_page_ends_with_the_same_models_as_an_early_one() -> None:
+    """Also if a model is again what the early page was told, after it was something else when the late page opened."""
+    directory = ModelsFake(m="ready", other="ready")
+    console, app = console_app(open_gate(), directory=directory)
+    first = Stream(app)
+    pages = [(first, {model["name"]: model["state"] for model in (await first.next())[1]["models"]})]
+    await console.tick()
+    await first.next()
+    directory.states["m"] = "loading"
+    await console.ledger.tick()
+    late = Stream(app)
+    pages.append((late, {model["name"]: model["state"] for model in (await late.next())[1]["models"]}))
+    for states in ({"m": "ready", "other": "ready"}, {"m": "failed", "new": "ready"}, {"m": "failed"}):
+        directory.states = states
+        await console.tick()
+        for stream, models in pages:
+            delta = (await stream.next())[1]
+            models |= {model["name"]: model["state"] for model in delta.get("models", ())}
+            for name in delta.get("gone_models", ()):
+                del models[name]
+            assert models == states
+    for stream, _ in pages:
+        await stream.leave()
+
+
+async def test_a_page_that_opens_after_nobody_looked_is_told_what_is_there_now() -> None:
+    """And not what the last page before it was told."""
+    directory = ModelsFake(m="ready", other="ready")
+    console, app = console_app(open_gate(), directory=directory)
+    stream = Stream(app)
+    await stream.next()
+    await stream.leave()
+    directory.states = {"m": "loading"}
+    await console._idle_tick()
+    stream = Stream(app)
+    assert [(model["name"], model["state"]) for model in (await stream.next())[1]["models"]] == [("m", "loading")]
+    await stream.leave()
+
+
+async def test_making_what_pages_are_told_does_not_hold_up_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in another thread, and what takes long is made less often."""
+    console, app = console_app(open_gate())
+    stream = Stream(app)
+    await stream.next()
+    may_go_on = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        assert may_go_on.wait(10)
+        return replace(deltas_for(*arguments), cpu_s=0.05)
+
+    monkeypatch.setattr(console_module, "deltas_for", slow)
+    tick = asyncio.create_task(console.tick())
+    await asyncio.sleep(0.1)
+    assert not tick.done()
+    may_go_on.set()
+    await tick
+    assert console._pause_s == pytest.approx(2.5)
+    await stream.leave()
+
+
+async def test_many_who_ask_for_the_state_have_it_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each view, and anew after a moment."""
+    console, app = console_app(make_gate(tmp_path)[0])
+    made: list[str] = []
+
+    def counted(moment: Any, view: Any, *more: Any) -> Any:
+        made.append(view.key.name)
+        return state_of(moment, view, *more)
+
+    monkeypatch.setattr(console_module, "state_of", counted)
+    now = 1000.0
+    monkeypatch.setattr(console, "_clock", lambda: now)
+    assert await asyncio.gather(*(status_of(app, AUTH) for _ in range(20)), status_of(app, OUTSIDE)) == [200] * 21
+    assert sorted(Counter(made).values()) == [1, 1]
+    now += 0.6
+    assert await status_of(app, AUTH) == 200
+    assert made[0] in made[2:]
+    assert len(console._states) == 1
+
+
+async def test_one_key_cannot_take_the_streams_of_all(tmp_path: Path) -> None:
+    """The next one is told so, and other keys still have one."""
+    _, app = console_app(make_gate(tmp_path)[0])
+    streams = [Stream(app, AUTH) for _ in range(8)]
+    for stream in streams:
+        await stream.next()
+    async with client(app) as http:
+        answer = await http.get("/ui/api/stream", headers=AUTH)
+        assert (answer.status_code, "limit for a key" in answer.text) == (503, True)
+        assert answer.headers["retry-after"]
+    streams.append(Stream(app, OUTSIDE))
+    assert (await streams[-1].next())[0] == "state"
+    for stream in streams:
         await stream.leave()
 
 
@@ -337,6 +444,38 @@ async def test_a_head_of_ray_that_is_gone_holds_up_no_page(monkeypatch: pytest.M
     console.watch._read_at = 0.0
     await console.watch.read()
     assert console.watch.snapshot is not None
+
+
+async def test_a_slow_reading_holds_up_neither_requests_nor_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told beside it, and so is each interval of the traffic that has ended meanwhile."""
+    monkeypatch.setattr(console_module, "READ_WAIT_S", 0.05)
+    models = Models(m=says(b"{}"))
+    console, app = console_app(open_gate(), upstream=models, directory=models)
+    stream = Stream(app)
+    _, state = await stream.next()
+    go_on = threading.Event()
+
+    def hangs(*_: Any) -> Reading:
+        go_on.wait(10)
+        return Reading(ClusterStatus((), (), ()), ())
+
+    console.watch._read_status, console.watch._read_at = hangs, 0.0
+    await ask(app, {})
+    console.ledger.own("config", "m", "Something changed.")
+    passed = 4 * INTERVAL_S
+    monkeypatch.setattr(console, "_clock", lambda: state["time"] + passed)
+    await asyncio.wait_for(console.tick(), 5)
+    deltas = await stream.all_of_the_next()
+    assert [delta["traffic"]["slot"] - state["traffic"]["slot"] for delta in deltas] == [0, 1, 2, 3, 4]
+    assert [event["text"] for event in deltas[-1]["events"]] == ["Something changed."]
+    assert [row["model"] for row in deltas[-1]["requests"]] == ["m"]
+    assert sum(delta["traffic"]["models"]["m"]["requests"] for delta in deltas) == 1
+    passed += 1000 * INTERVAL_S
+    await asyncio.wait_for(console.tick(), 5)
+    assert len(await stream.all_of_the_next()) == 120
+    go_on.set()
+    await console.close()
+    await stream.leave()
 
 
 async def test_what_happened_while_nobody_looked_is_not_told_as_if_it_were_new() -> None:

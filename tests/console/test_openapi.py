@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 import uvicorn
@@ -132,6 +133,16 @@ def served(app: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(30)
+
+
+def test_the_head_of_a_stream_ends_and_leaves_its_connection_free() -> None:
+    """A proxy uses the connection again for the next client, who would otherwise wait for ever."""
+    with served(console_app(open_gate())) as url, httpx.Client(base_url=url, timeout=10) as http:
+        for _ in range(3):
+            head = http.head("/ui/api/stream")
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-type"].startswith("text/event-stream")
+            assert http.get("/ui/api/state").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,22 @@ def test_a_router_that_is_gone_is_not_counted_and_then_forgotten() -> None:
     assert store == {}
 
 
+def test_what_dead_routers_left_is_swept() -> None:
+    """Also if there is one router now, which hears nobody. A router that runs keeps its records."""
+    store, traffic = Store(), Traffic(0.0)
+    one, dead, other = store.router("one"), store.router("dead"), store.router("other")
+    store.tell(dead, traffic)
+    store[shared_module.PREFIX + b"half/whole"] = store[shared_module.PREFIX + b"dead/whole"]
+    store[shared_module.PREFIX + b"old/recent"] = b'{"nonsense": 1}'
+    store.now += FORGOTTEN_S + 1
+    store.tell(one, traffic)
+    store.tell(other, traffic)
+    one.sweep()
+    assert sorted(store) == sorted(
+        shared_module.PREFIX + name for name in (b"one/recent", b"one/whole", b"other/recent", b"other/whole")
+    )
+
+
 def test_a_record_of_another_version_is_skipped() -> None:
     """And one that is too large is not written."""
     store = Store()
@@ -133,3 +149,26 @@ def test_the_requests_of_other_routers_are_told_once() -> None:
     assert ledger.rows_since(mark) == [ROW]
     ledger.heard({})
     assert ledger.rows_since() == []
+
+
+def test_old_events_of_other_routers_are_not_told_again() -> None:
+    """When a router is known anew, or was away for a while, because its record has its last events for long."""
+    now = 1000.0
+    parts: Any = SimpleNamespace(replica="abc")
+    ledger = Ledger(parts, lambda: now)
+
+    def heard(*names: str) -> list[str]:
+        events = [Event(1, at, "retried", "m", f"At {at:g}.") for at in (100.0, 995.0)]
+        before = ledger.events.last_id
+        ledger.heard({name.encode(): OtherRouter(Record(now, 0, {}, events=events)) for name in names})
+        return [event.text for event in ledger.events.since(before)]
+
+    assert heard("other") == ["At 995."]
+    assert heard() == []
+    now += 5
+    assert heard("other") == []
+    now += 600
+    assert heard("other", "third") == []
+    now += 7200
+    heard()
+    assert ledger._heard == {}

@@ -36,7 +36,7 @@ class App extends Component {
     setTheme(theme);
     this.state = { tab: tabOfUrl(), seen: null, link: { isUp: false, since: null, error: null }, refusal: null, news: "", theme };
     this.live = new Live({
-      onState: (seen) => this.setState({ seen: { ...seen, nodes: keyed(seen.nodes) }, refusal: null, wasTried: false }),
+      onState: (seen) => this.start(seen),
       onDelta: (delta) => this.take(delta),
       onLink: (link) => this.setState({ link }),
       onRefused: (refusal) => this.setState({ refusal, seen: null }),
@@ -52,6 +52,13 @@ class App extends Component {
   componentWillUnmount() {
     window.removeEventListener("hashchange", this.onHash);
     this.live.stop();
+  }
+
+  // The scripts of this page are those of the first server that it has seen.
+  start(seen) {
+    this.version ??= seen.version;
+    const isStale = seen.version !== this.version;
+    this.setState({ seen: { ...seen, nodes: keyed(seen.nodes) }, refusal: null, wasTried: false, isStale });
   }
 
   take(delta) {
@@ -85,7 +92,7 @@ class App extends Component {
     document.getElementById(`tab-${tab}`).scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
-  render(_, { tab, seen, link, refusal, news, theme, wasTried }) {
+  render(_, { tab, seen, link, refusal, news, theme, wasTried, isStale }) {
     return html`<${Patterns} />
       <a class="skip" href="#main" onClick=${skip}>Skip to the content</a>
       <header class="top">
@@ -106,6 +113,7 @@ class App extends Component {
         : seen
           ? html`<${Tabs} tab=${tab} open=${(name) => this.open(name)} state=${seen} />
               <main id="main" tabindex="-1">
+                ${isStale && html`<${Stale} />`}
                 ${link.isUp ? null : html`<${Down} link=${link} />`}
                 ${TABS.map(([name, , Section]) => html`<div key=${name} id=${`panel-${name}`} role="tabpanel" aria-labelledby=${`tab-${name}`} hidden=${name !== tab}>
                   ${(name === tab || KEPT.has(name)) && html`<${Section} state=${seen} />`}</div>`)}
@@ -191,9 +199,21 @@ function Link({ link, isIn }) {
 }
 
 function Down({ link }) {
-  const why = link.error?.status ? link.error.message : "The server does not answer.";
   return html`<div class="problem"><strong>Not connected${link.since === null ? "" : ` since ${clock(link.since / 1000)}`}.</strong>
-    <p>${why} The page tries again by itself, and shows what it knew last.</p></div>`;
+    <p>${whyDown(link.error)} The page tries again by itself, and shows what it knew last.</p></div>`;
+}
+
+// An error without a code is not the console's own, but that of a proxy before it.
+function whyDown(error) {
+  if (!error?.status) return "The server does not answer.";
+  if (error.status === 404 && error.code === null) return "The server has no console at this address now. Its router may be restarting.";
+  return error.message;
+}
+
+function Stale() {
+  return html`<div class="problem" role="alert"><strong>The server was updated. Reload this page.</strong>
+    <p>Until then, figures may be missing or wrong. Conversations of the playground end with a reload.</p>
+    <button type="button" onClick=${() => location.reload()}>Reload</button></div>`;
 }
 
 // The form for a key, or why there is nothing to see.
@@ -208,7 +228,7 @@ class Refused extends Component {
 
   render({ refusal, wasTried, retry }) {
     if (refusal.status !== 401) {
-      return html`<section class="panel sign-in"><h2>${refusal.status === 404 ? "The console is off" : "The server refuses this page"}</h2>
+      return html`<section class="panel sign-in"><h2>${refusal.code === "console_off" ? "The console is off" : "The server refuses this page"}</h2>
         <p class="pre">${refusal.message}</p><button type="button" onClick=${retry}>Try again</button></section>`;
     }
     return html`<section class="panel sign-in">

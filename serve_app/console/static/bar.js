@@ -2,11 +2,13 @@
 
 import { html } from "./vendor/htm-preact.js";
 import { bytes } from "./format.js";
-import { PARTS, PART_NAMES, deviceName, layoutOf, modelName, pixels } from "./layout.js";
+import { PARTS, PART_NAMES, deviceName, foreignName, isAway, isGpu, layoutOf, modelName, pixels } from "./layout.js";
 
 const LABELS = 13;
 const HEIGHT = 18;
 const LEAST = 3;
+// The line of what is in use, where it is not known who holds it.
+const LINE = 5;
 // Wide enough for a letter of a label, in pixels.
 const LETTER = 6.6;
 // Shorter pieces of names tell nothing.
@@ -31,19 +33,27 @@ export function Patterns() {
 }
 
 export function Swatch({ part }) {
+  if (part === "unexplained") {
+    return html`<svg class="swatch" width="16" height="12" aria-hidden="true"><rect class="unexplained" x="1" y="3.5" width="14" height=${LINE} /></svg>`;
+  }
   return html`<svg class="swatch" width="16" height="12" aria-hidden="true">
-    <rect class=${part === "planned" ? "outline" : "edge"} x="1" y="1" width="14" height="10"
-      fill=${part === "free" || part === "planned" ? "none" : `url(#part-${part})`} />
+    <rect class=${{ planned: "outline", away: "outline away" }[part] || "edge"} x="1" y="1" width="14" height="10"
+      fill=${["free", "planned", "away"].includes(part) ? "none" : `url(#part-${part})`} />
   </svg>`;
 }
 
-export function Legend({ isPlan }) {
+// Of which devices there are some decides the words.
+export function Legend({ isPlan, devices = [] }) {
+  const gpus = devices.filter(isGpu);
+  const others = [gpus, devices.filter((device) => !isGpu(device))].filter((group) => group.length).map(([first]) => foreignName(first));
   const items = [
     ...PARTS.map((part) => [part, PART_NAMES[part]]),
     ["rest", "not divided into parts"],
-    ["foreign", isPlan ? "in use, or kept for what runs" : "other processes"],
+    ["foreign", isPlan ? "in use, or kept for what runs" : others.join("; ").toLowerCase().replace("cpu", "CPU") || "other processes"],
     ["free", "free"],
   ];
+  if (devices.some((device) => device.blocks.some(isAway))) items.push(["away", "parked or leaving: what it still holds"]);
+  if (devices.some(isUnexplained)) items.push(["unexplained", "in use, and it is not known by whom"]);
   if (!isPlan) items.unshift(["planned", "planned (outline); the fill is held"]);
   return html`<ul class="legend" aria-label="Legend">
     ${items.map(([part, text]) => html`<li><${Swatch} part=${part} />${text}</li>`)}
@@ -54,6 +64,10 @@ export function Legend({ isPlan }) {
 export function told(block) {
   const rank = block.rank ? `, rank ${block.rank}` : "";
   const over = isOver(block) ? ", which is more than planned" : "";
+  if (isAway(block)) {
+    const plan = `planned ${bytes(block.planned)} (${block.certainty}) when resident`;
+    return `${modelName(block)}${rank}: ${block.residency}, holds ${bytes(block.held)}, ${plan}`;
+  }
   return (
     `${modelName(block)}${rank}: planned ${bytes(block.planned)} (${block.certainty}), holds ${bytes(block.held)}${over}`
   );
@@ -61,6 +75,11 @@ export function told(block) {
 
 export function isOver(block) {
   return block.planned !== null && block.held !== null && block.held > block.planned;
+}
+
+// Inside of a container, NVML does not tell what a process holds.
+function isUnexplained(device) {
+  return device.foreign === null && device.used !== null;
 }
 
 // `width` is that of the whole scale in pixels. `dim` is a model beside which others are faint. `focusAt` is the number of
@@ -80,13 +99,15 @@ export function Bar({ device, scale, width, isPlan = false, dim = "", focusAt = 
     <rect class="track" x="0.5" y=${LABELS + 0.5} width=${Math.max(1, total - 1)} height=${HEIGHT} />
     ${foreign.width > 0 &&
     html`<rect class="foreign" x=${foreign.x} y=${LABELS + 1} width=${foreign.width} height=${HEIGHT - 1}
-      fill="url(#part-foreign)"><title>${isPlan ? "In use, or kept for what runs" : "Other processes"}: ${bytes(device.foreign)}</title></rect>`}
+      fill="url(#part-foreign)"><title>${isPlan ? "In use, or kept for what runs" : foreignName(device)}: ${bytes(device.foreign)}</title></rect>`}
     ${layout.blocks.map((placed, number) =>
       html`<${Block} placed=${placed} place=${places[number]} perByte=${perByte} isPlan=${isPlan}
         isFaint=${dim !== "" && placed.block.model !== dim} isReached=${number === focusAt}
         isChosen=${number === chosen} number=${number} on=${on}
         room=${endOf(number) - places[number].x} />`,
     )}
+    ${isUnexplained(device) &&
+    html`<rect class="unexplained" x="0" y=${LABELS + (HEIGHT - LINE + 1) / 2} width=${device.used * perByte} height=${LINE} />`}
     <line class="end" x1=${total} x2=${total} y1=${LABELS - 3} y2=${LABELS + HEIGHT + 2} />
   </svg>`;
 }
@@ -95,7 +116,8 @@ function Block({ placed, place, perByte, isPlan, isFaint, isReached, isChosen, n
   const { block } = placed;
   const name = modelName(block);
   const label = name.length * LETTER <= room ? name : name.slice(0, Math.max(0, Math.floor(room / LETTER) - 2));
-  const outline = Math.max(LEAST, placed.planned * perByte);
+  const away = isAway(block);
+  const outline = away ? place.width : Math.max(LEAST, placed.planned * perByte);
   const filled = placed.held || isPlan ? place.width : 0;
   const parts = pixels(placed.fills, perByte, filled <= LEAST ? LEAST : 0);
   const button = on.press
@@ -118,7 +140,7 @@ function Block({ placed, place, perByte, isPlan, isFaint, isReached, isChosen, n
         height=${HEIGHT - 5} fill=${`url(#part-${fill.part})`} />`,
     )}
     ${block.planned !== null &&
-    html`<rect class=${`outline${isOver(block) ? " over" : ""}`} x=${place.x + 0.75} y=${LABELS + 1.250}
+    html`<rect class=${`outline${away ? " away" : isOver(block) ? " over" : ""}`} x=${place.x + 0.75} y=${LABELS + 1.250}
       width=${Math.max(1, outline - 1.5)} height=${HEIGHT - 1.5} />`}
     <rect class="ring" x=${place.x - 1.5} y=${LABELS - 1.5} width=${place.width + 3} height=${HEIGHT + 4} />
   </g>`;

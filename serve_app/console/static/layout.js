@@ -23,15 +23,28 @@ export function modelName(block) {
   return block.model ?? "other models";
 }
 
+// Members of a pool in these states have left its memory, or are leaving it, to others. Their plans do not hold now.
+const AWAY = new Set(["parked", "draining", "stopped"]);
+
+export function isAway(block) {
+  return AWAY.has(block.residency);
+}
+
+// Returns the words for what nothing of the cluster explains. The memory that replicas on GPUs hold of their node is not
+// reported, so it is not that of other processes alone.
+export function foreignName(device) {
+  return isGpu(device) ? "Other processes" : "Not held by models on the CPU";
+}
+
 // Returns {blocks, foreign, end} of a device. Each of `blocks` has {block, start, planned, held, size, fills}, and a fill
 // is {part, start, size}. A block is as long as the larger of what it holds and what was planned for it, so that the
-// outline of the plan and the fill can be compared.
+// outline of the plan and the fill can be compared. One that is away is as long as what it holds.
 // In a plan, what is in use already lies before the blocks, and otherwise what other processes hold lies after them.
 export function layoutOf(device, isPlan = false) {
   const others = device.foreign ?? 0;
   let at = isPlan ? others : 0;
   const blocks = device.blocks.map((block) => {
-    const planned = block.planned ?? 0;
+    const planned = isAway(block) ? 0 : (block.planned ?? 0);
     const held = block.held ?? 0;
     const size = Math.max(planned, held);
     const placed = { block, start: at, planned, held, size, fills: fillsOf(block, isPlan) };
@@ -67,22 +80,38 @@ export function scaleOf(devices) {
 // drawn `least` pixels wide, and what follows moves to the right for it.
 export function pixels(items, perByte, least) {
   let end = 0;
-  return items.map(({ start, size }) => {
+  return items.map(({ start, size, block }) => {
     const x = Math.max(end, start * perByte);
-    const width = size > 0 ? Math.max(least, size * perByte) : 0;
+    const width = size > 0 || (block && isAway(block)) ? Math.max(least, size * perByte) : 0;
     end = x + width;
     return { x, width };
   });
 }
 
+// Returns the sums of devices. `away` is what was planned for blocks that are away, which is no part of `planned`. What
+// others hold is not known (null) if it is not known of one device that was measured.
 export function totals(devices) {
-  const sum = { total: 0, used: 0, planned: 0, held: 0, foreign: 0, free: 0 };
-  for (const device of devices) {
-    for (const name of ["total", "used", "foreign", "free"]) sum[name] += device[name] ?? 0;
-    for (const block of device.blocks) {
-      sum.planned += block.planned ?? 0;
-      sum.held += block.held ?? 0;
-    }
-  }
+  const blocks = devices.flatMap((device) => device.blocks);
+  const measured = devices.filter((device) => device.used !== null);
+  const sum = { ...sumsOf(blocks), total: 0, used: 0, free: 0 };
+  for (const name of ["total", "used", "free"]) for (const device of devices) sum[name] += device[name] ?? 0;
+  sum.foreign = measured.every((device) => device.foreign !== null) ? known(measured.map((device) => device.foreign)) : null;
   return sum;
+}
+
+// Returns the sums of blocks: {planned, away, held, peak}.
+export function sumsOf(blocks) {
+  const add = (found) => found.reduce((sum, block) => sum + (block.planned ?? 0), 0);
+  return {
+    planned: add(blocks.filter((block) => !isAway(block))),
+    away: add(blocks.filter(isAway)),
+    held: known(blocks.map((block) => block.held)),
+    peak: known(blocks.map((block) => block.peak)),
+  };
+}
+
+// Returns the sum of the figures that are known, or null if none of several is.
+function known(values) {
+  const found = values.filter((value) => value !== null && value !== undefined);
+  return values.length && !found.length ? null : found.reduce((sum, value) => sum + value, 0);
 }

@@ -8,8 +8,14 @@ const LONGEST_PAUSE_MS = 15000;
 const SILENCE_MS = 40000;
 // A tab that nobody sees gives its place at the server back after this time.
 const HIDDEN_MS = 60000;
-// An answer with one of these will not change by itself.
-const FINAL = new Set([401, 403, 404]);
+// Errors with one of these codes do not change by themselves. All others may: a proxy has no route to the console while
+// the router restarts.
+const FINAL = new Set(["console_off", "admin_only"]);
+
+// A 401 asks for another key, so it is for a person to answer.
+function isFinal(error) {
+  return error.status === 401 || FINAL.has(error.code);
+}
 
 export class Live {
   // `onState(state)`, `onDelta(delta)`, `onLink({isUp, since, error})` and `onRefused(error)` are called.
@@ -68,7 +74,7 @@ export class Live {
         error = caught;
       }
       if (run !== this.run) return;
-      if (error !== null && FINAL.has(error.status)) {
+      if (error !== null && isFinal(error)) {
         this.handlers.onRefused(error);
         return;
       }

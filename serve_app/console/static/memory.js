@@ -4,7 +4,7 @@ import { Component, html } from "./vendor/htm-preact.js";
 import { Bar, Legend, Swatch, isOver } from "./bar.js";
 import { Line } from "./events.js";
 import { age, bytes, clock, plural } from "./format.js";
-import { PARTS, PART_NAMES, deviceName, isGpu, layoutOf, modelName, scaleOf, totals } from "./layout.js";
+import { PARTS, PART_NAMES, deviceName, foreignName, isAway, isGpu, layoutOf, modelName, scaleOf, sumsOf, totals } from "./layout.js";
 import { Badge, Choice, Empty, Memo } from "./widgets.js";
 
 // A measurement that is older than this is told to be old, in seconds.
@@ -53,6 +53,7 @@ export class Memory extends Component {
     const hasBoth = devices.some(isGpu) && devices.some((device) => !isGpu(device));
     const scales = scalesOf(devices, oneScale);
     const shown = pinned || chosen;
+    const reached = this.reached(devices);
     return html`<div class="bar-row">
         <h2>Memory</h2>
         <${Choice} label="View" value=${view} options=${[["map", "Map"], ["table", "Table"]]} onChange=${(to) => this.setState({ view: to })} />
@@ -71,13 +72,14 @@ export class Memory extends Component {
         ? html`<${Table} nodes=${nodes} dim=${dim} />`
         : html`<div class="split">
             <div class="map" ref=${(box) => (this.box = box)} onKeyDown=${(event) => this.move(event)}>
-              <${Legend} />
+              <${Legend} devices=${devices} />
               <p class="note">${scaleText(scales)}</p>
               <div class=${nodes.length > 3 ? "nodes many" : "nodes"}>
-                ${nodes.map((node) => html`<${NodeCard} key=${node.id} node=${node} scales=${scales} width=${width} dim=${dim}
-                  reached=${this.reached(devices)} pinned=${pinned} now=${state.time} look=${this.look} press=${this.press} />`)}
+                ${nodes.map((node) => html`<${Memo} key=${node.id} node=${node} gpuScale=${scales.gpu} memoryScale=${scales.memory}
+                  width=${width} dim=${dim} ...${placeOn(node, reached, "focus")} ...${placeOn(node, pinned, "chosen")}
+                  old=${oldOf(node, state.time)} look=${this.look} press=${this.press} draw=${NodeCard} />`)}
               </div>
-              <${Holders} state=${state} />
+              <${Memo} nodes=${nodes} models=${state.models} draw=${Holders} />
               <${LastEvents} events=${state.events} />
             </div>
             <${Detail} nodes=${nodes} shown=${shown} isPinned=${pinned !== null} now=${state.time}
@@ -148,7 +150,19 @@ function scaleText({ gpu, memory }) {
   return texts.length ? `All lengths are to scale. The full width is ${texts.join(", and ")}.` : "";
 }
 
-function NodeCard({ node, scales, width, dim, reached, pinned, now, look, press }) {
+// Returns which block of this node is meant, as properties that are equal while it is the same one.
+function placeOn(node, place, name) {
+  const isHere = place !== null && node.devices.some((device) => keyOf(device) === place.device);
+  return { [`${name}Device`]: isHere ? place.device : "", [`${name}At`]: isHere ? place.number : -1 };
+}
+
+// Returns the keys of the devices whose figures are old, as a text that is equal while they are the same ones.
+function oldOf(node, now) {
+  return node.devices.filter((device) => isOld(device, now)).map(keyOf).join("\n");
+}
+
+function NodeCard({ node, gpuScale, memoryScale, width, dim, focusDevice, focusAt, chosenDevice, chosenAt, old, look, press }) {
+  const olds = old.split("\n");
   const gpus = node.devices.filter(isGpu).length;
   return html`<article class=${`panel node${node.alive ? "" : " gone"}`}>
     <header>
@@ -158,9 +172,9 @@ function NodeCard({ node, scales, width, dim, reached, pinned, now, look, press 
       <span class="dim">${gpus ? `${plural(gpus, "GPU")}, ` : ""}${plural(node.cpus, "CPU")}</span>
     </header>
     ${node.note && html`<p class="note pre">${node.note}</p>`}
-    ${node.devices.map((device) => html`<${Memo} key=${device.key} device=${device} scale=${isGpu(device) ? scales.gpu : scales.memory}
-      width=${width} dim=${dim} focusAt=${reached?.device === device.key ? reached.number : -1} isOld=${isOld(device, now)}
-      chosen=${pinned?.device === device.key ? pinned.number : -1} look=${look} press=${press} draw=${DeviceRow} />`)}
+    ${node.devices.map((device) => html`<${Memo} key=${device.key} device=${device} scale=${isGpu(device) ? gpuScale : memoryScale}
+      width=${width} dim=${dim} focusAt=${focusDevice === device.key ? focusAt : -1} isOld=${olds.includes(device.key)}
+      chosen=${chosenDevice === device.key ? chosenAt : -1} look=${look} press=${press} draw=${DeviceRow} />`)}
   </article>`;
 }
 
@@ -224,11 +238,12 @@ function Overall({ nodes }) {
         return html`<table class="facts">
           <caption>${title} (${group.length})</caption>
           <tbody>
-            ${[["total", "Total"], ["planned", "Planned for models"], ["held", "Held by models"], ["foreign", "Other processes"], ["free", "Free"]].map(
+            ${[["total", "Total"], ["planned", "Planned for models"], ["held", "Held by models"], ["foreign", foreignName(group[0])], ["free", "Free"]].map(
               ([name, text]) => html`<tr><th scope="row">${text}</th><td class="num">${bytes(sum[name])}</td></tr>`,
             )}
           </tbody>
-        </table>`;
+        </table>
+        ${sum.away > 0 && html`<p class="note">The plans of parked and leaving models (${bytes(sum.away)}) are not counted. They share memory with models that have it now.</p>`}`;
       })}
     <p class="note">Point at a block of the map, or go to it with the Tab and arrow keys, and its figures are shown here. Enter keeps them.</p>`;
 }
@@ -243,7 +258,7 @@ function BlockDetail({ node, device, block, isPinned, unpin, now }) {
     <p>${block.state && html`<${Badge} state=${block.state} />`} ${block.residency && html`<${Badge} state=${block.residency} />`}</p>
     <table class="facts">
       <tbody>
-        <tr><th scope="row">Planned</th><td class="num">${bytes(block.planned)}</td><td><${Certainty} of=${block.certainty} /></td></tr>
+        <tr><th scope="row">${isAway(block) ? "Planned when resident" : "Planned"}</th><td class="num">${bytes(block.planned)}</td><td><${Certainty} of=${block.certainty} /></td></tr>
         <tr><th scope="row">Held</th><td class="num">${bytes(block.held)}</td><td>${isOver(block) ? html`<span class="tag warn">over plan</span>` : ""}</td></tr>
         <tr><th scope="row">Peak</th><td class="num">${bytes(block.peak)}</td><td></td></tr>
       </tbody>
@@ -327,13 +342,18 @@ function Table({ nodes, dim }) {
           node.devices.map(
             (device) => html`<tr>
               <td>${node.address}</td><td>${deviceName(device)}</td>
-              <td colspan=${7 + PARTS.length}>${bytes(device.used)} of ${bytes(device.total)} used, of which other processes have ${bytes(device.foreign)}; ${bytes(device.free)} free</td>
+              <td colspan=${7 + PARTS.length}>${bytes(device.used)} of ${bytes(device.total)} used; ${foreignText(device)}; ${bytes(device.free)} free</td>
             </tr>`,
           ),
         )}
       </tfoot>
     </table>
   </div>`;
+}
+
+function foreignText(device) {
+  if (device.foreign === null) return `${foreignName(device).toLowerCase().replace("cpu", "CPU")}: not known`;
+  return isGpu(device) ? `other processes have ${bytes(device.foreign)}` : `${bytes(device.foreign)} are not held by models on the CPU`;
 }
 
 function LastEvents({ events }) {
@@ -345,23 +365,18 @@ function LastEvents({ events }) {
 }
 
 // The sums of each model over all devices.
-function Holders({ state }) {
-  const sums = new Map();
-  for (const node of state.nodes) {
+function Holders({ nodes, models: there }) {
+  const blocks = new Map();
+  for (const node of nodes) {
     for (const device of node.devices) {
       for (const block of device.blocks) {
-        const sum = sums.get(block.model) || { planned: 0, held: 0, peak: 0, certainties: new Set(), devices: 0 };
-        sum.planned += block.planned ?? 0;
-        sum.held += block.held ?? 0;
-        sum.peak += block.peak ?? 0;
-        sum.devices += 1;
-        sum.certainties.add(block.certainty);
-        sums.set(block.model, sum);
+        if (!blocks.has(block.model)) blocks.set(block.model, []);
+        blocks.get(block.model).push(block);
       }
     }
   }
-  if (!sums.size) return null;
-  const models = new Map(state.models.map((model) => [model.name, model]));
+  if (!blocks.size) return null;
+  const models = new Map(there.map((model) => [model.name, model]));
   return html`<section class="panel" aria-labelledby="holders">
     <h3 id="holders">Memory by model</h3>
     <div class="scroll" tabindex="0" role="region" aria-label="Table of memory by model">
@@ -372,19 +387,21 @@ function Holders({ state }) {
           <th scope="col" class="num">Of plan</th><th scope="col" class="num">Peak</th><th scope="col">Certainty of the plan</th>
         </tr></thead>
         <tbody>
-          ${[...sums].map(([name, sum]) => {
+          ${[...blocks].map(([name, own]) => {
+            const sum = sumsOf(own);
+            const certainties = new Set(own.map((block) => block.certainty));
             const model = models.get(name);
             return html`<tr>
               <th scope="row">${name ?? "other models"}</th>
               <td>${model ? html`<${Badge} state=${model.state} />` : ""}</td>
               <td>${model?.backend ?? ""}</td>
               <td class="num">${model ? `${model.running}/${model.wanted}` : ""}</td>
-              <td class="num">${sum.devices}</td>
-              <td class="num">${bytes(sum.planned)}</td>
+              <td class="num">${own.length}</td>
+              <td class="num">${sum.planned || !sum.away ? bytes(sum.planned) : ""}${sum.away > 0 && html` <span class="dim">${bytes(sum.away)} when resident</span>`}</td>
               <td class="num">${bytes(sum.held)}</td>
-              <td class="num">${sum.planned ? `${Math.round((100 * sum.held) / sum.planned)} %` : "–"}</td>
+              <td class="num">${sum.planned && !sum.away && sum.held !== null ? `${Math.round((100 * sum.held) / sum.planned)} %` : "–"}</td>
               <td class="num">${bytes(sum.peak)}</td>
-              <td>${[...sum.certainties].sort().map((each) => html`<${Certainty} of=${each} /> `)}</td>
+              <td>${[...certainties].sort().map((each) => html`<${Certainty} of=${each} /> `)}</td>
             </tr>`;
           })}
         </tbody>

@@ -57,7 +57,7 @@ export class Models extends Component {
       ${state.models.length === 0 && html`<${Empty}>No model is deployed.<//>`}
       <div class="models">
         ${state.models.map((model) => html`<${Memo} key=${model.name} model=${model} series=${state.traffic.models[model.name]}
-          interval=${state.traffic.interval_s} slot=${state.traffic.slot} busy=${busy} press=${this.onPress} draw=${Model} />`)}
+          interval=${state.traffic.interval_s} busy=${busy} press=${this.onPress} draw=${Model} />`)}
       </div>
       ${asked && html`<${Question} ...${asked} onDone=${(yes) => (yes ? this.act(asked.action, asked.name) : this.setState({ asked: null }))} />`}`;
   }

@@ -9,12 +9,22 @@ export function withDelta(state, delta) {
   return {
     ...state,
     time: delta.time ?? state.time,
-    nodes: delta.nodes ? same(state.nodes, delta.nodes) : state.nodes,
-    models: delta.models ? same(state.models, delta.models) : state.models,
+    nodes: withChanged(state.nodes, delta.nodes, delta.gone_nodes, "id"),
+    models: withChanged(state.models, delta.models, delta.gone_models, "name"),
     traffic: delta.traffic ? withTraffic(state.traffic, delta.traffic) : state.traffic,
     events: merged(state.events, delta.events),
     requests: merged(state.requests, delta.requests),
   };
+}
+
+// Returns the entries without those that are gone and with the changed ones in their old places. New ones come last.
+function withChanged(old, changed = [], gone = [], key) {
+  if (!changed.length && !gone.length) return old;
+  const isGone = new Set(gone);
+  const found = new Map(old.filter((entry) => !isGone.has(entry[key])).map((entry) => [entry[key], entry]));
+  for (const entry of changed) found.set(entry[key], same(found.get(entry[key]), entry));
+  const entries = [...found.values()];
+  return entries.length === old.length && entries.every((entry, at) => entry === old[at]) ? old : entries;
 }
 
 // Returns `next`, in which every part that is equal to one of `old` is the old one.
@@ -36,9 +46,15 @@ function withTraffic(traffic, delta) {
   const steps = Math.max(0, delta.slot - traffic.slot);
   const models = {};
   for (const name of new Set([...Object.keys(traffic.models), ...Object.keys(delta.models || {})])) {
-    models[name] = withSlot(traffic.models[name] || {}, delta.models?.[name] || {}, steps);
+    const [series, values] = [traffic.models[name], delta.models?.[name] || {}];
+    models[name] = series && steps === 0 && hasLast(series, values) ? series : withSlot(series || {}, values, steps);
   }
   return { ...traffic, slot: Math.max(traffic.slot, delta.slot), models };
+}
+
+// Returns whether the last values of these series are those, so that nothing is drawn again.
+function hasLast(series, values) {
+  return Object.entries(values).every(([name, value]) => series[name]?.length > 0 && series[name][series[name].length - 1] === value);
 }
 
 function withSlot(series, values, steps) {

@@ -42,6 +42,8 @@ export const TONES = {
   STOPPING: "busy",
   resident: "good",
   parked: "idle",
+  waking: "busy",
+  draining: "busy",
 };
 
 export function Badge({ state, tone }) {

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve_app.console.page import INDEX, Page
@@ -22,7 +22,9 @@ TIMING = "router;dur=0.4, queue;dur=1.2, engine;dur=18.5"
 
 
 def refusal(status: int, code: str, message: str, **headers: str) -> Response:
-    """An error in OpenAI's form."""
+    """An error in OpenAI's form, or, without a code, the plain text of a proxy."""
+    if not code:
+        return PlainTextResponse(message, status)
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return JSONResponse(
         {"error": error}, status, headers={name.replace("_", "-"): text for name, text in headers.items()}

@@ -185,6 +185,30 @@ def mixed() -> dict[str, Any]:
     return made
 
 
+def pool() -> dict[str, Any]:
+    """Four models of 60 GiB that share one GPU of 80 GiB, of which one is resident, and one of no pool."""
+    now = time.time()
+    residencies = ["resident", "parked", "draining", "parked"]
+    held = [0.9, 0.01, 0.1, 0.0]
+    blocks = [
+        block(f"member-{at}", 60 * GIB, held[at], at, residency=residency) for at, residency in enumerate(residencies)
+    ]
+    gpu = device(0, "NVIDIA H100", 80 * GIB, [*blocks, block("alone", 8 * GIB, 0.5, 9)], foreign=GIB, now=now)
+    names = [f"member-{at}" for at in range(4)]
+    return state([node(1, [gpu])], [model(name) for name in (*names, "alone")], [], [])
+
+
+def container() -> dict[str, Any]:
+    """A GPU inside of a container, where nobody can tell what a process holds, beside memory where that is known."""
+    now = time.time()
+    made = demo()
+    parts = [part(name, int(16 * GIB * share), None) for name, share in SHARES.items()]
+    mine = block("llama", 16 * GIB, 0.0, 5, held=None, peak=None, parts=parts)
+    gpu = device(0, "NVIDIA L4", 24 * GIB, [mine], now=now)
+    made["nodes"][0]["devices"].append(gpu | {"used": 15 * GIB, "foreign": None, "free": 9 * GIB})
+    return made
+
+
 def hostile() -> dict[str, Any]:
     """The demo with markup in every text."""
     now = time.time()

@@ -81,7 +81,7 @@ def test_the_map_the_details_and_the_table_have_the_figures(open_page: Open, scr
     row = page.get_by_role("row", name="tiny-vllm")
     for text in ("1.17 GiB", "1.14 GiB", "1.16 GiB", "guessed", "659.4 MiB", "639.7 MiB"):
         expect(row).to_contain_text(text)
-    expect(page.locator("#panel-memory tfoot")).to_contain_text("other processes have 4.00 GiB")
+    expect(page.locator("#panel-memory tfoot")).to_contain_text("4.00 GiB are not held by models on the CPU")
 
 
 def test_bars_are_to_scale(open_page: Open, scripted: Scripted) -> None:
@@ -103,6 +103,55 @@ def test_bars_are_to_scale(open_page: Open, scripted: Scripted) -> None:
     fills = sum(widths("rect.fill"))
     assert fills == pytest.approx(scale * sum(each["held"] for each in gpu["blocks"]), abs=1)
     assert widths("rect.foreign") == [pytest.approx(scale * gpu["foreign"], abs=0.01)] or gpu["foreign"] * scale < 3
+
+
+def test_the_plans_of_a_pool_are_counted_for_its_resident_alone(open_page: Open, scripted: Scripted) -> None:
+    """The others are as long as what they hold, so the bar is that of the card. They can still be reached."""
+    scripted.state = states.pool
+    watched = open_page()
+    page = watched.open()
+    expect(page.locator(".map > .note")).to_contain_text("The full width is 80.00 GiB for GPUs.")
+    bar = page.locator("svg.bar").first
+    total = float(bar.get_attribute("width") or 0)
+    outlines = [float(each.get_attribute("width") or 0) for each in bar.locator("rect.outline:not(.away)").all()]
+    assert [each + 1.5 for each in outlines] == pytest.approx([total * 60 / 80, total * 8 / 80])
+    expect(bar.locator("rect.outline.away")).to_have_count(3)
+    facts = page.locator(".detail .facts")
+    expect(facts.get_by_role("row", name="Planned for models")).to_contain_text("68.00 GiB")
+    expect(page.locator(".detail")).to_contain_text("parked and leaving models (180.0 GiB) are not counted.")
+    assert watched.violations() == []
+    row = page.locator("section[aria-labelledby=holders]").get_by_role("row", name="member-1")
+    expect(row).to_contain_text("60.00 GiB when resident")
+    bar.locator("g.block").first.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    expect(page.locator(".detail h3")).to_have_text("member-3")
+    expect(facts.get_by_role("row", name="Planned when resident")).to_contain_text("60.00 GiB")
+    assert page.locator("g.block:focus").get_attribute("aria-label") == (
+        "member-3: parked, holds 0, planned 60.00 GiB (calibrated) when resident"
+    )
+
+
+def test_what_is_not_known_is_not_told_as_that_of_others(open_page: Open, scripted: Scripted) -> None:
+    """In a container, a model's own memory would look like that of other processes."""
+    scripted.state = states.container
+    watched = open_page(scheme="dark")
+    page = watched.open()
+    gpus = page.locator(".detail .facts", has_text="GPUs")
+    expect(gpus.get_by_role("row", name="Other processes")).to_contain_text("not known")
+    expect(gpus.get_by_role("row", name="Held by models")).to_contain_text("not known")
+    memory = page.locator(".detail .facts", has_text="Memory of nodes")
+    expect(memory.get_by_role("row", name="Not held by models on the CPU")).to_contain_text("4.00 GiB")
+    bar = page.locator(".device", has_text="GPU 0").locator("svg.bar").first
+    expect(bar.locator("rect.foreign")).to_have_count(0)
+    width = float(bar.get_attribute("width") or 0)
+    used = float(bar.locator("rect.unexplained").get_attribute("width") or 0)
+    assert used == pytest.approx(width * 15 / 24)
+    expect(page.locator("svg.bar rect.foreign title").first).to_have_text("Not held by models on the CPU: 4.00 GiB")
+    expect(page.locator(".legend")).to_contain_text("not held by models on the CPU")
+    assert watched.violations() == []
+    page.get_by_role("button", name="Table", exact=True).click()
+    expect(page.locator("#panel-memory tfoot")).to_contain_text("other processes: not known")
 
 
 def test_a_plan_is_asked_for_and_can_be_saved(open_page: Open, scripted: Scripted) -> None:

@@ -1,8 +1,10 @@
 """The page stays up to date by one stream, says when it is not, and keeps the key to itself."""
 
+import re
 import time
 from typing import Any
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.console.browser import states
@@ -17,7 +19,7 @@ def test_deltas_change_what_is_shown(open_page: Open, scripted: Scripted) -> Non
     expect(page.locator("article.model")).to_have_count(2)
     changed = scripted.state()["models"]
     changed[0] |= {"state": "failed", "message": "The engine has died.", "active": 17}
-    scripted.push(models=changed)
+    scripted.push(models=changed[:1])
     card = page.get_by_role("article", name="tiny-pt")
     expect(card).to_contain_text("The engine has died.")
     expect(card.locator(".facts-row")).to_contain_text("17")
@@ -48,6 +50,78 @@ def test_deltas_change_what_is_shown(open_page: Open, scripted: Scripted) -> Non
     )
 
 
+def test_only_what_changed_is_sent_and_drawn(open_page: Open, scripted: Scripted) -> None:
+    """A changed node or model keeps its place, a new one comes last, one that is gone is left out, and the elements of
+    all others are not touched."""
+    scripted.state = states.mixed
+    watched = open_page()
+    page = watched.open()
+    cards = page.locator(".node h3")
+    expect(cards).to_have_text(["10.0.0.1", "10.0.0.2"])
+    page.evaluate(
+        """() => {
+          window.touched = new Set();
+          new MutationObserver((changes) => changes.forEach(({ target }) => {
+            const node = target.parentElement?.closest(".node") || target.closest?.(".node");
+            if (node) window.touched.add(node.querySelector("h3").textContent);
+          })).observe(document.querySelector(".nodes"), {
+            subtree: true, childList: true, attributes: true, characterData: true,
+          });
+        }"""
+    )
+    first, second = states.mixed()["nodes"]
+    first["devices"][0]["blocks"][0]["held"] = 3 * states.GIB
+    third = states.node(3, [states.device(None, "memory", 24 * states.GIB, [], now=time.time())])
+    scripted.push(nodes=[third, first])
+    expect(cards).to_have_text(["10.0.0.1", "10.0.0.2", "10.0.0.3"])
+    expect(page.locator("g.block").first).to_have_attribute("aria-label", re.compile("holds 3.00 GiB"))
+    assert set(page.evaluate("[...window.touched]")) == {"10.0.0.1"}
+    scripted.push(gone_nodes=[second["id"]])
+    expect(cards).to_have_text(["10.0.0.1", "10.0.0.3"])
+    watched.show("models")
+    names = [each["name"] for each in states.mixed()["models"]]
+    titles = page.locator("article.model h3")
+    expect(titles).to_have_text(names)
+    scripted.push(
+        models=[states.model("a-new-one"), states.model(names[3], message="It is busy.")], gone_models=[names[1]]
+    )
+    expect(titles).to_have_text([names[0], *names[2:], "a-new-one"])
+    expect(page.get_by_role("article", name=names[3])).to_contain_text("It is busy.")
+
+
+def test_what_is_equal_stays_the_same_object(open_page: Open) -> None:
+    """So that it is not drawn again: nodes and devices that are sent again, and series whose last value is the same."""
+    page = open_page().open()
+    kept: Any = page.evaluate(
+        """async () => {
+          const { withDelta } = await import("./assets/state.js");
+          const node = (id, used) => ({ id, devices: [{ device: "cpu", used: 1 }, { device: "GPU-0", used }] });
+          const model = (name) => ({ name, state: "ready", replicas: [{ replica: "r" }] });
+          const traffic = { interval_s: 5, slot: 10, models: { a: { requests: [1, 2] }, b: { requests: [1, 2] } } };
+          const seen = { events: [], requests: [], traffic, nodes: [node("x", 1), node("y", 1)], models: [model("a")] };
+          const next = withDelta(seen, {
+            nodes: [node("y", 2)], models: [model("a")],
+            traffic: { slot: 10, models: { a: { requests: 3 }, b: { requests: 2 } } },
+          });
+          const later = withDelta(next, { traffic: { slot: 11, models: {} } });
+          return {
+            otherNode: next.nodes[0] === seen.nodes[0],
+            changedNode: next.nodes[1] === seen.nodes[1],
+            otherDevice: next.nodes[1].devices[0] === seen.nodes[1].devices[0],
+            changedDevice: next.nodes[1].devices[1] === seen.nodes[1].devices[1],
+            models: next.models === seen.models,
+            changedSeries: next.traffic.models.a === seen.traffic.models.a,
+            sameSeries: next.traffic.models.b === seen.traffic.models.b,
+            movedSeries: later.traffic.models.b === next.traffic.models.b,
+            nodesWithoutChange: later.nodes === next.nodes,
+          };
+        }"""
+    )
+    assert {name for name, is_same in kept.items() if is_same} == {
+        "otherNode", "otherDevice", "models", "sameSeries", "nodesWithoutChange"
+    }  # fmt: skip
+
+
 def test_traffic_moves_slot_by_slot(open_page: Open) -> None:
     """A value of the same slot replaces the last one, a later one is added, and slots without a value are empty."""
     page = open_page().open()
@@ -56,7 +130,7 @@ def test_traffic_moves_slot_by_slot(open_page: Open) -> None:
           const { withDelta } = await import("./assets/state.js");
           const series = { requests: [1, 2], ttft_p50_s: [0.1, 0.2] };
           const traffic = { interval_s: 5, slot: 10, models: { a: series, b: series } };
-          let seen = { events: [], requests: [], traffic };
+          let seen = { events: [], requests: [], traffic, nodes: [], models: [] };
           const step = (slot, models) => {
             seen = withDelta(seen, { traffic: { slot, models } });
             return seen.traffic.models;
@@ -93,6 +167,65 @@ def test_a_lost_connection_is_said_and_comes_back_with_the_whole_state(open_page
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
     expect(page.locator("main .problem")).to_have_count(0)
     assert scripted.pages == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ((404, "", "Path '/ui/api/stream' not found."), "The server has no console at this address now."),
+        ((403, "foreign_page", "This address is not one of this machine."), "This address is not one of this machine."),
+        ((502, "", "Bad gateway"), "Bad gateway"),
+    ],
+)
+def test_an_error_that_may_pass_is_tried_again(
+    open_page: Open, scripted: Scripted, error: tuple[int, str, str], told: str
+) -> None:
+    """Such as a proxy's 404 while the router restarts. What the page knew, and what was typed into it, stays."""
+    watched = open_page()
+    watched.expected = (f"status of {error[0]}",)
+    page = watched.open("playground")
+    page.locator("#draft").fill("A question that is not sent yet")
+    scripted.stream_error = error
+    scripted.drop()
+    expect(page.locator("main .problem")).to_contain_text(told)
+    expect(page.locator("#draft")).to_have_value("A question that is not sent yet")
+    scripted.stream_error = None
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(page.locator("#draft")).to_have_value("A question that is not sent yet")
+    expect(page.locator("main .problem")).to_have_count(0)
+
+
+def test_a_console_that_is_off_is_not_asked_again(open_page: Open, scripted: Scripted) -> None:
+    """Until a person wants it: a switch does not change by itself."""
+    watched = open_page()
+    watched.expected = ("status of 404",)
+    scripted.stream_error = (404, "console_off", "The console is off. Set console: true.")
+    page = watched.open()
+    expect(page.get_by_role("heading", name="The console is off")).to_be_visible()
+    expect(page.locator(".sign-in")).to_contain_text("Set console: true.")
+    asked = len(scripted.keys_seen)
+    scripted.stream_error = None
+    page.wait_for_timeout(1500)
+    assert len(scripted.keys_seen) == asked
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+
+def test_a_page_of_an_older_server_says_so(open_page: Open, scripted: Scripted) -> None:
+    """Its scripts are not those of the new server, until it is loaded again."""
+    page = open_page().open()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    scripted.drop()
+    expect(page.locator(".top .link")).to_contain_text("Not connected since")
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    scripted.state = lambda: states.demo() | {"version": "0.8.0"}
+    scripted.drop()
+    expect(page.get_by_role("alert")).to_contain_text("The server was updated. Reload this page.")
+    page.get_by_role("button", name="Reload", exact=True).click()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    expect(page.locator("h1")).to_contain_text("0.8.0")
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_a_hidden_tab_gives_its_stream_back(open_page: Open, scripted: Scripted) -> None:

@@ -13,7 +13,13 @@ from tests.console.browser.conftest import Open
 from tests.console.browser.scripted import Scripted, delta_chunk, last_chunks, text_chunk
 
 SECTIONS = ("memory", "models", "playground", "what-if", "requests", "events")
-STATES = {"demo": states.demo, "large": states.large, "hostile": states.hostile}
+STATES = {
+    "demo": states.demo,
+    "large": states.large,
+    "hostile": states.hostile,
+    "pool": states.pool,
+    "container": states.container,
+}
 # Chromium is a second or two busier with axe-core in each section.
 pytestmark = pytest.mark.timeout(120)
 
@@ -189,12 +195,19 @@ def ask(watched: Watched, text: str) -> None:
     expect(watched.page.get_by_role("button", name="Stop")).to_be_disabled()
 
 
-def test_a_hostile_refusal_is_shown_as_text(open_page: Open, scripted: Scripted) -> None:
-    """The console that is off, for a reason that has markup."""
-    scripted.stream_error = (404, states.HOSTILE[0], states.HOSTILE[1])
+@pytest.mark.parametrize(
+    ("code", "heading"), [("console_off", "The console is off"), ("admin_only", "The server refuses this page")]
+)
+def test_a_hostile_refusal_is_shown_as_text(open_page: Open, scripted: Scripted, code: str, heading: str) -> None:
+    """For a reason that has markup, whether the page gives up or tries again."""
+    scripted.stream_error = (404, code, states.HOSTILE[1])
     watched = open_page()
     watched.expected = ("status of 404",)
     page = watched.open()
     expect(page.locator("main")).to_contain_text(states.HOSTILE[1])
-    expect(page.get_by_role("heading", name="The console is off")).to_be_visible()
+    expect(page.get_by_role("heading", name=heading)).to_be_visible()
+    assert has_markup(watched) == 0
+    scripted.stream_error = (404, states.HOSTILE[0], states.HOSTILE[2])
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("main .problem")).to_contain_text(states.HOSTILE[2])
     assert has_markup(watched) == 0
